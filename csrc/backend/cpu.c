@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The CPU backend: one constant table. Every line of scorers.def must name a function here, or the core does not link.
+ */
+#include "../evict/evict.h"
+#include "../score/score.h"
+#include "../select/select.h"
+
+static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *, kvp_context *) = {
+#define KVP_PARAM(name, initial)
+#define KVP_SCORER(name, needs, params) [KVPI_SCORER_##name] = kvpi_score_##name##_cpu,
+#include "../scorers.def"
+#undef KVP_SCORER
+#undef KVP_PARAM
+};
+
+static size_t workspace_of_worker(kvp_verb verb, const void *args) {
+    switch (verb) {
+    case KVP_SCORE: {
+        const kvp_score_args *score = args;
+        return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_workspace(score) : 0;
+    }
+    case KVP_SELECT: return kvpi_select_workspace(args);
+    case KVP_GATHER: return 0;
+    }
+    return 0;
+}
+
+const kvp_backend kvpi_cpu_backend = {
+    .abi = KVP_ABI_VERSION,
+    .device = KVP_CPU,
+    .score = score_table,
+    .select = kvpi_select_cpu,
+    .gather = kvpi_gather_cpu,
+    .workspace = workspace_of_worker,
+};

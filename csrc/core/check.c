@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Shape, dtype and device contracts. Each verb's contract is a list of (argument, letters); a letter is bound by the first argument that
+ * has it and must agree in all later ones, so a message can say what an argument is, what it had to be, and where that came from.
+ */
+#include "internal.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { FLOATS = 1 << KVP_F32 | 1 << KVP_F16 | 1 << KVP_BF16, F32 = 1 << KVP_F32, I32 = 1 << KVP_I32, U8 = 1 << KVP_U8 };
+
+typedef struct rule {
+    const char *name;
+    const kvp_tensor *tensor;
+    const char *letters;
+    int dtypes;
+    bool required, output;
+} rule;
+
+typedef struct binding {
+    int64_t size[128];
+    const char *from[128];
+    const kvp_tensor *first;
+    const char *first_name;
+} binding;
+
+static kvp_status check_dtype(const rule *r, kvp_context *ctx) {
+    const kvp_tensor *t = r->tensor;
+    if (kvpi_dtype_size(t->dtype) && (r->dtypes >> t->dtype & 1)) return KVP_OK;
+    const char *expected = r->dtypes == FLOATS ? "float32, float16 or bfloat16" : r->dtypes == F32 ? "float32" : r->dtypes == I32 ? "int32" : "uint8";
+    return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s", r->name, kvpi_dtype_name(t->dtype), expected);
+}
+
+/* Sizes and strides must be such that no offset, in bytes, can overflow. */
+static kvp_status check_extent(const rule *r, kvp_context *ctx) {
+    const kvp_tensor *t = r->tensor;
+    int64_t span = (int64_t)kvpi_dtype_size(t->dtype), count = span;
+    for (int d = 0; d < t->ndim; d++) {
+        if (t->shape[d] < 1)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at least 1", r->name, d, (long long)t->shape[d]);
+        if (t->stride[d] < 0)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected no negative stride", r->name, d, (long long)t->stride[d]);
+        int64_t reach;
+        if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 || span > INT64_MAX / 64 ||
+            __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has more elements than can be addressed", r->name);
+        span += reach * (int64_t)kvpi_dtype_size(t->dtype);
+    }
+    if ((uintptr_t)t->data % kvpi_dtype_size(t->dtype))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is not aligned to its %zu-byte elements", r->name, kvpi_dtype_size(t->dtype));
+    return KVP_OK;
+}
+
+/* An output must not write one address twice: in order of stride, each dimension steps over all of the smaller ones. */
+static kvp_status check_output(const rule *r, kvp_context *ctx) {
+    const kvp_tensor *t = r->tensor;
+    int64_t reach = 1;
+    for (int done = 0, seen = 0; done < t->ndim; done++) {
+        int next = -1;
+        for (int d = 0; d < t->ndim; d++)
+            if (!(seen >> d & 1) && (next < 0 || t->stride[d] < t->stride[next])) next = d;
+        seen |= 1 << next;
+        if (t->shape[next] == 1) continue;
+        if (t->stride[next] < reach)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory", r->name);
+        reach += (t->shape[next] - 1) * t->stride[next];
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_device(const rule *r, binding *bound, kvp_context *ctx) {
+    if (!bound->first) {
+        bound->first = r->tensor;
+        bound->first_name = r->name;
+    }
+    if (r->tensor->device == bound->first->device && r->tensor->device_index == bound->first->device_index) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_DEVICE, "%s is on device %d:%d, but %s is on device %d:%d; expected one device", r->name,
+                     (int)r->tensor->device, (int)r->tensor->device_index, bound->first_name, (int)bound->first->device,
+                     (int)bound->first->device_index);
+}
+
+static kvp_status bind_letters(const rule *r, binding *bound, kvp_context *ctx) {
+    for (int d = 0; d < r->tensor->ndim; d++) {
+        const int letter = r->letters[d];
+        const int64_t size = r->tensor->shape[d];
+        if (!bound->from[letter]) {
+            bound->from[letter] = r->name;
+            bound->size[letter] = size;
+        } else if (bound->size[letter] != size) {
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld, but %c is %lld in %s", r->name, d, (long long)size, letter,
+                             (long long)bound->size[letter], bound->from[letter]);
+        }
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, kvp_context *ctx) {
+    memset(bound, 0, sizeof *bound);
+    for (size_t i = 0; i < n_rule; i++) {
+        const rule *r = &rules[i];
+        if (!r->tensor->data) {
+            if (r->required) return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is missing; expected a tensor (%s)", r->name, r->letters);
+            continue;
+        }
+        if (r->tensor->ndim != (int32_t)strlen(r->letters))
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has %d dimension%s; expected %zu (%s)", r->name, (int)r->tensor->ndim,
+                             r->tensor->ndim == 1 ? "" : "s", strlen(r->letters), r->letters);
+        KVPI_TRY(check_dtype(r, ctx));
+        KVPI_TRY(check_extent(r, ctx));
+        if (r->output) KVPI_TRY(check_output(r, ctx));
+        KVPI_TRY(check_device(r, bound, ctx));
+        KVPI_TRY(bind_letters(r, bound, ctx));
+    }
+    if (bound->from['T'] && bound->size['T'] > INT32_MAX)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "T is %lld in %s; expected at most %d", (long long)bound->size['T'], bound->from['T'], INT32_MAX);
+    if (bound->from['R'] && bound->size['R'] != 2)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "valid.shape[1] is %lld; expected 2 (begin, end)", (long long)bound->size['R']);
+    return KVP_OK;
+}
+
+static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
+    const char *x_high = x->data, *y_high = y->data;
+    for (int d = 0; d < x->ndim; d++) x_high += (x->shape[d] - 1) * x->stride[d] * (int64_t)kvpi_dtype_size(x->dtype);
+    for (int d = 0; d < y->ndim; d++) y_high += (y->shape[d] - 1) * y->stride[d] * (int64_t)kvpi_dtype_size(y->dtype);
+    x_high += kvpi_dtype_size(x->dtype) - 1;
+    y_high += kvpi_dtype_size(y->dtype) - 1;
+    return (const char *)x->data <= y_high && (const char *)y->data <= x_high;
+}
+
+/* Being the start of its own input is the one overlap that copying upwards survives. */
+static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
+    return out->data == in->data && memcmp(out->stride, in->stride, sizeof out->stride) == 0 && out->device == KVP_CPU;
+}
+
+/* An output shares memory with nothing else: values are checked before they are used, and must not change in between. The output
+ * of rule o may be the start of the input in_place_of[o], where one is named. */
+static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
+    for (size_t o = 0; o < n_rule; o++) {
+        for (size_t i = 0; rules[o].output && i < n_rule; i++) {
+            if (i == o || !rules[i].tensor->data || !memory_overlaps(rules[o].tensor, rules[i].tensor)) continue;
+            const rule *own = in_place_of ? in_place_of[o] : NULL;
+            if (own == &rules[i] && is_start_of(rules[o].tensor, rules[i].tensor)) continue;
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s", rules[o].name, rules[i].name,
+                             own ? ", or (on the CPU) the start of " : "", own ? own->name : "");
+        }
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_whole(double value, const char *name, double low, double high, kvp_context *ctx) {
+    if (value >= low && value <= high && value == floor(value)) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is %g; expected a whole number from %.0f to %.0f", name, value, low, high);
+}
+
+static kvp_status check_attention_params(const double *param, kvp_context *ctx) {
+    if (!isfinite(param[0])) return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a finite number", param[0]);
+    if (!isfinite(param[1]) || param[1] < 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none) or more", param[1]);
+    KVPI_TRY(check_whole(param[2], "kernel_size", 1, 1 << 20, ctx));
+    if ((int64_t)param[2] % 2 == 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", param[2]);
+    return check_whole(param[3], "share_heads", 0, 1, ctx);
+}
+
+kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
+    const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
+    if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
+    const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
+    const rule rules[] = {
+        {"keys", &args->keys, "BHTD", FLOATS, true, false},      {"queries", &args->queries, "BNQD", FLOATS, queries, false},
+        {"votes", &args->votes, "BVF", I32, votes, false},       {"valid", &args->valid, "BR", I32, false, false},
+        {"lse", &args->lse, "BNQ", F32, false, false},           {"scores", &args->scores, "BHT", F32, true, true},
+    };
+    binding bound;
+    KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    const int64_t n_token = bound.size['T'];
+    if (args->queries.data && args->queries.dtype != args->keys.dtype)
+        return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has", kvpi_dtype_name(args->queries.dtype),
+                         kvpi_dtype_name(args->keys.dtype));
+    if (args->queries.data && bound.size['N'] % bound.size['H'])
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads", (long long)bound.size['N'],
+                         (long long)bound.size['H']);
+    if (args->queries.data && bound.size['Q'] > n_token)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys", (long long)bound.size['Q'],
+                         (long long)n_token);
+    if (args->votes.data && bound.size['F'] != KVP_VOTE_FIELDS)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound.size['F'], (int)KVP_VOTE_FIELDS);
+    if (args->scorer == KVPI_SCORER_attention) KVPI_TRY(check_attention_params(args->param, ctx));
+    if (args->scorer == KVPI_SCORER_position) {
+        if (n_token > 1 << 23)
+            return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "T is %lld in keys; the scorer \"position\" tells at most %d apart", (long long)n_token, 1 << 23);
+        KVPI_TRY(check_whole(args->param[0], "n_sink", 0, INT32_MAX, ctx));
+    }
+    return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
+}
+
+kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
+    const rule rules[] = {
+        {"scores", &args->scores, "BHT", F32, true, false},  {"segments", &args->segments, "BE", I32, true, false},
+        {"quotas", &args->quotas, "BHS", I32, true, false},  {"protect", &args->protect, "BT", U8, false, false},
+        {"valid", &args->valid, "BR", I32, false, false},    {"positions", &args->positions, "BHK", I32, true, true},
+        {"counts", &args->counts, "BH", I32, true, true},
+    };
+    binding bound;
+    KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    KVPI_TRY(check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx));
+    if (bound.size['E'] == bound.size['S'] + 1) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_SHAPE, "segments.shape[1] is %lld; expected %lld, one more than the %lld segments in quotas",
+                     (long long)bound.size['E'], (long long)bound.size['S'] + 1, (long long)bound.size['S']);
+}
+
+kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
+    const rule rules[] = {
+        {"keys", &args->keys, "BHTD", FLOATS, true, false},         {"values", &args->values, "BHTC", FLOATS, true, false},
+        {"positions", &args->positions, "BHK", I32, true, false},   {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true},
+        {"out_values", &args->out_values, "BHKC", FLOATS, true, true},
+    };
+    binding bound;
+    KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    for (size_t i = 1; i < sizeof rules / sizeof rules[0]; i++)
+        if (i != 2 && rules[i].tensor->dtype != args->keys.dtype)
+            return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s, as keys has", rules[i].name,
+                             kvpi_dtype_name(rules[i].tensor->dtype), kvpi_dtype_name(args->keys.dtype));
+    const rule *const in_place_of[] = {NULL, NULL, NULL, &rules[0], &rules[1]};
+    return check_overlaps(rules, sizeof rules / sizeof rules[0], in_place_of, ctx);
+}

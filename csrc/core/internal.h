@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the folders of the core share. Nothing here is visible outside the library.
+ */
+#ifndef KVP_INTERNAL_H
+#define KVP_INTERNAL_H
+
+#include "../kvp.h"
+
+#include <stdbool.h>
+
+#if defined(__GNUC__)
+#define KVPI_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define KVPI_PRINTF(text, first)
+#endif
+
+#define KVPI_TRY(call)                         \
+    do {                                       \
+        const kvp_status status_ = (call);     \
+        if (status_ != KVP_OK) return status_; \
+    } while (0)
+
+/* status.c: writes the sentence into ctx->error and returns the status, so that callers can write return kvpi_fail(...). */
+kvp_status kvpi_fail(kvp_context *ctx, kvp_status status, const char *format, ...) KVPI_PRINTF(3, 4);
+
+/* dtype.c */
+const char *kvpi_dtype_name(int32_t dtype);
+size_t kvpi_dtype_size(int32_t dtype); /* 0 for an unknown one */
+
+/* backend.c */
+typedef struct kvpi_scorer {
+    const char *name;
+    int32_t needs;
+    struct {
+        const char *name;
+        double initial;
+    } param[KVP_MAX_PARAMS + 1]; /* ends with a NULL name */
+} kvpi_scorer;
+
+enum {
+#define KVP_PARAM(name, initial)
+#define KVP_SCORER(name, needs, params) KVPI_SCORER_##name,
+#include "../scorers.def"
+#undef KVP_SCORER
+#undef KVP_PARAM
+    KVPI_SCORER_COUNT
+};
+
+const kvpi_scorer *kvpi_scorer_at(int32_t scorer);   /* NULL when out of range */
+const kvp_backend *kvpi_backend_for(int32_t device); /* NULL when none is registered */
+extern const kvp_backend kvpi_cpu_backend;           /* backend/cpu.c */
+
+/* check.c: shapes, dtypes, devices and scalar parameters; never reads the data of a tensor. */
+kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
+kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
+
+/* values.c: what stands in votes, segments, quotas, positions and valid; CPU tensors only, read before anything is written. */
+kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp_context *ctx);
+kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
+kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
+
+/* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread. */
+void kvpi_run(const kvp_context *ctx, int64_t n_task, double work, kvp_task_fn fn, void *arg);
+int32_t kvpi_worker_count(const kvp_context *ctx);
+void *kvpi_scratch(const kvp_context *ctx, int32_t worker, size_t bytes_per_worker);
+
+static inline size_t kvpi_round_up_64(size_t bytes) { return (bytes + 63u) & ~(size_t)63u; }
+
+/* The address of element (i, j, k), in bytes, of a tensor of up to three leading dimensions. */
+static inline char *kvpi_at(const kvp_tensor *t, int64_t i, int64_t j, int64_t k) {
+    int64_t offset = i * t->stride[0];
+    if (t->ndim > 1) offset += j * t->stride[1];
+    if (t->ndim > 2) offset += k * t->stride[2];
+    return (char *)t->data + offset * (int64_t)kvpi_dtype_size(t->dtype);
+}
+
+static inline int32_t kvpi_i32(const kvp_tensor *t, int64_t i, int64_t j, int64_t k) { return *(const int32_t *)kvpi_at(t, i, j, k); }
+
+/* The valid range of a batch row. */
+static inline void kvpi_valid_range(const kvp_tensor *valid, int64_t b, int64_t n_token, int64_t *begin, int64_t *end) {
+    *begin = valid->data ? kvpi_i32(valid, b, 0, 0) : 0;
+    *end = valid->data ? kvpi_i32(valid, b, 1, 0) : n_token;
+}
+
+#endif

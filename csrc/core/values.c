@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Contracts on what stands in small integer tensors. Read on the CPU, before anything is written.
+ */
+#include "internal.h"
+
+kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp_context *ctx) {
+    if (!valid->data) return KVP_OK;
+    for (int64_t b = 0; b < valid->shape[0]; b++) {
+        int64_t begin, end;
+        kvpi_valid_range(valid, b, n_token, &begin, &end);
+        if (begin < 0 || end < begin || end > n_token)
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "valid[%lld] is [%lld, %lld); expected a range inside [0, %lld)", (long long)b,
+                             (long long)begin, (long long)end, (long long)n_token);
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const char *what, int64_t n_token, kvp_context *ctx) {
+    const int64_t begin = kvpi_i32(votes, b, v, field), end = kvpi_i32(votes, b, v, field + 1);
+    if (begin >= 0 && begin <= end && end <= n_token) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has the %s range [%lld, %lld); expected one inside [0, %lld)", (long long)b,
+                     (long long)v, what, (long long)begin, (long long)end, (long long)n_token);
+}
+
+/* The voters that count are those inside the valid range; all of them must be among the queries. */
+static kvp_status check_voters(const kvp_score_args *args, int64_t b, int64_t v, int field, kvp_context *ctx) {
+    const int64_t n_token = args->keys.shape[2], first_query = n_token - args->queries.shape[2];
+    int64_t begin = kvpi_i32(&args->votes, b, v, field), end = kvpi_i32(&args->votes, b, v, field + 1), low, high;
+    kvpi_valid_range(&args->valid, b, n_token, &low, &high);
+    begin = begin > low ? begin : low;
+    end = end < high ? end : high;
+    if (begin >= end || begin >= first_query) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] needs the query at position %lld, but queries holds only the last %lld of %lld positions",
+                     (long long)b, (long long)v, (long long)begin, (long long)args->queries.shape[2], (long long)n_token);
+}
+
+kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) {
+    const kvp_tensor *votes = &args->votes;
+    const int64_t n_token = args->keys.shape[2];
+    for (int64_t b = 0; b < votes->shape[0]; b++) {
+        for (int64_t v = 0; v < votes->shape[1]; v++) {
+            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_KEY_BEGIN, "key", n_token, ctx));
+            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_A_BEGIN, "first query", n_token, ctx));
+            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_B_BEGIN, "second query", n_token, ctx));
+            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_WINDOW_BEGIN, "window", n_token, ctx));
+            KVPI_TRY(check_voters(args, b, v, KVP_VOTE_A_BEGIN, ctx));
+            KVPI_TRY(check_voters(args, b, v, KVP_VOTE_B_BEGIN, ctx));
+            const int32_t weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT);
+            if (weight < KVP_WEIGHT_SUM || weight > KVP_WEIGHT_AGE)
+                return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)", (long long)b,
+                                 (long long)v, (int)weight);
+        }
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_segments(const kvp_select_args *args, int64_t b, kvp_context *ctx) {
+    int64_t last = 0;
+    for (int64_t e = 0; e < args->segments.shape[1]; e++) {
+        const int64_t edge = kvpi_i32(&args->segments, b, e, 0);
+        if (edge < last || edge > args->scores.shape[2])
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "segments[%lld,%lld] is %lld; expected %lld to %lld (edges ascend inside the row)", (long long)b,
+                             (long long)e, (long long)edge, (long long)last, (long long)args->scores.shape[2]);
+        last = edge;
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_quotas(const kvp_select_args *args, int64_t b, int64_t h, kvp_context *ctx) {
+    int64_t sum = 0;
+    for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
+        const int64_t quota = kvpi_i32(&args->quotas, b, h, s);
+        if (quota < 0)
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld,%lld] is %lld; expected 0 or more", (long long)b, (long long)h, (long long)s,
+                             (long long)quota);
+        sum += quota;
+    }
+    if (sum <= args->positions.shape[2]) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld] sum to %lld, but positions has room for %lld", (long long)b, (long long)h,
+                     (long long)sum, (long long)args->positions.shape[2]);
+}
+
+kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx) {
+    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->scores.shape[2], ctx));
+    for (int64_t b = 0; b < args->scores.shape[0]; b++) {
+        KVPI_TRY(check_segments(args, b, ctx));
+        for (int64_t h = 0; h < args->scores.shape[1]; h++) KVPI_TRY(check_quotas(args, b, h, ctx));
+    }
+    return KVP_OK;
+}
+
+kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx) {
+    const kvp_tensor *positions = &args->positions;
+    const int64_t n_token = args->keys.shape[2];
+    for (int64_t b = 0; b < positions->shape[0]; b++) {
+        for (int64_t h = 0; h < positions->shape[1]; h++) {
+            int64_t last = -1;
+            for (int64_t i = 0; i < positions->shape[2]; i++) {
+                const int64_t position = kvpi_i32(positions, b, h, i);
+                const bool ended = last == n_token;
+                if (position == -1) {
+                    last = n_token;
+                } else if (ended || position <= last || position >= n_token) {
+                    return kvpi_fail(ctx, KVP_ERR_VALUE,
+                                     "positions[%lld,%lld,%lld] is %lld; expected positions that ascend in [0, %lld), any -1 at the end", (long long)b,
+                                     (long long)h, (long long)i, (long long)position, (long long)n_token);
+                } else {
+                    last = position;
+                }
+            }
+        }
+    }
+    return KVP_OK;
+}

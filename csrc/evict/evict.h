@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What eviction offers the CPU backend.
+ */
+#ifndef KVP_EVICT_H
+#define KVP_EVICT_H
+
+#include "../core/internal.h"
+
+kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx);
+
+#endif

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * kvpitfalls core: evict entries of a transformer's key/value cache.
+ *
+ * Three verbs, in the order they are used:
+ *
+ *     score   keys (and queries)                 -> how much each token matters       float32 (B,H,T), higher = keep
+ *     select  scores, quotas per segment, ...    -> the positions to keep             int32   (B,H,K), ascending
+ *     gather  keys, values, positions            -> a smaller cache                   (B,H,K,D)
+ *
+ * Shape letters: B batch rows, H key/value heads, G query heads per key/value head, T cached tokens, Q query rows (the last Q of
+ * the T positions), D head dimension, S segments, V votes, K kept tokens.
+ *
+ * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits. Tensors are borrowed
+ * strided views. Scratch, threads and the place for an error text come in through a kvp_context, one per call, on the caller's stack;
+ * calls with distinct contexts may run at the same time. Outputs share memory with no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
+ * same bits for any number of workers, any place of a row in its batch, and every repeat.
+ *
+ * An example, K-norm on one layer (error handling left out):
+ *
+ *     kvp_context ctx = {0};
+ *     kvp_score_args s = {.scorer = kvp_scorer_find("norm"), .keys = keys, .scores = scores};
+ *     kvp_score(&s, &ctx);
+ *     kvp_select_args p = {.scores = scores, .segments = segments, .quotas = quotas, .positions = positions, .counts = counts};
+ *     size_t bytes;
+ *     kvp_workspace(KVP_SELECT, &p, &bytes);          ... scratch for one worker; then ctx.workspace, ctx.workspace_bytes
+ *     kvp_select(&p, &ctx);
+ *     kvp_gather_args g = {.keys = keys, .values = values, .positions = positions, .out_keys = k2, .out_values = v2};
+ *     kvp_gather(&g, &ctx);
+ */
+#ifndef KVP_H
+#define KVP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVP_ABI_VERSION 1
+#define KVP_MAX_PARAMS 8
+#define KVP_ERROR_BYTES 256
+
+typedef enum kvp_status {
+    KVP_OK = 0,
+    KVP_ERR_SHAPE = 1,       /* a rank or a size does not fit the others */
+    KVP_ERR_DTYPE = 2,       /* an element type the argument may not have */
+    KVP_ERR_DEVICE = 3,      /* tensors on different devices, or on one without a backend */
+    KVP_ERR_VALUE = 4,       /* a number out of its range */
+    KVP_ERR_UNSUPPORTED = 5, /* well formed, but this backend cannot do it */
+    KVP_ERR_WORKSPACE = 6,   /* scratch missing, too small or misaligned */
+    KVP_ERR_CUDA = 7,        /* the CUDA runtime refused */
+    KVP_ERR_INTERNAL = 8     /* a bug in the core */
+} kvp_status;
+
+typedef enum kvp_dtype { KVP_F32 = 0, KVP_F16 = 1, KVP_BF16 = 2, KVP_I32 = 3, KVP_U8 = 4 } kvp_dtype;
+
+/* The numbers are DLPack's. */
+typedef enum kvp_device { KVP_CPU = 1, KVP_CUDA = 2 } kvp_device;
+
+/* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given. */
+typedef struct kvp_tensor {
+    void *data;
+    int32_t dtype;        /* kvp_dtype */
+    int32_t device;       /* kvp_device */
+    int32_t device_index; /* which GPU; 0 on the CPU */
+    int32_t ndim;         /* 1 to 4 */
+    int64_t shape[4];
+    int64_t stride[4];
+} kvp_tensor;
+
+/* One piece of work: task in [0, n_task), worker in [0, n_worker). Two tasks never run on one worker at the same time. */
+typedef void (*kvp_task_fn)(void *arg, int64_t task, int32_t worker);
+typedef void (*kvp_parallel_for_fn)(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg);
+
+typedef struct kvp_context {
+    void *stream;                     /* CUDA stream; ignored on the CPU */
+    void *workspace;                  /* scratch, aligned to 64 bytes; contents undefined before and after */
+    size_t workspace_bytes;           /* at least n_worker times what kvp_workspace says */
+    kvp_parallel_for_fn parallel_for; /* NULL = run serially */
+    int32_t n_worker;                 /* workers parallel_for may use; 0 counts as 1 */
+    char error[KVP_ERROR_BYTES];      /* one sentence, written when the status is not KVP_OK */
+} kvp_context;
+
+/* ------------------------------------------------------------------ score */
+
+/*
+ * Which optional tensors a scorer needs.
+ */
+enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2 };
+
+/*
+ * A vote says which queries judge which keys. Votes are an int32 tensor (B,V,KVP_VOTE_FIELDS); positions are those of the cache,
+ * [0,T), ranges are half open, and every range is cut by the row's valid range. For a key k in [key_begin, key_end):
+ *
+ *     score[k] = weight(k) * sum of A[h,q,k] over queries q >= k in [a_begin, a_end) or [b_begin, b_end)
+ *
+ * A[h,q,:] is the softmax over *all* visible keys (valid, and not after q), not only those in the range. Weight: KVP_WEIGHT_MEAN is
+ * 1 / (queries in both ranges); KVP_WEIGHT_AGE is 1 / max(1, age_end - k); KVP_WEIGHT_SUM is 1. Then a mean over kernel_size neighbours
+ * inside the key range (missing neighbours count as zero, the divisor stays kernel_size), and a mean over the G heads of the group (or
+ * over all H*G heads if share_heads is 1; the H rows are then equal). A key in [window_begin, window_end) scores 2 + (k - window_begin):
+ * above any attention, newest first. Key ranges and windows must not overlap. A key under no vote scores 0, one outside the row's
+ * valid range minus infinity.
+ * Source: arXiv 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv 2306.14048 are special cases.
+ */
+enum kvp_vote_field {
+    KVP_VOTE_KEY_BEGIN,
+    KVP_VOTE_KEY_END,
+    KVP_VOTE_A_BEGIN,
+    KVP_VOTE_A_END,
+    KVP_VOTE_B_BEGIN,
+    KVP_VOTE_B_END,
+    KVP_VOTE_WEIGHT,
+    KVP_VOTE_AGE_END,
+    KVP_VOTE_WINDOW_BEGIN,
+    KVP_VOTE_WINDOW_END,
+    KVP_VOTE_FIELDS
+};
+enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
+
+/*
+ * Scorers (csrc/scorers.def lists names and parameters):
+ *   norm       minus the Euclidean norm of the key, in float32 (K-norm: a small key is an important one, arXiv 2406.11430).
+ *   position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest (StreamingLLM,
+ *              arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart.
+ *   attention  votes, see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
+ */
+typedef struct kvp_score_args {
+    int32_t scorer;
+    kvp_tensor keys;    /* (B,H,T,D) F32, F16 or BF16 */
+    kvp_tensor queries; /* (B,H*G,Q,D), dtype of keys; query i stands at position T - Q + i */
+    kvp_tensor votes;   /* (B,V,KVP_VOTE_FIELDS) I32 */
+    kvp_tensor valid;   /* (B,2) I32: first and one past the last valid position; not given = all T */
+    kvp_tensor lse;     /* (B,H*G,Q) F32: natural log of the softmax denominator of each query row; not given = computed.
+                           A row that is not finite casts no vote. */
+    kvp_tensor scores;  /* out (B,H,T) F32 */
+    double param[KVP_MAX_PARAMS];
+} kvp_score_args;
+
+/* ----------------------------------------------------------------- select */
+
+/*
+ * Segments partition a row: segment s is [segments[b,s], segments[b,s+1]). In each (b, h, s) keep the quota's best positions, in this
+ * total order: protected before unprotected; among unprotected, higher score first, NaN last; ties by the lower position. A position
+ * outside the valid range or outside all segments is never kept. A quota above the number of such positions keeps them all.
+ * Every backend must agree exactly.
+ */
+typedef struct kvp_select_args {
+    kvp_tensor scores;    /* (B,H,T) F32 */
+    kvp_tensor segments;  /* (B,S+1) I32, not descending, in [0,T] */
+    kvp_tensor quotas;    /* (B,H,S) I32, not negative, summing to at most K */
+    kvp_tensor protect;   /* (B,T) U8, nonzero = protected; not given = none */
+    kvp_tensor valid;     /* (B,2) I32; not given = all T */
+    kvp_tensor positions; /* out (B,H,K) I32, ascending, then -1 */
+    kvp_tensor counts;    /* out (B,H) I32: how many are kept */
+} kvp_select_args;
+
+/* ----------------------------------------------------------------- gather */
+
+/*
+ * Copy rows bit for bit: out[b,h,i,:] = in[b,h,positions[b,h,i],:]; where the position is -1 the row becomes zeros. Keys and values
+ * may have different D. On the CPU an output may be the start of its own input (same data and strides): positions ascend, so nothing is
+ * overwritten before it is read. Any other overlap is refused.
+ */
+typedef struct kvp_gather_args {
+    kvp_tensor keys;       /* (B,H,T,D) F32, F16 or BF16 */
+    kvp_tensor values;     /* (B,H,T,Dv), dtype of keys */
+    kvp_tensor positions;  /* (B,H,K) I32 in [-1,T), strictly ascending, any -1 last */
+    kvp_tensor out_keys;   /* out (B,H,K,D) */
+    kvp_tensor out_values; /* out (B,H,K,Dv) */
+} kvp_gather_args;
+
+typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2 } kvp_verb;
+
+kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
+kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
+
+/* Scratch of ONE worker for this call, in bytes, a multiple of 64. args: the verb's struct. Its tensors need a valid shape and dtype. */
+kvp_status kvp_workspace(kvp_verb verb, const void *args, size_t *bytes);
+
+/* ---------------------------------------------------------- introspection */
+
+int32_t kvp_scorer_count(void);
+const char *kvp_scorer_name(int32_t scorer);                 /* NULL when there is no such scorer */
+int32_t kvp_scorer_find(const char *name);                   /* -1 when there is no such name */
+int32_t kvp_scorer_needs(int32_t scorer);                    /* KVP_NEEDS_*, or -1 */
+const char *kvp_scorer_param(int32_t scorer, int32_t index); /* NULL past the last parameter */
+double kvp_scorer_param_default(int32_t scorer, int32_t index);
+int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype); /* 1 or 0 */
+const char *kvp_status_name(kvp_status status);
+
+/* Row primitives of the CPU: the name in use; set one by name (0, or -1 if this CPU lacks it); the names this build holds. */
+const char *kvp_cpu_isa(void);
+int32_t kvp_cpu_isa_set(const char *name);
+const char *kvp_cpu_isa_name(int32_t index); /* NULL past the last */
+
+/* --------------------------------------------------------------- backends */
+
+/* Arguments were checked against the contract above before any of these is called. */
+typedef struct kvp_backend {
+    int32_t abi; /* KVP_ABI_VERSION */
+    int32_t device;
+    kvp_status (*const *score)(const kvp_score_args *, kvp_context *); /* indexed by scorer; NULL = not supported */
+    kvp_status (*select)(const kvp_select_args *, kvp_context *);
+    kvp_status (*gather)(const kvp_gather_args *, kvp_context *);
+    size_t (*workspace)(kvp_verb verb, const void *args);
+} kvp_backend;
+
+/* The backend must outlive every later call. Registering a device twice replaces it. */
+kvp_status kvp_register_backend(const kvp_backend *backend);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

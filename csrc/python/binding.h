@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the files of the extension module kvpitfalls._core share. The only folder that knows Python; of the core it sees kvp.h alone.
+ */
+#ifndef KVPB_BINDING_H
+#define KVPB_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "../kvp.h"
+
+#include <stdbool.h>
+
+typedef struct kvpb_state {
+    PyObject *device_error, *cuda_error; /* classes of kvpitfalls.errors */
+    PyObject *exchange_api_name, *dlpack_name, *dlpack_device_name;
+} kvpb_state;
+
+/* One tensor argument: what it is called, what it may be, and where its view goes. */
+typedef struct kvpb_slot {
+    const char *name;
+    const char *dtypes; /* in words, for messages; the core decides */
+    size_t offset;      /* of its kvp_tensor in the verb's struct */
+    bool optional;      /* None leaves data == NULL */
+    bool output;        /* must be writable */
+} kvpb_slot;
+
+/*
+ * What the views of one call rest on. NumPy arrays and exchange-API views borrow from the caller's argument, which outlives the call;
+ * only __dlpack__ hands out something to give back: its capsule, whose destructor frees the view.
+ */
+enum { KVPB_MAX_CAPSULE = 8 };
+typedef struct kvpb_loans {
+    PyObject *capsule[KVPB_MAX_CAPSULE];
+    int32_t n_capsule;
+    void *stream; /* the producer's current CUDA stream; NULL on the CPU, and the default stream for __dlpack__ capsules */
+} kvpb_loans;
+
+/* view.c: 0, or -1 with an exception set. */
+int kvpb_import_numpy(void);
+int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans);
+void kvpb_return_loans(kvpb_loans *loans);
+
+/* error.c: each sets an exception. kvpb_raise, for a status that is not KVP_OK, returns NULL so that callers can return it. */
+PyObject *kvpb_raise(const kvpb_state *state, kvp_status status, const kvp_context *ctx);
+void kvpb_refuse_name(const char *what, const char *given, const char *(*nth)(int32_t)); /* nth: the known names, NULL past the last */
+
+/* verbs.c: METH_FASTCALL functions, and two readers of arguments that set an exception on failure (-1, NULL). */
+PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+int kvpb_check_count(const char *name, Py_ssize_t n_object, Py_ssize_t expected);
+const char *kvpb_read_text(PyObject *object, const char *name); /* lives as long as object */
+
+/* parallel.c */
+bool kvpb_has_openmp(void);
+int kvpb_watch_forks(void); /* 0, or -1 without an exception */
+void kvpb_parallel_for(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg);
+
+#endif

@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The three verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up are written once.
+ */
+#include "binding.h"
+
+#include <string.h>
+
+/* More threads than any machine has would make OpenMP end the process. */
+enum { MAX_WORKER = 1024, MAX_TENSOR = KVPB_MAX_CAPSULE - 1 };
+
+#define FLOATS "float32, float16 or bfloat16"
+
+typedef union verb_args {
+    kvp_score_args score;
+    kvp_select_args select;
+    kvp_gather_args gather;
+} verb_args;
+
+typedef struct verb_spec {
+    const char *name;
+    kvp_verb verb;
+    Py_ssize_t n_tensor;
+    kvpb_slot tensor[MAX_TENSOR];
+} verb_spec;
+
+static const verb_spec score_spec = {
+    "score",
+    KVP_SCORE,
+    6,
+    {{"keys", FLOATS, offsetof(kvp_score_args, keys), false, false},
+     {"queries", FLOATS, offsetof(kvp_score_args, queries), true, false},
+     {"votes", "int32", offsetof(kvp_score_args, votes), true, false},
+     {"valid", "int32", offsetof(kvp_score_args, valid), true, false},
+     {"lse", "float32", offsetof(kvp_score_args, lse), true, false},
+     {"scores", "float32", offsetof(kvp_score_args, scores), false, true}},
+};
+
+static const verb_spec select_spec = {
+    "select",
+    KVP_SELECT,
+    7,
+    {{"scores", "float32", offsetof(kvp_select_args, scores), false, false},
+     {"segments", "int32", offsetof(kvp_select_args, segments), false, false},
+     {"quotas", "int32", offsetof(kvp_select_args, quotas), false, false},
+     {"protect", "uint8 or bool", offsetof(kvp_select_args, protect), true, false},
+     {"valid", "int32", offsetof(kvp_select_args, valid), true, false},
+     {"positions", "int32", offsetof(kvp_select_args, positions), false, true},
+     {"counts", "int32", offsetof(kvp_select_args, counts), false, true}},
+};
+
+static const verb_spec gather_spec = {
+    "gather",
+    KVP_GATHER,
+    5,
+    {{"keys", FLOATS, offsetof(kvp_gather_args, keys), false, false},
+     {"values", FLOATS, offsetof(kvp_gather_args, values), false, false},
+     {"positions", "int32", offsetof(kvp_gather_args, positions), false, false},
+     {"out_keys", FLOATS, offsetof(kvp_gather_args, out_keys), false, true},
+     {"out_values", FLOATS, offsetof(kvp_gather_args, out_values), false, true}},
+};
+
+/* Whatever returns an int returns 0, or -1 with an exception set. */
+
+int kvpb_check_count(const char *name, Py_ssize_t n_arg, Py_ssize_t expected) {
+    if (n_arg == expected) return 0;
+    PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments; %zd were given", name, expected, n_arg);
+    return -1;
+}
+
+const char *kvpb_read_text(PyObject *object, const char *name) {
+    Py_ssize_t size;
+    if (!PyUnicode_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s is %R; expected a str", name, object);
+        return NULL;
+    }
+    const char *text = PyUnicode_AsUTF8AndSize(object, &size);
+    if (text && strlen(text) != (size_t)size) {
+        PyErr_Format(PyExc_ValueError, "%s is %R; expected no null character", name, object);
+        return NULL;
+    }
+    return text;
+}
+
+static int read_scorer(PyObject *object, int32_t *scorer) {
+    const char *name = kvpb_read_text(object, "scorer");
+    if (!name) return -1;
+    *scorer = kvp_scorer_find(name);
+    if (*scorer >= 0) return 0;
+    kvpb_refuse_name("scorer", name, kvp_scorer_name);
+    return -1;
+}
+
+static int read_params(PyObject *object, int32_t scorer, double *param) {
+    Py_ssize_t n_known = 0;
+    for (; kvp_scorer_param(scorer, (int32_t)n_known); n_known++) param[n_known] = kvp_scorer_param_default(scorer, (int32_t)n_known);
+    if (object == Py_None) return 0;
+    const Py_ssize_t n = PySequence_Size(object);
+    if (n < 0) return -1;
+    if (n > n_known) {
+        PyErr_Format(PyExc_ValueError, "params has %zd values; expected at most %zd for the scorer \"%s\"", n, n_known, kvp_scorer_name(scorer));
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(object, i);
+        if (!item) return -1;
+        param[i] = PyFloat_AsDouble(item);
+        Py_DECREF(item);
+        if (PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+static int read_n_worker(PyObject *object, int32_t *n_worker) {
+    const long n = PyLong_AsLong(object);
+    if (n == -1 && PyErr_Occurred()) return -1;
+    if (n < 0 || n > MAX_WORKER) {
+        PyErr_Format(PyExc_ValueError, "n_worker is %ld; expected 0 to %d", n, MAX_WORKER);
+        return -1;
+    }
+    *n_worker = (int32_t)n;
+    return 0;
+}
+
+static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject *const *objects, verb_args *args, kvpb_loans *loans) {
+    for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
+        kvp_tensor *tensor = (kvp_tensor *)((char *)args + spec->tensor[i].offset);
+        if (kvpb_view(state, &spec->tensor[i], objects[i], tensor, loans) < 0) return -1;
+    }
+    return 0;
+}
+
+/* The caller's buffer. The core checks size and alignment, but cannot know where a bare pointer points. */
+static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_tensor *first, kvp_context *ctx, kvpb_loans *loans) {
+    static const kvpb_slot slot = {"workspace", "uint8", 0, false, true};
+    kvp_tensor buffer;
+    if (kvpb_view(state, &slot, object, &buffer, loans) < 0) return -1;
+    if (buffer.dtype != KVP_U8) {
+        PyErr_SetString(PyExc_TypeError, "workspace does not hold bytes; expected dtype uint8");
+        return -1;
+    }
+    if (buffer.ndim != 1 || (buffer.shape[0] > 1 && buffer.stride[0] != 1)) {
+        PyErr_SetString(PyExc_ValueError, "workspace is not a row of bytes; expected a contiguous array of one dimension");
+        return -1;
+    }
+    if (buffer.device != first->device || buffer.device_index != first->device_index) {
+        PyErr_SetString(state->device_error, "workspace is on another device than the tensors; expected one device");
+        return -1;
+    }
+    ctx->workspace = buffer.data;
+    ctx->workspace_bytes = (size_t)buffer.shape[0];
+    return 0;
+}
+
+/*
+ * Host memory for a call without a workspace, to be freed with PyMem_Free. Where the core refuses the arguments, or the tensors are on
+ * another device, nothing is allocated: the verb itself then says what is wrong.
+ */
+static int make_workspace(const verb_spec *spec, const verb_args *args, const kvp_tensor *first, kvp_context *ctx, void **owned) {
+    size_t bytes;
+    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, &bytes) != KVP_OK || bytes == 0) return 0;
+    const size_t n_worker = ctx->n_worker > 1 ? (size_t)ctx->n_worker : 1;
+    *owned = bytes > (SIZE_MAX - 63) / n_worker ? NULL : PyMem_Malloc(bytes * n_worker + 63);
+    if (!*owned) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    ctx->workspace = (char *)*owned + (64 - (uintptr_t)*owned % 64) % 64;
+    ctx->workspace_bytes = bytes * n_worker;
+    return 0;
+}
+
+static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
+    switch (verb) {
+    case KVP_SCORE: return kvp_score(&args->score, ctx);
+    case KVP_SELECT: return kvp_select(&args->select, ctx);
+    case KVP_GATHER: return kvp_gather(&args->gather, ctx);
+    }
+    return KVP_ERR_INTERNAL;
+}
+
+/* Borrow, run without the GIL, give back: the last on every path. */
+static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects, PyObject *workspace,
+                           PyObject *n_worker) {
+    const kvpb_state *state = PyModule_GetState(module);
+    const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
+    kvpb_loans loans = {.n_capsule = 0};
+    kvp_context ctx = {.parallel_for = kvpb_parallel_for};
+    void *owned = NULL;
+    PyObject *result = NULL;
+    int failed = read_n_worker(n_worker, &ctx.n_worker) < 0 || read_tensors(state, spec, objects, args, &loans) < 0;
+    if (!failed && workspace == Py_None) failed = make_workspace(spec, args, first, &ctx, &owned) < 0;
+    if (!failed && workspace != Py_None) failed = lend_workspace(state, workspace, first, &ctx, &loans) < 0;
+    if (!failed) {
+        kvp_status status;
+        ctx.stream = loans.stream;
+        Py_BEGIN_ALLOW_THREADS
+        status = run(spec->verb, args, &ctx);
+        Py_END_ALLOW_THREADS
+        result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
+    }
+    PyMem_Free(owned);
+    kvpb_return_loans(&loans);
+    return result;
+}
+
+/* Bytes for one worker. kvp_workspace refuses without a sentence; the verb, refusing for the same reason, has one. */
+static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects) {
+    const kvpb_state *state = PyModule_GetState(module);
+    kvpb_loans loans = {.n_capsule = 0};
+    PyObject *result = NULL;
+    if (read_tensors(state, spec, objects, args, &loans) == 0) {
+        size_t bytes;
+        kvp_context ctx = {.n_worker = 1};
+        kvp_status status = kvp_workspace(spec->verb, args, &bytes);
+        if (status == KVP_OK) {
+            result = PyLong_FromSize_t(bytes);
+        } else {
+            run(spec->verb, args, &ctx);
+            kvpb_raise(state, status, &ctx);
+        }
+    }
+    kvpb_return_loans(&loans);
+    return result;
+}
+
+PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.score = {.scorer = -1}};
+    if (kvpb_check_count("score", n_object, 10) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
+        read_params(objects[7], args.score.scorer, args.score.param) < 0)
+        return NULL;
+    return call_verb(module, &score_spec, &args, objects + 1, objects[8], objects[9]);
+}
+
+PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.select = {.scores = {.data = NULL}}};
+    if (kvpb_check_count("select", n_object, 9) < 0) return NULL;
+    return call_verb(module, &select_spec, &args, objects, objects[7], objects[8]);
+}
+
+PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.gather = {.keys = {.data = NULL}}};
+    if (kvpb_check_count("gather", n_object, 6) < 0) return NULL;
+    return call_verb(module, &gather_spec, &args, objects, Py_None, objects[5]);
+}
+
+PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.score = {.scorer = -1}};
+    if (kvpb_check_count("score_workspace", n_object, 8) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
+        read_params(objects[7], args.score.scorer, args.score.param) < 0)
+        return NULL;
+    return size_workspace(module, &score_spec, &args, objects + 1);
+}
+
+PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.select = {.scores = {.data = NULL}}};
+    if (kvpb_check_count("select_workspace", n_object, 7) < 0) return NULL;
+    return size_workspace(module, &select_spec, &args, objects);
+}

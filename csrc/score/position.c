@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * StreamingLLM: keep the first n_sink tokens, which many heads use as attention sinks, and the newest ones (arXiv 2309.17453). Scores are
+ * whole numbers that float32 holds exactly: 2T - k for a sink, k for the others.
+ */
+#include "score.h"
+
+#include <math.h>
+
+kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx) {
+    const kvp_tensor *scores = &args->scores;
+    const int64_t n_token = scores->shape[2];
+    const double n_sink = args->param[0];
+    KVPI_TRY(kvpi_check_valid_values(&args->valid, n_token, ctx));
+    for (int64_t b = 0; b < scores->shape[0]; b++) {
+        int64_t begin, end;
+        kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
+        for (int64_t h = 0; h < scores->shape[1]; h++) {
+            for (int64_t t = 0; t < n_token; t++) {
+                const float score = (double)(t - begin) < n_sink ? (float)(2 * n_token - t) : (float)t;
+                *(float *)kvpi_at(scores, b, h, t) = t >= begin && t < end ? score : -INFINITY;
+            }
+        }
+    }
+    return KVP_OK;
+}

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the scorers offer the CPU backend.
+ */
+#ifndef KVP_SCORE_H
+#define KVP_SCORE_H
+
+#include "../core/internal.h"
+
+kvp_status kvpi_score_norm_cpu(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx);
+size_t kvpi_score_attention_workspace(const kvp_score_args *args);
+
+#endif

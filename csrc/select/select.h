@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What selection offers the CPU backend.
+ */
+#ifndef KVP_SELECT_H
+#define KVP_SELECT_H
+
+#include "../core/internal.h"
+
+kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx);
+size_t kvpi_select_workspace(const kvp_select_args *args);
+
+#endif

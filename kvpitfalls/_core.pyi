@@ -1,0 +1,57 @@
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+# A NumPy array, or any tensor with __dlpack__ (torch); its dtype and shape are checked by the core, csrc/kvp.h says how.
+Array = Any
+
+class BuildInfo(TypedDict):
+    compiler: str
+    openmp: bool
+    abi_version: int
+
+def score(
+    scorer: str,
+    keys: Array,
+    queries: Array | None,
+    votes: Array | None,
+    valid: Array | None,
+    lse: Array | None,
+    scores: Array,
+    params: Sequence[float] | None,
+    workspace: Array | None,
+    n_worker: int,
+    /,
+) -> None: ...
+def select(
+    scores: Array,
+    segments: Array,
+    quotas: Array,
+    protect: Array | None,
+    valid: Array | None,
+    positions: Array,
+    counts: Array,
+    workspace: Array | None,
+    n_worker: int,
+    /,
+) -> None: ...
+def gather(keys: Array, values: Array, positions: Array, out_keys: Array, out_values: Array, n_worker: int, /) -> None: ...
+def score_workspace(
+    scorer: str,
+    keys: Array,
+    queries: Array | None,
+    votes: Array | None,
+    valid: Array | None,
+    lse: Array | None,
+    scores: Array,
+    params: Sequence[float] | None,
+    /,
+) -> int: ...
+def select_workspace(
+    scores: Array, segments: Array, quotas: Array, protect: Array | None, valid: Array | None, positions: Array, counts: Array, /
+) -> int: ...
+def scorers() -> tuple[tuple[str, int, tuple[tuple[str, float], ...]], ...]: ...
+def supports(scorer: str, device: Literal["cpu", "cuda"] | str, dtype: str, /) -> bool: ...
+def isa() -> str: ...
+def isa_set(name: str, /) -> None: ...
+def isas() -> tuple[str, ...]: ...
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,1 @@
+"""What compression does to the instructions of a prompt, measured."""

@@ -1,0 +1,254 @@
+"""What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured attention."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..budget import check_budget, kept_tokens
+from ..fairness import Fair, Layout
+from ..hf.cache import KeptCache, KeptLayer
+from ..hf.intercept import AttentionCall, attach, detach
+from ..hf.wrap import prefill, protected_in
+from ..policies import Inputs, Policy, Vote, get_policy, policy_names
+from ..prompt import Prompt
+from ..selection import choose, rank
+
+COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What :func:`audit` found.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (False, True, lambda, "paper"), ``compression_ratio``,
+        ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and heads; ``kept_min``, ``kept_max``: over
+        layers, each the mean over its heads; ``mass_lost``: of the attention that the instruction received from all queries of the prompt,
+        the share that went to evicted entries, mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head;
+        ``n_tokens``: tokens of the instruction.
+    model : str
+        The audited model.
+    spans : dict of str to (int, int)
+        The instructions, in tokens.
+    tokens : list of str
+        The prompt's tokens.
+    layers : list of int
+        The layers that can be compressed.
+    """
+
+    rows: list[dict]
+    model: str
+    spans: dict[str, tuple[int, int]]
+    tokens: list[str]
+    layers: list[int]
+    _kept: dict = field(repr=False, default_factory=dict)
+
+    def kept_mask(self, policy, compression_ratio: float, fair=False) -> np.ndarray:
+        """Which tokens a setting keeps: bool (layers, H, T)."""
+        key = (get_policy(policy).label, Fair.parse(fair).label, float(compression_ratio))
+        if key not in self._kept:
+            raise ValueError(f"policy, fair and compression_ratio are {key}; expected a combination that was audited")
+        return np.stack([np.unpackbits(bits, axis=-1, count=len(self.tokens)).astype(bool) for bits in self._kept[key]])
+
+    def bias(self) -> list[dict]:
+        """Per policy, fairness and ratio: ``bias``, the largest kept share of an instruction minus the smallest (0 = all equal)."""
+        out: dict[tuple, list[float]] = {}
+        for row in self.rows:
+            out.setdefault((row["policy"], row["fair"], row["compression_ratio"]), []).append(row["kept"])
+        names = ("policy", "fair", "compression_ratio")
+        return [{**dict(zip(names, key, strict=True)), "bias": max(kept) - min(kept)} for key, kept in out.items()]
+
+    def first_loss(self, threshold: float = 0.5) -> list[dict]:
+        """Per policy, fairness and instruction: the first audited ratio at which its kept share is under ``threshold``, or None."""
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+            raise ValueError(f"threshold is {threshold!r}; expected a share in (0, 1]")
+        out: dict[tuple, float | None] = {}
+        for row in sorted(self.rows, key=lambda row: row["compression_ratio"]):
+            key = (row["policy"], row["fair"], row["span"])
+            out.setdefault(key, None)
+            if out[key] is None and row["kept"] < threshold:
+                out[key] = row["compression_ratio"]
+        order = list(dict.fromkeys((row["policy"], row["fair"], row["span"]) for row in self.rows))
+        return [{"policy": p, "fair": f, "span": s, "compression_ratio": out[p, f, s]} for p, f, s in order]
+
+    def to_dict(self) -> dict:
+        """Everything but the single tokens' fate, ready for JSON."""
+        return {
+            "kvpitfalls": __version__,
+            "model": self.model,
+            "n_tokens": len(self.tokens),
+            "layers": self.layers,
+            "spans": {name: list(edges) for name, edges in self.spans.items()},
+            "rows": self.rows,
+            "bias": self.bias(),
+        }
+
+    def to_json(self, path) -> None:
+        """Write :meth:`to_dict` to a file; an existing file is replaced whole or not at all."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _Observe:
+    """A cache's action: evict nothing, record what every setting would keep."""
+
+    needs_queries = True
+    evicts = False
+
+    def __init__(self, settings, ratios, layout_of, spans, progress):
+        self.settings, self.ratios, self.layout_of, self.spans, self.progress = settings, ratios, layout_of, spans, progress
+        self.kept: dict[tuple, list[np.ndarray]] = {}
+        self.lost: dict[tuple, list[np.ndarray]] = {}
+        self.layers: list[int] = []
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        self.layers.append(layer.index)
+        n_token = call.key.shape[2]
+        mass = _attention_mass(call)
+        for policy, fair in self.settings:
+            ranked = rank(policy, fair, self.layout_of(policy, n_token), call.key, call.query, call.scaling, call.softcap)
+            for ratio in self.ratios:
+                positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
+                kept = np.zeros((positions.shape[0], n_token), bool)
+                np.put_along_axis(kept, positions, True, axis=-1)
+                key = (policy.label, fair.label, ratio)
+                self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
+                lost = [(mass * ~kept)[:, b:e].sum(-1) / mass[:, b:e].sum(-1) for b, e in self.spans.values()]
+                self.lost.setdefault(key, []).append(np.stack(lost))
+        self.progress.update()
+
+
+def _attention_mass(call: AttentionCall) -> np.ndarray:
+    """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
+    n_token = call.key.shape[2]
+    scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]])
+    return inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0].double().cpu().numpy()
+
+
+@torch.no_grad()
+def audit(
+    model, prompt: Prompt, *, policies=None, compression_ratios: Sequence[float] | None = None, fair=(False, True), protect=None
+) -> Audit:
+    """Show which instructions of a prompt each policy would lose. Nothing is generated.
+
+    Parameters
+    ----------
+    model : transformers model
+        Wrapped or not; it is left as it was.
+    prompt : Prompt
+        With at least one instruction.
+    policies : list of Policy or str, optional
+        All registered ones by default.
+    compression_ratios : list of float, optional
+        Shares removed; 0.1 to 0.9 by default.
+    fair : list of bool, float, "paper" or Fair
+        Fairness settings; the biased policy and the fair one by default.
+    protect : str, int, or list of them, optional
+        As for :func:`kvpitfalls.wrap`.
+
+    Returns
+    -------
+    Audit
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedModelError
+
+    Notes
+    -----
+    Cost: one prefill, and per layer one scoring for each policy and fairness. ``wrap(...).compress(prompt)`` with the same settings keeps
+    exactly the tokens reported here.
+    """
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; expected a kvpitfalls.Prompt, which knows where its instructions are")
+    if not prompt.spans:
+        raise ValueError("the prompt has no instructions; expected Prompt.from_chat(..., instructions={name: text})")
+    if len(prompt) < 2:
+        raise ValueError(f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from")
+    ratios = list(dict.fromkeys(float(str(r)) for r in (COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)))
+    fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [fair])]
+    named = [get_policy(p) for p in (policy_names() if policies is None else policies)]
+    settings = list({(p.label, f.label): (p, f) for p in named for f in fairs}.values())
+    spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
+
+    def layout_of(policy: Policy, n_token: int) -> Layout:
+        n_sink = getattr(policy, "n_sink", 4)
+        protected = None if protect is None else protected_in(prompt, protect, n_sink)
+        return Layout.of(1, n_token, spans=spans, protect=protected, n_sink=n_sink)
+
+    _check_settings(settings, ratios, layout_of, len(prompt))
+    attach(model)
+    try:
+        with tqdm(desc="audit, layers", delay=1, disable=None) as progress:
+            observe = _Observe(settings, ratios, layout_of, spans, progress)
+            cache = KeptCache(model.config, observe)
+            progress.total = len(cache.kept_layers)
+            prefill(model, cache, prompt.input_ids, None)
+    finally:
+        detach(model)
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, observe.kept)
+
+
+def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
+    if not settings or not ratios:
+        raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
+    for ratio in ratios:
+        check_budget(ratio, None)
+        for policy, fair in settings:
+            layout = layout_of(policy, n_token)
+            layout.segments(fair)
+            if len(layout.protected[0]) > kept_tokens(n_token, ratio):
+                raise ValueError(
+                    f"at compression_ratio {ratio} the budget is {kept_tokens(n_token, ratio)} tokens, but {len(layout.protected[0])} are "
+                    "protected; expected smaller ratios or less protection"
+                )
+
+
+def _rows(observe: _Observe, spans, n_token: int) -> list[dict]:
+    rows = []
+    for (policy, label, ratio), packed in observe.kept.items():
+        kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in packed])
+        lost = np.stack(observe.lost[policy, label, ratio])
+        for i, (name, (begin, end)) in enumerate(spans.items()):
+            per_layer = kept[:, :, begin:end].mean((1, 2))
+            rows.append(
+                {
+                    "policy": policy,
+                    "fair": label,
+                    "compression_ratio": ratio,
+                    "span": name,
+                    "kept": float(per_layer.mean()),
+                    "kept_min": float(per_layer.min()),
+                    "kept_max": float(per_layer.max()),
+                    "mass_lost": float(lost[:, i].mean()),
+                    "n_kept": kept_tokens(n_token, ratio),
+                    "n_tokens": end - begin,
+                }
+            )
+    return rows

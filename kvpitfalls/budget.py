@@ -1,0 +1,163 @@
+"""From a compression ratio to a number of tokens, and from a number of tokens to one quota per segment.
+
+All rounding of this package happens here, in exact arithmetic.
+"""
+
+from collections.abc import Sequence
+from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
+
+import numpy as np
+
+
+def check_budget(compression_ratio: float | None, budget: int | None) -> None:
+    """Raise unless exactly one of the two is given and in its range.
+
+    Raises
+    ------
+    ValueError
+        If both or none is given, the ratio is outside [0, 1), or the budget is not a whole number of at least 1.
+    """
+    if (compression_ratio is None) == (budget is None):
+        given = "neither" if budget is None else f"compression_ratio={compression_ratio!r} and budget={budget!r}"
+        raise ValueError(f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {given} was given")
+    if budget is not None:
+        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
+            raise ValueError(f"budget is {budget!r}; expected a whole number of tokens, at least 1")
+    elif (
+        isinstance(compression_ratio, bool)
+        or not isinstance(compression_ratio, (int, float, np.floating))
+        or not 0 <= compression_ratio < 1
+    ):
+        raise ValueError(f"compression_ratio is {compression_ratio!r}; expected the share removed, a number in [0, 1)")
+
+
+def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
+    """How many of ``n_token`` tokens are kept.
+
+    ``floor(n_token * (1 - compression_ratio))`` in decimal arithmetic on the ratio as written (0.9 of 1000 keeps 100, where binary floats
+    keep 99), at least 1; or ``budget``, at most ``n_token``.
+
+    Examples
+    --------
+    >>> kept_tokens(1000, compression_ratio=0.9), kept_tokens(5, compression_ratio=0.99), kept_tokens(10, budget=64)
+    (100, 1, 10)
+    """
+    check_budget(compression_ratio, budget)
+    if budget is not None:
+        return min(int(budget), n_token)
+    exact = n_token * (1 - Decimal(str(compression_ratio)))
+    return max(1, int(exact.to_integral_value(rounding=ROUND_FLOOR)))
+
+
+def apportion(total: int, lengths: Sequence[int], weights: Sequence[float] | None = None, floors: Sequence[int] | None = None) -> list[int]:
+    """Split ``total`` tokens over segments in proportion to weight times length, by largest remainder.
+
+    Parameters
+    ----------
+    total : int
+        Tokens to split; ``sum(floors) <= total <= sum(lengths)``.
+    lengths : sequence of int
+        Tokens each segment has; no segment gets more.
+    weights : sequence of float, optional
+        Relative share kept per token, 1 each by default.
+    floors : sequence of int, optional
+        Tokens each segment gets at least (protected ones), 0 each by default.
+
+    Returns
+    -------
+    list of int
+        Quotas with ``sum == total`` and ``floors <= quota <= lengths``, each within one token of its exact share. Equal remainders go
+        to the later segment.
+
+    Raises
+    ------
+    ValueError
+        If no such quotas exist.
+
+    Notes
+    -----
+    The exact shares are ``clip(c * weight * length, floor, length)`` with the one ``c`` that makes them sum to ``total``.
+
+    Examples
+    --------
+    >>> apportion(10, [20, 30]), apportion(10, [20, 30], floors=[7, 0]), apportion(5, [5, 5])
+    ([4, 6], [7, 3], [2, 3])
+    """
+    floors = list(floors) if floors is not None else [0] * len(lengths)
+    if not sum(floors) <= total <= sum(lengths) or any(low > high for low, high in zip(floors, lengths, strict=True)):
+        raise ValueError(f"cannot split {total} tokens over segments of {list(lengths)} that must keep at least {floors}")
+    rates = [Fraction(w) * n for w, n in zip(weights or [1] * len(lengths), lengths, strict=True)]
+    reachable = sum(n if rate > 0 else low for n, low, rate in zip(lengths, floors, rates, strict=True))
+    if reachable < total:  # every weighted segment is full: the rest goes to those of weight 0
+        floors = [n if rate > 0 else low for n, low, rate in zip(lengths, floors, rates, strict=True)]
+        rates = [Fraction(n) for n in lengths]
+    return _largest_remainder(_clipped_shares(total, rates, floors, lengths), total)
+
+
+def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], lengths: Sequence[int]) -> list[Fraction]:
+    def shares(c: Fraction) -> list[Fraction]:
+        return [min(max(c * rate, Fraction(low)), Fraction(high)) for rate, low, high in zip(rates, floors, lengths, strict=True)]
+
+    # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
+    corners = sorted({Fraction(edge) / rate for rate, *edges in zip(rates, floors, lengths, strict=True) if rate > 0 for edge in edges})
+    below, above = Fraction(0), corners[-1] if corners else Fraction(0)
+    for corner in corners:
+        if sum(shares(corner)) >= total:
+            above = corner
+            break
+        below = corner
+    at_below, at_above = sum(shares(below)), sum(shares(above))
+    if at_above == at_below:
+        return shares(above)
+    return shares(below + (above - below) * (total - at_below) / (at_above - at_below))
+
+
+def _largest_remainder(shares: list[Fraction], total: int) -> list[int]:
+    quotas = [int(x) for x in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda j: (shares[j] - quotas[j], j), reverse=True)
+    for j in by_remainder[: total - sum(quotas)]:
+        quotas[j] += 1
+    return quotas
+
+
+def floor_and_rest(total: int, lengths: Sequence[int], floors: Sequence[int]) -> list[int]:
+    """The authors' split: ``total * length // sum(lengths)`` each, what is left over to the last segment; never below ``floors``.
+
+    Source: the paper's code (paper: arXiv 2510.00231, Algorithm 1 rounds instead).
+
+    Examples
+    --------
+    >>> floor_and_rest(67, [89, 46], [0, 0])
+    [44, 23]
+    """
+    quotas = [total * n // sum(lengths) for n in lengths[:-1]]
+    quotas = [
+        max(low, min(q, total - sum(floors[j + 1 :]) - sum(quotas[:j]))) for j, (q, low) in enumerate(zip(quotas, floors, strict=False))
+    ]
+    return [*quotas, total - sum(quotas)]
+
+
+def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray:
+    """Quotas between two splits of the same total: ``(1 - strength) * counts + strength * quotas``, by largest remainder.
+
+    Parameters
+    ----------
+    counts, quotas : ndarray of int, shape (..., S)
+        Tokens per segment; both sum to the same totals.
+    strength : float
+        lambda in [0, 1]: 0 gives ``counts``, 1 gives ``quotas``.
+
+    Returns
+    -------
+    ndarray of int32, shape (..., S)
+        Sums are kept exactly; equal remainders go to the later segment.
+    """
+    share = Fraction(str(strength))
+    scaled = (share.denominator - share.numerator) * counts.astype(np.int64) + share.numerator * quotas.astype(np.int64)
+    whole, rest = scaled // share.denominator, scaled % share.denominator
+    left = rest.sum(-1, keepdims=True) // share.denominator
+    order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # by falling remainder; reversed, so that the later comes first
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(rest.shape[-1]), rest.shape), axis=-1)
+    return (whole + (rank[..., ::-1] < left)).astype(np.int32)

@@ -1,0 +1,226 @@
+"""Where instructions stand in a batch, and how the budget is shared between them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Fair:
+    """How the budget is shared between instructions.
+
+    Parameters
+    ----------
+    strength : float
+        lambda in [0, 1]: 0 is the policy as published (biased), 1 gives every segment its fair quota. Between them each head's quotas are
+        ``(1 - lambda) * what the biased policy keeps of the segment + lambda * the fair quota``, rounded by largest remainder; inside a
+        segment the scores are the fair ones.
+    weights : mapping of str to float, optional
+        Relative share kept per token of an instruction, 1 each by default.
+    min_tokens : int
+        Every instruction keeps at least so many tokens (or all it has).
+    template : {"absorb", "separate"}
+        Tokens outside all instructions: belong to the neighbour (those before the first instruction to it, a gap and the end to the
+        instruction before), or are segments of their own.
+    rule : {"proportional", "paper"}
+        "proportional": quotas by largest remainder, votes inside each segment. "paper": the authors' code to the letter, which is for
+        exactly two touching instructions: rounded-down quota for the earlier one and the rest for the later, their H2O spans, their
+        StreamingLLM ramps.
+
+    Notes
+    -----
+    Source: arXiv 2510.00231, section 5.2 and appendix E (Algorithm 1).
+    """
+
+    strength: float = 1.0
+    weights: Mapping[str, float] | None = None
+    min_tokens: int = 0
+    template: str = "absorb"
+    rule: str = "proportional"
+
+    def __post_init__(self):
+        _check_number("strength", self.strength, 0, 1)
+        for name, weight in (self.weights or {}).items():
+            _check_number(f"weights[{name!r}]", weight, 0, 1e9)
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise ValueError(f"min_tokens is {self.min_tokens!r}; expected a whole number, at least 0")
+        if self.template not in ("absorb", "separate"):
+            raise ValueError(f"template is {self.template!r}; expected 'absorb' or 'separate'")
+        if self.rule not in ("proportional", "paper"):
+            raise ValueError(f"rule is {self.rule!r}; expected 'proportional' or 'paper'")
+        if self.rule == "paper" and (self.weights or self.min_tokens or self.template != "absorb"):
+            raise ValueError("rule='paper' takes no weights, min_tokens or template; the authors' code has none")
+
+    @classmethod
+    def parse(cls, fair: "Fair | bool | float | str") -> "Fair":
+        """A Fair from what ``fair=`` accepts: False, True, lambda in [0, 1], "paper", or a Fair."""
+        if isinstance(fair, Fair):
+            return fair
+        if isinstance(fair, (bool, int, float, np.floating)):
+            return cls(strength=float(str(fair)) if not isinstance(fair, bool) else float(fair))
+        if fair == "paper":
+            return cls(rule="paper")
+        raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper' or a kvpitfalls.Fair")
+
+    @property
+    def label(self) -> bool | float | str:
+        """How tables name it: False, True, lambda, "paper", or the repr of anything more special."""
+        if self == Fair(rule="paper"):
+            return "paper"
+        if self == Fair(strength=self.strength):
+            return {0.0: False, 1.0: True}.get(self.strength, self.strength)
+        return repr(self)
+
+
+def _check_number(name: str, value, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in each row of a batch: the same for all layers, policies and budgets.
+
+    Attributes
+    ----------
+    n_token : int
+        T, padding included.
+    valid : list of (int, int)
+        Per row, the range of real tokens.
+    spans : list of dict of str to (int, int)
+        Per row, the instructions in order of position.
+    protected : list of list of int
+        Per row, the positions that are kept whatever their score.
+    """
+
+    n_token: int
+    valid: Sequence[tuple[int, int]]
+    spans: Sequence[Mapping[str, tuple[int, int]]]
+    protected: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, n_row: int, n_token: int, *, valid=None, spans=None, protect=None, n_sink: int = 4) -> "Layout":
+        """Check and complete what a caller gives; see :func:`keep`."""
+        ranges = [(0, n_token)] * n_row if valid is None else [(int(begin), int(end)) for begin, end in valid]
+        if len(ranges) != n_row:
+            raise ValueError(f"valid has {len(ranges)} rows; expected {n_row}, as keys has")
+        for begin, end in ranges:
+            if not 0 <= begin < end <= n_token:
+                raise ValueError(f"valid holds [{begin}, {end}); expected a range that is not empty inside [0, {n_token})")
+        named = [_named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)]
+        return cls(n_token, ranges, named, [protected_positions(protect, b, *ranges[b], named[b], n_sink) for b in range(n_row)])
+
+    def segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
+        """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
+        if fair.rule == "paper":
+            for spans in self.spans:
+                _check_paper(spans)
+        if fair.strength == 0:
+            return [[row] for row in self.valid]
+        return [[edges for _, edges in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
+
+    def weights(self, fair: Fair) -> list[list[float]]:
+        """Per row, the weight of each segment."""
+        given = fair.weights or {}
+        for spans in self.spans:
+            if unknown := sorted(set(given) - set(spans)):
+                raise ValueError(f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}")
+        return [
+            [given.get(name, 1.0) for name, _ in _cut(spans, *valid, fair.template)]
+            for spans, valid in zip(self.spans, self.valid, strict=True)
+        ]
+
+    def mask(self) -> np.ndarray | None:
+        """The protected positions as bool (B,T); None if there are none."""
+        if not any(self.protected):
+            return None
+        mask = np.zeros((len(self.valid), self.n_token), bool)
+        for row, positions in zip(mask, self.protected, strict=True):
+            row[list(positions)] = True
+        return mask
+
+
+def _per_row(spans, n_row: int) -> list:
+    if spans is None or isinstance(spans, Mapping):
+        return [spans] * n_row
+    spans = list(spans)
+    if all(s is None or isinstance(s, Mapping) for s in spans) and spans:
+        if len(spans) != n_row:
+            raise ValueError(f"spans has {len(spans)} rows; expected {n_row}, as keys has")
+        return spans
+    return [spans] * n_row
+
+
+def _named_spans(spans, low: int, high: int) -> dict[str, tuple[int, int]]:
+    """Spans as names -> pairs, checked, in order of position."""
+    items = [] if spans is None else list(spans.items()) if isinstance(spans, Mapping) else [(f"span {i}", s) for i, s in enumerate(spans)]
+    out = {name: (int(edges[0]), int(edges[1])) for name, edges in ((n, _edges(n, s)) for n, s in items)}
+    out = dict(sorted(out.items(), key=lambda item: item[1]))
+    last_name, last_end = None, low
+    for name, (begin, end) in out.items():
+        if not low <= begin <= end <= high:
+            raise ValueError(f"span {name!r} is [{begin}, {end}); expected a range inside [{low}, {high})")
+        if begin < last_end:
+            raise ValueError(f"span {name!r} starts at {begin}, inside span {last_name!r}, which ends at {last_end}")
+        last_name, last_end = name, end
+    return out
+
+
+def _edges(name, span):
+    if hasattr(span, "start") and hasattr(span, "end"):
+        return span.start, span.end
+    if isinstance(span, Sequence) and len(span) == 2 and all(isinstance(x, (int, np.integer)) for x in span):
+        return span
+    raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
+
+
+def _cut(spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str) -> list[tuple[str | None, tuple[int, int]]]:
+    """The row [low, high) cut into (name, segment); the name of a template segment is None."""
+    if not spans:
+        raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
+    names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]
+    if template == "absorb":
+        return [(name, (b, e)) for name, b, e in zip(names, [low, *starts[1:]], [*starts[1:], high], strict=True)]
+    pieces = []
+    for name, begin, end in zip([*names, None], [*starts, high], [*ends, high], strict=True):
+        if low < begin:
+            pieces.append((None, (low, begin)))
+        if name is not None:
+            pieces.append((name, (begin, end)))
+        low = end
+    return pieces
+
+
+def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
+    edges = list(spans.values())
+    if len(edges) != 2 or edges[0][1] != edges[1][0]:
+        shown = ", ".join(f"{name} [{b}, {e})" for name, (b, e) in spans.items()) or "none"
+        raise ValueError(f"fair='paper' expects exactly two instructions that touch; given: {shown}. fair=True takes any number, with gaps")
+
+
+def protected_positions(protect, b: int, low: int, high: int, spans: Mapping[str, tuple[int, int]], n_sink: int) -> list[int]:
+    """Protected positions of row b: "sinks", span names, positions, or a bool mask (T,) or (B,T)."""
+    if protect is None:
+        return []
+    if hasattr(protect, "dtype") and "bool" in str(protect.dtype):
+        mask = np.asarray(protect)
+        return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
+    positions: set[int] = set()
+    for item in [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else protect:
+        if isinstance(item, str):
+            if item in spans:
+                positions.update(range(*spans[item]))
+            elif item == "sinks":
+                positions.update(range(low, min(low + n_sink, high)))
+            else:
+                raise ValueError(
+                    f"protect names {item!r}; expected 'sinks', a position, or one of the spans: {', '.join(spans) or 'none given'}"
+                )
+        elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
+            if not low <= item < high:
+                raise ValueError(f"protect holds position {item}; expected one inside [{low}, {high})")
+            positions.add(int(item))
+        else:
+            raise ValueError(f"protect holds {item!r}; expected 'sinks', span names or positions")
+    return sorted(positions)

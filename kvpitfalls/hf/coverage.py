@@ -1,0 +1,100 @@
+"""Which models and caches can be compressed exactly; all others are refused by name and reason, before anything runs."""
+
+import inspect
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..errors import UnsupportedModelError
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+def decoder_of(model) -> torch.nn.Module:
+    """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, torch.nn.Module) and decoder is not model else getattr(model, "base_model", model)
+
+
+def attention_modules(model) -> dict[int, torch.nn.Module]:
+    """Layer index -> attention module that calls transformers' attention interface."""
+    found = {}
+    for module in decoder_of(model).modules():
+        index = getattr(module, "layer_idx", None)
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if isinstance(index, int) and code is not None and _REGISTRY in code.co_names and not getattr(module, "is_cross_attention", False):
+            found[index] = module
+    return found
+
+
+def check_model(model) -> None:
+    """Raise unless every layer that would be compressed can be intercepted.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a transformers model.
+    UnsupportedModelError
+        Naming the model and the reason.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError("the model is compiled by torch.compile; expected the plain one: a compressed cache changes shape")
+    config = getattr(model, "config", None)
+    if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
+    name = f"{type(model).__name__} (model type {config.model_type!r})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder-only model")
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
+    attention = attention_modules(model)
+    if not attention:
+        raise UnsupportedModelError(
+            f"{name} computes attention in code of its own, not through transformers' attention interface, so its cache would stay as it is"
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
+        raise UnsupportedModelError(
+            f"{name} has reorder_and_upcast_attn=True, which bypasses the attention interface; expected False, or sdpa"
+        )
+    layers = DynamicCache(config=model.config).layers
+    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not plain:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: {kinds}")
+    if missing := [i for i in plain if i not in attention]:
+        raise UnsupportedModelError(f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface")
+
+
+def check_cache(cache) -> None:
+    """Raise unless ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into a compressed one."""
+    if type(cache) is not DynamicCache:
+        kind = type(cache).__name__
+        if not isinstance(cache, Cache):
+            raise TypeError(f"past_key_values is a {kind}; expected a cache made by handle.compress or handle.new_cache")
+        raise UnsupportedModelError(
+            f"past_key_values is a {kind}; static, quantized and other special caches cannot be compressed. Expected a cache made by "
+            "handle.compress or handle.new_cache, or none (leave out cache_implementation)"
+        )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedModelError("past_key_values is an offloaded DynamicCache; expected one that stays on its device")
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
+            "or one made by handle.compress"
+        )
+
+
+def check_call(module, implementation: str, extra: dict, needs_queries: bool) -> None:
+    """Raise if this attention call does more to its logits than a policy can follow."""
+    name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    if implementation.startswith("paged"):
+        raise UnsupportedModelError(f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate")
+    for key in ("indices", "block_indices", "position_bias"):
+        if extra.get(key) is not None:
+            raise UnsupportedModelError(f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves")
+    if needs_queries and extra.get("s_aux") is not None:
+        raise UnsupportedModelError(
+            f"{name} has attention sinks (s_aux); expected a policy that needs no attention: streaming_llm or knorm"
+        )

@@ -1,0 +1,295 @@
+"""Standing between a model and its attention functions.
+
+Every attention class looks its function up under one of two module-level names, so those are replaced by stand-ins in the modeling file's
+globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of models that are not wrapped, or that
+carry no cache of ours, go straight through.
+
+One forward of a wrapped decoder: :func:`_enter` arms this thread and sees to the cache; each :meth:`KeptLayer.update` leaves a ticket;
+the attention call that receives the ticket's keys gets its mask translated and, after a prefill, hands the layer to the cache's action;
+:func:`_leave` raises if a ticket was never collected.
+"""
+
+import collections
+import functools
+import inspect
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import NotInterceptedError, UnsupportedModelError
+from .cache import KeptCache, KeptLayer
+from .coverage import attention_modules, check_cache, check_call, check_model, decoder_of
+from .masks import physical_mask, valid_ranges
+
+_local = threading.local()
+_lock = threading.Lock()
+_attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
+_stand_ins: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
+_abandoned: "collections.deque[list[dict]]" = collections.deque()  # globals of models that were freed while they were wrapped
+
+
+@dataclass
+class _Ticket:
+    layer: KeptLayer
+    keys: weakref.ref
+    values: weakref.ref
+    n_new: int
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a cache's action sees of one layer's prefill: q and k after rotary embedding, as attention used them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float | None
+    softcap: float
+    valid: list[tuple[int, int]]
+
+
+@dataclass
+class Forward:
+    """One forward of a wrapped decoder, on one thread."""
+
+    cache: KeptCache
+    prefill: bool
+    valid: list[tuple[int, int]] | None
+    tickets: dict[int, _Ticket] = field(default_factory=dict)
+
+    def expect(self, layer: KeptLayer, n_new: int) -> None:
+        """A layer was updated: its attention call must follow."""
+        self.tickets[layer.index] = _Ticket(layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new)
+
+    def collect(self, key: torch.Tensor, module) -> _Ticket | None:
+        """The ticket whose keys these are."""
+        ticket = self.tickets.get(getattr(module, "layer_idx", None))
+        if ticket is not None and ticket.keys() is key:
+            return ticket
+        for other in self.tickets.values():  # layers that share another layer's keys
+            if other.keys() is key:
+                return other
+        if ticket is not None and not ticket.done:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} (layer {ticket.layer.index}) changes its keys after the cache returned them, so cached rows are "
+                "not what attention scores; such models cannot be compressed head by head"
+            )
+        return None
+
+
+def current_forward() -> Forward | None:
+    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
+    return getattr(_local, "forward", None)
+
+
+def _attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
+    forward = current_forward()
+    ticket = forward.collect(key, module) if forward is not None else None
+    if ticket is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    if ticket.values() is not value:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} (layer {ticket.layer.index}) changes its values after the cache returned them"
+        )
+    if ticket.layer.pos is not None:
+        attention_mask = physical_mask(ticket.layer, attention_mask, query, implementation)
+    out = base(module, query, key, value, attention_mask, **kwargs)
+    if not ticket.done:
+        ticket.done = True
+        action = forward.cache.action
+        if forward.prefill and action is not None:
+            check_call(module, implementation, kwargs, action.needs_queries)
+            softcap = 0.0 if implementation == "sdpa" else kwargs.get("softcap") or 0.0  # sdpa ignores it, so scores must, too
+            valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
+            action(ticket.layer, AttentionCall(query, key, value, kwargs.get("scaling"), softcap, valid))
+    return out
+
+
+class _StandIn:
+    """In place of a modeling file's ALL_ATTENTION_FUNCTIONS: the same lookups, with our function around what they find."""
+
+    def __init__(self, real):
+        self._real = real
+
+    def get_interface(self, implementation, default):
+        return _around(self._real.get_interface(implementation, default), implementation)
+
+    def __getitem__(self, implementation):
+        return _around(self._real[implementation], implementation)
+
+    def __contains__(self, implementation):
+        return implementation in self._real
+
+    def __iter__(self):
+        return iter(self._real)
+
+    def __len__(self):
+        return len(self._real)
+
+    def __setitem__(self, implementation, function):
+        self._real[implementation] = function
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+def _around(base, implementation):
+    return functools.partial(_attention, base, implementation or "eager") if current_forward() is not None else base
+
+
+def _stand_in_globals(module) -> dict:
+    return inspect.unwrap(type(module).forward).__globals__
+
+
+def _put_stand_ins(namespace: dict) -> None:
+    entry = _stand_ins.setdefault(id(namespace), [namespace, 0, {}])
+    entry[1] += 1
+    if entry[1] > 1:
+        return
+    real = namespace["ALL_ATTENTION_FUNCTIONS"]
+    entry[2]["ALL_ATTENTION_FUNCTIONS"] = real
+    namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real)
+    if not hasattr(real, "get_interface"):  # before transformers 5.0 eager is a plain global, not looked up in the registry
+        eager = namespace["eager_attention_forward"]
+        entry[2]["eager_attention_forward"] = eager
+        namespace["eager_attention_forward"] = lambda *args, **kwargs: _around(eager, "eager")(*args, **kwargs)
+
+
+def _take_stand_ins(namespace: dict) -> None:
+    entry = _stand_ins[id(namespace)]
+    entry[1] -= 1
+    if entry[1] == 0:
+        namespace.update(entry[2])
+        del _stand_ins[id(namespace)]
+
+
+def _abandon(namespaces: list[dict]) -> None:
+    """A wrapped model was freed. This may run inside any other code, so it only takes the lock if that is free."""
+    _abandoned.append(namespaces)
+    if _lock.acquire(blocking=False):
+        try:
+            _clear_abandoned()
+        finally:
+            _lock.release()
+
+
+def _clear_abandoned() -> None:
+    while _abandoned:
+        for namespace in _abandoned.popleft():
+            _take_stand_ins(namespace)
+
+
+class _Attachment:
+    """A decoder's hooks and stand-ins, shared by everyone who needs them. It must not refer to the model, or that would never be freed."""
+
+    def __init__(self, model):
+        check_model(model)
+        self.count = 0
+        self.new_cache: Any = None  # the handle's, while there is one
+        namespaces = list({id(g): g for g in map(_stand_in_globals, attention_modules(model).values())}.values())
+        decoder = decoder_of(model)
+        self.hooks = [
+            decoder.register_forward_pre_hook(_enter, with_kwargs=True),
+            decoder.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+        ]
+        for namespace in namespaces:
+            _put_stand_ins(namespace)
+        self.namespaces = namespaces
+        self.finalizer = weakref.finalize(decoder, _abandon, namespaces)
+        self.finalizer.atexit = False
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if self.finalizer.detach() is not None:
+            for namespace in self.namespaces:
+                _take_stand_ins(namespace)
+
+
+def attach(model) -> _Attachment:
+    """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
+    with _lock:
+        _clear_abandoned()
+        decoder = decoder_of(model)
+        attachment = _attached.get(decoder)
+        if attachment is None:
+            attachment = _attached[decoder] = _Attachment(model)
+        attachment.count += 1
+        return attachment
+
+
+def detach(model) -> None:
+    """Undo one :func:`attach`; the last one restores everything."""
+    with _lock:
+        _clear_abandoned()
+        decoder = decoder_of(model)
+        attachment = _attached[decoder]
+        attachment.count -= 1
+        if attachment.count == 0:
+            del _attached[decoder]
+            attachment.close()
+
+
+# Module-level functions that look the attachment up: a deepcopy or pickle of a wrapped model then carries hooks that do nothing.
+def _enter(decoder, args, kwargs):
+    _local.forward = None
+    attachment = _attached.get(decoder)
+    if attachment is None:
+        return None
+    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    bound.update(bound.pop("kwargs", {}))
+    cache = bound.get("past_key_values")
+    if not isinstance(cache, KeptCache):
+        if attachment.new_cache is None:
+            return None
+        if cache is None:
+            wanted = bound.get("use_cache")
+            if not (getattr(decoder.config, "use_cache", True) if wanted is None else wanted):
+                return None
+            cache = kwargs["past_key_values"] = attachment.new_cache()
+        else:
+            check_cache(cache)
+            cache.__class__ = KeptCache
+            attachment.new_cache(cache)
+    if decoder.training and torch.is_grad_enabled():
+        raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
+    _local.forward = _begin(cache, bound)
+    return args, kwargs
+
+
+def _begin(cache: KeptCache, bound: dict) -> Forward:
+    """The forward's record; on a prefill, what is padding."""
+    inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
+    n_row, n_new = inputs.shape[:2]
+    prefill = not any(layer.seen for layer in cache.kept_layers)
+    if not prefill:
+        return Forward(cache, False, None)
+    if n_new < 2 and getattr(cache.action, "evicts", False):
+        raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
+    mask = bound.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        raise UnsupportedModelError(
+            "attention_mask is not a padding mask (B, T); expected one, since policies recompute plain causal attention"
+        )
+    cache.valid = valid_ranges(mask, n_row, n_new)
+    if (spans_of := getattr(cache.action, "spans_of", None)) is not None:
+        cache.spans = spans_of(n_row, n_new, cache.valid)
+    return Forward(cache, True, cache.valid)
+
+
+def _leave(decoder, args, kwargs, output):
+    forward = current_forward()
+    _local.forward = None
+    if forward is None or output is None:  # None: the forward raised, and its own error is on its way
+        return
+    waiting = [ticket.layer.index for ticket in forward.tickets.values() if not ticket.done]
+    untouched = [layer.index for layer in forward.cache.kept_layers if forward.prefill and layer.index not in forward.tickets]
+    if waiting or untouched:
+        raise NotInterceptedError(
+            f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
+            "transformers' attention interface"
+        )

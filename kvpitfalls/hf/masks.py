@@ -1,0 +1,77 @@
+"""Attention masks over a cache whose slots are not in order: the model's mask is logical, and is read through the slots' positions."""
+
+import torch
+
+from ..errors import UnsupportedModelError
+
+
+def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tuple[int, int]]:
+    """Per row, the range of real tokens of a prompt, from its padding mask.
+
+    Parameters
+    ----------
+    mask : tensor (B, T), or None
+        Nonzero where a token is real, as tokenizers give it.
+
+    Raises
+    ------
+    ValueError
+        If a row's real tokens are not one block at the end (left padding).
+    """
+    if mask is None:
+        return [(0, n_token)] * n_row
+    if mask.ndim != 2 or tuple(mask.shape) != (n_row, n_token):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected ({n_row}, {n_token}), one entry per token of the prompt")
+    real = mask.bool().cpu()
+    starts = n_token - real.sum(-1)
+    for b, start in enumerate(starts.tolist()):
+        if start == n_token:
+            raise ValueError(f"row {b} of attention_mask hides every token; expected at least one real token")
+        if not bool(real[b, start:].all()):
+            raise ValueError(f"row {b} of attention_mask has padding after a real token; expected padding on the left only")
+    return [(start, n_token) for start in starts.tolist()]
+
+
+def physical_mask(layer, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
+    """The mask (B, Hq, q, S) over the slots of an evicted layer, in the kind the attention function takes; None where all is visible.
+
+    Parameters
+    ----------
+    layer : KeptLayer
+        After its update, with ``pos`` set.
+    mask : tensor (B or 1, 1 or Hq, q, L), or None
+        The model's mask over logical positions: bool (True = visible) or additive.
+    query : tensor (B, Hq, q, D)
+    implementation : str
+        "eager" adds its mask, others take bool.
+    """
+    n_row, n_query_head, n_new = query.shape[:3]
+    if implementation.startswith("flash") or implementation.startswith("flex"):
+        if mask is None and layer.live is None and implementation.startswith("flash"):
+            return None  # causal, aligned to the newest token: right for any number of older slots
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} with padding is not supported on a compressed cache; "
+            "expected model.set_attn_implementation('sdpa') or 'eager'"
+        )
+    if mask is None:
+        if n_new == 1:
+            return None if layer.live is None else _kind(_per_query_head(layer.live, query)[:, :, None], query, implementation)
+        newest = torch.arange(layer.seen - n_new, layer.seen, device=query.device)
+        visible = _per_query_head(layer.pos, query)[:, :, None] <= newest[:, None]
+        return _kind(visible if layer.live is None else visible & _per_query_head(layer.live, query)[:, :, None], query, implementation)
+    slots = _per_query_head(layer.pos, query)[:, :, None].expand(-1, -1, n_new, -1)
+    physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, slots)
+    if layer.live is None:
+        return physical
+    live = _per_query_head(layer.live, query)[:, :, None]
+    return physical & live if physical.dtype == torch.bool else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
+
+
+def _per_query_head(per_key_head: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return per_key_head.repeat_interleave(query.shape[1] // per_key_head.shape[1], 1)
+
+
+def _kind(visible: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
+    if implementation != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, torch.finfo(query.dtype).min)

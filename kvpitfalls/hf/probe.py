@@ -1,0 +1,51 @@
+"""A check on a live model: the order of cached rows must not matter, or eviction would change more than what it removes."""
+
+import torch
+
+from ..errors import UnsupportedModelError
+from .cache import KeptCache, KeptLayer
+from .coverage import decoder_of
+from .intercept import AttentionCall, attach, detach
+
+
+class Shuffle:
+    """A cache's action: keep every row, but each head's in an order of its own."""
+
+    needs_queries = False
+    evicts = True
+
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Shuffle ``layer``."""
+        n_row, n_head, n_token = call.key.shape[:3]
+        order = torch.rand(n_row, n_head, n_token, generator=self.generator).argsort(-1).to(call.key.device)
+        rows = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (call.key, call.value)]
+        layer.keep(*rows, order.int(), torch.full((n_row, n_head), n_token))
+
+
+@torch.no_grad()
+def shuffle_difference(model, n_token: int, tolerance: float) -> float:
+    """See :meth:`kvpitfalls.Handle.verify`."""
+    decoder = decoder_of(model)
+    device = next(decoder.parameters()).device
+    n_vocab = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0)).to(device)
+    cut = n_token // 2
+    attach(model)
+    try:
+        outputs = []
+        for action in (None, Shuffle()):
+            cache = KeptCache(model.config, action)
+            decoder(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
+            outputs.append(model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits.float())
+    finally:
+        detach(model)
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: shuffling cached rows changes its logits by {difference:.2g} of the largest; "
+            f"expected at most {tolerance:g}"
+        )
+    return difference

@@ -1,0 +1,314 @@
+"""Wrapping a model: one call, and its prompts are compressed."""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import ops
+from ..budget import check_budget, kept_tokens
+from ..fairness import Fair, Layout, protected_positions
+from ..policies import Policy, get_policy
+from ..prompt import Prompt
+from ..selection import choose, rank
+from .cache import KeptCache, KeptLayer
+from .coverage import decoder_of
+from .intercept import AttentionCall, attach, detach
+from .masks import valid_ranges
+
+
+@dataclass(frozen=True)
+class Evict:
+    """A cache's action: after a layer's prefill, keep what the policy keeps."""
+
+    policy: Policy
+    fair: Fair
+    compression_ratio: float | None
+    budget: int | None
+    protect: Any = None
+    spans: Any = None
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether attention is recomputed."""
+        return self.policy.needs_queries
+
+    @property
+    def n_sink(self) -> int:
+        """What protect="sinks" protects."""
+        return getattr(self.policy, "n_sink", 4)
+
+    @property
+    def evicts(self) -> bool:
+        """False if everything is kept."""
+        return self.compression_ratio != 0
+
+    def layout(self, n_row: int, n_token: int, valid) -> Layout:
+        """What stands where in the prompts."""
+        return Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
+
+    def spans_of(self, n_row: int, n_token: int, valid) -> list:
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
+        layout = self.layout(n_row, n_token, valid)
+        for b, (begin, end) in enumerate(valid):
+            if len(layout.protected[b]) > (n_kept := kept_tokens(end - begin, self.compression_ratio, self.budget)):
+                raise ValueError(
+                    f"the budget of row {b} is {n_kept} tokens, but {len(layout.protected[b])} are protected; expected at least that"
+                )
+        layout.segments(self.fair)
+        return list(layout.spans)
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Evict from ``layer``."""
+        lengths = [end - begin for begin, end in call.valid]
+        if all(kept_tokens(n, self.compression_ratio, self.budget) == n for n in lengths):
+            return
+        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+        ranked = rank(self.policy, self.fair, layout, call.key, call.query, call.scaling, call.softcap)
+        kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
+        layer.keep(*ops.gather(call.key, call.value, kept.positions), kept.positions, kept.counts)
+
+
+def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill") -> "Handle":
+    """Compress the prompts of a model.
+
+    Parameters
+    ----------
+    model : transformers model
+        Decoder-only; refused with the reason if its cache could not be compressed.
+    policy : Policy or str
+        One of :func:`kvpitfalls.policies.policy_names`, or an object such as ``SnapKV(window_size=32)``.
+    compression_ratio, budget : float or int
+        Exactly one: the share of the cache removed, in [0, 1), or the number of tokens kept.
+    fair : bool, float, "paper" or Fair
+        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`.
+    protect : str, int, or list of them
+        Tokens kept whatever their score and paid from the budget: instruction names, texts of the prompt, positions, or "sinks".
+    when : {"prefill"}
+        The prompt is compressed once, after its prefill.
+
+    Returns
+    -------
+    Handle
+        A context manager; :meth:`Handle.remove` or the end of the block restores the model.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedModelError
+
+    Examples
+    --------
+    >>> with kvp.wrap(model, "snapkv", compression_ratio=0.5, fair=True) as handle:  # doctest: +SKIP
+    ...     cache = handle.compress(prompt)
+    ...     out = model.generate(prompt.followed_by("Hello!"), past_key_values=copy.deepcopy(cache))
+    """
+    check_budget(compression_ratio, budget)
+    if when != "prefill":
+        raise ValueError(f"when is {when!r}; expected 'prefill'")
+    return Handle(model, Evict(get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect))
+
+
+class _Caches:
+    """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
+
+    def __init__(self, config, action: Evict):
+        self.config, self.action, self.newest = config, action, None
+
+    def make(self, cache: KeptCache | None = None, **changes) -> KeptCache:
+        """A new empty cache, or an empty plain one made ours."""
+        action = replace(self.action, **changes)
+        cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
+        self.newest = weakref.ref(cache)
+        return cache
+
+
+class Handle:
+    """A wrapped model. Made by :func:`wrap`."""
+
+    def __init__(self, model, action: Evict):
+        self._attachment = attach(model)
+        if self._attachment.new_cache is not None:
+            detach(model)
+            raise ValueError("the model is wrapped already; expected handle.remove() first")
+        self.model, self.action, self._caches = model, action, _Caches(model.config, action)
+        self._attachment.new_cache = self._caches.make
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        a = self.action
+        amount = f"compression_ratio={a.compression_ratio}" if a.budget is None else f"budget={a.budget}"
+        state = "" if self._attachment is not None else ", removed"
+        return f"<Handle {type(self.model).__name__}: {a.policy!r}, {amount}, fair={a.fair.label!r}, protect={a.protect!r}{state}>"
+
+    def remove(self) -> None:
+        """Restore the model. Caches made here can then no longer be used with it."""
+        if self._attachment is not None:
+            self._attachment.new_cache = None
+            self._attachment = None
+            detach(self.model)
+
+    def new_cache(self, *, spans=None) -> KeptCache:
+        """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
+        return self._caches.make(spans=spans)
+
+    @torch.no_grad()
+    def compress(self, prompt, attention_mask=None, spans=None) -> KeptCache:
+        """Prefill a prompt and evict.
+
+        Parameters
+        ----------
+        prompt : Prompt, list of Prompt, or LongTensor (B, T) or (T,)
+            Prompts of different lengths are padded on the left.
+        attention_mask : tensor (B, T), optional
+            For token ids padded on the left.
+        spans : mapping of name to (start, end), or one per row, optional
+            The instructions, for token ids; a Prompt has its own.
+
+        Returns
+        -------
+        KeptCache
+        """
+        if self._attachment is None:
+            raise ValueError("the handle was removed; expected a call inside the wrap")
+        ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action.protect, self.action.n_sink)
+        if ids.shape[1] < 2:
+            raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
+        for begin, end in valid_ranges(mask, *ids.shape):
+            if end - begin < 2:
+                raise ValueError(f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from")
+        cache = self._caches.make(spans=spans, protect=protect)
+        prefill(self.model, cache, ids, mask)
+        return cache
+
+    def report(self) -> dict:
+        """:meth:`KeptCache.report` of the newest cache that is still in use."""
+        cache = self._caches.newest() if self._caches.newest is not None else None
+        if cache is None:
+            raise ValueError("no cache was compressed yet, or none is in use any more; expected one to report on")
+        return cache.report()
+
+    def verify(self, n_token: int = 24, tolerance: float = 1e-4) -> float:
+        """Check on this very model that cached rows may stand in any order, which eviction relies on.
+
+        Two short forwards on random tokens, one with each head's cached rows shuffled; returns the largest difference of the logits,
+        relative to the largest logit.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it exceeds ``tolerance``.
+        """
+        from .probe import shuffle_difference
+
+        return shuffle_difference(self.model, n_token, tolerance)
+
+
+class Fork:
+    """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
+
+    needs_queries = True
+    evicts = False
+
+    def __init__(self, caches: Sequence[KeptCache]):
+        self.caches = caches
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Give every cache this layer and its own eviction."""
+        for cache in self.caches:
+            twin = cache.layers[layer.index] = copy.copy(layer)
+            cache.valid, cache.spans = call.valid, cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid)
+            cache.action(twin, call)
+
+
+@torch.no_grad()
+def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
+    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the model again.
+
+    Parameters
+    ----------
+    model : transformers model
+    prompts : list of Prompt
+        Padded on the left.
+    settings : list of Evict
+
+    Returns
+    -------
+    list of KeptCache
+        They can be used while the model is wrapped.
+    """
+    caches = []
+    for setting in settings:
+        ids, mask, spans, protect = _batch(list(prompts), None, None, setting.protect, setting.n_sink)
+        caches.append(KeptCache(model.config, replace(setting, spans=spans, protect=protect)))
+    attach(model)
+    try:
+        trunk = KeptCache(model.config, Fork(caches))
+        prefill(model, trunk, ids, mask)
+    finally:
+        detach(model)
+    for cache in caches:
+        for i, layer in enumerate(trunk.layers):
+            if not isinstance(layer, KeptLayer):
+                cache.layers[i] = copy.deepcopy(layer)
+    return caches
+
+
+def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Run the decoder over the prompt. Position ids of padded rows are those that ``generate`` will continue."""
+    decoder = decoder_of(model)
+    device = next(decoder.parameters()).device
+    kwargs = {"input_ids": ids.to(device), "past_key_values": cache, "use_cache": True}
+    if mask is not None:
+        kwargs["attention_mask"] = mask.to(device)
+        if not bool(mask.all()):
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
+    decoder(**kwargs)
+
+
+def _batch(prompt, attention_mask, spans, protect, n_sink: int):
+    """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
+    if isinstance(prompt, Prompt):
+        prompt = [prompt]
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
+        if attention_mask is not None or spans is not None:
+            raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
+        return _pad_left(prompt, protect, n_sink)
+    ids = torch.as_tensor(prompt)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
+    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    return ids, mask, spans, protect
+
+
+def _pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
+    width = max(len(p) for p in prompts)
+    starts = [width - len(p) for p in prompts]
+    pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)
+    ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
+    mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
+    spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
+    shielded = None
+    if protect is not None:
+        shielded = np.zeros((len(prompts), width), bool)
+        for row, prompt, start in zip(shielded, prompts, starts, strict=True):
+            row[[start + t for t in protected_in(prompt, protect, n_sink)]] = True
+    return ids, mask if any(starts) else None, spans, shielded
+
+
+def protected_in(prompt: Prompt, protect, n_sink: int) -> list[int]:
+    """Protected token positions of one prompt; texts that are no instruction's name are looked up in it."""
+    items = [protect] if isinstance(protect, (str, int)) else list(protect)
+    known = [x for x in items if not isinstance(x, str) or x == "sinks" or x in prompt.spans]
+    found = [t for x in items if isinstance(x, str) and x != "sinks" and x not in prompt.spans for t in range(*prompt.find(x))]
+    spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
+    return protected_positions([*known, *found], 0, 0, len(prompt), spans, n_sink)

@@ -1,0 +1,223 @@
+"""The three verbs on NumPy arrays or torch tensors: score, select, gather.
+
+CPU arrays go to the C core. CUDA tensors run on :mod:`kvpitfalls.reference` (torch operations on the GPU) as long as no CUDA kernels are
+built in; ``kvpitfalls info`` says which path a device takes. Results are in the library, and on the device, of the first argument.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+from . import _core
+
+_SCORERS = {name: params for name, _, params in _core.scorers()}
+
+
+def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
+    """How much each cached token matters; higher means keep.
+
+    Parameters
+    ----------
+    scorer : {"norm", "position", "attention"}
+        ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the newest. ``attention``:
+        sums of attention columns, as ``votes`` say.
+    keys : array, shape (B, H, T, D)
+        float32, float16 or bfloat16; any strides.
+    queries : array, shape (B, H*G, Q, D), optional
+        For the last Q of the T positions, after rotary embedding. ``attention`` needs them.
+    votes : array of int, shape (B, V, 10), optional
+        Which queries judge which keys; the fields are those of ``kvp_vote_field`` in ``csrc/kvp.h``. ``attention`` needs them;
+        :class:`kvpitfalls.policies.Vote` builds them.
+    valid : array of int, shape (B, 2), optional
+        First and one past the last real token of each row; the rest is padding and scores minus infinity.
+    lse : array of float32, shape (B, H*G, Q), optional
+        Natural log of each query row's softmax denominator, if already known. A row that is not finite casts no vote.
+    **params
+        ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd; zero-padded mean over
+        neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key head's).
+
+    Returns
+    -------
+    array of float32, shape (B, H, T)
+
+    Raises
+    ------
+    ValueError, TypeError, DeviceError
+        On arguments that do not fit; the message says what was given and what was expected.
+
+    Notes
+    -----
+    The softmax runs over all visible keys before any range is cut out of it (arXiv 2510.00231, appendix E). Memory is O(T).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32)
+    >>> score("norm", keys)
+    array([[[-5., -1.]]], dtype=float32)
+    """
+    if scorer not in _SCORERS:
+        raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
+    known = [name for name, _ in _SCORERS[scorer]]
+    if unknown := sorted(set(params) - set(known)):
+        raise TypeError(f"scorer {scorer!r} has no parameter {unknown[0]!r}; expected {', '.join(known) or 'none'}")
+    if _on_cuda(keys):
+        from . import reference
+
+        return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
+    out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
+    values = [float(params.get(name, default)) for name, default in _SCORERS[scorer]]
+    _core.score(scorer, _plain(keys), _plain(queries), _int32(votes), _int32(valid), _plain(lse), out, values, None, _n_worker())
+    return out
+
+
+def select(scores, quotas, *, segments=None, protect=None, valid=None):
+    """The positions to keep: the best of each segment, ascending.
+
+    Parameters
+    ----------
+    scores : array of float32, shape (B, H, T)
+    quotas : int or array of int, shape (S,), (B, S) or (B, H, S)
+        Tokens to keep per segment.
+    segments : array of int, shape (S+1,) or (B, S+1), optional
+        Edges of the segments, not descending. One segment, the whole row, by default.
+    protect : array of bool, shape (T,) or (B, T), optional
+        Tokens that come before all others, whatever their score; they are paid from the quota.
+    valid : array of int, shape (B, 2), optional
+        Positions outside are never kept.
+
+    Returns
+    -------
+    positions : array of int32, shape (B, H, K)
+        Ascending, then -1 where a row keeps fewer than K, the largest sum of quotas.
+    counts : array of int32, shape (B, H)
+
+    Notes
+    -----
+    The order is total: protected first, then by score, NaN last, equal scores by the lower position; so every backend gives the same
+    positions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> positions, counts = select(np.array([[[5, 1, 4, 2]]], dtype=np.float32), [1, 1], segments=[0, 2, 4])
+    >>> positions, counts
+    (array([[[0, 2]]], dtype=int32), array([[2]], dtype=int32))
+    """
+    if _on_cuda(scores):
+        from . import reference
+
+        return reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
+    n_row, n_head, n_token = _shape(scores, "scores", 3)
+    quotas = expand_quotas(_int32(quotas), n_row, n_head)
+    segments = expand_segments(_int32(segments), n_row, n_token)
+    if protect is not None:
+        protect = np.broadcast_to(_host(protect).astype(np.uint8), (n_row, n_token))
+    positions = _empty(scores, (n_row, n_head, max(1, int(quotas.sum(-1).max()))), "int32")
+    counts = _empty(scores, (n_row, n_head), "int32")
+    _core.select(_plain(scores), segments, quotas, protect, _int32(valid), positions, counts, None, _n_worker())
+    return positions, counts
+
+
+def gather(keys, values, positions):
+    """The kept rows of keys and values, in new contiguous memory; bit for bit.
+
+    Parameters
+    ----------
+    keys : array, shape (B, H, T, D)
+    values : array, shape (B, H, T, Dv)
+        float32, float16 or bfloat16; any strides.
+    positions : array of int32, shape (B, H, K)
+        Strictly ascending; -1 at the end of a row gives rows of zeros.
+
+    Returns
+    -------
+    keys : array, shape (B, H, K, D)
+    values : array, shape (B, H, K, Dv)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.arange(6, dtype=np.float32).reshape(1, 1, 3, 2)
+    >>> gather(x, x, np.array([[[0, 2]]], dtype=np.int32))[0]
+    array([[[[0., 1.],
+             [4., 5.]]]], dtype=float32)
+    """
+    if _on_cuda(keys):
+        from . import reference
+
+        return reference.gather(keys, values, positions)
+    kept = _shape(positions, "positions", 3)
+    out = [_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))]
+    _core.gather(_plain(keys), _plain(values), _int32(positions), *out, _n_worker())
+    return tuple(out)
+
+
+def expand_quotas(quotas: np.ndarray, n_row: int, n_head: int) -> np.ndarray:
+    """Quotas as a view (B,H,S), from an int, (S,), (B,S) or (B,H,S)."""
+    shaped = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
+    return np.broadcast_to(shaped, (n_row, n_head, shaped.shape[-1]))
+
+
+def expand_segments(segments: np.ndarray | None, n_row: int, n_token: int) -> np.ndarray:
+    """Segment edges as a view (B,S+1), from None (one segment), (S+1,) or (B,S+1)."""
+    edges = np.array([0, n_token], np.int32) if segments is None else segments
+    return np.broadcast_to(edges, (n_row, edges.shape[-1]))
+
+
+def _is_torch(x) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _on_cuda(x) -> bool:
+    return _is_torch(x) and x.device.type == "cuda"
+
+
+def _plain(x):
+    """The array itself, without what the core cannot see in its memory: autograd, and torch's lazy negative."""
+    if not _is_torch(x):
+        return x
+    return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
+
+
+def _host(x) -> np.ndarray:
+    return x.detach().cpu().numpy() if _is_torch(x) else np.asarray(x)
+
+
+def _int32(x):
+    if x is None:
+        return None
+    array = _host(x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"an array of dtype {array.dtype} was given where whole numbers are expected")
+    if array.dtype != np.int32 and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+        raise ValueError(f"an array holds {array.max()}; expected numbers that fit int32")
+    return np.asarray(array, np.int32)
+
+
+def _shape(x, name: str, ndim: int) -> tuple[int, ...]:
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a NumPy array or a torch tensor")
+    if len(x.shape) != ndim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {ndim} dimensions")
+    return tuple(x.shape)
+
+
+def _empty(example, shape, dtype):
+    if not _is_torch(example):
+        return np.empty(shape, dtype)
+    torch = sys.modules["torch"]
+    return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device=example.device)
+
+
+def _n_worker() -> int:
+    torch = sys.modules.get("torch")
+    return (
+        torch.get_num_threads()
+        if torch is not None
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )

@@ -1,0 +1,11 @@
+"""Eviction policies: one file each. Every module of this folder is imported here, so a new file is all a new policy needs."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import Inputs, Policy, Vote, get_policy, policy_names
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Inputs", "Policy", "Vote", "get_policy", "policy_names"]

@@ -1,0 +1,193 @@
+"""What a policy is, what it is given, and how it is found by name."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from .. import ops
+
+_WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
+
+
+class Vote(NamedTuple):
+    """Which queries judge which keys; the Python face of a vote in ``csrc/kvp.h``.
+
+    Parameters
+    ----------
+    keys : (int, int)
+        The keys that are judged, ``[begin, end)``.
+    queries, more_queries : (int, int)
+        The positions whose queries vote on them, each on keys not after itself.
+    weight : {"mean", "age", "sum"}
+        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all.
+    age_end : int
+        See ``weight``.
+    window : (int, int)
+        Keys that score above any attention, the newest highest.
+    """
+
+    keys: tuple[int, int]
+    queries: tuple[int, int]
+    more_queries: tuple[int, int] = (0, 0)
+    weight: str = "mean"
+    age_end: int = 0
+    window: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a policy scores: the arrays of one layer, and where things are in each batch row.
+
+    Attributes
+    ----------
+    keys : array, shape (B, H, T, D)
+    queries : array, shape (B, H*G, Q, D), or None
+        For the last Q of the T positions.
+    scaling, softcap : float
+        Of the attention logits; ``softcap`` 0 is none.
+    valid : list of (int, int)
+        Per row, the range of real tokens.
+    segments : list of list of (int, int)
+        Per row, the segments that are scored apart: one for a biased policy, one per instruction for a fair one.
+    spans : list of list of (int, int)
+        Per row, the instructions as given, in order of position.
+    paper : bool
+        Follow the authors' code to the letter (``fair="paper"``).
+    """
+
+    keys: Any
+    queries: Any
+    scaling: float
+    softcap: float
+    valid: Sequence[tuple[int, int]]
+    segments: Sequence[Sequence[tuple[int, int]]]
+    spans: Sequence[Sequence[tuple[int, int]]]
+    paper: bool = False
+
+    @property
+    def n_token(self) -> int:
+        """T, padding included."""
+        return self.keys.shape[2]
+
+    def score(self, scorer: str, **params):
+        """A scorer of the core that needs keys only: ``norm`` or ``position``."""
+        return ops.score(scorer, self.keys, valid=np.array(self.valid), **params)
+
+    def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False):
+        """Scores from attention, float32 (B, H, T).
+
+        Parameters
+        ----------
+        votes : list of list of Vote
+            Per batch row.
+        kernel_size : int
+            Odd; zero-padded mean over neighbouring keys of the same vote.
+        share_heads : bool
+            Mean over all query heads instead of each key head's own.
+        """
+        if self.queries is None:
+            raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
+        packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
+        for row, of_row in zip(packed, votes, strict=True):
+            for packed_vote, vote in zip(row, of_row, strict=False):
+                packed_vote[:] = [*vote.keys, *vote.queries, *vote.more_queries, _WEIGHTS[vote.weight], vote.age_end, *vote.window]
+        return ops.score(
+            "attention",
+            self.keys,
+            queries=self.queries,
+            votes=packed,
+            valid=np.array(self.valid),
+            scaling=self.scaling,
+            softcap=self.softcap,
+            kernel_size=kernel_size,
+            share_heads=int(share_heads),
+        )
+
+
+class Policy:
+    """An eviction policy: a name and a way to score. Subclassing registers it; see the classes in this folder for examples.
+
+    Attributes
+    ----------
+    name : str
+        How :func:`kvpitfalls.wrap` and the command line call it.
+    aliases : tuple of str
+        Other names that are accepted.
+    needs_queries : bool
+        Whether :meth:`score` reads ``inputs.queries``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dataclasses import dataclass, fields, is_dataclass
+    >>> @dataclass(frozen=True)
+    ... class Oldest(Policy):
+    ...     \"\"\"Keep the oldest tokens.\"\"\"
+    ...     name = "oldest"
+    ...     def score(self, inputs):
+    ...         return -inputs.score("position", n_sink=0)
+    >>> get_policy("oldest")
+    Oldest()
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    needs_queries: ClassVar[bool] = False
+    #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
+    paper_quotas: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise TypeError(f"policy {cls.__name__} has name {name!r}; expected lower-case letters, digits and underscores")
+        for key in (name, *cls.aliases):
+            other = _registry.get(key)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"policy {cls.__name__} is called {key!r}, but {other.__module__}.{other.__qualname__} already is")
+        for key in (name, *cls.aliases):
+            _registry[key] = cls
+
+    @property
+    def label(self) -> str:
+        """How tables call it: its name, or its repr if a parameter is not the default."""
+        changed = is_dataclass(self) and any(getattr(self, f.name) != f.default for f in fields(self))
+        return repr(self) if changed else self.name
+
+    def score(self, inputs: Inputs):
+        """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""
+        raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
+
+
+_registry: dict[str, type[Policy]] = {}
+
+
+def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
+    """A policy object from an object, a class, or a registered name.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name; the nearest known ones are given.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        return policy()
+    if not isinstance(policy, str):
+        raise TypeError(f"policy is a {type(policy).__name__}; expected a Policy or one of {', '.join(policy_names())}")
+    key = policy.lower().replace("-", "_")
+    if key in _registry:
+        return _registry[key]()
+    near = difflib.get_close_matches(key, _registry, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(policy_names())}"
+    raise ValueError(f"policy is {policy!r}, which is not known; {hint}")
+
+
+def policy_names() -> list[str]:
+    """The registered names, without aliases, in order of registration."""
+    return list(dict.fromkeys(cls.name for cls in _registry.values()))

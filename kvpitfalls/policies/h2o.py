@@ -1,0 +1,41 @@
+"""H2O."""
+
+from dataclasses import dataclass
+
+from .base import Policy, Vote
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keep what all tokens attend to, on average.
+
+    score[k] = mean over the key head's query heads of (sum over q >= k of A[h, q, k]) / (T - k): the mean over the queries that can see k,
+    where the H2O paper sums (which favours early tokens). Fair: only queries of the key's own segment vote. Exact at any length in O(T)
+    memory; no attention matrix is formed.
+
+    References
+    ----------
+    "H2O: Heavy-Hitter Oracle", arXiv 2306.14048; the mean is the one of arXiv 2510.00231. Fair: there, appendix E.5.
+    """
+
+    name = "h2o"
+    aliases = ("observed_attention",)
+    needs_queries = True
+
+    def score(self, inputs):
+        """See the class."""
+        if inputs.paper:
+            return inputs.attend([_paper_votes(*row) for row in zip(inputs.valid, inputs.spans, strict=True)])
+        return inputs.attend([[_vote((begin, end), end) for begin, end in row] for row in inputs.segments])
+
+
+def _vote(keys: tuple[int, int], end: int) -> Vote:
+    """Every query from the first key on, up to ``end``, votes."""
+    return Vote(keys=keys, queries=(keys[0], end), weight="age", age_end=end)
+
+
+def _paper_votes(valid: tuple[int, int], spans) -> list[Vote]:
+    """The authors' spans: the raw later span does not vote on the raw earlier one, whose divisor ends with it; all else is as unfair."""
+    (begin, cut), (_, end) = spans
+    own = Vote(keys=(begin, cut), queries=(begin, cut), more_queries=(end, valid[1]), weight="age", age_end=cut)
+    return [_vote((valid[0], begin), valid[1]), own, _vote((cut, valid[1]), valid[1])]

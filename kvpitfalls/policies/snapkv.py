@@ -1,0 +1,54 @@
+"""SnapKV."""
+
+from dataclasses import dataclass
+
+from .base import Policy, Vote
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Keep what the last ``window_size`` tokens attend to, smoothed over neighbours; the window itself is kept first, newest first.
+
+    score[k] = mean over the key head's query heads of pool(mean over the window's queries q of A[h, q, k]). Fair: the window is shared out,
+    ``window_size // N`` tokens at the end of each of the N segments (at least one; what a short segment leaves goes to later ones), and
+    judges its own segment only.
+
+    Parameters
+    ----------
+    window_size : int
+        Observation window in tokens. The paper of this package uses 16, SnapKV's own code 32 to 64. A prompt no longer than the window
+        is all window: its newest tokens are kept.
+    kernel_size : int
+        Odd width of the mean over neighbouring keys; missing neighbours at the ends count as zero.
+
+    References
+    ----------
+    "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. Fair: arXiv 2510.00231, appendix E.4.
+    """
+
+    window_size: int = 16
+    kernel_size: int = 5
+    name = "snapkv"
+    aliases = ("snap",)
+    needs_queries = True
+
+    def __post_init__(self):
+        for field, value in (("window_size", self.window_size), ("kernel_size", self.kernel_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; expected a whole number, at least 1")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
+
+    def score(self, inputs):
+        """See the class."""
+        return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
+
+    def _votes(self, segments) -> list[Vote]:
+        share, unused, votes = self.window_size // len(segments), 0, []
+        for i, (begin, end) in enumerate(segments):
+            is_last = i == len(segments) - 1
+            wanted = self.window_size - share * i + unused if is_last else max(1, share) + unused
+            width = min(max(1, wanted), end - begin)
+            unused = max(0, wanted - width)
+            votes.append(Vote(keys=(begin, end - width), queries=(end - width, end), window=(end - width, end)))
+        return votes

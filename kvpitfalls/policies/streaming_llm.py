@@ -1,0 +1,60 @@
+"""StreamingLLM."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """Keep the first ``n_sink`` tokens and the newest ones.
+
+    Fair: every segment keeps its newest tokens, the first segment its sinks before them (they are paid from its quota).
+
+    Parameters
+    ----------
+    n_sink : int
+        Attention sinks kept at the start. With a budget below ``n_sink`` the first tokens are what is kept.
+
+    References
+    ----------
+    "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453. Fair: arXiv 2510.00231, appendix E.3.
+    """
+
+    n_sink: int = 4
+    name = "streaming_llm"
+    aliases = ("streamingllm",)
+    paper_quotas = False
+
+    def __post_init__(self):
+        if isinstance(self.n_sink, bool) or not isinstance(self.n_sink, int) or self.n_sink < 0:
+            raise ValueError(f"n_sink is {self.n_sink!r}; expected a whole number, at least 0")
+
+    def score(self, inputs):
+        """See the class."""
+        if not inputs.paper:
+            return inputs.score("position", n_sink=self.n_sink)
+        scores = inputs.score("position", n_sink=0)  # float32 (B,H,T) in the right library, overwritten
+        for b, row in enumerate(inputs.segments):
+            scores[b] = _like(self._ramps(row, inputs.n_token), scores)
+        return scores
+
+    def _ramps(self, segments, n_token: int) -> np.ndarray:
+        """The authors' scores: 1 for a sink, then one ramp from 0.1 to 0.9 per segment; the best of the whole row are kept."""
+        (begin, cut), (_, end) = segments
+        if cut <= begin + self.n_sink or end <= cut:
+            raise ValueError(
+                f"fair='paper' with streaming_llm expects a first segment longer than the {self.n_sink} sinks and a second that is not "
+                f"empty; they have {cut - begin} and {end - cut} tokens"
+            )
+        row = np.full(n_token, -np.inf, np.float32)
+        row[begin : begin + self.n_sink] = 1.0
+        row[begin + self.n_sink : cut] = np.linspace(0.1, 0.9, cut - begin - self.n_sink)
+        row[cut:end] = np.linspace(0.1, 0.9, end - cut)
+        return row
+
+
+def _like(row: np.ndarray, scores):
+    return row if isinstance(scores, np.ndarray) else scores.new_tensor(row)

@@ -1,0 +1,131 @@
+"""The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without a kernel.
+
+Same names and signatures as :mod:`kvpitfalls.ops`. Short on purpose: each verb is meant to be read.
+"""
+
+import numpy as np
+import torch
+
+_QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), never O(T * T)
+_VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
+_SUM, _MEAN, _AGE = 0, 1, 2
+
+
+def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
+    """How much each cached token matters. See :func:`kvpitfalls.ops.score`."""
+    k = _tensor(keys)
+    n_row, n_head, n_token, _ = k.shape
+    spans = _valid_ranges(valid, n_row, n_token)
+    if scorer == "norm":
+        out = -k.double().norm(dim=-1)
+    elif scorer == "position":
+        t = torch.arange(n_token, device=k.device, dtype=torch.float64)
+        rows = [torch.where(t - begin < params.get("n_sink", 4), 2 * n_token - t, t) for begin, _ in spans]
+        out = torch.stack(rows)[:, None].expand(n_row, n_head, n_token).clone()
+    elif scorer == "attention":
+        heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **params) for b in range(n_row)]
+        out = torch.stack(heads)
+    else:
+        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position' or 'attention'")
+    for b, (begin, end) in enumerate(spans):
+        out[b, :, :begin] = out[b, :, end:] = -torch.inf
+    return _like(out.float(), keys)
+
+
+def _attention_row(b, keys, queries, votes, valid, lse, scaling=1.0, softcap=0.0, kernel_size=1, share_heads=0):
+    """The attention scores (H,T) of one batch row: csrc/kvp.h states what a vote is."""
+    n_head, n_token, n_query = keys.shape[1], keys.shape[2], queries.shape[2]
+    group = queries.shape[1] // n_head
+    column = torch.zeros(len(votes), queries.shape[1], n_token, dtype=torch.float64, device=keys.device)
+    position = torch.arange(n_token, device=keys.device)
+    inside = (position >= valid[0]) & (position < valid[1])
+    wide = keys[b].double().repeat_interleave(group, 0)
+    for start in range(0, n_query, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, n_query))
+        q = position[n_token - n_query :][rows]
+        if not any(_overlaps(vote, int(q[0]), int(q[-1]) + 1) for vote in votes):
+            continue
+        logits = scaling * queries[b, :, rows].double() @ wide.transpose(-1, -2)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        visible = (position <= q[:, None]) & inside
+        logits = logits.masked_fill(~visible, -torch.inf)
+        norm = logits.logsumexp(-1, keepdim=True) if lse is None else _tensor(lse)[b, :, rows, None].double()
+        attention = (logits - norm).exp().masked_fill(~(visible & norm.isfinite()), 0.0)
+        for v, vote in enumerate(votes):
+            voter = inside[q] & (_within(q, vote, "queries") | _within(q, vote, "more_queries"))
+            column[v] += attention[:, voter].sum(1)
+    column = column.mean(1, keepdim=True) if share_heads else column.unflatten(1, (n_head, group)).mean(2)
+    out = torch.zeros(n_head, n_token, dtype=torch.float64, device=keys.device)
+    for v, vote in enumerate(votes):
+        key = _within(position, vote, "keys") & inside
+        n_voter = (inside & (_within(position, vote, "queries") | _within(position, vote, "more_queries"))).sum()
+        divisor = {_SUM: torch.ones_like(position), _MEAN: n_voter, _AGE: int(vote[7]) - position}[int(vote[6])]
+        summed = torch.where(key, column[v] / divisor.clamp(min=1), 0.0).expand(n_head, -1)
+        pooled = torch.nn.functional.avg_pool1d(summed, kernel_size, 1, kernel_size // 2)
+        out = torch.where(key, pooled, out)
+        window = _within(position, vote, "window") & inside
+        out = torch.where(window, 2.0 + position - max(int(vote[8]), valid[0]), out)
+    return out
+
+
+def _within(position, vote, what):
+    begin = _VOTE_RANGES[what]
+    return (position >= int(vote[begin])) & (position < int(vote[begin + 1]))
+
+
+def _overlaps(vote, begin, end):
+    return any(max(begin, vote[i]) < min(end, vote[i + 1]) for i in (2, 4))
+
+
+def select(scores, quotas, *, segments=None, protect=None, valid=None):
+    """The positions to keep. See :func:`kvpitfalls.ops.select`."""
+    s = _tensor(scores)
+    n_row, n_head, n_token = s.shape
+    quotas = np.asarray(_array(quotas), np.int32)
+    quotas = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
+    quotas = np.broadcast_to(quotas, (n_row, n_head, quotas.shape[-1]))
+    segments = np.broadcast_to([0, n_token] if segments is None else _array(segments), (n_row, quotas.shape[-1] + 1))
+    spans = _valid_ranges(valid, n_row, n_token)
+    shielded = np.zeros((n_row, n_token), bool) if protect is None else np.broadcast_to(_array(protect).astype(bool), (n_row, n_token))
+    out = np.full((n_row, n_head, int(quotas.sum(-1).max())), -1, np.int32)
+    counts = np.zeros((n_row, n_head), np.int32)
+    values = s.float().cpu().numpy()
+    for b, h in np.ndindex(n_row, n_head):
+        kept = []
+        for j, quota in enumerate(quotas[b, h]):
+            begin, end = max(segments[b, j], spans[b][0]), min(segments[b, j + 1], spans[b][1])
+            t = np.arange(begin, max(begin, end))
+            v = values[b, h, t]
+            order = np.lexsort((t, np.where(shielded[b, t] | np.isnan(v), 0, -v), np.isnan(v) & ~shielded[b, t], ~shielded[b, t]))
+            kept += sorted(t[order[:quota]])
+        out[b, h, : len(kept)] = kept
+        counts[b, h] = len(kept)
+    return _like(torch.from_numpy(out), scores), _like(torch.from_numpy(counts), scores)
+
+
+def gather(keys, values, positions):
+    """The kept rows of keys and values. See :func:`kvpitfalls.ops.gather`."""
+    index = _tensor(positions).long().to(_tensor(keys).device)[..., None]
+    out = []
+    for x in (keys, values):
+        t = _tensor(x)
+        rows = t.gather(2, index.clamp(min=0).expand(*index.shape[:3], t.shape[-1]))
+        out.append(_like(rows.masked_fill(index < 0, 0), x))
+    return tuple(out)
+
+
+def _valid_ranges(valid, n_row, n_token):
+    return [(0, n_token)] * n_row if valid is None else [(int(begin), int(end)) for begin, end in _array(valid)]
+
+
+def _tensor(x):
+    return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
+
+
+def _array(x):
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def _like(result, example):
+    return result.to(example.device) if isinstance(example, torch.Tensor) else result.cpu().numpy()

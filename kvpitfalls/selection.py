@@ -1,0 +1,206 @@
+"""From scores to kept positions. :func:`keep` is the one way through; wrap and audit use it too.
+
+The work has two steps, so that an audit can score once and select many times: :func:`rank` (policy, fairness -> scores) and :func:`choose`
+(scores, budget -> positions).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens
+from .fairness import Fair, Layout
+from .policies import Inputs, Policy, get_policy
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What :func:`keep` keeps.
+
+    Attributes
+    ----------
+    positions : array of int32, shape (B, H, K)
+        Ascending, then -1 where a row keeps fewer than K.
+    counts : array of int32, shape (B, H)
+    scores : array of float32, shape (B, H, T)
+    quotas : ndarray of int32, shape (B, H, S)
+        Tokens per segment; S = 1 when biased.
+    segments : ndarray of int32, shape (B, S+1)
+        The segments' edges.
+    """
+
+    positions: Any
+    counts: Any
+    scores: Any
+    quotas: np.ndarray
+    segments: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Scores of one layer under one policy and fairness, before any budget: what :func:`choose` selects from."""
+
+    scores: Any
+    layout: Layout
+    fair: Fair
+    segments: list[list[tuple[int, int]]]
+    global_choice: bool = False
+    biased: "Ranked | None" = None
+
+
+def rank(policy: Policy, fair: Fair, layout: Layout, keys, queries, scaling: float | None = None, softcap: float = 0.0) -> Ranked:
+    """Score one layer. ``scaling`` None is ``D ** -0.5``."""
+    if policy.needs_queries and queries is None:
+        raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
+    scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
+    if not np.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling!r}; expected a finite number")
+    segments = layout.segments(fair)
+    paper = fair.strength > 0 and fair.rule == "paper"
+    spans = [list(row.values()) for row in layout.spans]
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper)
+    scores = policy.score(inputs)
+    if tuple(scores.shape) != tuple(keys.shape[:3]) or "float32" not in str(scores.dtype):
+        raise ValueError(
+            f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
+            f"expected float32 {tuple(keys.shape[:3])}"
+        )
+    biased = rank(policy, Fair(strength=0.0), layout, keys, queries, scaling, softcap) if 0 < fair.strength < 1 else None
+    return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
+
+
+def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None) -> Kept:
+    """Select from what was ranked. Each row's budget counts its real tokens only."""
+    layout, fair = ranked.layout, ranked.fair
+    budgets = [kept_tokens(end - begin, compression_ratio, budget) for begin, end in layout.valid]
+    for b, (n_kept, protected) in enumerate(zip(budgets, layout.protected, strict=True)):
+        if len(protected) > n_kept:
+            raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {len(protected)} are protected; expected at least that")
+    mask, valid = layout.mask(), np.array(layout.valid, np.int32)
+    n_head = ranked.scores.shape[1]
+
+    def select(scores, segments, quotas) -> Kept:
+        edges = _edges_array(segments, layout)
+        shaped = np.broadcast_to(quotas if quotas.ndim == 3 else quotas[:, None], (len(budgets), n_head, edges.shape[1] - 1))
+        positions, counts = ops.select(scores, shaped, segments=edges, protect=mask, valid=valid)
+        return Kept(positions, counts, ranked.scores, shaped, edges)
+
+    whole = [[row] for row in layout.valid]
+    whole_quotas = np.array(budgets, np.int32)[:, None]
+    if fair.strength == 0:
+        return select(ranked.scores, whole, whole_quotas)
+    if ranked.global_choice:
+        kept = select(ranked.scores, whole, whole_quotas)
+        if fair.strength == 1:
+            return kept
+        quotas = count_per_segment(kept, _edges_array(ranked.segments, layout))
+    else:
+        quotas = _fair_quotas(layout, fair, ranked.segments, budgets)
+    if fair.strength < 1:
+        edges = _edges_array(ranked.segments, layout)
+        counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), edges)
+        quotas = blend(counts, np.broadcast_to(quotas if quotas.ndim == 3 else quotas[:, None], counts.shape), fair.strength)
+    return select(ranked.scores, ranked.segments, quotas)
+
+
+def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np.ndarray:
+    """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
+    quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
+    for b, (of_row, weights) in enumerate(zip(segments, layout.weights(fair), strict=True)):
+        lengths = [end - begin for begin, end in of_row]
+        protected = [sum(begin <= t < end for t in layout.protected[b]) for begin, end in of_row]
+        floors = [max(p, min(fair.min_tokens, n)) for p, n in zip(protected, lengths, strict=True)]
+        if sum(floors) > budgets[b]:
+            raise ValueError(
+                f"the budget of row {b} is {budgets[b]} tokens, but min_tokens={fair.min_tokens} and protection need {sum(floors)}"
+            )
+        if fair.rule == "paper":
+            quotas[b, : len(of_row)] = floor_and_rest(budgets[b], lengths, floors)
+        else:
+            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors)
+    return quotas
+
+
+def _edges_array(segments, layout: Layout) -> np.ndarray:
+    """Segments as edges (B,S+1); rows with fewer segments end in empty ones."""
+    n_segment = max(map(len, segments))
+    edges = np.empty((len(segments), n_segment + 1), np.int32)
+    for row, of_row in zip(edges, segments, strict=True):
+        row[0] = of_row[0][0]
+        row[1:] = of_row[-1][1]
+        row[1 : len(of_row) + 1] = [end for _, end in of_row]
+    return edges
+
+
+def count_per_segment(kept: Kept, edges: np.ndarray) -> np.ndarray:
+    """Kept tokens per segment, int (B,H,S)."""
+    positions = kept.positions if isinstance(kept.positions, np.ndarray) else kept.positions.cpu().numpy()
+    inside = [[(positions[b] >= low) & (positions[b] < high) for low, high in pairwise(row)] for b, row in enumerate(edges)]
+    return np.stack([np.stack([x.sum(-1) for x in row], -1) for row in inside]).astype(np.int32)
+
+
+def keep(
+    policy,
+    keys,
+    queries=None,
+    *,
+    compression_ratio=None,
+    budget=None,
+    spans=None,
+    fair=False,
+    protect=None,
+    scaling=None,
+    valid=None,
+    softcap=0.0,
+) -> Kept:
+    """The tokens a policy keeps of bare keys and queries; no model needed.
+
+    Parameters
+    ----------
+    policy : Policy or str
+    keys : array, shape (B, H, T, D)
+        As they stand in the cache, after rotary embedding. NumPy or torch; float32, float16 or bfloat16.
+    queries : array, shape (B, H*G, Q, D), optional
+        For the last Q positions; all T where fairness or H2O needs them.
+    compression_ratio, budget : float or int
+        Exactly one: the share removed, in [0, 1), or the number of tokens kept.
+    spans : list of (start, end), or mapping of name to (start, end); or one such mapping per row
+        The instructions, in tokens.
+    fair : bool, float, "paper" or Fair
+        See :class:`Fair`.
+    protect : str, int, iterable of them, or bool array (T,) or (B, T), optional
+        Span names, positions, or "sinks" (the first 4 tokens, or the policy's ``n_sink``). Paid from the budget.
+    scaling : float, optional
+        Of q.k before the softmax; ``D ** -0.5`` by default.
+    valid : (B, 2), optional
+        Range of real tokens per row; the rest is padding. Budgets count real tokens.
+    softcap : float
+        c > 0 maps a logit x to c tanh(x/c).
+
+    Returns
+    -------
+    Kept
+
+    Raises
+    ------
+    ValueError
+        One sentence on what was given and what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> keep("streaming_llm", keys, compression_ratio=0.4).positions[0, 0]
+    array([0, 1, 2, 3, 8, 9], dtype=int32)
+    >>> keep("streaming_llm", keys, budget=6, spans=[(0, 5), (5, 10)], fair=True, protect=[7]).positions[0, 0]
+    array([0, 1, 2, 7, 8, 9], dtype=int32)
+    """
+    policy, fair = get_policy(policy), Fair.parse(fair)
+    check_budget(compression_ratio, budget)
+    if len(getattr(keys, "shape", ())) != 4:
+        raise ValueError(f"keys has shape {tuple(getattr(keys, 'shape', ()))}; expected (B, H, T, D)")
+    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=getattr(policy, "n_sink", 4))
+    return choose(rank(policy, fair, layout, keys, queries, scaling, softcap), compression_ratio=compression_ratio, budget=budget)

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The scorers norm and attention in one arithmetic. oracle.c includes this file twice, with NAME(x), REAL and its EXP, TANH and SQRT defined: in
+ * double it is the exact answer, in float the naive one.
+ */
+
+void NAME(norm)(const kvp_score_args *args, REAL *scores) {
+    const int64_t *shape = args->keys.shape;
+    for (int64_t b = 0, row = 0; b < shape[0]; b++) {
+        int64_t begin, end;
+        read_valid(&args->valid, b, shape[2], &begin, &end);
+        for (int64_t h = 0; h < shape[1]; h++, row++) {
+            for (int64_t t = 0; t < shape[2]; t++) {
+                REAL sum = 0;
+                for (int64_t d = 0; d < shape[3]; d++) {
+                    const REAL x = (REAL)get(&args->keys, b, h, t, d);
+                    sum += x * x;
+                }
+                scores[row * shape[2] + t] = t >= begin && t < end ? -SQRT(sum) : -(REAL)INFINITY;
+            }
+        }
+    }
+}
+
+/* One head of a (B,H,rows,D) tensor, widened. */
+static REAL *NAME(load)(const kvp_tensor *t, int64_t b, int64_t h) {
+    REAL *out = allocate((size_t)(t->shape[2] * t->shape[3]) * sizeof *out);
+    for (int64_t i = 0; i < t->shape[2]; i++)
+        for (int64_t d = 0; d < t->shape[3]; d++) out[i * t->shape[3] + d] = (REAL)get(t, b, h, i, d);
+    return out;
+}
+
+static REAL NAME(logit)(const kvp_score_args *args, const REAL *query, const REAL *key) {
+    const REAL scaling = (REAL)args->param[0], softcap = (REAL)args->param[1];
+    REAL dot = 0;
+    for (int64_t d = 0; d < args->keys.shape[3]; d++) dot += query[d] * key[d];
+    const REAL x = scaling * dot;
+    return softcap > 0 ? softcap * TANH(x / softcap) : x;
+}
+
+/* The softmax of one row, in place: row[k] for k in [begin, q]. */
+static void NAME(softmax)(REAL *row, int64_t begin, int64_t q, const double *lse) {
+    REAL highest = -(REAL)INFINITY, sum = 0;
+    for (int64_t k = begin; k <= q; k++) highest = row[k] > highest ? row[k] : highest;
+    for (int64_t k = begin; k <= q; k++) sum += EXP(row[k] - highest);
+    for (int64_t k = begin; k <= q; k++) row[k] = lse ? EXP(row[k] - (REAL)*lse) : EXP(row[k] - highest) / sum;
+}
+
+/* The whole T x T matrix A of query head n; rows that cast no vote stay zero. */
+static void NAME(attend)(const kvp_score_args *args, int64_t b, int64_t n, REAL *matrix) {
+    const int64_t n_token = args->keys.shape[2], n_dim = args->keys.shape[3], n_query = args->queries.shape[2];
+    const int64_t group = args->queries.shape[1] / args->keys.shape[1];
+    REAL *keys = NAME(load)(&args->keys, b, n / group), *queries = NAME(load)(&args->queries, b, n);
+    int64_t begin, end;
+    read_valid(&args->valid, b, n_token, &begin, &end);
+    memset(matrix, 0, (size_t)(n_token * n_token) * sizeof *matrix);
+    for (int64_t i = 0; i < n_query; i++) {
+        const int64_t q = n_token - n_query + i;
+        if (q < begin || q >= end) continue;
+        const double lse = args->lse.data ? get(&args->lse, b, n, i, 0) : 0;
+        if (!isfinite(lse)) continue;
+        REAL *row = matrix + q * n_token;
+        for (int64_t k = begin; k <= q; k++) row[k] = NAME(logit)(args, queries + i * n_dim, keys + k * n_dim);
+        NAME(softmax)(row, begin, q, args->lse.data ? &lse : NULL);
+    }
+    free(keys);
+    free(queries);
+}
+
+/* The votes of one query head: weighted and pooled, before any mean over heads. */
+static void NAME(vote)(const kvp_score_args *args, const cut_vote *v, const REAL *matrix, REAL *out) {
+    const int64_t n_token = args->keys.shape[2], reach = (int64_t)args->param[2] / 2;
+    REAL *weighted = allocate((size_t)n_token * sizeof *weighted);
+    int64_t n_voter = 0;
+    for (int64_t q = 0; q < n_token; q++) n_voter += is_voter(v, q);
+    for (int64_t k = v->key_begin; k < v->key_end; k++) {
+        REAL sum = 0;
+        for (int64_t q = k; q < n_token; q++)
+            if (is_voter(v, q)) sum += matrix[q * n_token + k];
+        if (v->weight == KVP_WEIGHT_MEAN && n_voter > 0) sum /= (REAL)n_voter;
+        if (v->weight == KVP_WEIGHT_AGE) sum /= (REAL)(v->age_end - k > 1 ? v->age_end - k : 1);
+        weighted[k] = sum;
+    }
+    for (int64_t k = v->key_begin; k < v->key_end; k++) {
+        REAL sum = 0;
+        for (int64_t i = k - reach; i <= k + reach; i++)
+            if (i >= v->key_begin && i < v->key_end) sum += weighted[i];
+        out[k] = sum / (REAL)args->param[2];
+    }
+    free(weighted);
+}
+
+/* Mean over the heads [first, last) of per_head (heads, T), windows, and minus infinity outside the valid range. */
+static void NAME(combine)(const kvp_score_args *args, int64_t b, int64_t first, int64_t last, const REAL *per_head, REAL *out) {
+    const int64_t n_token = args->keys.shape[2];
+    int64_t begin, end;
+    read_valid(&args->valid, b, n_token, &begin, &end);
+    for (int64_t k = 0; k < n_token; k++) {
+        const int64_t window = score_of_window(args, b, k);
+        REAL sum = 0;
+        for (int64_t n = first; n < last; n++) sum += per_head[n * n_token + k];
+        out[k] = sum / (REAL)(last - first);
+        if (window > 0) out[k] = (REAL)window;
+        if (k < begin || k >= end) out[k] = -(REAL)INFINITY;
+    }
+}
+
+void NAME(attention)(const kvp_score_args *args, REAL *scores) {
+    const int64_t n_head = args->keys.shape[1], n_token = args->keys.shape[2], n_query_head = args->queries.shape[1], group = n_query_head / n_head;
+    REAL *matrix = allocate((size_t)(n_token * n_token) * sizeof *matrix), *per_head = allocate((size_t)(n_query_head * n_token) * sizeof *per_head);
+    for (int64_t b = 0; b < args->keys.shape[0]; b++) {
+        memset(per_head, 0, (size_t)(n_query_head * n_token) * sizeof *per_head);
+        for (int64_t n = 0; n < n_query_head; n++) {
+            NAME(attend)(args, b, n, matrix);
+            for (int64_t v = 0; v < args->votes.shape[1]; v++) {
+                const cut_vote vote = read_vote(args, b, v);
+                NAME(vote)(args, &vote, matrix, per_head + n * n_token);
+            }
+        }
+        for (int64_t h = 0; h < n_head; h++) {
+            const bool shared = args->param[3] > 0;
+            NAME(combine)(args, b, shared ? 0 : h * group, shared ? n_query_head : (h + 1) * group, per_head, scores + (b * n_head + h) * n_token);
+        }
+    }
+    free(matrix);
+    free(per_head);
+}
+
+#undef NAME
+#undef REAL
+#undef EXP
+#undef TANH
+#undef SQRT

@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Bad calls: the right status, one sentence that names the culprit, and not a byte written anywhere.
+ */
+#include "harness.h"
+#include "tests.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { B = 2, H = 2, G = 2, T = 6, Q = 3, D = 4, V = 2, S = 2, K = 4, N_ARRAY = 16 };
+
+/* Twice this, or this times an element's size, is beyond int64. */
+#define HUGE_SIZE (INT64_MAX / 2)
+
+/* A good call of each verb. */
+typedef struct calls {
+    array keys, queries, votes, valid, lse, scores;          /* score */
+    array ranking, segments, quotas, protect, ranked, counts; /* select; "valid" is shared */
+    array values, kept, out_keys, out_values;                 /* gather; "keys" is shared */
+    kvp_score_args score;
+    kvp_select_args select;
+    kvp_gather_args gather;
+    block scratch;
+    size_t score_bytes, select_bytes; /* of one worker */
+    kvp_context ctx;
+} calls;
+
+static array new_filled(kvp_dtype dtype, int32_t ndim, const int64_t *shape, const int32_t *row, int64_t n) {
+    array a = new_array(dtype, CONTIGUOUS, ndim, shape);
+    for (size_t i = 0; i < a.memory.bytes / 4 && row; i++) memcpy(a.memory.data + 4 * i, &row[i % (size_t)n], 4);
+    return a;
+}
+
+static void make_score_call(calls *c) {
+    static const int32_t votes[V * KVP_VOTE_FIELDS] = {0, 3, 3, 6, 5, 5, 1, 0, 5, 6, /* */ 3, 5, 4, 6, 0, 0, 2, 6, 0, 0};
+    static const int32_t valid[] = {1, T};
+    c->keys = new_filled(KVP_F32, 4, (int64_t[4]){B, H, T, D}, NULL, 0);
+    c->queries = new_filled(KVP_F32, 4, (int64_t[4]){B, H * G, Q, D}, NULL, 0);
+    c->votes = new_filled(KVP_I32, 3, (int64_t[3]){B, V, KVP_VOTE_FIELDS}, votes, V * KVP_VOTE_FIELDS);
+    c->valid = new_filled(KVP_I32, 2, (int64_t[2]){B, 2}, valid, 2);
+    c->lse = new_filled(KVP_F32, 3, (int64_t[3]){B, H * G, Q}, NULL, 0);
+    c->scores = new_filled(KVP_F32, 3, (int64_t[3]){B, H, T}, NULL, 0);
+    c->score = (kvp_score_args){kvp_scorer_find("attention"), c->keys.view, c->queries.view, c->votes.view, c->valid.view, c->lse.view,
+                                c->scores.view,               {0.5, 0, 3, 0}};
+}
+
+static void make_select_call(calls *c) {
+    static const int32_t segments[] = {0, 3, T}, quotas[] = {2, 2};
+    c->ranking = new_filled(KVP_F32, 3, (int64_t[3]){B, H, T}, NULL, 0);
+    c->segments = new_filled(KVP_I32, 2, (int64_t[2]){B, S + 1}, segments, S + 1);
+    c->quotas = new_filled(KVP_I32, 3, (int64_t[3]){B, H, S}, quotas, S);
+    c->protect = new_filled(KVP_U8, 2, (int64_t[2]){B, T}, NULL, 0);
+    c->ranked = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, NULL, 0);
+    c->counts = new_filled(KVP_I32, 2, (int64_t[2]){B, H}, NULL, 0);
+    c->select = (kvp_select_args){c->ranking.view, c->segments.view, c->quotas.view, c->protect.view, c->valid.view, c->ranked.view, c->counts.view};
+}
+
+static void make_gather_call(calls *c) {
+    static const int32_t kept[] = {0, 2, 3, 5};
+    c->values = new_filled(KVP_F32, 4, (int64_t[4]){B, H, T, D + 1}, NULL, 0);
+    c->kept = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, kept, K);
+    c->out_keys = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D}, NULL, 0);
+    c->out_values = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D + 1}, NULL, 0);
+    c->gather = (kvp_gather_args){c->keys.view, c->values.view, c->kept.view, c->out_keys.view, c->out_values.view};
+}
+
+static void make_calls(calls *c) {
+    memset(c, 0, sizeof *c);
+    make_score_call(c);
+    make_select_call(c);
+    make_gather_call(c);
+    CHECK(kvp_workspace(KVP_SCORE, &c->score, &c->score_bytes) == KVP_OK, "no workspace for score");
+    CHECK(kvp_workspace(KVP_SELECT, &c->select, &c->select_bytes) == KVP_OK, "no workspace for select");
+    c->scratch = new_block(2 * (c->score_bytes + c->select_bytes) + 64);
+    memset(c->scratch.data, 0xff, c->scratch.bytes);
+    memset(c->ctx.error, 0xff, sizeof c->ctx.error);
+    c->ctx.workspace = c->scratch.data;
+    c->ctx.workspace_bytes = c->scratch.bytes;
+}
+
+static void list_arrays(calls *c, array **list) {
+    array *const all[N_ARRAY] = {&c->keys,     &c->queries, &c->votes,   &c->valid,  &c->lse,    &c->scores, &c->ranking,  &c->segments,
+                                 &c->quotas, &c->protect, &c->ranked, &c->counts, &c->values, &c->kept,   &c->out_keys, &c->out_values};
+    memcpy(list, all, sizeof all);
+}
+
+/* Changes the content and the place of every array into one number. */
+static uint64_t hash_arrays(calls *c) {
+    array *all[N_ARRAY];
+    uint64_t hash = 0;
+    list_arrays(c, all);
+    for (int i = 0; i < N_ARRAY; i++) hash = hash * 31 + hash_block(&all[i]->memory);
+    return hash;
+}
+
+static void free_calls(calls *c) {
+    array *all[N_ARRAY];
+    list_arrays(c, all);
+    for (int i = 0; i < N_ARRAY; i++) free_array(all[i]);
+    free_block(&c->scratch);
+}
+
+/* Ways to spoil a call, beyond one assignment. */
+
+#define SET_VOTE(field, value) set(&c->votes.view, 1, 0, KVP_VOTE_##field, 0, (value))
+
+static void make_huge(kvp_tensor *t, int64_t stride) {
+    for (int d = 0; d < 4; d++) {
+        t->shape[d] = HUGE_SIZE;
+        t->stride[d] = stride;
+    }
+}
+
+static void move_score(calls *c, int32_t device) {
+    kvp_tensor *const all[] = {&c->score.keys, &c->score.queries, &c->score.votes, &c->score.valid, &c->score.lse, &c->score.scores};
+    for (int i = 0; i < 6; i++) all[i]->device = device;
+}
+
+static void run_tasks(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg) {
+    for (int64_t task = 0; task < n_task; task++) fn(arg, task, (int32_t)(task % n_worker));
+}
+
+/* Same strides, a few elements further. */
+static void put_over(kvp_tensor *out, const kvp_tensor *in, int64_t n_element) {
+    memcpy(out->stride, in->stride, sizeof out->stride);
+    out->data = (float *)in->data + n_element;
+}
+
+/* The positions stand where the first output is written. All keys are zero, so that a core that goes on reads no wild position. */
+static void put_positions_in_output(calls *c) {
+    memcpy(c->out_keys.memory.data, c->kept.memory.data, c->kept.memory.bytes);
+    c->gather.positions.data = c->gather.out_keys.data;
+}
+
+#define REFUSAL(verb, status, named, what, ...) \
+    static void spoil_##what(calls *c) { __VA_ARGS__; }
+#include "refusals.def"
+#undef REFUSAL
+
+static const struct refusal {
+    kvp_verb verb;
+    kvp_status status;
+    const char *named, *what;
+    void (*spoil)(calls *c);
+} refusals[] = {
+#define REFUSAL(verb, status, named, what, ...) {KVP_##verb, KVP_ERR_##status, named, #what, spoil_##what},
+#include "refusals.def"
+#undef REFUSAL
+};
+
+static kvp_status call_one(calls *c, kvp_verb verb) {
+    if (verb == KVP_SCORE) return kvp_score(&c->score, &c->ctx);
+    if (verb == KVP_SELECT) return kvp_select(&c->select, &c->ctx);
+    return kvp_gather(&c->gather, &c->ctx);
+}
+
+static void check_refusal(const struct refusal *r) {
+    calls c;
+    name_case("refusal of %s", r->what);
+    make_calls(&c);
+    r->spoil(&c);
+    const uint64_t before = hash_arrays(&c);
+    const kvp_status status = call_one(&c, r->verb);
+    CHECK(hash_arrays(&c) == before, "a tensor was written");
+    const bool ends = memchr(c.ctx.error, 0, sizeof c.ctx.error) != NULL;
+    if (!CHECK(status == r->status, "status %s; expected %s", kvp_status_name(status), kvp_status_name(r->status))) printf("%s\n", ends ? c.ctx.error : "");
+    if (CHECK(ends && strlen(c.ctx.error) > 10, "no error sentence"))
+        CHECK(strstr(c.ctx.error, r->named), "the error does not name %s: %s", r->named, c.ctx.error);
+    /* kvp_workspace sees no values, but what it refuses, it refuses alike. */
+    const void *const args[] = {[KVP_SCORE] = &c.score, [KVP_SELECT] = &c.select, [KVP_GATHER] = &c.gather};
+    size_t bytes = 12345;
+    const kvp_status asked = kvp_workspace(r->verb, args[r->verb], &bytes);
+    CHECK(asked == KVP_OK || (asked == r->status && bytes == 12345), "kvp_workspace says %s, %zu bytes", kvp_status_name(asked), bytes);
+    free_calls(&c);
+}
+
+/* Without a fault the calls must pass, or the refusals would prove nothing. */
+static void check_unspoilt(void) {
+    calls c;
+    name_case("nothing to refuse");
+    make_calls(&c);
+    for (int verb = KVP_SCORE; verb <= KVP_GATHER; verb++) {
+        const kvp_status status = call_one(&c, (kvp_verb)verb);
+        CHECK(status == KVP_OK, "verb %d: %s, %s", verb, kvp_status_name(status), status == KVP_OK ? "" : c.ctx.error);
+    }
+    size_t bytes;
+    CHECK(kvp_workspace((kvp_verb)3, &c.score, &bytes) == KVP_ERR_VALUE, "kvp_workspace knows a fourth verb");
+    free_calls(&c);
+}
+
+void test_refusals(void) {
+    check_unspoilt();
+    for (size_t i = 0; i < sizeof refusals / sizeof refusals[0]; i++) check_refusal(&refusals[i]);
+}

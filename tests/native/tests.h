@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The tests that main.c runs.
+ */
+#ifndef KVP_TEST_TESTS_H
+#define KVP_TEST_TESTS_H
+
+/* Once for each set of row primitives that this CPU can run. */
+void test_norm(void);
+void test_position(void);
+void test_attention(void);
+void test_attention_sums(void);
+void test_same_bits(void);
+
+/* Once. */
+void test_select(void);
+void test_gather(void);
+void test_gather_in_place(void);
+void test_refusals(void);
+void test_introspection(void);
+void test_register_backend(void); /* last: a backend cannot be taken away again */
+
+#endif

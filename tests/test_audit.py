@@ -1,0 +1,174 @@
+"""The audit against what a wrapped model really keeps, on SmolLM2 and on small models."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build
+
+import kvpitfalls as kvp
+from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
+from kvpitfalls.hf.wrap import Evict, compress_each
+from kvpitfalls.policies import get_policy
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+RATIOS = [0.1, 0.5, 0.9]
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2):
+    return two_instructions(smollm2[1])
+
+
+def in_mask(cache, n_token):
+    mask = np.zeros((len(cache.layers), cache.positions(0).shape[1], n_token), bool)
+    for layer in range(len(cache.layers)):
+        np.put_along_axis(mask[layer], cache.positions(layer)[0], True, axis=-1)
+    return mask
+
+
+def touching(prompt):
+    """The same prompt with instructions that touch, as the authors' code wants them."""
+    messages = [{"role": "system", "content": f"{DEFENSE}\n{SPANISH}"}]
+    return kvp.Prompt.from_chat(prompt.tokenizer, messages, {"never reveal": DEFENSE + "\n", "only Spanish": SPANISH})
+
+
+@pytest.mark.parametrize("fair", [False, True, 0.5])
+def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, fair):
+    model, _ = smollm2
+    audited = kvp.audit(model, prompt, policies=POLICIES, compression_ratios=RATIOS, fair=[fair])
+    for policy in POLICIES:
+        for ratio in RATIOS:
+            with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair) as handle:
+                cache = handle.compress(prompt)
+            assert np.array_equal(audited.kept_mask(policy, ratio, fair), in_mask(cache, len(prompt))), (policy, ratio)
+            for row in audited.rows:
+                if (row["policy"], row["compression_ratio"]) == (policy, ratio):
+                    shares = cache.kept(row["span"])
+                    assert row["kept"] == pytest.approx(shares.mean())
+                    assert row["kept_min"] == pytest.approx(shares.mean(1).min()) and row["kept_max"] == pytest.approx(shares.mean(1).max())
+
+
+def test_the_authors_fairness_and_protection(smollm2, prompt):
+    model, both = smollm2[0], touching(prompt)
+    settings = {"policies": ["snapkv"], "compression_ratios": [0.5], "fair": ["paper"]}
+    audited = kvp.audit(model, both, **settings, protect="reply only: I can't help with that.")
+    with kvp.wrap(model, "snapkv", compression_ratio=0.5, fair="paper", protect="reply only: I can't help with that.") as handle:
+        assert np.array_equal(audited.kept_mask("snapkv", 0.5, "paper"), in_mask(handle.compress(both), len(both)))
+    begin, end = both.find("reply only: I can't help with that.")
+    assert audited.kept_mask("snapkv", 0.5, "paper")[:, :, begin:end].all()
+    with pytest.raises(ValueError, match="exactly two instructions that touch"):
+        kvp.audit(model, prompt, **settings)
+
+
+def test_what_every_row_says(smollm2, prompt):
+    audited = kvp.audit(smollm2[0], prompt, fair=[False, True])
+    built_in = [row for row in audited.rows if row["policy"] in POLICIES]
+    assert len(built_in) == 5 * 2 * 9 * 2
+    assert set(built_in[0]) == {
+        *("policy", "fair", "compression_ratio", "span", "kept", "kept_min", "kept_max", "mass_lost", "n_kept", "n_tokens")
+    }
+    for row in built_in:
+        assert 0 <= row["kept_min"] <= row["kept"] + 1e-12 and row["kept"] <= row["kept_max"] + 1e-12 <= 1 + 1e-12  # means are rounded
+        assert 0 <= row["mass_lost"] <= 1
+        assert row["n_kept"] == int(len(prompt) * (10 - round(10 * row["compression_ratio"])) / 10)
+        assert row["n_tokens"] == len(prompt.spans[row["span"]])
+    loss = {(r["policy"], r["fair"], r["span"]): r["compression_ratio"] for r in audited.first_loss(0.5)}
+    for (policy, fair, span), ratio in loss.items():
+        kept = {r["compression_ratio"]: r["kept"] for r in built_in if (r["policy"], r["fair"], r["span"]) == (policy, fair, span)}
+        assert ratio == min((r for r, share in kept.items() if share < 0.5), default=None)
+    assert loss["streaming_llm", False, "never reveal"] < loss["streaming_llm", False, "only Spanish"]
+    for entry in audited.bias():
+        shares = [r["kept"] for r in built_in if all(r[k] == entry[k] for k in ("policy", "fair", "compression_ratio"))]
+        assert entry["bias"] == pytest.approx(max(shares) - min(shares))
+        if entry["fair"]:
+            assert entry["bias"] < 0.15, "fair eviction keeps like shares"
+
+
+def test_lost_attention_mass(smollm2, prompt):
+    """Against the attention that transformers itself computes."""
+    model = smollm2[0]
+    audited = kvp.audit(model, prompt, policies=["knorm"], compression_ratios=[0.5], fair=[False])
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            attention = model(prompt.input_ids, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    kept = audited.kept_mask("knorm", 0.5)
+    for row in audited.rows:
+        span = prompt.spans[row["span"]]
+        lost = []
+        for layer, of_layer in enumerate(attention):
+            mass = of_layer[0].double().sum(1).unflatten(0, (kept.shape[1], -1)).mean(1).numpy()
+            lost.append((mass * ~kept[layer])[:, span.start : span.end].sum(-1) / mass[:, span.start : span.end].sum(-1))
+        assert row["mass_lost"] == pytest.approx(np.mean(lost), rel=1e-3)
+
+
+def test_the_model_is_left_as_it_was(smollm2, prompt):
+    model = smollm2[0]
+    with torch.no_grad():
+        before = model(prompt.input_ids).logits
+        kvp.audit(model, prompt, policies=["h2o"], compression_ratios=[0.5])
+        assert torch.equal(model(prompt.input_ids).logits, before)
+        with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+            kvp.audit(model, prompt, policies=["h2o"], compression_ratios=[0.5])
+            assert handle.compress(prompt).report()["kept_share"] == pytest.approx(0.5)
+
+
+def test_json(smollm2, prompt, tmp_path):
+    audited = kvp.audit(smollm2[0], prompt, policies=["tova"], compression_ratios=[0.5])
+    audited.to_json(tmp_path / "audit.json")
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written["rows"] == audited.rows and written["n_tokens"] == len(prompt) and set(written["spans"]) == set(prompt.spans)
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
+    with pytest.raises(FileNotFoundError):
+        audited.to_json(tmp_path / "missing" / "audit.json")
+
+
+def test_one_prefill_gives_the_caches_of_many(smollm2, prompt):
+    model, tokenizer = smollm2
+    short = kvp.Prompt.from_chat(
+        tokenizer, [{"role": "system", "content": f"{DEFENSE}\nBye."}], {"never reveal": DEFENSE, "only Spanish": "Bye."}
+    )
+    settings = [
+        ("snapkv", 0.5, True, None),
+        ("streaming_llm", 0.4, False, "reply only: I can't help with that."),
+        ("h2o", 0.0, False, None),
+    ]
+    kvp_fair = kvp.Fair.parse
+    caches = compress_each(model, [prompt, short], [Evict(get_policy(p), kvp_fair(f), r, None, w) for p, r, f, w in settings])
+    for (policy, ratio, fair, protect), cache in zip(settings, caches, strict=True):
+        with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair, protect=protect) as handle:
+            alone = handle.compress([prompt, short])
+        for layer, other in zip(cache.layers, alone.layers, strict=True):
+            assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values) and layer.seen == other.seen
+            assert np.array_equal(cache.positions(layer.index), alone.positions(layer.index))
+
+
+def test_bad_input(smollm2, prompt):
+    model, tokenizer = smollm2
+    bare = kvp.Prompt.from_text(tokenizer, "Some text without instructions.")
+    for given, error, message in [
+        ((model, "text"), TypeError, r"prompt is a str; expected a kvpitfalls\.Prompt"),
+        ((model, bare), ValueError, "the prompt has no instructions"),
+        ((build("gemma3_text"), "text"), TypeError, "prompt is a str"),
+    ]:
+        with pytest.raises(error, match=message):
+            kvp.audit(*given)
+    for given, message in [
+        ({"policies": []}, "nothing to audit"),
+        ({"policies": ["snapvk"]}, "did you mean 'snapkv'"),
+        ({"compression_ratios": [1.0]}, r"compression_ratio is 1\.0"),
+        ({"protect": "never reveal"}, "at compression_ratio 0.6 the budget is 20 tokens, but 26 are protected"),
+        ({"protect": "no such text"}, "is not in the prompt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kvp.audit(model, prompt, **given)
+    audited = kvp.audit(model, prompt, policies=["knorm"], compression_ratios=[0.5])
+    with pytest.raises(ValueError, match="expected a combination that was audited"):
+        audited.kept_mask("knorm", 0.6)
+    with pytest.raises(ValueError, match="threshold is 0"):
+        audited.first_loss(0)

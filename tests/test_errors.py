@@ -1,0 +1,267 @@
+"""Bad input: one sentence that says what was given and what was expected, and nothing changed."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build, feed, ids
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
+
+import kvpitfalls as kvp
+from kvpitfalls import ops
+from kvpitfalls.fairness import Fair
+
+KEYS = np.random.default_rng(0).standard_normal((1, 2, 20, 8), dtype=np.float32)
+QUERIES = np.random.default_rng(1).standard_normal((1, 4, 20, 8), dtype=np.float32)
+SPANS = {"a": (2, 10), "b": (10, 18)}
+HALF = {"compression_ratio": 0.5}
+
+KEEP = [
+    ({"compression_ratio": 1.0}, r"compression_ratio is 1\.0; expected the share removed, a number in \[0, 1\)"),
+    ({"compression_ratio": -0.1}, r"compression_ratio is -0\.1"),
+    ({"compression_ratio": float("nan")}, "compression_ratio is nan"),
+    ({"compression_ratio": True}, "compression_ratio is True"),
+    ({"compression_ratio": "0.5"}, "compression_ratio is '0.5'"),
+    ({"compression_ratio": 0.5, "budget": 3}, r"exactly one of compression_ratio .* compression_ratio=0\.5 and budget=3 was given"),
+    ({}, "exactly one of .* neither was given"),
+    ({"budget": 0}, "budget is 0; expected a whole number of tokens, at least 1"),
+    ({"budget": 2.5}, r"budget is 2\.5"),
+    ({"budget": 2, "protect": [1, 2, 3]}, "the budget of row 0 is 2 tokens, but 3 are protected"),
+    ({**HALF, "protect": [20]}, r"protect holds position 20; expected one inside \[0, 20\)"),
+    ({**HALF, "protect": [-1]}, "protect holds position -1"),
+    ({**HALF, "protect": "c", "spans": SPANS}, "protect names 'c'; expected 'sinks', a position, or one of the spans: a, b"),
+    ({**HALF, "protect": [1.5]}, r"protect holds 1\.5"),
+    ({**HALF, "fair": True}, "fair eviction needs the instructions' places"),
+    ({**HALF, "fair": 1.5, "spans": SPANS}, r"strength is 1\.5; expected a number from 0 to 1"),
+    ({**HALF, "fair": "papre", "spans": SPANS}, "fair is 'papre'; expected False, True"),
+    (
+        {**HALF, "fair": "paper", "spans": {"a": (2, 9), "b": (10, 18)}},
+        r"exactly two instructions that touch; given: a \[2, 9\), b \[10, 18\)",
+    ),
+    ({**HALF, "fair": "paper", "spans": {"a": (2, 9)}}, "exactly two instructions"),
+    ({**HALF, "fair": Fair(weights={"z": 1}), "spans": SPANS}, "weights name 'z'; expected names of the prompt's instructions: a, b"),
+    ({**HALF, "fair": True, "spans": {"a": (2, 12), "b": (10, 18)}}, "span 'b' starts at 10, inside span 'a', which ends at 12"),
+    ({**HALF, "fair": True, "spans": {"a": (2, 22)}}, r"span 'a' is \[2, 22\); expected a range inside \[0, 20\)"),
+    ({**HALF, "fair": True, "spans": {"a": "text"}}, "span 'a' is 'text'; expected"),
+    ({**HALF, "spans": [{}, {}]}, "spans has 2 rows; expected 1"),
+    ({**HALF, "valid": [(0, 21)]}, r"valid holds \[0, 21\)"),
+    ({**HALF, "valid": [(0, 20), (0, 20)]}, "valid has 2 rows; expected 1"),
+    ({**HALF, "scaling": float("inf")}, "scaling is inf; expected a finite number"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), KEEP, ids=[message[:40] for _, message in KEEP])
+def test_keep(given, message):
+    before = KEYS.copy()
+    with pytest.raises(ValueError, match=message):
+        kvp.keep("h2o", KEYS, QUERIES, **given)
+    assert np.array_equal(KEYS, before)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        ("snapvk", ValueError, "policy is 'snapvk', which is not known; did you mean 'snapkv'"),
+        ("zzz", ValueError, "expected one of h2o, knorm"),
+        (3, TypeError, "policy is a int; expected a Policy or one of"),
+    ],
+)
+def test_unknown_policy(policy, error, message):
+    with pytest.raises(error, match=message):
+        kvp.keep(policy, KEYS, QUERIES, **HALF)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: kvp.SnapKV(window_size=0), "window_size is 0"),
+        (lambda: kvp.SnapKV(kernel_size=4), "kernel_size is 4; expected an odd number"),
+        (lambda: kvp.StreamingLLM(n_sink=-1), "n_sink is -1"),
+        (lambda: kvp.Fair(min_tokens=-1), "min_tokens is -1"),
+        (lambda: kvp.Fair(template="drop"), "template is 'drop'"),
+        (lambda: kvp.Fair(rule="paper", min_tokens=3), "rule='paper' takes no weights"),
+        (lambda: kvp.Fair(weights={"a": -1}), r"weights\['a'\] is -1"),
+    ],
+)
+def test_parameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+OPS = [
+    (lambda: ops.score("nrom", KEYS), ValueError, "scorer is 'nrom'; expected one of 'norm', 'position', 'attention'"),
+    (lambda: ops.score("norm", KEYS, n_sink=4), TypeError, "scorer 'norm' has no parameter 'n_sink'; expected none"),
+    (lambda: ops.score("norm", KEYS[0]), ValueError, r"keys has shape \(2, 20, 8\); expected 4 dimensions"),
+    (lambda: ops.score("norm", KEYS.tolist()), TypeError, "keys is a list; expected a NumPy array or a torch tensor"),
+    (lambda: ops.score("norm", KEYS.astype(np.float64)), TypeError, "keys has dtype float64; expected float32, float16 or bfloat16"),
+    (lambda: ops.score("norm", KEYS[:, :, :0]), ValueError, r"keys\.shape\[2\] is 0; expected at least 1"),
+    (lambda: ops.score("norm", KEYS[:, :, ::-1]), ValueError, "keys"),
+    (lambda: ops.score("position", KEYS, n_sink=1.5), ValueError, r"n_sink is 1\.5; expected a whole number"),
+    (lambda: ops.score("attention", KEYS, votes=np.zeros((1, 1, 10), int)), ValueError, "queries is missing"),
+    (lambda: ops.score("attention", KEYS, queries=QUERIES), ValueError, "votes is missing"),
+    (
+        lambda: ops.score("attention", KEYS, queries=QUERIES[:, :3], votes=np.zeros((1, 1, 10), int)),
+        ValueError,
+        "a multiple of the 2 key heads",
+    ),
+    (lambda: ops.score("attention", KEYS, queries=QUERIES[..., :4], votes=np.zeros((1, 1, 10), int)), ValueError, "D is 8 in keys"),
+    (
+        lambda: ops.score("attention", KEYS, queries=QUERIES, votes=np.zeros((1, 1, 9), int)),
+        ValueError,
+        r"votes\.shape\[2\] is 9; expected 10",
+    ),
+    (lambda: ops.score("attention", KEYS, queries=QUERIES, votes=np.zeros((1, 1, 10))), TypeError, "whole numbers are expected"),
+    (lambda: _attention(scaling=np.nan), ValueError, "scaling is nan; expected a finite number"),
+    (lambda: _attention(kernel_size=2), ValueError, "kernel_size is 2; expected an odd number"),
+    (
+        lambda: _attention(queries=QUERIES[:, :, -3:]),
+        ValueError,
+        r"votes\[0,0\] needs the query at position 0, but queries holds only the last 3",
+    ),
+    (
+        lambda: _attention(keys=torch.from_numpy(KEYS).half(), queries=torch.from_numpy(QUERIES)),
+        TypeError,
+        "queries has dtype float32; expected float16",
+    ),
+    (lambda: ops.select(KEYS[0], [1, -1], segments=[0, 5, 20]), ValueError, r"segments|scores|quotas\[0,0,1\] is -1"),
+    (lambda: ops.select(KEYS[..., 0], [1, -1], segments=[0, 5, 20]), ValueError, r"quotas\[0,0,1\] is -1; expected 0 or more"),
+    (lambda: ops.select(KEYS[..., 0], [1, 1], segments=[0, 5, 21]), ValueError, r"segments\[0,2\] is 21; expected 5 to 20"),
+    (lambda: ops.select(KEYS[..., 0], [1, 1], segments=[0, 20]), ValueError, "one more than the 2 segments in quotas"),
+    (lambda: ops.select(KEYS[..., 0], 3, valid=[[5, 2]]), ValueError, r"valid\[0\] is \[5, 2\)"),
+    (
+        lambda: ops.gather(KEYS, KEYS, np.array([[[0, 20], [0, 1]]])),
+        ValueError,
+        r"positions\[0,0,1\] is 20; expected positions that ascend",
+    ),
+    (lambda: ops.gather(KEYS, KEYS, np.array([[[3, 1], [0, 1]]])), ValueError, r"positions\[0,0,1\] is 1"),
+    (lambda: ops.gather(KEYS, KEYS[:, :1], np.array([[[0, 1], [0, 1]]])), ValueError, r"values\.shape\[1\] is 1, but H is 2 in keys"),
+    (
+        lambda: ops.score("norm", torch.empty(1, 2, 20, 8, device="meta")),
+        (kvp.DeviceError, TypeError, ValueError, RuntimeError),
+        "keys|meta|device",
+    ),
+]
+
+
+def _attention(keys=KEYS, queries=QUERIES, **params):
+    votes = np.array([[[0, 20, 0, 20, 0, 0, 0, 0, 0, 0]]])
+    return ops.score("attention", keys, queries=queries, votes=votes, **params)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), OPS, ids=[message[:40] for *_, message in OPS])
+def test_ops(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+REFUSED = {
+    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "vocab_size": 128},
+    "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128},
+    "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128},
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_without_the_attention_interface_are_refused(family):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **REFUSED[family]))
+    with pytest.raises(kvp.UnsupportedModelError, match=rf"\(model type '{family}'\) computes attention in code of its own"):
+        kvp.wrap(model, "knorm", compression_ratio=0.5)
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_other_models_are_refused():
+    t5 = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("t5", d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=64)
+    )
+    with pytest.raises(kvp.UnsupportedModelError, match="is an encoder-decoder; expected a decoder-only model"):
+        kvp.wrap(t5, "knorm", compression_ratio=0.5)
+    with pytest.raises(
+        kvp.UnsupportedModelError, match=r"no full-attention layer to compress; its cache layers are: DynamicSlidingWindowLayer"
+    ):
+        kvp.wrap(build("mistral", sliding_window=8), "knorm", compression_ratio=0.5)
+    with pytest.raises(kvp.UnsupportedModelError, match=r"compiled by torch\.compile"):
+        kvp.wrap(torch.compile(build("llama")), "knorm", compression_ratio=0.5)
+    with pytest.raises(kvp.UnsupportedModelError, match="reorder_and_upcast_attn"):
+        kvp.wrap(build("gpt2", "eager", reorder_and_upcast_attn=True), "knorm", compression_ratio=0.5)
+    with pytest.raises(TypeError, match="model is a Linear; expected a transformers model"):
+        kvp.wrap(torch.nn.Linear(2, 2), "knorm", compression_ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def unchanged(model):
+    tokens = ids()
+    return feed(model, tokens, [20, 1], DynamicCache(config=model.config))
+
+
+def test_caches_and_modes_are_refused(llama):
+    plain = unchanged(llama)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(kvp.UnsupportedModelError, match="past_key_values is a StaticCache; static, quantized"):
+            llama(ids(), past_key_values=StaticCache(config=llama.config, max_cache_len=40))
+        with pytest.raises(kvp.UnsupportedModelError, match="StaticCache"):
+            llama.generate(ids(), max_new_tokens=2, cache_implementation="static")
+        with pytest.raises(kvp.UnsupportedModelError, match="offloaded"):
+            llama(ids(), past_key_values=DynamicCache(config=llama.config, offloading=True))
+        used = DynamicCache(config=llama.config)
+        used.layers[0].update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
+        with pytest.raises(ValueError, match="already holds 3 tokens that were never compressed"):
+            llama(ids(1), past_key_values=used)
+        with pytest.raises(ValueError, match="the model is wrapped already"):
+            kvp.wrap(llama, "h2o", budget=3)
+        with pytest.raises(kvp.UnsupportedModelError, match="training mode"):
+            llama.train()(ids())
+        llama.eval()
+        with pytest.raises(kvp.UnsupportedModelError, match="not a padding mask"):
+            llama(ids(), attention_mask=torch.zeros(2, 1, 30, 30))
+        with pytest.raises(ValueError, match="padding on the left only"):
+            handle.compress(ids(), attention_mask=torch.tensor([[1] * 25 + [0] * 5, [1] * 30]))
+        with pytest.raises(ValueError, match="hides every token"):
+            handle.compress(ids(), attention_mask=torch.tensor([[0] * 30, [1] * 30]))
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 29\); expected \(2, 30\)"):
+            handle.compress(ids(), attention_mask=torch.ones(2, 29))
+        for n_token in (0, 1):
+            with pytest.raises(ValueError, match=rf"the prompt has {n_token} tokens; expected at least 2"):
+                handle.compress(ids(1, n_token))
+        with pytest.raises(ValueError, match="a prompt has 1 token"):
+            handle.compress(ids(2, 5), attention_mask=torch.tensor([[0, 0, 0, 0, 1], [1] * 5]))
+        with pytest.raises(ValueError, match="the prompt has 1 token"):
+            llama.generate(ids(1, 1), max_new_tokens=2)
+        with pytest.raises(ValueError, match="no cache was compressed yet"):
+            kvp.wrap(build("llama"), "knorm", budget=3).report()
+        with pytest.raises(ValueError, match="prompt has shape"):
+            handle.compress(torch.rand(1, 5))
+    assert torch.equal(unchanged(llama), plain)
+
+
+def test_protection_that_does_not_fit_leaves_the_model_usable(llama):
+    message = "the budget of row 0 is 2 tokens, but 4 are protected"
+    with kvp.wrap(llama, "knorm", budget=2, protect="sinks") as handle, pytest.raises(ValueError, match=message):
+        handle.compress(ids())
+    with kvp.wrap(llama, "knorm", budget=5, protect="sinks") as handle:
+        assert handle.compress(ids(1)).positions(0)[0, 0, :4].tolist() == [0, 1, 2, 3]
+
+
+def test_wrap_arguments(llama):
+    for given, message in [
+        ({}, "exactly one of"),
+        ({"compression_ratio": 1}, "compression_ratio is 1"),
+        ({"budget": 3, "when": "decode"}, "when is 'decode'; expected 'prefill'"),
+        ({"budget": 3, "fair": 2}, r"strength is 2\.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kvp.wrap(llama, "knorm", **given)
+    assert not llama.model._forward_pre_hooks
+
+
+def test_kept_layers_know_their_limits(llama):
+    with kvp.wrap(build("gemma3_text"), "knorm", budget=5) as handle:
+        cache = handle.compress(ids(), spans={"a": (0, 5)})
+        with pytest.raises(ValueError, match="layer 0 is a DynamicSlidingWindowLayer, which is not compressed"):
+            cache.positions(0)
+        with pytest.raises(ValueError, match="span is 'b'; expected one of a"):
+            cache.kept("b")
+        with pytest.raises(ValueError, match="the cache is empty"):
+            handle.new_cache().positions(1)

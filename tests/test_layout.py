@@ -1,0 +1,158 @@
+"""The rules of the house, as tests: import order, what may be used where, sizes, and what leaves the shared object."""
+
+import ast
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, CORE = ROOT / "kvpitfalls", ROOT / "csrc"
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
+C_FILES = sorted([*CORE.rglob("*.c"), *CORE.rglob("*.h")])
+
+# Lower layers first; a module may import its own layer and those before it.
+PYTHON_LAYERS = [
+    ["errors"],
+    ["reference"],
+    ["_core", "ops"],
+    ["budget", "prompt", "fairness"],
+    ["policies"],
+    ["selection"],
+    ["hf"],
+    ["audits"],
+    ["experiments"],
+    ["plots", "heatmap", "report"],
+    ["cli"],
+    ["__main__"],
+]
+C_LAYERS = [["core"], ["rows"], ["score", "select", "evict"], ["backend"]]
+
+
+def layer_of(name, layers):
+    return next(i for i, names in enumerate(layers) if name in names)
+
+
+def imports_of(path, eager_only=False):
+    """(module imported, is it at the top level) for every import; relative ones resolved."""
+    here = ["kvpitfalls", *path.relative_to(PACKAGE).parts[:-1]]
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if eager_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from [f"{module}.{alias.name}" for alias in node.names] if node.level and not node.module else [module]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PYTHON_FILES if p.name != "__init__.py" or p.parent != PACKAGE], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_python_imports_go_one_way(path):
+    own = layer_of(path.relative_to(PACKAGE).with_suffix("").parts[0], PYTHON_LAYERS)
+    for module in imports_of(path):
+        if module.startswith("kvpitfalls.") and module != "kvpitfalls.__version__":
+            assert layer_of(module.split(".")[1], PYTHON_LAYERS) <= own, f"{path.name} imports {module}, which lies above it"
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_libraries_stay_where_they_belong(path):
+    folder = path.relative_to(PACKAGE).parts[0]
+    for module in imports_of(path):
+        library = module.split(".")[0]
+        if library == "transformers":
+            assert folder in ("hf", "prompt.py") or (folder == "cli.py" and module not in list(imports_of(path, eager_only=True)))
+        if library == "matplotlib":
+            assert folder == "plots.py"
+
+
+def test_c_includes_go_one_way():
+    for path in C_FILES:
+        folder = path.relative_to(CORE).parts[0]
+        text = path.read_text()
+        for include in re.findall(r'#include\s+[<"]([^">]+)[">]', text):
+            if include in ("Python.h",) or include.startswith("numpy/"):
+                assert folder == "python", f"{path} includes {include}; only csrc/python may"
+            assert ("intrin.h" not in include and "arm_neon" not in include) or folder == "rows", (
+                f"{path} includes {include}; only csrc/rows may"
+            )
+            parts = [part for part in include.split("/") if part != ".."]
+            if folder == "python":
+                assert len(parts) == 1 or parts[0] == "numpy" or parts[-1] == "kvp.h", (
+                    f"{path} includes {include}; csrc/python sees kvp.h only"
+                )
+            elif len(parts) == 2 and any(parts[0] in names for names in C_LAYERS) and folder != "kvp.h":
+                assert layer_of(parts[0], C_LAYERS) <= layer_of(folder, C_LAYERS), f"{path} includes {include}, which lies above it"
+
+
+def test_the_core_owns_nothing():
+    banned = r"\b(printf|puts|exit|abort|malloc|calloc|realloc|free|getenv|system|fopen|assert)\s*\("
+    for path in C_FILES:
+        if path.relative_to(CORE).parts[0] != "python":
+            code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+            assert not re.findall(banned, code), f"{path} uses {re.findall(banned, code)}"
+
+
+def test_every_scorer_has_an_implementation_and_a_reference():
+    names = re.findall(r"^KVP_SCORER\((\w+)", (CORE / "scorers.def").read_text(), flags=re.M)
+    reference = (PACKAGE / "reference.py").read_text()
+    assert names
+    for name in names:
+        assert (CORE / "score" / f"{name}.c").exists() and f'scorer == "{name}"' in reference
+
+
+def test_sizes():
+    for path in [*PYTHON_FILES, *C_FILES, *sorted((ROOT / "tests").rglob("*.[ch]"))]:
+        assert len(path.read_text().splitlines()) <= 500, f"{path} is over 500 lines"
+    for path in PYTHON_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                code = node.body[ast.get_docstring(node) is not None :] or node.body
+                body = node.end_lineno - code[0].lineno + 1
+                assert body <= 100, f"{path}: {node.name} has {body} lines"
+    for path in C_FILES:
+        for body in re.findall(r"^[^\s#/}][^;\n]*\)\s*\{\n(.*?)^\}", path.read_text(), flags=re.M | re.S):
+            assert body.count("\n") <= 100, f"{path} has a function of {body.count(chr(10))} lines"
+
+
+def test_names():
+    for path in [*PYTHON_FILES, *C_FILES, *sorted((ROOT / "tests").rglob("*"))]:
+        assert not re.fullmatch(r"(utils?|helpers?|common|misc)", path.stem), f"{path}: say what the file is about"
+
+
+def test_import_is_light():
+    heavy = {"torch", "transformers", "numpy", "matplotlib", "tqdm", "kvpitfalls._core"}
+    code = f"import sys, kvpitfalls; print(sorted(set(sys.modules) & {heavy}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import kvpitfalls
+
+    for name in kvpitfalls.__all__:
+        assert getattr(kvpitfalls, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kvpitfalls.nothing  # noqa: B018
+    assert callable(kvpitfalls.audit) and callable(kvpitfalls.keep) and callable(kvpitfalls.wrap), "a module must not shadow a function"
+
+
+@pytest.mark.skipif(sysconfig.get_config_var("EXT_SUFFIX") is None or sys.platform != "linux", reason="reads an ELF symbol table")
+def test_only_the_init_function_is_exported():
+    import kvpitfalls._core as core
+
+    out = subprocess.run(["nm", "-D", "--defined-only", core.__file__], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in out.splitlines()] == ["PyInit__core"]
+
+
+def test_nothing_reads_outside_the_project():
+    for path in [p for p in ROOT.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md", ".txt", "") and p.is_file()]:
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] in (".git", ".venv", "build", ".hypothesis", ".pytest_cache", ".ruff_cache") or "egg-info" in str(relative):
+            continue
+        assert "../" + "shared" not in path.read_text(errors="ignore"), path

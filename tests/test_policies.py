@@ -1,0 +1,109 @@
+"""What every registered policy must do, and that a new one takes ten lines."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build, ids
+
+import kvpitfalls as kvp
+from kvpitfalls.policies import get_policy, policy_names
+from kvpitfalls.policies.base import _registry
+
+BUILT_IN = ["h2o", "knorm", "snapkv", "streaming_llm", "tova"]
+KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
+QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_names_and_aliases():
+    assert set(BUILT_IN) <= set(policy_names())
+    for name, policy in [
+        ("streamingllm", kvp.StreamingLLM()),
+        ("snap", kvp.SnapKV()),
+        ("observed_attention", kvp.H2O()),
+        ("SnapKV", kvp.SnapKV()),
+        (kvp.TOVA, kvp.TOVA()),
+        (kvp.KNorm(), kvp.KNorm()),
+    ]:
+        assert get_policy(name) == policy
+
+
+@pytest.mark.parametrize("policy", BUILT_IN)
+def test_every_policy_keeps_its_contract(policy):
+    kept = kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5)
+    assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
+    assert (kept.counts == 20).all()
+    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, compression_ratio=0.5)
+    assert torch.equal(kept.positions, again.positions)
+    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], compression_ratio=0.5)
+    assert torch.equal(kept.positions[1:], one.positions)
+    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), compression_ratio=0.5)
+    assert np.array_equal(numpy.positions, kept.positions.numpy())
+    assert eval(
+        repr(get_policy(policy)), vars(kvp) | {n: getattr(kvp, n) for n in ("H2O", "KNorm", "SnapKV", "StreamingLLM", "TOVA")}
+    ) == get_policy(policy)
+
+
+@pytest.mark.parametrize("policy", BUILT_IN)
+def test_needs_queries_is_true_exactly_if_it_reads_them(policy):
+    if get_policy(policy).needs_queries:
+        with pytest.raises(ValueError, match="needs the queries"):
+            kvp.keep(policy, KEYS, compression_ratio=0.5)
+    else:
+        assert torch.equal(
+            kvp.keep(policy, KEYS, compression_ratio=0.5).positions, kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5).positions
+        )
+
+
+def test_snapkv_shares_its_window_between_segments():
+    kept = kvp.keep(kvp.SnapKV(window_size=9), KEYS, QUERIES, budget=20, spans=[(0, 2), (2, 25), (25, 40)], fair=True)
+    window = (kept.scores[0, 0] >= 2).nonzero().flatten().tolist()
+    assert window == [0, 1, *range(21, 25), *range(37, 40)]  # 3 each; the first segment's spare one goes to the second
+
+
+def test_a_short_prompt_inside_snapkvs_window_keeps_the_newest():
+    kept = kvp.keep("snapkv", KEYS[:, :, :10], QUERIES[:, :, :10], budget=4)
+    assert (kept.positions == torch.arange(6, 10)).all()
+
+
+def test_tova_keeps_the_same_tokens_in_all_heads():
+    kept = kvp.keep("tova", KEYS, QUERIES, budget=7)
+    assert (kept.positions == kept.positions[:, :1]).all() and (kept.positions[..., -1] == 39).all()
+
+
+def test_streaming_llm_below_its_sinks_keeps_the_first_tokens():
+    assert kvp.keep("streaming_llm", KEYS, budget=3).positions[0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def registry():
+    before = dict(_registry)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+def test_a_policy_is_ten_lines(registry):
+    @dataclass(frozen=True)
+    class EveryNth(kvp.Policy):
+        """Keep every n-th token first."""
+
+        n: int = 3
+        name = "every_nth"
+
+        def score(self, inputs):
+            t = torch.arange(inputs.n_token)
+            return (t % self.n == 0).float().expand(inputs.keys.shape[:3]).contiguous()
+
+    model, tokens = build("llama"), ids(1, 20)
+    spans = {"a": (0, 10), "b": (10, 20)}
+    with kvp.wrap(model, "every_nth", budget=7) as handle:
+        assert handle.compress(tokens).positions(1)[0, 0].tolist() == [0, 3, 6, 9, 12, 15, 18]
+    with kvp.wrap(model, EveryNth(n=2), budget=6, fair=True, protect=[1]) as handle:
+        assert handle.compress(tokens, spans=spans).positions(1)[0, 0].tolist() == [0, 1, 2, 10, 12, 14]
+    assert "every_nth" in policy_names()
+    with pytest.raises(ValueError, match="'knorm'"):
+        type("Clash", (kvp.Policy,), {"name": "knorm"})
+    with pytest.raises(TypeError, match="expected lower-case"):
+        type("Nameless", (kvp.Policy,), {})

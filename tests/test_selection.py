@@ -1,0 +1,151 @@
+"""What must hold for every policy, fairness and protection, on bare arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvpitfalls as kvp
+from kvpitfalls.budget import apportion, blend, kept_tokens
+from kvpitfalls.fairness import Fair
+from kvpitfalls.selection import count_per_segment
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+RNG = np.random.default_rng(0)
+KEYS = RNG.standard_normal((1, 2, 64, 16), dtype=np.float32)
+QUERIES = 2 * RNG.standard_normal((1, 6, 64, 16), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("n_token", "ratio", "kept"),
+    [(1000, 0.9, 100), (10, 0.3, 7), (10, 0, 10), (3, 0.99, 1), (7, np.float32(0.6), 2), (100, 0.29, 71), (1000, 1e-9, 999)],
+)
+def test_kept_tokens_are_exact_in_decimal(n_token, ratio, kept):
+    assert kept_tokens(n_token, ratio) == kept
+
+
+@st.composite
+def splits(draw):
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum))
+    floors = [draw(st.integers(0, n)) if draw(st.booleans()) else 0 for n in lengths]
+    total = draw(st.integers(sum(floors), sum(lengths)))
+    weights = draw(st.none() | st.lists(st.sampled_from([0, 0.5, 1, 3]), min_size=len(lengths), max_size=len(lengths)))
+    return total, lengths, weights, floors
+
+
+@settings(max_examples=500, deadline=None)
+@given(splits())
+def test_quotas_sum_to_the_budget_inside_their_bounds(split):
+    total, lengths, weights, floors = split
+    quotas = apportion(total, lengths, weights, floors)
+    assert sum(quotas) == total
+    assert all(low <= q <= high for low, q, high in zip(floors, quotas, lengths, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(splits())
+def test_unconstrained_quotas_are_within_one_token_of_proportional(split):
+    total, lengths, _, _ = split
+    quotas = apportion(total, lengths)
+    assert all(abs(q - total * n / sum(lengths)) < 1 for q, n in zip(quotas, lengths, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(splits(), st.sampled_from([0, 0.1, 0.25, 0.5, 0.9, 1]))
+def test_blended_quotas_lie_between_both(split, strength):
+    total, lengths, weights, floors = split
+    counts, quotas = np.array([apportion(total, lengths, weights)]), np.array([apportion(total, lengths, None, floors)])
+    mixed = blend(counts, quotas, strength)
+    assert mixed.sum() == total
+    assert (mixed >= np.minimum(counts, quotas)).all() and (mixed <= np.maximum(counts, quotas)).all()
+
+
+def spans_of(edges):
+    return {f"s{i}": (begin, end) for i, (begin, end) in enumerate(edges)}
+
+
+@st.composite
+def settings_of_keep(draw):
+    edges = sorted(draw(st.lists(st.integers(0, 64), min_size=2, max_size=8, unique=True)))
+    edges = edges[: len(edges) // 2 * 2]
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    budget = draw(st.integers(1, 64))
+    protect = draw(st.lists(st.integers(0, 63), max_size=budget, unique=True))
+    strength = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    template = draw(st.sampled_from(["absorb", "separate"]))
+    return spans, budget, protect, strength, template
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=40, deadline=None)
+@given(case=settings_of_keep())
+def test_budget_quotas_and_protection_always_hold(policy, case):
+    spans, budget, protect, strength, template = case
+    fair = Fair(strength=strength, template=template)
+    kept = kvp.keep(policy, KEYS, QUERIES, budget=budget, spans=spans_of(spans), fair=fair, protect=protect)
+    assert (kept.counts == budget).all() and (kept.quotas.sum(-1) == budget).all()
+    assert (np.diff(kept.positions) > 0).all() and (kept.positions >= 0).all()
+    assert np.array_equal(count_per_segment(kept, kept.segments), kept.quotas)
+    for head in kept.positions[0]:
+        assert set(protect) <= set(head.tolist())
+    if strength == 1 and not protect:
+        lengths = np.diff(kept.segments[0])
+        assert (np.abs(kept.quotas - budget * lengths / 64) < 1).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("budget", [1, 7, 16, 32, 63, 64])
+def test_one_segment_is_the_biased_policy(policy, budget):
+    biased = kvp.keep(policy, KEYS, QUERIES, budget=budget)
+    for spans in ({"all": (0, 64)}, {"all": (10, 40)}):  # absorb: a single instruction owns the whole row
+        fair = kvp.keep(policy, KEYS, QUERIES, budget=budget, spans=spans, fair=True)
+        assert np.array_equal(biased.positions, fair.positions)
+    assert np.array_equal(biased.positions, kvp.keep(policy, KEYS, QUERIES, budget=budget, fair=0.0).positions)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_strength_runs_from_biased_to_fair(policy):
+    spans = {"a": (2, 40), "b": (40, 60)}
+
+    def counts(fair):
+        kept = kvp.keep(policy, KEYS, QUERIES, budget=20, spans=spans, fair=fair)
+        return count_per_segment(kept, np.array([[0, 40, 64]]))
+
+    biased, fair = counts(False), counts(True)
+    assert (fair == apportion(20, [40, 24])).all()
+    for strength in (0.25, 0.5, 0.75):
+        assert np.array_equal(counts(strength), blend(biased, fair, strength))
+
+
+def test_equal_scores_go_by_position():
+    same = np.ones((1, 1, 10, 4), np.float32)
+    assert kvp.keep("knorm", same, budget=4).positions.tolist() == [[[0, 1, 2, 3]]]
+    assert kvp.keep("knorm", same, budget=4, spans=[(0, 5), (5, 10)], fair=True).positions.tolist() == [[[0, 1, 5, 6]]]
+
+
+def test_weights_and_min_tokens():
+    spans = {"a": (4, 24), "b": (24, 44), "c": (50, 60)}
+    kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(weights={"a": 3.0}))
+    assert kept.segments.tolist() == [[0, 24, 50, 64]]
+    assert kept.quotas[0, 0].tolist() == apportion(20, [24, 26, 14], [3, 1, 1])
+    kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=6))
+    assert kept.quotas[0, 0].tolist() == [7, 7, 6]
+    with pytest.raises(ValueError, match="need 30"):
+        kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=10))
+
+
+def test_separate_template_gets_segments_of_its_own():
+    kept = kvp.keep("knorm", KEYS, budget=32, spans={"a": (4, 24), "b": (24, 44), "c": (50, 60)}, fair=Fair(template="separate"))
+    assert kept.segments.tolist() == [[0, 4, 24, 44, 50, 60, 64]]
+    assert kept.quotas[0, 0].tolist() == [2, 10, 10, 3, 5, 2]
+
+
+def test_rows_of_a_padded_batch_are_independent():
+    keys = np.concatenate([KEYS, KEYS])
+    queries = np.concatenate([QUERIES, QUERIES])
+    spans = [{"a": (20, 40), "b": (40, 60)}, {"a": (0, 30), "b": (30, 60)}]
+    for policy in POLICIES:
+        both = kvp.keep(policy, keys, queries, compression_ratio=0.5, spans=spans, fair=True, valid=[(14, 64), (0, 64)])
+        alone = kvp.keep(policy, KEYS[:, :, 14:], QUERIES[:, :, 14:], compression_ratio=0.5, spans={"a": (6, 26), "b": (26, 46)}, fair=True)
+        assert both.counts.tolist() == [[25, 25], [32, 32]]
+        assert np.array_equal(both.positions[0, :, :25] - 14, alone.positions[0]) and (both.positions[0, :, 25:] == -1).all()

@@ -1,0 +1,263 @@
+"""A wrapped model against the same model unwrapped: what eviction must leave unchanged, exactly or to 1e-5."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILIES, build, feed, ids, masked_like
+from transformers import DynamicCache
+
+import kvpitfalls as kvp
+from kvpitfalls.hf.cache import KeptCache, KeptLayer
+from kvpitfalls.hf.intercept import attach, detach
+from kvpitfalls.hf.probe import Shuffle
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+N_PROMPT = 20
+CHUNKS = [1, 1, 5, 1]
+SPANS = {"first": (2, 9), "second": (9, 18)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids="-".join)
+def model(request):
+    return build(*request.param)
+
+
+def left_pad(n_token=30):
+    mask = torch.ones(2, n_token, dtype=torch.long)
+    mask[0, :3] = 0
+    return mask
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_ratio_0_is_bit_identical(model, padded):
+    tokens, mask = ids(), left_pad() if padded else None
+    plain = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config), mask)
+    for policy in POLICIES:
+        with kvp.wrap(model, policy, compression_ratio=0) as handle:
+            wrapped = feed(model, tokens, [N_PROMPT, *CHUNKS], handle.new_cache(), mask)
+        real = slice(None) if mask is None else mask[:, : wrapped.shape[1]].bool()
+        assert torch.equal(wrapped[real], plain[real]), policy
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_order_of_cached_rows_is_invisible(model, padded):
+    tokens, mask = ids(), left_pad() if padded else None
+    plain = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config), mask)
+    attach(model)
+    try:
+        cache = KeptCache(model.config, Shuffle())
+        shuffled = feed(model, tokens, [N_PROMPT, *CHUNKS], cache, mask)
+    finally:
+        detach(model)
+    assert any((np.diff(cache.positions(layer.index)) < 0).any() for layer in cache.kept_layers)
+    torch.testing.assert_close(shuffled[1:], plain[1:], **CLOSE)
+    torch.testing.assert_close(shuffled[0, 3:], plain[0, 3:], **CLOSE)
+    with kvp.wrap(model, "knorm", budget=5) as handle:
+        assert handle.verify() < 1e-5
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fair", [False, True])
+def test_evicting_equals_masking(model, policy, fair):
+    tokens = ids()
+    with kvp.wrap(model, policy, compression_ratio=0.5, fair=fair) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
+        kept = copy.deepcopy(cache)
+        evicted = feed(model, tokens, CHUNKS, cache, start=N_PROMPT)
+    plain = DynamicCache(config=model.config)
+    full = feed(model, tokens, [N_PROMPT], plain)
+    untouched = feed(model, tokens, CHUNKS, copy.deepcopy(plain), start=N_PROMPT)
+    with masked_like(model, kept, N_PROMPT):
+        masked = feed(model, tokens, CHUNKS, plain, start=N_PROMPT)
+    torch.testing.assert_close(evicted, masked, **CLOSE)
+    assert not torch.allclose(evicted, untouched, atol=1e-3), "eviction changed nothing, so the comparison says nothing"
+    assert full.shape[1] == N_PROMPT
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fair", [False, True])
+def test_left_padded_batch_equals_single_rows(model, policy, fair):
+    tokens, mask, n_pad = ids(), left_pad(), 3
+    spans = [{"a": (5, 10), "b": (12, 19)}, {"a": (2, 10), "b": (10, 14)}]
+    with kvp.wrap(model, policy, compression_ratio=0.6, fair=fair, protect="sinks") as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask[:, :N_PROMPT], spans=spans)
+        together = feed(model, tokens, CHUNKS, cache, mask, start=N_PROMPT)
+        short = {name: (begin - n_pad, end - n_pad) for name, (begin, end) in spans[0].items()}
+        first = handle.compress(tokens[:1, n_pad:N_PROMPT], spans=short)
+        alone = feed(model, tokens[:1, n_pad:], CHUNKS, first, start=N_PROMPT - n_pad)
+        second = handle.compress(tokens[1:, :N_PROMPT], spans=spans[1])
+        other = feed(model, tokens[1:], CHUNKS, second, start=N_PROMPT)
+    torch.testing.assert_close(together[:1], alone, **CLOSE)
+    torch.testing.assert_close(together[1:], other, **CLOSE)
+    for layer in cache.kept_layers:
+        of_row = cache.positions(layer.index)[0]
+        assert np.array_equal(of_row[of_row >= 0].reshape(of_row.shape[0], -1) - n_pad, first.positions(layer.index)[0])
+
+
+def manual_generate(model, cache, tokens, mask, n_new):
+    """Greedy, with explicit positions."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    start = cache.get_seq_length()
+    with torch.no_grad():
+        logits = model(
+            tokens[:, start:], attention_mask=mask, position_ids=positions[:, start:], past_key_values=cache, use_cache=True
+        ).logits
+        for _ in range(n_new):
+            new = logits[:, -1:].argmax(-1)
+            tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+            logits = model(
+                new, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, -1:], past_key_values=cache, use_cache=True
+            ).logits
+    return tokens
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_equals_a_manual_loop_and_a_second_turn_works(model, padded):
+    tokens, mask = ids(), left_pad() if padded else torch.ones(2, 30, dtype=torch.long)
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask[:, :N_PROMPT])
+        by_hand = manual_generate(model, copy.deepcopy(cache), tokens, mask, 6)
+        answer_cache = copy.deepcopy(cache)
+        answer = model.generate(tokens, attention_mask=mask, past_key_values=answer_cache, **greedy)
+        assert torch.equal(answer, by_hand)
+        assert cache.get_seq_length() == N_PROMPT, "the original cache must not change"
+        second = torch.cat([answer, ids(2, 4, seed=7)], 1)
+        longer = torch.cat([mask, torch.ones(2, 10, dtype=torch.long)], 1)
+        second_by_hand = manual_generate(model, copy.deepcopy(answer_cache), second, longer, 6)
+        assert torch.equal(model.generate(second, attention_mask=longer, past_key_values=answer_cache, **greedy), second_by_hand)
+    layer = answer_cache.kept_layers[0]
+    assert layer.keys.shape[2] < layer.seen == answer_cache.get_seq_length(layer.index)
+
+
+def test_plain_generate_compresses_the_whole_prompt(model):
+    tokens = ids(1, N_PROMPT)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with kvp.wrap(model, "knorm", budget=6) as handle:
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), return_dict_in_generate=True, **greedy)
+        report = handle.report()
+        assert isinstance(out.past_key_values, DynamicCache)
+        assert {count for row in report["layers"] for of_row in row["kept"] for count in of_row} == {6}
+        empty = handle.new_cache()
+        assert torch.equal(out.sequences, manual_generate(model, empty, tokens, torch.ones_like(tokens), 4))
+
+
+def test_report_counts_what_is_there(model):
+    with kvp.wrap(model, "h2o", compression_ratio=0.75, fair=True) as handle:
+        cache = handle.compress(ids(1, N_PROMPT), spans=SPANS)
+        report = handle.report()
+    assert report["n_tokens"] == N_PROMPT and report["kept_share"] == pytest.approx(0.25)
+    assert report["bytes_after"] == sum(x.numel() * x.element_size() for layer in cache.kept_layers for x in (layer.keys, layer.values))
+    assert report["bytes_after"] * 4 == report["bytes_before"]
+    assert report["not_compressed"] == [i for i, layer in enumerate(cache.layers) if not isinstance(layer, KeptLayer)]
+    for name, (begin, end) in SPANS.items():
+        shares = [((p := cache.positions(layer.index)) >= begin) & (p < end) for layer in cache.kept_layers]
+        assert report["spans"][name] == pytest.approx(np.mean([x.sum(-1).mean() for x in shares]) / (end - begin))
+
+
+def test_beam_search_and_batch_operations(model):
+    tokens = ids(1, N_PROMPT + 4)
+    with kvp.wrap(model, "tova", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        twice = copy.deepcopy(cache)
+        twice.batch_repeat_interleave(2)
+        both = feed(model, tokens.expand(2, -1), [4], twice, start=N_PROMPT)
+        one = feed(model, tokens, [4], copy.deepcopy(cache), start=N_PROMPT)
+        torch.testing.assert_close(both, one.expand_as(both), **CLOSE)
+        assert twice.report()["kept_share"] == pytest.approx(0.5) and len(twice.valid) == 2
+        joined = KeptCache.join([cache, handle.compress(ids(1, N_PROMPT, seed=3))])
+        torch.testing.assert_close(feed(model, tokens.expand(2, -1), [4], joined, start=N_PROMPT)[:1], one, **CLOSE)
+        joined.batch_select_indices(torch.tensor([0]))
+        assert np.array_equal(joined.positions(2), cache.positions(2)) and len(joined.valid) == 1
+        with pytest.raises(ValueError, match="differ in length or in how much they hold"):
+            KeptCache.join([cache, handle.compress(ids(1, 10))])
+        beams = model.generate(tokens, num_beams=3, max_new_tokens=4, do_sample=False)
+        assert beams.shape == (1, N_PROMPT + 8)
+
+
+def test_remove_restores_everything():
+    model = build("llama")
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    tokens = ids()
+    plain = feed(model, tokens, [N_PROMPT, 1], DynamicCache(config=model.config))
+    handle = kvp.wrap(model, "knorm", compression_ratio=0.5)
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is not before
+    other = build("llama")
+    assert torch.equal(feed(other, tokens, [N_PROMPT, 1], DynamicCache(config=model.config)), plain), "an unwrapped model of the same kind"
+    cache = handle.compress(tokens[:, :N_PROMPT])
+    assert copy.deepcopy(model)(tokens).logits.shape[1] == 30, "a copy is not wrapped"
+    handle.remove()
+    handle.remove()
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is before
+    assert not model.model._forward_hooks and not model.model._forward_pre_hooks
+    assert torch.equal(feed(model, tokens, [N_PROMPT, 1], DynamicCache(config=model.config)), plain)
+    with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+        model(tokens[:, N_PROMPT:], past_key_values=cache)
+    with pytest.raises(ValueError, match="removed"):
+        handle.compress(tokens)
+
+
+def test_a_model_that_is_dropped_while_wrapped_is_freed_and_leaves_nothing():
+    import gc
+    import weakref
+
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    model = build("llama")
+    handle = kvp.wrap(model, "knorm", compression_ratio=0.5)
+    handle.compress(ids()[:, :N_PROMPT])
+    freed = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert freed() is None and modeling_llama.ALL_ATTENTION_FUNCTIONS is before
+
+
+def test_threads_share_one_wrapped_model():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, batches = build("llama"), [ids(seed=seed) for seed in range(6)]
+    with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
+
+        def run(tokens):
+            return feed(model, tokens, CHUNKS, handle.compress(tokens[:, :N_PROMPT]), start=N_PROMPT)
+
+        alone = [run(tokens) for tokens in batches]
+        with ThreadPoolExecutor(3) as pool:
+            assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(run, batches), strict=True))
+
+
+def test_a_layer_that_is_not_intercepted_raises(monkeypatch):
+    model = build("llama")
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        attention = model.model.layers[1].self_attn
+        monkeypatch.setattr(attention, "forward", _forward_behind_the_interface(attention))
+        with pytest.raises(kvp.NotInterceptedError, match=r"layers \[1\]"):
+            handle.compress(ids())
+
+
+def _forward_behind_the_interface(attention):
+    def forward(hidden_states, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+        keys = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+        past_key_values.update(keys, keys, attention.layer_idx)
+        return hidden_states, None
+
+    return forward
+
+
+def test_crop_takes_back_only_what_came_after_eviction():
+    model, tokens = build("llama"), ids(1)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        once = feed(model, tokens, [5], copy.deepcopy(cache), start=N_PROMPT)
+        feed(model, tokens, [5], cache, start=N_PROMPT)
+        cache.crop(-5)
+        assert torch.equal(feed(model, tokens, [5], cache, start=N_PROMPT), once)
+        with pytest.raises(ValueError, match="only the newest 5 came after eviction"):
+            cache.crop(-6)

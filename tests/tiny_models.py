@@ -1,0 +1,106 @@
+"""Random models of a few thousand weights, one per architecture, and what to feed them."""
+
+import inspect
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvpitfalls.hf.cache import KeptCache
+from kvpitfalls.hf.coverage import attention_modules
+
+_SIZE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 128,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GPT2_SIZE = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 128, "n_positions": 128, "bos_token_id": 1, "eos_token_id": None}
+_CONFIGS = {
+    "llama": _SIZE,
+    "qwen2": _SIZE,
+    "qwen3": _SIZE,
+    "gemma3_text": {**_SIZE, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "phi3": {**_SIZE, "sliding_window": None},
+    "gpt2": _GPT2_SIZE,
+    "gpt_neox": {**_SIZE, "num_key_value_heads": 4},
+}
+FAMILIES = [(family, attention) for family in _CONFIGS for attention in ("eager", "sdpa")]
+
+
+def build(family: str, attention: str = "sdpa", **changes):
+    """A random model in eval mode. Weights are larger than the usual initial ones, so that attention is far from uniform."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**_CONFIGS.get(family, _SIZE), **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "embed" not in name and "wte" not in name:
+                weight.mul_(4.0)
+    return model
+
+
+def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(3, 128, (n_row, n_token), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def feed(model, tokens, chunks, cache, mask=None, start=0):
+    """Logits of the tokens, fed in chunks after ``start`` that the cache has seen; positions as ``generate`` would give them."""
+    mask = torch.ones_like(tokens) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = []
+    for n in chunks:
+        new = slice(start, start + n)
+        call = {"attention_mask": mask[:, : start + n], "position_ids": positions[:, new]}
+        out.append(model(tokens[:, new], past_key_values=cache, use_cache=True, **call).logits)
+        start += n
+    return torch.cat(out, 1)
+
+
+class masked_like:
+    """Hide from an unwrapped model, layer by layer and head by head, the prompt tokens that a compressed cache evicted."""
+
+    def __init__(self, model, cache: KeptCache, n_prompt: int):
+        self.model, self.cache, self.n_prompt, self.hooks = model, cache, n_prompt, []
+
+    def __enter__(self):
+        compressed = {layer.index for layer in self.cache.kept_layers}
+        for index, module in attention_modules(self.model).items():
+            if index in compressed:
+                self.hooks.append(module.register_forward_pre_hook(self._hide, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _hide(self, module, args, kwargs):
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = bound["hidden_states"]
+        cache = bound.get("past_key_values") if bound.get("past_key_values") is not None else bound.get("layer_past")
+        n_row, n_new = hidden.shape[:2]
+        n_past = cache.get_seq_length(module.layer_idx)
+        if n_past < self.n_prompt:
+            return None
+        positions = torch.from_numpy(self.cache.positions(module.layer_idx).copy()).long()
+        n_query_head = self.model.config.num_attention_heads
+        positions = positions.repeat_interleave(n_query_head // positions.shape[1], 1)
+        visible = torch.zeros(n_row, n_query_head, n_past + n_new + 1, dtype=torch.bool)
+        visible.scatter_(2, torch.where(positions < 0, n_past + n_new, positions), True)  # the spare last column takes the padding
+        visible = visible[..., :-1]
+        visible[..., self.n_prompt :] = True
+        causal = torch.arange(n_past, n_past + n_new)[:, None] >= torch.arange(n_past + n_new)
+        mask = torch.zeros(n_row, n_query_head, n_new, n_past + n_new).masked_fill(
+            ~(visible[:, :, None] & causal), torch.finfo(torch.float32).min
+        )
+        kwargs["attention_mask"] = mask
+        return args, kwargs
