@@ -84,7 +84,7 @@ def registry():
     _registry.update(before)
 
 
-def test_a_policy_is_ten_lines(registry):
+def test_a_policy_is_ten_lines(registry, smollm2):
     @dataclass(frozen=True)
     class EveryNth(kvp.Policy):
         """Keep every n-th token first."""
@@ -103,6 +103,12 @@ def test_a_policy_is_ten_lines(registry):
     with kvp.wrap(model, EveryNth(n=2), budget=6, fair=True, protect=[1]) as handle:
         assert handle.compress(tokens, spans=spans).positions(1)[0, 0].tolist() == [0, 1, 2, 10, 12, 14]
     assert "every_nth" in policy_names()
+    prompt = kvp.Prompt.from_text(smollm2[1], "Be kind. Speak only Spanish.", {"kind": "Be kind.", "spanish": "Speak only Spanish."})
+    audited = kvp.audit(smollm2[0], prompt, policies=["every_nth", EveryNth(n=2)], compression_ratios=[0.5])
+    assert [row["policy"] for row in audited.rows[::4]] == ["every_nth", repr(EveryNth(n=2))]
+    with kvp.wrap(smollm2[0], EveryNth(n=2), compression_ratio=0.5, fair=True) as handle:
+        kept = handle.compress(prompt).positions(0)[0, 0]
+    assert audited.kept_mask(EveryNth(n=2), 0.5, True)[0, 0].nonzero()[0].tolist() == kept.tolist()
     with pytest.raises(ValueError, match="'knorm'"):
         type("Clash", (kvp.Policy,), {"name": "knorm"})
     with pytest.raises(TypeError, match="expected lower-case"):

@@ -26,7 +26,7 @@ SECRETS = tuple((NOUNS[i % len(NOUNS)], VALUES[i % len(VALUES)]) for i in range(
 POLICIES = ("streaming_llm", "snapkv")
 COMPRESSION_RATIOS = (0.4, 0.5)
 MODES = {"biased": (False, None), "fair": (True, None), "whitelist": (False, WHITELIST)}
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
