@@ -23,7 +23,7 @@
  *     kvp_score(&s, &ctx);
  *     kvp_select_args p = {.scores = scores, .segments = segments, .quotas = quotas, .positions = positions, .counts = counts};
  *     size_t bytes;
- *     kvp_workspace(KVP_SELECT, &p, &bytes);          ... scratch for one worker; then ctx.workspace, ctx.workspace_bytes
+ *     kvp_workspace(KVP_SELECT, &p, 1, &bytes);       ... scratch for one worker; then ctx.workspace, ctx.workspace_bytes
  *     kvp_select(&p, &ctx);
  *     kvp_gather_args g = {.keys = keys, .values = values, .positions = positions, .out_keys = k2, .out_values = v2};
  *     kvp_gather(&g, &ctx);
@@ -77,7 +77,7 @@ typedef void (*kvp_parallel_for_fn)(int64_t n_task, int32_t n_worker, kvp_task_f
 typedef struct kvp_context {
     void *stream;                     /* CUDA stream; ignored on the CPU */
     void *workspace;                  /* scratch, aligned to 64 bytes; contents undefined before and after */
-    size_t workspace_bytes;           /* at least n_worker times what kvp_workspace says */
+    size_t workspace_bytes;           /* at least what kvp_workspace says for n_worker */
     kvp_parallel_for_fn parallel_for; /* NULL = run serially */
     int32_t n_worker;                 /* workers parallel_for may use; 0 counts as 1 */
     char error[KVP_ERROR_BYTES];      /* one sentence, written when the status is not KVP_OK */
@@ -177,8 +177,9 @@ kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 
-/* Scratch of ONE worker for this call, in bytes, a multiple of 64. args: the verb's struct. Its tensors need a valid shape and dtype. */
-kvp_status kvp_workspace(kvp_verb verb, const void *args, size_t *bytes);
+/* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its tensors need a
+ * valid shape and dtype. */
+kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes);
 
 /* ---------------------------------------------------------- introspection */
 
@@ -205,7 +206,7 @@ typedef struct kvp_backend {
     kvp_status (*const *score)(const kvp_score_args *, kvp_context *); /* indexed by scorer; NULL = not supported */
     kvp_status (*select)(const kvp_select_args *, kvp_context *);
     kvp_status (*gather)(const kvp_gather_args *, kvp_context *);
-    size_t (*workspace)(kvp_verb verb, const void *args);
+    size_t (*workspace)(kvp_verb verb, const void *args, int32_t n_worker);
 } kvp_backend;
 
 /* The backend must outlive every later call. Registering a device twice replaces it. */

@@ -44,10 +44,19 @@ def score_workspace(
     lse: Array | None,
     scores: Array,
     params: Sequence[float] | None,
+    n_worker: int,
     /,
 ) -> int: ...
 def select_workspace(
-    scores: Array, segments: Array, quotas: Array, protect: Array | None, valid: Array | None, positions: Array, counts: Array, /
+    scores: Array,
+    segments: Array,
+    quotas: Array,
+    protect: Array | None,
+    valid: Array | None,
+    positions: Array,
+    counts: Array,
+    n_worker: int,
+    /,
 ) -> int: ...
 def scorers() -> tuple[tuple[str, int, tuple[tuple[str, float], ...]], ...]: ...
 def supports(scorer: str, device: Literal["cpu", "cuda"] | str, dtype: str, /) -> bool: ...

@@ -427,11 +427,11 @@ def aligned(n_byte, offset=0):
 
 
 def test_workspaces():
-    n_byte = _core.score_workspace(*attention()[:8])
-    assert n_byte > 0 and n_byte % 64 == 0
+    n_byte, of_two = (_core.score_workspace(*attention()[:8], n_worker) for n_worker in (1, 2))
+    assert 0 < n_byte < of_two and n_byte % 64 == of_two % 64 == 0
     expected = attention()
     _core.score(*expected)
-    for n_worker, workspace in ((1, aligned(n_byte)), (2, aligned(2 * n_byte)), (2, torch.from_numpy(aligned(2 * n_byte)))):
+    for n_worker, workspace in ((1, aligned(n_byte)), (2, aligned(of_two)), (2, torch.from_numpy(aligned(of_two)))):
         given = attention(n_worker=n_worker, workspace=workspace)
         _core.score(*given)
         assert np.array_equal(given[6], expected[6])
@@ -439,7 +439,7 @@ def test_workspaces():
     read_only.flags.writeable = False
     for exception, sentence, n_worker, workspace in (
         (ValueError, f"workspace has {n_byte - 1} bytes; expected at least {n_byte} (for 1 worker)", 1, aligned(n_byte - 1)),
-        (ValueError, f"workspace has {n_byte} bytes; expected at least {2 * n_byte} (for 2 workers)", 2, aligned(n_byte)),
+        (ValueError, f"workspace has {n_byte} bytes; expected at least {of_two} (for 2 workers)", 2, aligned(n_byte)),
         (ValueError, "workspace is not aligned to 64 bytes", 1, aligned(n_byte, 1)),
         (ValueError, "workspace is not a row of bytes", 1, aligned(2 * n_byte)[::2]),
         (ValueError, "workspace is not a row of bytes", 1, aligned(n_byte)[None]),
@@ -455,12 +455,12 @@ def test_workspaces():
 
 def test_workspace_sizes_are_refused_in_the_words_of_the_verb():
     arguments = selection()
-    assert _core.select_workspace(*arguments[:7]) % 64 == 0
+    assert _core.select_workspace(*arguments[:7], 1) % 64 == 0
     arguments[5] = arguments[5][:, :, :2].astype(np.float32)
     with pytest.raises(TypeError, match="positions has dtype float32; expected int32"):
-        _core.select_workspace(*arguments[:7])
+        _core.select_workspace(*arguments[:7], 1)
     with pytest.raises(ValueError, match="scores has 1 dimension;"):
-        _core.score_workspace("norm", KEYS, None, None, None, None, np.zeros(3, np.float32), None)
+        _core.score_workspace("norm", KEYS, None, None, None, None, np.zeros(3, np.float32), None, 1)
 
 
 def test_what_the_core_says_about_itself():

@@ -14,13 +14,13 @@ static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *
 #undef KVP_PARAM
 };
 
-static size_t workspace_of_worker(kvp_verb verb, const void *args) {
+static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     switch (verb) {
     case KVP_SCORE: {
         const kvp_score_args *score = args;
-        return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_workspace(score) : 0;
+        return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_workspace(score, n_worker) : 0;
     }
-    case KVP_SELECT: return kvpi_select_workspace(args);
+    case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
     case KVP_GATHER: return 0;
     }
     return 0;
@@ -32,5 +32,5 @@ const kvp_backend kvpi_cpu_backend = {
     .score = score_table,
     .select = kvpi_select_cpu,
     .gather = kvpi_gather_cpu,
-    .workspace = workspace_of_worker,
+    .workspace = workspace_of,
 };

@@ -12,7 +12,7 @@ static kvp_status find_backend(const kvp_tensor *tensor, const kvp_backend **bac
 }
 
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
-    const size_t need = backend->workspace(verb, args) * (size_t)kvpi_worker_count(ctx);
+    const size_t need = backend->workspace(verb, args, kvpi_worker_count(ctx));
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -48,7 +48,7 @@ kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return backend->gather(args, ctx);
 }
 
-kvp_status kvp_workspace(kvp_verb verb, const void *args, size_t *bytes) {
+kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes) {
     kvp_context scratch = {0};
     const kvp_backend *backend;
     const kvp_tensor *first;
@@ -68,6 +68,6 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, size_t *bytes) {
     default: return KVP_ERR_VALUE;
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
-    *bytes = backend->workspace(verb, args);
+    *bytes = backend->workspace(verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;
 }

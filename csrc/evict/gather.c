@@ -3,19 +3,32 @@
  * Copies the kept rows of keys and values: bytes only, whatever the element type. Rows are walked upwards, and a row's source never lies
  * below its destination when the output is the start of the input, so compaction in place is safe.
  */
+#include "../rows/rows.h"
 #include "evict.h"
 
 #include <string.h>
 
-/* One row of n elements. Rows with unit stride are one move; memmove because in place a row may be its own source. */
+enum {
+    LINE = 64,
+    /* Bytes ahead of the copy that are asked for. Kept rows leave gaps that stop the hardware's own look-ahead, and reading the gaps as
+     * well is faster (3.6 to 2.7 ms for half of 67 MB) as long as they are no longer than MAX_GAP rows for each kept one. */
+    AHEAD = 4096,
+    MAX_GAP = 3,
+};
+
+/* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first (3.5 to 2.7 ms). */
+#define STREAM_BYTES ((int64_t)4 << 20)
+
+/* Pieces of a size known to the compiler, which moves them through registers. In place a row may be its own source. */
+static inline void copy_bytes(char *target, const char *source, size_t n) {
+    if (target == source) return;
+    for (; n >= LINE; n -= LINE, target += LINE, source += LINE) memcpy(target, source, LINE);
+    if (n) memcpy(target, source, n);
+}
+
 static void copy_row(const kvp_tensor *in, const char *source, const kvp_tensor *out, char *target) {
-    const size_t size = kvpi_dtype_size(out->dtype);
-    const int64_t n = out->shape[3];
-    if (in->stride[3] == 1 && out->stride[3] == 1) {
-        memmove(target, source, (size_t)n * size);
-        return;
-    }
-    for (int64_t d = 0; d < n; d++) memmove(target + d * out->stride[3] * (int64_t)size, source + d * in->stride[3] * (int64_t)size, size);
+    const int64_t size = (int64_t)kvpi_dtype_size(out->dtype), n = out->shape[3];
+    for (int64_t d = 0; d < n; d++) memmove(target + d * out->stride[3] * size, source + d * in->stride[3] * size, (size_t)size);
 }
 
 static void zero_row(const kvp_tensor *out, char *target) {
@@ -23,27 +36,88 @@ static void zero_row(const kvp_tensor *out, char *target) {
     for (int64_t d = 0; d < out->shape[3]; d++) memset(target + d * out->stride[3] * (int64_t)size, 0, size);
 }
 
-static void gather_row(void *arg, int64_t task, int32_t worker) {
+/* What one task copies: one head of the keys or the values, as steps in bytes. */
+typedef struct copy_job {
+    const kvp_tensor *in, *out;
+    const char *source, *positions;
+    char *target;
+    int64_t source_step, target_step, position_step, n_row;
+    bool streams;
+} copy_job;
+
+static inline int32_t read_position(const copy_job *c, int64_t i) {
+    return *(const int32_t *)(const void *)(c->positions + i * c->position_step);
+}
+
+/* One past the last kept row: positions ascend, with -1 only at the end. */
+static int64_t kept_end(const copy_job *c) {
+    int64_t n = c->n_row;
+    while (n > 0 && read_position(c, n - 1) < 0) n--;
+    return n > 0 ? read_position(c, n - 1) + 1 : 0;
+}
+
+/* Rows without gaps between their elements; the rest of the row is padding (-1) once it begins. */
+static void gather_whole_rows(const copy_job *c) {
+    const kvpi_rows *rows = kvpi_rows_now();
+    const size_t n = (size_t)c->out->shape[3] * kvpi_dtype_size(c->out->dtype);
+    const char *asked = c->source, *end = c->source + kept_end(c) * c->source_step;
+    const bool asks = end - c->source <= (MAX_GAP + 1) * c->n_row * (int64_t)n;
+    char *target = c->target;
+    for (int64_t i = 0; i < c->n_row; i++, target += c->target_step) {
+        const int32_t position = read_position(c, i);
+        if (position < 0) {
+            memset(target, 0, n);
+            continue;
+        }
+        const char *source = c->source + position * c->source_step, *until = end - source < AHEAD ? end : source + AHEAD;
+        for (; asks && asked < until; asked += LINE) __builtin_prefetch(asked, 0, 3);
+        if (c->streams)
+            rows->stream(target, source, n);
+        else
+            copy_bytes(target, source, n);
+    }
+    if (c->streams) rows->end_stream();
+}
+
+static void gather_rows(const copy_job *c) {
+    char *target = c->target;
+    for (int64_t i = 0; i < c->n_row; i++, target += c->target_step) {
+        const int32_t position = read_position(c, i);
+        if (position < 0)
+            zero_row(c->out, target);
+        else
+            copy_row(c->in, c->source + position * c->source_step, c->out, target);
+    }
+}
+
+static void gather_task(void *arg, int64_t task, int32_t worker) {
     (void)worker;
     const kvp_gather_args *args = arg;
-    const int64_t n_head = args->keys.shape[1], n_row = args->keys.shape[0] * n_head;
-    const bool is_key = task < n_row;
-    const kvp_tensor *in = is_key ? &args->keys : &args->values, *out = is_key ? &args->out_keys : &args->out_values;
-    const int64_t b = task % n_row / n_head, h = task % n_head;
-    for (int64_t i = 0; i < out->shape[2]; i++) {
-        const int64_t position = kvpi_i32(&args->positions, b, h, i);
-        char *target = kvpi_at(out, b, h, i);
-        if (position < 0)
-            zero_row(out, target);
-        else
-            copy_row(in, kvpi_at(in, b, h, position), out, target);
-    }
+    const int64_t n_head = args->keys.shape[1], n_task = args->keys.shape[0] * n_head, b = task % n_task / n_head, h = task % n_head;
+    const kvp_tensor *in = task < n_task ? &args->keys : &args->values, *out = task < n_task ? &args->out_keys : &args->out_values;
+    const int64_t size = (int64_t)kvpi_dtype_size(in->dtype);
+    const copy_job c = {
+        .in = in,
+        .out = out,
+        .source = kvpi_at(in, b, h, 0),
+        .positions = kvpi_at(&args->positions, b, h, 0),
+        .target = kvpi_at(out, b, h, 0),
+        .source_step = in->stride[2] * size,
+        .target_step = out->stride[2] * size,
+        .position_step = args->positions.stride[2] * (int64_t)sizeof(int32_t),
+        .n_row = out->shape[2],
+        .streams = 2 * n_task * out->shape[2] * out->shape[3] * size >= STREAM_BYTES,
+    };
+    if ((in->stride[3] == 1 && out->stride[3] == 1) || out->shape[3] == 1)
+        gather_whole_rows(&c);
+    else
+        gather_rows(&c);
 }
 
 kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_position_values(args, ctx));
     const int64_t n_row = args->keys.shape[0] * args->keys.shape[1];
     const double row_bytes = (double)kvpi_dtype_size(args->keys.dtype) * (double)(args->keys.shape[3] + args->values.shape[3]);
-    kvpi_run(ctx, 2 * n_row, (double)n_row * (double)args->positions.shape[2] * (row_bytes * 0.1 + 5), gather_row, (void *)(uintptr_t)args);
+    kvpi_run(ctx, 2 * n_row, (double)n_row * (double)args->positions.shape[2] * (row_bytes * 0.1 + 5), gather_task, (void *)(uintptr_t)args);
     return KVP_OK;
 }

@@ -4,6 +4,7 @@
  */
 #include "binding.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 static PyObject *list_params(int32_t scorer) {
@@ -52,15 +53,22 @@ static PyObject *tell_isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(kvp_cpu_isa());
 }
 
+/* what: where the name comes from, for the message. 0, or -1 with an exception set. */
+static int choose_isa(const char *what, const char *name) {
+    if (kvp_cpu_isa_set(name) == 0) return 0;
+    for (int32_t i = 0; kvp_cpu_isa_name(i); i++) {
+        if (strcmp(name, kvp_cpu_isa_name(i)) != 0) continue;
+        PyErr_Format(PyExc_ValueError, "%s is \"%s\", which this CPU lacks", what, name);
+        return -1;
+    }
+    kvpb_refuse_name(what, name, kvp_cpu_isa_name);
+    return -1;
+}
+
 static PyObject *set_isa(PyObject *module, PyObject *object) {
     (void)module;
     const char *name = kvpb_read_text(object, "isa");
-    if (!name) return NULL;
-    if (kvp_cpu_isa_set(name) == 0) return Py_NewRef(Py_None);
-    for (int32_t i = 0; kvp_cpu_isa_name(i); i++)
-        if (strcmp(name, kvp_cpu_isa_name(i)) == 0) return PyErr_Format(PyExc_ValueError, "isa is \"%s\", which this CPU lacks", name);
-    kvpb_refuse_name("isa", name, kvp_cpu_isa_name);
-    return NULL;
+    return name && choose_isa("isa", name) == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *list_isas(PyObject *module, PyObject *unused) {
@@ -96,10 +104,10 @@ PyDoc_STRVAR(select_doc, "select($module, scores, segments, quotas, protect, val
                          "Write the positions to keep into positions and their number into counts.");
 PyDoc_STRVAR(gather_doc, "gather($module, keys, values, positions, out_keys, out_values, n_worker, /)\n--\n\n"
                          "Copy the kept rows of keys and values.");
-PyDoc_STRVAR(score_workspace_doc, "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, /)\n--\n\n"
-                                  "Bytes of scratch that score needs for each worker.");
-PyDoc_STRVAR(select_workspace_doc, "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, /)\n--\n\n"
-                                   "Bytes of scratch that select needs for each worker.");
+PyDoc_STRVAR(score_workspace_doc, "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
+                                  "Bytes of scratch that score needs for so many workers.");
+PyDoc_STRVAR(select_workspace_doc, "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"
+                                   "Bytes of scratch that select needs for so many workers.");
 PyDoc_STRVAR(scorers_doc, "scorers($module, /)\n--\n\nEach scorer: its name, the KVP_NEEDS_* bits, and its parameters with their defaults.");
 PyDoc_STRVAR(supports_doc, "supports($module, scorer, device, dtype, /)\n--\n\nWhether a device has kernels for this scorer and dtype.");
 PyDoc_STRVAR(isa_doc, "isa($module, /)\n--\n\nThe instruction set in use on the CPU.");
@@ -125,7 +133,9 @@ static PyMethodDef methods[] = {
 /* On failure the interpreter drops the module, and free_module what the state already holds. */
 static int fill_module(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
+    const char *isa = getenv("KVP_ISA");
     if (kvpb_import_numpy() < 0) return -1;
+    if (isa && isa[0] && choose_isa("the environment variable KVP_ISA", isa) < 0) return -1;
     if (kvpb_watch_forks() < 0) {
         PyErr_NoMemory();
         return -1;

@@ -158,15 +158,14 @@ static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_t
  */
 static int make_workspace(const verb_spec *spec, const verb_args *args, const kvp_tensor *first, kvp_context *ctx, void **owned) {
     size_t bytes;
-    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, &bytes) != KVP_OK || bytes == 0) return 0;
-    const size_t n_worker = ctx->n_worker > 1 ? (size_t)ctx->n_worker : 1;
-    *owned = bytes > (SIZE_MAX - 63) / n_worker ? NULL : PyMem_Malloc(bytes * n_worker + 63);
+    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0) return 0;
+    *owned = PyMem_Malloc(bytes + 63);
     if (!*owned) {
         PyErr_NoMemory();
         return -1;
     }
     ctx->workspace = (char *)*owned + (64 - (uintptr_t)*owned % 64) % 64;
-    ctx->workspace_bytes = bytes * n_worker;
+    ctx->workspace_bytes = bytes;
     return 0;
 }
 
@@ -204,15 +203,15 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
     return result;
 }
 
-/* Bytes for one worker. kvp_workspace refuses without a sentence; the verb, refusing for the same reason, has one. */
-static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects) {
+/* kvp_workspace refuses without a sentence; the verb, refusing for the same reason, has one. */
+static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects, PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     kvpb_loans loans = {.n_capsule = 0};
     PyObject *result = NULL;
-    if (read_tensors(state, spec, objects, args, &loans) == 0) {
+    kvp_context ctx = {.n_worker = 1};
+    if (read_n_worker(n_worker, &ctx.n_worker) == 0 && read_tensors(state, spec, objects, args, &loans) == 0) {
         size_t bytes;
-        kvp_context ctx = {.n_worker = 1};
-        kvp_status status = kvp_workspace(spec->verb, args, &bytes);
+        kvp_status status = kvp_workspace(spec->verb, args, ctx.n_worker, &bytes);
         if (status == KVP_OK) {
             result = PyLong_FromSize_t(bytes);
         } else {
@@ -246,14 +245,14 @@ PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_o
 
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args = {.score = {.scorer = -1}};
-    if (kvpb_check_count("score_workspace", n_object, 8) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
+    if (kvpb_check_count("score_workspace", n_object, 9) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
         read_params(objects[7], args.score.scorer, args.score.param) < 0)
         return NULL;
-    return size_workspace(module, &score_spec, &args, objects + 1);
+    return size_workspace(module, &score_spec, &args, objects + 1, objects[8]);
 }
 
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args = {.select = {.scores = {.data = NULL}}};
-    if (kvpb_check_count("select_workspace", n_object, 7) < 0) return NULL;
-    return size_workspace(module, &select_spec, &args, objects);
+    if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
+    return size_workspace(module, &select_spec, &args, objects, objects[7]);
 }

@@ -1,18 +1,39 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Which table of row primitives is in use.
+ * Which table of row primitives is in use: the best that this CPU can run, until another is set. Compiled with -DKVP_ISA=NAME, say
+ * -DKVP_ISA=scalar, there is only that one.
  */
 #include "rows.h"
 
 #include <stdatomic.h>
 #include <string.h>
 
-static const kvpi_rows *const tables[] = {&kvpi_rows_scalar};
+#ifdef KVP_ISA
+#define TABLE(name) kvpi_rows_##name
+#define NAMED_TABLE(name) TABLE(name)
+static const kvpi_rows *const tables[] = {&NAMED_TABLE(KVP_ISA)};
+#else
+static const kvpi_rows *const tables[] = {
+    &kvpi_rows_scalar, /* then each better than the one before */
+#if defined(__x86_64__)
+    &kvpi_rows_avx2, &kvpi_rows_avx512, &kvpi_rows_avx512_bf16,
+#elif defined(__aarch64__)
+    &kvpi_rows_neon,
+#endif
+};
+#endif
 enum { TABLE_COUNT = sizeof tables / sizeof tables[0] };
 
-static _Atomic(const kvpi_rows *) in_use = &kvpi_rows_scalar;
+static _Atomic(const kvpi_rows *) in_use; /* NULL until first asked for; two threads that choose at once choose alike */
 
-const kvpi_rows *kvpi_rows_now(void) { return atomic_load_explicit(&in_use, memory_order_relaxed); }
+const kvpi_rows *kvpi_rows_now(void) {
+    const kvpi_rows *now = atomic_load_explicit(&in_use, memory_order_relaxed);
+    if (now) return now;
+    int best = TABLE_COUNT - 1;
+    while (best > 0 && !tables[best]->is_available()) best--;
+    atomic_store(&in_use, tables[best]);
+    return tables[best];
+}
 
 const char *kvp_cpu_isa(void) { return kvpi_rows_now()->name; }
 
@@ -21,6 +42,7 @@ const char *kvp_cpu_isa_name(int32_t index) { return index >= 0 && index < TABLE
 int32_t kvp_cpu_isa_set(const char *name) {
     for (int i = 0; i < TABLE_COUNT; i++) {
         if (strcmp(tables[i]->name, name) != 0) continue;
+        if (!tables[i]->is_available()) return -1;
         atomic_store(&in_use, tables[i]);
         return 0;
     }

@@ -1,24 +1,73 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Row primitives: the only place that knows element types and instruction sets. A row is D elements of one head, "stride" elements apart.
- * Arithmetic is float32; sums run in 8 interleaved partial sums that are added in a fixed order, so results depend on nothing but the row.
+ * Row primitives: the only place that knows element types and instruction sets. One table per instruction set, each made from the same
+ * source (rows_template.h) over a few vector operations; a table's results depend on nothing but its arguments.
+ *
+ * Attention works on a strip of KVPI_STRIP query rows against blocks of KVPI_BLOCK keys:
+ *
+ *     pack_queries, pack_keys   into panels, so that the product reads memory in order
+ *     multiply                  logits of a strip and a block (or a part of it)
+ *     soften                    exp(logit - shift), with the row's highest logit as the shift unless one is given
+ *     add_columns               column += weight * row, for all rows of the strip
+ *
+ * Where the processor multiplies bfloat16 itself, packed bfloat16 stays bfloat16, in pairs; all else is packed as float32.
  */
 #ifndef KVP_ROWS_H
 #define KVP_ROWS_H
 
 #include "../kvp.h"
 
+#include <stdbool.h>
+
 enum { KVPI_FLOAT_DTYPES = 3 }; /* KVP_F32, KVP_F16, KVP_BF16 */
+
+enum {
+    KVPI_STRIP = 16,  /* query rows whose logits are kept at a time: 16 x 8192 of them are half of a 1 MiB cache */
+    KVPI_BLOCK = 256, /* keys; a multiple of every table's panel width */
+    KVPI_SLACK = 16,  /* elements that may be read behind a row of logits or columns */
+};
+
+/* Rows of one head: row r, dimension d stands at first + (r * row_stride + d * dim_stride) elements. */
+typedef struct kvpi_head {
+    const void *first;
+    int64_t row_stride, dim_stride;
+} kvpi_head;
 
 typedef struct kvpi_rows {
     const char *name;
-    void (*widen[KVPI_FLOAT_DTYPES])(const void *row, int64_t stride, int64_t n, float *out);
-    float (*dot[KVPI_FLOAT_DTYPES])(const float *query, const void *row, int64_t stride, int64_t n);
+    bool (*is_available)(void);
+    int32_t panel; /* keys per packed panel */
+
     float (*sum_of_squares[KVPI_FLOAT_DTYPES])(const void *row, int64_t stride, int64_t n);
+
+    /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
+    void (*pack_keys[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
+    /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is scale * q.k. */
+    float (*pack_queries[KVPI_FLOAT_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out);
+    /* logits[r * stride + k] = q.k for n_row and n_key rounded up to whole panels. */
+    void (*multiply[KVPI_FLOAT_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits,
+                                        int64_t stride);
+    /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width. shift is the highest
+     * scale * row[k] where *shift is NaN, and then written there (0 if none is above minus infinity). Returns the sum of the row. */
+    float (*soften)(float *row, int64_t n_visible, int64_t n, float scale, float *shift);
+    /* column[k] += sum over r of weight[r] * rows[r * stride + k], k < n. */
+    void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight, int64_t n_row);
+
+    /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one: end_stream. */
+    void (*stream)(void *target, const void *source, size_t n);
+    void (*end_stream)(void);
 } kvpi_rows;
 
 extern const kvpi_rows kvpi_rows_scalar;
+#if defined(__x86_64__)
+extern const kvpi_rows kvpi_rows_avx2, kvpi_rows_avx512, kvpi_rows_avx512_bf16;
+#elif defined(__aarch64__)
+extern const kvpi_rows kvpi_rows_neon;
+#endif
 
 const kvpi_rows *kvpi_rows_now(void); /* the table in use */
+
+/* Bytes that packed rows take at most, whatever the table. */
+static inline size_t kvpi_packed_bytes(int64_t n_row, int64_t n_dim) { return (size_t)n_row * (size_t)(n_dim + n_dim % 2) * sizeof(float); }
 
 #endif

@@ -1,45 +1,136 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The row loops, included once per element type with ROW_NAME(x), ROW_TYPE and ROW_LOAD(element) defined. The contiguous case has a loop
- * of its own so that the compiler can vectorise it; both add in the same order and give the same bits.
+ * The row primitives over vectors of LANES floats, included by each rows_*.c, which defines before
+ *
+ *     LANES, vec                      how many floats a vector holds (at most 16), and its type
+ *     TARGET                          attributes of every function (the instruction set)
+ *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
+ *     v_load v_store v_fill v_add v_fma v_max v_sum v_highest v_exp2 v_from_f16 v_from_bf16
+ *
+ * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its second argument where
+ * the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum and v_highest add and compare the lanes of
+ * one vector in a fixed order; v_from_* widen LANES elements.
  */
+#include "rows.h"
 
-static void ROW_NAME(widen)(const void *row, int64_t stride, int64_t n, float *out) {
-    const ROW_TYPE *x = row;
-    for (int64_t i = 0; i < n; i++) out[i] = ROW_LOAD(x[i * stride]);
+#include <math.h>
+#include <string.h>
+
+enum { PANEL_KEYS = LANES * PANEL_VECTORS };
+_Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK, "panels divide blocks and strips");
+
+static inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-static float ROW_NAME(dot)(const float *query, const void *row, int64_t stride, int64_t n) {
-    const ROW_TYPE *x = row;
-    float sum[8] = {0};
-    int64_t i = 0;
-    if (stride == 1) {
-        for (; i + 8 <= n; i += 8)
-            for (int lane = 0; lane < 8; lane++) sum[lane] += query[i + lane] * ROW_LOAD(x[i + lane]);
+/* bfloat16 is the upper half of a float32. */
+static inline float widen_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
+
+/* IEEE half: 1 sign, 5 exponent (bias 15), 10 mantissa bits. Subnormals are mantissa * 2^-24. */
+static inline float widen_f16(uint16_t x) {
+    const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = x >> 10 & 0x1fu, mantissa = x & 0x3ffu;
+    if (exponent == 0) {
+        const float value = (float)mantissa * 0x1p-24f;
+        return sign ? -value : value;
     }
-    for (; i < n; i++) sum[i % 8] += query[i] * ROW_LOAD(x[i * stride]);
-    return add_lanes(sum);
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+    return bits_to_float(sign | (exponent + 112u) << 23 | mantissa << 13);
 }
 
-static float ROW_NAME(sum_of_squares)(const void *row, int64_t stride, int64_t n) {
-    const ROW_TYPE *x = row;
-    float sum[8] = {0};
-    int64_t i = 0;
-    if (stride == 1) {
-        for (; i + 8 <= n; i += 8) {
-            for (int lane = 0; lane < 8; lane++) {
-                const float value = ROW_LOAD(x[i + lane]);
-                sum[lane] += value * value;
-            }
+static inline float widen_f32(float x) { return x; }
+
+/* Highest and sum of a row of n logits; hidden ones were set to minus infinity. */
+TARGET static float highest_of(const float *row, int64_t n) {
+    vec high[2] = {v_fill(-INFINITY), v_fill(-INFINITY)};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        high[0] = v_max(v_load(row + k), high[0]);
+        high[1] = v_max(v_load(row + k + LANES), high[1]);
+    }
+    for (; k < n; k += LANES) high[0] = v_max(v_load(row + k), high[0]);
+    return v_highest(v_max(high[0], high[1]));
+}
+
+TARGET static float soften(float *row, int64_t n_visible, int64_t n, float scale, float *shift) {
+    for (int64_t k = n_visible < 0 ? 0 : n_visible; k < n; k++) row[k] = -INFINITY;
+    if (isnan(*shift)) {
+        *shift = highest_of(row, n) * scale;
+        if (*shift == -INFINITY) *shift = 0;
+    }
+    const vec factor = v_fill(scale), minus_shift = v_fill(-*shift);
+    vec sum[2] = {v_fill(0), v_fill(0)};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        for (int i = 0; i < 2; i++) {
+            const vec p = v_exp2(v_fma(v_load(row + k + i * LANES), factor, minus_shift));
+            v_store(row + k + i * LANES, p);
+            sum[i] = v_add(sum[i], p);
         }
     }
-    for (; i < n; i++) {
-        const float value = ROW_LOAD(x[i * stride]);
-        sum[i % 8] += value * value;
+    for (; k < n; k += LANES) {
+        const vec p = v_exp2(v_fma(v_load(row + k), factor, minus_shift));
+        v_store(row + k, p);
+        sum[0] = v_add(sum[0], p);
     }
-    return add_lanes(sum);
+    return v_sum(v_add(sum[0], sum[1]));
 }
 
-#undef ROW_NAME
-#undef ROW_TYPE
-#undef ROW_LOAD
+TARGET static void add_columns(float *column, int64_t n, const float *rows, int64_t stride, const float *weight, int64_t n_row) {
+    vec w[KVPI_STRIP];
+    for (int64_t r = 0; r < n_row; r++) w[r] = v_fill(weight[r]);
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec sum = v_load(column + k);
+        for (int64_t r = 0; r < n_row; r++) sum = v_fma(w[r], v_load(rows + r * stride + k), sum);
+        if (k + LANES <= n) {
+            v_store(column + k, sum);
+        } else { /* the columns behind n belong to others */
+            float last[LANES];
+            v_store(last, sum);
+            memcpy(column + k, last, (size_t)(n - k) * sizeof(float));
+        }
+    }
+}
+
+/* Packed keys: per panel, for each dimension, the panel's keys side by side. Packed queries: likewise with PANEL_ROWS rows. */
+TARGET static void multiply_floats(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits, int64_t stride) {
+    for (int64_t key = 0; key < n_key; key += PANEL_KEYS) {
+        for (int64_t row = 0; row < n_row; row += PANEL_ROWS) {
+            const float *k = (const float *)keys + key * n_dim, *q = (const float *)queries + row * n_dim;
+            vec sum[PANEL_ROWS][PANEL_VECTORS];
+            for (int r = 0; r < PANEL_ROWS; r++)
+                for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_fill(0);
+            for (int64_t d = 0; d < n_dim; d++) {
+                vec of_keys[PANEL_VECTORS];
+                for (int v = 0; v < PANEL_VECTORS; v++) of_keys[v] = v_load(k + v * LANES);
+                for (int r = 0; r < PANEL_ROWS; r++) {
+                    const vec of_query = v_fill(q[r]);
+                    for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_fma(of_query, of_keys[v], sum[r][v]);
+                }
+                k += PANEL_KEYS;
+                q += PANEL_ROWS;
+            }
+            for (int r = 0; r < PANEL_ROWS; r++)
+                for (int v = 0; v < PANEL_VECTORS; v++) v_store(logits + (row + r) * stride + key + v * LANES, sum[r][v]);
+        }
+    }
+}
+
+#define ROW_NAME(x) x##_f32
+#define ROW_TYPE float
+#define ROW_WIDEN widen_f32
+#define ROW_LOAD v_load
+#include "rows_by_dtype.h"
+
+#define ROW_NAME(x) x##_f16
+#define ROW_TYPE uint16_t
+#define ROW_WIDEN widen_f16
+#define ROW_LOAD v_from_f16
+#include "rows_by_dtype.h"
+
+#define ROW_NAME(x) x##_bf16
+#define ROW_TYPE uint16_t
+#define ROW_WIDEN widen_bf16
+#define ROW_LOAD v_from_bf16
+#include "rows_by_dtype.h"

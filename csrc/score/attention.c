@@ -5,55 +5,76 @@
  *     A[h,q,k] = exp(s[h,q,k] - lse[h,q]),  s = softcap(scaling * query[h,q].key[k]),  k in [valid begin, q]
  *     score[k] = mean over heads of pool( weight(k) * sum over voters q of A[h,q,k] )
  *
- * One attention row at a time, so memory is O(T) per worker and no T x T matrix exists. The mean over heads and the pooling commute, so
- * the heads of a group are summed first. A task is one key head (or one batch row when all heads share their scores) and runs on one
- * worker in a fixed order: results have the same bits for any number of workers. Column sums are kept in double: a column of H2O adds up
- * to T terms.
+ * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (attention_strip.c). The mean over heads and the pooling
+ * commute, so the heads of a group are summed first. Three steps for a few units at a time: pack their keys, add up their strips, and
+ * finish: add the chunks' columns in double, weigh, pool, write.
  */
-#include "../rows/rows.h"
-#include "score.h"
+#include "attention.h"
 
 #include <math.h>
 #include <string.h>
 
-typedef struct job {
-    const kvp_score_args *args;
-    const kvp_context *ctx;
-    size_t scratch_bytes;
-    int64_t n_token, n_query, n_dim, n_vote, group; /* group: query heads per key head */
-    double scaling, softcap;
-    int64_t kernel_size;
-    bool share_heads;
-} job;
+/* Packed keys held at a time, in bytes: enough for the second-level caches of a few cores, little beside a model. */
+#define PACKED_BYTES ((size_t)8 << 20)
 
-/* Scratch of one worker. */
-typedef struct scratch {
-    double *column; /* (T) sums per key */
-    double *pooled; /* (T) */
-    float *row;     /* (T) one attention row */
-    float *query;   /* (D) the query, widened */
-} scratch;
-
-/* One vote, with its ranges cut by the valid range. */
-typedef struct vote {
-    int64_t key[2], a[2], b[2], window[2], age_end;
-    int32_t weight;
-} vote;
-
-size_t kvpi_score_attention_workspace(const kvp_score_args *args) {
-    const size_t n_token = (size_t)args->keys.shape[2], n_dim = (size_t)args->keys.shape[3];
-    return 2 * kvpi_round_up_64(n_token * sizeof(double)) + kvpi_round_up_64(n_token * sizeof(float)) + kvpi_round_up_64(n_dim * sizeof(float));
+static size_t unit_bytes(const kvp_score_args *args) {
+    const int64_t n_block = (args->keys.shape[2] + KVPI_BLOCK - 1) / KVPI_BLOCK;
+    return kvpi_round_up_64(kvpi_packed_bytes(n_block * KVPI_BLOCK, args->keys.shape[3]));
 }
 
-static scratch carve_scratch(const job *j, int32_t worker) {
-    const size_t doubles = kvpi_round_up_64((size_t)j->n_token * sizeof(double));
-    char *base = kvpi_scratch(j->ctx, worker, j->scratch_bytes);
-    return (scratch){
-        .column = (double *)(void *)base,
-        .pooled = (double *)(void *)(base + doubles),
-        .row = (float *)(void *)(base + 2 * doubles),
-        .query = (float *)(void *)(base + 2 * doubles + kvpi_round_up_64((size_t)j->n_token * sizeof(float))),
+static int64_t wave_size(const kvp_score_args *args) {
+    const int64_t n_unit = args->keys.shape[0] * args->keys.shape[1], fit = (int64_t)(PACKED_BYTES / unit_bytes(args));
+    return fit < 1 ? 1 : fit < n_unit ? fit : n_unit;
+}
+
+static int64_t row_stride(int64_t n_token) { return (n_token + KVPI_BLOCK - 1) / KVPI_BLOCK * KVPI_BLOCK + KVPI_SLACK; }
+
+/* Two vectors of doubles: sums per key, and the pooled ones. */
+static size_t finish_bytes(int64_t n_token) { return 2 * kvpi_round_up_64((size_t)n_token * sizeof(double)); }
+
+/* Places the scratch in the workspace; a NULL workspace gives the sizes only. Returns the bytes of all of it. */
+static size_t lay_out(kvpi_attention *j, char *workspace, int32_t n_worker) {
+    size_t used = 0;
+#define PLACE(field, bytes)                                                          \
+    do {                                                                             \
+        j->field = workspace ? (void *)(workspace + used) : NULL;                    \
+        used += kvpi_round_up_64(bytes);                                             \
+    } while (0)
+    PLACE(voters, (size_t)(j->n_batch * j->n_query) * sizeof(int32_t));
+    PLACE(n_voters, (size_t)j->n_batch * sizeof(int64_t));
+    PLACE(packed, (size_t)j->n_wave * j->packed_bytes);
+    PLACE(columns, (size_t)(j->n_wave * KVPI_CHUNK * j->stride) * sizeof(float));
+    PLACE(shared, j->share_heads ? (size_t)(j->n_batch * j->n_token) * sizeof(double) : 0);
+    PLACE(worker, j->worker_bytes * (size_t)n_worker);
+#undef PLACE
+    return used;
+}
+
+static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ctx) {
+    const int64_t *keys = args->keys.shape, *queries = args->queries.shape;
+    const size_t strip = kvpi_strip_bytes(keys[2], keys[3]), finish = finish_bytes(keys[2]);
+    return (kvpi_attention){
+        .args = args,
+        .ctx = ctx,
+        .rows = kvpi_rows_now(),
+        .n_batch = keys[0],
+        .n_head = keys[1],
+        .n_token = keys[2],
+        .n_query = queries[2],
+        .n_dim = keys[3],
+        .n_vote = args->votes.shape[1],
+        .group = queries[1] / keys[1],
+        .n_wave = wave_size(args),
+        .stride = row_stride(keys[2]),
+        .share_heads = args->param[3] > 0,
+        .worker_bytes = strip > finish ? strip : finish,
+        .packed_bytes = unit_bytes(args),
     };
+}
+
+size_t kvpi_score_attention_workspace(const kvp_score_args *args, int32_t n_worker) {
+    kvpi_attention j = read_job(args, NULL);
+    return lay_out(&j, NULL, n_worker);
 }
 
 static void read_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const int64_t *valid, int64_t *range) {
@@ -64,9 +85,11 @@ static void read_range(const kvp_tensor *votes, int64_t b, int64_t v, int field,
     if (range[1] < range[0]) range[1] = range[0];
 }
 
-static vote read_vote(const job *j, int64_t b, int64_t v, const int64_t *valid) {
+kvpi_vote kvpi_read_vote(const kvpi_attention *j, int64_t b, int64_t v) {
     const kvp_tensor *votes = &j->args->votes;
-    vote out = {.weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT), .age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END)};
+    kvpi_vote out = {.weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT), .age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END)};
+    int64_t valid[2];
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &valid[0], &valid[1]);
     read_range(votes, b, v, KVP_VOTE_KEY_BEGIN, valid, out.key);
     read_range(votes, b, v, KVP_VOTE_A_BEGIN, valid, out.a);
     read_range(votes, b, v, KVP_VOTE_B_BEGIN, valid, out.b);
@@ -74,116 +97,170 @@ static vote read_vote(const job *j, int64_t b, int64_t v, const int64_t *valid) 
     return out;
 }
 
-static bool votes_here(const vote *v, int64_t q) { return (q >= v->a[0] && q < v->a[1]) || (q >= v->b[0] && q < v->b[1]); }
+kvpi_head kvpi_keys_of(const kvpi_attention *j, int64_t b, int64_t h) {
+    const kvp_tensor *keys = &j->args->keys;
+    int64_t begin, end;
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
+    return (kvpi_head){kvpi_at(keys, b, h, begin), keys->stride[2], keys->stride[3]};
+}
+
+/* Lists the queries of batch row b that vote on anything, in order of position. */
+static void list_voters(const kvpi_attention *j, int64_t b) {
+    const int64_t first_query = j->n_token - j->n_query;
+    int32_t *list = j->voters + b * j->n_query;
+    int64_t n = 0;
+    for (int64_t i = 0; i < j->n_query; i++) list[i] = 0;
+    for (int64_t v = 0; v < j->n_vote; v++) {
+        const kvpi_vote vote = kvpi_read_vote(j, b, v);
+        const int64_t *const ranges[] = {vote.a, vote.b};
+        for (int i = 0; i < 2 && vote.key[0] < vote.key[1]; i++) {
+            const int64_t low = ranges[i][0] > vote.key[0] ? ranges[i][0] : vote.key[0];
+            for (int64_t q = low > first_query ? low : first_query; q < ranges[i][1]; q++) list[q - first_query] = 1;
+        }
+    }
+    for (int64_t i = 0; i < j->n_query; i++)
+        if (list[i]) list[n++] = (int32_t)(first_query + i);
+    j->n_voters[b] = n;
+}
+
+/* A wave: units first to first + n, unit u being head u % n_head of batch row u / n_head. */
+typedef struct wave {
+    const kvpi_attention *job;
+    int64_t first, n;
+} wave;
+
+/* With a single strip, packing all keys first would only cost memory traffic. */
+static bool packs_first(const kvpi_attention *j, int64_t b) { return kvpi_strip_count(j, b) > 1; }
+
+/* One block of keys of one unit. */
+static void pack_task(void *arg, int64_t task, int32_t worker) {
+    (void)worker;
+    const wave *w = arg;
+    const kvpi_attention *j = w->job;
+    const int64_t n_block = (j->n_token + KVPI_BLOCK - 1) / KVPI_BLOCK, slot = task / n_block, block = task % n_block;
+    const int64_t b = (w->first + slot) / j->n_head, h = (w->first + slot) % j->n_head, first = block * KVPI_BLOCK;
+    int64_t begin, end;
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
+    const int64_t left = end - begin - first;
+    if (left <= 0 || !packs_first(j, b)) return;
+    const int32_t dtype = j->args->keys.dtype;
+    kvpi_head head = kvpi_keys_of(j, b, h);
+    head.first = (const char *)head.first + first * head.row_stride * (int64_t)kvpi_dtype_size(dtype);
+    char *out = j->packed + (size_t)slot * j->packed_bytes + (size_t)block * kvpi_packed_bytes(KVPI_BLOCK, j->n_dim);
+    j->rows->pack_keys[dtype](head, left < KVPI_BLOCK ? left : KVPI_BLOCK, j->n_dim, out);
+}
+
+static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) { return j->columns + (slot * KVPI_CHUNK + chunk) * j->stride; }
+
+static void strip_task(void *arg, int64_t task, int32_t worker) {
+    const wave *w = arg;
+    const kvpi_attention *j = w->job;
+    const int64_t slot = task / KVPI_CHUNK, chunk = task % KVPI_CHUNK;
+    const int64_t b = (w->first + slot) / j->n_head, h = (w->first + slot) % j->n_head;
+    if (chunk >= kvpi_strip_count(j, b)) return;
+    const char *packed = packs_first(j, b) ? j->packed + (size_t)slot * j->packed_bytes : NULL;
+    kvpi_add_strips(j, b, h, chunk, packed, j->worker + (size_t)worker * j->worker_bytes, column_of(j, slot, chunk));
+}
 
 /* How many voters the two ranges hold, counted once where they overlap. */
-static int64_t count_voters(const vote *v) {
+static int64_t count_voters(const kvpi_vote *v) {
     const int64_t low = v->a[0] > v->b[0] ? v->a[0] : v->b[0], high = v->a[1] < v->b[1] ? v->a[1] : v->b[1];
     return (v->a[1] - v->a[0]) + (v->b[1] - v->b[0]) - (high > low ? high - low : 0);
 }
 
-/* Fills row[begin..q] with the attention of query q of query head n. False: the row casts no vote. */
-static bool attend(const job *j, const scratch *s, int64_t b, int64_t n, int64_t q, int64_t begin) {
-    const kvp_tensor *keys = &j->args->keys, *queries = &j->args->queries, *lse = &j->args->lse;
-    const kvpi_rows *rows = kvpi_rows_now();
-    const int64_t h = n / j->group, i = q - (j->n_token - j->n_query);
-    float given = 0.0f, highest = -INFINITY;
-    if (lse->data) {
-        given = *(const float *)kvpi_at(lse, b, n, i);
-        if (!isfinite(given)) return false;
-    }
-    rows->widen[queries->dtype](kvpi_at(queries, b, n, i), queries->stride[3], j->n_dim, s->query);
-    for (int64_t k = begin; k <= q; k++) {
-        float logit = (float)j->scaling * rows->dot[keys->dtype](s->query, kvpi_at(keys, b, h, k), keys->stride[3], j->n_dim);
-        if (j->softcap > 0) logit = (float)j->softcap * tanhf(logit / (float)j->softcap);
-        s->row[k] = logit;
-        if (logit > highest) highest = logit;
-    }
-    if (lse->data) highest = given;
-    double sum = 0;
-    for (int64_t k = begin; k <= q; k++) {
-        s->row[k] = expf(s->row[k] - highest);
-        sum += s->row[k];
-    }
-    if (lse->data) return true;
-    const float inverse = (float)(1.0 / sum);
-    for (int64_t k = begin; k <= q; k++) s->row[k] *= inverse;
-    return true;
-}
-
-static void add_votes(const job *j, const scratch *s, int64_t b, int64_t n, int64_t q, const int64_t *valid) {
-    bool attended = false;
-    for (int64_t v = 0; v < j->n_vote; v++) {
-        const vote now = read_vote(j, b, v, valid);
-        if (!votes_here(&now, q) || now.key[0] > q) continue;
-        if (!attended && !attend(j, s, b, n, q, valid[0])) return;
-        attended = true;
-        const int64_t end = now.key[1] < q + 1 ? now.key[1] : q + 1;
-        for (int64_t k = now.key[0]; k < end; k++) s->column[k] += s->row[k];
-    }
-}
-
 /* Weights, pools and averages the sums of one vote's keys, in place. */
-static void finish_vote(const job *j, const scratch *s, const vote *v, int64_t n_head) {
-    const int64_t n_voter = count_voters(v), reach = j->kernel_size / 2;
+static void finish_vote(const kvpi_vote *v, int64_t kernel_size, double n_head, double *column, double *pooled) {
+    const int64_t n_voter = count_voters(v), reach = kernel_size / 2;
     for (int64_t k = v->key[0]; k < v->key[1]; k++) {
-        double divisor = (double)n_head;
+        double divisor = n_head;
         if (v->weight == KVP_WEIGHT_MEAN && n_voter > 0) divisor *= (double)n_voter;
         if (v->weight == KVP_WEIGHT_AGE && v->age_end - k > 1) divisor *= (double)(v->age_end - k);
-        s->column[k] /= divisor;
+        column[k] /= divisor;
     }
     if (reach > 0) {
         for (int64_t k = v->key[0]; k < v->key[1]; k++) {
             const int64_t low = k - reach > v->key[0] ? k - reach : v->key[0], high = k + reach + 1 < v->key[1] ? k + reach + 1 : v->key[1];
             double sum = 0;
-            for (int64_t i = low; i < high; i++) sum += s->column[i];
-            s->pooled[k] = sum / (double)j->kernel_size;
+            for (int64_t i = low; i < high; i++) sum += column[i];
+            pooled[k] = sum / (double)kernel_size;
         }
-        memcpy(s->column + v->key[0], s->pooled + v->key[0], (size_t)(v->key[1] - v->key[0]) * sizeof(double));
+        memcpy(column + v->key[0], pooled + v->key[0], (size_t)(v->key[1] - v->key[0]) * sizeof(double));
     }
-    for (int64_t k = v->window[0]; k < v->window[1]; k++) s->column[k] = 2.0 + (double)(k - v->window[0]);
+    for (int64_t k = v->window[0]; k < v->window[1]; k++) column[k] = 2.0 + (double)(k - v->window[0]);
 }
 
-static void score_task(void *arg, int64_t task, int32_t worker) {
-    const job *j = arg;
+/* Finishes the sums of n_head query heads and writes the scores of key heads first to last of batch row b. */
+static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int64_t last, int64_t n_head, double *column, double *pooled) {
     const kvp_tensor *scores = &j->args->scores;
-    const int64_t n_head = scores->shape[1], b = j->share_heads ? task : task / n_head, h = j->share_heads ? 0 : task % n_head;
-    const int64_t first = j->share_heads ? 0 : h * j->group, last = j->share_heads ? n_head * j->group : first + j->group;
-    const scratch s = carve_scratch(j, worker);
-    int64_t valid[2];
-    kvpi_valid_range(&j->args->valid, b, j->n_token, &valid[0], &valid[1]);
-    memset(s.column, 0, (size_t)j->n_token * sizeof(double));
-    const int64_t first_query = j->n_token - j->n_query, begin = first_query > valid[0] ? first_query : valid[0];
-    for (int64_t n = first; n < last; n++)
-        for (int64_t q = begin; q < valid[1]; q++) add_votes(j, &s, b, n, q, valid);
+    int64_t begin, end;
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
     for (int64_t v = 0; v < j->n_vote; v++) {
-        const vote now = read_vote(j, b, v, valid);
-        finish_vote(j, &s, &now, last - first);
+        const kvpi_vote vote = kvpi_read_vote(j, b, v);
+        finish_vote(&vote, (int64_t)j->args->param[2], (double)n_head, column, pooled);
     }
-    for (int64_t out = h; out < (j->share_heads ? n_head : h + 1); out++)
-        for (int64_t k = 0; k < j->n_token; k++)
-            *(float *)kvpi_at(scores, b, out, k) = k >= valid[0] && k < valid[1] ? (float)s.column[k] : -INFINITY;
+    for (int64_t h = first; h < last; h++)
+        for (int64_t k = 0; k < j->n_token; k++) *(float *)(void *)kvpi_at(scores, b, h, k) = k >= begin && k < end ? (float)column[k] : -INFINITY;
+}
+
+/* Adds the chunks of one unit, in order. */
+static void add_chunks(const kvpi_attention *j, int64_t slot, int64_t b, double *column) {
+    const int64_t n_strip = kvpi_strip_count(j, b), n_chunk = n_strip < KVPI_CHUNK ? n_strip : KVPI_CHUNK;
+    int64_t begin, end;
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
+    for (int64_t chunk = 0; chunk < n_chunk; chunk++) {
+        const float *from = column_of(j, slot, chunk);
+        for (int64_t k = begin; k < end; k++) column[k] += (double)from[k - begin];
+    }
+}
+
+static void finish_task(void *arg, int64_t task, int32_t worker) {
+    const wave *w = arg;
+    const kvpi_attention *j = w->job;
+    const int64_t b = (w->first + task) / j->n_head, h = (w->first + task) % j->n_head;
+    char *scratch = j->worker + (size_t)worker * j->worker_bytes;
+    double *column = (double *)(void *)scratch, *pooled = (double *)(void *)(scratch + finish_bytes(j->n_token) / 2);
+    memset(column, 0, (size_t)j->n_token * sizeof(double));
+    add_chunks(j, task, b, column);
+    write_scores(j, b, h, h + 1, j->group, column, pooled);
+}
+
+static void finish_shared_task(void *arg, int64_t b, int32_t worker) {
+    const kvpi_attention *j = arg;
+    double *pooled = (double *)(void *)(j->worker + (size_t)worker * j->worker_bytes);
+    write_scores(j, b, 0, j->n_head, j->n_head * j->group, j->shared + b * j->n_token, pooled);
+}
+
+static void run_wave(wave *w, double work) {
+    const kvpi_attention *j = w->job;
+    const int64_t n_block = (j->n_token + KVPI_BLOCK - 1) / KVPI_BLOCK;
+    kvpi_run(j->ctx, w->n * n_block, (double)(w->n * j->n_token * j->n_dim) * 0.5, pack_task, w);
+    kvpi_run(j->ctx, w->n * KVPI_CHUNK, work, strip_task, w);
+    if (!j->share_heads) {
+        kvpi_run(j->ctx, w->n, (double)(w->n * j->n_token) * (double)KVPI_CHUNK, finish_task, w);
+        return;
+    }
+    for (int64_t slot = 0; slot < w->n; slot++) {
+        const int64_t b = (w->first + slot) / j->n_head;
+        add_chunks(j, slot, b, j->shared + b * j->n_token);
+    }
 }
 
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx) {
-    const int64_t *keys = args->keys.shape, *queries = args->queries.shape;
-    KVPI_TRY(kvpi_check_valid_values(&args->valid, keys[2], ctx));
+    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
     KVPI_TRY(kvpi_check_vote_values(args, ctx));
-    job j = {
-        .args = args,
-        .ctx = ctx,
-        .scratch_bytes = kvpi_score_attention_workspace(args),
-        .n_token = keys[2],
-        .n_query = queries[2],
-        .n_dim = keys[3],
-        .n_vote = args->votes.shape[1],
-        .group = queries[1] / keys[1],
-        .scaling = args->param[0],
-        .softcap = args->param[1],
-        .kernel_size = (int64_t)args->param[2],
-        .share_heads = args->param[3] > 0,
-    };
-    const double work = (double)queries[0] * (double)queries[1] * (double)keys[2] * (double)keys[3] * 0.2;
-    kvpi_run(ctx, j.share_heads ? keys[0] : keys[0] * keys[1], work, score_task, &j);
+    kvpi_attention j = read_job(args, ctx);
+    lay_out(&j, ctx->workspace, kvpi_worker_count(ctx));
+    double n_voter = 0;
+    for (int64_t b = 0; b < j.n_batch; b++) {
+        list_voters(&j, b);
+        n_voter += (double)j.n_voters[b] / (double)j.n_batch;
+    }
+    if (j.share_heads) memset(j.shared, 0, (size_t)(j.n_batch * j.n_token) * sizeof(double));
+    const int64_t n_unit = j.n_batch * j.n_head;
+    for (int64_t first = 0; first < n_unit; first += j.n_wave) {
+        wave w = {&j, first, n_unit - first < j.n_wave ? n_unit - first : j.n_wave};
+        run_wave(&w, n_voter * (double)(w.n * j.group * j.n_token) * ((double)j.n_dim * 0.02 + 1.0));
+    }
+    if (j.share_heads) kvpi_run(ctx, j.n_batch, (double)(j.n_batch * j.n_head * j.n_token), finish_shared_task, &j);
     return KVP_OK;
 }

@@ -10,6 +10,6 @@
 kvp_status kvpi_score_norm_cpu(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx);
-size_t kvpi_score_attention_workspace(const kvp_score_args *args);
+size_t kvpi_score_attention_workspace(const kvp_score_args *args, int32_t n_worker);
 
 #endif

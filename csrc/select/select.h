@@ -8,6 +8,6 @@
 #include "../core/internal.h"
 
 kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx);
-size_t kvpi_select_workspace(const kvp_select_args *args);
+size_t kvpi_select_workspace(const kvp_select_args *args); /* of one worker */
 
 #endif

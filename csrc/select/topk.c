@@ -1,17 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The quota's best positions of each segment, in ascending order, without sorting. A score becomes a 32-bit rank whose unsigned order is
- * the order of kvp.h; a radix search over 11, 11 and 10 bits finds the rank of the last kept position; one pass in order of position then
- * takes everything above it and as many equals as are left over, lowest position first.
+ * the order of kvp.h; a radix search finds the rank of the last kept position, digit by digit, among ever fewer candidates; one pass in
+ * order of position then takes everything above it and as many equals as are left over, lowest position first. No step branches on a
+ * score, which no processor could foresee.
  */
 #include "select.h"
 
-#include <math.h>
 #include <string.h>
 
 /* Ranks below and above all scores. -infinity ranks 0x007fffff, +infinity 0xff800000. */
 enum { RANK_NEVER = 0, RANK_NAN = 1 };
 static const uint32_t RANK_PROTECTED = UINT32_MAX;
+
+/* Digits of a rank, from the top. Few candidates want small histograms, which take as long to clear and to search as to fill. */
+enum { LONG_ROW = 1024, MAX_BIN = 1 << 11 };
+typedef struct digit {
+    uint32_t shift, bits;
+} digit;
+static const digit digits_of_long[] = {{21, 11}, {10, 11}, {0, 10}, {0, 0}}, digits_of_short[] = {{24, 8}, {16, 8}, {8, 8}, {0, 8}, {0, 0}};
 
 typedef struct job {
     const kvp_select_args *args;
@@ -19,14 +26,17 @@ typedef struct job {
     size_t scratch_bytes;
 } job;
 
-size_t kvpi_select_workspace(const kvp_select_args *args) { return kvpi_round_up_64((size_t)args->scores.shape[2] * sizeof(uint32_t)); }
+static size_t row_bytes(const kvp_select_args *args) { return kvpi_round_up_64((size_t)args->scores.shape[2] * sizeof(uint32_t)); }
 
-static uint32_t rank_score(float score) {
-    if (isnan(score)) return RANK_NAN;
-    if (score == 0.0f) score = 0.0f; /* -0 and +0 are equal */
+/* A row of ranks, and one of candidates. */
+size_t kvpi_select_workspace(const kvp_select_args *args) { return 2 * row_bytes(args); }
+
+static inline uint32_t rank_score(float score) {
     uint32_t bits;
     memcpy(&bits, &score, sizeof bits);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    bits = bits == 0x80000000u ? 0 : bits; /* -0 and +0 are equal */
+    const uint32_t rank = bits ^ (bits >> 31 ? UINT32_MAX : 0x80000000u);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? RANK_NAN : rank;
 }
 
 /* Lowers *left from "how many to take" to "how many to take from the returned bin"; bins above it are taken whole. */
@@ -36,49 +46,75 @@ static uint32_t find_bin(const uint32_t *histogram, uint32_t n_bin, int64_t *lef
     return bin;
 }
 
-/* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
-static uint32_t find_threshold(const uint32_t *ranks, int64_t n, int64_t quota, int64_t *ties) {
-    static const struct {
-        uint32_t shift, bits;
-    } digit[] = {{21, 11}, {10, 11}, {0, 10}};
-    uint32_t prefix = 0, mask = 0, histogram[1 << 11];
-    *ties = quota;
-    for (int pass = 0; pass < 3; pass++) {
-        const uint32_t n_bin = 1u << digit[pass].bits;
-        memset(histogram, 0, n_bin * sizeof histogram[0]);
-        for (int64_t i = 0; i < n; i++)
-            if ((ranks[i] & mask) == prefix) histogram[ranks[i] >> digit[pass].shift & (n_bin - 1)]++;
-        prefix |= find_bin(histogram, n_bin, ties) << digit[pass].shift;
-        mask |= (n_bin - 1) << digit[pass].shift;
+/* Two histograms by turns, so that equal neighbours do not wait for each other. */
+static void count_digit(const uint32_t *ranks, int64_t n, digit d, uint32_t (*histogram)[MAX_BIN]) {
+    const uint32_t n_bin = 1u << d.bits;
+    memset(histogram[0], 0, n_bin * sizeof histogram[0][0]);
+    memset(histogram[1], 0, n_bin * sizeof histogram[1][0]);
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+        histogram[0][ranks[i] >> d.shift & (n_bin - 1)]++;
+        histogram[1][ranks[i + 1] >> d.shift & (n_bin - 1)]++;
     }
-    return prefix;
+    if (i < n) histogram[0][ranks[i] >> d.shift & (n_bin - 1)]++;
+    for (uint32_t bin = 0; bin < n_bin; bin++) histogram[0][bin] += histogram[1][bin];
+}
+
+static int64_t keep_candidates(const uint32_t *ranks, int64_t n, digit d, uint32_t bin, uint32_t *candidates) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t rank = ranks[i];
+        candidates[kept] = rank;
+        kept += (rank >> d.shift & ((1u << d.bits) - 1)) == bin;
+    }
+    return kept;
+}
+
+/* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
+static uint32_t find_threshold(const uint32_t *ranks, int64_t n, int64_t quota, uint32_t *candidates, int64_t *ties) {
+    uint32_t threshold = 0, histogram[2][MAX_BIN];
+    const uint32_t *left = ranks;
+    *ties = quota;
+    for (const digit *d = n >= LONG_ROW ? digits_of_long : digits_of_short; d->bits; d++) {
+        count_digit(left, n, *d, histogram);
+        const uint32_t bin = find_bin(histogram[0], 1u << d->bits, ties);
+        threshold |= bin << d->shift;
+        if (d->shift) n = keep_candidates(left, n, *d, bin, candidates);
+        left = candidates;
+    }
+    return threshold;
 }
 
 /* Appends the kept positions of one segment to out; returns how many. */
-static int64_t keep_segment(const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota, const kvp_tensor *positions, char *out) {
+static int64_t keep_segment(const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota, uint32_t *candidates, int64_t stride, int32_t *out) {
     int64_t eligible = 0, ties, kept = 0;
     for (int64_t t = begin; t < end; t++) eligible += ranks[t] != RANK_NEVER;
     if (quota > eligible) quota = eligible;
     if (quota == 0) return 0;
-    const uint32_t threshold = find_threshold(ranks + begin, end - begin, quota, &ties);
-    for (int64_t t = begin; t < end && kept < quota; t++) {
-        if (ranks[t] < threshold || (ranks[t] == threshold && ties == 0)) continue;
-        ties -= ranks[t] == threshold;
-        *(int32_t *)(void *)(out + kept * positions->stride[2] * (int64_t)sizeof(int32_t)) = (int32_t)t;
-        kept++;
+    const uint32_t threshold = find_threshold(ranks + begin, end - begin, quota, candidates, &ties);
+    for (int64_t t = begin; kept < quota; t++) {
+        const bool tied = (ranks[t] == threshold) & (ties > 0);
+        out[kept * stride] = (int32_t)t;
+        kept += (ranks[t] > threshold) | tied;
+        ties -= tied;
     }
     return kept;
 }
 
 static void rank_row(const kvp_select_args *args, int64_t b, int64_t h, uint32_t *ranks) {
-    const int64_t n_token = args->scores.shape[2];
+    const int64_t n_token = args->scores.shape[2], stride = args->scores.stride[2], protect_stride = args->protect.stride[1];
+    const float *scores = (const float *)(const void *)kvpi_at(&args->scores, b, h, 0);
+    const uint8_t *protect = args->protect.data ? (const uint8_t *)kvpi_at(&args->protect, b, 0, 0) : NULL;
     int64_t begin, end;
     kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
-    for (int64_t t = 0; t < n_token; t++) {
-        const bool valid = t >= begin && t < end;
-        const bool protected = args->protect.data && *(const uint8_t *)kvpi_at(&args->protect, b, t, 0);
-        ranks[t] = !valid ? RANK_NEVER : protected ? RANK_PROTECTED : rank_score(*(const float *)kvpi_at(&args->scores, b, h, t));
-    }
+    for (int64_t t = 0; t < begin; t++) ranks[t] = RANK_NEVER;
+    if (stride == 1)
+        for (int64_t t = begin; t < end; t++) ranks[t] = rank_score(scores[t]);
+    else
+        for (int64_t t = begin; t < end; t++) ranks[t] = rank_score(scores[t * stride]);
+    for (int64_t t = begin; protect && t < end; t++)
+        if (protect[t * protect_stride]) ranks[t] = RANK_PROTECTED;
+    for (int64_t t = end; t < n_token; t++) ranks[t] = RANK_NEVER;
 }
 
 static void select_row(void *arg, int64_t task, int32_t worker) {
@@ -86,12 +122,13 @@ static void select_row(void *arg, int64_t task, int32_t worker) {
     const kvp_select_args *args = j->args;
     const kvp_tensor *positions = &args->positions;
     const int64_t n_head = args->scores.shape[1], b = task / n_head, h = task % n_head;
-    uint32_t *ranks = kvpi_scratch(j->ctx, worker, j->scratch_bytes);
+    uint32_t *ranks = kvpi_scratch(j->ctx, worker, j->scratch_bytes), *candidates = ranks + row_bytes(args) / sizeof *ranks;
     rank_row(args, b, h, ranks);
     int64_t kept = 0;
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
         const int64_t begin = kvpi_i32(&args->segments, b, s, 0), end = kvpi_i32(&args->segments, b, s + 1, 0);
-        kept += keep_segment(ranks, begin, end, kvpi_i32(&args->quotas, b, h, s), positions, kvpi_at(positions, b, h, kept));
+        int32_t *out = (int32_t *)(void *)kvpi_at(positions, b, h, kept);
+        kept += keep_segment(ranks, begin, end, kvpi_i32(&args->quotas, b, h, s), candidates, positions->stride[2], out);
     }
     *(int32_t *)(void *)kvpi_at(&args->counts, b, h, 0) = (int32_t)kept;
     for (; kept < positions->shape[2]; kept++) *(int32_t *)(void *)kvpi_at(positions, b, h, kept) = -1;
@@ -101,6 +138,6 @@ kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_select_values(args, ctx));
     job j = {.args = args, .ctx = ctx, .scratch_bytes = kvpi_select_workspace(args)};
     const int64_t n_row = args->scores.shape[0] * args->scores.shape[1];
-    kvpi_run(ctx, n_row, (double)n_row * ((double)args->scores.shape[2] * 5 + 3000), select_row, &j);
+    kvpi_run(ctx, n_row, (double)n_row * ((double)args->scores.shape[2] * 2 + 1000), select_row, &j);
     return KVP_OK;
 }

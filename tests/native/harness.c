@@ -123,11 +123,10 @@ uint64_t hash_block(const block *b) {
 
 kvp_status call_verb(kvp_verb verb, const void *args, calling how) {
     size_t bytes = SIZE_MAX;
-    const kvp_status asked = kvp_workspace(verb, args, &bytes);
+    const kvp_status asked = kvp_workspace(verb, args, how.n_worker, &bytes);
     if (!CHECK(asked == KVP_OK, "kvp_workspace: %s", kvp_status_name(asked))) return asked;
-    CHECK(bytes % 64 == 0, "the workspace of one worker is %zu bytes; expected a multiple of 64", bytes);
-    const int32_t n_worker = how.n_worker > 1 ? how.n_worker : 1;
-    block scratch = new_block(bytes * (size_t)n_worker);
+    CHECK(bytes % 64 == 0, "the workspace is %zu bytes; expected a multiple of 64", bytes);
+    block scratch = new_block(bytes);
     memset(scratch.data, how.scratch_byte, scratch.bytes);
     kvp_context ctx = {.workspace = scratch.bytes ? scratch.data : NULL, .workspace_bytes = scratch.bytes};
     ctx.parallel_for = how.parallel_for;

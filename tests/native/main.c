@@ -19,12 +19,14 @@ static void run(const char *name, void (*test)(void)) {
     fflush(stdout);
 }
 
-static void run_scores(void) {
+static void run_on_rows(void) {
     run("norm", test_norm);
     run("position", test_position);
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("same bits", test_same_bits);
+    run("gather, large", test_gather_large);
+    run("gather in place", test_gather_in_place);
 }
 
 int main(void) {
@@ -32,11 +34,10 @@ int main(void) {
         const char *name = kvp_cpu_isa_name(i);
         const bool can_run = kvp_cpu_isa_set(name) == 0;
         printf("row primitives: %s%s\n", name, can_run ? "" : " (not on this CPU)");
-        if (can_run) run_scores();
+        if (can_run) run_on_rows();
     }
     run("select", test_select);
     run("gather", test_gather);
-    run("gather in place", test_gather_in_place);
     run("refusals", test_refusals);
     run("introspection", test_introspection);
     run("register backend", test_register_backend);

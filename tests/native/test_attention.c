@@ -51,8 +51,21 @@ static void score_shape(int64_t n_token, int64_t n_dim, int64_t group, int64_t r
     free_attention_case(&c);
 }
 
+/* More keys than fit into packed memory at once, so that the heads come in waves. */
+static void score_in_waves(voting kind) {
+    const attention_shape shape = {.n_batch = 5, .n_head = 8, .group = 1, .n_token = 40, .n_dim = 210, .dtype = (kvp_dtype)(kind % 3), .kind = kind};
+    attention_case c = new_attention_case(&shape);
+    name_case("attention in waves, voting %d", (int)kind);
+    score_case(&c);
+    free_attention_case(&c);
+}
+
 void test_attention(void) {
     int64_t n = 0;
+    for (int kind = 0; kind < VOTING_COUNT; kind++) {
+        score_shape(1100, 6, 1, kind); /* several blocks of keys, and several strips to a task */
+        score_in_waves((voting)kind);
+    }
     for (size_t t = 0; t < COUNT(LENGTHS); t++)
         for (size_t d = 0; d < COUNT(DIMS); d++)
             for (size_t g = 0; g < COUNT(GROUPS); g++)

@@ -66,6 +66,12 @@ static void gather_case(kvp_dtype dtype, int64_t n_token, int64_t n_kept, int64_
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
+/* Large enough outputs to be written past the caches, with rows that can be and rows that cannot. */
+void test_gather_large(void) {
+    static const int64_t dims[] = {128, 100, 33};
+    for (int i = 0; i < 6; i++) gather_case(i % 2 ? KVP_F32 : KVP_BF16, 5000, i < 3 ? 2500 : 900, dims[i % 3] * 2, dims[i % 3] * (i < 3 ? 2 : 5));
+}
+
 void test_gather(void) {
     static const int64_t dims[] = {1, 8, 16, 64, 80};
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
@@ -74,8 +80,8 @@ void test_gather(void) {
 }
 
 /* Same data, same strides, fewer rows. What lies behind the kept rows must stay. */
-static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_t n_kept) {
-    const int64_t shape[4] = {2, 3, n_token, 8}, kept[3] = {2, 3, n_kept};
+static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_t n_kept, int64_t n_dim) {
+    const int64_t shape[4] = {2, 3, n_token, n_dim}, kept[3] = {2, 3, n_kept};
     array keys = new_array(dtype, how, 4, shape), values = new_array(dtype, how, 4, shape), old = new_array(dtype, how, 4, shape);
     array positions = new_array(KVP_I32, CONTIGUOUS, 3, kept);
     name_case("gather in place %s layout %d T=%lld K=%lld", dtype_name((int32_t)dtype), (int)how, (long long)n_token, (long long)n_kept);
@@ -89,8 +95,8 @@ static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_
     CHECK(count_wrong(&old.view, &positions.view, &args.out_keys) == 0, "keys differ");
     CHECK(count_wrong(&old.view, &positions.view, &args.out_values) == 0, "values differ");
     /* put the old rows back: then nothing at all may differ */
-    for (int64_t i = 0; i < 6 * n_kept * 8; i++) {
-        const int64_t d = i % 8, k = i / 8 % n_kept, h = i / 8 / n_kept % 3, b = i / 8 / n_kept / 3;
+    for (int64_t i = 0; i < 6 * n_kept * n_dim; i++) {
+        const int64_t d = i % n_dim, k = i / n_dim % n_kept, h = i / n_dim / n_kept % 3, b = i / n_dim / n_kept / 3;
         memcpy(element(&keys.view, b, h, k, d), element(&old.view, b, h, k, d), dtype_size((int32_t)dtype));
     }
     CHECK(hash_block(&keys.memory) == hash_block(&old.memory), "bytes beyond the kept rows were written");
@@ -101,5 +107,6 @@ static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_
 void test_gather_in_place(void) {
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
         for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++)
-            for (int64_t t = 1; t <= 70; t += 1 + t / 6) gather_in_place((kvp_dtype)dtype, (layout)how, t, 1 + random_below(t));
+            for (int64_t t = 1; t <= 70; t += 1 + t / 6) gather_in_place((kvp_dtype)dtype, (layout)how, t, 1 + random_below(t), 8);
+    for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++) gather_in_place(KVP_F32, (layout)how, 1500, 1000, 128); /* past the caches */
 }

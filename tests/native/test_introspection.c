@@ -76,8 +76,8 @@ static kvp_status pass_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return KVP_OK;
 }
 
-static size_t need_128(kvp_verb verb, const void *args) {
-    (void)args;
+static size_t need_128(kvp_verb verb, const void *args, int32_t n_worker) {
+    (void)args, (void)n_worker;
     return verb == KVP_SELECT ? 128 : 0;
 }
 

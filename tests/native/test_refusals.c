@@ -23,7 +23,7 @@ typedef struct calls {
     kvp_select_args select;
     kvp_gather_args gather;
     block scratch;
-    size_t score_bytes, select_bytes; /* of one worker */
+    size_t score_bytes, score_bytes_of_2, select_bytes;
     kvp_context ctx;
 } calls;
 
@@ -71,8 +71,9 @@ static void make_calls(calls *c) {
     make_score_call(c);
     make_select_call(c);
     make_gather_call(c);
-    CHECK(kvp_workspace(KVP_SCORE, &c->score, &c->score_bytes) == KVP_OK, "no workspace for score");
-    CHECK(kvp_workspace(KVP_SELECT, &c->select, &c->select_bytes) == KVP_OK, "no workspace for select");
+    CHECK(kvp_workspace(KVP_SCORE, &c->score, 1, &c->score_bytes) == KVP_OK, "no workspace for score");
+    CHECK(kvp_workspace(KVP_SCORE, &c->score, 2, &c->score_bytes_of_2) == KVP_OK, "no workspace for score");
+    CHECK(kvp_workspace(KVP_SELECT, &c->select, 1, &c->select_bytes) == KVP_OK, "no workspace for select");
     c->scratch = new_block(2 * (c->score_bytes + c->select_bytes) + 64);
     memset(c->scratch.data, 0xff, c->scratch.bytes);
     memset(c->ctx.error, 0xff, sizeof c->ctx.error);
@@ -171,7 +172,7 @@ static void check_refusal(const struct refusal *r) {
     /* kvp_workspace sees no values, but what it refuses, it refuses alike. */
     const void *const args[] = {[KVP_SCORE] = &c.score, [KVP_SELECT] = &c.select, [KVP_GATHER] = &c.gather};
     size_t bytes = 12345;
-    const kvp_status asked = kvp_workspace(r->verb, args[r->verb], &bytes);
+    const kvp_status asked = kvp_workspace(r->verb, args[r->verb], 1, &bytes);
     CHECK(asked == KVP_OK || (asked == r->status && bytes == 12345), "kvp_workspace says %s, %zu bytes", kvp_status_name(asked), bytes);
     free_calls(&c);
 }
@@ -186,7 +187,7 @@ static void check_unspoilt(void) {
         CHECK(status == KVP_OK, "verb %d: %s, %s", verb, kvp_status_name(status), status == KVP_OK ? "" : c.ctx.error);
     }
     size_t bytes;
-    CHECK(kvp_workspace((kvp_verb)3, &c.score, &bytes) == KVP_ERR_VALUE, "kvp_workspace knows a fourth verb");
+    CHECK(kvp_workspace((kvp_verb)3, &c.score, 1, &bytes) == KVP_ERR_VALUE, "kvp_workspace knows a fourth verb");
     free_calls(&c);
 }
 

@@ -165,7 +165,7 @@ static void score_concurrently(void) {
     size_t bytes = 0;
     name_case("same bits: calls at the same time");
     call_verb(KVP_SCORE, &c.args, (calling){0});
-    CHECK(kvp_workspace(KVP_SCORE, &c.args, &bytes) == KVP_OK, "no workspace");
+    CHECK(kvp_workspace(KVP_SCORE, &c.args, 1, &bytes) == KVP_OK, "no workspace");
     for (int i = 0; i < MAX_WORKERS; i++) {
         scratch[i] = new_block(bytes);
         callers[i] = (caller){.c = &c, .own = new_array(KVP_F32, CONTIGUOUS, 3, c.args.scores.shape)};

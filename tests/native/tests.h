@@ -11,11 +11,12 @@ void test_position(void);
 void test_attention(void);
 void test_attention_sums(void);
 void test_same_bits(void);
+void test_gather_large(void);
+void test_gather_in_place(void);
 
 /* Once. */
 void test_select(void);
 void test_gather(void);
-void test_gather_in_place(void);
 void test_refusals(void);
 void test_introspection(void);
 void test_register_backend(void); /* last: a backend cannot be taken away again */

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The row primitives for x86-64 processors with AVX2, FMA and F16C (2013 and later).
+ */
+#include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define LANES 8
+#define PANEL_ROWS 4
+#define PANEL_VECTORS 2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+
+typedef __m256 vec;
+
+TARGET static inline vec v_load(const float *x) { return _mm256_loadu_ps(x); }
+TARGET static inline void v_store(float *x, vec a) { _mm256_storeu_ps(x, a); }
+TARGET static inline vec v_fill(float x) { return _mm256_set1_ps(x); }
+TARGET static inline vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+TARGET static inline vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+TARGET static inline vec v_from_f16(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
+
+TARGET static inline vec v_from_bf16(const uint16_t *x) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+TARGET static inline float v_sum(vec a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+TARGET static inline float v_highest(vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at 128. The
+ * comparisons hand on a NaN, which is their second argument. */
+TARGET static inline vec v_exp2(vec x) {
+    x = _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
+    const vec whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), rest = _mm256_sub_ps(x, whole);
+    vec p = _mm256_set1_ps(0.0013276472f);
+    p = _mm256_fmadd_ps(p, rest, _mm256_set1_ps(0.00967554133f));
+    p = _mm256_fmadd_ps(p, rest, _mm256_set1_ps(0.0555071327f));
+    p = _mm256_fmadd_ps(p, rest, _mm256_set1_ps(0.240221197f));
+    p = _mm256_fmadd_ps(p, rest, _mm256_set1_ps(0.693146967f));
+    p = _mm256_fmadd_ps(p, rest, _mm256_set1_ps(1.00000007f));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+#include "rows_template.h"
+
+/* In place source and target may be the same row, but never overlap otherwise. */
+TARGET static void stream(void *target, const void *source, size_t n) {
+    if (((uintptr_t)target | n) % sizeof(__m256i)) {
+        memmove(target, source, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i += sizeof(__m256i)) {
+        const __m256i part = _mm256_loadu_si256((const __m256i *)(const void *)((const char *)source + i));
+        _mm256_stream_si256((__m256i *)(void *)((char *)target + i), part);
+    }
+}
+
+static void end_stream(void) { _mm_sfence(); }
+
+static bool is_available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+const kvpi_rows kvpi_rows_avx2 = {
+    .name = "avx2",
+    .is_available = is_available,
+    .panel = PANEL_KEYS,
+    .sum_of_squares = {sum_of_squares_f32, sum_of_squares_f16, sum_of_squares_bf16},
+    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
+    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
+    .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .soften = soften,
+    .add_columns = add_columns,
+    .stream = stream,
+    .end_stream = end_stream,
+};
+#endif

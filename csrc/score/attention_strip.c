@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The attention of a strip of query rows, added up by column:
+ *
+ *     logits of all keys up to the strip's last query, a block of keys at a time
+ *     soften each row of the block against the block's own highest logit, so that one pass over the keys is enough
+ *     when all blocks are there: the row's softmax denominator, and from it one weight per row and block
+ *     column += weight * row, for the rows that vote on these keys
+ */
+#include "attention.h"
+
+#include <math.h>
+#include <string.h>
+
+static const float LOG2_E = 1.44269504f;
+
+/* Scratch of one worker. */
+typedef struct strip {
+    float *logits;  /* (KVPI_STRIP, stride) */
+    float *shift;   /* (KVPI_STRIP, blocks): what the exponent was lowered by, later the weight */
+    float *sum;     /* (KVPI_STRIP, blocks) */
+    char *queries;  /* packed */
+    char *keys;     /* one packed block */
+    int64_t n_block_max;
+    /* the strip at hand */
+    int64_t n_row, n_key;         /* n_key: up to the last row's own position */
+    int64_t query[KVPI_STRIP];    /* positions */
+    float lse[KVPI_STRIP];        /* given, to base 2, or NaN */
+    bool is_broken[KVPI_STRIP];   /* logits that are no numbers */
+} strip;
+
+static int64_t block_count(int64_t n_key) { return (n_key + KVPI_BLOCK - 1) / KVPI_BLOCK; }
+
+static size_t table_bytes(int64_t n_token) { return kvpi_round_up_64((size_t)(KVPI_STRIP * block_count(n_token)) * sizeof(float)); }
+
+static size_t logit_bytes(int64_t n_token) {
+    return kvpi_round_up_64((size_t)(KVPI_STRIP * (block_count(n_token) * KVPI_BLOCK + KVPI_SLACK)) * sizeof(float));
+}
+
+static size_t query_bytes(int64_t n_dim) { return kvpi_round_up_64(kvpi_packed_bytes(KVPI_STRIP, n_dim)); }
+
+size_t kvpi_strip_bytes(int64_t n_token, int64_t n_dim) {
+    return logit_bytes(n_token) + 2 * table_bytes(n_token) + query_bytes(n_dim) + kvpi_round_up_64(kvpi_packed_bytes(KVPI_BLOCK, n_dim));
+}
+
+static strip carve_strip(const kvpi_attention *j, char *scratch) {
+    const size_t logits = logit_bytes(j->n_token), table = table_bytes(j->n_token);
+    return (strip){
+        .logits = (float *)(void *)scratch,
+        .shift = (float *)(void *)(scratch + logits),
+        .sum = (float *)(void *)(scratch + logits + table),
+        .queries = scratch + logits + 2 * table,
+        .keys = scratch + logits + 2 * table + query_bytes(j->n_dim),
+        .n_block_max = block_count(j->n_token),
+    };
+}
+
+/* Finds the strip's rows and packs their queries; returns what the product must be multiplied with to be a logit to base 2. */
+static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index) {
+    const kvp_tensor *queries = &j->args->queries, *lse = &j->args->lse;
+    const void *rows[KVPI_STRIP];
+    int64_t valid[2];
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &valid[0], &valid[1]);
+    const int64_t first = index * KVPI_STRIP, left = j->n_voters[b] * j->group - first;
+    s->n_row = left < KVPI_STRIP ? left : KVPI_STRIP;
+    for (int64_t r = 0; r < s->n_row; r++) {
+        const int64_t q = j->voters[b * j->n_query + (first + r) / j->group], n = h * j->group + (first + r) % j->group;
+        const int64_t i = q - (j->n_token - j->n_query);
+        s->query[r] = q - valid[0];
+        s->lse[r] = lse->data ? *(const float *)(const void *)kvpi_at(lse, b, n, i) * LOG2_E : NAN;
+        s->is_broken[r] = false;
+        rows[r] = kvpi_at(queries, b, n, i);
+    }
+    s->n_key = s->query[s->n_row - 1] + 1;
+    const float scale = (float)j->args->param[0] * (j->args->param[1] > 0 ? 1.0f : LOG2_E);
+    return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
+}
+
+/* x -> softcap * tanh(x / softcap), to base 2. */
+static void cap_logits(float *row, int64_t n, float scale, float softcap) {
+    for (int64_t k = 0; k < n; k++) row[k] = softcap * LOG2_E * tanhf(row[k] * scale / softcap);
+}
+
+static void attend_block(const kvpi_attention *j, strip *s, int64_t block, const char *keys, float scale) {
+    const int64_t first = block * KVPI_BLOCK, left = s->n_key - first, n_key = left < KVPI_BLOCK ? left : KVPI_BLOCK;
+    const int64_t n = (n_key + j->rows->panel - 1) / j->rows->panel * j->rows->panel;
+    j->rows->multiply[j->args->keys.dtype](s->queries, keys, s->n_row, n, j->n_dim, s->logits + first, j->stride);
+    for (int64_t r = 0; r < s->n_row; r++) {
+        float *row = s->logits + r * j->stride + first;
+        const int64_t visible = s->query[r] + 1 - first, n_visible = visible < 0 ? 0 : visible < n ? visible : n;
+        float shift = s->lse[r], factor = scale;
+        if (j->args->param[1] > 0) {
+            cap_logits(row, n_visible, scale, (float)j->args->param[1]);
+            factor = 1;
+        }
+        s->sum[r * s->n_block_max + block] = j->rows->soften(row, n_visible, n, factor, &shift);
+        s->shift[r * s->n_block_max + block] = shift;
+    }
+}
+
+static void attend(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index, const char *packed) {
+    const float scale = gather_queries(j, s, b, h, index);
+    const kvpi_head head = kvpi_keys_of(j, b, h);
+    const int32_t dtype = j->args->keys.dtype;
+    for (int64_t block = 0; block < block_count(s->n_key); block++) {
+        const char *keys = packed ? packed + (size_t)block * kvpi_packed_bytes(KVPI_BLOCK, j->n_dim) : s->keys;
+        if (!packed) {
+            const int64_t first = block * KVPI_BLOCK, left = s->n_key - first;
+            const kvpi_head from = {(const char *)head.first + first * head.row_stride * (int64_t)kvpi_dtype_size(dtype), head.row_stride, head.dim_stride};
+            j->rows->pack_keys[dtype](from, left < KVPI_BLOCK ? left : KVPI_BLOCK, j->n_dim, s->keys);
+        }
+        attend_block(j, s, block, keys, scale);
+    }
+}
+
+/* Turns the shifts of row r into weights: 2^(block's shift - log2 of the denominator). */
+static void weigh_row(const kvpi_attention *j, strip *s, int64_t r) {
+    float *shift = s->shift + r * s->n_block_max;
+    const float *sum = s->sum + r * s->n_block_max;
+    const int64_t n_block = block_count(s->n_key);
+    if (j->args->lse.data) { /* the exponents were lowered by the lse itself; one that is not finite casts no vote */
+        for (int64_t block = 0; block < n_block; block++) shift[block] = isfinite(s->lse[r]) ? 1.0f : 0.0f;
+        return;
+    }
+    float highest = -INFINITY;
+    for (int64_t block = 0; block * KVPI_BLOCK <= s->query[r]; block++) highest = shift[block] > highest ? shift[block] : highest;
+    double total = 0;
+    for (int64_t block = 0; block < n_block; block++) total += (double)sum[block] * (double)exp2f(shift[block] - highest);
+    s->is_broken[r] = !(isfinite(total) && total > 0);
+    for (int64_t block = 0; block < n_block; block++) shift[block] = exp2f(shift[block] - highest) * (float)(1.0 / total);
+}
+
+/* Rows without numbers must not spread to keys they cannot see: they are taken out, and what they see becomes NaN. */
+static void clear_row(const kvpi_attention *j, strip *s, int64_t r) {
+    memset(s->logits + r * j->stride, 0, (size_t)(block_count(s->n_key) * KVPI_BLOCK) * sizeof(float));
+    for (int64_t block = 0; block < block_count(s->n_key); block++) s->shift[r * s->n_block_max + block] = 0;
+}
+
+static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *vote, int64_t begin, float *column) {
+    bool is_voter[KVPI_STRIP], any = false;
+    for (int64_t r = 0; r < s->n_row; r++) any |= is_voter[r] = kvpi_votes_here(vote, s->query[r] + begin);
+    if (!any) return;
+    const int64_t low = vote->key[0] - begin, high = vote->key[1] - begin < s->n_key ? vote->key[1] - begin : s->n_key;
+    for (int64_t first = low; first < high;) {
+        const int64_t block = first / KVPI_BLOCK, end = (block + 1) * KVPI_BLOCK < high ? (block + 1) * KVPI_BLOCK : high;
+        float weight[KVPI_STRIP];
+        for (int64_t r = 0; r < s->n_row; r++) weight[r] = is_voter[r] ? s->shift[r * s->n_block_max + block] : 0;
+        j->rows->add_columns(column + first, end - first, s->logits + first, j->stride, weight, s->n_row);
+        first = end;
+    }
+    for (int64_t r = 0; r < s->n_row; r++)
+        for (int64_t k = low; s->is_broken[r] && is_voter[r] && k < high && k <= s->query[r]; k++) column[k] = NAN;
+}
+
+void kvpi_add_strips(const kvpi_attention *j, int64_t b, int64_t h, int64_t chunk, const char *packed, char *scratch, float *column) {
+    strip s = carve_strip(j, scratch);
+    int64_t begin, end;
+    kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
+    memset(column, 0, (size_t)j->stride * sizeof(float));
+    for (int64_t index = chunk; index < kvpi_strip_count(j, b); index += KVPI_CHUNK) {
+        attend(j, &s, b, h, index, packed);
+        for (int64_t r = 0; r < s.n_row; r++) {
+            weigh_row(j, &s, r);
+            const bool is_mute = j->args->lse.data && !isfinite(s.lse[r]);
+            if (s.is_broken[r] || is_mute) clear_row(j, &s, r);
+        }
+        for (int64_t v = 0; v < j->n_vote; v++) {
+            const kvpi_vote vote = kvpi_read_vote(j, b, v);
+            add_vote(j, &s, &vote, begin, column);
+        }
+    }
+}
