@@ -9,7 +9,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test lint strict native clean
+.PHONY: demo test lint strict native portable bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -34,6 +34,26 @@ build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h te
 	mkdir -p build
 	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
+# The core as a machine without vector instructions, OpenMP or a second instruction set would have it; and Arm's, by emulation.
+portable: build/native-tests-scalar
+	build/native-tests-scalar
+
+build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+	mkdir -p build
+	$(CC) $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=scalar -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Timings beside kvpress, which needs an older transformers and so an environment of its own.
+bench: $(VENV)-bench/ready
+	$(VENV)-bench/bin/python benchmarks/bench_cpu.py --json build/bench_cpu.json
+
+$(VENV)-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt setup.py $(CORE_FILES)
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt setuptools numpy torch
+	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt kvpress threadpoolctl
+	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt --no-build-isolation --force-reinstall --no-deps .
+	mkdir -p build
+	touch $@
+
 # The set-up, in three steps that are repeated only when what they depend on has changed.
 $(VENV)/packages: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.13" % v)'
@@ -53,4 +73,4 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info kvpitfalls/_core*.so
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info kvpitfalls/_core*.so

@@ -6,6 +6,7 @@ All rounding of this package happens here, in exact arithmetic.
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -32,6 +33,7 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
         raise ValueError(f"compression_ratio is {compression_ratio!r}; expected the share removed, a number in [0, 1)")
 
 
+@lru_cache(maxsize=1024, typed=True)
 def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
     """How many of ``n_token`` tokens are kept.
 

@@ -1,7 +1,9 @@
 """Where instructions stand in a batch, and how the budget is shared between them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +59,10 @@ class Fair:
         """A Fair from what ``fair=`` accepts: False, True, lambda in [0, 1], "paper", or a Fair."""
         if isinstance(fair, Fair):
             return fair
+        if fair is False or fair is True:
+            return _FAIR if fair else _BIASED
         if isinstance(fair, (bool, int, float, np.floating)):
-            return cls(strength=float(str(fair)) if not isinstance(fair, bool) else float(fair))
+            return cls(strength=float(str(fair)))
         if fair == "paper":
             return cls(rule="paper")
         raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper' or a kvpitfalls.Fair")
@@ -78,6 +82,9 @@ def _check_number(name: str, value, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
 
 
+_BIASED, _FAIR = Fair(strength=0.0), Fair()
+
+
 @dataclass(frozen=True)
 class Layout:
     """What stands where in each row of a batch: the same for all layers, policies and budgets.
@@ -92,16 +99,21 @@ class Layout:
         Per row, the instructions in order of position.
     protected : list of list of int
         Per row, the positions that are kept whatever their score.
+    plans : dict
+        What was derived from this layout and is the same for every layer; filled as it is used.
     """
 
     n_token: int
     valid: Sequence[tuple[int, int]]
     spans: Sequence[Mapping[str, tuple[int, int]]]
     protected: Sequence[Sequence[int]]
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, n_row: int, n_token: int, *, valid=None, spans=None, protect=None, n_sink: int = 4) -> "Layout":
         """Check and complete what a caller gives; see :func:`keep`."""
+        if valid is None and spans is None and protect is None:
+            return _bare_layout(n_row, n_token)
         ranges = [(0, n_token)] * n_row if valid is None else [(int(begin), int(end)) for begin, end in valid]
         if len(ranges) != n_row:
             raise ValueError(f"valid has {len(ranges)} rows; expected {n_row}, as keys has")
@@ -111,8 +123,23 @@ class Layout:
         named = [_named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)]
         return cls(n_token, ranges, named, [protected_positions(protect, b, *ranges[b], named[b], n_sink) for b in range(n_row)])
 
+    @cached_property
+    def valid_array(self) -> np.ndarray | None:
+        """``valid`` as int32 (B, 2); None if all tokens are real."""
+        return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
+
+    def plan(self, key, fair: Fair, make):
+        """``make()``, or what it gave before for the same key and fairness."""
+        key = (key, id(fair))
+        if key not in self.plans:
+            self.plans[key] = (fair, make())  # holds on to fair, so that its id stays its own
+        return self.plans[key][1]
+
     def segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
         """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
+        return self.plan("segments", fair, lambda: self._segments(fair))
+
+    def _segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
         if fair.rule == "paper":
             for spans in self.spans:
                 _check_paper(spans)
@@ -131,14 +158,22 @@ class Layout:
             for spans, valid in zip(self.spans, self.valid, strict=True)
         ]
 
+    @cached_property
     def mask(self) -> np.ndarray | None:
-        """The protected positions as bool (B,T); None if there are none."""
+        """The protected positions as uint8 (B,T); None if there are none."""
         if not any(self.protected):
             return None
-        mask = np.zeros((len(self.valid), self.n_token), bool)
+        mask = np.zeros((len(self.valid), self.n_token), np.uint8)
         for row, positions in zip(mask, self.protected, strict=True):
-            row[list(positions)] = True
+            row[list(positions)] = 1
         return mask
+
+
+@lru_cache(maxsize=64)
+def _bare_layout(n_row: int, n_token: int) -> Layout:
+    if n_row < 1 or n_token < 1:
+        raise ValueError(f"keys hold {n_row} rows of {n_token} tokens; expected at least one of each")
+    return Layout(n_token, [(0, n_token)] * n_row, [{}] * n_row, [[]] * n_row)
 
 
 def _per_row(spans, n_row: int) -> list:

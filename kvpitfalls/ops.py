@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _core
 
-_SCORERS = {name: params for name, _, params in _core.scorers()}
+_SCORERS = {name: dict(params) for name, _, params in _core.scorers()}
 
 
 def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
@@ -59,15 +59,15 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
     """
     if scorer not in _SCORERS:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
-    known = [name for name, _ in _SCORERS[scorer]]
-    if unknown := sorted(set(params) - set(known)):
-        raise TypeError(f"scorer {scorer!r} has no parameter {unknown[0]!r}; expected {', '.join(known) or 'none'}")
+    defaults = _SCORERS[scorer]
+    if unknown := params.keys() - defaults.keys():
+        raise TypeError(f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}")
     if _on_cuda(keys):
         from . import reference
 
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
-    values = [float(params.get(name, default)) for name, default in _SCORERS[scorer]]
+    values = [float(x) for x in {**defaults, **params}.values()]
     _core.score(scorer, _plain(keys), _plain(queries), _int32(votes), _int32(valid), _plain(lse), out, values, None, _n_worker())
     return out
 
@@ -114,9 +114,19 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     segments = expand_segments(_int32(segments), n_row, n_token)
     if protect is not None:
         protect = np.broadcast_to(_host(protect).astype(np.uint8), (n_row, n_token))
-    positions = _empty(scores, (n_row, n_head, max(1, int(quotas.sum(-1).max()))), "int32")
+    return select_checked(scores, segments, quotas, protect, _int32(valid), int(quotas.sum(-1).max()))
+
+
+def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
+    """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None."""
+    if _on_cuda(scores):
+        from . import reference
+
+        return reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
+    n_row, n_head = scores.shape[:2]
+    positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    _core.select(_plain(scores), segments, quotas, protect, _int32(valid), positions, counts, None, _n_worker())
+    _core.select(_plain(scores), segments, quotas, protect, valid, positions, counts, None, _n_worker())
     return positions, counts
 
 
@@ -150,20 +160,30 @@ def gather(keys, values, positions):
         return reference.gather(keys, values, positions)
     kept = _shape(positions, "positions", 3)
     out = [_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))]
-    _core.gather(_plain(keys), _plain(values), _int32(positions), *out, _n_worker())
+    positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions)
+    _core.gather(_plain(keys), _plain(values), positions, *out, _n_worker())
     return tuple(out)
 
 
 def expand_quotas(quotas: np.ndarray, n_row: int, n_head: int) -> np.ndarray:
-    """Quotas as a view (B,H,S), from an int, (S,), (B,S) or (B,H,S)."""
+    """Quotas (B,H,S), from an int, (S,), (B,S) or (B,H,S)."""
     shaped = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
-    return np.broadcast_to(shaped, (n_row, n_head, shaped.shape[-1]))
+    return _expanded(shaped, (n_row, n_head, shaped.shape[-1]))
 
 
 def expand_segments(segments: np.ndarray | None, n_row: int, n_token: int) -> np.ndarray:
-    """Segment edges as a view (B,S+1), from None (one segment), (S+1,) or (B,S+1)."""
+    """Segment edges (B,S+1), from None (one segment), (S+1,) or (B,S+1)."""
     edges = np.array([0, n_token], np.int32) if segments is None else segments
-    return np.broadcast_to(edges, (n_row, edges.shape[-1]))
+    return _expanded(edges, (n_row, edges.shape[-1]))
+
+
+def _expanded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What ``np.broadcast_to`` gives, which takes longer than copying so little."""
+    if array.shape == shape:
+        return array
+    out = np.empty(shape, array.dtype)
+    out[...] = array
+    return out
 
 
 def _is_torch(x) -> bool:
@@ -172,12 +192,12 @@ def _is_torch(x) -> bool:
 
 
 def _on_cuda(x) -> bool:
-    return _is_torch(x) and x.device.type == "cuda"
+    return getattr(x, "is_cuda", False)
 
 
 def _plain(x):
     """The array itself, without what the core cannot see in its memory: autograd, and torch's lazy negative."""
-    if not _is_torch(x):
+    if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
         return x
     return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
 
@@ -187,8 +207,8 @@ def _host(x) -> np.ndarray:
 
 
 def _int32(x):
-    if x is None:
-        return None
+    if x is None or (type(x) is np.ndarray and x.dtype == np.int32):
+        return x
     array = _host(x)
     if array.dtype.kind not in "iu":
         raise TypeError(f"an array of dtype {array.dtype} was given where whole numbers are expected")
@@ -206,10 +226,9 @@ def _shape(x, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _empty(example, shape, dtype):
-    if not _is_torch(example):
+    if isinstance(example, np.ndarray) or not _is_torch(example):
         return np.empty(shape, dtype)
-    torch = sys.modules["torch"]
-    return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device=example.device)
+    return example.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype)
 
 
 def _n_worker() -> int:

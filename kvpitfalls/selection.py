@@ -6,7 +6,8 @@ The work has two steps, so that an audit can score once and select many times: :
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from math import isfinite
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,54 +57,78 @@ def rank(policy: Policy, fair: Fair, layout: Layout, keys, queries, scaling: flo
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    if not np.isfinite(scaling):
+    if not isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; expected a finite number")
     segments = layout.segments(fair)
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, layout.valid_array)
     scores = policy.score(inputs)
-    if tuple(scores.shape) != tuple(keys.shape[:3]) or "float32" not in str(scores.dtype):
+    if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
             f"expected float32 {tuple(keys.shape[:3])}"
         )
-    biased = rank(policy, Fair(strength=0.0), layout, keys, queries, scaling, softcap) if 0 < fair.strength < 1 else None
+    biased = rank(policy, Fair.parse(False), layout, keys, queries, scaling, softcap) if 0 < fair.strength < 1 else None
     return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
+
+
+class _Plan(NamedTuple):
+    """What a selection needs beside the scores, as the core takes it."""
+
+    edges: np.ndarray  # int32 (B,S+1)
+    quotas: np.ndarray  # int32 (B,H,S)
+    n_kept: int  # the largest sum of quotas
+
+
+def _plan_of(edges: np.ndarray, quotas: np.ndarray, n_head: int) -> _Plan:
+    shaped = quotas if quotas.ndim == 3 else np.broadcast_to(quotas[:, None], (len(quotas), n_head, quotas.shape[-1]))
+    quotas = np.array(shaped, np.int32)
+    quotas.flags.writeable = edges.flags.writeable = False  # shared by all layers
+    return _Plan(edges, quotas, int(quotas.sum(-1).max()))
+
+
+def _select(ranked: Ranked, plan: _Plan) -> Kept:
+    layout = ranked.layout
+    positions, counts = ops.select_checked(ranked.scores, plan.edges, plan.quotas, layout.mask, layout.valid_array, plan.n_kept)
+    return Kept(positions, counts, ranked.scores, plan.quotas, plan.edges)
 
 
 def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None) -> Kept:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
-    layout, fair = ranked.layout, ranked.fair
+    layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
+    key = (n_head, compression_ratio, budget)
+    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, n_head, compression_ratio, budget))
+    if fair.strength == 0 or (ranked.global_choice and fair.strength == 1):
+        return _select(ranked, whole)
+    if ranked.global_choice:
+        quotas = count_per_segment(_select(ranked, whole), _edges_array(ranked.segments, layout))
+        plan = _plan_of(_edges_array(ranked.segments, layout), quotas, n_head)
+    else:
+        plan = layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, compression_ratio, budget))
+    if fair.strength < 1:
+        counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), plan.edges)
+        plan = _plan_of(plan.edges, blend(counts, plan.quotas, fair.strength), n_head)
+    return _select(ranked, plan)
+
+
+def _budgets(layout: Layout, compression_ratio: float | None, budget: int | None) -> list[int]:
     budgets = [kept_tokens(end - begin, compression_ratio, budget) for begin, end in layout.valid]
     for b, (n_kept, protected) in enumerate(zip(budgets, layout.protected, strict=True)):
         if len(protected) > n_kept:
             raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {len(protected)} are protected; expected at least that")
-    mask, valid = layout.mask(), np.array(layout.valid, np.int32)
-    n_head = ranked.scores.shape[1]
+    return budgets
 
-    def select(scores, segments, quotas) -> Kept:
-        edges = _edges_array(segments, layout)
-        shaped = np.broadcast_to(quotas if quotas.ndim == 3 else quotas[:, None], (len(budgets), n_head, edges.shape[1] - 1))
-        positions, counts = ops.select(scores, shaped, segments=edges, protect=mask, valid=valid)
-        return Kept(positions, counts, ranked.scores, shaped, edges)
 
-    whole = [[row] for row in layout.valid]
-    whole_quotas = np.array(budgets, np.int32)[:, None]
-    if fair.strength == 0:
-        return select(ranked.scores, whole, whole_quotas)
-    if ranked.global_choice:
-        kept = select(ranked.scores, whole, whole_quotas)
-        if fair.strength == 1:
-            return kept
-        quotas = count_per_segment(kept, _edges_array(ranked.segments, layout))
-    else:
-        quotas = _fair_quotas(layout, fair, ranked.segments, budgets)
-    if fair.strength < 1:
-        edges = _edges_array(ranked.segments, layout)
-        counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), edges)
-        quotas = blend(counts, np.broadcast_to(quotas if quotas.ndim == 3 else quotas[:, None], counts.shape), fair.strength)
-    return select(ranked.scores, ranked.segments, quotas)
+def _whole_plan(layout: Layout, n_head: int, compression_ratio: float | None, budget: int | None) -> _Plan:
+    budgets = _budgets(layout, compression_ratio, budget)
+    return _plan_of(_edges_array([[row] for row in layout.valid], layout), np.array(budgets, np.int32)[:, None], n_head)
+
+
+def _fair_plan(ranked: Ranked, compression_ratio: float | None, budget: int | None) -> _Plan:
+    budgets = _budgets(ranked.layout, compression_ratio, budget)
+    quotas = _fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
+    return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
 
 
 def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np.ndarray:

@@ -38,7 +38,8 @@ typedef struct kvpi_rows {
     bool (*is_available)(void);
     int32_t panel; /* keys per packed panel */
 
-    float (*sum_of_squares[KVPI_FLOAT_DTYPES])(const void *row, int64_t stride, int64_t n);
+    /* out[r * out_stride] = the Euclidean norm of row r. */
+    void (*norms[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride);
 
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
     void (*pack_keys[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);

@@ -18,6 +18,7 @@ TARGET static inline vec v_load(const float *x) { return _mm256_loadu_ps(x); }
 TARGET static inline void v_store(float *x, vec a) { _mm256_storeu_ps(x, a); }
 TARGET static inline vec v_fill(float x) { return _mm256_set1_ps(x); }
 TARGET static inline vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+TARGET static inline vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 TARGET static inline vec v_from_f16(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
@@ -54,6 +55,24 @@ TARGET static inline vec v_exp2(vec x) {
     return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 
+TARGET static inline void v_transpose(vec *rows) {
+    vec pairs[8], fours[8]; /* of rows; then columns j and j + 4 of four rows, in the two halves */
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        }
+    }
+    for (int j = 0; j < 4; j++) {
+        rows[j] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x20);
+        rows[j + 4] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x31);
+    }
+}
+
 #include "rows_template.h"
 
 /* In place source and target may be the same row, but never overlap otherwise. */
@@ -76,7 +95,7 @@ const kvpi_rows kvpi_rows_avx2 = {
     .name = "avx2",
     .is_available = is_available,
     .panel = PANEL_KEYS,
-    .sum_of_squares = {sum_of_squares_f32, sum_of_squares_f16, sum_of_squares_bf16},
+    .norms = {norms_f32, norms_f16, norms_bf16},
     .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
     .multiply = {multiply_floats, multiply_floats, multiply_floats},

@@ -20,6 +20,7 @@ TARGET static inline vec v_load(const float *x) { return _mm512_loadu_ps(x); }
 TARGET static inline void v_store(float *x, vec a) { _mm512_storeu_ps(x, a); }
 TARGET static inline vec v_fill(float x) { return _mm512_set1_ps(x); }
 TARGET static inline vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+TARGET static inline vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 TARGET static inline float v_sum(vec a) { return _mm512_reduce_add_ps(a); }
@@ -43,6 +44,28 @@ TARGET static inline vec v_exp2(vec x) {
     return _mm512_scalef_ps(p, x);
 }
 
+TARGET static inline void v_transpose(vec *rows) {
+    vec pairs[16], fours[16]; /* of rows; then columns j, j + 4, j + 8 and j + 12 of four rows, in the four quarters */
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        }
+    }
+    for (int j = 0; j < 4; j++) {
+        const vec even[2] = {_mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88), _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88)};
+        const vec odd[2] = {_mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd), _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd)};
+        rows[j] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
+        rows[j + 4] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
+        rows[j + 8] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
+        rows[j + 12] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+    }
+}
+
 #include "rows_template.h"
 
 /* In place source and target may be the same row, but never overlap otherwise. */
@@ -60,39 +83,53 @@ TARGET static void stream(void *target, const void *source, size_t n) {
 static void end_stream(void) { _mm_sfence(); }
 
 /* Packed bfloat16: as float32, but with two dimensions side by side in one 32-bit element. An odd last dimension is paired with zero. */
-static void pack_key_pairs(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
-    uint16_t *panel = out;
+TARGET __attribute__((noinline)) static vec gather_pairs(const uint16_t *row, int64_t stride, int64_t pair, int64_t n_dim) {
+    uint16_t part[2 * LANES];
+    for (int64_t i = 0; i < 2 * LANES; i++) part[i] = 2 * pair + i < n_dim ? row[(2 * pair + i) * stride] : 0;
+    return _mm512_loadu_ps(part);
+}
+
+TARGET static inline vec load_pairs(const uint16_t *row, int64_t stride, int64_t pair, int64_t n_dim) {
+    return stride == 1 && 2 * (pair + LANES) <= n_dim ? _mm512_loadu_ps(row + 2 * pair) : gather_pairs(row, stride, pair, n_dim);
+}
+
+TARGET static void pack_key_pairs(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
+    const uint16_t *first = head.first;
     const int64_t n_pair = (n_dim + 1) / 2;
-    for (int64_t first = 0; first < n_key; first += PANEL_KEYS, panel += PANEL_KEYS * n_pair * 2) {
-        for (int64_t i = 0; i < PANEL_KEYS; i++) {
-            const uint16_t *row = (const uint16_t *)head.first + (first + i) * head.row_stride;
-            for (int64_t d = 0; d < 2 * n_pair; d++)
-                panel[(d / 2 * PANEL_KEYS + i) * 2 + d % 2] = first + i < n_key && d < n_dim ? row[d * head.dim_stride] : 0;
+    for (int64_t key = 0; key < n_key; key += LANES) {
+        float *panel = (float *)out + key / PANEL_KEYS * PANEL_KEYS * n_pair + key % PANEL_KEYS;
+        for (int64_t pair = 0; pair < n_pair; pair += LANES) {
+            vec part[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                part[i] = key + i < n_key ? load_pairs(first + (key + i) * head.row_stride, head.dim_stride, pair, n_dim) : v_fill(0);
+            store_columns(part, n_pair - pair < LANES ? n_pair - pair : LANES, panel + pair * PANEL_KEYS, PANEL_KEYS);
         }
     }
+    clear_missing_keys(out, n_key, n_pair);
 }
 
 /* The scale stays out of bfloat16, but for its sign, so that the highest logit times the scale is the highest scaled one. */
-static float pack_query_pairs(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out) {
-    uint16_t *panel = out;
+TARGET static float pack_query_pairs(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out) {
     const int64_t n_pair = (n_dim + 1) / 2;
-    const uint16_t sign = scale < 0 ? 0x8000u : 0;
-    for (int64_t first = 0; first < n_row; first += PANEL_ROWS, panel += PANEL_ROWS * n_pair * 2) {
-        for (int64_t r = 0; r < PANEL_ROWS; r++) {
-            const uint16_t *row = first + r < n_row ? rows[first + r] : NULL;
-            for (int64_t d = 0; d < 2 * n_pair; d++)
-                panel[(d / 2 * PANEL_ROWS + r) * 2 + d % 2] = row && d < n_dim ? (uint16_t)(row[d * dim_stride] ^ sign) : 0;
+    const __m512i signs = _mm512_set1_epi32(scale < 0 ? (int32_t)0x80008000u : 0);
+    for (int64_t pair = 0; pair < n_pair; pair += LANES) {
+        vec part[LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            const vec row = i < n_row ? load_pairs(rows[i], dim_stride, pair, n_dim) : v_fill(0);
+            part[i] = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(row), signs));
         }
+        store_columns(part, n_pair - pair < LANES ? n_pair - pair : LANES, (float *)out + pair * KVPI_STRIP, KVPI_STRIP);
     }
     return fabsf(scale);
 }
+_Static_assert(KVPI_STRIP == LANES, "pack_query_pairs makes one vector of a strip");
 
 TARGET_BF16 static void multiply_pairs(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits,
                                        int64_t stride) {
     const int64_t n_pair = (n_dim + 1) / 2;
     for (int64_t key = 0; key < n_key; key += PANEL_KEYS) {
         for (int64_t row = 0; row < n_row; row += PANEL_ROWS) {
-            const uint32_t *k = (const uint32_t *)keys + key * n_pair, *q = (const uint32_t *)queries + row * n_pair;
+            const uint32_t *k = (const uint32_t *)keys + key * n_pair, *q = (const uint32_t *)queries + row;
             vec sum[PANEL_ROWS][PANEL_VECTORS];
             for (int r = 0; r < PANEL_ROWS; r++)
                 for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = _mm512_setzero_ps();
@@ -104,7 +141,7 @@ TARGET_BF16 static void multiply_pairs(const void *queries, const void *keys, in
                     for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], of_query, of_keys[v]);
                 }
                 k += PANEL_KEYS;
-                q += PANEL_ROWS;
+                q += KVPI_STRIP;
             }
             for (int r = 0; r < PANEL_ROWS; r++)
                 for (int v = 0; v < PANEL_VECTORS; v++) _mm512_storeu_ps(logits + (row + r) * stride + key + v * LANES, sum[r][v]);
@@ -120,7 +157,7 @@ static bool is_available(void) {
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }
 
 #define SHARED_FUNCTIONS                                                                                          \
-    .panel = PANEL_KEYS, .sum_of_squares = {sum_of_squares_f32, sum_of_squares_f16, sum_of_squares_bf16}, .soften = soften, \
+    .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .soften = soften, \
     .add_columns = add_columns, .stream = stream, .end_stream = end_stream
 
 const kvpi_rows kvpi_rows_avx512 = {

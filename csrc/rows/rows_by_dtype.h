@@ -1,46 +1,57 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What rows_template.h needs once per element type, with ROW_NAME(x), ROW_TYPE, ROW_WIDEN(element) and ROW_LOAD(address) defined.
+ * What rows_template.h needs once per element type, with ROW_NAME(x), ROW_TYPE and ROW_LOAD(address of LANES elements) defined.
  * Elements that are not side by side are gathered first, so that a row gives the same bits whatever its stride.
  */
 
-TARGET static float ROW_NAME(sum_of_squares)(const void *row, int64_t stride, int64_t n) {
-    enum { STEP = 4 * LANES };
-    vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
-    for (int64_t i = 0; i < n; i += STEP) {
-        const ROW_TYPE *x = (const ROW_TYPE *)row + i * stride;
-        ROW_TYPE gathered[STEP];
-        if (stride != 1 || n - i < STEP) {
-            for (int64_t j = 0; j < STEP; j++) gathered[j] = i + j < n ? x[j * stride] : (ROW_TYPE)0;
-            x = gathered;
+/* LANES elements of a row from dimension d on; zero behind the last. Apart from load_part, so that the usual case stays in registers. */
+TARGET __attribute__((noinline)) static vec ROW_NAME(gather_part)(const ROW_TYPE *row, int64_t stride, int64_t d, int64_t n_dim) {
+    ROW_TYPE part[LANES];
+    for (int64_t i = 0; i < LANES; i++) part[i] = d + i < n_dim ? row[(d + i) * stride] : (ROW_TYPE)0;
+    return ROW_LOAD(part);
+}
+
+TARGET static inline vec ROW_NAME(load_part)(const ROW_TYPE *row, int64_t stride, int64_t d, int64_t n_dim) {
+    return stride == 1 && d + LANES <= n_dim ? ROW_LOAD(row + d) : ROW_NAME(gather_part)(row, stride, d, n_dim);
+}
+
+TARGET static void ROW_NAME(norms)(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride) {
+    for (int64_t r = 0; r < n_row; r++) {
+        const ROW_TYPE *row = (const ROW_TYPE *)head.first + r * head.row_stride;
+        vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
+        for (int64_t d = 0; d < n_dim; d += 4 * LANES) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
+                sum[i] = v_fma(part, part, sum[i]);
+            }
         }
-        for (int j = 0; j < 4; j++) {
-            const vec part = ROW_LOAD(x + j * LANES);
-            sum[j] = v_fma(part, part, sum[j]);
-        }
+        out[r * out_stride] = sqrtf(v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))));
     }
-    return v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
 }
 
 TARGET static void ROW_NAME(pack_keys)(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
-    float *panel = out;
-    for (int64_t first = 0; first < n_key; first += PANEL_KEYS, panel += PANEL_KEYS * n_dim) {
-        for (int64_t i = 0; i < PANEL_KEYS; i++) {
-            const ROW_TYPE *row = (const ROW_TYPE *)head.first + (first + i) * head.row_stride;
-            if (first + i >= n_key)
-                for (int64_t d = 0; d < n_dim; d++) panel[d * PANEL_KEYS + i] = 0;
-            else
-                for (int64_t d = 0; d < n_dim; d++) panel[d * PANEL_KEYS + i] = ROW_WIDEN(row[d * head.dim_stride]);
+    const ROW_TYPE *first = head.first;
+    for (int64_t key = 0; key < n_key; key += LANES) {
+        float *panel = (float *)out + key / PANEL_KEYS * PANEL_KEYS * n_dim + key % PANEL_KEYS;
+        for (int64_t d = 0; d < n_dim; d += LANES) {
+            vec part[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                part[i] = key + i < n_key ? ROW_NAME(load_part)(first + (key + i) * head.row_stride, head.dim_stride, d, n_dim) : v_fill(0);
+            store_columns(part, n_dim - d < LANES ? n_dim - d : LANES, panel + d * PANEL_KEYS, PANEL_KEYS);
         }
     }
+    clear_missing_keys(out, n_key, n_dim);
 }
 
 TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out) {
-    float *panel = out;
-    for (int64_t first = 0; first < n_row; first += PANEL_ROWS, panel += PANEL_ROWS * n_dim) {
-        for (int64_t r = 0; r < PANEL_ROWS; r++) {
-            const ROW_TYPE *row = first + r < n_row ? rows[first + r] : NULL;
-            for (int64_t d = 0; d < n_dim; d++) panel[d * PANEL_ROWS + r] = row ? scale * ROW_WIDEN(row[d * dim_stride]) : 0;
+    const vec factor = v_fill(scale);
+    for (int64_t first = 0; first < KVPI_STRIP; first += LANES) {
+        for (int64_t d = 0; d < n_dim; d += LANES) {
+            vec part[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                part[i] = first + i < n_row ? v_mul(factor, ROW_NAME(load_part)(rows[first + i], dim_stride, d, n_dim)) : v_fill(0);
+            store_columns(part, n_dim - d < LANES ? n_dim - d : LANES, (float *)out + d * KVPI_STRIP + first, KVPI_STRIP);
         }
     }
     return 1;
@@ -48,5 +59,4 @@ TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_
 
 #undef ROW_NAME
 #undef ROW_TYPE
-#undef ROW_WIDEN
 #undef ROW_LOAD

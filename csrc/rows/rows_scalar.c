@@ -36,6 +36,11 @@ static inline vec v_add(vec a, vec b) {
     return a;
 }
 
+static inline vec v_mul(vec a, vec b) {
+    EACH_LANE a.lane[i] *= b.lane[i];
+    return a;
+}
+
 static inline vec v_fma(vec a, vec b, vec c) {
     EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
     return c;
@@ -74,8 +79,25 @@ static inline vec v_exp2(vec x) {
     return out;
 }
 
-static inline float widen_f16(uint16_t x);
-static inline float widen_bf16(uint16_t x);
+static inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* bfloat16 is the upper half of a float32. */
+static inline float widen_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
+
+/* IEEE half: 1 sign, 5 exponent (bias 15), 10 mantissa bits. Subnormals are mantissa * 2^-24. */
+static inline float widen_f16(uint16_t x) {
+    const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = x >> 10 & 0x1fu, mantissa = x & 0x3ffu;
+    if (exponent == 0) {
+        const float value = (float)mantissa * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+    return bits_to_float(sign | (exponent + 112u) << 23 | mantissa << 13);
+}
 
 static inline vec v_from_f16(const uint16_t *x) {
     vec out;
@@ -87,6 +109,16 @@ static inline vec v_from_bf16(const uint16_t *x) {
     vec out;
     EACH_LANE out.lane[i] = widen_bf16(x[i]);
     return out;
+}
+
+static inline void v_transpose(vec *rows) {
+    for (int i = 0; i < LANES; i++) {
+        for (int k = 0; k < i; k++) {
+            const float swap = rows[i].lane[k];
+            rows[i].lane[k] = rows[k].lane[i];
+            rows[k].lane[i] = swap;
+        }
+    }
 }
 
 #include "rows_template.h"
@@ -101,7 +133,7 @@ const kvpi_rows kvpi_rows_scalar = {
     .name = "scalar",
     .is_available = is_available,
     .panel = PANEL_KEYS,
-    .sum_of_squares = {sum_of_squares_f32, sum_of_squares_f16, sum_of_squares_bf16},
+    .norms = {norms_f32, norms_f16, norms_bf16},
     .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
     .multiply = {multiply_floats, multiply_floats, multiply_floats},

@@ -5,11 +5,11 @@
  *     LANES, vec                      how many floats a vector holds (at most 16), and its type
  *     TARGET                          attributes of every function (the instruction set)
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
- *     v_load v_store v_fill v_add v_fma v_max v_sum v_highest v_exp2 v_from_f16 v_from_bf16
+ *     v_load v_store v_fill v_add v_mul v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its second argument where
  * the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum and v_highest add and compare the lanes of
- * one vector in a fixed order; v_from_* widen LANES elements.
+ * one vector in a fixed order; v_transpose makes columns of LANES rows, in place; v_from_* widen LANES elements.
  */
 #include "rows.h"
 
@@ -18,28 +18,6 @@
 
 enum { PANEL_KEYS = LANES * PANEL_VECTORS };
 _Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK, "panels divide blocks and strips");
-
-static inline float bits_to_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* bfloat16 is the upper half of a float32. */
-static inline float widen_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
-
-/* IEEE half: 1 sign, 5 exponent (bias 15), 10 mantissa bits. Subnormals are mantissa * 2^-24. */
-static inline float widen_f16(uint16_t x) {
-    const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = x >> 10 & 0x1fu, mantissa = x & 0x3ffu;
-    if (exponent == 0) {
-        const float value = (float)mantissa * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
-    return bits_to_float(sign | (exponent + 112u) << 23 | mantissa << 13);
-}
-
-static inline float widen_f32(float x) { return x; }
 
 /* Highest and sum of a row of n logits; hidden ones were set to minus infinity. */
 TARGET static float highest_of(const float *row, int64_t n) {
@@ -93,11 +71,11 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     }
 }
 
-/* Packed keys: per panel, for each dimension, the panel's keys side by side. Packed queries: likewise with PANEL_ROWS rows. */
+/* Packed keys: per panel, for each dimension, the panel's keys side by side. Packed queries: for each dimension, the strip's rows. */
 TARGET static void multiply_floats(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits, int64_t stride) {
     for (int64_t key = 0; key < n_key; key += PANEL_KEYS) {
         for (int64_t row = 0; row < n_row; row += PANEL_ROWS) {
-            const float *k = (const float *)keys + key * n_dim, *q = (const float *)queries + row * n_dim;
+            const float *k = (const float *)keys + key * n_dim, *q = (const float *)queries + row;
             vec sum[PANEL_ROWS][PANEL_VECTORS];
             for (int r = 0; r < PANEL_ROWS; r++)
                 for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_fill(0);
@@ -109,7 +87,7 @@ TARGET static void multiply_floats(const void *queries, const void *keys, int64_
                     for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_fma(of_query, of_keys[v], sum[r][v]);
                 }
                 k += PANEL_KEYS;
-                q += PANEL_ROWS;
+                q += KVPI_STRIP;
             }
             for (int r = 0; r < PANEL_ROWS; r++)
                 for (int v = 0; v < PANEL_VECTORS; v++) v_store(logits + (row + r) * stride + key + v * LANES, sum[r][v]);
@@ -117,20 +95,30 @@ TARGET static void multiply_floats(const void *queries, const void *keys, int64_
     }
 }
 
+/* Vectors of keys in the last panel that pack_keys had no key for. */
+TARGET static inline void clear_missing_keys(void *packed, int64_t n_key, int64_t n_element) {
+    for (int64_t key = (n_key + LANES - 1) / LANES * LANES; key % PANEL_KEYS; key += LANES)
+        for (int64_t d = 0; d < n_element; d++)
+            v_store((float *)packed + key / PANEL_KEYS * PANEL_KEYS * n_element + d * PANEL_KEYS + key % PANEL_KEYS, v_fill(0));
+}
+
+/* LANES rows of up to LANES 32-bit elements become columns at out, "step" apart. */
+TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out, int64_t step) {
+    v_transpose(rows);
+    for (int64_t i = 0; i < n_column; i++) v_store(out + i * step, rows[i]);
+}
+
 #define ROW_NAME(x) x##_f32
 #define ROW_TYPE float
-#define ROW_WIDEN widen_f32
 #define ROW_LOAD v_load
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_f16
 #define ROW_TYPE uint16_t
-#define ROW_WIDEN widen_f16
 #define ROW_LOAD v_from_f16
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_bf16
 #define ROW_TYPE uint16_t
-#define ROW_WIDEN widen_bf16
 #define ROW_LOAD v_from_bf16
 #include "rows_by_dtype.h"

@@ -17,13 +17,12 @@ static void score_block(void *arg, int64_t task, int32_t worker) {
     const int64_t n_token = keys->shape[2], n_block = (n_token + BLOCK - 1) / BLOCK, n_head = keys->shape[1];
     const int64_t b = task / n_block / n_head, h = task / n_block % n_head, first = task % n_block * BLOCK;
     const int64_t last = first + BLOCK < n_token ? first + BLOCK : n_token;
-    const kvpi_rows *rows = kvpi_rows_now();
     int64_t begin, end;
     kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
-    for (int64_t t = first; t < last; t++) {
-        const float square = rows->sum_of_squares[keys->dtype](kvpi_at(keys, b, h, t), keys->stride[3], keys->shape[3]);
-        *(float *)kvpi_at(scores, b, h, t) = t >= begin && t < end ? -sqrtf(square) : -INFINITY;
-    }
+    float *out = (float *)(void *)kvpi_at(scores, b, h, first);
+    const kvpi_head head = {kvpi_at(keys, b, h, first), keys->stride[2], keys->stride[3]};
+    kvpi_rows_now()->norms[keys->dtype](head, last - first, keys->shape[3], out, scores->stride[2]);
+    for (int64_t t = first; t < last; t++, out += scores->stride[2]) *out = t >= begin && t < end ? -*out : -INFINITY;
 }
 
 kvp_status kvpi_score_norm_cpu(const kvp_score_args *args, kvp_context *ctx) {

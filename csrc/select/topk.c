@@ -14,7 +14,7 @@ enum { RANK_NEVER = 0, RANK_NAN = 1 };
 static const uint32_t RANK_PROTECTED = UINT32_MAX;
 
 /* Digits of a rank, from the top. Few candidates want small histograms, which take as long to clear and to search as to fill. */
-enum { LONG_ROW = 1024, MAX_BIN = 1 << 11 };
+enum { LONG_ROW = 1024, MAX_BIN = 1 << 11, FEW = 16 };
 typedef struct digit {
     uint32_t shift, bits;
 } digit;
@@ -70,6 +70,21 @@ static int64_t keep_candidates(const uint32_t *ranks, int64_t n, digit d, uint32
     return kept;
 }
 
+/* The *left-th best of a few candidates, which are put in order; *left becomes how many of exactly that rank are taken. */
+static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
+    for (int64_t i = 1; i < n; i++) {
+        const uint32_t rank = candidates[i];
+        int64_t k = i;
+        for (; k > 0 && candidates[k - 1] < rank; k--) candidates[k] = candidates[k - 1];
+        candidates[k] = rank;
+    }
+    const uint32_t threshold = candidates[*left - 1];
+    int64_t above = 0;
+    while (candidates[above] > threshold) above++;
+    *left -= above;
+    return threshold;
+}
+
 /* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
 static uint32_t find_threshold(const uint32_t *ranks, int64_t n, int64_t quota, uint32_t *candidates, int64_t *ties) {
     uint32_t threshold = 0, histogram[2][MAX_BIN];
@@ -79,8 +94,10 @@ static uint32_t find_threshold(const uint32_t *ranks, int64_t n, int64_t quota, 
         count_digit(left, n, *d, histogram);
         const uint32_t bin = find_bin(histogram[0], 1u << d->bits, ties);
         threshold |= bin << d->shift;
-        if (d->shift) n = keep_candidates(left, n, *d, bin, candidates);
+        if (d->shift == 0) break;
+        n = keep_candidates(left, n, *d, bin, candidates);
         left = candidates;
+        if (n <= FEW) return settle_few(candidates, n, ties);
     }
     return threshold;
 }

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -38,6 +39,16 @@ class Vote(NamedTuple):
     window: tuple[int, int] = (0, 0)
 
 
+@lru_cache(maxsize=256)
+def _pack(votes: tuple[tuple[Vote, ...], ...]) -> np.ndarray:
+    """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end in empty ones."""
+    packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
+    for row, of_row in zip(packed, votes, strict=True):
+        for packed_vote, vote in zip(row, of_row, strict=False):
+            packed_vote[:] = [*vote.keys, *vote.queries, *vote.more_queries, _WEIGHTS[vote.weight], vote.age_end, *vote.window]
+    return packed
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a policy scores: the arrays of one layer, and where things are in each batch row.
@@ -57,6 +68,8 @@ class Inputs:
         Per row, the instructions as given, in order of position.
     paper : bool
         Follow the authors' code to the letter (``fair="paper"``).
+    valid_array : ndarray of int32, shape (B, 2), or None
+        ``valid`` for the core; None if all tokens are real.
     """
 
     keys: Any
@@ -67,6 +80,7 @@ class Inputs:
     segments: Sequence[Sequence[tuple[int, int]]]
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
+    valid_array: np.ndarray | None = None
 
     @property
     def n_token(self) -> int:
@@ -75,7 +89,7 @@ class Inputs:
 
     def score(self, scorer: str, **params):
         """A scorer of the core that needs keys only: ``norm`` or ``position``."""
-        return ops.score(scorer, self.keys, valid=np.array(self.valid), **params)
+        return ops.score(scorer, self.keys, valid=self.valid_array, **params)
 
     def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False):
         """Scores from attention, float32 (B, H, T).
@@ -91,16 +105,12 @@ class Inputs:
         """
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
-        packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
-        for row, of_row in zip(packed, votes, strict=True):
-            for packed_vote, vote in zip(row, of_row, strict=False):
-                packed_vote[:] = [*vote.keys, *vote.queries, *vote.more_queries, _WEIGHTS[vote.weight], vote.age_end, *vote.window]
         return ops.score(
             "attention",
             self.keys,
             queries=self.queries,
-            votes=packed,
-            valid=np.array(self.valid),
+            votes=_pack(tuple(map(tuple, votes))),
+            valid=self.valid_array,
             scaling=self.scaling,
             softcap=self.softcap,
             kernel_size=kernel_size,
