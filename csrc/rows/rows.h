@@ -24,7 +24,7 @@ enum { KVPI_FLOAT_DTYPES = 3 }; /* KVP_F32, KVP_F16, KVP_BF16 */
 enum {
     KVPI_STRIP = 16,  /* query rows whose logits are kept at a time: 16 x 8192 of them are half of a 1 MiB cache */
     KVPI_BLOCK = 256, /* keys; a multiple of every table's panel width */
-    KVPI_SLACK = 16,  /* elements that may be read behind a row of logits or columns */
+    KVPI_SLACK = 16,  /* elements that may be touched behind a row of scratch */
 };
 
 /* Rows of one head: row r, dimension d stands at first + (r * row_stride + d * dim_stride) elements. */
@@ -53,6 +53,11 @@ typedef struct kvpi_rows {
     float (*soften)(float *row, int64_t n_visible, int64_t n, float scale, float *shift);
     /* column[k] += sum over r of weight[r] * rows[r * stride + k], k < n. */
     void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight, int64_t n_row);
+
+    /* Selection works on ranks. list: the positions first + i where ranks[i] >= lowest, in order, at most n_out of them, to out; returns how
+     * many. filter: the ranks with (rank & mask) == prefix, in order; out has room for KVPI_SLACK more than there are. */
+    int64_t (*list)(const uint32_t *ranks, int64_t n, uint32_t lowest, int32_t first, int32_t *out, int64_t n_out);
+    int64_t (*filter)(const uint32_t *ranks, int64_t n, uint32_t mask, uint32_t prefix, uint32_t *out);
 
     /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one: end_stream. */
     void (*stream)(void *target, const void *source, size_t n);

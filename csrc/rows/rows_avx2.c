@@ -75,6 +75,8 @@ TARGET static inline void v_transpose(vec *rows) {
 
 #include "rows_template.h"
 
+#include "rows_select.h"
+
 /* In place source and target may be the same row, but never overlap otherwise. */
 TARGET static void stream(void *target, const void *source, size_t n) {
     if (((uintptr_t)target | n) % sizeof(__m256i)) {
@@ -101,6 +103,8 @@ const kvpi_rows kvpi_rows_avx2 = {
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
     .soften = soften,
     .add_columns = add_columns,
+    .list = list,
+    .filter = filter,
     .stream = stream,
     .end_stream = end_stream,
 };

@@ -57,6 +57,8 @@ static inline void v_transpose(vec *rows) {
 
 #include "rows_template.h"
 
+#include "rows_select.h"
+
 static bool is_available(void) { return true; }
 
 /* Plain copies: the non-temporal pairs of Arm were not measured. */
@@ -74,6 +76,8 @@ const kvpi_rows kvpi_rows_neon = {
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
     .soften = soften,
     .add_columns = add_columns,
+    .list = list,
+    .filter = filter,
     .stream = stream,
     .end_stream = end_stream,
 };

@@ -123,6 +123,8 @@ static inline void v_transpose(vec *rows) {
 
 #include "rows_template.h"
 
+#include "rows_select.h"
+
 static bool is_available(void) { return true; }
 
 static void stream(void *target, const void *source, size_t n) { memmove(target, source, n); }
@@ -139,6 +141,8 @@ const kvpi_rows kvpi_rows_scalar = {
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
     .soften = soften,
     .add_columns = add_columns,
+    .list = list,
+    .filter = filter,
     .stream = stream,
     .end_stream = end_stream,
 };

@@ -5,6 +5,7 @@
  * order of position then takes everything above it and as many equals as are left over, lowest position first. No step branches on a
  * score, which no processor could foresee.
  */
+#include "../rows/rows.h"
 #include "select.h"
 
 #include <string.h>
@@ -26,10 +27,10 @@ typedef struct job {
     size_t scratch_bytes;
 } job;
 
-static size_t row_bytes(const kvp_select_args *args) { return kvpi_round_up_64((size_t)args->scores.shape[2] * sizeof(uint32_t)); }
+static size_t row_bytes(const kvp_select_args *args) { return kvpi_round_up_64((size_t)(args->scores.shape[2] + KVPI_SLACK) * sizeof(uint32_t)); }
 
-/* A row of ranks, and one of candidates. */
-size_t kvpi_select_workspace(const kvp_select_args *args) { return 2 * row_bytes(args); }
+/* A row of ranks, one of candidates, and one of positions, for outputs whose elements are not side by side. */
+size_t kvpi_select_workspace(const kvp_select_args *args) { return 3 * row_bytes(args); }
 
 static inline uint32_t rank_score(float score) {
     uint32_t bits;
@@ -60,16 +61,6 @@ static void count_digit(const uint32_t *ranks, int64_t n, digit d, uint32_t (*hi
     for (uint32_t bin = 0; bin < n_bin; bin++) histogram[0][bin] += histogram[1][bin];
 }
 
-static int64_t keep_candidates(const uint32_t *ranks, int64_t n, digit d, uint32_t bin, uint32_t *candidates) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t rank = ranks[i];
-        candidates[kept] = rank;
-        kept += (rank >> d.shift & ((1u << d.bits) - 1)) == bin;
-    }
-    return kept;
-}
-
 /* The *left-th best of a few candidates, which are put in order; *left becomes how many of exactly that rank are taken. */
 static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
     for (int64_t i = 1; i < n; i++) {
@@ -86,36 +77,40 @@ static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
 }
 
 /* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
-static uint32_t find_threshold(const uint32_t *ranks, int64_t n, int64_t quota, uint32_t *candidates, int64_t *ties) {
-    uint32_t threshold = 0, histogram[2][MAX_BIN];
-    const uint32_t *left = ranks;
+static uint32_t find_threshold(const kvpi_rows *rows, const uint32_t *ranks, int64_t n, int64_t quota, uint32_t *candidates, int64_t *ties) {
+    uint32_t prefix = 0, mask = 0, histogram[2][MAX_BIN];
     *ties = quota;
     for (const digit *d = n >= LONG_ROW ? digits_of_long : digits_of_short; d->bits; d++) {
-        count_digit(left, n, *d, histogram);
-        const uint32_t bin = find_bin(histogram[0], 1u << d->bits, ties);
-        threshold |= bin << d->shift;
+        count_digit(ranks, n, *d, histogram);
+        prefix |= find_bin(histogram[0], 1u << d->bits, ties) << d->shift;
+        mask |= ((1u << d->bits) - 1) << d->shift;
         if (d->shift == 0) break;
-        n = keep_candidates(left, n, *d, bin, candidates);
-        left = candidates;
+        n = rows->filter(ranks, n, mask, prefix, candidates);
+        ranks = candidates;
         if (n <= FEW) return settle_few(candidates, n, ties);
     }
-    return threshold;
+    return prefix;
 }
 
-/* Appends the kept positions of one segment to out; returns how many. */
-static int64_t keep_segment(const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota, uint32_t *candidates, int64_t stride, int32_t *out) {
-    int64_t eligible = 0, ties, kept = 0;
+/* One past the n-th position from begin on whose rank is exactly this. */
+static int64_t find_nth(const uint32_t *ranks, int64_t begin, uint32_t rank, int64_t n) {
+    int64_t t = begin;
+    for (; n > 0; t++) n -= ranks[t] == rank;
+    return t;
+}
+
+/* Writes the kept positions of one segment to out; returns how many. */
+static int64_t keep_segment(const kvpi_rows *rows, const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota, uint32_t *candidates, int32_t *out) {
+    int64_t eligible = 0, ties;
     for (int64_t t = begin; t < end; t++) eligible += ranks[t] != RANK_NEVER;
     if (quota > eligible) quota = eligible;
     if (quota == 0) return 0;
-    const uint32_t threshold = find_threshold(ranks + begin, end - begin, quota, candidates, &ties);
-    for (int64_t t = begin; kept < quota; t++) {
-        const bool tied = (ranks[t] == threshold) & (ties > 0);
-        out[kept * stride] = (int32_t)t;
-        kept += (ranks[t] > threshold) | tied;
-        ties -= tied;
-    }
-    return kept;
+    const uint32_t threshold = find_threshold(rows, ranks + begin, end - begin, quota, candidates, &ties);
+    /* up to the last kept equal all equals are taken, behind it none */
+    const int64_t cut = find_nth(ranks, begin, threshold, ties);
+    const int64_t kept = rows->list(ranks + begin, cut - begin, threshold, (int32_t)begin, out, quota);
+    if (kept == quota) return kept;
+    return kept + rows->list(ranks + cut, end - cut, threshold + 1, (int32_t)cut, out + kept, quota - kept);
 }
 
 static void rank_row(const kvp_select_args *args, int64_t b, int64_t h, uint32_t *ranks) {
@@ -138,17 +133,19 @@ static void select_row(void *arg, int64_t task, int32_t worker) {
     const job *j = arg;
     const kvp_select_args *args = j->args;
     const kvp_tensor *positions = &args->positions;
-    const int64_t n_head = args->scores.shape[1], b = task / n_head, h = task % n_head;
+    const kvpi_rows *rows = kvpi_rows_now();
+    const int64_t n_head = args->scores.shape[1], b = task / n_head, h = task % n_head, stride = positions->stride[2];
     uint32_t *ranks = kvpi_scratch(j->ctx, worker, j->scratch_bytes), *candidates = ranks + row_bytes(args) / sizeof *ranks;
+    int32_t *target = (int32_t *)(void *)kvpi_at(positions, b, h, 0), *out = stride == 1 ? target : (int32_t *)candidates + row_bytes(args) / sizeof *out;
     rank_row(args, b, h, ranks);
     int64_t kept = 0;
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
         const int64_t begin = kvpi_i32(&args->segments, b, s, 0), end = kvpi_i32(&args->segments, b, s + 1, 0);
-        int32_t *out = (int32_t *)(void *)kvpi_at(positions, b, h, kept);
-        kept += keep_segment(ranks, begin, end, kvpi_i32(&args->quotas, b, h, s), candidates, positions->stride[2], out);
+        kept += keep_segment(rows, ranks, begin, end, kvpi_i32(&args->quotas, b, h, s), candidates, out + kept);
     }
     *(int32_t *)(void *)kvpi_at(&args->counts, b, h, 0) = (int32_t)kept;
-    for (; kept < positions->shape[2]; kept++) *(int32_t *)(void *)kvpi_at(positions, b, h, kept) = -1;
+    for (int64_t i = 0; out != target && i < kept; i++) target[i * stride] = out[i];
+    for (int64_t i = kept; i < positions->shape[2]; i++) target[i * stride] = -1;
 }
 
 kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx) {

@@ -25,6 +25,7 @@ static void run_on_rows(void) {
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("same bits", test_same_bits);
+    run("select", test_select);
     run("gather, large", test_gather_large);
     run("gather in place", test_gather_in_place);
 }
@@ -36,7 +37,6 @@ int main(void) {
         printf("row primitives: %s%s\n", name, can_run ? "" : " (not on this CPU)");
         if (can_run) run_on_rows();
     }
-    run("select", test_select);
     run("gather", test_gather);
     run("refusals", test_refusals);
     run("introspection", test_introspection);

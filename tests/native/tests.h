@@ -13,9 +13,9 @@ void test_attention_sums(void);
 void test_same_bits(void);
 void test_gather_large(void);
 void test_gather_in_place(void);
+void test_select(void);
 
 /* Once. */
-void test_select(void);
 void test_gather(void);
 void test_refusals(void);
 void test_introspection(void);

@@ -1,0 +1,272 @@
+"""Timings on the CPU, side by side in one process: what the machine can do, our verbs, our whole presses, and kvpress on the same tensors.
+
+``make bench`` makes the environment (kvpress 0.5.5 needs transformers 4.57) and runs this; benchmarks/README.md says how to read it.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kvpress
+import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+import kvpitfalls as kvp
+from kvpitfalls import _core, ops
+
+SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
+LENGTHS = (256, 2048, 8192)
+RATIO = 0.5
+WINDOW = 64
+CACHE_BYTES = 200e6  # more than any cache: inputs rotate through so much memory, so that every call reads it from there
+FOLDER = Path(__file__).parent
+
+
+class Timer:
+    """Medians and spreads of interleaved calls, in seconds."""
+
+    def __init__(self, seconds: float, repeats: int):
+        self.seconds, self.repeats = seconds, repeats
+
+    def __call__(self, function) -> tuple[float, float]:
+        """The median, and the distance between the quartiles over it."""
+        function()
+        times = []
+        until = time.perf_counter() + self.seconds
+        while len(times) < 3 or (len(times) < self.repeats and time.perf_counter() < until):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        low, middle, high = statistics.quantiles(times, n=4)
+        return middle, (high - low) / middle
+
+
+def ceilings(threads: int) -> dict[str, float]:
+    """GB/s of reading and copying memory, GFLOP/s of float32 and bfloat16 multiply-adds; the best of several."""
+    library = FOLDER.parent / "build" / "ceilings.so"
+    library.parent.mkdir(exist_ok=True)
+    source = FOLDER / "ceilings.c"
+    subprocess.run(["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    c = ctypes.CDLL(str(library))
+    for name in ("time_fma", "time_bf16", "time_read", "time_copy"):
+        getattr(c, name).restype = ctypes.c_double
+    n_bytes, n = 1 << 28, 20_000_000
+    source, target = torch.ones(n_bytes, dtype=torch.uint8), torch.ones(n_bytes, dtype=torch.uint8)
+    n64, address = ctypes.c_int64, lambda x: ctypes.c_void_p(x.data_ptr())
+    best = {
+        "read": n_bytes / min(c.time_read(address(source), n64(n_bytes), threads) for _ in range(9)),
+        "copy": 2 * n_bytes / min(c.time_copy(address(target), address(source), n64(n_bytes), threads) for _ in range(9)),
+        "float32": threads * 2 * 16 * 12 * n / min(c.time_fma(n64(n), threads) for _ in range(5)),
+    }
+    if c.has_bf16():
+        best["bfloat16"] = threads * 4 * 16 * 12 * n / min(c.time_bf16(n64(n), threads) for _ in range(5))
+    return {name: value / 1e9 for name, value in best.items()}
+
+
+class Case:
+    """One shape, length and dtype: tensors that rotate, and kvpress's module around them."""
+
+    def __init__(self, heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype):
+        make = torch.Generator().manual_seed(0)
+        one = key_heads * length * dim * dtype.itemsize
+        n_copy = max(1, min(8, int(CACHE_BYTES / (2 * one)))) if length > 256 else 1  # short prompts are in the cache after their prefill
+        self.heads, self.length, self.dim, self.dtype = heads, length, dim, dtype
+        self.keys = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
+        self.values = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
+        self.queries = torch.randn(1, heads, length, dim, generator=make).to(dtype)
+        # A hidden size of 64 makes the query projection, which kvpress repeats and we do not, cost next to nothing.
+        config = transformers.LlamaConfig(
+            hidden_size=64, num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=dim, attn_implementation="eager"
+        )
+        self.module = LlamaAttention(config, layer_idx=0).to(dtype).eval()
+        self.hidden = torch.randn(1, length, 64, generator=make).to(dtype)
+        angle = torch.randn(1, length, dim, generator=make)
+        self.rotation = {"position_embeddings": (angle.cos().to(dtype), angle.sin().to(dtype))}
+        self.turn = 0
+
+    def next(self):
+        """Keys and values that were not used just before."""
+        self.turn = (self.turn + 1) % len(self.keys)
+        return self.keys[self.turn], self.values[self.turn]
+
+    def ours(self, policy, n_query: int):
+        """Score, select and gather."""
+        queries = self.queries[:, :, self.length - n_query :] if n_query else None
+        policy = kvp.policies.get_policy(policy)
+
+        def press():
+            keys, values = self.next()
+            kept = kvp.keep(policy, keys, queries, compression_ratio=RATIO)
+            return ops.gather(keys, values, kept.positions)
+
+        return press
+
+    def theirs(self, press):
+        """kvpress's score, topk and gather."""
+
+        def compress():
+            keys, values = self.next()
+            return press.compress(self.module, self.hidden, keys, values, None, self.rotation)
+
+        return compress
+
+    def their_h2o(self):
+        """Eager attention, which H2O needs there, and the press."""
+        press = kvpress.ObservedAttentionPress(RATIO)
+        causal = torch.full((self.length, self.length), torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)[None, None]
+
+        def compress():
+            keys, values = self.next()
+            _, attentions = eager_attention_forward(self.module, self.queries, keys, values, causal, scaling=self.dim**-0.5)
+            return press.compress(self.module, self.hidden, keys, values, attentions, {})
+
+        return compress
+
+
+def presses(case: Case) -> dict:
+    """Name -> (ours, theirs or None, seconds that theirs takes at least)."""
+    out = {
+        "knorm": (case.ours("knorm", 0), case.theirs(kvpress.KnormPress(RATIO))),
+        "streaming_llm": (case.ours("streaming_llm", 0), case.theirs(kvpress.StreamingLLMPress(RATIO))),
+        "snapkv": (case.ours(kvp.SnapKV(window_size=WINDOW), WINDOW), case.theirs(kvpress.SnapKVPress(RATIO, window_size=WINDOW))),
+        "tova": (case.ours("tova", 1), case.theirs(kvpress.TOVAPress(RATIO))),
+    }
+    # Eager attention holds the weights, and their softmax in float32: 8.6 GB and more at 32 heads and 8192 tokens.
+    fits = case.heads * case.length**2 * 4 <= 3e9
+    out["h2o"] = (case.ours("h2o", case.length), case.their_h2o() if fits else None)
+    return out
+
+
+def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
+    rows = []
+    for name, (ours, theirs) in presses(case).items():
+        slow = name == "h2o" and case.length > 2048
+        mine, spread = (Timer(0, 3) if slow else timer)(ours)
+        row = {**base, "measure": f"press {name}", "ours_ms": mine * 1e3, "spread": spread}
+        if theirs is not None:
+            other, spread_of_other = (Timer(0, 3) if slow else timer)(theirs)
+            row |= {"kvpress_ms": other * 1e3, "kvpress_spread": spread_of_other, "times_faster": other / mine}
+        rows.append(row)
+    return rows
+
+
+def bench_verbs(case: Case, timer: Timer, base: dict, machine: dict) -> list[dict]:
+    """The verbs against the machine, and against torch where it has the same thing."""
+    keys, values = case.next()
+    n_head, threads = keys.shape[1], base["threads"]
+    scores = ops.score("norm", keys)
+    positions, _ = ops.select(scores, case.length // 2)
+    out = [x.new_empty((1, n_head, case.length // 2, case.dim)) for x in (keys, values)]
+    n_byte = keys.numel() * keys.element_size()
+    norm, norm_spread = timer(lambda: _core.score("norm", case.next()[0], None, None, None, None, scores, None, None, threads))
+    gather, gather_spread = timer(lambda: _core.gather(*case.next(), positions, *out, threads))
+    first = torch.stack([torch.arange(case.length // 2, dtype=torch.int32)] * n_head)[None]
+    run, run_spread = timer(lambda: _core.gather(*case.next(), first, *out, threads))
+    row = scores[:, :1].contiguous()
+    edges, quotas = ops.np.array([[0, case.length]], "int32"), ops.np.array([[[case.length // 2]]], "int32")
+    kept, count = ops.select(row, case.length // 2)
+    select, select_spread = timer(lambda: _core.select(row, edges, quotas, None, None, kept, count, None, threads))
+    topk, _ = timer(lambda: row.topk(case.length // 2))
+    return [
+        {**base, "measure": "norm / read", "ours_ms": norm * 1e3, "spread": norm_spread, "ratio": n_byte / norm / 1e9 / machine["read"]},
+        {**base, "measure": "gather, random half / copy", "ours_ms": gather * 1e3, "spread": gather_spread,
+         "ratio": 2 * n_byte / gather / 1e9 / machine["copy"]},
+        {**base, "measure": "gather, first half / copy", "ours_ms": run * 1e3, "spread": run_spread,
+         "ratio": 2 * n_byte / run / 1e9 / machine["copy"]},
+        {**base, "measure": "select one row / torch.topk", "ours_ms": select * 1e3, "spread": select_spread, "times_faster": topk / select},
+    ]  # fmt: skip
+
+
+def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
+    """Exact H2O against the multiply-adds that QK^T alone needs (causal half), and against a whole forward of torch's attention."""
+    inputs = kvp.policies.Inputs(case.keys[0], case.queries, case.dim**-0.5, 0.0, [(0, case.length)], [[(0, case.length)]], [[]])
+    policy, few = kvp.H2O(), Timer(0, 3)
+    mine, spread = few(lambda: policy.score(inputs))
+    operations = case.heads * case.dim * case.length * (case.length + 1)
+    name = str(case.dtype).removeprefix("torch.")
+    rows = [{**base, "measure": f"h2o scores / {name} peak", "ours_ms": mine * 1e3, "spread": spread,
+             "ratio": operations / mine / 1e9 / machine.get(name, machine["float32"])}]  # fmt: skip
+    if case.dtype == torch.float32:
+        group = case.heads // case.keys[0].shape[1]
+        keys, values = (x.repeat_interleave(group, 1) for x in (case.keys[0], case.values[0]))
+        sdpa, _ = few(lambda: torch.nn.functional.scaled_dot_product_attention(case.queries, keys, values, is_causal=True))
+        rows.append({**base, "measure": "h2o scores / sdpa forward (time)", "ours_ms": mine * 1e3, "spread": spread, "ratio": mine / sdpa})
+    return rows
+
+
+def extra_memory(shape, length: int) -> list[dict]:
+    """Peak memory of a process that scores once, over one that does not, in MB."""
+    heads, key_heads, dim = shape
+    code = (
+        "import sys, torch, resource, kvpitfalls as kvp; from kvpitfalls.policies import get_policy\n"
+        f"torch.set_num_threads(2); q, k = torch.randn(1, {heads}, {length}, {dim}), torch.randn(1, {key_heads}, {length}, {dim})\n"
+        f"i = lambda n: kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], 0.1, 0.0, [(0, n)], [[(0, n)]], [[]])\n"
+        f"get_policy(sys.argv[1]).score(i(64)); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"get_policy(sys.argv[1]).score(i({length})); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
+    )
+    rows = []
+    for policy in kvp.policies.policy_names():
+        out = subprocess.run([sys.executable, "-c", code, policy], capture_output=True, text=True, check=True).stdout
+        rows.append({"shape": "/".join(map(str, shape)), "length": length, "measure": f"extra memory, {policy}", "mb": float(out)})
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    """One line a measurement."""
+    for row in rows:
+        where = f"{row['shape']:9} n={row['length']:<5} {row.get('dtype', ''):8} {row.get('threads', ''):>1}"
+        parts = [f"{where}  {row['measure']:33}"]
+        parts += [f"{row['ours_ms']:10.3f} ms (+-{50 * row['spread']:.0f}%)"] if "ours_ms" in row else []
+        parts += [f"kvpress {row['kvpress_ms']:9.3f} ms"] if "kvpress_ms" in row else []
+        parts += [f"{row['times_faster']:6.1f}x faster"] if "times_faster" in row else []
+        parts += [f"ratio {row['ratio']:.2f}"] if "ratio" in row else []
+        parts += [f"{row['mb']:.1f} MB"] if "mb" in row else []
+        print("  ".join(parts), flush=True)
+
+
+def main() -> None:
+    """Measure everything, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows here")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--seconds", type=float, default=0.7, help="at most so long for each measurement")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    machines, rows = {}, []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        machines[threads] = ceilings(threads)
+        print(
+            f"{threads} thread(s): "
+            + ", ".join(f"{k} {v:.1f} {'GB/s' if k in ('read', 'copy') else 'GFLOP/s'}" for k, v in machines[threads].items())
+        )
+        for heads, key_heads, dim in SHAPES:
+            for length in args.lengths:
+                for dtype in (torch.float32, torch.bfloat16):
+                    case = Case(heads, key_heads, dim, length, dtype)
+                    base = {"shape": f"{heads}/{key_heads}/{dim}", "length": length, "dtype": str(dtype)[6:], "threads": threads}
+                    new = bench_verbs(case, Timer(args.seconds, 200), base, machines[threads])
+                    new += bench_presses(case, Timer(args.seconds, 200), base)
+                    new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
+                    show(new)
+                    rows += new
+    new = extra_memory(SHAPES[0], max(args.lengths))
+    show(new)
+    rows += new
+    about = {"cpu": platform.processor() or platform.machine(), "isa": _core.isa(), "torch": torch.__version__, "kvpress": "0.5.5",
+             "transformers": transformers.__version__, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}  # fmt: skip
+    if args.json:
+        Path(args.json).write_text(json.dumps({"about": about, "machine": machines, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
