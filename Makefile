@@ -9,7 +9,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test lint strict native portable bench clean
+.PHONY: demo test lint strict native portable arm bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -34,13 +34,22 @@ build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h te
 	mkdir -p build
 	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
-# The core as a machine without vector instructions, OpenMP or a second instruction set would have it; and Arm's, by emulation.
+# The core as a machine without vector instructions or OpenMP would have it.
 portable: build/native-tests-scalar
 	build/native-tests-scalar
 
 build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
 	mkdir -p build
 	$(CC) $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=scalar -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Arm's rows, cross-compiled and emulated: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user).
+arm: build/native-tests-arm
+	qemu-aarch64 build/native-tests-arm
+
+build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+	mkdir -p build
+	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
+	  -lm -lpthread -o $@
 
 # Timings beside kvpress, which needs an older transformers and so an environment of its own.
 bench: $(VENV)-bench/ready

@@ -19,13 +19,6 @@ enum {
 /* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first (3.5 to 2.7 ms). */
 #define STREAM_BYTES ((int64_t)4 << 20)
 
-/* Pieces of a size known to the compiler, which moves them through registers. In place a row may be its own source. */
-static inline void copy_bytes(char *target, const char *source, size_t n) {
-    if (target == source) return;
-    for (; n >= LINE; n -= LINE, target += LINE, source += LINE) memcpy(target, source, LINE);
-    if (n) memcpy(target, source, n);
-}
-
 static void copy_row(const kvp_tensor *in, const char *source, const kvp_tensor *out, char *target) {
     const int64_t size = (int64_t)kvpi_dtype_size(out->dtype), n = out->shape[3];
     for (int64_t d = 0; d < n; d++) memmove(target + d * out->stride[3] * size, source + d * in->stride[3] * size, (size_t)size);
@@ -49,34 +42,35 @@ static inline int32_t read_position(const copy_job *c, int64_t i) {
     return *(const int32_t *)(const void *)(c->positions + i * c->position_step);
 }
 
-/* One past the last kept row: positions ascend, with -1 only at the end. */
-static int64_t kept_end(const copy_job *c) {
+/* How many rows are kept; behind them stands -1, and the outputs are padding. */
+static int64_t count_kept(const copy_job *c) {
     int64_t n = c->n_row;
     while (n > 0 && read_position(c, n - 1) < 0) n--;
-    return n > 0 ? read_position(c, n - 1) + 1 : 0;
+    return n;
 }
 
-/* Rows without gaps between their elements; the rest of the row is padding (-1) once it begins. */
-static void gather_whole_rows(const copy_job *c) {
+/* Rows without gaps between their elements, past the caches. */
+static void stream_rows(const copy_job *c, int64_t n_kept, size_t n) {
     const kvpi_rows *rows = kvpi_rows_now();
-    const size_t n = (size_t)c->out->shape[3] * kvpi_dtype_size(c->out->dtype);
-    const char *asked = c->source, *end = c->source + kept_end(c) * c->source_step;
-    const bool asks = end - c->source <= (MAX_GAP + 1) * c->n_row * (int64_t)n;
+    const char *asked = c->source, *end = c->source + (read_position(c, n_kept - 1) + 1) * c->source_step;
+    const bool asks = end - c->source <= (MAX_GAP + 1) * n_kept * (int64_t)n;
     char *target = c->target;
-    for (int64_t i = 0; i < c->n_row; i++, target += c->target_step) {
-        const int32_t position = read_position(c, i);
-        if (position < 0) {
-            memset(target, 0, n);
-            continue;
-        }
-        const char *source = c->source + position * c->source_step, *until = end - source < AHEAD ? end : source + AHEAD;
+    for (int64_t i = 0; i < n_kept; i++, target += c->target_step) {
+        const char *source = c->source + read_position(c, i) * c->source_step, *until = end - source < AHEAD ? end : source + AHEAD;
         for (; asks && asked < until; asked += LINE) __builtin_prefetch(asked, 0, 3);
-        if (c->streams)
-            rows->stream(target, source, n);
-        else
-            copy_bytes(target, source, n);
+        rows->stream(target, source, n);
     }
-    if (c->streams) rows->end_stream();
+    rows->end_stream();
+}
+
+static void gather_whole_rows(const copy_job *c) {
+    const size_t n = (size_t)c->out->shape[3] * kvpi_dtype_size(c->out->dtype);
+    const int64_t n_kept = count_kept(c);
+    if (c->streams && n_kept > 0)
+        stream_rows(c, n_kept, n);
+    else
+        kvpi_rows_now()->copy_rows(c->target, c->target_step, c->source, c->source_step, (const int32_t *)(const void *)c->positions, n_kept, n);
+    for (int64_t i = n_kept; i < c->n_row; i++) memset(c->target + i * c->target_step, 0, n);
 }
 
 static void gather_rows(const copy_job *c) {
@@ -108,7 +102,8 @@ static void gather_task(void *arg, int64_t task, int32_t worker) {
         .n_row = out->shape[2],
         .streams = 2 * n_task * out->shape[2] * out->shape[3] * size >= STREAM_BYTES,
     };
-    if ((in->stride[3] == 1 && out->stride[3] == 1) || out->shape[3] == 1)
+    const bool is_whole = (in->stride[3] == 1 && out->stride[3] == 1) || out->shape[3] == 1;
+    if (is_whole && (c.streams || c.position_step == (int64_t)sizeof(int32_t)))
         gather_whole_rows(&c);
     else
         gather_rows(&c);

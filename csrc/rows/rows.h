@@ -59,6 +59,8 @@ typedef struct kvpi_rows {
     int64_t (*list)(const uint32_t *ranks, int64_t n, uint32_t lowest, int32_t first, int32_t *out, int64_t n_out);
     int64_t (*filter)(const uint32_t *ranks, int64_t n, uint32_t mask, uint32_t prefix, uint32_t *out);
 
+    /* Row i of n bytes at target + i * target_step = row positions[i] at source; in place where the target is the start of the source. */
+    void (*copy_rows)(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions, int64_t n_row, size_t n);
     /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one: end_stream. */
     void (*stream)(void *target, const void *source, size_t n);
     void (*end_stream)(void);

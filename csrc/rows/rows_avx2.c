@@ -105,6 +105,7 @@ const kvpi_rows kvpi_rows_avx2 = {
     .add_columns = add_columns,
     .list = list,
     .filter = filter,
+    .copy_rows = copy_rows,
     .stream = stream,
     .end_stream = end_stream,
 };

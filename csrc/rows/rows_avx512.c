@@ -190,7 +190,7 @@ static bool is_bf16_available(void) { return is_available() && __builtin_cpu_sup
 
 #define SHARED_FUNCTIONS                                                                                          \
     .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .soften = soften, \
-    .add_columns = add_columns, .list = list, .filter = filter, .stream = stream, .end_stream = end_stream
+    .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
 
 const kvpi_rows kvpi_rows_avx512 = {
     .name = "avx512",

@@ -78,6 +78,7 @@ const kvpi_rows kvpi_rows_neon = {
     .add_columns = add_columns,
     .list = list,
     .filter = filter,
+    .copy_rows = copy_rows,
     .stream = stream,
     .end_stream = end_stream,
 };

@@ -1,19 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The row primitives in plain C: what the other tables are tested against, and what runs everywhere.
+ * The row primitives without a line for any one processor: what runs everywhere.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 8
-#define PANEL_ROWS 2
-#define PANEL_VECTORS 1
+#define LANES 4
+#define PANEL_ROWS 4
+#define PANEL_VECTORS 2
 #define TARGET
 
-typedef struct vec {
-    float lane[LANES];
-} vec;
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)))); /* an extension of GCC and Clang; any processor can do it */
+typedef int32_t flags __attribute__((vector_size(LANES * sizeof(float))));
 
 #define EACH_LANE for (int i = 0; i < LANES; i++)
 
@@ -25,58 +24,48 @@ static inline vec v_load(const float *x) {
 
 static inline void v_store(float *x, vec a) { memcpy(x, &a, sizeof a); }
 
-static inline vec v_fill(float x) {
-    vec out;
-    EACH_LANE out.lane[i] = x;
-    return out;
-}
+static inline vec v_fill(float x) { return (vec){x, x, x, x}; }
 
-static inline vec v_add(vec a, vec b) {
-    EACH_LANE a.lane[i] += b.lane[i];
-    return a;
-}
+static inline vec v_add(vec a, vec b) { return a + b; }
 
-static inline vec v_mul(vec a, vec b) {
-    EACH_LANE a.lane[i] *= b.lane[i];
-    return a;
-}
+static inline vec v_mul(vec a, vec b) { return a * b; }
 
-static inline vec v_fma(vec a, vec b, vec c) {
-    EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
-    return c;
-}
+static inline vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 
 static inline vec v_max(vec a, vec b) {
-    EACH_LANE a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
-    return a;
+    const flags above = a > b;
+    return (vec)((above & (flags)a) | (~above & (flags)b));
 }
 
-static inline float v_sum(vec a) { return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7])); }
+static inline float v_sum(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
 static inline float v_highest(vec a) {
-    float high = a.lane[0];
-    EACH_LANE high = a.lane[i] > high ? a.lane[i] : high;
+    float high = a[0];
+    EACH_LANE high = a[i] > high ? a[i] : high;
     return high;
 }
 
 /* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at 128. */
 static inline vec v_exp2(vec x) {
-    vec out;
-    for (int i = 0; i < LANES; i++) {
-        const float lowest = x.lane[i] < -127.0f ? -127.0f : x.lane[i], clamped = lowest > 128.0f ? 128.0f : lowest;
-        const float whole = (clamped + 0x1.8p23f) - 0x1.8p23f, rest = clamped - whole;
-        float p = 0.0013276472f;
-        p = p * rest + 0.00967554133f;
-        p = p * rest + 0.0555071327f;
-        p = p * rest + 0.240221197f;
-        p = p * rest + 0.693146967f;
-        p = p * rest + 1.00000007f;
-        const uint32_t bits = isnan(whole) ? 0x7fc00000u : (uint32_t)((int32_t)whole + 127) << 23;
-        float power;
-        memcpy(&power, &bits, sizeof power);
-        out.lane[i] = p * power;
+    const vec low = v_fill(-127), high = v_fill(128), magic = v_fill(0x1.8p23f); /* adding this rounds to a whole number */
+    x = v_max(low, x);
+    const flags above = x > high;
+    x = (vec)((above & (flags)high) | (~above & (flags)x));
+    const vec whole = (x + magic) - magic, rest = x - whole;
+    vec p = v_fill(0.0013276472f);
+    p = p * rest + v_fill(0.00967554133f);
+    p = p * rest + v_fill(0.0555071327f);
+    p = p * rest + v_fill(0.240221197f);
+    p = p * rest + v_fill(0.693146967f);
+    p = p * rest + v_fill(1.00000007f);
+    vec power = low;
+    EACH_LANE {
+        const uint32_t bits = isnan(whole[i]) ? 0x7fc00000u : (uint32_t)((int32_t)whole[i] + 127) << 23;
+        float two_to_whole;
+        memcpy(&two_to_whole, &bits, sizeof two_to_whole);
+        power[i] = two_to_whole;
     }
-    return out;
+    return p * power;
 }
 
 static inline float bits_to_float(uint32_t bits) {
@@ -100,23 +89,23 @@ static inline float widen_f16(uint16_t x) {
 }
 
 static inline vec v_from_f16(const uint16_t *x) {
-    vec out;
-    EACH_LANE out.lane[i] = widen_f16(x[i]);
+    vec out = v_fill(0);
+    EACH_LANE out[i] = widen_f16(x[i]);
     return out;
 }
 
 static inline vec v_from_bf16(const uint16_t *x) {
-    vec out;
-    EACH_LANE out.lane[i] = widen_bf16(x[i]);
+    vec out = v_fill(0);
+    EACH_LANE out[i] = widen_bf16(x[i]);
     return out;
 }
 
 static inline void v_transpose(vec *rows) {
     for (int i = 0; i < LANES; i++) {
         for (int k = 0; k < i; k++) {
-            const float swap = rows[i].lane[k];
-            rows[i].lane[k] = rows[k].lane[i];
-            rows[k].lane[i] = swap;
+            const float swap = rows[i][k];
+            rows[i][k] = rows[k][i];
+            rows[k][i] = swap;
         }
     }
 }
@@ -143,6 +132,7 @@ const kvpi_rows kvpi_rows_scalar = {
     .add_columns = add_columns,
     .list = list,
     .filter = filter,
+    .copy_rows = copy_rows,
     .stream = stream,
     .end_stream = end_stream,
 };

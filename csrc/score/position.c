@@ -15,11 +15,13 @@ kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx)
     for (int64_t b = 0; b < scores->shape[0]; b++) {
         int64_t begin, end;
         kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
+        const int64_t sink_end = n_sink < (double)(end - begin) ? begin + (int64_t)n_sink : end, step = scores->stride[2];
         for (int64_t h = 0; h < scores->shape[1]; h++) {
-            for (int64_t t = 0; t < n_token; t++) {
-                const float score = (double)(t - begin) < n_sink ? (float)(2 * n_token - t) : (float)t;
-                *(float *)kvpi_at(scores, b, h, t) = t >= begin && t < end ? score : -INFINITY;
-            }
+            float *out = (float *)(void *)kvpi_at(scores, b, h, 0);
+            for (int64_t t = 0; t < begin; t++) out[t * step] = -INFINITY;
+            for (int64_t t = begin; t < sink_end; t++) out[t * step] = (float)(2 * n_token - t);
+            for (int64_t t = sink_end; t < end; t++) out[t * step] = (float)t;
+            for (int64_t t = end; t < n_token; t++) out[t * step] = -INFINITY;
         }
     }
     return KVP_OK;
