@@ -1,5 +1,6 @@
 """What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured attention."""
 
+import functools
 import json
 import os
 import tempfile
@@ -127,18 +128,20 @@ class _Observe:
 
     def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)
-        n_token = call.key.shape[2]
-        mass = _attention_mass(call)
+        n_head, n_token = call.key.shape[1:3]
+        mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
+        inside = np.array([[begin <= t < end for begin, end in self.spans.values()] for t in range(n_token)], float)
+        total = mass @ inside
         for policy, fair in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy, n_token), call.key, call.query, call.scaling, call.softcap)
+            ranked = rank(policy, fair, self.layout_of(policy), call.key, call.query, call.scaling, call.softcap)
+            name = (policy.label, fair.label)
             for ratio in self.ratios:
                 positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
-                kept = np.zeros((positions.shape[0], n_token), bool)
-                np.put_along_axis(kept, positions, True, axis=-1)
-                key = (policy.label, fair.label, ratio)
+                kept = np.zeros((n_head, n_token), bool)
+                kept[heads, positions] = True
+                key = (*name, ratio)
                 self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
-                lost = [(mass * ~kept)[:, b:e].sum(-1) / mass[:, b:e].sum(-1) for b, e in self.spans.values()]
-                self.lost.setdefault(key, []).append(np.stack(lost))
+                self.lost.setdefault(key, []).append((1 - (mass * kept) @ inside / total).T)
         self.progress.update()
 
 
@@ -196,10 +199,13 @@ def audit(
     settings = list({(p.label, f.label): (p, f) for p in named for f in fairs}.values())
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
 
-    def layout_of(policy: Policy, n_token: int) -> Layout:
-        n_sink = getattr(policy, "n_sink", 4)
+    @functools.cache
+    def layout_with(n_sink: int) -> Layout:
         protected = None if protect is None else protected_in(prompt, protect, n_sink)
-        return Layout.of(1, n_token, spans=spans, protect=protected, n_sink=n_sink)
+        return Layout.of(1, len(prompt), spans=spans, protect=protected, n_sink=n_sink)
+
+    def layout_of(policy: Policy) -> Layout:
+        return layout_with(getattr(policy, "n_sink", 4))
 
     _check_settings(settings, ratios, layout_of, len(prompt))
     attach(model)
@@ -221,7 +227,7 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
     for ratio in ratios:
         check_budget(ratio, None)
         for policy, fair in settings:
-            layout = layout_of(policy, n_token)
+            layout = layout_of(policy)
             layout.segments(fair)
             if len(layout.protected[0]) > kept_tokens(n_token, ratio):
                 raise ValueError(
