@@ -116,7 +116,6 @@ def _umask() -> int:
 class _Observe:
     """A cache's action: evict nothing, record what every setting would keep."""
 
-    needs_queries = True
     evicts = False
 
     def __init__(self, settings, ratios, layout_of, spans, progress):
@@ -130,7 +129,7 @@ class _Observe:
         n_token = call.key.shape[2]
         mass = _attention_mass(call)
         for policy, fair in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy, n_token), call.key, call.query, call.scaling, call.softcap)
+            ranked = rank(policy, fair, self.layout_of(policy, n_token), call.key, call.query, **call.logits)
             for ratio in self.ratios:
                 positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
                 kept = np.zeros((positions.shape[0], n_token), bool)
@@ -146,7 +145,7 @@ def _attention_mass(call: AttentionCall) -> np.ndarray:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.key.shape[2]
     scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]])
+    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks)
     return inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0].double().cpu().numpy()
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from .. import ops
+from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
 
@@ -57,6 +58,8 @@ class Inputs:
         Per row, the instructions as given, in order of position.
     paper : bool
         Follow the authors' code to the letter (``fair="paper"``).
+    sinks : tensor, shape (H*G,), or None
+        A logit per query head that joins the denominator of every softmax.
     """
 
     keys: Any
@@ -67,6 +70,7 @@ class Inputs:
     segments: Sequence[Sequence[tuple[int, int]]]
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
+    sinks: Any = None
 
     @property
     def n_token(self) -> int:
@@ -101,6 +105,7 @@ class Inputs:
             queries=self.queries,
             votes=packed,
             valid=np.array(self.valid),
+            lse=None if self.sinks is None else denominators_with_sinks(self, packed),
             scaling=self.scaling,
             softcap=self.softcap,
             kernel_size=kernel_size,
