@@ -131,7 +131,6 @@ def _note(cache) -> str:
 
 def page(outcomes: dict[str, Outcome]) -> str:
     """docs/models.md."""
-    count = {s: sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built")}
     exact, refused, not_built = (sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built"))
     head = f"""# Models
 

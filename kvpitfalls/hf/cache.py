@@ -174,6 +174,7 @@ class KeptCache(DynamicCache):
     """
 
     action = None
+    fingerprint: str | None = None  # of the model that filled it
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
 
@@ -186,8 +187,20 @@ class KeptCache(DynamicCache):
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid = action, [], None
+        self.action, self.spans, self.valid, self.fingerprint = action, [], None, None
         return self
+
+    def save(self, path) -> None:
+        """Write the cache to a safetensors file, all at once or not at all; :func:`kvpitfalls.load_cache` reads it.
+
+        Raises
+        ------
+        ValueError
+            If it is empty, or holds its budget while generating.
+        """
+        from .cache_file import save_cache
+
+        save_cache(self, path)
 
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":

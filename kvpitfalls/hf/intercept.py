@@ -21,6 +21,7 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from .cache import KeptCache, KeptLayer, Slots
+from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_model, decoder_of
 from .masks import physical_mask, valid_ranges
 
@@ -221,6 +222,7 @@ class _Attachment:
         check_model(model)
         self.count = 0
         self.new_cache: Any = None  # the handle's, while there is one
+        self.fingerprint: str | None = None  # of the model; taken at the first prefill
         namespaces = list({id(g): g for g in map(_stand_in_globals, attention_modules(model).values())}.values())
         decoder = decoder_of(model)
         self.hooks = [
@@ -289,6 +291,8 @@ def _enter(decoder, args, kwargs):
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
     _local.forward = _begin(cache, bound)
+    if _local.forward.prefill:
+        attachment.fingerprint = cache.fingerprint = attachment.fingerprint or fingerprint(decoder)
     return args, kwargs
 
 

@@ -253,6 +253,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     finally:
         detach(model)
     for cache in caches:
+        cache.fingerprint = trunk.fingerprint
         for i, layer in enumerate(trunk.layers):
             if not isinstance(layer, KeptLayer):
                 cache.layers[i] = copy.deepcopy(layer)
