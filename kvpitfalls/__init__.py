@@ -27,6 +27,7 @@ _HOME = {
     "TOVA": "policies.tova",
     "UnsupportedModelError": "errors",
     "keep": "selection",
+    "load_cache": "hf.cache_file",
     "wrap": "hf.wrap",
 }
 _MODULES = ("ops", "policies", "reference")

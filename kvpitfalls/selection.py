@@ -52,8 +52,31 @@ class Ranked:
     biased: "Ranked | None" = None
 
 
-def rank(policy: Policy, fair: Fair, layout: Layout, keys, queries, scaling: float | None = None, softcap: float = 0.0) -> Ranked:
-    """Score one layer. ``scaling`` None is ``D ** -0.5``."""
+def rank(
+    policy: Policy,
+    fair: Fair,
+    layout: Layout,
+    keys,
+    queries,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+    sinks=None,
+    share_heads: bool = False,
+) -> Ranked:
+    """Score one layer.
+
+    Parameters
+    ----------
+    policy, fair, layout
+    keys, queries : array, shape (B, H, T, D) and (B, H*G, Q, D)
+    scaling : float, optional
+        ``D ** -0.5`` by default.
+    softcap : float
+    sinks : tensor, shape (H*G,), optional
+        A logit per query head that joins every softmax.
+    share_heads : bool
+        One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
+    """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
@@ -62,14 +85,17 @@ def rank(policy: Policy, fair: Fair, layout: Layout, keys, queries, scaling: flo
     segments = layout.segments(fair)
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, layout.valid_array)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, layout.valid_array, sinks)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
             f"expected float32 {tuple(keys.shape[:3])}"
         )
-    biased = rank(policy, Fair.parse(False), layout, keys, queries, scaling, softcap) if 0 < fair.strength < 1 else None
+    if share_heads:
+        scores = scores.double().mean(1, keepdim=True).float()  # double: equal whole numbers of any size must stay equal
+    unfair = Fair.parse(False)
+    biased = rank(policy, unfair, layout, keys, queries, scaling, softcap, sinks, share_heads) if 0 < fair.strength < 1 else None
     return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
 
 

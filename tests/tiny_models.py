@@ -1,5 +1,6 @@
 """Random models of a few thousand weights, one per architecture, and what to feed them."""
 
+import functools
 import inspect
 
 import torch
@@ -74,25 +75,35 @@ class masked_like:
     def __enter__(self):
         compressed = {layer.index for layer in self.cache.kept_layers}
         for index, module in attention_modules(self.model).items():
-            if index in compressed:
-                self.hooks.append(module.register_forward_pre_hook(self._hide, with_kwargs=True))
+            source = self._source(index, module)
+            if source in compressed:
+                hook = functools.partial(self._hide, source=source)
+                self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
 
-    def _hide(self, module, args, kwargs):
+    def _source(self, index, module):
+        """The layer whose keys this one uses: the last of its kind that has keys of its own, or itself."""
+        if not getattr(module, "is_kv_shared_layer", False):
+            return index
+        kinds = self.model.config.layer_types
+        own = [i for i, other in attention_modules(self.model).items() if not getattr(other, "is_kv_shared_layer", False)]
+        return max(i for i in own if kinds[i] == kinds[index])
+
+    def _hide(self, module, args, kwargs, source):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden = bound["hidden_states"]
+        hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
         cache = bound.get("past_key_values") if bound.get("past_key_values") is not None else bound.get("layer_past")
         n_row, n_new = hidden.shape[:2]
-        n_past = cache.get_seq_length(module.layer_idx)
+        n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
         if n_past < self.n_prompt:
             return None
-        positions = torch.from_numpy(self.cache.positions(module.layer_idx).copy()).long()
-        n_query_head = self.model.config.num_attention_heads
+        positions = torch.from_numpy(self.cache.positions(source).copy()).long()
+        n_query_head = self.model.config.get_text_config(decoder=True).num_attention_heads
         positions = positions.repeat_interleave(n_query_head // positions.shape[1], 1)
         visible = torch.zeros(n_row, n_query_head, n_past + n_new + 1, dtype=torch.bool)
         visible.scatter_(2, torch.where(positions < 0, n_past + n_new, positions), True)  # the spare last column takes the padding
@@ -102,5 +113,8 @@ class masked_like:
         mask = torch.zeros(n_row, n_query_head, n_new, n_past + n_new).masked_fill(
             ~(visible[:, :, None] & causal), torch.finfo(torch.float32).min
         )
+        if "attention_mask" not in names:  # ctrl calls it mask, and passes it by position
+            place = names.index("mask")
+            return (*args[:place], mask, *args[place + 1 :]), kwargs
         kwargs["attention_mask"] = mask
         return args, kwargs

@@ -117,7 +117,6 @@ def _umask() -> int:
 class _Observe:
     """A cache's action: evict nothing, record what every setting would keep."""
 
-    needs_queries = True
     evicts = False
 
     def __init__(self, settings, ratios, layout_of, spans, progress):
@@ -133,7 +132,7 @@ class _Observe:
         inside = np.array([[begin <= t < end for begin, end in self.spans.values()] for t in range(n_token)], float)
         total = mass @ inside
         for policy, fair in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy), call.key, call.query, call.scaling, call.softcap)
+            ranked = rank(policy, fair, self.layout_of(policy), call.key, call.query, **call.logits)
             name = (policy.label, fair.label)
             for ratio in self.ratios:
                 positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
@@ -149,7 +148,7 @@ def _attention_mass(call: AttentionCall) -> np.ndarray:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.key.shape[2]
     scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]])
+    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks)
     return inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0].double().cpu().numpy()
 
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import NotInterceptedError
 
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
+
+
+class Slots(NamedTuple):
+    """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`."""
+
+    pos: torch.Tensor
+    live: torch.Tensor | None
+    seen: int
 
 
 class KeptLayer(DynamicLayer):
@@ -28,6 +37,8 @@ class KeptLayer(DynamicLayer):
         None: nothing was evicted and slot s holds position s.
     live : BoolTensor (B, H, S), or None
         Slots that hold a token; None: all. (A padded batch keeps different numbers of tokens in its rows.)
+    shared : bool
+        The model mixes heads after the cache, or caches latents, so one choice of tokens served all heads.
     """
 
     is_compileable = False
@@ -43,6 +54,7 @@ class KeptLayer(DynamicLayer):
         self.kept_positions = self.kept_counts = None  # what eviction left of the prompt, int32 (B,H,K) and (B,H), on the CPU
         self.prompt_shape = None  # (B, H, T) when the prompt was evicted
         self.bytes_before = 0
+        self.shared = False
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append new rows; called by the model. Refused outside a wrapped model, whose masks would not fit."""
@@ -68,6 +80,11 @@ class KeptLayer(DynamicLayer):
         self.seen += n_new
         forward.expect(self, n_new)
         return self.keys, self.values
+
+    @property
+    def slots(self) -> Slots | None:
+        """What stands where; None if nothing was evicted."""
+        return None if self.pos is None else Slots(self.pos, self.live, self.seen)
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K."""
@@ -157,6 +174,7 @@ class KeptCache(DynamicCache):
     """
 
     action = None
+    fingerprint: str | None = None  # of the model that filled it
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
 
@@ -169,8 +187,20 @@ class KeptCache(DynamicCache):
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid = action, [], None
+        self.action, self.spans, self.valid, self.fingerprint = action, [], None, None
         return self
+
+    def save(self, path) -> None:
+        """Write the cache to a safetensors file, all at once or not at all; :func:`kvpitfalls.load_cache` reads it.
+
+        Raises
+        ------
+        ValueError
+            If it is empty, or holds its budget while generating.
+        """
+        from .cache_file import save_cache
+
+        save_cache(self, path)
 
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":
@@ -238,8 +268,8 @@ class KeptCache(DynamicCache):
         -------
         dict
             ``n_tokens`` (prompt length), ``layers`` (list of dict: index, kept tokens per row and head, bytes before and after),
-            ``not_compressed`` (indices of stock layers), ``bytes_before``, ``bytes_after``, ``kept_share`` (rows held over rows seen),
-            ``spans`` (name -> mean kept share; row 0).
+            ``not_compressed`` (index -> why, for the layers left as they are), ``bytes_before``, ``bytes_after``, ``kept_share`` (rows
+            held over rows seen), ``spans`` (name -> mean kept share; row 0).
         """
         rows = [_layer_report(layer) for layer in self.kept_layers if layer.seen]
         held = [(layer.kept_counts, layer.prompt_shape) for layer in self.kept_layers if layer.kept_counts is not None]
@@ -247,12 +277,24 @@ class KeptCache(DynamicCache):
         return {
             "n_tokens": self.get_seq_length() if not held else held[0][1][2],
             "layers": rows,
-            "not_compressed": [i for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)],
+            "not_compressed": {i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)},
             "bytes_before": sum(row["bytes_before"] for row in rows),
             "bytes_after": sum(row["bytes_after"] for row in rows),
             "kept_share": float(sum(c.sum() for c, _ in held) / sum(real)) if held else 1.0,
             "spans": {name: float(self.kept(name).mean()) for name in (self.spans[0] if self.spans and rows else {})},
         }
+
+
+def why_not_compressed(layer) -> str:
+    """Why a stock cache layer is left as it is."""
+    kind = type(layer).__name__
+    if "LinearAttention" in kind:
+        return f"{kind}: its state has a fixed size"
+    if kind == "DummyLayer":
+        return f"{kind}: it has no cache of its own"
+    if getattr(layer, "is_sliding", False):
+        return f"{kind}: it holds no more than its window already"
+    return f"{kind}: not a plain full-attention cache"
 
 
 def _join_layers(layers: list):

@@ -10,6 +10,14 @@ from ..errors import UnsupportedModelError
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
+# What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks each.
+_REFUSED_TYPES = {
+    "minimax": "it insists on a cache class of its own",
+    "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
+    "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
+    "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
+}
+
 
 def decoder_of(model) -> torch.nn.Module:
     """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
@@ -24,7 +32,7 @@ def attention_modules(model) -> dict[int, torch.nn.Module]:
         index = getattr(module, "layer_idx", None)
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if isinstance(index, int) and code is not None and _REGISTRY in code.co_names and not getattr(module, "is_cross_attention", False):
-            found[index] = module
+            found.setdefault(index, module)  # self-attention stands before cross-attention
     return found
 
 
@@ -48,23 +56,35 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder-only model")
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
+    if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
+        raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
+    _check_layers(model, name)
+
+
+def _check_layers(model, name: str) -> None:
     attention = attention_modules(model)
+    layers = DynamicCache(config=model.config).layers
+    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    kinds = sorted({type(layer).__name__ for layer in layers})
+    if layers and not plain:
+        raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: {', '.join(kinds)}")
+    if indexed := [kind for kind in kinds if "Index" in kind]:
+        raise UnsupportedModelError(f"{name} has {', '.join(indexed)} cache layers, whose index of cached rows would break when rows go")
     if not attention:
         raise UnsupportedModelError(
             f"{name} computes attention in code of its own, not through transformers' attention interface, so its cache would stay as it is"
         )
-    text = config.get_text_config(decoder=True)
+    if not plain:
+        raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: none")
+    if missing := [i for i in plain if i not in attention]:
+        raise UnsupportedModelError(f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface")
+    text = model.config.get_text_config(decoder=True)
     if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
         raise UnsupportedModelError(
             f"{name} has reorder_and_upcast_attn=True, which bypasses the attention interface; expected False, or sdpa"
         )
-    layers = DynamicCache(config=model.config).layers
-    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    if not plain:
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: {kinds}")
-    if missing := [i for i in plain if i not in attention]:
-        raise UnsupportedModelError(f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface")
+    if getattr(text, "is_decoder", None) is False and getattr(attention[plain[0]], "is_causal", None) is False:
+        raise UnsupportedModelError(f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)")
 
 
 def check_cache(cache) -> None:
@@ -86,7 +106,7 @@ def check_cache(cache) -> None:
         )
 
 
-def check_call(module, implementation: str, extra: dict, needs_queries: bool) -> None:
+def check_call(module, implementation: str, extra: dict) -> None:
     """Raise if this attention call does more to its logits than a policy can follow."""
     name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     if implementation.startswith("paged"):
@@ -94,7 +114,3 @@ def check_call(module, implementation: str, extra: dict, needs_queries: bool) ->
     for key in ("indices", "block_indices", "position_bias"):
         if extra.get(key) is not None:
             raise UnsupportedModelError(f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves")
-    if needs_queries and extra.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{name} has attention sinks (s_aux); expected a policy that needs no attention: streaming_llm or knorm"
-        )

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from .cache import KeptCache, KeptLayer
+from .cache import KeptCache, KeptLayer, Slots
+from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_model, decoder_of
 from .masks import physical_mask, valid_ranges
 
@@ -33,23 +34,46 @@ _abandoned: "collections.deque[list[dict]]" = collections.deque()  # globals of 
 
 @dataclass
 class _Ticket:
+    """A layer as its update left it; some models call attention more than once for one update, so eviction must not change this."""
+
     layer: KeptLayer
     keys: weakref.ref
     values: weakref.ref
     n_new: int
+    n_slot: int
+    slots: Slots | None
     done: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a cache's action sees of one layer's prefill: q and k after rotary embedding, as attention used them."""
+    """What a cache's action sees of one layer's prefill: q and k after rotary embedding, as attention used them.
+
+    Attributes
+    ----------
+    query : tensor (B, Hq, q, D)
+    key : tensor (B, H, T, D)
+    scaling, softcap : float
+    valid : list of (int, int)
+        Per row, the range of real tokens.
+    sinks : tensor (Hq,), or None
+        A logit per head that joins every softmax (gpt-oss).
+    shared : bool
+        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
     scaling: float | None
     softcap: float
     valid: list[tuple[int, int]]
+    sinks: torch.Tensor | None = None
+    shared: bool = False
+
+    @property
+    def logits(self) -> dict:
+        """How attention logits are made and whose they are, for :func:`kvpitfalls.selection.rank`."""
+        return {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks, "share_heads": self.shared}
 
 
 @dataclass
@@ -63,20 +87,26 @@ class Forward:
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""
-        self.tickets[layer.index] = _Ticket(layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new)
+        self.tickets[layer.index] = _Ticket(
+            layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new, layer.keys.shape[2], layer.slots
+        )
 
     def collect(self, key: torch.Tensor, module) -> _Ticket | None:
-        """The ticket whose keys these are."""
+        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own."""
         ticket = self.tickets.get(getattr(module, "layer_idx", None))
         if ticket is not None and ticket.keys() is key:
             return ticket
         for other in self.tickets.values():  # layers that share another layer's keys
             if other.keys() is key:
                 return other
-        if ticket is not None and not ticket.done:
+        if ticket is None:
+            return None
+        if key.shape[2] == ticket.n_slot:
+            return ticket
+        if not ticket.done:
             raise UnsupportedModelError(
-                f"{type(module).__name__} (layer {ticket.layer.index}) changes its keys after the cache returned them, so cached rows are "
-                "not what attention scores; such models cannot be compressed head by head"
+                f"{type(module).__name__} (layer {ticket.layer.index}) calls attention on {key.shape[2]} keys, but its cache returned "
+                f"{ticket.n_slot}; such models cannot be compressed"
             )
         return None
 
@@ -91,22 +121,24 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
     ticket = forward.collect(key, module) if forward is not None else None
     if ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
-    if ticket.values() is not value:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} (layer {ticket.layer.index}) changes its values after the cache returned them"
-        )
-    if ticket.layer.pos is not None:
-        attention_mask = physical_mask(ticket.layer, attention_mask, query, implementation)
+    if ticket.slots is not None:
+        attention_mask = physical_mask(ticket.slots, attention_mask, query, implementation)
     out = base(module, query, key, value, attention_mask, **kwargs)
     if not ticket.done:
         ticket.done = True
         action = forward.cache.action
         if forward.prefill and action is not None:
-            check_call(module, implementation, kwargs, action.needs_queries)
-            softcap = 0.0 if implementation == "sdpa" else kwargs.get("softcap") or 0.0  # sdpa ignores it, so scores must, too
-            valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
-            action(ticket.layer, AttentionCall(query, key, value, kwargs.get("scaling"), softcap, valid))
+            check_call(module, implementation, kwargs)
+            action(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
     return out
+
+
+def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict) -> AttentionCall:
+    # sdpa ignores softcap and sinks, so scores must, too
+    softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
+    ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
+    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared)
 
 
 class _StandIn:
@@ -190,6 +222,7 @@ class _Attachment:
         check_model(model)
         self.count = 0
         self.new_cache: Any = None  # the handle's, while there is one
+        self.fingerprint: str | None = None  # of the model; taken at the first prefill
         namespaces = list({id(g): g for g in map(_stand_in_globals, attention_modules(model).values())}.values())
         decoder = decoder_of(model)
         self.hooks = [
@@ -258,6 +291,8 @@ def _enter(decoder, args, kwargs):
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
     _local.forward = _begin(cache, bound)
+    if _local.forward.prefill:
+        attachment.fingerprint = cache.fingerprint = attachment.fingerprint or fingerprint(decoder)
     return args, kwargs
 
 

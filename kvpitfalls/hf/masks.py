@@ -32,13 +32,13 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     return [(start, n_token) for start in starts.tolist()]
 
 
-def physical_mask(layer, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
+def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
     """The mask (B, Hq, q, S) over the slots of an evicted layer, in the kind the attention function takes; None where all is visible.
 
     Parameters
     ----------
-    layer : KeptLayer
-        After its update, with ``pos`` set.
+    slots : Slots
+        Of the layer, after its update.
     mask : tensor (B or 1, 1 or Hq, q, L), or None
         The model's mask over logical positions: bool (True = visible) or additive.
     query : tensor (B, Hq, q, D)
@@ -47,7 +47,7 @@ def physical_mask(layer, mask: torch.Tensor | None, query: torch.Tensor, impleme
     """
     n_row, n_query_head, n_new = query.shape[:3]
     if implementation.startswith("flash") or implementation.startswith("flex"):
-        if mask is None and layer.live is None and implementation.startswith("flash"):
+        if mask is None and slots.live is None and implementation.startswith("flash"):
             return None  # causal, aligned to the newest token: right for any number of older slots
         raise UnsupportedModelError(
             f"attention implementation {implementation!r} with padding is not supported on a compressed cache; "
@@ -55,15 +55,15 @@ def physical_mask(layer, mask: torch.Tensor | None, query: torch.Tensor, impleme
         )
     if mask is None:
         if n_new == 1:
-            return None if layer.live is None else _kind(_per_query_head(layer.live, query)[:, :, None], query, implementation)
-        newest = torch.arange(layer.seen - n_new, layer.seen, device=query.device)
-        visible = _per_query_head(layer.pos, query)[:, :, None] <= newest[:, None]
-        return _kind(visible if layer.live is None else visible & _per_query_head(layer.live, query)[:, :, None], query, implementation)
-    slots = _per_query_head(layer.pos, query)[:, :, None].expand(-1, -1, n_new, -1)
-    physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, slots)
-    if layer.live is None:
+            return None if slots.live is None else _kind(_per_query_head(slots.live, query)[:, :, None], query, implementation)
+        newest = torch.arange(slots.seen - n_new, slots.seen, device=query.device)
+        visible = _per_query_head(slots.pos, query)[:, :, None] <= newest[:, None]
+        return _kind(visible if slots.live is None else visible & _per_query_head(slots.live, query)[:, :, None], query, implementation)
+    index = _per_query_head(slots.pos, query)[:, :, None].expand(-1, -1, n_new, -1)
+    physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, index)
+    if slots.live is None:
         return physical
-    live = _per_query_head(layer.live, query)[:, :, None]
+    live = _per_query_head(slots.live, query)[:, :, None]
     return physical & live if physical.dtype == torch.bool else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
 
 

@@ -11,7 +11,6 @@ from .intercept import AttentionCall, attach, detach
 class Shuffle:
     """A cache's action: keep every row, but each head's in an order of its own."""
 
-    needs_queries = False
     evicts = True
 
     def __init__(self, seed: int = 0):
@@ -19,9 +18,10 @@ class Shuffle:
 
     def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Shuffle ``layer``."""
-        n_row, n_head, n_token = call.key.shape[:3]
-        order = torch.rand(n_row, n_head, n_token, generator=self.generator).argsort(-1).to(call.key.device)
-        rows = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (call.key, call.value)]
+        n_row, n_head, n_token = layer.keys.shape[:3]
+        order = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator).argsort(-1).to(layer.keys.device)
+        order = order.expand(-1, n_head, -1)
+        rows = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)]
         layer.keep(*rows, order.int(), torch.full((n_row, n_head), n_token))
 
 

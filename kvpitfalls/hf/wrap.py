@@ -1,6 +1,7 @@
 """Wrapping a model: one call, and its prompts are compressed."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,11 +34,6 @@ class Evict:
     spans: Any = None
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether attention is recomputed."""
-        return self.policy.needs_queries
-
-    @property
     def n_sink(self) -> int:
         """What protect="sinks" protects."""
         return getattr(self.policy, "n_sink", 4)
@@ -68,9 +64,11 @@ class Evict:
         if all(kept_tokens(n, self.compression_ratio, self.budget) == n for n in lengths):
             return
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        ranked = rank(self.policy, self.fair, layout, call.key, call.query, call.scaling, call.softcap)
+        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)
         kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
-        layer.keep(*ops.gather(call.key, call.value, kept.positions), kept.positions, kept.counts)
+        n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
+        positions, counts = kept.positions.expand(-1, n_head, -1).contiguous(), kept.counts.expand(-1, n_head).contiguous()
+        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, counts)
 
 
 def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill") -> "Handle":
@@ -215,7 +213,6 @@ class Handle:
 class Fork:
     """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
 
-    needs_queries = True
     evicts = False
 
     def __init__(self, caches: Sequence[KeptCache]):
@@ -256,6 +253,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     finally:
         detach(model)
     for cache in caches:
+        cache.fingerprint = trunk.fingerprint
         for i, layer in enumerate(trunk.layers):
             if not isinstance(layer, KeptLayer):
                 cache.layers[i] = copy.deepcopy(layer)
@@ -263,14 +261,15 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
 
 
 def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Run the decoder over the prompt. Position ids of padded rows are those that ``generate`` will continue."""
+    """Run the decoder over the prompt, with the position ids that ``generate`` would give and continue."""
     decoder = decoder_of(model)
     device = next(decoder.parameters()).device
     kwargs = {"input_ids": ids.to(device), "past_key_values": cache, "use_cache": True}
+    real = torch.ones_like(ids) if mask is None else mask.long()
     if mask is not None:
         kwargs["attention_mask"] = mask.to(device)
-        if not bool(mask.all()):
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
+    if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
+        kwargs["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0).to(device)
     decoder(**kwargs)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from .. import ops
+from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
 
@@ -70,6 +71,8 @@ class Inputs:
         Follow the authors' code to the letter (``fair="paper"``).
     valid_array : ndarray of int32, shape (B, 2), or None
         ``valid`` for the core; None if all tokens are real.
+    sinks : tensor, shape (H*G,), or None
+        A logit per query head that joins the denominator of every softmax.
     """
 
     keys: Any
@@ -81,6 +84,7 @@ class Inputs:
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
     valid_array: np.ndarray | None = None
+    sinks: Any = None
 
     @property
     def n_token(self) -> int:
@@ -105,12 +109,14 @@ class Inputs:
         """
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
+        packed = _pack(tuple(map(tuple, votes)))
         return ops.score(
             "attention",
             self.keys,
             queries=self.queries,
-            votes=_pack(tuple(map(tuple, votes))),
+            votes=packed,
             valid=self.valid_array,
+            lse=None if self.sinks is None else denominators_with_sinks(self, packed),
             scaling=self.scaling,
             softcap=self.softcap,
             kernel_size=kernel_size,

@@ -1,0 +1,166 @@
+"""Every causal-LM type of the installed transformers, tried tiny: exact, refused or not built. ``python tests/model_sweep.py`` writes
+docs/models.md from it."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from tiny_configs import tiny_config
+from tiny_models import feed, ids, masked_like
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import kvpitfalls as kvp
+from kvpitfalls.hf.cache import KeptCache
+from kvpitfalls.hf.intercept import attach, detach
+from kvpitfalls.hf.probe import Shuffle
+
+TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+MAX_WEIGHTS = 12_000_000
+N_PROMPT, CHUNKS, N_KEPT, N_PAD = 12, [1, 3], 6, 2
+CLOSE = 1e-5
+# Types that the configurations of this test do not reach.
+NOT_BUILT = {
+    "bailing_hybrid": "its linear layers reject the generic sizes",
+    "blt": "its byte encoder has 190 million weights at the least",
+    "cohere_compass_text": "its rotary parameters have no default for its layer types",
+    "dbrx": "its default configuration lacks fields that the model reads",
+    "dots3_note": "its sizes differ per layer",
+    "dots3_note_text": "its sizes differ per layer",
+    "fuyu": "its text model cannot be sized from outside",
+    "gemma3": "its vision tower is too large; the text model, gemma3_text, is tried",
+    "gemma3n": "its vision tower needs pillow and timm; the text model, gemma3n_text, is tried",
+    "gemma4_assistant": "it drafts for another model, whose cache it reads",
+    "gemma4_unified": "its towers are too large; the text model, gemma4_unified_text, is tried",
+    "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
+    "got_ocr2": "its vision tower cannot be sized from outside",
+    "moss_transcribe_diarize": "its audio tower cannot be sized from outside",
+    "musicgen": "it is built from a part of its configuration",
+    "musicgen_melody": "it is built from a part of its configuration",
+    "qwen4_exp": "its default configuration lacks fields that the model reads",
+    "qwen4_exp_text": "its indexer has no default sizes",
+    "reformer": "its axial positions reject the generic sizes",
+    "zamba": "its tied layers reject so few layers",
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a type: "exact", "refused" or "not built", and a note for the page."""
+
+    status: str
+    note: str
+
+
+def build(model_type: str):
+    """A random model, or None if it would be too large."""
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        if sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()) > MAX_WEIGHTS:
+            raise ValueError(f"{model_type} has more than {MAX_WEIGHTS} weights")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # as in tiny_models: attention far from uniform
+            if weight.ndim > 1 and "embed" not in name and "wte" not in name:
+                weight.mul_(4.0)
+    return model
+
+
+def examine(model_type: str) -> Outcome:
+    """Try one type; raises AssertionError if it is neither exact nor refused."""
+    if model_type in NOT_BUILT:
+        return Outcome("not built", NOT_BUILT[model_type])
+    model = build(model_type)
+    try:
+        return Outcome("exact", _exact(model))
+    except AssertionError as error:
+        raise AssertionError(f"{model_type}: {error}") from error
+    except kvp.UnsupportedModelError as error:
+        reason = re.sub(r"^\w+ \(model type '[\w-]+'\):? ?", "", str(error))
+        return Outcome("refused", re.sub(r"^\w+ \(layer \d+\) ", "", reason))
+
+
+def _exact(model) -> str:
+    tokens = ids(2, N_PROMPT + sum(CHUNKS))
+    with kvp.wrap(model, "h2o", compression_ratio=0) as handle:
+        same = feed(model, tokens, [N_PROMPT, *CHUNKS], handle.new_cache())
+    plain = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config))
+    assert plain.isfinite().all() and torch.equal(same, plain), "ratio 0 is not bit-identical"
+
+    mask = torch.ones_like(tokens)
+    mask[0, :N_PAD] = 0
+    padded = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config), mask)
+    attach(model)
+    try:
+        shuffled = feed(model, tokens, [N_PROMPT, *CHUNKS], KeptCache(model.config, Shuffle()), mask)
+    finally:
+        detach(model)
+    _assert_close(shuffled[1], padded[1], "shuffled rows are visible")
+    _assert_close(shuffled[0, N_PAD:], padded[0, N_PAD:], "shuffled rows are visible under padding")
+
+    with kvp.wrap(model, "h2o", budget=N_KEPT) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        kept = copy.deepcopy(cache)
+        evicted = feed(model, tokens, CHUNKS, cache, start=N_PROMPT)
+    for layer in kept.kept_layers:
+        assert (layer.kept_counts == N_KEPT).all(), f"layer {layer.index} was not compressed"
+        assert layer.keys.shape[2] == N_KEPT
+    full = DynamicCache(config=model.config)
+    feed(model, tokens, [N_PROMPT], full)
+    with masked_like(model, kept, N_PROMPT):
+        masked = feed(model, tokens, CHUNKS, full, start=N_PROMPT)
+    _assert_close(evicted, masked, "evicting is not masking")
+    assert not torch.allclose(evicted, plain[:, N_PROMPT:], atol=1e-3), "eviction changed nothing, so the comparison says nothing"
+    return _note(kept)
+
+
+def _assert_close(a, b, message):
+    assert (worst := float((a - b).abs().max())) <= CLOSE, f"{message}: {worst:.1g}"
+
+
+def _note(cache) -> str:
+    kinds = sorted({why.split(":")[0] for why in cache.report()["not_compressed"].values()})
+    notes = [f"{', '.join(kinds)} left as they are" if kinds else "", "one choice for all heads" if cache.kept_layers[0].shared else ""]
+    return "; ".join(filter(None, notes))
+
+
+def page(outcomes: dict[str, Outcome]) -> str:
+    """docs/models.md."""
+    exact, refused, not_built = (sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built"))
+    head = f"""# Models
+
+Every causal-LM type of transformers {transformers.__version__}, built tiny from its configuration with random weights. Written by
+`python tests/model_sweep.py`; `tests/test_models.py` tries each type again and fails on one that is not listed.
+
+- *exact* ({exact}): a compression ratio of 0 gives the same bits as the unwrapped model; shuffling the cached rows changes logits by at
+  most {CLOSE:g}, with padding too; evicting equals masking the same tokens, head by head, in the unwrapped model; and every layer that
+  could be compressed was.
+- *refused* ({refused}): `kvpitfalls.wrap`, or the first forward, raises `UnsupportedModelError` with this reason.
+- *not built* ({not_built}): these tests do not build it, so nothing is known but that each forward of a wrapped model checks that every
+  layer was intercepted, and raises if not; `handle.verify()` probes a live model.
+
+| type | | note |
+|---|---|---|
+"""
+    return head + "".join(f"| {name} | {o.status} | {o.note} |\n" for name, o in sorted(outcomes.items()))
+
+
+def listed() -> dict[str, str]:
+    """Type -> status, as docs/models.md has it."""
+    return dict(re.findall(r"^\| ([\w.-]+) \| (exact|refused|not built) \|", PAGE.read_text(), flags=re.M))
+
+
+def page_version() -> str:
+    """The transformers version that docs/models.md was written for."""
+    return re.search(r"transformers ([\d.]+),", PAGE.read_text())[1]
+
+
+if __name__ == "__main__":
+    outcomes = {name: examine(name) for name in TYPES}
+    PAGE.write_text(page(outcomes))
+    sys.stdout.write(f"{PAGE.name}: {len(outcomes)} types\n")

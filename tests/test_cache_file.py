@@ -1,0 +1,74 @@
+"""A saved cache is the cache: it goes on as the original would, and is refused where it does not belong."""
+
+import copy
+import os
+
+import pytest
+import torch
+from model_sweep import build as build_type
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_models import build, feed, ids
+
+import kvpitfalls as kvp
+
+N_PROMPT, CHUNKS = 20, [1, 1, 5, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt2", "gemma3n_text"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_loaded_cache_goes_on_as_the_original(family, padded, tmp_path):
+    model, tokens, path = build_type(family), ids(), tmp_path / "prompt.safetensors"
+    mask = torch.ones_like(tokens)
+    mask[0, : 3 * padded] = 0
+    greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with kvp.wrap(model, "snapkv", compression_ratio=0.6, fair=True) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], spans={"a": (4, 10), "b": (10, 18)})
+        cache.save(path)
+        loaded = kvp.load_cache(path, model)
+        assert loaded.report() == cache.report() and loaded.valid == cache.valid
+        wanted = feed(model, tokens, CHUNKS, copy.deepcopy(cache), mask, start=N_PROMPT)
+        assert torch.equal(feed(model, tokens, CHUNKS, copy.deepcopy(loaded), mask, start=N_PROMPT), wanted)
+        first, second = (model.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(c), **greedy) for c in (cache, loaded))
+        assert torch.equal(first, second)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_files_that_do_not_belong_are_refused(tmp_path):
+    model, path = build("llama"), tmp_path / "prompt.safetensors"
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(ValueError, match="the cache is empty"):
+            handle.new_cache().save(path)
+        assert not path.exists()
+        handle.compress(ids()).save(path)
+    other = build("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="holds the cache of another model; expected one that LlamaForCausalLM filled"):
+        kvp.load_cache(path, other)
+    with pytest.raises(ValueError, match="another model"):
+        kvp.load_cache(path, build("qwen3"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        kvp.load_cache(tmp_path / "nothing", model)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, tmp_path / "newer", {**metadata, "version": "2"})
+    with pytest.raises(ValueError, match="has version 2; expected at most 1"):
+        kvp.load_cache(tmp_path / "newer", model)
+    save_file(tensors, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="is not a cache of this package"):
+        kvp.load_cache(tmp_path / "foreign", model)
+    (tmp_path / "broken").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is broken"):
+        kvp.load_cache(tmp_path / "broken", model)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path = build("llama"), tmp_path / "prompt.safetensors"
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        handle.compress(ids()).save(path)
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            handle.compress(ids(seed=1)).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]

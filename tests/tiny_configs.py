@@ -1,0 +1,85 @@
+"""A configuration of a few thousand weights for any causal-LM type of the installed transformers, derived from its default one."""
+
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# Given to every configuration that has such an attribute.
+_SIZES = {
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "embedding_dim", "word_embed_proj_dim"], 64),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96),
+    **dict.fromkeys(["num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads"], 4),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "encoder_layers"], 2),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "vocab_size", "vocab_size_per_layer_input"], 128),
+    **dict.fromkeys(["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"], 2),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
+    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"], 1),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "v_head_dim", "head_dim", "global_head_dim"], 16),
+    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"], 8),
+    **dict.fromkeys(["num_key_value_heads", "num_global_key_value_heads"], 2),
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "is_decoder": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SHARED_TAIL = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_OMIT = object()  # leave the default
+# What a type's own rules need instead.
+_CHANGES = {
+    "deepseek_v4": {"layer_types": _OMIT},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": _SHARED_TAIL,
+    "gemma4_text": {**_SHARED_TAIL, "per_layer_config": {}},
+    "gemma4_unified_text": {**_SHARED_TAIL, "per_layer_config": {}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "inkling2_text": {"layer_types": _OMIT},
+    "inkling_text": {"layer_types": _OMIT},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8},
+    "moshi": {"sliding_window": 8, "depth_decoder_config": {}},
+    "prophetnet": {"num_hidden_layers": _OMIT},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+    "roc_bert": {"pronunciation_vocab_size": 16, "shape_vocab_size": 16},
+    "xlm": {"n_words": 128, "emb_dim": 64, "n_heads": 4, "n_layers": 2},
+    "xlnet": {"max_position_embeddings": _OMIT},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3},
+    "zamba2": {"num_hidden_layers": 54},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": _OMIT},
+}
+
+
+def tiny_config(model_type: str):
+    """The configuration; raises what transformers raises where none of this fits the type."""
+    sizes = {**_sizes(CONFIG_MAPPING[model_type]), **_CHANGES.get(model_type, {})}
+    return AutoConfig.for_model(model_type, **{name: size for name, size in sizes.items() if size is not _OMIT})
+
+
+def _sizes(config_class) -> dict:
+    default = config_class()
+    known = set(default.to_dict()) | {"is_decoder"}
+    renamed = getattr(config_class, "attribute_map", {}) or {}
+    sizes = {name: size for name, size in _SIZES.items() if name in known and name not in renamed and _settable(config_class, name)}
+    if "kv_lora_rank" in known and default.kv_lora_rank:  # multi-head latent attention
+        sizes.update(head_dim=8, num_key_value_heads=4)
+    kinds = default.to_dict().get("layer_types")
+    if kinds and "layer_types" not in renamed and _settable(config_class, "layer_types"):
+        sizes["layer_types"] = [*sorted(set(kinds) - {"full_attention"}), "full_attention"]
+        sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    elif "sliding_window" in sizes:  # every layer would be a sliding one
+        sizes["sliding_window"] = None
+    for name, sub in (getattr(config_class, "sub_configs", None) or {}).items():
+        sizes[name] = _sizes(sub) if sub is not AutoConfig else {}
+    return sizes
+
+
+def _settable(config_class, name: str) -> bool:
+    return not isinstance(getattr(config_class, name, None), property)
