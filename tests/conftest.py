@@ -1,6 +1,11 @@
 """Fixtures that more than one module needs."""
 
+import os
+
 import pytest
+
+# Most models here are tiny: threads would only wait for each other, for minutes where other processes keep the cores busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Evict:
     budget: int | None
     protect: Any = None
     spans: Any = None
+    layouts: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # one layout serves all layers of a prompt
 
     @property
     def n_sink(self) -> int:
@@ -45,7 +46,10 @@ class Evict:
 
     def layout(self, n_row: int, n_token: int, valid) -> Layout:
         """What stands where in the prompts."""
-        return Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
+        key = (n_row, n_token, tuple(valid))
+        if key not in self.layouts:
+            self.layouts[key] = Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
+        return self.layouts[key]
 
     def spans_of(self, n_row: int, n_token: int, valid) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
