@@ -69,7 +69,7 @@ class Scenario:
             return {"leak": leakage(output, texts), "refused": refuses(output, self.refusal)}
         if kind == "recall":
             return {"recall": rouge_recall(begun_and_rest(self.row["messages"][0]["content"])[1], output)}
-        return check(self.row, output, seed)
+        return {"instructions": list(self.row["instruction_id_list"]), **check(self.row, output, seed)}
 
     def inputs_sha256(self, kind: str, attack: str | None) -> str:
         """Of all text that goes into an answer."""
