@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,27 @@ import torch
 import kvpitfalls as kvp
 from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
+from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.scenario import Scenario, conversation
 from kvpitfalls.experiments.sweep import sweep
+from kvpitfalls.hf.load import load
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, smollm2):
     return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once(model):
+    """The sweeps here share one loaded model; those of test_cli_experiments.py load it themselves."""
+    loaded = load(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "load_model", lambda config, name: loaded)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,7 @@ def test_the_records_are_the_plan(unbroken, model):
     found = records.read_records(unbroken)
     identities = {json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")]) for r in found}
     # orders x prompts x (full + ratios x policies x modes) x (2 attacks, recall, follow)
-    assert len(found) == len(identities) == 2 * 5 * (1 + 2 * 2 * 2) * 4
+    assert len(found) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
     assert [{k: r[k] for k in i} for b in plan(config, load_corpus()) for i, r in zip(b.items(load_corpus()), found, strict=False)]
     meta = records.read_meta(unbroken)
     assert meta["items"] == len(found) and meta["same"]["torch"] == torch.__version__ and len(meta["sessions"]) == 1
@@ -47,8 +59,6 @@ def test_the_records_are_the_plan(unbroken, model):
 
 def test_a_record_is_what_one_plain_call_gives(unbroken, model):
     """Second way: wrap, compress one prompt, generate; no batch, no sweep."""
-    from kvpitfalls.hf.load import load
-
     loaded, tokenizer = load(model)
     corpus = load_corpus()
     rows = {row["key"]: row for row in corpus.rows}
@@ -70,7 +80,7 @@ def test_a_record_is_what_one_plain_call_gives(unbroken, model):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 400])
 def test_batches_change_nothing(unbroken, model, tmp_path, batch_size):
-    n_prompts = 1 if batch_size == 1 else 5
+    n_prompts = 1 if batch_size == 1 else 2
     sweep(tiny_sweep.config(model, batch_size=batch_size, n_prompts=n_prompts), tmp_path)
     keys = [row["key"] for row in load_corpus().rows[:n_prompts]]
     same = [line for line in tiny_sweep.untimed(unbroken) if json.loads(line)["key"] in keys]
@@ -114,8 +124,11 @@ def test_another_sweep_is_not_mixed_in(unbroken, model, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"} == before
     lines = (tmp_path / "records.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "records.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
+    swapped = (tmp_path / "records.jsonl").read_bytes()
     with pytest.raises(ValueError, match="record 1, is not the one that this sweep makes"):
         sweep(tiny_sweep.config(model), tmp_path)
+    assert (tmp_path / "records.jsonl").read_bytes() == swapped
+    assert (tmp_path / "run_meta.json").read_bytes() == before["run_meta.json"], "what is refused changes nothing"
     (tmp_path / "records.jsonl").write_text("".join([lines[0], "{broken\n", *lines[2:]]), encoding="utf-8")
     with pytest.raises(ValueError, match="record 2, is no JSON"):
         sweep(tiny_sweep.config(model), tmp_path)
@@ -125,6 +138,19 @@ def test_another_sweep_is_not_mixed_in(unbroken, model, tmp_path):
     (tmp_path / "run_meta.json").unlink()
     with pytest.raises(ValueError, match=r"has records but no run_meta\.json"):
         sweep(tiny_sweep.config(model), tmp_path)
+
+
+def test_other_weights_are_another_sweep(model, tmp_path):
+    before = sweep_module.identity(tiny_sweep.config(model), load_corpus())["model_sources"]
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    renamed = [
+        source.replace(str(other), model) for source in sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"]
+    ]
+    assert renamed == before, "the same files are the same model"
+    with (other / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"] != renamed
 
 
 def _rows(path, n, bad):
@@ -177,7 +203,7 @@ def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeyp
     monkeypatch.setattr(batch_module, "answers", failing)
     done = sweep(tiny_sweep.config(model, orders=["defense_first"]), tmp_path)
     found = records.read_records(tmp_path)
-    assert done["failed"] == len(found) / 5 and {r["key"] for r in found if r["error"]} == {victim["key"]}
+    assert done["failed"] == len(found) / 4 and {r["key"] for r in found if r["error"]} == {victim["key"]}
     assert {r["error"] for r in found if r["error"]} == {"RuntimeError: out of memory"}
 
 

@@ -34,10 +34,10 @@ def save_tiny_model(folder: Path, tokenizer) -> str:
 
 
 def config(model: str, **changes) -> SweepConfig:
-    """2 policies x 2 modes x 2 ratios, both orders, 5 prompts."""
+    """2 policies x 2 modes x 2 ratios, both orders, 4 prompts."""
     given = {
         "models": [model],
-        "n_prompts": 5,
+        "n_prompts": 4,
         "policies": ["streaming_llm", "snapkv"],
         "modes": ["biased", "fair"],
         "compression_ratios": [0.3, 0.5],
@@ -84,7 +84,7 @@ def _child(model: str, folder: Path, seconds: float | None) -> int:
     """0 if the child finished, else the signal that ended it."""
     pid = os.fork()
     if pid == 0:
-        sweep(config(model, n_prompts=3, orders=["defense_first"], batch_size=8), folder)
+        sweep(config(model, n_prompts=2, orders=["defense_first"], batch_size=6), folder)
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)

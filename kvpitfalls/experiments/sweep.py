@@ -1,5 +1,6 @@
 """Running a sweep: batch after batch, each recorded before the next begins; resumed where it was interrupted."""
 
+import hashlib
 import importlib.metadata
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
 from .plan import Batch, plan
-from .records import append, check_same, locked, read_meta, read_records, recover, write_meta
+from .records import META, RECORDS, append, check_same, locked, read_meta, read_records, recover, write_meta
 
 _PACKAGES = ("torch", "transformers", "numpy", "rouge-score", "lm-eval", "nltk", "langdetect")
 
@@ -59,8 +60,9 @@ def sweep(config: SweepConfig, folder: str | Path, *, data: str | Path | None = 
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         n_item = sum(len(batch.items(corpus)) for batch in batches)
-        begin(folder, identity(config, corpus), n_item, corpus.notice)
+        meta = begin(folder, identity(config, corpus), n_item, corpus.notice)
         done = recover(folder, (batch.items(corpus) for batch in batches))
+        write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])
         with tqdm(total=n_item, initial=held, desc="sweep, items", disable=None) as progress:
             for records in run_local(config, corpus, batches[done:]):
@@ -86,18 +88,18 @@ def load_model(config: SweepConfig, name: str):
     return load(None if name == "default" else name, **options)
 
 
-def begin(folder: Path, same: dict, n_item: int, notice: str) -> None:
-    """Write ``run_meta.json``, or check that the sweep there is this one."""
+def begin(folder: Path, same: dict, n_item: int, notice: str) -> dict:
+    """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and this session."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     session = {"started": now, "arguments": shlex.join(sys.argv), "commit": _commit()}
     try:
         meta = read_meta(folder)
     except FileNotFoundError:
-        if (folder / "records.jsonl").exists():
-            raise ValueError(f"{folder} has records but no run_meta.json; expected a new folder, or one of a sweep") from None
+        if (folder / RECORDS).exists():
+            raise ValueError(f"{folder} has records but no {META}; expected a new folder, or one of a sweep") from None
         meta = {"same": same, "items": n_item, "notice": notice, "sessions": []}
     check_same(meta["same"], same)
-    write_meta(folder, {**meta, "sessions": [*meta["sessions"], session]})
+    return {**meta, "sessions": [*meta["sessions"], session]}
 
 
 def identity(config: SweepConfig, corpus: Corpus) -> dict:
@@ -117,9 +119,19 @@ def identity(config: SweepConfig, corpus: Corpus) -> dict:
 
 
 def _source(name: str) -> str:
-    """Where a model comes from, and its revision if it is from the hub."""
+    """Where a model comes from, and which it is: the hub's revision, or a fingerprint of a local folder."""
     known = None if name in ("default", DEFAULT_MODEL) else name
-    return " at ".join(part for part in (describe(known), revision(known)) if part)
+    folder = Path(name).expanduser()
+    which = _fingerprint(folder) if known is not None and folder.is_dir() else revision(known)
+    return " at ".join(part for part in (describe(known), which) if part)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the config's text and the names and sizes of all files; hashing the weights themselves would take minutes for large models."""
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    config = folder / "config.json"
+    text = repr(sizes).encode() + (config.read_bytes() if config.is_file() else b"")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:
