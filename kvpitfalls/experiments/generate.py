@@ -56,6 +56,17 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
     Both halves of a row, context and rest, are padded on the left; the cache stands for the first half's columns.
     """
     tokenizer = contexts[0].tokenizer
+    tokens, mask = pad_halves(contexts, conversations)
+    width = tokens.shape[1]
+    device = next(model.parameters()).device
+    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **_GREEDY)
+    ends = _end_tokens(model)
+    return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
+
+
+def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, LongTensor (B, T): each row's context and the rest of its conversation, each padded on the left."""
+    tokenizer = contexts[0].tokenizer
     n_context = max(map(len, contexts))
     width = n_context + max(len(ids) - len(p) for ids, p in zip(conversations, contexts, strict=True))
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -64,10 +75,7 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
     for row, seen, ids, prompt in zip(tokens, mask, conversations, contexts, strict=True):
         for part, end in ((ids[: len(prompt)], n_context), (ids[len(prompt) :], width)):
             row[end - len(part) : end], seen[end - len(part) : end] = torch.as_tensor(part), 1
-    device = next(model.parameters()).device
-    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **_GREEDY)
-    ends = _end_tokens(model)
-    return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
+    return tokens, mask
 
 
 def _end_tokens(model) -> set[int]:
