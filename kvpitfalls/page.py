@@ -12,9 +12,9 @@ from .experiments.records import META, RECORDS, read_meta, read_records
 from .experiments.summary import METRICS, SETTING, TOGETHER, composites, differences, following, rank_correlations, summarize
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1400px; padding: 0 1em; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px; margin: .8em 0; display: block; overflow-x: auto }
-th, td { padding: .2em .7em; text-align: left; border-bottom: 1px solid #ddd }
+th, td { padding: .2em .5em; text-align: left; border-bottom: 1px solid #ddd }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 svg { max-width: 100%; height: auto }
 .bad { color: #b00020; font-weight: 600 }
