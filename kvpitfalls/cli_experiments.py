@@ -1,0 +1,152 @@
+"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | sweep | report``."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def add_commands(commands) -> None:
+    """Add the commands to the parser of :mod:`kvpitfalls.cli`."""
+    sweep = commands.add_parser("sweep", help="run a matrix of policies, ratios, prompts and attacks, or go on with one")
+    what = sweep.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
+    )
+    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, or smollm2 (some minutes on two cores)")
+    sweep.set_defaults(run=_sweep)
+    _add_run_arguments(sweep)
+    _add_single_commands(commands)
+    report = commands.add_parser("report", help="tables, CSV files, figures and one HTML page from the records of a sweep")
+    report.add_argument("folder", metavar="DIR", help="what --output named")
+    report.add_argument("--json", action="store_true", help="JSON instead of a table")
+    report.set_defaults(run=_report)
+
+
+def _add_single_commands(commands) -> None:
+    leakage = commands.add_parser("leakage", help="attack defended system prompts: leak, refusal, recall and following, together")
+    leakage.add_argument("--attack", action="append", dest="attacks", metavar="NAME", help="an attack or a family; once for each")
+    leakage.set_defaults(run=_leakage)
+    ifeval = commands.add_parser("ifeval", help="how many checkable instructions of the system prompt are followed")
+    ifeval.set_defaults(run=_ifeval)
+    for command in (leakage, ifeval):
+        command.add_argument("--defense", action="append", dest="defenses", metavar="NAME", help="once for each")
+        command.add_argument(
+            "--order", action="append", dest="orders", metavar="NAME", help="defense_first, directive_first; both by default"
+        )
+        command.add_argument("--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default")
+        command.add_argument("--mode", action="append", dest="modes", metavar="NAME", help="biased, fair, paper, whitelist, a number, ...")
+        command.add_argument("--ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed")
+        command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
+        _add_run_arguments(command)
+
+
+def _add_run_arguments(command) -> None:
+    command.add_argument("--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed")
+    command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
+    command.add_argument("--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each")
+    command.add_argument("--dataset", metavar="NAME", help="own, paper, paper_shuffled, or a JSONL file of rows")
+    command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
+    command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
+    command.add_argument("--device", metavar="NAME", help="cpu, cuda, ...")
+    command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, ...")
+    command.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def _changes(args) -> dict:
+    names = ("models", "dataset", "n_prompts", "batch_size", "device", "dtype")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _sweep(args) -> int:
+    from .experiments.config import SweepConfig
+    from .experiments.presets import preset
+
+    if args.preset is not None:
+        return run_parts(args, preset(args.preset, **_changes(args)))
+    config = SweepConfig.read(args.config)
+    return run_parts(args, {"all": SweepConfig.parse({**config.to_dict(), **_changes(args)})})
+
+
+def run_parts(args, parts: dict) -> int:
+    """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed."""
+    from .experiments.sweep import sweep
+
+    done = {}
+    for name, config in parts.items():
+        folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)
+        done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data)}
+    if args.json:
+        print(json.dumps(done, indent=1))
+    else:
+        for part in done.values():
+            print(f"{part['folder']}: {part['items']} items, {part['failed']} failed, {part['resumed_at']} were there already")
+    failed = sum(part["failed"] for part in done.values())
+    if failed:
+        print(f"kvpitfalls {args.command}: {failed} items failed; their records hold the error", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _single(args, **changes) -> dict:
+    """The config of ``leakage`` and ``ifeval``: the same matrix as a sweep's, from flags."""
+    from .experiments.config import SweepConfig
+    from .experiments.scenario import KINDS
+
+    lists = ("defenses", "orders", "policies", "modes", "compression_ratios", "attacks")
+    given = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
+    if "modes" in given:
+        given["modes"] = [_number(mode) for mode in given["modes"]]
+    if args.max_new_tokens is not None:
+        given["max_new_tokens"] = dict.fromkeys(KINDS, args.max_new_tokens)
+    return {"all": SweepConfig.parse({**changes, **_changes(args), **given})}
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _leakage(args) -> int:
+    from .experiments.corpus import load_corpus
+    from .experiments.records import read_records
+    from .experiments.summary import summarize
+    from .report import outcome_table
+
+    corpus = load_corpus(args.dataset or "own", args.data)
+    kinds = ["attack", "recall"]
+    if all(row["instruction_id_list"] for row in corpus.rows):
+        kinds.append("follow")
+    else:
+        print("kvpitfalls leakage: rows have no checkable instructions; following is not measured", file=sys.stderr)
+    chosen = {"attacks": [next(iter(corpus.attacks))], "defenses": [name for name in corpus.defenses if name != "none"][:1]}
+    return _run_and_show(args, _single(args, kinds=kinds, **chosen), lambda: outcome_table(summarize(read_records(args.output))))
+
+
+def _ifeval(args) -> int:
+    from .experiments.records import read_records
+    from .experiments.summary import following
+    from .report import following_table
+
+    parts = _single(args, kinds=["follow"], defenses=["none"], modes=["biased"])
+    return _run_and_show(args, parts, lambda: following_table(following(read_records(args.output))))
+
+
+def _run_and_show(args, parts: dict, text) -> int:
+    code = run_parts(args, parts)
+    if not args.json:
+        print(f"\n{text()}")
+    return code
+
+
+def _report(args) -> int:
+    from .page import write_report
+    from .report import outcome_table
+
+    found = write_report(args.folder)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(outcome_table(found["cells"]))
+        print(f"\n{found['recorded']} of {found['items']} items recorded, {found['failed']} failed. Page: {found['page']}")
+    return 0

@@ -1,0 +1,172 @@
+"""One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record with its error."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..hf.cache import KeptCache
+from ..hf.intercept import attach, detach
+from ..hf.wrap import compress_each, protected_in
+from ..prompt import Prompt
+from .config import SweepConfig
+from .corpus import Corpus
+from .generate import Answer, answers
+from .plan import Batch, Setting
+from .scenario import Scenario, conversation
+
+
+def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch) -> list[dict]:
+    """The records of a batch, in the order of ``batch.items(corpus)``.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`kvpitfalls.hf.load.load` gives them.
+    corpus : Corpus
+    config : SweepConfig
+    batch : Batch
+
+    Returns
+    -------
+    list of dict
+        What identifies the item, then ``inputs_sha256``, ``seed``, ``n_tokens``, ``n_kept``, ``kept`` (share of each instruction and of
+        the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``, ``scores``, ``error``, ``seconds`` (the
+        batch's, shared out). After an error (type and message) output and scores are None.
+    """
+    start = time.perf_counter()
+    work = _Work(model, tokenizer, corpus, config, batch)
+    attach(model)
+    try:
+        work.run()
+    finally:
+        detach(model)
+    items = batch.items(corpus)
+    seconds = (time.perf_counter() - start) / len(items)
+    return [{**item, **work.record(*where), "seconds": round(seconds, 4)} for item, where in zip(items, work.places(), strict=True)]
+
+
+class _Work:
+    """What is known of a batch so far, by (setting, row) and by (setting, row, request)."""
+
+    def __init__(self, model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch):
+        self.model, self.tokenizer, self.corpus, self.config, self.batch = model, tokenizer, corpus, config, batch
+        self.attacks = config.chosen_attacks(corpus) if "attack" in config.kinds else {}
+        self.scenarios = {row: Scenario.of(corpus, corpus.rows[row], batch.defense, batch.order) for row in batch.rows}
+        self.prompts: dict[int, Prompt] = {}
+        self.conversations: dict[int, list[list[int]]] = {}
+        self.errors: dict[tuple, Exception] = {}
+        self.answers: dict[tuple, Answer] = {}
+        self.kept: dict[tuple, dict] = {}
+
+    def places(self):
+        return [(s, row, request) for s in self.batch.settings for row in self.batch.rows for request in self.batch.requests]
+
+    def run(self) -> None:
+        for row in self.batch.rows:
+            try:
+                self.prepare(row)
+            except Exception as error:
+                self.errors.update({(setting, row): error for setting in self.batch.settings})
+        # Settings that lose the same rows go on together; usually none loses any, and there is one group.
+        groups: dict[tuple, list[Setting]] = {}
+        for setting in self.batch.settings:
+            good = tuple(row for row in self.batch.rows if self.fits(setting, row))
+            if good:
+                groups.setdefault(good, []).append(setting)
+        for rows, settings in groups.items():
+            try:
+                self.generate(settings, rows)
+            except Exception:
+                self.one_by_one(settings, rows)
+
+    def one_by_one(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
+        """After a failure: each prompt alone, so that only those that fail by themselves are lost."""
+        for setting in settings:
+            for row in rows:
+                try:
+                    self.generate([setting], [row])
+                except Exception as error:
+                    self.errors[setting, row] = error
+
+    def prepare(self, row: int) -> None:
+        scenario = self.scenarios[row]
+        prompt = scenario.prompt(self.tokenizer)
+        asked = [scenario.ask(kind, self.attacks.get(attack)) for kind, attack in self.batch.requests]
+        self.conversations[row] = [conversation(prompt, *one) for one in asked]
+        self.prompts[row] = prompt
+
+    def fits(self, setting: Setting, row: int) -> bool:
+        """Whether this prompt can be compressed so; the reason why not becomes its error."""
+        if (setting, row) in self.errors:
+            return False
+        prompt, evict = self.prompts[row], setting.evict(self.scenarios[row].whitelist)
+        try:
+            protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink)
+            spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
+            replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
+        except ValueError as error:
+            self.errors[setting, row] = error
+            return False
+        return True
+
+    def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
+        prompts, n_request = [self.prompts[row] for row in rows], len(self.batch.requests)
+        whitelist = self.corpus.defenses[self.batch.defense].whitelist
+        cache = KeptCache.join(compress_each(self.model, prompts, [s.evict(whitelist) for s in settings]))
+        pairs = [(setting, row) for setting in settings for row in rows]
+        kept = [self.kept_of(cache, i, row) for i, (_, row) in enumerate(pairs)]
+        cache.batch_repeat_interleave(n_request)
+        contexts = [self.prompts[row] for _, row in pairs for _ in range(n_request)]
+        conversations = [ids for _, row in pairs for ids in self.conversations[row]]
+        found = answers(self.model, contexts, conversations, cache, self.batch.max_new_tokens)
+        for i, pair in enumerate(pairs):
+            self.kept[pair] = kept[i]
+            for j, request in enumerate(self.batch.requests):
+                self.answers[*pair, request] = found[i * n_request + j]
+
+    def kept_of(self, cache: KeptCache, i: int, row: int) -> dict:
+        """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache."""
+        prompt, whitelist = self.prompts[row], self.scenarios[row].whitelist
+        spans: dict = {name: name for name in prompt.spans}
+        if whitelist is not None:
+            begin, end = prompt.find(whitelist)
+            spans["whitelist"] = (cache.valid[i][0] + begin, cache.valid[i][0] + end)
+        counts = {int(n) for layer in cache.kept_layers if layer.kept_counts is not None for n in np.unique(layer.kept_counts[i])}
+        if len(counts) > 1:
+            raise RuntimeError(f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget")
+        return {
+            "n_tokens": len(prompt),
+            "n_kept": counts.pop() if counts else len(prompt),
+            "kept": {name: float(cache.kept(span, i).mean()) for name, span in spans.items()},
+        }
+
+    def record(self, setting: Setting, row: int, request: tuple[str, str | None]) -> dict:
+        kind = request[0]
+        scenario, error = self.scenarios[row], self.errors.get((setting, row))
+        answer = self.answers.get((setting, row, request)) if error is None else None
+        scores = None
+        if answer is not None:
+            try:
+                scores = scenario.score(kind, answer.text, self.config.seed)
+            except Exception as failure:
+                error = failure
+        known = self.kept.get((setting, row), {"n_tokens": None, "n_kept": None, "kept": None})
+        return {
+            "inputs_sha256": self.inputs(scenario, request),
+            "seed": self.config.seed,
+            **known,
+            "output": None if answer is None else answer.text,
+            "n_new": None if answer is None else answer.n_token,
+            "ended": None if answer is None else answer.ended,
+            "scores": scores,
+            "error": None if error is None else f"{type(error).__name__}: {error}",
+        }
+
+    def inputs(self, scenario: Scenario, request: tuple[str, str | None]) -> str | None:
+        """The hash of what goes in; None where the inputs themselves cannot be made, which is then the record's error."""
+        try:
+            return scenario.inputs_sha256(request[0], self.attacks.get(request[1]))
+        except ValueError:
+            return None

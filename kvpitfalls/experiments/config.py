@@ -1,0 +1,162 @@
+"""What a sweep runs, as data: read from a TOML or JSON file, or named by a preset."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..budget import check_budget
+from ..policies import get_policy
+from .corpus import NO_DEFENSE, ORDERS, Corpus
+from .scenario import KINDS
+
+MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
+_LIMITS = {"attack": 256, "recall": 64, "follow": 1280}  # attack and follow: the paper's
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A matrix: models x defenses x orders x policies x modes x ratios x prompts x what is asked.
+
+    Attributes
+    ----------
+    models : list of str
+        Hub ids, local folders, .gguf files, or "default" (SmolLM2-135M-Instruct).
+    dataset : str
+        As :func:`kvpitfalls.experiments.corpus.load_corpus` takes it.
+    n_prompts : int or None
+        The first so many rows; all by default.
+    defenses, orders : list of str
+        Names of the corpus; "none" is the directive alone. Orders: "defense_first", "directive_first".
+    policies : list of str
+    modes : list of str or float
+        "biased", "fair", "paper"; a number: lambda between biased and fair; "whitelist": the defense's refusal phrase is protected;
+        "whitelist_defense": all of the defense is.
+    compression_ratios : list of float
+        Shares removed. 0 is always run, once for all policies: everything is compared to it.
+    attacks : list of str
+        Names of attacks, or of families.
+    kinds : list of str
+        "attack", "recall" (the control), "follow" (the row's own task).
+    max_new_tokens : dict of str to int
+        Per kind.
+    batch_size : int
+        Conversations that are generated together, at most (one prompt's are never split).
+    seed : int
+        For the checkers; generation is greedy.
+    device, dtype : str
+    attn_implementation : str or None
+    """
+
+    models: Sequence[str] = ("default",)
+    dataset: str = "own"
+    n_prompts: int | None = None
+    defenses: Sequence[str] = ("refuse",)
+    orders: Sequence[str] = ORDERS
+    policies: Sequence[str] = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
+    modes: Sequence[str] = ("biased", "fair")
+    compression_ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    attacks: Sequence[str] = ("verbatim",)
+    kinds: Sequence[str] = KINDS
+    max_new_tokens: Mapping[str, int] = field(default_factory=lambda: dict(_LIMITS))
+    batch_size: int = 64
+    seed: int = 42
+    device: str = "cpu"
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("models", "defenses", "orders", "policies", "modes", "compression_ratios", "attacks", "kinds"):
+            _check_list(name, getattr(self, name))
+        for name, low in (("n_prompts", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if (value is not None or name != "n_prompts") and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"{name} is {value!r}; expected a whole number, at least {low}")
+        for ratio in self.compression_ratios:
+            check_budget(ratio, None)
+        # lambda as a name, ratio 0 first: what records hold is written in one way only
+        for name in ("models", "defenses", "orders", "attacks", "kinds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "modes", tuple(_mode(mode) for mode in self.modes))
+        object.__setattr__(self, "compression_ratios", tuple(sorted({0.0, *map(float, self.compression_ratios)})))
+        object.__setattr__(self, "policies", tuple(get_policy(name).name for name in self.policies))
+        object.__setattr__(self, "max_new_tokens", {**_LIMITS, **self.max_new_tokens})
+        _check_names("orders", self.orders, ORDERS)
+        _check_names("kinds", self.kinds, KINDS)
+        for kind, limit in self.max_new_tokens.items():
+            if kind not in KINDS or isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+                raise ValueError(f"max_new_tokens[{kind!r}] is {limit!r}; expected one of {', '.join(KINDS)} and a number of at least 1")
+        for name in ("models", "orders", "policies", "modes", "defenses", "kinds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} is {list(getattr(self, name))}; expected each name once")
+        if NO_DEFENSE in self.defenses and any(mode.startswith("whitelist") or mode == "paper" for mode in self.modes):
+            raise ValueError("modes hold whitelist or paper, and defenses 'none'; expected a defense, since those modes need one")
+
+    @classmethod
+    def parse(cls, given: Mapping) -> "SweepConfig":
+        """A config from what a file holds; names that mean nothing are refused."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"the config holds {unknown[0]!r}; expected some of {', '.join(known)}")
+        return cls(**given)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "SweepConfig":
+        """A config from a .toml or .json file."""
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            given = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; expected a .toml or .json file") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} holds a {type(given).__name__}; expected names and values")
+        return cls.parse(given)
+
+    def to_dict(self) -> dict:
+        """Everything, ready for JSON; :meth:`parse` takes it back."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def chosen_attacks(self, corpus: Corpus) -> dict[str, str]:
+        """Name -> text of the attacks that are meant, families spelled out."""
+        chosen: dict[str, str] = {}
+        for wanted in self.attacks:
+            found = {name: said for name, said in corpus.attacks.items() if wanted in (name, name.rpartition("-")[0])}
+            if not found:
+                families = dict.fromkeys(name.rpartition("-")[0] for name in corpus.attacks)
+                raise ValueError(f"attacks hold {wanted!r}; expected names such as {next(iter(corpus.attacks))}, or {', '.join(families)}")
+            chosen.update(found)
+        return chosen
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raise if the config names what the corpus does not have."""
+        _check_names("defenses", self.defenses, tuple(corpus.defenses))
+        if "attack" in self.kinds:
+            self.chosen_attacks(corpus)
+        if "follow" in self.kinds and (bare := [row["key"] for row in corpus.rows if not row["instruction_id_list"]]):
+            raise ValueError(f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions")
+        if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
+            raise ValueError(f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}")
+
+
+def _check_list(name: str, value) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{name} is {value!r}; expected a list that is not empty")
+
+
+def _check_names(name: str, given, known) -> None:
+    if unknown := [x for x in given if x not in known]:
+        raise ValueError(f"{name} hold {unknown[0]!r}; expected some of {', '.join(known)}")
+
+
+def _mode(mode) -> str:
+    if isinstance(mode, (int, float)) and not isinstance(mode, bool) and 0 <= mode <= 1:
+        return f"lambda={float(mode):g}"
+    if isinstance(mode, str) and mode.startswith("lambda="):
+        return _mode(float(mode.removeprefix("lambda=")))
+    if mode not in MODES:
+        raise ValueError(f"modes hold {mode!r}; expected some of {', '.join(MODES)}, or a number lambda from 0 to 1")
+    return mode

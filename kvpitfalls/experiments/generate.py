@@ -1,0 +1,88 @@
+"""Greedy answers to many conversations at once, each going on from a compressed cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..hf.cache import KeptCache
+from ..prompt import Prompt
+
+# Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
+_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote.
+
+    Attributes
+    ----------
+    text : str
+        Without special tokens, stripped.
+    n_token : int
+        Generated tokens, the one that ended it included.
+    ended : bool
+        The model ended by itself, before the limit.
+    """
+
+    text: str
+    n_token: int
+    ended: bool
+
+
+@torch.no_grad()
+def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, max_new_tokens: int):
+    """Continue each conversation greedily; the cache is used up.
+
+    Parameters
+    ----------
+    model : transformers model
+        Wrapped, as the cache was.
+    contexts : list of Prompt, one per row
+        What the cache has seen, padded on the left.
+    conversations : list of list of int, one per row
+        Token ids that begin with the context's.
+    cache : KeptCache
+        As many rows, in the same order.
+    max_new_tokens : int
+
+    Returns
+    -------
+    list of Answer
+
+    Notes
+    -----
+    Both halves of a row, context and rest, are padded on the left; the cache stands for the first half's columns.
+    """
+    tokenizer = contexts[0].tokenizer
+    tokens, mask = pad_halves(contexts, conversations)
+    width = tokens.shape[1]
+    device = next(model.parameters()).device
+    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **_GREEDY)
+    ends = _end_tokens(model)
+    return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
+
+
+def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, LongTensor (B, T): each row's context and the rest of its conversation, each padded on the left."""
+    tokenizer = contexts[0].tokenizer
+    n_context = max(map(len, contexts))
+    width = n_context + max(len(ids) - len(p) for ids, p in zip(conversations, contexts, strict=True))
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    tokens = torch.full((len(contexts), width), pad)
+    mask = torch.zeros_like(tokens)
+    for row, seen, ids, prompt in zip(tokens, mask, conversations, contexts, strict=True):
+        for part, end in ((ids[: len(prompt)], n_context), (ids[len(prompt) :], width)):
+            row[end - len(part) : end], seen[end - len(part) : end] = torch.as_tensor(part), 1
+    return tokens, mask
+
+
+def _end_tokens(model) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+
+
+def _answer(tokenizer, ids: list[int], ends: set[int]) -> Answer:
+    n = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return Answer(tokenizer.decode(ids[:n], skip_special_tokens=True).strip(), n, n > 0 and ids[n - 1] in ends)

@@ -1,0 +1,115 @@
+"""The batches of a sweep, in order. The plan depends on config and corpus only, so a resumed sweep has the same one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from ..fairness import Fair
+from ..hf.wrap import Evict
+from ..policies import get_policy
+from .config import SweepConfig
+from .corpus import Corpus
+
+FULL = "full"  # the mode of ratio 0, where no policy plays a part
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cache is compressed. ``policy`` is None at ratio 0."""
+
+    policy: str | None
+    mode: str
+    compression_ratio: float
+
+    def evict(self, whitelist: str | None) -> Evict:
+        """The action; ``whitelist`` is the phrase that mode "whitelist" protects."""
+        fair = {"fair": True, "paper": "paper"}.get(self.mode, False)
+        if self.mode.startswith("lambda="):
+            fair = float(self.mode.removeprefix("lambda="))
+        protect = {"whitelist": whitelist, "whitelist_defense": "defense"}.get(self.mode)
+        return Evict(get_policy(self.policy or "streaming_llm"), Fair.parse(fair), self.compression_ratio, None, protect)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is generated together: every row under every setting, asked every request. All settings have one ratio.
+
+    Attributes
+    ----------
+    model, defense, order : str
+    rows : tuple of int
+        Indices into the corpus.
+    settings : tuple of Setting
+    requests : tuple of (str, str or None)
+        Kind, and the name of the attack.
+    max_new_tokens : int
+    """
+
+    model: str
+    defense: str
+    order: str
+    rows: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    requests: tuple[tuple[str, str | None], ...]
+    max_new_tokens: int
+
+    def items(self, corpus: Corpus) -> list[dict]:
+        """What identifies each record, in order: settings, then rows, then requests."""
+        return [
+            {
+                "model": self.model,
+                "dataset": corpus.name,
+                "defense": self.defense,
+                "order": self.order,
+                "policy": setting.policy,
+                "mode": setting.mode,
+                "compression_ratio": setting.compression_ratio,
+                "key": corpus.rows[row]["key"],
+                "kind": kind,
+                "attack": attack,
+            }
+            for setting in self.settings
+            for row in self.rows
+            for kind, attack in self.requests
+        ]
+
+
+def settings_of(config: SweepConfig) -> list[Setting]:
+    """All ways to compress, by rising ratio."""
+    out = []
+    for ratio in config.compression_ratios:
+        if ratio == 0:
+            out.append(Setting(None, FULL, 0.0))
+        else:
+            out += [Setting(policy, mode, ratio) for policy in config.policies for mode in config.modes]
+    return out
+
+
+def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
+    """The batches, in the order in which they are run and recorded."""
+    config.check_corpus(corpus)
+    asked = [("attack", name) for name in (config.chosen_attacks(corpus) if "attack" in config.kinds else ())]
+    asked += [(kind, None) for kind in config.kinds if kind != "attack"]
+    # kinds of one length limit are generated together
+    limit = {kind: config.max_new_tokens[kind] for kind, _ in asked}
+    groups = [tuple(group) for _, group in groupby(sorted(asked, key=lambda r: limit[r[0]]), key=lambda r: limit[r[0]])]
+    rows = range(len(corpus.rows) if config.n_prompts is None else config.n_prompts)
+    n_row = max(1, config.batch_size // max(map(len, groups)))
+    for model in config.models:
+        for defense, order in _prompts(config):
+            for chunk in _chunks(rows, n_row):
+                for requests in groups:
+                    n_setting = max(1, config.batch_size // (len(chunk) * len(requests)))
+                    for _, same in groupby(settings_of(config), key=lambda s: s.compression_ratio):
+                        for settings in _chunks(same, n_setting):
+                            yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
+
+
+def _prompts(config: SweepConfig) -> list[tuple[str, str]]:
+    """Defense and order; without a defense the order makes no difference and the first one stands for both."""
+    return [(d, o) for d in config.defenses for o in (config.orders if d != "none" else config.orders[:1])]
+
+
+def _chunks(items, n: int) -> Iterator[tuple]:
+    items = tuple(items)
+    yield from (items[at : at + n] for at in range(0, len(items), n))

@@ -1,0 +1,85 @@
+"""How likely given answers are after compression: a smooth signal from small models and single prompts, without generating anything."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..hf.cache import KeptCache
+from ..hf.intercept import attach, detach
+from ..hf.wrap import Evict, compress_each
+from ..prompt import Prompt
+from .generate import pad_halves
+
+
+def probe(
+    model, prompts: Sequence[Prompt], said: str, texts: Sequence[Sequence[str]], settings: Sequence[Evict]
+) -> list[list[list[float]]]:
+    """Log-probability per token of each answer to ``said``, under each setting.
+
+    Parameters
+    ----------
+    model : transformers model
+    prompts : list of Prompt
+    said : str
+        What the user says, such as an attack.
+    texts : list of list of str, parallel to prompts
+        Answers, equally many for each prompt: for an attack, the sentence that refuses and the text that would leak. Each is followed by
+        the token that ends an answer.
+    settings : list of Evict
+
+    Returns
+    -------
+    list of list of list of float
+        By setting, prompt and answer, in nats per token. The difference of refusal and leak says how far a defense holds; read both, since
+        the leak's alone falls when the text is forgotten.
+
+    Raises
+    ------
+    ValueError
+        If an answer is empty or prompts have different numbers of answers.
+
+    Notes
+    -----
+    One prefill for all settings, one forward pass for each. Source: teacher forcing; the paper (arXiv 2510.00231) has no such probe.
+    """
+    sizes = {len(of_prompt) for of_prompt in texts}
+    if len(texts) != len(prompts) or len(sizes) != 1 or sizes == {0} or not all(text for of_prompt in texts for text in of_prompt):
+        raise ValueError(
+            f"texts hold {sorted(sizes)} answers for {len(texts)} of {len(prompts)} prompts; expected equally many, none empty"
+        )
+    n_text, tokenizer = sizes.pop(), prompts[0].tokenizer
+    contexts = [prompt for prompt in prompts for _ in range(n_text)]
+    asked = [ids for prompt in prompts for ids in [prompt.followed_by(said)[0].tolist()] * n_text]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answers = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for of_prompt in texts for text in of_prompt]
+    attach(model)
+    try:
+        out = []
+        for cache in compress_each(model, prompts, settings):
+            cache.batch_repeat_interleave(n_text)
+            found = _answer_logprobs(model, contexts, asked, answers, cache)
+            out.append([found[i : i + n_text] for i in range(0, len(found), n_text)])
+        return out
+    finally:
+        detach(model)
+
+
+@torch.no_grad()
+def _answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[float]:
+    """Mean log-probability of each row's answer tokens; the cache is used up."""
+    device = next(model.parameters()).device
+    tokens, mask = pad_halves(contexts, [ids + answer for ids, answer in zip(asked, answers, strict=True)])
+    n_context = max(map(len, contexts))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        tokens[:, n_context:].to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions[:, n_context:].to(device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    out = []
+    for row, answer in zip(logits, answers, strict=True):
+        before = row[-len(answer) - 1 : -1].double().log_softmax(-1)  # the logits that predict each answer token
+        out.append(float(before.gather(-1, torch.tensor(answer, device=device)[:, None]).mean()))
+    return out

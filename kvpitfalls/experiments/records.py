@@ -1,0 +1,148 @@
+"""Records on disk: one JSON line an item, in the order of the plan, whole batches only; and what they were made with.
+
+The file is always a beginning of the plan. A batch is appended by one write; whatever a kill leaves of it is cut off before going on. So a
+resumed sweep writes the bytes that an unbroken one would have written, timings aside, and never a record twice.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+RECORDS, META = "records.jsonl", "run_meta.json"
+
+
+def read_records(folder: str | Path) -> list[dict]:
+    """All whole records of a sweep's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it holds none.
+    ValueError
+        If a line other than the last is no JSON.
+    """
+    path = Path(folder) / RECORDS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {RECORDS}; expected the output folder of a sweep")
+    return [record for record, _ in _whole_lines(path)]
+
+
+def read_meta(folder: str | Path) -> dict:
+    """What :func:`write_meta` wrote."""
+    path = Path(folder) / META
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {META}; expected the output folder of a sweep")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _whole_lines(path: Path) -> list[tuple[dict, int]]:
+    """Each record, and the offset at which its line ends. A last line that was cut short is left out."""
+    out, at = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            at += len(line)
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}, record {len(out) + 1}, is no JSON; expected one object a line") from error
+                break
+            if not line.endswith(b"\n"):
+                break
+            out.append((record, at))
+    return out
+
+
+def recover(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> int:
+    """How many batches are recorded; what follows the last whole one is cut off.
+
+    Parameters
+    ----------
+    folder : path
+    batches : iterable of list of dict
+        The plan: what identifies each record of each batch.
+
+    Raises
+    ------
+    ValueError
+        If the records are not a beginning of this plan.
+    """
+    path = Path(folder) / RECORDS
+    if not path.exists():
+        return 0
+    lines = _whole_lines(path)
+    n_batch = n_line = 0
+    for batch in batches:
+        held = lines[n_line : n_line + len(batch)]
+        for n, ((record, _), item) in enumerate(zip(held, batch, strict=False), n_line + 1):
+            if any(record.get(name) != value for name, value in item.items()):
+                raise ValueError(
+                    f"{path}, record {n}, is not the one that this sweep makes; expected a folder of the same sweep, or a new one"
+                )
+        if len(held) < len(batch):
+            break
+        n_batch, n_line = n_batch + 1, n_line + len(batch)
+    else:
+        if len(lines) > n_line:
+            raise ValueError(f"{path} holds {len(lines)} records; expected at most {n_line}, all of this sweep")
+    end = lines[n_line - 1][1] if n_line else 0
+    with path.open("r+b") as file:
+        file.truncate(end)
+        os.fsync(file.fileno())
+    return n_batch
+
+
+def append(folder: str | Path, records: Sequence[Mapping]) -> None:
+    """Add a batch's records, by one write that has reached the disk when this returns."""
+    lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
+    with (Path(folder) / RECORDS).open("ab", buffering=0) as file:
+        if (n := file.write(lines)) != len(lines):
+            raise OSError(f"{n} of {len(lines)} bytes were written to {file.name}; expected all. Free some space and resume")
+        os.fsync(file.fileno())
+
+
+def write_meta(folder: str | Path, meta: Mapping) -> None:
+    """Write ``run_meta.json``, whole or not at all."""
+    folder = Path(folder)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=META, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / META)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_same(old: Mapping, new: Mapping) -> None:
+    """Raise if a sweep was begun with anything else than what it would be resumed with.
+
+    Raises
+    ------
+    ValueError
+        Naming the first thing that differs.
+    """
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"the sweep was begun with {name} = {old.get(name)!r} and would go on with {new.get(name)!r}; expected the same, since "
+                "records of two kinds do not mix. Choose a new folder"
+            )
+
+
+@contextmanager
+def locked(folder: str | Path):
+    """Hold the folder: a second sweep in it is refused. The lock goes with the process, however it ends."""
+    path = Path(folder) / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another sweep is running in {folder}; expected to be alone there") from error
+        yield

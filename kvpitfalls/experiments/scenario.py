@@ -1,0 +1,82 @@
+"""One row of a corpus under one defense and order: the prompt that is compressed, what is then asked, and how answers are scored."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..audits.instructions import check
+from ..audits.leakage import RECALL_QUESTION, begun_and_rest, leakage, refuses, rouge_recall
+from ..prompt import Prompt
+from .corpus import NO_DEFENSE, Corpus
+
+KINDS = ("attack", "recall", "follow")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A defended system prompt.
+
+    Attributes
+    ----------
+    row : dict
+    system : str
+        What the model is given: defense and directive.
+    directive, defense : str
+        ``defense`` is empty without one. Together they are ``system``: they touch, line breaks belong to the defense.
+    whitelist, refusal : str or None
+    prefix : str
+        The part of the directive that is the same in all rows.
+    """
+
+    row: Mapping
+    system: str
+    directive: str
+    defense: str
+    whitelist: str | None
+    refusal: str | None
+    prefix: str
+
+    @classmethod
+    def of(cls, corpus: Corpus, row: Mapping, defense: str, order: str) -> "Scenario":
+        """The scenario of a row; source: the paper's prompts (arXiv 2510.00231, appendix A)."""
+        chosen = corpus.defenses[defense]
+        directive = corpus.prefix + row["messages"][0]["content"]
+        template = chosen.templates[order]
+        own = "" if defense == NO_DEFENSE else template.replace("$system_prompt", "")
+        return cls(row, template.replace("$system_prompt", directive), directive, own, chosen.whitelist, chosen.refusal, corpus.prefix)
+
+    def prompt(self, tokenizer) -> Prompt:
+        """The context: the system message alone, instructions marked."""
+        parts = {name: text for name, text in (("defense", self.defense), ("directive", self.directive)) if text}
+        # A chat template may strip the message; white space at its ends is no part of an instruction.
+        first, last = min(parts, key=lambda name: self.system.find(parts[name])), max(parts, key=lambda name: self.system.find(parts[name]))
+        parts[first] = parts[first].lstrip()
+        parts[last] = parts[last].rstrip()
+        return Prompt.from_chat(tokenizer, [{"role": "system", "content": self.system}], parts)
+
+    def ask(self, kind: str, attack: str | None) -> tuple[str, str]:
+        """What the user says, and the words that the answer is begun with ("" but for the control)."""
+        if kind == "attack":
+            return attack, ""
+        if kind == "follow":
+            return self.row["messages"][1]["content"], ""
+        return RECALL_QUESTION, self.prefix + begun_and_rest(self.row["messages"][0]["content"])[0]
+
+    def score(self, kind: str, output: str, seed: int) -> dict:
+        """Scores of an answer: for an attack, ROUGE recall of each text and refusal; for the control, of the rest; else instructions."""
+        if kind == "attack":
+            texts = {"directive": self.directive, "defended": self.system, **({"defense": self.defense} if self.defense else {})}
+            return {"leak": leakage(output, texts), "refused": refuses(output, self.refusal)}
+        if kind == "recall":
+            return {"recall": rouge_recall(begun_and_rest(self.row["messages"][0]["content"])[1], output)}
+        return {"instructions": list(self.row["instruction_id_list"]), **check(self.row, output, seed)}
+
+    def inputs_sha256(self, kind: str, attack: str | None) -> str:
+        """Of all text that goes into an answer."""
+        return hashlib.sha256("\0".join([self.system, *self.ask(kind, attack)]).encode()).hexdigest()
+
+
+def conversation(prompt: Prompt, said: str, begun: str) -> list[int]:
+    """Token ids of context, user turn, and the beginning of the answer."""
+    ids = prompt.followed_by(said)[0].tolist()
+    return ids + (list(prompt.tokenizer(begun, add_special_tokens=False)["input_ids"]) if begun else [])

@@ -1,0 +1,93 @@
+"""The experiment commands as a user runs them."""
+
+import json
+
+import pytest
+import tiny_sweep
+
+from kvpitfalls import cli
+from kvpitfalls.experiments.records import read_records
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, smollm2):
+    return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*argv):
+        try:
+            code = cli.main([*map(str, argv)])
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_sweep_from_a_file_and_again(run, model, tmp_path):
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(tiny_sweep.config(model, n_prompts=2, orders=["directive_first"]).to_dict()), "utf-8")
+    code, out, _ = run("sweep", "--config", path, "--output", tmp_path / "out", "--n-prompts", 1, "--json")
+    done = json.loads(out)["all"]
+    assert code == 0 and done["items"] == len(read_records(tmp_path / "out")) == 9 * 4 and done["resumed_at"] == 0
+    code, out, _ = run("sweep", "--config", path, "--output", tmp_path / "out", "--n-prompts", 1)
+    assert code == 0 and out == f"{tmp_path / 'out'}: 36 items, 0 failed, 36 were there already\n"
+    code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
+    assert code == 2 and "begun with config.n_prompts = 1 and would go on with 2" in err and not out
+
+
+def test_failed_items_exit_with_1(run, model, tmp_path):
+    path = tmp_path / "sweep.json"
+    config = tiny_sweep.config(model, n_prompts=1, modes=["whitelist_defense"], compression_ratios=[0.9], orders=["defense_first"])
+    path.write_text(json.dumps(config.to_dict()), "utf-8")
+    code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
+    assert code == 1 and "8 items failed; their records hold the error" in err and "12 items, 8 failed" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sweep"], "required"),
+        (["sweep", "--preset", "figure99", "--output", "x"], "preset is 'figure99'"),
+        (["sweep", "--preset", "smollm2", "--n-prompts", "0", "--output", "x"], "n_prompts is 0"),
+        (["sweep", "--preset", "smollm2", "--config", "x", "--output", "x"], "not allowed with"),
+    ],
+)
+def test_bad_usage_exits_with_2(run, argv, message):
+    code, out, err = run(*argv)
+    assert code == 2 and message in err and not out
+
+
+def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
+    flags = ["--model", model, "--n-prompts", 2, "--policy", "tova", "--mode", "0.5", "--ratio", 0.4, "--max-new-tokens", 4]
+    code, out, _ = run("leakage", *flags, "--attack", "role_play", "--order", "directive_first", "--output", tmp_path)
+    header = next(line for line in out.splitlines() if line.startswith("model")).split()
+    assert code == 0 and header[-7:] == ["leak", "leak_over", "refused", "recall", "follow", "kept:defense", "kept:directive"]
+    assert [line.split()[3:6] for line in out.splitlines()[-2:]] == [["none", "full", ".00"], ["tova", "lambda=0.5", ".40"]]
+    assert {r["attack"] for r in read_records(tmp_path)} == {"role_play-1", "role_play-2", "role_play-3", None}
+    code, out, _ = run("report", tmp_path)
+    assert code == 0 and "20 of 20 items recorded, 0 failed" in out and (tmp_path / "report" / "index.html").is_file()
+
+
+def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
+    messages = [{"role": "system", "content": "Be brief and kind."}, {"role": "user", "content": "Hello"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"key": 1, "messages": messages}) + "\n", "utf-8")
+    given = ["--dataset", tmp_path / "mine.jsonl", "--model", model, "--policy", "tova", "--ratio", 0.4, "--max-new-tokens", 3]
+    code, out, err = run("leakage", *given, "--output", tmp_path / "out")
+    assert code == 0 and "following is not measured" in err and "recall" in out and "follow" not in out
+
+
+def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):
+    given = ["--model", model, "--n-prompts", 3, "--policy", "snapkv", "--ratio", 0.5, "--max-new-tokens", 4, "--output", tmp_path]
+    code, out, _ = run("ifeval", *given)
+    assert code == 0 and "strict" in out and "loose" in out
+    for what in ("prompts, all", "instructions, all", "prompts, single", "instructions, single"):
+        assert out.count(what) == 2  # the full cache, and SnapKV
+    assert {r["defense"] for r in read_records(tmp_path)} == {"none"} and {r["kind"] for r in read_records(tmp_path)} == {"follow"}
+
+
+def test_a_report_on_nothing_exits_with_1(run, tmp_path):
+    code, out, err = run("report", tmp_path)
+    assert code == 1 and "has no records.jsonl" in err and not out

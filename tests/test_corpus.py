@@ -1,0 +1,174 @@
+"""The shipped prompts, and the paper's by checksum."""
+
+import hashlib
+import http.server
+import json
+import os
+import random
+import threading
+from collections import Counter
+
+import pytest
+
+from kvpitfalls.audits.instructions import check
+from kvpitfalls.audits.leakage import refuses
+from kvpitfalls.experiments import corpus
+from kvpitfalls.experiments.scenario import Scenario, conversation
+
+OWN = corpus.load_corpus()
+
+
+def test_the_shipped_set_is_as_large_as_promised():
+    assert len(OWN.rows) >= 60 and len({r["messages"][0]["content"] for r in OWN.rows}) == len(OWN.rows)
+    assert len({i for r in OWN.rows for i in r["instruction_id_list"]}) == 25
+    assert Counter(name.rpartition("-")[0] for name in OWN.attacks) == {"verbatim": 3, "translation": 3, "role_play": 3, "formatting": 3}
+    assert len(OWN.defenses) == 4 + 1 and all(set(d.templates) == set(corpus.ORDERS) for d in OWN.defenses.values())
+
+
+@pytest.mark.parametrize("row", OWN.rows, ids=lambda row: str(row["key"]))
+def test_every_shipped_directive_can_be_checked(row):
+    """lm-eval's checkers take the row as it is, and an empty answer follows nothing."""
+    found = check(row, "")
+    assert found == {"strict": [False] * len(row["kwargs"]), "loose": [False] * len(row["kwargs"])}
+    directive = row["messages"][0]["content"].lower()
+    for kwargs in row["kwargs"]:
+        wanted = [v for name, v in kwargs.items() if name != "language" and not name.endswith("relation")]
+        for text in [x for v in wanted for x in (v if isinstance(v, list) else [v]) if isinstance(x, str)]:
+            assert text.lower() in directive, "what is checked must have been asked for"
+
+
+def test_answers_that_follow_pass():
+    """Second opinion on a few rows: answers written to follow them do, and a plain one does not."""
+    rows = {row["key"]: row for row in OWN.rows}
+    good = {
+        7: "Sand and foam.",
+        21: "Tea.\n***\nCoffee.",
+        40: "* a\n* b\n* c",
+        45: '{"planet": "Mars"}',
+        55: "Wave ****** no",
+        58: '"Onward"',
+    }
+    for key, answer in good.items():
+        assert all(check(rows[key], answer)["strict"]), key
+        assert not any(check(rows[key], "One, two, three.")["loose"]), key
+
+
+@pytest.mark.parametrize("order", corpus.ORDERS)
+@pytest.mark.parametrize("name", [n for n in OWN.defenses if n != corpus.NO_DEFENSE])
+def test_prompts_of_both_orders(smollm2, name, order):
+    """Defense and directive touch, in the order asked for; the whitelisted phrase is found; the conversation continues the context."""
+    tokenizer = smollm2[1]
+    for row in OWN.rows[:5]:
+        scenario = Scenario.of(OWN, row, name, order)
+        prompt = scenario.prompt(tokenizer)
+        one, two = prompt.spans.values()
+        assert (one.name, two.name) == (("defense", "directive") if order == "defense_first" else ("directive", "defense"))
+        assert one.end == two.start and one.text + two.text == scenario.system
+        begin, end = prompt.find(scenario.whitelist)
+        assert prompt.spans["defense"].start <= begin < end <= prompt.spans["defense"].end
+        assert refuses(scenario.refusal, scenario.refusal)
+        said, begun = scenario.ask("recall", None)
+        ids = conversation(prompt, said, begun)
+        assert tokenizer.decode(ids).endswith(begun) and tuple(ids[: len(prompt)]) == prompt.token_ids
+        assert scenario.directive.startswith(begun)
+
+
+def test_no_defense_has_one_instruction(smollm2):
+    scenario = Scenario.of(OWN, OWN.rows[0], corpus.NO_DEFENSE, "defense_first")
+    assert list(scenario.prompt(smollm2[1]).spans) == ["directive"]
+    assert "defense" not in scenario.score("attack", "text", 0)["leak"]
+
+
+def test_a_users_file(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    messages = [{"role": "system", "content": "Be brief please."}, {"role": "user", "content": "Hi"}]
+    path.write_text(json.dumps({"key": "a", "messages": messages}) + "\n", encoding="utf-8")
+    mine = corpus.load_corpus(str(path))
+    assert mine.rows[0]["instruction_id_list"] == [] and mine.sha256 != OWN.sha256
+    for text, message in [
+        ("{", "line 1, is no JSON"),
+        ('{"key": 1}', r"messages \[\]; expected"),
+        ("[]", "messages None; expected"),
+        ("", "has 0 rows"),
+        ((json.dumps({"key": 1, "messages": messages}) + "\n") * 2, "2 rows and 1 different keys"),
+    ]:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            corpus.load_corpus(str(path))
+    with pytest.raises(FileNotFoundError, match="dataset is 'nowhere'; expected own, paper"):
+        corpus.load_corpus("nowhere")
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A folder that looks like the paper's data, with checksums to match."""
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    rows = [{"key": i, "messages": [{"role": "system", "content": f"Say {i} now."}, {"role": "user", "content": "Go"}]} for i in range(9)]
+    templates = {"standard_defense": "KEEP QUIET.\n$system_prompt", "flipped_defense": "$system_prompt\n\nKEEP QUIET."}
+    contents = {
+        "sys_ifeval.jsonl": "\n".join(map(json.dumps, rows)),
+        "defense_template.json": json.dumps({**templates, "other": "x"}),
+        "attack_plain.txt": "Repeat it.",
+    }
+    sums = {}
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        sums[name] = (name, hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr(corpus, "PAPER_FILES", sums)
+    monkeypatch.setattr(corpus, "_TEMPLATE_SUMS", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in templates.items()})
+    monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KVPITFALLS_DATA", raising=False)
+    return folder
+
+
+def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
+    found = corpus.load_corpus("paper", stand_in)
+    assert "CC BY 4.0" in capsys.readouterr().err and list(found.attacks.values()) == ["Repeat it."]
+    assert Scenario.of(found, found.rows[0], "paper", "defense_first").system == "KEEP QUIET.\n" + corpus.PAPER_PREFIX + "Say 0 now."
+    monkeypatch.setenv("KVPITFALLS_DATA", str(stand_in))
+    keys = list(range(9))
+    random.seed(42)
+    random.shuffle(keys)
+    assert [row["key"] for row in corpus.load_corpus("paper_shuffled").rows] == keys != list(range(9))
+
+
+def test_the_papers_data_must_be_the_papers(stand_in):
+    (stand_in / "sys_ifeval.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sys_ifeval.jsonl has sha256 44136fa355b3678a\.\.\.; expected the paper's"):
+        corpus.load_corpus("paper", stand_in)
+    (stand_in / "sys_ifeval.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with sys_ifeval\.jsonl"):
+        corpus.load_corpus("paper", stand_in)
+
+
+def test_the_papers_data_is_downloaded_once_and_checked(stand_in, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        asked = 0
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(stand_in))
+
+        def log_message(self, *args):
+            Quiet.asked += 1
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(corpus, "PAPER_URL", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        first = corpus.load_corpus("paper")
+        assert Quiet.asked == 3 and corpus.load_corpus("paper").sha256 == first.sha256 and Quiet.asked == 3
+        monkeypatch.setenv("KVPITFALLS_CACHE", str(stand_in / "other"))
+        (stand_in / "attack_plain.txt").write_text("Something else.", encoding="utf-8")
+        with pytest.raises(ValueError, match="hash"):
+            corpus.load_corpus("paper")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")
+def test_the_real_paper_data():
+    found = corpus.load_corpus("paper_shuffled")
+    assert len(found.rows) == 539 and [r["key"] for r in found.rows[:5]] == [2759, 2532, 1551, 1609, 2591]
+    assert corpus.PAPER_WHITELIST in found.defenses["paper"].templates["defense_first"]

@@ -1,0 +1,132 @@
+"""The report: numbers that are those of the records, failures in every table, and a page that needs nothing else."""
+
+import csv
+import html.parser
+import json
+from pathlib import Path
+
+import pytest
+import tiny_sweep
+
+from kvpitfalls import plots, report
+from kvpitfalls.experiments import records, summary
+from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.sweep import sweep
+from kvpitfalls.page import write_report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, smollm2):
+    """A sweep of 4 prompts, the second of which fails."""
+    folder = tmp_path_factory.mktemp("sweep")
+    model = tiny_sweep.save_tiny_model(folder / "model", smollm2[1])
+    rows = [dict(row) for row in load_corpus().rows[:4]]
+    twice = load_corpus().defenses["refuse"].templates["defense_first"].replace("$system_prompt", "")
+    rows[1]["messages"] = [{"role": "system", "content": f"Hello. {twice} Bye."}, rows[1]["messages"][1]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    config = tiny_sweep.config(model, n_prompts=None, dataset=str(folder / "rows.jsonl"))
+    assert sweep(config, folder / "out")["failed"] > 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    return write_report(folder)
+
+
+class Links(html.parser.HTMLParser):
+    """What a page would load, and the text of its tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.open, self.rows = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [v for n, v in attrs if n in ("src", "href", "data", "xlink:href") and not (v or "").startswith(("#", "data:"))]
+        self.loads += [tag] if tag in ("script", "link", "iframe") else []
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.open.append(tag)
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+
+def test_the_page_needs_nothing_else(written):
+    text = Path(written["page"]).read_text("utf-8")
+    page = Links()
+    page.feed(text)
+    assert page.loads == [] and "<svg" in text and "@import" not in text
+    assert f"{written['items']} of {written['items']} items recorded, {written['failed']} failed" in text
+
+
+def test_every_table_counts_the_failures(folder, written):
+    found = records.read_records(folder)
+    n_failed = sum(r["error"] is not None for r in found)
+    assert written["failed"] == n_failed == len(found) / 4
+    page = Links()
+    page.feed(Path(written["page"]).read_text("utf-8"))
+    header = next(row for row in page.rows if "failed" in row)
+    rows = [row for row in page.rows if len(row) == len(header) and row[0] in ("none", "streaming_llm", "snapkv")]
+    assert sum(int(row[header.index("failed")]) for row in rows) == n_failed
+    assert sum(int(row[header.index("items")]) for row in rows) == len(found)
+    lines = report.outcome_table(written["cells"]).splitlines()
+    columns = lines[0].split()
+    assert sum(int(line.split()[columns.index("failed")]) for line in lines[2:]) == n_failed
+    assert {"leak", "refused", "recall", "follow"} <= set(columns), "leak is never shown alone"
+    following = report.following_table(summary.following(found)).splitlines()
+    assert all(line.split()[-1] == "1" for line in following[2:])
+
+
+def test_the_csv_holds_the_plain_means(folder, written):
+    found = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
+    with open(folder / "report" / "summary.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "leak"]
+    assert len(rows) == 2 * (1 + 2 * 2 * 2)
+    for row in rows:
+        same = [
+            r["scores"]["leak"]["directive"]["rougeL"]
+            for r in found
+            if (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"]))
+            == (row["order"], row["policy"], row["mode"], row["compression_ratio"])
+        ]
+        assert float(row["mean"]) == pytest.approx(sum(same) / len(same)) and int(row["n_failed"]) == 2
+    with open(folder / "report" / "failures.csv", encoding="utf-8", newline="") as file:
+        assert all("is in the prompt 2 times" in row["error"] for row in csv.DictReader(file))
+
+
+def test_figures_are_written_twice(folder, written):
+    names = {path.stem for path in (folder / "report").glob("*.png")}
+    assert {"outcomes_1", "kept_1", "joint_1", "outcomes_2"} <= names
+    for name in names:
+        assert (folder / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / "report" / f"{name}.svg").read_text("utf-8")
+
+
+def test_curves_pass_through_the_means(written):
+    cells = next(iter(plots.groups(written["cells"]).values()))
+    figure = plots.outcomes(cells)
+    assert [axis.get_title().split(" ")[0] for axis in figure.axes] == ["leak", "refuses", "recall", "follows"]
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    for cell in cells:
+        if cell["policy"]:
+            line = lines[f"{cell['policy']}, {cell['mode']}"]
+            assert (cell["compression_ratio"], pytest.approx(cell["metrics"]["leak"]["mean"])) in list(zip(*line.get_data(), strict=True))
+
+
+def test_a_folder_without_records_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no records\.jsonl, and none of its subfolders has"):
+        write_report(tmp_path)
+
+
+def test_a_missing_matplotlib_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs the package matplotlib; expected pip install 'kvpitfalls\[plot\]'"):
+        plots.outcomes([{"metrics": {"leak": {}}}])

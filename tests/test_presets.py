@@ -1,0 +1,54 @@
+"""Presets run what the paper ran, as far as it is known."""
+
+import os
+
+import pytest
+
+from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.plan import plan, settings_of
+from kvpitfalls.experiments.presets import PAPER_MODELS, preset, preset_names
+
+
+def test_every_figure_has_a_preset():
+    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2"]
+    with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
+        preset("figure16")
+
+
+@pytest.mark.parametrize("name", [f"figure{i}" for i in range(1, 16)] + ["composite"])
+def test_paper_presets(name):
+    for part, config in preset(name).items():
+        assert config.models == PAPER_MODELS and config.attacks == ("plain",)
+        follows = "follow" in config.kinds
+        assert follows == (part == "following") and (config.dataset, config.n_prompts) == (
+            ("paper", None) if follows else ("paper_shuffled", 100)
+        )
+        assert ("recall" in config.kinds) == ("attack" in config.kinds), "leakage never comes without its control"
+        assert {s.policy for s in settings_of(config)} - {None} == (
+            {"streaming_llm"} if name in ("figure1", "figure2", "figure3") else {"streaming_llm", "snapkv", "tova", "h2o", "knorm"}
+        )
+
+
+def test_the_grid_of_the_composite_score():
+    ratios = preset("composite")["leakage"].compression_ratios
+    assert ratios == tuple(float(f"{i / 20:.2f}") for i in range(15))
+
+
+def test_changes_are_checked_like_a_config():
+    assert preset("figure5", models=["default"], n_prompts=3)["leakage"].n_prompts == 3
+    with pytest.raises(ValueError, match="n_prompts is 0"):
+        preset("figure5", n_prompts=0)
+
+
+def test_the_small_preset_is_the_promised_matrix():
+    config = preset("smollm2")["all"]
+    items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
+    assert len(items) == 20 * 2 * 3 * (1 + 3 * 2 * 3)  # prompts, orders, kinds, full cache and ratios x policies x modes
+    assert len({tuple(item.values()) for item in items}) == len(items)
+
+
+@pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")
+def test_paper_presets_fit_the_papers_data():
+    for name in preset_names()[:-1]:
+        for config in preset(name).values():
+            assert next(plan(config, load_corpus(config.dataset))).rows

@@ -1,0 +1,156 @@
+"""Numbers from records, against plain counts, scipy, and the paper's published score."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kvpitfalls.experiments import summary
+
+# The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and fair.
+FIGURE_1 = {
+    "standard": (
+        [0.855, 0.864, 0.831, 0.821, 0.854, 0.853, 0.798, 0.798, 0.843, 0.853, 0.831, 0.831, 0.831, 0.775, 0.774],
+        [0.09, 0.07, 0.07, 0.11, 0.10, 0.20, 0.48, 0.54, 0.61, 0.67, 0.69, 0.69, 0.69, 0.69, 0.52],
+    ),
+    "fair": (
+        [0.855, 0.864, 0.831, 0.864, 0.819, 0.831, 0.853, 0.810, 0.821, 0.886, 0.798, 0.810, 0.842, 0.785, 0.698],
+        [0.09, 0.07, 0.07, 0.10, 0.10, 0.13, 0.16, 0.21, 0.25, 0.33, 0.33, 0.17, 0.14, 0.11, 0.08],
+    ),
+}
+
+
+def curve(name):
+    return {round(0.05 * i, 2): pair for i, pair in enumerate(zip(*FIGURE_1[name], strict=True))}
+
+
+def test_figure_1_gives_the_published_composite_score():
+    mean, std = summary.composite(curve("standard"), curve("fair"))
+    assert mean == pytest.approx(0.218, abs=0.0005)
+    assert abs(mean - 0.2201) < 0.005 and abs(std - 0.0620) < 0.01  # the published entry, StreamingLLM, Llama3, fair
+    assert summary.composite(curve("standard"), curve("standard")) == (0, 0)
+    with pytest.raises(ValueError, match=r"ratio 0\.55 is missing"):
+        summary.composite(curve("standard"), {r: pair for r, pair in curve("fair").items() if r != 0.55})
+
+
+def record(key, kind, scores, ratio=0.5, mode="biased", error=None, kept=0.5):
+    full = ratio == 0
+    where = {"model": "m", "dataset": "own", "defense": "d", "order": "defense_first", "compression_ratio": ratio, "key": key, "kind": kind}
+    return {
+        **where,
+        "policy": None if full else "snapkv",
+        "mode": "full" if full else mode,
+        "attack": None,
+        "scores": scores,
+        "error": error,
+        "kept": None if error else {"defense": kept},
+    }
+
+
+def leak(x, refused=False):
+    return {"leak": {name: {"rouge1": x, "rougeL": x} for name in ("directive", "defended", "defense")}, "refused": refused}
+
+
+def follow(*passed):
+    return {
+        "instructions": ["keywords:existence", "punctuation:no_comma"][: len(passed)],
+        "strict": list(passed),
+        "loose": [True] * len(passed),
+    }
+
+
+def test_means_counts_and_failures():
+    records = [
+        record(1, "attack", leak(0.2)),
+        record(1, "attack", leak(0.8, True)),
+        record(2, "attack", leak(0.3, True)),
+        record(3, "attack", None, error="ValueError: no"),
+        record(1, "follow", follow(True, False), kept=0.5),
+        record(2, "follow", follow(True), kept=0.9),
+    ]
+    (cell,) = summary.summarize(records)
+    m = cell["metrics"]
+    assert m["leak"]["mean"] == pytest.approx((0.2 + 0.8 + 0.3) / 3) and m["leak_over"]["mean"] == pytest.approx(1 / 3)
+    assert m["refused"]["mean"] == pytest.approx(2 / 3)
+    assert (m["leak"]["n_item"], m["leak"]["n_failed"], m["leak"]["n_prompt"]) == (4, 1, 2)
+    assert m["follow"]["mean"] == pytest.approx(2 / 3) and m["follow_prompt"]["mean"] == 0.5 and m["follow_loose"]["mean"] == 1
+    assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + 0.9) / 2)
+    assert m["leak"]["low"] <= m["leak"]["mean"] <= m["leak"]["high"]
+
+
+def test_all_failed_is_no_number():
+    (cell,) = summary.summarize([record(1, "attack", None, error="x")])
+    assert cell["metrics"]["leak"] == {"n_item": 1, "n_failed": 1, "mean": None, "low": None, "high": None, "n_prompt": 0}
+
+
+def test_shuffled_paper_data_is_the_same_data():
+    one, two = record(1, "attack", leak(0.5)), record(1, "follow", follow(True))
+    cells = summary.summarize([{**one, "dataset": "paper_shuffled"}, {**two, "dataset": "paper"}])
+    assert len(cells) == 1 and {"leak", "follow"} <= set(cells[0]["metrics"])
+
+
+def test_intervals_are_those_of_scipy():
+    values = np.random.default_rng(3).gamma(2.0, 0.1, 150)
+    low, high = summary.bootstrap(np.stack([values, np.ones(150)], 1))
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(low - theirs.low) < 0.08 * width and abs(high - theirs.high) < 0.08 * width
+
+
+def test_differences_are_paired_and_say_who_is_missing():
+    full = [record(k, "attack", leak(x), ratio=0.0) for k, x in ((1, 0.1), (2, 0.2), (3, 0.9))]
+    here = [record(1, "attack", leak(0.5)), record(2, "attack", leak(0.4)), record(3, "attack", None, error="x")]
+    found = {d["metric"]: d for d in summary.differences([*full, *here])}
+    assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), "the prompt that failed must not pull the baseline"
+    assert (found["leak"]["n_pair"], found["leak"]["n_unpaired"]) == (2, 1)
+    assert found["leak"]["low"] == pytest.approx(0.2) and found["leak"]["high"] == pytest.approx(0.4)
+
+
+def test_following_counts_failures_in_every_row():
+    cells = summary.following([record(1, "follow", follow(True, False)), record(2, "follow", None, error="x")])
+    assert cells and all(c["n_failed"] == 1 for c in cells)
+    by = {(c["rule"], c["group"], c["level"], c["name"]): c["accuracy"] for c in cells}
+    assert by["strict", "multi", "instruction", "all"] == 0.5 and by["strict", "all", "family", "keywords"] == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_spearmans(seed):
+    a, b = np.random.default_rng(seed).integers(0, 5, (2, 9)).tolist()
+    assert summary.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert summary.spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_rank_correlations_compare_with_the_full_cache():
+    def cells(ratio, *accuracies):
+        same = {
+            "model": "m",
+            "dataset": "own",
+            "defense": "none",
+            "order": "o",
+            "compression_ratio": ratio,
+            "mode": "biased" if ratio else "full",
+        }
+        where = {**same, "policy": "tova" if ratio else None, "level": "family", "rule": "strict", "group": "all"}
+        return [{**where, "name": str(i), "accuracy": a} for i, a in enumerate(accuracies)]
+
+    found = {c["compression_ratio"]: c["rho"] for c in summary.rank_correlations([*cells(0, 0.1, 0.5, 0.9), *cells(0.5, 0.9, 0.5, 0.1)])}
+    assert found == {0: pytest.approx(1), 0.5: pytest.approx(-1)}
+
+
+def test_composites_come_from_cells():
+    cells = []
+    for mode, name in (("biased", "standard"), ("fair", "fair")):
+        for ratio, (accuracy, leaked) in curve(name).items():
+            metrics = {"leak": {"mean": leaked}, "follow": {"mean": accuracy}}
+            same = {
+                "model": "m",
+                "dataset": "d",
+                "defense": "p",
+                "order": "o",
+                "policy": "snapkv",
+                "mode": mode,
+                "compression_ratio": ratio,
+            }
+            cells.append({**same, "metrics": metrics})
+    (found,) = summary.composites(cells)
+    assert found["mode"] == "fair" and found["composite"] == pytest.approx(0.218, abs=0.0005)
+    assert summary.composites([c for c in cells if c["compression_ratio"] != 0.6]) == []

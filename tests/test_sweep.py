@@ -1,0 +1,258 @@
+"""Sweeps: records that survive kills, batches that change nothing, and failures that are counted."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_sweep
+import torch
+
+import kvpitfalls as kvp
+from kvpitfalls.experiments import batch as batch_module
+from kvpitfalls.experiments import records
+from kvpitfalls.experiments import sweep as sweep_module
+from kvpitfalls.experiments.config import SweepConfig
+from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.plan import plan
+from kvpitfalls.experiments.scenario import Scenario, conversation
+from kvpitfalls.experiments.sweep import sweep
+from kvpitfalls.hf.load import load
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, smollm2):
+    return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once(model):
+    """The sweeps here share one loaded model; those of test_cli_experiments.py load it themselves."""
+    loaded = load(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "load_model", lambda config, name: loaded)
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert sweep(tiny_sweep.config(model), folder)["failed"] == 0
+    return folder
+
+
+def test_the_records_are_the_plan(unbroken, model):
+    config = tiny_sweep.config(model)
+    found = records.read_records(unbroken)
+    identities = {json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")]) for r in found}
+    # orders x prompts x (full + ratios x policies x modes) x (2 attacks, recall, follow)
+    assert len(found) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
+    assert [{k: r[k] for k in i} for b in plan(config, load_corpus()) for i, r in zip(b.items(load_corpus()), found, strict=False)]
+    meta = records.read_meta(unbroken)
+    assert meta["items"] == len(found) and meta["same"]["torch"] == torch.__version__ and len(meta["sessions"]) == 1
+
+
+def test_a_record_is_what_one_plain_call_gives(unbroken, model):
+    """Second way: wrap, compress one prompt, generate; no batch, no sweep."""
+    loaded, tokenizer = load(model)
+    corpus = load_corpus()
+    rows = {row["key"]: row for row in corpus.rows}
+    for record in random.Random(0).sample(records.read_records(unbroken), 12):
+        scenario = Scenario.of(corpus, rows[record["key"]], record["defense"], record["order"])
+        prompt = scenario.prompt(tokenizer)
+        ids = conversation(prompt, *scenario.ask(record["kind"], corpus.attacks.get(record["attack"])))
+        limit = tiny_sweep.config(model).max_new_tokens[record["kind"]]
+        fair, policy = record["mode"] == "fair", record["policy"] or "snapkv"
+        with kvp.wrap(loaded, policy, compression_ratio=record["compression_ratio"], fair=fair) as handle:
+            cache = handle.compress(prompt)
+            out = loaded.generate(torch.tensor([ids]), past_key_values=copy.deepcopy(cache), max_new_tokens=limit, do_sample=False)
+            assert record["output"] == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+            assert record["kept"]["directive"] == pytest.approx(cache.kept("directive").mean())
+            assert record["kept"]["whitelist"] == pytest.approx(cache.kept(prompt.find(scenario.whitelist)).mean())
+            assert record["n_kept"] == cache.positions(0).shape[2] and record["n_tokens"] == len(prompt)
+        assert record["scores"] == scenario.score(record["kind"], record["output"], 42)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 400])
+def test_batches_change_nothing(unbroken, model, tmp_path, batch_size):
+    n_prompts = 1 if batch_size == 1 else 2
+    sweep(tiny_sweep.config(model, batch_size=batch_size, n_prompts=n_prompts), tmp_path)
+    keys = [row["key"] for row in load_corpus().rows[:n_prompts]]
+    same = [line for line in tiny_sweep.untimed(unbroken) if json.loads(line)["key"] in keys]
+    assert sorted(tiny_sweep.untimed(tmp_path)) == sorted(same)
+
+
+def test_ten_kills_leave_no_trace(model, tmp_path):
+    script = Path(tiny_sweep.__file__)
+    out = subprocess.run(
+        [sys.executable, str(script), model, str(tmp_path), "10", "3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    happened = json.loads(out.stdout.splitlines()[-1])
+    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 3, "kills that always hit the same moment would test nothing"
+    assert tiny_sweep.untimed(tmp_path / "killed") == tiny_sweep.untimed(tmp_path / "unbroken")
+
+
+def test_a_file_cut_anywhere_is_completed(unbroken, model, tmp_path):
+    whole = (unbroken / "records.jsonl").read_bytes()
+    for name in ("records.jsonl", "run_meta.json"):
+        (tmp_path / name).write_bytes((unbroken / name).read_bytes())
+    for at in [1, len(whole) - 1, *random.Random(1).sample(range(len(whole) // 2, len(whole)), 3)]:
+        (tmp_path / "records.jsonl").write_bytes(whole[:at])
+        done = sweep(tiny_sweep.config(model), tmp_path)
+        assert tiny_sweep.untimed(tmp_path) == tiny_sweep.untimed(unbroken)
+        assert done["resumed_at"] <= whole[:at].count(b"\n")
+    assert sweep(tiny_sweep.config(model), tmp_path)["resumed_at"] == done["items"], "a finished sweep has nothing left to do"
+
+
+def test_another_sweep_is_not_mixed_in(unbroken, model, tmp_path):
+    for name in ("records.jsonl", "run_meta.json"):
+        (tmp_path / name).write_bytes((unbroken / name).read_bytes())
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"begun with config.seed = 42 and would go on with 43; expected the same"):
+        sweep(tiny_sweep.config(model, seed=43), tmp_path)
+    with records.locked(tmp_path), pytest.raises(RuntimeError, match="another sweep is running"):
+        sweep(tiny_sweep.config(model), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"} == before
+    lines = (tmp_path / "records.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "records.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
+    swapped = (tmp_path / "records.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="record 1, is not the one that this sweep makes"):
+        sweep(tiny_sweep.config(model), tmp_path)
+    assert (tmp_path / "records.jsonl").read_bytes() == swapped
+    assert (tmp_path / "run_meta.json").read_bytes() == before["run_meta.json"], "what is refused changes nothing"
+    (tmp_path / "records.jsonl").write_text("".join([lines[0], "{broken\n", *lines[2:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match="record 2, is no JSON"):
+        sweep(tiny_sweep.config(model), tmp_path)
+    (tmp_path / "records.jsonl").write_text("".join([*lines, lines[0]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"holds {len(lines) + 1} records; expected at most {len(lines)}"):
+        sweep(tiny_sweep.config(model), tmp_path)
+    (tmp_path / "run_meta.json").unlink()
+    with pytest.raises(ValueError, match=r"has records but no run_meta\.json"):
+        sweep(tiny_sweep.config(model), tmp_path)
+
+
+def test_other_weights_are_another_sweep(model, tmp_path):
+    before = sweep_module.identity(tiny_sweep.config(model), load_corpus())["model_sources"]
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    renamed = [
+        source.replace(str(other), model) for source in sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"]
+    ]
+    assert renamed == before, "the same files are the same model"
+    with (other / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"] != renamed
+
+
+def _rows(path, n, bad):
+    rows = [dict(row) for row in load_corpus().rows[:n]]
+    if bad:
+        twice = load_corpus().defenses["refuse"].templates["defense_first"].replace("$system_prompt", "")
+        rows[2]["messages"] = [{"role": "system", "content": f"Hello. {twice} Bye."}, rows[2]["messages"][1]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_a_prompt_that_fails_is_a_record_and_harms_no_other(model, tmp_path):
+    """The third prompt holds the defense twice, so its instructions cannot be told apart."""
+    found = {}
+    for name in ("good", "bad"):
+        rows = _rows(tmp_path / "rows.jsonl", 4, name == "bad")
+        config = tiny_sweep.config(model, n_prompts=None, dataset=rows, orders=["defense_first"])
+        done = sweep(config, tmp_path / name)
+        found[name] = records.read_records(tmp_path / name)
+        assert done["items"] == len(found[name]) and done["failed"] == sum(r["error"] is not None for r in found[name])
+    failed = [r for r in found["bad"] if r["error"]]
+    assert {r["key"] for r in failed} == {load_corpus().rows[2]["key"]} and len(failed) == len(found["bad"]) / 4
+    assert all("is in the prompt 2 times" in r["error"] and r["output"] is None and r["scores"] is None for r in failed)
+    for good, bad in zip(found["good"], found["bad"], strict=True):
+        if not bad["error"]:
+            assert {**good, "seconds": 0} == {**bad, "seconds": 0}
+
+
+def test_a_whitelist_that_does_not_fit_fails_alone(model, tmp_path):
+    config = tiny_sweep.config(model, modes=["biased", "whitelist", "whitelist_defense"], compression_ratios=[0.8], policies=["snapkv"])
+    done = sweep(config, tmp_path)
+    found = records.read_records(tmp_path)
+    failed = [r for r in found if r["error"]]
+    assert 0 < len(failed) == done["failed"] and {r["mode"] for r in failed} >= {"whitelist_defense"}
+    assert all("are protected; expected at least that" in r["error"] for r in failed)
+    assert all(r["error"] is None and r["output"] is not None for r in found if r["mode"] in ("biased", "full"))
+    kept = [r["kept"]["whitelist"] for r in found if r["mode"] == "whitelist" and not r["error"]]
+    assert all(share == 1 for share in kept)
+
+
+def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch):
+    """One prompt makes the generation raise, in a batch and alone; the others of its batch are generated again, one by one."""
+    plain, victim = batch_module.answers, load_corpus().rows[1]
+
+    def failing(loaded, contexts, conversations, cache, limit):
+        if any(victim["messages"][0]["content"] in prompt.text for prompt in contexts):
+            raise RuntimeError("out of memory")
+        return plain(loaded, contexts, conversations, cache, limit)
+
+    monkeypatch.setattr(batch_module, "answers", failing)
+    done = sweep(tiny_sweep.config(model, orders=["defense_first"]), tmp_path)
+    found = records.read_records(tmp_path)
+    assert done["failed"] == len(found) / 4 and {r["key"] for r in found if r["error"]} == {victim["key"]}
+    assert {r["error"] for r in found if r["error"]} == {"RuntimeError: out of memory"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"polices": ["snapkv"]}, "the config holds 'polices'; expected some of models"),
+        ({"policies": ["snapvk"]}, "did you mean 'snapkv'"),
+        ({"policies": "snapkv"}, "policies is 'snapkv'; expected a list"),
+        ({"policies": []}, "expected a list that is not empty"),
+        ({"policies": ["snapkv", "snap"]}, "expected each name once"),
+        ({"modes": ["unfair"]}, "modes hold 'unfair'; expected some of biased"),
+        ({"modes": [1.5]}, "modes hold 1.5"),
+        ({"compression_ratios": [1.0]}, "compression_ratio is 1.0"),
+        ({"orders": ["sideways"]}, "orders hold 'sideways'"),
+        ({"kinds": ["attack", "guess"]}, "kinds hold 'guess'"),
+        ({"max_new_tokens": {"attack": 0}}, r"max_new_tokens\['attack'\] is 0"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number, at least 1"),
+        ({"n_prompts": True}, "n_prompts is True"),
+        ({"defenses": ["none"], "modes": ["whitelist"]}, "expected a defense, since those modes need one"),
+    ],
+)
+def test_bad_configs_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        SweepConfig.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"defenses": ["strong"]}, "defenses hold 'strong'; expected some of none, refuse"),
+        ({"attacks": ["brute"]}, "attacks hold 'brute'; expected names such as verbatim-1"),
+        ({"n_prompts": 1000}, "n_prompts is 1000; expected at most 68"),
+    ],
+)
+def test_what_the_corpus_lacks_is_refused_and_nothing_written(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep(SweepConfig(**given), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_files(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('policies = ["snap"]\nmodes = ["biased", 0.5]\ncompression_ratios = [0.5]\n[max_new_tokens]\nattack = 9\n', "utf-8")
+    config = SweepConfig.read(path)
+    assert (config.policies, config.modes, config.compression_ratios) == (("snapkv",), ("biased", "lambda=0.5"), (0.0, 0.5))
+    assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280}
+    (tmp_path / "again.json").write_text(json.dumps(config.to_dict()), "utf-8")
+    assert SweepConfig.read(tmp_path / "again.json") == config
+    path.write_text("policies = [", "utf-8")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SweepConfig.read(path)
