@@ -248,7 +248,7 @@ def test_wrap_arguments(llama):
     for given, message in [
         ({}, "exactly one of"),
         ({"compression_ratio": 1}, "compression_ratio is 1"),
-        ({"budget": 3, "when": "decode"}, "when is 'decode'; expected 'prefill'"),
+        ({"budget": 3, "when": "later"}, "when is 'later'; expected 'prefill', 'decode' or 'always'"),
         ({"budget": 3, "fair": 2}, r"strength is 2\.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from .cache import KeptCache, KeptLayer, Slots
+from .cache import KeptCache
 from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_model, decoder_of
+from .kept_layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 
 _local = threading.local()
@@ -47,7 +48,7 @@ class _Ticket:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a cache's action sees of one layer's prefill: q and k after rotary embedding, as attention used them.
+    """What a cache's action sees of one layer's attention: q and k after rotary embedding, as attention used them.
 
     Attributes
     ----------
@@ -55,7 +56,7 @@ class AttentionCall:
     key : tensor (B, H, T, D)
     scaling, softcap : float
     valid : list of (int, int)
-        Per row, the range of real tokens.
+        Per row, the range of real tokens of a prompt; after it, all slots.
     sinks : tensor (Hq,), or None
         A logit per head that joins every softmax (gpt-oss).
     shared : bool
@@ -127,9 +128,11 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
     if not ticket.done:
         ticket.done = True
         action = forward.cache.action
-        if forward.prefill and action is not None:
+        holds = getattr(action, "holds", False)
+        if action is not None and (forward.prefill or holds):
             check_call(module, implementation, kwargs)
-            action(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
+            act = action if forward.prefill else action.hold
+            act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
     return out
 
 

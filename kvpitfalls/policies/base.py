@@ -124,6 +124,11 @@ class Policy:
         Other names that are accepted.
     needs_queries : bool
         Whether :meth:`score` reads ``inputs.queries``.
+    recent_queries : int
+        While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
+    running : bool
+        While a budget is held: a token's score is the attention it received from all queries so far, divided by their number, instead
+        of what :meth:`score` says.
 
     Examples
     --------
@@ -142,6 +147,8 @@ class Policy:
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     needs_queries: ClassVar[bool] = False
+    recent_queries: ClassVar[int] = 0
+    running: ClassVar[bool] = False
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
     paper_quotas: ClassVar[bool] = True
 
