@@ -88,6 +88,8 @@ class Hold(Evict):
 
     def spans_of(self, n_row: int, n_token: int, valid) -> list:
         """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has one."""
+        if any(end != n_token for _, end in valid):
+            raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
         layout = self.layout(n_row, n_token, valid)
         for b, ((begin, end), protected) in enumerate(zip(valid, layout.protected, strict=True)):
             floors = len(protected) if not self.is_fair else sum(self._floors(layout, b, None))

@@ -102,11 +102,17 @@ class Handle:
         return f"<Handle {type(self.model).__name__}: {a.policy!r}, {amount}, fair={a.fair.label!r}, protect={a.protect!r}{state}>"
 
     def remove(self) -> None:
-        """Restore the model. Caches made here can then no longer be used with it."""
+        """Restore the model. Caches made here can then no longer be used with it.
+
+        Raises
+        ------
+        RuntimeError
+            While a forward of the model is running, on any thread; nothing is changed then.
+        """
         if self._attachment is not None:
+            detach(self.model)
             self._attachment.new_cache = None
             self._attachment = None
-            detach(self.model)
 
     def new_cache(self, *, spans=None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
@@ -121,7 +127,7 @@ class Handle:
         prompt : Prompt, list of Prompt, or LongTensor (B, T) or (T,)
             Prompts of different lengths are padded on the left.
         attention_mask : tensor (B, T), optional
-            For token ids padded on the left.
+            For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
             The instructions, for token ids; a Prompt has its own.
 
