@@ -85,7 +85,7 @@ def rank(
     segments = layout.segments(fair)
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, layout.valid_array, sinks)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, sinks)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(

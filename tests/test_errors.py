@@ -216,8 +216,8 @@ def test_caches_and_modes_are_refused(llama):
         llama.eval()
         with pytest.raises(kvp.UnsupportedModelError, match="not a padding mask"):
             llama(ids(), attention_mask=torch.zeros(2, 1, 30, 30))
-        with pytest.raises(ValueError, match="padding on the left only"):
-            handle.compress(ids(), attention_mask=torch.tensor([[1] * 25 + [0] * 5, [1] * 30]))
+        with pytest.raises(ValueError, match="padding between real tokens; expected padding on the left or right only"):
+            handle.compress(ids(), attention_mask=torch.tensor([[1] * 20 + [0] * 5 + [1] * 5, [1] * 30]))
         with pytest.raises(ValueError, match="hides every token"):
             handle.compress(ids(), attention_mask=torch.tensor([[0] * 30, [1] * 30]))
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 29\); expected \(2, 30\)"):
@@ -229,6 +229,10 @@ def test_caches_and_modes_are_refused(llama):
             handle.compress(ids(2, 5), attention_mask=torch.tensor([[0, 0, 0, 0, 1], [1] * 5]))
         with pytest.raises(ValueError, match="the prompt has 1 token"):
             llama.generate(ids(1, 1), max_new_tokens=2)
+        with pytest.raises(ValueError, match="generate was given 30 tokens, all of which the cache has seen"):
+            llama.generate(ids(), past_key_values=handle.compress(ids()), max_new_tokens=2)
+        with pytest.raises(ValueError, match="attention_mask has 5 columns; expected 35, for 30 tokens in the cache and 5 new ones"):
+            llama(ids(2, 5), attention_mask=torch.ones(2, 5), past_key_values=handle.compress(ids()))
         with pytest.raises(ValueError, match="no cache was compressed yet"):
             kvp.wrap(build("llama"), "knorm", budget=3).report()
         with pytest.raises(ValueError, match="prompt has shape"):
@@ -248,7 +252,7 @@ def test_wrap_arguments(llama):
     for given, message in [
         ({}, "exactly one of"),
         ({"compression_ratio": 1}, "compression_ratio is 1"),
-        ({"budget": 3, "when": "decode"}, "when is 'decode'; expected 'prefill'"),
+        ({"budget": 3, "when": "later"}, "when is 'later'; expected 'prefill', 'decode' or 'always'"),
         ({"budget": 3, "fair": 2}, r"strength is 2\.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,162 +1,14 @@
 """A key/value cache that holds fewer entries than it has seen, and says which."""
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import NotInterceptedError
-
-_LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
-
-
-class Slots(NamedTuple):
-    """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`."""
-
-    pos: torch.Tensor
-    live: torch.Tensor | None
-    seen: int
-
-
-class KeptLayer(DynamicLayer):
-    """One layer's keys and values after eviction.
-
-    Lengths are *logical* everywhere (how many tokens were seen), so position ids, ``generate`` and the mask builder need not know that
-    entries are gone. Slot ``s`` of head ``h`` holds the token at logical position ``pos[b, h, s]``.
-
-    Attributes
-    ----------
-    seen : int
-        Logical length.
-    pos : LongTensor (B, H, S), or None
-        None: nothing was evicted and slot s holds position s.
-    live : BoolTensor (B, H, S), or None
-        Slots that hold a token; None: all. (A padded batch keeps different numbers of tokens in its rows.)
-    shared : bool
-        The model mixes heads after the cache, or caches latents, so one choice of tokens served all heads.
-    """
-
-    is_compileable = False
-
-    def __init__(self, index: int):
-        super().__init__()
-        self.index = index
-        self._forget()
-
-    def _forget(self) -> None:
-        self.seen = 0
-        self.pos = self.live = None
-        self.kept_positions = self.kept_counts = None  # what eviction left of the prompt, int32 (B,H,K) and (B,H), on the CPU
-        self.prompt_shape = None  # (B, H, T) when the prompt was evicted
-        self.bytes_before = 0
-        self.shared = False
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append new rows; called by the model. Refused outside a wrapped model, whose masks would not fit."""
-        from .intercept import current_forward
-
-        forward = current_forward()
-        if forward is None:
-            raise NotInterceptedError(
-                "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
-            )
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("torch.compile is running; expected an uncompiled model, since a KeptCache changes shape")
-        if not self.is_initialized:
-            self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
-        n_new = key_states.shape[-2]
-        if self.pos is not None:
-            new = torch.arange(self.seen, self.seen + n_new, device=self.pos.device).expand(*self.pos.shape[:2], n_new)
-            self.pos = torch.cat([self.pos, new], -1)
-            if self.live is not None:
-                self.live = torch.cat([self.live, torch.ones_like(new, dtype=torch.bool)], -1)
-        self.keys = torch.cat([self.keys, key_states], -2)
-        self.values = torch.cat([self.values, value_states], -2)
-        self.seen += n_new
-        forward.expect(self, n_new)
-        return self.keys, self.values
-
-    @property
-    def slots(self) -> Slots | None:
-        """What stands where; None if nothing was evicted."""
-        return None if self.pos is None else Slots(self.pos, self.live, self.seen)
-
-    def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
-        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K."""
-        self.bytes_before = _bytes(self.keys) + _bytes(self.values)
-        self.prompt_shape = tuple(self.keys.shape[:3])
-        self.keys, self.values = keys, values
-        self.pos = positions.long().clamp(min=0).to(keys.device)
-        self.live = None if bool((counts == positions.shape[-1]).all()) else (positions >= 0).to(keys.device)
-        self.kept_positions, self.kept_counts = positions.cpu().numpy(), counts.cpu().numpy()
-
-    def get_seq_length(self, *args) -> int:
-        """The logical length."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length):
-        """Logical sizes for the mask; an int, or before transformers 5.4 the tensor of cache positions."""
-        n_new = query_length.shape[0] if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
-        return self.seen + n_new, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    @property
-    def is_croppable(self) -> bool:
-        """True as long as nothing was evicted."""
-        return self.pos is None
-
-    def crop(self, n: int) -> None:
-        """Drop the newest ``-n`` tokens (or, n > 0, cut down to n); only newest tokens that were added after eviction can go."""
-        drop = -n if n <= 0 else self.seen - n
-        if drop <= 0 or not self.is_initialized:
-            return
-        added = self.seen - (self.prompt_shape[2] if self.pos is not None else 0)
-        if drop > added:
-            raise ValueError(f"crop would drop {drop} tokens, but only the newest {added} came after eviction; the others are gone")
-        self.keys, self.values = self.keys[..., :-drop, :], self.values[..., :-drop, :]
-        self.seen -= drop
-        if self.pos is not None:
-            self.pos = self.pos[..., :-drop]
-            self.live = None if self.live is None else self.live[..., :-drop]
-
-    def reset(self) -> None:
-        """Empty the layer; the next prompt is compressed again."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._forget()
-
-    def reorder_cache(self, beam_idx) -> None:
-        """Beam search: rows move."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices) -> None:
-        """Keep some batch rows, in the given order."""
-        self._map_rows(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each batch row."""
-        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
-
-    def _map_rows(self, rows) -> None:
-        if not self.is_initialized:
-            return
-        self.keys, self.values = rows(self.keys), rows(self.values)
-        self.pos = None if self.pos is None else rows(self.pos)
-        self.live = None if self.live is None else rows(self.live)
-        if self.kept_positions is not None:
-            self.kept_positions = rows(torch.from_numpy(self.kept_positions)).numpy()
-            self.kept_counts = rows(torch.from_numpy(self.kept_counts)).numpy()
-            self.prompt_shape = (len(self.kept_counts), *self.prompt_shape[1:])
+from .kept_layer import KeptLayer
 
 
 class KeptCache(DynamicCache):
@@ -210,6 +62,12 @@ class KeptCache(DynamicCache):
         first.spans = [row for cache in caches for row in cache.spans]
         first.valid = [row for cache in caches for row in cache.valid]
         return first
+
+    def crop(self, *args, **kwargs) -> None:
+        """Drop the newest tokens of every layer, or, if one cannot, raise and leave all as they are."""
+        for layer in self.kept_layers:
+            layer.check_crop(*args, **kwargs)
+        super().crop(*args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
@@ -298,6 +156,8 @@ def why_not_compressed(layer) -> str:
 
 
 def _join_layers(layers: list):
+    if any(getattr(layer, "held", None) is not None for layer in layers):
+        raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
     if len({(layer.get_seq_length(), layer.keys.shape[2], getattr(layer, "pos", None) is None) for layer in layers}) > 1:
         raise ValueError("the caches differ in length or in how much they hold; expected caches of one budget over equally long prompts")
     joined = copy.copy(layers[0])
@@ -315,7 +175,7 @@ def _join_layers(layers: list):
 
 
 def _layer_report(layer: KeptLayer) -> dict:
-    after = _bytes(layer.keys) + _bytes(layer.values)
+    after = layer.keys.nbytes + layer.values.nbytes
     counts = layer.kept_counts if layer.kept_counts is not None else np.full(layer.keys.shape[:2], layer.seen)
     return {
         "index": layer.index,
@@ -323,7 +183,3 @@ def _layer_report(layer: KeptLayer) -> dict:
         "bytes_before": layer.bytes_before or after,
         "bytes_after": after,
     }
-
-
-def _bytes(x: torch.Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -1,6 +1,7 @@
 """Which models and caches can be compressed exactly; all others are refused by name and reason, before anything runs."""
 
 import inspect
+import sys
 
 import torch
 from transformers import Cache, DynamicCache
@@ -104,6 +105,42 @@ def check_cache(cache) -> None:
             f"past_key_values already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
             "or one made by handle.compress"
         )
+
+
+def check_mode(n_seen: int) -> None:
+    """Raise if ``generate`` feeds a compressed cache in a way that shows eviction less, or more, than the prompt.
+
+    It tells its forward nothing about its mode, and the shapes are those of any other; so the calls above this one are looked at.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers.generation"):
+            # f_locals keeps what it shows alive until its function returns, so that of a user's own function is not looked at
+            name, given = frame.f_code.co_name, frame.f_locals
+            chunk = getattr(given.get("generation_config"), "prefill_chunk_size", None)
+            if name in ("_prefill", "_prefill_chunking") and chunk is not None and n_seen == 0:
+                raise UnsupportedModelError(
+                    "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
+                    "cache made by handle.compress"
+                )
+            if name == "_prefill" and n_seen and given.get("next_sequence_length") == 0:
+                raise ValueError(f"generate was given {n_seen} tokens, all of which the cache has seen; expected at least one more")
+            if name == "_assisted_decoding":
+                raise UnsupportedModelError(
+                    "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
+                    "what eviction saw; expected plain generation"
+                )
+        frame = frame.f_back
+
+
+def is_running(decoder: torch.nn.Module) -> bool:
+    """Whether any thread is inside a call of this module."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is decoder:
+                return True
+            frame = frame.f_back
+    return False
 
 
 def check_call(module, implementation: str, extra: dict) -> None:

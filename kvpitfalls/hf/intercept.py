@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from .cache import KeptCache, KeptLayer, Slots
+from .cache import KeptCache
 from .cache_file import fingerprint
-from .coverage import attention_modules, check_cache, check_call, check_model, decoder_of
+from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
+from .kept_layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 
 _local = threading.local()
@@ -47,7 +48,7 @@ class _Ticket:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a cache's action sees of one layer's prefill: q and k after rotary embedding, as attention used them.
+    """What a cache's action sees of one layer's attention: q and k after rotary embedding, as attention used them.
 
     Attributes
     ----------
@@ -55,7 +56,7 @@ class AttentionCall:
     key : tensor (B, H, T, D)
     scaling, softcap : float
     valid : list of (int, int)
-        Per row, the range of real tokens.
+        Per row, the range of real tokens of a prompt; after it, all slots.
     sinks : tensor (Hq,), or None
         A logit per head that joins every softmax (gpt-oss).
     shared : bool
@@ -127,9 +128,11 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
     if not ticket.done:
         ticket.done = True
         action = forward.cache.action
-        if forward.prefill and action is not None:
+        holds = getattr(action, "holds", False)
+        if action is not None and (forward.prefill or holds):
             check_call(module, implementation, kwargs)
-            action(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
+            act = action if forward.prefill else action.hold
+            act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
     return out
 
 
@@ -260,6 +263,8 @@ def detach(model) -> None:
     with _lock:
         _clear_abandoned()
         decoder = decoder_of(model)
+        if is_running(decoder):
+            raise RuntimeError(f"a forward of {type(model).__name__} is running; expected the wrap to be removed after it")
         attachment = _attached[decoder]
         attachment.count -= 1
         if attachment.count == 0:
@@ -300,12 +305,19 @@ def _begin(cache: KeptCache, bound: dict) -> Forward:
     """The forward's record; on a prefill, what is padding."""
     inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
     n_row, n_new = inputs.shape[:2]
-    prefill = not any(layer.seen for layer in cache.kept_layers)
-    if not prefill:
+    seen = max((layer.seen for layer in cache.kept_layers), default=0)
+    mask = bound.get("attention_mask")
+    acts = getattr(cache.action, "evicts", False) or getattr(cache.action, "holds", False)
+    if n_new > 1 and (acts or any(layer.pos is not None for layer in cache.kept_layers)):
+        check_mode(seen)
+    if seen:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones"
+            )
         return Forward(cache, False, None)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
-    mask = bound.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         raise UnsupportedModelError(
             "attention_mask is not a padding mask (B, T); expected one, since policies recompute plain causal attention"

@@ -16,20 +16,21 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     Raises
     ------
     ValueError
-        If a row's real tokens are not one block at the end (left padding).
+        If a row's real tokens are not one block.
     """
     if mask is None:
         return [(0, n_token)] * n_row
     if mask.ndim != 2 or tuple(mask.shape) != (n_row, n_token):
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected ({n_row}, {n_token}), one entry per token of the prompt")
-    real = mask.bool().cpu()
-    starts = n_token - real.sum(-1)
-    for b, start in enumerate(starts.tolist()):
-        if start == n_token:
+    ranges = []
+    for b, row in enumerate(mask.bool().cpu()):
+        real = row.nonzero()[:, 0].tolist()
+        if not real:
             raise ValueError(f"row {b} of attention_mask hides every token; expected at least one real token")
-        if not bool(real[b, start:].all()):
-            raise ValueError(f"row {b} of attention_mask has padding after a real token; expected padding on the left only")
-    return [(start, n_token) for start in starts.tolist()]
+        if real[-1] - real[0] + 1 != len(real):
+            raise ValueError(f"row {b} of attention_mask has padding between real tokens; expected padding on the left or right only")
+        ranges.append((real[0], real[-1] + 1))
+    return ranges
 
 
 def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:

@@ -3,9 +3,10 @@
 import torch
 
 from ..errors import UnsupportedModelError
-from .cache import KeptCache, KeptLayer
+from .cache import KeptCache
 from .coverage import decoder_of
 from .intercept import AttentionCall, attach, detach
+from .kept_layer import KeptLayer
 
 
 class Shuffle:

@@ -4,75 +4,22 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from .. import ops
-from ..budget import check_budget, kept_tokens
-from ..fairness import Fair, Layout, protected_positions
-from ..policies import Policy, get_policy
+from ..budget import check_budget
+from ..fairness import Fair, protected_positions
+from ..policies import get_policy
 from ..prompt import Prompt
-from ..selection import choose, rank
-from .cache import KeptCache, KeptLayer
+from .cache import KeptCache
 from .coverage import decoder_of
+from .evict import Evict
+from .hold import Hold
 from .intercept import AttentionCall, attach, detach
+from .kept_layer import KeptLayer
 from .masks import valid_ranges
-
-
-@dataclass(frozen=True)
-class Evict:
-    """A cache's action: after a layer's prefill, keep what the policy keeps."""
-
-    policy: Policy
-    fair: Fair
-    compression_ratio: float | None
-    budget: int | None
-    protect: Any = None
-    spans: Any = None
-    layouts: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # one layout serves all layers of a prompt
-
-    @property
-    def n_sink(self) -> int:
-        """What protect="sinks" protects."""
-        return getattr(self.policy, "n_sink", 4)
-
-    @property
-    def evicts(self) -> bool:
-        """False if everything is kept."""
-        return self.compression_ratio != 0
-
-    def layout(self, n_row: int, n_token: int, valid) -> Layout:
-        """What stands where in the prompts."""
-        key = (n_row, n_token, tuple(valid))
-        if key not in self.layouts:
-            self.layouts[key] = Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
-        return self.layouts[key]
-
-    def spans_of(self, n_row: int, n_token: int, valid) -> list:
-        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
-        layout = self.layout(n_row, n_token, valid)
-        for b, (begin, end) in enumerate(valid):
-            if len(layout.protected[b]) > (n_kept := kept_tokens(end - begin, self.compression_ratio, self.budget)):
-                raise ValueError(
-                    f"the budget of row {b} is {n_kept} tokens, but {len(layout.protected[b])} are protected; expected at least that"
-                )
-        layout.segments(self.fair)
-        return list(layout.spans)
-
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
-        """Evict from ``layer``."""
-        lengths = [end - begin for begin, end in call.valid]
-        if all(kept_tokens(n, self.compression_ratio, self.budget) == n for n in lengths):
-            return
-        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)
-        kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
-        n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
-        positions, counts = kept.positions.expand(-1, n_head, -1).contiguous(), kept.counts.expand(-1, n_head).contiguous()
-        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, counts)
 
 
 def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill") -> "Handle":
@@ -90,8 +37,10 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
         How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`.
     protect : str, int, or list of them
         Tokens kept whatever their score and paid from the budget: instruction names, texts of the prompt, positions, or "sinks".
-    when : {"prefill"}
-        The prompt is compressed once, after its prefill.
+    when : {"prefill", "decode", "always"}
+        "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that, and after every
+        later forward the cache is cut to the budget again. "decode": only the latter, so that the prompt is whole until the first
+        later forward. A ``compression_ratio`` then means its share of the prompt, in tokens, for good.
 
     Returns
     -------
@@ -109,9 +58,10 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
     ...     out = model.generate(prompt.followed_by("Hello!"), past_key_values=copy.deepcopy(cache))
     """
     check_budget(compression_ratio, budget)
-    if when != "prefill":
-        raise ValueError(f"when is {when!r}; expected 'prefill'")
-    return Handle(model, Evict(get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect))
+    if when not in ("prefill", "decode", "always"):
+        raise ValueError(f"when is {when!r}; expected 'prefill', 'decode' or 'always'")
+    settings = (get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect)
+    return Handle(model, Evict(*settings) if when == "prefill" else Hold(*settings, when=when))
 
 
 class _Caches:
@@ -152,11 +102,17 @@ class Handle:
         return f"<Handle {type(self.model).__name__}: {a.policy!r}, {amount}, fair={a.fair.label!r}, protect={a.protect!r}{state}>"
 
     def remove(self) -> None:
-        """Restore the model. Caches made here can then no longer be used with it."""
+        """Restore the model. Caches made here can then no longer be used with it.
+
+        Raises
+        ------
+        RuntimeError
+            While a forward of the model is running, on any thread; nothing is changed then.
+        """
         if self._attachment is not None:
+            detach(self.model)
             self._attachment.new_cache = None
             self._attachment = None
-            detach(self.model)
 
     def new_cache(self, *, spans=None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
@@ -171,7 +127,7 @@ class Handle:
         prompt : Prompt, list of Prompt, or LongTensor (B, T) or (T,)
             Prompts of different lengths are padded on the left.
         attention_mask : tensor (B, T), optional
-            For token ids padded on the left.
+            For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
             The instructions, for token ids; a Prompt has its own.
 

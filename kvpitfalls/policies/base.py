@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -69,8 +69,6 @@ class Inputs:
         Per row, the instructions as given, in order of position.
     paper : bool
         Follow the authors' code to the letter (``fair="paper"``).
-    valid_array : ndarray of int32, shape (B, 2), or None
-        ``valid`` for the core; None if all tokens are real.
     sinks : tensor, shape (H*G,), or None
         A logit per query head that joins the denominator of every softmax.
     """
@@ -83,13 +81,17 @@ class Inputs:
     segments: Sequence[Sequence[tuple[int, int]]]
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
-    valid_array: np.ndarray | None = None
     sinks: Any = None
 
     @property
     def n_token(self) -> int:
         """T, padding included."""
         return self.keys.shape[2]
+
+    @cached_property
+    def valid_array(self) -> np.ndarray | None:
+        """``valid`` as the core takes it, int32 (B, 2); None if all tokens are real."""
+        return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
 
     def score(self, scorer: str, **params):
         """A scorer of the core that needs keys only: ``norm`` or ``position``."""
@@ -135,6 +137,11 @@ class Policy:
         Other names that are accepted.
     needs_queries : bool
         Whether :meth:`score` reads ``inputs.queries``.
+    recent_queries : int
+        While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
+    running : bool
+        While a budget is held: a token's score is the attention it received from all queries so far, divided by their number, instead
+        of what :meth:`score` says.
 
     Examples
     --------
@@ -153,6 +160,8 @@ class Policy:
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     needs_queries: ClassVar[bool] = False
+    recent_queries: ClassVar[int] = 0
+    running: ClassVar[bool] = False
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
     paper_quotas: ClassVar[bool] = True
 

@@ -11,7 +11,7 @@ class H2O(Policy):
 
     score[k] = mean over the key head's query heads of (sum over q >= k of A[h, q, k]) / (T - k): the mean over the queries that can see k,
     where the H2O paper sums (which favours early tokens). Fair: only queries of the key's own segment vote. Exact at any length in O(T)
-    memory; no attention matrix is formed.
+    memory; no attention matrix is formed. While a budget is held, the sums run on over the tokens that are there.
 
     References
     ----------
@@ -21,6 +21,7 @@ class H2O(Policy):
     name = "h2o"
     aliases = ("observed_attention",)
     needs_queries = True
+    running = True
 
     def score(self, inputs):
         """See the class."""

@@ -39,6 +39,11 @@ class SnapKV(Policy):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
 
+    @property
+    def recent_queries(self) -> int:
+        """The window."""
+        return self.window_size
+
     def score(self, inputs):
         """See the class."""
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)

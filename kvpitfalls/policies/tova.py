@@ -1,6 +1,7 @@
 """TOVA."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .base import Policy, Vote
 
@@ -19,6 +20,7 @@ class TOVA(Policy):
 
     name = "tova"
     needs_queries = True
+    recent_queries: ClassVar[int] = 1
 
     def score(self, inputs):
         """See the class."""

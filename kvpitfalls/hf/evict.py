@@ -1,0 +1,67 @@
+"""Evicting once: after a layer's prefill."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .. import ops
+from ..budget import kept_tokens
+from ..fairness import Fair, Layout
+from ..policies import Policy
+from ..selection import choose, rank
+from .intercept import AttentionCall
+from .kept_layer import KeptLayer
+
+
+@dataclass(frozen=True)
+class Evict:
+    """A cache's action: after a layer's prefill, keep what the policy keeps."""
+
+    policy: Policy
+    fair: Fair
+    compression_ratio: float | None
+    budget: int | None
+    protect: Any = None
+    spans: Any = None
+    layouts: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # one layout serves all layers of a prompt
+
+    @property
+    def n_sink(self) -> int:
+        """What protect="sinks" protects."""
+        return getattr(self.policy, "n_sink", 4)
+
+    holds: ClassVar[bool] = False  # does not act after the prefill
+
+    @property
+    def evicts(self) -> bool:
+        """False if everything is kept."""
+        return self.compression_ratio != 0
+
+    def layout(self, n_row: int, n_token: int, valid) -> Layout:
+        """What stands where in the prompts."""
+        key = (n_row, n_token, tuple(valid))
+        if key not in self.layouts:
+            self.layouts[key] = Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
+        return self.layouts[key]
+
+    def spans_of(self, n_row: int, n_token: int, valid) -> list:
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
+        layout = self.layout(n_row, n_token, valid)
+        for b, (begin, end) in enumerate(valid):
+            if len(layout.protected[b]) > (n_kept := kept_tokens(end - begin, self.compression_ratio, self.budget)):
+                raise ValueError(
+                    f"the budget of row {b} is {n_kept} tokens, but {len(layout.protected[b])} are protected; expected at least that"
+                )
+        layout.segments(self.fair)
+        return list(layout.spans)
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Evict from ``layer``."""
+        lengths = [end - begin for begin, end in call.valid]
+        if all(kept_tokens(n, self.compression_ratio, self.budget) == n for n in lengths):
+            return
+        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)
+        kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
+        n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
+        positions, counts = kept.positions.expand(-1, n_head, -1).contiguous(), kept.counts.expand(-1, n_head).contiguous()
+        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, counts)

@@ -1,0 +1,222 @@
+"""Holding a budget: after every forward that follows the prompt, a layer is cut to the budget again.
+
+All of it happens in *slots*: the rows a layer holds, oldest first, empty ones (of rows that hold fewer) before them. A policy scores slots
+as it scores the tokens of a prompt. Fair: each instruction is judged by its own tokens only, so its scores are those of the prefill; what
+came after the prompt is a segment of its own, and all segments share the budget in proportion to the tokens they ever had.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from .. import ops
+from ..budget import apportion, kept_tokens
+from ..fairness import Layout
+from ..policies import Inputs, Vote
+from ..selection import rank
+from .evict import Evict
+from .intercept import AttentionCall
+from .kept_layer import KeptLayer
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer remembers while its budget is held.
+
+    Attributes
+    ----------
+    front : LongTensor (B,)
+        Empty slots at the start of each row.
+    counts : LongTensor (B, S)
+        Slots of each prompt segment, the same for all heads; fair only.
+    carried : tensor float32 (B, H, slots), or None
+        Fair: scores of the prompt's slots. A running policy: attention received so far, for the other slots.
+    queries : tensor (B, Hq, W, D), or None
+        The newest, as many as the policy reads.
+    rows : LongTensor (B,)
+        The prompt each row came from.
+    layout : Layout
+        Of the prompts.
+    """
+
+    front: torch.Tensor
+    counts: torch.Tensor
+    carried: torch.Tensor | None
+    queries: torch.Tensor | None
+    rows: torch.Tensor
+    layout: Layout
+
+    def map_rows(self, rows: Callable) -> "Held":
+        """Move batch rows."""
+        tensors = (self.front, self.counts, self.carried, self.queries, self.rows)
+        return Held(*(None if x is None else rows(x) for x in tensors), self.layout)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """Per row, the first slot that is not judged by what is carried: after the prompt if fair, else the first one."""
+        return self.front + self.counts.sum(-1)
+
+
+@dataclass(frozen=True)
+class Hold(Evict):
+    """A cache's action: hold the budget while generating; ``when="always"`` compresses the prompt first."""
+
+    when: str = "always"
+    holds = True
+
+    def __post_init__(self):
+        if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
+            raise ValueError(
+                f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, or a Fair of strength 1 without rule='paper'"
+            )
+        if self.policy.needs_queries and not (self.policy.recent_queries or self.policy.running):
+            raise ValueError(
+                f"policy {self.policy.name!r} reads queries but states no recent_queries; when={self.when!r} keeps as many as it states"
+            )
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether segments have quotas."""
+        return self.fair.strength > 0
+
+    def limit(self, n_token: int) -> int:
+        """Budget of a row whose prompt has ``n_token`` real tokens."""
+        return self.budget if self.budget is not None else kept_tokens(n_token, self.compression_ratio)
+
+    def spans_of(self, n_row: int, n_token: int, valid) -> list:
+        """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has one."""
+        if any(end != n_token for _, end in valid):
+            raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
+        layout = self.layout(n_row, n_token, valid)
+        for b, ((begin, end), protected) in enumerate(zip(valid, layout.protected, strict=True)):
+            floors = len(protected) if not self.is_fair else sum(self._floors(layout, b, None))
+            needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
+            if floors and self.limit(end - begin) < needed:
+                raise ValueError(
+                    f"the budget of row {b} is {self.limit(end - begin)} tokens; when={self.when!r} expects at least {needed}: "
+                    f"{floors} that must be kept, and {needed - floors} newest"
+                )
+        layout.segments(self.fair)
+        return list(layout.spans)
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """After the prompt's prefill."""
+        n_row, _, n_token = call.key.shape[:3]
+        layout = self.layout(n_row, n_token, call.valid)
+        fronts = torch.tensor([begin for begin, _ in call.valid])
+        counts, carried = torch.zeros(n_row, 0, dtype=torch.long), None
+        if self.is_fair:
+            segments = layout.segments(self.fair)
+            counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
+            for b, row in enumerate(segments):
+                counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
+            carried = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits).scores
+        elif self.policy.running:
+            carried = self._received(call, fronts, fronts, n_token)
+        n_recent = self.policy.recent_queries
+        layer.prompt_shape, layer.bytes_before = tuple(layer.keys.shape[:3]), layer.keys.nbytes + layer.values.nbytes
+        queries = call.query[:, :, -n_recent:].clone() if n_recent else None
+        layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), layout)
+        if self.when == "always":
+            self._cut(layer, call)
+
+    def hold(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """After a later forward."""
+        held, n_new = layer.held, call.query.shape[2]
+        carried, queries = held.carried, held.queries
+        if carried is not None:
+            carried = torch.nn.functional.pad(carried, (0, n_new))
+            if self.policy.running:
+                carried = carried + self._received(call, held.front, held.starts, n_new)
+        if queries is not None:
+            queries = torch.cat([queries, call.query], 2)[:, :, -self.policy.recent_queries :]
+        layer.held = replace(held, carried=carried, queries=queries)
+        self._cut(layer, call)
+
+    def _cut(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Down to the budget."""
+        held, n_slot = layer.held, layer.keys.shape[2]
+        valid = held.layout.valid
+        limits = torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()])
+        n_kept = torch.minimum(n_slot - held.front, limits)
+        if bool((n_kept == n_slot - held.front).all()):
+            return
+        edges = torch.cat([held.front[:, None], held.front[:, None] + held.counts.cumsum(-1), torch.full((len(n_kept), 1), n_slot)], 1)
+        quotas = self._quotas(layer, n_kept.tolist()) if self.is_fair else n_kept[:, None]
+        scores = self._scores(layer, call)
+        of_rows = np.stack([held.front.numpy(), np.full(len(n_kept), n_slot)], 1)
+        slots, _ = ops.select(scores, quotas.numpy(), segments=edges.numpy(), valid=of_rows)
+        front = slots.shape[2] - n_kept
+        place = (torch.arange(slots.shape[2]) - front[:, None]).clamp(min=0).to(slots.device)  # select puts the empty ones last
+        slots = slots.long().gather(2, place[:, None].expand_as(slots))
+        carried = None if held.carried is None else held.carried.gather(2, slots[:, : held.carried.shape[1]])
+        layer.held = replace(held, front=front, counts=quotas[:, :-1] if self.is_fair else held.counts, carried=carried)
+        layer.rearrange(slots.expand(-1, layer.keys.shape[1], -1), front)
+
+    def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
+        """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still has."""
+        held, quotas = layer.held, []
+        segments, weights = held.layout.segments(self.fair), held.layout.weights(self.fair)
+        for row, front, counts, total in zip(held.rows.tolist(), held.front.tolist(), held.counts.tolist(), n_kept, strict=True):
+            ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
+            now = [*counts, layer.keys.shape[2] - front - sum(counts)]
+            ever.append(layer.seen - held.layout.n_token)
+            share = [*weights[row], *[0] * (len(counts) - len(segments[row])), 1]
+            rates = [Fraction(w) * n / have if have else 0 for w, n, have in zip(share, ever, now, strict=True)]
+            floors = [*self._floors(held.layout, row, counts), min(1, now[-1])]  # the newest token stays
+            quotas.append(apportion(total, now, rates, floors))
+        return torch.tensor(quotas)
+
+    def _floors(self, layout: Layout, row: int, counts: list[int] | None) -> list[int]:
+        """What each of a prompt's segments must keep."""
+        segments = layout.segments(self.fair)[row]
+        counts = [end - begin for begin, end in segments] if counts is None else counts
+        protected = [sum(begin <= t < end for t in layout.protected[row]) for begin, end in segments]
+        floors = [max(p, min(self.fair.min_tokens, n)) for p, n in zip(protected, counts, strict=False)]
+        return floors + [0] * (len(counts) - len(floors))
+
+    def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
+        """Of each slot (B, H, slots); protected ones above all."""
+        held, n_slot = layer.held, layer.keys.shape[2]
+        pos = torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3]) if layer.pos is None else layer.pos
+        starts = held.starts
+        if self.policy.running:
+            scores = held.carried / (layer.seen - pos[:, : held.carried.shape[1]])
+        elif bool((starts == n_slot).all()):  # fair, and nothing after the prompt yet
+            scores = held.carried
+        else:
+            valid = [(front, n_slot) for front in held.front.tolist()]
+            queries = None if held.queries is None else held.queries[:, :, -n_slot:]
+            inputs = self._inputs(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
+            scores = _over_heads(self.policy.score(inputs), call)
+        if self.is_fair:
+            of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
+            scores = torch.where(of_prompt, held.carried, scores)
+        mask = held.layout.mask
+        if mask is None:
+            return scores
+        pos = pos[:, : scores.shape[1]]
+        mask = torch.from_numpy(mask).bool()[held.rows].to(pos.device)
+        shielded = torch.nn.functional.pad(mask, (0, 1))  # one more column, for all that came later
+        shielded = shielded[:, None].expand(*pos.shape[:2], -1).gather(2, pos.clamp(max=held.layout.n_token))
+        return scores.masked_fill(shielded, torch.inf)
+
+    def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: int) -> torch.Tensor:
+        """Attention that slots from ``starts`` on received from the ``n_new`` newest queries, summed: (B, H, slots)."""
+        n_slot = call.key.shape[2]
+        votes = [[Vote(keys=(start, n_slot), queries=(n_slot - n_new, n_slot), weight="sum")] for start in starts.tolist()]
+        inputs = self._inputs(call, call.query, [(front, n_slot) for front in fronts.tolist()])
+        return _over_heads(inputs.attend(votes), call).clamp(min=0)  # minus infinity where a row is empty
+
+    def _inputs(self, call: AttentionCall, queries, valid, segments=None) -> Inputs:
+        scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        segments = [[row] for row in valid] if segments is None else segments
+        return Inputs(call.key, queries, scaling, call.softcap, valid, segments, [[] for _ in valid], sinks=call.sinks)
+
+
+def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """One score for all heads where one choice must serve them."""
+    return scores.double().mean(1, keepdim=True).float() if call.shared else scores

@@ -1,0 +1,187 @@
+"""One layer's keys and values after eviction."""
+
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from ..errors import NotInterceptedError
+
+_LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
+
+
+class Slots(NamedTuple):
+    """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`."""
+
+    pos: torch.Tensor
+    live: torch.Tensor | None
+    seen: int
+
+
+class KeptLayer(DynamicLayer):
+    """One layer's keys and values after eviction.
+
+    Lengths are *logical* everywhere (how many tokens were seen), so position ids, ``generate`` and the mask builder need not know that
+    entries are gone. Slot ``s`` of head ``h`` holds the token at logical position ``pos[b, h, s]``.
+
+    Attributes
+    ----------
+    seen : int
+        Logical length.
+    pos : LongTensor (B, H, S), or None
+        None: nothing was evicted and slot s holds position s.
+    live : BoolTensor (B, H, S), or None
+        Slots that hold a token; None: all. (A padded batch keeps different numbers of tokens in its rows.)
+    shared : bool
+        The model mixes heads after the cache, or caches latents, so one choice of tokens served all heads.
+    """
+
+    is_compileable = False
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seen = 0
+        self.pos = self.live = None
+        self.kept_positions = self.kept_counts = None  # what eviction left of the prompt, int32 (B,H,K) and (B,H), on the CPU
+        self.prompt_shape = None  # (B, H, T) when the prompt was evicted
+        self.bytes_before = 0
+        self.shared = False
+        self.held = None  # Held, while a budget is held
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append new rows; called by the model. Refused outside a wrapped model, whose masks would not fit."""
+        from .intercept import current_forward
+
+        forward = current_forward()
+        if forward is None:
+            raise NotInterceptedError(
+                "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
+            )
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("torch.compile is running; expected an uncompiled model, since a KeptCache changes shape")
+        if not self.is_initialized:
+            self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
+        n_new = key_states.shape[-2]
+        if self.pos is not None:
+            new = torch.arange(self.seen, self.seen + n_new, device=self.pos.device).expand(*self.pos.shape[:2], n_new)
+            self.pos = torch.cat([self.pos, new], -1)
+            if self.live is not None:
+                self.live = torch.cat([self.live, torch.ones_like(new, dtype=torch.bool)], -1)
+        self.keys = torch.cat([self.keys, key_states], -2)
+        self.values = torch.cat([self.values, value_states], -2)
+        self.seen += n_new
+        forward.expect(self, n_new)
+        return self.keys, self.values
+
+    @property
+    def slots(self) -> Slots | None:
+        """What stands where; None if nothing was evicted."""
+        return None if self.pos is None else Slots(self.pos, self.live, self.seen)
+
+    def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
+        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K."""
+        self.bytes_before = self.keys.nbytes + self.values.nbytes
+        self.prompt_shape = tuple(self.keys.shape[:3])
+        self.keys, self.values = keys, values
+        self.pos = positions.long().clamp(min=0).to(keys.device)
+        self.live = None if bool((counts == positions.shape[-1]).all()) else (positions >= 0).to(keys.device)
+        self.kept_positions, self.kept_counts = positions.cpu().numpy(), counts.cpu().numpy()
+
+    def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
+        """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
+        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if self.pos is None else self.pos
+        rows = positions[..., None]
+        self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values))
+        self.pos = pos.gather(2, positions)
+        empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
+        self.live = None if not bool(front.any()) else ~empty[:, None].expand_as(self.pos)
+        self.kept_positions, self.kept_counts = _prompt_positions(self.pos, self.live, self.prompt_shape[2])
+
+    def get_seq_length(self, *args) -> int:
+        """The logical length."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        """Logical sizes for the mask; an int, or before transformers 5.4 the tensor of cache positions."""
+        n_new = query_length.shape[0] if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
+        return self.seen + n_new, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def is_croppable(self) -> bool:
+        """True as long as nothing was evicted, and scores do not depend on what would go."""
+        return self.pos is None and self.held is None
+
+    def check_crop(self, n: int) -> int:
+        """How many tokens :meth:`crop` would drop; raises if it cannot."""
+        drop = -n if n <= 0 else self.seen - n
+        if drop <= 0 or not self.is_initialized:
+            return 0
+        if self.held is not None:
+            raise ValueError("crop was called on a cache that holds its budget; tokens evicted since cannot come back")
+        added = self.seen - (self.prompt_shape[2] if self.pos is not None else 0)
+        if drop > added:
+            raise ValueError(f"crop would drop {drop} tokens, but only the newest {added} came after eviction; the others are gone")
+        return drop
+
+    def crop(self, n: int) -> None:
+        """Drop the newest ``-n`` tokens (or, n > 0, cut down to n); only newest tokens that were added after eviction can go."""
+        drop = self.check_crop(n)
+        if drop <= 0:
+            return
+        self.keys, self.values = self.keys[..., :-drop, :], self.values[..., :-drop, :]
+        self.seen -= drop
+        if self.pos is not None:
+            self.pos = self.pos[..., :-drop]
+            self.live = None if self.live is None else self.live[..., :-drop]
+
+    def reset(self) -> None:
+        """Empty the layer; the next prompt is compressed again."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+    def reorder_cache(self, beam_idx) -> None:
+        """Beam search: rows move."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices) -> None:
+        """Keep some batch rows, in the given order."""
+        self._map_rows(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row."""
+        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _map_rows(self, rows) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values = rows(self.keys), rows(self.values)
+        self.pos = None if self.pos is None else rows(self.pos)
+        self.live = None if self.live is None else rows(self.live)
+        if self.held is not None:
+            self.held = self.held.map_rows(rows)
+            self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
+        if self.kept_positions is not None:
+            self.kept_positions = rows(torch.from_numpy(self.kept_positions)).numpy()
+            self.kept_counts = rows(torch.from_numpy(self.kept_counts)).numpy()
+            self.prompt_shape = (len(self.kept_counts), *self.prompt_shape[1:])
+
+
+def _prompt_positions(pos: torch.Tensor, live: torch.Tensor | None, n_prompt: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt's tokens among those at ``pos``, ascending, then -1, int32 (B,H,K); and how many, (B,H)."""
+    mine = pos < n_prompt if live is None else (pos < n_prompt) & live
+    counts = mine.sum(-1)
+    ordered = torch.where(mine, pos, n_prompt).sort(-1).values[..., : int(counts.max())]
+    return ordered.masked_fill(ordered == n_prompt, -1).int().cpu().numpy(), counts.cpu().numpy()

@@ -1,0 +1,172 @@
+"""Every way of generating inside a wrap: what comes out is what one prompt at a time, by hand, gives; or it is refused by name."""
+
+import copy
+import gc
+import itertools
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build, feed, ids
+from transformers import TextStreamer, pipeline
+
+import kvpitfalls as kvp
+from kvpitfalls.hf import kept_layer
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("fair", [False, True])
+def test_32_prompts_in_one_padded_batch_equal_32_runs(llama, fair, side):
+    lengths = np.random.default_rng(0).integers(9, 30, 32)
+    width = int(lengths.max())
+    tokens, mask, spans = torch.zeros(32, width, dtype=torch.long), torch.zeros(32, width, dtype=torch.long), []
+    for row, n in enumerate(lengths):
+        begin = width - int(n) if side == "left" else 0
+        tokens[row, begin : begin + n], mask[row, begin : begin + n] = ids(1, int(n), seed=row)[0], 1
+        cut = 2 + row % 5
+        spans.append({"a": (begin + 1, begin + cut), "b": (begin + cut, begin + int(n) - 1)})
+    question = ids(1, 3, seed=99).expand(32, -1)
+    for policy in POLICIES:
+        with kvp.wrap(llama, policy, compression_ratio=0.5, fair=fair, protect="sinks" if fair is False else None) as handle:
+            cache = handle.compress(tokens, mask, spans)
+            asked, longer = torch.cat([tokens, question], 1), torch.cat([mask, torch.ones_like(question)], 1)
+            answers = llama.generate(asked, attention_mask=longer, past_key_values=copy.deepcopy(cache), **GREEDY)
+            for row, n in enumerate(lengths):
+                begin = width - int(n) if side == "left" else 0
+                alone = handle.compress(
+                    tokens[row : row + 1, begin : begin + n], spans={k: (b - begin, e - begin) for k, (b, e) in spans[row].items()}
+                )
+                for layer in cache.kept_layers:
+                    of_row = cache.positions(layer.index)[row]
+                    kept = of_row[of_row >= 0].reshape(of_row.shape[0], -1) - begin
+                    assert np.array_equal(kept, alone.positions(layer.index)[0])
+                one = torch.cat([tokens[row : row + 1, begin : begin + n], question[:1]], 1)
+                answer = llama.generate(one, attention_mask=torch.ones_like(one), past_key_values=alone, **GREEDY)
+                assert torch.equal(answers[row, -6:], answer[0, -6:])
+
+
+def test_sampling_and_num_return_sequences(llama):
+    tokens = ids(1, 20).expand(3, -1)
+    sample = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True, "num_return_sequences": 3, "temperature": 0.7, "top_k": 0}
+    with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
+        torch.manual_seed(0)
+        answers = llama.generate(tokens[:1], attention_mask=torch.ones(1, 20, dtype=torch.long), **sample)
+        torch.manual_seed(0)
+        cache, by_hand = handle.new_cache(), tokens
+        logits = feed(llama, by_hand, [20], cache)[:, -1]
+        for _ in range(6):
+            by_hand = torch.cat([by_hand, torch.multinomial(torch.softmax(logits / 0.7, -1), 1)], 1)
+            logits = feed(llama, by_hand, [1], cache, start=by_hand.shape[1] - 1)[:, -1]
+    assert torch.equal(answers, by_hand) and len({tuple(row) for row in answers.tolist()}) == 3
+
+
+def test_a_pipeline_and_a_streamer(smollm2, capsys):
+    model, tokenizer = smollm2
+    text = "The capital of France is Paris. The capital of Italy is"
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    ids = tokenizer(text, return_tensors="pt")
+    with kvp.wrap(model, "snapkv", compression_ratio=0.3) as handle:
+        cache = handle.new_cache()
+        answer = model.generate(**ids, past_key_values=cache, streamer=TextStreamer(tokenizer), **greedy)
+        printed = capsys.readouterr().out
+        piped = pipeline("text-generation", model=model, tokenizer=tokenizer)(text, **greedy)[0]["generated_text"]
+    assert cache.report()["kept_share"] < 0.75
+    wanted = tokenizer.decode(answer[0], skip_special_tokens=True)
+    assert piped == wanted and printed.strip() == wanted.strip()
+
+
+def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
+    tokens, mask = ids(1, 20), torch.ones(1, 20, dtype=torch.long)
+    plain = llama.generate(tokens, attention_mask=mask, **GREEDY)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(kvp.UnsupportedModelError, match="generate runs with prefill_chunk_size"):
+            llama.generate(tokens, attention_mask=mask, past_key_values=handle.new_cache(), prefill_chunk_size=7, **GREEDY)
+        for given in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama")}):
+            with pytest.raises(kvp.UnsupportedModelError, match=r"assisted generation .* puts drafts behind the prompt"):
+                llama.generate(tokens, attention_mask=mask, **given, **GREEDY)
+        cache = handle.compress(tokens[:, :13])
+        wanted = llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
+        chunked = llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prefill_chunk_size=2, **GREEDY)
+        assert torch.equal(chunked, wanted)
+        with pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):  # transformers 5.23 feeds the cached tokens again
+            llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prompt_lookup_num_tokens=3, **GREEDY)
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **GREEDY), plain)
+
+
+def test_right_padding_is_refused_where_a_budget_is_held(llama):
+    mask = torch.tensor([[1] * 20 + [0] * 10])
+    for when in ("decode", "always"):
+        with kvp.wrap(llama, "knorm", budget=5, when=when) as handle, pytest.raises(ValueError, match="padded on the right; when="):
+            handle.compress(ids(1), attention_mask=mask)
+
+
+def test_what_follows_right_padding_is_as_if_there_was_none(llama):
+    tokens, n_pad = ids(1, 24), 6
+    padded = torch.cat([tokens[:, :14], torch.zeros(1, n_pad, dtype=torch.long), tokens[:, 14:]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 14 : 14 + n_pad] = 0
+    for policy in POLICIES:
+        with kvp.wrap(llama, policy, compression_ratio=0.5) as handle:
+            cache = handle.compress(padded[:, : 14 + n_pad], attention_mask=mask[:, : 14 + n_pad])
+            after = feed(llama, padded, [1, 5, 4], cache, mask, start=14 + n_pad)
+            wanted = feed(llama, tokens, [1, 5, 4], handle.compress(tokens[:, :14]), start=14)
+        torch.testing.assert_close(after, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["prefill", "always"])
+def test_8_threads_give_what_one_gives(llama, when):
+    batches = [ids(seed=seed) for seed in range(16)]
+    with kvp.wrap(llama, "h2o", compression_ratio=0.5, when=when) as handle:
+
+        def run(tokens):
+            cache = handle.compress(tokens[:, :20])
+            return llama.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, **GREEDY)
+
+        alone = [run(tokens) for tokens in batches]
+        with ThreadPoolExecutor(8) as pool:
+            assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(run, batches), strict=True))
+
+
+def test_a_wrap_is_not_removed_under_a_running_forward(llama):
+    tokens = ids(1, 20)
+    handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    with pytest.raises(RuntimeError, match="a forward of LlamaForCausalLM is running"):
+        hook = llama.model.layers[1].register_forward_hook(lambda *_: handle.remove())
+        try:
+            handle.compress(tokens)
+        finally:
+            hook.remove()
+    assert handle.compress(tokens).report()["kept_share"] == 0.5, "the handle works on"
+    handle.remove()
+    assert not llama.model._forward_pre_hooks
+
+
+def test_a_prefill_holds_one_full_layer_at_a_time(monkeypatch):
+    model, full, alive = build("llama", num_hidden_layers=6), [], []
+    update = kept_layer.KeptLayer.update
+
+    def watched(layer, *args, **kwargs):
+        out = update(layer, *args, **kwargs)
+        full.extend(map(weakref.ref, out))
+        alive.append(sum(ref() is not None for ref in full))
+        return out
+
+    monkeypatch.setattr(kept_layer.KeptLayer, "update", watched)
+    for policy, when in itertools.product(POLICIES, ("prefill", "always")):
+        full.clear()
+        with kvp.wrap(model, policy, compression_ratio=0.5, when=when) as handle:
+            cache = handle.compress(ids(1, 20))
+        gc.collect()
+        assert not any(ref() is not None for ref in full) and len(full) == 12 and cache.get_seq_length() == 20
+    assert set(alive) == {2}, "keys and values of one layer"

@@ -1,0 +1,239 @@
+"""A budget that is held while generating: its size, who is kept, and that what is gone is all that is missing."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from model_sweep import build as build_type
+from tiny_models import build, feed, ids
+from transformers import DynamicCache
+
+import kvpitfalls as kvp
+from kvpitfalls.policies import base
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+N_PROMPT, N_STEP, BUDGET = 14, 16, 10
+SPANS = {"a": (1, 6), "b": (6, 12)}
+GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+WINDOW = {"snapkv": kvp.SnapKV(window_size=4, kernel_size=3)}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text"])
+def model(request):
+    return build(request.param)
+
+
+def steps(model, cache, tokens, start, chunks):
+    """The held positions per layer after each forward."""
+    for n in chunks:
+        feed(model, tokens, [n], cache, start=start)
+        start += n
+        yield start, [layer.pos for layer in cache.kept_layers]
+
+
+@pytest.mark.parametrize("when", ["decode", "always"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fair", [False, True])
+def test_the_cache_never_exceeds_the_budget(model, policy, fair, when):
+    tokens = ids(2, N_PROMPT + N_STEP)
+    with kvp.wrap(model, WINDOW.get(policy, policy), budget=BUDGET, fair=fair, protect=[2, 7], when=when) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
+        held = {layer.keys.shape[2] for layer in cache.kept_layers}
+        assert held == {N_PROMPT if when == "decode" else BUDGET}
+        for seen, positions in steps(model, cache, tokens, N_PROMPT, [1, 1, 4, *[1] * 10]):
+            assert cache.get_seq_length(cache.kept_layers[0].index) == seen
+            for pos in positions:
+                assert pos.shape[2] == BUDGET and (pos.diff(dim=-1) > 0).all() and (pos < seen).all()
+                assert all((pos == p).any(-1).all() for p in (2, 7)), "a protected token is gone"
+
+
+@pytest.mark.parametrize("when", ["decode", "always"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_room_for_all_changes_nothing(model, policy, when):
+    tokens = ids(2, N_PROMPT)
+    plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+    with kvp.wrap(model, policy, budget=N_PROMPT + 12, when=when):
+        assert torch.equal(model.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY), plain)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_always_starts_as_prefill_does(model, policy):
+    tokens = ids(2, N_PROMPT)
+    for fair in (False, True):
+        kept = []
+        for when in ("prefill", "always"):
+            with kvp.wrap(model, policy, compression_ratio=0.4, fair=fair, when=when) as handle:
+                cache = handle.compress(tokens, spans=SPANS)
+                kept.append([cache.positions(layer.index) for layer in cache.kept_layers])
+        assert all(np.array_equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_fair_quotas_hold_at_every_step(model):
+    tokens, budget = ids(1, 60), 12
+    lengths = [6, 8]  # absorbed: [0, 6) and [6, 14)
+    for policy in POLICIES:
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=budget, fair=True, when="always") as handle:
+            cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
+            for seen, positions in steps(model, cache, tokens, N_PROMPT, [1] * 46):
+                shares = [budget * n / seen for n in (*lengths, seen - N_PROMPT)]
+                for pos in positions:
+                    counts = [((pos >= begin) & (pos < end)).sum(-1) for begin, end in ((0, 6), (6, 14), (14, seen))]
+                    assert (sum(counts) == budget).all()
+                    # the exact share rounded, or one less where a token that rounding would give back is gone already
+                    assert all((abs(c - share) < 2).all() for c, share in zip(counts, shares, strict=True)), (policy, seen)
+                    assert (counts[2] >= 1).all()
+
+
+def reference(model, policy, tokens, budget):
+    """Feed an unwrapped model one token at a time; its full cache is masked, per head, by what is held; the held set is worked out from
+    the attention weights that the eager model returns."""
+    n_layer, n_head = model.config.num_hidden_layers, model.config.num_key_value_heads
+    held = [[list(range(N_PROMPT)) for _ in range(n_head)] for _ in range(n_layer)]
+    sums = None
+    cache, logits = DynamicCache(config=model.config), []
+    chunks = [N_PROMPT, *[1] * N_STEP]
+    seen = 0
+    for n in chunks:
+        layers = [_Masked(layer.self_attn, rows, seen, n) for layer, rows in zip(model.model.layers, held, strict=True)]
+        out = model(tokens[:, seen : seen + n], past_key_values=cache, use_cache=True, output_attentions=True)
+        for layer in layers:
+            layer.remove()
+        logits.append(out.logits)
+        seen += n
+        received = [a[0].unflatten(0, (n_head, -1)).mean(1).sum(1) for a in out.attentions]  # (H, seen) each
+        sums = received if sums is None else [torch.nn.functional.pad(s, (0, n)) + r for s, r in zip(sums, received, strict=True)]
+        for i, rows in enumerate(held):
+            for h in range(n_head):
+                if seen > N_PROMPT:
+                    rows[h].append(seen - 1)
+                if len(rows[h]) > budget and seen > N_PROMPT:
+                    score = _score(policy, rows[h], sums[i][h], out.attentions[i][0, :, -1].mean(0), seen)
+                    rows[h] = sorted(sorted(rows[h], key=lambda t: (-score[t], t))[:budget])
+    return torch.cat(logits, 1), held
+
+
+def _score(policy, row, sums, last, seen):
+    if policy == "h2o":
+        return {t: float(sums[t]) / (seen - t) for t in row}
+    if policy == "tova":
+        return {t: 2.0 if t == seen - 1 else float(last[t]) for t in row}
+    return {t: 1e6 - t if i < 4 else t for i, t in enumerate(row)}
+
+
+class _Masked:
+    """Lets one attention module of an unwrapped model see the held tokens only."""
+
+    def __init__(self, attention, rows, seen, n_new):
+        group = attention.config.num_attention_heads // len(rows)
+        visible = torch.zeros(len(rows), seen + n_new, dtype=torch.bool)
+        for h, row in enumerate(rows):
+            visible[h, [t for t in row if t < seen + n_new]] = True
+        visible[:, seen:] = True
+        causal = torch.arange(seen, seen + n_new)[:, None] >= torch.arange(seen + n_new)
+        mask = visible.repeat_interleave(group, 0)[:, None] & causal
+        self.mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
+        self.hook = attention.register_forward_pre_hook(self._hide, with_kwargs=True)
+
+    def _hide(self, module, args, kwargs):
+        return args, {**kwargs, "attention_mask": self.mask}
+
+    def remove(self):
+        self.hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["h2o", "tova", "streaming_llm"])
+def test_who_is_kept_and_that_the_rest_is_all_that_is_missing(policy):
+    model, tokens = build("llama", "eager"), ids(1, N_PROMPT + N_STEP)
+    wanted, rows = reference(model, policy, tokens, BUDGET)
+    with kvp.wrap(model, policy, budget=BUDGET, when="decode") as handle:
+        cache = handle.new_cache()
+        logits = feed(model, tokens, [N_PROMPT, *[1] * N_STEP], cache)
+    for layer, row in zip(cache.kept_layers, rows, strict=True):
+        assert layer.pos[0].tolist() == row
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+    if policy == "tova":
+        assert any((layer.pos[0, 0] >= N_PROMPT).any() and (layer.pos[0, 0] < N_PROMPT).any() for layer in cache.kept_layers)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("when", ["decode", "always"])
+def test_left_padded_rows_hold_their_own_budgets(policy, fair, when):
+    model, tokens, n_pad = build("llama"), ids(2, 30), 4
+    mask = torch.ones_like(tokens)
+    mask[0, :n_pad] = 0
+    spans = [{"a": (5, 9), "b": (9, 13)}, {"a": (2, 8), "b": (9, 12)}]
+    with kvp.wrap(model, WINDOW.get(policy, policy), compression_ratio=0.4, fair=fair, protect=[5], when=when) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], spans)
+        together = feed(model, tokens, [1, 1, 3, *[1] * 8], cache, mask, start=N_PROMPT)
+    single = {"compression_ratio": 0.4, "fair": fair, "when": when}
+    with kvp.wrap(model, WINDOW.get(policy, policy), protect=[5 - n_pad], **single) as handle:
+        short = {name: (begin - n_pad, end - n_pad) for name, (begin, end) in spans[0].items()}
+        first = handle.compress(tokens[:1, n_pad:N_PROMPT], spans=short)
+        alone = feed(model, tokens[:1, n_pad:], [1, 1, 3, *[1] * 8], first, start=N_PROMPT - n_pad)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+    layer, other = cache.kept_layers[1], first.kept_layers[1]
+    assert torch.equal(layer.pos[0][layer.live[0]].view_as(other.pos[0]) - n_pad, other.pos[0])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text"])
+def test_other_architectures_hold_too(family):
+    model, tokens = build_type(family), ids(1, 30)
+    for policy in POLICIES:
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=BUDGET, when="always") as handle:
+            cache = handle.compress(tokens[:, :N_PROMPT])
+            assert feed(model, tokens, [1] * 8, cache, start=N_PROMPT).isfinite().all()
+            assert {layer.keys.shape[2] for layer in cache.kept_layers} == {BUDGET}
+
+
+def test_beams_copies_and_reports(model):
+    tokens = ids(1, N_PROMPT)
+    with kvp.wrap(model, "h2o", budget=BUDGET, when="always") as handle:
+        cache = handle.compress(tokens)
+        longer = torch.cat([tokens, ids(1, 4, seed=3)], 1)
+        one = feed(model, longer, [1, 3], copy.deepcopy(cache), start=N_PROMPT)
+        twice = copy.deepcopy(cache)
+        twice.batch_repeat_interleave(2)
+        both = feed(model, longer.expand(2, -1), [1, 3], twice, start=N_PROMPT)
+        torch.testing.assert_close(both, one.expand_as(both), rtol=0, atol=1e-5)
+        of_prompt = twice.positions(twice.kept_layers[0].index)
+        pos = twice.kept_layers[0].pos
+        assert (of_prompt >= 0).sum() == (pos < N_PROMPT).sum()
+        beams = model.generate(tokens, num_beams=3, **GREEDY)
+        assert beams.shape == (1, N_PROMPT + 12)
+        with pytest.raises(ValueError, match="crop was called on a cache that holds its budget"):
+            twice.crop(-1)
+        with pytest.raises(ValueError, match="expected caches of a wrap with when='prefill'"):
+            kvp.KeptCache.join([cache, cache])
+
+
+def test_refusals(tmp_path):
+    model = build("llama")
+    for given, message in [
+        ({"when": "later"}, "when is 'later'; expected 'prefill', 'decode' or 'always'"),
+        ({"when": "decode", "fair": 0.5}, r"fair is 0\.5; when='decode' expects False, True"),
+        ({"when": "always", "fair": "paper"}, "fair is 'paper'; when='always' expects"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kvp.wrap(model, "h2o", budget=4, **given)
+    too_small = "the budget of row 0 is 10 tokens; when='always' expects at least 20: 4 that must be kept, and 16 newest"
+    with kvp.wrap(model, "snapkv", budget=10, protect="sinks", when="always") as handle, pytest.raises(ValueError, match=too_small):
+        handle.compress(ids(1))
+    unsaved = "holds its budget while generating; expected one of a wrap with when='prefill'"
+    with kvp.wrap(model, "knorm", budget=10, when="always") as handle, pytest.raises(ValueError, match=unsaved):
+        handle.compress(ids(1)).save(tmp_path / "cache")
+
+
+def test_a_policy_must_say_how_many_queries_it_reads(monkeypatch):
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+
+    @dataclasses.dataclass(frozen=True)
+    class Asks(kvp.Policy):
+        name = "asks_for_queries"
+        needs_queries = True
+
+    with pytest.raises(ValueError, match="policy 'asks_for_queries' reads queries but states no recent_queries"):
+        kvp.wrap(build("llama"), Asks(), budget=4, when="decode")
