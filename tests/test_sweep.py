@@ -98,7 +98,7 @@ def test_ten_kills_leave_no_trace(model, tmp_path):
     )
     assert out.returncode == 0, out.stderr[-2000:]
     happened = json.loads(out.stdout.splitlines()[-1])
-    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 3, "kills that always hit the same moment would test nothing"
+    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 5, "kills that always hit the same moment would test nothing"
     assert tiny_sweep.untimed(tmp_path / "killed") == tiny_sweep.untimed(tmp_path / "unbroken")
 
 
