@@ -52,7 +52,8 @@ def test_the_records_are_the_plan(unbroken, model):
     identities = {json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")]) for r in found}
     # orders x prompts x (full + ratios x policies x modes) x (2 attacks, recall, follow)
     assert len(found) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
-    assert [{k: r[k] for k in i} for b in plan(config, load_corpus()) for i, r in zip(b.items(load_corpus()), found, strict=False)]
+    planned = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
+    assert [{name: r[name] for name in item} for item, r in zip(planned, found, strict=True)] == planned
     meta = records.read_meta(unbroken)
     assert meta["items"] == len(found) and meta["same"]["torch"] == torch.__version__ and len(meta["sessions"]) == 1
 
@@ -97,7 +98,7 @@ def test_ten_kills_leave_no_trace(model, tmp_path):
     )
     assert out.returncode == 0, out.stderr[-2000:]
     happened = json.loads(out.stdout.splitlines()[-1])
-    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 3, "kills that always hit the same moment would test nothing"
+    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 5, "kills that always hit the same moment would test nothing"
     assert tiny_sweep.untimed(tmp_path / "killed") == tiny_sweep.untimed(tmp_path / "unbroken")
 
 

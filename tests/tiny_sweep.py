@@ -64,18 +64,17 @@ def kill_and_resume(model: str, folder: str, n_kill: int, seed: int) -> None:
     loaded = load(model)
     sweep_module.load_model = lambda config, name: loaded  # else most kills would hit the loading
     rng = random.Random(seed)
-    start = time.monotonic()
-    _child(model, Path(folder) / "unbroken", None)
-    seconds, path = time.monotonic() - start, Path(folder) / "killed" / "records.jsonl"
+    _child(model, Path(folder) / "unbroken", None, 0)
+    path = Path(folder) / "killed" / "records.jsonl"
     sizes, killed = [], 0
     while killed < n_kill:
-        # after so many more batches, and then at any moment of the next: by time alone a busy machine would never get to the later ones
-        ended = _child(model, path.parent, (rng.choice([0, 1, 1, 2]), rng.uniform(0, 0.1 * seconds)))
+        # at once, or after the first or the second new batch, and a random while later: in a batch, in a write, or between
+        ended = _child(model, path.parent, killed % 3, rng.uniform(0, 0.15))
         killed += ended == signal.SIGKILL
         sizes.append(_size(path))
         if ended == 0:  # it had finished: start anew, there are kills left
             path.unlink()
-    _child(model, Path(folder) / "killed", None)
+    _child(model, path.parent, None, 0)
     print(json.dumps({"killed": killed, "sizes": sizes}))
 
 
@@ -83,26 +82,25 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _wait(pid: int, path: Path, n_batch: int, seconds: float) -> None:
-    """Until the file has grown so many times and some time has passed; no longer than the child lives."""
-    size = _size(path)
-    while n_batch > 0 and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.001)
-        if (now := _size(path)) > size:
-            n_batch, size = n_batch - 1, now
-    time.sleep(seconds)
-
-
-def _child(model: str, folder: Path, moment: tuple[int, float] | None) -> int:
-    """0 if the child finished, else the signal that ended it."""
+def _child(model: str, folder: Path, n_batch: int | None, delay: float) -> int:
+    """Run the sweep in a fork; 0 if it finished, else the signal that ended it: a kill, ``delay`` seconds after ``n_batch`` new batches."""
     pid = os.fork()
     if pid == 0:
         sweep(config(model, n_prompts=2, orders=["defense_first"], batch_size=6), folder)
         os._exit(0)
-    if moment is not None:
-        _wait(pid, folder / "records.jsonl", *moment)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
+    status, size = None, _size(folder / "records.jsonl")
+    while n_batch:
+        time.sleep(0.002)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            break
+        size, before = _size(folder / "records.jsonl"), size
+        n_batch -= size > before
+    else:
+        if n_batch is not None:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError(f"the child exited with {os.WEXITSTATUS(status)}; expected 0 or a kill")
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
