@@ -9,13 +9,29 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test lint strict native portable arm bench clean
+.PHONY: demo test test-matrix lint strict native portable arm bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
 
 test: $(VENV)/model
 	$(BIN)/python -m pytest
+
+# The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
+MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
+MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py
+
+.SECONDARY: $(MATRIX:%=build/matrix/%/installed)
+test-matrix: $(MATRIX:%=test-transformers-%)
+
+test-transformers-%: build/matrix/%/installed $(VENV)/model
+	PYTHONPATH=build/matrix/$* $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$*", transformers.__version__'
+	PYTHONPATH=build/matrix/$* $(BIN)/python -m pytest -p no:cacheprovider $(MATRIX_TESTS)
+
+build/matrix/%/installed: tests/matrix.txt $(VENV)/packages
+	rm -rf build/matrix/$*
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/matrix/$* $$(grep '^transformers==$* ' $<)
+	touch $@
 
 lint: $(VENV)/core
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def test_a_pipeline_and_a_streamer(smollm2, capsys):
     ids = tokenizer(text, return_tensors="pt")
     with kvp.wrap(model, "snapkv", compression_ratio=0.3) as handle:
         cache = handle.new_cache()
-        answer = model.generate(**ids, past_key_values=cache, streamer=TextStreamer(tokenizer), **greedy)
+        answer = model.generate(**ids, past_key_values=cache, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **greedy)
         printed = capsys.readouterr().out
         piped = pipeline("text-generation", model=model, tokenizer=tokenizer)(text, **greedy)[0]["generated_text"]
     assert cache.report()["kept_share"] < 0.75
@@ -87,7 +87,8 @@ def test_a_pipeline_and_a_streamer(smollm2, capsys):
 
 def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
     tokens, mask = ids(1, 20), torch.ones(1, 20, dtype=torch.long)
-    plain = llama.generate(tokens, attention_mask=mask, **GREEDY)
+    ends = {"eos_token_id": 2, **GREEDY}  # transformers 4 looks up prompts only where there is an end token
+    plain = llama.generate(tokens, attention_mask=mask, **ends)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         with pytest.raises(kvp.UnsupportedModelError, match="generate runs with prefill_chunk_size"):
             llama.generate(tokens, attention_mask=mask, past_key_values=handle.new_cache(), prefill_chunk_size=7, **GREEDY)
@@ -96,12 +97,15 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
                 llama.generate(tokens, attention_mask=mask, **given, **GREEDY)
         cache = handle.compress(tokens[:, :13])
         wanted = llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
-        chunked = llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prefill_chunk_size=2, **GREEDY)
-        assert torch.equal(chunked, wanted)
+        chunks = {"attention_mask": mask, "past_key_values": copy.deepcopy(cache), "prefill_chunk_size": 2, **GREEDY}
+        try:
+            assert torch.equal(llama.generate(tokens, **chunks), wanted)
+        except ValueError as error:  # transformers up to 5.17 gives the mask of the chunk alone, which hides what the cache holds
+            assert "attention_mask has 2 columns; expected 15" in str(error)
         with pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):  # transformers 5.23 feeds the cached tokens again
             llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prompt_lookup_num_tokens=3, **GREEDY)
     with kvp.wrap(llama, "knorm", compression_ratio=0):
-        assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **GREEDY), plain)
+        assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **ends), plain)
 
 
 def test_right_padding_is_refused_where_a_budget_is_held(llama):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from model_sweep import build as build_type
+from model_sweep import not_refused
 from tiny_models import FAMILIES, build, feed, ids, masked_like
 from transformers import DynamicCache
 
@@ -264,7 +265,7 @@ def test_crop_takes_back_only_what_came_after_eviction():
             cache.crop(-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "granite", "gpt_neox", "deepseek_v3", "jetmoe"])
+@pytest.mark.parametrize("family", not_refused("llama", "gemma2", "gpt_oss", "granite", "gpt_neox", "deepseek_v3", "jetmoe"))
 @pytest.mark.parametrize("policy", ["h2o", "tova"])
 def test_scores_are_of_the_attention_the_model_computes(family, policy):
     """Soft-cap, attention sinks, logit scale, partial rotary, latents, mixed heads: against the eager model's own attention weights."""

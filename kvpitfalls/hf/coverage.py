@@ -114,9 +114,9 @@ def check_mode(n_seen: int) -> None:
     """
     frame = inspect.currentframe()
     while frame is not None:
+        name = frame.f_code.co_name
         if frame.f_globals.get("__name__", "").startswith("transformers.generation"):
-            # f_locals keeps what it shows alive until its function returns, so that of a user's own function is not looked at
-            name, given = frame.f_code.co_name, frame.f_locals
+            given = frame.f_locals  # of no other frame: asking makes a frame hold on to all its variables
             chunk = getattr(given.get("generation_config"), "prefill_chunk_size", None)
             if name in ("_prefill", "_prefill_chunking") and chunk is not None and n_seen == 0:
                 raise UnsupportedModelError(

@@ -1,0 +1,65 @@
+"""The same on a GPU, and on a model split over two: kept tokens and answers as on the CPU. Skipped where there is none."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build, ids
+
+import kvpitfalls as kvp
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+SPANS = {"first": (2, 9), "second": (9, 18)}
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def compress_and_answer(model, policy, fair):
+    """Kept positions of every layer, and the tokens generated from the compressed cache."""
+    device = next(model.parameters()).device
+    tokens = ids(2, 24)
+    with kvp.wrap(model, policy, compression_ratio=0.5, fair=fair, protect="sinks") as handle:
+        cache = handle.compress(tokens[:, :20], spans=SPANS)
+        answer = model.generate(
+            tokens.to(device), attention_mask=torch.ones_like(tokens).to(device), past_key_values=copy.deepcopy(cache), **GREEDY
+        )
+        assert handle.report()["bytes_after"] * 2 == handle.report()["bytes_before"]
+    return [cache.positions(layer.index) for layer in cache.kept_layers], answer.cpu()
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_a_gpu_keeps_and_answers_what_the_cpu_does(family, policy, fair):
+    on_cpu = compress_and_answer(build(family), policy, fair)
+    on_gpu = compress_and_answer(build(family).to("cuda"), policy, fair)
+    assert all(np.array_equal(a, b) for a, b in zip(on_cpu[0], on_gpu[0], strict=True))
+    assert torch.equal(on_cpu[1], on_gpu[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bfloat16_runs_and_holds_its_budget(policy):
+    model = build("llama").to("cuda", torch.bfloat16)
+    with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
+        cache = handle.compress(ids(2, 20))
+        assert all(layer.keys.shape[2] == 10 and layer.keys.dtype == torch.bfloat16 for layer in cache.kept_layers)
+        assert handle.verify(tolerance=0.05) <= 0.05  # bfloat16 has 8 bits
+    with kvp.wrap(model, policy, budget=8, when="always") as handle:
+        cache = handle.new_cache()
+        model.generate(ids(1, 20).cuda(), attention_mask=torch.ones(1, 20).cuda(), past_key_values=cache, **GREEDY)
+        assert max(layer.keys.shape[2] for layer in cache.kept_layers) <= 8
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_split_over_two_gpus(policy):
+    accelerate = pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
+    whole = compress_and_answer(build("llama").to("cuda:0"), policy, True)
+    model = build("llama")
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+    split = accelerate.dispatch_model(model, device_map={**places, "model.rotary_emb": 0})
+    parts = compress_and_answer(split, policy, True)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[0], parts[0], strict=True))
+    assert torch.equal(whole[1], parts[1])
