@@ -26,7 +26,7 @@ SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
 LENGTHS = (256, 2048, 8192)
 RATIO = 0.5
 WINDOW = 64
-CACHE_BYTES = 200e6  # more than any cache: inputs rotate through so much memory, so that every call reads it from there
+CACHE_BYTES = 256e6  # more than any cache: inputs rotate through so much memory, so that every call reads it from there
 FOLDER = Path(__file__).parent
 
 
@@ -49,8 +49,8 @@ class Timer:
         return middle, (high - low) / middle
 
 
-def ceilings(threads: int) -> dict[str, float]:
-    """GB/s of reading and copying memory, GFLOP/s of float32 and bfloat16 multiply-adds; the best of several."""
+def build_ceilings() -> ctypes.CDLL:
+    """benchmarks/ceilings.c, compiled for this machine."""
     library = FOLDER.parent / "build" / "ceilings.so"
     library.parent.mkdir(exist_ok=True)
     source = FOLDER / "ceilings.c"
@@ -58,17 +58,21 @@ def ceilings(threads: int) -> dict[str, float]:
     c = ctypes.CDLL(str(library))
     for name in ("time_fma", "time_bf16", "time_read", "time_copy"):
         getattr(c, name).restype = ctypes.c_double
-    n_bytes, n = 1 << 28, 20_000_000
-    source, target = torch.ones(n_bytes, dtype=torch.uint8), torch.ones(n_bytes, dtype=torch.uint8)
-    n64, address = ctypes.c_int64, lambda x: ctypes.c_void_p(x.data_ptr())
-    best = {
-        "read": n_bytes / min(c.time_read(address(source), n64(n_bytes), threads) for _ in range(9)),
-        "copy": 2 * n_bytes / min(c.time_copy(address(target), address(source), n64(n_bytes), threads) for _ in range(9)),
-        "float32": threads * 2 * 16 * 12 * n / min(c.time_fma(n64(n), threads) for _ in range(5)),
-    }
+    return c
+
+
+def arithmetic(c: ctypes.CDLL, threads: int) -> dict[str, float]:
+    """GFLOP/s of float32 and bfloat16 multiply-adds; the best of several."""
+    n, n64 = 20_000_000, ctypes.c_int64
+    best = {"float32": threads * 2 * 16 * 12 * n / min(c.time_fma(n64(n), threads) for _ in range(5))}
     if c.has_bf16():
         best["bfloat16"] = threads * 4 * 16 * 12 * n / min(c.time_bf16(n64(n), threads) for _ in range(5))
     return {name: value / 1e9 for name, value in best.items()}
+
+
+def address(x: torch.Tensor) -> ctypes.c_void_p:
+    """For C."""
+    return ctypes.c_void_p(x.data_ptr())
 
 
 class Case:
@@ -77,7 +81,7 @@ class Case:
     def __init__(self, heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype):
         make = torch.Generator().manual_seed(0)
         one = key_heads * length * dim * dtype.itemsize
-        n_copy = max(1, min(8, int(CACHE_BYTES / (2 * one)))) if length > 256 else 1  # short prompts are in the cache after their prefill
+        n_copy = 1 + int(CACHE_BYTES / one) if length > 256 else 1  # short prompts are in the cache after their prefill
         self.heads, self.length, self.dim, self.dtype = heads, length, dim, dtype
         self.keys = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
         self.values = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
@@ -158,31 +162,36 @@ def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
     return rows
 
 
-def bench_verbs(case: Case, timer: Timer, base: dict, machine: dict) -> list[dict]:
-    """The verbs against the machine, and against torch where it has the same thing."""
+def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[dict]:
+    """The verbs against reading and copying as many bytes of the same memory, and against torch where it has the same thing."""
     keys, values = case.next()
-    n_head, threads = keys.shape[1], base["threads"]
+    n_head, threads, n_kept = keys.shape[1], base["threads"], case.length // 2
     scores = ops.score("norm", keys)
-    positions, _ = ops.select(scores, case.length // 2)
-    out = [x.new_empty((1, n_head, case.length // 2, case.dim)) for x in (keys, values)]
-    n_byte = keys.numel() * keys.element_size()
-    norm, norm_spread = timer(lambda: _core.score("norm", case.next()[0], None, None, None, None, scores, None, None, threads))
-    gather, gather_spread = timer(lambda: _core.gather(*case.next(), positions, *out, threads))
-    first = torch.stack([torch.arange(case.length // 2, dtype=torch.int32)] * n_head)[None]
-    run, run_spread = timer(lambda: _core.gather(*case.next(), first, *out, threads))
+    positions, _ = ops.select(scores, n_kept)
+    first = torch.stack([torch.arange(n_kept, dtype=torch.int32)] * n_head)[None]
+    out = torch.empty(2, 1, n_head, n_kept, case.dim, dtype=case.dtype)
     row = scores[:, :1].contiguous()
-    edges, quotas = ops.np.array([[0, case.length]], "int32"), ops.np.array([[[case.length // 2]]], "int32")
-    kept, count = ops.select(row, case.length // 2)
-    select, select_spread = timer(lambda: _core.select(row, edges, quotas, None, None, kept, count, None, threads))
-    topk, _ = timer(lambda: row.topk(case.length // 2))
-    return [
-        {**base, "measure": "norm / read", "ours_ms": norm * 1e3, "spread": norm_spread, "ratio": n_byte / norm / 1e9 / machine["read"]},
-        {**base, "measure": "gather, random half / copy", "ours_ms": gather * 1e3, "spread": gather_spread,
-         "ratio": 2 * n_byte / gather / 1e9 / machine["copy"]},
-        {**base, "measure": "gather, first half / copy", "ours_ms": run * 1e3, "spread": run_spread,
-         "ratio": 2 * n_byte / run / 1e9 / machine["copy"]},
-        {**base, "measure": "select one row / torch.topk", "ours_ms": select * 1e3, "spread": select_spread, "times_faster": topk / select},
-    ]  # fmt: skip
+    edges, quotas = ops.np.array([[0, case.length]], "int32"), ops.np.array([[[n_kept]]], "int32")
+    kept, count = ops.select(row, n_kept)
+    n_byte = ctypes.c_int64(keys.nbytes)
+    calls = {
+        "read": lambda: c.time_read(address(case.next()[0]), n_byte, threads),
+        "copy": lambda: c.time_copy(address(out), address(case.next()[0]), n_byte, threads),
+        "norm / read": lambda: _core.score("norm", case.next()[0], None, None, None, None, scores, None, None, threads),
+        "gather, random half / copy": lambda: _core.gather(*case.next(), positions, out[0], out[1], threads),
+        "gather, first half / copy": lambda: _core.gather(*case.next(), first, out[0], out[1], threads),
+        "topk": lambda: row.topk(n_kept),
+        "select one row / torch.topk": lambda: _core.select(row, edges, quotas, None, None, kept, count, None, threads),
+    }
+    times = {name: timer(call) for name, call in calls.items()}
+    rows = []
+    for name in [name for name in calls if "/" in name]:
+        against = {"read": "read", "copy": "copy", "torch.topk": "topk"}[name.split(" / ")[1]]
+        kind = "times_faster" if against == "topk" else "ratio"
+        seconds, spread = times[name]
+        rows.append({**base, "measure": name, "ours_ms": seconds * 1e3, "spread": spread, kind: times[against][0] / seconds})
+    rows[0] |= {f"{name}_gb_per_s": n * keys.nbytes / times[name][0] / 1e9 for name, n in (("read", 1), ("copy", 2))}
+    return rows
 
 
 def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
@@ -203,14 +212,16 @@ def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
 
 
 def extra_memory(shape, length: int) -> list[dict]:
-    """Peak memory of a process that scores once, over one that does not, in MB."""
+    """What a process that scores once needs at most, over what it holds before, in MB; Linux only."""
     heads, key_heads, dim = shape
     code = (
-        "import sys, torch, resource, kvpitfalls as kvp; from kvpitfalls.policies import get_policy\n"
+        "import sys, re, torch, kvpitfalls as kvp; from kvpitfalls.policies import get_policy\n"
         f"torch.set_num_threads(2); q, k = torch.randn(1, {heads}, {length}, {dim}), torch.randn(1, {key_heads}, {length}, {dim})\n"
-        f"i = lambda n: kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], 0.1, 0.0, [(0, n)], [[(0, n)]], [[]])\n"
-        f"get_policy(sys.argv[1]).score(i(64)); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"get_policy(sys.argv[1]).score(i({length})); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
+        "def memory(name): return int(re.search(name + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
+        "def score(n): return get_policy(sys.argv[1]).score(\n"
+        "    kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], 0.1, 0.0, [(0, n)], [[(0, n)]], [[]]))\n"
+        "score(64); open('/proc/self/clear_refs', 'w').write('5'); before = memory('VmRSS')\n"
+        f"score({length}); print((memory('VmHWM') - before) / 1e3)"
     )
     rows = []
     for policy in kvp.policies.policy_names():
@@ -228,6 +239,7 @@ def show(rows: list[dict]) -> None:
         parts += [f"kvpress {row['kvpress_ms']:9.3f} ms"] if "kvpress_ms" in row else []
         parts += [f"{row['times_faster']:6.1f}x faster"] if "times_faster" in row else []
         parts += [f"ratio {row['ratio']:.2f}"] if "ratio" in row else []
+        parts += [f"(read {row['read_gb_per_s']:.1f}, copy {row['copy_gb_per_s']:.1f} GB/s)"] if "read_gb_per_s" in row else []
         parts += [f"{row['mb']:.1f} MB"] if "mb" in row else []
         print("  ".join(parts), flush=True)
 
@@ -241,20 +253,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.7, help="at most so long for each measurement")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    machines, rows = {}, []
+    c, machines, rows = build_ceilings(), {}, []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        machines[threads] = ceilings(threads)
-        print(
-            f"{threads} thread(s): "
-            + ", ".join(f"{k} {v:.1f} {'GB/s' if k in ('read', 'copy') else 'GFLOP/s'}" for k, v in machines[threads].items())
-        )
+        machines[threads] = arithmetic(c, threads)
+        print(f"{threads} thread(s): " + ", ".join(f"{name} {value:.1f} GFLOP/s" for name, value in machines[threads].items()))
         for heads, key_heads, dim in SHAPES:
             for length in args.lengths:
                 for dtype in (torch.float32, torch.bfloat16):
                     case = Case(heads, key_heads, dim, length, dtype)
                     base = {"shape": f"{heads}/{key_heads}/{dim}", "length": length, "dtype": str(dtype)[6:], "threads": threads}
-                    new = bench_verbs(case, Timer(args.seconds, 200), base, machines[threads])
+                    new = bench_verbs(case, Timer(args.seconds, 200), base, c)
                     new += bench_presses(case, Timer(args.seconds, 200), base)
                     new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
                     show(new)

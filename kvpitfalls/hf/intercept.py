@@ -9,7 +9,6 @@ the attention call that receives the ticket's keys gets its mask translated and,
 :func:`_leave` raises if a ticket was never collected.
 """
 
-import collections
 import functools
 import inspect
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
+from . import stand_ins
 from .cache import KeptCache
 from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
@@ -27,10 +27,7 @@ from .kept_layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 
 _local = threading.local()
-_lock = threading.Lock()
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
-_stand_ins: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
-_abandoned: "collections.deque[list[dict]]" = collections.deque()  # globals of models that were freed while they were wrapped
 
 
 @dataclass
@@ -144,78 +141,8 @@ def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key,
     return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared)
 
 
-class _StandIn:
-    """In place of a modeling file's ALL_ATTENTION_FUNCTIONS: the same lookups, with our function around what they find."""
-
-    def __init__(self, real):
-        self._real = real
-
-    def get_interface(self, implementation, default):
-        return _around(self._real.get_interface(implementation, default), implementation)
-
-    def __getitem__(self, implementation):
-        return _around(self._real[implementation], implementation)
-
-    def __contains__(self, implementation):
-        return implementation in self._real
-
-    def __iter__(self):
-        return iter(self._real)
-
-    def __len__(self):
-        return len(self._real)
-
-    def __setitem__(self, implementation, function):
-        self._real[implementation] = function
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-
 def _around(base, implementation):
     return functools.partial(_attention, base, implementation or "eager") if current_forward() is not None else base
-
-
-def _stand_in_globals(module) -> dict:
-    return inspect.unwrap(type(module).forward).__globals__
-
-
-def _put_stand_ins(namespace: dict) -> None:
-    entry = _stand_ins.setdefault(id(namespace), [namespace, 0, {}])
-    entry[1] += 1
-    if entry[1] > 1:
-        return
-    real = namespace["ALL_ATTENTION_FUNCTIONS"]
-    entry[2]["ALL_ATTENTION_FUNCTIONS"] = real
-    namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real)
-    if not hasattr(real, "get_interface"):  # before transformers 5.0 eager is a plain global, not looked up in the registry
-        eager = namespace["eager_attention_forward"]
-        entry[2]["eager_attention_forward"] = eager
-        namespace["eager_attention_forward"] = lambda *args, **kwargs: _around(eager, "eager")(*args, **kwargs)
-
-
-def _take_stand_ins(namespace: dict) -> None:
-    entry = _stand_ins[id(namespace)]
-    entry[1] -= 1
-    if entry[1] == 0:
-        namespace.update(entry[2])
-        del _stand_ins[id(namespace)]
-
-
-def _abandon(namespaces: list[dict]) -> None:
-    """A wrapped model was freed. This may run inside any other code, so it only takes the lock if that is free."""
-    _abandoned.append(namespaces)
-    if _lock.acquire(blocking=False):
-        try:
-            _clear_abandoned()
-        finally:
-            _lock.release()
-
-
-def _clear_abandoned() -> None:
-    while _abandoned:
-        for namespace in _abandoned.popleft():
-            _take_stand_ins(namespace)
 
 
 class _Attachment:
@@ -226,30 +153,27 @@ class _Attachment:
         self.count = 0
         self.new_cache: Any = None  # the handle's, while there is one
         self.fingerprint: str | None = None  # of the model; taken at the first prefill
-        namespaces = list({id(g): g for g in map(_stand_in_globals, attention_modules(model).values())}.values())
+        self.namespaces = stand_ins.globals_of(attention_modules(model).values())
         decoder = decoder_of(model)
         self.hooks = [
             decoder.register_forward_pre_hook(_enter, with_kwargs=True),
             decoder.register_forward_hook(_leave, with_kwargs=True, always_call=True),
         ]
-        for namespace in namespaces:
-            _put_stand_ins(namespace)
-        self.namespaces = namespaces
-        self.finalizer = weakref.finalize(decoder, _abandon, namespaces)
+        stand_ins.put(self.namespaces, _around)
+        self.finalizer = weakref.finalize(decoder, stand_ins.abandon, self.namespaces)
         self.finalizer.atexit = False
 
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
         if self.finalizer.detach() is not None:
-            for namespace in self.namespaces:
-                _take_stand_ins(namespace)
+            stand_ins.take(self.namespaces)
 
 
 def attach(model) -> _Attachment:
     """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
-    with _lock:
-        _clear_abandoned()
+    with stand_ins.lock:
+        stand_ins.clear_abandoned()
         decoder = decoder_of(model)
         attachment = _attached.get(decoder)
         if attachment is None:
@@ -260,8 +184,8 @@ def attach(model) -> _Attachment:
 
 def detach(model) -> None:
     """Undo one :func:`attach`; the last one restores everything."""
-    with _lock:
-        _clear_abandoned()
+    with stand_ins.lock:
+        stand_ins.clear_abandoned()
         decoder = decoder_of(model)
         if is_running(decoder):
             raise RuntimeError(f"a forward of {type(model).__name__} is running; expected the wrap to be removed after it")
