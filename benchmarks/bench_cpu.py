@@ -164,7 +164,7 @@ def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
 
 def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[dict]:
     """The verbs against reading and copying as many bytes of the same memory, and against torch where it has the same thing."""
-    keys, values = case.next()
+    keys, _ = case.next()
     n_head, threads, n_kept = keys.shape[1], base["threads"], case.length // 2
     scores = ops.score("norm", keys)
     positions, _ = ops.select(scores, n_kept)
