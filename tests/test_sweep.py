@@ -192,7 +192,7 @@ def test_a_whitelist_that_does_not_fit_fails_alone(model, tmp_path):
     assert all(share == 1 for share in kept)
 
 
-def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch):
+def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch, capsys):
     """One prompt makes the generation raise, in a batch and alone; the others of its batch are generated again, one by one."""
     plain, victim = batch_module.answers, load_corpus().rows[1]
 
@@ -206,6 +206,8 @@ def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeyp
     found = records.read_records(tmp_path)
     assert done["failed"] == len(found) / 4 and {r["key"] for r in found if r["error"]} == {victim["key"]}
     assert {r["error"] for r in found if r["error"]} == {"RuntimeError: out of memory"}
+    said = capsys.readouterr()
+    assert "failed (RuntimeError: out of memory); its prompts are run one by one" in said.err and not said.out
 
 
 @pytest.mark.parametrize(

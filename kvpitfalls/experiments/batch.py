@@ -1,10 +1,12 @@
 """One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record with its error."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..hf.cache import KeptCache
 from ..hf.intercept import attach, detach
@@ -78,7 +80,9 @@ class _Work:
         for rows, settings in groups.items():
             try:
                 self.generate(settings, rows)
-            except Exception:
+            except Exception as error:
+                n_item = len(settings) * len(rows)
+                tqdm.write(f"a batch of {n_item} failed ({type(error).__name__}: {error}); its prompts are run one by one", file=sys.stderr)
                 self.one_by_one(settings, rows)
 
     def one_by_one(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
