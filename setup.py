@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the C core, ``kvpitfalls._core``; everything else about the package stands in pyproject.toml.
+"""Builds the C core, ``kvpitfalls._core``, and, where nvcc is, its CUDA kernels, ``kvpitfalls._cuda``. All else stands in pyproject.toml.
 
 Switches, by environment variable: ``KVP_SANITIZE=1`` adds the address and undefined-behaviour sanitizers, ``KVP_WERROR=1`` turns the strict
-warnings on and into errors. A change of switches needs ``build_ext --force``. GCC or Clang is expected.
+warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1`` insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds them
+for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.4 or later.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -16,7 +21,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-FOLDERS = ("core", "rows", "score", "select", "evict", "backend", "python")
+FOLDERS = ("core", "rows", "score", "select", "evict", "backend")
+# PTX of the last serves what comes after it.
+CUDA_ARCHS = (os.environ.get("KVP_CUDA_ARCHS") or "80 86 89 90").split()
+NVCC_ARGS = [
+    "-c",
+    "-O3",
+    "-std=c++17",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra",
+    "-Xptxas=-v",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wvla", "-Wmissing-prototypes", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 OPENMP_TRIAL = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -29,15 +43,48 @@ def is_on(switch: str) -> bool:
     return os.environ.get(switch, "0") not in ("", "0")
 
 
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("KVP_CUDA", "")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if nvcc is None and is_on("KVP_CUDA"):
+        raise SystemExit(f"kvpitfalls: KVP_CUDA is {wanted!r}, but there is no nvcc on the PATH or in {home}/bin; expected one")
+    return None if wanted == "0" else nvcc
+
+
 class BuildCore(build_ext):
-    """Adds what depends on the compiler: OpenMP where it works."""
+    """Adds what depends on the compiler: OpenMP where it works, and nvcc for the CUDA files."""
 
     def build_extensions(self):
         if self._has_openmp():
-            for extension in self.extensions:
-                extension.extra_compile_args.append("-fopenmp")
-                extension.extra_link_args.append("-fopenmp")
+            core.extra_compile_args.append("-fopenmp")
+            core.extra_link_args.append("-fopenmp")
         super().build_extensions()
+
+    def build_extension(self, extension):
+        if extension.name.endswith("._cuda"):
+            sources = sorted(glob("csrc/*/*.cu"))
+            folder = Path(self.build_temp, "cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                extension.extra_objects = list(pool.map(lambda source: self._run_nvcc(source, folder), sources))
+        super().build_extension(extension)
+
+    def _run_nvcc(self, source: str, folder: Path) -> str:
+        """The object file of a CUDA source, made anew if anything it may include is newer."""
+        target, log = folder / f"{Path(source).stem}.o", folder / f"{Path(source).stem}.log"
+        inputs = [source, *glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/*.def")]
+        if not self.force and target.exists() and all(os.path.getmtime(p) < target.stat().st_mtime for p in inputs):
+            return str(target)
+        archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        if source.endswith("_sm90.cu"):  # Hopper's own instructions
+            archs = ["-gencode=arch=compute_90a,code=sm_90a"]
+        run = subprocess.run([nvcc, *NVCC_ARGS, *archs, source, "-o", str(target)], capture_output=True, text=True)
+        log.write_text(run.stdout + run.stderr)
+        if run.returncode:
+            raise CompileError(f"nvcc failed on {source} (KVP_CUDA=0 builds without CUDA kernels):\n{run.stderr}")
+        return str(target)
 
     def _has_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -62,19 +109,46 @@ if is_on("KVP_SANITIZE"):
     compile_args += SANITIZERS
     link_args += SANITIZERS
 
+macros = [("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else []
+depends = [*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/*.def")]
 core = Extension(
     "kvpitfalls._core",
-    sources=sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/*.c")),
-    depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/*.def")],
+    sources=[
+        *sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/*.c")),
+        *sorted(set(glob("csrc/python/*.c")) - {"csrc/python/cuda_module.c"}),
+    ],
+    depends=depends,
     include_dirs=["csrc"],
-    define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
+    define_macros=macros,
     extra_compile_args=compile_args,
     extra_link_args=link_args,
     py_limited_api=STABLE_ABI,
 )
+extensions = [core]
+
+if nvcc := find_nvcc():
+    version = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)[1]
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
+    cuda_libraries = re.findall(r'"-L([^"]+)"', re.search(r"LIBRARIES=(.*)", plan)[1])
+    extensions.append(
+        Extension(
+            "kvpitfalls._cuda",
+            sources=["csrc/python/cuda_module.c", "csrc/core/status.c", "csrc/core/dtype.c"],
+            depends=[*depends, *glob("csrc/*/*.cu"), *glob("csrc/*/*.cuh")],
+            include_dirs=["csrc"],
+            define_macros=[*macros, ("KVPB_NVCC", f'"{version}"'), ("KVPB_ARCHITECTURES", f'"{" ".join(CUDA_ARCHS)}"')],
+            library_dirs=cuda_libraries,
+            libraries=["cudart_static", "dl", "pthread", "rt"],
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
+            py_limited_api=STABLE_ABI,
+        )
+    )
 
 setup(
-    ext_modules=[core],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildCore},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
 )

@@ -59,7 +59,9 @@ typedef enum kvp_dtype { KVP_F32 = 0, KVP_F16 = 1, KVP_BF16 = 2, KVP_I32 = 3, KV
 /* The numbers are DLPack's. */
 typedef enum kvp_device { KVP_CPU = 1, KVP_CUDA = 2 } kvp_device;
 
-/* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given. */
+/* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given.
+ * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas): those are in host memory, and read before the
+ * call returns. */
 typedef struct kvp_tensor {
     void *data;
     int32_t dtype;        /* kvp_dtype */
@@ -161,7 +163,8 @@ typedef struct kvp_select_args {
 /*
  * Copy rows bit for bit: out[b,h,i,:] = in[b,h,positions[b,h,i],:]; where the position is -1 the row becomes zeros. Keys and values
  * may have different D. On the CPU an output may be the start of its own input (same data and strides): positions ascend, so nothing is
- * overwritten before it is read. Any other overlap is refused.
+ * overwritten before it is read. Any other overlap is refused. On the CPU positions are checked; on a CUDA device, where the host cannot read
+ * them, one outside [-1,T) gives a row of zeros.
  */
 typedef struct kvp_gather_args {
     kvp_tensor keys;       /* (B,H,T,D) F32, F16 or BF16 */
@@ -211,6 +214,10 @@ typedef struct kvp_backend {
 
 /* The backend must outlive every later call. Registering a device twice replaces it. */
 kvp_status kvp_register_backend(const kvp_backend *backend);
+
+/* The CUDA backend, in libraries that are built with it. Calls go to ctx->stream and do not wait; they allocate nothing and can be captured in
+ * a graph. */
+const kvp_backend *kvp_cuda_backend(void);
 
 #ifdef __cplusplus
 }

@@ -71,11 +71,11 @@ def _info(args) -> int:
     import torch
     import transformers
 
-    from . import _core
+    from . import _core, ops
     from .hf.load import describe
     from .policies import policy_names
 
-    cuda = torch.cuda.is_available()
+    gpus = {f"{i} ({torch.cuda.get_device_name(i)})": ops.cuda_path(i)[1] for i in range(torch.cuda.device_count())}
     facts = {
         "kvpitfalls": __version__,
         "python": sys.version.split()[0],
@@ -84,7 +84,7 @@ def _info(args) -> int:
         "transformers": transformers.__version__,
         "core": _core.build_info(),
         "cpu": f"C core, row primitives: {_core.isa()}",
-        "cuda": "torch operations on the GPU (no CUDA kernels are built in)" if cuda else "not available in this torch",
+        "cuda": gpus or "torch sees no GPU",
         "policies": policy_names(),
         "default model": _or_reason(describe),
     }

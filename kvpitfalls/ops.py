@@ -1,11 +1,14 @@
 """The three verbs on NumPy arrays or torch tensors: score, select, gather.
 
-CPU arrays go to the C core. CUDA tensors run on :mod:`kvpitfalls.reference` (torch operations on the GPU) as long as no CUDA kernels are
-built in; ``kvpitfalls info`` says which path a device takes. Results are in the library, and on the device, of the first argument.
+CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to :mod:`kvpitfalls.reference` (torch operations on
+the GPU), with a warning. ``kvpitfalls info`` says which path a device takes, and why. Results are in the library, and on the device, of the
+first argument. Tables (votes, valid, segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has to be waited for.
 """
 
 import os
 import sys
+import warnings
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,13 +65,14 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
     defaults = _SCORERS[scorer]
     if unknown := params.keys() - defaults.keys():
         raise TypeError(f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}")
-    if _on_cuda(keys):
+    if not _has_kernels(keys):
         from . import reference
 
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     values = [float(x) for x in {**defaults, **params}.values()]
-    _core.score(scorer, _plain(keys), _plain(queries), _int32(votes), _int32(valid), _plain(lse), out, values, None, _n_worker())
+    arguments = scorer, _plain(keys), _plain(queries), _int32(votes), _int32(valid), _plain(lse), out, values
+    _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
 
 
@@ -105,10 +109,6 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     >>> positions, counts
     (array([[[0, 2]]], dtype=int32), array([[2]], dtype=int32))
     """
-    if _on_cuda(scores):
-        from . import reference
-
-        return reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     n_row, n_head, n_token = _shape(scores, "scores", 3)
     quotas = expand_quotas(_int32(quotas), n_row, n_head)
     segments = expand_segments(_int32(segments), n_row, n_token)
@@ -119,14 +119,17 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
 
 def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
     """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None."""
-    if _on_cuda(scores):
+    if not _has_kernels(scores):
         from . import reference
 
         return reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     n_row, n_head = scores.shape[:2]
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    _core.select(_plain(scores), segments, quotas, protect, valid, positions, counts, None, _n_worker())
+    if protect is not None and _on_cuda(scores):
+        protect = sys.modules["torch"].tensor(np.array(protect), device=scores.device)
+    arguments = _plain(scores), segments, quotas, protect, valid, positions, counts
+    _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
 
 
@@ -154,7 +157,7 @@ def gather(keys, values, positions):
     array([[[[0., 1.],
              [4., 5.]]]], dtype=float32)
     """
-    if _on_cuda(keys):
+    if not _has_kernels(keys):
         from . import reference
 
         return reference.gather(keys, values, positions)
@@ -193,6 +196,64 @@ def _is_torch(x) -> bool:
 
 def _on_cuda(x) -> bool:
     return getattr(x, "is_cuda", False)
+
+
+@lru_cache(maxsize=1)
+def _cuda_module():
+    """The module of the CUDA kernels, which registers them with the core; None where they were not built."""
+    try:
+        from . import _cuda
+    except ModuleNotFoundError:
+        return None
+    return _cuda
+
+
+@lru_cache(maxsize=64)
+def cuda_path(device_index: int) -> tuple[bool, str]:
+    """Whether a GPU runs the CUDA kernels, and why or why not, in words.
+
+    Parameters
+    ----------
+    device_index : int
+
+    Returns
+    -------
+    (bool, str)
+    """
+    import torch
+
+    if _cuda_module() is None:
+        return False, "torch operations on the GPU, because kvpitfalls was built without CUDA kernels (no nvcc was found)"
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return False, f"torch operations on the GPU, because torch {torch.__version__} does not tell its current stream (2.10 does)"
+    if (capability := torch.cuda.get_device_capability(device_index)) < (8, 0):
+        return (
+            False,
+            f"torch operations on the GPU, because its compute capability is {capability[0]}.{capability[1]} (the kernels need 8.0)",
+        )
+    return True, f"CUDA kernels ({_cuda_module().build_info()['compiler']})"
+
+
+@lru_cache(maxsize=64)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"score, select and gather run as {reason}", RuntimeWarning, stacklevel=4)
+
+
+def _has_kernels(x) -> bool:
+    if not _on_cuda(x):
+        return True
+    runs, reason = cuda_path(x.device.index)
+    if not runs:
+        _warn_once(reason)
+    return runs
+
+
+def _workspace(x, size, arguments):
+    """Scratch on the GPU, from torch's own pool; on the CPU the core sees to it."""
+    if not _on_cuda(x):
+        return None
+    n_byte = size(*arguments, 1)
+    return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
 
 
 def _plain(x):

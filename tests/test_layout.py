@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE, CORE = ROOT / "kvpitfalls", ROOT / "csrc"
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
-C_FILES = sorted([*CORE.rglob("*.c"), *CORE.rglob("*.h")])
+C_FILES = sorted(path for pattern in ("*.c", "*.h", "*.cu", "*.cuh") for path in CORE.rglob(pattern))
 
 # Lower layers first; a module may import its own layer and those before it.
 PYTHON_LAYERS = [
     ["errors"],
     ["reference"],
-    ["_core", "ops"],
+    ["_core", "_cuda", "ops"],
     ["budget", "prompt", "fairness"],
     ["policies"],
     ["selection"],

@@ -1,4 +1,4 @@
-"""The three verbs of the C core against reference.py (float64), for both array libraries, all dtypes and odd layouts."""
+"""The three verbs against reference.py (float64): both array libraries, all dtypes, odd layouts, and the GPU where there is one."""
 
 import numpy as np
 import pytest
@@ -11,18 +11,20 @@ from kvpitfalls.policies import Inputs, Vote
 
 SHAPES = [(1, 1, 1, 2, 1), (2, 3, 3, 33, 64), (1, 2, 1, 65, 80), (3, 1, 7, 17, 16), (1, 4, 2, 128, 8)]  # B, H, G, T, D
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def tensors(shape, dtype, layout="contiguous"):
+def tensors(shape, dtype, layout="contiguous", device="cpu"):
     n_row, n_head, group, n_token, n_dim = shape
     generator = torch.Generator().manual_seed(sum(shape))
-    keys = torch.randn(n_row, n_token, n_head, n_dim, generator=generator).to(dtype)
-    queries = (2 * torch.randn(n_row, n_token, n_head * group, n_dim, generator=generator)).to(dtype)
+    keys = torch.randn(n_row, n_token, n_head, n_dim, generator=generator).to(device, dtype)
+    queries = (2 * torch.randn(n_row, n_token, n_head * group, n_dim, generator=generator)).to(device, dtype)
     keys, queries = keys.transpose(1, 2), queries.transpose(1, 2)
     if layout == "contiguous":
         return keys.contiguous(), queries.contiguous()
     if layout == "sliced":  # a view into something longer, with a stride of 2 in D
-        wide = torch.zeros(n_row, n_head, n_token + 3, 2 * n_dim, dtype=dtype)
+        wide = torch.zeros(n_row, n_head, n_token + 3, 2 * n_dim, dtype=dtype, device=device)
         wide[:, :, 2:-1, ::2] = keys
         return wide[:, :, 2:-1, ::2], queries
     return keys, queries
@@ -43,7 +45,7 @@ def votes(n_token):
 
 def naive_attention(inputs, of_row, kernel_size, share_heads):
     """The same sums in the inputs' own low precision, as an eager implementation would do them: the yardstick of the tolerance."""
-    keys, queries = inputs.keys, inputs.queries
+    keys, queries = inputs.keys.cpu(), inputs.queries.cpu()
     group, n_token = queries.shape[1] // keys.shape[1], keys.shape[2]
     logits = inputs.scaling * queries @ keys.repeat_interleave(group, 1).transpose(-1, -2)
     attention = logits.masked_fill(~torch.ones(n_token, n_token, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
@@ -62,17 +64,20 @@ def naive_attention(inputs, of_row, kernel_size, share_heads):
     return out
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_attention_scores(shape, dtype, layout):
+def test_attention_scores(shape, dtype, layout, device):
     """At most twice the error of the same mathematics done naively in the low precision, against float64."""
-    keys, queries = tensors(shape, dtype, layout)
+    keys, queries = tensors(shape, dtype, layout, device)
     n_row, n_token = shape[0], shape[3]
     inputs = Inputs(keys, queries, shape[4] ** -0.5, 0.0, [(0, n_token)] * n_row, [], [])
     for name, of_row in votes(n_token).items():
         for kernel_size, share_heads in [(1, False), (5, False), (1, True)]:
             ours = inputs.attend([of_row] * n_row, kernel_size=kernel_size, share_heads=share_heads)
+            assert ours.device == keys.device
+            ours = ours.cpu()
             packed = np.stack(
                 [[*v.keys, *v.queries, *v.more_queries, {"sum": 0, "mean": 1, "age": 2}[v.weight], v.age_end, *v.window] for v in of_row]
             )
@@ -84,7 +89,7 @@ def test_attention_scores(shape, dtype, layout):
                 scaling=inputs.scaling,
                 kernel_size=kernel_size,
                 share_heads=int(share_heads),
-            )
+            ).cpu()
             window = sorted({t for vote in of_row for t in range(*vote.window)})
             free = [t for t in range(n_token) if t not in window]
             exact_free = exact[..., free].numpy()
@@ -94,9 +99,10 @@ def test_attention_scores(shape, dtype, layout):
             assert torch.equal(ours[..., window], exact[..., window])
 
 
+@on_every_device
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap):
-    keys, queries = tensors((2, 2, 3, 20, 16), torch.float32)
+def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap, device):
+    keys, queries = tensors((2, 2, 3, 20, 16), torch.float32, device=device)
     valid = np.array([[4, 20], [0, 20]])
     packed = np.array([[[0, 14, 14, 20, 0, 0, 1, 0, 14, 20]]] * 2)
     call = {"votes": packed, "valid": valid, "scaling": 0.25, "softcap": softcap, "kernel_size": 3}
@@ -105,7 +111,7 @@ def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap):
     torch.testing.assert_close(ops.score("attention", keys, queries=queries[:, :, -6:], **call), exact, rtol=1e-5, atol=1e-7)
     logits = 0.25 * queries @ keys.repeat_interleave(3, 1).transpose(-1, -2)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    hidden = ~torch.ones(20, 20, dtype=torch.bool).tril()[None].repeat(2, 1, 1)
+    hidden = ~torch.ones(20, 20, dtype=torch.bool, device=device).tril()[None].repeat(2, 1, 1)
     hidden[0, :, :4] = True
     lse = logits.masked_fill(hidden[:, None], -torch.inf).logsumexp(-1)
     torch.testing.assert_close(ops.score("attention", keys, queries=queries, lse=lse, **call), exact, rtol=1e-5, atol=1e-7)
@@ -116,20 +122,22 @@ def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap):
     assert (exact[0, :, :4] == -torch.inf).all()
 
 
-def test_softmax_rows_sum_to_one():
+@on_every_device
+def test_softmax_rows_sum_to_one(device):
     """Sums over all keys of the raw column sums count the queries: causality, groups and padding at once."""
-    keys, queries = tensors((2, 2, 3, 50, 16), torch.float32)
+    keys, queries = tensors((2, 2, 3, 50, 16), torch.float32, device=device)
     valid = np.array([[7, 50], [0, 50]])
     packed = np.array([[[0, 50, 0, 50, 0, 0, 0, 0, 0, 0]]] * 2)
     scores = ops.score("attention", keys, queries=queries, votes=packed, valid=valid)
     scores[0, :, :7] = 0
-    torch.testing.assert_close(scores.sum(-1), torch.tensor([[43.0, 43.0], [50.0, 50.0]]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.sum(-1).cpu(), torch.tensor([[43.0, 43.0], [50.0, 50.0]]), rtol=1e-5, atol=0)
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_norm_and_position_scores(dtype, layout):
-    keys, _ = tensors((2, 3, 1, 33, 80), dtype, layout)
+def test_norm_and_position_scores(dtype, layout, device):
+    keys, _ = tensors((2, 3, 1, 33, 80), dtype, layout, device)
     valid = np.array([[5, 33], [0, 30]])
     torch.testing.assert_close(ops.score("norm", keys, valid=valid), reference.score("norm", keys, valid=valid), rtol=1e-6, atol=0)
     assert torch.equal(ops.score("position", keys, valid=valid, n_sink=3), reference.score("position", keys, valid=valid, n_sink=3))
@@ -157,24 +165,26 @@ def selections(draw):
     return scores, quotas, segments, protect, valid
 
 
+@on_every_device
 @settings(max_examples=300, deadline=None)
-@given(selections())
-def test_select_equals_the_reference(case):
+@given(case=selections())
+def test_select_equals_the_reference(case, device):
     scores, quotas, segments, protect, valid = case
     ours = ops.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     exact = reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     assert np.array_equal(ours[1], exact[1])
     assert np.array_equal(ours[0][..., : exact[0].shape[-1]], exact[0]) and (ours[0][..., exact[0].shape[-1] :] == -1).all()
-    torch_positions, _ = ops.select(torch.from_numpy(scores), quotas, segments=segments, protect=protect, valid=valid)
-    assert np.array_equal(torch_positions.numpy(), ours[0])
+    torch_positions, torch_counts = ops.select(torch.from_numpy(scores).to(device), quotas, segments=segments, protect=protect, valid=valid)
+    assert np.array_equal(torch_positions.cpu().numpy(), ours[0]) and np.array_equal(torch_counts.cpu().numpy(), ours[1])
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_gather_copies_bits(dtype, layout):
-    keys, values = tensors((2, 3, 2, 33, 16), dtype, layout)
+def test_gather_copies_bits(dtype, layout, device):
+    keys, values = tensors((2, 3, 2, 33, 16), dtype, layout, device)
     values = values[:, :3]
-    positions = torch.arange(0, 33, 2, dtype=torch.int32).expand(2, 3, 17).clone()
+    positions = torch.arange(0, 33, 2, dtype=torch.int32, device=device).expand(2, 3, 17).clone()
     positions[1, :, -2:] = -1
     ours, exact = ops.gather(keys, values, positions), reference.gather(keys, values, positions)
     for a, b in zip(ours, exact, strict=True):
@@ -195,17 +205,3 @@ def test_bits_do_not_depend_on_threads_or_batch(n_thread):
         torch.set_num_threads(before)
     assert torch.equal(together[1:2], alone)
     assert torch.equal(together, ops.score("attention", keys, queries=queries, votes=packed))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_tensors_give_what_the_cpu_gives():
-    keys, queries = tensors((2, 2, 3, 65, 32), torch.bfloat16)
-    packed = np.array([[[0, 65, 0, 65, 0, 0, 2, 65, 0, 0]]] * 2)
-    ours = ops.score("attention", keys.cuda(), queries=queries.cuda(), votes=packed)
-    assert ours.is_cuda
-    cpu = ops.score("attention", keys, queries=queries, votes=packed)
-    torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-5, atol=1e-7)
-    positions, counts = ops.select(cpu.cuda(), 20)
-    assert positions.is_cuda and torch.equal(positions.cpu(), ops.select(cpu, 20)[0]) and (counts == 20).all()
-    out = ops.gather(keys.cuda(), keys.cuda(), positions)
-    assert torch.equal(out[0].cpu(), ops.gather(keys, keys, positions.cpu())[0])

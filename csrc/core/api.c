@@ -29,6 +29,8 @@ kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
     if (!backend->score[args->scorer])
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no scorer \"%s\"", kvp_scorer_name(args->scorer));
     KVPI_TRY(check_workspace(backend, KVP_SCORE, args, ctx));
+    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
+    if (args->votes.data) KVPI_TRY(kvpi_check_vote_values(args, ctx));
     return backend->score[args->scorer](args, ctx);
 }
 
@@ -37,6 +39,7 @@ kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_select(args, ctx));
     KVPI_TRY(find_backend(&args->scores, &backend, ctx));
     KVPI_TRY(check_workspace(backend, KVP_SELECT, args, ctx));
+    KVPI_TRY(kvpi_check_select_values(args, ctx));
     return backend->select(args, ctx);
 }
 

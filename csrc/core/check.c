@@ -16,6 +16,7 @@ typedef struct rule {
     const char *letters;
     int dtypes;
     bool required, output;
+    bool table; /* small numbers, which the host reads on every device */
 } rule;
 
 typedef struct binding {
@@ -70,6 +71,11 @@ static kvp_status check_output(const rule *r, kvp_context *ctx) {
 }
 
 static kvp_status check_device(const rule *r, binding *bound, kvp_context *ctx) {
+    if (r->table) {
+        if (r->tensor->device == KVP_CPU) return KVP_OK;
+        return kvpi_fail(ctx, KVP_ERR_DEVICE, "%s is on device %d:%d; expected it in host memory, whatever the others' device", r->name,
+                         (int)r->tensor->device, (int)r->tensor->device_index);
+    }
     if (!bound->first) {
         bound->first = r->tensor;
         bound->first_name = r->name;
@@ -167,7 +173,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
         {"keys", &args->keys, "BHTD", FLOATS, true, false},      {"queries", &args->queries, "BNQD", FLOATS, queries, false},
-        {"votes", &args->votes, "BVF", I32, votes, false},       {"valid", &args->valid, "BR", I32, false, false},
+        {"votes", &args->votes, "BVF", I32, votes, false, true}, {"valid", &args->valid, "BR", I32, false, false, true},
         {"lse", &args->lse, "BNQ", F32, false, false},           {"scores", &args->scores, "BHT", F32, true, true},
     };
     binding bound;
@@ -195,9 +201,9 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
 
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     const rule rules[] = {
-        {"scores", &args->scores, "BHT", F32, true, false},  {"segments", &args->segments, "BE", I32, true, false},
-        {"quotas", &args->quotas, "BHS", I32, true, false},  {"protect", &args->protect, "BT", U8, false, false},
-        {"valid", &args->valid, "BR", I32, false, false},    {"positions", &args->positions, "BHK", I32, true, true},
+        {"scores", &args->scores, "BHT", F32, true, false},  {"segments", &args->segments, "BE", I32, true, false, true},
+        {"quotas", &args->quotas, "BHS", I32, true, false, true},  {"protect", &args->protect, "BT", U8, false, false},
+        {"valid", &args->valid, "BR", I32, false, false, true}, {"positions", &args->positions, "BHK", I32, true, true},
         {"counts", &args->counts, "BH", I32, true, true},
     };
     binding bound;

@@ -56,7 +56,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
 
-/* values.c: what stands in votes, segments, quotas, positions and valid; CPU tensors only, read before anything is written. */
+/* values.c: what stands in votes, segments, quotas, valid, and in positions on the CPU; read before anything is written. */
 kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp_context *ctx);
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What eviction offers the CPU backend.
+ * What eviction offers the backends.
  */
 #ifndef KVP_EVICT_H
 #define KVP_EVICT_H
@@ -8,5 +8,6 @@
 #include "../core/internal.h"
 
 kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx);
+kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx);
 
 #endif

@@ -17,6 +17,14 @@ typedef struct kvpb_state {
     PyObject *exchange_api_name, *dlpack_name, *dlpack_device_name;
 } kvpb_state;
 
+/* What _cuda finds in _core, as a capsule under this attribute. */
+#define KVPB_REGISTRY_ATTRIBUTE "_registry"
+#define KVPB_REGISTRY_NAME "kvpitfalls._core._registry"
+typedef struct kvpb_registry {
+    int32_t abi; /* KVP_ABI_VERSION; what follows may change with it */
+    kvp_status (*register_backend)(const kvp_backend *backend);
+} kvpb_registry;
+
 /* One tensor argument: what it is called, what it may be, and where its view goes. */
 typedef struct kvpb_slot {
     const char *name;

@@ -130,6 +130,14 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static int add_registry(PyObject *module) {
+    static kvpb_registry registry = {KVP_ABI_VERSION, kvp_register_backend};
+    PyObject *capsule = PyCapsule_New(&registry, KVPB_REGISTRY_NAME, NULL);
+    const int failed = !capsule || PyModule_AddObjectRef(module, KVPB_REGISTRY_ATTRIBUTE, capsule) < 0;
+    Py_XDECREF(capsule);
+    return failed ? -1 : 0;
+}
+
 /* On failure the interpreter drops the module, and free_module what the state already holds. */
 static int fill_module(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
@@ -143,6 +151,7 @@ static int fill_module(PyObject *module) {
     if (!(state->exchange_api_name = PyUnicode_InternFromString("__dlpack_c_exchange_api__"))) return -1;
     if (!(state->dlpack_name = PyUnicode_InternFromString("__dlpack__"))) return -1;
     if (!(state->dlpack_device_name = PyUnicode_InternFromString("__dlpack_device__"))) return -1;
+    if (add_registry(module) < 0) return -1;
     PyObject *errors = PyImport_ImportModule("kvpitfalls.errors");
     if (!errors) return -1;
     state->device_error = PyObject_GetAttrString(errors, "DeviceError");

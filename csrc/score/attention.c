@@ -246,8 +246,6 @@ static void run_wave(wave *w, double work) {
 }
 
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx) {
-    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
-    KVPI_TRY(kvpi_check_vote_values(args, ctx));
     kvpi_attention j = read_job(args, ctx);
     lay_out(&j, ctx->workspace, kvpi_worker_count(ctx));
     double n_voter = 0;

@@ -27,7 +27,6 @@ static void score_block(void *arg, int64_t task, int32_t worker) {
 
 kvp_status kvpi_score_norm_cpu(const kvp_score_args *args, kvp_context *ctx) {
     const int64_t *shape = args->keys.shape;
-    KVPI_TRY(kvpi_check_valid_values(&args->valid, shape[2], ctx));
     const int64_t n_block = (shape[2] + BLOCK - 1) / BLOCK;
     const double work = (double)shape[0] * (double)shape[1] * (double)shape[2] * (double)shape[3] * 0.2;
     kvpi_run(ctx, shape[0] * shape[1] * n_block, work, score_block, (void *)(uintptr_t)args);

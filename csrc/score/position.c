@@ -11,7 +11,6 @@ kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx)
     const kvp_tensor *scores = &args->scores;
     const int64_t n_token = scores->shape[2];
     const double n_sink = args->param[0];
-    KVPI_TRY(kvpi_check_valid_values(&args->valid, n_token, ctx));
     for (int64_t b = 0; b < scores->shape[0]; b++) {
         int64_t begin, end;
         kvpi_valid_range(&args->valid, b, n_token, &begin, &end);

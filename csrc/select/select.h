@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What selection offers the CPU backend.
+ * What selection offers the backends.
  */
 #ifndef KVP_SELECT_H
 #define KVP_SELECT_H
@@ -9,5 +9,8 @@
 
 kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx);
 size_t kvpi_select_workspace(const kvp_select_args *args); /* of one worker */
+
+kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context *ctx);
+size_t kvpi_select_cuda_workspace(const kvp_select_args *args);
 
 #endif

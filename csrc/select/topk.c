@@ -149,7 +149,6 @@ static void select_row(void *arg, int64_t task, int32_t worker) {
 }
 
 kvp_status kvpi_select_cpu(const kvp_select_args *args, kvp_context *ctx) {
-    KVPI_TRY(kvpi_check_select_values(args, ctx));
     job j = {.args = args, .ctx = ctx, .scratch_bytes = kvpi_select_workspace(args)};
     const int64_t n_row = args->scores.shape[0] * args->scores.shape[1];
     kvpi_run(ctx, n_row, (double)n_row * ((double)args->scores.shape[2] * 2 + 1000), select_row, &j);

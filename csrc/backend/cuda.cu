@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The CUDA backend: one constant table, like cpu.c's. Every call runs on the device of its tensors, whichever is current.
+ */
+#include "../rows/tables.cuh"
+
+extern "C" {
+#include "../evict/evict.h"
+#include "../score/score.h"
+#include "../select/select.h"
+}
+
+static const kvp_tensor *first_of(const kvp_score_args *args) { return &args->keys; }
+static const kvp_tensor *first_of(const kvp_select_args *args) { return &args->scores; }
+static const kvp_tensor *first_of(const kvp_gather_args *args) { return &args->keys; }
+
+template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)> static kvp_status on_its_device(const ARGS *args, kvp_context *ctx) {
+    const kvp_tensor *first = first_of(args);
+    int before;
+    if (first->shape[0] * first->shape[1] > KVPG_MAX_ROWS)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "B times H is %lld; on a CUDA device expected at most %d", (long long)(first->shape[0] * first->shape[1]),
+                         (int)KVPG_MAX_ROWS);
+    KVPG_TRY(cudaGetDevice(&before));
+    if (before == first->device_index) return VERB(args, ctx);
+    KVPG_TRY(cudaSetDevice(first->device_index));
+    const kvp_status status = VERB(args, ctx);
+    KVPG_TRY(cudaSetDevice(before));
+    return status;
+}
+
+/* Every line of scorers.def must name a function here, or the module does not link. */
+static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *, kvp_context *) = {
+#define KVP_PARAM(name, initial)
+#define KVP_SCORER(name, needs, params) on_its_device<kvp_score_args, kvpi_score_##name##_cuda>,
+#include "../scorers.def"
+#undef KVP_SCORER
+#undef KVP_PARAM
+};
+
+static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
+    (void)n_worker;
+    if (verb == KVP_SELECT) return kvpi_select_cuda_workspace((const kvp_select_args *)args);
+    if (verb == KVP_GATHER) return 0;
+    const kvp_score_args *score = (const kvp_score_args *)args;
+    return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_cuda_workspace(score) : kvpg_valid_bytes(&score->valid);
+}
+
+extern "C" const kvp_backend *kvp_cuda_backend(void) {
+    static const kvp_backend backend = {
+        KVP_ABI_VERSION,
+        KVP_CUDA,
+        score_table,
+        on_its_device<kvp_select_args, kvpi_select_cuda>,
+        on_its_device<kvp_gather_args, kvpi_gather_cuda>,
+        workspace_of,
+    };
+    return &backend;
+}

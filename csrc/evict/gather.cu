@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Copies the kept rows of keys and values on the GPU, both in one launch. Rows on 16-byte boundaries go 16 bytes a lane, four rows in flight,
+ * past the caches; others element by element. Positions are not read by the host, so one outside [0, T) is taken for -1.
+ */
+#include "../rows/rows.cuh"
+
+extern "C" {
+#include "evict.h"
+}
+
+enum { THREADS = 256, IN_FLIGHT = 4 };
+
+/* One of keys and values. */
+typedef struct copy {
+    kvpg_rows in, out;
+    int n_unit; /* 16-byte pieces or elements of a row */
+} copy;
+
+typedef struct gather_job {
+    copy copies[2];
+    kvpg_rows positions;
+    int n_head, n_token, n_kept;
+} gather_job;
+
+__device__ __forceinline__ int read_position(const gather_job &j, int b, int h, int i) {
+    const int position = i < j.n_kept ? __ldg((const int32_t *)kvpg_row(j.positions, b, h, i)) : -1;
+    return position < j.n_token ? position : -1;
+}
+
+/* LANES lanes to a row. */
+template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(const __grid_constant__ gather_job j) {
+    const copy &c = j.copies[blockIdx.z];
+    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, lane = threadIdx.x % LANES, n_group = THREADS / LANES;
+    const int first = blockIdx.x * n_group * IN_FLIGHT + threadIdx.x / LANES;
+    int position[IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < IN_FLIGHT; i++) position[i] = read_position(j, b, h, first + i * n_group);
+    for (int unit = lane; unit < c.n_unit; unit += LANES) {
+        uint4 v[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++)
+            v[i] = position[i] >= 0 ? __ldcs((const uint4 *)kvpg_row(c.in, b, h, position[i]) + unit) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++)
+            if (first + i * n_group < j.n_kept) __stcs((uint4 *)kvpg_row(c.out, b, h, first + i * n_group) + unit, v[i]);
+    }
+}
+
+/* A warp to a row. T: any type of the elements' size. */
+template <typename T> __global__ void __launch_bounds__(THREADS) gather_narrow(const __grid_constant__ gather_job j) {
+    const copy &c = j.copies[blockIdx.z];
+    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (i >= j.n_kept) return;
+    const int position = read_position(j, b, h, i);
+    for (int d = threadIdx.x % 32; d < c.n_unit; d += 32)
+        *(T *)(kvpg_row(c.out, b, h, i) + d * c.out.d) = position >= 0 ? *(const T *)(kvpg_row(c.in, b, h, position) + d * c.in.d) : T(0);
+}
+
+static bool is_wide(const kvp_gather_args *args) {
+    return kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->values) && kvpg_has_wide_rows(&args->out_keys) &&
+           kvpg_has_wide_rows(&args->out_values);
+}
+
+static copy make_copy(const kvp_tensor *in, const kvp_tensor *out, int64_t unit_bytes) {
+    return copy{kvpg_rows_of(in), kvpg_rows_of(out), (int)(in->shape[3] * (int64_t)kvpi_dtype_size(in->dtype) / unit_bytes)};
+}
+
+extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx) {
+    const int64_t *kept = args->positions.shape;
+    const bool wide = is_wide(args);
+    const int64_t size = (int64_t)kvpi_dtype_size(args->keys.dtype), unit_bytes = wide ? 16 : size;
+    gather_job j;
+    j.copies[0] = make_copy(&args->keys, &args->out_keys, unit_bytes);
+    j.copies[1] = make_copy(&args->values, &args->out_values, unit_bytes);
+    j.positions = kvpg_rows_of(&args->positions);
+    j.n_head = (int)kept[1];
+    j.n_token = (int)args->keys.shape[2];
+    j.n_kept = (int)kept[2];
+    const int longest = j.copies[0].n_unit > j.copies[1].n_unit ? j.copies[0].n_unit : j.copies[1].n_unit;
+    const int lanes = !wide ? 32 : longest <= 8 ? 8 : longest <= 16 ? 16 : 32, rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
+    const dim3 grid(kvpg_ceil_div(j.n_kept, rows), (int)(kept[0] * kept[1]), 2);
+    const cudaStream_t stream = kvpg_stream(ctx);
+    if (!wide && size == 4)
+        gather_narrow<uint32_t><<<grid, THREADS, 0, stream>>>(j);
+    else if (!wide)
+        gather_narrow<uint16_t><<<grid, THREADS, 0, stream>>>(j);
+    else if (lanes == 8)
+        gather_wide<8><<<grid, THREADS, 0, stream>>>(j);
+    else if (lanes == 16)
+        gather_wide<16><<<grid, THREADS, 0, stream>>>(j);
+    else
+        gather_wide<32><<<grid, THREADS, 0, stream>>>(j);
+    return kvpg_launched("gather", ctx);
+}

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Device primitives of the CUDA files: element types as float, tensor-core and copy instructions, launches. The only inline assembly but
+ * for Hopper's own (score/attention_sm90.cu).
+ */
+#ifndef KVP_ROWS_CUH
+#define KVP_ROWS_CUH
+
+extern "C" {
+#include "../core/internal.h"
+}
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+/* As KVPI_TRY, for calls of the CUDA runtime. */
+#define KVPG_TRY(call)                                                                                                          \
+    do {                                                                                                                        \
+        const cudaError_t error_ = (call);                                                                                      \
+        if (error_ != cudaSuccess) return kvpi_fail(ctx, KVP_ERR_CUDA, "%s: %s", #call, cudaGetErrorString(error_));           \
+    } while (0)
+
+static inline cudaStream_t kvpg_stream(const kvp_context *ctx) { return (cudaStream_t)ctx->stream; }
+
+/* After a <<<launch>>>. */
+static inline kvp_status kvpg_launched(const char *kernel, kvp_context *ctx) {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", kernel, cudaGetErrorString(error));
+}
+
+/* Rows that 16-byte accesses can read: no gap between elements, every row on a 16-byte boundary. */
+static inline bool kvpg_has_wide_rows(const kvp_tensor *t) {
+    const int64_t size = (int64_t)kvpi_dtype_size(t->dtype);
+    bool wide = (t->shape[3] == 1 || t->stride[3] == 1) && t->shape[3] * size % 16 == 0 && (uintptr_t)t->data % 16 == 0;
+    for (int d = 0; d < 3; d++) wide = wide && (t->shape[d] == 1 || t->stride[d] * size % 16 == 0);
+    return wide;
+}
+
+/* Batch rows times heads that one launch can number. */
+enum { KVPG_MAX_ROWS = 65535 };
+
+static inline int kvpg_ceil_div(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
+
+/* The rows (b, h, t) of a tensor, addressed on the device. */
+typedef struct kvpg_rows {
+    const char *data;
+    int64_t b, h, t, d; /* strides in bytes */
+} kvpg_rows;
+
+static inline kvpg_rows kvpg_rows_of(const kvp_tensor *x) {
+    const int64_t size = (int64_t)kvpi_dtype_size(x->dtype);
+    return kvpg_rows{(const char *)x->data, x->stride[0] * size, x->stride[1] * size, x->stride[2] * size, x->ndim > 3 ? x->stride[3] * size : size};
+}
+
+__device__ __forceinline__ const char *kvpg_row(const kvpg_rows &x, int64_t b, int64_t h, int64_t t) { return x.data + b * x.b + h * x.h + t * x.t; }
+
+__device__ __forceinline__ float kvpg_float(float x) { return x; }
+__device__ __forceinline__ float kvpg_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float kvpg_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+/* The sum of squares of 16 bytes of elements. */
+template <typename T> __device__ __forceinline__ float kvpg_square_sum(uint4 v) {
+    const T *x = (const T *)&v;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < (int)(16 / sizeof(T)); i++) sum = fmaf(kvpg_float(x[i]), kvpg_float(x[i]), sum);
+    return sum;
+}
+
+/* 2^x and log2 x to about 2 units in the last place; results below 2^-126 are 0. */
+__device__ __forceinline__ float kvpg_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 16 bytes from global to shared memory in the background; bytes = 0 writes zeros and reads nothing. */
+__device__ __forceinline__ void kvpg_copy_async(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void kvpg_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void kvpg_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+/* Four 8x8 matrices of 16-bit elements, one row address from each lane. */
+__device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+/* d += a b: 16x16 by 16x8, sums in float32. */
+template <typename T> __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+#define KVPG_MMA(type, name)                                                                                                          \
+    template <> __device__ __forceinline__ void kvpg_multiply<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
+                     "{%0, %1, %2, %3};"                                                                                               \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                  \
+    }
+KVPG_MMA(__nv_bfloat16, "bf16")
+KVPG_MMA(__half, "f16")
+#undef KVPG_MMA
+
+#endif

@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and attention.cuh for how. At
+ * most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless the caller has them; the sums; and weights,
+ * pooling and means over heads. Memory is O(T).
+ */
+#include "attention.cuh"
+
+#include <string.h>
+
+enum { THREADS = 256 };
+
+/* The positions [begin, end) of a batch row's voters. */
+typedef struct range {
+    int64_t begin, end;
+} range;
+
+static range cut(const kvp_tensor *votes, int64_t b, int64_t v, int field, range valid) {
+    range r = {kvpi_i32(votes, b, v, field), kvpi_i32(votes, b, v, field + 1)};
+    if (r.begin < valid.begin) r.begin = valid.begin;
+    if (r.end > valid.end) r.end = valid.end;
+    return r.begin < r.end ? r : range{0, 0};
+}
+
+/* Adds r to n ascending, disjoint ranges; returns how many they are then. */
+static int add_range(range *ranges, int n, range r) {
+    int kept = 0;
+    if (r.begin >= r.end) return n;
+    for (int i = 0; i < n; i++) {
+        const range o = ranges[i];
+        if (o.end < r.begin || o.begin > r.end) {
+            ranges[kept++] = o;
+        } else {
+            r.begin = o.begin < r.begin ? o.begin : r.begin;
+            r.end = o.end > r.end ? o.end : r.end;
+        }
+    }
+    int at = kept;
+    for (; at > 0 && ranges[at - 1].begin > r.begin; at--) ranges[at] = ranges[at - 1];
+    ranges[at] = r;
+    return kept + 1;
+}
+
+static int64_t count(const range *ranges, int n) {
+    int64_t sum = 0;
+    for (int i = 0; i < n; i++) sum += ranges[i].end - ranges[i].begin;
+    return sum;
+}
+
+static range valid_of(const kvp_score_args *args, int64_t b) {
+    range r;
+    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &r.begin, &r.end);
+    return r;
+}
+
+/* What is decided for a batch row, from its own votes only. */
+typedef struct row_plan {
+    range valid, voters[2 * KVPG_MAX_VOTES];
+    int n_range;
+    int64_t n_voter, hull, n_split, split_size;
+    bool on_sm90;
+} row_plan;
+
+static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool can_sm90, row_plan *plan) {
+    const kvp_tensor *votes = &args->votes;
+    plan->valid = valid_of(args, b);
+    plan->n_range = 0;
+    for (int64_t v = 0; v < votes->shape[1]; v++) {
+        const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, plan->valid);
+        for (int field = KVP_VOTE_A_BEGIN; field <= KVP_VOTE_B_BEGIN && keys.begin < keys.end; field += 2) {
+            range r = cut(votes, b, v, field, plan->valid);
+            if (r.begin < keys.begin) r.begin = keys.begin; /* earlier queries see none of these keys */
+            plan->n_range = add_range(plan->voters, plan->n_range, r);
+        }
+    }
+    plan->n_voter = count(plan->voters, plan->n_range);
+    plan->hull = plan->n_range ? plan->voters[plan->n_range - 1].end - plan->voters[0].begin : 0;
+    plan->on_sm90 = can_sm90 && plan->n_voter >= KVPG_MANY_VOTERS;
+    const int64_t n_key = plan->valid.end - plan->valid.begin, n_tile = kvpg_ceil_div(plan->n_voter * group, KVPG_ROW_TILE);
+    const int64_t most = n_tile > 0 && !plan->on_sm90 ? KVPG_ENOUGH_TILES / n_tile : 1;
+    plan->n_split = kvpg_ceil_div(n_key, KVPG_SPLIT);
+    if (plan->n_split > most) plan->n_split = most;
+    if (plan->n_split < 1) plan->n_split = 1;
+    plan->split_size = (int64_t)kvpg_ceil_div(kvpg_ceil_div(n_key, plan->n_split), 128) * 128;
+    if (plan->n_split > 1) plan->n_split = kvpg_ceil_div(n_key, plan->split_size);
+}
+
+static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int64_t v, range valid) {
+    const kvp_tensor *votes = &args->votes;
+    const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, valid), window = cut(votes, b, v, KVP_VOTE_WINDOW_BEGIN, valid);
+    range own[2] = {};
+    int n = add_range(own, 0, cut(votes, b, v, KVP_VOTE_A_BEGIN, valid));
+    n = add_range(own, n, cut(votes, b, v, KVP_VOTE_B_BEGIN, valid));
+    kvpg_put(w, keys.begin);
+    kvpg_put(w, keys.end);
+    for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].begin : 0);
+    for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].end : 0);
+    kvpg_put(w, kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT));
+    kvpg_put(w, kvpi_i32(votes, b, v, KVP_VOTE_AGE_END));
+    kvpg_put(w, count(own, n));
+    kvpg_put(w, window.begin);
+    kvpg_put(w, window.end);
+}
+
+/* What the launches depend on. */
+typedef struct needs {
+    bool sm90, others, joining;
+} needs;
+
+static needs write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx, kvpg_attention *p) {
+    kvpg_writer w;
+    row_plan plan;
+    needs need = {false, false, false};
+    kvpg_start_table(&w, &p->table, p->n_batch, KVPG_RANGES + 2 * p->n_range + p->n_vote * KVPG_VOTE_SIZE, workspace, ctx);
+    for (int64_t b = 0; b < p->n_batch; b++) {
+        plan_row(args, b, p->group, can_sm90, &plan);
+        const int64_t head[] = {plan.valid.begin, plan.valid.end, plan.n_voter, plan.n_split, plan.split_size, plan.on_sm90};
+        for (int i = 0; i < KVPG_RANGES; i++) kvpg_put(&w, head[i]);
+        for (int i = 0; i < p->n_range; i++) {
+            kvpg_put(&w, i < plan.n_range ? plan.voters[i].begin : 0);
+            kvpg_put(&w, i < plan.n_range ? plan.voters[i].end : 0);
+        }
+        for (int64_t v = 0; v < p->n_vote; v++) put_vote(&w, args, b, v, plan.valid);
+        if (plan.on_sm90) {
+            need.sm90 = true;
+            continue;
+        }
+        need.others = true;
+        need.joining = need.joining || plan.n_split > 1 || plan.hull > plan.n_voter;
+        if (plan.n_voter > p->max_voter) p->max_voter = (int)plan.n_voter;
+        if (plan.n_split > p->max_split) p->max_split = (int)plan.n_split;
+        if (plan.hull > p->max_hull) p->max_hull = (int)plan.hull;
+    }
+    kvpg_flush(&w);
+    return need;
+}
+
+/* Joins the splits, and marks what is no voter. */
+static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_constant__ kvpg_attention p) {
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), i = blockIdx.x * THREADS + threadIdx.x;
+    const int32_t *table = kvpg_table_row(p.table, b), *ranges = table + KVPG_RANGES;
+    if (table[KVPG_ON_SM90] || table[KVPG_N_VOTER] == 0) return;
+    const int position = ranges[0] + i, n_voter = table[KVPG_N_VOTER], n_split = table[KVPG_N_SPLIT];
+    if (position > kvpg_voter_at(table, n_voter - 1)) return;
+    int voter = 0, r = 0;
+    for (; position >= ranges[2 * r + 1]; r++) voter += ranges[2 * r + 1] - ranges[2 * r];
+    if (position < ranges[2 * r]) {
+        *kvpg_lse_at(p, b, query_head, position) = INFINITY;
+    } else if (n_split > 1) {
+        const float2 *split = kvpg_splits_of(p, b, query_head) + (int64_t)(voter + position - ranges[2 * r]) * n_split;
+        kvpg_tally t = {KVPG_LOWEST, 0};
+        for (int s = 0; s < n_split; s++) t = kvpg_join(t, kvpg_tally{split[s].x, split[s].y});
+        *kvpg_lse_at(p, b, query_head, position) = kvpg_log(t);
+    }
+}
+
+/* The weighted sum of key k over query heads first to last. */
+__device__ __forceinline__ float weighted_sum(const kvpg_attention &p, const int32_t *vote, int b, int first, int last, int k) {
+    float sum = 0, divisor = (float)(last - first);
+    for (int head = first; head < last; head++) sum += kvpg_sums_of(p, b, head)[k];
+    if (vote[KVPG_WEIGHT] == KVP_WEIGHT_MEAN) divisor *= (float)max(1, vote[KVPG_N_OWN_VOTER]);
+    if (vote[KVPG_WEIGHT] == KVP_WEIGHT_AGE) divisor *= (float)max(1, vote[KVPG_AGE_END] - k);
+    return sum / divisor;
+}
+
+__device__ __forceinline__ float score_of(const kvpg_attention &p, const int32_t *table, int b, int first, int last, int k) {
+    const int reach = p.kernel_size / 2;
+    float score = 0;
+    if (k < table[KVPG_VALID_BEGIN] || k >= table[KVPG_VALID_END]) return -INFINITY;
+    for (int v = 0; v < p.n_vote; v++) {
+        const int32_t *vote = kvpg_vote(p, table, v);
+        if (k >= vote[KVPG_WINDOW_BEGIN] && k < vote[KVPG_WINDOW_END]) return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
+        if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
+        for (int i = max(k - reach, vote[KVPG_KEY_BEGIN]); i <= k + reach && i < vote[KVPG_KEY_END]; i++)
+            score += weighted_sum(p, vote, b, first, last, i);
+        score /= (float)p.kernel_size;
+    }
+    return score;
+}
+
+static __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ kvpg_attention p) {
+    const int k = blockIdx.x * THREADS + threadIdx.x, b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head;
+    if (k >= p.n_token) return;
+    const int h = p.share_heads ? 0 : blockIdx.y % p.n_head, n_head = p.share_heads ? p.n_head : 1;
+    const float score = score_of(p, kvpg_table_row(p.table, b), b, h * p.group, (h + n_head) * p.group, k);
+    for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
+}
+
+static int64_t table_stride(const kvp_score_args *args) { return KVPG_RANGES + args->votes.shape[1] * (2 * 2 + KVPG_VOTE_SIZE); }
+
+/* A voter's splits times the voters is at most this, by the way that plan_row cuts. */
+static int64_t split_room(const kvp_score_args *args) {
+    const int64_t group = args->queries.shape[1] / args->keys.shape[1], n_split = kvpg_ceil_div(args->keys.shape[2], KVPG_SPLIT);
+    const int64_t by_tiles = kvpg_ceil_div(KVPG_ENOUGH_TILES * KVPG_ROW_TILE, group), by_voters = args->queries.shape[2] * n_split;
+    return n_split == 1 || args->lse.data ? 0 : by_tiles < by_voters ? by_tiles : by_voters;
+}
+
+/* Places the scratch; returns the bytes of all of it. */
+static size_t lay_out(const kvp_score_args *args, char *workspace, kvpg_attention *p, void **table) {
+    const int64_t *queries = args->queries.shape, n_row = queries[0] * queries[1];
+    size_t used = kvpg_table_bytes(queries[0], table_stride(args));
+    *table = workspace;
+    if (!args->lse.data) {
+        p->lse = kvpg_rows{workspace + used, queries[1] * queries[2] * 4, queries[2] * 4, 4, 0};
+        used += kvpi_round_up_64((size_t)(n_row * queries[2]) * sizeof(float));
+    }
+    p->split_room = split_room(args);
+    p->splits = (float2 *)(workspace + used);
+    used += kvpi_round_up_64((size_t)(n_row * p->split_room) * sizeof(float2));
+    p->sums = (float *)(workspace + used);
+    return used + kvpi_round_up_64((size_t)(n_row * args->keys.shape[2]) * sizeof(float));
+}
+
+extern "C" size_t kvpi_score_attention_cuda_workspace(const kvp_score_args *args) {
+    kvpg_attention p;
+    void *table;
+    return lay_out(args, (char *)0, &p, &table);
+}
+
+static void read_job(const kvp_score_args *args, kvpg_attention *p) {
+    const double scaling = args->param[0], softcap = args->param[1], log2e = 1.4426950408889634;
+    p->keys = kvpg_rows_of(&args->keys);
+    p->queries = kvpg_rows_of(&args->queries);
+    p->scores = kvpg_rows_of(&args->scores);
+    if (args->lse.data) p->lse = kvpg_rows_of(&args->lse);
+    p->n_batch = (int)args->keys.shape[0];
+    p->n_head = (int)args->keys.shape[1];
+    p->n_token = (int)args->keys.shape[2];
+    p->n_dim = (int)args->keys.shape[3];
+    p->n_query = (int)args->queries.shape[2];
+    p->group = (int)(args->queries.shape[1] / args->keys.shape[1]);
+    p->n_vote = (int)args->votes.shape[1];
+    p->n_range = 2 * p->n_vote;
+    p->max_voter = p->max_hull = 0;
+    p->max_split = 1;
+    p->scale = (float)(softcap > 0 ? scaling / softcap : scaling * log2e);
+    p->cap = (float)(softcap * log2e);
+    p->kernel_size = (int)args->param[2];
+    p->share_heads = args->param[3] > 0;
+}
+
+static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
+    if (args->votes.shape[1] > KVPG_MAX_VOTES)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "votes.shape[1] is %lld; on a CUDA device expected at most %d", (long long)args->votes.shape[1], (int)KVPG_MAX_VOTES);
+    if (args->queries.shape[0] * args->queries.shape[1] > KVPG_MAX_ROWS)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "queries.shape[:2] multiply to %lld; on a CUDA device expected at most %d",
+                         (long long)(args->queries.shape[0] * args->queries.shape[1]), (int)KVPG_MAX_ROWS);
+    return KVP_OK;
+}
+
+static kvp_status sweep(int which, const kvpg_attention *p, const kvp_score_args *args, needs need, kvp_context *ctx) {
+    if (need.sm90) KVPI_TRY(kvpg_sweep_sm90(which, p, args, ctx));
+    if (!need.others || (which == KVPG_LSE && p->max_voter == 0)) return KVP_OK;
+    return kvpg_can_mma(args) ? kvpg_sweep_mma(which, p, args->keys.dtype, ctx) : kvpg_sweep_any(which, p, args->keys.dtype, ctx);
+}
+
+extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_context *ctx) {
+    kvpg_attention p;
+    void *table;
+    int major;
+    KVPI_TRY(check_limits(args, ctx));
+    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
+    read_job(args, &p);
+    lay_out(args, (char *)ctx->workspace, &p, &table);
+    const needs need = write_table(args, major == 9 && kvpg_can_sm90(args), table, ctx, &p);
+    if (!args->lse.data) {
+        KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
+        if (need.joining && p.max_hull > 0)
+            join_splits<<<dim3(kvpg_ceil_div(p.max_hull, THREADS), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p);
+    }
+    KVPI_TRY(sweep(KVPG_SUM, &p, args, need, ctx));
+    finish<<<dim3(kvpg_ceil_div(p.n_token, THREADS), p.n_batch * (p.share_heads ? 1 : p.n_head)), THREADS, 0, kvpg_stream(ctx)>>>(p);
+    return kvpg_launched("the end of attention", ctx);
+}

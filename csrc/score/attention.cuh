@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the CUDA files of the attention scorer share. Two sweeps give the column sums of csrc/score/attention.c, both of this form: a tile of
+ * rows stays put, columns stream past, and each row reduces over the columns it takes.
+ *
+ *     LSE    rows are voters (queries), columns the keys each can see:  lse[q] = log sum exp s[q,k]
+ *     SUM    rows are keys, columns the queries that vote on each:      sum[k] = sum exp(s[q,k] - lse[q])
+ *
+ * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (attention_any.cu), tensor cores
+ * (attention_mma.cu), Hopper's tensor cores (attention_sm90.cu). Which one works on a batch row, and how its work is cut, depends on that row's
+ * own shape and votes: so its bits are the same wherever it stands.
+ */
+#ifndef KVP_ATTENTION_CUH
+#define KVP_ATTENTION_CUH
+
+#include "../rows/tables.cuh"
+
+extern "C" {
+#include "score.h"
+}
+
+enum { KVPG_LSE, KVPG_SUM };
+
+enum {
+    KVPG_ROW_TILE = 128,    /* rows that a split of keys is planned for */
+    KVPG_SPLIT = 1024,      /* keys of a split, at least */
+    KVPG_ENOUGH_TILES = 64, /* tiles of one key head from which on the keys are not split */
+    KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
+    KVPG_MAX_VOTES = 256,
+};
+
+/* Fields of a row of the table; the ranges of voters follow, then the votes. */
+enum { KVPG_VALID_BEGIN, KVPG_VALID_END, KVPG_N_VOTER, KVPG_N_SPLIT, KVPG_SPLIT_SIZE, KVPG_ON_SM90, KVPG_RANGES };
+/* Of a vote: LO and HI are the intervals of voters, disjoint and ascending. */
+enum {
+    KVPG_KEY_BEGIN,
+    KVPG_KEY_END,
+    KVPG_LO,
+    KVPG_HI = KVPG_LO + 2,
+    KVPG_WEIGHT = KVPG_HI + 2,
+    KVPG_AGE_END,
+    KVPG_N_OWN_VOTER,
+    KVPG_WINDOW_BEGIN,
+    KVPG_WINDOW_END,
+    KVPG_VOTE_SIZE
+};
+
+typedef struct kvpg_attention {
+    kvpg_rows keys, queries, scores, lse; /* lse: float32, the caller's or in the workspace */
+    float2 *splits;                       /* (B,Hq,split_room): of a voter, the tally of each split */
+    float *sums;                          /* (B,Hq,T) */
+    int64_t split_room;
+    int n_batch, n_head, group, n_token, n_query, n_dim, n_vote, n_range;
+    int max_voter, max_split, max_hull; /* the most of any batch row; hull: positions from the first voter to the last */
+    float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
+    int kernel_size, share_heads;
+    kvpg_table table;
+} kvpg_attention;
+
+typedef struct kvpg_interval {
+    int lo, hi;
+} kvpg_interval;
+
+/* Of a tile of rows: some take some of [lo,hi), all take all of [full_lo,full_hi). */
+typedef struct kvpg_cover {
+    int lo, hi, full_lo, full_hi;
+} kvpg_cover;
+
+__device__ __forceinline__ const int32_t *kvpg_vote(const kvpg_attention &p, const int32_t *table, int v) {
+    return table + KVPG_RANGES + 2 * p.n_range + v * KVPG_VOTE_SIZE;
+}
+
+/* The position of a voter. */
+__device__ __forceinline__ int kvpg_voter_at(const int32_t *table, int i) {
+    const int32_t *range = table + KVPG_RANGES;
+    for (; i >= range[1] - range[0]; range += 2) i -= range[1] - range[0];
+    return range[0] + i;
+}
+
+/* A row of the LSE sweep is a voter of one query head of the group: head-major, so that a tile may hold several heads' rows. */
+__device__ __forceinline__ int kvpg_voter_of_row(const int32_t *table, int row) { return kvpg_voter_at(table, row % table[KVPG_N_VOTER]); }
+
+__device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p, const int32_t *table, int s, int begin, int end) {
+    kvpg_cover c = {INT32_MAX, 0, 0, INT32_MAX};
+    int covered = 0;
+    end = min(end, p.n_token);
+    for (int v = 0; v < p.n_vote; v++) {
+        const int32_t *vote = kvpg_vote(p, table, v);
+        const int key_begin = max(vote[KVPG_KEY_BEGIN], begin), key_end = min(vote[KVPG_KEY_END], end);
+        if (key_begin >= key_end) continue;
+        covered += key_end - key_begin;
+        const int lo = max(vote[KVPG_LO + s], key_begin), hi = vote[KVPG_HI + s];
+        if (lo < hi) c.lo = min(c.lo, lo), c.hi = max(c.hi, hi);
+        c.full_lo = max(c.full_lo, max(vote[KVPG_LO + s], key_end - 1));
+        c.full_hi = min(c.full_hi, hi);
+    }
+    if (covered < end - begin) c.full_hi = 0;
+    return c.lo < c.hi ? c : kvpg_cover{0, 0, 0, 0};
+}
+
+__device__ __forceinline__ kvpg_interval kvpg_interval_of_key(const kvpg_attention &p, const int32_t *table, int s, int key) {
+    for (int v = 0; v < p.n_vote; v++) {
+        const int32_t *vote = kvpg_vote(p, table, v);
+        if (key >= vote[KVPG_KEY_BEGIN] && key < vote[KVPG_KEY_END]) return {max(vote[KVPG_LO + s], key), vote[KVPG_HI + s]};
+    }
+    return {0, 0};
+}
+
+/* Of the rows [begin, end) of a key head, not beyond the last. */
+__device__ __forceinline__ kvpg_cover kvpg_cover_of_voters(const int32_t *table, int begin, int end) {
+    const int n = table[KVPG_N_VOTER];
+    const bool one_head = begin / n == (end - 1) / n;
+    const int first = one_head ? kvpg_voter_at(table, begin % n) : kvpg_voter_at(table, 0);
+    const int last = one_head ? kvpg_voter_at(table, (end - 1) % n) : kvpg_voter_at(table, n - 1);
+    return {table[KVPG_VALID_BEGIN], last + 1, table[KVPG_VALID_BEGIN], first + 1};
+}
+
+/* The columns of one split, cut out of a cover. */
+__device__ __forceinline__ void kvpg_cut_split(kvpg_cover &c, const int32_t *table, int split) {
+    if (table[KVPG_N_SPLIT] == 1) return;
+    c.lo = max(c.lo, table[KVPG_VALID_BEGIN] + split * table[KVPG_SPLIT_SIZE]);
+    c.hi = min(c.hi, table[KVPG_VALID_BEGIN] + (split + 1) * table[KVPG_SPLIT_SIZE]);
+}
+
+/* The logit of a row and a column, in powers of 2; see kvpg_attention. */
+__device__ __forceinline__ float kvpg_logit(const kvpg_attention &p, float product) {
+    return p.cap > 0 ? p.cap * tanhf(product * p.scale) : product * p.scale;
+}
+
+/* The greatest exponent of a row so far and the sum of powers above it. Starts far below any logit instead of at -infinity, whose difference
+ * to itself would be NaN. */
+typedef struct kvpg_tally {
+    float top, sum;
+} kvpg_tally;
+
+#define KVPG_LOWEST (-1e30f)
+
+__device__ __forceinline__ void kvpg_raise(kvpg_tally &t, float top) {
+    if (top > t.top) {
+        t.sum *= kvpg_exp2(t.top - top);
+        t.top = top;
+    }
+}
+
+__device__ __forceinline__ kvpg_tally kvpg_join(kvpg_tally x, kvpg_tally y) {
+    kvpg_raise(x, y.top);
+    x.sum += y.sum * kvpg_exp2(y.top - x.top);
+    return x;
+}
+
+/* Over the lanes whose numbers differ in the bits below n. */
+template <int N> __device__ __forceinline__ kvpg_tally kvpg_join_lanes(kvpg_tally t) {
+#pragma unroll
+    for (int o = 1; o < N; o *= 2) t = kvpg_join(t, kvpg_tally{__shfl_xor_sync(~0u, t.top, o), __shfl_xor_sync(~0u, t.sum, o)});
+    return t;
+}
+
+template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
+#pragma unroll
+    for (int o = 1; o < N; o *= 2) x += __shfl_xor_sync(~0u, x, o);
+    return x;
+}
+
+/* The natural log of a row's denominator; minus infinity without columns, NaN if a logit was: no vote. */
+__device__ __forceinline__ float kvpg_log(kvpg_tally t) { return (t.top + log2f(t.sum)) * 0.693147180559945309f; }
+
+/* For a column of the SUM sweep: minus the exponent of its denominator, or minus infinity for no vote. */
+__device__ __forceinline__ float kvpg_minus_exponent(float lse) { return fabsf(lse) < INFINITY ? lse * -1.44269504088896341f : -INFINITY; }
+
+__device__ __forceinline__ float *kvpg_lse_at(const kvpg_attention &p, int b, int query_head, int position) {
+    return (float *)kvpg_row(p.lse, b, query_head, position - (p.n_token - p.n_query));
+}
+
+__device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b, int query_head) {
+    return p.splits + ((int64_t)b * p.n_head * p.group + query_head) * p.split_room;
+}
+
+/* A row's tally, where it belongs: finished, or among the splits. */
+__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, const int32_t *table, int b, int h, int row, int split, kvpg_tally t) {
+    const int n_voter = table[KVPG_N_VOTER], query_head = h * p.group + row / n_voter, i = row % n_voter;
+    if (table[KVPG_N_SPLIT] == 1)
+        *kvpg_lse_at(p, b, query_head, kvpg_voter_at(table, i)) = kvpg_log(t);
+    else
+        kvpg_splits_of(p, b, query_head)[(int64_t)i * table[KVPG_N_SPLIT] + split] = make_float2(t.top, t.sum);
+}
+
+/* The query of a row of the LSE sweep. */
+__device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, const int32_t *table, int b, int h, int row) {
+    const int n_voter = table[KVPG_N_VOTER];
+    return kvpg_row(p.queries, b, h * p.group + row / n_voter, kvpg_voter_at(table, row % n_voter) - (p.n_token - p.n_query));
+}
+
+/* The interval s of columns that a row takes. */
+template <int SWEEP> __device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, const int32_t *table, int s, int row) {
+    if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
+    return {table[KVPG_VALID_BEGIN], kvpg_voter_of_row(table, row) + 1};
+}
+
+template <int SWEEP> __device__ __forceinline__ kvpg_cover kvpg_cover_of(const kvpg_attention &p, const int32_t *table, int s, int begin, int end) {
+    if (SWEEP == KVPG_SUM) return kvpg_cover_of_keys(p, table, s, begin, end);
+    return s == 0 ? kvpg_cover_of_voters(table, begin, end) : kvpg_cover{0, 0, 0, 0};
+}
+
+__device__ __forceinline__ float *kvpg_sums_of(const kvpg_attention &p, int b, int query_head) {
+    return p.sums + ((int64_t)b * p.n_head * p.group + query_head) * p.n_token;
+}
+
+/* attention_any.cu, attention_mma.cu, attention_sm90.cu: one sweep over the batch rows that are not, or are, KVPG_ON_SM90. Grids hold the
+ * most that any batch row needs. */
+kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);
+kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);
+kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx);
+bool kvpg_can_mma(const kvp_score_args *args);
+bool kvpg_can_sm90(const kvp_score_args *args); /* on a Hopper GPU */
+
+#endif

@@ -1,0 +1,314 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The sweeps of attention.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A block of four warps
+ * holds 128 rows (64 above 128 elements) as fragments in registers; tiles of 64 columns come through a ring in shared memory by asynchronous
+ * copies. All query heads of a group stream past one tile of keys where there are blocks enough. Everything a thread needs of a column is in
+ * its own registers, so sums need no atomics: four lanes share a row and join at the end.
+ */
+#include "attention.cuh"
+
+enum { THREADS = 128, COLUMNS = 64, ENOUGH_BLOCKS = 1024 };
+
+/* DIM: the elements of a row, rounded up; the rest is zeros. */
+template <int DIM> struct shape {
+    static constexpr int M = DIM <= 128 ? 2 : 1;        /* fragments of 16 rows a warp */
+    static constexpr int ROWS = 64 * M;                 /* of a block */
+    static constexpr int STAGES = DIM <= 128 ? 3 : 2;   /* of the ring; two tiles of columns have room for a tile of rows */
+    static constexpr int PITCH = DIM * 2 + 16;          /* bytes from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
+    static constexpr int TILE = COLUMNS * PITCH;
+    static constexpr int BYTES = STAGES * (TILE + COLUMNS * 4) + ROWS * 16;
+};
+
+/* What a block works on. */
+template <int SWEEP> struct unit {
+    const int32_t *table;
+    int b, h, head, n_head; /* query heads head to head + n_head - 1 of the group (SUM) */
+    int begin, end, split;
+};
+
+/* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the second-level cache. */
+template <int DIM, int SWEEP> __device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_once, unit<SWEEP> &u) {
+    const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part, at = blockIdx.x / n_unit;
+    const int tile = SWEEP == KVPG_SUM ? at : gridDim.x / n_unit - 1 - at, head = blockIdx.x % n_unit / n_part;
+    u.b = head / p.n_head;
+    u.h = head % p.n_head;
+    u.head = blockIdx.x % n_unit % n_part * heads_at_once;
+    u.n_head = SWEEP == KVPG_SUM ? heads_at_once : 1;
+    u.table = kvpg_table_row(p.table, u.b);
+    u.split = blockIdx.y;
+    const int n_row = SWEEP == KVPG_SUM ? p.n_token : u.table[KVPG_N_VOTER] * p.group;
+    u.begin = tile * shape<DIM>::ROWS;
+    u.end = min(u.begin + shape<DIM>::ROWS, n_row);
+    return !u.table[KVPG_ON_SM90] && u.begin < n_row && (SWEEP == KVPG_SUM || u.split < u.table[KVPG_N_SPLIT]);
+}
+
+/* The tiles of columns, in order: for each head those of interval 0, then those of interval 1. */
+struct course {
+    kvpg_cover cover[2];
+    int n_first, n; /* tiles of interval 0, of both */
+};
+
+struct stop {
+    int head, s, column;
+    bool last; /* of its head */
+};
+
+__device__ __forceinline__ stop stop_at(const course &c, int t) {
+    const int head = t / c.n, at = t % c.n, s = at >= c.n_first;
+    return {head, s, s ? c.cover[1].lo + (at - c.n_first) * COLUMNS : c.cover[0].lo + at * COLUMNS, at == c.n - 1};
+}
+
+template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_attention &p, const unit<SWEEP> &u) {
+    course c;
+    for (int s = 0; s < 2; s++) c.cover[s] = kvpg_cover_of<SWEEP>(p, u.table, s, u.begin, u.end);
+    if (SWEEP == KVPG_LSE) kvpg_cut_split(c.cover[0], u.table, u.split);
+    c.n_first = max(0, c.cover[0].hi - c.cover[0].lo + COLUMNS - 1) / COLUMNS;
+    c.n = c.n_first + max(0, c.cover[1].hi - c.cover[1].lo + COLUMNS - 1) / COLUMNS;
+    return c;
+}
+
+/* Copies a row's pieces of 16 bytes; a row that is not there, and what is behind its last element, become zeros. */
+template <int DIM, typename ADDRESS> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_dim, ADDRESS address) {
+    constexpr int PIECES = DIM / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n_row * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        const char *from = address(row);
+        const bool there = from && piece * 8 < n_dim;
+        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from ? from : address(0), there ? 16 : 0);
+    }
+}
+
+template <int SWEEP, int M> struct results;
+template <int M> struct results<KVPG_LSE, M> {
+    kvpg_tally tally[2 * M];
+    __device__ void clear() {
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) tally[i] = {KVPG_LOWEST, 0};
+    }
+};
+template <int M> struct results<KVPG_SUM, M> {
+    float sum[2 * M];
+    __device__ void clear() {
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) sum[i] = 0;
+    }
+};
+
+/* Whether a row takes columns column and column + 1. */
+__device__ __forceinline__ void mask_pair(kvpg_interval taken, int column, float &x, float &y, float nothing) {
+    if (column < taken.lo || column >= taken.hi) x = nothing;
+    if (column + 1 < taken.lo || column + 1 >= taken.hi) y = nothing;
+}
+
+/* Reduces 16 columns: a[m][j] are those of fragments m and columns 8 j to 8 j + 7. */
+template <int M, bool MASKED>
+__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *taken, int column, const float *,
+                                       results<KVPG_LSE, M> &r) {
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = kvpg_logit(p, a[i / 2][j / 2][i % 2 * 2 + j % 2]);
+        if (MASKED) {
+            const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
+            mask_pair(t, column, x[0], x[1], -INFINITY);
+            mask_pair(t, column + 8, x[2], x[3], -INFINITY);
+        }
+        kvpg_tally &tally = r.tally[i];
+        kvpg_raise(tally, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
+        tally.sum += (kvpg_exp2(x[0] - tally.top) + kvpg_exp2(x[1] - tally.top)) + (kvpg_exp2(x[2] - tally.top) + kvpg_exp2(x[3] - tally.top));
+    }
+}
+
+template <int M, bool MASKED>
+__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *taken, int column, const float *exponents,
+                                       results<KVPG_SUM, M> &r) {
+    const float2 e[2] = {*(const float2 *)exponents, *(const float2 *)(exponents + 8)};
+    const float scale = p.cap > 0 ? 1 : p.scale;
+    if (p.cap > 0) {
+#pragma unroll
+        for (int i = 0; i < 8 * M; i++) a[i / 8][i / 4 % 2][i % 4] = kvpg_logit(p, a[i / 8][i / 4 % 2][i % 4]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = kvpg_exp2(fmaf(a[i / 2][j / 2][i % 2 * 2 + j % 2], scale, j % 2 ? e[j / 2].y : e[j / 2].x));
+        if (MASKED) {
+            const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
+            mask_pair(t, column, x[0], x[1], 0);
+            mask_pair(t, column + 8, x[2], x[3], 0);
+        }
+        r.sum[i] += (x[0] + x[1]) + (x[2] + x[3]);
+    }
+}
+
+/* One tile of columns. */
+template <typename T, int DIM, int SWEEP, bool MASKED>
+__device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4], uint32_t tile,
+                                           const kvpg_interval *taken, int column, int end, const float *exponents,
+                                           results<SWEEP, shape<DIM>::M> &r) {
+    constexpr int M = shape<DIM>::M;
+    const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
+    tile += (lane % 8 + lane / 16 * 8) * shape<DIM>::PITCH + lane / 8 % 2 * 16;
+#pragma unroll 1
+    for (int first = 0; first < COLUMNS && column + first < end; first += 16) {
+        float a[M][2][4] = {};
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) {
+            uint32_t b[4];
+            kvpg_load_matrix(b, tile + first * shape<DIM>::PITCH + k * 32);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                kvpg_multiply<T>(a[m][0], rows[m][k], b[0], b[1]);
+                kvpg_multiply<T>(a[m][1], rows[m][k], b[2], b[3]);
+            }
+        }
+        reduce<M, MASKED>(p, a, taken, column + first + of_pair, exponents + first + of_pair, r);
+    }
+}
+
+template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_LSE> &u, int, int row, results<KVPG_LSE, shape<DIM>::M> &r) {
+#pragma unroll
+    for (int i = 0; i < 2 * shape<DIM>::M; i++) {
+        const kvpg_tally t = kvpg_join_lanes<4>(r.tally[i]);
+        const int at = row + i / 2 * 16 + i % 2 * 8;
+        if (threadIdx.x % 4 == 0 && at < u.end) kvpg_put_tally(p, u.table, u.b, u.h, at, u.split, t);
+    }
+}
+
+template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_SUM> &u, int head, int row, results<KVPG_SUM, shape<DIM>::M> &r) {
+    float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
+#pragma unroll
+    for (int i = 0; i < 2 * shape<DIM>::M; i++) {
+        const float sum = kvpg_sum_lanes<4>(r.sum[i]);
+        const int at = row + i / 2 * 16 + i % 2 * 8;
+        if (threadIdx.x % 4 == 0 && at < u.end) sums[at] = sum;
+    }
+}
+
+/* Minus the exponent of this thread's column, one tile ahead of its use; loads take long. */
+struct exponent_ahead {
+    float lse;
+    __device__ __forceinline__ void load(const kvpg_attention &p, const unit<KVPG_SUM> &u, const course &c, int t) {
+        lse = -INFINITY;
+        if (t >= c.n * u.n_head || threadIdx.x >= COLUMNS) return;
+        const stop at = stop_at(c, t);
+        const int column = at.column + threadIdx.x;
+        if (column < (at.s ? c.cover[1].hi : c.cover[0].hi)) lse = *kvpg_lse_at(p, u.b, u.h * p.group + u.head + at.head, column);
+    }
+    __device__ __forceinline__ void load(const kvpg_attention &, const unit<KVPG_LSE> &, const course &, int) {}
+    __device__ __forceinline__ void put(float *exponents) const {
+        if (threadIdx.x < COLUMNS) exponents[threadIdx.x] = kvpg_minus_exponent(lse);
+    }
+};
+
+template <int DIM, int SWEEP> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<SWEEP> &u, uint32_t to) {
+    copy_rows<DIM>(to, shape<DIM>::ROWS, p.n_dim, [&](int row) -> const char * {
+        if (u.begin + row >= u.end) return NULL;
+        return SWEEP == KVPG_SUM ? kvpg_row(p.keys, u.b, u.h, u.begin + row) : kvpg_query_of_row(p, u.table, u.b, u.h, u.begin + row);
+    });
+}
+
+template <int DIM, int SWEEP> __device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const stop &at, uint32_t to) {
+    const int first_query = p.n_token - p.n_query, left = p.n_token - at.column;
+    copy_rows<DIM>(to, COLUMNS, p.n_dim, [&](int i) -> const char * {
+        if (i >= left) return NULL;
+        if (SWEEP == KVPG_SUM) return kvpg_row(p.queries, u.b, u.h * p.group + u.head + at.head, at.column - first_query + i);
+        return kvpg_row(p.keys, u.b, u.h, at.column + i);
+    });
+}
+
+template <typename T, int DIM, int SWEEP>
+__global__ void __launch_bounds__(THREADS, SWEEP == KVPG_SUM && DIM <= 128 ? 4 : 3) sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
+    constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
+    extern __shared__ __align__(128) char shared[];
+    float *const exponents = (float *)(shared + STAGES * TILE);
+    kvpg_interval *const intervals = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16 * M;
+    unit<SWEEP> u;
+    if (!find_unit<DIM>(p, heads_at_once, u)) return;
+    const course c = find_course(p, u);
+    for (int i = threadIdx.x; i < 2 * ROWS; i += THREADS)
+        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS) : kvpg_interval{0, 0};
+    load_rows<DIM>(p, u, ring);
+    kvpg_commit();
+    kvpg_wait<0>();
+    __syncthreads();
+    uint32_t rows[M][DIM / 16][4];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++)
+            kvpg_load_matrix(rows[m][k], ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
+    __syncthreads();
+    const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
+    results<SWEEP, M> total;
+    total.clear();
+    exponent_ahead ahead;
+    for (int t = 0; t < STAGES - 1; t++) {
+        if (t < n_tile) load_columns<DIM>(p, u, stop_at(c, t), ring + t * TILE);
+        kvpg_commit();
+        if (SWEEP == KVPG_SUM) {
+            ahead.load(p, u, c, t);
+            ahead.put(exponents + t * COLUMNS);
+        }
+    }
+    ahead.load(p, u, c, STAGES - 1);
+#pragma unroll 1
+    for (int t = 0; t < n_tile; t++) {
+        const int next = t + STAGES - 1;
+        const stop at = stop_at(c, t);
+        const kvpg_cover cover = at.s ? c.cover[1] : c.cover[0];
+        kvpg_wait<STAGES - 2>();
+        __syncthreads();
+        if (next < n_tile) load_columns<DIM>(p, u, stop_at(c, next), ring + next % STAGES * TILE);
+        kvpg_commit();
+        if (SWEEP == KVPG_SUM) {
+            ahead.put(exponents + next % STAGES * COLUMNS);
+            ahead.load(p, u, c, next + 1);
+        }
+        const uint32_t tile = ring + t % STAGES * TILE;
+        const float *e = exponents + t % STAGES * COLUMNS;
+        const kvpg_interval *taken = intervals + at.s * ROWS + first_row + lane / 4;
+        if (at.column >= cover.full_lo && at.column + COLUMNS <= min(cover.full_hi, cover.hi))
+            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, at.column, cover.hi, e, total);
+        else
+            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, at.column, cover.hi, e, total);
+        if (SWEEP == KVPG_SUM && at.last) {
+            put_results<DIM>(p, u, at.head, row, total);
+            total.clear();
+        }
+    }
+    if (SWEEP == KVPG_LSE) put_results<DIM>(p, u, 0, row, total);
+    if (SWEEP == KVPG_SUM && c.n == 0)
+        for (int head = 0; head < u.n_head; head++) put_results<DIM>(p, u, head, row, total);
+}
+
+template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
+    constexpr int ROWS = shape<DIM>::ROWS;
+    const int n_row = SWEEP == KVPG_SUM ? p->n_token : p->max_voter * p->group, n_tile = kvpg_ceil_div(n_row, ROWS), n_head = p->n_batch * p->n_head;
+    const int heads_at_once = (int64_t)n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
+    const dim3 grid(n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head), SWEEP == KVPG_SUM ? 1 : p->max_split);
+    KVPG_TRY(cudaFuncSetAttribute(sweep_mma<T, DIM, SWEEP>, cudaFuncAttributeMaxDynamicSharedMemorySize, shape<DIM>::BYTES));
+    sweep_mma<T, DIM, SWEEP><<<grid, THREADS, shape<DIM>::BYTES, kvpg_stream(ctx)>>>(*p, heads_at_once);
+    return kvpg_launched("attention by tensor cores", ctx);
+}
+
+template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
+    if (p->n_dim <= 64) return launch<T, 64, SWEEP>(p, ctx);
+    if (p->n_dim <= 96) return launch<T, 96, SWEEP>(p, ctx);
+    if (p->n_dim <= 128) return launch<T, 128, SWEEP>(p, ctx);
+    return launch<T, 256, SWEEP>(p, ctx);
+}
+
+kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
+    if (dtype == KVP_F16) return sweep == KVPG_SUM ? launch_dim<__half, KVPG_SUM>(p, ctx) : launch_dim<__half, KVPG_LSE>(p, ctx);
+    return sweep == KVPG_SUM ? launch_dim<__nv_bfloat16, KVPG_SUM>(p, ctx) : launch_dim<__nv_bfloat16, KVPG_LSE>(p, ctx);
+}
+
+bool kvpg_can_mma(const kvp_score_args *args) {
+    return args->keys.dtype != KVP_F32 && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->queries);
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Sinks and recency on the GPU; see position.c.
+ */
+#include "../rows/tables.cuh"
+
+extern "C" {
+#include "score.h"
+}
+
+enum { THREADS = 256 };
+
+typedef struct position_job {
+    kvpg_rows scores;
+    int n_head, n_token, n_sink;
+    kvpg_table valid;
+} position_job;
+
+static __global__ void position(const __grid_constant__ position_job j) {
+    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, t = blockIdx.x * THREADS + threadIdx.x;
+    if (t >= j.n_token) return;
+    const int begin = j.valid.stride ? kvpg_table_row(j.valid, b)[0] : 0;
+    const float score = (float)(t - begin < j.n_sink ? 2 * j.n_token - t : t);
+    *(float *)kvpg_row(j.scores, b, h, t) = kvpg_is_valid(j.valid, b, t) ? score : -INFINITY;
+}
+
+extern "C" kvp_status kvpi_score_position_cuda(const kvp_score_args *args, kvp_context *ctx) {
+    const int64_t *shape = args->keys.shape;
+    position_job j;
+    j.scores = kvpg_rows_of(&args->scores);
+    j.n_head = (int)shape[1];
+    j.n_token = (int)shape[2];
+    j.n_sink = (int)args->param[0];
+    KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
+    position<<<dim3(kvpg_ceil_div(shape[2], THREADS), (int)(shape[0] * shape[1])), THREADS, 0, kvpg_stream(ctx)>>>(j);
+    return kvpg_launched("position", ctx);
+}

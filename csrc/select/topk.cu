@@ -1,0 +1,335 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The quota's best positions of each segment on the GPU; see topk.c, whose result this is, exactly. A segment of a row is a problem of its own,
+ * because the host's tables tell how many tokens the segments before it keep. Up to 32768 keys are held in the registers of one block, up to
+ * 131072 in those of a cluster of eight (Hopper); longer ones are read again for each digit. Histograms count whole numbers, and places are
+ * found by counting, not by atomics: so the result does not depend on the order of anything.
+ */
+#include "../rows/tables.cuh"
+
+extern "C" {
+#include "select.h"
+}
+
+#include <cooperative_groups.h>
+
+namespace cg = cooperative_groups;
+
+enum { THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CLUSTER = 8, DIGITS = 3 };
+
+/* Keys that a block can hold; more than HELD_IN_CLUSTER a thread would leave a cluster's kernel short of registers. */
+enum { HELD = 32, HELD_IN_CLUSTER = 16 };
+
+/* Fields of a row of the table: the valid range, the S + 1 edges of the segments, the H*S quotas. */
+enum { VALID_BEGIN, VALID_END, EDGES };
+
+typedef struct select_job {
+    kvpg_rows scores, protect, positions, counts;
+    int n_head, n_token, n_kept, n_segment;
+    kvpg_table table;
+} select_job;
+
+/* One segment of one row. */
+typedef struct problem {
+    int b, h, begin, n, quota, offset; /* offset: tokens that the segments before keep */
+} problem;
+
+/* How many of a segment's positions can be kept, and from where. */
+__device__ __forceinline__ int segment_length(const select_job &j, const int32_t *row, int s, int *begin) {
+    *begin = max(row[EDGES + s], row[VALID_BEGIN]);
+    return max(0, min(row[EDGES + s + 1], row[VALID_END]) - *begin);
+}
+
+__device__ __forceinline__ problem find_problem(const select_job &j, int index) {
+    const int row = index / j.n_segment, segment = index % j.n_segment;
+    problem p = {row / j.n_head, row % j.n_head, 0, 0, 0, 0};
+    const int32_t *table = kvpg_table_row(j.table, p.b), *quotas = table + EDGES + j.n_segment + 1 + p.h * j.n_segment;
+    for (int s = 0; s <= segment; s++) {
+        p.offset += p.quota;
+        p.n = segment_length(j, table, s, &p.begin);
+        p.quota = min(quotas[s], p.n);
+    }
+    return p;
+}
+
+/* Behind the kept positions stands -1; the block of a row's last segment sees to it. */
+__device__ __forceinline__ void finish_row(const select_job &j, const problem &p) {
+    const int kept = p.offset + p.quota;
+    if (threadIdx.x == 0) *(int32_t *)(j.counts.data + p.b * j.counts.b + p.h * j.counts.h) = kept;
+    for (int i = kept + threadIdx.x; i < j.n_kept; i += THREADS) *(int32_t *)kvpg_row(j.positions, p.b, p.h, i) = -1;
+}
+
+/* The order of kvp.h as an unsigned number; 0 is below all. */
+__device__ __forceinline__ uint32_t rank_at(const select_job &j, const problem &p, int i) {
+    if (i >= p.n) return 0;
+    const int t = p.begin + i;
+    if (j.protect.data && *(const uint8_t *)(j.protect.data + p.b * j.protect.b + t * j.protect.t)) return UINT32_MAX;
+    const uint32_t bits = __float_as_uint(*(const float *)kvpg_row(j.scores, p.b, p.h, t));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 1;              /* NaN */
+    if (bits == 0x80000000u) return 0x80000000u;                   /* -0 and +0 are equal */
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ uint32_t scan_warp(uint32_t x) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const uint32_t y = __shfl_up_sync(~0u, x, o);
+        if (lane >= o) x += y;
+    }
+    return x;
+}
+
+/* What the blocks of a cluster see of each other. */
+typedef struct histogram {
+    uint32_t bin[BINS], coarse[BINS / 64]; /* coarse: sums of 64 bins */
+} histogram;
+
+template <int BLOCKS> __device__ __forceinline__ const histogram *of_block(const histogram *h, int block) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) return cg::this_cluster().map_shared_rank(h, block);
+#endif
+    return h;
+}
+
+/* By one warp: the bin that holds the need-th largest; need becomes the rank inside it. */
+template <int BLOCKS> __device__ __forceinline__ uint32_t find_bin(const histogram *h, uint32_t &need) {
+    const int lane = threadIdx.x % 32;
+    uint32_t sum = 0, high = 0, low = 0;
+#pragma unroll
+    for (int c = 0; c < BLOCKS; c++) sum += of_block<BLOCKS>(h, c)->coarse[31 - lane];
+    uint32_t scanned = scan_warp(sum);
+    int first = __ffs(__ballot_sync(~0u, scanned >= need)) - 1;
+    need -= __shfl_sync(~0u, scanned - sum, first);
+    const int base = (31 - first) * 64;
+#pragma unroll
+    for (int c = 0; c < BLOCKS; c++) {
+        const uint2 pair = *(const uint2 *)(of_block<BLOCKS>(h, c)->bin + base + 62 - 2 * lane);
+        high += pair.y;
+        low += pair.x;
+    }
+    sum = high + low;
+    scanned = scan_warp(sum);
+    first = __ffs(__ballot_sync(~0u, scanned >= need)) - 1;
+    need -= __shfl_sync(~0u, scanned - sum, first);
+    high = __shfl_sync(~0u, high, first);
+    if (need <= high) return base + 63 - 2 * first;
+    need -= high;
+    return base + 62 - 2 * first;
+}
+
+__device__ __forceinline__ int digit_shift(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
+__device__ __forceinline__ int digit_bits(int digit) { return digit == 2 ? 10 : 11; }
+
+__device__ __forceinline__ void sum_coarse(histogram *h) {
+    const int warp = threadIdx.x / 32;
+    const uint2 pair = *(const uint2 *)(h->bin + warp * 64 + 2 * (threadIdx.x % 32));
+    const uint32_t sum = __reduce_add_sync(~0u, pair.x + pair.y);
+    if (threadIdx.x % 32 == 0) h->coarse[warp] = sum;
+}
+
+/* Where a warp's kept positions go: above the threshold, and equal to it, before this warp. */
+typedef struct place {
+    uint32_t above, equal;
+} place;
+
+/* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
+__device__ __forceinline__ void take(const select_job &j, const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties, place &at) {
+    const uint32_t before = (1u << threadIdx.x % 32) - 1;
+    const bool is_above = rank > threshold, is_equal = rank == threshold && i < p.n;
+    const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
+    const uint32_t above = at.above + __popc(all_above & before), equal = at.equal + __popc(all_equal & before);
+    if (is_above || (is_equal && equal < ties))
+        *(int32_t *)kvpg_row(j.positions, p.b, p.h, p.offset + above + min(equal, ties)) = p.begin + i;
+    at.above += __popc(all_above);
+    at.equal += __popc(all_equal);
+}
+
+/*
+ * Ranks in registers, N_HELD a thread, BLOCKS blocks a problem. Item i of lane l of warp w is w*32*N_HELD + i*32 + l of its block, so that ballots
+ * count in order of position.
+ */
+template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) select_held(const __grid_constant__ select_job j) {
+#if __CUDA_ARCH__ < 900
+    if (BLOCKS > 1) return;
+#endif
+    __shared__ __align__(16) histogram h[DIGITS];
+    __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
+    __shared__ [[maybe_unused]] place of_blocks[BLOCKS];
+    __shared__ [[maybe_unused]] uint2 found[DIGITS];
+    const int block = BLOCKS > 1 ? blockIdx.x % BLOCKS : 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const problem p = find_problem(j, blockIdx.x / BLOCKS);
+    if (block == 0 && blockIdx.x / BLOCKS % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    if (p.quota == 0) return; /* all blocks of the cluster */
+    const int first = block * THREADS * N_HELD + warp * 32 * N_HELD + lane;
+    uint32_t rank[N_HELD];
+#pragma unroll
+    for (int i = 0; i < N_HELD; i++) rank[i] = rank_at(j, p, first + i * 32);
+    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
+    __syncthreads();
+    uint32_t prefix = 0, need = p.quota; /* ranks with a larger prefix are kept, and need more of this one */
+#pragma unroll
+    for (int digit = 0; digit < DIGITS; digit++) {
+        const int shift = digit_shift(digit), bits = digit_bits(digit);
+#pragma unroll
+        for (int i = 0; i < N_HELD; i++)
+            if (digit == 0 ? first + i * 32 < p.n : rank[i] >> (shift + bits) == prefix)
+                atomicAdd(&h[digit].bin[rank[i] >> shift & ((1u << bits) - 1)], 1u);
+        __syncthreads();
+        sum_coarse(&h[digit]);
+        uint32_t bin;
+        if constexpr (BLOCKS == 1) { /* every warp for itself: nothing to hand round, no further barrier */
+            __syncthreads();
+            bin = find_bin<BLOCKS>(&h[digit], need);
+        } else {
+#if __CUDA_ARCH__ >= 900
+            cg::this_cluster().sync();
+#endif
+            if (warp == 0) {
+                bin = find_bin<BLOCKS>(&h[digit], need);
+                if (lane == 0) found[digit] = make_uint2(bin, need);
+            }
+            __syncthreads();
+            bin = found[digit].x;
+            need = found[digit].y;
+        }
+        prefix = prefix << bits | bin;
+    }
+    uint32_t above = 0, equal = 0;
+#pragma unroll
+    for (int i = 0; i < N_HELD; i++) {
+        above += rank[i] > prefix;
+        equal += rank[i] == prefix && first + i * 32 < p.n;
+    }
+    above = __reduce_add_sync(~0u, above);
+    equal = __reduce_add_sync(~0u, equal);
+    if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
+    __syncthreads();
+    const uint32_t scanned_above = scan_warp(above_of[lane]), scanned_equal = scan_warp(equal_of[lane]);
+    place at = {__shfl_sync(~0u, scanned_above, warp) - above, __shfl_sync(~0u, scanned_equal, warp) - equal};
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) { /* each tells all, so that nobody reads from a block that may have left */
+        if (threadIdx.x == 31)
+            for (int c = 0; c < BLOCKS; c++) cg::this_cluster().map_shared_rank(of_blocks, c)[block] = place{scanned_above, scanned_equal};
+        cg::this_cluster().sync();
+        for (int c = 0; c < block; c++) at.above += of_blocks[c].above, at.equal += of_blocks[c].equal;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < N_HELD; i++) take(j, p, rank[i], first + i * 32, prefix, need, at);
+}
+
+/* Ranks read again for each digit: one block a problem, each warp a stretch of it. */
+static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_constant__ select_job j) {
+    __shared__ __align__(16) histogram h;
+    __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const problem p = find_problem(j, blockIdx.x);
+    if ((int)blockIdx.x % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    if (p.quota == 0) return;
+    uint32_t prefix = 0, need = p.quota;
+    for (int digit = 0; digit < DIGITS; digit++) {
+        const int shift = digit_shift(digit), bits = digit_bits(digit);
+        for (int i = threadIdx.x; i < BINS; i += THREADS) h.bin[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < p.n; i += THREADS) {
+            const uint32_t rank = rank_at(j, p, i);
+            if (digit == 0 || rank >> (shift + bits) == prefix) atomicAdd(&h.bin[rank >> shift & ((1u << bits) - 1)], 1u);
+        }
+        __syncthreads();
+        sum_coarse(&h);
+        __syncthreads();
+        prefix = prefix << bits | find_bin<1>(&h, need);
+        __syncthreads();
+    }
+    const int stretch = (p.n + THREADS - 1) / THREADS * 32, begin = warp * stretch, end = min(begin + stretch, p.n);
+    uint32_t above = 0, equal = 0;
+    for (int i = begin + lane; i < end; i += 32) {
+        const uint32_t rank = rank_at(j, p, i);
+        above += rank > prefix;
+        equal += rank == prefix;
+    }
+    above = __reduce_add_sync(~0u, above);
+    equal = __reduce_add_sync(~0u, equal);
+    if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
+    __syncthreads();
+    place at = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above, __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
+    for (int i = begin; i < end; i += 32) take(j, p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
+}
+
+template <int BLOCKS, int N_HELD> static cudaError_t launch(const select_job &j, int n_problem, cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+    config.gridDim = dim3(n_problem * BLOCKS);
+    config.blockDim = dim3(THREADS);
+    config.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = BLOCKS;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = BLOCKS > 1;
+    return cudaLaunchKernelEx(&config, select_held<BLOCKS, N_HELD>, j);
+}
+
+template <int BLOCKS> static cudaError_t launch_held(const select_job &j, int64_t longest, int n_problem, cudaStream_t stream) {
+    const int64_t held = (longest + THREADS * BLOCKS - 1) / (THREADS * BLOCKS);
+    if (held <= 1) return launch<BLOCKS, 1>(j, n_problem, stream);
+    if (held <= 2) return launch<BLOCKS, 2>(j, n_problem, stream);
+    if (held <= 4) return launch<BLOCKS, 4>(j, n_problem, stream);
+    if (held <= 8) return launch<BLOCKS, 8>(j, n_problem, stream);
+    if constexpr (BLOCKS > 1)
+        return launch<BLOCKS, HELD_IN_CLUSTER>(j, n_problem, stream);
+    else
+        return held <= 16 ? launch<BLOCKS, 16>(j, n_problem, stream) : launch<BLOCKS, HELD>(j, n_problem, stream);
+}
+
+static int64_t table_stride(const kvp_select_args *args) { return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2]; }
+
+extern "C" size_t kvpi_select_cuda_workspace(const kvp_select_args *args) { return kvpg_table_bytes(args->scores.shape[0], table_stride(args)); }
+
+/* Returns the length of the longest segment. */
+static int64_t write_table(const kvp_select_args *args, kvp_context *ctx, kvpg_table *table) {
+    kvpg_writer w;
+    int64_t longest = 0;
+    kvpg_start_table(&w, table, args->scores.shape[0], table_stride(args), ctx->workspace, ctx);
+    for (int64_t b = 0; b < args->scores.shape[0]; b++) {
+        int64_t begin, end;
+        kvpi_valid_range(&args->valid, b, args->scores.shape[2], &begin, &end);
+        kvpg_put(&w, begin);
+        kvpg_put(&w, end);
+        for (int64_t e = 0, last = 0; e < args->segments.shape[1]; e++) {
+            const int64_t edge = kvpi_i32(&args->segments, b, e, 0);
+            longest = e > 0 && edge - last > longest ? edge - last : longest;
+            kvpg_put(&w, last = edge);
+        }
+        for (int64_t h = 0; h < args->quotas.shape[1]; h++)
+            for (int64_t s = 0; s < args->quotas.shape[2]; s++) kvpg_put(&w, kvpi_i32(&args->quotas, b, h, s));
+    }
+    kvpg_flush(&w);
+    return longest;
+}
+
+extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context *ctx) {
+    const int64_t *shape = args->scores.shape;
+    select_job j;
+    j.scores = kvpg_rows_of(&args->scores);
+    j.positions = kvpg_rows_of(&args->positions);
+    j.counts = kvpg_rows{(const char *)args->counts.data, args->counts.stride[0] * 4, args->counts.stride[1] * 4, 0, 0};
+    j.protect = kvpg_rows{(const char *)args->protect.data, args->protect.stride[0], 0, args->protect.stride[1], 0};
+    j.n_head = (int)shape[1];
+    j.n_token = (int)shape[2];
+    j.n_kept = (int)args->positions.shape[2];
+    j.n_segment = (int)args->quotas.shape[2];
+    const int64_t longest = write_table(args, ctx, &j.table);
+    const int n_problem = (int)(shape[0] * shape[1]) * j.n_segment;
+    int major;
+    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->scores.device_index));
+    const bool has_clusters = major >= 9;
+    if (longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
+        KVPG_TRY(launch_held<1>(j, longest, n_problem, kvpg_stream(ctx)));
+    else if (has_clusters && longest <= CLUSTER * HELD_IN_CLUSTER * THREADS)
+        KVPG_TRY(launch_held<CLUSTER>(j, longest, n_problem, kvpg_stream(ctx)));
+    else
+        select_long<<<n_problem, THREADS, 0, kvpg_stream(ctx)>>>(j);
+    return kvpg_launched("select", ctx);
+}

@@ -1,0 +1,212 @@
+"""What only a GPU shows: every engine of the kernels against float64, exact selection at length, streams, graphs, and the same bits each time.
+
+Needs a CUDA GPU; the bodies of test_ops.py run there too.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kvpitfalls import keep, ops, reference
+from kvpitfalls.policies import Inputs, Vote
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+GENERATOR = 2510
+
+
+def tensors(n_row, n_head, group, n_token, n_dim, dtype=torch.bfloat16, n_query=None, scale=1.0):
+    """Keys and queries laid out as in a model, (B,T,H,D) transposed."""
+    generator = torch.Generator("cuda").manual_seed(GENERATOR + n_token)
+    keys = torch.randn(n_row, n_token, n_head, n_dim, device="cuda", generator=generator).to(dtype).transpose(1, 2)
+    queries = scale * torch.randn(n_row, n_query or n_token, n_head * group, n_dim, device="cuda", generator=generator)
+    return keys, queries.to(dtype).transpose(1, 2)
+
+
+def attend(keys, queries, votes, valid=None, verb=ops.score, **params):
+    n_token = keys.shape[2]
+    inputs = Inputs(keys, queries, keys.shape[-1] ** -0.5, 0.0, valid or [(0, n_token)] * len(keys), [], [])
+    packed = inputs.attend.__globals__["_pack"](tuple(map(tuple, votes)))
+    return verb("attention", keys, queries=queries, votes=packed, valid=inputs.valid_array, scaling=inputs.scaling, **params)
+
+
+def error(ours, exact):
+    """Relative 2-norm over the scores that are finite in the reference; the others must be equal."""
+    finite = exact.isfinite()
+    assert torch.equal(ours[~finite], exact[~finite])
+    ours, exact = ours[finite].double(), exact[finite].double()
+    return float((ours - exact).norm() / exact.norm())
+
+
+def whole(n):
+    return [Vote((0, n), (0, n), weight="age", age_end=n)]
+
+
+def fair(n, *cuts):
+    edges = [0, *cuts, n]
+    return [Vote((a, b), (a, b), weight="age", age_end=b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def two_intervals(n):
+    """As under fair="paper": the earlier span's keys are not judged by the later one, but by what follows it."""
+    a, b, c = n // 5, n // 2, n - n // 7
+    own = Vote((a, b), (a, b), (c, n), weight="age", age_end=b)
+    return [Vote((0, a), (0, n), weight="age", age_end=n), own, Vote((b, n), (b, n), weight="age", age_end=n)]
+
+
+def window(n, w=64):
+    return [Vote((0, n - w), (n - w, n), window=(n - w, n))]
+
+
+# The kernels' edges: tiles of 64, 128 and 192, splits of 1024, and 1024 voters for Hopper's engine.
+LENGTHS = [1, 2, 63, 64, 65, 127, 129, 191, 193, 333, 1023, 1024, 1025, 1153, 2500]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_dim", [64, 80, 96, 128, 256])
+def test_errors_against_float64(n_dim, dtype):
+    for n_token in LENGTHS:
+        for group, n_head in ((4, 2), (1, 3), (7, 1)):
+            keys, queries = tensors(2, n_head, group, n_token, n_dim, dtype)
+            votes = {"whole": whole(n_token)}
+            if n_token > 10:
+                votes |= {"fair": fair(n_token, n_token // 3, n_token // 2), "two": two_intervals(n_token), "last": window(n_token, 1)}
+            for name, of_row in votes.items():
+                exact = attend(keys, queries, [of_row] * 2, verb=reference.score)
+                assert error(attend(keys, queries, [of_row] * 2), exact) <= 2e-6, (n_token, group, name)
+
+
+@pytest.mark.parametrize("n_dim", [64, 128])
+def test_windows_pooling_and_shared_heads(n_dim):
+    for n_token, w in ((100, 16), (1500, 64), (5000, 64), (5000, 1), (5001, 100)):
+        keys, queries = tensors(2, 2, 4, n_token, n_dim, n_query=max(w, 70))
+        for params in ({}, {"kernel_size": 5}, {"share_heads": 1}, {"kernel_size": 7, "share_heads": 1}, {"softcap": 2.0}):
+            exact = attend(keys, queries, [window(n_token, w)] * 2, verb=reference.score, **params)
+            assert error(attend(keys, queries, [window(n_token, w)] * 2, **params), exact) <= 2e-6, (n_token, w, params)
+
+
+def test_rows_of_a_batch_may_differ_in_everything():
+    n = 3000
+    keys, queries = tensors(4, 2, 4, n, 128)
+    votes, valid = [whole(n), fair(n, 700, 1900), window(n), two_intervals(n)], [(0, n), (333, n), (129, n - 65), (0, n)]
+    together = attend(keys, queries, votes, valid)
+    assert error(together, attend(keys, queries, votes, valid, verb=reference.score)) <= 2e-6
+    for b in range(4):
+        alone = attend(keys[b : b + 1], queries[b : b + 1], votes[b : b + 1], valid[b : b + 1])
+        assert torch.equal(alone, together[b : b + 1])
+
+
+def test_large_logits_lse_given_and_fewer_queries():
+    n = 2048
+    keys, queries = tensors(1, 8, 4, n, 128, scale=6.0)
+    exact = attend(keys, queries, [whole(n)], verb=reference.score)
+    assert error(attend(keys, queries, [whole(n)]), exact) <= 4e-6  # logits up to 300: 2^-24 of those is the argument's own rounding
+    keys, queries = tensors(1, 8, 4, n, 128)
+    wide = keys.double().repeat_interleave(4, 1)
+    hidden = torch.ones(n, n, dtype=torch.bool, device="cuda").triu(1)
+    lse = (128**-0.5 * queries.double() @ wide.transpose(-1, -2)).masked_fill(hidden, -math.inf).logsumexp(-1).float()
+    lse[:, :, 1500] = math.inf
+    exact = attend(keys, queries, [whole(n)], verb=reference.score, lse=lse)
+    assert error(attend(keys, queries, [whole(n)], lse=lse), exact) <= 2e-6
+    late = [Vote((0, n - 1200), (n - 1200, n))]
+    few = queries[:, :, -1300:]
+    assert error(attend(keys, few, [late]), attend(keys, few, [late], verb=reference.score)) <= 2e-6
+
+
+def test_many_votes_travel_by_the_workspace():
+    n = 4000
+    keys, queries = tensors(3, 2, 2, n, 64)
+    of_row = fair(n, *range(40, n, 40))
+    assert error(attend(keys, queries, [of_row] * 3), attend(keys, queries, [of_row] * 3, verb=reference.score)) <= 2e-6
+    with pytest.raises(NotImplementedError, match="at most 256"):
+        attend(keys, queries, [fair(n, *range(10, n, 10))] * 3)
+
+
+@pytest.mark.parametrize("n_token", [1, 1000, 8192, 8193, 20_000, 131_072, 131_073, 300_000])
+def test_selection_equals_the_cpu(n_token):
+    rng = np.random.default_rng(n_token)
+    for scores in (
+        rng.standard_normal((2, 3, n_token)),
+        rng.integers(0, 5, (2, 3, n_token)),
+        np.zeros((2, 3, n_token)),
+        rng.standard_cauchy((2, 3, n_token)) ** 9,
+    ):
+        scores = scores.astype(np.float32)
+        scores[:, :, ::97] = np.nan
+        for quota in {1, n_token // 2, n_token}:
+            for protect in (None, rng.random(n_token) < 0.3):
+                cpu = ops.select(scores, [quota], protect=protect)
+                gpu = ops.select(torch.from_numpy(scores).cuda(), [quota], protect=protect)
+                assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True)), (quota, protect is None)
+        if n_token > 10:
+            edges, quotas = [0, n_token // 7, n_token // 7, n_token // 2, n_token], [n_token // 20, 3, n_token, 5]
+            case = {"segments": edges, "valid": [[3, n_token - 2], [0, n_token]]}
+            cpu, gpu = ops.select(scores, quotas, **case), ops.select(torch.from_numpy(scores).cuda(), quotas, **case)
+            assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True))
+
+
+def test_positions_out_of_range_give_zeros():
+    keys, _ = tensors(1, 2, 1, 50, 64)
+    positions = torch.tensor([[[0, 49, 50, 10**9, -7], [1, 2, 3, 4, -1]]], dtype=torch.int32, device="cuda")
+    out, _ = ops.gather(keys, keys, positions)
+    assert torch.equal(out[:, 0, :2], keys[:, 0, [0, 49]]) and (out[:, 0, 2:] == 0).all() and (out[:, 1, 4] == 0).all()
+
+
+@pytest.mark.parametrize(("n_token", "n_head", "n_repeat"), [(1280, 8, 3000), (1280, 7, 1500), (4096, 8, 1000), (1000, 8, 1000)])
+def test_the_same_bits_thousands_of_times(n_token, n_head, n_repeat):
+    """A race between the copy engine and ordinary reads shows in one of a thousand launches, where a block takes a short unit and then another."""
+    keys, queries = tensors(1, n_head, 4, n_token, 128)
+    first = attend(keys, queries, [whole(n_token)])
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(n_repeat):
+        differing += (attend(keys, queries, [whole(n_token)]) != first).any()
+    assert int(differing) == 0
+
+
+def test_work_waits_for_a_delayed_producer_on_a_side_stream():
+    n = 4096
+    keys, queries = tensors(1, 8, 4, n, 128)
+    expected = keep("h2o", keys, queries, compression_ratio=0.5)
+    stream, late_keys, late_queries = torch.cuda.Stream(), torch.zeros_like(keys), torch.zeros_like(queries)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late_keys.copy_(keys)
+        late_queries.copy_(queries)
+        kept = keep("h2o", late_keys, late_queries, compression_ratio=0.5)
+        out = ops.gather(late_keys, late_keys, kept.positions)[0]
+    stream.synchronize()
+    assert torch.equal(kept.positions, expected.positions)
+    assert torch.equal(out, ops.gather(keys, keys, expected.positions)[0])
+
+
+@pytest.mark.parametrize("policy", ["knorm", "streaming_llm", "snapkv", "tova", "h2o"])
+def test_a_captured_graph_replays_with_new_inputs(policy):
+    n = 2000
+    keys, queries = tensors(1, 2, 4, n, 128)
+    spans = [(0, 600), (600, n)]
+
+    def press():
+        kept = keep(policy, keys, queries, compression_ratio=0.5, spans=spans, fair=True)
+        return (kept.scores, kept.positions, *ops.gather(keys, keys, kept.positions))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        out = press()
+    for _ in range(2):
+        keys.copy_(torch.randn_like(keys, dtype=torch.float32))
+        graph.replay()
+        replayed = [x.clone() for x in out]
+        for a, b in zip(replayed, press(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_memory_is_linear_in_the_length():
+    """H2O at 32768 tokens: no 32768 x 32768 matrix, which would be 4 GB a head."""
+    keys, queries = tensors(1, 8, 4, 32768, 128)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(keys, queries, [whole(32768)])
+    assert torch.cuda.max_memory_allocated() - before < 16 << 20
