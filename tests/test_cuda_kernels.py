@@ -82,7 +82,14 @@ def test_errors_against_float64(n_dim, dtype):
 def test_windows_pooling_and_shared_heads(n_dim):
     for n_token, w in ((100, 16), (1500, 64), (5000, 64), (5000, 1), (5001, 100)):
         keys, queries = tensors(2, 2, 4, n_token, n_dim, n_query=max(w, 70))
-        for params in ({}, {"kernel_size": 5}, {"share_heads": 1}, {"kernel_size": 7, "share_heads": 1}, {"softcap": 2.0}):
+        for params in (
+            {},
+            {"kernel_size": 5},
+            {"share_heads": 1},
+            {"kernel_size": 7, "share_heads": 1},
+            {"softcap": 2.0},
+            {"kernel_size": 101},
+        ):
             exact = attend(keys, queries, [window(n_token, w)] * 2, verb=reference.score, **params)
             assert error(attend(keys, queries, [window(n_token, w)] * 2, **params), exact) <= 2e-6, (n_token, w, params)
 

@@ -79,6 +79,9 @@ __device__ __forceinline__ float kvpg_exp2(float x) {
 __device__ __forceinline__ void kvpg_copy_async(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void kvpg_copy_float_async(uint32_t to, const float *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ __forceinline__ void kvpg_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void kvpg_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 

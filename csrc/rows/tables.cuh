@@ -9,7 +9,8 @@
 
 #include "rows.cuh"
 
-enum { KVPG_NEAR = 768 }; /* the parameters of a kernel hold 4096 bytes on every GPU */
+/* Numbers that travel with a launch, whose parameters should be few, and with a launch that does nothing else: 4096 bytes fit on every GPU. */
+enum { KVPG_NEAR = 128, KVPG_PIECE = 960 };
 
 /* Rows of `stride` numbers, one for each batch row. A kernel must take it as __grid_constant__. */
 typedef struct kvpg_table {
@@ -18,9 +19,16 @@ typedef struct kvpg_table {
     int32_t near[KVPG_NEAR];
 } kvpg_table;
 
-__device__ __forceinline__ const int32_t *kvpg_table_row(const kvpg_table &table, int64_t b) {
-    return (table.far ? table.far : table.near) + b * table.stride;
-}
+/* Numbers of a table from some place on. Not a pointer, because near numbers are read as what they are, constants: a pointer to them would be
+ * followed through memory, for half a microsecond each time. */
+typedef struct kvpg_numbers {
+    const kvpg_table *table;
+    int at;
+    __device__ __forceinline__ int operator[](int i) const { return table->far ? __ldg(table->far + at + i) : table->near[at + i]; }
+    __device__ __forceinline__ kvpg_numbers operator+(int i) const { return {table, at + i}; }
+} kvpg_numbers;
+
+__device__ __forceinline__ kvpg_numbers kvpg_table_row(const kvpg_table &table, int b) { return {&table, b * table.stride}; }
 
 /* Bytes of workspace that a table needs. */
 static inline size_t kvpg_table_bytes(int64_t n_row, int64_t stride) {
@@ -28,7 +36,7 @@ static inline size_t kvpg_table_bytes(int64_t n_row, int64_t stride) {
 }
 
 typedef struct kvpg_piece {
-    int32_t number[KVPG_NEAR];
+    int32_t number[KVPG_PIECE];
 } kvpg_piece;
 
 static __global__ void kvpg_put_piece(const __grid_constant__ kvpg_piece piece, int32_t *to, int n) {
@@ -63,7 +71,7 @@ static inline void kvpg_flush(kvpg_writer *w) {
 }
 
 static inline void kvpg_put(kvpg_writer *w, int64_t number) {
-    if (w->to && w->n == KVPG_NEAR) kvpg_flush(w);
+    if (w->to && w->n == KVPG_PIECE) kvpg_flush(w);
     (w->to ? w->piece.number : w->table->near)[w->n++] = (int32_t)number;
 }
 
@@ -83,9 +91,9 @@ static inline kvp_status kvpg_table_of_valid(const kvp_tensor *valid, kvp_contex
     return kvpg_launched("put_piece", ctx);
 }
 
-__device__ __forceinline__ bool kvpg_is_valid(const kvpg_table &valid, int64_t b, int64_t t) {
+__device__ __forceinline__ bool kvpg_is_valid(const kvpg_table &valid, int b, int t) {
     if (!valid.stride) return true;
-    const int32_t *row = kvpg_table_row(valid, b);
+    const kvpg_numbers row = kvpg_table_row(valid, b);
     return t >= row[0] && t < row[1];
 }
 

@@ -135,54 +135,85 @@ static needs write_table(const kvp_score_args *args, bool can_sm90, void *worksp
     return need;
 }
 
-/* Joins the splits, and marks what is no voter. */
+/* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that depends on their number only. */
 static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_constant__ kvpg_attention p) {
-    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), i = blockIdx.x * THREADS + threadIdx.x;
-    const int32_t *table = kvpg_table_row(p.table, b), *ranges = table + KVPG_RANGES;
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), lane = threadIdx.x % 32;
+    const kvpg_numbers table = kvpg_table_row(p.table, b), ranges = table + KVPG_RANGES;
     if (table[KVPG_ON_SM90] || table[KVPG_N_VOTER] == 0) return;
-    const int position = ranges[0] + i, n_voter = table[KVPG_N_VOTER], n_split = table[KVPG_N_SPLIT];
+    const int position = ranges[0] + blockIdx.x * (THREADS / 32) + threadIdx.x / 32, n_voter = table[KVPG_N_VOTER], n_split = table[KVPG_N_SPLIT];
     if (position > kvpg_voter_at(table, n_voter - 1)) return;
     int voter = 0, r = 0;
     for (; position >= ranges[2 * r + 1]; r++) voter += ranges[2 * r + 1] - ranges[2 * r];
     if (position < ranges[2 * r]) {
-        *kvpg_lse_at(p, b, query_head, position) = INFINITY;
+        if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = -INFINITY;
     } else if (n_split > 1) {
         const float2 *split = kvpg_splits_of(p, b, query_head) + (int64_t)(voter + position - ranges[2 * r]) * n_split;
         kvpg_tally t = {KVPG_LOWEST, 0};
-        for (int s = 0; s < n_split; s++) t = kvpg_join(t, kvpg_tally{split[s].x, split[s].y});
-        *kvpg_lse_at(p, b, query_head, position) = kvpg_log(t);
+        for (int s = lane; s < n_split; s += 32) t = kvpg_join(t, kvpg_tally{split[s].x, split[s].y});
+        t = kvpg_join_lanes<32>(t);
+        if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = kvpg_exponent(t);
     }
 }
 
-/* The weighted sum of key k over query heads first to last. */
-__device__ __forceinline__ float weighted_sum(const kvpg_attention &p, const int32_t *vote, int b, int first, int last, int k) {
-    float sum = 0, divisor = (float)(last - first);
-    for (int head = first; head < last; head++) sum += kvpg_sums_of(p, b, head)[k];
-    if (vote[KVPG_WEIGHT] == KVP_WEIGHT_MEAN) divisor *= (float)max(1, vote[KVPG_N_OWN_VOTER]);
-    if (vote[KVPG_WEIGHT] == KVP_WEIGHT_AGE) divisor *= (float)max(1, vote[KVPG_AGE_END] - k);
-    return sum / divisor;
+/* The caller's denominators. */
+static __global__ void __launch_bounds__(THREADS) take_lse(const __grid_constant__ kvpg_attention p, const kvpg_rows lse) {
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= p.n_query) return;
+    const float exponent = *(const float *)kvpg_row(lse, b, query_head, i) * -1.44269504088896341f;
+    *kvpg_exponent_at(p, b, query_head, p.n_token - p.n_query + i) = fabsf(exponent) < INFINITY ? exponent : -INFINITY;
 }
 
-__device__ __forceinline__ float score_of(const kvpg_attention &p, const int32_t *table, int b, int first, int last, int k) {
+/* Threads that share the heads of a key where all heads have one score, and neighbours on either side that are summed once for all keys. */
+enum { PARTS = 4, MAX_REACH = 32 };
+
+/* The sum over query heads first, first + step, ... below last. */
+__device__ __forceinline__ float sum_heads(const kvpg_attention &p, int b, int first, int last, int step, int k) {
+    const float *sums = kvpg_sums_of(p, b, first) + k;
+    float sum = 0;
+#pragma unroll 4
+    for (int head = first; head < last; head += step, sums += (int64_t)step * p.n_token) sum += *sums;
+    return sum;
+}
+
+__device__ __forceinline__ float weight_of(kvpg_numbers vote, int k) {
+    if (vote[KVPG_WEIGHT] == KVP_WEIGHT_MEAN) return (float)max(1, vote[KVPG_N_OWN_VOTER]);
+    return vote[KVPG_WEIGHT] == KVP_WEIGHT_AGE ? (float)max(1, vote[KVPG_AGE_END] - k) : 1.f;
+}
+
+/* sum_at(i): the sum over the heads at key i. */
+template <typename SUM> __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers table, int n_head, int k, SUM sum_at) {
     const int reach = p.kernel_size / 2;
     float score = 0;
     if (k < table[KVPG_VALID_BEGIN] || k >= table[KVPG_VALID_END]) return -INFINITY;
     for (int v = 0; v < p.n_vote; v++) {
-        const int32_t *vote = kvpg_vote(p, table, v);
+        const kvpg_numbers vote = kvpg_vote(p, table, v);
         if (k >= vote[KVPG_WINDOW_BEGIN] && k < vote[KVPG_WINDOW_END]) return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
         if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
         for (int i = max(k - reach, vote[KVPG_KEY_BEGIN]); i <= k + reach && i < vote[KVPG_KEY_END]; i++)
-            score += weighted_sum(p, vote, b, first, last, i);
+            score += sum_at(i) / ((float)n_head * weight_of(vote, i));
         score /= (float)p.kernel_size;
     }
     return score;
 }
 
-static __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ kvpg_attention p) {
-    const int k = blockIdx.x * THREADS + threadIdx.x, b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head;
-    if (k >= p.n_token) return;
-    const int h = p.share_heads ? 0 : blockIdx.y % p.n_head, n_head = p.share_heads ? p.n_head : 1;
-    const float score = score_of(p, kvpg_table_row(p.table, b), b, h * p.group, (h + n_head) * p.group, k);
+/* A block has THREADS / N_PART keys. */
+template <int N_PART> static __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ kvpg_attention p) {
+    constexpr int KEYS = THREADS / N_PART;
+    __shared__ float part[N_PART][KEYS + 2 * MAX_REACH];
+    const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head, n_head = p.share_heads ? p.n_head : 1;
+    const int first = h * p.group, last = (h + n_head) * p.group, reach = min(p.kernel_size / 2, (int)MAX_REACH), begin = blockIdx.x * KEYS - reach;
+    const int n_sum = KEYS + 2 * reach, k = blockIdx.x * KEYS + threadIdx.x;
+    const kvpg_numbers table = kvpg_table_row(p.table, b);
+    for (int i = threadIdx.x % KEYS; i < n_sum; i += KEYS)
+        part[threadIdx.x / KEYS][i] = begin + i >= 0 && begin + i < p.n_token ? sum_heads(p, b, first + threadIdx.x / KEYS, last, N_PART, begin + i) : 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
+        for (int j = 1; j < N_PART; j++) part[0][i] += part[j][i];
+    if (N_PART > 1) __syncthreads();
+    if (threadIdx.x >= KEYS || k >= p.n_token) return;
+    const float score = p.kernel_size / 2 <= MAX_REACH
+                            ? score_of(p, table, last - first, k, [&](int i) { return part[0][i - begin]; })
+                            : score_of(p, table, last - first, k, [&](int i) { return sum_heads(p, b, first, last, 1, i); });
     for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
 }
 
@@ -200,10 +231,8 @@ static size_t lay_out(const kvp_score_args *args, char *workspace, kvpg_attentio
     const int64_t *queries = args->queries.shape, n_row = queries[0] * queries[1];
     size_t used = kvpg_table_bytes(queries[0], table_stride(args));
     *table = workspace;
-    if (!args->lse.data) {
-        p->lse = kvpg_rows{workspace + used, queries[1] * queries[2] * 4, queries[2] * 4, 4, 0};
-        used += kvpi_round_up_64((size_t)(n_row * queries[2]) * sizeof(float));
-    }
+    p->exponents = (float *)(workspace + used);
+    used += kvpi_round_up_64((size_t)(n_row * queries[2]) * sizeof(float));
     p->split_room = split_room(args);
     p->splits = (float2 *)(workspace + used);
     used += kvpi_round_up_64((size_t)(n_row * p->split_room) * sizeof(float2));
@@ -222,7 +251,6 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->keys = kvpg_rows_of(&args->keys);
     p->queries = kvpg_rows_of(&args->queries);
     p->scores = kvpg_rows_of(&args->scores);
-    if (args->lse.data) p->lse = kvpg_rows_of(&args->lse);
     p->n_batch = (int)args->keys.shape[0];
     p->n_head = (int)args->keys.shape[1];
     p->n_token = (int)args->keys.shape[2];
@@ -263,12 +291,17 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     read_job(args, &p);
     lay_out(args, (char *)ctx->workspace, &p, &table);
     const needs need = write_table(args, major == 9 && kvpg_can_sm90(args), table, ctx, &p);
-    if (!args->lse.data) {
+    if (args->lse.data) {
+        take_lse<<<dim3(kvpg_ceil_div(p.n_query, THREADS), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p, kvpg_rows_of(&args->lse));
+    } else {
         KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
         if (need.joining && p.max_hull > 0)
-            join_splits<<<dim3(kvpg_ceil_div(p.max_hull, THREADS), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p);
+            join_splits<<<dim3(kvpg_ceil_div(p.max_hull, THREADS / 32), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p);
     }
     KVPI_TRY(sweep(KVPG_SUM, &p, args, need, ctx));
-    finish<<<dim3(kvpg_ceil_div(p.n_token, THREADS), p.n_batch * (p.share_heads ? 1 : p.n_head)), THREADS, 0, kvpg_stream(ctx)>>>(p);
+    if (p.share_heads)
+        finish<PARTS><<<dim3(kvpg_ceil_div(p.n_token, THREADS / PARTS), p.n_batch), THREADS, 0, kvpg_stream(ctx)>>>(p);
+    else
+        finish<1><<<dim3(kvpg_ceil_div(p.n_token, THREADS), p.n_batch * p.n_head), THREADS, 0, kvpg_stream(ctx)>>>(p);
     return kvpg_launched("the end of attention", ctx);
 }

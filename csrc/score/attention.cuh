@@ -23,8 +23,8 @@ enum { KVPG_LSE, KVPG_SUM };
 
 enum {
     KVPG_ROW_TILE = 128,    /* rows that a split of keys is planned for */
-    KVPG_SPLIT = 1024,      /* keys of a split, at least */
-    KVPG_ENOUGH_TILES = 64, /* tiles of one key head from which on the keys are not split */
+    KVPG_SPLIT = 128,       /* keys of a split, at least */
+    KVPG_ENOUGH_TILES = 128, /* tiles of one key head from which on the keys are not split */
     KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
     KVPG_MAX_VOTES = 256,
 };
@@ -46,7 +46,8 @@ enum {
 };
 
 typedef struct kvpg_attention {
-    kvpg_rows keys, queries, scores, lse; /* lse: float32, the caller's or in the workspace */
+    kvpg_rows keys, queries, scores;
+    float *exponents;                     /* (B,Hq,Q): minus the log2 of each query row's denominator; minus infinity = no vote */
     float2 *splits;                       /* (B,Hq,split_room): of a voter, the tally of each split */
     float *sums;                          /* (B,Hq,T) */
     int64_t split_room;
@@ -66,26 +67,26 @@ typedef struct kvpg_cover {
     int lo, hi, full_lo, full_hi;
 } kvpg_cover;
 
-__device__ __forceinline__ const int32_t *kvpg_vote(const kvpg_attention &p, const int32_t *table, int v) {
+__device__ __forceinline__ kvpg_numbers kvpg_vote(const kvpg_attention &p, kvpg_numbers table, int v) {
     return table + KVPG_RANGES + 2 * p.n_range + v * KVPG_VOTE_SIZE;
 }
 
 /* The position of a voter. */
-__device__ __forceinline__ int kvpg_voter_at(const int32_t *table, int i) {
-    const int32_t *range = table + KVPG_RANGES;
-    for (; i >= range[1] - range[0]; range += 2) i -= range[1] - range[0];
-    return range[0] + i;
+__device__ __forceinline__ int kvpg_voter_at(kvpg_numbers table, int i) {
+    int r = KVPG_RANGES;
+    for (; i >= table[r + 1] - table[r]; r += 2) i -= table[r + 1] - table[r];
+    return table[r] + i;
 }
 
 /* A row of the LSE sweep is a voter of one query head of the group: head-major, so that a tile may hold several heads' rows. */
-__device__ __forceinline__ int kvpg_voter_of_row(const int32_t *table, int row) { return kvpg_voter_at(table, row % table[KVPG_N_VOTER]); }
+__device__ __forceinline__ int kvpg_voter_of_row(kvpg_numbers table, int row) { return kvpg_voter_at(table, row % table[KVPG_N_VOTER]); }
 
-__device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p, const int32_t *table, int s, int begin, int end) {
+__device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
     kvpg_cover c = {INT32_MAX, 0, 0, INT32_MAX};
     int covered = 0;
     end = min(end, p.n_token);
     for (int v = 0; v < p.n_vote; v++) {
-        const int32_t *vote = kvpg_vote(p, table, v);
+        const kvpg_numbers vote = kvpg_vote(p, table, v);
         const int key_begin = max(vote[KVPG_KEY_BEGIN], begin), key_end = min(vote[KVPG_KEY_END], end);
         if (key_begin >= key_end) continue;
         covered += key_end - key_begin;
@@ -98,16 +99,16 @@ __device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p
     return c.lo < c.hi ? c : kvpg_cover{0, 0, 0, 0};
 }
 
-__device__ __forceinline__ kvpg_interval kvpg_interval_of_key(const kvpg_attention &p, const int32_t *table, int s, int key) {
+__device__ __forceinline__ kvpg_interval kvpg_interval_of_key(const kvpg_attention &p, kvpg_numbers table, int s, int key) {
     for (int v = 0; v < p.n_vote; v++) {
-        const int32_t *vote = kvpg_vote(p, table, v);
+        const kvpg_numbers vote = kvpg_vote(p, table, v);
         if (key >= vote[KVPG_KEY_BEGIN] && key < vote[KVPG_KEY_END]) return {max(vote[KVPG_LO + s], key), vote[KVPG_HI + s]};
     }
     return {0, 0};
 }
 
 /* Of the rows [begin, end) of a key head, not beyond the last. */
-__device__ __forceinline__ kvpg_cover kvpg_cover_of_voters(const int32_t *table, int begin, int end) {
+__device__ __forceinline__ kvpg_cover kvpg_cover_of_voters(kvpg_numbers table, int begin, int end) {
     const int n = table[KVPG_N_VOTER];
     const bool one_head = begin / n == (end - 1) / n;
     const int first = one_head ? kvpg_voter_at(table, begin % n) : kvpg_voter_at(table, 0);
@@ -116,7 +117,7 @@ __device__ __forceinline__ kvpg_cover kvpg_cover_of_voters(const int32_t *table,
 }
 
 /* The columns of one split, cut out of a cover. */
-__device__ __forceinline__ void kvpg_cut_split(kvpg_cover &c, const int32_t *table, int split) {
+__device__ __forceinline__ void kvpg_cut_split(kvpg_cover &c, kvpg_numbers table, int split) {
     if (table[KVPG_N_SPLIT] == 1) return;
     c.lo = max(c.lo, table[KVPG_VALID_BEGIN] + split * table[KVPG_SPLIT_SIZE]);
     c.hi = min(c.hi, table[KVPG_VALID_BEGIN] + (split + 1) * table[KVPG_SPLIT_SIZE]);
@@ -161,14 +162,14 @@ template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
     return x;
 }
 
-/* The natural log of a row's denominator; minus infinity without columns, NaN if a logit was: no vote. */
-__device__ __forceinline__ float kvpg_log(kvpg_tally t) { return (t.top + log2f(t.sum)) * 0.693147180559945309f; }
+/* Without a column, or where a logit was not finite, a row casts no vote. */
+__device__ __forceinline__ float kvpg_exponent(kvpg_tally t) {
+    const float exponent = -(t.top + log2f(t.sum));
+    return fabsf(exponent) < INFINITY ? exponent : -INFINITY;
+}
 
-/* For a column of the SUM sweep: minus the exponent of its denominator, or minus infinity for no vote. */
-__device__ __forceinline__ float kvpg_minus_exponent(float lse) { return fabsf(lse) < INFINITY ? lse * -1.44269504088896341f : -INFINITY; }
-
-__device__ __forceinline__ float *kvpg_lse_at(const kvpg_attention &p, int b, int query_head, int position) {
-    return (float *)kvpg_row(p.lse, b, query_head, position - (p.n_token - p.n_query));
+__device__ __forceinline__ float *kvpg_exponent_at(const kvpg_attention &p, int b, int query_head, int position) {
+    return p.exponents + ((int64_t)b * p.n_head * p.group + query_head) * p.n_query + (position - (p.n_token - p.n_query));
 }
 
 __device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b, int query_head) {
@@ -176,27 +177,27 @@ __device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b
 }
 
 /* A row's tally, where it belongs: finished, or among the splits. */
-__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, const int32_t *table, int b, int h, int row, int split, kvpg_tally t) {
+__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row, int split, kvpg_tally t) {
     const int n_voter = table[KVPG_N_VOTER], query_head = h * p.group + row / n_voter, i = row % n_voter;
     if (table[KVPG_N_SPLIT] == 1)
-        *kvpg_lse_at(p, b, query_head, kvpg_voter_at(table, i)) = kvpg_log(t);
+        *kvpg_exponent_at(p, b, query_head, kvpg_voter_at(table, i)) = kvpg_exponent(t);
     else
         kvpg_splits_of(p, b, query_head)[(int64_t)i * table[KVPG_N_SPLIT] + split] = make_float2(t.top, t.sum);
 }
 
 /* The query of a row of the LSE sweep. */
-__device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, const int32_t *table, int b, int h, int row) {
+__device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row) {
     const int n_voter = table[KVPG_N_VOTER];
     return kvpg_row(p.queries, b, h * p.group + row / n_voter, kvpg_voter_at(table, row % n_voter) - (p.n_token - p.n_query));
 }
 
 /* The interval s of columns that a row takes. */
-template <int SWEEP> __device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, const int32_t *table, int s, int row) {
+template <int SWEEP> __device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row) {
     if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
     return {table[KVPG_VALID_BEGIN], kvpg_voter_of_row(table, row) + 1};
 }
 
-template <int SWEEP> __device__ __forceinline__ kvpg_cover kvpg_cover_of(const kvpg_attention &p, const int32_t *table, int s, int begin, int end) {
+template <int SWEEP> __device__ __forceinline__ kvpg_cover kvpg_cover_of(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
     if (SWEEP == KVPG_SUM) return kvpg_cover_of_keys(p, table, s, begin, end);
     return s == 0 ? kvpg_cover_of_voters(table, begin, end) : kvpg_cover{0, 0, 0, 0};
 }

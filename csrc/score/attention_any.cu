@@ -45,7 +45,7 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
     const int n_head = SWEEP == KVPG_SUM ? p.n_head * p.group : p.n_head, n_unit = p.n_batch * n_head;
     const int tile = blockIdx.x / n_unit, b = blockIdx.x % n_unit / n_head, head = blockIdx.x % n_head;
     const int h = SWEEP == KVPG_SUM ? head / p.group : head, first_query = p.n_token - p.n_query;
-    const int32_t *table = kvpg_table_row(p.table, b);
+    const kvpg_numbers table = kvpg_table_row(p.table, b);
     const int n_row = SWEEP == KVPG_SUM ? p.n_token : table[KVPG_N_VOTER] * p.group, begin = tile * TILE, end = min(begin + TILE, n_row);
     if (table[KVPG_ON_SM90] || begin >= n_row || (SWEEP == KVPG_LSE && (int)blockIdx.y >= table[KVPG_N_SPLIT])) return;
     kvpg_tally tally[SIDE];
@@ -75,7 +75,7 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
             float exponent[SIDE] = {};
             for (int j = 0; j < SIDE && SWEEP == KVPG_SUM; j++) {
                 const int column = first + LANES * j + threadIdx.x % LANES;
-                exponent[j] = column < cover.hi ? kvpg_minus_exponent(*kvpg_lse_at(p, b, head, column)) : -INFINITY;
+                exponent[j] = column < cover.hi ? *kvpg_exponent_at(p, b, head, column) : -INFINITY;
             }
             for (int i = 0; i < SIDE; i++) {
                 float x[SIDE], top = -INFINITY;

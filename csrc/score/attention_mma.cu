@@ -21,7 +21,7 @@ template <int DIM> struct shape {
 
 /* What a block works on. */
 template <int SWEEP> struct unit {
-    const int32_t *table;
+    kvpg_numbers table;
     int b, h, head, n_head; /* query heads head to head + n_head - 1 of the group (SUM) */
     int begin, end, split;
 };
@@ -48,14 +48,24 @@ struct course {
     int n_first, n; /* tiles of interval 0, of both */
 };
 
+/* A place on the course. */
 struct stop {
     int head, s, column;
-    bool last; /* of its head */
 };
 
-__device__ __forceinline__ stop stop_at(const course &c, int t) {
-    const int head = t / c.n, at = t % c.n, s = at >= c.n_first;
-    return {head, s, s ? c.cover[1].lo + (at - c.n_first) * COLUMNS : c.cover[0].lo + at * COLUMNS, at == c.n - 1};
+__device__ __forceinline__ stop first_stop(const course &c) { return c.n_first > 0 ? stop{0, 0, c.cover[0].lo} : stop{0, 1, c.cover[1].lo}; }
+
+/* Goes on by a tile; returns whether that was the last of a head. */
+__device__ __forceinline__ bool go_on(const course &c, stop &at) {
+    at.column += COLUMNS;
+    if (at.column < (at.s ? c.cover[1].hi : c.cover[0].hi)) return false;
+    if (at.s == 0 && c.n > c.n_first) {
+        at.s = 1;
+        at.column = c.cover[1].lo;
+        return false;
+    }
+    at = {at.head + 1, first_stop(c).s, first_stop(c).column};
+    return true;
 }
 
 template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_attention &p, const unit<SWEEP> &u) {
@@ -67,15 +77,14 @@ template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_at
     return c;
 }
 
-/* Copies a row's pieces of 16 bytes; a row that is not there, and what is behind its last element, become zeros. */
-template <int DIM, typename ADDRESS> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_dim, ADDRESS address) {
+/* Copies rows, 16 bytes at a time. Those from n_there on, and what is behind a row's last element, become zeros. */
+template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_there, const char *from, int64_t step, int n_dim) {
     constexpr int PIECES = DIM / 8;
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_row * PIECES; i += THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
-        const char *from = address(row);
-        const bool there = from && piece * 8 < n_dim;
-        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from ? from : address(0), there ? 16 : 0);
+        const bool there = row < n_there && piece * 8 < n_dim;
+        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + row * step + piece * 16 : from, there ? 16 : 0);
     }
 }
 
@@ -105,19 +114,27 @@ __device__ __forceinline__ void mask_pair(kvpg_interval taken, int column, float
 template <int M, bool MASKED>
 __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *taken, int column, const float *,
                                        results<KVPG_LSE, M> &r) {
+    const bool ready = p.cap > 0 || p.scale <= 0; /* else products are compared before they are scaled, which saves an instruction each */
+    if (ready) {
+#pragma unroll
+        for (int i = 0; i < 8 * M; i++) a[i / 8][i / 4 % 2][i % 4] = kvpg_logit(p, a[i / 8][i / 4 % 2][i % 4]);
+    }
+    const float scale = ready ? 1 : p.scale;
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
         float x[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = kvpg_logit(p, a[i / 2][j / 2][i % 2 * 2 + j % 2]);
+        for (int j = 0; j < 4; j++) x[j] = a[i / 2][j / 2][i % 2 * 2 + j % 2];
         if (MASKED) {
             const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
             mask_pair(t, column, x[0], x[1], -INFINITY);
             mask_pair(t, column + 8, x[2], x[3], -INFINITY);
         }
         kvpg_tally &tally = r.tally[i];
-        kvpg_raise(tally, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
-        tally.sum += (kvpg_exp2(x[0] - tally.top) + kvpg_exp2(x[1] - tally.top)) + (kvpg_exp2(x[2] - tally.top) + kvpg_exp2(x[3] - tally.top));
+        kvpg_raise(tally, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) * scale);
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = kvpg_exp2(fmaf(x[j], scale, -tally.top));
+        tally.sum += (x[0] + x[1]) + (x[2] + x[3]);
     }
 }
 
@@ -144,16 +161,16 @@ __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2]
     }
 }
 
-/* One tile of columns. */
+/* One tile of columns: 16 from `first` on, and again each `step`. */
 template <typename T, int DIM, int SWEEP, bool MASKED>
 __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4], uint32_t tile,
-                                           const kvpg_interval *taken, int column, int end, const float *exponents,
+                                           const kvpg_interval *taken, int column, int end, const float *exponents, int first, int step,
                                            results<SWEEP, shape<DIM>::M> &r) {
     constexpr int M = shape<DIM>::M;
     const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
     tile += (lane % 8 + lane / 16 * 8) * shape<DIM>::PITCH + lane / 8 % 2 * 16;
 #pragma unroll 1
-    for (int first = 0; first < COLUMNS && column + first < end; first += 16) {
+    for (; first < COLUMNS && column + first < end; first += step) {
         float a[M][2][4] = {};
 #pragma unroll
         for (int k = 0; k < DIM / 16; k++) {
@@ -188,36 +205,47 @@ template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attent
     }
 }
 
-/* Minus the exponent of this thread's column, one tile ahead of its use; loads take long. */
-struct exponent_ahead {
-    float lse;
-    __device__ __forceinline__ void load(const kvpg_attention &p, const unit<KVPG_SUM> &u, const course &c, int t) {
-        lse = -INFINITY;
-        if (t >= c.n * u.n_head || threadIdx.x >= COLUMNS) return;
-        const stop at = stop_at(c, t);
-        const int column = at.column + threadIdx.x;
-        if (column < (at.s ? c.cover[1].hi : c.cover[0].hi)) lse = *kvpg_lse_at(p, u.b, u.h * p.group + u.head + at.head, column);
-    }
-    __device__ __forceinline__ void load(const kvpg_attention &, const unit<KVPG_LSE> &, const course &, int) {}
-    __device__ __forceinline__ void put(float *exponents) const {
-        if (threadIdx.x < COLUMNS) exponents[threadIdx.x] = kvpg_minus_exponent(lse);
-    }
-};
-
-template <int DIM, int SWEEP> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<SWEEP> &u, uint32_t to) {
-    copy_rows<DIM>(to, shape<DIM>::ROWS, p.n_dim, [&](int row) -> const char * {
-        if (u.begin + row >= u.end) return NULL;
-        return SWEEP == KVPG_SUM ? kvpg_row(p.keys, u.b, u.h, u.begin + row) : kvpg_query_of_row(p, u.table, u.b, u.h, u.begin + row);
-    });
+template <int DIM> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_SUM> &u, uint32_t to) {
+    copy_rows<DIM>(to, shape<DIM>::ROWS, u.end - u.begin, kvpg_row(p.keys, u.b, u.h, u.begin), p.keys.t, p.n_dim);
 }
 
-template <int DIM, int SWEEP> __device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const stop &at, uint32_t to) {
-    const int first_query = p.n_token - p.n_query, left = p.n_token - at.column;
-    copy_rows<DIM>(to, COLUMNS, p.n_dim, [&](int i) -> const char * {
-        if (i >= left) return NULL;
-        if (SWEEP == KVPG_SUM) return kvpg_row(p.queries, u.b, u.h * p.group + u.head + at.head, at.column - first_query + i);
-        return kvpg_row(p.keys, u.b, u.h, at.column + i);
-    });
+/* Voters need not follow each other. A lane finds the address of a row, and eight copy it. */
+template <int DIM> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_LSE> &u, uint32_t to) {
+    constexpr int LANES = 8;
+    for (int row = threadIdx.x / LANES; row < shape<DIM>::ROWS; row += THREADS / LANES) {
+        const char *from = kvpg_query_of_row(p, u.table, u.b, u.h, min(u.begin + row, u.end - 1));
+        for (int piece = threadIdx.x % LANES; piece < DIM / 8; piece += LANES) {
+            const bool there = u.begin + row < u.end && piece * 8 < p.n_dim;
+            kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from, there ? 16 : 0);
+        }
+    }
+}
+
+/* A tile of columns, and for sums their exponents. */
+template <int DIM, int SWEEP>
+__device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const course &c, const stop &at, uint32_t to, uint32_t exponents) {
+    const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column), n_row = (n_column + 15) / 16 * 16;
+    if (SWEEP == KVPG_LSE) {
+        copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.keys, u.b, u.h, at.column), p.keys.t, p.n_dim);
+        return;
+    }
+    const int query_head = u.h * p.group + u.head + at.head;
+    copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.queries, u.b, query_head, at.column - (p.n_token - p.n_query)), p.queries.t, p.n_dim);
+    if ((int)threadIdx.x < n_column) kvpg_copy_float_async(exponents + threadIdx.x * 4, kvpg_exponent_at(p, u.b, query_head, at.column + threadIdx.x));
+}
+
+/* Where tile t of the columns goes: the rows have the other places until they are in registers. */
+template <int DIM> __device__ __forceinline__ int place_of(int t) { return (t + shape<DIM>::STAGES - 1) % shape<DIM>::STAGES; }
+
+/* The first warp's tallies become all warps', joined in order. */
+template <int M> __device__ __forceinline__ void join_warps(results<KVPG_LSE, M> &r, kvpg_tally (*of_warps)[32][2 * M]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    kvpg_wait<0>();
+    __syncthreads(); /* the ring's memory is free */
+    for (int i = 0; i < 2 * M; i++) of_warps[warp][lane][i] = r.tally[i];
+    __syncthreads();
+    for (int w = 1; w < THREADS / 32 && warp == 0; w++)
+        for (int i = 0; i < 2 * M; i++) r.tally[i] = kvpg_join(r.tally[i], of_warps[w][lane][i]);
 }
 
 template <typename T, int DIM, int SWEEP>
@@ -227,15 +255,27 @@ __global__ void __launch_bounds__(THREADS, SWEEP == KVPG_SUM && DIM <= 128 ? 4 :
     float *const exponents = (float *)(shared + STAGES * TILE);
     kvpg_interval *const intervals = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16 * M;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unit<SWEEP> u;
     if (!find_unit<DIM>(p, heads_at_once, u)) return;
+    const bool shares = SWEEP == KVPG_LSE && u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
+    const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0, column_step = shares ? COLUMNS : 16;
     const course c = find_course(p, u);
-    for (int i = threadIdx.x; i < 2 * ROWS; i += THREADS)
-        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS) : kvpg_interval{0, 0};
+    const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
+    stop coming = first_stop(c), at = coming;
+    const auto start = [&](int t) { /* tile t is on its way */
+        if (t < n_tile) {
+            load_columns<DIM>(p, u, c, coming, ring + place_of<DIM>(t) * TILE, (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
+            go_on(c, coming);
+        }
+        kvpg_commit();
+    };
     load_rows<DIM>(p, u, ring);
     kvpg_commit();
-    kvpg_wait<0>();
+    start(0);
+    for (int i = threadIdx.x; i < (c.n > c.n_first ? 2 : 1) * ROWS; i += THREADS)
+        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS) : kvpg_interval{0, 0};
+    kvpg_wait<1>();
     __syncthreads();
     uint32_t rows[M][DIM / 16][4];
 #pragma unroll
@@ -244,45 +284,34 @@ __global__ void __launch_bounds__(THREADS, SWEEP == KVPG_SUM && DIM <= 128 ? 4 :
         for (int k = 0; k < DIM / 16; k++)
             kvpg_load_matrix(rows[m][k], ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
     __syncthreads();
-    const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
+    for (int t = 1; t < STAGES - 1; t++) start(t);
     results<SWEEP, M> total;
     total.clear();
-    exponent_ahead ahead;
-    for (int t = 0; t < STAGES - 1; t++) {
-        if (t < n_tile) load_columns<DIM>(p, u, stop_at(c, t), ring + t * TILE);
-        kvpg_commit();
-        if (SWEEP == KVPG_SUM) {
-            ahead.load(p, u, c, t);
-            ahead.put(exponents + t * COLUMNS);
-        }
-    }
-    ahead.load(p, u, c, STAGES - 1);
 #pragma unroll 1
     for (int t = 0; t < n_tile; t++) {
-        const int next = t + STAGES - 1;
-        const stop at = stop_at(c, t);
-        const kvpg_cover cover = at.s ? c.cover[1] : c.cover[0];
         kvpg_wait<STAGES - 2>();
         __syncthreads();
-        if (next < n_tile) load_columns<DIM>(p, u, stop_at(c, next), ring + next % STAGES * TILE);
-        kvpg_commit();
-        if (SWEEP == KVPG_SUM) {
-            ahead.put(exponents + next % STAGES * COLUMNS);
-            ahead.load(p, u, c, next + 1);
-        }
-        const uint32_t tile = ring + t % STAGES * TILE;
+        start(t + STAGES - 1);
+        const stop here = at;
+        const bool is_last = go_on(c, at);
+        if (u.begin + first_row >= u.end) continue; /* none of this warp's rows exist */
+        const kvpg_cover cover = here.s ? c.cover[1] : c.cover[0];
+        const uint32_t tile = ring + place_of<DIM>(t) * TILE;
         const float *e = exponents + t % STAGES * COLUMNS;
-        const kvpg_interval *taken = intervals + at.s * ROWS + first_row + lane / 4;
-        if (at.column >= cover.full_lo && at.column + COLUMNS <= min(cover.full_hi, cover.hi))
-            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, at.column, cover.hi, e, total);
+        const kvpg_interval *taken = intervals + here.s * ROWS + first_row + lane / 4;
+        if (here.column >= cover.full_lo && here.column + COLUMNS <= min(cover.full_hi, cover.hi))
+            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);
         else
-            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, at.column, cover.hi, e, total);
-        if (SWEEP == KVPG_SUM && at.last) {
-            put_results<DIM>(p, u, at.head, row, total);
+            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);
+        if (SWEEP == KVPG_SUM && is_last) {
+            put_results<DIM>(p, u, here.head, row, total);
             total.clear();
         }
     }
-    if (SWEEP == KVPG_LSE) put_results<DIM>(p, u, 0, row, total);
+    if constexpr (SWEEP == KVPG_LSE) {
+        if (shares) join_warps(total, (kvpg_tally(*)[32][2 * M])shared);
+        if (!shares || warp == 0) put_results<DIM>(p, u, 0, row, total);
+    }
     if (SWEEP == KVPG_SUM && c.n == 0)
         for (int head = 0; head < u.n_head; head++) put_results<DIM>(p, u, head, row, total);
 }

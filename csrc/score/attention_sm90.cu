@@ -9,6 +9,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 enum {
     GROUPS = 3,                        /* warpgroups that consume */
     THREADS = (GROUPS + 1) * 128,
@@ -34,7 +36,7 @@ typedef struct schedule {
 
 typedef struct unit {
     int b, query_head, begin, end; /* begin >= end: nothing */
-    const int32_t *table;
+    kvpg_numbers table;
     kvpg_cover cover[2];
     int n_first, n; /* tiles of columns of interval 0, of both */
 } unit;
@@ -84,17 +86,17 @@ template <typename T> __device__ __forceinline__ void multiply_tile(float (&prod
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-__device__ __forceinline__ int first_voter(const int32_t *table) { return kvpg_voter_at(table, 0); }
-__device__ __forceinline__ int voters_end(const int32_t *table) { return kvpg_voter_at(table, table[KVPG_N_VOTER] - 1) + 1; }
+__device__ __forceinline__ int first_voter(kvpg_numbers table) { return kvpg_voter_at(table, 0); }
+__device__ __forceinline__ int voters_end(kvpg_numbers table) { return kvpg_voter_at(table, table[KVPG_N_VOTER] - 1) + 1; }
 
 /* Rows here are positions, of voters from the first to the last (LSE) or of keys. */
-template <int SWEEP> __device__ __forceinline__ kvpg_cover cover_of(const kvpg_attention &p, const int32_t *table, int s, int begin, int end) {
+template <int SWEEP> __device__ __forceinline__ kvpg_cover cover_of(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
     if (SWEEP == KVPG_SUM) return kvpg_cover_of_keys(p, table, s, begin, end);
     if (s > 0 || begin >= end) return {0, 0, 0, 0};
     return {table[KVPG_VALID_BEGIN], end, table[KVPG_VALID_BEGIN], begin + 1};
 }
 
-template <int SWEEP> __device__ __forceinline__ kvpg_interval interval_of(const kvpg_attention &p, const int32_t *table, int s, int row, int end) {
+template <int SWEEP> __device__ __forceinline__ kvpg_interval interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row, int end) {
     if (row >= end) return {0, 0};
     if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
     return {table[KVPG_VALID_BEGIN], row + 1};
@@ -112,7 +114,7 @@ template <int SWEEP> __device__ __forceinline__ bool find_unit(const kvpg_attent
     u.b = head / (p.n_head * p.group);
     u.query_head = head % (p.n_head * p.group);
     u.table = kvpg_table_row(p.table, u.b);
-    u.n = 0;
+    u.n = u.n_first = 0;
     u.begin = u.end = 0;
     if (!u.table[KVPG_ON_SM90]) return true;
     u.begin = tile * ROWS + (SWEEP == KVPG_SUM ? 0 : first_voter(u.table));
@@ -208,7 +210,7 @@ template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, cons
     }
 }
 
-/* Minus the exponents of a tile's columns, one tile ahead of their use; see add_powers for their order. */
+/* The exponents of a tile's columns, one tile ahead of their use; see add_powers for their order. */
 __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan, const places &at) {
     const int lane = threadIdx.x % 32, place = lane / 16 * 16 + lane / 2 % 4 * 4 + lane / 8 % 2 * 2 + lane % 2;
     turn ring = {0, 0};
@@ -219,14 +221,14 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int column = column_of(u, t) + i * 32 + lane;
-                next[i] = column < (t < u.n_first ? u.cover[0].hi : u.cover[1].hi) ? *kvpg_lse_at(p, u.b, u.query_head, column) : INFINITY;
+                next[i] = column < (t < u.n_first ? u.cover[0].hi : u.cover[1].hi) ? *kvpg_exponent_at(p, u.b, u.query_head, column) : -INFINITY;
             }
         };
         if (u.n > 0) load(0);
         for (int t = 0; t < u.n; t++) {
             float now[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) now[i] = kvpg_minus_exponent(next[i]);
+            for (int i = 0; i < 4; i++) now[i] = next[i];
             if (t + 1 < u.n) load(t + 1);
             barrier_wait(at.empty + BARRIER_BYTES * ring.stage, ring.phase ^ 1);
 #pragma unroll
@@ -236,6 +238,16 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
             ring.next();
         }
     }
+}
+
+/* Of n tiles from column on, how many end before lo. */
+__device__ __forceinline__ int tiles_before(int lo, int column, int n) { return min(n, max(0, lo - column) / COLUMNS); }
+
+/* A warp is done with a stage. */
+__device__ __forceinline__ void release(const places &at, turn &ring) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(at.empty + BARRIER_BYTES * ring.stage);
+    ring.next();
 }
 
 template <typename T, int SWEEP> __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan, const places &at, int group) {
@@ -261,33 +273,44 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
             __syncwarp();
             if (lane == 0) barrier_arrive(at.rows_empty);
         }
-        kvpg_cover own = {0, 0, 0, 0};
-        kvpg_interval taken[2] = {};
+        for (int s = 0, t = 0; s < 2; s++) {
+            const int n = s ? u.n : u.n_first;
+            if (t == n) continue;
+            const kvpg_cover own = cover_of<SWEEP>(p, u.table, s, first, own_end);
+            kvpg_interval taken[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) taken[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, own_end);
+            /* tiles on the other side of the diagonal, tiles that it crosses, whole ones, and again */
+            const int column = column_of(u, t), end = n - t, full_hi = min(own.full_hi, own.hi);
+            const int begin_own = own.lo < own.hi ? tiles_before(own.lo, column, end) : end;
+            const int end_own = own.lo < own.hi ? min(end, (own.hi - column + COLUMNS - 1) / COLUMNS) : end;
+            const int begin_full = min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
+            const int end_full = max(begin_full, min(end_own, (full_hi - column) / COLUMNS));
+            const auto run = [&](int from, int to, auto masked) {
 #pragma unroll 1
-        for (int t = 0; t < u.n; t++) {
-            if (t == 0 || t == u.n_first) {
-                const int s = t >= u.n_first;
-                own = cover_of<SWEEP>(p, u.table, s, first, own_end);
-                own.full_hi = min(own.full_hi, own.hi);
-                for (int r = 0; r < 2; r++) taken[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, own_end);
-            }
-            const int column = column_of(u, t), mine = column + 2 * (lane % 4);
-            const uint32_t empty = at.empty + BARRIER_BYTES * ring.stage;
-            barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
-            if (column < own.hi && column + COLUMNS > own.lo) { /* else it is on the other side of the diagonal */
-                const float4 *exponents = (const float4 *)(at.exponents + ring.stage * COLUMNS) + lane % 4;
-                multiply_tile<T>(x, rows, ((at.ring + ring.stage * TILE_BYTES) >> 4) | 0x10000u);
-                if (column >= own.full_lo && column + COLUMNS <= own.full_hi) {
-                    if (SWEEP == KVPG_SUM) add_powers<false>(x, exponents, p.scale, taken, mine, sum);
-                    else add_to_tallies<false>(x, p.scale, taken, mine, tally);
-                } else {
-                    if (SWEEP == KVPG_SUM) add_powers<true>(x, exponents, p.scale, taken, mine, sum);
-                    else add_to_tallies<true>(x, p.scale, taken, mine, tally);
+                for (int i = from; i < to; i++) {
+                    const int mine = column + i * COLUMNS + 2 * (lane % 4);
+                    barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
+                    multiply_tile<T>(x, rows, ((at.ring + ring.stage * TILE_BYTES) >> 4) | 0x10000u);
+                    if constexpr (SWEEP == KVPG_SUM)
+                        add_powers<masked.value>(x, (const float4 *)(at.exponents + ring.stage * COLUMNS) + lane % 4, p.scale, taken, mine, sum);
+                    else
+                        add_to_tallies<masked.value>(x, p.scale, taken, mine, tally);
+                    release(at, ring);
                 }
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty);
-            ring.next();
+            };
+            const auto skip = [&](int from, int to) {
+                for (int i = from; i < to; i++) {
+                    barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
+                    release(at, ring);
+                }
+            };
+            skip(0, begin_own);
+            run(begin_own, begin_full, std::true_type{});
+            run(begin_full, end_full, std::false_type{});
+            run(end_full, end_own, std::true_type{});
+            skip(end_own, end);
+            t = n;
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -296,7 +319,7 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
                 if (lane % 4 == 0 && row + 8 * r < own_end) kvpg_sums_of(p, u.b, u.query_head)[row + 8 * r] = total;
             } else {
                 const kvpg_tally total = kvpg_join_lanes<4>(tally[r]);
-                if (lane % 4 == 0 && row + 8 * r < own_end) *kvpg_lse_at(p, u.b, u.query_head, row + 8 * r) = kvpg_log(total);
+                if (lane % 4 == 0 && row + 8 * r < own_end) *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(total);
             }
         }
         if (++group == GROUPS) group = 0; /* rows at one end have a tile more: take turns */
@@ -350,7 +373,7 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
     const int64_t *n = x->shape;
     cuuint64_t dims[5] = {HALF, (cuuint64_t)n[2], DIM / HALF, (cuuint64_t)n[1], (cuuint64_t)n[0]}, strides[4];
     const int64_t compact = DIM * n[2]; /* of dimensions of one element, whose stride may be anything */
-    strides[0] = 2 * (cuuint64_t)(n[2] > 1 ? x->stride[2] : DIM);
+    strides[0] = 2 * (cuuint64_t)(n[2] > 1 ? x->stride[2] : (int64_t)DIM);
     strides[1] = 2 * HALF;
     strides[2] = 2 * (cuuint64_t)(n[1] > 1 ? x->stride[1] : compact);
     strides[3] = 2 * (cuuint64_t)(n[0] > 1 ? x->stride[0] : compact);

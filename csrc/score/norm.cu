@@ -13,7 +13,7 @@ enum { THREADS = 256, IN_FLIGHT = 4 };
 
 typedef struct norm_job {
     kvpg_rows keys, scores;
-    int n_head, n_token, n_dim;
+    int n_row, n_head, n_token, n_dim; /* n_row: batch rows times heads */
     kvpg_table valid;
 } norm_job;
 
@@ -22,16 +22,17 @@ __device__ __forceinline__ void write_norm(const norm_job &j, int b, int h, int 
     *(float *)kvpg_row(j.scores, b, h, t) = inside ? -sqrtf(square_sum) : -INFINITY;
 }
 
-/* LANES lanes to a row. */
+/* LANES lanes to a row. Blocks that follow each other take the same tokens of all heads, which a model lays side by side. */
 template <typename T, int LANES> __global__ void __launch_bounds__(THREADS) norm_wide(const __grid_constant__ norm_job j) {
-    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, lane = threadIdx.x % LANES, n_chunk = j.n_dim * (int)sizeof(T) / 16;
-    const int first = (blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES, n_chunk = j.n_dim * (int)sizeof(T) / 16;
+    const int first = (blockIdx.x / j.n_row * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
+    const char *keys = kvpg_row(j.keys, b, h, first);
     float sum[IN_FLIGHT] = {};
     for (int chunk = lane; chunk < n_chunk; chunk += LANES) {
         uint4 v[IN_FLIGHT];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++)
-            v[i] = first + i < j.n_token ? __ldg((const uint4 *)kvpg_row(j.keys, b, h, first + i) + chunk) : make_uint4(0, 0, 0, 0);
+            v[i] = first + i < j.n_token ? __ldcs((const uint4 *)(keys + i * j.keys.t) + chunk) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) sum[i] += kvpg_square_sum<T>(v[i]);
     }
@@ -45,7 +46,8 @@ template <typename T, int LANES> __global__ void __launch_bounds__(THREADS) norm
 
 /* A warp to a row. */
 template <typename T> __global__ void __launch_bounds__(THREADS) norm_narrow(const __grid_constant__ norm_job j) {
-    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, t = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % 32;
+    const int t = blockIdx.x / j.n_row * (THREADS / 32) + threadIdx.x / 32;
     if (t >= j.n_token) return;
     float sum = 0;
     for (int d = lane; d < j.n_dim; d += 32) {
@@ -56,20 +58,20 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_narrow(con
     if (lane == 0) write_norm(j, b, h, t, sum);
 }
 
-template <typename T, int LANES> static void launch_wide(const norm_job &j, int n_row, cudaStream_t stream) {
-    norm_wide<T, LANES><<<dim3(kvpg_ceil_div(j.n_token, THREADS / LANES * IN_FLIGHT), n_row), THREADS, 0, stream>>>(j);
+template <typename T, int LANES> static void launch_wide(const norm_job &j, cudaStream_t stream) {
+    norm_wide<T, LANES><<<kvpg_ceil_div(j.n_token, THREADS / LANES * IN_FLIGHT) * j.n_row, THREADS, 0, stream>>>(j);
 }
 
-template <typename T> static void launch(const norm_job &j, bool wide, int n_row, cudaStream_t stream) {
+template <typename T> static void launch(const norm_job &j, bool wide, cudaStream_t stream) {
     const int n_chunk = j.n_dim * (int)sizeof(T) / 16;
     if (!wide)
-        norm_narrow<T><<<dim3(kvpg_ceil_div(j.n_token, THREADS / 32), n_row), THREADS, 0, stream>>>(j);
+        norm_narrow<T><<<kvpg_ceil_div(j.n_token, THREADS / 32) * j.n_row, THREADS, 0, stream>>>(j);
     else if (n_chunk <= 8)
-        launch_wide<T, 8>(j, n_row, stream);
+        launch_wide<T, 8>(j, stream);
     else if (n_chunk <= 16)
-        launch_wide<T, 16>(j, n_row, stream);
+        launch_wide<T, 16>(j, stream);
     else
-        launch_wide<T, 32>(j, n_row, stream);
+        launch_wide<T, 32>(j, stream);
 }
 
 extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_context *ctx) {
@@ -77,16 +79,16 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     norm_job j;
     j.keys = kvpg_rows_of(&args->keys);
     j.scores = kvpg_rows_of(&args->scores);
+    j.n_row = (int)(shape[0] * shape[1]);
     j.n_head = (int)shape[1];
     j.n_token = (int)shape[2];
     j.n_dim = (int)shape[3];
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
-    const int n_row = (int)(shape[0] * shape[1]);
     const bool wide = kvpg_has_wide_rows(&args->keys);
     switch (args->keys.dtype) {
-    case KVP_F32: launch<float>(j, wide, n_row, kvpg_stream(ctx)); break;
-    case KVP_F16: launch<__half>(j, wide, n_row, kvpg_stream(ctx)); break;
-    default: launch<__nv_bfloat16>(j, wide, n_row, kvpg_stream(ctx)); break;
+    case KVP_F32: launch<float>(j, wide, kvpg_stream(ctx)); break;
+    case KVP_F16: launch<__half>(j, wide, kvpg_stream(ctx)); break;
+    default: launch<__nv_bfloat16>(j, wide, kvpg_stream(ctx)); break;
     }
     return kvpg_launched("norm", ctx);
 }

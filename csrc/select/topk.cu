@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The quota's best positions of each segment on the GPU; see topk.c, whose result this is, exactly. A segment of a row is a problem of its own,
- * because the host's tables tell how many tokens the segments before it keep. Up to 32768 keys are held in the registers of one block, up to
- * 131072 in those of a cluster of eight (Hopper); longer ones are read again for each digit. Histograms count whole numbers, and places are
+ * because the host's tables tell how many tokens the segments before it keep. Up to 16384 keys are held in the registers of one block, up to
+ * 131072 in those of a cluster of eight (Hopper); longer ones are read again for each digit. Scores with gaps between them are
+ * read like that, too. Histograms count whole numbers, and places are
  * found by counting, not by atomics: so the result does not depend on the order of anything.
  */
 #include "../rows/tables.cuh"
@@ -17,8 +18,7 @@ namespace cg = cooperative_groups;
 
 enum { THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CLUSTER = 8, DIGITS = 3 };
 
-/* Keys that a block can hold; more than HELD_IN_CLUSTER a thread would leave a cluster's kernel short of registers. */
-enum { HELD = 32, HELD_IN_CLUSTER = 16 };
+enum { HELD = 16 }; /* keys a thread; with more it would be short of registers */
 
 /* Fields of a row of the table: the valid range, the S + 1 edges of the segments, the H*S quotas. */
 enum { VALID_BEGIN, VALID_END, EDGES };
@@ -32,23 +32,26 @@ typedef struct select_job {
 /* One segment of one row. */
 typedef struct problem {
     int b, h, begin, n, quota, offset; /* offset: tokens that the segments before keep */
+    int32_t *out;                      /* where its first position goes, and the next `step` numbers on */
+    int64_t step;
 } problem;
 
 /* How many of a segment's positions can be kept, and from where. */
-__device__ __forceinline__ int segment_length(const select_job &j, const int32_t *row, int s, int *begin) {
+__device__ __forceinline__ int segment_length(const select_job &j, kvpg_numbers row, int s, int *begin) {
     *begin = max(row[EDGES + s], row[VALID_BEGIN]);
     return max(0, min(row[EDGES + s + 1], row[VALID_END]) - *begin);
 }
 
 __device__ __forceinline__ problem find_problem(const select_job &j, int index) {
     const int row = index / j.n_segment, segment = index % j.n_segment;
-    problem p = {row / j.n_head, row % j.n_head, 0, 0, 0, 0};
-    const int32_t *table = kvpg_table_row(j.table, p.b), *quotas = table + EDGES + j.n_segment + 1 + p.h * j.n_segment;
+    problem p = {row / j.n_head, row % j.n_head, 0, 0, 0, 0, NULL, j.positions.t / (int64_t)sizeof(int32_t)};
+    const kvpg_numbers table = kvpg_table_row(j.table, p.b), quotas = table + (EDGES + j.n_segment + 1 + p.h * j.n_segment);
     for (int s = 0; s <= segment; s++) {
         p.offset += p.quota;
         p.n = segment_length(j, table, s, &p.begin);
         p.quota = min(quotas[s], p.n);
     }
+    p.out = (int32_t *)kvpg_row(j.positions, p.b, p.h, p.offset);
     return p;
 }
 
@@ -60,14 +63,33 @@ __device__ __forceinline__ void finish_row(const select_job &j, const problem &p
 }
 
 /* The order of kvp.h as an unsigned number; 0 is below all. */
+__device__ __forceinline__ uint32_t rank_of(uint32_t bits) {
+    if (bits == 0x80000000u) bits = 0; /* -0 and +0 are equal */
+    const uint32_t rank = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 1 : rank; /* NaN */
+}
+
+__device__ __forceinline__ bool is_protected(const select_job &j, const problem &p, int i) {
+    return i < p.n && *(const uint8_t *)(j.protect.data + p.b * j.protect.b + (p.begin + i) * j.protect.t);
+}
+
 __device__ __forceinline__ uint32_t rank_at(const select_job &j, const problem &p, int i) {
     if (i >= p.n) return 0;
-    const int t = p.begin + i;
-    if (j.protect.data && *(const uint8_t *)(j.protect.data + p.b * j.protect.b + t * j.protect.t)) return UINT32_MAX;
-    const uint32_t bits = __float_as_uint(*(const float *)kvpg_row(j.scores, p.b, p.h, t));
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 1;              /* NaN */
-    if (bits == 0x80000000u) return 0x80000000u;                   /* -0 and +0 are equal */
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    return j.protect.data && is_protected(j, p, i) ? UINT32_MAX : rank_of(*(const uint32_t *)kvpg_row(j.scores, p.b, p.h, p.begin + i));
+}
+
+/* Those of positions first, first + 32, ..., of scores side by side. No branch stands between the loads, so that all are under way at once. */
+template <int N> __device__ __forceinline__ void load_ranks(const select_job &j, const problem &p, int first, uint32_t (&rank)[N]) {
+    const uint32_t *scores = (const uint32_t *)kvpg_row(j.scores, p.b, p.h, 0) + p.begin + first;
+#pragma unroll
+    for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? __ldg(scores + i * 32) : 0;
+    if (j.protect.data) {
+#pragma unroll
+        for (int i = 0; i < N; i++) rank[i] = first + i * 32 >= p.n ? 0 : is_protected(j, p, first + i * 32) ? UINT32_MAX : rank_of(rank[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? rank_of(rank[i]) : 0;
+    }
 }
 
 __device__ __forceinline__ uint32_t scan_warp(uint32_t x) {
@@ -134,13 +156,12 @@ typedef struct place {
 } place;
 
 /* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
-__device__ __forceinline__ void take(const select_job &j, const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties, place &at) {
+__device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties, place &at) {
     const uint32_t before = (1u << threadIdx.x % 32) - 1;
     const bool is_above = rank > threshold, is_equal = rank == threshold && i < p.n;
     const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
     const uint32_t above = at.above + __popc(all_above & before), equal = at.equal + __popc(all_equal & before);
-    if (is_above || (is_equal && equal < ties))
-        *(int32_t *)kvpg_row(j.positions, p.b, p.h, p.offset + above + min(equal, ties)) = p.begin + i;
+    if (is_above || (is_equal && equal < ties)) p.out[(above + min(equal, ties)) * p.step] = p.begin + i;
     at.above += __popc(all_above);
     at.equal += __popc(all_equal);
 }
@@ -163,8 +184,7 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) 
     if (p.quota == 0) return; /* all blocks of the cluster */
     const int first = block * THREADS * N_HELD + warp * 32 * N_HELD + lane;
     uint32_t rank[N_HELD];
-#pragma unroll
-    for (int i = 0; i < N_HELD; i++) rank[i] = rank_at(j, p, first + i * 32);
+    load_ranks(j, p, first, rank);
     for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
     __syncthreads();
     uint32_t prefix = 0, need = p.quota; /* ranks with a larger prefix are kept, and need more of this one */
@@ -216,7 +236,7 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) 
     }
 #endif
 #pragma unroll
-    for (int i = 0; i < N_HELD; i++) take(j, p, rank[i], first + i * 32, prefix, need, at);
+    for (int i = 0; i < N_HELD; i++) take(p, rank[i], first + i * 32, prefix, need, at);
 }
 
 /* Ranks read again for each digit: one block a problem, each warp a stretch of it. */
@@ -254,7 +274,7 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
     if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
     __syncthreads();
     place at = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above, __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
-    for (int i = begin; i < end; i += 32) take(j, p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
+    for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
 }
 
 template <int BLOCKS, int N_HELD> static cudaError_t launch(const select_job &j, int n_problem, cudaStream_t stream) {
@@ -277,10 +297,7 @@ template <int BLOCKS> static cudaError_t launch_held(const select_job &j, int64_
     if (held <= 2) return launch<BLOCKS, 2>(j, n_problem, stream);
     if (held <= 4) return launch<BLOCKS, 4>(j, n_problem, stream);
     if (held <= 8) return launch<BLOCKS, 8>(j, n_problem, stream);
-    if constexpr (BLOCKS > 1)
-        return launch<BLOCKS, HELD_IN_CLUSTER>(j, n_problem, stream);
-    else
-        return held <= 16 ? launch<BLOCKS, 16>(j, n_problem, stream) : launch<BLOCKS, HELD>(j, n_problem, stream);
+    return launch<BLOCKS, HELD>(j, n_problem, stream);
 }
 
 static int64_t table_stride(const kvp_select_args *args) { return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2]; }
@@ -324,10 +341,10 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     const int n_problem = (int)(shape[0] * shape[1]) * j.n_segment;
     int major;
     KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->scores.device_index));
-    const bool has_clusters = major >= 9;
-    if (longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
+    const bool has_clusters = major >= 9, side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
+    if (side_by_side && longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
         KVPG_TRY(launch_held<1>(j, longest, n_problem, kvpg_stream(ctx)));
-    else if (has_clusters && longest <= CLUSTER * HELD_IN_CLUSTER * THREADS)
+    else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         KVPG_TRY(launch_held<CLUSTER>(j, longest, n_problem, kvpg_stream(ctx)));
     else
         select_long<<<n_problem, THREADS, 0, kvpg_stream(ctx)>>>(j);

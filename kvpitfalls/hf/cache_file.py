@@ -22,12 +22,17 @@ _PLAIN = (int, float, bool, str, type(None))
 def fingerprint(decoder: torch.nn.Module) -> str:
     """Tells models apart whose caches do not fit each other: names, shapes, dtypes and a sample of every weight."""
     digest = hashlib.sha256()
+    samples: dict[torch.device, list[torch.Tensor]] = {}  # fetched a device at a time: each fetch waits for a GPU
+    places: dict[tuple, torch.Tensor] = {}
     for name, weight in decoder.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.numel() and weight.device.type != "meta":
-            at = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
-            index = torch.unravel_index(at, weight.shape) if weight.ndim else ...
-            digest.update(weight.detach()[index].float().cpu().numpy().tobytes())
+            key = weight.numel(), weight.device
+            if key not in places:
+                places[key] = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
+            samples.setdefault(weight.device, []).append(torch.take(weight.detach(), places[key]).float())
+    for of_device in samples.values():
+        digest.update(torch.cat(of_device).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
