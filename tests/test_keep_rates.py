@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import kvpitfalls as kvp
+from kvpitfalls.experiments.corpus import ORDERS, load_corpus
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "streaming_keep_rates_smollm2.json").read_text())
 DATA = os.environ.get("KVPITFALLS_DATA")
 pytestmark = pytest.mark.skipif(DATA is None, reason="KVPITFALLS_DATA names no folder with sys_ifeval.jsonl and defense_template.json")
+RECORDED_ORDERS = ("standard_defense", "flipped_defense")  # our ORDERS, as the authors call them
 RATIOS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 # What the authors' code keeps, mean over all 539 rows in percent: directive and all other tokens, at RATIOS.
 ALL_ROWS = {
@@ -36,22 +38,22 @@ def spans_of(prompt, tokenizer, template, directive):
     return defense, raw, touching
 
 
-@pytest.fixture(scope="module", params=RECORDED["orders"])
+@pytest.fixture(scope="module", params=RECORDED_ORDERS)
 def measured(request, smollm2):
     """Order, kept shares (directive, other, defense, phrase) of every row at every mode and ratio, and lengths."""
-    tokenizer, order = smollm2[1], request.param
-    template = json.loads((Path(DATA) / "defense_template.json").read_text())[order]
-    lines = (Path(DATA) / "sys_ifeval.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer, order, paper = smollm2[1], request.param, load_corpus("paper")
+    defense_text = paper.defenses["paper"]
+    template = defense_text.templates[ORDERS[RECORDED_ORDERS.index(order)]]
     recorded = RECORDED["orders"][order]
     rates = {(mode, r): [] for mode in ("base", "fair") for r in dict.fromkeys([*recorded[mode], *RATIOS])}
     lengths = []
-    for line in lines:
-        directive = RECORDED["P"] + json.loads(line)["messages"][0]["content"]
+    for row in paper.rows:
+        directive = paper.prefix + row["messages"][0]["content"]
         prompt = kvp.Prompt.from_chat(tokenizer, [{"role": "system", "content": template.replace("$system_prompt", directive)}])
         defense, raw, touching = spans_of(prompt, tokenizer, template, directive)
         n_token, keys = len(prompt), np.zeros((1, 1, len(prompt), 1), np.float32)
         lengths.append((n_token, raw[1] - raw[0]))
-        phrase = prompt.find(RECORDED["phrase"])
+        phrase = prompt.find(defense_text.whitelist)
         inside = np.zeros(n_token, bool)
         inside[slice(*raw)] = True
         for mode, ratio in rates:
