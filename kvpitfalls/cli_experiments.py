@@ -12,7 +12,7 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
     )
-    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, or smollm2 (some minutes on two cores)")
+    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (some minutes on two cores), or probe")
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_single_commands(commands)
