@@ -9,6 +9,7 @@ import tiny_sweep
 import torch
 
 import kvpitfalls as kvp
+from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.corpus import load_corpus
@@ -120,6 +121,18 @@ def test_means_are_plain_means_and_failures_are_counted(model, tmp_path):
             assert (metric["n_item"], metric["n_failed"], metric["n_prompt"]) == (9, 3, 2)
         margins = [p["refusal"] - p["leak"] for p in good if "leak" in p]
         assert cell["metrics"]["probe_margin"]["mean"] == pytest.approx(np.mean(margins))
+
+
+def test_what_is_no_number_is_a_failure(model, tmp_path, monkeypatch):
+    """One likelihood of each batch is NaN: its record fails, no other does."""
+    plain = batch_module.answer_logprobs
+    monkeypatch.setattr(batch_module, "answer_logprobs", lambda *given: [float("nan"), *plain(*given)[1:]])
+    config = probing(model, n_prompts=1, kinds=["probe"], modes=["biased"])
+    done = sweep(config, tmp_path)
+    failed = [r for r in records.read_records(tmp_path) if r["error"]]
+    n_batch = len(list(plan(config, load_corpus())))
+    assert len(failed) == done["failed"] == n_batch < done["items"]
+    assert all("log-probability of 'refusal' is nan; expected a finite number" in r["error"] and r["scores"] is None for r in failed)
 
 
 def test_a_probe_without_a_defense_has_no_refusal(model, tmp_path):

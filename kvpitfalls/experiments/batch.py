@@ -1,5 +1,6 @@
 """One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record with its error."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -166,7 +167,9 @@ class _Work:
         tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
         for request in self.batch.requests:
             for name, (said, begun, text) in self.scenarios[row].given_answers(self.attacks.get(request[1]), full_answer).items():
-                out.append((request, name, conversation(prompt, said, begun), answer_ids(tokenizer, text)))
+                if not (ids := answer_ids(tokenizer, text)):
+                    raise ValueError(f"the answer to force for {name!r} is empty, and no token ends it; expected at least one token")
+                out.append((request, name, conversation(prompt, said, begun), ids))
         return out
 
     def kept_of(self, cache: KeptCache, i: int, row: int) -> dict:
@@ -192,8 +195,10 @@ class _Work:
         scores = None
         if answer is not None:
             try:
-                found = self.likelihoods.get((setting, row, request))
-                scores = scenario.score(kind, answer.text, self.config.seed) if found is None else {"probe": found}
+                if self.probes:
+                    scores = {"probe": _finite(self.likelihoods[setting, row, request])}
+                else:
+                    scores = scenario.score(kind, answer.text, self.config.seed)
             except Exception as failure:
                 error = failure
         known = self.kept.get((setting, row), {"n_tokens": None, "n_kept": None, "kept": None})
@@ -214,3 +219,11 @@ class _Work:
             return scenario.inputs_sha256(request[0], self.attacks.get(request[1]))
         except ValueError:
             return None
+
+
+def _finite(likelihoods: dict[str, float]) -> dict[str, float]:
+    """The same; raises where one is no number, as after an overflow in half precision."""
+    for name, value in likelihoods.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the log-probability of {name!r} is {value}; expected a finite number, try dtype float32")
+    return likelihoods
