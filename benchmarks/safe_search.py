@@ -112,7 +112,8 @@ def held_out(folder: Path, policy: str | None) -> None:
     rows = []
     for ratio in ratios:
         for fix in FIXES:
-            gains = [gain(records, metric, sign, policy, mode, fix, ratio) for metric, sign in OUTCOMES.items()]
+            found = [gaps(records, metric, sign, policy, mode, fix, ratio) for metric, sign in OUTCOMES.items()]
+            gains = [(float(of_one[:, 0].mean()), *bootstrap(of_one)) for of_one in found]
             shown = (f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains)
             rows.append([f"{ratio:g}", fix, *shown, verdict(dict(zip(OUTCOMES, gains, strict=True)))])
     print(f"\ngain of {policy}, {mode}, over each fix: positive is better; 95 % bootstrap over prompts")
@@ -152,16 +153,16 @@ def of_setting(records: list[dict], metric: str, policy: str, mode: str, ratio: 
     return {key: total / n for key, (total, n) in per_prompt(chosen, parts).items()}
 
 
-def gain(records, metric: str, sign: int, policy: str, mode: str, fix: str, ratio: float) -> tuple[float, float, float]:
-    """Mean over prompts of what a mode gains over a fix, and its interval; failed prompts are in neither."""
+def gaps(records, metric: str, sign: int, policy: str, mode: str, fix: str, ratio: float) -> np.ndarray:
+    """What a mode gains over a fix, (prompts, 2) with counts of 1; prompts that failed under either are left out."""
     here, there = (of_setting(records, metric, policy, m, ratio) for m in (mode, fix))
-    gaps = np.array([(sign * (here[key] - there[key]), 1) for key in sorted(here.keys() & there.keys())])
-    return (float(gaps[:, 0].mean()), *bootstrap(gaps)) if len(gaps) else (float("-inf"),) * 3
+    return np.array([(sign * (here[key] - there[key]), 1) for key in sorted(here.keys() & there.keys())]).reshape(-1, 2)
 
 
 def score(records, outcomes: dict, policy: str, mode: str, ratios) -> float:
-    """The smallest gain over both fixes, all outcomes and ratios."""
-    return min(gain(records, m, sign, policy, mode, fix, r)[0] for m, sign in outcomes.items() for fix in FIXES for r in ratios)
+    """The smallest mean gain over both fixes, all outcomes and ratios; minus infinity where all prompts failed."""
+    found = [gaps(records, m, sign, policy, mode, fix, r) for m, sign in outcomes.items() for fix in FIXES for r in ratios]
+    return min(float(of_one[:, 0].mean()) if len(of_one) else float("-inf") for of_one in found)
 
 
 def outcome_rows(records, outcomes: dict, policy: str, modes, ratios) -> str:
