@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_sweep
 
-from kvpitfalls.experiments import records
+from kvpitfalls.experiments import ray_engine, records
+from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.sweep import sweep
 
 pytest.importorskip("ray")
@@ -56,31 +58,66 @@ def working() -> list[int]:
     return [pid for pid, name in names.items() if name.startswith(b"ray::_run")]
 
 
-def kill_one(path: Path, killed: list[int]) -> None:
-    """When there is a new record, kill a worker that is at another batch."""
-    deadline, size = time.monotonic() + 240, path.stat().st_size
-    while time.monotonic() < deadline and not killed:
-        if path.stat().st_size > size and (pids := working()):
-            os.kill(pids[-1], signal.SIGKILL)
-            killed.append(pids[-1])
+def kill_workers(path: Path, ended: threading.Event, killed: list[int]) -> None:
+    """Kill the first worker that is at a batch; after a new record another one, if any is still at work by then."""
+    size = path.stat().st_size
+    while not ended.is_set() and len(killed) < 2:
+        pids = [pid for pid in working() if pid not in killed]
+        if pids and (not killed or path.stat().st_size > size):
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
         time.sleep(0.002)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's workers by /proc")
-def test_a_sweep_begun_here_goes_on_on_two_workers_one_of_them_killed(local, model, tmp_path):
+def test_a_sweep_begun_here_goes_on_on_two_workers_that_are_killed(local, model, tmp_path):
     lines = (local / "records.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "run_meta.json").write_bytes((local / "run_meta.json").read_bytes())
-    path, killed = tmp_path / "records.jsonl", []
+    path, ended, killed = tmp_path / "records.jsonl", threading.Event(), []
     path.write_bytes(b"".join(lines[:20]))
-    killer = threading.Thread(target=kill_one, args=(path, killed))
+    killer = threading.Thread(target=kill_workers, args=(path, ended, killed))
     killer.start()
-    done = sweep(small(model), tmp_path, engine="ray", workers=2)
-    killer.join()
+    try:
+        done = sweep(small(model), tmp_path, engine="ray", workers=2)
+    finally:
+        ended.set()
+        killer.join()
     assert killed, "no worker was killed, so nothing was tested"
     assert done["items"] == len(lines) and done["failed"] == 0 and 14 < done["resumed_at"] <= 20
     assert tiny_sweep.untimed(tmp_path) == tiny_sweep.untimed(local)
     assert [s["engine"] for s in records.read_meta(tmp_path)["sessions"]] == ["local", "ray"]
     assert not working(), "Ray is stopped with the sweep"
+
+
+@pytest.fixture(scope="module")
+def session():
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def one_batch(model, same):
+    return ray_engine.run_ray(small(model), load_corpus(), list(plan(small(model), load_corpus()))[:1], same, None)
+
+
+def test_a_worker_that_is_otherwise_refuses(model, local, session):
+    same = {**records.read_meta(local)["same"], "core_isa": "another"}
+    with pytest.raises(ValueError, match="begun with core_isa = 'another' and would go on with"):
+        next(one_batch(model, same))
+    with pytest.raises(ValueError, match="workers is 2, but Ray is running in this process already"):
+        next(ray_engine.run_ray(small(model), load_corpus(), [], {}, 2))
+
+
+def test_a_batch_that_kills_every_worker_is_one_sentence(model, local, session, monkeypatch):
+    def die(*given):  # defined here, so that Ray sends it by value
+        os._exit(1)
+
+    monkeypatch.setattr(ray_engine, "RETRIES", 0)  # each takes a new process
+    monkeypatch.setattr(ray_engine, "_run", die)
+    with pytest.raises(RuntimeError, match=r"Ray gave up on a batch \(.*\); what is recorded is kept"):
+        next(one_batch(model, records.read_meta(local)["same"]))
 
 
 @pytest.mark.parametrize(

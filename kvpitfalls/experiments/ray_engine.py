@@ -16,6 +16,8 @@ from .corpus import Corpus
 from .plan import Batch
 from .records import check_same
 
+RETRIES = 3  # how often Ray tries a batch again whose worker died
+
 
 def need_ray(config: SweepConfig, workers: int | None) -> None:
     """Raise, in one sentence, if the batches of a config cannot be run on Ray as asked.
@@ -49,6 +51,13 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
         Start Ray here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``, or all of this machine.
         A task takes one processor, and on "cuda" one GPU.
 
+    Raises
+    ------
+    ValueError
+        If workers are given where Ray is running in this process already; what a worker raises.
+    RuntimeError
+        If Ray gives up on a batch, since worker after worker died at it.
+
     Notes
     -----
     Workers use as many threads as this process does, since records may depend on it: ``OMP_NUM_THREADS=1`` gives each worker one core.
@@ -57,17 +66,31 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
     import ray
 
     started = not ray.is_initialized()
+    if workers is not None and not started:
+        raise ValueError(f"workers is {workers}, but Ray is running in this process already; expected None")
     if started:
         here = {} if workers is None else {"address": "local", "num_cpus": workers}
         ray.init(include_dashboard=False, logging_level="warning", **here)
     try:
-        task = ray.remote(num_cpus=1, num_gpus=int(config.device == "cuda"))(_run)
+        task = ray.remote(num_cpus=1, num_gpus=int(config.device == "cuda"), max_retries=RETRIES)(_run)
         shared = ray.put((config, corpus, same, torch.get_num_threads()))
         for result in [task.remote(shared, batch) for batch in batches]:
-            yield ray.get(result)
+            yield _get(result)
     finally:
         if started:
             ray.shutdown()
+
+
+def _get(result) -> list[dict]:
+    import ray
+
+    try:
+        return ray.get(result)
+    except ray.exceptions.RayTaskError as error:  # what the worker raised, without Ray's account of it
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"Ray gave up on a batch ({reason}); what is recorded is kept, and the same sweep goes on from there") from error
 
 
 class _Held:
