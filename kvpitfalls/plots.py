@@ -112,8 +112,9 @@ def kept(cells: Sequence[Mapping]):
             points = [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=span)
-        axis.set(title=f"{policy}, {mode}", ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
-        axis.title.set_fontsize(10)
+        title = f"{policy}, {mode}"
+        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
+        axis.title.set_fontsize(min(10, 330 / len(title)))  # a panel is 3.2 inches wide
     _legend(figure, axes.flat[0])
     return figure
 
