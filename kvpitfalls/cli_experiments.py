@@ -12,7 +12,7 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
     )
-    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, or smollm2 (some minutes on two cores)")
+    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (some minutes on two cores), or probe")
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_single_commands(commands)
@@ -49,6 +49,8 @@ def _add_run_arguments(command) -> None:
     command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
     command.add_argument("--device", metavar="NAME", help="cpu, cuda, ...")
     command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, ...")
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on Ray workers, with the same records")
+    command.add_argument("--workers", type=int, metavar="N", help="for ray: start it here with N processors")
     command.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
@@ -74,7 +76,7 @@ def run_parts(args, parts: dict) -> int:
     done = {}
     for name, config in parts.items():
         folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)
-        done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data)}
+        done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data, engine=args.engine, workers=args.workers)}
     if args.json:
         print(json.dumps(done, indent=1))
     else:
@@ -89,14 +91,14 @@ def run_parts(args, parts: dict) -> int:
 def _single(args, **changes) -> dict:
     """The config of ``leakage`` and ``ifeval``: the same matrix as a sweep's, from flags."""
     from .experiments.config import SweepConfig
-    from .experiments.scenario import KINDS
+    from .experiments.scenario import ANSWERED
 
     lists = ("defenses", "orders", "policies", "modes", "compression_ratios", "attacks")
     given = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
     if "modes" in given:
         given["modes"] = [_number(mode) for mode in given["modes"]]
     if args.max_new_tokens is not None:
-        given["max_new_tokens"] = dict.fromkeys(KINDS, args.max_new_tokens)
+        given["max_new_tokens"] = dict.fromkeys(ANSWERED, args.max_new_tokens)
     return {"all": SweepConfig.parse({**changes, **_changes(args), **given})}
 
 
@@ -141,12 +143,12 @@ def _run_and_show(args, parts: dict, text) -> int:
 
 def _report(args) -> int:
     from .page import write_report
-    from .report import outcome_table
+    from .report import outcome_table, probe_table
 
     found = write_report(args.folder)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        print(outcome_table(found["cells"]))
+        print("\n\n".join(filter(None, [outcome_table(found["cells"]), probe_table(found["cells"])])))
         print(f"\n{found['recorded']} of {found['items']} items recorded, {found['failed']} failed. Page: {found['page']}")
     return 0

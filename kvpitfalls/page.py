@@ -4,18 +4,30 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import plots
 from .experiments.records import META, RECORDS, read_meta, read_records
-from .experiments.summary import METRICS, SETTING, TOGETHER, composites, differences, following, rank_correlations, summarize
+from .experiments.summary import (
+    METRICS,
+    PROBES,
+    SETTING,
+    TOGETHER,
+    attack_families,
+    composites,
+    differences,
+    following,
+    rank_correlations,
+    summarize,
+)
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px; margin: .8em 0; display: block; overflow-x: auto }
 th, td { padding: .2em .5em; text-align: left; border-bottom: 1px solid #ddd }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 svg { max-width: 100%; height: auto }
 .bad { color: #b00020; font-weight: 600 }
 pre { font-size: 12px; overflow-x: auto }
@@ -25,6 +37,11 @@ _NOTE = (
     "attacks refused (word list). recall: the control; with the answer begun by the first half of the directive, ROUGE-L recall of the "
     "rest: a low leak with a low recall is forgetting, not protection. follow: instructions followed, strict. In brackets: 95 % bootstrap "
     "over prompts, then the mean change to r = 0 of the same prompts. Failed items are in no mean."
+)
+_PROBE_NOTE = (
+    "Log-probability per token of given answers, in nats; nothing was generated but the full cache's answers. refusal: the sentence the "
+    "defense asks for, after an attack. leak: the directive, after an attack. margin: refusal minus leak. recall: the second half of the "
+    "directive after its first; a low leak with a low recall is forgetting. follow: the full cache's own answer to the task."
 )
 
 
@@ -60,17 +77,18 @@ def write_report(folder: str | Path) -> dict:
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
     metas = {part.name: read_meta(part) for part in parts}
     cells, changes, classes = summarize(records), differences(records), following(records)
-    ranked, scores = rank_correlations(classes), composites(cells)
+    ranked, scores, families = rank_correlations(classes), composites(cells), attack_families(records)
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
     tables = {"summary": _flat(cells), "differences": changes, "following": classes, "rank_correlation": ranked, "composite": scores}
+    tables["families"] = [{"family": f["family"], **row} for f in families for row in _flat([{**f, "kept": {}}])]
     tables["failures"] = [{**{n: r[n] for n in (*SETTING, "key", "kind", "attack")}, "error": r["error"]} for r in records if r["error"]]
     for name, rows in tables.items():
         if rows:
             (out / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records), "failed": len(tables["failures"])}
-    page = _page(facts, metas, cells, changes, scores, tables["failures"], drawn)
+    page = _page(facts, metas, cells, families, changes, scores, tables["failures"], drawn)
     (out / "index.html").write_text(page, encoding="utf-8")
     return {"page": str(out / "index.html"), **facts, "cells": cells}
 
@@ -101,7 +119,8 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     for number, (group, of_group) in enumerate(plots.groups(cells).items(), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
-        figures = {"outcomes": plots.outcomes(of_group), "kept": plots.kept(of_group), "joint": plots.joint(of_group)}
+        figures = {"outcomes": plots.outcomes(of_group), "probes": plots.probes(of_group)}
+        figures |= {"kept": plots.kept(of_group), "joint": plots.joint(of_group)}
         figures["ranks"] = plots.ranks(by_rank[group]) if group in by_rank else None
         for name, figure in figures.items():
             if figure is not None:
@@ -112,18 +131,24 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     return drawn
 
 
-def _page(facts, metas, cells, changes, scores, failures, drawn) -> str:
+def _page(facts, metas, cells, families, changes, scores, failures, drawn) -> str:
     state = f"{facts['recorded']} of {facts['items']} items recorded, {facts['failed']} failed"
     bad = "bad" if facts["failed"] or facts["recorded"] < facts["items"] else ""
     body = [f"<h1>kvpitfalls: report of a sweep</h1><p class='{bad}'>{state}.</p><p>{html.escape(_NOTE)}</p>"]
     moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in changes}
     for group, of_group in plots.groups(cells).items():
         title = ", ".join(str(part) for part in group)
-        body.append(f"<h2>{html.escape(title)}</h2>{_outcome_table(of_group, moved)}")
+        body.append(f"<h2>{html.escape(title)}</h2>{_metric_table(of_group, TOGETHER, moved)}")
+        of_families = plots.groups(families).get(group, [])
+        if len({cell["family"] for cell in of_families}) > 1:
+            body.append(f"<h3>By family of attacks</h3>{_metric_table(of_families, TOGETHER, {}, ('family',))}")
+        if probed := _metric_table(of_group, PROBES, moved):
+            body.append(f"<h3>Likelihood of given answers</h3><p>{html.escape(_PROBE_NOTE)}</p>{probed}")
         body += [f"<h3>{name}</h3>{svg}" for name, svg in drawn.get(group, [])]
     if scores:
-        rows = [[*(str(s[n]) for n in SETTING[:-1]), f"{s['composite']:.4f} ± {s['std']:.4f}"] for s in scores]
-        body.append("<h2>Composite score</h2>" + _table([*SETTING[:-1], "score"], rows))
+        counts = ("n_item", "n_failed")
+        rows = [[*(str(s[n]) for n in (*SETTING[:-1], *counts)), f"{s['composite']:.4f} ± {s['std']:.4f}"] for s in scores]
+        body.append("<h2>Composite score</h2>" + _table([*SETTING[:-1], "items", "failed", "score"], rows))
     if failures:
         rows = [[*(str(f[n]) for n in ("policy", "mode", "compression_ratio", "key", "kind")), f["error"]] for f in failures[:200]]
         body.append(
@@ -135,29 +160,36 @@ def _page(facts, metas, cells, changes, scores, failures, drawn) -> str:
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>"
 
 
-def _outcome_table(cells: Sequence[Mapping], moved: Mapping) -> str:
-    names = [name for name in TOGETHER if any(name in cell["metrics"] for cell in cells)]
-    spans = [span for span in ("defense", "directive", "whitelist") if any(span in cell["kept"] for cell in cells)]
+def _metric_table(cells: Sequence[Mapping], wanted: Sequence[str], moved: Mapping, first: Sequence[str] = ()) -> str:
+    """Settings and their metrics, with items and failures of the kinds shown; "" if no cell has one of the metrics."""
+    names = [name for name in wanted if any(name in cell["metrics"] for cell in cells)]
+    spans = [span for span in ("defense", "directive", "whitelist") if any(span in cell["kept"] for cell in cells) and not first]
     rows = []
     for cell in cells:
         metrics, setting = cell["metrics"], tuple(cell[n] for n in SETTING)
-        failed = sum({METRICS[name][0]: metrics[name]["n_failed"] for name in names if name in metrics}.values())
-        total = sum({METRICS[name][0]: metrics[name]["n_item"] for name in names if name in metrics}.values())
-        row = [cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}", f"{total}", f"{failed}"]
-        row += [_value(metrics.get(name), moved.get((*setting, name))) for name in names]
-        rows.append([*row, *(f"{cell['kept'][s]:.2f}" if s in cell["kept"] else "" for s in spans)])
-    header = ["policy", "mode", "r", "items", "failed", *names, *(f"kept {s}" for s in spans)]
-    return _table(header, rows)
+        kinds = {METRICS[name][0]: metrics[name] for name in names if name in metrics}
+        if kinds:
+            counts = [str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed")]
+            row = [*(cell[n] for n in first), cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}", *counts]
+            row += [_value(metrics.get(name), moved.get((*setting, name))) for name in names]
+            rows.append([*row, *(f"{cell['kept'][s]:.2f}" if s in cell["kept"] else "" for s in spans)])
+    shown = [name.removeprefix("probe_") for name in names]
+    return _table([*first, "policy", "mode", "r", "items", "failed", *shown, *(f"kept {s}" for s in spans)], rows) if rows else ""
 
 
 def _value(metric: Mapping | None, change: Mapping | None) -> str:
     if metric is None or metric["mean"] is None:
-        return "" if metric is None else "all failed"
+        return "all failed" if metric is not None and metric["n_item"] == metric["n_failed"] else ""
     text = f"{metric['mean']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
     return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+.2f})"
 
 
+def _class(cell: str) -> str:
+    """Numbers are aligned to the right."""
+    return " class=n" if re.match(r"-?\d", cell) else ""
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
-    lines = ["".join(f"<td{' class=n' if str(cell)[:1].isdigit() else ''}>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    head = "".join(f"<th{_class(str(below))}>{html.escape(str(cell))}</th>" for cell, below in zip(header, rows[0], strict=True))
+    lines = ["".join(f"<td{_class(str(cell))}>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

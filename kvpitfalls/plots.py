@@ -11,6 +11,12 @@ _LABELS = {
     "recall": "recall (control)",
     "follow": "follows (strict, per instruction)",
 }
+_PROBE_LABELS = {
+    "probe_refusal": "the defense's refusal, after an attack",
+    "probe_leak": "the directive, after an attack",
+    "probe_recall": "recall: the directive's second half",
+    "probe_follow": "the full cache's answer to the task",
+}
 _COLORS = {"streaming_llm": "#4477aa", "snapkv": "#ee6677", "tova": "#228833", "h2o": "#aa8800", "knorm": "#aa3377"}
 _LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-."}
 
@@ -45,7 +51,7 @@ def _style(policy: str, mode: str) -> dict:
 
 
 def outcomes(cells: Sequence[Mapping]):
-    """Leak, refusal, recall and following against the ratio, side by side: none means anything without the others.
+    """Leak, refusal, recall and following against the ratio, side by side: none means anything without the others. None without answers.
 
     Parameters
     ----------
@@ -57,21 +63,40 @@ def outcomes(cells: Sequence[Mapping]):
     matplotlib.figure.Figure
     """
     shown = [name for name in _LABELS if any(name in cell["metrics"] for cell in cells)]
+    if not shown:
+        return None
     figure, axes = _figure(1, len(shown))
     for axis, name in zip(axes[0], shown, strict=True):
-        for (policy, mode), curve in _curves(cells).items():
-            points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
-            if points:
-                ratios, means = [r for r, _ in points], [m["mean"] for _, m in points]
-                axis.plot(ratios, means, label=f"{policy}, {mode}", **_style(policy, mode))
-                color = _style(policy, mode)["color"]
-                axis.fill_between(
-                    ratios, [m["low"] for _, m in points], [m["high"] for _, m in points], color=color, alpha=0.08, linewidth=0
-                )
+        _draw_curves(axis, cells, name)
         axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.03, 1.03))
         axis.title.set_fontsize(10)
     _legend(figure, axes[0][0])
     return figure
+
+
+def probes(cells: Sequence[Mapping]):
+    """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together with recall."""
+    shown = [name for name in _PROBE_LABELS if any(name in cell["metrics"] for cell in cells)]
+    if not shown:
+        return None
+    figure, axes = _figure(1, len(shown))
+    for axis, name in zip(axes[0], shown, strict=True):
+        _draw_curves(axis, cells, name)
+        axis.set(title=_PROBE_LABELS[name], xlabel="share of the cache removed", ylabel="nats per token")
+        axis.title.set_fontsize(10)
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def _draw_curves(axis, cells: Sequence[Mapping], name: str) -> None:
+    """A metric of every policy and mode along the ratio, in its interval."""
+    for (policy, mode), curve in _curves(cells).items():
+        points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
+        if points:
+            ratios, style = [r for r, _ in points], _style(policy, mode)
+            axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
+            low, high = ([m[edge] for _, m in points] for edge in ("low", "high"))
+            axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
 
 def kept(cells: Sequence[Mapping]):
@@ -87,8 +112,9 @@ def kept(cells: Sequence[Mapping]):
             points = [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=span)
-        axis.set(title=f"{policy}, {mode}", ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
-        axis.title.set_fontsize(10)
+        title = f"{policy}, {mode}"
+        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
+        axis.title.set_fontsize(min(10, 330 / len(title)))  # a panel is 3.2 inches wide
     _legend(figure, axes.flat[0])
     return figure
 

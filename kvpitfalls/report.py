@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from .audits.retention import Audit
 from .experiments.demo import SECRETS, Cell
-from .experiments.summary import METRICS, TOGETHER
+from .experiments.summary import METRICS, PROBES, TOGETHER
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -58,18 +58,33 @@ def leakage_table(cells: Sequence[Cell]) -> str:
 
 
 def outcome_table(cells: Sequence[Mapping]) -> str:
-    """Leak, refusal, recall and following of each setting, with the number of items and of failed ones; never one without the others."""
+    """Leak, refusal, recall and following of each setting, with items and failed ones; never one without the others. "" without answers."""
     names = [name for name in TOGETHER if any(name in cell["metrics"] for cell in cells)]
     spans = [span for span in ("defense", "directive") if any(span in cell["kept"] for cell in cells)]
     rows = []
     for cell in cells:
-        counts = {METRICS[name][0]: (m["n_item"], m["n_failed"]) for name, m in cell["metrics"].items()}
+        counts = {METRICS[name][0]: (m["n_item"], m["n_failed"]) for name, m in cell["metrics"].items() if METRICS[name][0] != "probe"}
         totals = [str(sum(n[i] for n in counts.values())) for i in (0, 1)]
         setting = [cell["model"], cell["defense"], cell["order"], cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
         means = [_mean(cell["metrics"].get(name)) for name in names]
         rows.append([*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)])
     header = ["model", "defense", "order", "policy", "mode", "r", "items", "failed", *names, *(f"kept:{span}" for span in spans)]
-    return table(header, rows, right=range(5, len(header)))
+    return table(header, rows, right=range(5, len(header))) if names else ""
+
+
+def probe_table(cells: Sequence[Mapping]) -> str:
+    """Log-probability per token of given answers at each setting, with the number of items and of failed ones; "" without probes."""
+    rows = []
+    for cell in cells:
+        metrics = [cell["metrics"].get(name) for name in PROBES]
+        if any(metrics):
+            setting = [str(cell[name]) for name in ("model", "defense", "order")]
+            setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
+            counts = [str(next(filter(None, metrics))[name]) for name in ("n_item", "n_failed")]
+            means = ["" if m is None else "-" if m["mean"] is None else f"{m['mean']:.2f}" for m in metrics]
+            rows.append([*setting, *counts, *means])
+    header = ["model", "defense", "order", "policy", "mode", "r", "items", "failed", *(name.removeprefix("probe_") for name in PROBES)]
+    return table(header, rows, right=range(5, len(header))) if rows else ""
 
 
 def _mean(metric: Mapping | None) -> str:

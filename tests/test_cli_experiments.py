@@ -53,11 +53,27 @@ def test_failed_items_exit_with_1(run, model, tmp_path):
         (["sweep", "--preset", "figure99", "--output", "x"], "preset is 'figure99'"),
         (["sweep", "--preset", "smollm2", "--n-prompts", "0", "--output", "x"], "n_prompts is 0"),
         (["sweep", "--preset", "smollm2", "--config", "x", "--output", "x"], "not allowed with"),
+        (["sweep", "--preset", "smollm2", "--engine", "slurm", "--output", "x"], "invalid choice: 'slurm'"),
+        (["sweep", "--preset", "smollm2", "--workers", "2", "--output", "x"], "workers is 2, with the engine 'local'"),
     ],
 )
 def test_bad_usage_exits_with_2(run, argv, message):
     code, out, err = run(*argv)
     assert code == 2 and message in err and not out
+
+
+def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
+    path = tmp_path / "sweep.json"
+    config = tiny_sweep.config(model, n_prompts=2, kinds=["probe"], modes=["fair"], compression_ratios=[0.5], orders=["defense_first"])
+    path.write_text(json.dumps(config.to_dict()), "utf-8")
+    assert run("sweep", "--config", path, "--output", tmp_path / "out")[0] == 0
+    code, out, _ = run("report", tmp_path / "out")
+    header = out.splitlines()[0].split()
+    assert code == 0 and header[-5:] == ["refusal", "leak", "margin", "recall", "follow"] and "leak_over" not in out
+    assert [line.split()[3:6] for line in out.splitlines()[2:5]] == [["none", "full", ".00"]] + [
+        [p, "fair", ".50"] for p in config.policies
+    ]
+    assert "Likelihood of given answers" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
 
 
 def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):

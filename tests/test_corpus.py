@@ -171,4 +171,7 @@ def test_the_papers_data_is_downloaded_once_and_checked(stand_in, monkeypatch):
 def test_the_real_paper_data():
     found = corpus.load_corpus("paper_shuffled")
     assert len(found.rows) == 539 and [r["key"] for r in found.rows[:5]] == [2759, 2532, 1551, 1609, 2591]
-    assert corpus.PAPER_WHITELIST in found.defenses["paper"].templates["defense_first"]
+    paper = found.defenses["paper"]
+    assert all(template.count(paper.whitelist) == 1 for template in paper.templates.values())
+    assert hashlib.sha256(paper.whitelist.encode()).hexdigest().startswith("855a1e06a47abbf7")
+    assert hashlib.sha256(paper.refusal.encode()).hexdigest().startswith("e52b7052ef4822bb")

@@ -24,7 +24,7 @@ def folder(tmp_path_factory, smollm2):
     twice = load_corpus().defenses["refuse"].templates["defense_first"].replace("$system_prompt", "")
     rows[1]["messages"] = [{"role": "system", "content": f"Hello. {twice} Bye."}, rows[1]["messages"][1]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    config = tiny_sweep.config(model, n_prompts=None, dataset=str(folder / "rows.jsonl"))
+    config = tiny_sweep.config(model, n_prompts=None, dataset=str(folder / "rows.jsonl"), kinds=["attack", "recall", "follow", "probe"])
     assert sweep(config, folder / "out")["failed"] > 0
     return folder / "out"
 
@@ -73,16 +73,35 @@ def test_every_table_counts_the_failures(folder, written):
     assert written["failed"] == n_failed == len(found) / 4
     page = Links()
     page.feed(Path(written["page"]).read_text("utf-8"))
-    header = next(row for row in page.rows if "failed" in row)
-    rows = [row for row in page.rows if len(row) == len(header) and row[0] in ("none", "streaming_llm", "snapkv")]
-    assert sum(int(row[header.index("failed")]) for row in rows) == n_failed
-    assert sum(int(row[header.index("items")]) for row in rows) == len(found)
-    lines = report.outcome_table(written["cells"]).splitlines()
-    columns = lines[0].split()
-    assert sum(int(line.split()[columns.index("failed")]) for line in lines[2:]) == n_failed
-    assert {"leak", "refused", "recall", "follow"} <= set(columns), "leak is never shown alone"
+    tables = {"leak_over": [0, 0], "margin": [0, 0], "family": [0, 0]}  # a column of each kind of table -> its items, its failures
+    for header, rows in tables_of(page.rows):
+        for column, sums in tables.items():
+            if column in header and (column != "leak_over" or "family" not in header):
+                sums[0] += sum(int(row[header.index("items")]) for row in rows)
+                sums[1] += sum(int(row[header.index("failed")]) for row in rows)
+    kinds = [sum(r["kind"] in kinds for r in found) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))]
+    # the two families share the recalls and follows of their settings
+    wanted = [kinds[0], kinds[1], kinds[2] + 2 * (kinds[0] - kinds[2])]
+    assert list(tables.values()) == [[n, n / 4] for n in wanted] and sum(kinds[:2]) == len(found)
+    texts = [report.outcome_table(written["cells"]), report.probe_table(written["cells"])]
+    columns = [text.splitlines()[0].split() for text in texts]
+    for text, names, n in zip(texts, columns, kinds, strict=False):
+        assert sum(int(line.split()[names.index("failed")]) for line in text.splitlines()[2:]) == n / 4
+    assert {"leak", "refused", "recall", "follow"} <= set(columns[0]), "leak is never shown alone"
+    assert {"leak", "refusal", "margin", "recall", "follow"} <= set(columns[1])
     following = report.following_table(summary.following(found)).splitlines()
     assert all(line.split()[-1] == "1" for line in following[2:])
+
+
+def tables_of(rows):
+    """(header, rows) of the tables that count failures."""
+    out = []
+    for row in rows:
+        if "items" in row and "failed" in row:
+            out.append((row, []))
+        elif out and len(row) == len(out[-1][0]):
+            out[-1][1].append(row)
+    return out
 
 
 def test_the_csv_holds_the_plain_means(folder, written):
@@ -102,9 +121,24 @@ def test_the_csv_holds_the_plain_means(folder, written):
         assert all("is in the prompt 2 times" in row["error"] for row in csv.DictReader(file))
 
 
+def test_the_families_are_means_over_their_own_attacks(folder, written):
+    found = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
+    with open(folder / "report" / "families.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "leak_rouge1"]
+    assert len(rows) == 2 * 2 * (1 + 2 * 2 * 2) and {row["family"] for row in rows} == {"verbatim", "formatting"}
+    for row in rows:
+        setting = (row["order"], row["policy"], row["mode"], row["compression_ratio"])
+        same = [
+            r["scores"]["leak"]["directive"]["rouge1"]
+            for r in found
+            if r["attack"].startswith(row["family"]) and (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"])) == setting
+        ]
+        assert float(row["mean"]) == pytest.approx(sum(same) / len(same)) and (row["n_item"], row["n_failed"]) == ("4", "1")
+
+
 def test_figures_are_written_twice(folder, written):
     names = {path.stem for path in (folder / "report").glob("*.png")}
-    assert {"outcomes_1", "kept_1", "joint_1", "outcomes_2"} <= names
+    assert {"outcomes_1", "probes_1", "kept_1", "joint_1", "outcomes_2"} <= names
     for name in names:
         assert (folder / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (folder / "report" / f"{name}.svg").read_text("utf-8")

@@ -10,7 +10,7 @@ from kvpitfalls.experiments.presets import PAPER_MODELS, preset, preset_names
 
 
 def test_every_figure_has_a_preset():
-    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2"]
+    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "probe"]
     with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
         preset("figure16")
 
@@ -47,8 +47,15 @@ def test_the_small_preset_is_the_promised_matrix():
     assert len({tuple(item.values()) for item in items}) == len(items)
 
 
+def test_the_probe_preset_has_all_policies_and_ratios():
+    config = preset("probe")["all"]
+    items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
+    assert len(items) == 6 * 2 * 2 * (1 + 9 * 5 * 3)  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
+    assert {item["kind"] for item in items} == {"probe"}
+
+
 @pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")
 def test_paper_presets_fit_the_papers_data():
-    for name in preset_names()[:-1]:
+    for name in preset_names()[:-2]:
         for config in preset(name).values():
             assert next(plan(config, load_corpus(config.dataset))).rows

@@ -105,6 +105,16 @@ def test_differences_are_paired_and_say_who_is_missing():
     assert found["leak"]["low"] == pytest.approx(0.2) and found["leak"]["high"] == pytest.approx(0.4)
 
 
+def test_families_of_attacks_are_told_apart():
+    said = {"role_play-1": 0.1, "role_play-2": 0.3, "verbatim-1": 0.9}
+    attacks = [{**record(1, "attack", leak(x)), "attack": name} for name, x in said.items()]
+    failed = {**record(2, "attack", None, error="x"), "attack": "verbatim-3"}
+    cells = {c["family"]: c["metrics"] for c in summary.attack_families([*attacks, failed, record(1, "follow", follow(True))])}
+    assert {name: m["leak"]["mean"] for name, m in cells.items()} == {"role_play": pytest.approx(0.2), "verbatim": pytest.approx(0.9)}
+    assert {name: (m["leak"]["n_item"], m["leak"]["n_failed"]) for name, m in cells.items()} == {"role_play": (2, 0), "verbatim": (2, 1)}
+    assert all(m["follow"]["mean"] == 1 for m in cells.values())
+
+
 def test_following_counts_failures_in_every_row():
     cells = summary.following([record(1, "follow", follow(True, False)), record(2, "follow", None, error="x")])
     assert cells and all(c["n_failed"] == 1 for c in cells)
@@ -130,17 +140,19 @@ def test_rank_correlations_compare_with_the_full_cache():
             "mode": "biased" if ratio else "full",
         }
         where = {**same, "policy": "tova" if ratio else None, "level": "family", "rule": "strict", "group": "all"}
-        return [{**where, "name": str(i), "accuracy": a} for i, a in enumerate(accuracies)]
+        return [{**where, "name": str(i), "accuracy": a, "n_failed": 3 if ratio else 1} for i, a in enumerate(accuracies)]
 
-    found = {c["compression_ratio"]: c["rho"] for c in summary.rank_correlations([*cells(0, 0.1, 0.5, 0.9), *cells(0.5, 0.9, 0.5, 0.1)])}
-    assert found == {0: pytest.approx(1), 0.5: pytest.approx(-1)}
+    ranked = summary.rank_correlations([*cells(0, 0.1, 0.5, 0.9), *cells(0.5, 0.9, 0.5, 0.1)])
+    assert {c["compression_ratio"]: c["rho"] for c in ranked} == {0: pytest.approx(1), 0.5: pytest.approx(-1)}
+    assert {c["compression_ratio"]: (c["n_failed"], c["n_failed_full"]) for c in ranked} == {0: (1, 1), 0.5: (3, 1)}
 
 
 def test_composites_come_from_cells():
     cells = []
     for mode, name in (("biased", "standard"), ("fair", "fair")):
         for ratio, (accuracy, leaked) in curve(name).items():
-            metrics = {"leak": {"mean": leaked}, "follow": {"mean": accuracy}}
+            counts = {"n_item": 10, "n_failed": int(ratio == 0.45 or ratio == 0.1)}
+            metrics = {"leak": {"mean": leaked, **counts}, "follow": {"mean": accuracy, **counts}}
             same = {
                 "model": "m",
                 "dataset": "d",
@@ -153,4 +165,6 @@ def test_composites_come_from_cells():
             cells.append({**same, "metrics": metrics})
     (found,) = summary.composites(cells)
     assert found["mode"] == "fair" and found["composite"] == pytest.approx(0.218, abs=0.0005)
+    # both sides, both kinds, seven ratios; 0.1 is no part of the score
+    assert (found["n_item"], found["n_failed"]) == (2 * 2 * 7 * 10, 2 * 2)
     assert summary.composites([c for c in cells if c["compression_ratio"] != 0.6]) == []

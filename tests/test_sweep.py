@@ -253,7 +253,7 @@ def test_config_files(tmp_path):
     path.write_text('policies = ["snap"]\nmodes = ["biased", 0.5]\ncompression_ratios = [0.5]\n[max_new_tokens]\nattack = 9\n', "utf-8")
     config = SweepConfig.read(path)
     assert (config.policies, config.modes, config.compression_ratios) == (("snapkv",), ("biased", "lambda=0.5"), (0.0, 0.5))
-    assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280}
+    assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280, "probe": 32}
     (tmp_path / "again.json").write_text(json.dumps(config.to_dict()), "utf-8")
     assert SweepConfig.read(tmp_path / "again.json") == config
     path.write_text("policies = [", "utf-8")

@@ -1,5 +1,6 @@
 """One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record with its error."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from ..prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
 from .generate import Answer, answers
-from .plan import Batch, Setting
+from .plan import FULL, Batch, Setting
+from .probe import answer_ids, answer_logprobs
 from .scenario import Scenario, conversation
 
 
@@ -35,7 +37,8 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
     list of dict
         What identifies the item, then ``inputs_sha256``, ``seed``, ``n_tokens``, ``n_kept``, ``kept`` (share of each instruction and of
         the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``, ``scores``, ``error``, ``seconds`` (the
-        batch's, shared out). After an error (type and message) output and scores are None.
+        batch's, shared out). After an error (type and message) output and scores are None. A probe's output is the full cache's answer to
+        the task, which is forced.
     """
     start = time.perf_counter()
     work = _Work(model, tokenizer, corpus, config, batch)
@@ -54,12 +57,14 @@ class _Work:
 
     def __init__(self, model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch):
         self.model, self.tokenizer, self.corpus, self.config, self.batch = model, tokenizer, corpus, config, batch
-        self.attacks = config.chosen_attacks(corpus) if "attack" in config.kinds else {}
+        self.probes = batch.requests[0][0] == "probe"
+        self.attacks = config.chosen_attacks(corpus) if any(attack for _, attack in batch.requests) else {}
         self.scenarios = {row: Scenario.of(corpus, corpus.rows[row], batch.defense, batch.order) for row in batch.rows}
         self.prompts: dict[int, Prompt] = {}
         self.conversations: dict[int, list[list[int]]] = {}
         self.errors: dict[tuple, Exception] = {}
         self.answers: dict[tuple, Answer] = {}
+        self.likelihoods: dict[tuple, dict[str, float]] = {}
         self.kept: dict[tuple, dict] = {}
 
     def places(self):
@@ -97,7 +102,8 @@ class _Work:
     def prepare(self, row: int) -> None:
         scenario = self.scenarios[row]
         prompt = scenario.prompt(self.tokenizer)
-        asked = [scenario.ask(kind, self.attacks.get(attack)) for kind, attack in self.batch.requests]
+        kinds = [("follow", None)] if self.probes else self.batch.requests
+        asked = [scenario.ask(kind, self.attacks.get(attack)) for kind, attack in kinds]
         self.conversations[row] = [conversation(prompt, *one) for one in asked]
         self.prompts[row] = prompt
 
@@ -105,8 +111,9 @@ class _Work:
         """Whether this prompt can be compressed so; the reason why not becomes its error."""
         if (setting, row) in self.errors:
             return False
-        prompt, evict = self.prompts[row], setting.evict(self.scenarios[row].whitelist)
+        prompt = self.prompts[row]
         try:
+            evict = setting.evict(self.scenarios[row].whitelist)
             protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
             replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
@@ -115,12 +122,18 @@ class _Work:
             return False
         return True
 
-    def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
-        prompts, n_request = [self.prompts[row] for row in rows], len(self.batch.requests)
+    def compress(self, settings: Sequence[Setting], rows: Sequence[int]) -> tuple[KeptCache, list[dict]]:
+        """One cache of all rows under all settings, and what it kept of each."""
         whitelist = self.corpus.defenses[self.batch.defense].whitelist
+        prompts = [self.prompts[row] for row in rows]
         cache = KeptCache.join(compress_each(self.model, prompts, [s.evict(whitelist) for s in settings]))
-        pairs = [(setting, row) for setting in settings for row in rows]
-        kept = [self.kept_of(cache, i, row) for i, (_, row) in enumerate(pairs)]
+        return cache, [self.kept_of(cache, i, row) for i, row in enumerate([*rows] * len(settings))]
+
+    def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
+        if self.probes:
+            return self.force(settings, rows)
+        cache, kept = self.compress(settings, rows)
+        pairs, n_request = [(setting, row) for setting in settings for row in rows], len(self.batch.requests)
         cache.batch_repeat_interleave(n_request)
         contexts = [self.prompts[row] for _, row in pairs for _ in range(n_request)]
         conversations = [ids for _, row in pairs for ids in self.conversations[row]]
@@ -129,6 +142,35 @@ class _Work:
             self.kept[pair] = kept[i]
             for j, request in enumerate(self.batch.requests):
                 self.answers[*pair, request] = found[i * n_request + j]
+
+    def force(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
+        """What :meth:`generate` is for answers: the likelihood of given ones."""
+        full, _ = self.compress([Setting(None, FULL, 0.0)], rows)
+        tasks = [self.conversations[row][0] for row in rows]
+        followed = answers(self.model, [self.prompts[row] for row in rows], tasks, full, self.batch.max_new_tokens)
+        given = [self.given(row, answer.text) for row, answer in zip(rows, followed, strict=True)]
+        cache, kept = self.compress(settings, rows)
+        cache.batch_repeat_interleave(len(given[0]))
+        contexts = [self.prompts[row] for row in rows for _ in given[0]] * len(settings)
+        asked = [ids for of_row in given for *_, ids, _ in of_row] * len(settings)
+        forced = [ids for of_row in given for *_, ids in of_row] * len(settings)
+        found = iter(answer_logprobs(self.model, contexts, asked, forced, cache))
+        for i, setting in enumerate(settings):
+            for j, row in enumerate(rows):
+                self.kept[setting, row] = kept[i * len(rows) + j]
+                for request, name, *_ in given[j]:
+                    self.answers[setting, row, request] = followed[j]
+                    self.likelihoods.setdefault((setting, row, request), {})[name] = next(found)
+
+    def given(self, row: int, full_answer: str) -> list[tuple]:
+        """Request, name, token ids before, and token ids of each given answer of a row."""
+        tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
+        for request in self.batch.requests:
+            for name, (said, begun, text) in self.scenarios[row].given_answers(self.attacks.get(request[1]), full_answer).items():
+                if not (ids := answer_ids(tokenizer, text)):
+                    raise ValueError(f"the answer to force for {name!r} is empty, and no token ends it; expected at least one token")
+                out.append((request, name, conversation(prompt, said, begun), ids))
+        return out
 
     def kept_of(self, cache: KeptCache, i: int, row: int) -> dict:
         """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache."""
@@ -153,7 +195,10 @@ class _Work:
         scores = None
         if answer is not None:
             try:
-                scores = scenario.score(kind, answer.text, self.config.seed)
+                if self.probes:
+                    scores = {"probe": _finite(self.likelihoods[setting, row, request])}
+                else:
+                    scores = scenario.score(kind, answer.text, self.config.seed)
             except Exception as failure:
                 error = failure
         known = self.kept.get((setting, row), {"n_tokens": None, "n_kept": None, "kept": None})
@@ -174,3 +219,11 @@ class _Work:
             return scenario.inputs_sha256(request[0], self.attacks.get(request[1]))
         except ValueError:
             return None
+
+
+def _finite(likelihoods: dict[str, float]) -> dict[str, float]:
+    """The same; raises where one is no number, as after an overflow in half precision."""
+    for name, value in likelihoods.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the log-probability of {name!r} is {value}; expected a finite number, try dtype float32")
+    return likelihoods

@@ -10,10 +10,10 @@ from pathlib import Path
 from ..budget import check_budget
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
-from .scenario import KINDS
+from .modes import Mode
+from .scenario import ANSWERED, KINDS
 
-MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
-_LIMITS = {"attack": 256, "recall": 64, "follow": 1280}  # attack and follow: the paper's
+_LIMITS = {"attack": 256, "recall": 64, "follow": 1280, "probe": 32}  # attack and follow: the paper's
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class SweepConfig:
     policies : list of str
     modes : list of str or float
         "biased", "fair", "paper"; a number: lambda between biased and fair; "whitelist": the defense's refusal phrase is protected;
-        "whitelist_defense": all of the defense is.
+        "whitelist_defense": all of the defense is; or parts joined by "+", see :meth:`kvpitfalls.experiments.modes.Mode.parse`.
     compression_ratios : list of float
         Shares removed. 0 is always run, once for all policies: everything is compared to it.
     attacks : list of str
         Names of attacks, or of families.
     kinds : list of str
-        "attack", "recall" (the control), "follow" (the row's own task).
+        "attack", "recall" (the control), "follow" (the row's own task); "probe": nothing is generated but the full cache's answer to the
+        task, and the likelihood of given answers is measured. All but "probe" by default.
     max_new_tokens : dict of str to int
-        Per kind.
+        Per kind; for "probe", of the full cache's answer.
     batch_size : int
         Conversations that are generated together, at most (one prompt's are never split).
     seed : int
@@ -59,7 +60,7 @@ class SweepConfig:
     modes: Sequence[str] = ("biased", "fair")
     compression_ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     attacks: Sequence[str] = ("verbatim",)
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = ANSWERED
     max_new_tokens: Mapping[str, int] = field(default_factory=lambda: dict(_LIMITS))
     batch_size: int = 64
     seed: int = 42
@@ -79,7 +80,7 @@ class SweepConfig:
         # lambda as a name, ratio 0 first: what records hold is written in one way only
         for name in ("models", "defenses", "orders", "attacks", "kinds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "modes", tuple(_mode(mode) for mode in self.modes))
+        object.__setattr__(self, "modes", tuple(Mode.parse(mode).name for mode in self.modes))
         object.__setattr__(self, "compression_ratios", tuple(sorted({0.0, *map(float, self.compression_ratios)})))
         object.__setattr__(self, "policies", tuple(get_policy(name).name for name in self.policies))
         object.__setattr__(self, "max_new_tokens", {**_LIMITS, **self.max_new_tokens})
@@ -91,7 +92,7 @@ class SweepConfig:
         for name in ("models", "orders", "policies", "modes", "defenses", "kinds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} is {list(getattr(self, name))}; expected each name once")
-        if NO_DEFENSE in self.defenses and any(mode.startswith("whitelist") or mode == "paper" for mode in self.modes):
+        if NO_DEFENSE in self.defenses and any("whitelist" in m or "defense" in m or m == "paper" for m in self.modes):
             raise ValueError("modes hold whitelist or paper, and defenses 'none'; expected a defense, since those modes need one")
 
     @classmethod
@@ -134,7 +135,7 @@ class SweepConfig:
     def check_corpus(self, corpus: Corpus) -> None:
         """Raise if the config names what the corpus does not have."""
         _check_names("defenses", self.defenses, tuple(corpus.defenses))
-        if "attack" in self.kinds:
+        if {"attack", "probe"} & set(self.kinds):
             self.chosen_attacks(corpus)
         if "follow" in self.kinds and (bare := [row["key"] for row in corpus.rows if not row["instruction_id_list"]]):
             raise ValueError(f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions")
@@ -150,13 +151,3 @@ def _check_list(name: str, value) -> None:
 def _check_names(name: str, given, known) -> None:
     if unknown := [x for x in given if x not in known]:
         raise ValueError(f"{name} hold {unknown[0]!r}; expected some of {', '.join(known)}")
-
-
-def _mode(mode) -> str:
-    if isinstance(mode, (int, float)) and not isinstance(mode, bool) and 0 <= mode <= 1:
-        return f"lambda={float(mode):g}"
-    if isinstance(mode, str) and mode.startswith("lambda="):
-        return _mode(float(mode.removeprefix("lambda=")))
-    if mode not in MODES:
-        raise ValueError(f"modes hold {mode!r}; expected some of {', '.join(MODES)}, or a number lambda from 0 to 1")
-    return mode

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..fairness import Fair
 from ..hf.wrap import Evict
 from ..policies import get_policy
 from .config import SweepConfig
 from .corpus import Corpus
+from .modes import Mode
 
 FULL = "full"  # the mode of ratio 0, where no policy plays a part
 
@@ -23,11 +23,8 @@ class Setting:
 
     def evict(self, whitelist: str | None) -> Evict:
         """The action; ``whitelist`` is the phrase that mode "whitelist" protects."""
-        fair = {"fair": True, "paper": "paper"}.get(self.mode, False)
-        if self.mode.startswith("lambda="):
-            fair = float(self.mode.removeprefix("lambda="))
-        protect = {"whitelist": whitelist, "whitelist_defense": "defense"}.get(self.mode)
-        return Evict(get_policy(self.policy or "streaming_llm"), Fair.parse(fair), self.compression_ratio, None, protect)
+        mode = Mode.parse("biased" if self.mode == FULL else self.mode)
+        return Evict(get_policy(self.policy or "streaming_llm"), mode.fair, self.compression_ratio, None, mode.protect(whitelist))
 
 
 @dataclass(frozen=True)
@@ -88,21 +85,35 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
     """The batches, in the order in which they are run and recorded."""
     config.check_corpus(corpus)
-    asked = [("attack", name) for name in (config.chosen_attacks(corpus) if "attack" in config.kinds else ())]
-    asked += [(kind, None) for kind in config.kinds if kind != "attack"]
-    # kinds of one length limit are generated together
-    limit = {kind: config.max_new_tokens[kind] for kind, _ in asked}
-    groups = [tuple(group) for _, group in groupby(sorted(asked, key=lambda r: limit[r[0]]), key=lambda r: limit[r[0]])]
+    limit, groups = config.max_new_tokens, _request_groups(config, corpus)
     rows = range(len(corpus.rows) if config.n_prompts is None else config.n_prompts)
-    n_row = max(1, config.batch_size // max(map(len, groups)))
+    n_row = max(1, config.batch_size // max(map(_width, groups)))
     for model in config.models:
         for defense, order in _prompts(config):
             for chunk in _chunks(rows, n_row):
                 for requests in groups:
-                    n_setting = max(1, config.batch_size // (len(chunk) * len(requests)))
+                    n_setting = max(1, config.batch_size // (len(chunk) * _width(requests)))
                     for _, same in groupby(settings_of(config), key=lambda s: s.compression_ratio):
                         for settings in _chunks(same, n_setting):
                             yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
+
+
+def _request_groups(config: SweepConfig, corpus: Corpus) -> list[tuple]:
+    """What is asked of a prompt, in groups that are run together: probes, and answers of one length limit."""
+    attacks = config.chosen_attacks(corpus) if {"attack", "probe"} & set(config.kinds) else ()
+    asked = [("attack", name) for name in attacks if "attack" in config.kinds]
+    asked += [(kind, None) for kind in config.kinds if kind in ("recall", "follow")]
+    asked += [("probe", name) for name in [*attacks, None] if "probe" in config.kinds]
+
+    def group(request):
+        return request[0] == "probe", config.max_new_tokens[request[0]]
+
+    return [tuple(same) for _, same in groupby(sorted(asked, key=group), key=group)]
+
+
+def _width(requests) -> int:
+    """Rows that one prompt takes up in a batch; a probe forces up to two answers."""
+    return sum(2 if kind == "probe" else 1 for kind, _ in requests)
 
 
 def _prompts(config: SweepConfig) -> list[tuple[str, str]]:

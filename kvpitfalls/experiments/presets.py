@@ -1,4 +1,4 @@
-"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version) and one that a laptop can run.
+"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version) and two that a laptop can run.
 
 A preset is one sweep, or two where the paper measures leakage and following on different prompts: leakage on the first 100 rows of its
 shuffled set, following on all 539.
@@ -50,6 +50,9 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
             "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
         }
     },
+    "probe": {
+        "all": {"n_prompts": 6, "modes": ("biased", "fair", "whitelist"), "attacks": ("verbatim-2",), "kinds": ("probe",)},
+    },
 }
 
 
@@ -64,7 +67,8 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     Parameters
     ----------
     name : str
-        "figure1" to "figure15", "composite", or "smollm2" (own prompts on SmolLM2-135M-Instruct, some minutes on two cores).
+        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores) or
+        "probe" (all policies and ratios, by the likelihood of given answers).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

@@ -1,5 +1,6 @@
 """How likely given answers are after compression: a smooth signal from small models and single prompts, without generating anything."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -50,24 +51,50 @@ def probe(
     n_text, tokenizer = sizes.pop(), prompts[0].tokenizer
     contexts = [prompt for prompt in prompts for _ in range(n_text)]
     asked = [ids for prompt in prompts for ids in [prompt.followed_by(said)[0].tolist()] * n_text]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answers = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for of_prompt in texts for text in of_prompt]
+    answers = [answer_ids(tokenizer, text) for of_prompt in texts for text in of_prompt]
     attach(model)
     try:
         out = []
         for cache in compress_each(model, prompts, settings):
             cache.batch_repeat_interleave(n_text)
-            found = _answer_logprobs(model, contexts, asked, answers, cache)
+            found = answer_logprobs(model, contexts, asked, answers, cache)
             out.append([found[i : i + n_text] for i in range(0, len(found), n_text)])
         return out
     finally:
         detach(model)
 
 
+def answer_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of an answer, and of the token that ends it."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
+
+
 @torch.no_grad()
-def _answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[float]:
-    """Mean log-probability of each row's answer tokens; the cache is used up."""
+def answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[float]:
+    """Mean log-probability of each row's answer tokens; the cache is used up.
+
+    Parameters
+    ----------
+    model : transformers model
+        Wrapped, as the cache was.
+    contexts : list of Prompt, one per row
+        What the cache has seen.
+    asked : list of list of int, one per row
+        Token ids of context, question, and the beginning of the answer.
+    answers : list of list of int, one per row
+        Token ids of the rest.
+    cache : KeptCache
+
+    Returns
+    -------
+    list of float
+        In nats per token.
+    """
     device = next(model.parameters()).device
+    # Only the last logits are needed; a large vocabulary's take up far more than all else. Not every model can leave out the others.
+    known = inspect.signature(model.forward).parameters
+    kept = {"logits_to_keep": max(map(len, answers)) + 1} if "logits_to_keep" in known else {}
     tokens, mask = pad_halves(contexts, [ids + answer for ids, answer in zip(asked, answers, strict=True)])
     n_context = max(map(len, contexts))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -77,6 +104,7 @@ def _answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[
         position_ids=positions[:, n_context:].to(device),
         past_key_values=cache,
         use_cache=True,
+        **kept,
     ).logits
     out = []
     for row, answer in zip(logits, answers, strict=True):

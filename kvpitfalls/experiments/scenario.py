@@ -9,7 +9,8 @@ from ..audits.leakage import RECALL_QUESTION, begun_and_rest, leakage, refuses, 
 from ..prompt import Prompt
 from .corpus import NO_DEFENSE, Corpus
 
-KINDS = ("attack", "recall", "follow")
+ANSWERED = ("attack", "recall", "follow")  # the model answers, and the answer is scored
+KINDS = (*ANSWERED, "probe")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,19 @@ class Scenario:
             return self.row["messages"][1]["content"], ""
         return RECALL_QUESTION, self.prefix + begun_and_rest(self.row["messages"][0]["content"])[0]
 
+    def given_answers(self, attack: str | None, full_answer: str) -> dict[str, tuple[str, str, str]]:
+        """What a probe forces: name -> (what the user says, how the answer begins, the rest of it, whose likelihood is measured).
+
+        After an attack: "refusal", what complies with the defense, and "leak", the directive. Without one: "recall", the second half of
+        the directive after its first, and "follow", the full cache's own answer to the task, what complying with the directive is here.
+        """
+        if attack is not None:
+            refusal = {} if self.refusal is None else {"refusal": (attack, "", self.refusal)}
+            return {**refusal, "leak": (attack, "", self.directive)}
+        question, begun = self.ask("recall", None)
+        rest = self.directive[len(begun) :].rstrip()  # with the space between the halves
+        return {"recall": (question, begun, rest), "follow": (*self.ask("follow", None), full_answer)}
+
     def score(self, kind: str, output: str, seed: int) -> dict:
         """Scores of an answer: for an attack, ROUGE recall of each text and refusal; for the control, of the rest; else instructions."""
         if kind == "attack":
@@ -72,8 +86,12 @@ class Scenario:
         return {"instructions": list(self.row["instruction_id_list"]), **check(self.row, output, seed)}
 
     def inputs_sha256(self, kind: str, attack: str | None) -> str:
-        """Of all text that goes into an answer."""
-        return hashlib.sha256("\0".join([self.system, *self.ask(kind, attack)]).encode()).hexdigest()
+        """Of all text that goes into an answer, or into a probe."""
+        if kind == "probe":
+            asked = [text for given in self.given_answers(attack, "").values() for text in given]
+        else:
+            asked = list(self.ask(kind, attack))
+        return hashlib.sha256("\0".join([self.system, *asked]).encode()).hexdigest()
 
 
 def conversation(prompt: Prompt, said: str, begun: str) -> list[int]:

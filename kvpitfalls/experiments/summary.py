@@ -29,8 +29,19 @@ METRICS: Mapping[str, tuple[str, Callable[[dict], tuple[float, int]]]] = {
     "follow_loose": ("follow", lambda s: (sum(s["loose"]), len(s["loose"]))),
     "follow_prompt": ("follow", lambda s: (all(s["strict"]), 1)),
     "follow_prompt_loose": ("follow", lambda s: (all(s["loose"]), 1)),
+    **{f"probe_{name}": ("probe", lambda s, name=name: _probed(s, name)) for name in ("refusal", "leak", "recall", "follow")},
+    "probe_margin": ("probe", lambda s: _probed(s, "refusal", "leak")),
 }
 TOGETHER = ("leak", "leak_over", "refused", "recall", "follow")  # never one without the others
+PROBES = ("probe_refusal", "probe_leak", "probe_margin", "probe_recall", "probe_follow")
+
+
+def _probed(scores: dict, name: str, less: str | None = None) -> tuple[float, int]:
+    """A likelihood, or by how much it exceeds another; nothing where the record's request has none."""
+    found = scores["probe"]
+    if name not in found:
+        return 0.0, 0
+    return found[name] - (0.0 if less is None else found[less]), 1
 
 
 def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
@@ -66,6 +77,22 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
                 }
         cells.append({**dict(zip(SETTING, setting, strict=True)), "metrics": metrics, "kept": _kept(of_setting)})
     return cells
+
+
+def attack_families(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
+    """:func:`summarize` for each family of attacks alone: each dict has a ``family``; recall and following are the setting's own."""
+    names = dict.fromkeys(_family(r) for r in records if r["kind"] == "attack")
+    return [
+        {"family": name, **cell}
+        for name in names
+        for cell in summarize(
+            [r for r in records if r["kind"] in ("recall", "follow") or (r["kind"] == "attack" and _family(r) == name)], seed
+        )
+    ]
+
+
+def _family(record: Mapping) -> str:
+    return record["attack"].rpartition("-")[0]
 
 
 def per_prompt(records: Sequence[Mapping], parts: Callable[[dict], tuple[float, int]]) -> dict:
@@ -179,18 +206,24 @@ def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str
     Returns
     -------
     list of dict
-        The setting, ``rho`` (None where all classes are equal, so that there is no ranking) and ``n_class``.
+        The setting, ``rho`` (None where all classes are equal, so that there is no ranking), ``n_class``, and the prompts that failed at
+        the setting and at the full cache, ``n_failed`` and ``n_failed_full``: their instructions are in no accuracy.
     """
     vectors: dict[tuple, dict[str, float]] = {}
+    failed: dict[tuple, int] = {}
     for cell in cells:
         if (cell["level"], cell["rule"], cell["group"]) == (level, rule, group):
-            vectors.setdefault(tuple(cell[name] for name in SETTING), {})[cell["name"]] = cell["accuracy"]
+            setting = tuple(cell[name] for name in SETTING)
+            vectors.setdefault(setting, {})[cell["name"]] = cell["accuracy"]
+            failed[setting] = cell["n_failed"]
     out = []
     for setting, here in vectors.items():
-        full = vectors.get((*setting[: len(GROUP)], None, "full", 0.0), {})
+        whole = (*setting[: len(GROUP)], None, "full", 0.0)
+        full = vectors.get(whole, {})
         names = sorted(here.keys() & full.keys())
         rho = spearman([here[n] for n in names], [full[n] for n in names])
-        out.append({**dict(zip(SETTING, setting, strict=True)), "rho": rho, "n_class": len(names)})
+        counts = {"n_class": len(names), "n_failed": failed[setting], "n_failed_full": failed.get(whole)}
+        out.append({**dict(zip(SETTING, setting, strict=True)), "rho": rho, **counts})
     return out
 
 
@@ -234,16 +267,25 @@ def composite(base: Mapping[float, tuple[float, float]], fix: Mapping[float, tup
 
 
 def composites(cells: Sequence[Mapping]) -> list[dict]:
-    """:func:`composite` of every mode over "biased", where all its ratios were run with attacks and tasks; from ``leak`` and ``follow``."""
+    """:func:`composite` of every mode over "biased", where all its ratios were run with attacks and tasks; from ``leak`` and ``follow``.
+
+    ``n_item`` and ``n_failed`` count the attacks and tasks that stand behind a score, of both sides and all its ratios.
+    """
     curves: dict[tuple, dict[float, tuple[float, float]]] = {}
+    counts: dict[tuple, dict[float, tuple[int, int]]] = {}
     for cell in cells:
         pair = [cell["metrics"].get(name, {}).get("mean") for name in ("follow", "leak")]
         if None not in pair:
-            curves.setdefault(tuple(cell[name] for name in SETTING[:-1]), {})[cell["compression_ratio"]] = (pair[0], pair[1])
+            where, both = tuple(cell[name] for name in SETTING[:-1]), [cell["metrics"][name] for name in ("follow", "leak")]
+            curves.setdefault(where, {})[cell["compression_ratio"]] = (pair[0], pair[1])
+            sums = (sum(m["n_item"] for m in both), sum(m["n_failed"] for m in both))
+            counts.setdefault(where, {})[cell["compression_ratio"]] = sums
     out = []
     for key, fix in curves.items():
         base = curves.get((*key[:-1], "biased"), {})
         if key[-1] not in ("biased", "full") and all(r in base and r in fix for r in COMPOSITE_RATIOS):
             mean, std = composite(base, fix)
-            out.append({**dict(zip(SETTING[:-1], key, strict=True)), "composite": mean, "std": std})
+            behind = [counts[side][r] for side in (key, (*key[:-1], "biased")) for r in COMPOSITE_RATIOS]
+            n_item, n_failed = (sum(n[i] for n in behind) for i in (0, 1))
+            out.append({**dict(zip(SETTING[:-1], key, strict=True)), "composite": mean, "std": std, "n_item": n_item, "n_failed": n_failed})
     return out

@@ -20,12 +20,18 @@ from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
 from .plan import Batch, plan
+from .ray_engine import need_ray, run_ray
 from .records import META, RECORDS, append, check_same, locked, read_meta, read_records, recover, write_meta
 
 _PACKAGES = ("torch", "transformers", "numpy", "rouge-score", "lm-eval", "nltk", "langdetect")
 
 
-def sweep(config: SweepConfig, folder: str | Path, *, data: str | Path | None = None) -> dict:
+ENGINES = ("local", "ray")
+
+
+def sweep(
+    config: SweepConfig, folder: str | Path, *, data: str | Path | None = None, engine: str = "local", workers: int | None = None
+) -> dict:
     """Run a sweep, or go on with one.
 
     Parameters
@@ -35,6 +41,10 @@ def sweep(config: SweepConfig, folder: str | Path, *, data: str | Path | None = 
         Made if needed. Holds ``records.jsonl`` and ``run_meta.json`` afterwards. A folder of the same sweep is resumed.
     data : path, optional
         The folder of the paper's data.
+    engine : {"local", "ray"}
+        "local": in this process. "ray": on Ray workers, with the same records; a sweep begun by one may go on by the other.
+    workers : int, optional
+        For "ray", see :func:`kvpitfalls.experiments.ray_engine.run_ray`.
 
     Returns
     -------
@@ -56,20 +66,35 @@ def sweep(config: SweepConfig, folder: str | Path, *, data: str | Path | None = 
         need_checkers()
     if {"attack", "recall"} & set(config.kinds):
         need_rouge()
+    _check_engine(engine, workers, config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         n_item = sum(len(batch.items(corpus)) for batch in batches)
-        meta = begin(folder, identity(config, corpus), n_item, corpus.notice)
+        meta = begin(folder, identity(config, corpus), n_item, corpus.notice, engine)
         done = recover(folder, (batch.items(corpus) for batch in batches))
         write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])
         with tqdm(total=n_item, initial=held, desc="sweep, items", disable=None) as progress:
-            for records in run_local(config, corpus, batches[done:]):
+            left = batches[done:]
+            if engine == "ray" and left:
+                made = run_ray(config, corpus, left, meta["same"], workers)
+            else:
+                made = run_local(config, corpus, left)
+            for records in made:
                 append(folder, records)
                 progress.update(len(records))
         failed = sum(record["error"] is not None for record in read_records(folder))
     return {"items": n_item, "failed": failed, "resumed_at": held}
+
+
+def _check_engine(engine: str, workers: int | None, config: SweepConfig) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "ray":
+        need_ray(config, workers)
+    elif workers is not None:
+        raise ValueError(f"workers is {workers!r}, with the engine 'local'; expected it with engine='ray' only")
 
 
 def run_local(config: SweepConfig, corpus: Corpus, batches: list[Batch]) -> Iterator[list[dict]]:
@@ -88,10 +113,10 @@ def load_model(config: SweepConfig, name: str):
     return load(None if name == "default" else name, **options)
 
 
-def begin(folder: Path, same: dict, n_item: int, notice: str) -> dict:
+def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> dict:
     """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and this session."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    session = {"started": now, "arguments": shlex.join(sys.argv), "commit": _commit()}
+    session = {"started": now, "arguments": shlex.join(sys.argv), "engine": engine, "commit": _commit()}
     try:
         meta = read_meta(folder)
     except FileNotFoundError:

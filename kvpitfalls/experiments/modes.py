@@ -1,0 +1,104 @@
+"""How a budget is shared out, written as one word: "fair", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
+
+import re
+from dataclasses import dataclass
+
+from ..fairness import Fair
+
+MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
+_NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
+# part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
+_PARTS = {
+    "share": rf"biased|fair|lambda=({_NUMBER})",
+    "template": r"separate",
+    "min": rf"min=({_WHOLE})",
+    "defense": rf"defense=({_NUMBER})",
+    "directive": rf"directive=({_NUMBER})",
+    "sinks": rf"sinks=({_WHOLE})",
+    "phrase": r"whitelist|whitelist_defense",
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode of a sweep.
+
+    Attributes
+    ----------
+    name : str
+        What :meth:`parse` was given, written in one way only.
+    fair : Fair
+    phrase : str or None
+        "whitelist": the defense's refusal phrase is protected; "whitelist_defense": all of the defense is.
+    n_sink : int
+        So many first tokens are protected.
+    """
+
+    name: str
+    fair: Fair
+    phrase: str | None = None
+    n_sink: int = 0
+
+    @classmethod
+    def parse(cls, given: str | float) -> "Mode":
+        """A mode from its name, or from a number lambda.
+
+        Parameters
+        ----------
+        given : str or float
+            "paper"; or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X"; "whitelist" or "whitelist_defense";
+            "sinks=N"; and, unless biased, "separate" (template tokens are segments of their own), "min=N" (least tokens of each
+            instruction), "defense=W" and "directive=W" (weight of its tokens).
+
+        Raises
+        ------
+        ValueError
+            For anything else.
+        """
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            if not 0 <= given <= 1:
+                raise _error(given)
+            given = f"lambda={float(given):g}"
+        if given == "paper":
+            return cls("paper", Fair.parse("paper"))
+        found = _parts(given)
+        share = found.get("share", "biased")
+        strength = {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
+        options = {part: _number(found[part]) for part in ("min", "defense", "directive", "sinks") if part in found}
+        weights = {name: options[name] for name in ("defense", "directive") if name in options}
+        if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
+            raise _error(given)
+        template = "separate" if "template" in found else "absorb"
+        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", 0)), template=template)
+        said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {"share": "biased"}
+        name = "+".join(said[part] for part in _PARTS if part in said)
+        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)))
+
+    def protect(self, whitelist: str | None) -> list | None:
+        """What is protected, where the defense's phrase is ``whitelist``; None if nothing is."""
+        if self.phrase == "whitelist" and whitelist is None:
+            raise ValueError(f"mode {self.name!r} protects the defense's phrase, and there is none; expected a defense that has one")
+        phrase = {None: [], "whitelist": [whitelist], "whitelist_defense": ["defense"]}[self.phrase]
+        return [*phrase, *range(self.n_sink)] or None
+
+
+def _parts(given) -> dict[str, str]:
+    """What each part of a mode's name decides."""
+    found: dict[str, str] = {}
+    for word in given.split("+") if isinstance(given, str) else [""]:
+        part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
+        if part is None or part in found:
+            raise _error(given)
+        found[part] = word if "=" not in word else f"{word.partition('=')[0]}={_number(word):g}"
+    return found
+
+
+def _number(word: str) -> float:
+    return float(word.partition("=")[2] or 0)
+
+
+def _error(given) -> ValueError:
+    return ValueError(
+        f"modes hold {given!r}; expected some of {', '.join(MODES)}, a number lambda from 0 to 1, or parts joined by +, such as "
+        "fair+separate+min=4+defense=2+sinks=1+whitelist"
+    )

@@ -1,0 +1,68 @@
+"""Modes of a sweep, written as one word."""
+
+import pytest
+
+from kvpitfalls import Fair
+from kvpitfalls.experiments.modes import Mode
+from kvpitfalls.experiments.plan import Setting
+
+
+@pytest.mark.parametrize(
+    ("mode", "fair", "protect"),
+    [
+        ("biased", Fair(strength=0), None),
+        ("fair", Fair(), None),
+        ("paper", Fair(rule="paper"), None),
+        ("lambda=0.5", Fair(strength=0.5), None),
+        ("whitelist", Fair(strength=0), ["the phrase"]),
+        ("whitelist_defense", Fair(strength=0), ["defense"]),
+        ("sinks=2", Fair(strength=0), [0, 1]),
+        ("fair+whitelist", Fair(), ["the phrase"]),
+        ("lambda=0.25+separate+sinks=1+whitelist", Fair(strength=0.25, template="separate"), ["the phrase", 0]),
+        ("fair+min=4+defense=2+directive=0.5", Fair(min_tokens=4, weights={"defense": 2, "directive": 0.5}), None),
+    ],
+)
+def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
+    evict = Setting("snapkv", Mode.parse(mode).name, 0.5).evict("the phrase")
+    assert (evict.policy.name, evict.fair, evict.protect, evict.compression_ratio) == ("snapkv", fair, protect, 0.5)
+    assert Mode.parse(mode).name == mode
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (0.5, "lambda=0.5"),
+        (1, "lambda=1"),
+        ("lambda=0.50", "lambda=0.5"),
+        ("whitelist+sinks=1+separate+fair", "fair+separate+sinks=1+whitelist"),
+        ("biased+sinks=04", "sinks=4"),
+    ],
+)
+def test_a_mode_has_one_name(given, name):
+    assert Mode.parse(given).name == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "unfair",
+        "fair+biased",
+        "fair+fair",
+        "lambda=2",
+        "lambda=x",
+        "lambda=",
+        "whitelist+whitelist_defense",
+        "paper+whitelist",
+        "sinks=-1",
+    ]
+    + ["sinks=1.5", "separate", "whitelist+min=4", "lambda=0+defense=2", "fair=1", None, True, 1.5, -0.1],
+)
+def test_other_modes_are_refused(given):
+    with pytest.raises(ValueError, match=r"modes hold .*; expected some of biased, fair, paper"):
+        Mode.parse(given)
+
+
+def test_a_phrase_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="mode 'sinks=1\\+whitelist' protects the defense's phrase, and there is none"):
+        Setting("tova", "sinks=1+whitelist", 0.5).evict(None)
