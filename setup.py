@@ -2,8 +2,8 @@
 """Builds the C core, ``kvpitfalls._core``, and, where nvcc is, its CUDA kernels, ``kvpitfalls._cuda``. All else stands in pyproject.toml.
 
 Switches, by environment variable: ``KVP_SANITIZE=1`` adds the address and undefined-behaviour sanitizers, ``KVP_WERROR=1`` turns the strict
-warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1`` insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds them
-for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.4 or later.
+warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1`` insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds
+them for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.4 or later.
 """
 
 import os

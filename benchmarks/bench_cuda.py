@@ -2,10 +2,10 @@
 
     python benchmarks/bench_cuda.py --json build/bench_cuda.json
 
-The shape is one layer of Llama-3.1-8B: batch 1, 32 query heads, 8 key heads, 128 elements, bfloat16, half of the tokens kept. Everything is
-reported as a ratio to something measured beside it. Short work is captured in CUDA graphs, whose replays take inputs by turns that do not fit
-the second-level cache together; long work runs half a second at a stretch, of which the first 0.2 s do not count, in two rounds of opposite
-order. "kvpress" is the sequence of torch operations that its presses run, written out, without their waits for the GPU.
+The shape is one layer of Llama-3.1-8B: batch 1, 32 query heads, 8 key heads, 128 elements, bfloat16, half of the tokens kept. Everything
+is reported as a ratio to something measured beside it. Short work is captured in CUDA graphs, whose replays take inputs by turns that do
+not fit the second-level cache together; long work runs half a second at a stretch, of which the first 0.2 s do not count, in two rounds
+of opposite order. "kvpress" is the sequence of torch operations that its presses run, written out, without their waits for the GPU.
 """
 
 import argparse

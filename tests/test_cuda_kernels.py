@@ -1,9 +1,10 @@
-"""What only a GPU shows: every engine of the kernels against float64, exact selection at length, streams, graphs, and the same bits each time.
+"""What only a GPU shows: every engine of the kernels against float64, exact selection at length, streams, graphs, and the same bits.
 
 Needs a CUDA GPU; the bodies of test_ops.py run there too.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def whole(n):
 
 def fair(n, *cuts):
     edges = [0, *cuts, n]
-    return [Vote((a, b), (a, b), weight="age", age_end=b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Vote((a, b), (a, b), weight="age", age_end=b) for a, b in pairwise(edges)]
 
 
 def two_intervals(n):
