@@ -107,7 +107,7 @@ def test_every_scorer_has_an_implementation_and_a_reference():
     reference = (PACKAGE / "reference.py").read_text()
     assert names
     for name in names:
-        assert (CORE / "score" / f"{name}.c").exists() and f'scorer == "{name}"' in reference
+        assert (CORE / "score" / f"{name}.c").exists() and (CORE / "score" / f"{name}.cu").exists() and f'scorer == "{name}"' in reference
 
 
 def test_sizes():
