@@ -71,14 +71,14 @@ class Outcome(NamedTuple):
     note: str
 
 
-def build(model_type: str):
-    """A random model, or None if it would be too large."""
+def build(model_type: str, attention: str | None = None):
+    """A random model, with the attention implementation that it takes by default or the given one."""
     config = tiny_config(model_type)
     with torch.device("meta"):
         if sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()) > MAX_WEIGHTS:
             raise ValueError(f"{model_type} has more than {MAX_WEIGHTS} weights")
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, **({} if attention is None else {"attn_implementation": attention})).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():  # as in tiny_models: attention far from uniform
             if weight.ndim > 1 and "embed" not in name and "wte" not in name:
@@ -103,10 +103,11 @@ def _refused(model_type: str) -> bool:
 def why_not_built(model_type: str) -> str | None:
     """What keeps these tests from trying a type on the installed release."""
     since, reason = TRIED_SINCE.get(model_type, ("0", ""))
-    return reason if _release(transformers.__version__) < _release(since) else NOT_BUILT.get(model_type)
+    return reason if release(transformers.__version__) < release(since) else NOT_BUILT.get(model_type)
 
 
-def _release(version: str) -> list[int]:
+def release(version: str) -> list[int]:
+    """Major and minor, to compare."""
     return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 

@@ -32,7 +32,6 @@ _CONFIGS = {
     "gpt2": _GPT2_SIZE,
     "gpt_neox": {**_SIZE, "num_key_value_heads": 4},
 }
-FAMILIES = [(family, attention) for family in _CONFIGS for attention in ("eager", "sdpa")]
 
 
 def build(family: str, attention: str = "sdpa", **changes):

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from ..errors import UnsupportedModelError
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
 
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks each.
 _REFUSED_TYPES = {
@@ -30,8 +31,8 @@ def attention_modules(model) -> dict[int, torch.nn.Module]:
     found = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if isinstance(index, int) and code is not None and _REGISTRY in code.co_names and not getattr(module, "is_cross_attention", False):
+        own = isinstance(index, int) and _REGISTRY in _names_in_forward(module)
+        if own and not getattr(module, "is_cross_attention", False):
             found.setdefault(index, module)  # self-attention stands before cross-attention
     return found
 
@@ -58,9 +59,19 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
     if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
-    if own := _own_caches(decoder_of(model)):
+    decoder = decoder_of(model)
+    if own := _own_caches(decoder):
         raise UnsupportedModelError(f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it")
+    if any(_MASK_MAKER in _names_in_forward(module) for module in model.modules() if decoder in module.children()):
+        raise UnsupportedModelError(
+            f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its text model alone"
+        )
     _check_layers(model, name)
+
+
+def _names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return () if code is None else code.co_names
 
 
 def _own_caches(decoder: torch.nn.Module) -> list[str]:

@@ -128,6 +128,7 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
         holds = getattr(action, "holds", False)
         if action is not None and (forward.prefill or holds):
             check_call(module, implementation, kwargs)
+            forward.cache.note_peak()
             act = action if forward.prefill else action.hold
             act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
     return out
