@@ -194,7 +194,7 @@ def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(
             longer = []
             for score, text in beams:
                 n_more = text.shape[1] - N_PROMPT
-                logits = feed(model, text, [n_more], copy.deepcopy(prompt), start=N_PROMPT)[:, -1] if n_more else first
+                logits = feed(model, text, [1] * n_more, copy.deepcopy(prompt), start=N_PROMPT)[:, -1] if n_more else first
                 chances = torch.log_softmax(logits[0].double(), -1)
                 chances[2] = -torch.inf
                 best = chances.topk(n_beam)
