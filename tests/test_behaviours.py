@@ -243,6 +243,7 @@ def test_only_later_tokens_are_cropped_and_a_reset_cache_is_new(model):
         cache.crop(-6)
         assert torch.equal(feed(model, tokens, [6], cache, start=N_PROMPT), wanted)
         cache.reset()
+        assert cache.report()["peak_bytes"] == cache.held_bytes == 0
         feed(model, tokens, [N_PROMPT], cache)
         assert torch.equal(feed(model, tokens, [6], cache, start=N_PROMPT), wanted)
 

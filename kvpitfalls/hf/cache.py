@@ -81,6 +81,11 @@ class KeptCache(DynamicCache):
             layer.check_crop(*args, **kwargs)
         super().crop(*args, **kwargs)
 
+    def reset(self) -> None:
+        """Empty every layer; the next prompt is compressed again."""
+        super().reset()
+        self.spans, self.valid, self.peak_bytes = [], None, 0
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
         super().batch_repeat_interleave(repeats)

@@ -173,7 +173,8 @@ def _generating():
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers.generation"):
             given = frame.f_locals  # of no other frame: asking makes a frame hold on to all its variables
-            yield given["generation_config"], given.get("assistant_model")
+            if (config := given.get("generation_config")) is not None:
+                yield config, given.get("assistant_model")
         frame = frame.f_back
 
 
