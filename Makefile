@@ -20,7 +20,8 @@ test: $(VENV)/model
 
 # The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
-MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py
+MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py \
+  tests/test_behaviours.py tests/test_models.py
 
 .SECONDARY: $(MATRIX:%=build/matrix/%/installed)
 test-matrix: $(MATRIX:%=test-transformers-%)

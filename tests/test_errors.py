@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, feed, ids
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, DynamicCache, StaticCache
 
 import kvpitfalls as kvp
 from kvpitfalls import ops
 from kvpitfalls.fairness import Fair
+from kvpitfalls.hf.coverage import check_call
+from kvpitfalls.hf.masks import physical_mask
 
 KEYS = np.random.default_rng(0).standard_normal((1, 2, 20, 8), dtype=np.float32)
 QUERIES = np.random.default_rng(1).standard_normal((1, 4, 20, 8), dtype=np.float32)
@@ -239,6 +241,29 @@ def test_caches_and_modes_are_refused(llama):
         with pytest.raises(ValueError, match="prompt has shape"):
             handle.compress(torch.rand(1, 5))
     assert torch.equal(unchanged(llama), plain)
+
+
+def test_attention_that_a_compressed_cache_does_not_fit_is_refused(llama):
+    """Paged, indexed and flex attention, at the places where they would be met: this machine need not have them."""
+    attention = llama.model.layers[0].self_attn
+    with pytest.raises(kvp.UnsupportedModelError, match=r"LlamaAttention \(layer 0\) runs under continuous batching \(paged\|sdpa\)"):
+        check_call(attention, "paged|sdpa", {})
+    with pytest.raises(kvp.UnsupportedModelError, match="passes 'indices' to its attention"):
+        check_call(attention, "sdpa", {"indices": torch.zeros(1)})
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        slots = handle.compress(ids()).kept_layers[0].slots
+    with pytest.raises(kvp.UnsupportedModelError, match=r"'flex_attention' .* not supported on a compressed cache; expected .*'sdpa'"):
+        physical_mask(slots, None, torch.zeros(2, 4, 1, 16), "flex_attention")
+
+    class QuantizedCache(Cache):
+        def __init__(self):
+            super().__init__(layers=[])
+
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="past_key_values is a QuantizedCa"),
+    ):
+        llama(ids(), past_key_values=QuantizedCache())
 
 
 def test_protection_that_does_not_fit_leaves_the_model_usable(llama):

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from model_sweep import build as build_type
 from model_sweep import not_refused
 from tiny_models import build, feed, ids
 from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
 
 import kvpitfalls as kvp
 from kvpitfalls.policies import base
@@ -77,22 +80,40 @@ def test_fair_quotas_hold_at_every_step(model):
     for policy in POLICIES:
         with kvp.wrap(model, WINDOW.get(policy, policy), budget=budget, fair=True, when="always") as handle:
             cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
+            counts = (*quotas(budget, lengths, lengths, [0, 0]), 0)
             for seen, positions in steps(model, cache, tokens, N_PROMPT, [1] * 46):
-                shares = [budget * n / seen for n in (*lengths, seen - N_PROMPT)]
+                now = [*counts[:2], counts[2] + 1]
+                counts = quotas(budget, [*lengths, seen - N_PROMPT], now, [0, 0, 1])
                 for pos in positions:
-                    counts = [((pos >= begin) & (pos < end)).sum(-1) for begin, end in ((0, 6), (6, 14), (14, seen))]
-                    assert (sum(counts) == budget).all()
-                    # the exact share rounded, or one less where a token that rounding would give back is gone already
-                    assert all((abs(c - share) < 2).all() for c, share in zip(counts, shares, strict=True)), (policy, seen)
-                    assert (counts[2] >= 1).all()
+                    held = [((pos >= begin) & (pos < end)).sum(-1) for begin, end in ((0, 6), (6, 14), (14, seen))]
+                    assert all((n == wanted).all() for n, wanted in zip(held, counts, strict=True)), (policy, seen)
 
 
-def reference(model, policy, tokens, budget):
+def quotas(total, ever, now, floors):
+    """The budget in proportion to the tokens that each segment ever had, none above what it has now: every way to clip is tried."""
+    for clipped in itertools.product(("low", "free", "high"), repeat=len(ever)):
+        fixed = {j: floors[j] if how == "low" else now[j] for j, how in enumerate(clipped) if how != "free"}
+        free = sum(n for j, n in enumerate(ever) if j not in fixed)
+        rate = Fraction(total - sum(fixed.values()), free) if free else None
+        if rate is None or any(
+            rate * n > floors[j] if how == "low" else rate * n < now[j] if how == "high" else not floors[j] <= rate * n <= now[j]
+            for j, (n, how) in enumerate(zip(ever, clipped, strict=True))
+        ):
+            continue
+        shares = [Fraction(fixed.get(j, rate * n)) for j, n in enumerate(ever)]
+        rounded = [int(share) for share in shares]
+        for j in sorted(range(len(ever)), key=lambda j: (rounded[j] - shares[j], -j))[: total - sum(rounded)]:
+            rounded[j] += 1
+        return rounded
+    raise AssertionError(f"no quotas of {total} for {ever}, of which {now} are there")
+
+
+def reference(model, policy, tokens, budget, monkeypatch):
     """Feed an unwrapped model one token at a time; its full cache is masked, per head, by what is held; the held set is worked out from
-    the attention weights that the eager model returns."""
+    the attention weights that the eager model returns, and from its keys and queries."""
     n_layer, n_head = model.config.num_hidden_layers, model.config.num_key_value_heads
     held = [[list(range(N_PROMPT)) for _ in range(n_head)] for _ in range(n_layer)]
-    sums = None
+    sums, queries = None, _record_queries(monkeypatch, n_layer)
     cache, logits = DynamicCache(config=model.config), []
     chunks = [N_PROMPT, *[1] * N_STEP]
     seen = 0
@@ -106,13 +127,30 @@ def reference(model, policy, tokens, budget):
         received = [a[0].unflatten(0, (n_head, -1)).mean(1).sum(1) for a in out.attentions]  # (H, seen) each
         sums = received if sums is None else [torch.nn.functional.pad(s, (0, n)) + r for s, r in zip(sums, received, strict=True)]
         for i, rows in enumerate(held):
+            asked = torch.cat(queries[i], 1).unflatten(0, (n_head, -1))  # (H, G, seen, D)
             for h in range(n_head):
                 if seen > N_PROMPT:
                     rows[h].append(seen - 1)
                 if len(rows[h]) > budget and seen > N_PROMPT:
-                    score = _score(policy, rows[h], sums[i][h], out.attentions[i][0, :, -1].mean(0), seen)
+                    if policy in ("snapkv", "knorm"):
+                        score = _score_of_vectors(policy, rows[h], cache.layers[i].keys[0, h], asked[h])
+                    else:
+                        score = _score(policy, rows[h], sums[i][h], out.attentions[i][0, :, -1].mean(0), seen)
                     rows[h] = sorted(sorted(rows[h], key=lambda t: (-score[t], t))[:budget])
     return torch.cat(logits, 1), held
+
+
+def _record_queries(monkeypatch, n_layer):
+    """Per layer, the queries (Hq, q, D) of each forward of an eager Llama."""
+    found = [[] for _ in range(n_layer)]
+    eager = modeling_llama.eager_attention_forward
+
+    def recorded(module, query, *args, **kwargs):
+        found[module.layer_idx].append(query[0])
+        return eager(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", recorded)
+    return found
 
 
 def _score(policy, row, sums, last, seen):
@@ -121,6 +159,21 @@ def _score(policy, row, sums, last, seen):
     if policy == "tova":
         return {t: 2.0 if t == seen - 1 else float(last[t]) for t in row}
     return {t: 1e6 - t if i < 4 else t for i, t in enumerate(row)}
+
+
+def _score_of_vectors(policy, row, keys, queries):
+    """K-norm, and SnapKV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
+    keys = keys[row].double()
+    if policy == "knorm":
+        return dict(zip(row, (-keys.norm(dim=-1)).tolist(), strict=True))
+    old, window = row[:-4], row[-4:]
+    votes = torch.zeros(len(old) + 2, dtype=torch.float64)  # a zero at either end
+    for j in range(4):
+        visible = keys[: len(old) + j + 1]
+        for query in queries[:, window[j]].double():
+            votes[1:-1] += torch.softmax(visible @ query / len(query) ** 0.5, 0)[: len(old)]
+    pooled = (votes[:-2] + votes[1:-1] + votes[2:]) / 3 / (4 * len(queries))
+    return dict(zip(row, [*pooled.tolist(), 2, 3, 4, 5], strict=True))
 
 
 class _Masked:
@@ -145,17 +198,18 @@ class _Masked:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", ["h2o", "tova", "streaming_llm"])
-def test_who_is_kept_and_that_the_rest_is_all_that_is_missing(policy):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_is_kept_and_that_the_rest_is_all_that_is_missing(policy, monkeypatch):
     model, tokens = build("llama", "eager"), ids(1, N_PROMPT + N_STEP)
-    wanted, rows = reference(model, policy, tokens, BUDGET)
-    with kvp.wrap(model, policy, budget=BUDGET, when="decode") as handle:
+    with monkeypatch.context() as patched:
+        wanted, rows = reference(model, policy, tokens, BUDGET, patched)
+    with kvp.wrap(model, WINDOW.get(policy, policy), budget=BUDGET, when="decode") as handle:
         cache = handle.new_cache()
         logits = feed(model, tokens, [N_PROMPT, *[1] * N_STEP], cache)
     for layer, row in zip(cache.kept_layers, rows, strict=True):
         assert layer.pos[0].tolist() == row
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
-    if policy == "tova":
+    if policy in ("tova", "knorm"):
         assert any((layer.pos[0, 0] >= N_PROMPT).any() and (layer.pos[0, 0] < N_PROMPT).any() for layer in cache.kept_layers)
 
 
@@ -200,6 +254,8 @@ def test_beams_copies_and_reports(model):
         twice.batch_repeat_interleave(2)
         both = feed(model, longer.expand(2, -1), [1, 3], twice, start=N_PROMPT)
         torch.testing.assert_close(both, one.expand_as(both), rtol=0, atol=1e-5)
+        report = twice.report()
+        assert {row["n_slots"] for row in report["layers"]} == {BUDGET} and report["bytes_after"] == twice.held_bytes
         of_prompt = twice.positions(twice.kept_layers[0].index)
         pos = twice.kept_layers[0].pos
         assert (of_prompt >= 0).sum() == (pos < N_PROMPT).sum()

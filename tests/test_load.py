@@ -25,6 +25,15 @@ def test_a_converted_file_is_the_same_model(smollm2):
     assert not smollm2[0].training
 
 
+def test_a_converted_tokenizer_is_the_same_tokenizer(smollm2):
+    path, text = loading._packaged_gguf(), "The capital  of France\nis Paris; <|im_start|>naïve\t12345"
+    direct = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    chat = [{"role": "user", "content": text}]
+    assert smollm2[1](text).keys() == direct(text).keys() and smollm2[1](text)["input_ids"] == direct(text)["input_ids"]
+    assert smollm2[1].decode(direct(text)["input_ids"]) == direct.decode(direct(text)["input_ids"])
+    assert smollm2[1].apply_chat_template(chat, tokenize=False) == direct.apply_chat_template(chat, tokenize=False)
+
+
 def test_generation_stops_where_the_tokenizer_says(smollm2):
     model, tokenizer = smollm2
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -28,6 +28,7 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _SHARED_TAIL = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_SMALL_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _OMIT = object()  # leave the default
 # What a type's own rules need instead.
 _CHANGES = {
@@ -38,9 +39,12 @@ _CHANGES = {
     "gemma4_text": {**_SHARED_TAIL, "per_layer_config": {}},
     "gemma4_unified_text": {**_SHARED_TAIL, "per_layer_config": {}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    # releases after 5.5 translate the names; the default state sizes take 17 GB where there is no kernel for them
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_SMALL_MAMBA},
     "inkling2_text": {"layer_types": _OMIT},
     "inkling_text": {"layer_types": _OMIT},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8},

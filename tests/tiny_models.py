@@ -32,7 +32,6 @@ _CONFIGS = {
     "gpt2": _GPT2_SIZE,
     "gpt_neox": {**_SIZE, "num_key_value_heads": 4},
 }
-FAMILIES = [(family, attention) for family in _CONFIGS for attention in ("eager", "sdpa")]
 
 
 def build(family: str, attention: str = "sdpa", **changes):
@@ -57,10 +56,12 @@ def feed(model, tokens, chunks, cache, mask=None, start=0):
     """Logits of the tokens, fed in chunks after ``start`` that the cache has seen; positions as ``generate`` would give them."""
     mask = torch.ones_like(tokens) if mask is None else mask
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    takes = inspect.signature(model.forward).parameters  # on transformers 4 some count for themselves, such as BART
+    counts = "position_ids" not in takes and all(p.kind is not p.VAR_KEYWORD for p in takes.values())
     out = []
     for n in chunks:
         new = slice(start, start + n)
-        call = {"attention_mask": mask[:, : start + n], "position_ids": positions[:, new]}
+        call = {"attention_mask": mask[:, : start + n]} | ({} if counts else {"position_ids": positions[:, new]})
         out.append(model(tokens[:, new], past_key_values=cache, use_cache=True, **call).logits)
         start += n
     return torch.cat(out, 1)
@@ -97,7 +98,7 @@ class masked_like:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
-        cache = bound.get("past_key_values") if bound.get("past_key_values") is not None else bound.get("layer_past")
+        cache = next(c for name in ("past_key_values", "past_key_value", "layer_past") if (c := bound.get(name)) is not None)
         n_row, n_new = hidden.shape[:2]
         n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
         if n_past < self.n_prompt:

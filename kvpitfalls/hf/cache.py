@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import NotInterceptedError
 from .kept_layer import KeptLayer
 
 
@@ -29,6 +30,7 @@ class KeptCache(DynamicCache):
     fingerprint: str | None = None  # of the model that filled it
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
+    peak_bytes = 0  # the most that note_peak saw
 
     def __init__(self, config=None, action=None):
         super().__init__(config=config)
@@ -39,8 +41,17 @@ class KeptCache(DynamicCache):
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid, self.fingerprint = action, [], None, None
+        self.action, self.spans, self.valid, self.fingerprint, self.peak_bytes = action, [], None, None, 0
         return self
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the keys and values that the compressed layers hold now."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kept_layers if layer.is_initialized)
+
+    def note_peak(self) -> None:
+        """Called before each eviction: nothing but an eviction makes a cache smaller."""
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, all at once or not at all; :func:`kvpitfalls.load_cache` reads it.
@@ -61,6 +72,7 @@ class KeptCache(DynamicCache):
         first.layers = [_join_layers([cache.layers[i] for cache in caches]) for i in range(len(first.layers))]
         first.spans = [row for cache in caches for row in cache.spans]
         first.valid = [row for cache in caches for row in cache.valid]
+        first.peak_bytes = 0
         return first
 
     def crop(self, *args, **kwargs) -> None:
@@ -68,6 +80,11 @@ class KeptCache(DynamicCache):
         for layer in self.kept_layers:
             layer.check_crop(*args, **kwargs)
         super().crop(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Empty every layer; the next prompt is compressed again."""
+        super().reset()
+        self.spans, self.valid, self.peak_bytes = [], None, 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
@@ -125,12 +142,23 @@ class KeptCache(DynamicCache):
         Returns
         -------
         dict
-            ``n_tokens`` (prompt length), ``layers`` (list of dict: index, kept tokens per row and head, bytes before and after),
-            ``not_compressed`` (index -> why, for the layers left as they are), ``bytes_before``, ``bytes_after``, ``kept_share`` (rows
-            held over rows seen), ``spans`` (name -> mean kept share; row 0).
+            ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and head, ``n_slots``
+            held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is now), ``not_compressed``
+            (index -> why, for the layers left as they are), ``bytes_before``, ``bytes_after`` and ``peak_bytes`` (over the compressed
+            layers; the peak is the most that their keys and values took at once: during a prefill the layers compressed so far and one
+            whole one; activations and weights are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans``
+            (name -> mean kept share; row 0).
+
+        Raises
+        ------
+        NotInterceptedError
+            If a layer holds more of a prompt than its budget: the compression did not happen.
         """
-        rows = [_layer_report(layer) for layer in self.kept_layers if layer.seen]
-        held = [(layer.kept_counts, layer.prompt_shape) for layer in self.kept_layers if layer.kept_counts is not None]
+        seen = [layer for layer in self.kept_layers if layer.seen]
+        counts = [_kept_counts(layer, self.valid) for layer in seen]
+        self._check_counts(seen, counts)
+        rows = [_layer_report(layer, kept) for layer, kept in zip(seen, counts, strict=True)]
+        held = [(layer.kept_counts, layer.prompt_shape) for layer in seen if layer.kept_counts is not None]
         real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
         return {
             "n_tokens": self.get_seq_length() if not held else held[0][1][2],
@@ -138,9 +166,22 @@ class KeptCache(DynamicCache):
             "not_compressed": {i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)},
             "bytes_before": sum(row["bytes_before"] for row in rows),
             "bytes_after": sum(row["bytes_after"] for row in rows),
+            "peak_bytes": max(self.peak_bytes, self.held_bytes),
             "kept_share": float(sum(c.sum() for c, _ in held) / sum(real)) if held else 1.0,
             "spans": {name: float(self.kept(name).mean()) for name in (self.spans[0] if self.spans and rows else {})},
         }
+
+    def _check_counts(self, layers: list[KeptLayer], counts: list[np.ndarray]) -> None:
+        limit = getattr(self.action, "limit", None)
+        for layer, kept in zip(layers, counts, strict=True):
+            if limit is None or self.action.waits(layer):
+                continue
+            for row, (begin, end) in enumerate(self.valid):
+                if (most := int(kept[row].max())) > limit(end - begin):
+                    raise NotInterceptedError(
+                        f"layer {layer.index} holds {most} tokens of row {row}'s prompt; expected at most {limit(end - begin)}: it was not "
+                        "compressed"
+                    )
 
 
 def why_not_compressed(layer) -> str:
@@ -174,12 +215,20 @@ def _join_layers(layers: list):
     return joined
 
 
-def _layer_report(layer: KeptLayer) -> dict:
+def _kept_counts(layer: KeptLayer, valid) -> np.ndarray:
+    """Tokens of the prompt that each row and head holds, (B, H)."""
+    if layer.kept_counts is not None:
+        return layer.kept_counts
+    whole = [end - begin for begin, end in valid] if valid else [layer.seen] * len(layer.keys)
+    return np.broadcast_to(np.array(whole)[:, None], layer.keys.shape[:2])
+
+
+def _layer_report(layer: KeptLayer, kept: np.ndarray) -> dict:
     after = layer.keys.nbytes + layer.values.nbytes
-    counts = layer.kept_counts if layer.kept_counts is not None else np.full(layer.keys.shape[:2], layer.seen)
     return {
         "index": layer.index,
-        "kept": counts.tolist(),
+        "kept": kept.tolist(),
+        "n_slots": layer.keys.shape[2],
         "bytes_before": layer.bytes_before or after,
         "bytes_after": after,
     }

@@ -16,6 +16,7 @@ from .kept_layer import KeptLayer
 
 FORMAT, VERSION = "kvpitfalls.cache", 1
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at
+_CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tensors"}
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -44,7 +45,14 @@ def save_cache(cache: KeptCache, path) -> None:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no policy")
     tensors: dict[str, torch.Tensor] = {}
     layers = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(cache.layers)]
-    about = {"fingerprint": cache.fingerprint, "layers": layers, "spans": list(map(dict, cache.spans)), "valid": cache.valid}
+    about = {
+        "fingerprint": cache.fingerprint,
+        "layers": layers,
+        "spans": list(map(dict, cache.spans)),
+        "valid": cache.valid,
+        "peak_bytes": cache.peak_bytes,
+        "tensors": sorted(tensors),
+    }
     metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -106,7 +114,7 @@ def load_cache(path, model) -> KeptCache:
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         there = next(attention[i].parameters()).device if i in attention else device
         _put_together(layer, parts["plain"], {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}, there)
-    cache.fingerprint = about["fingerprint"]
+    cache.fingerprint, cache.peak_bytes = about["fingerprint"], about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
     return cache
@@ -123,9 +131,17 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is broken, or not a safetensors file ({error}); expected a cache saved by KeptCache.save") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a cache of this package; expected a file saved by KeptCache.save")
-    if int(metadata["version"]) > VERSION:
-        raise ValueError(f"{path} has version {metadata['version']}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
-    return json.loads(metadata["about"]), tensors
+    version = metadata.get("version", "")
+    if version.isdecimal() and int(version) > VERSION:
+        raise ValueError(f"{path} has version {version}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
+    try:
+        about = json.loads(metadata["about"])
+        whole = version.isdecimal() and set(about) == _CONTENT and about["tensors"] == sorted(tensors)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save") from error
+    if not whole:
+        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
+    return about, tensors
 
 
 def _put_together(layer, plain: dict, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

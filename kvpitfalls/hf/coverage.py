@@ -5,15 +5,15 @@ import sys
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..errors import UnsupportedModelError
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
 
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks each.
 _REFUSED_TYPES = {
-    "minimax": "it insists on a cache class of its own",
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
@@ -31,8 +31,8 @@ def attention_modules(model) -> dict[int, torch.nn.Module]:
     found = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if isinstance(index, int) and code is not None and _REGISTRY in code.co_names and not getattr(module, "is_cross_attention", False):
+        own = isinstance(index, int) and _REGISTRY in _names_in_forward(module)
+        if own and not getattr(module, "is_cross_attention", False):
             found.setdefault(index, module)  # self-attention stands before cross-attention
     return found
 
@@ -59,7 +59,33 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
     if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
+    decoder = decoder_of(model)
+    if own := _own_caches(decoder):
+        raise UnsupportedModelError(f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it")
+    if any(_MASK_MAKER in _names_in_forward(module) for module in model.modules() if decoder in module.children()):
+        raise UnsupportedModelError(
+            f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its text model alone"
+        )
     _check_layers(model, name)
+
+
+def _names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _own_caches(decoder: torch.nn.Module) -> list[str]:
+    """Names of the cache classes that the decoder's modeling file defines: hybrid models had them before transformers 5.5."""
+    namespace = inspect.unwrap(type(decoder).forward).__globals__
+    return [
+        name
+        for name, known in namespace.items()
+        if isinstance(known, type)
+        and known.__module__ == namespace["__name__"]
+        and name.endswith("Cache")
+        and hasattr(known, "get_seq_length")  # convolution states have none
+        and not issubclass(known, CacheLayerMixin)
+    ]
 
 
 def _check_layers(model, name: str) -> None:
@@ -107,29 +133,48 @@ def check_cache(cache) -> None:
         )
 
 
-def check_mode(n_seen: int) -> None:
+def check_mode(n_seen: int, n_new: int, n_masked: int | None) -> None:
     """Raise if ``generate`` feeds a compressed cache in a way that shows eviction less, or more, than the prompt.
 
-    It tells its forward nothing about its mode, and the shapes are those of any other; so the calls above this one are looked at.
+    It tells its forward nothing about its mode, and the shapes are those of any other; so the calls of ``generate`` above this one are
+    looked at: its public arguments, and what :meth:`transformers.GenerationConfig.get_generation_mode` makes of them.
+
+    Parameters
+    ----------
+    n_seen, n_new : int
+        Tokens in the cache, and in this forward.
+    n_masked : int, or None
+        Columns of the attention mask, if there is one.
     """
+    short = n_masked is not None and n_masked < n_seen + n_new
+    for config, assistant in _generating():
+        chunk = getattr(config, "prefill_chunk_size", None)
+        if chunk is not None and (n_seen == 0 or short):
+            raise UnsupportedModelError(
+                "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
+                "cache made by handle.compress"
+                if n_seen == 0
+                else "generate runs with prefill_chunk_size on a cache that holds a prompt, where this release of transformers gives its "
+                f"forward the mask of the chunk alone ({n_masked} columns for {n_seen + n_new} tokens); expected none"
+            )
+        if config.get_generation_mode(assistant) == "assisted_generation":
+            raise UnsupportedModelError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
+                "what eviction saw; expected plain generation"
+            )
+        # transformers 5.23 leaves out a mask that hides nothing, and remembers its width
+        if (getattr(config, "_mask_length", None) if n_masked is None else n_masked) == n_new == n_seen:
+            raise ValueError(f"generate was given {n_seen} tokens, all of which the cache has seen; expected at least one more")
+
+
+def _generating():
+    """Of each call of ``generate`` that this one is in, innermost first: its generation config and its assistant."""
     frame = inspect.currentframe()
     while frame is not None:
-        name = frame.f_code.co_name
-        if frame.f_globals.get("__name__", "").startswith("transformers.generation"):
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers.generation"):
             given = frame.f_locals  # of no other frame: asking makes a frame hold on to all its variables
-            chunk = getattr(given.get("generation_config"), "prefill_chunk_size", None)
-            if name in ("_prefill", "_prefill_chunking") and chunk is not None and n_seen == 0:
-                raise UnsupportedModelError(
-                    "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
-                    "cache made by handle.compress"
-                )
-            if name == "_prefill" and n_seen and given.get("next_sequence_length") == 0:
-                raise ValueError(f"generate was given {n_seen} tokens, all of which the cache has seen; expected at least one more")
-            if name == "_assisted_decoding":
-                raise UnsupportedModelError(
-                    "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
-                    "what eviction saw; expected plain generation"
-                )
+            if (config := given.get("generation_config")) is not None:
+                yield config, given.get("assistant_model")
         frame = frame.f_back
 
 

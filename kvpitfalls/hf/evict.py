@@ -36,6 +36,14 @@ class Evict:
         """False if everything is kept."""
         return self.compression_ratio != 0
 
+    def limit(self, n_token: int) -> int:
+        """How much of a prompt of ``n_token`` real tokens a row may hold."""
+        return kept_tokens(n_token, self.compression_ratio, self.budget)
+
+    def waits(self, layer: KeptLayer) -> bool:
+        """Whether it is not ``layer``'s turn yet, though it has seen a prompt."""
+        return False
+
     def layout(self, n_row: int, n_token: int, valid) -> Layout:
         """What stands where in the prompts."""
         key = (n_row, n_token, tuple(valid))
@@ -47,7 +55,7 @@ class Evict:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
         layout = self.layout(n_row, n_token, valid)
         for b, (begin, end) in enumerate(valid):
-            if len(layout.protected[b]) > (n_kept := kept_tokens(end - begin, self.compression_ratio, self.budget)):
+            if len(layout.protected[b]) > (n_kept := self.limit(end - begin)):
                 raise ValueError(
                     f"the budget of row {b} is {n_kept} tokens, but {len(layout.protected[b])} are protected; expected at least that"
                 )
@@ -57,7 +65,7 @@ class Evict:
     def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         lengths = [end - begin for begin, end in call.valid]
-        if all(kept_tokens(n, self.compression_ratio, self.budget) == n for n in lengths):
+        if all(self.limit(n) == n for n in lengths):
             return
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)

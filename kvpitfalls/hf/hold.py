@@ -86,6 +86,10 @@ class Hold(Evict):
         """Budget of a row whose prompt has ``n_token`` real tokens."""
         return self.budget if self.budget is not None else kept_tokens(n_token, self.compression_ratio)
 
+    def waits(self, layer: KeptLayer) -> bool:
+        """True for when="decode" until a later forward."""
+        return self.when == "decode" and layer.seen == layer.prompt_shape[2]
+
     def spans_of(self, n_row: int, n_token: int, valid) -> list:
         """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has one."""
         if any(end != n_token for _, end in valid):

@@ -128,6 +128,7 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
         holds = getattr(action, "holds", False)
         if action is not None and (forward.prefill or holds):
             check_call(module, implementation, kwargs)
+            forward.cache.note_peak()
             act = action if forward.prefill else action.hold
             act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
     return out
@@ -233,7 +234,7 @@ def _begin(cache: KeptCache, bound: dict) -> Forward:
     mask = bound.get("attention_mask")
     acts = getattr(cache.action, "evicts", False) or getattr(cache.action, "holds", False)
     if n_new > 1 and (acts or any(layer.pos is not None for layer in cache.kept_layers)):
-        check_mode(seen)
+        check_mode(seen, n_new, mask.shape[-1] if isinstance(mask, torch.Tensor) else None)
     if seen:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
             raise ValueError(

