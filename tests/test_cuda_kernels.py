@@ -164,7 +164,7 @@ def test_positions_out_of_range_give_zeros():
 
 @pytest.mark.parametrize(("n_token", "n_head", "n_repeat"), [(1280, 8, 3000), (1280, 7, 1500), (4096, 8, 1000), (1000, 8, 1000)])
 def test_the_same_bits_thousands_of_times(n_token, n_head, n_repeat):
-    """A race between the copy engine and ordinary reads shows in one of a thousand launches, where a block takes a short unit and then another."""
+    """Reads that race with the copy engine show in one of a thousand launches, where a block takes a short unit and then another."""
     keys, queries = tensors(1, n_head, 4, n_token, 128)
     first = attend(keys, queries, [whole(n_token)])
     differing = torch.zeros((), dtype=torch.int64, device="cuda")

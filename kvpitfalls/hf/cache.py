@@ -118,8 +118,8 @@ class KeptCache(DynamicCache):
             raise ValueError(f"layer {layer} is a {type(of_layer).__name__}, which is not compressed")
         if not of_layer.seen:
             raise ValueError("the cache is empty; expected one that has seen a prompt")
-        if of_layer.kept_positions is not None:
-            return of_layer.kept_positions
+        if (kept := of_layer.kept_positions) is not None:
+            return kept
         whole = np.arange(of_layer.seen, dtype=np.int32)
         return np.broadcast_to(whole, (*of_layer.keys.shape[:2], of_layer.seen))
 
@@ -158,7 +158,7 @@ class KeptCache(DynamicCache):
         counts = [_kept_counts(layer, self.valid) for layer in seen]
         self._check_counts(seen, counts)
         rows = [_layer_report(layer, kept) for layer, kept in zip(seen, counts, strict=True)]
-        held = [(layer.kept_counts, layer.prompt_shape) for layer in seen if layer.kept_counts is not None]
+        held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.pos is not None]
         real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
         return {
             "n_tokens": self.get_seq_length() if not held else held[0][1][2],
@@ -207,9 +207,6 @@ def _join_layers(layers: list):
         joined.pos = torch.cat([layer.pos for layer in layers])
         if any(layer.live is not None for layer in layers):
             joined.live = torch.cat([torch.ones_like(x.pos, dtype=torch.bool) if x.live is None else x.live for x in layers])
-        joined.kept_positions, joined.kept_counts = (
-            np.concatenate([getattr(x, n) for x in layers]) for n in ("kept_positions", "kept_counts")
-        )
         joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
         joined.bytes_before = sum(layer.bytes_before for layer in layers)
     return joined
@@ -217,8 +214,8 @@ def _join_layers(layers: list):
 
 def _kept_counts(layer: KeptLayer, valid) -> np.ndarray:
     """Tokens of the prompt that each row and head holds, (B, H)."""
-    if layer.kept_counts is not None:
-        return layer.kept_counts
+    if (kept := layer.kept_counts) is not None:
+        return kept
     whole = [end - begin for begin, end in valid] if valid else [layer.seen] * len(layer.keys)
     return np.broadcast_to(np.array(whole)[:, None], layer.keys.shape[:2])
 

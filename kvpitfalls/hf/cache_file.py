@@ -153,8 +153,6 @@ def _put_together(layer, plain: dict, tensors: dict[str, torch.Tensor], device: 
         field, _, key = name.partition(".")
         if key:
             getattr(layer, field)[int(key) if key.isdigit() else key] = value.to(device)
-        elif field in ("kept_positions", "kept_counts"):  # on the CPU, as numbers to report
-            setattr(layer, field, value.numpy())
         else:
             setattr(layer, field, value.to(device))
     if isinstance(getattr(layer, "keys", None), torch.Tensor):

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .. import ops
 from ..budget import kept_tokens
 from ..fairness import Fair, Layout
 from ..policies import Policy
-from ..selection import choose, rank
+from ..selection import Kept, choose, rank
 from .intercept import AttentionCall
 from .kept_layer import KeptLayer
 
@@ -71,5 +73,12 @@ class Evict:
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)
         kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
-        positions, counts = kept.positions.expand(-1, n_head, -1).contiguous(), kept.counts.expand(-1, n_head).contiguous()
-        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, counts)
+        positions = kept.positions.expand(-1, n_head, -1).contiguous()
+        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, _fills(kept, call.valid))
+
+
+def _fills(kept: Kept, valid) -> bool:
+    """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is still at work."""
+    begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))
+    there = (np.minimum(kept.segments[:, 1:], end) - np.maximum(kept.segments[:, :-1], begin)).clip(0)
+    return bool((np.minimum(kept.quotas, there[:, None]).sum(-1) == kept.positions.shape[-1]).all())

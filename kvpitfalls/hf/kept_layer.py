@@ -48,7 +48,6 @@ class KeptLayer(DynamicLayer):
     def _forget(self) -> None:
         self.seen = 0
         self.pos = self.live = None
-        self.kept_positions = self.kept_counts = None  # what eviction left of the prompt, int32 (B,H,K) and (B,H), on the CPU
         self.prompt_shape = None  # (B, H, T) when the prompt was evicted
         self.bytes_before = 0
         self.shared = False
@@ -84,14 +83,34 @@ class KeptLayer(DynamicLayer):
         """What stands where; None if nothing was evicted."""
         return None if self.pos is None else Slots(self.pos, self.live, self.seen)
 
-    def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
-        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K."""
+    @property
+    def kept_positions(self) -> np.ndarray | None:
+        """What eviction left of the prompt: int32 (B,H,K), ascending, -1 where a row holds fewer than K. None if nothing was evicted.
+
+        Asked of the slots when it is wanted, since a GPU has to be waited for.
+        """
+        if self.pos is None:
+            return None
+        mine, n_prompt = self._of_prompt(), self.prompt_shape[2]
+        ordered = torch.where(mine, self.pos, n_prompt).sort(-1).values[..., : int(mine.sum(-1).max())]
+        return ordered.masked_fill(ordered == n_prompt, -1).int().cpu().numpy()
+
+    @property
+    def kept_counts(self) -> np.ndarray | None:
+        """How many tokens of the prompt are left, (B,H). None if nothing was evicted."""
+        return None if self.pos is None else self._of_prompt().sum(-1).int().cpu().numpy()
+
+    def _of_prompt(self) -> torch.Tensor:
+        mine = self.pos < self.prompt_shape[2]
+        return mine if self.live is None else mine & self.live
+
+    def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, full: bool) -> None:
+        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if ``full``."""
         self.bytes_before = self.keys.nbytes + self.values.nbytes
         self.prompt_shape = tuple(self.keys.shape[:3])
         self.keys, self.values = keys, values
         self.pos = positions.long().clamp(min=0).to(keys.device)
-        self.live = None if bool((counts == positions.shape[-1]).all()) else (positions >= 0).to(keys.device)
-        self.kept_positions, self.kept_counts = positions.cpu().numpy(), counts.cpu().numpy()
+        self.live = None if full else (positions >= 0).to(keys.device)
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
@@ -101,7 +120,6 @@ class KeptLayer(DynamicLayer):
         self.pos = pos.gather(2, positions)
         empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
         self.live = None if not bool(front.any()) else ~empty[:, None].expand_as(self.pos)
-        self.kept_positions, self.kept_counts = _prompt_positions(self.pos, self.live, self.prompt_shape[2])
 
     def get_seq_length(self, *args) -> int:
         """The logical length."""
@@ -173,15 +191,5 @@ class KeptLayer(DynamicLayer):
         if self.held is not None:
             self.held = self.held.map_rows(rows)
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
-        if self.kept_positions is not None:
-            self.kept_positions = rows(torch.from_numpy(self.kept_positions)).numpy()
-            self.kept_counts = rows(torch.from_numpy(self.kept_counts)).numpy()
-            self.prompt_shape = (len(self.kept_counts), *self.prompt_shape[1:])
-
-
-def _prompt_positions(pos: torch.Tensor, live: torch.Tensor | None, n_prompt: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt's tokens among those at ``pos``, ascending, then -1, int32 (B,H,K); and how many, (B,H)."""
-    mine = pos < n_prompt if live is None else (pos < n_prompt) & live
-    counts = mine.sum(-1)
-    ordered = torch.where(mine, pos, n_prompt).sort(-1).values[..., : int(counts.max())]
-    return ordered.masked_fill(ordered == n_prompt, -1).int().cpu().numpy(), counts.cpu().numpy()
+        if self.pos is not None:
+            self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
