@@ -77,6 +77,11 @@ class Fair:
         return repr(self)
 
 
+def fairness_name(label: bool | float | str) -> str:
+    """How tables and figures call a :attr:`Fair.label`: biased, fair, "fair 0.5", paper."""
+    return label if isinstance(label, str) else {False: "biased", True: "fair"}.get(label, f"fair {label}")
+
+
 def _check_number(name: str, value, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")

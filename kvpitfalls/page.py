@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import plots
 from .experiments.records import META, RECORDS, read_meta, read_records
-from .experiments.summary import METRICS, SETTING, TOGETHER, composites, differences, following, rank_correlations, summarize
+from .experiments.summary import METRICS, SETTING, TOGETHER, composites, differences, following, groups, rank_correlations, summarize
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
@@ -97,8 +97,8 @@ def _csv(rows: Sequence[Mapping]) -> str:
 def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     """Group -> (caption, SVG) of its figures, which are also written as SVG and PNG."""
     drawn: dict[tuple, list[tuple[str, str]]] = {}
-    by_rank = plots.groups(ranked)
-    for number, (group, of_group) in enumerate(plots.groups(cells).items(), 1):
+    by_rank = groups(ranked)
+    for number, (group, of_group) in enumerate(groups(cells).items(), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
         figures = {"outcomes": plots.outcomes(of_group), "kept": plots.kept(of_group), "joint": plots.joint(of_group)}
@@ -117,7 +117,7 @@ def _page(facts, metas, cells, changes, scores, failures, drawn) -> str:
     bad = "bad" if facts["failed"] or facts["recorded"] < facts["items"] else ""
     body = [f"<h1>kvpitfalls: report of a sweep</h1><p class='{bad}'>{state}.</p><p>{html.escape(_NOTE)}</p>"]
     moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in changes}
-    for group, of_group in plots.groups(cells).items():
+    for group, of_group in groups(cells).items():
         title = ", ".join(str(part) for part in group)
         body.append(f"<h2>{html.escape(title)}</h2>{_outcome_table(of_group, moved)}")
         body += [f"<h3>{name}</h3>{svg}" for name, svg in drawn.get(group, [])]

@@ -6,6 +6,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from .markup import block, note, token_strip
+
 
 @dataclass(frozen=True)
 class Span:
@@ -117,6 +119,12 @@ class Prompt:
     def __repr__(self) -> str:
         spans = ", ".join(f"{s.name} [{s.start}, {s.end})" for s in self.spans.values())
         return f"<Prompt: {len(self)} tokens; {spans or 'no instructions'}>"
+
+    def _repr_html_(self) -> str:
+        listed = ", ".join(f"{s.name} [{s.start}, {s.end})" for s in self.spans.values())
+        spans = {s.name: (s.start, s.end) for s in self.spans.values()}
+        about = f"{len(self)} tokens; instructions: {listed or 'none'}. Small and pale: tokens of the chat template."
+        return block("Prompt", note(about), token_strip(self.tokens, spans, is_template=self.is_template))
 
     def __deepcopy__(self, memo) -> "Prompt":
         return self

@@ -68,6 +68,14 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
     return cells
 
 
+def groups(cells: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
+    """Cells by model, dataset, defense and order: one set of figures each."""
+    out: dict[tuple, list[Mapping]] = {}
+    for cell in cells:
+        out.setdefault(tuple(cell[name] for name in GROUP), []).append(cell)
+    return out
+
+
 def per_prompt(records: Sequence[Mapping], parts: Callable[[dict], tuple[float, int]]) -> dict:
     """Key -> (sum, count) over a prompt's records that did not fail."""
     out: dict = {}

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from .. import __version__, _core
 from ..audits.instructions import need_checkers
 from ..audits.leakage import need_rouge
 from ..hf.load import DEFAULT_MODEL, describe, load, revision
+from ..progress import progress
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
@@ -64,10 +64,10 @@ def sweep(config: SweepConfig, folder: str | Path, *, data: str | Path | None = 
         done = recover(folder, (batch.items(corpus) for batch in batches))
         write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])
-        with tqdm(total=n_item, initial=held, desc="sweep, items", disable=None) as progress:
+        with progress(total=n_item, initial=held, desc="sweep, items", delay=0) as bar:
             for records in run_local(config, corpus, batches[done:]):
                 append(folder, records)
-                progress.update(len(records))
+                bar.update(len(records))
         failed = sum(record["error"] is not None for record in read_records(folder))
     return {"items": n_item, "failed": failed, "resumed_at": held}
 

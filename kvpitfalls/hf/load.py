@@ -53,6 +53,8 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
+    if folder is not source:
+        model.config._name_or_path = source.name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
 

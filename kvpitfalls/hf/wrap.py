@@ -11,7 +11,9 @@ import torch
 
 from ..budget import check_budget
 from ..fairness import Fair, protected_positions
+from ..markup import block, note
 from ..policies import get_policy
+from ..progress import progress
 from ..prompt import Prompt
 from .cache import KeptCache
 from .coverage import decoder_of
@@ -20,6 +22,7 @@ from .hold import Hold
 from .intercept import AttentionCall, attach, detach
 from .kept_layer import KeptLayer
 from .masks import valid_ranges
+from .report import Report
 
 
 def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill") -> "Handle":
@@ -147,7 +150,11 @@ class Handle:
         prefill(self.model, cache, ids, mask)
         return cache
 
-    def report(self) -> dict:
+    def _repr_html_(self) -> str:
+        cache = self._caches.newest() if self._caches.newest is not None else None
+        return block(repr(self)[1:-1], note("No cache yet.") if cache is None else cache.report().body())
+
+    def report(self) -> Report:
         """:meth:`KeptCache.report` of the newest cache that is still in use."""
         cache = self._caches.newest() if self._caches.newest is not None else None
         if cache is None:
@@ -230,7 +237,11 @@ def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | Non
         kwargs["attention_mask"] = mask.to(device)
     if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
         kwargs["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0).to(device)
-    decoder(**kwargs)
+    with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
+        try:
+            decoder(**kwargs)
+        finally:
+            cache.progress = None
 
 
 def _batch(prompt, attention_mask, spans, protect, n_sink: int):
