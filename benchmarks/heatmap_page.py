@@ -3,13 +3,13 @@
 Needs a Chromium. The counts are random, the hardest case: 30 layers of 3 heads, as in SmolLM2-135M, 10 settings, 9 ratios.
 """
 
-import html
-import re
+import queue
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
@@ -31,9 +31,9 @@ frame.onload = async () => {
   ratio.dispatchEvent(new Event("input"));
   await new Promise((done) => setTimeout(done, 0));
   doc.body.offsetHeight;
-  document.title = `${(ready - start).toFixed(0)} ${((await now()) - moved).toFixed(0)}`;
+  fetch(`/done ${(ready - start).toFixed(0)} ${((await now()) - moved).toFixed(0)}`.replaceAll(" ", "/"));
 };
-frame.src = "PAGE";
+frame.src = "/page";
 document.body.append(frame);
 """
 
@@ -56,15 +56,32 @@ def main() -> None:
         print(f"browser: {ready} ms from opening the page to its first frame with all tokens shaded, {moved} ms for a move of the slider")
 
 
-def _in_browser(chromium: str, text: str) -> tuple[str, ...]:
-    with tempfile.TemporaryDirectory() as folder:
-        page, outer = Path(folder, "page.html"), Path(folder, "outer.html")
-        page.write_text(text, encoding="utf-8")
-        outer.write_text(f"<!doctype html><title>-</title><body><script>{_TIMER.replace('PAGE', page.as_uri())}</script>", encoding="utf-8")
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--timeout=15000")
-        command = [chromium, *flags, f"--user-data-dir={folder}/profile", "--dump-dom", outer.as_uri()]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(html.unescape(re.search(r"<title>(.*?)</title>", out)[1]).split())
+def _in_browser(chromium: str, text: str) -> list[str]:
+    outer = f"<!doctype html><meta charset='utf-8'><body><script>{_TIMER}</script>"
+    done: queue.Queue[list[str]] = queue.Queue()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/done/"):
+                done.put(self.path.split("/")[2:])
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write({"/": outer, "/page": text}.get(self.path, "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}")
+        address = f"http://127.0.0.1:{server.server_port}/"
+        with subprocess.Popen([chromium, *flags, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+            try:
+                return done.get(timeout=60)
+            finally:
+                browser.terminate()
+                server.shutdown()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,17 @@ class Fair:
     Notes
     -----
     Source: arXiv 2510.00231, section 5.2 and appendix E (Algorithm 1).
+
+    Examples
+    --------
+    Of two instructions of 5 tokens each, the first shall keep twice the share:
+
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 1, 10, 8), dtype=np.float32)
+    >>> fair = kvp.Fair(weights={"a": 2.0})
+    >>> kvp.keep("knorm", keys, budget=6, spans={"a": (0, 5), "b": (5, 10)}, fair=fair).quotas.tolist()
+    [[[4, 2]]]
     """
 
     strength: float = 1.0

@@ -19,6 +19,12 @@ class KeptCache(DynamicCache):
     Give it to ``model.generate(ids, past_key_values=copy.deepcopy(cache))`` inside the wrap that made it; ``ids`` start with the prompt.
     Lengths and positions are logical. Sliding-window and linear-attention layers are the stock ones, since their memory is bounded already.
 
+    Parameters
+    ----------
+    config : transformers config, optional
+    action : callable, optional
+        Called with each layer after its prefill. :func:`kvpitfalls.wrap` gives its own.
+
     Attributes
     ----------
     spans : list of dict of str to (int, int)
@@ -37,7 +43,7 @@ class KeptCache(DynamicCache):
     ...     cache = handle.compress(prompt)
     ...     out = model.generate(prompt.followed_by(" I"), past_key_values=copy.deepcopy(cache), max_new_tokens=1, do_sample=False)
     >>> cache.positions(0)[0, 0], cache.kept("defense").shape
-    (array([0, 1, 2, 7], dtype=int32), (30, 3))
+    (array([0, 1, 2, 3], dtype=int32), (30, 3))
     """
 
     action = None

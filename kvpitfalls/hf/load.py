@@ -45,6 +45,12 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     -----
     Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under ``KVPITFALLS_CACHE``
     (default: ``~/.cache/kvpitfalls``).
+
+    Examples
+    --------
+    >>> model, tokenizer = load()
+    >>> type(model).__name__, len(tokenizer)
+    ('LlamaForCausalLM', 49152)
     """
     source = _source(name)
     folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source

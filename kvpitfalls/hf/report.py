@@ -20,7 +20,7 @@ class Report(dict):
     >>> with kvp.wrap(model, "streaming_llm", compression_ratio=0.5) as handle:
     ...     report = handle.compress(prompt).report()
     >>> report["n_tokens"], report["kept_share"], report["spans"]
-    (8, 0.5, {'defense': 0.75})
+    (8, 0.5, {'defense': 1.0})
     """
 
     def to_pandas(self):
