@@ -89,7 +89,7 @@ class Fair:
 
 
 def fairness_name(label: bool | float | str) -> str:
-    """How tables and figures call a :attr:`Fair.label`: biased, fair, "fair 0.5", paper."""
+    """How tables and figures call a ``Fair.label``: biased, fair, "fair 0.5", paper."""
     return label if isinstance(label, str) else {False: "biased", True: "fair"}.get(label, f"fair {label}")
 
 

@@ -48,7 +48,8 @@ def write_report(folder: str | Path) -> dict:
     Returns
     -------
     dict
-        ``page`` (path of index.html), ``items`` (planned), ``recorded``, ``failed``, ``cells`` (as :func:`summarize`).
+        ``page`` (path of index.html), ``items`` (planned), ``recorded``, ``failed``, ``cells`` (as
+        :func:`kvpitfalls.experiments.summary.summarize`).
 
     Raises
     ------

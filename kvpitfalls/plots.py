@@ -147,7 +147,7 @@ def retention(rows: Sequence[Mapping], *, theme: str = "light"):
     Parameters
     ----------
     rows : list of dict
-        As :attr:`kvpitfalls.Audit.rows`.
+        As ``Audit.rows``.
     theme : {"light", "dark"}
 
     Returns
@@ -278,6 +278,7 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light"):
             axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
             axis.plot(*points[-1][1:], marker=style["marker"], color=style["color"], markersize=8, linestyle="none")
     axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak"], title="leak against following; large marks: the largest ratio")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axis.title.set_fontsize(10)
     _legend(figure, axis)
     return figure if drawn else None

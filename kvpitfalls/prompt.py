@@ -88,7 +88,7 @@ class Prompt:
             A fast tokenizer with a chat template.
         messages : list of {"role": str, "content": str}
         instructions : mapping of str to (str or (int, int)), optional
-            Names -> a text found in the messages' contents, or a range of characters of :attr:`text`.
+            Names -> a text found in the messages' contents, or a range of characters of ``text``.
         add_generation_prompt : bool
             End with the header of the model's answer.
 

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -88,3 +89,24 @@ def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_reference_lists_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {line.split()[-1].split(".")[-1] for line in text.splitlines() if re.match(r"\.\. auto(class|function|exception)::", line)}
+    assert not {name.split(".")[-1] for name in PUBLIC} - listed
+
+
+def test_the_check_of_the_site_finds_what_is_wrong(tmp_path):
+    check = [sys.executable, str(ROOT / "docs" / "check_site.py"), str(tmp_path)]
+    (tmp_path / "good.html").write_text("<a id='here'></a><a href='good.html#here'>x</a><a href='https://example.org'>y</a>")
+    assert subprocess.run(check, capture_output=True).returncode == 0
+    (tmp_path / "bad.html").write_text("<a href='gone.html'>x</a><a href='good.html#gone'>y</a><img src='https://example.org/a.png'>")
+    (tmp_path / "bad.css").write_text("@font-face { src: url(https://example.org/font) }")
+    ran = subprocess.run(check, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stdout.splitlines() == [
+        "bad.html loads https://example.org/a.png",
+        "bad.html links to gone.html, which is not there",
+        "bad.html links to good.html#gone, but that page has no such place",
+        "bad.css loads from a network",
+    ]

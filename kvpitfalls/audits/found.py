@@ -111,7 +111,7 @@ class Audit:
             raise
 
     def to_pandas(self):
-        """:attr:`rows` as a ``pandas.DataFrame``; needs pandas."""
+        """``rows`` as a ``pandas.DataFrame``; needs pandas."""
         return data_frame(self.rows)
 
     def heatmap(self, *, start: float = 0.5) -> HeatMap:
@@ -151,7 +151,7 @@ class Audit:
         policy, compression_ratio, fair
             An audited setting.
         layer : int, optional
-            One of :attr:`layers`.
+            One of ``layers``.
         theme : {"light", "dark"}
 
         Returns

@@ -46,8 +46,8 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
     Returns
     -------
     list of dict
-        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> :func:`_estimate` of the metric, with
-        ``n_item`` and ``n_failed`` of its kind; ``kept``: span -> mean kept share over prompts.
+        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, bootstrap interval and number of
+        prompts, with ``n_item`` and ``n_failed`` of its kind; ``kept``: span -> mean kept share over prompts.
     """
     groups: dict[tuple, list[Mapping]] = {}
     for record in records:
@@ -156,7 +156,7 @@ def differences(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
 
 
 def following(records: Sequence[Mapping]) -> list[dict]:
-    """:func:`kvpitfalls.audits.instructions.accuracies` per setting, and how many items failed."""
+    """Accuracies of instruction following per setting (``kvpitfalls.audits.instructions.accuracies``), and how many items failed."""
     out = []
     chosen = sorted((r for r in records if r["kind"] == "follow"), key=_setting_key)
     for _, group in groupby(chosen, key=_setting_key):
@@ -179,7 +179,7 @@ def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str
     Parameters
     ----------
     cells : list of dict
-        What :func:`following` gave.
+        What :func:`kvpitfalls.experiments.summary.following` gave.
     level : {"family", "id"}
     rule : {"strict", "loose"}
     group : {"all", "single", "multi"}

@@ -14,7 +14,7 @@ from .report import Report
 
 
 class KeptCache(DynamicCache):
-    """A :class:`transformers.DynamicCache` whose full-attention layers hold what a policy kept of the prompt.
+    """A ``transformers.DynamicCache`` whose full-attention layers hold what a policy kept of the prompt.
 
     Give it to ``model.generate(ids, past_key_values=copy.deepcopy(cache))`` inside the wrap that made it; ``ids`` start with the prompt.
     Lengths and positions are logical. Sliding-window and linear-attention layers are the stock ones, since their memory is bounded already.
