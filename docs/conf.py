@@ -20,6 +20,7 @@ html_theme = "furo"
 html_title = f"kvpitfalls {release}"
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_math_renderer = "mathml"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 nitpicky = True
 
 HERE = Path(__file__).parent

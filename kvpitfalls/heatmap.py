@@ -30,7 +30,7 @@ h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
 .legend { display: flex; align-items: center; gap: .5em; font-size: 13px }
 .legend i { width: 8em; height: 1em; border: 1px solid GrayText; print-color-adjust: exact; -webkit-print-color-adjust: exact;
   background: linear-gradient(90deg, rgb(68 119 170 / 0), rgb(68 119 170 / .65)) }
-.kvp-span > b > output { margin-left: .4em }
+.kvp-span > b > output { margin-left: .4em; white-space: nowrap }
 @media print { .controls { position: static } }
 """
 # counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256), deflated

@@ -11,7 +11,8 @@ _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
 # Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so.
 STYLE = """
-.kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0; font-size: 15px }
+.kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
+  padding-right: 10px; font-size: 15px }
 .kvp-tokens bdi { background: rgb(68 119 170 / calc(var(--k, 0) * .65)); padding: .15em 0; print-color-adjust: exact;
   -webkit-print-color-adjust: exact }
 .kvp-tokens .kvp-template { opacity: .65; font-size: 85% }

@@ -10,6 +10,7 @@ from pathlib import Path
 from . import plots
 from .experiments.records import META, RECORDS, read_meta, read_records
 from .experiments.summary import METRICS, SETTING, TOGETHER, composites, differences, following, groups, rank_correlations, summarize
+from .progress import progress
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
@@ -99,7 +100,7 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     """Group -> (caption, SVG) of its figures, which are also written as SVG and PNG."""
     drawn: dict[tuple, list[tuple[str, str]]] = {}
     by_rank = groups(ranked)
-    for number, (group, of_group) in enumerate(groups(cells).items(), 1):
+    for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
         figures = {"outcomes": plots.outcomes(of_group), "kept": plots.kept(of_group), "joint": plots.joint(of_group)}

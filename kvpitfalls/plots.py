@@ -172,7 +172,7 @@ def retention(rows: Sequence[Mapping], *, theme: str = "light"):
 def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
     """One panel per name; in it one line per instruction, and the ideal."""
     n_column = min(4, len(panels))
-    figure, axes = _figure(-(-len(panels) // n_column), n_column, 3.2, 2.6)
+    figure, axes = _figure(-(-len(panels) // n_column), n_column, 2.8, 2.4)
     pale, colors = _THEMES[theme][2], _THEMES[theme][-1]
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -314,6 +314,8 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light"):
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        widest = max(map(len, labels)) * 0.07 + 0.55  # inches: a letter is about .07 wide, the line before it and the gap .55
-        n_column = max(1, min(len(labels), int(figure.get_size_inches()[0] / widest)))
-        figure.legend(handles, labels, loc="outside lower center", ncols=n_column, fontsize=8, frameon=False)
+        widest = max(map(len, labels)) * 0.08 + 0.6  # inches: a letter is about .08 wide, the line before it and the gap .6
+        width, height = figure.get_size_inches()
+        n_column = max(1, min(len(labels), int(width / widest)))
+        figure.set_size_inches(width, height + 0.2 * (-(-len(labels) // n_column) - 1))  # its further lines take nothing from the axes
+        figure.legend(handles, labels, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)

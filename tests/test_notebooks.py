@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, and what is committed in them is what their code printed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import nbformat
 import pytest
 import run_notebooks
@@ -17,8 +19,15 @@ def kinds(cell):
     return {output.get("name") or kind for output in cell.outputs for kind in output.get("data", [None])} - {"stderr"}
 
 
+@pytest.fixture(scope="module")
+def runs():
+    """Path -> the future of a run; two at a time, of one thread each."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run_notebooks.execute, path) for path in NOTEBOOKS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_shows_what_is_committed(path):
+def test_it_runs_and_shows_what_is_committed(path, runs):
     committed = nbformat.read(path, as_version=4)
     nbformat.validate(committed)
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
@@ -28,7 +37,7 @@ def test_it_runs_and_shows_what_is_committed(path):
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
     for cell in code:
         assert not [output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"], cell.source
-    ran = run_notebooks.tidied(run_notebooks.execute(path))  # raises if a cell fails
+    ran = run_notebooks.tidied(runs[path].result())  # raises if a cell failed
     for cell, again in zip(committed.cells, ran.cells, strict=True):
         if cell.cell_type == "code":
             assert kinds(cell) == kinds(again), cell.source

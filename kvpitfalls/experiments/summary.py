@@ -10,6 +10,7 @@ import numpy as np
 
 from ..audits.instructions import accuracies
 from ..audits.leakage import THRESHOLD
+from ..progress import progress
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 GROUP = ("model", "dataset", "defense", "order")
@@ -54,7 +55,7 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
         known = {**record, "dataset": record["dataset"].removesuffix("_shuffled")}
         groups.setdefault(tuple(known[name] for name in SETTING), []).append(record)
     cells = []
-    for setting, of_setting in groups.items():
+    for setting, of_setting in progress(groups.items(), desc="summary, settings"):
         metrics = {}
         for name, (kind, parts) in METRICS.items():
             of_kind = [record for record in of_setting if record["kind"] == kind]

