@@ -69,6 +69,15 @@ def _figure(n_row: int, n_column: int, width: float = 4.2, height: float = 3.1):
     return figure, figure.subplots(n_row, n_column, squeeze=False)
 
 
+def _panels(n: int, n_column: int, width: float, height: float):
+    """A figure of n panels, so many in a row at most, and their axes; places left over are empty."""
+    n_column = min(n_column, n)
+    figure, axes = _figure(-(-n // n_column), n_column, width, height)
+    for axis in axes.flat[n:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:n]
+
+
 def _curves(cells: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     """(policy, mode) -> its cells by rising ratio, the full cache first."""
     full = [cell for cell in cells if cell["policy"] is None]
@@ -90,7 +99,7 @@ def _style(policy: str, mode: str, theme: str) -> dict:
 
 @_themed
 def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
-    """Leak, refusal, recall and following against the ratio, side by side: none means anything without the others.
+    """Leak, refusal, recall and following against the ratio, together: none means anything without the others.
 
     Parameters
     ----------
@@ -103,8 +112,8 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
     matplotlib.figure.Figure
     """
     shown = [name for name in _LABELS if any(name in cell["metrics"] for cell in cells)]
-    figure, axes = _figure(1, len(shown))
-    for axis, name in zip(axes[0], shown, strict=True):
+    figure, axes = _panels(len(shown), 2, 4.2, 3.1)
+    for axis, name in zip(axes, shown, strict=True):
         for (policy, mode), curve in _curves(cells).items():
             points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
             if points:
@@ -115,7 +124,7 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
                 axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
         axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.03, 1.03))
         axis.title.set_fontsize(10)
-    _legend(figure, axes[0][0])
+    _legend(figure, axes[0])
     return figure
 
 
@@ -171,18 +180,15 @@ def retention(rows: Sequence[Mapping], *, theme: str = "light"):
 
 def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
     """One panel per name; in it one line per instruction, and the ideal."""
-    n_column = min(4, len(panels))
-    figure, axes = _figure(-(-len(panels) // n_column), n_column, 2.8, 2.4)
+    figure, axes = _panels(len(panels), 4, 2.8, 2.4)
     pale, colors = _THEMES[theme][2], _THEMES[theme][-1]
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         axis.plot([0, 1], [1, 0], color=pale, linewidth=1, label="equal eviction")
         for i, (span, points) in enumerate(lines.items()):
             axis.plot(*zip(*points, strict=True), color=colors[i % 6], marker=_MARKERS[i % 6], markersize=3.5, label=span)
         axis.set(title=name, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
         axis.title.set_fontsize(10)
-    _legend(figure, axes.flat[0])
+    _legend(figure, axes[0])
     return figure
 
 
