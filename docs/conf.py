@@ -31,7 +31,6 @@ nb_ipywidgets_js = {}
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
-suppress_warnings = ["mystnb.unknown_mime_type"]
 
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False

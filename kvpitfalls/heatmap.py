@@ -168,7 +168,7 @@ class HeatMap:
         notes = {name: percent(shares[begin:end].mean()) for name, (begin, end) in self.spans.items()}
         strip = token_strip(self.tokens, self.spans, shares, notes=notes)
         lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
-        data = " ".join(f"data-{name}='{','.join(f'{x:g}' for x in values)}'" for name, values in lists.items())
+        data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         return f"<main id='heatmap' {data}>{self._controls(r)}{strip}</main>"
 
     def _controls(self, r: int) -> str:
