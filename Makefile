@@ -10,7 +10,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix lint strict native portable arm cuda bench clean
+.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -34,6 +34,16 @@ build/matrix/%/installed: tests/matrix.txt $(VENV)/packages
 	rm -rf build/matrix/$*
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/matrix/$* $$(grep '^transformers==$* ' $<)
 	touch $@
+
+# Runs the notebooks and writes their outputs into them; make test runs them, too, and compares.
+notebooks: $(VENV)/model
+	$(BIN)/python tests/run_notebooks.py
+
+# The documentation, in build/docs: any warning is an error, and so is a link that leads nowhere. It takes the notebooks as they are committed.
+docs: $(VENV)/core
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python docs/check_site.py build/docs
 
 lint: $(VENV)/core
 	$(BIN)/ruff check .
@@ -106,4 +116,4 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so
+	rm -rf $(VENV) $(VENV)-bench build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so

@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "Audit": "audits.retention",
+    "Audit": "audits.found",
     "audit": "audits.retention",
     "CudaError": "errors",
     "DeviceError": "errors",
@@ -21,6 +21,7 @@ _HOME = {
     "NotInterceptedError": "errors",
     "Policy": "policies",
     "Prompt": "prompt",
+    "Report": "hf.report",
     "SnapKV": "policies.snapkv",
     "Span": "prompt",
     "StreamingLLM": "policies.streaming_llm",

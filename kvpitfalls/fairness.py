@@ -33,6 +33,17 @@ class Fair:
     Notes
     -----
     Source: arXiv 2510.00231, section 5.2 and appendix E (Algorithm 1).
+
+    Examples
+    --------
+    Of two instructions of 5 tokens each, the first shall keep twice the share:
+
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 1, 10, 8), dtype=np.float32)
+    >>> fair = kvp.Fair(weights={"a": 2.0})
+    >>> kvp.keep("knorm", keys, budget=6, spans={"a": (0, 5), "b": (5, 10)}, fair=fair).quotas.tolist()
+    [[[4, 2]]]
     """
 
     strength: float = 1.0
@@ -75,6 +86,11 @@ class Fair:
         if self == Fair(strength=self.strength):
             return {0.0: False, 1.0: True}.get(self.strength, self.strength)
         return repr(self)
+
+
+def fairness_name(label: bool | float | str) -> str:
+    """How tables and figures call a ``Fair.label``: biased, fair, "fair 0.5", paper."""
+    return label if isinstance(label, str) else {False: "biased", True: "fair"}.get(label, f"fair {label}")
 
 
 def _check_number(name: str, value, low: float, high: float) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _core
 
+__all__ = ["gather", "score", "select"]
 _SCORERS = {name: dict(params) for name, _, params in _core.scorers()}
 
 

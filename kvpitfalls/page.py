@@ -19,9 +19,11 @@ from .experiments.summary import (
     composites,
     differences,
     following,
+    groups,
     rank_correlations,
     summarize,
 )
+from .progress import progress
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
@@ -65,7 +67,8 @@ def write_report(folder: str | Path) -> dict:
     Returns
     -------
     dict
-        ``page`` (path of index.html), ``items`` (planned), ``recorded``, ``failed``, ``cells`` (as :func:`summarize`).
+        ``page`` (path of index.html), ``items`` (planned), ``recorded``, ``failed``, ``cells`` (as
+        :func:`kvpitfalls.experiments.summary.summarize`).
 
     Raises
     ------
@@ -115,8 +118,8 @@ def _csv(rows: Sequence[Mapping]) -> str:
 def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     """Group -> (caption, SVG) of its figures, which are also written as SVG and PNG."""
     drawn: dict[tuple, list[tuple[str, str]]] = {}
-    by_rank = plots.groups(ranked)
-    for number, (group, of_group) in enumerate(plots.groups(cells).items(), 1):
+    by_rank = groups(ranked)
+    for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
         figures = {"outcomes": plots.outcomes(of_group), "probes": plots.probes(of_group)}
@@ -136,10 +139,10 @@ def _page(facts, metas, cells, families, changes, scores, failures, drawn) -> st
     bad = "bad" if facts["failed"] or facts["recorded"] < facts["items"] else ""
     body = [f"<h1>kvpitfalls: report of a sweep</h1><p class='{bad}'>{state}.</p><p>{html.escape(_NOTE)}</p>"]
     moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in changes}
-    for group, of_group in plots.groups(cells).items():
+    for group, of_group in groups(cells).items():
         title = ", ".join(str(part) for part in group)
         body.append(f"<h2>{html.escape(title)}</h2>{_metric_table(of_group, TOGETHER, moved)}")
-        of_families = plots.groups(families).get(group, [])
+        of_families = groups(families).get(group, [])
         if len({cell["family"] for cell in of_families}) > 1:
             body.append(f"<h3>By family of attacks</h3>{_metric_table(of_families, TOGETHER, {}, ('family',))}")
         if probed := _metric_table(of_group, PROBES, moved):

@@ -1,9 +1,17 @@
-"""Figures of a sweep. The only module that imports matplotlib (extra ``plot``); nothing is shown, figures are returned."""
+"""Figures. The only module that imports matplotlib (extra ``plot``).
 
+Nothing is shown: figures are returned, and show themselves in a notebook. Colours are told apart with any colour vision; lines differ in
+style and marker too, for print. ``theme`` is "light" or "dark".
+"""
+
+import functools
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 
-from .experiments.summary import GROUP
+import numpy as np
+
+from .fairness import fairness_name
 
 _LABELS = {
     "leak": "leak (ROUGE-L recall of the directive)",
@@ -17,25 +25,63 @@ _PROBE_LABELS = {
     "probe_recall": "recall: the directive's second half",
     "probe_follow": "the full cache's answer to the task",
 }
-_COLORS = {"streaming_llm": "#4477aa", "snapkv": "#ee6677", "tova": "#228833", "h2o": "#aa8800", "knorm": "#aa3377"}
+_POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
+_SPANS = ("defense", "directive", "whitelist")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-."}
+# ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
+_THEMES = {
+    "light": ("#222222", "#ffffff", "#999999", "#17365c", ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")),
+    "dark": ("#e6e6e6", "#15181c", "#8a8a8a", "#d3e8ff", ("#6fa8dc", "#ff8a98", "#57b868", "#d9b84a", "#d36ba6", "#4fc3dd")),
+}
+
+
+def _themed(draw):
+    """Draw with the colours of ``theme``, a keyword that every figure takes."""
+
+    @functools.wraps(draw)
+    def themed(*args, theme: str = "light", **kwargs):
+        if theme not in _THEMES:
+            raise ValueError(f"theme is {theme!r}; expected 'light' or 'dark'")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("drawing needs the package matplotlib; expected pip install 'kvpitfalls[plot]'")
+        from matplotlib import rc_context
+
+        ink, paper = _THEMES[theme][:2]
+        inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
+        with rc_context({**dict.fromkeys(inked, ink), "figure.facecolor": paper, "axes.facecolor": paper}):
+            return draw(*args, theme=theme, **kwargs)
+
+    return themed
+
+
+@functools.cache
+def _figure_class():
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        """A figure that shows itself in a notebook, without pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=110)
+            return out.getvalue()
+
+    return Picture
 
 
 def _figure(n_row: int, n_column: int, width: float = 4.2, height: float = 3.1):
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("drawing needs the package matplotlib; expected pip install 'kvpitfalls[plot]'")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * n_column, height * n_row + 0.6), layout="constrained")
+    figure = _figure_class()(figsize=(width * n_column, height * n_row + 0.6), layout="constrained")
     return figure, figure.subplots(n_row, n_column, squeeze=False)
 
 
-def groups(cells: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
-    """Cells by model, dataset, defense and order: one set of figures each."""
-    out: dict[tuple, list[Mapping]] = {}
-    for cell in cells:
-        out.setdefault(tuple(cell[name] for name in GROUP), []).append(cell)
-    return out
+def _panels(n: int, n_column: int, width: float, height: float):
+    """A figure of n panels, so many in a row at most, and their axes; places left over are empty."""
+    n_column = min(n_column, n)
+    figure, axes = _figure(-(-n // n_column), n_column, width, height)
+    for axis in axes.flat[n:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:n]
 
 
 def _curves(cells: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
@@ -46,17 +92,26 @@ def _curves(cells: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     return {key: [*full, *sorted(found, key=lambda c: c["compression_ratio"])] for key, found in rise.items()}
 
 
-def _style(policy: str, mode: str) -> dict:
-    return {"color": _COLORS.get(policy, "#555555"), "linestyle": _LINES.get(mode, (0, (3, 1, 1, 1))), "marker": "o", "markersize": 3.5}
+def _style(policy: str, mode: str, theme: str) -> dict:
+    ink, colors = _THEMES[theme][0], _THEMES[theme][-1]
+    known = policy in _POLICIES
+    return {
+        "color": colors[_POLICIES.index(policy)] if known else ink,
+        "marker": _MARKERS[_POLICIES.index(policy)] if known else "x",
+        "linestyle": _LINES.get(mode, (0, (3, 1, 1, 1))),
+        "markersize": 3.5,
+    }
 
 
-def outcomes(cells: Sequence[Mapping]):
-    """Leak, refusal, recall and following against the ratio, side by side: none means anything without the others. None without answers.
+@_themed
+def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
+    """Leak, refusal, recall and following against the ratio, together: none means anything without the others.
 
     Parameters
     ----------
     cells : list of dict
         Of one group, as :func:`kvpitfalls.experiments.summary.summarize` gives them.
+    theme : {"light", "dark"}
 
     Returns
     -------
@@ -65,64 +120,184 @@ def outcomes(cells: Sequence[Mapping]):
     shown = [name for name in _LABELS if any(name in cell["metrics"] for cell in cells)]
     if not shown:
         return None
-    figure, axes = _figure(1, len(shown))
-    for axis, name in zip(axes[0], shown, strict=True):
-        _draw_curves(axis, cells, name)
+    figure, axes = _panels(len(shown), 2, 4.2, 3.1)
+    for axis, name in zip(axes, shown, strict=True):
+        _draw_curves(axis, cells, name, theme)
         axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.03, 1.03))
         axis.title.set_fontsize(10)
-    _legend(figure, axes[0][0])
+    _legend(figure, axes[0])
     return figure
 
 
-def probes(cells: Sequence[Mapping]):
+@_themed
+def probes(cells: Sequence[Mapping], *, theme: str = "light"):
     """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together with recall."""
     shown = [name for name in _PROBE_LABELS if any(name in cell["metrics"] for cell in cells)]
     if not shown:
         return None
-    figure, axes = _figure(1, len(shown))
-    for axis, name in zip(axes[0], shown, strict=True):
-        _draw_curves(axis, cells, name)
+    figure, axes = _panels(len(shown), 2, 4.2, 3.1)
+    for axis, name in zip(axes, shown, strict=True):
+        _draw_curves(axis, cells, name, theme)
         axis.set(title=_PROBE_LABELS[name], xlabel="share of the cache removed", ylabel="nats per token")
         axis.title.set_fontsize(10)
-    _legend(figure, axes[0][0])
+    _legend(figure, axes[0])
     return figure
 
 
-def _draw_curves(axis, cells: Sequence[Mapping], name: str) -> None:
+def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
     """A metric of every policy and mode along the ratio, in its interval."""
     for (policy, mode), curve in _curves(cells).items():
         points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
         if points:
-            ratios, style = [r for r, _ in points], _style(policy, mode)
+            ratios, style = [r for r, _ in points], _style(policy, mode, theme)
             axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
             low, high = ([m[edge] for _, m in points] for edge in ("low", "high"))
             axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
 
-def kept(cells: Sequence[Mapping]):
-    """Kept share of each instruction against the ratio, one panel per policy and mode; the diagonal is equal eviction."""
-    curves = _curves(cells)
-    figure, axes = _figure((len(curves) + 3) // 4, min(4, len(curves)), 3.2, 2.6)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, ((policy, mode), curve) in zip(axes.flat, curves.items(), strict=False):
-        ratios = [cell["compression_ratio"] for cell in curve]
-        axis.plot(ratios, [1 - r for r in ratios], color="#bbbbbb", linewidth=1, label="equal")
-        for span, color in (("defense", "#4477aa"), ("directive", "#ee6677"), ("whitelist", "#228833")):
-            points = [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=span)
-        title = f"{policy}, {mode}"
-        axis.set(title=title, ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
-        axis.title.set_fontsize(min(10, 330 / len(title)))  # a panel is 3.2 inches wide
-    _legend(figure, axes.flat[0])
+@_themed
+def kept(cells: Sequence[Mapping], *, theme: str = "light"):
+    """Kept share of each instruction in a sweep against the ratio, one panel per policy and mode; the straight line is equal eviction.
+
+    Parameters
+    ----------
+    cells : list of dict
+        As for :func:`outcomes`.
+    theme : {"light", "dark"}
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    panels = {}
+    for setting, curve in _curves(cells).items():
+        points = {span: [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]] for span in _SPANS}
+        panels[", ".join(setting)] = {span: of_span for span, of_span in points.items() if of_span}
+    return _retention_panels(panels, theme)
+
+
+@_themed
+def retention(rows: Sequence[Mapping], *, theme: str = "light"):
+    """Kept share of each instruction of one prompt against the ratio, one panel per policy and fairness; the straight line is the ideal.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As ``Audit.rows``.
+    theme : {"light", "dark"}
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> setting = {"policy": "snapkv", "fair": False}
+    >>> rows = [{**setting, "span": "defense", "compression_ratio": r, "kept": k} for r, k in ((0.3, 0.5), (0.7, 0.1))]
+    >>> [line.get_label() for line in retention(rows).axes[0].get_lines()]
+    ['equal eviction', 'defense']
+    """
+    panels: dict[str, dict[str, list]] = {}
+    for row in sorted(rows, key=lambda row: row["compression_ratio"]):
+        of_setting = panels.setdefault(f"{row['policy']}, {fairness_name(row['fair'])}", {})
+        of_setting.setdefault(row["span"], [(0.0, 1.0)]).append((row["compression_ratio"], row["kept"]))
+    order = dict.fromkeys(f"{row['policy']}, {fairness_name(row['fair'])}" for row in rows)
+    return _retention_panels({name: panels[name] for name in order}, theme)
+
+
+def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
+    """One panel per name; in it one line per instruction, and the ideal."""
+    figure, axes = _panels(len(panels), 4, 2.8, 2.4)
+    pale, colors = _THEMES[theme][2], _THEMES[theme][-1]
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        axis.plot([0, 1], [1, 0], color=pale, linewidth=1, label="equal eviction")
+        for i, (span, points) in enumerate(lines.items()):
+            axis.plot(*zip(*points, strict=True), color=colors[i % 6], marker=_MARKERS[i % 6], markersize=3.5, label=span)
+        axis.set(title=name, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
+        axis.title.set_fontsize(min(10, 290 / len(name)))  # a panel is 2.8 inches wide
+    _legend(figure, axes[0])
     return figure
 
 
-def joint(cells: Sequence[Mapping]):
+@_themed
+def token_matrix(shares, names: Sequence, spans: Mapping[str, tuple[int, int]], *, ylabel: str, title: str = "", theme: str = "light"):
+    """What is kept of each token (across), by layer or by head (down). Instructions are bracketed and named above.
+
+    Parameters
+    ----------
+    shares : ndarray, shape (N, T)
+        In [0, 1].
+    names : list
+        N layers or heads.
+    spans : dict of str to (int, int)
+        The instructions, in tokens.
+    ylabel, title : str
+    theme : {"light", "dark"}
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> figure = token_matrix(np.eye(3), [0, 1, 2], {"rule": (0, 2)}, ylabel="layer")
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['rule']
+    """
+    shares, names = np.asarray(shares), list(names)
+    n_row, n_token = shares.shape
+    figure, axes = _figure(1, 1, min(14, max(6, n_token * 0.09 + 2)), min(8, n_row * 0.12 + 1.3))
+    axis, (_, paper, _, strong, colors) = axes[0][0], _THEMES[theme]
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.transforms import offset_copy
+
+    cmap = LinearSegmentedColormap.from_list("kept", [paper, colors[0], strong])
+    picture = axis.imshow(shares, aspect="auto", cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    shown = sorted({round(i) for i in np.linspace(0, n_row - 1, min(n_row, 7))})
+    axis.set_yticks(shown, [str(names[i]) for i in shown])
+    axis.set(xlabel="token", ylabel=ylabel)
+    levels = _levels(spans, n_token, figure.get_size_inches()[0])
+    for i, (name, (begin, end)) in enumerate(spans.items()):
+        above = offset_copy(axis.get_xaxis_transform(), figure, y=5 + 19 * levels[name], units="points")
+        options = {"transform": above, "clip_on": False, "color": colors[i % 6]}
+        axis.plot([begin - 0.5, end - 0.5], [1, 1], linewidth=4, solid_capstyle="butt", **options)
+        axis.text(
+            begin - 0.5, 1, name, fontsize=9, va="bottom", **{**options, "transform": offset_copy(above, figure, y=3, units="points")}
+        )
+    axis.set_xlim(-0.5, n_token - 0.5)
+    axis.set_title(title, fontsize=10, pad=12 + 19 * (max(levels.values(), default=-1) + 1))
+    bar = figure.colorbar(picture, ax=axis, pad=0.01, fraction=0.03)
+    bar.set_label("share kept")
+    return figure
+
+
+def _levels(spans: Mapping[str, tuple[int, int]], n_token: int, width: float) -> dict[str, int]:
+    """Which line above the matrix an instruction's name stands on, so that names do not overlap; a letter is about .09 inches wide."""
+    taken: list[float] = []
+    levels = {}
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        left = begin / n_token * (width - 1.5)
+        level = next((i for i, right in enumerate(taken) if right <= left), len(taken))
+        taken[level : level + 1] = [max(left + 0.09 * len(name) + 0.1, end / n_token * (width - 1.5))]
+        levels[name] = level
+    return levels
+
+
+@_themed
+def joint(cells: Sequence[Mapping], *, theme: str = "light"):
     """Leak against following, one line per policy and mode along the ratio; None if one of the two was not measured.
 
     Low and right is good. Low and left is a prompt that was forgotten.
+
+    Parameters
+    ----------
+    cells : list of dict
+        As for :func:`outcomes`.
+    theme : {"light", "dark"}
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
     """
     figure, axes = _figure(1, 1, 5.2, 4.2)
     axis, drawn = axes[0][0], False
@@ -132,24 +307,37 @@ def joint(cells: Sequence[Mapping]):
         ]
         points = [point for point in metrics if None not in point]
         if points:
-            drawn = True
-            axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **_style(policy, mode))
-            axis.annotate(f"{points[-1][0]:g}", points[-1][1:], fontsize=7, color=_style(policy, mode)["color"])
-    axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak"], title="leak against following; numbers: the largest ratio")
+            drawn, style = True, _style(policy, mode, theme)
+            axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
+            axis.plot(*points[-1][1:], marker=style["marker"], color=style["color"], markersize=8, linestyle="none")
+    axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak"], title="leak against following; large marks: the largest ratio")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axis.title.set_fontsize(10)
     _legend(figure, axis)
     return figure if drawn else None
 
 
-def ranks(correlations: Sequence[Mapping]):
-    """Rank correlation of instruction classes with the full cache, against the ratio; None if there is nothing to rank."""
+@_themed
+def ranks(correlations: Sequence[Mapping], *, theme: str = "light"):
+    """Rank correlation of instruction classes with the full cache, against the ratio; None if there is nothing to rank.
+
+    Parameters
+    ----------
+    correlations : list of dict
+        As :func:`kvpitfalls.experiments.summary.rank_correlations` gives them.
+    theme : {"light", "dark"}
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+    """
     figure, axes = _figure(1, 1, 5.2, 3.2)
     axis, drawn = axes[0][0], False
     for (policy, mode), curve in _curves(correlations).items():
         points = [(c["compression_ratio"], c["rho"]) for c in curve if c["rho"] is not None]
         if len(points) > 1:
             drawn = True
-            axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **_style(policy, mode))
+            axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **_style(policy, mode, theme))
     axis.set(xlabel="share of the cache removed", ylabel="Spearman's rho", title="ranking of instruction families against the full cache")
     axis.title.set_fontsize(10)
     _legend(figure, axis)
@@ -159,5 +347,8 @@ def ranks(correlations: Sequence[Mapping]):
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        n_column = max(1, min(len(labels), int(figure.get_size_inches()[0] / 2.2)))  # a label is up to 2.2 inches wide
-        figure.legend(handles, labels, loc="outside lower center", ncols=n_column, fontsize=8, frameon=False)
+        widest = max(map(len, labels)) * 0.08 + 0.6  # inches: a letter is about .08 wide, the line before it and the gap .6
+        width, height = figure.get_size_inches()
+        n_column = max(1, min(len(labels), int(width / widest)))
+        figure.set_size_inches(width, height + 0.2 * (-(-len(labels) // n_column) - 1))  # its further lines take nothing from the axes
+        figure.legend(handles, labels, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)

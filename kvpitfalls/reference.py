@@ -6,13 +6,20 @@ Same names and signatures as :mod:`kvpitfalls.ops`. Short on purpose: each verb 
 import numpy as np
 import torch
 
+__all__ = ["gather", "score", "select"]
 _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), never O(T * T)
 _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
 _SUM, _MEAN, _AGE = 0, 1, 2
 
 
 def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
-    """How much each cached token matters. See :func:`kvpitfalls.ops.score`."""
+    """How much each cached token matters; the definition of :func:`kvpitfalls.ops.score`, which has the parameters.
+
+    Examples
+    --------
+    >>> score("norm", np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32))
+    array([[[-5., -1.]]], dtype=float32)
+    """
     k = _tensor(keys)
     n_row, n_head, n_token, _ = k.shape
     spans = _valid_ranges(valid, n_row, n_token)
@@ -79,7 +86,13 @@ def _overlaps(vote, begin, end):
 
 
 def select(scores, quotas, *, segments=None, protect=None, valid=None):
-    """The positions to keep. See :func:`kvpitfalls.ops.select`."""
+    """The positions to keep; the definition of :func:`kvpitfalls.ops.select`, which has the parameters.
+
+    Examples
+    --------
+    >>> select(np.array([[[5, 1, 4, 2]]], dtype=np.float32), [1, 1], segments=[0, 2, 4])
+    (array([[[0, 2]]], dtype=int32), array([[2]], dtype=int32))
+    """
     s = _tensor(scores)
     n_row, n_head, n_token = s.shape
     quotas = np.asarray(_array(quotas), np.int32)
@@ -105,7 +118,14 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
 
 
 def gather(keys, values, positions):
-    """The kept rows of keys and values. See :func:`kvpitfalls.ops.gather`."""
+    """The kept rows of keys and values; the definition of :func:`kvpitfalls.ops.gather`, which has the parameters.
+
+    Examples
+    --------
+    >>> x = np.arange(6, dtype=np.float32).reshape(1, 1, 3, 2)
+    >>> gather(x, x, np.array([[[0, 2]]], dtype=np.int32))[0].tolist()
+    [[[[0.0, 1.0], [4.0, 5.0]]]]
+    """
     index = _tensor(positions).long().to(_tensor(keys).device)[..., None]
     out = []
     for x in (keys, values):

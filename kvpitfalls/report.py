@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from .audits.retention import Audit
 from .experiments.demo import SECRETS, Cell
 from .experiments.summary import METRICS, PROBES, TOGETHER
+from .fairness import fairness_name
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -32,17 +33,12 @@ def audit_table(result: Audit, min_kept: float = 0.5) -> str:
         cells.setdefault((row["policy"], row["fair"], row["span"]), {})[row["compression_ratio"]] = row["kept"]
     lines, last = [], (None, None)
     for (policy, fair, span), kept in cells.items():
-        shown = (policy if policy != last[0] else "", fairness(fair) if (policy, fair) != last else "")
+        shown = (policy if policy != last[0] else "", fairness_name(fair) if (policy, fair) != last else "")
         marked = [share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios]
         lines.append([*shown, span, *marked])
         last = (policy, fair)
     header = ["policy", "eviction", "instruction", *(f"r={share(r)} " for r in ratios)]
     return table(header, lines, right=range(3, 3 + len(ratios)))
-
-
-def fairness(fair) -> str:
-    """How tables call a fairness setting."""
-    return {False: "biased", True: "fair"}.get(fair, f"fair {fair}") if not isinstance(fair, str) else fair
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:

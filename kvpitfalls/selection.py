@@ -31,6 +31,15 @@ class Kept:
         Tokens per segment; S = 1 when biased.
     segments : ndarray of int32, shape (B, S+1)
         The segments' edges.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kept = kvp.keep("streaming_llm", keys, budget=6, spans=[(0, 5), (5, 10)], fair=True)
+    >>> kept.positions[0, 0].tolist(), kept.counts.tolist(), kept.quotas[0, 0].tolist(), kept.segments.tolist()
+    ([0, 1, 2, 7, 8, 9], [[6, 6]], [3, 3], [[0, 5, 10]])
     """
 
     positions: Any

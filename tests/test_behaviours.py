@@ -68,7 +68,7 @@ class Ragged:
         positions = torch.where(kept, torch.arange(n_token), -1) if self.in_place else cut_out
         index = torch.arange(n_token).expand(n_row, n_head, -1) if self.in_place else cut_out.clamp(min=0)
         rows = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)]
-        layer.keep(*rows, positions.int(), kept.sum(-1))
+        layer.keep(*rows, positions.int(), full=False)
 
 
 def left_padded():

@@ -1,29 +1,83 @@
 """What is written down must be true: docstring examples run, and the README's table is what the code says."""
 
 import doctest
+import inspect
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from numpydoc.docscrape import FunctionDoc
 
+import kvpitfalls
 from kvpitfalls.policies import get_policy
+from kvpitfalls.policies.base import _registry
 
 ROOT = Path(__file__).parent.parent
 BUILT_IN = ["h2o", "knorm", "snapkv", "streaming_llm", "tova"]
-MODULES = ["budget", "fairness", "ops", "policies.base", "prompt", "selection", "hf.wrap", "hf.load", "audits.retention", "audits.leakage"]
+PUBLIC = {}
+for name in kvpitfalls.__all__:
+    value = getattr(kvpitfalls, name)
+    if inspect.ismodule(value):
+        PUBLIC |= {f"{name}.{inner}": getattr(value, inner) for inner in value.__all__}
+    elif name != "__version__":
+        PUBLIC[name] = value
+MORE = ["budget", "hf.load", "heatmap", "markup", "plots", "audits.leakage"]  # modules with examples that are not public names
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
-    from kvpitfalls.policies.base import _registry
-
+@pytest.fixture
+def same_policies():
+    """Policies that an example registers are gone afterwards."""
     before = dict(_registry)
-    try:
-        assert doctest.testmod(import_module(f"kvpitfalls.{name}")).failed == 0
-    finally:
-        _registry.clear()
-        _registry.update(before)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+def run_examples(value, name):
+    """How many examples there were, and how many failed; of a class, those of its methods too."""
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    for found in finder.find(value, name, globs=dict(vars(sys.modules[value.__module__] if hasattr(value, "__module__") else value))):
+        runner.run(found)
+    return runner.tries, runner.failures
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example_that_runs(name, same_policies):
+    assert "Examples" in [section for section, text in FunctionDoc(PUBLIC[name])._parsed_data.items() if text]
+    tries, failures = run_examples(PUBLIC[name], name)
+    assert tries > 0 and failures == 0
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_docstring_examples(name, same_policies):
+    tries, failures = run_examples(import_module(f"kvpitfalls.{name}"), name)
+    assert tries > 0 and failures == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_numpydoc_docstring(name):
+    """One line that ends with a full stop; every parameter described, in order, and no other; every method said to do something."""
+    value = PUBLIC[name]
+    doc = FunctionDoc(value)
+    assert len(doc["Summary"]) == 1 or not inspect.isclass(value), doc["Summary"]
+    assert " ".join(doc["Summary"]).endswith("."), doc["Summary"]
+    described = [part for entry in (*doc["Parameters"], *doc["Attributes"]) for part in re.split(r",\s*", entry.name)]
+    of_python = inspect.isclass(value) and issubclass(value, (BaseException, dict))  # they take what Python's own take
+    parameters = [] if of_python else inspect.signature(value).parameters.values()
+    taken = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]
+    if name.startswith("reference."):
+        assert inspect.signature(value) == inspect.signature(getattr(kvpitfalls.ops, value.__name__)) and not described
+    elif value is not kvpitfalls.Policy:  # its attributes are the class's
+        taken = [name for name in taken if not name.startswith("_")]
+        assert [name for name in described if name in taken] == taken, "described, in order"
+        assert inspect.isclass(value) or set(described) <= set(taken), "nothing but these"
+    methods = {} if not inspect.isclass(value) else {k: v for k, v in vars(value).items() if not k.startswith("_")}
+    for method, of_class in methods.items():
+        if inspect.isfunction(of_class) or isinstance(of_class, (property, classmethod)):
+            assert (getattr(of_class, "__doc__", None) or "").strip(), f"{name}.{method} has no docstring"
 
 
 def test_readme_lists_the_policies():
@@ -31,15 +85,28 @@ def test_readme_lists_the_policies():
     assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in BUILT_IN]
 
 
-def test_public_names_are_documented():
-    import kvpitfalls
-
-    for name in kvpitfalls.__all__:
-        if name != "__version__":
-            assert (getattr(kvpitfalls, name).__doc__ or "").strip(), f"{name} has no docstring"
-
-
 def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_reference_lists_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {line.split()[-1].split(".")[-1] for line in text.splitlines() if re.match(r"\.\. auto(class|function|exception)::", line)}
+    assert not {name.split(".")[-1] for name in PUBLIC} - listed
+
+
+def test_the_check_of_the_site_finds_what_is_wrong(tmp_path):
+    check = [sys.executable, str(ROOT / "docs" / "check_site.py"), str(tmp_path)]
+    (tmp_path / "good.html").write_text("<a id='here'></a><a href='good.html#here'>x</a><a href='https://example.org'>y</a>")
+    assert subprocess.run(check, capture_output=True).returncode == 0
+    (tmp_path / "bad.html").write_text("<a href='gone.html'>x</a><a href='good.html#gone'>y</a><img src='https://example.org/a.png'>")
+    (tmp_path / "bad.css").write_text("@font-face { src: url(https://example.org/font) }")
+    ran = subprocess.run(check, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stdout.splitlines() == [
+        "bad.html loads https://example.org/a.png",
+        "bad.html links to gone.html, which is not there",
+        "bad.html links to good.html#gone, but that page has no such place",
+        "bad.css loads from a network",
+    ]

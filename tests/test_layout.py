@@ -19,13 +19,15 @@ PYTHON_LAYERS = [
     ["errors"],
     ["reference"],
     ["_core", "_cuda", "ops"],
+    ["markup", "tabular", "progress"],
     ["budget", "prompt", "fairness"],
     ["policies"],
     ["selection"],
+    ["plots", "heatmap"],
     ["hf"],
     ["audits"],
     ["experiments"],
-    ["plots", "heatmap", "report"],
+    ["report"],
     ["page"],
     ["cli_experiments"],
     ["cli"],
@@ -155,7 +157,7 @@ def test_only_the_init_function_is_exported():
 
 
 def test_nothing_reads_outside_the_project():
-    for path in [p for p in ROOT.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md", ".txt", "") and p.is_file()]:
+    for path in [p for p in ROOT.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md", ".txt", ".ipynb", "") and p.is_file()]:
         relative = path.relative_to(ROOT)
         if relative.parts[0] in (".git", ".venv", "build", ".hypothesis", ".pytest_cache", ".ruff_cache") or "egg-info" in str(relative):
             continue

@@ -145,7 +145,7 @@ def test_figures_are_written_twice(folder, written):
 
 
 def test_curves_pass_through_the_means(written):
-    cells = next(iter(plots.groups(written["cells"]).values()))
+    cells = next(iter(summary.groups(written["cells"]).values()))
     figure = plots.outcomes(cells)
     assert [axis.get_title().split(" ")[0] for axis in figure.axes] == ["leak", "refuses", "recall", "follows"]
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

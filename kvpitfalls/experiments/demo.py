@@ -6,13 +6,12 @@ them uncompressed; the paper's own defense it ignores. So this shows that the ef
 
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from ..fairness import Fair
 from ..hf.cache import KeptCache
 from ..hf.intercept import attach, detach
 from ..hf.wrap import Evict, compress_each
 from ..policies import get_policy
+from ..progress import progress
 from ..prompt import Prompt
 from .generate import answers
 
@@ -68,7 +67,7 @@ def leakage(model, tokenizer) -> list[Cell]:
     try:
         caches = iter(compress_each(model, prompts, settings))
         cells = []
-        for group in tqdm(plan, desc="demo, attacks", delay=1, disable=None):
+        for group in progress(plan, desc="demo, attacks"):
             joined = KeptCache.join([next(caches) for _ in group])  # the modes of one ratio hold equally much: one batch
             answers = _answers(model, prompts * len(group), joined)
             per_setting = 2 * len(prompts)

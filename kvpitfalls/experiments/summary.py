@@ -10,6 +10,7 @@ import numpy as np
 
 from ..audits.instructions import accuracies
 from ..audits.leakage import THRESHOLD
+from ..progress import progress
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 GROUP = ("model", "dataset", "defense", "order")
@@ -57,15 +58,15 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
     Returns
     -------
     list of dict
-        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> :func:`_estimate` of the metric, with
-        ``n_item`` and ``n_failed`` of its kind; ``kept``: span -> mean kept share over prompts.
+        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, bootstrap interval and number of
+        prompts, with ``n_item`` and ``n_failed`` of its kind; ``kept``: span -> mean kept share over prompts.
     """
     groups: dict[tuple, list[Mapping]] = {}
     for record in records:
         known = {**record, "dataset": record["dataset"].removesuffix("_shuffled")}
         groups.setdefault(tuple(known[name] for name in SETTING), []).append(record)
     cells = []
-    for setting, of_setting in groups.items():
+    for setting, of_setting in progress(groups.items(), desc="summary, settings"):
         metrics = {}
         for name, (kind, parts) in METRICS.items():
             of_kind = [record for record in of_setting if record["kind"] == kind]
@@ -93,6 +94,14 @@ def attack_families(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
 
 def _family(record: Mapping) -> str:
     return record["attack"].rpartition("-")[0]
+
+
+def groups(cells: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
+    """Cells by model, dataset, defense and order: one set of figures each."""
+    out: dict[tuple, list[Mapping]] = {}
+    for cell in cells:
+        out.setdefault(tuple(cell[name] for name in GROUP), []).append(cell)
+    return out
 
 
 def per_prompt(records: Sequence[Mapping], parts: Callable[[dict], tuple[float, int]]) -> dict:
@@ -175,7 +184,7 @@ def differences(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
 
 
 def following(records: Sequence[Mapping]) -> list[dict]:
-    """:func:`kvpitfalls.audits.instructions.accuracies` per setting, and how many items failed."""
+    """Accuracies of instruction following per setting (``kvpitfalls.audits.instructions.accuracies``), and how many items failed."""
     out = []
     chosen = sorted((r for r in records if r["kind"] == "follow"), key=_setting_key)
     for _, group in groupby(chosen, key=_setting_key):
@@ -198,7 +207,7 @@ def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str
     Parameters
     ----------
     cells : list of dict
-        What :func:`following` gave.
+        What :func:`kvpitfalls.experiments.summary.following` gave.
     level : {"family", "id"}
     rule : {"strict", "loose"}
     group : {"all", "single", "multi"}

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from .. import __version__, _core
 from ..audits.instructions import need_checkers
 from ..audits.leakage import need_rouge
 from ..hf.load import DEFAULT_MODEL, describe, load, revision
+from ..progress import progress
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
@@ -75,7 +75,7 @@ def sweep(
         done = recover(folder, (batch.items(corpus) for batch in batches))
         write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])
-        with tqdm(total=n_item, initial=held, desc="sweep, items", disable=None) as progress:
+        with progress(total=n_item, initial=held, desc="sweep, items", delay=0) as bar:
             left = batches[done:]
             if engine == "ray" and left:
                 made = run_ray(config, corpus, left, meta["same"], workers)
@@ -83,7 +83,7 @@ def sweep(
                 made = run_local(config, corpus, left)
             for records in made:
                 append(folder, records)
-                progress.update(len(records))
+                bar.update(len(records))
         failed = sum(record["error"] is not None for record in read_records(folder))
     return {"items": n_item, "failed": failed, "resumed_at": held}
 

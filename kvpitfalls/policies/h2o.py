@@ -16,6 +16,14 @@ class H2O(Policy):
     References
     ----------
     "H2O: Heavy-Hitter Oracle", arXiv 2306.14048; the mean is the one of arXiv 2510.00231. Fair: there, appendix E.5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.H2O(), keys, keys, budget=4).positions[0].tolist()
+    [[6, 7, 8, 9], [2, 5, 6, 8]]
     """
 
     name = "h2o"

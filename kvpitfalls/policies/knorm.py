@@ -14,6 +14,14 @@ class KNorm(Policy):
     References
     ----------
     "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv 2406.11430.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.KNorm(), keys, budget=4).positions[0].tolist()
+    [[0, 4, 5, 8], [1, 3, 7, 9]]
     """
 
     name = "knorm"

@@ -24,6 +24,14 @@ class SnapKV(Policy):
     References
     ----------
     "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. Fair: arXiv 2510.00231, appendix E.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.SnapKV(window_size=2), keys, keys, budget=4).positions[0].tolist()
+    [[2, 5, 8, 9], [4, 5, 8, 9]]
     """
 
     window_size: int = 16

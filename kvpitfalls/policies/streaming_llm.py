@@ -21,6 +21,14 @@ class StreamingLLM(Policy):
     References
     ----------
     "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453. Fair: arXiv 2510.00231, appendix E.3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.StreamingLLM(n_sink=1), keys, budget=4).positions[0].tolist()
+    [[0, 7, 8, 9], [0, 7, 8, 9]]
     """
 
     n_sink: int = 4

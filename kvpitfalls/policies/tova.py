@@ -16,6 +16,14 @@ class TOVA(Policy):
     References
     ----------
     "Transformers are Multi-State RNNs", arXiv 2401.06104. Fair: arXiv 2510.00231, appendix E.7.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.TOVA(), keys, keys, budget=4).positions[0].tolist()
+    [[2, 6, 7, 9], [2, 6, 7, 9]]
     """
 
     name = "tova"

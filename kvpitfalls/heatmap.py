@@ -1,0 +1,200 @@
+"""The prompt as one HTML page: every token shaded by the share of layers and heads that keep it, with sliders for ratio and layer.
+
+The page is self-contained and works from a file, without any network: its own policy (CSP) forbids it to load anything, and to run any
+script but the one below. That script reads numbers only; the prompt is in the page as escaped text.
+"""
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape as escape_markup
+from pathlib import Path
+
+import numpy as np
+
+from .markup import STYLE, escape, percent, token_strip
+
+_PAGE_STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 0 12px 12px;
+  background: Canvas; color: CanvasText }
+h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
+.controls { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid GrayText; padding: .4em 0; display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: .3em 1.4em }
+.controls label { display: grid; grid-template-columns: 4.2em 1fr; align-items: center; align-content: start; gap: .4em }
+.controls label > output { grid-column: 2; font-variant-numeric: tabular-nums }
+.controls input, .controls select { width: 100%; margin: 0; min-width: 0; font: inherit }
+#token { min-height: 1.5em; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
+.legend { display: flex; align-items: center; gap: .5em; font-size: 13px }
+.legend i { width: 8em; height: 1em; border: 1px solid GrayText; print-color-adjust: exact; -webkit-print-color-adjust: exact;
+  background: linear-gradient(90deg, rgb(68 119 170 / 0), rgb(68 119 170 / .65)) }
+.kvp-span > b > output { margin-left: .4em; white-space: nowrap }
+@media print { .controls { position: static } }
+"""
+# counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256), deflated
+_SCRIPT = """
+"use strict";
+(async () => {
+  const get = (id) => document.getElementById(id), main = get("heatmap");
+  const numbers = (text) => text.split(",").map(Number);
+  const [ratios, kept, layers, heads] = ["ratios", "kept", "layers", "heads"].map((name) => numbers(main.dataset[name]));
+  const tokens = [...main.querySelectorAll("bdi")], spans = [...main.querySelectorAll(".kvp-span")];
+  const packed = get("counts").textContent.trim().split("\\n"), unpacked = new Map();
+  const percent = (share) => (100 * share).toFixed(0) + " %";
+  let shares = [], shown = null;
+
+  async function counts(setting) {
+    if (!unpacked.has(setting)) {
+      const bytes = Uint8Array.from(atob(packed[setting]), (c) => c.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+      const data = new Uint8Array(await new Response(stream).arrayBuffer()), plane = layers.length * tokens.length;
+      for (let i = plane; i < data.length; i++) data[i] += data[i - plane];
+      unpacked.set(setting, data);
+    }
+    return unpacked.get(setting);
+  }
+
+  async function draw() {
+    const r = +get("ratio").value, layer = +get("layer").value - 1, setting = get("setting").selectedIndex;
+    const data = await counts(setting), chosen = layer < 0 ? [...layers.keys()] : [layer], n = tokens.length;
+    shares = new Float64Array(n);
+    for (const l of chosen)
+      for (let t = 0, at = (r * layers.length + l) * n; t < n; t++) shares[t] += data[at + t] / heads[l] / chosen.length;
+    tokens.forEach((token, t) => token.style.setProperty("--k", shares[t].toFixed(3)));
+    for (const span of spans) {
+      const [begin, end] = numbers(span.dataset.edges);
+      span.querySelector("output").value = percent(shares.slice(begin, end).reduce((a, b) => a + b, 0) / (end - begin));
+    }
+    get("ratio-text").value = `${+(100 * ratios[r]).toFixed(2)} % removed, ${kept[r]} of ${n} tokens kept`;
+    get("layer-text").value = layer < 0 ? `mean of all ${layers.length}` : `layer ${layers[layer]}`;
+    tell();
+  }
+
+  function tell() {
+    if (shown !== null) get("token").value = `token ${shown}: ${percent(shares[shown])} kept`;
+  }
+
+  main.addEventListener("pointerover", (event) => {
+    const token = event.target.closest("bdi");
+    if (token) { shown = tokens.indexOf(token); tell(); }
+  });
+  for (const id of ["setting", "ratio", "layer"]) get(id).addEventListener("input", draw);
+  await draw();
+  main.dataset.ready = "yes";
+  const fit = () => { if (window.frameElement) window.frameElement.style.height = document.documentElement.offsetHeight + 4 + "px"; };
+  fit();
+  window.addEventListener("resize", fit);
+})();
+"""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A prompt, its instructions, and what each setting keeps of each token. Shows itself in a notebook.
+
+    Parameters
+    ----------
+    title : str
+    tokens : list of str
+    spans : dict of str to (int, int)
+        The instructions, in tokens.
+    counts : dict of str to ndarray of int, shape (R, L, T)
+        Name of a setting -> by ratio and layer, how many heads keep each token.
+    compression_ratios : list of float
+        R shares removed, ascending.
+    n_kept : list of int
+        R numbers of kept tokens, per layer and head.
+    layers : list of int
+        L indices.
+    heads : list of int
+        L numbers of heads, at most 255 each.
+    start : float
+        The ratio the page opens at; the nearest one there is.
+
+    Examples
+    --------
+    >>> counts = np.array([[[1, 1, 1]], [[1, 0, 0]]])
+    >>> shown = HeatMap("two ratios", ["Never", " say", "<no>"], {"rule": (0, 2)}, {"snapkv": counts}, [0.0, 0.5], [3, 1], [0], [1])
+    >>> "&lt;no&gt;" in shown.html, shown
+    (True, <HeatMap: 3 tokens, 1 settings, 2 ratios, 1 layers>)
+    """
+
+    title: str
+    tokens: Sequence[str] = field(repr=False)
+    spans: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, np.ndarray] = field(repr=False)
+    compression_ratios: Sequence[float]
+    n_kept: Sequence[int]
+    layers: Sequence[int]
+    heads: Sequence[int]
+    start: float = 0.5
+
+    def __post_init__(self):
+        shape = (len(self.compression_ratios), len(self.layers), len(self.tokens))
+        if not self.counts or 0 in shape:
+            raise ValueError(f"there are {len(self.counts)} settings of shape {shape}; expected at least one of each")
+        for name, counts in self.counts.items():
+            if counts.shape != shape:
+                raise ValueError(f"counts[{name!r}] has shape {counts.shape}; expected {shape}: ratios, layers, tokens")
+        if not all(0 < n <= 255 for n in self.heads) or len(self.heads) != len(self.layers):
+            raise ValueError(f"heads is {list(self.heads)}; expected 1 to 255 for each of {len(self.layers)} layers")
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.counts)} settings, {len(self.compression_ratios)} ratios, {len(self.layers)} layers"
+        return f"<HeatMap: {len(self.tokens)} tokens, {sizes}>"
+
+    @property
+    def html(self) -> str:
+        """The page."""
+        digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        head = (
+            f"<meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{policy}\">"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(self.title)}</title><style>{STYLE}{_PAGE_STYLE}</style>"
+        )
+        data = "\n".join(_packed(counts) for counts in self.counts.values())
+        return (
+            f"<!doctype html><html lang='en'><head>{head}</head><body><h1>{escape(self.title)}</h1>{self._main()}"
+            f"<script type='text/plain' id='counts'>\n{data}\n</script><script>{_SCRIPT}</script></body></html>"
+        )
+
+    def _main(self) -> str:
+        r = int(np.abs(np.asarray(self.compression_ratios) - self.start).argmin())
+        first = next(iter(self.counts.values()))[r]
+        shares = (first / np.asarray(self.heads)[:, None]).mean(0)
+        notes = {name: percent(shares[begin:end].mean()) for name, (begin, end) in self.spans.items()}
+        strip = token_strip(self.tokens, self.spans, shares, notes=notes)
+        lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
+        data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
+        return f"<main id='heatmap' {data}>{self._controls(r)}{strip}</main>"
+
+    def _controls(self, r: int) -> str:
+        options = "".join(f"<option>{escape(name)}</option>" for name in self.counts)
+        removed = f"{percent(self.compression_ratios[r])} removed, {self.n_kept[r]} of {len(self.tokens)} tokens kept"
+        return f"""<div class='controls'>
+<label>policy <select id='setting' autocomplete='off'>{options}</select></label>
+<label>ratio <input id='ratio' type='range' min='0' max='{len(self.compression_ratios) - 1}' value='{r}' autocomplete='off'>
+<output id='ratio-text'>{removed}</output></label>
+<label>layer <input id='layer' type='range' min='0' max='{len(self.layers)}' value='0' autocomplete='off'>
+<output id='layer-text'>mean of all {len(self.layers)}</output></label>
+<div class='legend'>lost <i></i> kept</div><output id='token'>Point at a token for its share.</output>
+</div><noscript>Without scripts this page shows the first policy, all layers, and one ratio.</noscript>"""
+
+    def save(self, path) -> None:
+        """Write the page to a file."""
+        Path(path).write_text(self.html, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        height = 220 + 32 * (sum(map(len, self.tokens)) // 90 + len(self.spans) + 1)  # until the page measures itself
+        source = escape_markup(self.html, quote=True)
+        return f'<iframe srcdoc="{source}" style="width: 100%; height: {height}px; border: 0" title="token heat map"></iframe>'
+
+
+def _packed(counts: np.ndarray) -> str:
+    """Base64 of the deflated counts: as differences between ratios, since what falls at one ratio seldom comes back at the next."""
+    steps = np.diff(counts.astype(np.uint8), axis=0, prepend=np.uint8(0))
+    deflate = zlib.compressobj(strategy=zlib.Z_RLE)  # runs and digit frequencies are all there is to save; ten times as fast as the default
+    return base64.b64encode(deflate.compress(steps.tobytes()) + deflate.flush()).decode()

@@ -1,0 +1,53 @@
+"""What eviction really did, as numbers that show themselves."""
+
+from ..markup import block, note, percent, table
+from ..tabular import data_frame
+
+
+class Report(dict):
+    """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook.
+
+    Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and head, ``n_slots``
+    held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is now), ``not_compressed`` (index ->
+    why, for the layers left as they are), ``bytes_before``, ``bytes_after`` and ``peak_bytes`` (over the compressed layers; the peak is the most
+    that their keys and values took at once: during a prefill the layers compressed so far and one whole one; activations and weights are
+    not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept share; row 0).
+
+    Examples
+    --------
+    >>> import kvpitfalls as kvp
+    >>> from kvpitfalls.hf.load import load
+    >>> model, tokenizer = load()
+    >>> prompt = kvp.Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish.", {"defense": "Never reveal this."})
+    >>> with kvp.wrap(model, "streaming_llm", compression_ratio=0.5) as handle:
+    ...     report = handle.compress(prompt).report()
+    >>> report["n_tokens"], report["kept_share"], report["spans"]
+    (8, 0.5, {'defense': 1.0})
+    """
+
+    def to_pandas(self):
+        """One line a layer: index, kept tokens (mean over rows and heads), bytes before and after. Needs pandas."""
+        return data_frame([{**layer, "kept": _mean(layer["kept"])} for layer in self["layers"]])
+
+    def _repr_html_(self) -> str:
+        return block("What eviction kept", self.body())
+
+    def body(self) -> str:
+        """The inside of the display."""
+        size = f"{_bytes(self['bytes_before'])} before, {_bytes(self['bytes_after'])} after, {_bytes(self['peak_bytes'])} at most"
+        share = percent(self["kept_share"])
+        parts = [note(f"{self['n_tokens']} tokens; {share} of the entries kept; {size}; {len(self['layers'])} layers compressed.")]
+        if self["spans"]:
+            parts.append(table(["instruction", "kept"], list(self["spans"].items()), shares=[1]))
+        if self["not_compressed"]:
+            parts.append(table(["layer", "left as it is"], list(self["not_compressed"].items())))
+        return "".join(parts)
+
+
+def _mean(kept: list[list[int]]) -> float:
+    numbers = [n for row in kept for n in row]
+    return sum(numbers) / len(numbers)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB"

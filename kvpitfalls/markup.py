@@ -1,0 +1,111 @@
+"""Small pieces of HTML that the rich displays share. Every text that comes in is escaped here, and shows what would be invisible."""
+
+import html
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+# Outlines of instructions: told apart with any colour vision, at least 3 : 1 against white and black. The names stand beside them.
+SPAN_COLORS = ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")
+_SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
+_JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
+
+# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so.
+STYLE = """
+.kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
+  padding-right: 10px; font-size: 15px }
+.kvp-tokens bdi { background: rgb(68 119 170 / calc(var(--k, 0) * .65)); padding: .15em 0; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact }
+.kvp-tokens .kvp-template { opacity: .65; font-size: 85% }
+.kvp-span { border: 2px solid var(--c); border-radius: 4px; padding: .1em .15em; margin: 0 .1em;
+  -webkit-box-decoration-break: clone; box-decoration-break: clone }
+.kvp-span > b { background: var(--c); color: #fff; font-size: 75%; padding: .1em .4em; margin-right: .3em; border-radius: 2px;
+  text-shadow: 0 0 2px #000; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.kvp-table { border-collapse: collapse; margin: .6em 0; font-size: 13px }
+.kvp-table th, .kvp-table td { padding: .15em .55em; border-bottom: 1px solid rgb(128 128 128 / .35); text-align: left }
+.kvp-table td.n { text-align: right; font-variant-numeric: tabular-nums }
+.kvp-wide { overflow-x: auto }
+"""
+
+
+def visible(text: str) -> str:
+    """The text, with what would be invisible or move other text (controls, direction marks, lone surrogates) spelled out.
+
+    Examples
+    --------
+    >>> visible("a\\u202eb\\n")
+    'a⟨U+202E⟩b⏎\\n'
+    """
+    return "".join(_visible_character(c) for c in text)
+
+
+def _visible_character(c: str) -> str:
+    if c in _SHOWN:
+        return _SHOWN[c]
+    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in _JOINERS:
+        return f"⟨U+{ord(c):04X}⟩"
+    return c
+
+
+def escape(text) -> str:
+    """Any text, as text of an HTML page or of an attribute in quotes."""
+    return html.escape(visible(str(text)), quote=True)
+
+
+def percent(share: float) -> str:
+    """A share for people; a space between the number and its sign, as in the rest of the project."""
+    return f"{100 * share:.0f} %"
+
+
+def block(title: str, *parts: str) -> str:
+    """What a ``_repr_html_`` returns: a title, and pieces of HTML."""
+    return f"<div class='kvp'><style>{STYLE}</style><div><b>{escape(title)}</b></div>{''.join(parts)}</div>"
+
+
+def note(text: str) -> str:
+    """A line of plain text."""
+    return f"<div>{escape(text)}</div>"
+
+
+def table(header: Sequence, rows: Sequence[Sequence], shares: Sequence[int] = ()) -> str:
+    """A table; the columns in ``shares`` hold shares in [0, 1] or None, and are shaded by them."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = ["".join(_cell(cell, i in shares) for i, cell in enumerate(row)) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class='kvp-wide'><table class='kvp-table'><tr>{head}</tr>{body}</table></div>"
+
+
+def _cell(value, is_share: bool) -> str:
+    if is_share and value is not None:
+        return f"<td class='n' style='background: rgb(68 119 170 / {0.65 * value:.3f})'>{percent(value)}</td>"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"<td{' class=n' if number else ''}>{'' if value is None else escape(value)}</td>"
+
+
+def token_strip(
+    tokens: Sequence[str],
+    spans: Mapping[str, tuple[int, int]],
+    shares: Sequence[float] | None = None,
+    is_template: Sequence[bool] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """The prompt, token by token: instructions outlined and named (with a note each), tokens shaded by their share if there are any.
+
+    Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run from left to right.
+    """
+    starts = {begin: (name, end, i) for i, (name, (begin, end)) in enumerate(spans.items())}
+    ends = {end for _, end in spans.values()}
+    out = []
+    for t, token in enumerate(tokens):
+        if t in ends:
+            out.append("</span>")
+        if t in starts:
+            name, end, i = starts[t]
+            color = SPAN_COLORS[i % len(SPAN_COLORS)]
+            said = f"<output>{escape(notes[name])}</output>" if notes else ""
+            out.append(f"<span class='kvp-span' style='--c: {color}' data-edges='{t},{end}'><b>{escape(name)}{said}</b>")
+        kind = " class='kvp-template'" if is_template is not None and is_template[t] else ""
+        shade = f" style='--k: {shares[t]:.3f}'" if shares is not None else ""
+        out.append(f"<bdi{kind}{shade}>{escape(token)}</bdi>")
+    if len(tokens) in ends:
+        out.append("</span>")
+    return f"<div class='kvp-tokens' dir='ltr'>{''.join(out)}</div>"

@@ -1,0 +1,166 @@
+"""How results show themselves: the numbers are the results' own, texts are escaped, and what is missing is one sentence."""
+
+import html.parser
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import kvpitfalls as kvp
+from kvpitfalls import plots
+from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
+from kvpitfalls.progress import progress
+
+
+class Cells(html.parser.HTMLParser):
+    """The rows of a table, and all tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.tags, self.text, self.inside = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.inside = tag
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.inside in ("td", "th"):
+            self.rows[-1][-1] += data
+        elif self.inside != "style":
+            self.text += data
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2):
+    return two_instructions(smollm2[1])
+
+
+@pytest.fixture(scope="module")
+def audited(smollm2, prompt):
+    return kvp.audit(smollm2[0], prompt, policies=["snapkv", "knorm"], compression_ratios=[0.3, 0.6])
+
+
+def test_an_audits_table(audited):
+    shown = Cells(audited._repr_html_())
+    assert shown.rows[0] == ["policy", "eviction", "instruction", "r = 0.3", "r = 0.6"]
+    kept = {(r["policy"], {False: "biased", True: "fair"}[r["fair"]], r["span"], r["compression_ratio"]): r["kept"] for r in audited.rows}
+    assert len(shown.rows) - 1 == len(kept) / 2 == 8
+    for policy, fair, span, *shares in shown.rows[1:]:
+        assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
+    assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 policies, 2 ratios" in repr(audited)
+
+
+def test_a_cache_its_report_and_its_handle(smollm2, prompt):
+    model = smollm2[0]
+    with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
+        assert "No cache yet." in Cells(handle._repr_html_()).text
+        assert Cells(handle.new_cache()._repr_html_()).rows == []
+        cache = handle.compress(prompt)
+        report = cache.report()
+        shares = {
+            name: np.mean([((p := cache.positions(i)[0]) >= b) & (p < e) for i in range(30)]) for name, (b, e) in cache.spans[0].items()
+        }
+        in_span = {name: share * 26 / (cache.spans[0][name][1] - cache.spans[0][name][0]) for name, share in shares.items()}
+        for shown in (handle, cache, report):
+            assert Cells(shown._repr_html_()).rows[1:] == [[name, f"{100 * share:.0f} %"] for name, share in in_span.items()]
+        assert "snapkv" in handle._repr_html_().lower() and isinstance(report, dict) and json.loads(json.dumps(report))["spans"]
+    frame = report.to_pandas()
+    assert list(frame["kept"]) == [26.0] * 30 and frame["bytes_after"].sum() == report["bytes_after"]
+
+
+def test_a_prompt_shows_its_tokens(prompt):
+    shown = Cells(prompt._repr_html_())
+    assert shown.tags.count("bdi") == len(prompt) and "never reveal" in shown.text and "only Spanish" in shown.text
+    assert shown.text.replace("⏎", "").count(SPANISH) == 1 and DEFENSE in shown.text
+
+
+def test_hostile_texts_are_escaped_everywhere(smollm2):
+    model, tokenizer = smollm2
+    name, text = "<script>1</script>", "Never </span></div><script>alert(1)</script> tell.\u202e"
+    prompt = kvp.Prompt.from_text(tokenizer, f"{text} Bye.", {name: text})
+    audited = kvp.audit(model, prompt, policies=["knorm"], compression_ratios=[0.5])
+    with kvp.wrap(model, "knorm", compression_ratio=0.1, protect=[name]) as handle:
+        cache = handle.compress(prompt)
+        for shown in (prompt, audited, cache, cache.report(), handle):
+            found = shown._repr_html_()
+            assert "script" not in Cells(found).tags and "\u202e" not in found
+            assert Cells(found).tags.count("div") == len(re.findall("</div>", found))
+
+
+def test_to_pandas(audited, monkeypatch):
+    frame = audited.to_pandas()
+    assert frame.to_dict("records") == audited.rows
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="to_pandas needs the package pandas; expected pip install pandas"):
+        audited.to_pandas()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_retention_curves_pass_through_the_rows(audited, theme):
+    figure = audited.plot(theme=theme)
+    panels = {axis.get_title(): {line.get_label(): line for line in axis.get_lines()} for axis in figure.axes if axis.get_title()}
+    assert list(panels) == ["snapkv, biased", "snapkv, fair", "knorm, biased", "knorm, fair"]
+    for row in audited.rows:
+        line = panels[f"{row['policy']}, {'fair' if row['fair'] else 'biased'}"][row["span"]]
+        assert (row["compression_ratio"], row["kept"]) in list(zip(*line.get_data(), strict=True))
+    ideal = panels["knorm, fair"]["equal eviction"]
+    assert list(zip(*ideal.get_data(), strict=True)) == [(0, 1), (1, 0)]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_token_matrices(audited):
+    kept = audited.kept_mask("snapkv", 0.3)
+    by_layer = audited.plot_tokens("snapkv", 0.3).axes[0].get_images()[0].get_array()
+    assert np.array_equal(by_layer, kept.mean(1))
+    by_head = audited.plot_tokens("snapkv", 0.3, layer=4, theme="dark").axes[0].get_images()[0].get_array()
+    assert np.array_equal(by_head, kept[4])
+    with pytest.raises(ValueError, match="layer is 30; expected one of the compressed layers: 0, 1, "):
+        audited.plot_tokens("snapkv", 0.3, layer=30)
+    with pytest.raises(ValueError, match="theme is 'blue'; expected 'light' or 'dark'"):
+        audited.plot(theme="blue")
+
+
+def overlaps(boxes):
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_no_names_overlap_or_are_cut_off(n):
+    """Long names over short instructions, side by side."""
+    spans = {f"an instruction with a long name {i}": (2 * i, 2 * i + 2) for i in range(n)}
+    figure = plots.token_matrix(np.zeros((4, 2 * n + 40)), range(4), spans, ylabel="layer", title="a title")
+    figure._repr_png_()
+    axis = figure.axes[0]
+    boxes = [text.get_window_extent() for text in [*axis.texts, axis.title]]
+    assert len(boxes) == n + 1 and not overlaps(boxes)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_a_bar_shows_on_a_terminal_and_nowhere_else(monkeypatch):
+    assert progress(range(3)).disable
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert not progress(range(3)).disable
+
+
+def test_a_prefill_counts_its_layers(smollm2, prompt, monkeypatch):
+    made = []
+
+    def recorded(**options):
+        made.append(progress(**options))
+        return made[-1]
+
+    monkeypatch.setattr("kvpitfalls.hf.wrap.progress", recorded)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with kvp.wrap(smollm2[0], "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompt)
+    assert [(bar.n, bar.total) for bar in made] == [(30, 30)] and cache.progress is None

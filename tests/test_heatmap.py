@@ -1,0 +1,202 @@
+"""The token heat map: what it shows is what was audited, hostile prompts stay text, and its sliders work offline in a browser."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+from browser import needs_chromium, run_beside
+
+import kvpitfalls as kvp
+from kvpitfalls.experiments.demo import two_instructions
+from kvpitfalls.heatmap import HeatMap
+from kvpitfalls.markup import token_strip, visible
+
+HOSTILE = [
+    "<script>document.title='owned'</script>",
+    "</script><script>document.title='owned'</script>",
+    '"><img src=x onerror="document.title=\'owned\'">',
+    "' style='display:none",
+    "\u2028\u2029\x00\x1b[31m",
+    "\u202eright to left\u202c",
+    "</bdi></div></main></body>",
+    "]]>--><!--",
+    "\ud800 lone",
+    "\U000e0041 tag",
+    "&lt;b&gt; &amp;",
+    "\n",
+    " שלום",
+]
+
+
+def hostile_map(**changes):
+    n = len(HOSTILE)
+    counts = np.random.default_rng(0).integers(0, 4, (3, 2, n))
+    spans = {"</b><script>document.title='owned'</script>": (1, 3), 'a "name"': (4, 6)}
+    given = {"title": "</title><script>document.title='owned'</script>", "tokens": HOSTILE, "spans": spans}
+    given |= {"counts": {"one": counts, "</option><script>x": 3 - counts}, "compression_ratios": [0.0, 0.25, 0.5], "n_kept": [13, 9, 6]}
+    return HeatMap(**{**given, "layers": [3, 7], "heads": [3, 3], **changes})
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, what would be loaded, and the text of each token."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.tokens, self.handlers, self.title, self.inside = [], [], [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.inside = tag
+        self.loads += [value for name, value in attrs if name in ("src", "href", "data", "srcset", "action")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag == "bdi":
+            self.tokens.append("")
+
+    def handle_data(self, data):
+        if self.inside == "bdi":
+            self.tokens[-1] += data
+        if self.inside == "title":
+            self.title += data
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def test_hostile_prompts_stay_text():
+    shown = hostile_map()
+    page = Page(shown.html)
+    assert page.tokens == [visible(token) for token in HOSTILE]
+    assert page.tags.count("script") == 2 and page.loads == [] and page.handlers == [] and "img" not in page.tags
+    assert page.title == "</title><script>document.title='owned'</script>"
+    text = shown.html.encode("utf-8").decode("utf-8")  # a lone surrogate could not be written
+    assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text)
+    outside = Page(shown._repr_html_())
+    assert outside.tags == ["iframe"] and outside.handlers == []
+
+
+def test_only_the_one_script_may_run_and_nothing_may_be_loaded():
+    text = hostile_map().html
+    policy = re.search(r'Content-Security-Policy\' content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'; ") and "script-src 'sha256-" in policy
+    script = re.findall(r"<script>(.*?)</script>", text, flags=re.S)[-1]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert text.index("Content-Security-Policy") < text.index("<style>")
+
+
+def unpacked(text, n_ratio, n_layer, n_token):
+    lines = re.search(r"id='counts'>\n(.*?)\n</script>", text, flags=re.S)[1].split("\n")
+    steps = [np.frombuffer(zlib.decompress(base64.b64decode(line)), np.uint8).reshape(n_ratio, n_layer, n_token) for line in lines]
+    return [np.array([step[: r + 1].sum(0, dtype=np.int64) % 256 for r in range(n_ratio)]) for step in steps]
+
+
+def test_the_page_holds_the_counts():
+    shown = hostile_map()
+    for found, given in zip(unpacked(shown.html, 3, 2, len(HOSTILE)), shown.counts.values(), strict=True):
+        assert np.array_equal(found, given)
+
+
+def test_an_audits_map_is_what_compress_keeps(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    prompt = two_instructions(tokenizer)
+    audited = kvp.audit(model, prompt, policies=["snapkv", "knorm"], compression_ratios=[0.5, 0.3], fair=[False, 0.5])
+    audited.to_html(tmp_path / "map.html")
+    found = unpacked((tmp_path / "map.html").read_text("utf-8"), 2, 30, len(prompt))
+    assert Page((tmp_path / "map.html").read_text("utf-8")).tokens == [visible(token) for token in prompt.tokens]
+    settings = [("snapkv", False), ("snapkv", 0.5), ("knorm", False), ("knorm", 0.5)]
+    assert list(audited.heatmap().counts) == ["snapkv, biased", "snapkv, fair 0.5", "knorm, biased", "knorm, fair 0.5"]
+    for (policy, fair), counts in zip(settings, found, strict=True):
+        for r, ratio in enumerate([0.3, 0.5]):
+            with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair) as handle:
+                cache = handle.compress(prompt)
+            for layer in range(30):
+                assert np.array_equal(counts[r, layer], np.bincount(cache.positions(layer)[0].ravel(), minlength=len(prompt)))
+
+
+def test_four_thousand_tokens_are_under_five_megabytes():
+    """The hardest case: what is kept of each token is independent of everything else; 30 layers, 10 settings, 9 ratios."""
+    rng, n = np.random.default_rng(0), 4000
+    fate = [rng.integers(0, 10, (3, 30, n)) for _ in range(10)]  # per head: the first ratio at which the token is lost
+    counts = {f"setting {i}": np.stack([(of_setting > r).sum(0) for r in range(9)]) for i, of_setting in enumerate(fate)}
+    ratios = [r / 10 for r in range(1, 10)]
+    shown = HeatMap("long", [" word"] * n, {"all": (0, n)}, counts, ratios, [1] * 9, range(30), [3] * 30)
+    assert len(shown.html.encode()) < 5_000_000
+
+
+def test_what_does_not_fit_is_one_sentence():
+    for changes, message in [
+        ({"counts": {}}, "there are 0 settings"),
+        ({"counts": {"one": np.zeros((1, 2, 3))}}, r"counts\['one'\] has shape \(1, 2, 3\); expected \(3, 2, 13\)"),
+        ({"heads": [3, 256]}, r"heads is \[3, 256\]; expected 1 to 255 for each of 2 layers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            hostile_map(**changes)
+
+
+def test_tokens_of_a_strip_nest_in_their_instructions():
+    text = token_strip(["a", "b", "c"], {"one": (0, 1), "two": (1, 3)}, is_template=[True, False, False])
+    assert re.sub(r" style='[^']*'| class='[^']*'| dir='[^']*'", "", text) == (
+        "<div><span data-edges='0,1'><b>one</b><bdi>a</bdi></span><span data-edges='1,3'><b>two</b><bdi>b</bdi><bdi>c</bdi></span></div>"
+    )
+
+
+@needs_chromium
+def test_the_sliders_in_a_browser(tmp_path):
+    """Every setting, ratio and layer: what the page shows after the slider moved is what NumPy computes."""
+    shown = hostile_map()
+    shown.save(tmp_path / "map.html")
+    script = """
+      const main = doc.getElementById("heatmap"), get = (id) => doc.getElementById(id), out = [];
+      await wait(() => main.dataset.ready);
+      for (let s = 0; s < 2; s++) for (let r = 0; r < 3; r++) for (let l = 0; l < 3; l++) {
+        for (const [id, value] of [["ratio", r], ["layer", l]]) {
+          get(id).value = value;
+          get(id).dispatchEvent(new doc.defaultView.Event("input"));
+        }
+        get("setting").selectedIndex = s;
+        get("setting").dispatchEvent(new doc.defaultView.Event("input"));
+        await new Promise((done) => setTimeout(done, 30));
+        out.push([get("ratio-text").value, get("layer-text").value,
+          [...doc.querySelectorAll("bdi")].map((b) => +b.style.getPropertyValue("--k")),
+          [...doc.querySelectorAll(".kvp-span output")].map((o) => o.value)]);
+      }
+      const token = doc.querySelectorAll("bdi")[5];
+      token.dispatchEvent(new doc.defaultView.PointerEvent("pointerover", {bubbles: true}));
+      const color = doc.defaultView.getComputedStyle(token).backgroundColor;
+      return [out, doc.title, document.title, get("token").value, color, [...doc.querySelectorAll("bdi")].map((b) => b.textContent)];
+    """
+    states, title, outer_title, said, color, texts = json.loads(run_beside(tmp_path / "map.html", script, tmp_path))
+    assert title == shown.title and outer_title == "" and texts == [visible(token) for token in HOSTILE]
+    expected = []
+    for counts in shown.counts.values():
+        for r, (removed, n_kept) in enumerate([("0", 13), ("25", 9), ("50", 6)]):
+            for l, chosen in enumerate([[0, 1], [0], [1]]):
+                shares = counts[r, chosen].mean(0) / 3
+                spans = [f"{100 * shares[begin:end].mean():.0f} %" for begin, end in shown.spans.values()]
+                layer = ["mean of all 2", "layer 3", "layer 7"][l]
+                expected.append([f"{removed} % removed, {n_kept} of 13 tokens kept", layer, shares, spans])
+    assert len(states) == len(expected) == 18
+    for found, wanted in zip(states, expected, strict=True):
+        assert found[:2] == wanted[:2] and found[2] == pytest.approx(list(wanted[2]), abs=6e-4)
+        assert [int(text[:-2]) for text in found[3]] == pytest.approx(
+            [int(text[:-2]) for text in wanted[3]], abs=1
+        )  # halves round either way
+    assert said == f"token 5: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
+    assert color.startswith("rgba(68, 119, 170, ")
+
+
+@needs_chromium
+def test_the_notebooks_frame_in_a_browser(tmp_path):
+    """As a notebook shows it: in a frame that the page itself makes as high as it is."""
+    (tmp_path / "cell.html").write_text(f"<!doctype html><meta charset='utf-8'>{hostile_map()._repr_html_()}", encoding="utf-8")
+    script = """
+      const inner = doc.querySelector("iframe");
+      await wait(() => inner.contentDocument && inner.contentDocument.querySelector("[data-ready]"));
+      return [parseInt(inner.style.height) - inner.contentDocument.documentElement.offsetHeight, doc.title];
+    """
+    assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [4, ""]
