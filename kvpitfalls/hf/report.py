@@ -9,9 +9,9 @@ class Report(dict):
 
     Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and head, ``n_slots``
     held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is now), ``not_compressed`` (index ->
-    why, for the layers left as they are), ``bytes_before``, ``bytes_after`` and ``peak_bytes`` (over the compressed layers; the peak is the most
-    that their keys and values took at once: during a prefill the layers compressed so far and one whole one; activations and weights are
-    not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept share; row 0).
+    why, for the layers left as they are), ``bytes_before``, ``bytes_after`` and ``peak_bytes`` (over the compressed layers; the peak is
+    the most that their keys and values took at once: during a prefill the layers compressed so far and one whole one; activations and
+    weights are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept share; row 0).
 
     Examples
     --------
