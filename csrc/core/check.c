@@ -172,9 +172,9 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false},      {"queries", &args->queries, "BNQD", FLOATS, queries, false},
+        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},      {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
         {"votes", &args->votes, "BVF", I32, votes, false, true}, {"valid", &args->valid, "BR", I32, false, false, true},
-        {"lse", &args->lse, "BNQ", F32, false, false},           {"scores", &args->scores, "BHT", F32, true, true},
+        {"lse", &args->lse, "BNQ", F32, false, false, false},           {"scores", &args->scores, "BHT", F32, true, true, false},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -201,10 +201,10 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
 
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     const rule rules[] = {
-        {"scores", &args->scores, "BHT", F32, true, false},  {"segments", &args->segments, "BE", I32, true, false, true},
-        {"quotas", &args->quotas, "BHS", I32, true, false, true},  {"protect", &args->protect, "BT", U8, false, false},
-        {"valid", &args->valid, "BR", I32, false, false, true}, {"positions", &args->positions, "BHK", I32, true, true},
-        {"counts", &args->counts, "BH", I32, true, true},
+        {"scores", &args->scores, "BHT", F32, true, false, false},  {"segments", &args->segments, "BE", I32, true, false, true},
+        {"quotas", &args->quotas, "BHS", I32, true, false, true},  {"protect", &args->protect, "BT", U8, false, false, false},
+        {"valid", &args->valid, "BR", I32, false, false, true}, {"positions", &args->positions, "BHK", I32, true, true, false},
+        {"counts", &args->counts, "BH", I32, true, true, false},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -216,9 +216,9 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
 
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false},         {"values", &args->values, "BHTC", FLOATS, true, false},
-        {"positions", &args->positions, "BHK", I32, true, false},   {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true},
-        {"out_values", &args->out_values, "BHKC", FLOATS, true, true},
+        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},         {"values", &args->values, "BHTC", FLOATS, true, false, false},
+        {"positions", &args->positions, "BHK", I32, true, false, false},   {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
+        {"out_values", &args->out_values, "BHKC", FLOATS, true, true, false},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));

@@ -8,6 +8,7 @@
 #include <math.h>
 
 kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx) {
+    (void)ctx;
     const kvp_tensor *scores = &args->scores;
     const int64_t n_token = scores->shape[2];
     const double n_sink = args->param[0];

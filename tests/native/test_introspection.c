@@ -86,7 +86,7 @@ static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers, coun
 static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA, no_scorers, count_select, pass_gather, need_128};
 static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77, no_scorers, count_select, pass_gather, need_128};
 
-/* Never read: the table above looks at nothing. Each has memory of its own all the same, or the call would be refused for that. */
+/* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call would be refused for that. */
 static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
     static float nothing[16][64];
     static int n_made;
@@ -97,8 +97,9 @@ void test_register_backend(void) {
     kvp_context ctx = {0};
     const kvp_tensor keys = imagine(KVP_F32, 4, 4);
     const kvp_score_args score = {.scorer = kvp_scorer_find("norm"), .keys = keys, .scores = imagine(KVP_F32, 3, 4)};
-    const kvp_select_args select = {.scores = score.scores, .segments = imagine(KVP_I32, 2, 2), .quotas = imagine(KVP_I32, 3, 1),
-                                    .positions = imagine(KVP_I32, 3, 2), .counts = imagine(KVP_I32, 2, 1)};
+    kvp_select_args select = {.scores = score.scores, .segments = imagine(KVP_I32, 2, 2), .quotas = imagine(KVP_I32, 3, 1),
+                              .positions = imagine(KVP_I32, 3, 2), .counts = imagine(KVP_I32, 2, 1)};
+    select.segments.device = select.quotas.device = KVP_CPU; /* read by the host: an empty segment, of which none is kept */
     CHECK(kvp_register_backend(&of_other_abi) != KVP_OK, "a backend of another ABI was registered");
     CHECK(kvp_register_backend(&of_no_device) != KVP_OK, "a backend of an unknown device was registered");
     CHECK(kvp_score(&score, &ctx) == KVP_ERR_DEVICE, "a device without a backend was used");
