@@ -44,7 +44,7 @@ def sweep(
     engine : {"local", "ray"}
         "local": in this process. "ray": on Ray workers, with the same records; a sweep begun by one may go on by the other.
     workers : int, optional
-        For "ray", see :func:`kvpitfalls.experiments.ray_engine.run_ray`.
+        For "ray": start it here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``, or this machine.
 
     Returns
     -------
