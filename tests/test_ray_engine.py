@@ -14,8 +14,6 @@ from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.sweep import sweep
 
-pytest.importorskip("ray")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, smollm2):

@@ -106,9 +106,8 @@ class Audit:
                 json.dump(self.to_dict(), file, indent=1)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is there if something failed
 
     def to_pandas(self):
         """``rows`` as a ``pandas.DataFrame``; needs pandas."""

@@ -85,7 +85,7 @@ class _Work:
         for rows, settings in groups.items():
             try:
                 self.generate(settings, rows)
-            except Exception as error:
+            except Exception as error:  # whatever it is: said here, and each prompt that fails alone has a record with its error
                 n_item = len(settings) * len(rows)
                 tqdm.write(f"a batch of {n_item} failed ({type(error).__name__}: {error}); its prompts are run one by one", file=sys.stderr)
                 self.one_by_one(settings, rows)

@@ -115,9 +115,8 @@ def write_meta(folder: str | Path, meta: Mapping) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / META)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # it is there if something failed
 
 
 def check_same(old: Mapping, new: Mapping) -> None:
