@@ -47,8 +47,9 @@ def build(family: str, attention: str = "sdpa", **changes):
 
 
 def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
-    """Random token ids, none of them special."""
-    return torch.randint(3, 128, (n_row, n_token), generator=torch.Generator().manual_seed(seed))
+    """Random token ids, none of them special and none twice in a row: equal tokens have keys of equal norm, but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([3 + torch.randperm(125, generator=generator)[:n_token] for _ in range(n_row)])
 
 
 @torch.no_grad()
