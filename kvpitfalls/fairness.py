@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from . import ops
+
 
 @dataclass(frozen=True)
 class Fair:
@@ -183,6 +185,13 @@ class Layout:
         for row, positions in zip(mask, self.protected, strict=True):
             row[list(positions)] = 1
         return mask
+
+    def mask_beside(self, scores):
+        """:attr:`mask` where the scores are; copied to each GPU once, not at every layer."""
+        key = ("mask", str(getattr(scores, "device", "cpu")))
+        if key not in self.plans:
+            self.plans[key] = None if self.mask is None else ops.beside(self.mask, scores)
+        return self.plans[key]
 
 
 @lru_cache(maxsize=64)

@@ -114,12 +114,15 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     quotas = expand_quotas(_int32(quotas), n_row, n_head)
     segments = expand_segments(_int32(segments), n_row, n_token)
     if protect is not None:
-        protect = np.broadcast_to(_host(protect).astype(np.uint8), (n_row, n_token))
+        protect = beside(np.broadcast_to(_host(protect).astype(np.uint8), (n_row, n_token)), scores)
     return select_checked(scores, segments, quotas, protect, _int32(valid), int(quotas.sum(-1).max()))
 
 
 def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
-    """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None."""
+    """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None.
+
+    ``protect`` is where the scores are (:func:`beside`).
+    """
     if not _has_kernels(scores):
         from . import reference
 
@@ -127,8 +130,6 @@ def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
     n_row, n_head = scores.shape[:2]
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    if protect is not None and _on_cuda(scores):
-        protect = sys.modules["torch"].tensor(np.array(protect), device=scores.device)
     arguments = _plain(scores), segments, quotas, protect, valid, positions, counts
     _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
@@ -167,6 +168,11 @@ def gather(keys, values, positions):
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions)
     _core.gather(_plain(keys), _plain(values), positions, *out, _n_worker())
     return tuple(out)
+
+
+def beside(mask: np.ndarray, scores):
+    """The mask where the scores are. On a GPU it is a copy, for which the GPU is waited for."""
+    return sys.modules["torch"].tensor(np.array(mask), device=scores.device) if _on_cuda(scores) else mask
 
 
 def expand_quotas(quotas: np.ndarray, n_row: int, n_head: int) -> np.ndarray:

@@ -71,6 +71,7 @@ def rank(
     softcap: float = 0.0,
     sinks=None,
     share_heads: bool = False,
+    lse=None,
 ) -> Ranked:
     """Score one layer.
 
@@ -85,6 +86,8 @@ def rank(
         A logit per query head that joins every softmax.
     share_heads : bool
         One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
+    lse : array of float32, shape (B, H*G, Q), optional
+        Natural log of each query's softmax denominator, without sinks, if it is already known.
     """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
@@ -94,7 +97,7 @@ def rank(
     segments = layout.segments(fair)
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, sinks)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, sinks, lse)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -104,7 +107,7 @@ def rank(
     if share_heads:
         scores = scores.double().mean(1, keepdim=True).float()  # double: equal whole numbers of any size must stay equal
     unfair = Fair.parse(False)
-    biased = rank(policy, unfair, layout, keys, queries, scaling, softcap, sinks, share_heads) if 0 < fair.strength < 1 else None
+    biased = rank(policy, unfair, layout, keys, queries, scaling, softcap, sinks, share_heads, lse) if 0 < fair.strength < 1 else None
     return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
 
 
@@ -125,7 +128,9 @@ def _plan_of(edges: np.ndarray, quotas: np.ndarray, n_head: int) -> _Plan:
 
 def _select(ranked: Ranked, plan: _Plan) -> Kept:
     layout = ranked.layout
-    positions, counts = ops.select_checked(ranked.scores, plan.edges, plan.quotas, layout.mask, layout.valid_array, plan.n_kept)
+    positions, counts = ops.select_checked(
+        ranked.scores, plan.edges, plan.quotas, layout.mask_beside(ranked.scores), layout.valid_array, plan.n_kept
+    )
     return Kept(positions, counts, ranked.scores, plan.quotas, plan.edges)
 
 

@@ -8,6 +8,8 @@ import torch
 from tiny_models import build, ids
 
 import kvpitfalls as kvp
+from kvpitfalls.fairness import Fair, Layout
+from kvpitfalls.selection import choose, rank
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 SPANS = {"first": (2, 9), "second": (9, 18)}
@@ -53,6 +55,30 @@ def test_bfloat16_runs_and_holds_its_budget(policy):
         cache = handle.new_cache()
         model.generate(ids(1, 20).cuda(), attention_mask=torch.ones(1, 20).cuda(), past_key_values=cache, **GREEDY)
         assert max(layer.keys.shape[2] for layer in cache.kept_layers) <= 8
+
+
+def test_a_layer_after_the_first_waits_for_nothing():
+    generator = torch.Generator("cuda").manual_seed(0)
+    keys = torch.randn(2, 2, 300, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    layout = Layout.of(2, 300, spans=SPANS, protect="sinks", valid=[(7, 300), (0, 300)])
+    fair = Fair.parse(True)
+
+    def compress():
+        kept = choose(rank(kvp.SnapKV(), fair, layout, keys, keys), compression_ratio=0.5)
+        return kvp.ops.gather(keys, keys, kept.positions)[0]
+
+    first = compress()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = compress()
+        graph = torch.cuda.CUDAGraph()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph):
+        third = compress()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(first, second) and torch.equal(first, third)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

@@ -22,7 +22,7 @@ COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class _Observe:
     """A cache's action: evict nothing, record what every setting would keep."""
 
-    evicts = False
+    evicts, reads_queries = False, True
 
     def __init__(self, settings, ratios, layout_of, spans):
         self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
@@ -52,7 +52,7 @@ def _attention_mass(call: AttentionCall) -> np.ndarray:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.key.shape[2]
     scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks)
+    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks, lse=call.lse)
     return inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0].double().cpu().numpy()
 
 

@@ -38,6 +38,11 @@ class Evict:
         """False if everything is kept."""
         return self.compression_ratio != 0
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the policy does."""
+        return self.policy.needs_queries
+
     def limit(self, n_token: int) -> int:
         """How much of a prompt of ``n_token`` real tokens a row may hold."""
         return kept_tokens(n_token, self.compression_ratio, self.budget)

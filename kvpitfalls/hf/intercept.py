@@ -9,6 +9,7 @@ the attention call that receives the ticket's keys gets its mask translated and,
 :func:`_leave` raises if a ticket was never collected.
 """
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -23,6 +24,7 @@ from . import stand_ins
 from .cache import KeptCache
 from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
+from .denominators import Denominators
 from .kept_layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 
@@ -58,6 +60,8 @@ class AttentionCall:
         A logit per head that joins every softmax (gpt-oss).
     shared : bool
         ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
+    lse : tensor of float32, shape (B, Hq, T), or None
+        Natural log of each query's softmax denominator, where the attention itself told it.
     """
 
     query: torch.Tensor
@@ -67,11 +71,18 @@ class AttentionCall:
     valid: list[tuple[int, int]]
     sinks: torch.Tensor | None = None
     shared: bool = False
+    lse: torch.Tensor | None = None
 
     @property
     def logits(self) -> dict:
         """How attention logits are made and whose they are, for :func:`kvpitfalls.selection.rank`."""
-        return {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks, "share_heads": self.shared}
+        return {
+            "scaling": self.scaling,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "share_heads": self.shared,
+            "lse": self.lse,
+        }
 
 
 @dataclass
@@ -121,27 +132,42 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
         attention_mask = physical_mask(ticket.slots, attention_mask, query, implementation)
-    out = base(module, query, key, value, attention_mask, **kwargs)
+    action = forward.cache.action
+    seen = contextlib.nullcontext()
+    if not ticket.done and forward.prefill and _tells_denominators(action, forward, implementation, query):
+        seen = Denominators(query, kwargs.get("scaling"))
+    with seen:
+        out = base(module, query, key, value, attention_mask, **kwargs)
     if not ticket.done:
         ticket.done = True
-        action = forward.cache.action
         holds = getattr(action, "holds", False)
         if action is not None and (forward.prefill or holds):
             check_call(module, implementation, kwargs)
             forward.cache.note_peak()
             act = action if forward.prefill else action.hold
-            act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs))
+            lse = getattr(seen, "lse", None)
+            act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
         if forward.cache.progress is not None:
             forward.cache.progress.update()
     return out
 
 
-def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict) -> AttentionCall:
+def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
+    """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
+    return (
+        query.is_cuda
+        and implementation == "sdpa"
+        and getattr(action, "reads_queries", False)
+        and all(row == (0, query.shape[2]) for row in forward.valid)
+    )
+
+
+def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
     # sdpa ignores softcap and sinks, so scores must, too
     softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared)
+    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse)
 
 
 def _around(base, implementation):

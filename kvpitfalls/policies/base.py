@@ -78,6 +78,8 @@ class Inputs:
         Follow the authors' code to the letter (``fair="paper"``).
     sinks : tensor, shape (H*G,), or None
         A logit per query head that joins the denominator of every softmax.
+    lse : array of float32, shape (B, H*G, Q), optional
+        Natural log of each query's softmax denominator, if it is already known.
 
     Examples
     --------
@@ -96,6 +98,7 @@ class Inputs:
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
     sinks: Any = None
+    lse: Any = None
 
     @property
     def n_token(self) -> int:
@@ -132,7 +135,7 @@ class Inputs:
             queries=self.queries,
             votes=packed,
             valid=self.valid_array,
-            lse=None if self.sinks is None else denominators_with_sinks(self, packed),
+            lse=self.lse if self.sinks is None else denominators_with_sinks(self, packed),
             scaling=self.scaling,
             softcap=self.softcap,
             kernel_size=kernel_size,
