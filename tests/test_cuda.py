@@ -60,7 +60,7 @@ def test_bfloat16_runs_and_holds_its_budget(policy):
 def test_a_layer_after_the_first_waits_for_nothing():
     generator = torch.Generator("cuda").manual_seed(0)
     keys = torch.randn(2, 2, 300, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
-    layout = Layout.of(2, 300, spans=SPANS, protect="sinks", valid=[(7, 300), (0, 300)])
+    layout = Layout.of(2, 300, spans={"first": (8, 90), "second": (90, 180)}, protect="sinks", valid=[(7, 300), (0, 300)])
     fair = Fair.parse(True)
 
     def compress():

@@ -20,19 +20,21 @@ typedef struct copy {
 typedef struct gather_job {
     copy copies[2];
     kvpg_rows positions;
-    int n_head, n_token, n_kept;
+    int n_row, n_head, n_token, n_kept; /* n_row: batch rows times heads */
 } gather_job;
 
 __device__ __forceinline__ int read_position(const gather_job &j, int b, int h, int i) {
-    const int position = i < j.n_kept ? __ldg((const int32_t *)kvpg_row(j.positions, b, h, i)) : -1;
+    const int position = i < j.n_kept ? (int)kvpg_load(kvpg_row(j.positions, b, h, i)) : -1;
     return position < j.n_token ? position : -1;
 }
 
-/* LANES lanes to a row. */
+/* LANES lanes to a row. Keys come first, the oldest before the newest, and all heads of a stretch of tokens together: so the oldest are met in the
+ * second-level cache, where a scorer that reads them last has left them. */
 template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(const __grid_constant__ gather_job j) {
-    const copy &c = j.copies[blockIdx.z];
-    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, lane = threadIdx.x % LANES, n_group = THREADS / LANES;
-    const int first = blockIdx.x * n_group * IN_FLIGHT + threadIdx.x / LANES;
+    kvpg_follow();
+    const copy &c = j.copies[blockIdx.y];
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES, n_group = THREADS / LANES;
+    const int first = blockIdx.x / j.n_row * n_group * IN_FLIGHT + threadIdx.x / LANES;
     int position[IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++) position[i] = read_position(j, b, h, first + i * n_group);
@@ -49,8 +51,9 @@ template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(cons
 
 /* A warp to a row. T: any type of the elements' size. */
 template <typename T> __global__ void __launch_bounds__(THREADS) gather_narrow(const __grid_constant__ gather_job j) {
-    const copy &c = j.copies[blockIdx.z];
-    const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    kvpg_follow();
+    const copy &c = j.copies[blockIdx.y];
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, i = blockIdx.x / j.n_row * (THREADS / 32) + threadIdx.x / 32;
     if (i >= j.n_kept) return;
     const int position = read_position(j, b, h, i);
     for (int d = threadIdx.x % 32; d < c.n_unit; d += 32)
@@ -74,22 +77,17 @@ extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context 
     j.copies[0] = make_copy(&args->keys, &args->out_keys, unit_bytes);
     j.copies[1] = make_copy(&args->values, &args->out_values, unit_bytes);
     j.positions = kvpg_rows_of(&args->positions);
+    j.n_row = (int)(kept[0] * kept[1]);
     j.n_head = (int)kept[1];
     j.n_token = (int)args->keys.shape[2];
     j.n_kept = (int)kept[2];
     const int longest = j.copies[0].n_unit > j.copies[1].n_unit ? j.copies[0].n_unit : j.copies[1].n_unit;
     const int lanes = !wide ? 32 : longest <= 8 ? 8 : longest <= 16 ? 16 : 32, rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
-    const dim3 grid(kvpg_ceil_div(j.n_kept, rows), (int)(kept[0] * kept[1]), 2);
-    const cudaStream_t stream = kvpg_stream(ctx);
-    if (!wide && size == 4)
-        gather_narrow<uint32_t><<<grid, THREADS, 0, stream>>>(j);
-    else if (!wide)
-        gather_narrow<uint16_t><<<grid, THREADS, 0, stream>>>(j);
-    else if (lanes == 8)
-        gather_wide<8><<<grid, THREADS, 0, stream>>>(j);
-    else if (lanes == 16)
-        gather_wide<16><<<grid, THREADS, 0, stream>>>(j);
-    else
-        gather_wide<32><<<grid, THREADS, 0, stream>>>(j);
-    return kvpg_launched("gather", ctx);
+    const dim3 grid((unsigned)kvpg_ceil_div(j.n_kept, rows) * j.n_row, 2);
+    void (*kernel)(gather_job) = gather_wide<32>;
+    if (!wide)
+        kernel = size == 4 ? gather_narrow<uint32_t> : gather_narrow<uint16_t>;
+    else if (lanes < 32)
+        kernel = lanes == 8 ? gather_wide<8> : gather_wide<16>;
+    return kvpg_launch("gather", ctx, kernel, grid, THREADS, 1, 0, j);
 }

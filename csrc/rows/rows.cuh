@@ -23,10 +23,46 @@ extern "C" {
 
 static inline cudaStream_t kvpg_stream(const kvp_context *ctx) { return (cudaStream_t)ctx->stream; }
 
-/* After a <<<launch>>>. */
-static inline kvp_status kvpg_launched(const char *kernel, kvp_context *ctx) {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", kernel, cudaGetErrorString(error));
+/* In a kernel that is started by kvpg_launch, before it touches global memory and before any thread may leave: from here on, what the kernels before it wrote is there. The kernel behind it may come up as
+ * soon as all blocks of this one are at work, and will wait at this place, too. Loads before it, or such as the compiler may move (__ldg), would
+ * see what was there before. */
+__device__ __forceinline__ void kvpg_follow() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* A number that no kernel at work writes; stays behind kvpg_follow(). */
+__device__ __forceinline__ uint32_t kvpg_load(const void *from) {
+    uint32_t x;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
+/* Starts a kernel that begins with kvpg_follow(). On Hopper its start overlaps the end of the kernel before: a microsecond saved on each. */
+template <typename... FORMAL, typename... ACTUAL>
+static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*kernel)(FORMAL...), dim3 grid, int n_thread, int cluster, size_t shared,
+                                     const ACTUAL &...arguments) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    int device, major;
+    KVPG_TRY(cudaGetDevice(&device));
+    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    config.gridDim = grid;
+    config.blockDim = dim3(n_thread);
+    config.dynamicSmemBytes = shared;
+    config.stream = kvpg_stream(ctx);
+    config.attrs = attributes;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
+    if (shared > 48 << 10) KVPG_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    return error == cudaSuccess ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", name, cudaGetErrorString(error));
 }
 
 /* Rows that 16-byte accesses can read: no gap between elements, every row on a 16-byte boundary. */

@@ -24,7 +24,7 @@ typedef struct kvpg_table {
 typedef struct kvpg_numbers {
     const kvpg_table *table;
     int at;
-    __device__ __forceinline__ int operator[](int i) const { return table->far ? __ldg(table->far + at + i) : table->near[at + i]; }
+    __device__ __forceinline__ int operator[](int i) const { return table->far ? table->far[at + i] : table->near[at + i]; }
     __device__ __forceinline__ kvpg_numbers operator+(int i) const { return {table, at + i}; }
 } kvpg_numbers;
 
@@ -88,7 +88,8 @@ static inline kvp_status kvpg_table_of_valid(const kvp_tensor *valid, kvp_contex
     for (int64_t b = 0; b < valid->shape[0]; b++)
         for (int64_t i = 0; i < KVPG_VALID_STRIDE; i++) kvpg_put(&w, kvpi_i32(valid, b, i, 0));
     kvpg_flush(&w);
-    return kvpg_launched("put_piece", ctx);
+    KVPG_TRY(cudaGetLastError());
+    return KVP_OK;
 }
 
 __device__ __forceinline__ bool kvpg_is_valid(const kvpg_table &valid, int b, int t) {

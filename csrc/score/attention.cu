@@ -137,6 +137,7 @@ static needs write_table(const kvp_score_args *args, bool can_sm90, void *worksp
 
 /* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that depends on their number only. */
 static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_constant__ kvpg_attention p) {
+    kvpg_follow();
     const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), lane = threadIdx.x % 32;
     const kvpg_numbers table = kvpg_table_row(p.table, b), ranges = table + KVPG_RANGES;
     if (table[KVPG_ON_SM90] || table[KVPG_N_VOTER] == 0) return;
@@ -157,6 +158,7 @@ static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_const
 
 /* The caller's denominators. */
 static __global__ void __launch_bounds__(THREADS) take_lse(const __grid_constant__ kvpg_attention p, const kvpg_rows lse) {
+    kvpg_follow();
     const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= p.n_query) return;
     const float exponent = *(const float *)kvpg_row(lse, b, query_head, i) * -1.44269504088896341f;
@@ -198,6 +200,7 @@ template <typename SUM> __device__ __forceinline__ float score_of(const kvpg_att
 
 /* A block has THREADS / N_PART keys. */
 template <int N_PART> static __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ kvpg_attention p) {
+    kvpg_follow();
     constexpr int KEYS = THREADS / N_PART;
     __shared__ float part[N_PART][KEYS + 2 * MAX_REACH];
     const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head, n_head = p.share_heads ? p.n_head : 1;
@@ -290,18 +293,18 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
     read_job(args, &p);
     lay_out(args, (char *)ctx->workspace, &p, &table);
+    const int n_row = p.n_batch * p.n_head * p.group;
     const needs need = write_table(args, major == 9 && kvpg_can_sm90(args), table, ctx, &p);
     if (args->lse.data) {
-        take_lse<<<dim3(kvpg_ceil_div(p.n_query, THREADS), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p, kvpg_rows_of(&args->lse));
+        const dim3 grid(kvpg_ceil_div(p.n_query, THREADS), n_row);
+        KVPI_TRY(kvpg_launch("take_lse", ctx, take_lse, grid, THREADS, 1, 0, p, kvpg_rows_of(&args->lse)));
     } else {
         KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
-        if (need.joining && p.max_hull > 0)
-            join_splits<<<dim3(kvpg_ceil_div(p.max_hull, THREADS / 32), p.n_batch * p.n_head * p.group), THREADS, 0, kvpg_stream(ctx)>>>(p);
+        const dim3 grid(kvpg_ceil_div(p.max_hull, THREADS / 32), n_row);
+        if (need.joining && p.max_hull > 0) KVPI_TRY(kvpg_launch("join_splits", ctx, join_splits, grid, THREADS, 1, 0, p));
     }
     KVPI_TRY(sweep(KVPG_SUM, &p, args, need, ctx));
-    if (p.share_heads)
-        finish<PARTS><<<dim3(kvpg_ceil_div(p.n_token, THREADS / PARTS), p.n_batch), THREADS, 0, kvpg_stream(ctx)>>>(p);
-    else
-        finish<1><<<dim3(kvpg_ceil_div(p.n_token, THREADS), p.n_batch * p.n_head), THREADS, 0, kvpg_stream(ctx)>>>(p);
-    return kvpg_launched("the end of attention", ctx);
+    const int n_part = p.share_heads ? (int)PARTS : 1;
+    const dim3 grid(kvpg_ceil_div(p.n_token, THREADS / n_part), p.share_heads ? p.n_batch : p.n_batch * p.n_head);
+    return kvpg_launch("the end of attention", ctx, p.share_heads ? finish<PARTS> : finish<1>, grid, THREADS, 1, 0, p);
 }

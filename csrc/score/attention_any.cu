@@ -41,6 +41,7 @@ __device__ __forceinline__ void multiply(panel *shared, int n_dim, int64_t row_s
 
 /* LSE: block (tile of rows, b, key head; split). SUM: block (tile of keys, b, query head). */
 template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) sweep_any(const __grid_constant__ kvpg_attention p) {
+    kvpg_follow();
     __shared__ panel shared;
     const int n_head = SWEEP == KVPG_SUM ? p.n_head * p.group : p.n_head, n_unit = p.n_batch * n_head;
     const int tile = blockIdx.x / n_unit, b = blockIdx.x % n_unit / n_head, head = blockIdx.x % n_head;
@@ -101,19 +102,18 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
     }
 }
 
-template <typename T> static void launch(int sweep, const kvpg_attention *p, cudaStream_t stream) {
+template <typename T> static kvp_status launch(int sweep, const kvpg_attention *p, kvp_context *ctx) {
     const int n_unit = p->n_batch * p->n_head;
-    if (sweep == KVPG_SUM)
-        sweep_any<T, KVPG_SUM><<<n_unit * p->group * kvpg_ceil_div(p->n_token, TILE), THREADS, 0, stream>>>(*p);
-    else
-        sweep_any<T, KVPG_LSE><<<dim3(n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split), THREADS, 0, stream>>>(*p);
+    const dim3 keys(n_unit * p->group * kvpg_ceil_div(p->n_token, TILE));
+    const dim3 voters(n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split);
+    void (*kernel)(kvpg_attention) = sweep == KVPG_SUM ? sweep_any<T, KVPG_SUM> : sweep_any<T, KVPG_LSE>;
+    return kvpg_launch("attention in float32", ctx, kernel, sweep == KVPG_SUM ? keys : voters, THREADS, 1, 0, *p);
 }
 
 kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
     switch (dtype) {
-    case KVP_F32: launch<float>(sweep, p, kvpg_stream(ctx)); break;
-    case KVP_F16: launch<__half>(sweep, p, kvpg_stream(ctx)); break;
-    default: launch<__nv_bfloat16>(sweep, p, kvpg_stream(ctx)); break;
+    case KVP_F32: return launch<float>(sweep, p, ctx);
+    case KVP_F16: return launch<__half>(sweep, p, ctx);
+    default: return launch<__nv_bfloat16>(sweep, p, ctx);
     }
-    return kvpg_launched("attention in float32", ctx);
 }

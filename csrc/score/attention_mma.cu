@@ -26,10 +26,12 @@ template <int SWEEP> struct unit {
     int begin, end, split;
 };
 
-/* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the second-level cache. */
+/* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the second-level cache. Where a
+ * key has few voters all tiles are short; then the newest keys are first, which the other sweep read last, and gathering will begin with the oldest. */
 template <int DIM, int SWEEP> __device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_once, unit<SWEEP> &u) {
+    const bool ascending = SWEEP == KVPG_SUM && p.max_hull > p.n_token / 4;
     const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part, at = blockIdx.x / n_unit;
-    const int tile = SWEEP == KVPG_SUM ? at : gridDim.x / n_unit - 1 - at, head = blockIdx.x % n_unit / n_part;
+    const int tile = ascending ? at : gridDim.x / n_unit - 1 - at, head = blockIdx.x % n_unit / n_part;
     u.b = head / p.n_head;
     u.h = head % p.n_head;
     u.head = blockIdx.x % n_unit % n_part * heads_at_once;
@@ -251,6 +253,7 @@ template <int M> __device__ __forceinline__ void join_warps(results<KVPG_LSE, M>
 template <typename T, int DIM, int SWEEP>
 __global__ void __launch_bounds__(THREADS, SWEEP == KVPG_SUM && DIM <= 128 ? 4 : 3) sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
     constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
+    kvpg_follow();
     extern __shared__ __align__(128) char shared[];
     float *const exponents = (float *)(shared + STAGES * TILE);
     kvpg_interval *const intervals = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
@@ -321,9 +324,7 @@ template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_at
     const int n_row = SWEEP == KVPG_SUM ? p->n_token : p->max_voter * p->group, n_tile = kvpg_ceil_div(n_row, ROWS), n_head = p->n_batch * p->n_head;
     const int heads_at_once = (int64_t)n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
     const dim3 grid(n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head), SWEEP == KVPG_SUM ? 1 : p->max_split);
-    KVPG_TRY(cudaFuncSetAttribute(sweep_mma<T, DIM, SWEEP>, cudaFuncAttributeMaxDynamicSharedMemorySize, shape<DIM>::BYTES));
-    sweep_mma<T, DIM, SWEEP><<<grid, THREADS, shape<DIM>::BYTES, kvpg_stream(ctx)>>>(*p, heads_at_once);
-    return kvpg_launched("attention by tensor cores", ctx);
+    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP>, grid, THREADS, 1, shape<DIM>::BYTES, *p, heads_at_once);
 }
 
 template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {

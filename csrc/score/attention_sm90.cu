@@ -329,6 +329,7 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
 template <typename T, int SWEEP>
 __global__ void __launch_bounds__(THREADS, 1)
     sweep_sm90(const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap columns, const __grid_constant__ kvpg_attention p, const schedule plan) {
+    kvpg_follow();
     extern __shared__ __align__(1024) uint8_t shared[];
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* the same for a warp, and the compiler knows it */
     places at;
@@ -396,10 +397,9 @@ template <typename T, int SWEEP> static kvp_status launch(const kvpg_attention *
     plan.n_unit = plan.n_tile * plan.n_head;
     plan.heads_at_once = plan.n_tile * 4 >= 3 * n_block && plan.n_head % HEADS_AT_ONCE == 0 ? (int)HEADS_AT_ONCE : plan.n_head;
     plan.tiles_at_once = n_block > plan.heads_at_once ? n_block / plan.heads_at_once : 1;
-    KVPG_TRY(cudaFuncSetAttribute(sweep_sm90<T, SWEEP>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
     if (plan.n_unit < n_block) n_block = plan.n_unit;
-    sweep_sm90<T, SWEEP><<<n_block, THREADS, SHARED_BYTES, kvpg_stream(ctx)>>>(SWEEP == KVPG_SUM ? keys : queries, SWEEP == KVPG_SUM ? queries : keys, *p, plan);
-    return kvpg_launched("attention on Hopper", ctx);
+    const CUtensorMap &rows = SWEEP == KVPG_SUM ? keys : queries, &columns = SWEEP == KVPG_SUM ? queries : keys;
+    return kvpg_launch("attention on Hopper", ctx, sweep_sm90<T, SWEEP>, dim3(n_block), THREADS, 1, SHARED_BYTES, rows, columns, *p, plan);
 }
 
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {

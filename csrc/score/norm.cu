@@ -14,6 +14,7 @@ enum { THREADS = 256, IN_FLIGHT = 4 };
 typedef struct norm_job {
     kvpg_rows keys, scores;
     int n_row, n_head, n_token, n_dim; /* n_row: batch rows times heads */
+    int n_stay;                        /* tokens that are left in the cache */
     kvpg_table valid;
 } norm_job;
 
@@ -22,17 +23,22 @@ __device__ __forceinline__ void write_norm(const norm_job &j, int b, int h, int 
     *(float *)kvpg_row(j.scores, b, h, t) = inside ? -sqrtf(square_sum) : -INFINITY;
 }
 
-/* LANES lanes to a row. Blocks that follow each other take the same tokens of all heads, which a model lays side by side. */
+/* LANES lanes to a row. Blocks that follow each other take the same tokens of all heads, which a model lays side by side. The oldest come last and
+ * stay in the second-level cache, as far as they fit: gathering begins with them. */
 template <typename T, int LANES> __global__ void __launch_bounds__(THREADS) norm_wide(const __grid_constant__ norm_job j) {
+    kvpg_follow();
     const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES, n_chunk = j.n_dim * (int)sizeof(T) / 16;
-    const int first = (blockIdx.x / j.n_row * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
+    const int first = ((gridDim.x - 1 - blockIdx.x) / j.n_row * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
+    const bool stays = first < j.n_stay;
     const char *keys = kvpg_row(j.keys, b, h, first);
     float sum[IN_FLIGHT] = {};
     for (int chunk = lane; chunk < n_chunk; chunk += LANES) {
         uint4 v[IN_FLIGHT];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++)
-            v[i] = first + i < j.n_token ? __ldcs((const uint4 *)(keys + i * j.keys.t) + chunk) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < IN_FLIGHT; i++) {
+            const uint4 *from = (const uint4 *)(keys + i * j.keys.t) + chunk;
+            v[i] = first + i >= j.n_token ? make_uint4(0, 0, 0, 0) : stays ? __ldcg(from) : __ldcs(from);
+        }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) sum[i] += kvpg_square_sum<T>(v[i]);
     }
@@ -46,6 +52,7 @@ template <typename T, int LANES> __global__ void __launch_bounds__(THREADS) norm
 
 /* A warp to a row. */
 template <typename T> __global__ void __launch_bounds__(THREADS) norm_narrow(const __grid_constant__ norm_job j) {
+    kvpg_follow();
     const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % 32;
     const int t = blockIdx.x / j.n_row * (THREADS / 32) + threadIdx.x / 32;
     if (t >= j.n_token) return;
@@ -58,20 +65,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_narrow(con
     if (lane == 0) write_norm(j, b, h, t, sum);
 }
 
-template <typename T, int LANES> static void launch_wide(const norm_job &j, cudaStream_t stream) {
-    norm_wide<T, LANES><<<kvpg_ceil_div(j.n_token, THREADS / LANES * IN_FLIGHT) * j.n_row, THREADS, 0, stream>>>(j);
-}
-
-template <typename T> static void launch(const norm_job &j, bool wide, cudaStream_t stream) {
-    const int n_chunk = j.n_dim * (int)sizeof(T) / 16;
-    if (!wide)
-        norm_narrow<T><<<kvpg_ceil_div(j.n_token, THREADS / 32) * j.n_row, THREADS, 0, stream>>>(j);
-    else if (n_chunk <= 8)
-        launch_wide<T, 8>(j, stream);
-    else if (n_chunk <= 16)
-        launch_wide<T, 16>(j, stream);
-    else
-        launch_wide<T, 32>(j, stream);
+template <typename T> static kvp_status launch(const norm_job &j, bool wide, kvp_context *ctx) {
+    const int n_chunk = j.n_dim * (int)sizeof(T) / 16, lanes = !wide ? 32 : n_chunk <= 8 ? 8 : n_chunk <= 16 ? 16 : 32;
+    const int rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
+    void (*kernel)(norm_job) = !wide ? norm_narrow<T> : lanes == 8 ? norm_wide<T, 8> : lanes == 16 ? norm_wide<T, 16> : norm_wide<T, 32>;
+    return kvpg_launch("norm", ctx, kernel, dim3((unsigned)kvpg_ceil_div(j.n_token, rows) * j.n_row), THREADS, 1, 0, j);
 }
 
 extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_context *ctx) {
@@ -83,12 +81,15 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     j.n_head = (int)shape[1];
     j.n_token = (int)shape[2];
     j.n_dim = (int)shape[3];
+    int cache_bytes;
+    KVPG_TRY(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
+    const int64_t n_stay = cache_bytes / 2 / (j.n_row * j.n_dim * (int64_t)kvpi_dtype_size(args->keys.dtype)); /* half: the other has what is written */
+    j.n_stay = n_stay < j.n_token ? (int)n_stay : j.n_token;
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
     const bool wide = kvpg_has_wide_rows(&args->keys);
     switch (args->keys.dtype) {
-    case KVP_F32: launch<float>(j, wide, kvpg_stream(ctx)); break;
-    case KVP_F16: launch<__half>(j, wide, kvpg_stream(ctx)); break;
-    default: launch<__nv_bfloat16>(j, wide, kvpg_stream(ctx)); break;
+    case KVP_F32: return launch<float>(j, wide, ctx);
+    case KVP_F16: return launch<__half>(j, wide, ctx);
+    default: return launch<__nv_bfloat16>(j, wide, ctx);
     }
-    return kvpg_launched("norm", ctx);
 }

@@ -17,6 +17,7 @@ typedef struct position_job {
 } position_job;
 
 static __global__ void position(const __grid_constant__ position_job j) {
+    kvpg_follow();
     const int b = blockIdx.y / j.n_head, h = blockIdx.y % j.n_head, t = blockIdx.x * THREADS + threadIdx.x;
     if (t >= j.n_token) return;
     const int begin = j.valid.stride ? kvpg_table_row(j.valid, b)[0] : 0;
@@ -32,6 +33,5 @@ extern "C" kvp_status kvpi_score_position_cuda(const kvp_score_args *args, kvp_c
     j.n_token = (int)shape[2];
     j.n_sink = (int)args->param[0];
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
-    position<<<dim3(kvpg_ceil_div(shape[2], THREADS), (int)(shape[0] * shape[1])), THREADS, 0, kvpg_stream(ctx)>>>(j);
-    return kvpg_launched("position", ctx);
+    return kvpg_launch("position", ctx, position, dim3(kvpg_ceil_div(shape[2], THREADS), (int)(shape[0] * shape[1])), THREADS, 1, 0, j);
 }

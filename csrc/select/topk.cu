@@ -82,7 +82,7 @@ __device__ __forceinline__ uint32_t rank_at(const select_job &j, const problem &
 template <int N> __device__ __forceinline__ void load_ranks(const select_job &j, const problem &p, int first, uint32_t (&rank)[N]) {
     const uint32_t *scores = (const uint32_t *)kvpg_row(j.scores, p.b, p.h, 0) + p.begin + first;
 #pragma unroll
-    for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? __ldg(scores + i * 32) : 0;
+    for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? kvpg_load(scores + i * 32) : 0;
     if (j.protect.data) {
 #pragma unroll
         for (int i = 0; i < N; i++) rank[i] = first + i * 32 >= p.n ? 0 : is_protected(j, p, first + i * 32) ? UINT32_MAX : rank_of(rank[i]);
@@ -179,13 +179,14 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) 
     __shared__ [[maybe_unused]] place of_blocks[BLOCKS];
     __shared__ [[maybe_unused]] uint2 found[DIGITS];
     const int block = BLOCKS > 1 ? blockIdx.x % BLOCKS : 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
+    kvpg_follow();
     const problem p = find_problem(j, blockIdx.x / BLOCKS);
     if (block == 0 && blockIdx.x / BLOCKS % j.n_segment == j.n_segment - 1) finish_row(j, p);
     if (p.quota == 0) return; /* all blocks of the cluster */
     const int first = block * THREADS * N_HELD + warp * 32 * N_HELD + lane;
     uint32_t rank[N_HELD];
     load_ranks(j, p, first, rank);
-    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
     __syncthreads();
     uint32_t prefix = 0, need = p.quota; /* ranks with a larger prefix are kept, and need more of this one */
 #pragma unroll
@@ -241,6 +242,7 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) 
 
 /* Ranks read again for each digit: one block a problem, each warp a stretch of it. */
 static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_constant__ select_job j) {
+    kvpg_follow();
     __shared__ __align__(16) histogram h;
     __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -277,27 +279,18 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
     for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
 }
 
-template <int BLOCKS, int N_HELD> static cudaError_t launch(const select_job &j, int n_problem, cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute cluster = {};
-    config.gridDim = dim3(n_problem * BLOCKS);
-    config.blockDim = dim3(THREADS);
-    config.stream = stream;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = BLOCKS;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = BLOCKS > 1;
-    return cudaLaunchKernelEx(&config, select_held<BLOCKS, N_HELD>, j);
-}
-
-template <int BLOCKS> static cudaError_t launch_held(const select_job &j, int64_t longest, int n_problem, cudaStream_t stream) {
+template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t longest, int n_problem, kvp_context *ctx) {
     const int64_t held = (longest + THREADS * BLOCKS - 1) / (THREADS * BLOCKS);
-    if (held <= 1) return launch<BLOCKS, 1>(j, n_problem, stream);
-    if (held <= 2) return launch<BLOCKS, 2>(j, n_problem, stream);
-    if (held <= 4) return launch<BLOCKS, 4>(j, n_problem, stream);
-    if (held <= 8) return launch<BLOCKS, 8>(j, n_problem, stream);
-    return launch<BLOCKS, HELD>(j, n_problem, stream);
+    void (*kernel)(select_job) = select_held<BLOCKS, HELD>;
+    if (held <= 1)
+        kernel = select_held<BLOCKS, 1>;
+    else if (held <= 2)
+        kernel = select_held<BLOCKS, 2>;
+    else if (held <= 4)
+        kernel = select_held<BLOCKS, 4>;
+    else if (held <= 8)
+        kernel = select_held<BLOCKS, 8>;
+    return kvpg_launch("select", ctx, kernel, dim3(n_problem * BLOCKS), THREADS, BLOCKS, 0, j);
 }
 
 static int64_t table_stride(const kvp_select_args *args) { return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2]; }
@@ -343,10 +336,8 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->scores.device_index));
     const bool has_clusters = major >= 9, side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
     if (side_by_side && longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
-        KVPG_TRY(launch_held<1>(j, longest, n_problem, kvpg_stream(ctx)));
+        return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
-        KVPG_TRY(launch_held<CLUSTER>(j, longest, n_problem, kvpg_stream(ctx)));
-    else
-        select_long<<<n_problem, THREADS, 0, kvpg_stream(ctx)>>>(j);
-    return kvpg_launched("select", ctx);
+        return launch_held<CLUSTER>(j, longest, n_problem, ctx);
+    return kvpg_launch("select", ctx, select_long, dim3(n_problem), THREADS, 1, 0, j);
 }
