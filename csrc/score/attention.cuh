@@ -24,7 +24,7 @@ enum { KVPG_LSE, KVPG_SUM };
 enum {
     KVPG_ROW_TILE = 128,    /* rows that a split of keys is planned for */
     KVPG_SPLIT = 128,       /* keys of a split, at least */
-    KVPG_ENOUGH_TILES = 128, /* tiles of one key head from which on the keys are not split */
+    KVPG_ENOUGH_TILES = 66,  /* tiles of one key head from which on the keys are not split */
     KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
     KVPG_MAX_VOTES = 256,
 };

@@ -251,7 +251,7 @@ template <int M> __device__ __forceinline__ void join_warps(results<KVPG_LSE, M>
 }
 
 template <typename T, int DIM, int SWEEP>
-__global__ void __launch_bounds__(THREADS, SWEEP == KVPG_SUM && DIM <= 128 ? 4 : 3) sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
+__global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
     constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
     kvpg_follow();
     extern __shared__ __align__(128) char shared[];

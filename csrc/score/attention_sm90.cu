@@ -234,7 +234,7 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 #pragma unroll
             for (int i = 0; i < 4; i++) at.exponents[ring.stage * COLUMNS + i * 32 + place] = now[i];
             __syncwarp();
-            if (lane == 0) barrier_arrive(at.full + BARRIER_BYTES * ring.stage);
+            barrier_arrive(at.full + BARRIER_BYTES * ring.stage);
             ring.next();
         }
     }
@@ -246,7 +246,7 @@ __device__ __forceinline__ int tiles_before(int lo, int column, int n) { return 
 /* A warp is done with a stage. */
 __device__ __forceinline__ void release(const places &at, turn &ring) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(at.empty + BARRIER_BYTES * ring.stage);
+    barrier_arrive(at.empty + BARRIER_BYTES * ring.stage);
     ring.next();
 }
 
@@ -342,8 +342,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     at.rows_empty = at.rows_full + BARRIER_BYTES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(at.full + BARRIER_BYTES * i, SWEEP == KVPG_SUM ? 2 : 1);
-            barrier_init(at.empty + BARRIER_BYTES * i, 4 * GROUPS);
+            barrier_init(at.full + BARRIER_BYTES * i, SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
+            barrier_init(at.empty + BARRIER_BYTES * i, 128 * GROUPS);
         }
         barrier_init(at.rows_full, 1);
         barrier_init(at.rows_empty, 4 * GROUPS);

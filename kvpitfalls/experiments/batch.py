@@ -179,7 +179,7 @@ class _Work:
         if whitelist is not None:
             begin, end = prompt.find(whitelist)
             spans["whitelist"] = (cache.valid[i][0] + begin, cache.valid[i][0] + end)
-        counts = {int(n) for layer in cache.kept_layers if layer.pos is not None for n in np.unique(layer.kept_counts[i])}
+        counts = {int(n) for layer in cache.kept_layers if layer.is_evicted for n in np.unique(layer.kept_counts[i])}
         if len(counts) > 1:
             raise RuntimeError(f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget")
         return {

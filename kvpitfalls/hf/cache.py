@@ -170,7 +170,7 @@ class KeptCache(DynamicCache):
         counts = [_kept_counts(layer, self.valid) for layer in seen]
         self._check_counts(seen, counts)
         rows = [_layer_report(layer, kept) for layer, kept in zip(seen, counts, strict=True)]
-        held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.pos is not None]
+        held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.is_evicted]
         real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
         return Report(
             n_tokens=self.get_seq_length() if not held else held[0][1][2],
@@ -218,14 +218,15 @@ def why_not_compressed(layer) -> str:
 def _join_layers(layers: list):
     if any(getattr(layer, "held", None) is not None for layer in layers):
         raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
-    if len({(layer.get_seq_length(), layer.keys.shape[2], getattr(layer, "pos", None) is None) for layer in layers}) > 1:
+    if len({(layer.get_seq_length(), layer.keys.shape[2], getattr(layer, "is_evicted", False)) for layer in layers}) > 1:
         raise ValueError("the caches differ in length or in how much they hold; expected caches of one budget over equally long prompts")
     joined = copy.copy(layers[0])
     joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
-    if isinstance(joined, KeptLayer) and joined.pos is not None:
-        joined.pos = torch.cat([layer.pos for layer in layers])
-        if any(layer.live is not None for layer in layers):
-            joined.live = torch.cat([torch.ones_like(x.pos, dtype=torch.bool) if x.live is None else x.live for x in layers])
+    if isinstance(joined, KeptLayer) and joined.is_evicted:
+        live = [layer.live for layer in layers]
+        if any(each is not None for each in live):
+            live = [torch.ones_like(x.pos, dtype=torch.bool) if each is None else each for x, each in zip(layers, live, strict=True)]
+        joined.place(torch.cat([layer.pos for layer in layers]), None if live[0] is None else torch.cat(live))
         joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
         joined.bytes_before = sum(layer.bytes_before for layer in layers)
     return joined

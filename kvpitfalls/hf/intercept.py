@@ -132,23 +132,21 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
         attention_mask = physical_mask(ticket.slots, attention_mask, query, implementation)
-    action = forward.cache.action
-    seen = contextlib.nullcontext()
-    if not ticket.done and forward.prefill and _tells_denominators(action, forward, implementation, query):
-        seen = Denominators(query, kwargs.get("scaling"))
-    with seen:
+    action, is_first = forward.cache.action, not ticket.done
+    ticket.done = True
+    if not is_first or action is None or not (forward.prefill or getattr(action, "holds", False)):
         out = base(module, query, key, value, attention_mask, **kwargs)
-    if not ticket.done:
-        ticket.done = True
-        holds = getattr(action, "holds", False)
-        if action is not None and (forward.prefill or holds):
-            check_call(module, implementation, kwargs)
-            forward.cache.note_peak()
-            act = action if forward.prefill else action.hold
-            lse = getattr(seen, "lse", None)
-            act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
-        if forward.cache.progress is not None:
-            forward.cache.progress.update()
+    else:
+        tells = forward.prefill and _tells_denominators(action, forward, implementation, query)
+        with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
+            out = base(module, query, key, value, attention_mask, **kwargs)
+        check_call(module, implementation, kwargs)
+        forward.cache.note_peak()
+        act = action if forward.prefill else action.hold
+        lse = None if seen is None else seen.lse
+        act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
+    if is_first and forward.cache.progress is not None:
+        forward.cache.progress.update()
     return out
 
 
@@ -261,7 +259,7 @@ def _begin(cache: KeptCache, bound: dict) -> Forward:
     seen = max((layer.seen for layer in cache.kept_layers), default=0)
     mask = bound.get("attention_mask")
     acts = getattr(cache.action, "evicts", False) or getattr(cache.action, "holds", False)
-    if n_new > 1 and (acts or any(layer.pos is not None for layer in cache.kept_layers)):
+    if n_new > 1 and (acts or any(layer.is_evicted for layer in cache.kept_layers)):
         check_mode(seen, n_new, mask.shape[-1] if isinstance(mask, torch.Tensor) else None)
     if seen:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:

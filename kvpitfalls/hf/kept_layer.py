@@ -1,7 +1,7 @@
 """One layer's keys and values after eviction."""
 
 import inspect
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,12 +12,33 @@ from ..errors import NotInterceptedError
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
 
 
-class Slots(NamedTuple):
-    """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`."""
+@dataclass(frozen=True)
+class Slots:
+    """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`.
 
-    pos: torch.Tensor
-    live: torch.Tensor | None
+    Since the last eviction ``n_after`` tokens came, which stand last and in order; they are written out only where somebody asks, since a
+    decoding step of an unpadded row never does.
+    """
+
+    pos_before: torch.Tensor
+    live_before: torch.Tensor | None
+    n_after: int
     seen: int
+
+    @property
+    def pos(self) -> torch.Tensor:
+        """Logical positions (B, H, S)."""
+        if self.n_after == 0:
+            return self.pos_before
+        newest = torch.arange(self.seen - self.n_after, self.seen, device=self.pos_before.device)
+        return torch.cat([self.pos_before, newest.expand(*self.pos_before.shape[:2], -1)], -1)
+
+    @property
+    def live(self) -> torch.Tensor | None:
+        """Slots that hold a token (B, H, S); None: all."""
+        if self.n_after == 0 or self.live_before is None:
+            return self.live_before
+        return torch.cat([self.live_before, self.live_before.new_ones(*self.live_before.shape[:2], self.n_after)], -1)
 
 
 class KeptLayer(DynamicLayer):
@@ -47,7 +68,8 @@ class KeptLayer(DynamicLayer):
 
     def _forget(self) -> None:
         self.seen = 0
-        self.pos = self.live = None
+        self.pos_before = self.live_before = None  # of Slots
+        self.n_after = 0
         self.prompt_shape = None  # (B, H, T) when the prompt was evicted
         self.bytes_before = 0
         self.shared = False
@@ -67,21 +89,36 @@ class KeptLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
         n_new = key_states.shape[-2]
-        if self.pos is not None:
-            new = torch.arange(self.seen, self.seen + n_new, device=self.pos.device).expand(*self.pos.shape[:2], n_new)
-            self.pos = torch.cat([self.pos, new], -1)
-            if self.live is not None:
-                self.live = torch.cat([self.live, torch.ones_like(new, dtype=torch.bool)], -1)
         self.keys = torch.cat([self.keys, key_states], -2)
         self.values = torch.cat([self.values, value_states], -2)
         self.seen += n_new
+        self.n_after += n_new
         forward.expect(self, n_new)
         return self.keys, self.values
 
     @property
     def slots(self) -> Slots | None:
         """What stands where; None if nothing was evicted."""
-        return None if self.pos is None else Slots(self.pos, self.live, self.seen)
+        return Slots(self.pos_before, self.live_before, self.n_after, self.seen) if self.is_evicted else None
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether anything was evicted."""
+        return self.pos_before is not None
+
+    @property
+    def pos(self) -> torch.Tensor | None:
+        """See the class."""
+        return self.slots.pos if self.is_evicted else None
+
+    @property
+    def live(self) -> torch.Tensor | None:
+        """See the class."""
+        return self.slots.live if self.is_evicted else None
+
+    def place(self, pos: torch.Tensor, live: torch.Tensor | None) -> None:
+        """Say what stands where."""
+        self.pos_before, self.live_before, self.n_after = pos, live, 0
 
     @property
     def kept_positions(self) -> np.ndarray | None:
@@ -89,7 +126,7 @@ class KeptLayer(DynamicLayer):
 
         Asked of the slots when it is wanted, since a GPU has to be waited for.
         """
-        if self.pos is None:
+        if not self.is_evicted:
             return None
         mine, n_prompt = self._of_prompt(), self.prompt_shape[2]
         ordered = torch.where(mine, self.pos, n_prompt).sort(-1).values[..., : int(mine.sum(-1).max())]
@@ -98,28 +135,26 @@ class KeptLayer(DynamicLayer):
     @property
     def kept_counts(self) -> np.ndarray | None:
         """How many tokens of the prompt are left, (B,H). None if nothing was evicted."""
-        return None if self.pos is None else self._of_prompt().sum(-1).int().cpu().numpy()
+        return self._of_prompt().sum(-1).int().cpu().numpy() if self.is_evicted else None
 
     def _of_prompt(self) -> torch.Tensor:
-        mine = self.pos < self.prompt_shape[2]
-        return mine if self.live is None else mine & self.live
+        mine, live = self.pos < self.prompt_shape[2], self.live
+        return mine if live is None else mine & live
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, full: bool) -> None:
         """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if ``full``."""
         self.bytes_before = self.keys.nbytes + self.values.nbytes
         self.prompt_shape = tuple(self.keys.shape[:3])
         self.keys, self.values = keys, values
-        self.pos = positions.long().clamp(min=0).to(keys.device)
-        self.live = None if full else (positions >= 0).to(keys.device)
+        self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
-        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if self.pos is None else self.pos
+        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if not self.is_evicted else self.pos
         rows = positions[..., None]
         self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values))
-        self.pos = pos.gather(2, positions)
         empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
-        self.live = None if not bool(front.any()) else ~empty[:, None].expand_as(self.pos)
+        self.place(pos.gather(2, positions), None if not bool(front.any()) else ~empty[:, None].expand(*positions.shape))
 
     def get_seq_length(self, *args) -> int:
         """The logical length."""
@@ -139,7 +174,7 @@ class KeptLayer(DynamicLayer):
     @property
     def is_croppable(self) -> bool:
         """True as long as nothing was evicted, and scores do not depend on what would go."""
-        return self.pos is None and self.held is None
+        return not self.is_evicted and self.held is None
 
     def check_crop(self, n: int) -> int:
         """How many tokens :meth:`crop` would drop; raises if it cannot."""
@@ -148,7 +183,7 @@ class KeptLayer(DynamicLayer):
             return 0
         if self.held is not None:
             raise ValueError("crop was called on a cache that holds its budget; tokens evicted since cannot come back")
-        added = self.seen - (self.prompt_shape[2] if self.pos is not None else 0)
+        added = self.seen - (self.prompt_shape[2] if self.is_evicted else 0)
         if drop > added:
             raise ValueError(f"crop would drop {drop} tokens, but only the newest {added} came after eviction; the others are gone")
         return drop
@@ -159,10 +194,10 @@ class KeptLayer(DynamicLayer):
         if drop <= 0:
             return
         self.keys, self.values = self.keys[..., :-drop, :], self.values[..., :-drop, :]
+        pos, live = self.pos, self.live
         self.seen -= drop
-        if self.pos is not None:
-            self.pos = self.pos[..., :-drop]
-            self.live = None if self.live is None else self.live[..., :-drop]
+        if pos is not None:
+            self.place(pos[..., :-drop], None if live is None else live[..., :-drop])
 
     def reset(self) -> None:
         """Empty the layer; the next prompt is compressed again."""
@@ -186,10 +221,11 @@ class KeptLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.keys, self.values = rows(self.keys), rows(self.values)
-        self.pos = None if self.pos is None else rows(self.pos)
-        self.live = None if self.live is None else rows(self.live)
+        pos, live = self.pos, self.live
+        if pos is not None:
+            self.place(rows(pos), None if live is None else rows(live))
         if self.held is not None:
             self.held = self.held.map_rows(rows)
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
-        if self.pos is not None:
+        if pos is not None:
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
