@@ -10,7 +10,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench clean
+.PHONY: demo test test-matrix soak notebooks docs lint strict native portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -34,6 +34,11 @@ build/matrix/%/installed: tests/matrix.txt $(VENV)/packages
 	rm -rf build/matrix/$*
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/matrix/$* $$(grep '^transformers==$* ' $<)
 	touch $@
+
+# An hour of compressing, generating and auditing in four threads: the same results every round, in flat memory.
+SOAK_MINUTES ?= 60
+soak: $(VENV)/core
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_MINUTES)
 
 # Runs the notebooks and writes their outputs into them; make test runs them, too, and compares.
 notebooks: $(VENV)/model

@@ -141,7 +141,7 @@ class Handle:
             While a forward of the model is running, on any thread; nothing is changed then.
         """
         if self._attachment is not None:
-            detach(self.model)
+            detach(self.model, ends_wrap=True)
             self._attachment.new_cache = None
             self._attachment = None
 
