@@ -40,6 +40,14 @@ SOAK_MINUTES ?= 60
 soak: $(VENV)/core
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_MINUTES)
 
+# Which lines of the package the tests run; under 95 in 100 is a failure.
+coverage: $(VENV)/model
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=95
+
 # Random input to the Python half, guided by coverage: FUZZ_SECONDS each, two at a time. atheris is installed here only: not every Python has a wheel of it.
 FUZZ_SECONDS ?= 600
 FUZZ_PYTHON := prompt spans arguments records cache gguf

@@ -60,7 +60,7 @@ def save_cache(cache: KeptCache, path) -> None:
     }
     text = json.dumps(about)
     metadata = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _digest(text, tensors)}
-    path = Path(path)
+    path = _path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write(tensors, temporary, metadata)
@@ -140,7 +140,7 @@ def load_cache(path, model) -> KeptCache:
     0.5
     """
     check_model(model)
-    about, tensors = _read(Path(path))
+    about, tensors = _read(_path(path))
     decoder = decoder_of(model)
     if about["fingerprint"] != fingerprint(decoder):
         raise ValueError(f"{path} holds the cache of another model; expected one that {type(model).__name__} filled, with these weights")
@@ -164,6 +164,12 @@ def load_cache(path, model) -> KeptCache:
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
     return cache
+
+
+def _path(path) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise TypeError(f"path is {path!r}; expected the path of a file")
+    return Path(path)
 
 
 def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -58,12 +58,13 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     """
     if name is not None and (not isinstance(name, str) or not name or "\0" in name):
         raise ValueError(f"name is {name!r}; expected a hub id, a folder or a .gguf file")
-    if not isinstance(dtype, str) or not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
     _check_device(device)
     source = _source(name)
     folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    options = {"dtype": kind, "attn_implementation": attn_implementation}
     local = {"local_files_only": name is None, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
     with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
