@@ -10,7 +10,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench clean
+.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -34,6 +34,30 @@ build/matrix/%/installed: tests/matrix.txt $(VENV)/packages
 	rm -rf build/matrix/$*
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/matrix/$* $$(grep '^transformers==$* ' $<)
 	touch $@
+
+# An hour of compressing, generating and auditing in four threads: the same results every round, in flat memory.
+SOAK_MINUTES ?= 60
+soak: $(VENV)/core
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_MINUTES)
+
+# Which lines of the package the tests run; under 95 in 100 is a failure.
+coverage: $(VENV)/model
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=95
+
+# Random input to the Python half, guided by coverage: FUZZ_SECONDS each, two at a time. atheris is installed here only: not every Python has a wheel of it.
+FUZZ_SECONDS ?= 600
+FUZZ_PYTHON := prompt spans arguments records cache gguf
+fuzz-python: $(VENV)/core
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt atheris
+	mkdir -p build/fuzz-python
+	printf '%s\n' $(FUZZ_PYTHON) | xargs -P 2 -I {} sh -c 'OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_python/fuzz.py {} build/fuzz-python/{} \
+	  -max_total_time=$(FUZZ_SECONDS) -timeout=120 -rss_limit_mb=4096 -print_final_stats=1 -artifact_prefix=build/fuzz-python/{}- \
+	  > build/fuzz-python/{}.log 2>&1 || { echo "{}: found something, see build/fuzz-python/{}.log"; exit 1; }; \
+	  echo "{}: $$(grep -E "^Done|average_exec" build/fuzz-python/{}.log | tr "\n" " ")"'
 
 # Runs the notebooks and writes their outputs into them; make test runs them, too, and compares.
 notebooks: $(VENV)/model

@@ -156,7 +156,9 @@ def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray
         Sums are kept exactly; equal remainders go to the later segment.
     """
     share = Fraction(str(strength))
-    scaled = (share.denominator - share.numerator) * counts.astype(np.int64) + share.numerator * quotas.astype(np.int64)
+    # a strength of many digits has a denominator that leaves int64 no room: then Python's own numbers
+    exact = np.int64 if share.denominator * max(int(counts.sum(-1).max()), 1) < 2**62 else object
+    scaled = (share.denominator - share.numerator) * counts.astype(exact) + share.numerator * quotas.astype(exact)
     whole, rest = scaled // share.denominator, scaled % share.denominator
     left = rest.sum(-1, keepdims=True) // share.denominator
     order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # by falling remainder; reversed, so that the later comes first

@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--protect", metavar="WHAT", action="append", help="an instruction's name, a text of the prompt, or 'sinks'")
     audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less than this share")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
+    audit.add_argument(
+        "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
+    )
     cli_experiments.add_commands(commands)
     for command in (demo, audit):
         command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
@@ -157,6 +160,13 @@ def _heads(model, result) -> str:
     return f"{len(result.layers)} layers and {n_head} key heads"
 
 
+def _text_of(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--system-file {file} is not UTF-8 ({error}); expected a text file") from error
+
+
 def _audit(args) -> int:
     from .audits.retention import audit
     from .prompt import Prompt
@@ -170,10 +180,11 @@ def _audit(args) -> int:
         if not equals or not name or name in instructions:
             raise ValueError(f"--instruction is {item!r}; expected NAME=TEXT, each name once")
         instructions[name] = text
-    system = args.system if args.system is not None else Path(args.system_file).read_text(encoding="utf-8")
+    system = args.system if args.system is not None else _text_of(args.system_file)
     fair = {"both": (False, True), "no": (False,), "yes": (True,), "paper": ("paper",)}[args.fair]
     model, tokenizer, source = _load(args.model)
-    prompt = Prompt.from_chat(tokenizer, [{"role": "system", "content": system}], instructions)
+    messages = [{"role": "system", "content": system}]
+    prompt = Prompt.from_chat(tokenizer, messages, instructions, allow_special_tokens=args.allow_special_tokens)
     result = audit(model, prompt, policies=args.policy, compression_ratios=args.ratio, fair=fair, protect=args.protect)
     if args.output:
         result.to_json(args.output)

@@ -56,7 +56,11 @@ class Fair:
 
     def __post_init__(self):
         _check_number("strength", self.strength, 0, 1)
+        if self.weights is not None and not isinstance(self.weights, Mapping):
+            raise TypeError(f"weights is {self.weights!r}; expected a mapping of instruction names to numbers")
         for name, weight in (self.weights or {}).items():
+            if not isinstance(name, str):
+                raise TypeError(f"weights name {name!r}; expected names of instructions")
             _check_number(f"weights[{name!r}]", weight, 0, 1e9)
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens is {self.min_tokens!r}; expected a whole number, at least 0")
@@ -132,12 +136,14 @@ class Layout:
         """Check and complete what a caller gives; see :func:`keep`."""
         if valid is None and spans is None and protect is None:
             return _bare_layout(n_row, n_token)
-        ranges = [(0, n_token)] * n_row if valid is None else [(int(begin), int(end)) for begin, end in valid]
+        ranges = [(0, n_token)] * n_row if valid is None else _ranges(valid)
         if len(ranges) != n_row:
             raise ValueError(f"valid has {len(ranges)} rows; expected {n_row}, as keys has")
         for begin, end in ranges:
             if not 0 <= begin < end <= n_token:
                 raise ValueError(f"valid holds [{begin}, {end}); expected a range that is not empty inside [0, {n_token})")
+        if _is_mask(protect) and tuple(protect.shape) not in ((n_token,), (n_row, n_token)):
+            raise ValueError(f"protect has shape {tuple(protect.shape)}; expected ({n_token},) or ({n_row}, {n_token})")
         named = [_named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)]
         return cls(n_token, ranges, named, [protected_positions(protect, b, *ranges[b], named[b], n_sink) for b in range(n_row)])
 
@@ -201,9 +207,33 @@ def _bare_layout(n_row: int, n_token: int) -> Layout:
     return Layout(n_token, [(0, n_token)] * n_row, [{}] * n_row, [[]] * n_row)
 
 
+def _ranges(valid) -> list[tuple[int, int]]:
+    """Rows (begin, end) of whole numbers."""
+    rows = valid.tolist() if hasattr(valid, "tolist") else valid
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
+    out = []
+    for row in rows:
+        pair = tuple(row) if isinstance(row, Iterable) and not isinstance(row, (str, bytes)) else (row,)
+        if len(pair) != 2 or not all(_is_whole(x) for x in pair):
+            raise TypeError(f"valid holds {row!r}; expected (begin, end), whole numbers")
+        out.append((int(pair[0]), int(pair[1])))
+    return out
+
+
+def _is_whole(x) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _is_mask(protect) -> bool:
+    return hasattr(protect, "dtype") and "bool" in str(protect.dtype)
+
+
 def _per_row(spans, n_row: int) -> list:
     if spans is None or isinstance(spans, Mapping):
         return [spans] * n_row
+    if isinstance(spans, (str, bytes)) or not isinstance(spans, Iterable):
+        raise TypeError(f"spans is {spans!r}; expected (start, end) pairs, by name or in a list")
     spans = list(spans)
     if all(s is None or isinstance(s, Mapping) for s in spans) and spans:
         if len(spans) != n_row:
@@ -215,6 +245,8 @@ def _per_row(spans, n_row: int) -> list:
 def _named_spans(spans, low: int, high: int) -> dict[str, tuple[int, int]]:
     """Spans as names -> pairs, checked, in order of position."""
     items = [] if spans is None else list(spans.items()) if isinstance(spans, Mapping) else [(f"span {i}", s) for i, s in enumerate(spans)]
+    if wrong := [name for name, _ in items if not isinstance(name, str)]:
+        raise TypeError(f"spans name {wrong[0]!r}; expected names that are texts")
     out = {name: (int(edges[0]), int(edges[1])) for name, edges in ((n, _edges(n, s)) for n, s in items)}
     out = dict(sorted(out.items(), key=lambda item: item[1]))
     last_name, last_end = None, low
@@ -230,7 +262,7 @@ def _named_spans(spans, low: int, high: int) -> dict[str, tuple[int, int]]:
 def _edges(name, span):
     if hasattr(span, "start") and hasattr(span, "end"):
         return span.start, span.end
-    if isinstance(span, Sequence) and len(span) == 2 and all(isinstance(x, (int, np.integer)) for x in span):
+    if isinstance(span, Sequence) and len(span) == 2 and all(_is_whole(x) for x in span):
         return span
     raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
 
@@ -263,7 +295,7 @@ def protected_positions(protect, b: int, low: int, high: int, spans: Mapping[str
     """Protected positions of row b: "sinks", span names, positions, or a bool mask (T,) or (B,T)."""
     if protect is None:
         return []
-    if hasattr(protect, "dtype") and "bool" in str(protect.dtype):
+    if _is_mask(protect):
         mask = np.asarray(protect)
         return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
     positions: set[int] = set()

@@ -15,6 +15,8 @@ import numpy as np
 from . import _core
 
 __all__ = ["gather", "score", "select"]
+_MOST = 2**31 - 1  # tokens of a row: positions are int32
+_PADDED = 2**16  # positions of a head that may be padding beyond the tokens that there are
 _SCORERS = {name: dict(params) for name, _, params in _core.scorers()}
 
 
@@ -61,7 +63,7 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
     >>> score("norm", keys)
     array([[[-5., -1.]]], dtype=float32)
     """
-    if scorer not in _SCORERS:
+    if not isinstance(scorer, str) or scorer not in _SCORERS:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
     defaults = _SCORERS[scorer]
     if unknown := params.keys() - defaults.keys():
@@ -71,8 +73,9 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
 
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
-    values = [float(x) for x in {**defaults, **params}.values()]
-    arguments = scorer, _plain(keys), _plain(queries), _int32(votes), _int32(valid), _plain(lse), out, values
+    values = [_number(x, name) for name, x in {**defaults, **params}.items()]
+    plain = [_plain(x, name) for x, name in ((keys, "keys"), (queries, "queries"), (lse, "lse"))]
+    arguments = scorer, *plain[:2], _int32(votes, "votes"), _int32(valid, "valid"), plain[2], out, values
     _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
 
@@ -111,11 +114,21 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     (array([[[0, 2]]], dtype=int32), array([[2]], dtype=int32))
     """
     n_row, n_head, n_token = _shape(scores, "scores", 3)
-    quotas = expand_quotas(_int32(quotas), n_row, n_head)
-    segments = expand_segments(_int32(segments), n_row, n_token)
+    if n_token > _MOST:
+        raise ValueError(f"T is {n_token} in scores; expected at most {_MOST}")
+    if quotas is None:
+        raise TypeError("quotas is None; expected whole numbers, the tokens to keep of each segment")
+    quotas = expand_quotas(_int32(quotas, "quotas"), n_row, n_head)
+    segments = expand_segments(_int32(segments, "segments"), n_row, n_token)
     if protect is not None:
-        protect = beside(np.broadcast_to(_host(protect).astype(np.uint8), (n_row, n_token)), scores)
-    return select_checked(scores, segments, quotas, protect, _int32(valid), int(quotas.sum(-1).max()))
+        mask = _host(protect)
+        if mask.dtype.kind not in "biu":
+            raise TypeError(f"protect has dtype {mask.dtype}; expected bool")
+        protect = beside(_expanded(mask.astype(np.uint8), (n_row, n_token), "protect"), scores)
+    n_kept = int(quotas.sum(-1, dtype=np.int64).max(initial=0))
+    if n_kept > max(n_token, _PADDED):  # it is so much memory for each head, whatever there is to keep
+        raise ValueError(f"quotas sum to {n_kept}; expected at most {max(n_token, _PADDED)} for rows of {n_token} tokens")
+    return select_checked(scores, segments, quotas, protect, _int32(valid, "valid"), n_kept)
 
 
 def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
@@ -130,7 +143,7 @@ def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
     n_row, n_head = scores.shape[:2]
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    arguments = _plain(scores), segments, quotas, protect, valid, positions, counts
+    arguments = _plain(scores, "scores"), segments, quotas, protect, valid, positions, counts
     _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
 
@@ -164,9 +177,11 @@ def gather(keys, values, positions):
 
         return reference.gather(keys, values, positions)
     kept = _shape(positions, "positions", 3)
+    if kept[2] > (most := max(_PADDED, _shape(keys, "keys", 4)[2])):
+        raise ValueError(f"positions.shape[2] is {kept[2]}; expected at most {most} for the tokens in keys")
     out = [_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))]
-    positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions)
-    _core.gather(_plain(keys), _plain(values), positions, *out, _n_worker())
+    positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
+    _core.gather(_plain(keys, "keys"), _plain(values, "values"), _plain(positions, "positions"), *out, _n_worker())
     return tuple(out)
 
 
@@ -178,22 +193,31 @@ def beside(mask: np.ndarray, scores):
 def expand_quotas(quotas: np.ndarray, n_row: int, n_head: int) -> np.ndarray:
     """Quotas (B,H,S), from an int, (S,), (B,S) or (B,H,S)."""
     shaped = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
-    return _expanded(shaped, (n_row, n_head, shaped.shape[-1]))
+    return _expanded(shaped, (n_row, n_head, shaped.shape[-1]), "quotas")
 
 
 def expand_segments(segments: np.ndarray | None, n_row: int, n_token: int) -> np.ndarray:
     """Segment edges (B,S+1), from None (one segment), (S+1,) or (B,S+1)."""
     edges = np.array([0, n_token], np.int32) if segments is None else segments
-    return _expanded(edges, (n_row, edges.shape[-1]))
+    return _expanded(edges, (n_row, edges.shape[-1] if edges.ndim else 1), "segments")
 
 
-def _expanded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _expanded(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     """What ``np.broadcast_to`` gives, which takes longer than copying so little."""
     if array.shape == shape:
         return array
+    if array.ndim > len(shape) or any(n not in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} has shape {array.shape}; expected what fits {shape}")
     out = np.empty(shape, array.dtype)
     out[...] = array
     return out
+
+
+def _number(x, name: str) -> float:
+    """A scorer's parameter; True is one only where the parameter is a choice."""
+    if isinstance(x, (int, float, np.integer, np.floating)) and (not isinstance(x, bool) or name == "share_heads"):
+        return float(x)
+    raise TypeError(f"{name} is {x!r}; expected a number")
 
 
 def _is_torch(x) -> bool:
@@ -263,10 +287,14 @@ def _workspace(x, size, arguments):
     return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
 
 
-def _plain(x):
-    """The array itself, without what the core cannot see in its memory: autograd, and torch's lazy negative."""
+def _plain(x, name: str):
+    """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage that was freed."""
     if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
         return x
+    if x.layout is sys.modules["torch"].strided and 0 not in x.shape:
+        last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        if (there := x.untyped_storage().nbytes()) < (needed := (last + 1) * x.element_size()):
+            raise ValueError(f"{name} has storage of {there} bytes; expected at least {needed}: its memory was freed")
     return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
 
 
@@ -274,14 +302,14 @@ def _host(x) -> np.ndarray:
     return x.detach().cpu().numpy() if _is_torch(x) else np.asarray(x)
 
 
-def _int32(x):
+def _int32(x, name: str):
     if x is None or (type(x) is np.ndarray and x.dtype == np.int32):
         return x
     array = _host(x)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"an array of dtype {array.dtype} was given where whole numbers are expected")
+        raise TypeError(f"{name} has dtype {array.dtype}; expected whole numbers")
     if array.dtype != np.int32 and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-        raise ValueError(f"an array holds {array.max()}; expected numbers that fit int32")
+        raise ValueError(f"{name} holds {array.max() if array.max() >= 2**31 else array.min()}; expected numbers that fit int32")
     return np.asarray(array, np.int32)
 
 

@@ -16,6 +16,7 @@ from .experiments.summary import (
     SETTING,
     TOGETHER,
     attack_families,
+    check_records,
     composites,
     differences,
     following,
@@ -78,6 +79,7 @@ def write_report(folder: str | Path) -> dict:
     records = [record for part in parts for record in read_records(part)]
     if not records:
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
+    check_records(records)
     metas = {part.name: read_meta(part) for part in parts}
     cells, changes, classes = summarize(records), differences(records), following(records)
     ranked, scores, families = rank_correlations(classes), composites(cells), attack_families(records)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
+from .chat import check_encodable, check_messages, encoded_chat, holder, may_hold_special, shared, short, template_ids
 from .markup import block, note, token_strip
 
 
@@ -79,7 +80,9 @@ class Prompt:
     contents: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def from_chat(cls, tokenizer, messages, instructions=None, add_generation_prompt: bool = False) -> "Prompt":
+    def from_chat(
+        cls, tokenizer, messages, instructions=None, add_generation_prompt: bool = False, *, allow_special_tokens: bool = False
+    ) -> "Prompt":
         """A prompt from chat messages, rendered by the tokenizer's chat template.
 
         Parameters
@@ -91,13 +94,17 @@ class Prompt:
             Names -> a text found in the messages' contents, or a range of characters of ``text``.
         add_generation_prompt : bool
             End with the header of the model's answer.
+        allow_special_tokens : bool
+            Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer takes it. Such a text
+            can end its message and begin another, so it is refused by default.
 
         Raises
         ------
         TypeError
-            If the tokenizer gives no offsets.
+            If the tokenizer gives no offsets, or an argument has another type.
         ValueError
-            If an instruction is missing, found twice or overlaps another, or the template changes the messages' text.
+            If an instruction is missing, found twice or overlaps another, the template changes the messages' text, or a content holds a
+            token of the template.
 
         Examples
         --------
@@ -110,16 +117,13 @@ class Prompt:
         _check_tokenizer(tokenizer)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
-        messages = _check_messages(messages)
-        text, contents = _render(tokenizer, messages, add_generation_prompt)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if list(encoded["input_ids"]) != _template_ids(tokenizer, messages, add_generation_prompt):
-            raise ValueError("the chat template gives other tokens than its text; expected the same, so that spans can be found")
+        messages = check_messages(messages)
+        text, contents, encoded = encoded_chat(tokenizer, messages, add_generation_prompt, allow_special_tokens)
         return cls._build(tokenizer, text, encoded, contents, instructions, messages)
 
     @classmethod
     def from_text(cls, tokenizer, text: str, instructions=None) -> "Prompt":
-        """A prompt from plain text, with the special tokens the tokenizer adds by itself.
+        """A prompt from plain text, with the special tokens the tokenizer adds by itself, and those that the text spells.
 
         Parameters
         ----------
@@ -132,6 +136,7 @@ class Prompt:
         _check_tokenizer(tokenizer)
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
+        check_encodable("text", text)
         return cls._build(tokenizer, text, tokenizer(text, return_offsets_mapping=True), ((0, len(text)),), instructions, None)
 
     @classmethod
@@ -139,9 +144,9 @@ class Prompt:
         ids, offsets = tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        ranges = _find_all(text, contents, instructions or {})
+        ranges = _find_all(text, contents, instructions)
         spans = _token_spans(text, offsets, ranges)
-        is_template = tuple(not any(_shared(pair, content) for content in contents) for pair in offsets)
+        is_template = tuple(holder(contents, pair) is None for pair in offsets)
         return cls(text, ids, offsets, spans, is_template, tokenizer, messages, tuple(contents))
 
     def __len__(self) -> int:
@@ -175,31 +180,39 @@ class Prompt:
 
     def find(self, text: str) -> tuple[int, int]:
         """Tokens [start, end) of a text that the messages hold exactly once."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is a {type(text).__name__}; expected a str")
         span = _token_spans(self.text, self.offsets, _find_all(self.text, self.contents, {text: text}))[text]
         return span.start, span.end
 
-    def followed_by(self, user):
+    def followed_by(self, user, *, allow_special_tokens: bool = False):
         """Token ids of the conversation that goes on, LongTensor (1, L), ready for ``generate``.
 
         Parameters
         ----------
         user : str or list of messages
             The user's text, or messages; the header of the answer is added. For a prompt of plain text: more text.
+        allow_special_tokens : bool
+            As for :meth:`from_chat`, for what is added here.
 
         Raises
         ------
         ValueError
-            If this prompt's tokens are not the beginning of the whole conversation's.
+            If this prompt's tokens are not the beginning of the whole conversation's, or a new content holds a token of the template.
         """
         import torch
 
         if self.messages is None:
             if not isinstance(user, str):
                 raise TypeError(f"user is a {type(user).__name__}; expected a str, since the prompt is plain text")
+            check_encodable("user", user)
             full = list(self.tokenizer(self.text + user)["input_ids"])
         else:
-            more = [{"role": "user", "content": user}] if isinstance(user, str) else _check_messages(user)
-            full = _template_ids(self.tokenizer, [*self.messages, *more], True)
+            more = check_messages([{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages))
+            whole = [*self.messages, *more]
+            full = template_ids(self.tokenizer, whole, True)
+            if not allow_special_tokens and may_hold_special(self.tokenizer, whole, full, len(self.messages)):
+                encoded_chat(self.tokenizer, whole, True, False, len(self.messages))
         own = list(self.token_ids)
         if len(full) <= len(own) or full[: len(own)] != own:
             at = next((i for i, (a, b) in enumerate(zip(own, full, strict=False)) if a != b), min(len(own), len(full)))
@@ -216,50 +229,16 @@ def _check_tokenizer(tokenizer) -> None:
         raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
 
 
-def _check_messages(messages) -> list[dict]:
-    messages = list(messages)
-    if not messages:
-        raise ValueError("messages is empty; expected at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} is {message!r}; expected a role and a content that is a str")
-    return [dict(message) for message in messages]
-
-
-def _template_ids(tokenizer, messages, add_generation_prompt: bool) -> list[int]:
-    out = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False)
-    return list(out)
-
-
-def _render(tokenizer, messages, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and where each message's content stands in it.
-
-    Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
-    nowhere, which gives the pieces between the contents.
-    """
-
-    def render(of):
-        return tokenizer.apply_chat_template(of, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    text = render(messages)
-    marker = next(f"\ue000{n}\ue001" for n in range(len(messages) + 1) if not any(f"\ue000{n}\ue001" in m["content"] for m in messages))
-    marked = render([{**m, "content": f"{marker}{i}\ue002"} for i, m in enumerate(messages)])
-    at, contents = 0, []
-    for i, message in enumerate(messages):
-        before, found, marked = marked.partition(f"{marker}{i}\ue002")
-        content = next((c for c in (message["content"], message["content"].strip()) if text.startswith(before + c, at)), None)
-        if not found or content is None:
-            raise ValueError(f"the chat template changes the text of message {i}; expected it as it is. Prompt.from_text takes any text")
-        contents.append((at + len(before), at + len(before) + len(content)))
-        at = contents[-1][1]
-    if text[at:] != marked:
-        raise ValueError("the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text")
-    return text, contents
-
-
-def _find_all(text: str, contents, instructions: Mapping) -> dict[str, tuple[int, int]]:
+def _find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
-    ranges = {name: _find(text, contents, name, wanted) for name, wanted in instructions.items()}
+    if instructions is not None and not isinstance(instructions, Mapping):
+        raise TypeError(f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts")
+    ranges = {name: _find(text, contents, name, wanted) for name, wanted in (instructions or {}).items()}
+    for name, (begin, end) in ranges.items():
+        if not any(c.isprintable() and not c.isspace() for c in text[begin:end]):
+            raise ValueError(
+                f"the text of instruction {name!r} has nothing to read, {short(text[begin:end])}; expected more than white space"
+            )
     ordered = dict(sorted(ranges.items(), key=lambda item: item[1]))
     names = list(ordered)
     for one, two in pairwise(names):
@@ -270,26 +249,30 @@ def _find_all(text: str, contents, instructions: Mapping) -> dict[str, tuple[int
 
 def _find(text: str, contents, name, wanted) -> tuple[int, int]:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"an instruction is called {name!r}; expected a name, a str that is not empty")
+        raise ValueError(f"an instruction is called {short(name)}; expected a name, a str that is not empty")
+    check_encodable(f"the name of instruction {name!r}", name)
     if isinstance(wanted, str):
         if not wanted:
-            raise ValueError(f"the text of instruction {name!r} is empty")
-        starts = [at for begin, end in contents for at in _occurrences(text, wanted, begin, end)]
+            raise ValueError(f"the text of instruction {name!r} is empty; expected a text of the prompt")
+        check_encodable(f"the text of instruction {name!r}", wanted)
+        # all are needed for the number only: a hostile text may hold very many
+        starts = list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
         if len(starts) != 1:
-            found = (
-                "is not in the prompt"
-                if not starts
-                else f"is in the prompt {len(starts)} times, at characters {', '.join(map(str, starts))}"
-            )
-            raise ValueError(f"the text of instruction {name!r} {found}; expected it once: {_short(wanted)}")
+            times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
+            found = f"is in the prompt {times}, at characters {', '.join(map(str, starts))}" if starts else "is not in the prompt"
+            hint = "; a range (start, end) in characters says which one is meant" if starts else ""
+            raise ValueError(f"the text of instruction {name!r} {found}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
-    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(isinstance(x, int) for x in wanted):
+    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in wanted):
         if not 0 <= wanted[0] < wanted[1] <= len(text):
             raise ValueError(
                 f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) that is not empty"
             )
         return tuple(wanted)
-    raise ValueError(f"instruction {name!r} is {wanted!r}; expected a text, or (start, end) in characters")
+    raise ValueError(f"instruction {name!r} is {short(wanted)}; expected a text, or (start, end) in characters")
+
+
+_MANY = 10
 
 
 def _occurrences(text: str, wanted: str, begin: int, end: int):
@@ -299,20 +282,11 @@ def _occurrences(text: str, wanted: str, begin: int, end: int):
         at = text.find(wanted, at + 1, end)
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _shared(one: tuple[int, int], two: tuple[int, int]) -> int:
-    """Characters that two ranges share."""
-    return max(0, min(one[1], two[1]) - max(one[0], two[0]))
-
-
 def _token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
     """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many."""
     owned: dict[str, list[int]] = {name: [] for name in ranges}
     for t, pair in enumerate(offsets):
-        held = [(_shared(pair, where), name) for name, where in ranges.items()]
+        held = [(shared(pair, where), name) for name, where in ranges.items()]
         most = max((n for n, _ in held), default=0)
         if most > 0:
             owned[next(name for n, name in held if n == most)].append(t)
@@ -323,4 +297,7 @@ def _token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> d
                 f"instruction {name!r} has no token of its own: a neighbour holds more of each of its tokens; expected a longer text"
             )
         spans[name] = Span(name, owned[name][0], owned[name][-1] + 1, text[begin:end])
+    for one, two in pairwise(spans.values()):
+        if one.end > two.start:
+            raise ValueError(f"the tokens of instructions {one.name!r} and {two.name!r} are interleaved; expected one after the other")
     return spans

@@ -265,7 +265,12 @@ def keep(
     """
     policy, fair = get_policy(policy), Fair.parse(fair)
     check_budget(compression_ratio, budget)
-    if len(getattr(keys, "shape", ())) != 4:
-        raise ValueError(f"keys has shape {tuple(getattr(keys, 'shape', ()))}; expected (B, H, T, D)")
+    if not hasattr(keys, "shape"):
+        raise TypeError(f"keys is a {type(keys).__name__}; expected a NumPy array or a torch tensor")
+    if len(keys.shape) != 4:
+        raise ValueError(f"keys has shape {tuple(keys.shape)}; expected (B, H, T, D)")
+    for name, value in (("scaling", scaling), ("softcap", softcap)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating, type(None))):
+            raise TypeError(f"{name} is {value!r}; expected a number")
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=getattr(policy, "n_sink", 4))
     return choose(rank(policy, fair, layout, keys, queries, scaling, softcap), compression_ratio=compression_ratio, budget=budget)

@@ -14,3 +14,23 @@ def smollm2():
     from kvpitfalls.hf.load import load
 
     return load()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, smollm2):
+    """The folder of a random model with SmolLM2's tokenizer."""
+    import tiny_sweep
+
+    return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
+
+
+@pytest.fixture(scope="module")
+def tiny_model_loaded_once(tiny_model_folder):
+    """A module's sweeps share one loaded model; those of test_cli_experiments.py load it themselves."""
+    from kvpitfalls.experiments import sweep
+    from kvpitfalls.hf.load import load
+
+    loaded = load(tiny_model_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "load_model", lambda config, name: loaded)
+        yield

@@ -87,14 +87,27 @@ def test_a_users_file(tmp_path):
     assert mine.rows[0]["instruction_id_list"] == [] and mine.sha256 != OWN.sha256
     for text, message in [
         ("{", "line 1, is no JSON"),
-        ('{"key": 1}', r"messages \[\]; expected"),
+        ('{"key": 1}', "messages None; expected"),
+        ('{"key": 1, "messages": []}', r"messages \[\]; expected"),
         ("[]", "messages None; expected"),
+        ("9" * 5000, "line 1, is no JSON"),
+        ("[" * 100_000, "line 1, is no JSON"),
+        (json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}), "messages None; expected .* a text as content"),
+        (json.dumps({"key": [], "messages": messages}), "expected an object with key and messages"),
+        (json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}), "instruction_id_list and kwargs that do not fit"),
         ("", "has 0 rows"),
         ((json.dumps({"key": 1, "messages": messages}) + "\n") * 2, "2 rows and 1 different keys"),
     ]:
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             corpus.load_corpus(str(path))
+    path.write_bytes(b'{"key": "\xff"}')
+    with pytest.raises(ValueError, match="line 1, is no JSON") as error:
+        corpus.load_corpus(str(path))
+    assert type(error.value) is ValueError
+    separated = [messages[0], {"role": "user", "content": "one line\u2028of JSON"}]
+    path.write_text(json.dumps({"key": "a", "messages": separated}, ensure_ascii=False), encoding="utf-8")
+    assert corpus.load_corpus(str(path)).rows[0]["messages"] == separated
     with pytest.raises(FileNotFoundError, match="dataset is 'nowhere'; expected own, paper"):
         corpus.load_corpus("nowhere")
 

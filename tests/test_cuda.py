@@ -92,3 +92,34 @@ def test_a_model_split_over_two_gpus(policy):
     parts = compress_and_answer(split, policy, True)
     assert all(np.array_equal(a, b) for a, b in zip(whole[0], parts[0], strict=True))
     assert torch.equal(whole[1], parts[1])
+
+
+def test_hostile_tensors_on_a_gpu():
+    """Denormal numbers are not flushed, a freed tensor is refused before any launch, and so is a mix of devices."""
+    keys = ids(1, 16).reshape(1, 1, 2, 8).float() * 1e-21  # squares are denormal
+    scores = kvp.ops.score("norm", keys.cuda()).cpu()
+    torch.testing.assert_close(scores, kvp.ops.score("norm", keys), rtol=1e-4, atol=0)
+    assert bool((scores < 0).all())
+    freed = torch.randn(1, 2, 20, 8, device="cuda")
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="keys has storage of 0 bytes; expected at least 1280: its memory was freed"):
+        kvp.ops.score("norm", freed)
+    with pytest.raises(kvp.DeviceError, match="values"):
+        kvp.ops.gather(keys.cuda(), keys, torch.zeros(1, 1, 1, dtype=torch.int32, device="cuda"))
+    with kvp.wrap(build("llama").to("cuda"), "knorm", budget=4) as handle:
+        with pytest.raises(ValueError, match="prompt holds token 5000; expected ids in"):
+            handle.compress(torch.full((1, 8), 5000, device="cuda"))  # else an assert on the device, after which nothing runs
+        assert handle.compress(ids(1, 20)).report()["kept_share"] == 0.2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_stream_of_another_gpu_is_not_taken():
+    """What the tensors' own GPU runs is waited for, whichever GPU and stream are current."""
+    keys = torch.randn(1, 2, 5000, 64, device="cuda:0")
+    wanted = kvp.ops.score("norm", keys)
+    with torch.cuda.device(1), torch.cuda.stream(torch.cuda.Stream("cuda:1")):
+        assert torch.equal(kvp.ops.score("norm", keys), wanted) and kvp.ops.score("norm", keys).device == keys.device
+        positions, _ = kvp.ops.select(wanted, 100)
+        assert torch.equal(
+            kvp.ops.gather(keys, keys, positions)[0].cpu(), keys.cpu().gather(2, positions.cpu().long()[..., None].expand(-1, -1, -1, 64))
+        )

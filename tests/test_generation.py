@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from model_sweep import release
-from tiny_models import build, feed, ids
+from tiny_models import build, feed, ids, tiny_prompt
 from transformers import TextStreamer, pipeline
 
 import kvpitfalls as kvp
@@ -162,6 +162,25 @@ def test_a_wrap_is_not_removed_under_a_running_forward(llama):
     assert handle.compress(tokens).report()["kept_share"] == 0.5, "the handle works on"
     handle.remove()
     assert not llama.model._forward_pre_hooks
+
+
+def test_an_audit_ends_while_another_thread_runs_the_wrapped_model(llama):
+    """It takes nothing away that the wrap still needs, so it need not wait."""
+    prompt, tokens, found = tiny_prompt(), ids(1, 20), []
+
+    def audit_meanwhile(*_):
+        if not found:
+            found.append(None)
+            with ThreadPoolExecutor(1) as pool:
+                found.append(pool.submit(kvp.audit, llama, prompt, compression_ratios=[0.5]).result().rows)
+
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        hook = llama.model.layers[1].register_forward_hook(audit_meanwhile)
+        try:
+            assert handle.compress(tokens).report()["kept_share"] == 0.5
+        finally:
+            hook.remove()
+    assert found[1] == kvp.audit(llama, prompt, compression_ratios=[0.5]).rows and not llama.model._forward_pre_hooks
 
 
 def test_a_prefill_holds_one_full_layer_at_a_time(monkeypatch):

@@ -20,6 +20,7 @@ PYTHON_LAYERS = [
     ["reference"],
     ["_core", "_cuda", "ops"],
     ["markup", "tabular", "progress"],
+    ["chat"],
     ["budget", "prompt", "fairness"],
     ["policies"],
     ["selection"],

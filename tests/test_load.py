@@ -1,6 +1,9 @@
 """Where a model comes from, and that a converted GGUF file is the same model."""
 
+import ast
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +74,28 @@ def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(ImportError, match=r"needs the package gguf; expected pip install 'kvpitfalls\[gguf\]'"):
         loading.load()
+
+
+def test_a_model_s_own_code_is_never_run(tmp_path):
+    """Nor asked about: a folder whose config names code is refused, and nothing here could allow it."""
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'executed')!r}).touch()\n"
+    (tmp_path / "own.py").write_text(code)
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": own, "tokenizer_class": "Own"}))
+    with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
+        loading.load(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_of_others_is_never_trusted():
+    """In the whole package, ``trust_remote_code`` stands only as ``False``, and every loader of transformers gets it."""
+    for path in (Path(__file__).parent.parent / "kvpitfalls").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        given = [n.value for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg == "trust_remote_code"]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                given += [v for k, v in zip(node.keys, node.values, strict=True) if getattr(k, "value", None) == "trust_remote_code"]
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in given), path
+        loaders = sum(isinstance(n, ast.Attribute) and n.attr == "from_pretrained" for n in ast.walk(tree))
+        assert bool(loaders) == bool(given), path

@@ -11,7 +11,6 @@ import torch
 import kvpitfalls as kvp
 from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
-from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.scenario import Scenario
@@ -21,16 +20,8 @@ from kvpitfalls.hf.load import load
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, smollm2):
-    return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once(model):
-    loaded = load(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "load_model", lambda config, name: loaded)
-        yield
+def model(tiny_model_folder, tiny_model_loaded_once):
+    return tiny_model_folder
 
 
 def probing(model, **changes):

@@ -3,32 +3,14 @@
 import copy
 
 import pytest
+from chat_tokenizers import CHATML, byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import kvpitfalls as kvp
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
-# Pairs that the tokenizer joins, in bytes as byte-level BPE writes them (Ċ is a line break, Ġ a space).
-MERGES = [("n", "o"), ("a", "y"), ("S", "p"), (".", "Ċ"), (".Ċ", "Ċ"), ("Ġ", "S"), ("e", "r")]
-
-
-def byte_level(merges=MERGES, template=CHATML):
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|im_end|>", eos_token="<|im_end|>")
-    fast.chat_template = template
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +180,8 @@ def test_spans_are_disjoint_and_cover_their_text(text, data):
     try:
         prompt = kvp.Prompt.from_text(tokenizer, text, ranges)
     except ValueError as error:
-        assert "has no token of its own" in str(error)
+        nothing = any(not text[a:b].strip() for a, b in ranges.values())
+        assert ("has nothing to read" if nothing else "has no token of its own") in str(error)
         return
     last = 0
     for name, (begin, end) in ranges.items():

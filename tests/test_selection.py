@@ -1,5 +1,7 @@
 """What must hold for every policy, fairness and protection, on bare arrays."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -149,3 +151,13 @@ def test_rows_of_a_padded_batch_are_independent():
         alone = kvp.keep(policy, KEYS[:, :, 14:], QUERIES[:, :, 14:], compression_ratio=0.5, spans={"a": (6, 26), "b": (26, 46)}, fair=True)
         assert both.counts.tolist() == [[25, 25], [32, 32]]
         assert np.array_equal(both.positions[0, :, :25] - 14, alone.positions[0]) and (both.positions[0, :, 25:] == -1).all()
+
+
+@pytest.mark.parametrize("strength", [0.1234567890123456, 1e-300, 0.3000000000000001, 5e-324])
+def test_blending_is_exact_for_any_strength(strength):
+    """Long fractions times thousands of tokens are beyond 64 bits."""
+    counts, quotas, share = np.array([[3000, 9000, 1]]), np.array([[6001, 1000, 5000]]), Fraction(str(strength))
+    exact = [(1 - share) * int(a) + share * int(b) for a, b in zip(counts[0], quotas[0], strict=True)]
+    rest = sorted(range(3), key=lambda j: (exact[j] - int(exact[j]), j), reverse=True)
+    expected = [int(x) + (j in rest[: 12001 - sum(map(int, exact))]) for j, x in enumerate(exact)]
+    assert blend(counts, quotas, strength)[0].tolist() == expected and sum(expected) == 12001

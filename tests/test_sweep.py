@@ -26,17 +26,8 @@ from kvpitfalls.hf.load import load
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, smollm2):
-    return tiny_sweep.save_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once(model):
-    """The sweeps here share one loaded model; those of test_cli_experiments.py load it themselves."""
-    loaded = load(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "load_model", lambda config, name: loaded)
-        yield
+def model(tiny_model_folder, tiny_model_loaded_once):
+    return tiny_model_folder
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ import functools
 import inspect
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.coverage import attention_modules
+from kvpitfalls.prompt import Prompt
 
 _SIZE = {
     "hidden_size": 64,
@@ -50,6 +52,15 @@ def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them special and none twice in a row: equal tokens have keys of equal norm, but for rounding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([3 + torch.randperm(125, generator=generator)[:n_token] for _ in range(n_row)])
+
+
+def tiny_prompt() -> Prompt:
+    """A prompt of 30 tokens in a vocabulary of the tiny model's size."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = [f"w{i}" for i in ids(1)[0].tolist()]
+    parts = {"a": " ".join(words[2:14]), "b": " ".join(words[14:28])}
+    return Prompt.from_text(PreTrainedTokenizerFast(tokenizer_object=tokenizer), " ".join(words), parts)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__, plots
+from ..budget import check_budget
 from ..fairness import Fair, fairness_name
 from ..heatmap import HeatMap
 from ..markup import block, note, table
@@ -59,6 +60,7 @@ class Audit:
 
     def kept_mask(self, policy, compression_ratio: float, fair=False) -> np.ndarray:
         """Which tokens a setting keeps: bool (layers, H, T)."""
+        check_budget(compression_ratio, None)
         key = (get_policy(policy).label, Fair.parse(fair).label, float(compression_ratio))
         if key not in self._kept:
             raise ValueError(f"policy, fair and compression_ratio are {key}; expected a combination that was audited")
@@ -99,6 +101,8 @@ class Audit:
 
     def to_json(self, path) -> None:
         """Write :meth:`to_dict` to a file; an existing file is replaced whole or not at all."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path is a {type(path).__name__}; expected the path of a file")
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:
@@ -121,6 +125,8 @@ class Audit:
         start : float
             The ratio it opens at.
         """
+        if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start < 1:
+            raise ValueError(f"start is {start!r}; expected a ratio in [0, 1)")
         ratios = sorted({row["compression_ratio"] for row in self.rows})
         n_kept = {row["compression_ratio"]: row["n_kept"] for row in self.rows}
         settings = dict.fromkeys((row["policy"], row["fair"]) for row in self.rows)

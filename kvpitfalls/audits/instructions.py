@@ -84,8 +84,17 @@ def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
     -----
     lm-eval's own functions, so its scores; here they are deterministic, and start no download. Source: arXiv 2311.07911.
     """
+    if not isinstance(row, Mapping):
+        raise TypeError(f"row is a {type(row).__name__}; expected a mapping with the fields of IFEval")
+    if not isinstance(response, str):
+        raise TypeError(f"response is a {type(response).__name__}; expected a str")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; expected a whole number")
     if absent := [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in row]:
         raise ValueError(f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs")
+    for name in ("instruction_id_list", "kwargs"):
+        if not isinstance(row[name], (list, tuple)):
+            raise TypeError(f"row {row['key']} has a {type(row[name]).__name__} as {name}; expected a list")
     utils = _checkers()
     known = utils.instructions_registry.INSTRUCTION_DICT
     if unknown := [name for name in row["instruction_id_list"] if name not in known]:
@@ -94,8 +103,12 @@ def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
         raise ValueError(
             f"row {row['key']} has {len(row['instruction_id_list'])} instructions and {len(row['kwargs'])} kwargs; expected one each"
         )
+    fields = {name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}
     with _seeded(seed):
-        found = utils.process_results({name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}, [response])
+        try:
+            found = utils.process_results(fields, [response])
+        except TypeError as error:  # the checkers take kwargs as their own arguments
+            raise ValueError(f"row {row['key']} has kwargs that do not fit its instructions ({error}); expected IFEval's") from error
     return {
         "strict": [bool(x) for x in found["inst_level_strict_acc"]],
         "loose": [bool(x) for x in found["inst_level_loose_acc"]],
@@ -133,6 +146,8 @@ def accuracies(rows: Sequence[Mapping], results: Sequence[Mapping[str, Sequence[
         ``rule`` (strict, loose), ``group`` (all, single, multi: prompts with one or with several instructions), ``level`` (prompt,
         instruction, id, family), ``name``, ``correct``, ``n`` and ``accuracy``. A group without prompts has no entries.
     """
+    if len(rows) != len(results):
+        raise ValueError(f"results has {len(results)} entries; expected {len(rows)}, one for each row")
     counts: dict[tuple, list[int]] = {}
     for row, result in zip(rows, results, strict=True):
         ids = row["instruction_id_list"]

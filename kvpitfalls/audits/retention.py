@@ -1,7 +1,7 @@
 """What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured attention."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -109,7 +109,13 @@ def audit(
         raise ValueError("the prompt has no instructions; expected Prompt.from_chat(..., instructions={name: text})")
     if len(prompt) < 2:
         raise ValueError(f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from")
-    ratios = list(dict.fromkeys(float(str(r)) for r in (COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)))
+    for name, given in (("policies", policies), ("compression_ratios", compression_ratios)):
+        if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
+            raise TypeError(f"{name} is {given!r}; expected a list")
+    ratios = list(COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)
+    for ratio in ratios:
+        check_budget(ratio, None)
+    ratios = list(dict.fromkeys(float(str(r)) for r in ratios))
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [fair])]
     named = [get_policy(p) for p in (policy_names() if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f) for p in named for f in fairs}.values())
@@ -138,7 +144,6 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
     if not settings or not ratios:
         raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
     for ratio in ratios:
-        check_budget(ratio, None)
         for policy, fair in settings:
             layout = layout_of(policy)
             layout.segments(fair)

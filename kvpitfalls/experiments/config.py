@@ -71,6 +71,15 @@ class SweepConfig:
     def __post_init__(self):
         for name in ("models", "defenses", "orders", "policies", "modes", "compression_ratios", "attacks", "kinds"):
             _check_list(name, getattr(self, name))
+        for name in ("models", "defenses", "orders", "attacks", "kinds"):
+            for value in getattr(self, name):
+                _check_text(f"{name} hold", value)
+        for name in ("dataset", "device", "dtype"):
+            _check_text(f"{name} is", getattr(self, name))
+        if self.attn_implementation is not None:
+            _check_text("attn_implementation is", self.attn_implementation)
+        if not isinstance(self.max_new_tokens, Mapping):
+            raise TypeError(f"max_new_tokens is {self.max_new_tokens!r}; expected a mapping of kinds to numbers")
         for name, low in (("n_prompts", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if (value is not None or name != "n_prompts") and (isinstance(value, bool) or not isinstance(value, int) or value < low):
@@ -98,8 +107,10 @@ class SweepConfig:
     @classmethod
     def parse(cls, given: Mapping) -> "SweepConfig":
         """A config from what a file holds; names that mean nothing are refused."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"the config is a {type(given).__name__}; expected names and values")
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
+        if unknown := sorted(set(given) - set(known), key=str):
             raise ValueError(f"the config holds {unknown[0]!r}; expected some of {', '.join(known)}")
         return cls(**given)
 
@@ -107,10 +118,10 @@ class SweepConfig:
     def read(cls, path: str | Path) -> "SweepConfig":
         """A config from a .toml or .json file."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
         try:
-            given = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            given = tomllib.loads(text.decode()) if path.suffix == ".toml" else json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}; expected a .toml or .json file") from error
         if not isinstance(given, dict):
             raise ValueError(f"{path} holds a {type(given).__name__}; expected names and values")
@@ -141,6 +152,11 @@ class SweepConfig:
             raise ValueError(f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions")
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
             raise ValueError(f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}")
+
+
+def _check_text(what: str, value) -> None:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{what} {value!r}; expected a str that is not empty")
 
 
 def _check_list(name: str, value) -> None:

@@ -131,7 +131,7 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     path = Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"dataset is {name!r}; expected own, paper, paper_shuffled, or the path of a JSONL file of rows")
-    return Corpus(path.name, _rows(path.read_text(encoding="utf-8"), path.name), own.defenses, own.attacks)
+    return Corpus(path.name, _rows(path.read_bytes(), path.name), own.defenses, own.attacks)
 
 
 def _own() -> Corpus:
@@ -142,30 +142,45 @@ def _own() -> Corpus:
         templates = {"defense_first": d["text"] + "\n$system_prompt", "directive_first": "$system_prompt\n" + d["text"]}
         defenses[name] = Defense(name, templates, d["whitelist"], d["refusal"])
     attacks = {f"{family}-{i}": said for family, all_said in json.loads(text["attacks.json"]).items() for i, said in enumerate(all_said, 1)}
-    return Corpus("own", _rows(text["prompts.jsonl"], "prompts.jsonl"), defenses, attacks, notice="Written for kvpitfalls; Apache-2.0.")
+    return Corpus(
+        "own", _rows(text["prompts.jsonl"].encode(), "prompts.jsonl"), defenses, attacks, notice="Written for kvpitfalls; Apache-2.0."
+    )
 
 
 def _no_defense() -> Defense:
     return Defense(NO_DEFENSE, dict.fromkeys(ORDERS, "$system_prompt"))
 
 
-def _rows(text: str, source: str) -> list[dict]:
+def _rows(text: bytes, source: str) -> list[dict]:
     rows: list[dict] = []
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {n}, is no JSON: {error}") from error
-        roles = [m.get("role") for m in row.get("messages", ())] if isinstance(row, dict) else None
-        if roles != ["system", "user"] or "key" not in row:
-            raise ValueError(f"{source}, line {n}, has messages {roles}; expected an object with key and messages [system, user]")
-        rows.append({"prompt": row["messages"][1]["content"], "instruction_id_list": [], "kwargs": [], **row})
-    keys = [row["key"] for row in rows]
-    if not rows or len(set(keys)) < len(keys):
-        raise ValueError(f"{source} has {len(rows)} rows and {len(set(keys))} different keys; expected rows, each with a key of its own")
+        rows.append(_row(row, f"{source}, line {n},"))
+    keys = {row["key"] for row in rows}
+    if not rows or len(keys) < len(rows):
+        raise ValueError(f"{source} has {len(rows)} rows and {len(keys)} different keys; expected rows, each with a key of its own")
     return rows
+
+
+def _row(row, where: str) -> dict:
+    """A row, completed; its messages are a system's and a user's."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+    roles = [m.get("role") for m in messages] if whole else None
+    if roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
+        raise ValueError(
+            f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text as content"
+        )
+    whole = {"prompt": messages[1]["content"], "instruction_id_list": [], "kwargs": [], **row}
+    ids, given = whole["instruction_id_list"], whole["kwargs"]
+    if not (isinstance(ids, list) and all(isinstance(x, str) for x in ids) and isinstance(given, list) and len(given) == len(ids)):
+        raise ValueError(f"{where} has instruction_id_list and kwargs that do not fit; expected a list of names, and an object for each")
+    return whole
 
 
 def _paper(name: str, data) -> Corpus:
@@ -178,7 +193,7 @@ def _paper(name: str, data) -> Corpus:
     templates = json.loads(paths["defense_template.json"].read_text(encoding="utf-8"))
     for template, digest in _TEMPLATE_SUMS.items():
         _check_sum(f"{template} of {paths['defense_template.json']}", str(templates.get(template)).encode(), digest)
-    rows = _rows(paths["sys_ifeval.jsonl"].read_text(encoding="utf-8"), "sys_ifeval.jsonl")
+    rows = _rows(paths["sys_ifeval.jsonl"].read_bytes(), "sys_ifeval.jsonl")
     if name == "paper_shuffled":
         random.Random(42).shuffle(rows)  # the authors' shuffle
     both = {"defense_first": templates["standard_defense"], "directive_first": templates["flipped_defense"]}

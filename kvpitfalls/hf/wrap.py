@@ -3,7 +3,7 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -141,7 +141,7 @@ class Handle:
             While a forward of the model is running, on any thread; nothing is changed then.
         """
         if self._attachment is not None:
-            detach(self.model)
+            detach(self.model, ends_wrap=True)
             self._attachment.new_cache = None
             self._attachment = None
 
@@ -202,6 +202,10 @@ class Handle:
         """
         from .probe import shuffle_difference
 
+        if isinstance(n_token, bool) or not isinstance(n_token, int) or n_token < 2:
+            raise ValueError(f"n_token is {n_token!r}; expected a whole number, at least 2")
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+            raise ValueError(f"tolerance is {tolerance!r}; expected a number, at least 0")
         return shuffle_difference(self.model, n_token, tolerance)
 
 
@@ -260,6 +264,7 @@ def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | Non
     """Run the decoder over the prompt, with the position ids that ``generate`` would give and continue."""
     decoder = decoder_of(model)
     device = next(decoder.parameters()).device
+    _check_ids(model, ids)
     kwargs = {"input_ids": ids.to(device), "past_key_values": cache, "use_cache": True}
     real = torch.ones_like(ids) if mask is None else mask.long()
     if mask is not None:
@@ -281,12 +286,32 @@ def _batch(prompt, attention_mask, spans, protect, n_sink: int):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
         return _pad_left(prompt, protect, n_sink)
-    ids = torch.as_tensor(prompt)
+    ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
     return ids, mask, spans, protect
+
+
+def _tensor(given, name: str, expected: str) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is a {type(given).__name__} that is no tensor; expected {expected}") from error
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
+    return tensor
+
+
+def _check_ids(model, ids: torch.Tensor) -> None:
+    """Refuse ids that the vocabulary lacks: a GPU's error for them ends the process's use of it."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= embeddings.num_embeddings:
+        raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
 
 
 def _pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
@@ -306,7 +331,7 @@ def _pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
 
 def protected_in(prompt: Prompt, protect, n_sink: int) -> list[int]:
     """Protected token positions of one prompt; texts that are no instruction's name are looked up in it."""
-    items = [protect] if isinstance(protect, (str, int)) else list(protect)
+    items = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
     known = [x for x in items if not isinstance(x, str) or x == "sinks" or x in prompt.spans]
     found = [t for x in items if isinstance(x, str) and x != "sinks" and x not in prompt.spans for t in range(*prompt.find(x))]
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}

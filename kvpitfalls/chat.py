@@ -1,0 +1,136 @@
+"""Chats as text and tokens: where the contents of messages stand, and that none of them can pass for the template around it."""
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+
+def check_messages(messages, first: int = 0) -> list[dict]:
+    """The messages as plain dicts; ``first`` is the number of the first of them in the conversation."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content")
+    messages = list(messages)
+    if not messages:
+        raise ValueError("messages is empty; expected at least one message")
+    for i, message in enumerate(messages, first):
+        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} is {short(message)}; expected a role and a content that is a str")
+        role = message["role"]
+        if not isinstance(role, str) or not re.fullmatch(r"[\w.-]+", role):
+            raise ValueError(f"message {i} has the role {short(role)}; expected a word such as 'system'")
+        check_encodable(f"message {i}", message["content"])
+    return [dict(message) for message in messages]
+
+
+def check_encodable(what: str, text: str) -> None:
+    """Half of a surrogate pair is no character: a tokenizer would fail on it in words of its own."""
+    if (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
+        raise ValueError(f"{what} holds the lone surrogate {lone.group()!a} at character {lone.start()}; expected text that UTF-8 can hold")
+
+
+def _apply_template(tokenizer, messages, **options):
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
+
+
+def template_ids(tokenizer, messages, add_generation_prompt: bool) -> list[int]:
+    return list(_apply_template(tokenizer, messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False))
+
+
+def encoded_chat(tokenizer, messages, add_generation_prompt: bool, allow_special_tokens: bool, first: int = 0):
+    """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
+    text, contents = _render(tokenizer, messages, add_generation_prompt)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if list(encoded["input_ids"]) != template_ids(tokenizer, messages, add_generation_prompt):
+        raise ValueError("the chat template gives other tokens than its text; expected the same, so that spans can be found")
+    if not allow_special_tokens:
+        _check_forgery(tokenizer, text, encoded, contents, first)
+    return text, contents, encoded
+
+
+def may_hold_special(tokenizer, messages, ids: list[int], first: int) -> bool:
+    """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first`` on."""
+    harmless = template_ids(tokenizer, [*messages[:first], *({**m, "content": "x"} for m in messages[first:])], True)
+    added = set(tokenizer.added_tokens_decoder)
+    held, expected = (Counter(token for token in tokens if token in added) for tokens in (ids, harmless))
+    return held != expected
+
+
+def _check_forgery(tokenizer, text: str, encoded, contents, first: int) -> None:
+    """Refuse contents that hold a special token, or an added one that the template uses: to the model they are the template's own.
+
+    What the tokenizer made of the text decides, not the text: it may know such a token in capitals or after normalization, too.
+    """
+    ids, offsets = encoded["input_ids"], [_stripped(text, pair) for pair in encoded["offset_mapping"]]
+    holders = [holder(contents, pair) for pair in offsets]
+    added = tokenizer.added_tokens_decoder
+    watched = {token for token, held in zip(ids, holders, strict=True) if held is None and token in added}
+    watched |= {token for token, about in added.items() if about.special} | set(tokenizer.all_special_ids)
+    for token, (begin, end), held in zip(ids, offsets, holders, strict=True):
+        if held is None or held < first or token not in watched:
+            continue
+        if token == tokenizer.unk_token_id and text[begin:end] != tokenizer.unk_token:
+            continue  # a character that the vocabulary lacks
+        raise ValueError(
+            f"message {held} holds {tokenizer.convert_ids_to_tokens(token)!r} at character {begin - contents[held][0]} of its content, a "
+            "token that can end the message and forge another; expected a content without, or allow_special_tokens=True"
+        )
+
+
+def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
+    """The range without white space at its ends, which some special tokens swallow of their neighbours."""
+    begin, end = pair
+    while begin < end and text[begin].isspace():
+        begin += 1
+    while begin < end and text[end - 1].isspace():
+        end -= 1
+    return begin, end
+
+
+def _render(tokenizer, messages, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat, and where each message's content stands in it.
+
+    Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
+    nowhere, which gives the pieces between the contents.
+    """
+
+    def render(of):
+        return _apply_template(tokenizer, of, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    text = render(messages)
+    # Every marker that occurs takes three characters at least, so one of these is free.
+    marker = next(m for n in range(len(text) // 3 + 1) if (m := f"\ue000{n}\ue001") not in text)
+    marked = render([{**m, "content": f"{marker}{i}\ue002"} for i, m in enumerate(messages)])
+    at, contents = 0, []
+    for i, message in enumerate(messages):
+        before, found, marked = marked.partition(f"{marker}{i}\ue002")
+        content = next((c for c in (message["content"], message["content"].strip()) if text.startswith(before + c, at)), None)
+        if not found or content is None:
+            raise ValueError(f"the chat template changes the text of message {i}; expected it as it is. Prompt.from_text takes any text")
+        contents.append((at + len(before), at + len(before) + len(content)))
+        at = contents[-1][1]
+    if text[at:] != marked:
+        raise ValueError("the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text")
+    return text, contents
+
+
+def short(given) -> str:
+    """What was given, on one line of bounded length."""
+    shown = repr(given if not isinstance(given, str) else given[:61])
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def holder(contents, pair: tuple[int, int]) -> int | None:
+    """The number of the first content that the range shares a character with; contents are in order and do not overlap."""
+    i = bisect_right(contents, pair[0], key=lambda content: content[1])
+    return i if i < len(contents) and shared(pair, contents[i]) else None
+
+
+def shared(one: tuple[int, int], two: tuple[int, int]) -> int:
+    """Characters that two ranges share."""
+    return max(0, min(one[1], two[1]) - max(one[0], two[0]))
