@@ -1,4 +1,4 @@
-"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report``.
+"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | lm-eval | garak-report``.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under ``--min-kept``.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__, cli_experiments
+from . import __version__, cli_experiments, cli_harness
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less than this share")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
     cli_experiments.add_commands(commands)
+    cli_harness.add_commands(commands)
     for command in (demo, audit):
         command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
     for command in (info, demo, audit):

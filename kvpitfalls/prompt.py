@@ -139,8 +139,8 @@ class Prompt:
         ids, offsets = tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        ranges = _find_all(text, contents, instructions or {})
-        spans = _token_spans(text, offsets, ranges)
+        ranges = find_all(text, contents, instructions or {})
+        spans = token_spans(text, offsets, ranges)
         is_template = tuple(not any(_shared(pair, content) for content in contents) for pair in offsets)
         return cls(text, ids, offsets, spans, is_template, tokenizer, messages, tuple(contents))
 
@@ -175,7 +175,7 @@ class Prompt:
 
     def find(self, text: str) -> tuple[int, int]:
         """Tokens [start, end) of a text that the messages hold exactly once."""
-        span = _token_spans(self.text, self.offsets, _find_all(self.text, self.contents, {text: text}))[text]
+        span = token_spans(self.text, self.offsets, find_all(self.text, self.contents, {text: text}))[text]
         return span.start, span.end
 
     def followed_by(self, user):
@@ -257,7 +257,7 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> tuple[str, list
     return text, contents
 
 
-def _find_all(text: str, contents, instructions: Mapping) -> dict[str, tuple[int, int]]:
+def find_all(text: str, contents, instructions: Mapping) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
     ranges = {name: _find(text, contents, name, wanted) for name, wanted in instructions.items()}
     ordered = dict(sorted(ranges.items(), key=lambda item: item[1]))
@@ -308,7 +308,7 @@ def _shared(one: tuple[int, int], two: tuple[int, int]) -> int:
     return max(0, min(one[1], two[1]) - max(one[0], two[0]))
 
 
-def _token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
+def token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
     """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many."""
     owned: dict[str, list[int]] = {name: [] for name in ranges}
     for t, pair in enumerate(offsets):

@@ -29,7 +29,8 @@ PYTHON_LAYERS = [
     ["experiments"],
     ["report"],
     ["page"],
-    ["cli_experiments"],
+    ["harness"],
+    ["cli_experiments", "cli_harness"],
     ["cli"],
     ["__main__"],
 ]

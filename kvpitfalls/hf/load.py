@@ -54,17 +54,22 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     >>> type(model).__name__, len(tokenizer)
     ('LlamaForCausalLM', 49152)
     """
-    source = _source(name)
-    folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
+    source, folder = _source(name), transformers_name(name)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     local = {"local_files_only": name is None}
     with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
-    if folder is not source:
+    if folder != str(source):
         model.config._name_or_path = source.name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def transformers_name(name: str | None = None) -> str:
+    """The hub id or folder that transformers itself loads :func:`load`'s model from; a GGUF file is converted first."""
+    source = _source(name)
+    return str(_converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source)
 
 
 def describe(name: str | None = None) -> str:

@@ -280,7 +280,7 @@ def _batch(prompt, attention_mask, spans, protect, n_sink: int):
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return _pad_left(prompt, protect, n_sink)
+        return pad_left(prompt, protect, n_sink)
     ids = torch.as_tensor(prompt)
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point():
@@ -289,7 +289,7 @@ def _batch(prompt, attention_mask, spans, protect, n_sink: int):
     return ids, mask, spans, protect
 
 
-def _pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
+def pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
     width = max(len(p) for p in prompts)
     starts = [width - len(p) for p in prompts]
     pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)
