@@ -130,6 +130,9 @@ wheel: $(VENV)-wheel/ready $(VENV)/packages
 	$(WHEEL)/auditwheel show build/wheelhouse/*.whl | tee build/wheel-show.txt
 	grep -Eq '"manylinux_2_([5-9]|1[0-9]|2[0-8])_' build/wheel-show.txt
 	@n=$$(wc -c <$$(echo build/wheelhouse/*.whl)); echo "$$n bytes"; test $$n -lt 3000000
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-index --no-deps --target build/wheelhouse/installed build/wheelhouse/*.whl
+	cd build && PYTHONPATH=wheelhouse/installed ../$(BIN)/python -P -c 'import kvpitfalls; assert "installed" in kvpitfalls.__file__, kvpitfalls.__file__'
+	cd build && PYTHONPATH=wheelhouse/installed ../$(BIN)/python -P -m pytest -p no:cacheprovider ../tests/test_golden.py
 
 $(VENV)-wheel/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-wheel

@@ -8,23 +8,19 @@ against ours above. Everything goes through the two command lines. Prints a tabl
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 import lm_eval
+from lm_eval.__main__ import cli_evaluate
 
+from kvpitfalls import cli
+from kvpitfalls.audits.instructions import prepare_checkers
+from kvpitfalls.harness.lm_eval_command import command_line
 from kvpitfalls.hf.load import transformers_name
 
 RATIOS = ("0.5", "0.9")
-# lm-eval's own command, which offline has no sentence tables, and draws at random in detecting languages
-HF = """\
-from kvpitfalls.audits.instructions import prepare_checkers
-from lm_eval.__main__ import cli_evaluate
-prepare_checkers()
-cli_evaluate()
-"""
 TASK = """\
 include: {ifeval}
 dataset_path: json
@@ -45,11 +41,12 @@ def main() -> int:
     ifeval = Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
     (folder / "tasks" / "ifeval.yaml").write_text(TASK.format(ifeval=ifeval, rows=folder / "rows.jsonl"))
 
-    hf = [sys.executable, "-c", HF, "run", "--model", "hf", "--model_args", f"pretrained={transformers_name()}"]
-    ours = [sys.executable, "-m", "kvpitfalls", "lm-eval", "--policy", args.policy, "--compress", "system"]
-    found = {"hf": _samples(args, folder, "hf", hf)}
+    prepare_checkers()  # offline lm-eval's checkers have no sentence tables, and they draw at random in detecting languages
+    hf = ["lm-eval", "run", "--model", "hf", "--model_args", f"pretrained={transformers_name()}"]
+    ours = ["lm-eval", "--policy", args.policy, "--compress", "system"]
+    found = {"hf": _samples(args, folder, "hf", hf, own_command)}
     for ratio in ("0", *RATIOS):
-        found[ratio] = _samples(args, folder, ratio, [*ours, "--compression-ratio", ratio, "--"])
+        found[ratio] = _samples(args, folder, ratio, [*ours, "--compression-ratio", ratio, "--"], cli.main)
     swept = _swept(args, folder)
     wrong = 0
     print(f"{len(lines)} rows, {args.policy}, at most {args.max_tokens} tokens, batches of {args.batch_size}\n")
@@ -84,7 +81,14 @@ def _same_text(one: str, two: str, exactly: bool) -> bool:
     return one == two if exactly else one.strip() == two.strip()  # kvpitfalls ifeval strips its answers
 
 
-def _samples(args, folder: Path, name: str, command: list[str]) -> dict:
+def own_command(words: list[str]) -> int:
+    """lm-eval's own command line."""
+    with command_line(words):
+        cli_evaluate()
+    return 0
+
+
+def _samples(args, folder: Path, name: str, command: list[str], run) -> dict:
     """Run lm-eval; its samples by key."""
     options = ["--tasks", "ifeval", "--apply_chat_template", "--include_path", str(folder / "tasks"), "--device", "cpu", "--log_samples"]
     options += [
@@ -95,7 +99,8 @@ def _samples(args, folder: Path, name: str, command: list[str]) -> dict:
         "--output_path",
         str(folder / name),
     ]
-    subprocess.run([*command, *options], check=True)
+    if code := run([*command, *options]):
+        raise SystemExit(code)
     (path,) = (folder / name).glob("**/samples_ifeval_*.jsonl")
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {
@@ -110,10 +115,11 @@ def _samples(args, folder: Path, name: str, command: list[str]) -> dict:
 
 def _swept(args, folder: Path) -> dict:
     """Run ``kvpitfalls ifeval``; its records by ratio and key."""
-    command = [sys.executable, "-m", "kvpitfalls", "ifeval", "--dataset", str(folder / "rows.jsonl"), "--policy", args.policy]
+    command = ["ifeval", "--dataset", str(folder / "rows.jsonl"), "--policy", args.policy]
     command += [word for ratio in RATIOS for word in ("--ratio", ratio)]
     command += ["--max-new-tokens", str(args.max_tokens), "--batch-size", str(args.batch_size), "--output", str(folder / "sweep")]
-    subprocess.run(command, check=True)
+    if code := cli.main(command):
+        raise SystemExit(code)
     out: dict = {}
     for line in (folder / "sweep" / "records.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

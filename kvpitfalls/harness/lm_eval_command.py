@@ -58,13 +58,13 @@ def run(model_args: dict, arguments: list[str]) -> int:
     own = ["--model", "kvpitfalls", "--model_args", json.dumps(model_args)]
     if not any(a == "--include_path" or a.startswith("--include_path=") for a in arguments):
         own += ["--include_path", str(TASKS)]
-    with _argv(["lm-eval", "run", *own, *arguments]):
+    with command_line(["lm-eval", "run", *own, *arguments]):
         cli_evaluate()
     return 0
 
 
 @contextlib.contextmanager
-def _argv(words: list[str]):
+def command_line(words: list[str]):
     """lm-eval reads the command line of the process."""
     before, sys.argv = sys.argv, words
     try:
