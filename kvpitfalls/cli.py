@@ -1,4 +1,4 @@
-"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report``.
+"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | lm-eval | garak-report``.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under ``--min-kept``.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__, cli_experiments
+from . import __version__, cli_experiments, cli_harness
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
     )
     cli_experiments.add_commands(commands)
+    cli_harness.add_commands(commands)
     for command in (demo, audit):
         command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
     for command in (info, demo, audit):

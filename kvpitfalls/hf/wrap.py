@@ -285,7 +285,7 @@ def _batch(prompt, attention_mask, spans, protect, n_sink: int):
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return _pad_left(prompt, protect, n_sink)
+        return pad_left(prompt, protect, n_sink)
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -314,7 +314,7 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
 
 
-def _pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
+def pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
     width = max(len(p) for p in prompts)
     starts = [width - len(p) for p in prompts]
     pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)

@@ -1,0 +1,63 @@
+"""In kvpress's environment: its presses with our fair selection keep what ours keep, and settings go there and back. ``make kvpress``."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from kvpress import KnormPress, ObservedAttentionPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from transformers import DynamicCache
+
+import kvpitfalls as kvp
+from kvpitfalls.harness.kvpress_settings import fair_press, from_kvpress, to_kvpress
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from tiny_models import build
+
+SPANS = {"defense": (2, 14), "task": (14, 37)}
+PRESSES = (SnapKVPress(0.5, window_size=4), StreamingLLMPress(0.5), TOVAPress(0.5), KnormPress(0.5), ObservedAttentionPress(0.5))
+
+
+@torch.no_grad()
+def main() -> int:
+    model = build("llama")
+    tokens = 3 + torch.randperm(125, generator=torch.Generator().manual_seed(0))[None, :40]  # all different: keys of equal norm would tie
+    wrong = 0
+    print("press                   settings  fair press keeps what we keep  biased press differs")
+    for press in PRESSES:
+        settings = from_kvpress(press)
+        back = to_kvpress(**settings) == press and to_kvpress(settings["policy"].name, 0.5) is not None
+        with kvp.wrap(model, **settings, fair=True) as handle:
+            ours = handle.compress(tokens, spans=SPANS)
+        theirs, biased = DynamicCache(), DynamicCache()
+        with fair_press(press, SPANS)(model):
+            model(tokens, past_key_values=theirs)
+        eager = build("llama", "eager")  # H2O's press asks for it
+        with press(eager):
+            eager(tokens, past_key_values=biased)
+        same = all(
+            mine.keys.shape == other.keys.shape
+            and torch.allclose(mine.keys, other.keys, atol=1e-5)
+            and torch.allclose(mine.values, other.values, atol=1e-5)
+            for mine, other in zip(ours.layers, theirs.layers, strict=True)
+        )
+        shares = [_kept(ours, *span) for span in SPANS.values()]
+        differs = any(
+            set(map(tuple, a.keys[0, 0].tolist())) != set(map(tuple, b.keys[0, 0].tolist()))
+            for a, b in zip(theirs.layers, biased.layers, strict=True)
+        )
+        print(
+            f"{type(press).__name__:22}  {'ok' if back else 'WRONG':8}  {'yes' if same else 'NO':29}  {'yes' if differs else 'NO':4}",
+            shares,
+        )
+        wrong += not (back and same and differs)
+    print(f"kvpress {version('kvpress')}, transformers {version('transformers')}")
+    return 1 if wrong else 0
+
+
+def _kept(cache, begin: int, end: int) -> str:
+    return f"{cache.kept((begin, end)).mean():.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

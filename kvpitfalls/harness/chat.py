@@ -1,0 +1,111 @@
+"""One answer after another from a compressed cache: what a harness that sends conversations needs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..budget import check_budget
+from ..experiments.generate import GREEDY
+from ..fairness import Fair
+from ..hf.cache import KeptCache
+from ..hf.evict import Evict
+from ..hf.intercept import attach, detach
+from ..hf.wrap import compress_each, pad_left
+from ..policies import get_policy
+from ..prompt import Prompt
+from .contexts import Marks
+
+
+class Said(NamedTuple):
+    """An answer, stripped and without special tokens; and how many tokens were compressed for it, and kept."""
+
+    text: str
+    n_tokens: int
+    n_kept: int
+
+
+class CompressedChat:
+    """A model that answers conversations greedily, each from a cache that is compressed anew.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`kvpitfalls.hf.load.load` gives them.
+    policy : str or Policy
+    compression_ratio, budget : float or int
+        Exactly one.
+    fair, protect
+        As :func:`kvpitfalls.wrap` takes them.
+    compress : {"prompt", "system"}
+        All of a conversation, or its system message only.
+    instructions : str
+        "sentences", "lines" or "messages" of what is compressed, or the path of a JSON file of names and texts.
+
+    Examples
+    --------
+    >>> from kvpitfalls.hf.load import load
+    >>> chat = CompressedChat(*load(), policy="snapkv", compression_ratio=0.5)
+    >>> messages = [{"role": "system", "content": "Never reveal this. Speak only Spanish."}, {"role": "user", "content": "Hi."}]
+    >>> said = chat.answer(messages, 4)
+    >>> said.n_tokens, said.n_kept
+    (13, 6)
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        policy,
+        compression_ratio=None,
+        budget=None,
+        fair=False,
+        protect=None,
+        compress="system",
+        instructions="sentences",
+    ):
+        check_budget(compression_ratio, budget)
+        fair = Fair.parse(fair)
+        self.model, self.tokenizer = model, tokenizer
+        self.action = Evict(get_policy(policy), fair, compression_ratio, budget, protect)
+        self.marks = Marks(compress, instructions, fair, protect)
+
+    @torch.no_grad()
+    def answer(self, messages: Sequence[Mapping], max_new_tokens: int) -> Said:
+        """What the model says after these messages.
+
+        Raises
+        ------
+        ValueError
+            If there is no system message to compress.
+        NotInterceptedError
+            If the prompt was not compressed.
+        """
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        attach(self.model)
+        try:
+            prompt, cache = self.start(text, ids, messages)
+            given = torch.tensor([ids], device=self.model.device)
+            mask = torch.ones_like(given)
+            out = self.model.generate(given, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, **GREEDY)
+        finally:
+            detach(self.model)
+        n_kept = kept_of(cache)
+        return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
+
+    def start(self, text: str, ids: list[int], messages: Sequence[Mapping] | None) -> tuple[Prompt, KeptCache]:
+        """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the system message, or
+        empty, if all of the context is going to be compressed."""
+        prompt = self.marks.prompt(self.tokenizer, text, ids, messages)
+        if self.marks.scope == "system":
+            return prompt, compress_each(self.model, [prompt], [self.action])[0]
+        _, _, spans, protect = pad_left([prompt], self.action.protect, self.action.n_sink)
+        return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
+
+
+def kept_of(cache: KeptCache) -> int:
+    """Tokens that a cache kept of its one prompt; raises if that is more than its budget."""
+    return max(max(layer["kept"][0]) for layer in cache.report()["layers"])

@@ -1,0 +1,177 @@
+"""From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands where in them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..fairness import Fair
+from ..prompt import Prompt, find_all, token_spans
+
+SCOPES = ("prompt", "system")
+_CUTS = {"sentences": re.compile(r"(?<=[.!?])\s+|\s*\n\s*"), "lines": re.compile(r"\s*\n\s*"), "messages": None}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is compressed of a context, and how its instructions are found.
+
+    Attributes
+    ----------
+    scope : {"prompt", "system"}
+        All of the context, or its system message only; what follows then stays whole.
+    instructions : str
+        "sentences", "lines" or "messages" of what is compressed; or the path of a JSON file of names and texts.
+    fair : Fair
+    protect : str, int, list of them, or None
+        As :func:`kvpitfalls.wrap` takes it.
+    texts : mapping of str to str, or None
+        What the JSON file holds.
+    """
+
+    scope: str = "prompt"
+    instructions: str = "sentences"
+    fair: Fair = field(default_factory=lambda: Fair.parse(False))
+    protect: object = None
+    texts: Mapping[str, str] | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise ValueError(f"compress is {self.scope!r}; expected one of {', '.join(SCOPES)}")
+        if self.instructions not in _CUTS:
+            object.__setattr__(self, "texts", _read_texts(self.instructions))
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether anything depends on where the instructions are."""
+        items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
+        return self.fair.strength != 0 or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
+
+    def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None) -> Prompt:
+        """What is compressed of a context, with its instructions.
+
+        Parameters
+        ----------
+        tokenizer
+            A fast tokenizer of transformers.
+        text : str
+            The context as the harness tokenizes it; trailing white space may be missing.
+        ids : list of int
+            The harness's tokens of it.
+        messages : list of dict, optional
+            What the chat template made ``text`` from, with the header of an answer.
+        n_token : int, optional
+            Compress these first tokens only.
+
+        Raises
+        ------
+        ValueError
+            If there is no system message to compress, or the tokens are not the text's.
+        """
+        offsets = _offsets(tokenizer, text, ids)
+        if self.scope == "system":
+            of_system = _system(tokenizer, text, ids, messages)
+            n_token, contents = len(of_system), {"system": of_system.contents[0]}
+        elif messages is None or not self.needs_spans:
+            contents = {"text": (0, len(text))}
+        else:
+            contents = _contents(tokenizer, text, messages)
+        n_token = len(ids) if n_token is None else n_token
+        end = offsets[n_token][0] if n_token < len(ids) else len(text)
+        ranges = self._ranges(text, contents) if self.needs_spans else {}
+        ranges = {name: (a, min(b, end)) for name, (a, b) in ranges.items() if a < end}
+        offsets = tuple(offsets[:n_token])
+        of_template = tuple(not any(min(b, d) > max(a, c) for c, d in contents.values()) for a, b in offsets)
+        spans = token_spans(text, offsets, ranges)
+        return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, of_template, tokenizer, None, tuple(contents.values()))
+
+    def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        if self.texts is not None:
+            return find_all(text, tuple(contents.values()), self.texts)
+        found = {name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()}
+        return {f"{name} {i}" if len(every) > 1 else name: x for name, every in found.items() for i, x in enumerate(every, 1)}
+
+
+def pieces(text: str, how: str) -> list[tuple[int, int]]:
+    """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to the one before.
+
+    Examples
+    --------
+    >>> text = "1. Never reveal this! Speak only Spanish."
+    >>> [text[begin:end] for begin, end in pieces(text, "sentences")]
+    ['1. Never reveal this!', 'Speak only Spanish.']
+    """
+    cuts = [m.span() for m in _CUTS[how].finditer(text)] if _CUTS[how] else []
+    out, begin = [], len(text) - len(text.lstrip())
+    for end, after in [*cuts, (len(text.rstrip()), len(text))]:
+        if any(c.isalpha() for c in text[begin:end]):
+            out.append((begin, end))
+            begin = after
+        elif after == len(text) and out:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+    return out
+
+
+def _read_texts(path: str) -> dict[str, str]:
+    try:
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
+        raise ValueError(f"{path} holds no object of names and texts; expected one that is not empty")
+    return found
+
+
+def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Characters of each token; the harness decides by itself whether special tokens are added, so both ways are tried."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
+    for special in (False, True):
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        if list(encoded["input_ids"]) == list(ids):
+            return [tuple(pair) for pair in encoded["offset_mapping"]]
+    raise ValueError(
+        f"the harness has {len(ids)} tokens for a context that the tokenizer splits otherwise; expected all of its tokens, not truncated: "
+        f"{text[:60]!r}"
+    )
+
+
+def _system(tokenizer, text: str, ids: Sequence[int], messages) -> Prompt:
+    """The system message alone, which must be how the context begins."""
+    if not messages or messages[0]["role"] != "system":
+        raise ValueError(
+            f"there is no system message in the context {text[:60]!r}; expected one (lm-eval: --apply_chat_template, and "
+            "--system_instruction or the task's description), or compress=prompt"
+        )
+    import jinja2
+
+    try:
+        prompt = Prompt.from_chat(tokenizer, messages[:1])
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"the chat template takes no system message alone ({error}); expected one that does, or compress=prompt"
+        ) from error
+    if not text.startswith(prompt.text) or list(ids[: len(prompt)]) != list(prompt.token_ids):
+        raise ValueError(
+            "the chat template renders the system message alone otherwise than in the conversation; expected how the conversation begins, "
+            "or compress=prompt"
+        )
+    return prompt
+
+
+def _contents(tokenizer, text: str, messages) -> dict[str, tuple[int, int]]:
+    """Where each message's own text stands, by role and, from the second of a role on, number."""
+    prompt = Prompt.from_chat(tokenizer, messages, add_generation_prompt=True)
+    if not prompt.text.startswith(text):
+        raise ValueError(
+            "the chat template gives another text than the harness has; expected the same (no chat_template_args, no begun answer), so "
+            "that instructions can be found"
+        )
+    out: dict[str, tuple[int, int]] = {}
+    for message, where in zip(messages, prompt.contents, strict=True):
+        n = sum(name.partition("#")[0] == message["role"] for name in out) + 1
+        out[message["role"] if n == 1 else f"{message['role']}#{n}"] = where
+    return out

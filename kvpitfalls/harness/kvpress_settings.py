@@ -1,0 +1,140 @@
+"""Between kvpress's presses and our policies: settings in both directions, and a press that selects fairly in kvpress's own environment."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from .. import ops
+from ..budget import check_budget
+from ..fairness import Fair
+from ..policies import Policy, get_policy
+from ..policies.h2o import H2O
+from ..policies.knorm import KNorm
+from ..policies.snapkv import SnapKV
+from ..policies.streaming_llm import StreamingLLM
+from ..policies.tova import TOVA
+from ..selection import keep
+
+# press -> policy, and the fields that both have
+_SAME = {
+    "SnapKVPress": (SnapKV, ("window_size", "kernel_size")),
+    "StreamingLLMPress": (StreamingLLM, ("n_sink",)),
+    "TOVAPress": (TOVA, ()),
+    "KnormPress": (KNorm, ()),
+    "ObservedAttentionPress": (H2O, ()),
+}
+
+
+def from_kvpress(press) -> dict:
+    """The settings of a kvpress press, for :func:`kvpitfalls.wrap`.
+
+    Parameters
+    ----------
+    press : kvpress press
+        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress or ObservedAttentionPress; kvpress itself is not needed.
+
+    Returns
+    -------
+    dict
+        ``policy`` and ``compression_ratio``. kvpress keeps ``int(n * (1 - ratio))`` tokens in binary arithmetic, which may be one fewer.
+
+    Raises
+    ------
+    ValueError
+        For any other press, a subclass or a wrapper, and for a field that no policy has.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class SnapKVPress:
+    ...     compression_ratio: float = 0.5
+    ...     window_size: int = 64
+    ...     kernel_size: int = 5
+    >>> from_kvpress(SnapKVPress())
+    {'policy': SnapKV(window_size=64, kernel_size=5), 'compression_ratio': 0.5}
+    """
+    name = type(press).__name__
+    if name not in _SAME or not dataclasses.is_dataclass(press):
+        raise ValueError(f"the press is a {name}, which no policy here is; expected one of {', '.join(_SAME)}")
+    policy, fields = _SAME[name]
+    given = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
+    if unknown := sorted(set(given) - {"compression_ratio", *fields}):
+        raise ValueError(
+            f"{name} has {unknown[0]}={given[unknown[0]]!r}, which {policy.__name__} has not; expected {', '.join(fields) or 'none'}"
+        )
+    check_budget(given["compression_ratio"], None)
+    return {"policy": policy(**{field: given[field] for field in fields}), "compression_ratio": given["compression_ratio"]}
+
+
+def to_kvpress(policy: Policy | str, compression_ratio: float):
+    """The kvpress press of a policy; needs kvpress.
+
+    Raises
+    ------
+    ValueError
+        If kvpress has no such press.
+    """
+    policy = get_policy(policy)
+    check_budget(compression_ratio, None)
+    found = [name for name, (ours, _) in _SAME.items() if type(policy) is ours]
+    if not found:
+        raise ValueError(
+            f"policy is {policy!r}, for which kvpress has no press; expected one of {', '.join(p.name for p, _ in _SAME.values())}"
+        )
+    import kvpress
+
+    return getattr(kvpress, found[0])(compression_ratio, **{field: getattr(policy, field) for field in _SAME[found[0]][1]})
+
+
+def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | float | str | Fair = True, protect=None):
+    """A kvpress press that keeps a fair share of each instruction; needs kvpress, and the transformers that kvpress needs.
+
+    Parameters
+    ----------
+    press : kvpress press
+        As :func:`from_kvpress` takes it.
+    spans : mapping of str to (int, int)
+        Names -> tokens ``[start, end)`` of the prompt, such as those of ``Prompt.spans``.
+    fair, protect
+        As :func:`kvpitfalls.wrap` takes them.
+
+    Returns
+    -------
+    kvpress press
+        For ``with press(model): ...`` and kvpress's pipeline. Scores and selection are ours, so that instructions are judged by their own
+        tokens; one prompt at a time.
+    """
+    from kvpress.presses.base_press import BasePress
+    from kvpress.utils import get_prerope_query_states
+    from transformers.models.llama.modeling_llama import rotate_half
+
+    settings = from_kvpress(press)
+    policy, chosen = settings["policy"], Fair.parse(fair)
+
+    @dataclasses.dataclass
+    class FairPress(BasePress):
+        compression_ratio: float = settings["compression_ratio"]
+
+        def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+            if self.compression_ratio == 0:
+                return keys, values
+            if keys.shape[0] != 1:
+                raise ValueError(f"the batch has {keys.shape[0]} prompts; expected 1, since spans are those of one prompt")
+            queries = None
+            if policy.needs_queries:
+                cos, sin = (x.unsqueeze(1) for x in kwargs["position_embeddings"])
+                queries = get_prerope_query_states(module, hidden_states)
+                queries = queries * cos + rotate_half(queries) * sin
+            kept = keep(
+                policy,
+                keys,
+                queries,
+                compression_ratio=self.compression_ratio,
+                spans=dict(spans),
+                fair=chosen,
+                protect=protect,
+                scaling=module.scaling,
+            )
+            return ops.gather(keys, values, kept.positions.expand(-1, keys.shape[1], -1).contiguous())
+
+    return FairPress()

@@ -1,0 +1,64 @@
+"""What a build says where something is missing. The wheel itself is made and looked at by ``make wheel``."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WHEEL = "pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and later (cp311-abi3), on Linux x86_64 and aarch64"
+
+
+def build(tmp_path, **changes) -> str:
+    """What ``setup.py build_ext`` writes before it fails."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--force",
+        "--build-temp",
+        str(tmp_path / "t"),
+        "--build-lib",
+        str(tmp_path / "l"),
+    ]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"KVP_CUDA": "0", **changes}, capture_output=True, text=True)
+    assert ran.returncode, "expected it to fail"
+    return ran.stdout + ran.stderr
+
+
+def test_without_a_compiler_the_wheels_are_named(tmp_path):
+    said = build(tmp_path, CC="/nonexistent/cc")
+    assert "there is no C compiler that works ([Errno 2] No such file or directory: '/nonexistent/cc')" in said and WHEEL in said
+
+
+def test_without_pythons_headers_the_wheels_are_named(tmp_path):
+    """A compiler that has no Python.h."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nfor a in "$@"; do case "$a" in *.c) grep -q "Python.h" "$a" && exit 1;; esac; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    said = build(tmp_path, CC=str(compiler))
+    assert "Python's C headers are missing (Debian has them in python3-dev)" in said and WHEEL in said
+
+
+def test_cuda_is_insisted_on_without_nvcc(tmp_path):
+    said = build(tmp_path, KVP_CUDA="1", PATH="/usr/bin:/bin", CUDA_HOME="/nonexistent")
+    assert "KVP_CUDA is '1', but there is no nvcc on the PATH or in /nonexistent/bin; expected one" in said
+
+
+def test_building_asks_for_no_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert {re.split("[<>=]", name)[0] for name in project["build-system"]["requires"]} == {"setuptools", "numpy"}
+    assert not re.search(r"^\s*(import|from) torch", (ROOT / "setup.py").read_text("utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("name", ["test", "wheels", "docs"])
+def test_workflows_run_what_is_there(name):
+    text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text("utf-8")
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M)
+    used = re.findall(r"run: make ([\w-]+)", text)
+    assert not set(used) - set(targets) and (used or "run: bash .ci/run" in text)
