@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -249,8 +250,8 @@ def samples(folder, name):
 
 
 def test_lm_evals_own_command_line_gives_what_kvpitfalls_ifeval_does(tasks, tmp_path, capsys, smollm2):
-    """SmolLM2, through both commands; ratios 0, .5 and .9, item by item."""
-    swept = ["ifeval", "--dataset", str(tasks / "rows.jsonl"), "--policy", "snapkv", "--ratio", "0.5", "--ratio", "0.9"]
+    """SmolLM2, through both commands, item by item; ``make lm-eval-equality`` has more rows, ratios and tokens."""
+    swept = ["ifeval", "--dataset", str(tasks / "rows.jsonl"), "--policy", "snapkv", "--ratio", "0.9"]
     assert cli.main([*swept, "--max-new-tokens", "8", "--batch-size", "4", "--output", str(tmp_path / "sweep")]) == 0
     records = {(r["compression_ratio"], r["key"]): r for r in read_records(tmp_path / "sweep")}
     options = ["--tasks", "ifeval,kvpitfalls_ifeval", "--apply_chat_template", "--device", "cpu", "--batch_size", "4", "--log_samples"]
@@ -263,7 +264,7 @@ def test_lm_evals_own_command_line_gives_what_kvpitfalls_ifeval_does(tasks, tmp_
         json.dumps({"dataset": str(tasks / "rows.jsonl")}),
     ]
     changed = 0
-    for ratio in (0.0, 0.5, 0.9):
+    for ratio in (0.0, 0.9):
         command = ["lm-eval", "--policy", "snapkv", "--compression-ratio", str(ratio), "--compress", "system", "--", *options]
         assert cli.main([*command, "--output_path", str(tmp_path / str(ratio))]) == 0
         assert "|ifeval " in (out := capsys.readouterr().out) and "|kvpitfalls_ifeval" in out
@@ -277,7 +278,7 @@ def test_lm_evals_own_command_line_gives_what_kvpitfalls_ifeval_does(tasks, tmp_
         (results,) = (tmp_path / str(ratio)).glob("**/results_*.json")
         about = json.loads(results.read_text("utf-8"))["config"]["kvpitfalls"]
         assert about["compression_ratio"] == ratio and about["prompts"] == (8 if ratio else 0)
-    assert changed > 6, "compressed, but the answers did not change"
+    assert changed > 4, "compressed, but the answers did not change"
 
 
 def test_what_lm_eval_is_told(monkeypatch):
@@ -314,6 +315,14 @@ def test_the_command_refuses_what_it_decides(capsys):
     with pytest.raises(SystemExit):
         cli.main(["lm-eval", "--policy", "snapkv", "--", "--tasks", "ifeval"])
     assert "one of the arguments --compression-ratio --budget is required" in capsys.readouterr().err
+
+
+def test_lm_evals_own_models_stay_known():
+    code = (
+        "import kvpitfalls.harness.lm_eval_command; from lm_eval.api.registry import get_model as get; print(get('hf'), get('kvpitfalls'))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "huggingface.HFLM" in out and "CompressedHFLM" in out
 
 
 def test_registered_by_name_and_found_in_python(folder):

@@ -28,6 +28,7 @@ def register() -> None:
     'CompressedHFLM'
     """
     need_lm_eval()
+    import lm_eval.models  # noqa: F401  (lm-eval registers its own only if there are none yet)
     from lm_eval.api.registry import model_registry
 
     if "kvpitfalls" not in model_registry:
