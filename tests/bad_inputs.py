@@ -962,8 +962,8 @@ TEXTS = [
     (lambda e: load("a\0b"), ValueError, "name is 'a\\x00b'; expected a hub id, a folder or a .gguf file"),
     (
         lambda e: load("/nowhere/at/all"),
-        OSError,
-        "Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/nowhere/at/all'. Use `repo_type` argument ",
+        FileNotFoundError,
+        "name is '/nowhere/at/all', which does not exist; expected a hub id",
     ),
     (lambda e: load("none.gguf"), FileNotFoundError, "none.gguf does not exist; expected a GGUF file"),
     (lambda e: load(dtype="float31"), ValueError, "dtype is 'float31'; expected float32, float16 or bfloat16"),
