@@ -291,9 +291,11 @@ def _plain(x, name: str):
     """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage that was freed."""
     if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
         return x
-    if x.layout is sys.modules["torch"].strided and 0 not in x.shape:
-        last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        if (there := x.untyped_storage().nbytes()) < (needed := (last + 1) * x.element_size()):
+    if x.layout is sys.modules["torch"].strided and (n_element := x.numel()):
+        # most are contiguous, and this is asked for every layer
+        last = n_element - 1 if x.is_contiguous() else sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        there, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * x.element_size()
+        if there < needed:
             raise ValueError(f"{name} has storage of {there} bytes; expected at least {needed}: its memory was freed")
     return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
 

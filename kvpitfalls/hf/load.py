@@ -110,6 +110,8 @@ def _source(name: str | None) -> Path | str:
         if path.suffix == ".gguf":
             _check_gguf(path)
             return path
+        if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"name is {name!r}, which does not exist; expected a hub id, a folder or a .gguf file")
         return path if path.is_dir() else name
     if isinstance(
         transformers.utils.cached_file(
