@@ -21,6 +21,8 @@ from kvpitfalls.harness.lm_eval_command import command_line
 from kvpitfalls.hf.load import transformers_name
 
 RATIOS = ("0.5", "0.9")
+# IFEval asks here for the frequency of "#" or "!", which lm-eval's checker takes for no letter: it draws one, and no two runs score alike.
+DRAWN = (1122, 1129)
 TASK = """\
 include: {ifeval}
 dataset_path: json
@@ -55,14 +57,16 @@ def main() -> int:
         other, name = (found["hf"], "lm-eval's hf") if ratio == "0" else (swept[float(ratio)], "kvpitfalls ifeval")
         mine, n = found[ratio], len(found[ratio])
         texts = sum(_same_text(mine[key]["text"], other[key]["text"], exactly=ratio == "0") for key in mine)
-        scores = sum(mine[key]["strict"] == other[key]["strict"] and mine[key]["loose"] == other[key]["loose"] for key in mine)
+        scored = [key for key in mine if key not in DRAWN]
+        scores = sum(mine[key]["strict"] == other[key]["strict"] and mine[key]["loose"] == other[key]["loose"] for key in scored)
         unchanged = sum(mine[key]["text"] == found["hf"][key]["text"] for key in mine)
         means = [sum(all(item[rule]) for item in mine.values()) / n for rule in ("strict", "loose")]
-        print(
-            f"{ratio:5}  {name:17}  {texts:6} of {n:<4}  {scores:5} of {n:<4}  {unchanged:8} of {n:<4}  {means[0]:13.3f}  {means[1]:12.3f}"
-        )
-        wrong += 2 * n - texts - scores
+        counts = f"{texts:6} of {n:<4}  {scores:5} of {len(scored):<4}  {unchanged:8} of {n:<4}"
+        print(f"{ratio:5}  {name:17}  {counts}  {means[0]:13.3f}  {means[1]:12.3f}")
+        wrong += n - texts + len(scored) - scores
         wrong += ratio != "0" and unchanged == n  # compressed, and nothing changed
+    if drawn := sorted(set(found["hf"]) & set(DRAWN)):
+        print(f"\nScores of row {', '.join(map(str, drawn))} are not compared: lm-eval's checker draws a letter there.")
     return 1 if wrong else 0
 
 
