@@ -61,9 +61,8 @@ def main() -> int:
         scores = sum(mine[key]["strict"] == other[key]["strict"] and mine[key]["loose"] == other[key]["loose"] for key in scored)
         unchanged = sum(mine[key]["text"] == found["hf"][key]["text"] for key in mine)
         means = [sum(all(item[rule]) for item in mine.values()) / n for rule in ("strict", "loose")]
-        print(
-            f"{ratio:5}  {name:17}  {texts:6} of {n:<4}  {scores:5} of {len(scored):<4}  {unchanged:8} of {n:<4}  {means[0]:13.3f}  {means[1]:12.3f}"
-        )
+        counts = f"{texts:6} of {n:<4}  {scores:5} of {len(scored):<4}  {unchanged:8} of {n:<4}"
+        print(f"{ratio:5}  {name:17}  {counts}  {means[0]:13.3f}  {means[1]:12.3f}")
         wrong += n - texts + len(scored) - scores
         wrong += ratio != "0" and unchanged == n  # compressed, and nothing changed
     if drawn := sorted(set(found["hf"]) & set(DRAWN)):
