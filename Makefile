@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 CORE_FILES := $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.c)
 CUDA_FILES := $(wildcard csrc/*/*.cu csrc/*/*.cuh)
 LIBRARY_FILES := $(filter-out csrc/python/%,$(wildcard csrc/*/*.c))
-NATIVE_FILES := $(wildcard tests/native/*.c)
+NATIVE_FILES := $(wildcard tests/native/*.c) $(filter-out %/libfuzzer.c,$(wildcard tests/fuzz/*.c))
+NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix notebooks docs lint strict native portable arm cuda bench clean
+.PHONY: demo test test-matrix notebooks docs lint strict native fuzz fuzz-corpus portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -58,15 +59,36 @@ strict: $(VENV)/packages
 native: build/native-tests
 	ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 build/native-tests
 
-build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Hostile calls by libFuzzer (clang), FUZZ_SECONDS (600) for each target; "make native" replays tests/fuzz/corpus. The core is watched for coverage
+# and undefined behaviour, the tests around it only for stray memory accesses.
+FUZZ_TESTS := tests/native/harness.c tests/native/arrays.c tests/native/oracle.c $(filter-out %/replay.c,$(wildcard tests/fuzz/*.c))
+CLANG := clang $(STRICT) -g -ffp-contract=off -I$(CURDIR)/csrc -I$(CURDIR)/tests/native
+
+fuzz: build/fuzz/fuzz build/fuzz/coverage
+	tests/fuzz/run.sh
+
+fuzz-corpus: build/fuzz/fuzz
+	tests/fuzz/run.sh merge
+
+build/fuzz/fuzz: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
+	mkdir -p build/fuzz/core build/fuzz/tests
+	cd build/fuzz/core && $(CLANG) -O1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+	cd build/fuzz/tests && $(CLANG) -O2 -fsanitize=address -c $(FUZZ_TESTS:%=$(CURDIR)/%)
+	clang -fsanitize=fuzzer,address,undefined build/fuzz/core/*.o build/fuzz/tests/*.o -lm -lpthread -o $@
+
+build/fuzz/coverage: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
+	mkdir -p build/fuzz
+	$(CLANG) -O1 -fsanitize=fuzzer -fprofile-instr-generate -fcoverage-mapping $(LIBRARY_FILES) $(FUZZ_TESTS) -lm -lpthread -o $@
 
 # The core as a machine without vector instructions or OpenMP would have it.
 portable: build/native-tests-scalar
 	build/native-tests-scalar
 
-build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	$(CC) $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=scalar -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
@@ -74,7 +96,7 @@ build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native
 arm: build/native-tests-arm
 	qemu-aarch64 build/native-tests-arm
 
-build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
 	  -lm -lpthread -o $@
