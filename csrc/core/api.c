@@ -25,7 +25,9 @@ static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, con
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
                          ctx->workspace ? ctx->workspace_bytes : (size_t)0, need, (int)kvpi_worker_count(ctx),
                          kvpi_worker_count(ctx) == 1 ? "" : "s");
-    if ((uintptr_t)ctx->workspace % 64u) return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace is not aligned to 64 bytes");
+    if ((uintptr_t)ctx->workspace % 64u)
+        return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
+                         (int)((uintptr_t)ctx->workspace % 64u));
     return KVP_OK;
 }
 

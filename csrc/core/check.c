@@ -45,6 +45,9 @@ static kvp_status check_extent(const rule *r, kvp_context *ctx) {
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at most %d", r->name, d, (long long)t->shape[d], INT32_MAX);
         if (t->stride[d] < 0)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected no negative stride", r->name, d, (long long)t->stride[d]);
+        if (t->stride[d] > INT64_MAX / 64)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected at most %lld", r->name, d, (long long)t->stride[d],
+                             (long long)(INT64_MAX / 64));
         int64_t reach;
         if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 || span > INT64_MAX / 64 ||
             __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)

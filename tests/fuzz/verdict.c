@@ -23,6 +23,7 @@ static const char *find_own_flaw(const argument *a) {
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] < 1 || t->shape[d] > INT32_MAX) return "a size is below 1 or above 2^31 - 1";
         if (t->stride[d] < 0) return "a stride is negative";
+        if (t->stride[d] > INT64_MAX / 16) return "a stride overflows in bytes";
         bytes *= (double)t->shape[d];
         reach += (double)(t->shape[d] - 1) * (double)t->stride[d];
     }
