@@ -11,7 +11,7 @@ NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native portable arm cuda bench clean
+.PHONY: demo test test-matrix notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm cuda bench clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -72,9 +72,9 @@ build/native-tests-tsan: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	$(CC) $(STRICT) -fsanitize=thread -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
 # Reads of memory that nobody wrote, which the other sanitizers do not see; leaks; and the binding, beside the interpreter's own (valgrind.supp).
-# Valgrind 3.19 knows no AVX-512, so KVP_ISA names the best it can run; the long attention tests are left out, but for the corpus's.
+# Valgrind 3.19 knows no AVX-512, so KVP_ISA names the best it can run. The tests that take it long are left out: the corpus does what they do.
 VALGRIND := valgrind --quiet --error-exitcode=1
-VALGRIND_TESTS := norm position "attention sums" "same bits" select "gather in place" gather refusals introspection corpus
+VALGRIND_TESTS := "attention sums" "same bits" "gather in place" gather refusals introspection corpus
 valgrind: build/native-tests-plain $(VENV)/core
 	for isa in scalar avx2; do KVP_ISA=$$isa $(VALGRIND) --leak-check=full build/native-tests-plain $(VALGRIND_TESTS) || exit 1; done
 	KVP_ISA=avx2 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 $(VALGRIND) --suppressions=tests/valgrind.supp $(BIN)/python tests/call_binding.py
@@ -84,13 +84,13 @@ build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	$(CC) $(STRICT) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
 # How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
-# tests, and the binding's, on a build of their own.
+# tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
 COVERED_TESTS := norm position "attention sums" "same bits" select "gather, large" "gather in place" gather refusals introspection corpus "register backend"
 COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
 coverage-native: build/coverage/native-tests build/coverage/lib
 	find build/coverage -name '*.gcda' -delete
 	build/coverage/native-tests $(COVERED_TESTS)
-	PYTHONPATH=build/coverage/lib $(BIN)/pytest -p no:cacheprovider --deselect tests/test_binding.py::test_only_the_entry_point_is_exported $(COVERED_PYTHON_TESTS)
+	PYTHONMALLOC=debug PYTHONPATH=build/coverage/lib $(BIN)/pytest -p no:cacheprovider --deselect tests/test_binding.py::test_only_the_entry_point_is_exported $(COVERED_PYTHON_TESTS)
 	$(BIN)/python tests/coverage_native.py build/coverage
 
 build/coverage/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
@@ -102,6 +102,10 @@ build/coverage/lib: $(VENV)/core
 	rm -rf build/coverage/lib build/coverage/ext
 	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
 	PYTHONPATH=$@ $(BIN)/python -P -c 'import kvpitfalls._core as core; assert "coverage" in core.__file__, core.__file__'
+
+# Faults of one line each (tests/mutants/mutants.toml): the tests must notice every one.
+mutants: $(VENV)/model
+	$(BIN)/python tests/mutants/run.py
 
 # Hostile calls by libFuzzer (clang), FUZZ_SECONDS (600) for each target; "make native" replays tests/fuzz/corpus. The core is watched for coverage
 # and undefined behaviour, the tests around it only for stray memory accesses.

@@ -1,7 +1,7 @@
-"""How much of csrc/ was run, by gcov: adds up the counts of all .gcda files under the folders given, prints a table, and demands the thresholds.
+"""How much of csrc/ was run, by gcov: adds up all .gcda files under the folders given, prints a table, and demands the thresholds.
 
-A line, or the n-th way out of a branch, counts as run if any build and any instance ran it (rows_template.h is compiled many times). Left out by
-name: what the machine at hand cannot run, or what needs nvcc.
+A line, or the n-th way out of a branch, counts as run if any build and any instance ran it (rows_template.h is compiled many times).
+Left out by name: what the machine at hand cannot run, or what needs nvcc.
 """
 
 import json
