@@ -35,12 +35,12 @@ done
 for target in "${targets[@]}"; do
     awk -v target="$target" '/stat::number_of_executed_units/ {n = $2} /stat::average_exec_per_sec/ {rate = $2}
         END {printf "%-10s %9d executions, %6d a second\n", target, n, rate}' "build/fuzz/$target.log"
-    LLVM_PROFILE_FILE=build/fuzz/$target.profraw KVP_FUZZ=$target build/fuzz/coverage -runs=0 "build/fuzz/work/$target" "tests/fuzz/corpus/$target" 2>/dev/null
+    LLVM_PROFILE_FILE=build/fuzz/$target.profraw KVP_FUZZ=$target build/fuzz/coverage -runs=0 "build/fuzz/work/$target" "tests/fuzz/corpus/$target" >"build/fuzz/$target-replay.log" 2>&1
 done
 "$llvm/llvm-profdata" merge -o build/fuzz/all.profdata build/fuzz/*.profraw
 echo "reached of csrc/ (llvm-cov, by replay on this machine's instruction sets):"
 "$llvm/llvm-cov" report build/fuzz/coverage -instr-profile=build/fuzz/all.profdata -ignore-filename-regex='tests/' |
-    awk '/^Filename/ {for (i = 1; i <= NF; i++) head = head} /^-/ {next} NF > 9 {printf "%-28s lines %8s  branches %8s\n", $1, $10, $13}'
+    awk '$1 ~ /[.]/ || $1 == "TOTAL" {printf "%-28s lines %8s  branches %8s\n", $1, $10, $13}'
 if ls "$found"/* >/dev/null 2>&1; then
     ls "$found"
     echo "found something: the inputs are above, what they do in build/fuzz/TARGET.log; once mended, keep them in tests/fuzz/corpus/TARGET"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 TREE = ROOT / "build" / "mutants"
 COMPILE = ["cc", "-std=c17", "-O1", "-ffp-contract=off", f"-I{TREE}/csrc", f"-I{TREE}/tests/native"]
 NATIVE_TESTS = TREE / "native-tests"
-LIMIT = 300  # seconds: a fault that makes a test run for ever is noticed, too
+LIMITS = {"native": 60, "pytest": 600}  # seconds: a fault that makes a test run for ever is noticed, too
 
 
 def read_mutants():
@@ -67,8 +67,9 @@ def commands_of(mutant):
 
 def passes(command):
     environment = {**os.environ, "PYTHONPATH": str(TREE), "PYTHONDONTWRITEBYTECODE": "1"}
+    limit = LIMITS["native" if command[0] == str(NATIVE_TESTS) else "pytest"]
     try:
-        return subprocess.run(command, cwd=TREE, env=environment, capture_output=True, timeout=LIMIT).returncode == 0
+        return subprocess.run(command, cwd=TREE, env=environment, capture_output=True, timeout=limit).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
