@@ -46,6 +46,12 @@ def test_sinks_of_a_padded_row_are_its_first_real_tokens():
     assert all(set(range(10, 14)) <= set(head) for head in kept.positions[0].tolist())
 
 
+def test_spans_may_touch_but_not_share_a_token():
+    kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (5, 10)], fair=True)
+    with pytest.raises(ValueError, match="span 'span 1' starts at 4, inside span 'span 0', which ends at 5"):
+        kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (4, 10)], fair=True)
+
+
 @st.composite
 def splits(draw):
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum))
