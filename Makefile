@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 CORE_FILES := $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.c)
 CUDA_FILES := $(wildcard csrc/*/*.cu csrc/*/*.cuh)
 LIBRARY_FILES := $(filter-out csrc/python/%,$(wildcard csrc/*/*.c))
-NATIVE_FILES := $(wildcard tests/native/*.c)
+NATIVE_FILES := $(wildcard tests/native/*.c) $(filter-out %/libfuzzer.c,$(wildcard tests/fuzz/*.c))
+NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native portable arm cuda bench wheel wheel-test lm-eval-equality garak \
-  kvpress clean
+.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
+  cuda bench wheel wheel-test lm-eval-equality garak kvpress clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -83,15 +84,80 @@ strict: $(VENV)/packages
 native: build/native-tests
 	ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 build/native-tests
 
-build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Threads of the native tests under the thread sanitizer.
+tsan: build/native-tests-tsan
+	TSAN_OPTIONS=halt_on_error=1 build/native-tests-tsan "same bits"
+
+build/native-tests-tsan: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
+	mkdir -p build
+	$(CC) $(STRICT) -fsanitize=thread -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Reads of memory that nobody wrote, which the other sanitizers do not see; leaks; and the binding, beside the interpreter's own (valgrind.supp).
+# Valgrind 3.19 knows no AVX-512, so KVP_ISA names the best it can run. The tests that take it long are left out: the corpus does what they do.
+VALGRIND := valgrind --quiet --error-exitcode=1
+VALGRIND_TESTS := "attention sums" "same bits" "gather in place" gather refusals introspection corpus
+valgrind: build/native-tests-plain $(VENV)/core
+	for isa in scalar avx2; do KVP_ISA=$$isa $(VALGRIND) --leak-check=full build/native-tests-plain $(VALGRIND_TESTS) || exit 1; done
+	KVP_ISA=avx2 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 $(VALGRIND) --suppressions=tests/valgrind.supp $(BIN)/python tests/call_binding.py
+
+build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
+	mkdir -p build
+	$(CC) $(STRICT) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
+# tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
+COVERED_TESTS := norm position "attention sums" "same bits" select "gather, large" "gather in place" gather refusals introspection corpus "register backend"
+COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
+coverage-native: build/coverage/native-tests build/coverage/lib
+	find build/coverage -name '*.gcda' -delete
+	build/coverage/native-tests $(COVERED_TESTS)
+	PYTHONMALLOC=debug PYTHONPATH=build/coverage/lib $(BIN)/pytest -p no:cacheprovider --deselect tests/test_binding.py::test_only_the_entry_point_is_exported $(COVERED_PYTHON_TESTS)
+	$(BIN)/python tests/coverage_native.py build/coverage
+
+build/coverage/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
+	mkdir -p build/coverage/native
+	cd build/coverage/native && $(CC) -std=c17 --coverage -g -O1 -ffp-contract=off -I$(CURDIR)/csrc -I$(CURDIR)/tests/native -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+	$(CC) -std=c17 -O1 -ffp-contract=off -Icsrc -Itests/native build/coverage/native/*.o $(NATIVE_FILES) -lm -lpthread -lgcov -o $@
+
+build/coverage/lib: $(VENV)/core
+	rm -rf build/coverage/lib build/coverage/ext
+	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
+	PYTHONPATH=$@ $(BIN)/python -P -c 'import kvpitfalls._core as core; assert "coverage" in core.__file__, core.__file__'
+
+# Faults of one line each (tests/mutants/mutants.toml): the tests must notice every one.
+mutants: $(VENV)/model
+	$(BIN)/python tests/mutants/run.py
+
+# Hostile calls by libFuzzer (clang), FUZZ_SECONDS (600) for each target; "make native" replays tests/fuzz/corpus. The core is watched for coverage
+# and undefined behaviour, the tests around it only for stray memory accesses.
+FUZZ_TESTS := tests/native/harness.c tests/native/arrays.c tests/native/oracle.c $(filter-out %/replay.c,$(wildcard tests/fuzz/*.c))
+CLANG := clang $(STRICT) -g -ffp-contract=off -I$(CURDIR)/csrc -I$(CURDIR)/tests/native
+
+fuzz: build/fuzz/fuzz build/fuzz/coverage
+	tests/fuzz/run.sh
+
+fuzz-corpus: build/fuzz/fuzz
+	tests/fuzz/run.sh merge
+
+build/fuzz/fuzz: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
+	mkdir -p build/fuzz/core build/fuzz/tests
+	cd build/fuzz/core && $(CLANG) -O1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+	cd build/fuzz/tests && $(CLANG) -O2 -fsanitize=address -c $(FUZZ_TESTS:%=$(CURDIR)/%)
+	clang -fsanitize=fuzzer,address,undefined build/fuzz/core/*.o build/fuzz/tests/*.o -lm -lpthread -o $@
+
+build/fuzz/coverage: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
+	mkdir -p build/fuzz
+	$(CLANG) -O1 -fsanitize=fuzzer -fprofile-instr-generate -fcoverage-mapping $(LIBRARY_FILES) $(FUZZ_TESTS) -lm -lpthread -o $@
 
 # The core as a machine without vector instructions or OpenMP would have it.
 portable: build/native-tests-scalar
 	build/native-tests-scalar
 
-build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	$(CC) $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=scalar -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
 
@@ -99,7 +165,7 @@ build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native
 arm: build/native-tests-arm
 	qemu-aarch64 build/native-tests-arm
 
-build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(wildcard tests/native/*.h tests/native/*.def)
+build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
 	  -lm -lpthread -o $@

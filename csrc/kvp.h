@@ -41,6 +41,7 @@ extern "C" {
 #define KVP_ABI_VERSION 1
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
+#define KVP_MAX_WORKER 65536
 
 typedef enum kvp_status {
     KVP_OK = 0,
@@ -68,7 +69,7 @@ typedef struct kvp_tensor {
     int32_t device;       /* kvp_device */
     int32_t device_index; /* which GPU; 0 on the CPU */
     int32_t ndim;         /* 1 to 4 */
-    int64_t shape[4];
+    int64_t shape[4];     /* each 1 to 2^31 - 1 */
     int64_t stride[4];
 } kvp_tensor;
 
@@ -81,7 +82,7 @@ typedef struct kvp_context {
     void *workspace;                  /* scratch, aligned to 64 bytes; contents undefined before and after */
     size_t workspace_bytes;           /* at least what kvp_workspace says for n_worker */
     kvp_parallel_for_fn parallel_for; /* NULL = run serially */
-    int32_t n_worker;                 /* workers parallel_for may use; 0 counts as 1 */
+    int32_t n_worker;                 /* workers parallel_for may use, at most KVP_MAX_WORKER; 0 counts as 1 */
     char error[KVP_ERROR_BYTES];      /* one sentence, written when the status is not KVP_OK */
 } kvp_context;
 
@@ -163,7 +164,7 @@ typedef struct kvp_select_args {
 /*
  * Copy rows bit for bit: out[b,h,i,:] = in[b,h,positions[b,h,i],:]; where the position is -1 the row becomes zeros. Keys and values
  * may have different D. On the CPU an output may be the start of its own input (same data and strides): positions ascend, so nothing is
- * overwritten before it is read. Any other overlap is refused. On the CPU positions are checked; on a CUDA device, where the host cannot read
+ * overwritten before it is read, unless elements of the input share memory. That, and any other overlap, is refused. On the CPU positions are checked; on a CUDA device, where the host cannot read
  * them, one outside [-1,T) gives a row of zeros.
  */
 typedef struct kvp_gather_args {

@@ -398,7 +398,7 @@ def test_workspaces():
     for exception, sentence, n_worker, workspace in (
         (ValueError, f"workspace has {n_byte - 1} bytes; expected at least {n_byte} (for 1 worker)", 1, aligned(n_byte - 1)),
         (ValueError, f"workspace has {n_byte} bytes; expected at least {of_two} (for 2 workers)", 2, aligned(n_byte)),
-        (ValueError, "workspace is not aligned to 64 bytes", 1, aligned(n_byte, 1)),
+        (ValueError, "workspace begins 1 bytes behind a multiple of 64; expected it to be aligned to 64 bytes", 1, aligned(n_byte, 1)),
         (ValueError, "workspace is not a row of bytes", 1, aligned(2 * n_byte)[::2]),
         (ValueError, "workspace is not a row of bytes", 1, aligned(n_byte)[None]),
         (TypeError, "workspace does not hold bytes; expected dtype uint8", 1, aligned(n_byte).view(np.float32)),

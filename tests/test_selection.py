@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpitfalls as kvp
-from kvpitfalls.budget import apportion, blend, kept_tokens
+from kvpitfalls.budget import apportion, blend, floor_and_rest, kept_tokens
 from kvpitfalls.fairness import Fair
 from kvpitfalls.selection import count_per_segment
 
@@ -24,6 +24,34 @@ QUERIES = 2 * RNG.standard_normal((1, 6, 64, 16), dtype=np.float32)
 )
 def test_kept_tokens_are_exact_in_decimal(n_token, ratio, kept):
     assert kept_tokens(n_token, ratio) == kept
+
+
+def test_a_budget_above_the_length_keeps_all():
+    assert kept_tokens(64, budget=65) == 64
+    kept = kvp.keep("knorm", KEYS, budget=1000)
+    assert kept.positions.shape[-1] == 64 and kept.counts.tolist() == [[64, 64]]
+
+
+def test_equal_remainders_go_to_the_later_segments():
+    assert apportion(5, [5, 5]) == [2, 3]
+    assert apportion(8, [4, 4, 4]) == [2, 3, 3]
+
+
+def test_the_authors_split_rounds_down():
+    assert floor_and_rest(67, [89, 46], [0, 0]) == [44, 23]  # 67 * 89 / 135 = 44.2
+    assert floor_and_rest(3, [30, 11], [0, 0]) == [2, 1]
+    assert floor_and_rest(5, [14, 6], [0, 0]) == [3, 2]  # 3.5
+
+
+def test_sinks_of_a_padded_row_are_its_first_real_tokens():
+    kept = kvp.keep("knorm", KEYS, budget=6, valid=[(10, 64)], protect="sinks")
+    assert all(set(range(10, 14)) <= set(head) for head in kept.positions[0].tolist())
+
+
+def test_spans_may_touch_but_not_share_a_token():
+    kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (5, 10)], fair=True)
+    with pytest.raises(ValueError, match="span 'span 1' starts at 4, inside span 'span 0', which ends at 5"):
+        kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (4, 10)], fair=True)
 
 
 @st.composite

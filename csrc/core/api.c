@@ -11,14 +11,23 @@ static kvp_status find_backend(const kvp_tensor *tensor, const kvp_backend **bac
                      tensor->device == KVP_CUDA ? "a CUDA device" : "an unknown device");
 }
 
+/* Far above any machine, and low enough that the size of their scratch cannot overflow. */
+static kvp_status check_worker_count(int32_t n_worker, kvp_context *ctx) {
+    if (n_worker <= KVP_MAX_WORKER) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "n_worker is %d; expected at most %d", (int)n_worker, KVP_MAX_WORKER);
+}
+
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
+    KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
     const size_t need = backend->workspace(verb, args, kvpi_worker_count(ctx));
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
                          ctx->workspace ? ctx->workspace_bytes : (size_t)0, need, (int)kvpi_worker_count(ctx),
                          kvpi_worker_count(ctx) == 1 ? "" : "s");
-    if ((uintptr_t)ctx->workspace % 64u) return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace is not aligned to 64 bytes");
+    if ((uintptr_t)ctx->workspace % 64u)
+        return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
+                         (int)((uintptr_t)ctx->workspace % 64u));
     return KVP_OK;
 }
 
@@ -71,6 +80,7 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     default: return KVP_ERR_VALUE;
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
+    KVPI_TRY(check_worker_count(n_worker, &scratch));
     *bytes = backend->workspace(verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;
 }

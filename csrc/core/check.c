@@ -33,15 +33,21 @@ static kvp_status check_dtype(const rule *r, kvp_context *ctx) {
     return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s", r->name, kvpi_dtype_name(t->dtype), expected);
 }
 
-/* Sizes and strides must be such that no offset, in bytes, can overflow. */
+/* Sizes and strides must be such that no offset, in bytes, can overflow, and neither can a size of scratch: a broadcast claims any number of
+ * elements, and has one. */
 static kvp_status check_extent(const rule *r, kvp_context *ctx) {
     const kvp_tensor *t = r->tensor;
     int64_t span = (int64_t)kvpi_dtype_size(t->dtype), count = span;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] < 1)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at least 1", r->name, d, (long long)t->shape[d]);
+        if (t->shape[d] > INT32_MAX)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at most %d", r->name, d, (long long)t->shape[d], INT32_MAX);
         if (t->stride[d] < 0)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected no negative stride", r->name, d, (long long)t->stride[d]);
+        if (t->stride[d] > INT64_MAX / 64)
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected at most %lld", r->name, d, (long long)t->stride[d],
+                             (long long)(INT64_MAX / 64));
         int64_t reach;
         if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 || span > INT64_MAX / 64 ||
             __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)
@@ -53,9 +59,8 @@ static kvp_status check_extent(const rule *r, kvp_context *ctx) {
     return KVP_OK;
 }
 
-/* An output must not write one address twice: in order of stride, each dimension steps over all of the smaller ones. */
-static kvp_status check_output(const rule *r, kvp_context *ctx) {
-    const kvp_tensor *t = r->tensor;
+/* Whether no two elements share memory: in order of stride, each dimension steps over all of the smaller ones. */
+static bool is_spread_out(const kvp_tensor *t) {
     int64_t reach = 1;
     for (int done = 0, seen = 0; done < t->ndim; done++) {
         int next = -1;
@@ -63,11 +68,10 @@ static kvp_status check_output(const rule *r, kvp_context *ctx) {
             if (!(seen >> d & 1) && (next < 0 || t->stride[d] < t->stride[next])) next = d;
         seen |= 1 << next;
         if (t->shape[next] == 1) continue;
-        if (t->stride[next] < reach)
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory", r->name);
+        if (t->stride[next] < reach) return false;
         reach += (t->shape[next] - 1) * t->stride[next];
     }
-    return KVP_OK;
+    return true;
 }
 
 static kvp_status check_device(const rule *r, binding *bound, kvp_context *ctx) {
@@ -114,12 +118,11 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
                              r->tensor->ndim == 1 ? "" : "s", strlen(r->letters), r->letters);
         KVPI_TRY(check_dtype(r, ctx));
         KVPI_TRY(check_extent(r, ctx));
-        if (r->output) KVPI_TRY(check_output(r, ctx));
+        if (r->output && !is_spread_out(r->tensor))
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory", r->name);
         KVPI_TRY(check_device(r, bound, ctx));
         KVPI_TRY(bind_letters(r, bound, ctx));
     }
-    if (bound->from['T'] && bound->size['T'] > INT32_MAX)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "T is %lld in %s; expected at most %d", (long long)bound->size['T'], bound->from['T'], INT32_MAX);
     if (bound->from['R'] && bound->size['R'] != 2)
         return kvpi_fail(ctx, KVP_ERR_SHAPE, "valid.shape[1] is %lld; expected 2 (begin, end)", (long long)bound->size['R']);
     return KVP_OK;
@@ -134,9 +137,10 @@ static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
     return (const char *)x->data <= y_high && (const char *)y->data <= x_high;
 }
 
-/* Being the start of its own input is the one overlap that copying upwards survives. */
+/* Being the start of its own input is the one overlap that copying upwards survives, unless a row of the input is also one of another head,
+ * which would be read before or after it is written, as the threads come. */
 static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
-    return out->data == in->data && memcmp(out->stride, in->stride, sizeof out->stride) == 0 && out->device == KVP_CPU;
+    return out->data == in->data && memcmp(out->stride, in->stride, sizeof out->stride) == 0 && out->device == KVP_CPU && is_spread_out(in);
 }
 
 /* An output shares memory with nothing else: values are checked before they are used, and must not change in between. The output
@@ -147,8 +151,8 @@ static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *c
             if (i == o || !rules[i].tensor->data || !memory_overlaps(rules[o].tensor, rules[i].tensor)) continue;
             const rule *own = in_place_of ? in_place_of[o] : NULL;
             if (own == &rules[i] && is_start_of(rules[o].tensor, rules[i].tensor)) continue;
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s", rules[o].name, rules[i].name,
-                             own ? ", or (on the CPU) the start of " : "", own ? own->name : "");
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s%s", rules[o].name, rules[i].name,
+                             own ? ", or (on the CPU) the start of " : "", own ? own->name : "", own ? ", none of whose elements share memory" : "");
         }
     }
     return KVP_OK;

@@ -188,7 +188,7 @@ static PyModuleDef_Slot slots[] = {
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* because NumPy does not support them */
 #endif
 #ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* the core's only globals are atomic pointers */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* all globals are constant or atomic, but NumPy's table, written while the import lock is held */
 #endif
     {0, NULL},
 };

@@ -8,6 +8,16 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* What it needs of the operating system, AVX and AVX2 need too, and the compiler's check of those sees to it. */
+bool kvpi_has_f16c(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+#endif
+
 #ifdef KVP_ISA
 #define TABLE(name) kvpi_rows_##name
 #define NAMED_TABLE(name) TABLE(name)

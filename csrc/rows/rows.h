@@ -69,6 +69,7 @@ typedef struct kvpi_rows {
 extern const kvpi_rows kvpi_rows_scalar;
 #if defined(__x86_64__)
 extern const kvpi_rows kvpi_rows_avx2, kvpi_rows_avx512, kvpi_rows_avx512_bf16;
+bool kvpi_has_f16c(void); /* cpu_features.c: not a feature that every compiler's __builtin_cpu_supports knows */
 #elif defined(__aarch64__)
 extern const kvpi_rows kvpi_rows_neon;
 #endif

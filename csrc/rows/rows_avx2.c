@@ -91,7 +91,7 @@ TARGET static void stream(void *target, const void *source, size_t n) {
 
 static void end_stream(void) { _mm_sfence(); }
 
-static bool is_available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static bool is_available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && kvpi_has_f16c(); }
 
 const kvpi_rows kvpi_rows_avx2 = {
     .name = "avx2",

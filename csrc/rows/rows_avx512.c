@@ -183,7 +183,7 @@ TARGET_BF16 static void multiply_pairs(const void *queries, const void *keys, in
 
 static bool is_available(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512vl") && kvpi_has_f16c();
 }
 
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }

@@ -121,6 +121,9 @@ static void soften_block(const kvpi_attention *j, strip *s, int64_t first, int64
         if (j->args->param[1] > 0) {
             cap_logits(row, n_visible, scale, (float)j->args->param[1]);
             factor = 1;
+        } else if (scale == 0) { /* not left to soften, where minus infinity hides a key, and times 0 is no number */
+            for (int64_t k = 0; k < n_visible; k++) row[k] *= 0;
+            factor = 1;
         }
         s->sum[r * s->n_block_max + block] = j->rows->soften(row, n_visible, n, factor, &shift);
         s->shift[r * s->n_block_max + block] = shift;

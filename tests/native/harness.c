@@ -9,6 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__has_feature) /* Clang's way to say it */
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #else
@@ -50,6 +55,10 @@ int report_checks(void) {
     printf("%lld passed, %lld failed\n", n_passed, n_failed);
     return n_failed > 0;
 }
+
+int64_t passed_checks(void) { return n_passed; }
+
+int64_t failed_checks(void) { return n_failed; }
 
 void seed_random(uint64_t seed) { random_state = seed; }
 

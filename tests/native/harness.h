@@ -22,6 +22,8 @@
 bool count_check(bool ok, const char *file, int line, const char *format, ...) PRINTF_LIKE(4, 5);
 void name_case(const char *format, ...) PRINTF_LIKE(1, 2); /* what failed checks say they were testing */
 int report_checks(void);                                   /* prints "N passed, N failed"; the exit code */
+int64_t passed_checks(void);                               /* so far */
+int64_t failed_checks(void);
 
 /* Random numbers: the same on every machine, restarted by each test so that tests do not depend on each other. */
 void seed_random(uint64_t seed);

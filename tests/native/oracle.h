@@ -22,6 +22,9 @@ void exact_lse(const kvp_score_args *args, int64_t b, int64_t n, double *out);
 
 /* Compares args->scores by the rule; in windows and outside the valid range they must be equal. */
 void check_scores(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *), void (*naive)(const kvp_score_args *, float *));
+/* The same with more room for error, where inputs are searched for: sooner or later naive is exact by chance. */
+void check_scores_within(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *), void (*naive)(const kvp_score_args *, float *),
+                         double room);
 
 /* Fills positions (K) and returns the count for one row of a selection. */
 int64_t exact_select(const kvp_select_args *args, int64_t b, int64_t h, int32_t *positions);

@@ -60,8 +60,19 @@ static void score_in_waves(voting kind) {
     free_attention_case(&c);
 }
 
+/* Nothing to tell keys apart by: all visible ones get the same. */
+static void score_without_scaling(kvp_dtype dtype) {
+    const attention_shape shape = {.n_batch = 2, .n_head = 2, .group = 2, .n_token = 37, .n_dim = 9, .dtype = dtype, .kind = VOTING_RANDOM};
+    attention_case c = new_attention_case(&shape);
+    name_case("attention, scaling 0, %s", dtype_name((int32_t)dtype));
+    c.args.param[0] = c.args.param[1] = 0;
+    score_case(&c);
+    free_attention_case(&c);
+}
+
 void test_attention(void) {
     int64_t n = 0;
+    for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++) score_without_scaling((kvp_dtype)dtype);
     for (int kind = 0; kind < VOTING_COUNT; kind++) {
         score_shape(1100, 6, 1, kind); /* several blocks of keys, and several strips to a task */
         score_in_waves((voting)kind);

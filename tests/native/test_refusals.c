@@ -114,6 +114,26 @@ static void make_huge(kvp_tensor *t, int64_t stride) {
     }
 }
 
+/* Same strides, a few elements further. */
+static void put_over(kvp_tensor *out, const kvp_tensor *in, int64_t n_element) {
+    memcpy(out->stride, in->stride, sizeof out->stride);
+    out->data = (float *)in->data + n_element;
+}
+
+/* Each size is allowed, and their product cannot be addressed. */
+static void make_long(kvp_tensor *t) {
+    for (int d = 0; d < 4; d++) {
+        t->shape[d] = INT32_MAX;
+        t->stride[d] = 0;
+    }
+}
+
+/* In place, where the last rows of one head are the first ones of the next: what the next reads depends on who comes first. */
+static void share_rows_in_place(calls *c) {
+    c->gather.keys.stride[1] = K * D;
+    put_over(&c->gather.out_keys, &c->gather.keys, 0);
+}
+
 static void move_score(calls *c, int32_t device) {
     kvp_tensor *const all[] = {&c->score.keys, &c->score.queries, &c->score.votes, &c->score.valid, &c->score.lse, &c->score.scores};
     for (int i = 0; i < 6; i++) all[i]->device = device;
@@ -121,12 +141,6 @@ static void move_score(calls *c, int32_t device) {
 
 static void run_tasks(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg) {
     for (int64_t task = 0; task < n_task; task++) fn(arg, task, (int32_t)(task % n_worker));
-}
-
-/* Same strides, a few elements further. */
-static void put_over(kvp_tensor *out, const kvp_tensor *in, int64_t n_element) {
-    memcpy(out->stride, in->stride, sizeof out->stride);
-    out->data = (float *)in->data + n_element;
 }
 
 /* The positions stand where the first output is written. All keys are zero, so that a core that goes on reads no wild position. */
