@@ -115,7 +115,7 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     """
     n_row, n_head, n_token = _shape(scores, "scores", 3)
     if n_token > _MOST:
-        raise ValueError(f"T is {n_token} in scores; expected at most {_MOST}")
+        raise ValueError(f"scores.shape[2] is {n_token}; expected at most {_MOST}")
     if quotas is None:
         raise TypeError("quotas is None; expected whole numbers, the tokens to keep of each segment")
     quotas = expand_quotas(_int32(quotas, "quotas"), n_row, n_head)
