@@ -4,13 +4,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpitfalls as kvp
 from kvpitfalls.budget import apportion, blend, floor_and_rest, kept_tokens
-from kvpitfalls.fairness import Fair
-from kvpitfalls.selection import count_per_segment
+from kvpitfalls.fairness import Fair, Layout
+from kvpitfalls.policies import get_policy
+from kvpitfalls.selection import count_per_segment, rank
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 RNG = np.random.default_rng(0)
@@ -52,6 +54,19 @@ def test_spans_may_touch_but_not_share_a_token():
     kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (5, 10)], fair=True)
     with pytest.raises(ValueError, match="span 'span 1' starts at 4, inside span 'span 0', which ends at 5"):
         kvp.keep("knorm", KEYS, budget=6, spans=[(0, 5), (4, 10)], fair=True)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "tova", "h2o"])
+def test_an_instruction_is_judged_by_its_own_queries_only(policy):
+    others = QUERIES.copy()
+    others[:, :, 32:] = RNG.standard_normal(others[:, :, 32:].shape)
+    scores = [kvp.keep(policy, KEYS, q, budget=16, spans=[(0, 32), (32, 64)], fair=True).scores for q in (QUERIES, others)]
+    assert np.array_equal(scores[0][:, :, :32], scores[1][:, :, :32]) and not np.array_equal(scores[0], scores[1])
+
+
+def test_shared_heads_go_by_the_mean_of_their_scores():
+    shared = rank(get_policy("knorm"), Fair.parse(False), Layout.of(1, 64), torch.from_numpy(KEYS), None, share_heads=True).scores
+    np.testing.assert_allclose(shared, -np.linalg.norm(KEYS.astype(float), axis=-1).mean(1, keepdims=True), rtol=1e-6)
 
 
 @st.composite
