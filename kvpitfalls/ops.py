@@ -126,8 +126,8 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
             raise TypeError(f"protect has dtype {mask.dtype}; expected bool")
         protect = beside(_expanded(mask.astype(np.uint8), (n_row, n_token), "protect"), scores)
     n_kept = int(quotas.sum(-1, dtype=np.int64).max(initial=0))
-    if n_kept > max(n_token, _PADDED):  # it is so much memory for each head, whatever there is to keep
-        raise ValueError(f"quotas sum to {n_kept}; expected at most {max(n_token, _PADDED)} for rows of {n_token} tokens")
+    if n_kept > n_token + _PADDED:  # it is so much memory for each head, whatever there is to keep
+        raise ValueError(f"quotas sum to {n_kept}; expected at most {n_token + _PADDED} for rows of {n_token} tokens")
     return select_checked(scores, segments, quotas, protect, _int32(valid, "valid"), n_kept)
 
 
@@ -177,7 +177,7 @@ def gather(keys, values, positions):
 
         return reference.gather(keys, values, positions)
     kept = _shape(positions, "positions", 3)
-    if kept[2] > (most := max(_PADDED, _shape(keys, "keys", 4)[2])):
+    if kept[2] > (most := _shape(keys, "keys", 4)[2] + _PADDED):
         raise ValueError(f"positions.shape[2] is {kept[2]}; expected at most {most} for the tokens in keys")
     out = [_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))]
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")

@@ -110,7 +110,7 @@ OPS = [
     (lambda e: ops.select(SCORES, True), TypeError, "quotas has dtype bool; expected whole numbers"),
     (lambda e: ops.select(SCORES, -1), ValueError, "quotas[0,0,0] is -1; expected 0 or more"),
     (lambda e: ops.select(SCORES, 2**31), ValueError, "quotas holds 2147483648; expected numbers that fit int32"),
-    (lambda e: ops.select(SCORES, 2**31 - 1), ValueError, "quotas sum to 2147483647; expected at most 65536 for rows of 20 tokens"),
+    (lambda e: ops.select(SCORES, 2**31 - 1), ValueError, "quotas sum to 2147483647; expected at most 65556 for rows of 20 tokens"),
     (lambda e: ops.select(SCORES, []), TypeError, "quotas has dtype float64; expected whole numbers"),
     (lambda e: ops.select(SCORES, [[1], [2], [3]]), ValueError, "quotas has shape (3, 1, 1); expected what fits (1, 2, 1)"),
     (lambda e: ops.select(SCORES, [1, 2], segments=[0, 5]), ValueError, "segments.shape[1] is 2; expected 3, one more than the 2 segments"),
