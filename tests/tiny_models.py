@@ -45,6 +45,8 @@ def build(family: str, attention: str = "sdpa", **changes):
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "embed" not in name and "wte" not in name:
                 weight.mul_(4.0)
+            elif "k_norm" in name:  # else all normalized keys have one norm, but for rounding
+                weight.copy_(torch.rand_like(weight))
     return model
 
 
