@@ -329,7 +329,6 @@ def test_records_cut_anywhere_give_a_beginning(tmp_path):
 def test_gguf_files_that_are_broken(tmp_path, monkeypatch):
     """Cut and changed behind the magic: transformers' readers fail in many ways, which become one."""
     monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path / "cache"))
-    pytest.importorskip("gguf")
     for n, data in enumerate([b"", b"\x03\0\0\0", b"\x03\0\0\0" + b"\xff" * 16, b"\x03\0\0\0" + b"\0" * 16, b"\x63\0\0\0" + b"\0" * 64]):
         path = tmp_path / f"m{n}.gguf"
         path.write_bytes(b"GGUF" + data)
