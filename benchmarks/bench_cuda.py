@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvpitfalls import H2O, TOVA, Fair, KNorm, SnapKV, ops
-from kvpitfalls.fairness import Layout
+from kvpitfalls.eviction.fairness import Layout
+from kvpitfalls.eviction.selection import choose, rank
 from kvpitfalls.policies import Inputs
-from kvpitfalls.selection import choose, rank
 
 N_QUERY_HEAD, N_HEAD, N_DIM, RATIO, WINDOW = 32, 8, 128, 0.5, 64
 GROUP = N_QUERY_HEAD // N_HEAD

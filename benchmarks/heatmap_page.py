@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from kvpitfalls.heatmap import HeatMap
+from kvpitfalls.display.heatmap import HeatMap
 
 N_TOKEN, N_LAYER, N_HEAD, N_SETTING, N_RATIO = 4000, 30, 3, 10, 9
 # The page says when it is ready; a moved slider is timed until the next frame could be painted.

@@ -16,7 +16,7 @@ import lm_eval
 from lm_eval.__main__ import cli_evaluate
 
 from kvpitfalls import cli
-from kvpitfalls.audits.instructions import prepare_checkers
+from kvpitfalls.audits.following import prepare_checkers
 from kvpitfalls.harness.lm_eval_command import command_line
 from kvpitfalls.hf.load import transformers_name
 

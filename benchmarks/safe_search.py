@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from kvpitfalls.display.tables import table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.records import read_records
 from kvpitfalls.experiments.summary import METRICS, bootstrap, per_prompt
 from kvpitfalls.experiments.sweep import sweep
-from kvpitfalls.report import table
 
 POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 FIXES = ("fair", "whitelist")

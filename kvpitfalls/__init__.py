@@ -8,30 +8,30 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "Audit": "audits.found",
+    "Audit": "audits.audit",
     "audit": "audits.retention",
     "CudaError": "errors",
     "DeviceError": "errors",
-    "Fair": "fairness",
+    "Fair": "eviction.fairness",
     "H2O": "policies.h2o",
     "Handle": "hf.wrap",
     "KNorm": "policies.knorm",
-    "Kept": "selection",
+    "Kept": "eviction.selection",
     "KeptCache": "hf.cache",
     "NotInterceptedError": "errors",
     "Policy": "policies",
-    "Prompt": "prompt",
+    "Prompt": "prompts.prompt",
     "Report": "hf.report",
     "SnapKV": "policies.snapkv",
-    "Span": "prompt",
+    "Span": "prompts.prompt",
     "StreamingLLM": "policies.streaming_llm",
     "TOVA": "policies.tova",
     "UnsupportedModelError": "errors",
-    "keep": "selection",
-    "load_cache": "hf.cache_file",
+    "keep": "eviction.selection",
+    "load_cache": "hf.save",
     "wrap": "hf.wrap",
 }
-_MODULES = ("ops", "policies", "reference")
+_MODULES = {"ops": "eviction.ops", "policies": "policies", "reference": "eviction.reference"}
 
 __all__ = [*sorted(_HOME), *_MODULES, "__version__"]
 
@@ -40,7 +40,7 @@ def __getattr__(name: str):
     if name in _HOME:
         value = getattr(import_module(f"kvpitfalls.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = import_module(f"kvpitfalls.{name}")
+        value = import_module(f"kvpitfalls.{_MODULES[name]}")
     else:
         raise AttributeError(f"module 'kvpitfalls' has no attribute {name!r}")
     globals()[name] = value

@@ -10,7 +10,7 @@ from tiny_models import build, ids, tiny_prompt
 
 import kvpitfalls as kvp
 from kvpitfalls import DeviceError, ops
-from kvpitfalls.audits.instructions import accuracies, check
+from kvpitfalls.audits.following import accuracies, check
 from kvpitfalls.audits.leakage import begun_and_rest, leakage, refuses, rouge_recall, share_over
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.sweep import sweep

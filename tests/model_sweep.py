@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
-from kvpitfalls.hf.intercept import attach, detach
-from kvpitfalls.hf.probe import Shuffle
+from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.verify import Shuffle
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"

@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
-from kvpitfalls.hf.intercept import AttentionCall, attach, detach
-from kvpitfalls.hf.probe import Shuffle
+from kvpitfalls.hf.model import AttentionCall, attach, detach
+from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 N_PROMPT, CHUNKS, N_TOKEN = 12, [1, 1, 4], 18

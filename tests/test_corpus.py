@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from kvpitfalls.audits.instructions import check
+from kvpitfalls.audits.following import check
 from kvpitfalls.audits.leakage import refuses
 from kvpitfalls.experiments import corpus
 from kvpitfalls.experiments.scenario import Scenario, conversation

@@ -8,8 +8,8 @@ import torch
 from tiny_models import build, ids
 
 import kvpitfalls as kvp
-from kvpitfalls.fairness import Fair, Layout
-from kvpitfalls.selection import choose, rank
+from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.selection import choose, rank
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 SPANS = {"first": (2, 9), "second": (9, 18)}

@@ -7,7 +7,7 @@ from tiny_models import build, ids
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvpitfalls as kvp
-from kvpitfalls.hf import intercept
+from kvpitfalls.hf import model as intercept
 from kvpitfalls.hf.denominators import Denominators
 
 SCALING = 0.3

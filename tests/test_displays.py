@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import kvpitfalls as kvp
-from kvpitfalls import plots
+from kvpitfalls.display import plots
+from kvpitfalls.display.progress import progress
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
-from kvpitfalls.progress import progress
 
 
 class Cells(html.parser.HTMLParser):

@@ -25,16 +25,16 @@ for name in kvpitfalls.__all__:
     elif name != "__version__":
         PUBLIC[name] = value
 MORE = [
-    "budget",
+    "eviction.budget",
     "harness.chat",
     "harness.contexts",
     "harness.kvpress_settings",
     "harness.lm_eval_command",
     "harness.pipeline",
     "hf.load",
-    "heatmap",
-    "markup",
-    "plots",
+    "display.heatmap",
+    "display.markup",
+    "display.plots",
     "audits.leakage",
 ]  # modules with examples that are not public names
 
@@ -81,7 +81,7 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
     parameters = [] if of_python else inspect.signature(value).parameters.values()
     taken = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]
     if name.startswith("reference."):
-        assert inspect.signature(value) == inspect.signature(getattr(kvpitfalls.ops, value.__name__)) and not described
+        assert inspect.signature(value) == inspect.signature(getattr(kvpitfalls.eviction.ops, value.__name__)) and not described
     elif value is not kvpitfalls.Policy:  # its attributes are the class's
         taken = [name for name in taken if not name.startswith("_")]
         assert [name for name in described if name in taken] == taken, "described, in order"

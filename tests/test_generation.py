@@ -15,7 +15,7 @@ from tiny_models import build, feed, ids, tiny_prompt
 from transformers import TextStreamer, pipeline
 
 import kvpitfalls as kvp
-from kvpitfalls.hf import kept_layer
+from kvpitfalls.hf import layer as kept_layer
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvpitfalls.fairness import Fair, Layout
+from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.selection import choose, count_per_segment, rank
 from kvpitfalls.policies import get_policy
-from kvpitfalls.selection import choose, count_per_segment, rank
 
 FOLDER = Path(__file__).parent / "data" / "golden"
 CASES = {case["id"]: case for case in json.loads((FOLDER / "manifest.json").read_text())["cases"]}

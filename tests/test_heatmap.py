@@ -12,9 +12,9 @@ import pytest
 from browser import needs_chromium, run_beside
 
 import kvpitfalls as kvp
+from kvpitfalls.display.heatmap import HeatMap
+from kvpitfalls.display.markup import token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
-from kvpitfalls.heatmap import HeatMap
-from kvpitfalls.markup import token_strip, visible
 
 HOSTILE = [
     "<script>document.title='owned'</script>",

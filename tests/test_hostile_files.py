@@ -17,8 +17,8 @@ from tiny_models import build, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.experiments import records
-from kvpitfalls.hf.cache_file import _digest
 from kvpitfalls.hf.load import load
+from kvpitfalls.hf.save import _digest
 
 # What a refused file may raise, whatever is in it.
 REFUSED = (ValueError, FileNotFoundError)

@@ -61,7 +61,7 @@ def test_offline_and_the_same_in_every_process(checked):
 import json, socket
 def refuse(*args): raise AssertionError("a connection was tried")
 socket.socket.connect = refuse
-from kvpitfalls.audits.instructions import check
+from kvpitfalls.audits.following import check
 from kvpitfalls.experiments.corpus import load_corpus
 rows = {{row["key"]: row for row in load_corpus().rows}}
 answers = [json.loads(line) for line in open({str(FILE)!r}, encoding="utf-8")]

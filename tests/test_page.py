@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import tiny_sweep
 
-from kvpitfalls import plots, report
+from kvpitfalls.display import plots
+from kvpitfalls.display import tables as report
+from kvpitfalls.display.page import write_report
 from kvpitfalls.experiments import records, summary
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.sweep import sweep
-from kvpitfalls.page import write_report
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.probe import probe
 from kvpitfalls.experiments.scenario import Scenario
-from kvpitfalls.fairness import Fair
 from kvpitfalls.hf.wrap import Evict
 from kvpitfalls.policies import get_policy
 

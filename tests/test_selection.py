@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpitfalls as kvp
-from kvpitfalls.budget import apportion, blend, floor_and_rest, kept_tokens
-from kvpitfalls.fairness import Fair, Layout
+from kvpitfalls.eviction.budget import apportion, blend, floor_and_rest, kept_tokens
+from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.selection import count_per_segment, rank
 from kvpitfalls.policies import get_policy
-from kvpitfalls.selection import count_per_segment, rank
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 RNG = np.random.default_rng(0)

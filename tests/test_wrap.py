@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache, KeptLayer
-from kvpitfalls.hf.intercept import attach, detach
-from kvpitfalls.hf.probe import Shuffle
+from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]

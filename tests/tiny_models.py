@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.coverage import attention_modules
-from kvpitfalls.prompt import Prompt
+from kvpitfalls.prompts.prompt import Prompt
 
 _SIZE = {
     "hidden_size": 64,

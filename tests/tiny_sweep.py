@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpitfalls.audits.instructions import check
+from kvpitfalls.audits.following import check
 from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.sweep import sweep

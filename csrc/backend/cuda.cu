@@ -2,7 +2,7 @@
  *
  * The CUDA backend: one constant table, like cpu.c's. Every call runs on the device of its tensors, whichever is current.
  */
-#include "../rows/tables.cuh"
+#include "../gpu/tables.cuh"
 
 extern "C" {
 #include "../evict/evict.h"

@@ -3,7 +3,7 @@
  * Copies the kept rows of keys and values on the GPU, both in one launch. Rows on 16-byte boundaries go 16 bytes a lane, four rows in flight,
  * past the caches; others element by element. Positions are not read by the host, so one outside [0, T) is taken for -1.
  */
-#include "../rows/rows.cuh"
+#include "../gpu/rows.cuh"
 
 extern "C" {
 #include "evict.h"

@@ -2,8 +2,8 @@
  *
  * K-norm on the GPU; see norm.c. Rows on 16-byte boundaries are read once, 16 bytes a lane and four rows in flight; others by single elements.
  */
-#include "../rows/rows.cuh"
-#include "../rows/tables.cuh"
+#include "../gpu/rows.cuh"
+#include "../gpu/tables.cuh"
 
 extern "C" {
 #include "score.h"

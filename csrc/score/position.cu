@@ -2,7 +2,7 @@
  *
  * Sinks and recency on the GPU; see position.c.
  */
-#include "../rows/tables.cuh"
+#include "../gpu/tables.cuh"
 
 extern "C" {
 #include "score.h"

@@ -6,7 +6,7 @@
  * read like that, too. Histograms count whole numbers, and places are
  * found by counting, not by atomics: so the result does not depend on the order of anything.
  */
-#include "../rows/tables.cuh"
+#include "../gpu/tables.cuh"
 
 extern "C" {
 #include "select.h"

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from ..budget import check_budget, kept_tokens
-from ..fairness import Fair, Layout
+from ..eviction.budget import check_budget, kept_tokens
+from ..eviction.fairness import Fair, Layout
+from ..eviction.selection import choose, rank
 from ..hf.cache import KeptCache, KeptLayer
-from ..hf.intercept import AttentionCall, attach, detach
+from ..hf.model import AttentionCall, attach, detach
 from ..hf.wrap import prefill, protected_in
 from ..policies import Inputs, Policy, Vote, get_policy, policy_names
-from ..prompt import Prompt
-from ..selection import choose, rank
-from .found import Audit
+from ..prompts.prompt import Prompt
+from .audit import Audit
 
 COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

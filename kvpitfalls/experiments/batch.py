@@ -10,12 +10,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..hf.cache import KeptCache
-from ..hf.intercept import attach, detach
+from ..hf.generate import Answer, answers
+from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
-from .generate import Answer, answers
 from .plan import FULL, Batch, Setting
 from .probe import answer_ids, answer_logprobs
 from .scenario import Scenario, conversation

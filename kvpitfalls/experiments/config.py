@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..budget import check_budget
+from ..eviction.budget import check_budget
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode

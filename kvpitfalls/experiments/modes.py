@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from ..fairness import Fair
+from ..eviction.fairness import Fair
 
 MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
 _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"

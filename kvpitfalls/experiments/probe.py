@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from ..hf.cache import KeptCache
-from ..hf.intercept import attach, detach
+from ..hf.generate import pad_halves
+from ..hf.model import attach, detach
 from ..hf.wrap import Evict, compress_each
-from ..prompt import Prompt
-from .generate import pad_halves
+from ..prompts.prompt import Prompt
 
 
 def probe(

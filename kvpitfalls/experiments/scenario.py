@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..audits.instructions import check
+from ..audits.following import check
 from ..audits.leakage import RECALL_QUESTION, begun_and_rest, leakage, refuses, rouge_recall
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from .corpus import NO_DEFENSE, Corpus
 
 ANSWERED = ("attack", "recall", "follow")  # the model answers, and the answer is scored

@@ -8,9 +8,9 @@ from itertools import groupby
 
 import numpy as np
 
-from ..audits.instructions import accuracies
+from ..audits.following import accuracies
 from ..audits.leakage import THRESHOLD
-from ..progress import progress
+from ..display.progress import progress
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 GROUP = ("model", "dataset", "defense", "order")
@@ -211,7 +211,7 @@ def differences(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
 
 
 def following(records: Sequence[Mapping]) -> list[dict]:
-    """Accuracies of instruction following per setting (``kvpitfalls.audits.instructions.accuracies``), and how many items failed."""
+    """Accuracies of instruction following per setting (``kvpitfalls.audits.following.accuracies``), and how many items failed."""
     out = []
     chosen = sorted((r for r in records if r["kind"] == "follow"), key=_setting_key)
     for _, group in groupby(chosen, key=_setting_key):

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__, _core
-from ..audits.instructions import need_checkers
+from ..audits.following import need_checkers
 from ..audits.leakage import need_rouge
+from ..display.progress import progress
 from ..hf.load import DEFAULT_MODEL, describe, load, revision
-from ..progress import progress
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus

@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..budget import check_budget
-from ..experiments.generate import GREEDY
-from ..fairness import Fair
+from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
-from ..hf.intercept import attach, detach
+from ..hf.generate import GREEDY
+from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, pad_left
 from ..policies import get_policy
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from .contexts import Marks
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..fairness import Fair
-from ..prompt import Prompt, find_all, token_spans
+from ..eviction.fairness import Fair
+from ..prompts.prompt import Prompt, find_all, token_spans
 
 SCOPES = ("prompt", "system")
 _CUTS = {"sentences": re.compile(r"(?<=[.!?])\s+|\s*\n\s*"), "lines": re.compile(r"\s*\n\s*"), "messages": None}

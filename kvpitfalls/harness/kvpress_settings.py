@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 
-from .. import ops
-from ..budget import check_budget
-from ..fairness import Fair
+from ..eviction import ops
+from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair
+from ..eviction.selection import keep
 from ..policies import Policy, get_policy
 from ..policies.h2o import H2O
 from ..policies.knorm import KNorm
 from ..policies.snapkv import SnapKV
 from ..policies.streaming_llm import StreamingLLM
 from ..policies.tova import TOVA
-from ..selection import keep
 
 # press -> policy, and the fields that both have
 _SAME = {

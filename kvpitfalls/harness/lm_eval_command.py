@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..audits.instructions import prepare_checkers
+from ..audits.following import prepare_checkers
 
 TASKS = Path(__file__).parent / "tasks"
 

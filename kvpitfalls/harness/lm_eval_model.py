@@ -11,16 +11,16 @@ from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm
 
 from .. import __version__, _core
-from ..budget import check_budget
-from ..experiments.generate import pad_halves
-from ..fairness import Fair
+from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
-from ..hf.intercept import attach
+from ..hf.generate import pad_halves
 from ..hf.load import transformers_name
+from ..hf.model import attach
 from ..hf.wrap import compress_each, pad_left
 from ..policies import get_policy
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from .contexts import Marks
 
 

@@ -2,8 +2,8 @@
 
 from transformers import TextGenerationPipeline
 
-from ..hf.intercept import attach, detach
 from ..hf.load import load
+from ..hf.model import attach, detach
 from .chat import CompressedChat, kept_of
 
 

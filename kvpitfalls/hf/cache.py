@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..display.markup import block
 from ..errors import NotInterceptedError
-from ..markup import block
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
 from .report import Report
 
 
@@ -83,7 +83,7 @@ class KeptCache(DynamicCache):
         ValueError
             If it is empty, or holds its budget while generating.
         """
-        from .cache_file import save_cache
+        from .save import save_cache
 
         save_cache(self, path)
 

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import ops
-from ..budget import kept_tokens
-from ..fairness import Fair, Layout
+from ..eviction import ops
+from ..eviction.budget import kept_tokens
+from ..eviction.fairness import Fair, Layout
+from ..eviction.selection import Kept, choose, rank
 from ..policies import Policy
-from ..selection import Kept, choose, rank
-from .intercept import AttentionCall
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
+from .model import AttentionCall
 
 
 @dataclass(frozen=True)

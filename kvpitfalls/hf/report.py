@@ -1,7 +1,7 @@
 """What eviction really did, as numbers that show themselves."""
 
-from ..markup import block, note, percent, table
-from ..tabular import data_frame
+from ..display.markup import block, note, percent, table
+from ..display.tabular import data_frame
 
 
 class Report(dict):

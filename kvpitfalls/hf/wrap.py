@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..budget import check_budget
-from ..fairness import Fair, protected_positions
-from ..markup import block, note
+from ..display.markup import block, note
+from ..display.progress import progress
+from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair, protected_positions
 from ..policies import get_policy
-from ..progress import progress
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from .cache import KeptCache
 from .coverage import decoder_of
 from .evict import Evict
 from .hold import Hold
-from .intercept import AttentionCall, attach, detach
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
 from .masks import valid_ranges
+from .model import AttentionCall, attach, detach
 from .report import Report
 
 
@@ -200,7 +200,7 @@ class Handle:
         UnsupportedModelError
             If it exceeds ``tolerance``.
         """
-        from .probe import shuffle_difference
+        from .verify import shuffle_difference
 
         if isinstance(n_token, bool) or not isinstance(n_token, int) or n_token < 2:
             raise ValueError(f"n_token is {n_token!r}; expected a whole number, at least 2")

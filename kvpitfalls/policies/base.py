@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .. import ops
+from ..eviction import ops
 from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}

@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["kvpitfalls"]):
     from kvpitfalls.experiments.corpus import load_corpus
     from kvpitfalls.experiments.summary import check_records, summarize
     from kvpitfalls.hf import load as loading
-    from kvpitfalls.hf.cache_file import _digest
+    from kvpitfalls.hf.save import _digest
 
 # By type, not by isinstance: a UnicodeDecodeError or JSONDecodeError is a ValueError that nobody wrote a sentence for.
 ALLOWED = (ValueError, TypeError, NotImplementedError, DeviceError, NotInterceptedError, UnsupportedModelError)

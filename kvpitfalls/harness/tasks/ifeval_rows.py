@@ -3,7 +3,7 @@
 from datasets import Dataset
 from lm_eval.tasks.ifeval.utils import agg_inst_level_acc  # noqa: F401  (the task's yaml names it)
 
-from kvpitfalls.audits.instructions import check
+from kvpitfalls.audits.following import check
 from kvpitfalls.experiments.corpus import load_corpus
 
 

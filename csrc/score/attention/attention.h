@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What attention.c (votes, tasks, results) and attention_strip.c (the arithmetic of a few query rows) share.
+ * What attention.c (votes, tasks, results) and strip.c (the arithmetic of a few query rows) share.
  *
  * A unit is one key head of one batch row. Its voters are pairs of a query position and a query head of the group, in order of position;
  * KVPI_STRIP of them at a time make a strip. The strips of a unit are dealt out to at most KVPI_CHUNK tasks, each with column sums of its
@@ -9,8 +9,8 @@
 #ifndef KVP_ATTENTION_H
 #define KVP_ATTENTION_H
 
-#include "../rows/rows.h"
-#include "score.h"
+#include "../../rows/rows.h"
+#include "../score.h"
 
 enum { KVPI_CHUNK = 8 };
 
@@ -48,7 +48,7 @@ static inline int64_t kvpi_strip_count(const kvpi_attention *j, int64_t b) { ret
 /* The keys of unit (b, h) from its first valid position on. */
 kvpi_head kvpi_keys_of(const kvpi_attention *j, int64_t b, int64_t h);
 
-/* attention_strip.c: scratch of one worker, and the strips chunk, chunk + KVPI_CHUNK, ... of unit (b, h), added up into column. packed: the
+/* strip.c: scratch of one worker, and the strips chunk, chunk + KVPI_CHUNK, ... of unit (b, h), added up into column. packed: the
  * unit's keys, or NULL to pack them block by block. */
 size_t kvpi_strip_bytes(int64_t n_token, int64_t n_dim);
 void kvpi_add_strips(const kvpi_attention *j, int64_t b, int64_t h, int64_t chunk, const char *packed, char *scratch, float *column);

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
 
 FORMAT, VERSION = "kvpitfalls.cache", 1
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and attention.cuh for how. At
+ * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and sweep.cuh for how. At
  * most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless the caller has them; the sums; and weights,
  * pooling and means over heads. Memory is O(T).
  */
-#include "attention.cuh"
+#include "sweep.cuh"
 
 #include <string.h>
 

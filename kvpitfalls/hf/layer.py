@@ -77,7 +77,7 @@ class KeptLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append new rows; called by the model. Refused outside a wrapped model, whose masks would not fit."""
-        from .intercept import current_forward
+        from .model import current_forward
 
         forward = current_forward()
         if forward is None:

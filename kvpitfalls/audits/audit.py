@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import __version__, plots
-from ..budget import check_budget
-from ..fairness import Fair, fairness_name
-from ..heatmap import HeatMap
-from ..markup import block, note, table
+from .. import __version__
+from ..display import plots
+from ..display.heatmap import HeatMap
+from ..display.markup import block, note, table
+from ..display.tabular import data_frame
+from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair, fairness_name
 from ..policies import get_policy
-from ..tabular import data_frame
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +146,7 @@ class Audit:
         self.heatmap().save(path)
 
     def plot(self, *, theme: str = "light"):
-        """Kept share of each instruction against the ratio; see :func:`kvpitfalls.plots.retention`. Needs matplotlib."""
+        """Kept share of each instruction against the ratio; see :func:`kvpitfalls.display.plots.retention`. Needs matplotlib."""
         return plots.retention(self.rows, theme=theme)
 
     def plot_tokens(self, policy, compression_ratio: float, fair=False, *, layer: int | None = None, theme: str = "light"):

@@ -1,8 +1,9 @@
 """The three verbs on NumPy arrays or torch tensors: score, select, gather.
 
-CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to :mod:`kvpitfalls.reference` (torch operations on
-the GPU), with a warning. ``kvpitfalls info`` says which path a device takes, and why. Results are in the library, and on the device, of the
-first argument. Tables (votes, valid, segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has to be waited for.
+CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to :mod:`kvpitfalls.eviction.reference` (torch
+operations on the GPU), with a warning. ``kvpitfalls info`` says which path a device takes, and why. Results are in the library, and on
+the device, of the first argument. Tables (votes, valid, segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has
+to be waited for.
 """
 
 import os
@@ -12,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import _core
+from .. import _core
 
 __all__ = ["gather", "score", "select"]
 _MOST = 2**31 - 1  # tokens of a row: positions are int32
@@ -233,7 +234,7 @@ def _on_cuda(x) -> bool:
 def _cuda_module():
     """The module of the CUDA kernels, which registers them with the core; None where they were not built."""
     try:
-        from . import _cuda
+        from .. import _cuda
     except ModuleNotFoundError:
         return None
     return _cuda

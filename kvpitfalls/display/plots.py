@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .fairness import fairness_name
+from ..eviction.fairness import fairness_name
 
 _LABELS = {
     "leak": "leak (ROUGE-L recall of the directive)",

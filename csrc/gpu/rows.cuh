@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Device primitives of the CUDA files: element types as float, tensor-core and copy instructions, launches. The only inline assembly but
- * for Hopper's own (score/attention_sm90.cu).
+ * for Hopper's own (score/attention/sm90.cu).
  */
 #ifndef KVP_ROWS_CUH
 #define KVP_ROWS_CUH

@@ -60,8 +60,8 @@ def _changes(args) -> dict:
 
 
 def _sweep(args) -> int:
-    from .experiments.config import SweepConfig
-    from .experiments.presets import preset
+    from ..experiments.config import SweepConfig
+    from ..experiments.presets import preset
 
     if args.preset is not None:
         return run_parts(args, preset(args.preset, **_changes(args)))
@@ -71,7 +71,7 @@ def _sweep(args) -> int:
 
 def run_parts(args, parts: dict) -> int:
     """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed."""
-    from .experiments.sweep import sweep
+    from ..experiments.sweep import sweep
 
     done = {}
     for name, config in parts.items():
@@ -90,8 +90,8 @@ def run_parts(args, parts: dict) -> int:
 
 def _single(args, **changes) -> dict:
     """The config of ``leakage`` and ``ifeval``: the same matrix as a sweep's, from flags."""
-    from .experiments.config import SweepConfig
-    from .experiments.scenario import ANSWERED
+    from ..experiments.config import SweepConfig
+    from ..experiments.scenario import ANSWERED
 
     lists = ("defenses", "orders", "policies", "modes", "compression_ratios", "attacks")
     given = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
@@ -110,10 +110,10 @@ def _number(text: str) -> str | float:
 
 
 def _leakage(args) -> int:
-    from .experiments.corpus import load_corpus
-    from .experiments.records import read_records
-    from .experiments.summary import summarize
-    from .report import outcome_table
+    from ..display.tables import outcome_table
+    from ..experiments.corpus import load_corpus
+    from ..experiments.records import read_records
+    from ..experiments.summary import summarize
 
     corpus = load_corpus(args.dataset or "own", args.data)
     kinds = ["attack", "recall"]
@@ -126,9 +126,9 @@ def _leakage(args) -> int:
 
 
 def _ifeval(args) -> int:
-    from .experiments.records import read_records
-    from .experiments.summary import following
-    from .report import following_table
+    from ..display.tables import following_table
+    from ..experiments.records import read_records
+    from ..experiments.summary import following
 
     parts = _single(args, kinds=["follow"], defenses=["none"], modes=["biased"])
     return _run_and_show(args, parts, lambda: following_table(following(read_records(args.output))))
@@ -142,8 +142,8 @@ def _run_and_show(args, parts: dict, text) -> int:
 
 
 def _report(args) -> int:
-    from .page import write_report
-    from .report import outcome_table, probe_table
+    from ..display.page import write_report
+    from ..display.tables import outcome_table, probe_table
 
     found = write_report(args.folder)
     if args.json:

@@ -5,8 +5,8 @@ import torch
 from ..errors import UnsupportedModelError
 from .cache import KeptCache
 from .coverage import decoder_of
-from .intercept import AttentionCall, attach, detach
-from .kept_layer import KeptLayer
+from .layer import KeptLayer
+from .model import AttentionCall, attach, detach
 
 
 class Shuffle:

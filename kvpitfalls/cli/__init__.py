@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__, cli_experiments, cli_harness
+from .. import __version__
+from . import harnesses, sweeps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
     )
-    cli_experiments.add_commands(commands)
-    cli_harness.add_commands(commands)
+    sweeps.add_commands(commands)
+    harnesses.add_commands(commands)
     for command in (demo, audit):
         command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
     for command in (info, demo, audit):
@@ -75,9 +76,10 @@ def _info(args) -> int:
     import torch
     import transformers
 
-    from . import _core, ops
-    from .hf.load import describe
-    from .policies import policy_names
+    from .. import _core
+    from ..eviction import ops
+    from ..hf.load import describe
+    from ..policies import policy_names
 
     gpus = {f"{i} ({torch.cuda.get_device_name(i)})": ops.cuda_path(i)[1] for i in range(torch.cuda.device_count())}
     facts = {
@@ -112,16 +114,16 @@ def _or_reason(describe) -> str:
 
 
 def _load(name: str | None):
-    from .hf.load import describe, load
+    from ..hf.load import describe, load
 
     model, tokenizer = load(name)
     return model, tokenizer, describe(name)
 
 
 def _demo(args) -> int:
-    from .audits.retention import audit
-    from .experiments import demo
-    from .report import audit_table, leakage_table
+    from ..audits.retention import audit
+    from ..display.tables import audit_table, leakage_table
+    from ..experiments import demo
 
     start = time.perf_counter()
     model, tokenizer, source = _load(args.model)
@@ -169,9 +171,9 @@ def _text_of(file: str) -> str:
 
 
 def _audit(args) -> int:
-    from .audits.retention import audit
-    from .prompt import Prompt
-    from .report import audit_table
+    from ..audits.retention import audit
+    from ..display.tables import audit_table
+    from ..prompts.prompt import Prompt
 
     if args.min_kept is not None and not 0 < args.min_kept <= 1:
         raise ValueError(f"--min-kept is {args.min_kept}; expected a share in (0, 1]")

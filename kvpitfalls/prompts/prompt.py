@@ -6,8 +6,8 @@ from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
-from .chat import check_encodable, check_messages, encoded_chat, holder, may_hold_special, shared, short, template_ids
-from .markup import block, note, token_strip
+from ..display.markup import block, note, token_strip
+from .chats import check_encodable, check_messages, encoded_chat, holder, may_hold_special, shared, short, template_ids
 
 
 @dataclass(frozen=True)

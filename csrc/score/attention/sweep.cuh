@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the CUDA files of the attention scorer share. Two sweeps give the column sums of csrc/score/attention.c, both of this form: a tile of
+ * What the CUDA files of the attention scorer share. Two sweeps give the column sums of csrc/score/attention/attention.c, both of this form: a tile of
  * rows stays put, columns stream past, and each row reduces over the columns it takes.
  *
  *     LSE    rows are voters (queries), columns the keys each can see:  lse[q] = log sum exp s[q,k]
  *     SUM    rows are keys, columns the queries that vote on each:      sum[k] = sum exp(s[q,k] - lse[q])
  *
- * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (attention_any.cu), tensor cores
- * (attention_mma.cu), Hopper's tensor cores (attention_sm90.cu). Which one works on a batch row, and how its work is cut, depends on that row's
+ * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (any.cu), tensor cores
+ * (mma.cu), Hopper's tensor cores (sm90.cu). Which one works on a batch row, and how its work is cut, depends on that row's
  * own shape and votes: so its bits are the same wherever it stands.
  */
 #ifndef KVP_ATTENTION_CUH
 #define KVP_ATTENTION_CUH
 
-#include "../rows/tables.cuh"
+#include "../../gpu/tables.cuh"
 
 extern "C" {
-#include "score.h"
+#include "../score.h"
 }
 
 enum { KVPG_LSE, KVPG_SUM };
@@ -206,7 +206,7 @@ __device__ __forceinline__ float *kvpg_sums_of(const kvpg_attention &p, int b, i
     return p.sums + ((int64_t)b * p.n_head * p.group + query_head) * p.n_token;
 }
 
-/* attention_any.cu, attention_mma.cu, attention_sm90.cu: one sweep over the batch rows that are not, or are, KVPG_ON_SM90. Grids hold the
+/* any.cu, mma.cu, sm90.cu: one sweep over the batch rows that are not, or are, KVPG_ON_SM90. Grids hold the
  * most that any batch row needs. */
 kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);

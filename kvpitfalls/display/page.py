@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import plots
-from .experiments.records import META, RECORDS, read_meta, read_records
-from .experiments.summary import (
+from ..experiments.records import META, RECORDS, read_meta, read_records
+from ..experiments.summary import (
     METRICS,
     PROBES,
     SETTING,
@@ -24,6 +23,7 @@ from .experiments.summary import (
     rank_correlations,
     summarize,
 )
+from . import plots
 from .progress import progress
 
 _STYLE = """

@@ -5,7 +5,7 @@
  *     A[h,q,k] = exp(s[h,q,k] - lse[h,q]),  s = softcap(scaling * query[h,q].key[k]),  k in [valid begin, q]
  *     score[k] = mean over heads of pool( weight(k) * sum over voters q of A[h,q,k] )
  *
- * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (attention_strip.c). The mean over heads and the pooling
+ * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (strip.c). The mean over heads and the pooling
  * commute, so the heads of a group are summed first. Three steps for a few units at a time: pack their keys, add up their strips, and
  * finish: add the chunks' columns in double, weigh, pool, write.
  */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of attention.cuh for any element type, head dimension and strides, in float32 arithmetic. A block of 256 threads holds 64 rows
+ * The sweeps of sweep.cuh for any element type, head dimension and strides, in float32 arithmetic. A block of 256 threads holds 64 rows
  * and takes 64 columns at a time, 16 elements of both in shared memory; each thread has 4 by 4 products.
  */
-#include "attention.cuh"
+#include "sweep.cuh"
 
 enum { THREADS = 256, TILE = 64, DEPTH = 16, SIDE = 4, LANES = TILE / SIDE };
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..hf.cache import KeptCache
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
+from .cache import KeptCache
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}

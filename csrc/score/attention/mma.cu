@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of attention.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A block of four warps
+ * The sweeps of sweep.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A block of four warps
  * holds 128 rows (64 above 128 elements) as fragments in registers; tiles of 64 columns come through a ring in shared memory by asynchronous
  * copies. All query heads of a group stream past one tile of keys where there are blocks enough. Everything a thread needs of a column is in
  * its own registers, so sums need no atomics: four lanes share a row and join at the end.
  */
-#include "attention.cuh"
+#include "sweep.cuh"
 
 enum { THREADS = 128, COLUMNS = 64, ENOUGH_BLOCKS = 1024 };
 

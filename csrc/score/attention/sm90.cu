@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of attention.cuh on Hopper, for 128 elements of 16 bits and many voters. Of four warpgroups one produces: a thread has the copy
+ * The sweeps of sweep.cuh on Hopper, for 128 elements of 16 bits and many voters. Of four warpgroups one produces: a thread has the copy
  * engine bring the rows of a unit and a ring of tiles of 128 columns, a warp the exponents of the columns. Three consume: each keeps 64 rows
  * as fragments in registers (the A operand of wgmma) and multiplies each tile with them, while the others take powers. Blocks stay for the
  * whole sweep and take units in a fixed order; a unit's result does not depend on who works on it.
  */
-#include "attention.cuh"
+#include "sweep.cuh"
 
 #include <cuda.h>
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from .audits.retention import Audit
-from .experiments.demo import SECRETS, Cell
-from .experiments.summary import METRICS, PROBES, TOGETHER
-from .fairness import fairness_name
+from ..audits.retention import Audit
+from ..eviction.fairness import fairness_name
+from ..experiments.demo import SECRETS, Cell
+from ..experiments.summary import METRICS, PROBES, TOGETHER
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -22,11 +22,11 @@ import torch
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
 from .cache import KeptCache
-from .cache_file import fingerprint
 from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
 from .denominators import Denominators
-from .kept_layer import KeptLayer, Slots
+from .layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
+from .save import fingerprint
 
 _local = threading.local()
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
@@ -75,7 +75,7 @@ class AttentionCall:
 
     @property
     def logits(self) -> dict:
-        """How attention logits are made and whose they are, for :func:`kvpitfalls.selection.rank`."""
+        """How attention logits are made and whose they are, for :func:`kvpitfalls.eviction.selection.rank`."""
         return {
             "scaling": self.scaling,
             "softcap": self.softcap,

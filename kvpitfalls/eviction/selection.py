@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..policies import Inputs, Policy, get_policy
 from . import ops
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens
 from .fairness import Fair, Layout
-from .policies import Inputs, Policy, get_policy
 
 
 @dataclass(frozen=True)

@@ -56,20 +56,20 @@ def _settings(args) -> dict:
 
 
 def _lm_eval(args) -> int:
-    from .harness.lm_eval_command import run
+    from ..harness.lm_eval_command import run
 
     return run(_settings(args) | ({} if args.model is None else {"pretrained": args.model}), args.arguments)
 
 
 def _garak(args) -> int:
-    from .harness.garak_command import run
+    from ..harness.garak_command import run
 
     return run(_settings(args), args.arguments, args.model or "default")
 
 
 def _garak_report(args) -> int:
-    from .harness.garak_command import read_report
-    from .report import table
+    from ..display.tables import table
+    from ..harness.garak_command import read_report
 
     found = [row for path in args.files for row in read_report(path)]
     if args.json:

@@ -1,6 +1,6 @@
 """The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without a kernel.
 
-Same names and signatures as :mod:`kvpitfalls.ops`. Short on purpose: each verb is meant to be read.
+Same names and signatures as :mod:`kvpitfalls.eviction.ops`. Short on purpose: each verb is meant to be read.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ _SUM, _MEAN, _AGE = 0, 1, 2
 
 
 def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
-    """How much each cached token matters; the definition of :func:`kvpitfalls.ops.score`, which has the parameters.
+    """How much each cached token matters; the definition of :func:`kvpitfalls.eviction.ops.score`, which has the parameters.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def _overlaps(vote, begin, end):
 
 
 def select(scores, quotas, *, segments=None, protect=None, valid=None):
-    """The positions to keep; the definition of :func:`kvpitfalls.ops.select`, which has the parameters.
+    """The positions to keep; the definition of :func:`kvpitfalls.eviction.ops.select`, which has the parameters.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
 
 
 def gather(keys, values, positions):
-    """The kept rows of keys and values; the definition of :func:`kvpitfalls.ops.gather`, which has the parameters.
+    """The kept rows of keys and values; the definition of :func:`kvpitfalls.eviction.ops.gather`, which has the parameters.
 
     Examples
     --------

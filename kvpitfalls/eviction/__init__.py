@@ -1,0 +1,1 @@
+"""What is kept: scores, budgets, fair quotas, selection."""

@@ -1,0 +1,1 @@
+"""Prompts with named instructions, and the chats that they are made from."""
