@@ -170,10 +170,12 @@ build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
 	  -lm -lpthread -o $@
 
-# The CUDA kernels, which `make test` builds too where nvcc is: no register may have gone to memory, and no wgmma been put in line (C75xx).
+# The CUDA kernels, which `make test` builds too where nvcc is: no register may have gone to memory, no wgmma been put in line (C75xx), and the
+# code must have none of the faults of tests/kernel_code.py.
 cuda: $(VENV)/core
 	KVP_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	! grep -E '[1-9][0-9]* bytes spill|C75[0-9][0-9]|warning' build/temp*/cuda/*.log
+	$(BIN)/python tests/kernel_code.py
 	$(BIN)/python -c 'import kvpitfalls._cuda, kvpitfalls._core as core; assert core.supports("attention", "cuda", "bfloat16")'
 
 # Timings beside kvpress, which needs an older transformers and so an environment of its own.
