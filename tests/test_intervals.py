@@ -10,9 +10,10 @@ RUNS = 4000
 
 
 def drawn(share, n, per_prompt, alike, seed):
-    """RUNS experiments of n prompts, per_prompt answers each; ``alike``: the correlation of a prompt's answers (beta-binomial)."""
+    """RUNS experiments of n prompts, per_prompt answers each; ``alike``: how a prompt's answers correlate (beta-binomial)."""
     rng = np.random.default_rng(seed)
-    of_prompt = rng.beta(share * (1 / alike - 1), (1 - share) * (1 / alike - 1), (RUNS, n)) if alike else np.full((RUNS, n), share)
+    size = 1 / alike - 1 if alike else np.inf
+    of_prompt = rng.beta(share * size, (1 - share) * size, (RUNS, n)) if alike else np.full((RUNS, n), share)
     return np.stack([rng.binomial(per_prompt, of_prompt), np.full((RUNS, n), per_prompt)], -1).astype(float)
 
 
