@@ -105,6 +105,8 @@ enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2 };
  * over all H*G heads if share_heads is 1; the H rows are then equal). A key in [window_begin, window_end) scores 2 + (k - window_begin):
  * above any attention, newest first. Key ranges and windows must not overlap. A key under no vote scores 0, one outside the row's
  * valid range minus infinity.
+ * A query whose logits have no softmax (one is NaN or plus infinity, or all are minus infinity) makes the keys that it sees and votes on NaN,
+ * and only those. With a given lse each A stands alone, so that only a key whose own logit is NaN becomes NaN.
  * Source: arXiv 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv 2306.14048 are special cases.
  */
 enum kvp_vote_field {

@@ -170,6 +170,30 @@ def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype
 
 
 @on_every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("n_query", [1, 9, 60])
+def test_a_broken_key_means_the_same_everywhere(n_query, number, dtype, device, every_isa):
+    """A query without a softmax makes the keys that it sees and votes on NaN, and only those; with a given lse only the broken key."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 60, 16, generator=generator).to(device, dtype)
+    queries = torch.randn(1, 4, n_query, 16, generator=generator).to(device, dtype)
+    queries[..., 3] = 1
+    keys[0, 1, 55, 3] = number
+    packed = np.array([[[0, 30, min(58, 60 - n_query), 58, 0, 0, 0, 0, 0, 0], [30, 60, 59, 60, 0, 0, 0, 0, 0, 0]]])
+    for lse in (None, torch.zeros(1, 4, n_query, device=device)):
+        exact = reference.score("attention", keys, queries=queries, votes=packed, lse=lse)
+        for _ in every_isa(device):
+            scores = ops.score("attention", keys, queries=queries, votes=packed, lse=lse)
+            assert torch.equal(scores.isnan(), exact.isnan())
+        assert not exact[0, 0].isnan().any()
+        if lse is None:
+            assert exact[0, 1, 30:].isnan().all() and exact[0, 1, :30].isnan().all() == (n_query > 1)
+        else:
+            assert exact[0, 1].isnan().nonzero().flatten().tolist() == ([55] if number != number else [])
+
+
+@on_every_device
 def test_softmax_rows_sum_to_one(device):
     """Sums over all keys of the raw column sums count the queries: causality, groups and padding at once."""
     keys, queries = tensors((2, 2, 3, 50, 16), torch.float32, device=device)

@@ -58,7 +58,8 @@ def _attention_row(b, keys, queries, votes, valid, lse, scaling=1.0, softcap=0.0
         visible = (position <= q[:, None]) & inside
         logits = logits.masked_fill(~visible, -torch.inf)
         norm = logits.logsumexp(-1, keepdim=True) if lse is None else _tensor(lse)[b, :, rows, None].double()
-        attention = (logits - norm).exp().masked_fill(~(visible & norm.isfinite()), 0.0)
+        no_softmax = torch.nan if lse is None else 0.0  # a given norm that is not finite casts no vote
+        attention = (logits - norm).exp().masked_fill(~norm.isfinite(), no_softmax).masked_fill(~visible, 0.0)
         for v, vote in enumerate(votes):
             voter = inside[q] & (_within(q, vote, "queries") | _within(q, vote, "more_queries"))
             column[v] += attention[:, voter].sum(1)

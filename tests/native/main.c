@@ -37,6 +37,7 @@ static void run_on_rows(void) {
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("attention shifts", test_shifts);
+    run("broken keys", test_broken_keys);
     run("same bits", test_same_bits);
     run("select", test_select);
     run("gather, large", test_gather_large);

@@ -61,6 +61,54 @@ static void score_shifted(const attention_shape *shape) {
     free_attention_case(&c);
 }
 
+/* One key that is no number: a key is NaN just if a query that votes on it sees the broken one. */
+static void score_broken(const attention_shape *shape, double number, bool with_lse) {
+    attention_case c = new_attention_case(shape);
+    const int64_t n_token = shape->n_token, broken = random_below(n_token), begin = random_below(n_token);
+    const int64_t end = begin + 1 + random_below(n_token - begin);
+    int64_t n_bad = 0, n_nan = 0;
+    array queries = new_array(shape->dtype, CONTIGUOUS, 4, (int64_t[4]){1, shape->group, n_token, shape->n_dim});
+    array lse = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, shape->group, n_token});
+    name_case("key %lld of %lld is %g, queries %lld to %lld vote%s", (long long)broken, (long long)n_token, number, (long long)begin,
+              (long long)end, with_lse ? ", lse given" : "");
+    fill_normal(&queries.view);
+    fill_normal(&c.keys.view); /* its padding held NaN */
+    fill_normal(&lse.view);
+    for (int64_t h = 0; h < shape->group; h++)
+        for (int64_t t = 0; t < n_token; t++) set(&queries.view, 0, h, t, 0, 1);
+    set(&c.keys.view, 0, 0, broken, 0, number);
+    const int32_t n = (int32_t)n_token, half = n / 2; /* the last query sees all, and votes on the second half only */
+    const int32_t votes[2][KVP_VOTE_FIELDS] = {{0, half, (int32_t)begin, (int32_t)end, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0},
+                                               {half, n, n - 1, n, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0}};
+    for (int v = 0; v < 2; v++)
+        for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&c.votes.view, 0, v, f, 0, votes[v][f]);
+    kvp_score_args args = c.args;
+    args.queries = queries.view;
+    args.valid = (kvp_tensor){0};
+    args.lse = with_lse ? lse.view : (kvp_tensor){0};
+    args.param[0] = args.param[2] = 1;
+    args.param[1] = args.param[3] = 0;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    for (int64_t k = 0; k < n_token; k++) {
+        const bool voted_on = k >= half || k < end, seen = k >= half || broken < end, alone = with_lse ? k == broken : seen;
+        n_bad += isnan(get(&args.scores, 0, 0, k, 0)) != (voted_on && seen && alone);
+        n_nan += isnan(get(&args.scores, 0, 0, k, 0));
+    }
+    CHECK(n_bad == 0, "%lld keys are NaN that should not be, or are not; %lld are", (long long)n_bad, (long long)n_nan);
+    free_array(&queries);
+    free_array(&lse);
+    free_attention_case(&c);
+}
+
+void test_broken_keys(void) {
+    for (int i = 0; i < 60; i++) {
+        const attention_shape shape = {.n_batch = 1, .n_head = 1, .group = 1 + i % 3, .n_token = i % 5 ? 40 : 300, .n_dim = 8,
+                                       .dtype = (kvp_dtype)(i % 3), .kind = VOTING_SPANS};
+        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, false);
+        score_broken(&shape, (double)NAN, true);
+    }
+}
+
 void test_shifts(void) {
     for (size_t t = 0; t < COUNT(SHIFT_LENGTHS); t++)
         for (int kind = 0; kind < VOTING_COUNT; kind++)

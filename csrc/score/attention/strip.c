@@ -26,7 +26,8 @@ typedef struct strip {
     int64_t n_row, n_key;         /* n_key: up to the last row's own position */
     int64_t query[KVPI_STRIP];    /* positions */
     float lse[KVPI_STRIP];        /* given, to base 2, or NaN */
-    bool is_broken[KVPI_STRIP];   /* logits that are no numbers */
+    bool is_broken[KVPI_STRIP];   /* its logits have no softmax */
+    bool is_odd[KVPI_STRIP];      /* lse is given, and not all powers are numbers */
 } strip;
 
 static int64_t block_count(int64_t n_key) { return (n_key + KVPI_BLOCK - 1) / KVPI_BLOCK; }
@@ -68,7 +69,7 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
         const int64_t i = q - (j->n_token - j->n_query);
         s->query[r] = q - valid[0];
         s->lse[r] = lse->data ? *(const float *)(const void *)kvpi_at(lse, b, n, i) * LOG2_E : NAN;
-        s->is_broken[r] = false;
+        s->is_broken[r] = s->is_odd[r] = false;
         rows[r] = kvpi_at(queries, b, n, i);
     }
     s->n_key = s->query[s->n_row - 1] + 1;
@@ -146,7 +147,10 @@ static void weigh_row(const kvpi_attention *j, strip *s, int64_t r) {
     const float *sum = s->sum + r * s->n_block_max;
     const int64_t n_block = block_count(s->n_key);
     if (j->args->lse.data) { /* the exponents were lowered by the lse itself; one that is not finite casts no vote */
-        for (int64_t block = 0; block < n_block; block++) shift[block] = isfinite(s->lse[r]) ? 1.0f : 0.0f;
+        for (int64_t block = 0; block < n_block; block++) {
+            s->is_odd[r] = s->is_odd[r] || !isfinite(sum[block]);
+            shift[block] = isfinite(s->lse[r]) ? 1.0f : 0.0f;
+        }
         return;
     }
     /* Only blocks that the row sees: those behind, which other rows of the strip see, have nothing to be lowered by. */
@@ -168,6 +172,22 @@ static void clear_row(const kvpi_attention *j, strip *s, int64_t r) {
     for (int64_t block = 0; block < block_count(s->n_key); block++) s->shift[r * s->n_block_max + block] = 0;
 }
 
+/* column += weight * row for the voters among the strip's rows. Others weigh 0, and stay out where 0 times what they hold is no number. */
+static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_voter, int64_t first, int64_t n, float *column) {
+    float weight[KVPI_STRIP];
+    bool is_odd = false;
+    for (int64_t r = 0; r < s->n_row; r++) {
+        weight[r] = is_voter[r] ? s->shift[r * s->n_block_max + first / KVPI_BLOCK] : 0;
+        is_odd = is_odd || s->is_odd[r];
+    }
+    if (!is_odd) {
+        j->rows->add_columns(column + first, n, s->logits + first, j->stride, weight, s->n_row);
+        return;
+    }
+    for (int64_t r = 0; r < s->n_row; r++)
+        if (is_voter[r]) j->rows->add_columns(column + first, n, s->logits + r * j->stride + first, j->stride, weight + r, 1);
+}
+
 static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *vote, int64_t begin, float *column) {
     bool is_voter[KVPI_STRIP], any = false;
     for (int64_t r = 0; r < s->n_row; r++) any |= is_voter[r] = kvpi_votes_here(vote, s->query[r] + begin);
@@ -175,9 +195,7 @@ static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *v
     const int64_t low = vote->key[0] - begin, high = vote->key[1] - begin < s->n_key ? vote->key[1] - begin : s->n_key;
     for (int64_t first = low; first < high;) {
         const int64_t block = first / KVPI_BLOCK, end = (block + 1) * KVPI_BLOCK < high ? (block + 1) * KVPI_BLOCK : high;
-        float weight[KVPI_STRIP];
-        for (int64_t r = 0; r < s->n_row; r++) weight[r] = is_voter[r] ? s->shift[r * s->n_block_max + block] : 0;
-        j->rows->add_columns(column + first, end - first, s->logits + first, j->stride, weight, s->n_row);
+        add_rows(j, s, is_voter, first, end - first, column);
         first = end;
     }
     for (int64_t r = 0; r < s->n_row; r++)

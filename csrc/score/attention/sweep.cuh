@@ -47,7 +47,7 @@ enum {
 
 typedef struct kvpg_attention {
     kvpg_rows keys, queries, scores;
-    float *exponents;                     /* (B,Hq,Q): minus the log2 of each query row's denominator; minus infinity = no vote */
+    float *exponents;                     /* (B,Hq,Q): minus the log2 of each query row's denominator; -infinity = no vote, NaN = it has none */
     float2 *splits;                       /* (B,Hq,split_room): of a voter, the tally of each split */
     float *sums;                          /* (B,Hq,T) */
     int64_t split_room;
@@ -162,10 +162,10 @@ template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
     return x;
 }
 
-/* Without a column, or where a logit was not finite, a row casts no vote. */
+/* A row whose logits have no softmax makes the keys that it votes on NaN. (Minus infinity would be: casts no vote.) */
 __device__ __forceinline__ float kvpg_exponent(kvpg_tally t) {
     const float exponent = -(t.top + log2f(t.sum));
-    return fabsf(exponent) < INFINITY ? exponent : -INFINITY;
+    return fabsf(exponent) < INFINITY ? exponent : NAN;
 }
 
 __device__ __forceinline__ float *kvpg_exponent_at(const kvpg_attention &p, int b, int query_head, int position) {
