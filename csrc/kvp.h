@@ -103,7 +103,7 @@ enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2 };
  * 1 / (queries in both ranges); KVP_WEIGHT_AGE is 1 / max(1, age_end - k); KVP_WEIGHT_SUM is 1. Then a mean over kernel_size neighbours
  * inside the key range (missing neighbours count as zero, the divisor stays kernel_size), and a mean over the G heads of the group (or
  * over all H*G heads if share_heads is 1; the H rows are then equal). A key in [window_begin, window_end) scores 2 + (k - window_begin):
- * above any attention, newest first. Key ranges and windows must not overlap. A key under no vote scores 0, one outside the row's
+ * above any attention, newest first. No key may be in two key ranges or windows. A key under no vote scores 0, one outside the row's
  * valid range minus infinity.
  * A query whose logits have no softmax (one is NaN or plus infinity, or all are minus infinity) makes the keys that it sees and votes on NaN,
  * and only those. With a given lse each A stands alone, so that only a key whose own logit is NaN becomes NaN.

@@ -5,6 +5,7 @@
  */
 #include "internal.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -164,8 +165,14 @@ static kvp_status check_whole(double value, const char *name, double low, double
 }
 
 static kvp_status check_attention_params(const double *param, kvp_context *ctx) {
-    if (!isfinite(param[0])) return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a finite number", param[0]);
-    if (!isfinite(param[1]) || param[1] < 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none) or more", param[1]);
+    const double log2e = 1.4426950408889634; /* powers are of 2 */
+    if (!isfinite((float)(param[0] * log2e)))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most", param[0],
+                         FLT_MAX / log2e);
+    if (param[1] != 0 && (!(param[1] >= (double)FLT_MIN) || !isfinite((float)(param[1] * log2e))))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", param[1], (double)FLT_MIN, FLT_MAX / log2e);
+    if (param[1] != 0 && !isfinite((float)(param[0] / param[1])))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g and softcap %g; expected their quotient to be finite in float32", param[0], param[1]);
     KVPI_TRY(check_whole(param[2], "kernel_size", 1, 1 << 20, ctx));
     if ((int64_t)param[2] % 2 == 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", param[2]);
     return check_whole(param[3], "share_heads", 0, 1, ctx);

@@ -35,6 +35,47 @@ static kvp_status check_voters(const kvp_score_args *args, int64_t b, int64_t v,
                      (long long)b, (long long)v, (long long)begin, (long long)args->queries.shape[2], (long long)n_token);
 }
 
+/* Range i of a batch row's votes, cut by the valid range: key ranges and windows by turns. */
+static void read_owned(const kvp_score_args *args, int64_t b, int64_t i, int64_t *range) {
+    const int field = i % 2 ? KVP_VOTE_WINDOW_BEGIN : KVP_VOTE_KEY_BEGIN;
+    int64_t low, high;
+    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &low, &high);
+    range[0] = kvpi_i32(&args->votes, b, i / 2, field);
+    range[1] = kvpi_i32(&args->votes, b, i / 2, field + 1);
+    range[0] = range[0] > low ? range[0] : low;
+    range[1] = range[1] < high ? range[1] : high;
+}
+
+/* Range i of batch row b may share no key with those before it. */
+static kvp_status compare_with_earlier(const kvp_score_args *args, int64_t b, int64_t i, const int64_t *range, kvp_context *ctx) {
+    static const char *const what[] = {"key range", "window"};
+    for (int64_t e = 0; e < i; e++) {
+        int64_t earlier[2];
+        read_owned(args, b, e, earlier);
+        if (earlier[0] >= earlier[1] || range[0] >= earlier[1] || earlier[0] >= range[1]) continue;
+        return kvpi_fail(ctx, KVP_ERR_VALUE,
+                         "votes[%lld,%lld] has the %s [%lld, %lld), which overlaps the %s [%lld, %lld) of votes[%lld,%lld]; expected each key in "
+                         "one key range or window at most",
+                         (long long)b, (long long)i / 2, what[i % 2], (long long)range[0], (long long)range[1], what[e % 2],
+                         (long long)earlier[0], (long long)earlier[1], (long long)b, (long long)e / 2);
+    }
+    return KVP_OK;
+}
+
+/* Votes mostly come in order: then each range lies outside of all before it, and that is one comparison. */
+static kvp_status check_disjoint(const kvp_score_args *args, int64_t b, kvp_context *ctx) {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (int64_t i = 0; i < 2 * args->votes.shape[1]; i++) {
+        int64_t range[2];
+        read_owned(args, b, i, range);
+        if (range[0] >= range[1]) continue;
+        if (range[0] < high && range[1] > low) KVPI_TRY(compare_with_earlier(args, b, i, range, ctx));
+        low = range[0] < low ? range[0] : low;
+        high = range[1] > high ? range[1] : high;
+    }
+    return KVP_OK;
+}
+
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) {
     const kvp_tensor *votes = &args->votes;
     const int64_t n_token = args->keys.shape[2];
@@ -51,6 +92,7 @@ kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) 
                 return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)", (long long)b,
                                  (long long)v, (int)weight);
         }
+        KVPI_TRY(check_disjoint(args, b, ctx));
     }
     return KVP_OK;
 }

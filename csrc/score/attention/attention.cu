@@ -96,7 +96,8 @@ static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int6
     for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].begin : 0);
     for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].end : 0);
     kvpg_put(w, kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT));
-    kvpg_put(w, kvpi_i32(votes, b, v, KVP_VOTE_AGE_END));
+    const int32_t age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END);
+    kvpg_put(w, age_end > 0 ? age_end : 0); /* below any key all are alike, and the difference to one fits */
     kvpg_put(w, count(own, n));
     kvpg_put(w, window.begin);
     kvpg_put(w, window.end);
