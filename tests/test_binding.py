@@ -456,3 +456,50 @@ def test_the_stub_names_every_function_with_its_arguments():
 def test_only_the_entry_point_is_exported():
     listing = subprocess.run(["nm", "-D", "--defined-only", _core.__file__], capture_output=True, text=True, check=True).stdout
     assert [line.split()[-1] for line in listing.splitlines()] == ["PyInit__core"]
+
+
+REWRITES = """
+import sys, threading, time
+
+sys.setswitchinterval(1e-5)
+import numpy as np
+from kvpitfalls import _core
+
+H, T, D, K = 64, 4096, 16, 2048
+keys, queries = np.zeros((1, H, T, D), np.float32), np.zeros((1, H, 64, D), np.float32)
+votes = np.array([[[0, T - 64, T - 64, T, 0, 0, 1, 0, 0, 0]]], np.int32)
+positions = np.broadcast_to(np.arange(0, T, 2, dtype=np.int32), (1, H, K)).copy()
+valid, segments, quotas = np.array([[0, T]], np.int32), np.array([[0, T]], np.int32), np.full((1, H, 1), K, np.int32)
+out, scores = [np.empty((1, H, K, D), np.float32) for _ in range(2)], np.zeros((1, H, T), np.float32)
+kept, counts = np.empty((1, H, K), np.int32), np.empty((1, H), np.int32)
+table, call = {
+    "positions": (positions, lambda: _core.gather(keys, keys, positions, *out, 1)),
+    "valid": (valid, lambda: _core.score("attention", keys, queries, votes, valid, None, scores, None, None, 1)),
+    "segments": (segments, lambda: _core.select(scores, segments, quotas, None, None, kept, counts, None, 1)),
+}[sys.argv[1]]
+flat, good, stop = table.reshape(-1), int(table.reshape(-1)[-1]), time.monotonic() + 3
+
+def rewrite():
+    while time.monotonic() < stop:
+        flat[-1] = 1 << 30
+        flat[-1] = good
+
+threading.Thread(target=rewrite, daemon=True).start()
+n = {True: 0, False: 0}
+while time.monotonic() < stop:
+    try:
+        call()
+        n[True] += 1
+    except ValueError:
+        n[False] += 1
+print(n[True], n[False])
+"""
+
+
+@pytest.mark.parametrize("name", ["positions", "valid", "segments"])
+def test_a_thread_that_rewrites_a_table_cannot_crash_the_process(name):
+    """What is checked is what is used: such calls are refused or give some numbers, and the process lives."""
+    run = subprocess.run([sys.executable, "-c", REWRITES, name], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-500:]
+    done, refused = map(int, run.stdout.split())
+    assert done > 3 and done + refused > 10

@@ -19,7 +19,7 @@ static kvp_status check_worker_count(int32_t n_worker, kvp_context *ctx) {
 
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
-    const size_t need = backend->workspace(verb, args, kvpi_worker_count(ctx));
+    const size_t need = kvpi_table_bytes(verb, args) + backend->workspace(verb, args, kvpi_worker_count(ctx));
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -31,6 +31,26 @@ static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, con
     return KVP_OK;
 }
 
+/* The workspace without the tables at its front, for as long as the backend is at work. */
+typedef struct kept_workspace {
+    void *data;
+    size_t bytes;
+} kept_workspace;
+
+static kept_workspace pass_tables(kvp_context *ctx, size_t bytes) {
+    const kept_workspace kept = {ctx->workspace, ctx->workspace_bytes};
+    if (bytes == 0) return kept;
+    ctx->workspace = (char *)ctx->workspace + bytes;
+    ctx->workspace_bytes -= bytes;
+    return kept;
+}
+
+static kvp_status give_back(kvp_context *ctx, kept_workspace kept, kvp_status status) {
+    ctx->workspace = kept.data;
+    ctx->workspace_bytes = kept.bytes;
+    return status;
+}
+
 kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_score(args, ctx));
@@ -38,9 +58,12 @@ kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
     if (!backend->score[args->scorer])
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no scorer \"%s\"", kvp_scorer_name(args->scorer));
     KVPI_TRY(check_workspace(backend, KVP_SCORE, args, ctx));
-    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
-    if (kvp_scorer_needs(args->scorer) & KVP_NEEDS_VOTES) KVPI_TRY(kvpi_check_vote_values(args, ctx));
-    return backend->score[args->scorer](args, ctx);
+    kvp_score_args own = *args;
+    kvpi_copy_score_tables(&own, ctx->workspace);
+    KVPI_TRY(kvpi_check_valid_values(&own.valid, own.keys.shape[2], ctx));
+    if (kvp_scorer_needs(own.scorer) & KVP_NEEDS_VOTES) KVPI_TRY(kvpi_check_vote_values(&own, ctx));
+    const kept_workspace kept = pass_tables(ctx, kvpi_table_bytes(KVP_SCORE, args));
+    return give_back(ctx, kept, backend->score[own.scorer](&own, ctx));
 }
 
 kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
@@ -48,8 +71,11 @@ kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_select(args, ctx));
     KVPI_TRY(find_backend(&args->scores, &backend, ctx));
     KVPI_TRY(check_workspace(backend, KVP_SELECT, args, ctx));
-    KVPI_TRY(kvpi_check_select_values(args, ctx));
-    return backend->select(args, ctx);
+    kvp_select_args own = *args;
+    kvpi_copy_select_tables(&own, ctx->workspace);
+    KVPI_TRY(kvpi_check_select_values(&own, ctx));
+    const kept_workspace kept = pass_tables(ctx, kvpi_table_bytes(KVP_SELECT, args));
+    return give_back(ctx, kept, backend->select(&own, ctx));
 }
 
 kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
@@ -81,6 +107,6 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
     KVPI_TRY(check_worker_count(n_worker, &scratch));
-    *bytes = backend->workspace(verb, args, n_worker > 1 ? n_worker : 1);
+    *bytes = kvpi_table_bytes(verb, args) + backend->workspace(verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;
 }

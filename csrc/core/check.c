@@ -144,7 +144,7 @@ static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
     return out->data == in->data && memcmp(out->stride, in->stride, sizeof out->stride) == 0 && out->device == KVP_CPU && is_spread_out(in);
 }
 
-/* An output shares memory with nothing else: values are checked before they are used, and must not change in between. The output
+/* An output shares memory with nothing else. The output
  * of rule o may be the start of the input in_place_of[o], where one is named. */
 static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
     for (size_t o = 0; o < n_rule; o++) {

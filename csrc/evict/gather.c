@@ -39,7 +39,13 @@ typedef struct copy_job {
 } copy_job;
 
 static inline int32_t read_position(const copy_job *c, int64_t i) {
-    return *(const int32_t *)(const void *)(c->positions + i * c->position_step);
+    return __atomic_load_n((const int32_t *)(const void *)(c->positions + i * c->position_step), __ATOMIC_RELAXED);
+}
+
+/* The source row of output row i, which is not padding. */
+static inline const char *find_row(const copy_job *c, int64_t i) {
+    const int32_t *position = (const int32_t *)(const void *)(c->positions + i * c->position_step);
+    return c->source + kvpi_position(position, c->in->shape[2]) * c->source_step;
 }
 
 /* How many rows are kept; behind them stands -1, and the outputs are padding. */
@@ -52,11 +58,11 @@ static int64_t count_kept(const copy_job *c) {
 /* Rows without gaps between their elements, past the caches. */
 static void stream_rows(const copy_job *c, int64_t n_kept, size_t n) {
     const kvpi_rows *rows = kvpi_rows_now();
-    const char *asked = c->source, *end = c->source + (read_position(c, n_kept - 1) + 1) * c->source_step;
+    const char *asked = c->source, *end = find_row(c, n_kept - 1) + c->source_step;
     const bool asks = end - c->source <= (MAX_GAP + 1) * n_kept * (int64_t)n;
     char *target = c->target;
     for (int64_t i = 0; i < n_kept; i++, target += c->target_step) {
-        const char *source = c->source + read_position(c, i) * c->source_step, *until = end - source < AHEAD ? end : source + AHEAD;
+        const char *source = find_row(c, i), *until = end - source < AHEAD ? end : source + AHEAD;
         for (; asks && asked < until; asked += LINE) __builtin_prefetch(asked, 0, 3);
         rows->stream(target, source, n);
     }
@@ -69,18 +75,18 @@ static void gather_whole_rows(const copy_job *c) {
     if (c->streams && n_kept > 0)
         stream_rows(c, n_kept, n);
     else
-        kvpi_rows_now()->copy_rows(c->target, c->target_step, c->source, c->source_step, (const int32_t *)(const void *)c->positions, n_kept, n);
+        kvpi_rows_now()->copy_rows(c->target, c->target_step, c->source, c->source_step, (const int32_t *)(const void *)c->positions,
+                                   c->in->shape[2], n_kept, n);
     for (int64_t i = n_kept; i < c->n_row; i++) memset(c->target + i * c->target_step, 0, n);
 }
 
 static void gather_rows(const copy_job *c) {
     char *target = c->target;
     for (int64_t i = 0; i < c->n_row; i++, target += c->target_step) {
-        const int32_t position = read_position(c, i);
-        if (position < 0)
+        if (read_position(c, i) < 0)
             zero_row(c->out, target);
         else
-            copy_row(c->in, c->source + position * c->source_step, c->out, target);
+            copy_row(c->in, find_row(c, i), c->out, target);
     }
 }
 

@@ -59,8 +59,10 @@ typedef struct kvpi_rows {
     int64_t (*list)(const uint32_t *ranks, int64_t n, uint32_t lowest, int32_t first, int32_t *out, int64_t n_out);
     int64_t (*filter)(const uint32_t *ranks, int64_t n, uint32_t mask, uint32_t prefix, uint32_t *out);
 
-    /* Row i of n bytes at target + i * target_step = row positions[i] at source; in place where the target is the start of the source. */
-    void (*copy_rows)(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions, int64_t n_row, size_t n);
+    /* Row i of n bytes at target + i * target_step = row positions[i] at source, or row 0 if positions[i] is not below n_token by now; in place
+     * where the target is the start of the source. */
+    void (*copy_rows)(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions, int64_t n_token,
+                      int64_t n_row, size_t n);
     /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one: end_stream. */
     void (*stream)(void *target, const void *source, size_t n);
     void (*end_stream)(void);
@@ -75,6 +77,12 @@ extern const kvpi_rows kvpi_rows_neon;
 #endif
 
 const kvpi_rows *kvpi_rows_now(void); /* the table in use */
+
+/* A position for use. It was checked, but another thread may have written to it since: so it is read once, and compared again. */
+static inline int64_t kvpi_position(const int32_t *position, int64_t n_token) {
+    const uint32_t now = (uint32_t)__atomic_load_n(position, __ATOMIC_RELAXED);
+    return now < (uint64_t)n_token ? now : 0;
+}
 
 /* Bytes that packed rows take at most, whatever the table. */
 static inline size_t kvpi_packed_bytes(int64_t n_row, int64_t n_dim) { return (size_t)n_row * (size_t)(n_dim + n_dim % 2) * sizeof(float); }

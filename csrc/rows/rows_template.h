@@ -72,10 +72,11 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
 }
 
 /* Bytes move as floats, which keep their bits in a register. In place a row may be its own source, and is copied onto itself. */
-TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions, int64_t n_row, size_t n) {
+TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions,
+                             int64_t n_token, int64_t n_row, size_t n) {
     const size_t whole = n - n % (LANES * sizeof(float));
     for (int64_t i = 0; i < n_row; i++, target += target_step) {
-        const char *row = source + positions[i] * source_step;
+        const char *row = source + kvpi_position(positions + i, n_token) * source_step;
         for (size_t at = 0; at < whole; at += LANES * sizeof(float)) v_store((float *)(void *)(target + at), v_load((const float *)(const void *)(row + at)));
         if (whole < n) memmove(target + whole, row + whole, n - whole);
     }

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The small tables of a call on the CPU (votes, valid, segments, quotas) are copied to the front of the workspace before they are checked, and
+ * only the copies are used: another thread may write to what was given as it likes. (A CUDA call reads its tables on the host, once, into
+ * what travels with the launch; its workspace is on the device.)
+ */
+#include "internal.h"
+
+static size_t bytes_of(const kvp_tensor *t) {
+    size_t count = t->data ? 1 : 0;
+    for (int d = 0; d < t->ndim; d++) count *= (size_t)t->shape[d];
+    return kvpi_round_up_64(count * sizeof(int32_t));
+}
+
+/* The same tensor, at `to`; returns what is behind it. */
+static char *copy_table(kvp_tensor *t, char *to) {
+    kvp_tensor copy = *t;
+    int64_t step = 1;
+    if (!t->data) return to;
+    copy.data = to;
+    for (int d = t->ndim - 1; d >= 0; step *= t->shape[d--]) copy.stride[d] = step;
+    const int64_t rows = t->ndim > 2 ? t->shape[1] : 1, n = t->shape[t->ndim - 1];
+    for (int64_t b = 0; b < t->shape[0]; b++)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t k = 0; k < n; k++) {
+                const char *from = t->ndim > 2 ? kvpi_at(t, b, i, k) : kvpi_at(t, b, k, 0);
+                ((int32_t *)(void *)to)[(b * rows + i) * n + k] = __atomic_load_n((const int32_t *)(const void *)from, __ATOMIC_RELAXED);
+            }
+    to += bytes_of(t);
+    *t = copy;
+    return to;
+}
+
+static bool reads_votes(const kvp_score_args *args) { return kvp_scorer_needs(args->scorer) & KVP_NEEDS_VOTES; }
+
+size_t kvpi_table_bytes(kvp_verb verb, const void *args) {
+    if (verb == KVP_SCORE) {
+        const kvp_score_args *score = args;
+        if (score->keys.device != KVP_CPU) return 0;
+        return (reads_votes(score) ? bytes_of(&score->votes) : 0) + bytes_of(&score->valid);
+    }
+    if (verb == KVP_SELECT) {
+        const kvp_select_args *select = args;
+        if (select->scores.device != KVP_CPU) return 0;
+        return bytes_of(&select->segments) + bytes_of(&select->quotas) + bytes_of(&select->valid);
+    }
+    return 0;
+}
+
+void kvpi_copy_score_tables(kvp_score_args *args, char *to) {
+    if (args->keys.device != KVP_CPU) return;
+    if (reads_votes(args)) to = copy_table(&args->votes, to);
+    copy_table(&args->valid, to);
+}
+
+void kvpi_copy_select_tables(kvp_select_args *args, char *to) {
+    if (args->scores.device != KVP_CPU) return;
+    to = copy_table(&args->segments, to);
+    to = copy_table(&args->quotas, to);
+    copy_table(&args->valid, to);
+}
