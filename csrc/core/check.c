@@ -129,7 +129,7 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
     return KVP_OK;
 }
 
-static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
+static bool boxes_meet(const kvp_tensor *x, const kvp_tensor *y) {
     const char *x_high = x->data, *y_high = y->data;
     for (int d = 0; d < x->ndim; d++) x_high += (x->shape[d] - 1) * x->stride[d] * (int64_t)kvpi_dtype_size(x->dtype);
     for (int d = 0; d < y->ndim; d++) y_high += (y->shape[d] - 1) * y->stride[d] * (int64_t)kvpi_dtype_size(y->dtype);
@@ -138,10 +138,57 @@ static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
     return (const char *)x->data <= y_high && (const char *)y->data <= x_high;
 }
 
+/* Whether "delta", in elements, is a sum of stride[d] * m over the dimensions [d, n), with each m in [-below[d], above[d]]. Strides descend, and
+ * of a spread-out tensor each is longer than all behind it reach, so there are two m at most that can do. */
+static bool is_difference(const int64_t *stride, const int64_t *below, const int64_t *above, int d, int n, int64_t delta) {
+    if (d == n) return delta == 0;
+    int64_t low = 0, high = 0; /* what the dimensions behind d can add */
+    for (int i = d + 1; i < n; i++) {
+        low -= stride[i] * below[i];
+        high += stride[i] * above[i];
+    }
+    const int64_t middle = delta / stride[d], reach = (high > -low ? high : -low) / stride[d] + 1;
+    if (reach > 2) return true; /* not spread out: no search */
+    for (int64_t m = middle - reach; m <= middle + reach; m++)
+        if (m >= -below[d] && m <= above[d] && is_difference(stride, below, above, d + 1, n, delta - m * stride[d])) return true;
+    return false;
+}
+
+/* Two views of one block of memory, say of the keys and the values of a fused cache, may lie between each other's rows without sharing any
+ * element. That is seen where both have the same strides. (Dimensions of one element have none that counts.) */
+static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
+    const int64_t size = (int64_t)kvpi_dtype_size(x->dtype), delta = (const char *)y->data - (const char *)x->data;
+    int64_t stride[4], below[4], above[4];
+    int n = 0;
+    if (!boxes_meet(x, y)) return false;
+    if (x->ndim != y->ndim || size != (int64_t)kvpi_dtype_size(y->dtype) || delta % size) return true;
+    for (int d = 0; d < x->ndim; d++) {
+        if (x->shape[d] == 1 && y->shape[d] == 1) continue;
+        if (x->shape[d] > 1 && y->shape[d] > 1 && x->stride[d] != y->stride[d]) return true;
+        const int64_t own = x->shape[d] > 1 ? x->stride[d] : y->stride[d];
+        int at = n++;
+        for (; at > 0 && stride[at - 1] < own; at--) {
+            stride[at] = stride[at - 1];
+            below[at] = below[at - 1];
+            above[at] = above[at - 1];
+        }
+        stride[at] = own;
+        below[at] = y->shape[d] - 1; /* m: the index in x minus that in y */
+        above[at] = x->shape[d] - 1;
+    }
+    return (n > 0 && stride[n - 1] == 0) || is_difference(stride, below, above, 0, n, delta / size);
+}
+
+static bool has_strides_of(const kvp_tensor *out, const kvp_tensor *in) {
+    for (int d = 0; d < out->ndim; d++)
+        if (out->shape[d] > 1 && out->stride[d] != in->stride[d]) return false;
+    return true;
+}
+
 /* Being the start of its own input is the one overlap that copying upwards survives, unless a row of the input is also one of another head,
  * which would be read before or after it is written, as the threads come. */
 static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
-    return out->data == in->data && memcmp(out->stride, in->stride, sizeof out->stride) == 0 && out->device == KVP_CPU && is_spread_out(in);
+    return out->data == in->data && has_strides_of(out, in) && out->device == KVP_CPU && is_spread_out(in);
 }
 
 /* An output shares memory with nothing else. The output

@@ -86,7 +86,8 @@ static const char *find_shared_memory(const call *c, const argument *out) {
         const int64_t n_other = list_addresses(t, others);
         qsort(others, (size_t)n_other, sizeof others[0], compare_addresses);
         if (!lists_meet(own, n, dtype_size(out->tensor->dtype), others, n_other, dtype_size(t->dtype))) continue;
-        const bool is_start = t->data == out->tensor->data && memcmp(t->stride, out->tensor->stride, sizeof t->stride) == 0;
+        bool is_start = t->data == out->tensor->data;
+        for (int d = 0; d < out->tensor->ndim; d++) is_start = is_start && (out->tensor->shape[d] == 1 || t->stride[d] == out->tensor->stride[d]);
         if (i != out->in_place_of || !is_start) return "an output shares memory";
         for (int64_t k = 1; k < n_other; k++)
             if (others[k] == others[k - 1]) return "an output is its input, which holds an address twice";

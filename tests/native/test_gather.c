@@ -104,7 +104,38 @@ static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
+/* Keys and values are halves of one cache (B,2,H,T,D) or (B,H,T,2,D): their elements lie between each other's, and none is shared. */
+static void gather_fused(bool heads_apart, bool in_place) {
+    enum { B = 3, H = 2, T = 20, K = 9, D = 8 };
+    const int64_t shape[4] = {B, 2 * H, T, D}, kept[3] = {B, H, K};
+    array cache = new_array(KVP_F16, CONTIGUOUS, 4, shape), old = new_array(KVP_F16, CONTIGUOUS, 4, shape), out = new_array(KVP_F16, CONTIGUOUS, 4, shape);
+    array positions = new_array(KVP_I32, CONTIGUOUS, 3, kept);
+    name_case("gather from a fused cache%s%s", heads_apart ? ", halves apart" : ", rows by turns", in_place ? ", in place" : "");
+    fill_bits(&cache);
+    memcpy(old.memory.data, cache.memory.data, cache.memory.bytes);
+    draw_positions(&positions.view, T);
+    kvp_tensor half[3][2]; /* of cache, out and old */
+    for (int i = 0; i < 3; i++) {
+        half[i][0] = (i == 0 ? &cache : i == 1 ? &out : &old)->view;
+        half[i][0].shape[1] = H;
+        half[i][0].stride[0] = 2 * H * T * D;
+        half[i][0].stride[1] = (heads_apart ? 1 : 2) * T * D;
+        half[i][0].stride[2] = (heads_apart ? 1 : 2) * D;
+        half[i][1] = half[i][0];
+        half[i][1].data = (char *)half[i][0].data + (heads_apart ? H * T * D : D) * 2;
+    }
+    const int to = !in_place;
+    kvp_gather_args args = {half[0][0], half[0][1], positions.view, half[to][0], half[to][1]};
+    args.out_keys.shape[2] = args.out_values.shape[2] = K;
+    CHECK(call_verb(KVP_GATHER, &args, (calling){0}) == KVP_OK, "refused");
+    CHECK(count_wrong(&half[2][0], &positions.view, &args.out_keys) == 0, "keys differ");
+    CHECK(count_wrong(&half[2][1], &positions.view, &args.out_values) == 0, "values differ");
+    array *const all[] = {&cache, &old, &out, &positions};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
+}
+
 void test_gather_in_place(void) {
+    for (int i = 0; i < 4; i++) gather_fused(i % 2, i / 2);
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
         for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++)
             for (int64_t t = 1; t <= 70; t += 1 + t / 6) gather_in_place((kvp_dtype)dtype, (layout)how, t, 1 + random_below(t), 8);
