@@ -503,3 +503,17 @@ def test_a_thread_that_rewrites_a_table_cannot_crash_the_process(name):
     assert run.returncode == 0, run.stderr[-500:]
     done, refused = map(int, run.stdout.split())
     assert done > 3 and done + refused > 10
+
+
+def test_a_subinterpreter_is_refused():
+    """By name, also in builds for the stable ABI, whose headers hide the slot that says so."""
+    interpreters = pytest.importorskip("_xxsubinterpreters", reason="this Python has no module to make a subinterpreter with")
+    load = (
+        "import importlib.util as u\ns = u.spec_from_file_location('kvpitfalls._core', {!r})\ns.loader.exec_module(u.module_from_spec(s))"
+    )
+    inner = interpreters.create(isolated=False)
+    with pytest.raises(
+        interpreters.RunFailedError, match=r"is imported in a subinterpreter; expected the main one|does not support loading in"
+    ):
+        interpreters.run_string(inner, load.format(_core.__file__))
+    interpreters.destroy(inner)

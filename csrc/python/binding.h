@@ -20,8 +20,12 @@ typedef struct kvpb_state {
 /* What _cuda finds in _core, as a capsule under this attribute. */
 #define KVPB_REGISTRY_ATTRIBUTE "_registry"
 #define KVPB_REGISTRY_NAME "kvpitfalls._core._registry"
+enum { KVPB_REGISTRY_SIZES = 5 };
+/* Of what passes between the two, so that a change without a new version is noticed, too. */
+#define KVPB_SIZES {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_context), sizeof(kvp_backend)}
 typedef struct kvpb_registry {
     int32_t abi; /* KVP_ABI_VERSION; what follows may change with it */
+    uint32_t sizes[KVPB_REGISTRY_SIZES];
     kvp_status (*register_backend)(const kvp_backend *backend);
 } kvpb_registry;
 
@@ -43,6 +47,7 @@ typedef struct kvpb_loans {
     PyObject *capsule[KVPB_MAX_CAPSULE];
     int32_t n_capsule;
     void *stream; /* the producer's current CUDA stream; NULL on the CPU, and the default stream for __dlpack__ capsules */
+    bool has_stream, assumed_default; /* an exchange API told it; a __dlpack__ producer was told the default stream before that */
 } kvpb_loans;
 
 /* view.c: 0, or -1 with an exception set. */

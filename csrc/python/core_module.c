@@ -131,7 +131,7 @@ static PyMethodDef methods[] = {
 };
 
 static int add_registry(PyObject *module) {
-    static kvpb_registry registry = {KVP_ABI_VERSION, kvp_register_backend};
+    static kvpb_registry registry = {KVP_ABI_VERSION, KVPB_SIZES, kvp_register_backend};
     PyObject *capsule = PyCapsule_New(&registry, KVPB_REGISTRY_NAME, NULL);
     const int failed = !capsule || PyModule_AddObjectRef(module, KVPB_REGISTRY_ATTRIBUTE, capsule) < 0;
     Py_XDECREF(capsule);
@@ -142,6 +142,10 @@ static int add_registry(PyObject *module) {
 static int fill_module(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
     const char *isa = getenv("KVP_ISA");
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) { /* the slot below says so too, but no build for the stable ABI has it */
+        PyErr_SetString(PyExc_ImportError, "kvpitfalls._core is imported in a subinterpreter; expected the main one, as NumPy does");
+        return -1;
+    }
     if (kvpb_import_numpy() < 0) return -1;
     if (isa && isa[0] && choose_isa("the environment variable KVP_ISA", isa) < 0) return -1;
     if (kvpb_watch_forks() < 0) {

@@ -4,6 +4,8 @@
  */
 #include "binding.h"
 
+#include <string.h>
+
 static PyObject *tell_build(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     return Py_BuildValue("{s:s,s:s}", "compiler", "nvcc " KVPB_NVCC, "architectures", KVPB_ARCHITECTURES);
@@ -24,8 +26,11 @@ static int fill_module(PyObject *module) {
     Py_XDECREF(capsule); /* the table lives as long as _core's code, which is never unloaded */
     Py_XDECREF(core);
     if (!registry) return -1;
-    if (registry->abi == KVP_ABI_VERSION && registry->register_backend(kvp_cuda_backend()) == KVP_OK) return 0;
-    PyErr_Format(PyExc_ImportError, "kvpitfalls._cuda is built for version %d of the core's interface, and kvpitfalls._core has %d; expected the same",
+    static const uint32_t sizes[KVPB_REGISTRY_SIZES] = KVPB_SIZES;
+    if (registry->abi == KVP_ABI_VERSION && memcmp(registry->sizes, sizes, sizeof sizes) == 0 &&
+        registry->register_backend(kvp_cuda_backend()) == KVP_OK)
+        return 0;
+    PyErr_Format(PyExc_ImportError, "kvpitfalls._cuda is built for version %d of the core's interface, and kvpitfalls._core has %d; expected the same, of one build",
                  KVP_ABI_VERSION, (int)registry->abi);
     return -1;
 }

@@ -172,18 +172,24 @@ static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject
     }
     if (view_dlpack(slot, &dl, tensor) < 0) return -1;
     if (tensor->device != KVP_CUDA) return 0;
-    return api->current_stream(dl.device_type, dl.device_index, &loans->stream) == 0 ? 0 : -1;
+    if (api->current_stream(dl.device_type, dl.device_index, &loans->stream) != 0) return -1;
+    loans->has_stream = true;
+    if (!loans->stream || !loans->assumed_default) return 0;
+    PyErr_Format(PyExc_BufferError, "%s is on a stream of its own, but a tensor before it was made ready on the default stream; expected arrays "
+                 "of one library", slot->name);
+    return -1;
 }
 
 /*
- * A CUDA producer is asked to make the data ready on the legacy default stream (1 in the protocol), where the core then works, because
- * this way in does not tell the current stream.
+ * A CUDA producer is asked to make the data ready on the stream where the core then works: the one that an array with an exchange API told, or the
+ * legacy default stream (1 in the protocol), because this way in does not tell the current stream.
  */
-static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *keywords) {
+static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *keywords, kvpb_loans *loans) {
     PyObject *pair = PyObject_CallMethodObjArgs(object, state->dlpack_device_name, NULL);
     PyObject *device = pair ? PySequence_GetItem(pair, 0) : NULL;
     const long number = device ? PyLong_AsLong(device) : -1;
-    PyObject *stream = number == KVP_CUDA ? PyLong_FromLong(1) : NULL;
+    PyObject *stream = number != KVP_CUDA ? NULL : loans->stream ? PyLong_FromVoidPtr(loans->stream) : PyLong_FromLong(1);
+    if (number == KVP_CUDA && !loans->has_stream) loans->assumed_default = true;
     if (stream) PyDict_SetItemString(keywords, "stream", stream);
     Py_XDECREF(stream);
     Py_XDECREF(device);
@@ -192,7 +198,7 @@ static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *ke
 }
 
 /* A new capsule, or NULL with an exception set. */
-static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, PyObject *object) {
+static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvpb_loans *loans) {
     PyObject *method = PyObject_GetAttr(object, state->dlpack_name);
     if (!method) {
         if (PyErr_ExceptionMatches(PyExc_AttributeError)) refuse_type(slot, object);
@@ -200,7 +206,7 @@ static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, 
     }
     PyObject *none = PyTuple_New(0), *capsule = NULL;
     PyObject *keywords = Py_BuildValue("{s:(ii)}", "max_version", KVPB_DL_MAJOR, 0);
-    if (none && keywords && choose_stream(state, object, keywords) == 0) {
+    if (none && keywords && choose_stream(state, object, keywords, loans) == 0) {
         capsule = PyObject_Call(method, none, keywords);
         if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before DLPack 1.0 knows no max_version */
             PyErr_Clear();
@@ -232,7 +238,7 @@ static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *te
  * The capsule is kept for the length of the call and never renamed to "used_...": so its own destructor frees the view, on every path.
  */
 static int view_protocol(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans) {
-    PyObject *capsule = export_capsule(state, slot, object);
+    PyObject *capsule = export_capsule(state, slot, object, loans);
     if (!capsule) return -1;
     if (loans->n_capsule == KVPB_MAX_CAPSULE) {
         Py_DECREF(capsule);
