@@ -181,7 +181,39 @@ static void score_concurrently(void) {
     free_attention_case(&c);
 }
 
+static int64_t n_region, n_task_most; /* of one call; on one thread */
+
+static void count_regions(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg) {
+    n_region++;
+    n_task_most = n_task > n_task_most ? n_task : n_task_most;
+    for (int64_t task = 0; task < n_task; task++) fn(arg, task, (int32_t)(task % n_worker));
+}
+
+/* One query judges a long cache: the heads are worked on side by side, however long it is, and nothing is packed first. */
+static void score_long(void) {
+    enum { H = 8, T = 16384, D = 128 };
+    const int32_t fields[KVP_VOTE_FIELDS] = {0, T, T - 1, T, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0};
+    array keys = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, T, D}), queries = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, 1, D});
+    array votes = new_array(KVP_I32, CONTIGUOUS, 3, (int64_t[3]){1, 1, KVP_VOTE_FIELDS}), scores[2];
+    for (int64_t i = 0; i < H * T * D; i++) ((uint16_t *)(void *)keys.memory.data)[i] = (uint16_t)(0x3d00 + (random_bits() & 0x80ff));
+    fill_normal(&queries.view);
+    for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&votes.view, 0, 0, f, 0, fields[f]);
+    for (int i = 0; i < 2; i++) {
+        scores[i] = new_array(KVP_F32, CONTIGUOUS, 3, keys.view.shape);
+        const kvp_score_args args = {.scorer = kvp_scorer_find("attention"), .keys = keys.view, .queries = queries.view, .votes = votes.view,
+                                     .scores = scores[i].view, .param = {0.1, 0, 1, 0}};
+        name_case("same bits: one query, %d tokens", T);
+        n_region = n_task_most = 0;
+        call_verb(KVP_SCORE, &args, i ? (calling){count_regions, 8, 0xff} : (calling){0});
+    }
+    CHECK(n_region <= 2 && n_task_most == H, "%lld regions of up to %lld tasks; expected 2 of %d", (long long)n_region, (long long)n_task_most, H);
+    CHECK(same_elements(&scores[0].view, &scores[1].view), "scores differ with 8 workers");
+    array *const all[] = {&keys, &queries, &votes, &scores[0], &scores[1]};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
+}
+
 void test_same_bits(void) {
+    score_long();
     atomic_store(&n_pool, 0);
     for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
     score_norm();

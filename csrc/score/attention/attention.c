@@ -150,12 +150,12 @@ static void pack_task(void *arg, int64_t task, int32_t worker) {
     j->rows->pack_keys[dtype](head, left < KVPI_BLOCK ? left : KVPI_BLOCK, j->n_dim, out);
 }
 
-static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) { return j->columns + (slot * KVPI_CHUNK + chunk) * j->stride; }
+static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) { return j->columns + (slot * j->n_chunk + chunk) * j->stride; }
 
 static void strip_task(void *arg, int64_t task, int32_t worker) {
     const wave *w = arg;
     const kvpi_attention *j = w->job;
-    const int64_t slot = task / KVPI_CHUNK, chunk = task % KVPI_CHUNK;
+    const int64_t slot = task / j->n_chunk, chunk = task % j->n_chunk;
     const int64_t b = (w->first + slot) / j->n_head, h = (w->first + slot) % j->n_head;
     if (chunk >= kvpi_strip_count(j, b)) return;
     const char *packed = packs_first(j, b) ? j->packed + (size_t)slot * j->packed_bytes : NULL;
@@ -233,8 +233,8 @@ static void finish_shared_task(void *arg, int64_t b, int32_t worker) {
 static void run_wave(wave *w, double work) {
     const kvpi_attention *j = w->job;
     const int64_t n_block = (j->n_token + KVPI_BLOCK - 1) / KVPI_BLOCK;
-    kvpi_run(j->ctx, w->n * n_block, (double)(w->n * j->n_token * j->n_dim) * 0.5, pack_task, w);
-    kvpi_run(j->ctx, w->n * KVPI_CHUNK, work, strip_task, w);
+    if (j->n_chunk > 1) kvpi_run(j->ctx, w->n * n_block, (double)(w->n * j->n_token * j->n_dim) * 0.5, pack_task, w);
+    kvpi_run(j->ctx, w->n * j->n_chunk, work, strip_task, w);
     if (!j->share_heads) {
         kvpi_run(j->ctx, w->n, (double)(w->n * j->n_token) * (double)KVPI_CHUNK, finish_task, w);
         return;
@@ -245,6 +245,20 @@ static void run_wave(wave *w, double work) {
     }
 }
 
+/* Once the voters are known: how many chunks the longest unit has. Where that is one, as in TOVA, nothing is packed first, and all that memory holds
+ * columns, so that many more units are worked on at a time: with 16384 tokens of 128 dimensions it was one. */
+static void size_waves(kvpi_attention *j) {
+    int64_t n_strip = 1;
+    for (int64_t b = 0; b < j->n_batch; b++)
+        if (kvpi_strip_count(j, b) > n_strip) n_strip = kvpi_strip_count(j, b);
+    j->n_chunk = n_strip < KVPI_CHUNK ? n_strip : KVPI_CHUNK;
+    if (j->n_chunk > 1) return;
+    const size_t column = (size_t)j->stride * sizeof(float), room = (size_t)j->n_wave * (j->packed_bytes + KVPI_CHUNK * column);
+    const int64_t n_unit = j->n_batch * j->n_head, fit = (int64_t)(room / column);
+    j->columns = (float *)(void *)j->packed; /* which stands before them */
+    j->n_wave = fit < n_unit ? fit : n_unit;
+}
+
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx) {
     kvpi_attention j = read_job(args, ctx);
     lay_out(&j, ctx->workspace, kvpi_worker_count(ctx));
@@ -253,6 +267,7 @@ kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx
         list_voters(&j, b);
         n_voter += (double)j.n_voters[b] / (double)j.n_batch;
     }
+    size_waves(&j);
     if (j.share_heads) memset(j.shared, 0, (size_t)(j.n_batch * j.n_token) * sizeof(double));
     const int64_t n_unit = j.n_batch * j.n_head;
     for (int64_t first = 0; first < n_unit; first += j.n_wave) {

@@ -21,6 +21,7 @@ typedef struct kvpi_attention {
     int64_t n_batch, n_head, n_token, n_query, n_dim, n_vote, group; /* group: query heads per key head */
     int64_t n_wave;                                                 /* units worked on at a time, as many as memory is there for */
     int64_t stride;                                                 /* of a row of logits, and of a column vector: n_token and slack */
+    int64_t n_chunk;                                                /* tasks of a unit */
     bool share_heads;
     /* shared scratch */
     int32_t *voters;   /* (B,Q) positions of the queries that vote */
