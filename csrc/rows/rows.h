@@ -48,6 +48,8 @@ typedef struct kvpi_rows {
     /* logits[r * stride + k] = q.k for n_row and n_key rounded up to whole panels. */
     void (*multiply[KVPI_FLOAT_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits,
                                         int64_t stride);
+    /* row[k] = height * tanh(factor * row[k]), to about 4e-7 of it, for k < n rounded up to whole panels. */
+    void (*cap)(float *row, int64_t n, float factor, float height);
     /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width. shift is the highest
      * scale * row[k] where *shift is NaN, and then written there (0 if none is above minus infinity). Returns the sum of the row. */
     float (*soften)(float *row, int64_t n_visible, int64_t n, float scale, float *shift);

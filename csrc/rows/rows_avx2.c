@@ -19,6 +19,7 @@ TARGET static inline void v_store(float *x, vec a) { _mm256_storeu_ps(x, a); }
 TARGET static inline vec v_fill(float x) { return _mm256_set1_ps(x); }
 TARGET static inline vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 TARGET static inline vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+TARGET static inline vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 TARGET static inline vec v_from_f16(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
@@ -101,6 +102,7 @@ const kvpi_rows kvpi_rows_avx2 = {
     .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .cap = cap,
     .soften = soften,
     .add_columns = add_columns,
     .list = list,

@@ -21,6 +21,7 @@ TARGET static inline void v_store(float *x, vec a) { _mm512_storeu_ps(x, a); }
 TARGET static inline vec v_fill(float x) { return _mm512_set1_ps(x); }
 TARGET static inline vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 TARGET static inline vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+TARGET static inline vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 TARGET static inline float v_sum(vec a) { return _mm512_reduce_add_ps(a); }
@@ -188,8 +189,8 @@ static bool is_available(void) {
 
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }
 
-#define SHARED_FUNCTIONS                                                                                          \
-    .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .soften = soften, \
+#define SHARED_FUNCTIONS                                                                                           \
+    .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .cap = cap, .soften = soften,                \
     .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
 
 const kvpi_rows kvpi_rows_avx512 = {

@@ -21,6 +21,7 @@ static inline void v_store(float *x, vec a) { vst1q_f32(x, a); }
 static inline vec v_fill(float x) { return vdupq_n_f32(x); }
 static inline vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
 static inline vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
+static inline vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
 static inline vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 static inline vec v_max(vec a, vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); } /* b where a is NaN, unlike vmaxq */
 static inline float v_sum(vec a) { return vaddvq_f32(a); }
@@ -74,6 +75,7 @@ const kvpi_rows kvpi_rows_neon = {
     .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .cap = cap,
     .soften = soften,
     .add_columns = add_columns,
     .list = list,

@@ -30,6 +30,8 @@ static inline vec v_add(vec a, vec b) { return a + b; }
 
 static inline vec v_mul(vec a, vec b) { return a * b; }
 
+static inline vec v_div(vec a, vec b) { return a / b; }
+
 static inline vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 
 static inline vec v_max(vec a, vec b) {
@@ -128,6 +130,7 @@ const kvpi_rows kvpi_rows_scalar = {
     .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
     .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .cap = cap,
     .soften = soften,
     .add_columns = add_columns,
     .list = list,

@@ -5,7 +5,7 @@
  *     LANES, vec                      how many floats a vector holds (at most 16), and its type
  *     TARGET                          attributes of every function (the instruction set)
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
- *     v_load v_store v_fill v_add v_mul v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
+ *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its second argument where
  * the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum and v_highest add and compare the lanes of
@@ -29,6 +29,30 @@ TARGET static float highest_of(const float *row, int64_t n) {
     }
     for (; k < n; k += LANES) high[0] = v_max(v_load(row + k), high[0]);
     return v_highest(v_max(high[0], high[1]));
+}
+
+/* tanh of a number that is at most 7.9 in size, as a quotient of polynomials; behind that it is 1 but for less than a rounding. NaN stays. */
+TARGET static inline vec v_tanh(vec x) {
+    const vec most = v_fill(7.90531110763549805f), minus = v_fill(-1);
+    x = v_max(v_mul(minus, most), x);
+    x = v_mul(minus, v_max(v_mul(minus, most), v_mul(minus, x)));
+    const vec square = v_mul(x, x);
+    vec p = v_fill(-2.76076847742355e-16f), q = v_fill(1.19825839466702e-06f);
+    p = v_fma(p, square, v_fill(2.00018790482477e-13f));
+    p = v_fma(p, square, v_fill(-8.60467152213735e-11f));
+    p = v_fma(p, square, v_fill(5.12229709037114e-08f));
+    p = v_fma(p, square, v_fill(1.48572235717979e-05f));
+    p = v_fma(p, square, v_fill(6.37261928875436e-04f));
+    p = v_fma(p, square, v_fill(4.89352455891786e-03f));
+    q = v_fma(q, square, v_fill(1.18534705686654e-04f));
+    q = v_fma(q, square, v_fill(2.26843463243900e-03f));
+    q = v_fma(q, square, v_fill(4.89352518554385e-03f));
+    return v_div(v_mul(x, p), q);
+}
+
+TARGET static void cap(float *row, int64_t n, float factor, float height) {
+    const vec f = v_fill(factor), h = v_fill(height);
+    for (int64_t k = 0; k < n; k += LANES) v_store(row + k, v_mul(h, v_tanh(v_mul(f, v_load(row + k)))));
 }
 
 TARGET static float soften(float *row, int64_t n_visible, int64_t n, float scale, float *shift) {

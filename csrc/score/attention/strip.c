@@ -77,11 +77,6 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
     return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
 }
 
-/* x -> softcap * tanh(x / softcap), to base 2. */
-static void cap_logits(float *row, int64_t n, float scale, float softcap) {
-    for (int64_t k = 0; k < n; k++) row[k] = softcap * LOG2_E * tanhf(row[k] * scale / softcap);
-}
-
 /* Asks for rows in order of address, which the processor's look-ahead follows; packing goes across rows, and would not wake it. Each row is
  * asked for twice, since a processor drops what it is asked for too fast (5.9 to 4 ms for the one query of TOVA, 8192 keys, 8 heads of 128
  * float32). */
@@ -120,7 +115,8 @@ static void soften_block(const kvpi_attention *j, strip *s, int64_t first, int64
         const int64_t visible = s->query[r] + 1 - first, n_visible = visible < 0 ? 0 : visible < n ? visible : n;
         float shift = s->lse[r], factor = scale;
         if (j->args->param[1] > 0) {
-            cap_logits(row, n_visible, scale, (float)j->args->param[1]);
+            const float softcap = (float)j->args->param[1]; /* x -> softcap * tanh(x / softcap), to base 2 */
+            j->rows->cap(row, n_visible, scale / softcap, softcap * LOG2_E);
             factor = 1;
         } else if (scale == 0) { /* not left to soften, where minus infinity hides a key, and times 0 is no number */
             for (int64_t k = 0; k < n_visible; k++) row[k] *= 0;
