@@ -4,10 +4,13 @@
  * Elements that are not side by side are gathered first, so that a row gives the same bits whatever its stride.
  */
 
-/* LANES elements of a row from dimension d on; zero behind the last. Apart from load_part, so that the usual case stays in registers. */
+/* LANES elements of a row from dimension d on, which is one of the row's; zero behind the last. Apart from load_part, so that the usual case stays in registers. */
 TARGET __attribute__((noinline)) static vec ROW_NAME(gather_part)(const ROW_TYPE *row, int64_t stride, int64_t d, int64_t n_dim) {
-    ROW_TYPE part[LANES];
-    for (int64_t i = 0; i < LANES; i++) part[i] = d + i < n_dim ? row[(d + i) * stride] : (ROW_TYPE)0;
+    ROW_TYPE part[LANES] = {0};
+    if (stride == 1)
+        memcpy(part, row + d, (size_t)(n_dim - d) * sizeof part[0]);
+    else
+        for (int64_t i = 0; i < LANES && d + i < n_dim; i++) part[i] = row[(d + i) * stride];
     return ROW_LOAD(part);
 }
 
@@ -19,12 +22,19 @@ TARGET static void ROW_NAME(norms)(kvpi_head head, int64_t n_row, int64_t n_dim,
     for (int64_t r = 0; r < n_row; r++) {
         const ROW_TYPE *row = (const ROW_TYPE *)head.first + r * head.row_stride;
         vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
-        for (int64_t d = 0; d < n_dim; d += 4 * LANES) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= n_dim; d += 4 * LANES) {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
                 sum[i] = v_fma(part, part, sum[i]);
             }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            if (d + i * LANES >= n_dim) continue;
+            const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
+            sum[i] = v_fma(part, part, sum[i]);
         }
         out[r * out_stride] = sqrtf(v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))));
     }
