@@ -27,6 +27,9 @@ static const kvpi_rows *const tables[] = {
     &kvpi_rows_scalar, /* then each faster than the one before, where it is_fast */
 #if defined(__x86_64__)
     &kvpi_rows_avx2, &kvpi_rows_avx512, &kvpi_rows_avx512_bf16,
+#ifdef KVPI_HAS_AMX
+    &kvpi_rows_amx,
+#endif
 #elif defined(__aarch64__)
     &kvpi_rows_neon,
 #endif

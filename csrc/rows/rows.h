@@ -73,6 +73,10 @@ typedef struct kvpi_rows {
 extern const kvpi_rows kvpi_rows_scalar;
 #if defined(__x86_64__)
 extern const kvpi_rows kvpi_rows_avx2, kvpi_rows_avx512, kvpi_rows_avx512_bf16;
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>) /* a process asks Linux for its tiles */
+#define KVPI_HAS_AMX
+extern const kvpi_rows kvpi_rows_amx;
+#endif
 bool kvpi_has_f16c(void); /* cpu_features.c: not a feature that every compiler's __builtin_cpu_supports knows */
 #elif defined(__aarch64__)
 extern const kvpi_rows kvpi_rows_neon;

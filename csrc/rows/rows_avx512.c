@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The row primitives for x86-64 processors with AVX-512 (F, BW, DQ, VL), and a second table for those that also multiply bfloat16 (AMD
- * since Zen 4, Intel since Cooper Lake), which is twice as fast as float32 on AMD's, and slower on Intel's (cpu_features.c).
+ * since Zen 4, Intel since Cooper Lake), which is twice as fast as float32 on AMD's, and slower on Intel's (cpu_features.c), and a third for
+ * those that multiply tiles of it (AMX, Intel since Sapphire Rapids): H2O of 2048 tokens, 32/8/128, takes 40 ms by tiles, 119 by avx512 and 172 by
+ * avx512_bf16 (an Intel Xeon, one core).
  */
+#define _DEFAULT_SOURCE /* for syscall */
 #include "rows.h"
 
 #if defined(__x86_64__)
@@ -210,4 +213,120 @@ const kvpi_rows kvpi_rows_avx512_bf16 = {
     .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_pairs},
     .multiply = {multiply_floats, multiply_floats, multiply_pairs},
 };
+
+#ifdef KVPI_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TARGET_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+/* A strip of query rows is the left tile, 16 pairs of dimensions wide; a panel of packed key pairs, as pack_key_pairs lays them, two right ones. */
+enum { TILE_PAIRS = 16, TILE_BYTES = 64 };
+_Static_assert(KVPI_STRIP == 16 && PANEL_KEYS * sizeof(float) == 2 * TILE_BYTES, "tiles have 16 rows of 64 bytes");
+
+static bool fills_tiles(int64_t n_dim) { return n_dim % (2 * TILE_PAIRS) == 0; }
+
+TARGET static void pack_key_tiles(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
+    if (fills_tiles(n_dim))
+        pack_key_pairs(head, n_key, n_dim, out);
+    else
+        pack_keys_bf16(head, n_key, n_dim, out);
+}
+
+/* Rows as they are, but for the sign of the scale; see pack_query_pairs. */
+TARGET static float pack_query_tiles(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out) {
+    if (!fills_tiles(n_dim)) return pack_queries_bf16(rows, dim_stride, n_row, n_dim, scale, out);
+    const __m512i signs = _mm512_set1_epi32(scale < 0 ? (int32_t)0x80008000u : 0);
+    for (int64_t r = 0; r < KVPI_STRIP; r++) {
+        for (int64_t pair = 0; pair < n_dim / 2; pair += TILE_PAIRS) {
+            const vec part = r < n_row ? load_pairs(rows[r], dim_stride, pair, n_dim) : v_fill(0);
+            _mm512_storeu_si512((float *)out + r * (n_dim / 2) + pair, _mm512_xor_si512(_mm512_castps_si512(part), signs));
+        }
+    }
+    return fabsf(scale);
+}
+
+typedef struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t n_row[16];
+} tile_config;
+_Static_assert(sizeof(tile_config) == 64, "as the processor reads it");
+
+/* Of 128 dimensions: the queries' four tiles stay. */
+TARGET_AMX static void multiply_four(const char *queries, const char *keys, int64_t n_key, float *logits, int64_t stride) {
+    enum { STEP = TILE_PAIRS * PANEL_KEYS * 4, ROW = 4 * TILE_BYTES };
+    _tile_loadd(4, queries, ROW);
+    _tile_loadd(5, queries + TILE_BYTES, ROW);
+    _tile_loadd(6, queries + 2 * TILE_BYTES, ROW);
+    _tile_loadd(7, queries + 3 * TILE_BYTES, ROW);
+    for (int64_t key = 0; key < n_key; key += PANEL_KEYS, keys += 4 * STEP) {
+        _tile_zero(0);
+        _tile_zero(1);
+#define ADD_TILES(step, of_queries)                                            \
+    _tile_loadd(2, keys + (step) * STEP, 2 * TILE_BYTES);                      \
+    _tile_dpbf16ps(0, of_queries, 2);                                          \
+    _tile_loadd(3, keys + (step) * STEP + TILE_BYTES, 2 * TILE_BYTES);         \
+    _tile_dpbf16ps(1, of_queries, 3)
+        ADD_TILES(0, 4);
+        ADD_TILES(1, 5);
+        ADD_TILES(2, 6);
+        ADD_TILES(3, 7);
+#undef ADD_TILES
+        _tile_stored(0, logits + key, (size_t)stride * sizeof(float));
+        _tile_stored(1, logits + key + LANES, (size_t)stride * sizeof(float));
+    }
+}
+
+TARGET_AMX static void multiply_any(const char *queries, const char *keys, int64_t n_key, int64_t n_pair, float *logits, int64_t stride) {
+    for (int64_t key = 0; key < n_key; key += PANEL_KEYS) {
+        const char *q = queries;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t d = 0; d < n_pair; d += TILE_PAIRS, q += TILE_BYTES, keys += TILE_PAIRS * PANEL_KEYS * 4) {
+            _tile_loadd(2, q, (size_t)n_pair * 4);
+            _tile_loadd(3, keys, 2 * TILE_BYTES);
+            _tile_loadd(4, keys + TILE_BYTES, 2 * TILE_BYTES);
+            _tile_dpbf16ps(0, 2, 3);
+            _tile_dpbf16ps(1, 2, 4);
+        }
+        _tile_stored(0, logits + key, (size_t)stride * sizeof(float));
+        _tile_stored(1, logits + key + LANES, (size_t)stride * sizeof(float));
+    }
+}
+
+TARGET_AMX static void multiply_tiles(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits,
+                                      int64_t stride) {
+    tile_config config = {.palette = 1};
+    if (!fills_tiles(n_dim)) {
+        multiply_floats(queries, keys, n_row, n_key, n_dim, logits, stride);
+        return;
+    }
+    for (int t = 0; t < 8; t++) config.row_bytes[t] = TILE_BYTES, config.n_row[t] = 16;
+    _tile_loadconfig(&config);
+    if (n_dim == 8 * TILE_PAIRS)
+        multiply_four(queries, keys, n_key, logits, stride);
+    else
+        multiply_any(queries, keys, n_key, n_dim / 2, logits, stride);
+    _tile_release();
+}
+
+/* The processor has tiles (bit 24) of bfloat16 (bit 22), and Linux lends this process the room to save them (arch_prctl, ARCH_REQ_XCOMP_PERM). */
+static bool is_amx_available(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned eax, ebx, ecx, edx;
+    return is_bf16_available() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1) && (edx >> 24 & 1) &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+const kvpi_rows kvpi_rows_amx = {
+    .name = "amx",
+    .is_available = is_amx_available,
+    SHARED_FUNCTIONS,
+    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_key_tiles},
+    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_tiles},
+    .multiply = {multiply_floats, multiply_floats, multiply_tiles},
+};
+#endif
 #endif
