@@ -5,13 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE_FILES := $(shell find csrc -name '*.[ch]' -o -name '*.def')
 CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
-LIBRARY_FILES := $(filter-out csrc/python/%,$(sort $(shell find csrc -name '*.c')))
+LIBRARY_FILES := $(filter-out csrc/python/% csrc/examples/%,$(sort $(shell find csrc -name '*.c')))
 NATIVE_FILES := $(wildcard tests/native/*.c) $(filter-out %/libfuzzer.c,$(wildcard tests/fuzz/*.c))
 NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
+.PHONY: library install library-check demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
   cuda bench wheel wheel-test lm-eval-equality garak kvpress clean
 
 demo: $(VENV)/model
@@ -152,6 +152,50 @@ build/fuzz/fuzz: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
 build/fuzz/coverage: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
 	mkdir -p build/fuzz
 	$(CLANG) -O1 -fsanitize=fuzzer -fprofile-instr-generate -fcoverage-mapping $(LIBRARY_FILES) $(FUZZ_TESTS) -lm -lpthread -o $@
+
+# The core as a C library, for the CPU: libkvp.so, libkvp.a, kvp.h and kvp.pc.
+PREFIX ?= /usr/local
+KVP_VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+KVP_ABI := $(shell sed -n 's/^\#define KVP_ABI_VERSION //p' csrc/kvp.h)
+LIBRARY_FLAGS := -std=c17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -DKVP_SHARED
+
+library: build/library/libkvp.so.$(KVP_ABI) build/library/libkvp.a build/library/kvp.pc
+
+build/library/objects: $(CORE_FILES)
+	rm -rf $@ && mkdir -p $@
+	cd $@ && $(CC) $(LIBRARY_FLAGS) $(CFLAGS) -I$(CURDIR)/csrc -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+
+build/library/libkvp.so.$(KVP_ABI): build/library/objects
+	$(CC) -shared -Wl,-soname,$(@F) $(LDFLAGS) $</*.o -lm -o $@
+
+build/library/libkvp.a: build/library/objects
+	rm -f $@
+	$(AR) rcs $@ $</*.o
+
+build/library/kvp.pc: Makefile pyproject.toml
+	mkdir -p $(@D)
+	printf '%s\n' 'prefix=$(abspath $(PREFIX))' 'Name: kvp' 'Description: evict entries of a transformer'"'"'s key/value cache' \
+	  'Version: $(KVP_VERSION)' 'Cflags: -I$${prefix}/include' 'Libs: -L$${prefix}/lib -lkvp' 'Libs.private: -lm' >$@
+
+install: library
+	rm -f build/library/kvp.pc && $(MAKE) --no-print-directory build/library/kvp.pc
+	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	install -m 644 csrc/kvp.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 build/library/libkvp.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 755 build/library/libkvp.so.$(KVP_ABI) $(DESTDIR)$(PREFIX)/lib/
+	ln -sf libkvp.so.$(KVP_ABI) $(DESTDIR)$(PREFIX)/lib/libkvp.so
+	install -m 644 build/library/kvp.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+
+# The example against the installed library, shared and static; and nothing is exported that kvp.h does not declare.
+library-check:
+	rm -rf build/installed
+	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/build/installed
+	$(CC) $(STRICT) csrc/examples/press.c -Ibuild/installed/include -Lbuild/installed/lib -lkvp -o build/press-shared
+	$(CC) $(STRICT) csrc/examples/press.c -Ibuild/installed/include build/installed/lib/libkvp.a -lm -o build/press-static
+	LD_LIBRARY_PATH=build/installed/lib build/press-shared >build/press-shared.txt
+	build/press-static | diff - build/press-shared.txt
+	! nm -D --defined-only build/installed/lib/libkvp.so | grep -v ' T kvp_'
+	grep -c 'head .* keeps' build/press-shared.txt | grep -qx 2
 
 # The core as a machine without vector instructions or OpenMP would have it.
 portable: build/native-tests-scalar

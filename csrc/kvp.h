@@ -12,20 +12,23 @@
  * the T positions), D head dimension, S segments, V votes, K kept tokens.
  *
  * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits. Tensors are borrowed
- * strided views. Scratch, threads and the place for an error text come in through a kvp_context, one per call, on the caller's stack;
+ * strided views. The structs of arguments begin with their size, by which a library that knows more fields will tell older callers.
+ * Scratch, threads and the place for an error text come in through a kvp_context, one per call, on the caller's stack;
  * calls with distinct contexts may run at the same time. Outputs share memory with no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
  * same bits for any number of workers, any place of a row in its batch, and every repeat.
  *
  * An example, K-norm on one layer (error handling left out):
  *
  *     kvp_context ctx = {0};
- *     kvp_score_args s = {.scorer = kvp_scorer_find("norm"), .keys = keys, .scores = scores};
+ *     kvp_score_args s = {.size = sizeof s, .scorer = kvp_scorer_find("norm"), .keys = keys, .scores = scores};
  *     kvp_score(&s, &ctx);
- *     kvp_select_args p = {.scores = scores, .segments = segments, .quotas = quotas, .positions = positions, .counts = counts};
+ *     kvp_select_args p = {.size = sizeof p, .scores = scores, .segments = segments, .quotas = quotas,
+ *                          .positions = positions, .counts = counts};
  *     size_t bytes;
  *     kvp_workspace(KVP_SELECT, &p, 1, &bytes);       ... scratch for one worker; then ctx.workspace, ctx.workspace_bytes
  *     kvp_select(&p, &ctx);
- *     kvp_gather_args g = {.keys = keys, .values = values, .positions = positions, .out_keys = k2, .out_values = v2};
+ *     kvp_gather_args g = {.size = sizeof g, .keys = keys, .values = values, .positions = positions,
+ *                          .out_keys = k2, .out_values = v2};
  *     kvp_gather(&g, &ctx);
  */
 #ifndef KVP_H
@@ -38,7 +41,16 @@
 extern "C" {
 #endif
 
-#define KVP_ABI_VERSION 1
+/* Before the declarations of what a shared library exports. */
+#ifndef KVP_API
+#if defined(KVP_SHARED) && defined(__GNUC__)
+#define KVP_API __attribute__((visibility("default")))
+#else
+#define KVP_API
+#endif
+#endif
+
+#define KVP_ABI_VERSION 2
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -132,6 +144,7 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
  *   attention  votes, see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
  */
 typedef struct kvp_score_args {
+    uint32_t size; /* sizeof(kvp_score_args) */
     int32_t scorer;
     kvp_tensor keys;    /* (B,H,T,D) F32, F16 or BF16 */
     kvp_tensor queries; /* (B,H*G,Q,D), dtype of keys; query i stands at position T - Q + i */
@@ -152,6 +165,7 @@ typedef struct kvp_score_args {
  * Every backend must agree exactly.
  */
 typedef struct kvp_select_args {
+    uint32_t size;        /* sizeof(kvp_select_args) */
     kvp_tensor scores;    /* (B,H,T) F32 */
     kvp_tensor segments;  /* (B,S+1) I32, not descending, in [0,T] */
     kvp_tensor quotas;    /* (B,H,S) I32, not negative, summing to at most K */
@@ -170,6 +184,7 @@ typedef struct kvp_select_args {
  * them, one outside [-1,T) gives a row of zeros.
  */
 typedef struct kvp_gather_args {
+    uint32_t size;         /* sizeof(kvp_gather_args) */
     kvp_tensor keys;       /* (B,H,T,D) F32, F16 or BF16 */
     kvp_tensor values;     /* (B,H,T,Dv), dtype of keys */
     kvp_tensor positions;  /* (B,H,K) I32 in [-1,T), strictly ascending, any -1 last */
@@ -179,29 +194,29 @@ typedef struct kvp_gather_args {
 
 typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2 } kvp_verb;
 
-kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
-kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
-kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 
 /* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its tensors need a
  * valid shape and dtype. */
-kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes);
+KVP_API kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes);
 
 /* ---------------------------------------------------------- introspection */
 
-int32_t kvp_scorer_count(void);
-const char *kvp_scorer_name(int32_t scorer);                 /* NULL when there is no such scorer */
-int32_t kvp_scorer_find(const char *name);                   /* -1 when there is no such name */
-int32_t kvp_scorer_needs(int32_t scorer);                    /* KVP_NEEDS_*, or -1 */
-const char *kvp_scorer_param(int32_t scorer, int32_t index); /* NULL past the last parameter */
-double kvp_scorer_param_default(int32_t scorer, int32_t index);
-int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype); /* 1 or 0 */
-const char *kvp_status_name(kvp_status status);
+KVP_API int32_t kvp_scorer_count(void);
+KVP_API const char *kvp_scorer_name(int32_t scorer);                 /* NULL when there is no such scorer */
+KVP_API int32_t kvp_scorer_find(const char *name);                   /* -1 when there is no such name */
+KVP_API int32_t kvp_scorer_needs(int32_t scorer);                    /* KVP_NEEDS_*, or -1 */
+KVP_API const char *kvp_scorer_param(int32_t scorer, int32_t index); /* NULL past the last parameter */
+KVP_API double kvp_scorer_param_default(int32_t scorer, int32_t index);
+KVP_API int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype); /* 1 or 0 */
+KVP_API const char *kvp_status_name(kvp_status status);
 
 /* Row primitives of the CPU: the name in use; set one by name (0, or -1 if this CPU lacks it); the names this build holds. */
-const char *kvp_cpu_isa(void);
-int32_t kvp_cpu_isa_set(const char *name);
-const char *kvp_cpu_isa_name(int32_t index); /* NULL past the last */
+KVP_API const char *kvp_cpu_isa(void);
+KVP_API int32_t kvp_cpu_isa_set(const char *name);
+KVP_API const char *kvp_cpu_isa_name(int32_t index); /* NULL past the last */
 
 /* --------------------------------------------------------------- backends */
 
@@ -216,11 +231,11 @@ typedef struct kvp_backend {
 } kvp_backend;
 
 /* The backend must outlive every later call. Registering a device twice replaces it. */
-kvp_status kvp_register_backend(const kvp_backend *backend);
+KVP_API kvp_status kvp_register_backend(const kvp_backend *backend);
 
 /* The CUDA backend, in libraries that are built with it. Calls go to ctx->stream and do not wait; they allocate nothing and can be captured in
  * a graph. */
-const kvp_backend *kvp_cuda_backend(void);
+KVP_API const kvp_backend *kvp_cuda_backend(void);
 
 #ifdef __cplusplus
 }

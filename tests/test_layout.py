@@ -105,7 +105,7 @@ def test_c_includes_go_one_way():
 def test_the_core_owns_nothing():
     banned = r"\b(printf|puts|exit|abort|malloc|calloc|realloc|free|getenv|system|fopen|assert)\s*\("
     for path in C_FILES:
-        if path.relative_to(CORE).parts[0] != "python":
+        if path.relative_to(CORE).parts[0] not in ("python", "examples"):
             code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
             assert not re.findall(banned, code), f"{path} uses {re.findall(banned, code)}"
 

@@ -225,7 +225,14 @@ static kvp_status check_attention_params(const double *param, kvp_context *ctx) 
     return check_whole(param[3], "share_heads", 0, 1, ctx);
 }
 
+/* A caller that was compiled with another kvp.h, or has forgotten the field. */
+static kvp_status check_size(uint32_t size, size_t expected, const char *what, kvp_context *ctx) {
+    if (size == expected) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "size is %u; expected %zu, sizeof(%s)", (unsigned)size, expected, what);
+}
+
 kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_score_args", ctx));
     const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
     if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
@@ -258,6 +265,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
 }
 
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_select_args", ctx));
     const rule rules[] = {
         {"scores", &args->scores, "BHT", F32, true, false, false},  {"segments", &args->segments, "BE", I32, true, false, true},
         {"quotas", &args->quotas, "BHS", I32, true, false, true},  {"protect", &args->protect, "BT", U8, false, false, false},
@@ -273,6 +281,7 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
 }
 
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_gather_args", ctx));
     const rule rules[] = {
         {"keys", &args->keys, "BHTD", FLOATS, true, false, false},         {"values", &args->values, "BHTC", FLOATS, true, false, false},
         {"positions", &args->positions, "BHK", I32, true, false, false},   {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},

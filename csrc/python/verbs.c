@@ -224,7 +224,7 @@ static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_ar
 }
 
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.score = {.scorer = -1}};
+    verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
     if (kvpb_check_count("score", n_object, 10) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
         read_params(objects[7], args.score.scorer, args.score.param) < 0)
         return NULL;
@@ -232,19 +232,19 @@ PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
 }
 
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.select = {.scores = {.data = NULL}}};
+    verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select", n_object, 9) < 0) return NULL;
     return call_verb(module, &select_spec, &args, objects, objects[7], objects[8]);
 }
 
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.gather = {.keys = {.data = NULL}}};
+    verb_args args = {.gather = {.size = sizeof(kvp_gather_args)}};
     if (kvpb_check_count("gather", n_object, 6) < 0) return NULL;
     return call_verb(module, &gather_spec, &args, objects, Py_None, objects[5]);
 }
 
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.score = {.scorer = -1}};
+    verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
     if (kvpb_check_count("score_workspace", n_object, 9) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
         read_params(objects[7], args.score.scorer, args.score.param) < 0)
         return NULL;
@@ -252,7 +252,7 @@ PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ss
 }
 
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.select = {.scores = {.data = NULL}}};
+    verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
     return size_workspace(module, &select_spec, &args, objects, objects[7]);
 }

@@ -49,7 +49,7 @@ static void check_tensors(call *c, int64_t *sizes) {
 }
 
 static void check_score(input *in, int64_t *sizes) {
-    kvp_score_args args = {.scorer = (int32_t)take(in, 3)};
+    kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = (int32_t)take(in, 3)};
     const bool attends = args.scorer == kvp_scorer_find("attention");
     for (int32_t p = 0; kvp_scorer_param(args.scorer, p); p++) args.param[p] = kvp_scorer_param_default(args.scorer, p);
     argument arguments[] = {
@@ -65,7 +65,7 @@ static void check_score(input *in, int64_t *sizes) {
 }
 
 static void check_select(input *in, int64_t *sizes) {
-    kvp_select_args args = {0};
+    kvp_select_args args = {.size = sizeof(kvp_select_args)};
     argument arguments[] = {
         {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true},
         {.name = "segments", .letters = "BE", .tensor = &args.segments, .allowed = ALLOW_I32, .required = true, .table = true},
@@ -80,7 +80,7 @@ static void check_select(input *in, int64_t *sizes) {
 }
 
 static void check_gather(input *in, int64_t *sizes) {
-    kvp_gather_args args = {0};
+    kvp_gather_args args = {.size = sizeof(kvp_gather_args)};
     argument arguments[] = {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},

@@ -79,7 +79,7 @@ static void put_in_place(call *c, int from, int output) {
 
 int fuzz_gather(const uint8_t *data, size_t size) {
     input in = {data, size};
-    kvp_gather_args args = {0};
+    kvp_gather_args args = {.size = sizeof(kvp_gather_args)};
     argument arguments[] = {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},

@@ -155,7 +155,7 @@ static void draw_sizes(input *in, int64_t *sizes) {
 
 int fuzz_score(const uint8_t *data, size_t size) {
     input in = {data, size};
-    kvp_score_args args = {.scorer = 0};
+    kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = 0};
     seed_random((uint64_t)take(&in, 1 << 16));
     args.scorer = (int32_t)take(&in, 32) ? (int32_t)(2 - take(&in, 4) % 3) : (int32_t)take(&in, 8) - 2;
     const bool attends = args.scorer == kvp_scorer_find("attention");

@@ -85,7 +85,7 @@ static void fill(call *c, int64_t n_token, int64_t room) {
 
 int fuzz_select(const uint8_t *data, size_t size) {
     input in = {data, size};
-    kvp_select_args args = {0};
+    kvp_select_args args = {.size = sizeof(kvp_select_args)};
     argument arguments[] = {
         {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true, .in_place_of = UNSHARED},
         {.name = "segments", .letters = "BE", .tensor = &args.segments, .allowed = ALLOW_I32, .required = true, .table = true},

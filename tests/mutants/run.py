@@ -52,7 +52,7 @@ def link():
 
 def build_native():
     (TREE / "objects").mkdir()
-    core = [path for path in sorted((TREE / "csrc").rglob("*.c")) if path.parent.name != "python"]
+    core = [path for path in sorted((TREE / "csrc").rglob("*.c")) if path.parent.name not in ("python", "examples")]
     tests = [*sorted((TREE / "tests/native").glob("*.c")), *sorted((TREE / "tests/fuzz").glob("*.c"))]
     for source in [*core, *(path for path in tests if path.name != "libfuzzer.c")]:
         compile_one(source)

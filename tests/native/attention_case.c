@@ -123,7 +123,7 @@ static void draw_params(const attention_shape *s, double *param) {
 }
 
 attention_case new_attention_case(const attention_shape *s) {
-    attention_case c = {.args = {.scorer = kvp_scorer_find("attention")}};
+    attention_case c = {.args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("attention")}};
     c.votes = draw_vote_array(s);
     c.args.votes = c.votes.view;
     if (random_below(3)) {

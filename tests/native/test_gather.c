@@ -50,7 +50,7 @@ static void gather_case(kvp_dtype dtype, int64_t n_token, int64_t n_kept, int64_
     fill_bits(&keys);
     fill_bits(&values);
     draw_positions(&positions.view, n_token);
-    const kvp_gather_args args = {keys.view, values.view, positions.view, out_keys.view, out_values.view};
+    const kvp_gather_args args = {sizeof(kvp_gather_args), keys.view, values.view, positions.view, out_keys.view, out_values.view};
     name_case("gather %s T=%lld K=%lld D=%lld Dv=%lld", dtype_name((int32_t)dtype), (long long)n_token, (long long)n_kept, (long long)n_dim,
               (long long)n_value_dim);
     const uint64_t before = hash_block(&keys.memory) ^ hash_block(&values.memory) ^ hash_block(&positions.memory);
@@ -89,7 +89,7 @@ static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_
     memcpy(old.memory.data, keys.memory.data, keys.memory.bytes);
     memcpy(values.memory.data, keys.memory.data, keys.memory.bytes);
     draw_positions(&positions.view, n_token);
-    kvp_gather_args args = {keys.view, values.view, positions.view, keys.view, values.view};
+    kvp_gather_args args = {sizeof(kvp_gather_args), keys.view, values.view, positions.view, keys.view, values.view};
     args.out_keys.shape[2] = args.out_values.shape[2] = n_kept;
     call_verb(KVP_GATHER, &args, (calling){.scratch_byte = 0xff});
     CHECK(count_wrong(&old.view, &positions.view, &args.out_keys) == 0, "keys differ");
@@ -125,7 +125,7 @@ static void gather_fused(bool heads_apart, bool in_place) {
         half[i][1].data = (char *)half[i][0].data + (heads_apart ? H * T * D : D) * 2;
     }
     const int to = !in_place;
-    kvp_gather_args args = {half[0][0], half[0][1], positions.view, half[to][0], half[to][1]};
+    kvp_gather_args args = {sizeof(kvp_gather_args), half[0][0], half[0][1], positions.view, half[to][0], half[to][1]};
     args.out_keys.shape[2] = args.out_values.shape[2] = K;
     CHECK(call_verb(KVP_GATHER, &args, (calling){0}) == KVP_OK, "refused");
     CHECK(count_wrong(&half[2][0], &positions.view, &args.out_keys) == 0, "keys differ");

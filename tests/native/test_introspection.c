@@ -96,8 +96,8 @@ static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
 void test_register_backend(void) {
     kvp_context ctx = {0};
     const kvp_tensor keys = imagine(KVP_F32, 4, 4);
-    const kvp_score_args score = {.scorer = kvp_scorer_find("norm"), .keys = keys, .scores = imagine(KVP_F32, 3, 4)};
-    kvp_select_args select = {.scores = score.scores, .segments = imagine(KVP_I32, 2, 2), .quotas = imagine(KVP_I32, 3, 1),
+    const kvp_score_args score = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys, .scores = imagine(KVP_F32, 3, 4)};
+    kvp_select_args select = {.size = sizeof(kvp_select_args), .scores = score.scores, .segments = imagine(KVP_I32, 2, 2), .quotas = imagine(KVP_I32, 3, 1),
                               .positions = imagine(KVP_I32, 3, 2), .counts = imagine(KVP_I32, 2, 1)};
     select.segments.device = select.quotas.device = KVP_CPU; /* read by the host: an empty segment, of which none is kept */
     CHECK(kvp_register_backend(&of_other_abi) != KVP_OK, "a backend of another ABI was registered");

@@ -19,7 +19,7 @@ static void score_keys(int32_t scorer, kvp_dtype dtype, layout how, int64_t n_to
     array scores[2];
     fill_normal(&keys.view);
     fill_valid(&valid.view, n_token, false);
-    kvp_score_args args = {.scorer = scorer, .keys = keys.view};
+    kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = scorer, .keys = keys.view};
     if (random_below(2)) args.valid = valid.view;
     if (scorer == kvp_scorer_find("position")) args.param[0] = (double)random_below(n_token + 2);
     for (int i = 0; i < 2; i++) {
@@ -59,7 +59,7 @@ static void score_all_16_bit_numbers(kvp_dtype dtype) {
     const int64_t n = 1 << 16;
     array keys = new_array(dtype, CONTIGUOUS, 4, (int64_t[4]){1, 1, n, 1}), scores = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, 1, n});
     for (int64_t i = 0; i < n; i++) *(uint16_t *)element(&keys.view, 0, 0, i, 0) = (uint16_t)i;
-    const kvp_score_args args = {.scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
+    const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
     name_case("norm of all %s numbers", dtype_name((int32_t)dtype));
     call_verb(KVP_SCORE, &args, (calling){0});
     int64_t n_wrong = 0;

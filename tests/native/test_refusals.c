@@ -42,7 +42,7 @@ static void make_score_call(calls *c) {
     c->valid = new_filled(KVP_I32, 2, (int64_t[2]){B, 2}, valid, 2);
     c->lse = new_filled(KVP_F32, 3, (int64_t[3]){B, H * G, Q}, NULL, 0);
     c->scores = new_filled(KVP_F32, 3, (int64_t[3]){B, H, T}, NULL, 0);
-    c->score = (kvp_score_args){kvp_scorer_find("attention"), c->keys.view, c->queries.view, c->votes.view, c->valid.view, c->lse.view,
+    c->score = (kvp_score_args){sizeof(kvp_score_args), kvp_scorer_find("attention"), c->keys.view, c->queries.view, c->votes.view, c->valid.view, c->lse.view,
                                 c->scores.view,               {0.5, 0, 3, 0}};
 }
 
@@ -54,7 +54,7 @@ static void make_select_call(calls *c) {
     c->protect = new_filled(KVP_U8, 2, (int64_t[2]){B, T}, NULL, 0);
     c->ranked = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, NULL, 0);
     c->counts = new_filled(KVP_I32, 2, (int64_t[2]){B, H}, NULL, 0);
-    c->select = (kvp_select_args){c->ranking.view, c->segments.view, c->quotas.view, c->protect.view, c->valid.view, c->ranked.view, c->counts.view};
+    c->select = (kvp_select_args){sizeof(kvp_select_args), c->ranking.view, c->segments.view, c->quotas.view, c->protect.view, c->valid.view, c->ranked.view, c->counts.view};
 }
 
 static void make_gather_call(calls *c) {
@@ -63,7 +63,7 @@ static void make_gather_call(calls *c) {
     c->kept = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, kept, K);
     c->out_keys = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D}, NULL, 0);
     c->out_values = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D + 1}, NULL, 0);
-    c->gather = (kvp_gather_args){c->keys.view, c->values.view, c->kept.view, c->out_keys.view, c->out_values.view};
+    c->gather = (kvp_gather_args){sizeof(kvp_gather_args), c->keys.view, c->values.view, c->kept.view, c->out_keys.view, c->out_values.view};
 }
 
 static void make_calls(calls *c) {

@@ -96,7 +96,7 @@ static void score_norm(void) {
     const int64_t shape[4] = {2, 3, 2500, 24};
     array keys = new_array(KVP_F32, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
     fill_normal(&keys.view);
-    const kvp_score_args args = {.scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
+    const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
     name_case("same bits: norm");
     call_verb(KVP_SCORE, &args, (calling){0});
     score_every_way(args, "norm");
@@ -127,8 +127,8 @@ static void select_and_gather(void) {
     for (int i = 0; i <= N_WAY; i++) {
         const calling how = i ? WAYS[i - 1] : (calling){0};
         const int slot = i > 0;
-        const kvp_select_args select = {scores.view, segments.view, quotas.view, .positions = positions[slot].view, .counts = counts[slot].view};
-        const kvp_gather_args gather = {keys.view, keys.view, positions[slot].view, out[2 * slot].view, out[2 * slot + 1].view};
+        const kvp_select_args select = {sizeof(kvp_select_args), scores.view, segments.view, quotas.view, .positions = positions[slot].view, .counts = counts[slot].view};
+        const kvp_gather_args gather = {sizeof(kvp_gather_args), keys.view, keys.view, positions[slot].view, out[2 * slot].view, out[2 * slot + 1].view};
         name_case("same bits: select and gather, way %d", i - 1);
         call_verb(KVP_SELECT, &select, how);
         call_verb(KVP_GATHER, &gather, how);
@@ -200,7 +200,7 @@ static void score_long(void) {
     for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&votes.view, 0, 0, f, 0, fields[f]);
     for (int i = 0; i < 2; i++) {
         scores[i] = new_array(KVP_F32, CONTIGUOUS, 3, keys.view.shape);
-        const kvp_score_args args = {.scorer = kvp_scorer_find("attention"), .keys = keys.view, .queries = queries.view, .votes = votes.view,
+        const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("attention"), .keys = keys.view, .queries = queries.view, .votes = votes.view,
                                      .scores = scores[i].view, .param = {0.1, 0, 1, 0}};
         name_case("same bits: one query, %d tokens", T);
         n_region = n_task_most = 0;

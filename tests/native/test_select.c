@@ -115,7 +115,7 @@ static selection new_selection(int64_t n_token, score_kind kind) {
     fill_valid(&s.valid.view, n_token, false);
     s.positions = new_array(KVP_I32, output_layout(random_layout()), 3, (int64_t[3]){n_batch, n_head, room ? room : 1});
     s.counts = new_array(KVP_I32, output_layout(random_layout()), 2, (int64_t[2]){n_batch, n_head});
-    s.args = (kvp_select_args){.scores = s.scores.view, .segments = s.segments.view, .quotas = s.quotas.view};
+    s.args = (kvp_select_args){.size = sizeof(kvp_select_args), .scores = s.scores.view, .segments = s.segments.view, .quotas = s.quotas.view};
     if (random_below(2)) s.args.protect = s.protect.view;
     if (random_below(2)) s.args.valid = s.valid.view;
     s.args.positions = s.positions.view;
