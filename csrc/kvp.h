@@ -192,11 +192,27 @@ typedef struct kvp_gather_args {
     kvp_tensor out_values; /* out (B,H,K,Dv) */
 } kvp_gather_args;
 
-typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2 } kvp_verb;
+/* ------------------------------------------------------------------ press */
+
+/*
+ * Score, select and gather by one call, for those who do not want the scores, which stay in the scratch: the same bits as by the three. The
+ * fields are theirs. All is checked before anything is written.
+ */
+typedef struct kvp_press_args {
+    uint32_t size; /* sizeof(kvp_press_args) */
+    int32_t scorer;
+    kvp_tensor keys, values, queries, votes, valid, lse; /* values: (B,H,T,Dv) */
+    kvp_tensor segments, quotas, protect;
+    kvp_tensor positions, counts, out_keys, out_values; /* out; on the CPU the last two may be the start of keys and values */
+    double param[KVP_MAX_PARAMS];
+} kvp_press_args;
+
+typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3 } kvp_verb;
 
 KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
 
 /* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its tensors need a
  * valid shape and dtype. */

@@ -21,7 +21,8 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
         return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_workspace(score, n_worker) : 0;
     }
     case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
-    case KVP_GATHER: return 0;
+    case KVP_GATHER:
+    case KVP_PRESS: return 0; /* the core asks for its parts */
     }
     return 0;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The three verbs: check the contract, find the backend, see to the scratch, call.
+ * The verbs: check the contract, find the backend, see to the scratch, call.
  */
 #include "internal.h"
 
@@ -17,9 +17,48 @@ static kvp_status check_worker_count(int32_t n_worker, kvp_context *ctx) {
     return kvpi_fail(ctx, KVP_ERR_VALUE, "n_worker is %d; expected at most %d", (int)n_worker, KVP_MAX_WORKER);
 }
 
+/* Press is its three parts, with the scores between them in the scratch, behind the tables. */
+typedef struct press_parts {
+    kvp_score_args score;
+    kvp_select_args select;
+    kvp_gather_args gather;
+    size_t score_bytes;
+} press_parts;
+
+static press_parts split_press(const kvp_press_args *a) {
+    kvp_tensor scores = {.dtype = KVP_F32, .device = a->keys.device, .device_index = a->keys.device_index, .ndim = 3};
+    int64_t step = 1;
+    for (int d = 2; d >= 0; step *= scores.shape[d--]) {
+        scores.shape[d] = a->keys.shape[d];
+        scores.stride[d] = step;
+    }
+    press_parts p = {
+        .score = {sizeof p.score, a->scorer, a->keys, a->queries, a->votes, a->valid, a->lse, scores, {0}},
+        .select = {sizeof p.select, scores, a->segments, a->quotas, a->protect, a->valid, a->positions, a->counts},
+        .gather = {sizeof p.gather, a->keys, a->values, a->positions, a->out_keys, a->out_values},
+        .score_bytes = kvpi_round_up_64((size_t)step * sizeof(float)),
+    };
+    for (int i = 0; i < KVP_MAX_PARAMS; i++) p.score.param[i] = a->param[i];
+    return p;
+}
+
+static size_t table_bytes_of(kvp_verb verb, const void *args) {
+    if (verb != KVP_PRESS) return kvpi_table_bytes(verb, args);
+    const press_parts p = split_press(args);
+    return kvpi_table_bytes(KVP_SCORE, &p.score) + kvpi_table_bytes(KVP_SELECT, &p.select);
+}
+
+static size_t workspace_of(const kvp_backend *backend, kvp_verb verb, const void *args, int32_t n_worker) {
+    if (verb != KVP_PRESS) return table_bytes_of(verb, args) + backend->workspace(verb, args, n_worker);
+    const press_parts p = split_press(args);
+    const size_t score = backend->workspace(KVP_SCORE, &p.score, n_worker), select = backend->workspace(KVP_SELECT, &p.select, n_worker);
+    const size_t gather = backend->workspace(KVP_GATHER, &p.gather, n_worker), two = score > select ? score : select;
+    return table_bytes_of(verb, args) + p.score_bytes + (two > gather ? two : gather);
+}
+
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
-    const size_t need = kvpi_table_bytes(verb, args) + backend->workspace(verb, args, kvpi_worker_count(ctx));
+    const size_t need = workspace_of(backend, verb, args, kvpi_worker_count(ctx));
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -51,17 +90,25 @@ static kvp_status give_back(kvp_context *ctx, kept_workspace kept, kvp_status st
     return status;
 }
 
+static kvp_status find_scorer(const kvp_backend *backend, int32_t scorer, kvp_context *ctx) {
+    if (backend->score[scorer]) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no scorer \"%s\"", kvp_scorer_name(scorer));
+}
+
+static kvp_status check_score_values(const kvp_score_args *args, kvp_context *ctx) {
+    KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
+    return kvp_scorer_needs(args->scorer) & KVP_NEEDS_VOTES ? kvpi_check_vote_values(args, ctx) : KVP_OK;
+}
+
 kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_score(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
-    if (!backend->score[args->scorer])
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no scorer \"%s\"", kvp_scorer_name(args->scorer));
+    KVPI_TRY(find_scorer(backend, args->scorer, ctx));
     KVPI_TRY(check_workspace(backend, KVP_SCORE, args, ctx));
     kvp_score_args own = *args;
     kvpi_copy_score_tables(&own, ctx->workspace);
-    KVPI_TRY(kvpi_check_valid_values(&own.valid, own.keys.shape[2], ctx));
-    if (kvp_scorer_needs(own.scorer) & KVP_NEEDS_VOTES) KVPI_TRY(kvpi_check_vote_values(&own, ctx));
+    KVPI_TRY(check_score_values(&own, ctx));
     const kept_workspace kept = pass_tables(ctx, kvpi_table_bytes(KVP_SCORE, args));
     return give_back(ctx, kept, backend->score[own.scorer](&own, ctx));
 }
@@ -86,6 +133,29 @@ kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return backend->gather(args, ctx);
 }
 
+static kvp_status run_parts(const kvp_backend *backend, press_parts *p, kvp_context *ctx) {
+    KVPI_TRY(backend->score[p->score.scorer](&p->score, ctx));
+    KVPI_TRY(backend->select(&p->select, ctx));
+    return backend->gather(&p->gather, ctx);
+}
+
+kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx) {
+    const kvp_backend *backend;
+    KVPI_TRY(kvpi_check_press(args, ctx));
+    KVPI_TRY(find_backend(&args->keys, &backend, ctx));
+    KVPI_TRY(find_scorer(backend, args->scorer, ctx));
+    KVPI_TRY(check_workspace(backend, KVP_PRESS, args, ctx));
+    press_parts p = split_press(args);
+    const size_t of_score = kvpi_table_bytes(KVP_SCORE, &p.score), bytes = table_bytes_of(KVP_PRESS, args);
+    kvpi_copy_score_tables(&p.score, ctx->workspace);
+    kvpi_copy_select_tables(&p.select, (char *)ctx->workspace + of_score);
+    KVPI_TRY(check_score_values(&p.score, ctx));
+    KVPI_TRY(kvpi_check_select_values(&p.select, ctx));
+    p.score.scores.data = p.select.scores.data = (char *)ctx->workspace + bytes;
+    const kept_workspace kept = pass_tables(ctx, bytes + p.score_bytes);
+    return give_back(ctx, kept, run_parts(backend, &p, ctx));
+}
+
 kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes) {
     kvp_context scratch = {0};
     const kvp_backend *backend;
@@ -103,10 +173,14 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
         KVPI_TRY(kvpi_check_gather(args, &scratch));
         first = &((const kvp_gather_args *)args)->keys;
         break;
+    case KVP_PRESS:
+        KVPI_TRY(kvpi_check_press(args, &scratch));
+        first = &((const kvp_press_args *)args)->keys;
+        break;
     default: return KVP_ERR_VALUE;
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
     KVPI_TRY(check_worker_count(n_worker, &scratch));
-    *bytes = kvpi_table_bytes(verb, args) + backend->workspace(verb, args, n_worker > 1 ? n_worker : 1);
+    *bytes = workspace_of(backend, verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;
 }

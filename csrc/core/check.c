@@ -231,6 +231,45 @@ static kvp_status check_size(uint32_t size, size_t expected, const char *what, k
     return kvpi_fail(ctx, KVP_ERR_VALUE, "size is %u; expected %zu, sizeof(%s)", (unsigned)size, expected, what);
 }
 
+/* What a scorer asks of the queries, the votes and its parameters; both may be missing where it needs none. */
+static kvp_status check_scorer(int32_t scorer, const kvp_tensor *keys, const kvp_tensor *queries, const kvp_tensor *votes, const double *param,
+                               const binding *bound, kvp_context *ctx) {
+    const int64_t n_token = bound->size['T'];
+    if (queries->data && queries->dtype != keys->dtype)
+        return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has", kvpi_dtype_name(queries->dtype),
+                         kvpi_dtype_name(keys->dtype));
+    if (queries->data && bound->size['N'] % bound->size['H'])
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads", (long long)bound->size['N'],
+                         (long long)bound->size['H']);
+    if (queries->data && bound->size['Q'] > n_token)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys", (long long)bound->size['Q'],
+                         (long long)n_token);
+    if (votes->data && bound->size['F'] != KVP_VOTE_FIELDS)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound->size['F'], (int)KVP_VOTE_FIELDS);
+    if (scorer == KVPI_SCORER_attention) KVPI_TRY(check_attention_params(param, ctx));
+    if (scorer == KVPI_SCORER_position) {
+        if (n_token > 1 << 23)
+            return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "T is %lld in keys; the scorer \"position\" tells at most %d apart", (long long)n_token, 1 << 23);
+        KVPI_TRY(check_whole(param[0], "n_sink", 0, INT32_MAX, ctx));
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_edges(const binding *bound, kvp_context *ctx) {
+    if (bound->size['E'] == bound->size['S'] + 1) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_SHAPE, "segments.shape[1] is %lld; expected %lld, one more than the %lld segments in quotas",
+                     (long long)bound->size['E'], (long long)bound->size['S'] + 1, (long long)bound->size['S']);
+}
+
+/* Rules first to last are about caches, whose elements are all of one type, that of keys. */
+static kvp_status check_one_dtype(const rule *rules, size_t first, size_t last, const kvp_tensor *keys, kvp_context *ctx) {
+    for (size_t i = first; i <= last; i++)
+        if (rules[i].tensor->dtype != keys->dtype)
+            return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s, as keys has", rules[i].name,
+                             kvpi_dtype_name(rules[i].tensor->dtype), kvpi_dtype_name(keys->dtype));
+    return KVP_OK;
+}
+
 kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_score_args", ctx));
     const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
@@ -243,24 +282,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
-    const int64_t n_token = bound.size['T'];
-    if (args->queries.data && args->queries.dtype != args->keys.dtype)
-        return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has", kvpi_dtype_name(args->queries.dtype),
-                         kvpi_dtype_name(args->keys.dtype));
-    if (args->queries.data && bound.size['N'] % bound.size['H'])
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads", (long long)bound.size['N'],
-                         (long long)bound.size['H']);
-    if (args->queries.data && bound.size['Q'] > n_token)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys", (long long)bound.size['Q'],
-                         (long long)n_token);
-    if (args->votes.data && bound.size['F'] != KVP_VOTE_FIELDS)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound.size['F'], (int)KVP_VOTE_FIELDS);
-    if (args->scorer == KVPI_SCORER_attention) KVPI_TRY(check_attention_params(args->param, ctx));
-    if (args->scorer == KVPI_SCORER_position) {
-        if (n_token > 1 << 23)
-            return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "T is %lld in keys; the scorer \"position\" tells at most %d apart", (long long)n_token, 1 << 23);
-        KVPI_TRY(check_whole(args->param[0], "n_sink", 0, INT32_MAX, ctx));
-    }
+    KVPI_TRY(check_scorer(args->scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
     return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
 }
 
@@ -275,9 +297,7 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
     KVPI_TRY(check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx));
-    if (bound.size['E'] == bound.size['S'] + 1) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_SHAPE, "segments.shape[1] is %lld; expected %lld, one more than the %lld segments in quotas",
-                     (long long)bound.size['E'], (long long)bound.size['S'] + 1, (long long)bound.size['S']);
+    return check_edges(&bound, ctx);
 }
 
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
@@ -289,10 +309,38 @@ kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
-    for (size_t i = 1; i < sizeof rules / sizeof rules[0]; i++)
-        if (i != 2 && rules[i].tensor->dtype != args->keys.dtype)
-            return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s, as keys has", rules[i].name,
-                             kvpi_dtype_name(rules[i].tensor->dtype), kvpi_dtype_name(args->keys.dtype));
+    KVPI_TRY(check_one_dtype(rules, 1, 1, &args->keys, ctx));
+    KVPI_TRY(check_one_dtype(rules, 3, 4, &args->keys, ctx));
     const rule *const in_place_of[] = {NULL, NULL, NULL, &rules[0], &rules[1]};
     return check_overlaps(rules, sizeof rules / sizeof rules[0], in_place_of, ctx);
+}
+
+kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_press_args", ctx));
+    const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
+    if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
+    const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
+    const rule rules[] = {
+        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
+        {"values", &args->values, "BHTC", FLOATS, true, false, false},
+        {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
+        {"out_values", &args->out_values, "BHKC", FLOATS, true, true, false},
+        {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
+        {"votes", &args->votes, "BVF", I32, votes, false, true},
+        {"valid", &args->valid, "BR", I32, false, false, true},
+        {"lse", &args->lse, "BNQ", F32, false, false, false},
+        {"segments", &args->segments, "BE", I32, true, false, true},
+        {"quotas", &args->quotas, "BHS", I32, true, false, true},
+        {"protect", &args->protect, "BT", U8, false, false, false},
+        {"positions", &args->positions, "BHK", I32, true, true, false},
+        {"counts", &args->counts, "BH", I32, true, true, false},
+    };
+    enum { N_RULE = sizeof rules / sizeof rules[0] };
+    const rule *const in_place_of[N_RULE] = {NULL, NULL, &rules[0], &rules[1]};
+    binding bound;
+    KVPI_TRY(check_rules(rules, N_RULE, &bound, ctx));
+    KVPI_TRY(check_one_dtype(rules, 1, 3, &args->keys, ctx));
+    KVPI_TRY(check_scorer(args->scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
+    KVPI_TRY(check_edges(&bound, ctx));
+    return check_overlaps(rules, N_RULE, in_place_of, ctx);
 }

@@ -55,6 +55,7 @@ extern const kvp_backend kvpi_cpu_backend;           /* backend/cpu.c */
 kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
+kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx);
 
 /* tables.c: copies of a CPU call's small tables, at the front of its workspace. */
 size_t kvpi_table_bytes(kvp_verb verb, const void *args);

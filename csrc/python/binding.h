@@ -20,9 +20,9 @@ typedef struct kvpb_state {
 /* What _cuda finds in _core, as a capsule under this attribute. */
 #define KVPB_REGISTRY_ATTRIBUTE "_registry"
 #define KVPB_REGISTRY_NAME "kvpitfalls._core._registry"
-enum { KVPB_REGISTRY_SIZES = 5 };
+enum { KVPB_REGISTRY_SIZES = 6 };
 /* Of what passes between the two, so that a change without a new version is noticed, too. */
-#define KVPB_SIZES {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_context), sizeof(kvp_backend)}
+#define KVPB_SIZES {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_press_args), sizeof(kvp_context), sizeof(kvp_backend)}
 typedef struct kvpb_registry {
     int32_t abi; /* KVP_ABI_VERSION; what follows may change with it */
     uint32_t sizes[KVPB_REGISTRY_SIZES];

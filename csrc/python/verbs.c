@@ -15,6 +15,7 @@ typedef union verb_args {
     kvp_score_args score;
     kvp_select_args select;
     kvp_gather_args gather;
+    kvp_press_args press;
 } verb_args;
 
 typedef struct verb_spec {
@@ -174,6 +175,7 @@ static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
     case KVP_SCORE: return kvp_score(&args->score, ctx);
     case KVP_SELECT: return kvp_select(&args->select, ctx);
     case KVP_GATHER: return kvp_gather(&args->gather, ctx);
+    case KVP_PRESS: return kvp_press(&args->press, ctx);
     }
     return KVP_ERR_INTERNAL;
 }

@@ -42,6 +42,7 @@ static void run_on_rows(void) {
     run("select", test_select);
     run("gather, large", test_gather_large);
     run("gather in place", test_gather_in_place);
+    run("press", test_press);
 }
 
 int main(int argc, char **argv) {

@@ -15,6 +15,7 @@ void test_broken_keys(void);
 void test_same_bits(void);
 void test_gather_large(void);
 void test_gather_in_place(void);
+void test_press(void);
 void test_select(void);
 
 /* Once. */
