@@ -35,6 +35,22 @@ def select(
     /,
 ) -> None: ...
 def gather(keys: Array, values: Array, positions: Array, out_keys: Array, out_values: Array, n_worker: int, /) -> None: ...
+def press(
+    scorer: str,
+    keys: Array,
+    values: Array,
+    queries: Array | None,
+    votes: Array | None,
+    valid: Array | None,
+    lse: Array | None,
+    segments: Array,
+    quotas: Array,
+    protect: Array | None,
+    params: Sequence[float] | None,
+    n_kept: int,
+    n_worker: int,
+    /,
+) -> tuple[Array, Array, Array, Array]: ...
 def score_workspace(
     scorer: str,
     keys: Array,

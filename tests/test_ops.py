@@ -276,3 +276,47 @@ def test_bits_do_not_depend_on_threads_or_batch(n_thread):
         torch.set_num_threads(before)
     assert torch.equal(together[1:2], alone)
     assert torch.equal(together, ops.score("attention", keys, queries=queries, votes=packed))
+
+
+@on_every_device
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention"])
+@pytest.mark.parametrize("n_token", [33, 700])
+def test_press_is_the_three_verbs(n_token, scorer, dtype, library, device):
+    """The same bits, in the same library and on the same device."""
+    if library == "numpy" and (dtype == torch.bfloat16 or device != "cpu"):
+        pytest.skip("NumPy has no bfloat16, and no GPU")
+    keys, queries = tensors((2, 3, 2, n_token, 40), dtype, "transposed", device)
+    values = torch.randn(2, 3, n_token, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    lse = torch.full(queries.shape[:3], 3.0, device=device)
+    if library == "numpy":
+        keys, queries, values, lse = (x.numpy() for x in (keys, queries, values, lse))
+    valid = np.array([[3, n_token], [0, n_token]], np.int32)
+    votes = np.array([[[0, n_token, 3, n_token, 0, 0, 1, 0, 0, 0]]] * 2, np.int32)
+    edges, quotas = np.array([[0, 9, n_token]] * 2, np.int32), np.full((2, 3, 2), 6, np.int32)
+    protect = ops.beside(np.array([[t == 8 for t in range(n_token)]] * 2, np.uint8), keys)
+    params = {"attention": {"scaling": 0.2, "kernel_size": 3}, "position": {"n_sink": 2}, "norm": {}}[scorer]
+    given = {"queries": queries, "votes": votes, "lse": lse} if scorer == "attention" else {"queries": None, "votes": None, "lse": None}
+    scores = ops.score(scorer, keys, **given, valid=valid, **params)
+    positions, counts = ops.select(scores, quotas, segments=edges, protect=protect, valid=valid)
+    expected = positions, counts, *ops.gather(keys, values, positions)
+    pressed = ops.press_checked(
+        scorer,
+        keys,
+        values,
+        queries=given["queries"],
+        votes=given["votes"],
+        valid=valid,
+        lse=given["lse"],
+        segments=edges,
+        quotas=quotas,
+        protect=protect,
+        n_kept=12,
+        **params,
+    )
+    for ours, theirs in zip(pressed, expected, strict=True):
+        assert type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert library == "numpy" or ours.device == theirs.device
+        assert bool((ours == theirs).all())
+    assert int(counts.sum()) == 2 * 3 * 12

@@ -42,7 +42,7 @@ typedef struct kvpb_slot {
  * What the views of one call rest on. NumPy arrays and exchange-API views borrow from the caller's argument, which outlives the call;
  * only __dlpack__ hands out something to give back: its capsule, whose destructor frees the view.
  */
-enum { KVPB_MAX_CAPSULE = 8 };
+enum { KVPB_MAX_CAPSULE = 16 };
 typedef struct kvpb_loans {
     PyObject *capsule[KVPB_MAX_CAPSULE];
     int32_t n_capsule;
@@ -54,6 +54,19 @@ typedef struct kvpb_loans {
 int kvpb_import_numpy(void);
 int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans);
 void kvpb_return_loans(kvpb_loans *loans);
+struct kvpb_dl_api;
+struct kvpb_dl_tensor;
+int kvpb_view_dlpack(const kvpb_slot *slot, const struct kvpb_dl_tensor *dl, kvp_tensor *tensor);
+int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const struct kvpb_dl_api **api); /* *api NULL: there is none of use */
+
+/* outputs.c: a new array like an old one, and its view; NULL with an exception set. */
+typedef struct kvpb_new {
+    const char *name;
+    kvp_dtype dtype; /* KVP_I32, KVP_U8 or that of the old array */
+    int32_t ndim;
+    int64_t shape[4];
+} kvpb_new;
+PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view, kvp_tensor *tensor);
 
 /* error.c: each sets an exception. kvpb_raise, for a status that is not KVP_OK, returns NULL so that callers can return it. */
 PyObject *kvpb_raise(const kvpb_state *state, kvp_status status, const kvp_context *ctx);
@@ -63,6 +76,7 @@ void kvpb_refuse_name(const char *what, const char *given, const char *(*nth)(in
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 int kvpb_check_count(const char *name, Py_ssize_t n_object, Py_ssize_t expected);

@@ -104,6 +104,9 @@ PyDoc_STRVAR(select_doc, "select($module, scores, segments, quotas, protect, val
                          "Write the positions to keep into positions and their number into counts.");
 PyDoc_STRVAR(gather_doc, "gather($module, keys, values, positions, out_keys, out_values, n_worker, /)\n--\n\n"
                          "Copy the kept rows of keys and values.");
+PyDoc_STRVAR(press_doc,
+             "press($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, params, n_kept, n_worker, /)\n--\n\n"
+             "Score, select and gather: positions and counts of n_kept places a head, and the keys and values that are kept, in new arrays.");
 PyDoc_STRVAR(score_workspace_doc, "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
                                   "Bytes of scratch that score needs for so many workers.");
 PyDoc_STRVAR(select_workspace_doc, "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"
@@ -119,6 +122,7 @@ static PyMethodDef methods[] = {
     {"score", FAST(kvpb_score), score_doc},
     {"select", FAST(kvpb_select), select_doc},
     {"gather", FAST(kvpb_gather), gather_doc},
+    {"press", FAST(kvpb_press), press_doc},
     {"score_workspace", FAST(kvpb_score_workspace), score_workspace_doc},
     {"select_workspace", FAST(kvpb_select_workspace), select_workspace_doc},
     {"scorers", list_scorers, METH_NOARGS, scorers_doc},

@@ -35,7 +35,8 @@ typedef struct kvpb_dl_tensor {
 /* In a capsule "dltensor_versioned". The two pointers belong to the capsule's destructor too. */
 typedef struct kvpb_dl_versioned {
     kvpb_dl_version version;
-    void *manager, *deleter;
+    void *manager;
+    void (*deleter)(struct kvpb_dl_versioned *self); /* may be NULL */
     uint64_t flags;
     kvpb_dl_tensor tensor;
 } kvpb_dl_versioned;
@@ -45,12 +46,14 @@ typedef struct kvpb_dl_api_header {
     const struct kvpb_dl_api_header *previous; /* an older major version of the same table, or NULL */
 } kvpb_dl_api_header;
 
-/* In a capsule "dlpack_exchange_api", an attribute of the array type. The first three functions are not used here. */
+/* In a capsule "dlpack_exchange_api", an attribute of the array type. The second function is not used here. */
 typedef struct kvpb_dl_api {
     kvpb_dl_api_header header;
-    void (*allocate)(void);
+    /* Of the prototype's shape, type and device; its data is not looked at. */
+    int (*allocate)(const kvpb_dl_tensor *prototype, kvpb_dl_versioned **out, void *context,
+                    void (*set_error)(void *context, const char *kind, const char *message));
     void (*export_managed)(void);
-    void (*import_managed)(void);
+    int (*import_managed)(kvpb_dl_versioned *managed, void **object); /* takes it over; -1 = Python exception set */
     int (*borrow)(void *object, kvpb_dl_tensor *out);                              /* may be NULL; -1 = Python exception set */
     int (*current_stream)(int32_t device_type, int32_t device_index, void **out); /* -1 = Python exception set */
 } kvpb_dl_api;

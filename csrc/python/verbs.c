@@ -61,6 +61,22 @@ static const verb_spec gather_spec = {
      {"out_values", FLOATS, offsetof(kvp_gather_args, out_values), false, true}},
 };
 
+/* Its outputs are made here, and so they are no arguments. */
+static const verb_spec press_spec = {
+    "press",
+    KVP_PRESS,
+    9,
+    {{"keys", FLOATS, offsetof(kvp_press_args, keys), false, false},
+     {"values", FLOATS, offsetof(kvp_press_args, values), false, false},
+     {"queries", FLOATS, offsetof(kvp_press_args, queries), true, false},
+     {"votes", "int32", offsetof(kvp_press_args, votes), true, false},
+     {"valid", "int32", offsetof(kvp_press_args, valid), true, false},
+     {"lse", "float32", offsetof(kvp_press_args, lse), true, false},
+     {"segments", "int32", offsetof(kvp_press_args, segments), false, false},
+     {"quotas", "int32", offsetof(kvp_press_args, quotas), false, false},
+     {"protect", "uint8 or bool", offsetof(kvp_press_args, protect), true, false}},
+};
+
 /* Whatever returns an int returns 0, or -1 with an exception set. */
 
 int kvpb_check_count(const char *name, Py_ssize_t n_arg, Py_ssize_t expected) {
@@ -257,4 +273,73 @@ PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_s
     verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
     return size_workspace(module, &select_spec, &args, objects, objects[7]);
+}
+
+enum { PRESS_OUTPUTS = 4 };
+
+/* The outputs of press, and on a GPU its scratch. Where the shapes to come from are wrong, nothing is made: the core then says so. */
+static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p, PyObject **out) {
+    if (p->keys.ndim != 4 || p->values.ndim != 4) return 0;
+    const int64_t *shape = p->keys.shape;
+    const struct {
+        kvpb_new wanted;
+        kvp_tensor *tensor;
+    } outputs[PRESS_OUTPUTS] = {
+        {{"positions", KVP_I32, 3, {shape[0], shape[1], n_kept}}, &p->positions},
+        {{"counts", KVP_I32, 2, {shape[0], shape[1]}}, &p->counts},
+        {{"out_keys", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, shape[3]}}, &p->out_keys},
+        {{"out_values", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, p->values.shape[3]}}, &p->out_values},
+    };
+    for (int i = 0; i < PRESS_OUTPUTS; i++)
+        if (!(out[i] = kvpb_make(state, &outputs[i].wanted, objects[0], &p->keys, outputs[i].tensor))) return -1;
+    return 0;
+}
+
+static int make_press_scratch(const kvpb_state *state, PyObject *like, const verb_args *args, kvp_context *ctx, void **owned, PyObject **held) {
+    size_t bytes;
+    if (args->press.keys.device == KVP_CPU) return make_workspace(&press_spec, args, &args->press.keys, ctx, owned);
+    if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0) return 0;
+    kvp_tensor buffer;
+    const kvpb_new wanted = {"the scratch", KVP_U8, 1, {(int64_t)bytes}};
+    if (!(*held = kvpb_make(state, &wanted, like, &args->press.keys, &buffer))) return -1;
+    ctx->workspace = buffer.data;
+    ctx->workspace_bytes = bytes;
+    return 0;
+}
+
+static int read_n_kept(PyObject *object, int64_t *n_kept) {
+    *n_kept = PyLong_AsLongLong(object);
+    if (*n_kept == -1 && PyErr_Occurred()) return -1;
+    if (*n_kept >= 1 && *n_kept <= INT32_MAX) return 0;
+    PyErr_Format(PyExc_ValueError, "n_kept is %lld; expected 1 to %d", (long long)*n_kept, INT32_MAX);
+    return -1;
+}
+
+PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    const kvpb_state *state = PyModule_GetState(module);
+    verb_args args = {.press = {.size = sizeof(kvp_press_args)}};
+    kvpb_loans loans = {.n_capsule = 0};
+    kvp_context ctx = {.parallel_for = kvpb_parallel_for};
+    PyObject *out[PRESS_OUTPUTS] = {NULL}, *held = NULL, *result = NULL;
+    void *owned = NULL;
+    int64_t n_kept;
+    if (kvpb_check_count("press", n_object, 13) < 0 || read_scorer(objects[0], &args.press.scorer) < 0 ||
+        read_params(objects[10], args.press.scorer, args.press.param) < 0 || read_n_kept(objects[11], &n_kept) < 0 ||
+        read_n_worker(objects[12], &ctx.n_worker) < 0)
+        return NULL;
+    if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
+        make_press_outputs(state, objects + 1, n_kept, &args.press, out) == 0 &&
+        make_press_scratch(state, objects[1], &args, &ctx, &owned, &held) == 0) {
+        kvp_status status;
+        ctx.stream = loans.stream;
+        Py_BEGIN_ALLOW_THREADS
+        status = kvp_press(&args.press, &ctx);
+        Py_END_ALLOW_THREADS
+        result = status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2], out[3]) : kvpb_raise(state, status, &ctx);
+    }
+    for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
+    Py_XDECREF(held);
+    PyMem_Free(owned);
+    kvpb_return_loans(&loans);
+    return result;
 }

@@ -8,6 +8,7 @@
 #include "dlpack_abi.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL kvpb_numpy
 #include <numpy/arrayobject.h>
 
 #include <stdalign.h>
@@ -133,7 +134,7 @@ static int refuse_dlpack_dtype(const kvpb_slot *slot, const kvpb_dl_tensor *dl) 
     return -1;
 }
 
-static int view_dlpack(const kvpb_slot *slot, const kvpb_dl_tensor *dl, kvp_tensor *tensor) {
+int kvpb_view_dlpack(const kvpb_slot *slot, const kvpb_dl_tensor *dl, kvp_tensor *tensor) {
     if (check_rank(slot, dl->ndim) < 0) return -1;
     *tensor = (kvp_tensor){.dtype = dlpack_dtype(dl), .device = dl->device_type, .ndim = dl->ndim};
     if (tensor->dtype < 0) return refuse_dlpack_dtype(slot, dl);
@@ -148,7 +149,7 @@ static int view_dlpack(const kvpb_slot *slot, const kvpb_dl_tensor *dl, kvp_tens
 }
 
 /* 0 with *api NULL: the type has none that can be used. */
-static int find_exchange_api(const kvpb_state *state, PyObject *object, const kvpb_dl_api **api) {
+int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const kvpb_dl_api **api) {
     *api = NULL;
     PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->exchange_api_name);
     if (!capsule) {
@@ -170,7 +171,7 @@ static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject
         refuse_borrow(slot);
         return -1;
     }
-    if (view_dlpack(slot, &dl, tensor) < 0) return -1;
+    if (kvpb_view_dlpack(slot, &dl, tensor) < 0) return -1;
     if (tensor->device != KVP_CUDA) return 0;
     if (api->current_stream(dl.device_type, dl.device_index, &loans->stream) != 0) return -1;
     loans->has_stream = true;
@@ -223,7 +224,7 @@ static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, 
 static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *tensor) {
     if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         const kvpb_dl_tensor *dl = PyCapsule_GetPointer(capsule, "dltensor");
-        return dl ? view_dlpack(slot, dl, tensor) : -1;
+        return dl ? kvpb_view_dlpack(slot, dl, tensor) : -1;
     }
     const kvpb_dl_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
     if (managed->version.major != KVPB_DL_MAJOR) {
@@ -231,7 +232,7 @@ static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *te
         return -1;
     }
     if (check_writable(slot, !(managed->flags & (KVPB_DL_READ_ONLY | KVPB_DL_IS_COPIED))) < 0) return -1; /* a write to a copy is lost */
-    return view_dlpack(slot, &managed->tensor, tensor);
+    return kvpb_view_dlpack(slot, &managed->tensor, tensor);
 }
 
 /*
@@ -254,7 +255,7 @@ int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, 
     memset(tensor, 0, sizeof *tensor);
     if (object == Py_None && slot->optional) return 0;
     if (PyArray_Check(object)) return view_numpy(slot, (PyArrayObject *)object, tensor);
-    if (find_exchange_api(state, object, &api) < 0) return -1;
+    if (kvpb_find_exchange_api(state, object, &api) < 0) return -1;
     if (api) return view_exchange(slot, api, object, tensor, loans);
     return view_protocol(state, slot, object, tensor, loans);
 }

@@ -64,11 +64,7 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
     >>> score("norm", keys)
     array([[[-5., -1.]]], dtype=float32)
     """
-    if not isinstance(scorer, str) or scorer not in _SCORERS:
-        raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
-    defaults = _SCORERS[scorer]
-    if unknown := params.keys() - defaults.keys():
-        raise TypeError(f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}")
+    defaults = _defaults_of(scorer, params)
     if not _has_kernels(keys):
         from . import reference
 
@@ -130,6 +126,50 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     if n_kept > n_token + _PADDED:  # it is so much memory for each head, whatever there is to keep
         raise ValueError(f"quotas sum to {n_kept}; expected at most {n_token + _PADDED} for rows of {n_token} tokens")
     return select_checked(scores, segments, quotas, protect, _int32(valid, "valid"), n_kept)
+
+
+def press_checked(scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, n_kept: int, **params):
+    """:func:`score`, :func:`select` and :func:`gather` by one call, where nobody asks for the scores; the same bits.
+
+    Parameters
+    ----------
+    scorer, keys, values, queries, votes, valid, lse, **params
+        As for :func:`score` and :func:`gather`.
+    segments, quotas, protect, n_kept
+        As for :func:`select_checked`.
+
+    Returns
+    -------
+    positions : array of int32, shape (B, H, K)
+    counts : array of int32, shape (B, H)
+    keys, values : array, shape (B, H, K, D) and (B, H, K, Dv)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[[[3.0], [1.0], [2.0]]]], dtype=np.float32)
+    >>> edges, quotas = np.array([[0, 3]], np.int32), np.array([[[2]]], np.int32)
+    >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2)[0]
+    array([[[1, 2]]], dtype=int32)
+    """
+    defaults, n_kept = _defaults_of(scorer, params), max(1, n_kept)
+    if not _has_kernels(keys) or not (isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")):
+        scores = score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
+        positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
+        return positions, counts, *gather(keys, values, positions)
+    numbers = [_number(params.get(name, initial), name) for name, initial in defaults.items()]
+    plain = [_plain(x, name) for x, name in ((keys, "keys"), (values, "values"), (queries, "queries"), (lse, "lse"))]
+    tables = _int32(votes, "votes"), _int32(valid, "valid")
+    return _core.press(scorer, *plain[:3], *tables, plain[3], segments, quotas, protect, numbers, n_kept, _n_worker())
+
+
+def _defaults_of(scorer, params) -> dict[str, float]:
+    if not isinstance(scorer, str) or scorer not in _SCORERS:
+        raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
+    defaults = _SCORERS[scorer]
+    if unknown := params.keys() - defaults.keys():
+        raise TypeError(f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}")
+    return defaults
 
 
 def select_checked(scores, segments, quotas, protect, valid, n_kept: int):

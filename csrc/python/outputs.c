@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * New arrays, of the library and on the device of one that was given: NumPy's by its C API, others by the allocator of their exchange table.
+ */
+#include "binding.h"
+#include "dlpack_abi.h"
+
+#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+#define NO_IMPORT_ARRAY
+#define PY_ARRAY_UNIQUE_SYMBOL kvpb_numpy
+#include <numpy/arrayobject.h>
+
+#include <string.h>
+
+/* Arrays of this size begin at a multiple of 64, so that rows are written past the caches a line at a time; NumPy's own begin at one of 16. */
+enum { LARGE = 1 << 16, LINE = 64 };
+
+static PyObject *new_large(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
+    npy_intp room = n_byte + LINE - 1;
+    PyObject *memory = PyArray_SimpleNew(1, &room, NPY_UINT8);
+    if (!memory) {
+        Py_DECREF((PyObject *)descr);
+        return NULL;
+    }
+    char *data = PyArray_BYTES((PyArrayObject *)memory);
+    data += (LINE - (uintptr_t)data % LINE) % LINE;
+    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, data, NPY_ARRAY_CARRAY, NULL);
+    if (array && PyArray_SetBaseObject((PyArrayObject *)array, memory) == 0) return array; /* which took the memory over */
+    if (!array) Py_DECREF(memory);
+    Py_XDECREF(array);
+    return NULL;
+}
+
+static PyObject *new_numpy(const kvpb_new *wanted, PyArrayObject *like) {
+    npy_intp shape[4], n_byte;
+    PyArray_Descr *descr = wanted->dtype == KVP_I32 ? PyArray_DescrFromType(NPY_INT32) : PyArray_DESCR(like);
+    if (wanted->dtype != KVP_I32) Py_INCREF((PyObject *)descr);
+    n_byte = PyDataType_ELSIZE(descr);
+    for (int d = 0; d < wanted->ndim; d++) n_byte *= shape[d] = (npy_intp)wanted->shape[d];
+    if (n_byte >= LARGE) return new_large(descr, wanted->ndim, shape, n_byte);
+    return PyArray_NewFromDescr(&PyArray_Type, descr, wanted->ndim, shape, NULL, NULL, 0, NULL);
+}
+
+/* What the library's allocator calls when it cannot. */
+static void set_error(void *context, const char *kind, const char *message) {
+    (void)context;
+    if (!PyErr_Occurred()) PyErr_SetString(kind && strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError, message);
+}
+
+static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like, kvp_tensor *tensor) {
+    static const uint8_t codes[] = {KVPB_DL_FLOAT, KVPB_DL_FLOAT, KVPB_DL_BFLOAT, KVPB_DL_INT, KVPB_DL_UINT}, bits[] = {32, 16, 16, 32, 8};
+    int64_t shape[4];
+    memcpy(shape, wanted->shape, sizeof shape);
+    const kvpb_dl_tensor prototype = {.device_type = like->device, .device_index = like->device_index, .ndim = wanted->ndim,
+                                      .type_code = codes[wanted->dtype], .type_bits = bits[wanted->dtype], .type_lanes = 1, .shape = shape};
+    kvpb_dl_versioned *managed = NULL;
+    void *object = NULL;
+    if (api->allocate(&prototype, &managed, NULL, set_error) != 0 || !managed) {
+        if (!PyErr_Occurred()) PyErr_NoMemory();
+        return NULL;
+    }
+    if (kvpb_view_dlpack(&(kvpb_slot){.name = wanted->name, .dtypes = "one of the core's"}, &managed->tensor, tensor) < 0) {
+        if (managed->deleter) managed->deleter(managed);
+        return NULL;
+    }
+    return api->import_managed(managed, &object) == 0 ? object : NULL;
+}
+
+PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view, kvp_tensor *tensor) {
+    const kvpb_dl_api *api;
+    if (!PyArray_Check(like)) {
+        if (kvpb_find_exchange_api(state, like, &api) < 0) return NULL;
+        if (api && api->allocate && api->import_managed) return new_by_exchange(wanted, api, view, tensor);
+        PyErr_Format(PyExc_TypeError, "%s cannot be made by the library of the given arrays; expected NumPy's, or torch's from 2.10", wanted->name);
+        return NULL;
+    }
+    PyObject *array = new_numpy(wanted, (PyArrayObject *)like);
+    if (!array) return NULL;
+    kvpb_loans none = {.n_capsule = 0};
+    const kvpb_slot slot = {wanted->name, "one of the core's", 0, false, true};
+    if (kvpb_view(state, &slot, array, tensor, &none) == 0) return array;
+    Py_DECREF(array);
+    return NULL;
+}
