@@ -38,6 +38,13 @@ def call_everything(dtype, lend, n_worker):
     assert (counts == K).all()
     out = [np.empty((B, H, K, D), dtype) for _ in range(2)]
     _core.gather(keys, values, positions, *out, n_worker)
+    if lend is np.asarray:
+        given = "norm", keys, values, None, None, valid, None, segments, quotas, None, None
+        pressed = _core.press(*given, K, n_worker)
+        assert pressed[2].dtype == dtype and (pressed[1] == K).all()
+        with contextlib.suppress(ValueError):
+            _core.press(*given, K - 1, n_worker)
+            raise AssertionError("quotas above the room for positions were accepted")
     with contextlib.suppress(ValueError):
         _core.gather(keys, values, positions + T, *out, n_worker)
         raise AssertionError("positions behind the end were accepted")
@@ -48,7 +55,7 @@ def call_badly():
     arguments = [None, 3, "text", object(), (), np.zeros(3, np.complex64)]
     arguments += [np.zeros((1, 1, 0, 1), np.float32), np.zeros((1, 2, 3, 4, 5), np.float32)]
     n_refused = 0
-    for verb, n_argument in [(_core.score, 10), (_core.select, 9), (_core.gather, 6), (_core.supports, 3)]:
+    for verb, n_argument in [(_core.score, 10), (_core.select, 9), (_core.gather, 6), (_core.press, 13), (_core.supports, 3)]:
         for place in range(n_argument):
             for bad in arguments:
                 given = [np.zeros((1, 1, 4, 1), np.float32)] * n_argument

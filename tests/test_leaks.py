@@ -32,6 +32,10 @@ def leak_cases():
     wrapped = [OnlyDLPack(KEYS), OnlyDLPack(KEYS.numpy(), old=True), OnlyDLPack(np.zeros((B, H, T), np.float32))]
     yield "numpy", _core.select, [*selection()[:3], protect, valid, *selection()[5:]]
     yield "torch", _core.gather, [torch.from_numpy(x) for x in gathering()[:5]] + [1]
+    pressing = [KEYS.numpy(), KEYS.numpy(), None, None, valid, None, *selection()[1:3], None, None]
+    yield "press", _core.press, ["norm", *pressing, selection()[5].shape[2], 1]
+    yield "press of torch", _core.press, ["norm", KEYS, KEYS, *pressing[2:], selection()[5].shape[2], 1]
+    yield "refused by press", _core.press, ["norm", KEYS, KEYS, *pressing[2:], 1, 1]
     yield "attention", _core.score, attention()
     yield "dlpack", _core.score, ["norm", wrapped[0], None, None, valid, None, wrapped[2], [], None, 1]
     yield "old dlpack", _core.score, ["norm", wrapped[1], None, None, valid, None, wrapped[2], None, None, 2]

@@ -16,6 +16,7 @@ VOTES = np.array([[[0, T - 8, T - 8, T, 0, 0, 1, 0, T - 8, T]]], np.int32)
 SEGMENTS, QUOTAS = np.array([[0, T]], np.int32), np.full((B, H, 1), K, np.int32)
 POSITIONS, COUNTS = np.zeros((B, H, K), np.int32), np.zeros((B, H), np.int32)
 KEPT = np.tile(np.arange(K, dtype=np.int32), (B, H, 1))
+LARGE, LARGE_SEGMENTS = np.ones((B, H, 1024, 32), np.float32), np.array([[0, 1024]], np.int32)  # outputs are aligned by hand
 OUT = [np.zeros((B, H, K, D), np.float32) for _ in range(2)]
 
 
@@ -45,6 +46,9 @@ ATTENTION = ("attention", KEYS, KEYS, VOTES, None, None, SCORES, (1.0, 0.0, 3.0,
 SELECT = (SCORES, SEGMENTS, QUOTAS, None, None, POSITIONS, COUNTS)
 SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (*ATTENTION, None, 1), (*ATTENTION, 1), (*SELECT, None, 1), (*SELECT, 1)
 GATHER_CALL, SMALL_SCRATCH = (KEYS, KEYS, KEPT, *OUT, 1), (*SELECT, np.zeros(64, np.uint8), 1)
+PRESS_CALL = ("attention", KEYS, KEYS, KEYS, VOTES, None, None, SEGMENTS, QUOTAS, None, (1.0, 0.0, 3.0, 0.0), K, 1)
+LARGE_PRESS = ("norm", LARGE, LARGE, None, None, None, None, LARGE_SEGMENTS, QUOTAS, None, None, 1024, 1)
+BAD_PRESS = (*PRESS_CALL[:-2], K - 1, 1)
 BAD_PARAMS = (*ATTENTION[:-1], ("one",), None, 1)
 BAD_TYPE, BAD_RANK, BAD_SHAPE = (("keys", *GATHER_CALL[1:]), (KEPT, *GATHER_CALL[1:]), (KEYS[:, :1], *GATHER_CALL[1:]))
 
@@ -54,6 +58,8 @@ WORKING = {
     "score from old DLPack": lambda: _core.score("norm", LENT_OLD, None, None, None, None, SCORES, None, None, 1),
     "select": lambda: _core.select(*SELECT_CALL),
     "gather": lambda: _core.gather(*GATHER_CALL),
+    "press": lambda: _core.press(*PRESS_CALL),
+    "large press": lambda: _core.press(*LARGE_PRESS),
     "score_workspace": lambda: _core.score_workspace(*SCORE_SIZE),
     "select_workspace": lambda: _core.select_workspace(*SELECT_SIZE),
     "scorers": _core.scorers,
@@ -70,6 +76,7 @@ REFUSED = {
     "rank": (ValueError, lambda: _core.gather(*BAD_RANK)),
     "shape": (ValueError, lambda: _core.gather(*BAD_SHAPE)),
     "workspace": (ValueError, lambda: _core.select(*SMALL_SCRATCH)),
+    "quotas": (ValueError, lambda: _core.press(*BAD_PRESS)),
     "params": (TypeError, lambda: _core.score(*BAD_PARAMS)),
 }
 ROUNDS = 20
