@@ -14,6 +14,10 @@ from . import ops
 class Fair:
     """How the budget is shared between instructions.
 
+    Quotas are for the instructions' own tokens; text that none of them claims is shared out in stretches of its own. So any two
+    instructions of equal weight keep shares that differ by less than one token of the shorter, if nothing is protected and strength
+    is 1. (By one token, if they are of equal length and no unmarked text is there to take the odd one.)
+
     Parameters
     ----------
     strength : float
@@ -24,13 +28,14 @@ class Fair:
         Relative share kept per token of an instruction, 1 each by default.
     min_tokens : int
         Every instruction keeps at least so many tokens (or all it has).
-    template : {"absorb", "separate"}
-        Tokens outside all instructions: belong to the neighbour (those before the first instruction to it, a gap and the end to the
-        instruction before), or are segments of their own.
+    template : {"separate", "absorb"}
+        Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with its proportional
+        quota; or part of the neighbour (those before the first instruction of it, a gap and the end of the instruction before), whose
+        quota is then for both, and may be spent on either.
     rule : {"proportional", "paper"}
         "proportional": quotas by largest remainder, votes inside each segment. "paper": the authors' code to the letter, which is for
         exactly two touching instructions: rounded-down quota for the earlier one and the rest for the later, their H2O spans, their
-        StreamingLLM ramps.
+        StreamingLLM ramps; its template is "absorb".
 
     Notes
     -----
@@ -51,7 +56,7 @@ class Fair:
     strength: float = 1.0
     weights: Mapping[str, float] | None = None
     min_tokens: int = 0
-    template: str = "absorb"
+    template: str = "separate"
     rule: str = "proportional"
 
     def __post_init__(self):
@@ -64,12 +69,14 @@ class Fair:
             _check_number(f"weights[{name!r}]", weight, 0, 1e9)
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens is {self.min_tokens!r}; expected a whole number, at least 0")
-        if self.template not in ("absorb", "separate"):
-            raise ValueError(f"template is {self.template!r}; expected 'absorb' or 'separate'")
+        if self.template not in ("separate", "absorb"):
+            raise ValueError(f"template is {self.template!r}; expected 'separate' or 'absorb'")
         if self.rule not in ("proportional", "paper"):
             raise ValueError(f"rule is {self.rule!r}; expected 'proportional' or 'paper'")
-        if self.rule == "paper" and (self.weights or self.min_tokens or self.template != "absorb"):
-            raise ValueError("rule='paper' takes no weights, min_tokens or template; the authors' code has none")
+        if self.rule == "paper" and (self.weights or self.min_tokens):
+            raise ValueError("rule='paper' takes no weights or min_tokens; the authors' code has none")
+        if self.rule == "paper":
+            object.__setattr__(self, "template", "absorb")  # the authors' instructions own the whole row
 
     @classmethod
     def parse(cls, fair: "Fair | bool | float | str") -> "Fair":
@@ -171,16 +178,20 @@ class Layout:
             return [[row] for row in self.valid]
         return [[edges for _, edges in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
 
+    def names(self, fair: Fair) -> list[list[str | None]]:
+        """Per row, the instruction that owns each segment; None for unmarked text."""
+        return self.plan("names", fair, lambda: self._names(fair))
+
+    def _names(self, fair: Fair) -> list[list[str | None]]:
+        return [[name for name, _ in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
+
     def weights(self, fair: Fair) -> list[list[float]]:
-        """Per row, the weight of each segment."""
+        """Per row, the weight of each segment; unmarked text weighs 1."""
         given = fair.weights or {}
         for spans in self.spans:
             if unknown := sorted(set(given) - set(spans)):
                 raise ValueError(f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}")
-        return [
-            [given.get(name, 1.0) for name, _ in _cut(spans, *valid, fair.template)]
-            for spans, valid in zip(self.spans, self.valid, strict=True)
-        ]
+        return [[1.0 if name is None else given.get(name, 1.0) for name in row] for row in self.names(fair)]
 
     @cached_property
     def mask(self) -> np.ndarray | None:
@@ -268,7 +279,7 @@ def _edges(name, span):
 
 
 def _cut(spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str) -> list[tuple[str | None, tuple[int, int]]]:
-    """The row [low, high) cut into (name, segment); the name of a template segment is None."""
+    """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
     if not spans:
         raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
     names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]

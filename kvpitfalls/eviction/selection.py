@@ -174,7 +174,7 @@ def _fair_plan(ranked: Ranked, compression_ratio: float | None, budget: int | No
 def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np.ndarray:
     """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
     quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
-    for b, (of_row, weights) in enumerate(zip(segments, layout.weights(fair), strict=True)):
+    for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):
         lengths = [end - begin for begin, end in of_row]
         protected = [sum(begin <= t < end for t in layout.protected[b]) for begin, end in of_row]
         floors = [max(p, min(fair.min_tokens, n)) for p, n in zip(protected, lengths, strict=True)]
@@ -185,7 +185,7 @@ def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np
         if fair.rule == "paper":
             quotas[b, : len(of_row)] = floor_and_rest(budgets[b], lengths, floors)
         else:
-            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors)
+            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors, [name is None for name in names])
     return quotas
 
 

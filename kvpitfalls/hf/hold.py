@@ -163,15 +163,17 @@ class Hold(Evict):
     def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still has."""
         held, quotas = layer.held, []
-        segments, weights = held.layout.segments(self.fair), held.layout.weights(self.fair)
+        segments, weights, names = (part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names))
         for row, front, counts, total in zip(held.rows.tolist(), held.front.tolist(), held.counts.tolist(), n_kept, strict=True):
             ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
             now = [*counts, layer.keys.shape[2] - front - sum(counts)]
             ever.append(layer.seen - held.layout.n_token)
-            share = [*weights[row], *[0] * (len(counts) - len(segments[row])), 1]
+            n_absent = len(counts) - len(segments[row])  # other rows have more segments
+            share = [*weights[row], *[0] * n_absent, 1]
+            unmarked = [*[name is None for name in names[row]], *[False] * n_absent, True]
             rates = [Fraction(w) * n / have if have else 0 for w, n, have in zip(share, ever, now, strict=True)]
             floors = [*self._floors(held.layout, row, counts), min(1, now[-1])]  # the newest token stays
-            quotas.append(apportion(total, now, rates, floors))
+            quotas.append(apportion(total, now, rates, floors, unmarked))
         return torch.tensor(quotas)
 
     def _floors(self, layout: Layout, row: int, counts: list[int] | None) -> list[int]:
