@@ -39,7 +39,7 @@ def grids() -> dict[str, list[str]]:
     modes += [
         f"lambda=0.5{template}{p}" for template in ("+absorb", "+separate") for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")
     ]
-    modes += [f"fair{template}+min=8{p}" for template in ("+absorb", "+separate") for p in ("", "+whitelist")]
+    modes += [f"fair+separate+min=8{p}" for p in ("", "+whitelist")]  # the search of docs/safe.md also had it with what is absorb now
     modes += [f"fair+absorb+directive=2{p}" for p in ("", "+whitelist")]
     weights = ("+defense=2+directive=2", "+defense=3+directive=2", "+defense=4+directive=2", "+defense=8+directive=8")
     heavy = [f"fair+separate{weight}{p}" for weight in weights for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")]

@@ -287,6 +287,7 @@ PARAMETERS = [
     (lambda e: kvp.Fair(template=None), ValueError, "template is None; expected 'separate' or 'absorb'"),
     (lambda e: kvp.SnapKV(kernel_size=4), ValueError, "kernel_size is 4; expected an odd number"),
     (lambda e: kvp.StreamingLLM(n_sink=-1), ValueError, "n_sink is -1; expected a whole number, at least 0"),
+    (lambda e: kvp.Fair(min_tokens=3, template="absorb"), ValueError, "min_tokens counts an instruction's own tokens; expected template="),
     (lambda e: kvp.Fair(min_tokens=-1), ValueError, "min_tokens is -1; expected a whole number, at least 0"),
     (lambda e: kvp.Fair(template="drop"), ValueError, "template is 'drop'; expected 'separate' or 'absorb'"),
     (lambda e: kvp.Fair(rule="paper", min_tokens=3), ValueError, "rule='paper' takes no weights or min_tokens; the authors' code has no"),

@@ -96,6 +96,22 @@ def test_fair_quotas_hold_at_every_step(model):
 
 
 @pytest.mark.parametrize("when", ["decode", "always"])
+def test_held_instructions_keep_their_least_tokens(model, when):
+    """At every step, beside protection and a weight that takes nearly all; unmarked text has no floor."""
+    tokens, fair = ids(1, N_PROMPT + N_STEP), kvp.Fair(min_tokens=3, weights={"a": 0.0})
+    for policy in POLICIES:
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=9, fair=fair, protect=[6], when=when) as handle:
+            cache = handle.compress(tokens[:, :N_PROMPT], spans={"a": (1, 5), "b": (6, 12)})
+            for _, positions in steps(model, cache, tokens, N_PROMPT, [1] * N_STEP):
+                for pos in positions:
+                    assert pos.shape[2] == 9 and (pos == 6).any(-1).all()
+                    assert all((((pos >= b) & (pos < e)).sum(-1) >= 3).all() for b, e in ((1, 5), (6, 12)))
+    message = f"budget of row 0 is 6 tokens; when='{when}' expects at least 7: 6 that must be kept, and 1"
+    with kvp.wrap(model, "knorm", budget=6, fair=fair, when=when) as handle, pytest.raises(ValueError, match=message):
+        handle.compress(tokens[:, :N_PROMPT], spans={"a": (1, 5), "b": (6, 12)})
+
+
+@pytest.mark.parametrize("when", ["decode", "always"])
 def test_held_instructions_keep_the_same_share(model, when):
     """At every step, in rows of different padding and spans; the gaps between the spans are shared out too."""
     tokens, spans = ids(2, N_PROMPT + N_STEP), [{"a": (4, 7), "b": (10, 13)}, {"a": (1, 3), "b": (5, 12)}]

@@ -230,10 +230,49 @@ def test_weights_and_min_tokens():
     kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(weights={"a": 3.0}, template="absorb"))
     assert kept.segments.tolist() == [[0, 24, 50, 64]]
     assert kept.quotas[0, 0].tolist() == apportion(20, [24, 26, 14], [3, 1, 1])
-    kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=6, template="absorb"))
-    assert kept.quotas[0, 0].tolist() == [7, 7, 6]
-    with pytest.raises(ValueError, match="need 30"):
-        kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=10, template="absorb"))
+    kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=6))
+    assert kept.quotas[0, 0].tolist() == apportion(20, [4, 20, 20, 6, 10, 4], None, [0, 6, 6, 0, 6, 0])
+    with pytest.raises(ValueError, match="the budget of row 0 is 20 tokens, but min_tokens=10 and protection need 30; expected at least"):
+        kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=10))
+    assert kvp.keep("knorm", KEYS, budget=30, spans=spans, fair=Fair(min_tokens=10)).quotas[0, 0].tolist() == [0, 10, 10, 0, 10, 0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=60, deadline=None)
+@given(case=settings_of_keep(), min_tokens=st.integers(1, 20), weight=st.sampled_from([0.0, 0.5, 7.0]))
+def test_least_tokens_hold_at_every_strength_beside_weights_and_protection(policy, case, min_tokens, weight):
+    spans, budget, protect, strength, _ = case
+    floors = [max(min(min_tokens, end - begin), sum(begin <= t < end for t in protect)) for begin, end in spans]
+    needed = sum(floors) + sum(not any(begin <= t < end for begin, end in spans) for t in protect)
+    fair = Fair(strength=strength, min_tokens=min_tokens, weights={"s0": weight})
+    if needed > budget:
+        with pytest.raises(
+            ValueError, match=f"budget of row 0 is {budget} tokens, but min_tokens={min_tokens} and protection need {needed};"
+        ):
+            kvp.keep(policy, KEYS, QUERIES, budget=budget, spans=spans_of(spans), fair=fair, protect=protect)
+        return
+    kept = kvp.keep(policy, KEYS, QUERIES, budget=budget, spans=spans_of(spans), fair=fair, protect=protect)
+    for head in kept.positions[0]:
+        assert len(set(head.tolist())) == budget and set(protect) <= set(head.tolist())
+        assert all(((head >= begin) & (head < end)).sum() >= low for (begin, end), low in zip(spans, floors, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_strength_0_with_least_tokens_is_the_biased_policy_with_a_floor(policy):
+    """Where the biased policy keeps enough, nothing changes; where it does not, the best of the instruction come in."""
+    spans = {"a": (10, 20), "b": (30, 40)}
+    biased = kvp.keep(policy, KEYS, QUERIES, budget=40, spans=spans)
+    least = min(int(((biased.positions >= b) & (biased.positions < e)).sum(-1).min()) for b, e in spans.values())
+    for min_tokens in range(1, 11):
+        kept = kvp.keep(policy, KEYS, QUERIES, budget=40, spans=spans, fair=Fair(strength=0, min_tokens=min_tokens))
+        assert np.array_equal(kept.positions, biased.positions) or min_tokens > least
+        assert all((((kept.positions >= b) & (kept.positions < e)).sum(-1) >= min_tokens).all() for b, e in spans.values())
+
+
+def test_equal_settings_share_their_plans():
+    layout = Layout.of(1, 64, spans={"a": (0, 9)})
+    fairs = [Fair(weights={"a": 2.0}), Fair(weights={"a": 2.0})]
+    assert layout.segments(fairs[0]) is layout.segments(fairs[1]) and len(set(fairs)) == 1
 
 
 def test_unmarked_text_gets_segments_of_its_own():

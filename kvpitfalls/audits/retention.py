@@ -146,11 +146,11 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
     for ratio in ratios:
         for policy, fair in settings:
             layout = layout_of(policy)
-            layout.segments(fair)
-            if len(layout.protected[0]) > kept_tokens(n_token, ratio):
+            n_kept, needed = kept_tokens(n_token, ratio), sum(layout.floors(fair)[0])
+            if needed > n_kept:
+                what = f"min_tokens={fair.min_tokens} and protection need {needed}" if fair.min_tokens else f"{needed} are protected"
                 raise ValueError(
-                    f"at compression_ratio {ratio} the budget is {kept_tokens(n_token, ratio)} tokens, but {len(layout.protected[0])} are "
-                    "protected; expected smaller ratios or less protection"
+                    f"at compression_ratio {ratio} the budget is {n_kept} tokens, but {what}; expected smaller ratios or less protection"
                 )
 
 

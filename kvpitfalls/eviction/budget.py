@@ -193,8 +193,36 @@ def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray
     exact = np.int64 if share.denominator * max(int(counts.sum(-1).max()), 1) < 2**62 else object
     scaled = (share.denominator - share.numerator) * counts.astype(exact) + share.numerator * quotas.astype(exact)
     whole, rest = scaled // share.denominator, scaled % share.denominator
-    left = rest.sum(-1, keepdims=True) // share.denominator
-    order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # by falling remainder; reversed, so that the later comes first
+    return (whole + _largest(rest, rest.sum(-1, keepdims=True) // share.denominator)).astype(np.int32)
+
+
+def raised_to(quotas: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """Quotas of the same totals, none below its floor; what that takes is paid by the others, in proportion to what they have above theirs.
+
+    Parameters
+    ----------
+    quotas, floors : ndarray of int, shape (..., S)
+        ``floors.sum(-1) <= quotas.sum(-1)``.
+
+    Returns
+    -------
+    ndarray of int32, shape (..., S)
+
+    Examples
+    --------
+    >>> raised_to(np.array([0, 12, 8]), np.array([5, 0, 4])).tolist()
+    [5, 8, 7]
+    """
+    raised = np.maximum(quotas, floors).astype(np.int64)
+    spare, over = raised - floors, (raised - quotas).sum(-1, keepdims=True)
+    n_spare = np.maximum(spare.sum(-1, keepdims=True), 1)
+    paid, rest = over * spare // n_spare, over * spare % n_spare
+    return (raised - paid - _largest(rest, over - paid.sum(-1, keepdims=True))).astype(np.int32)
+
+
+def _largest(rest: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """True for the ``n`` largest of each row; of equal ones the later."""
+    order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # reversed, so that the later comes first
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(rest.shape[-1]), rest.shape), axis=-1)
-    return (whole + (rank[..., ::-1] < left)).astype(np.int32)
+    return rank[..., ::-1] < n

@@ -27,7 +27,8 @@ class Fair:
     weights : mapping of str to float, optional
         Relative share kept per token of an instruction, 1 each by default.
     min_tokens : int
-        Every instruction keeps at least so many tokens (or all it has).
+        Every instruction keeps at least so many of its own tokens (or all it has) in every head, at any strength and under a held
+        budget; protected ones count. Strength 0 is then the biased policy with that floor.
     template : {"separate", "absorb"}
         Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with its proportional
         quota; or part of the neighbour (those before the first instruction of it, a gap and the end of the instruction before), whose
@@ -75,6 +76,8 @@ class Fair:
             raise ValueError(f"rule is {self.rule!r}; expected 'proportional' or 'paper'")
         if self.rule == "paper" and (self.weights or self.min_tokens):
             raise ValueError("rule='paper' takes no weights or min_tokens; the authors' code has none")
+        if self.min_tokens and self.template == "absorb":
+            raise ValueError("min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'")
         if self.rule == "paper":
             object.__setattr__(self, "template", "absorb")  # the authors' instructions own the whole row
 
@@ -90,6 +93,15 @@ class Fair:
         if fair == "paper":
             return cls(rule="paper")
         raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper' or a kvpitfalls.Fair")
+
+    def __hash__(self):
+        weights = None if self.weights is None else frozenset(self.weights.items())
+        return hash((self.strength, weights, self.min_tokens, self.template, self.rule))
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether no instruction is promised anything: the policy as published."""
+        return self.strength == 0 and not self.min_tokens
 
     @property
     def label(self) -> bool | float | str:
@@ -161,10 +173,10 @@ class Layout:
 
     def plan(self, key, fair: Fair, make):
         """``make()``, or what it gave before for the same key and fairness."""
-        key = (key, id(fair))
+        key = (key, fair)
         if key not in self.plans:
-            self.plans[key] = (fair, make())  # holds on to fair, so that its id stays its own
-        return self.plans[key][1]
+            self.plans[key] = make()
+        return self.plans[key]
 
     def segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
         """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
@@ -174,7 +186,7 @@ class Layout:
         if fair.rule == "paper":
             for spans in self.spans:
                 _check_paper(spans)
-        if fair.strength == 0:
+        if fair.is_biased:
             return [[row] for row in self.valid]
         return [[edges for _, edges in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
 
@@ -192,6 +204,28 @@ class Layout:
             if unknown := sorted(set(given) - set(spans)):
                 raise ValueError(f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}")
         return [[1.0 if name is None else given.get(name, 1.0) for name in row] for row in self.names(fair)]
+
+    def floors(self, fair: Fair) -> list[list[int]]:
+        """Per row, the tokens that each segment keeps at least: protected ones, and an instruction's ``min_tokens``."""
+        return self.plan("floors", fair, lambda: self._floors(fair))
+
+    def _floors(self, fair: Fair) -> list[list[int]]:
+        if fair.is_biased:
+            return [[len(of_row)] for of_row in self.protected]
+        rows = []
+        for segments, names, protected in zip(self.segments(fair), self.names(fair), self.protected, strict=True):
+            inside = np.searchsorted(protected, [edges for edges in segments])
+            least = [0 if name is None else min(fair.min_tokens, end - begin) for name, (begin, end) in zip(names, segments, strict=True)]
+            rows.append([max(n, int(after - before)) for n, (before, after) in zip(least, inside, strict=True)])
+        return rows
+
+    def check_room(self, fair: Fair, budgets: Sequence[int]) -> None:
+        """Raise where a row's budget is smaller than what must be kept of it."""
+        for b, (n_kept, floors) in enumerate(zip(budgets, self.floors(fair), strict=True)):
+            if sum(floors) > n_kept:
+                needed = f"min_tokens={fair.min_tokens} and protection need {sum(floors)}"
+                needed = needed if fair.min_tokens else f"{sum(floors)} are protected"
+                raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
 
     @cached_property
     def mask(self) -> np.ndarray | None:

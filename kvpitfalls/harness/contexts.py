@@ -46,7 +46,7 @@ class Marks:
     def needs_spans(self) -> bool:
         """Whether anything depends on where the instructions are."""
         items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
-        return self.fair.strength != 0 or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
+        return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
 
     def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None) -> Prompt:
         """What is compressed of a context, with its instructions.
