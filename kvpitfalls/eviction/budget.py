@@ -3,6 +3,7 @@
 All rounding of this package happens here, in exact arithmetic.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
@@ -116,12 +117,8 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
 
     # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
     corners = sorted({Fraction(edge) / rate for rate, *edges in zip(rates, floors, lengths, strict=True) if rate > 0 for edge in edges})
-    below, above = Fraction(0), corners[-1] if corners else Fraction(0)
-    for corner in corners:
-        if sum(shares(corner)) >= total:
-            above = corner
-            break
-        below = corner
+    at = min(bisect_left(corners, total, key=lambda corner: sum(shares(corner))), len(corners) - 1)
+    below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
     at_below, at_above = sum(shares(below)), sum(shares(above))
     if at_above == at_below:
         return shares(above)
