@@ -110,7 +110,7 @@ build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 
 # How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
 # tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
-COVERED_TESTS := norm position "attention sums" "same bits" select "gather, large" "gather in place" gather refusals introspection corpus "register backend"
+COVERED_TESTS := norm position "attention sums" "attention shifts" "same bits" select "gather, large" "gather in place" gather refusals introspection corpus "register backend"
 COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
 coverage-native: build/coverage/native-tests build/coverage/lib
 	find build/coverage -name '*.gcda' -delete
@@ -170,10 +170,12 @@ build/native-tests-arm: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	aarch64-linux-gnu-gcc $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=neon -static -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) \
 	  -lm -lpthread -o $@
 
-# The CUDA kernels, which `make test` builds too where nvcc is: no register may have gone to memory, and no wgmma been put in line (C75xx).
+# The CUDA kernels, which `make test` builds too where nvcc is: no register may have gone to memory, no wgmma been put in line (C75xx), and the
+# code must have none of the faults of tests/kernel_code.py.
 cuda: $(VENV)/core
 	KVP_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	! grep -E '[1-9][0-9]* bytes spill|C75[0-9][0-9]|warning' build/temp*/cuda/*.log
+	$(BIN)/python tests/kernel_code.py
 	$(BIN)/python -c 'import kvpitfalls._cuda, kvpitfalls._core as core; assert core.supports("attention", "cuda", "bfloat16")'
 
 # Timings beside kvpress, which needs an older transformers and so an environment of its own.

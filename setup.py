@@ -3,7 +3,7 @@
 
 Switches, by environment variable: ``KVP_SANITIZE=1`` adds the address and undefined-behaviour sanitizers, ``KVP_WERROR=1`` turns the strict
 warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1`` insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds
-them for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.4 or later.
+them for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.5 or later.
 """
 
 import os
@@ -30,6 +30,7 @@ except ModuleNotFoundError:
 FOLDERS = ("core", "rows", "score", "select", "evict", "backend")
 # PTX of the last serves what comes after it.
 CUDA_ARCHS = (os.environ.get("KVP_CUDA_ARCHS") or "80 86 89 90").split()
+OLDEST_CUDA = [12, 5]  # the first that has cudaGetDriverEntryPointByVersion
 NVCC_ARGS = [
     "-c",
     "-O3",
@@ -156,8 +157,16 @@ core = Extension(
 )
 extensions = [core]
 
-if nvcc := find_nvcc():
+nvcc = find_nvcc()
+if nvcc:
     version = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)[1]
+    if [int(part) for part in version.split(".")] < OLDEST_CUDA:
+        expected = f"{nvcc} is of CUDA {version}; expected 12.5 or later"
+        if is_on("KVP_CUDA"):
+            raise SystemExit(f"kvpitfalls: {expected}")
+        print(f"kvpitfalls: {expected}, so the CUDA kernels are left out")
+        nvcc = None
+if nvcc:
     plan = subprocess.run(
         [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=True
     ).stderr

@@ -19,8 +19,9 @@ import numpy as np
 from kvpitfalls.display.tables import table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.intervals import paired_interval
 from kvpitfalls.experiments.records import read_records
-from kvpitfalls.experiments.summary import METRICS, bootstrap, per_prompt
+from kvpitfalls.experiments.summary import METRICS, per_prompt
 from kvpitfalls.experiments.sweep import sweep
 
 POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
@@ -103,7 +104,7 @@ def finalists(folder: Path) -> None:
 
 
 def held_out(folder: Path, policy: str | None) -> None:
-    """Generate for the winner on prompts that chose nothing; paired differences to both fixes with bootstrap intervals."""
+    """Generate for the winner on prompts that chose nothing; paired differences to both fixes with intervals."""
     _, winner, mode = json.loads((folder / "finalists.json").read_text(encoding="utf-8"))[0]
     policy = policy or winner
     config = generating(folder / "held_out.jsonl", policy, ["biased", *FIXES, mode], None, ["verbatim-2", "role_play-3"])
@@ -115,10 +116,10 @@ def held_out(folder: Path, policy: str | None) -> None:
     for ratio in ratios:
         for fix in FIXES:
             found = [gaps(records, metric, sign, policy, mode, fix, ratio) for metric, sign in OUTCOMES.items()]
-            gains = [(float(of_one[:, 0].mean()), *bootstrap(of_one)) for of_one in found]
+            gains = [(float(of_one[:, 0].mean()), *paired_interval(of_one[:, 0])) for of_one in found]
             shown = (f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains)
             rows.append([f"{ratio:g}", fix, *shown, verdict(dict(zip(OUTCOMES, gains, strict=True)))])
-    print(f"\ngain of {policy}, {mode}, over each fix: positive is better; 95 % bootstrap over prompts")
+    print(f"\ngain of {policy}, {mode}, over each fix: positive is better; 95 %, paired by prompt")
     print(table(["r", "over", *OUTCOMES, "verdict"], rows))
 
 

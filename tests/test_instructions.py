@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpitfalls.audits import instructions
+from kvpitfalls.audits import following as instructions
 from kvpitfalls.experiments.corpus import load_corpus
 
 FILE = Path(__file__).parent / "data" / "smollm2_responses.jsonl"

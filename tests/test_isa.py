@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,13 @@ def available():
         names.append(name)
     _core.isa_set(before)
     return names
+
+
+def fastest(names):
+    """Later ones are faster, but for bfloat16 products on Intel's processors."""
+    info = Path("/proc/cpuinfo")
+    is_intel = info.exists() and "GenuineIntel" in info.read_text()
+    return [name for name in names if not (is_intel and name == "avx512_bf16")][-1]
 
 
 @pytest.fixture
@@ -76,6 +84,6 @@ def test_the_environment_variable_chooses():
 
     for name in available():
         assert run(name).stdout.strip() == name
-    assert run("").stdout.strip() == available()[-1], "the best one by default"
+    assert run("").stdout.strip() == fastest(available()), "the fastest one by default"
     refused = run("mmx")
     assert refused.returncode == 1 and 'the environment variable KVP_ISA is "mmx"; expected one of scalar' in refused.stderr

@@ -6,13 +6,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpitfalls import ops, reference
+from kvpitfalls import _core, ops, reference
 from kvpitfalls.policies import Inputs, Vote
 
 SHAPES = [(1, 1, 1, 2, 1), (2, 3, 3, 33, 64), (1, 2, 1, 65, 80), (3, 1, 7, 17, 16), (1, 4, 2, 128, 8)]  # B, H, G, T, D
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def every_isa():
+    """Sets each instruction set that this CPU can run, one after the other; a GPU has none to choose."""
+    before = _core.isa()
+
+    def choose(device):
+        for name in _core.isas() if device == "cpu" else ["cuda"]:
+            try:
+                if device == "cpu":
+                    _core.isa_set(name)
+            except ValueError:
+                continue
+            yield name
+
+    yield choose
+    _core.isa_set(before)
 
 
 def tensors(shape, dtype, layout="contiguous", device="cpu"):
@@ -120,6 +138,35 @@ def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap, device):
     torch.testing.assert_close(without, reference.score("attention", keys, queries=queries, lse=lse, **call), rtol=1e-5, atol=1e-7)
     assert not torch.allclose(without, exact)
     assert (exact[0, :, :4] == -torch.inf).all()
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", ["snapkv", "tova", "h2o"])
+@pytest.mark.parametrize("fair", [False, True], ids=["plain", "fair"])
+@pytest.mark.parametrize("n_token", [258, 530])
+def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype, device, every_isa):
+    """Softmax does not notice what all logits of a call have in common, as models with biased keys have hundreds of it."""
+    generator = torch.Generator().manual_seed(n_token)
+    keys = torch.randn(1, 2, n_token, 16, generator=generator).to(device, dtype)
+    queries = torch.randn(1, 6, n_token, 16, generator=generator).to(device, dtype)
+    queries[..., 0] = 1
+    half, window = n_token // 2, 9
+    spans = [(0, half), (half, n_token)] if fair else [(0, n_token)]
+    rules = {
+        "snapkv": lambda begin, end: Vote((begin, end - window), (end - window, end)),
+        "tova": lambda begin, end: Vote((begin, end), (end - 1, end), weight="sum"),
+        "h2o": lambda begin, end: Vote((begin, end), (begin, end), weight="age", age_end=end),
+    }
+    cast = [[rules[policy](*span) for span in spans]]
+    for _ in every_isa(device):
+        scores = {}
+        for shift in (0, -1000, -150, 150, 1000):
+            keys[..., 0] = 2 * shift  # exact in every dtype
+            inputs = Inputs(keys, queries, 0.5, 0.0, [(0, n_token)], [], [])
+            scores[shift] = inputs.attend(cast, share_heads=policy == "tova").cpu()
+            torch.testing.assert_close(scores[shift], scores[0], rtol=5e-3, atol=1e-7)  # float32 logits of 1443 are 1e-4 apart
+        assert scores[0].std() > 0
 
 
 @on_every_device

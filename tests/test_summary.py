@@ -88,21 +88,27 @@ def test_shuffled_paper_data_is_the_same_data():
     assert len(cells) == 1 and {"leak", "follow"} <= set(cells[0]["metrics"])
 
 
-def test_intervals_are_those_of_scipy():
-    values = np.random.default_rng(3).gamma(2.0, 0.1, 150)
-    low, high = summary.bootstrap(np.stack([values, np.ones(150)], 1))
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
-    width = theirs.high - theirs.low
-    assert abs(low - theirs.low) < 0.08 * width and abs(high - theirs.high) < 0.08 * width
-
-
 def test_differences_are_paired_and_say_who_is_missing():
     full = [record(k, "attack", leak(x), ratio=0.0) for k, x in ((1, 0.1), (2, 0.2), (3, 0.9))]
     here = [record(1, "attack", leak(0.5)), record(2, "attack", leak(0.4)), record(3, "attack", None, error="x")]
     found = {d["metric"]: d for d in summary.differences([*full, *here])}
     assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), "the prompt that failed must not pull the baseline"
     assert (found["leak"]["n_pair"], found["leak"]["n_unpaired"]) == (2, 1)
-    assert found["leak"]["low"] == pytest.approx(0.2) and found["leak"]["high"] == pytest.approx(0.4)
+    assert found["leak"]["low"] < 0.3 < found["leak"]["high"]
+
+
+def test_a_mean_and_its_change_are_one_estimand():
+    """follow 1.0 -> 0.5 has changed by -0.5, however many instructions each prompt has."""
+    answered = {1: (4, 0), 2: (1, 1), 3: (1, 1), 4: (2, 2)}
+    records = [record(k, "follow", follow_many(n, n), ratio=0.0) for k, (n, _) in answered.items()]
+    records += [record(k, "follow", follow_many(n, good)) for k, (n, good) in answered.items()]
+    means = {cell["compression_ratio"]: cell["metrics"]["follow"]["mean"] for cell in summary.summarize(records)}
+    changed = {d["metric"]: d["difference"] for d in summary.differences(records)}
+    assert means == {0.0: 1.0, 0.5: 0.5} and changed["follow"] == -0.5
+
+
+def follow_many(n, good):
+    return {"instructions": ["keywords:existence"] * n, "strict": [i < good for i in range(n)], "loose": [True] * n}
 
 
 def test_families_of_attacks_are_told_apart():
@@ -147,24 +153,36 @@ def test_rank_correlations_compare_with_the_full_cache():
     assert {c["compression_ratio"]: (c["n_failed"], c["n_failed_full"]) for c in ranked} == {0: (1, 1), 0.5: (3, 1)}
 
 
-def test_composites_come_from_cells():
-    cells = []
+def scored(mode, ratio, key, passed, leaked, error=None):
+    parts = (("attack", None if error else leak(leaked)), ("follow", None if error else follow(passed)))
+    return [record(key, kind, scores, ratio, mode, error) for kind, scores in parts]
+
+
+def test_composites_come_from_records():
+    """Twenty prompts whose means are the paper's figure 1: the published score."""
+    records = []
     for mode, name in (("biased", "standard"), ("fair", "fair")):
         for ratio, (accuracy, leaked) in curve(name).items():
-            counts = {"n_item": 10, "n_failed": int(ratio == 0.45 or ratio == 0.1)}
-            metrics = {"leak": {"mean": leaked, **counts}, "follow": {"mean": accuracy, **counts}}
-            same = {
-                "model": "m",
-                "dataset": "d",
-                "defense": "p",
-                "order": "o",
-                "policy": "snapkv",
-                "mode": mode,
-                "compression_ratio": ratio,
-            }
-            cells.append({**same, "metrics": metrics})
-    (found,) = summary.composites(cells)
+            for key in range(1000):
+                if ratio in summary.COMPOSITE_RATIOS:
+                    records += scored(mode, ratio, key, key < round(1000 * accuracy), leaked)
+    (found,) = summary.composites(records)
     assert found["mode"] == "fair" and found["composite"] == pytest.approx(0.218, abs=0.0005)
-    # both sides, both kinds, seven ratios; 0.1 is no part of the score
-    assert (found["n_item"], found["n_failed"]) == (2 * 2 * 7 * 10, 2 * 2)
-    assert summary.composites([c for c in cells if c["compression_ratio"] != 0.6]) == []
+    assert found["low"] < found["composite"] < found["high"] and (found["n_prompt"], found["n_left_out"]) == (1000, 0)
+    assert summary.composites([r for r in records if r["compression_ratio"] != 0.6]) == []
+
+
+def test_a_fix_that_does_nothing_scores_nothing_whatever_fails():
+    """Hard prompts that fail under the fix alone do not make it better: both sides are scored on the same prompts."""
+    records = []
+    for ratio in summary.COMPOSITE_RATIOS:
+        for key in range(20):
+            hard = key >= 10
+            for mode in ("biased", "fix"):
+                failed = "ValueError: no room" if mode == "fix" and hard and ratio > 0.5 else None
+                records += scored(mode, ratio, key, not hard, 0.9 if hard else 0.1, failed)
+    (found,) = summary.composites(records)
+    assert found["composite"] == 0 and found["low"] < 0 < found["high"]
+    assert (found["n_prompt"], found["n_left_out"]) == (10, 10)
+    none = [r for r in records if not (r["mode"] == "fix" and r["key"] < 10)]
+    assert summary.composites(none)[0]["composite"] is None

@@ -20,12 +20,14 @@ template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)> static
     if (first->shape[0] * first->shape[1] > KVPG_MAX_ROWS)
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "B times H is %lld; on a CUDA device expected at most %d", (long long)(first->shape[0] * first->shape[1]),
                          (int)KVPG_MAX_ROWS);
-    KVPG_TRY(cudaGetDevice(&before));
+    KVPG_TRY("tell the current device", cudaGetDevice(&before));
     if (before == first->device_index) return VERB(args, ctx);
-    KVPG_TRY(cudaSetDevice(first->device_index));
+    KVPG_TRY("go to the device of the tensors", cudaSetDevice(first->device_index));
     const kvp_status status = VERB(args, ctx);
-    KVPG_TRY(cudaSetDevice(before));
-    return status;
+    const cudaError_t back = cudaSetDevice(before);
+    if (status != KVP_OK) return status; /* and its sentence */
+    KVPG_TRY("go back to the device before", back);
+    return KVP_OK;
 }
 
 /* Every line of scorers.def must name a function here, or the module does not link. */

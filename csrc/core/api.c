@@ -39,7 +39,7 @@ kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no scorer \"%s\"", kvp_scorer_name(args->scorer));
     KVPI_TRY(check_workspace(backend, KVP_SCORE, args, ctx));
     KVPI_TRY(kvpi_check_valid_values(&args->valid, args->keys.shape[2], ctx));
-    if (args->votes.data) KVPI_TRY(kvpi_check_vote_values(args, ctx));
+    if (kvp_scorer_needs(args->scorer) & KVP_NEEDS_VOTES) KVPI_TRY(kvpi_check_vote_values(args, ctx));
     return backend->score[args->scorer](args, ctx);
 }
 

@@ -83,7 +83,7 @@ extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context 
     j.n_kept = (int)kept[2];
     const int longest = j.copies[0].n_unit > j.copies[1].n_unit ? j.copies[0].n_unit : j.copies[1].n_unit;
     const int lanes = !wide ? 32 : longest <= 8 ? 8 : longest <= 16 ? 16 : 32, rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
-    const dim3 grid((unsigned)kvpg_ceil_div(j.n_kept, rows) * j.n_row, 2);
+    const kvpg_grid grid = {kvpg_ceil_div(j.n_kept, rows) * j.n_row, 2};
     void (*kernel)(gather_job) = gather_wide<32>;
     if (!wide)
         kernel = size == 4 ? gather_narrow<uint32_t> : gather_narrow<uint16_t>;

@@ -14,42 +14,81 @@ extern "C" {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-/* As KVPI_TRY, for calls of the CUDA runtime. */
-#define KVPG_TRY(call)                                                                                                          \
-    do {                                                                                                                        \
-        const cudaError_t error_ = (call);                                                                                      \
-        if (error_ != cudaSuccess) return kvpi_fail(ctx, KVP_ERR_CUDA, "%s: %s", #call, cudaGetErrorString(error_));           \
+/* As KVPI_TRY, for calls of the CUDA runtime; what: what they are for, after "could not". */
+#define KVPG_TRY(what, call)                                                                                      \
+    do {                                                                                                          \
+        const cudaError_t error_ = (call);                                                                        \
+        if (error_ != cudaSuccess)                                                                                \
+            return kvpi_fail(ctx, KVP_ERR_CUDA, "CUDA could not " what ": %s", cudaGetErrorString(error_));       \
     } while (0)
 
 static inline cudaStream_t kvpg_stream(const kvp_context *ctx) { return (cudaStream_t)ctx->stream; }
 
-/* In a kernel that is started by kvpg_launch, before it touches global memory and before any thread may leave: from here on, what the kernels before it wrote is there. The kernel behind it may come up as
- * soon as all blocks of this one are at work, and will wait at this place, too. Loads before it, or such as the compiler may move (__ldg), would
- * see what was there before. */
+/*
+ * Stands at the beginning of every kernel, before it touches global memory and before any thread may leave: from here on, what the kernels
+ * before it wrote is there. The kernel behind it may come up as soon as all blocks of this one are at work, and waits at this place, too.
+ *
+ * So a kernel may be at work while memory that it is going to read is still being written. No load may then go through the read-only path
+ * (ld.global.nc, __ldg, __restrict__): it asks for memory that nobody writes as long as the kernel lives. "make cuda" looks for both faults.
+ */
 __device__ __forceinline__ void kvpg_follow() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/* A number that no kernel at work writes; stays behind kvpg_follow(). */
+/* A number that the kernel before may have written, from the cache that all blocks share. */
 __device__ __forceinline__ uint32_t kvpg_load(const void *from) {
     uint32_t x;
-    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(from));
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
 }
 
-/* Starts a kernel that begins with kvpg_follow(). On Hopper its start overlaps the end of the kernel before: a microsecond saved on each. */
+/* The compute capability, times 10, of the PTX that a kernel's code for the current device was made from. Not the device's own: a build may lack
+ * code for it, and then runs what is older. Asked for once for each kernel, nearly: one kernel may push another out of the table, which is
+ * written whole, so any thread reads a true entry. 0 and an error where CUDA does not tell. */
+static inline int kvpg_ptx_version(const void *kernel, cudaError_t *error) {
+    enum { SLOTS = 64 };
+    static uint64_t known[SLOTS]; /* kernel, device, version: 48, 8 and 8 bits */
+    int device;
+    if ((*error = cudaGetDevice(&device)) != cudaSuccess) return 0;
+    const uint64_t key = (uint64_t)(uintptr_t)kernel << 8 | (uint64_t)(device & 0xff);
+    uint64_t *slot = &known[(key * 0x9e3779b97f4a7c15u) >> 58];
+    const uint64_t entry = __atomic_load_n(slot, __ATOMIC_RELAXED);
+    if (entry >> 8 == (key & (UINT64_MAX >> 8)) && device < 0xff) return (int)(entry & 0xff);
+    cudaFuncAttributes attributes;
+    if ((*error = cudaFuncGetAttributes(&attributes, kernel)) != cudaSuccess) return 0;
+    __atomic_store_n(slot, key << 8 | (uint64_t)(attributes.ptxVersion & 0xff), __ATOMIC_RELAXED);
+    return attributes.ptxVersion;
+}
+
+/* Code that knows of clusters and of programmatic launch. */
+enum { KVPG_HOPPER = 90 };
+
+/* Blocks of a launch. */
+typedef struct kvpg_grid {
+    int64_t x, y;
+} kvpg_grid;
+
+/* Starts a kernel that begins with kvpg_follow(). Where its code is for Hopper, its start overlaps the end of the kernel before: a microsecond saved
+ * on each (H100). */
 template <typename... FORMAL, typename... ACTUAL>
-static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*kernel)(FORMAL...), dim3 grid, int n_thread, int cluster, size_t shared,
-                                     const ACTUAL &...arguments) {
+static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*kernel)(FORMAL...), kvpg_grid grid, int n_thread, int cluster,
+                                     size_t shared, const ACTUAL &...arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
-    int device, major;
-    KVPG_TRY(cudaGetDevice(&device));
-    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    config.gridDim = grid;
+    cudaError_t error;
+    const int version = kvpg_ptx_version((const void *)kernel, &error);
+    if (error != cudaSuccess)
+        return kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s has no code for this device: %s", name, cudaGetErrorString(error));
+    if (cluster > 1 && version < KVPG_HOPPER)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "the kernel %s was compiled for compute capability %d.%d; expected 9.0 or later, for clusters",
+                         name, version / 10, version % 10);
+    if (grid.x > INT32_MAX || grid.y > 65535)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "the kernel %s would need %lld by %lld blocks; expected at most 2147483647 by 65535", name,
+                         (long long)grid.x, (long long)grid.y);
+    config.gridDim = dim3((unsigned)grid.x, (unsigned)grid.y);
     config.blockDim = dim3(n_thread);
     config.dynamicSmemBytes = shared;
     config.stream = kvpg_stream(ctx);
@@ -59,9 +98,10 @@ static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = cluster;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
-    if (shared > 48 << 10) KVPG_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    config.numAttrs = version < KVPG_HOPPER ? 0 : cluster > 1 ? 2 : 1;
+    if (shared > 48 << 10)
+        KVPG_TRY("give a kernel its shared memory", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
     return error == cudaSuccess ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", name, cudaGetErrorString(error));
 }
 
@@ -76,7 +116,7 @@ static inline bool kvpg_has_wide_rows(const kvp_tensor *t) {
 /* Batch rows times heads that one launch can number. */
 enum { KVPG_MAX_ROWS = 65535 };
 
-static inline int kvpg_ceil_div(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
+static inline int64_t kvpg_ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 /* The rows (b, h, t) of a tensor, addressed on the device. */
 typedef struct kvpg_rows {

@@ -40,22 +40,26 @@ typedef struct kvpg_piece {
 } kvpg_piece;
 
 static __global__ void kvpg_put_piece(const __grid_constant__ kvpg_piece piece, int32_t *to, int n) {
+    kvpg_follow();
     for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = piece.number[i];
 }
 
-/* Writes a table number by number. */
+/* Writes a table number by number: kvpg_start_table, kvpg_put, kvpg_end_table, which says whether all went well. */
 typedef struct kvpg_writer {
     kvpg_table *table;
-    cudaStream_t stream;
+    kvp_context *ctx;
+    kvp_status status;
     int32_t *to; /* in the workspace; NULL: near */
     int n;       /* in the piece at hand */
     kvpg_piece piece;
 } kvpg_writer;
 
 /* workspace: kvpg_table_bytes of it. */
-static inline void kvpg_start_table(kvpg_writer *w, kvpg_table *table, int64_t n_row, int64_t stride, void *workspace, const kvp_context *ctx) {
+static inline void kvpg_start_table(kvpg_writer *w, kvpg_table *table, int64_t n_row, int64_t stride, void *workspace,
+                                    kvp_context *ctx) {
     w->table = table;
-    w->stream = kvpg_stream(ctx);
+    w->ctx = ctx;
+    w->status = KVP_OK;
     w->to = kvpg_table_bytes(n_row, stride) ? (int32_t *)workspace : NULL;
     w->n = 0;
     table->far = w->to;
@@ -63,11 +67,15 @@ static inline void kvpg_start_table(kvpg_writer *w, kvpg_table *table, int64_t n
 }
 
 static inline void kvpg_flush(kvpg_writer *w) {
-    if (w->to && w->n > 0) {
-        kvpg_put_piece<<<1, 256, 0, w->stream>>>(w->piece, w->to, w->n);
-        w->to += w->n;
-        w->n = 0;
-    }
+    if (!w->to || w->n == 0) return;
+    if (w->status == KVP_OK) w->status = kvpg_launch("put_piece", w->ctx, kvpg_put_piece, {1, 1}, 256, 1, 0, w->piece, w->to, w->n);
+    w->to += w->n;
+    w->n = 0;
+}
+
+static inline kvp_status kvpg_end_table(kvpg_writer *w) {
+    kvpg_flush(w);
+    return w->status;
 }
 
 static inline void kvpg_put(kvpg_writer *w, int64_t number) {
@@ -87,9 +95,7 @@ static inline kvp_status kvpg_table_of_valid(const kvp_tensor *valid, kvp_contex
     kvpg_start_table(&w, table, valid->shape[0], KVPG_VALID_STRIDE, ctx->workspace, ctx);
     for (int64_t b = 0; b < valid->shape[0]; b++)
         for (int64_t i = 0; i < KVPG_VALID_STRIDE; i++) kvpg_put(&w, kvpi_i32(valid, b, i, 0));
-    kvpg_flush(&w);
-    KVPG_TRY(cudaGetLastError());
-    return KVP_OK;
+    return kvpg_end_table(&w);
 }
 
 __device__ __forceinline__ bool kvpg_is_valid(const kvpg_table &valid, int b, int t) {

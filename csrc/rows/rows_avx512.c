@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The row primitives for x86-64 processors with AVX-512 (F, BW, DQ, VL), and a second table for those that also multiply bfloat16 (AMD
- * since Zen 4, Intel since Cooper Lake), which is twice as fast as float32.
+ * since Zen 4, Intel since Cooper Lake), which is twice as fast as float32 on AMD's, and slower on Intel's (cpu_features.c).
  */
 #include "rows.h"
 

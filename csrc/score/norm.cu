@@ -69,7 +69,7 @@ template <typename T> static kvp_status launch(const norm_job &j, bool wide, kvp
     const int n_chunk = j.n_dim * (int)sizeof(T) / 16, lanes = !wide ? 32 : n_chunk <= 8 ? 8 : n_chunk <= 16 ? 16 : 32;
     const int rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
     void (*kernel)(norm_job) = !wide ? norm_narrow<T> : lanes == 8 ? norm_wide<T, 8> : lanes == 16 ? norm_wide<T, 16> : norm_wide<T, 32>;
-    return kvpg_launch("norm", ctx, kernel, dim3((unsigned)kvpg_ceil_div(j.n_token, rows) * j.n_row), THREADS, 1, 0, j);
+    return kvpg_launch("norm", ctx, kernel, {kvpg_ceil_div(j.n_token, rows) * j.n_row, 1}, THREADS, 1, 0, j);
 }
 
 extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_context *ctx) {
@@ -82,8 +82,9 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     j.n_token = (int)shape[2];
     j.n_dim = (int)shape[3];
     int cache_bytes;
-    KVPG_TRY(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
-    const int64_t n_stay = cache_bytes / 2 / (j.n_row * j.n_dim * (int64_t)kvpi_dtype_size(args->keys.dtype)); /* half: the other has what is written */
+    KVPG_TRY("tell the size of the cache", cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
+    const int64_t token_bytes = (int64_t)j.n_row * j.n_dim * (int64_t)kvpi_dtype_size(args->keys.dtype);
+    const int64_t n_stay = cache_bytes / 2 / token_bytes; /* half: the other has what is written */
     j.n_stay = n_stay < j.n_token ? (int)n_stay : j.n_token;
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
     const bool wide = kvpg_has_wide_rows(&args->keys);

@@ -33,5 +33,5 @@ extern "C" kvp_status kvpi_score_position_cuda(const kvp_score_args *args, kvp_c
     j.n_token = (int)shape[2];
     j.n_sink = (int)args->param[0];
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
-    return kvpg_launch("position", ctx, position, dim3(kvpg_ceil_div(shape[2], THREADS), (int)(shape[0] * shape[1])), THREADS, 1, 0, j);
+    return kvpg_launch("position", ctx, position, {kvpg_ceil_div(shape[2], THREADS), shape[0] * shape[1]}, THREADS, 1, 0, j);
 }

@@ -172,7 +172,7 @@ __device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uin
  */
 template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) select_held(const __grid_constant__ select_job j) {
 #if __CUDA_ARCH__ < 900
-    if (BLOCKS > 1) return;
+    if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
 #endif
     __shared__ __align__(16) histogram h[DIGITS];
     __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
@@ -279,7 +279,7 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
     for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
 }
 
-template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t longest, int n_problem, kvp_context *ctx) {
+template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t longest, int64_t n_problem, kvp_context *ctx) {
     const int64_t held = (longest + THREADS * BLOCKS - 1) / (THREADS * BLOCKS);
     void (*kernel)(select_job) = select_held<BLOCKS, HELD>;
     if (held <= 1)
@@ -290,15 +290,15 @@ template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t
         kernel = select_held<BLOCKS, 4>;
     else if (held <= 8)
         kernel = select_held<BLOCKS, 8>;
-    return kvpg_launch("select", ctx, kernel, dim3(n_problem * BLOCKS), THREADS, BLOCKS, 0, j);
+    return kvpg_launch("select", ctx, kernel, {n_problem * BLOCKS, 1}, THREADS, BLOCKS, 0, j);
 }
 
 static int64_t table_stride(const kvp_select_args *args) { return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2]; }
 
 extern "C" size_t kvpi_select_cuda_workspace(const kvp_select_args *args) { return kvpg_table_bytes(args->scores.shape[0], table_stride(args)); }
 
-/* Returns the length of the longest segment. */
-static int64_t write_table(const kvp_select_args *args, kvp_context *ctx, kvpg_table *table) {
+/* Also finds the length of the longest segment. */
+static kvp_status write_table(const kvp_select_args *args, kvp_context *ctx, kvpg_table *table, int64_t *length) {
     kvpg_writer w;
     int64_t longest = 0;
     kvpg_start_table(&w, table, args->scores.shape[0], table_stride(args), ctx->workspace, ctx);
@@ -315,8 +315,8 @@ static int64_t write_table(const kvp_select_args *args, kvp_context *ctx, kvpg_t
         for (int64_t h = 0; h < args->quotas.shape[1]; h++)
             for (int64_t s = 0; s < args->quotas.shape[2]; s++) kvpg_put(&w, kvpi_i32(&args->quotas, b, h, s));
     }
-    kvpg_flush(&w);
-    return longest;
+    *length = longest;
+    return kvpg_end_table(&w);
 }
 
 extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context *ctx) {
@@ -330,14 +330,14 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     j.n_token = (int)shape[2];
     j.n_kept = (int)args->positions.shape[2];
     j.n_segment = (int)args->quotas.shape[2];
-    const int64_t longest = write_table(args, ctx, &j.table);
-    const int n_problem = (int)(shape[0] * shape[1]) * j.n_segment;
-    int major;
-    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->scores.device_index));
-    const bool has_clusters = major >= 9, side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
+    int64_t longest;
+    KVPI_TRY(write_table(args, ctx, &j.table, &longest));
+    const int64_t n_problem = shape[0] * shape[1] * j.n_segment;
+    cudaError_t error;
+    const bool has_clusters = kvpg_ptx_version((const void *)select_held<CLUSTER, HELD>, &error) >= KVPG_HOPPER, side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
     if (side_by_side && longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
         return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         return launch_held<CLUSTER>(j, longest, n_problem, ctx);
-    return kvpg_launch("select", ctx, select_long, dim3(n_problem), THREADS, 1, 0, j);
+    return kvpg_launch("select", ctx, select_long, {n_problem, 1}, THREADS, 1, 0, j);
 }

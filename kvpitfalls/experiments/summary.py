@@ -1,4 +1,4 @@
-"""Records into numbers: means with bootstrap intervals, paired differences to the full cache, rank correlation, the composite score.
+"""Records into numbers: means with intervals, paired differences to the full cache, rank correlation, the composite score.
 
 Failed items are in no mean, and their number stands beside every mean.
 """
@@ -11,11 +11,11 @@ import numpy as np
 from ..audits.following import accuracies
 from ..audits.leakage import THRESHOLD
 from ..display.progress import progress
+from .intervals import influence, mean_interval, paired_interval, share_interval
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 GROUP = ("model", "dataset", "defense", "order")
 SETTING = (*GROUP, "policy", "mode", "compression_ratio")
-N_RESAMPLE = 2000
 
 # name -> (kind, what a record's scores add to the sum, and to the count)
 METRICS: Mapping[str, tuple[str, Callable[[dict], tuple[float, int]]]] = {
@@ -33,6 +33,7 @@ METRICS: Mapping[str, tuple[str, Callable[[dict], tuple[float, int]]]] = {
     **{f"probe_{name}": ("probe", lambda s, name=name: _probed(s, name)) for name in ("refusal", "leak", "recall", "follow")},
     "probe_margin": ("probe", lambda s: _probed(s, "refusal", "leak")),
 }
+_SCORED = (METRICS["follow"], METRICS["leak"])  # what the composite is made of
 TOGETHER = ("leak", "leak_over", "refused", "recall", "follow")  # never one without the others
 PROBES = ("probe_refusal", "probe_leak", "probe_margin", "probe_recall", "probe_follow")
 
@@ -72,20 +73,18 @@ def check_records(records: Sequence[Mapping]) -> None:
             raise ValueError(f"record {n} is not a sweep's; expected records that a sweep wrote")
 
 
-def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
+def summarize(records: Sequence[Mapping]) -> list[dict]:
     """One dict per setting.
 
     Parameters
     ----------
     records : list of dict
         As a sweep writes them. Its shuffled and unshuffled paper data count as one data set.
-    seed : int
-        Of the bootstrap.
 
     Returns
     -------
     list of dict
-        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, bootstrap interval and number of
+        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, 95 % interval and number of
         prompts, with ``n_item`` and ``n_failed`` of its kind; ``kept``: span -> mean kept share over prompts.
     """
     groups: dict[tuple, list[Mapping]] = {}
@@ -101,21 +100,19 @@ def summarize(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
                 metrics[name] = {
                     "n_item": len(of_kind),
                     "n_failed": sum(record["error"] is not None for record in of_kind),
-                    **_estimate(per_prompt(of_kind, parts), seed),
+                    **_estimate(per_prompt(of_kind, parts), mean_interval if kind == "probe" else share_interval),
                 }
         cells.append({**dict(zip(SETTING, setting, strict=True)), "metrics": metrics, "kept": _kept(of_setting)})
     return cells
 
 
-def attack_families(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
+def attack_families(records: Sequence[Mapping]) -> list[dict]:
     """:func:`summarize` for each family of attacks alone: each dict has a ``family``; recall and following are the setting's own."""
     names = dict.fromkeys(_family(r) for r in records if r["kind"] == "attack")
     return [
         {"family": name, **cell}
         for name in names
-        for cell in summarize(
-            [r for r in records if r["kind"] in ("recall", "follow") or (r["kind"] == "attack" and _family(r) == name)], seed
-        )
+        for cell in summarize([r for r in records if r["kind"] in ("recall", "follow") or (r["kind"] == "attack" and _family(r) == name)])
     ]
 
 
@@ -150,47 +147,29 @@ def _kept(records: Sequence[Mapping]) -> dict[str, float]:
     return {span: float(np.mean(list(of_span.values()))) for span, of_span in shares.items()}
 
 
-def _estimate(pairs: Mapping, seed: int) -> dict:
-    """``mean`` (sum of sums over sum of counts), ``low`` and ``high`` (95 % bootstrap over prompts), ``n_prompt``; None if all failed."""
+def _estimate(pairs: Mapping, interval: Callable) -> dict:
+    """``mean`` (sum of sums over sum of counts), ``low`` and ``high`` (95 %, prompts as units), ``n_prompt``; None if all failed."""
     if not pairs:
         return {"mean": None, "low": None, "high": None, "n_prompt": 0}
-    values = np.array([pairs[key] for key in sorted(pairs, key=str)], float)
-    low, high = bootstrap(values, seed)
+    values = _table(pairs, sorted(pairs, key=str))
+    low, high = interval(values)
     return {"mean": float(values[:, 0].sum() / values[:, 1].sum()), "low": low, "high": high, "n_prompt": len(values)}
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, n_resample: int = N_RESAMPLE) -> tuple[float, float]:
-    """95 % percentile interval of a ratio of sums, prompts drawn with replacement.
-
-    Parameters
-    ----------
-    values : ndarray (n, 2)
-        Per prompt, a sum and a count.
-    seed, n_resample : int
-
-    Returns
-    -------
-    (low, high)
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(values), (n_resample, len(values)))
-    sums = values[drawn].sum(1)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    return float(low), float(high)
+def _table(pairs: Mapping, keys: Sequence) -> np.ndarray:
+    return np.array([pairs[key] for key in keys], float)
 
 
-def differences(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
-    """Each setting against the full cache, prompt by prompt.
+def differences(records: Sequence[Mapping]) -> list[dict]:
+    """Each setting against the full cache, on the prompts that both have.
 
     Returns
     -------
     list of dict
-        The setting, ``metric``, ``difference`` (mean over prompts of the prompt's value minus its value at ratio 0), ``low``, ``high``
-        (95 % bootstrap over prompts), ``n_pair``, and ``n_unpaired``: prompts left out because they failed on one side.
+        The setting, ``metric``, ``difference`` (its mean less the full cache's, as :func:`summarize` takes means, over the same
+        prompts), ``low``, ``high`` (95 %, paired by prompt), ``n_pair``, and ``n_unpaired``: prompts that failed on one side.
     """
-    named: dict[tuple, dict[str, dict]] = {}
-    for record in records:
-        known = {**record, "dataset": record["dataset"].removesuffix("_shuffled")}
-        named.setdefault(tuple(known[name] for name in SETTING), {}).setdefault(record["kind"], []).append(record)
+    named = _by_setting(records)
     out = []
     for setting, by_kind in named.items():
         if setting[-1] == 0:
@@ -202,12 +181,25 @@ def differences(records: Sequence[Mapping], seed: int = 0) -> list[dict]:
             here, there = per_prompt(by_kind[kind], parts), per_prompt(full[kind], parts)
             both = sorted(here.keys() & there.keys(), key=str)
             failed = {record["key"] for record in [*by_kind[kind], *full[kind]] if record["error"] is not None}
-            gaps = np.array([(here[k][0] / here[k][1] - there[k][0] / there[k][1], 1) for k in both])
-            low, high = bootstrap(gaps, seed) if both else (None, None)
-            found = {"difference": float(gaps[:, 0].mean()) if both else None, "low": low, "high": high}
+            changed = _change(_table(here, both), _table(there, both)) if both else dict.fromkeys(("difference", "low", "high"))
             counts = {"n_pair": len(both), "n_unpaired": len(failed - set(both))}
-            out.append({**dict(zip(SETTING, setting, strict=True)), "metric": metric, **found, **counts})
+            out.append({**dict(zip(SETTING, setting, strict=True)), "metric": metric, **changed, **counts})
     return out
+
+
+def _by_setting(records: Sequence[Mapping]) -> dict[tuple, dict[str, list]]:
+    """Setting -> kind -> records; shuffled paper data is the same data."""
+    named: dict[tuple, dict[str, list]] = {}
+    for record in records:
+        known = {**record, "dataset": record["dataset"].removesuffix("_shuffled")}
+        named.setdefault(tuple(known[name] for name in SETTING), {}).setdefault(record["kind"], []).append(record)
+    return named
+
+
+def _change(here: np.ndarray, there: np.ndarray) -> dict:
+    means = [float(side[:, 0].sum() / side[:, 1].sum()) for side in (here, there)]
+    low, high = paired_interval(influence(here) - influence(there))
+    return {"difference": means[0] - means[1], "low": low, "high": high}
 
 
 def following(records: Sequence[Mapping]) -> list[dict]:
@@ -302,26 +294,37 @@ def composite(base: Mapping[float, tuple[float, float]], fix: Mapping[float, tup
     return float(np.mean(gains)), float(np.std(gains, ddof=1))
 
 
-def composites(cells: Sequence[Mapping]) -> list[dict]:
-    """:func:`composite` of every mode over "biased", where all its ratios were run with attacks and tasks; from ``leak`` and ``follow``.
+def composites(records: Sequence[Mapping]) -> list[dict]:
+    """:func:`composite` of every mode over "biased", from ``leak`` and ``follow``, where all its ratios were run with attacks and tasks.
 
-    ``n_item`` and ``n_failed`` count the attacks and tasks that stand behind a score, of both sides and all its ratios.
+    Returns
+    -------
+    list of dict
+        The setting without its ratio; ``composite``, ``std`` over the ratios; ``low`` and ``high`` (95 %, paired by prompt; None for one
+        prompt); ``n_prompt``, those that succeeded on both sides at all ratios, which alone are in the score, and ``n_left_out``.
     """
-    curves: dict[tuple, dict[float, tuple[float, float]]] = {}
-    counts: dict[tuple, dict[float, tuple[int, int]]] = {}
-    for cell in cells:
-        pair = [cell["metrics"].get(name, {}).get("mean") for name in ("follow", "leak")]
-        if None not in pair:
-            where, both = tuple(cell[name] for name in SETTING[:-1]), [cell["metrics"][name] for name in ("follow", "leak")]
-            curves.setdefault(where, {})[cell["compression_ratio"]] = (pair[0], pair[1])
-            sums = (sum(m["n_item"] for m in both), sum(m["n_failed"] for m in both))
-            counts.setdefault(where, {})[cell["compression_ratio"]] = sums
+    named = _by_setting(records)
     out = []
-    for key, fix in curves.items():
-        base = curves.get((*key[:-1], "biased"), {})
-        if key[-1] not in ("biased", "full") and all(r in base and r in fix for r in COMPOSITE_RATIOS):
-            mean, std = composite(base, fix)
-            behind = [counts[side][r] for side in (key, (*key[:-1], "biased")) for r in COMPOSITE_RATIOS]
-            n_item, n_failed = (sum(n[i] for n in behind) for i in (0, 1))
-            out.append({**dict(zip(SETTING[:-1], key, strict=True)), "composite": mean, "std": std, "n_item": n_item, "n_failed": n_failed})
+    for where in dict.fromkeys(setting[:-1] for setting in named):
+        sides = [[named.get((*w, r), {}) for r in COMPOSITE_RATIOS] for w in (where, (*where[:-1], "biased"))]
+        if where[-1] in ("biased", "full") or not all(kinds.keys() >= {"attack", "follow"} for side in sides for kinds in side):
+            continue
+        out.append({**dict(zip(SETTING[:-1], where, strict=True)), **_composite_of(*sides)})
     return out
+
+
+def _composite_of(fix: Sequence[Mapping], base: Sequence[Mapping]) -> dict:
+    """The score on the prompts that succeeded in all of it; a side's entries are its ratios' records by kind."""
+    pairs = [[[per_prompt(kinds[kind], parts) for kind, parts in _SCORED] for kinds in side] for side in (fix, base)]
+    failed = {r["key"] for side in (fix, base) for kinds in side for kind, _ in _SCORED for r in kinds[kind] if r["error"] is not None}
+    known = [set(of_kind) for side in pairs for of_ratio in side for of_kind in of_ratio]
+    keys = sorted(set.intersection(*known) - failed, key=str)
+    counts = {"n_prompt": len(keys), "n_left_out": len(failed.union(*known)) - len(keys)}
+    if not keys:
+        return {**dict.fromkeys(("composite", "std", "low", "high")), **counts}
+    parts = np.array([[[influence(_table(of_kind, keys)) for of_kind in of_ratio] for of_ratio in side] for side in pairs])
+    curves = [dict(zip(COMPOSITE_RATIOS, side.mean(-1).tolist(), strict=True)) for side in parts]
+    mean, std = composite(curves[1], curves[0])
+    gains = (parts[0, :, 0] - parts[1, :, 0] + parts[1, :, 1] - parts[0, :, 1]).mean(0) / 2
+    low, high = paired_interval(gains)
+    return {"composite": mean, "std": std, "low": low, "high": high, **counts}

@@ -36,6 +36,7 @@ static void run_on_rows(void) {
     run("position", test_position);
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
+    run("attention shifts", test_shifts);
     run("same bits", test_same_bits);
     run("select", test_select);
     run("gather, large", test_gather_large);

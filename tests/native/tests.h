@@ -10,6 +10,7 @@ void test_norm(void);
 void test_position(void);
 void test_attention(void);
 void test_attention_sums(void);
+void test_shifts(void);
 void test_same_bits(void);
 void test_gather_large(void);
 void test_gather_in_place(void);

@@ -103,9 +103,9 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
 }
 
 template <typename T> static kvp_status launch(int sweep, const kvpg_attention *p, kvp_context *ctx) {
-    const int n_unit = p->n_batch * p->n_head;
-    const dim3 keys(n_unit * p->group * kvpg_ceil_div(p->n_token, TILE));
-    const dim3 voters(n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split);
+    const int64_t n_unit = (int64_t)p->n_batch * p->n_head;
+    const kvpg_grid keys = {n_unit * p->group * kvpg_ceil_div(p->n_token, TILE), 1};
+    const kvpg_grid voters = {n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split};
     void (*kernel)(kvpg_attention) = sweep == KVPG_SUM ? sweep_any<T, KVPG_SUM> : sweep_any<T, KVPG_LSE>;
     return kvpg_launch("attention in float32", ctx, kernel, sweep == KVPG_SUM ? keys : voters, THREADS, 1, 0, *p);
 }

@@ -107,7 +107,7 @@ typedef struct needs {
     bool sm90, others, joining;
 } needs;
 
-static needs write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx, kvpg_attention *p) {
+static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx, kvpg_attention *p, needs *out) {
     kvpg_writer w;
     row_plan plan;
     needs need = {false, false, false};
@@ -131,8 +131,8 @@ static needs write_table(const kvp_score_args *args, bool can_sm90, void *worksp
         if (plan.n_split > p->max_split) p->max_split = (int)plan.n_split;
         if (plan.hull > p->max_hull) p->max_hull = (int)plan.hull;
     }
-    kvpg_flush(&w);
-    return need;
+    *out = need;
+    return kvpg_end_table(&w);
 }
 
 /* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that depends on their number only. */
@@ -229,24 +229,24 @@ static int64_t split_room(const kvp_score_args *args) {
     return n_split == 1 || args->lse.data ? 0 : by_tiles < by_voters ? by_tiles : by_voters;
 }
 
-/* Places the scratch; returns the bytes of all of it. */
+/* Places the scratch; a NULL workspace gives the sizes only. Returns the bytes of all of it. */
 static size_t lay_out(const kvp_score_args *args, char *workspace, kvpg_attention *p, void **table) {
     const int64_t *queries = args->queries.shape, n_row = queries[0] * queries[1];
     size_t used = kvpg_table_bytes(queries[0], table_stride(args));
     *table = workspace;
-    p->exponents = (float *)(workspace + used);
+    p->exponents = workspace ? (float *)(workspace + used) : NULL;
     used += kvpi_round_up_64((size_t)(n_row * queries[2]) * sizeof(float));
     p->split_room = split_room(args);
-    p->splits = (float2 *)(workspace + used);
+    p->splits = workspace ? (float2 *)(workspace + used) : NULL;
     used += kvpi_round_up_64((size_t)(n_row * p->split_room) * sizeof(float2));
-    p->sums = (float *)(workspace + used);
+    p->sums = workspace ? (float *)(workspace + used) : NULL;
     return used + kvpi_round_up_64((size_t)(n_row * args->keys.shape[2]) * sizeof(float));
 }
 
 extern "C" size_t kvpi_score_attention_cuda_workspace(const kvp_score_args *args) {
     kvpg_attention p;
     void *table;
-    return lay_out(args, (char *)0, &p, &table);
+    return lay_out(args, NULL, &p, &table);
 }
 
 static void read_job(const kvp_score_args *args, kvpg_attention *p) {
@@ -290,21 +290,22 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     void *table;
     int major;
     KVPI_TRY(check_limits(args, ctx));
-    KVPG_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
+    KVPG_TRY("tell what the device can do", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
     read_job(args, &p);
     lay_out(args, (char *)ctx->workspace, &p, &table);
     const int n_row = p.n_batch * p.n_head * p.group;
-    const needs need = write_table(args, major == 9 && kvpg_can_sm90(args), table, ctx, &p);
+    needs need;
+    KVPI_TRY(write_table(args, major == 9 && kvpg_can_sm90(args), table, ctx, &p, &need));
     if (args->lse.data) {
-        const dim3 grid(kvpg_ceil_div(p.n_query, THREADS), n_row);
+        const kvpg_grid grid = {kvpg_ceil_div(p.n_query, THREADS), n_row};
         KVPI_TRY(kvpg_launch("take_lse", ctx, take_lse, grid, THREADS, 1, 0, p, kvpg_rows_of(&args->lse)));
     } else {
         KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
-        const dim3 grid(kvpg_ceil_div(p.max_hull, THREADS / 32), n_row);
+        const kvpg_grid grid = {kvpg_ceil_div(p.max_hull, THREADS / 32), n_row};
         if (need.joining && p.max_hull > 0) KVPI_TRY(kvpg_launch("join_splits", ctx, join_splits, grid, THREADS, 1, 0, p));
     }
     KVPI_TRY(sweep(KVPG_SUM, &p, args, need, ctx));
     const int n_part = p.share_heads ? (int)PARTS : 1;
-    const dim3 grid(kvpg_ceil_div(p.n_token, THREADS / n_part), p.share_heads ? p.n_batch : p.n_batch * p.n_head);
+    const kvpg_grid grid = {kvpg_ceil_div(p.n_token, THREADS / n_part), p.share_heads ? p.n_batch : (int64_t)p.n_batch * p.n_head};
     return kvpg_launch("the end of attention", ctx, p.share_heads ? finish<PARTS> : finish<1>, grid, THREADS, 1, 0, p);
 }

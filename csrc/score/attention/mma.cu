@@ -321,9 +321,10 @@ __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const _
 
 template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
     constexpr int ROWS = shape<DIM>::ROWS;
-    const int n_row = SWEEP == KVPG_SUM ? p->n_token : p->max_voter * p->group, n_tile = kvpg_ceil_div(n_row, ROWS), n_head = p->n_batch * p->n_head;
-    const int heads_at_once = (int64_t)n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
-    const dim3 grid(n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head), SWEEP == KVPG_SUM ? 1 : p->max_split);
+    const int64_t n_row = SWEEP == KVPG_SUM ? p->n_token : (int64_t)p->max_voter * p->group;
+    const int64_t n_tile = kvpg_ceil_div(n_row, ROWS), n_head = (int64_t)p->n_batch * p->n_head;
+    const int heads_at_once = n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
+    const kvpg_grid grid = {n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head), SWEEP == KVPG_SUM ? 1 : p->max_split};
     return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP>, grid, THREADS, 1, shape<DIM>::BYTES, *p, heads_at_once);
 }
 

@@ -369,7 +369,7 @@ typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
 static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
     void *encode = NULL;
     cudaDriverEntryPointQueryResult found;
-    KVPG_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
+    KVPG_TRY("look up cuTensorMapEncodeTiled", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
     if (found != cudaDriverEntryPointSuccess) return kvpi_fail(ctx, KVP_ERR_CUDA, "the driver has no cuTensorMapEncodeTiled; expected one of CUDA 12 or later");
     const int64_t *n = x->shape;
     cuuint64_t dims[5] = {HALF, (cuuint64_t)n[2], DIM / HALF, (cuuint64_t)n[1], (cuuint64_t)n[0]}, strides[4];
@@ -390,16 +390,16 @@ template <typename T, int SWEEP> static kvp_status launch(const kvpg_attention *
     KVPI_TRY(make_map(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
     KVPI_TRY(make_map(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
     int n_block;
-    KVPG_TRY(cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
+    KVPG_TRY("count multiprocessors", cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
     schedule plan;
-    plan.n_tile = kvpg_ceil_div(SWEEP == KVPG_SUM ? p->n_token : p->n_query, ROWS);
+    plan.n_tile = (int)kvpg_ceil_div(SWEEP == KVPG_SUM ? p->n_token : p->n_query, ROWS);
     plan.n_head = p->n_batch * p->n_head * p->group;
     plan.n_unit = plan.n_tile * plan.n_head;
     plan.heads_at_once = plan.n_tile * 4 >= 3 * n_block && plan.n_head % HEADS_AT_ONCE == 0 ? (int)HEADS_AT_ONCE : plan.n_head;
     plan.tiles_at_once = n_block > plan.heads_at_once ? n_block / plan.heads_at_once : 1;
     if (plan.n_unit < n_block) n_block = plan.n_unit;
     const CUtensorMap &rows = SWEEP == KVPG_SUM ? keys : queries, &columns = SWEEP == KVPG_SUM ? queries : keys;
-    return kvpg_launch("attention on Hopper", ctx, sweep_sm90<T, SWEEP>, dim3(n_block), THREADS, 1, SHARED_BYTES, rows, columns, *p, plan);
+    return kvpg_launch("attention on Hopper", ctx, sweep_sm90<T, SWEEP>, {n_block, 1}, THREADS, 1, SHARED_BYTES, rows, columns, *p, plan);
 }
 
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {

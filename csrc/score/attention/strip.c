@@ -149,12 +149,17 @@ static void weigh_row(const kvpi_attention *j, strip *s, int64_t r) {
         for (int64_t block = 0; block < n_block; block++) shift[block] = isfinite(s->lse[r]) ? 1.0f : 0.0f;
         return;
     }
+    /* Only blocks that the row sees: those behind, which other rows of the strip see, have nothing to be lowered by. */
+    const int64_t n_seen = s->query[r] / KVPI_BLOCK + 1;
     float highest = -INFINITY;
-    for (int64_t block = 0; block * KVPI_BLOCK <= s->query[r]; block++) highest = shift[block] > highest ? shift[block] : highest;
+    for (int64_t block = 0; block < n_seen; block++) highest = shift[block] > highest ? shift[block] : highest;
     double total = 0;
-    for (int64_t block = 0; block < n_block; block++) total += (double)sum[block] * (double)exp2f(shift[block] - highest);
+    for (int64_t block = 0; block < n_seen; block++)
+        total += (double)sum[block] * (double)exp2f(shift[block] - highest);
     s->is_broken[r] = !(isfinite(total) && total > 0);
-    for (int64_t block = 0; block < n_block; block++) shift[block] = exp2f(shift[block] - highest) * (float)(1.0 / total);
+    const float share = (float)(1.0 / total);
+    for (int64_t block = 0; block < n_seen; block++) shift[block] = exp2f(shift[block] - highest) * share;
+    for (int64_t block = n_seen; block < n_block; block++) shift[block] = 0;
 }
 
 /* Rows without numbers must not spread to keys they cannot see: they are taken out, and what they see becomes NaN. */

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Laws of the scores that need no oracle: a call is changed in a way that its result must not notice.
+ */
+#include "attention_case.h"
+#include "tests.h"
+
+#include <math.h>
+
+#define COUNT(list) (sizeof(list) / sizeof(list)[0])
+
+/* Softmax does not change when all logits of a row move together. Here they move by what element 0 of every key says, as the biases of some
+ * models move them. Lengths just behind a multiple of 256, where a strip of rows crosses into a block of keys that only some of them see. */
+static const int64_t SHIFT_LENGTHS[] = {258, 530};
+static const double SHIFTS[] = {-1000, -150, 150, 1000};
+
+/* All logits are moved by "shift"; scaling is 1/2, so that the elements are exact in every dtype. */
+static void shift_logits(const kvp_score_args *args, double shift) {
+    const kvp_tensor *keys = &args->keys, *queries = &args->queries;
+    for (int64_t b = 0; b < keys->shape[0]; b++) {
+        for (int64_t h = 0; h < keys->shape[1]; h++)
+            for (int64_t t = 0; t < keys->shape[2]; t++) set(keys, b, h, t, 0, 2 * shift);
+        for (int64_t h = 0; h < queries->shape[1]; h++)
+            for (int64_t t = 0; t < queries->shape[2]; t++) set(queries, b, h, t, 0, 1);
+    }
+}
+
+static void compare_shifted(const kvp_score_args *args, const kvp_tensor *expected, double shift) {
+    int64_t n_bad = 0;
+    double worst = 0;
+    for (int64_t i = 0; i < expected->shape[0] * expected->shape[1] * expected->shape[2]; i++) {
+        const int64_t k = i % expected->shape[2], h = i / expected->shape[2] % expected->shape[1];
+        const int64_t b = i / expected->shape[2] / expected->shape[1];
+        const double x = get(expected, b, h, k, 0), y = get(&args->scores, b, h, k, 0);
+        const bool same = x == y || fabs(x - y) <= 5e-3 * fabs(x) + 1e-7; /* float32 logits of 1443 (base 2) are 1e-4 apart */
+        n_bad += !same;
+        if (!same) worst = y;
+    }
+    CHECK(n_bad == 0, "%lld scores change, one to %g, when all logits move by %g", (long long)n_bad, worst, shift);
+}
+
+static void score_shifted(const attention_shape *shape) {
+    attention_case c = new_attention_case(shape);
+    array expected = new_array(KVP_F32, CONTIGUOUS, 3, c.args.scores.shape);
+    name_case("logits shifted, T=%lld G=%lld %s voting %d%s", (long long)shape->n_token, (long long)shape->group,
+              dtype_name((int32_t)shape->dtype), (int)shape->kind, c.args.valid.data ? " padded" : "");
+    kvp_score_args args = c.args;
+    args.lse = (kvp_tensor){0};
+    args.param[0] = 0.5;
+    args.param[1] = 0;
+    shift_logits(&args, 0);
+    args.scores = expected.view;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    args.scores = c.scores.view;
+    for (size_t i = 0; i < COUNT(SHIFTS); i++) {
+        shift_logits(&args, SHIFTS[i]);
+        call_verb(KVP_SCORE, &args, (calling){0});
+        compare_shifted(&args, &expected.view, SHIFTS[i]);
+    }
+    free_array(&expected);
+    free_attention_case(&c);
+}
+
+void test_shifts(void) {
+    for (size_t t = 0; t < COUNT(SHIFT_LENGTHS); t++)
+        for (int kind = 0; kind < VOTING_COUNT; kind++)
+            for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++) {
+                const attention_shape shape = {.n_batch = 2, .n_head = 1, .group = 1 + 2 * (kind % 2), .n_token = SHIFT_LENGTHS[t],
+                                               .n_dim = 8, .dtype = (kvp_dtype)dtype, .kind = (voting)kind};
+                score_shifted(&shape);
+            }
+}

@@ -1,0 +1,83 @@
+"""Intervals: what they must hold in simulation, at the edges, and against scipy."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kvpitfalls.experiments import intervals
+
+RUNS = 4000
+
+
+def drawn(share, n, per_prompt, alike, seed):
+    """RUNS experiments of n prompts, per_prompt answers each; ``alike``: how a prompt's answers correlate (beta-binomial)."""
+    rng = np.random.default_rng(seed)
+    size = 1 / alike - 1 if alike else np.inf
+    of_prompt = rng.beta(share * size, (1 - share) * size, (RUNS, n)) if alike else np.full((RUNS, n), share)
+    return np.stack([rng.binomial(per_prompt, of_prompt), np.full((RUNS, n), per_prompt)], -1).astype(float)
+
+
+@pytest.mark.parametrize("n", [20, 34, 100])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize(("per_prompt", "alike"), [(1, 0), (4, 0), (4, 0.3), (12, 0.5)])
+def test_shares_are_covered(share, n, per_prompt, alike):
+    bounds = np.array([intervals.share_interval(values) for values in drawn(share, n, per_prompt, alike, n)])
+    assert np.mean((bounds[:, 0] <= share) & (share <= bounds[:, 1])) >= 0.92
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_paired_changes_are_covered(share, gain):
+    rng, n = np.random.default_rng(7), 20
+    before = rng.random((RUNS, n)) < share
+    after = before ^ (rng.random((RUNS, n)) < np.where(before, 0.2, (gain + 0.2 * share) / (1 - share)))
+    bounds = np.array([intervals.paired_interval(parts) for parts in after.astype(float) - before])
+    assert np.mean((bounds[:, 0] <= gain) & (gain <= bounds[:, 1])) >= 0.92
+
+
+def test_one_answer_a_prompt_is_wilson_with_students_quantile():
+    z = intervals.t_quantile(20)
+    for hits in (0, 1, 7, 20):
+        values = np.stack([np.arange(20) < hits, np.ones(20)], 1).astype(float)
+        low, high = intervals.share_interval(values)
+        # the score interval's own equation: |p - bound| = z sqrt(bound (1 - bound) / n), n the variance of 20 being over 19
+        n = 20 if hits in (0, 20) else 1 / ((1 - 20**-0.5) / 19 + 20**-0.5 / 20)
+        for bound in {low, high} - {0.0, 1.0}:
+            assert abs(hits / 20 - bound) == pytest.approx(z * np.sqrt(bound * (1 - bound) / n), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 20, 69, 540])
+def test_the_quantile_is_scipys(n):
+    assert intervals.t_quantile(n) == pytest.approx(stats.t.ppf(0.975, n - 1), rel=1e-2)
+
+
+def test_edges_have_intervals():
+    none = np.stack([np.zeros(20), np.ones(20)], 1)
+    assert intervals.share_interval(none)[0] == 0 and 0.1 < intervals.share_interval(none)[1] < 0.2
+    low, high = intervals.paired_interval(np.zeros(20))  # a fix that changes nothing
+    assert low == pytest.approx(-high) and 0.05 < high < 0.2
+    low, high = intervals.share_interval(none[:1])  # one prompt tells next to nothing
+    assert high > 0.9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_more_answers_of_the_same_prompt_are_no_more_prompts(seed):
+    values = np.random.default_rng(seed).random((12, 1)).round(1) * [1, 0] + [0, 1]
+    assert intervals.share_interval(values * 7) == pytest.approx(intervals.share_interval(values))
+    assert intervals.mean_interval(values * 7) == pytest.approx(intervals.mean_interval(values))
+
+
+def test_unbounded_means_are_students():
+    x = np.random.default_rng(2).normal(-3, 2, 15)
+    theirs = stats.t.interval(0.95, 14, x.mean(), stats.sem(x))
+    assert intervals.mean_interval(np.stack([x, np.ones(15)], 1)) == pytest.approx(theirs, rel=1e-4)
+    assert intervals.mean_interval(np.ones((1, 2))) == (None, None)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_influences_add_up_to_the_ratio(seed):
+    rng = np.random.default_rng(seed)
+    values = np.stack([rng.random(9), rng.integers(1, 5, 9)], 1)
+    assert intervals.influence(values).mean() == pytest.approx(values[:, 0].sum() / values[:, 1].sum())
+    values[:, 1] = 3
+    assert intervals.influence(values) == pytest.approx(values[:, 0] / 3)
