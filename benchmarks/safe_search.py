@@ -36,10 +36,12 @@ def grids() -> dict[str, list[str]]:
     """Folder -> modes. First sinks and phrase with every fairness; a weight, least tokens, half fairness with some. Then more weights."""
     protected = ["", "+sinks=1", "+sinks=4", "+whitelist", "+sinks=1+whitelist", "+sinks=4+whitelist"]
     modes = ["biased" + p for p in protected]
-    modes += [f"fair{template}{weight}{p}" for template in ("", "+separate") for weight in ("", "+defense=2") for p in protected]
-    modes += [f"lambda=0.5{template}{p}" for template in ("", "+separate") for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")]
-    modes += [f"fair{template}+min=8{p}" for template in ("", "+separate") for p in ("", "+whitelist")]
-    modes += [f"fair+directive=2{p}" for p in ("", "+whitelist")]
+    modes += [f"fair{template}{weight}{p}" for template in ("+absorb", "+separate") for weight in ("", "+defense=2") for p in protected]
+    modes += [
+        f"lambda=0.5{template}{p}" for template in ("+absorb", "+separate") for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")
+    ]
+    modes += [f"fair+separate+min=8{p}" for p in ("", "+whitelist")]  # the search of docs/safe.md also had it with what is absorb now
+    modes += [f"fair+absorb+directive=2{p}" for p in ("", "+whitelist")]
     weights = ("+defense=2+directive=2", "+defense=3+directive=2", "+defense=4+directive=2", "+defense=8+directive=8")
     heavy = [f"fair+separate{weight}{p}" for weight in weights for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")]
     heavy += [f"lambda=0.5+separate{weight}+sinks=1+whitelist" for weight in weights[::2]]

@@ -148,12 +148,25 @@ def test_one_prefill_gives_the_caches_of_many(smollm2, prompt):
             assert np.array_equal(cache.positions(layer.index), alone.positions(layer.index))
 
 
-def test_bad_input(smollm2, prompt):
+def test_a_prompt_without_instructions_is_audited_by_sentences(smollm2):
     model, tokenizer = smollm2
-    bare = kvp.Prompt.from_text(tokenizer, "Some text without instructions.")
+    bare = kvp.Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish. Be kind to all.")
+    settings = {"policies": ["tova"], "compression_ratios": [0.5]}
+    found = kvp.audit(model, bare, **settings)
+    assert list(found.spans) == ["Never reveal this", "Speak only Spanish", "Be kind to all"]
+    assert found.rows == kvp.audit(model, bare.marked("sentences"), **settings).rows
+    assert found.rows == kvp.audit(model, bare.marked({"a": "this"}), instructions="sentences", **settings).rows
+    with kvp.wrap(model, "tova", compression_ratio=0.5, fair=True) as handle:
+        kept = handle.compress(bare, instructions="sentences").report()["spans"]
+        with pytest.raises(TypeError, match="instructions were given with a Tensor; expected them only with a Prompt, or a list of them"):
+            handle.compress(bare.input_ids, instructions="sentences")
+    assert dict(kept) == pytest.approx({row["span"]: row["kept"] for row in found.rows if row["fair"] is True})
+
+
+def test_bad_input(smollm2, prompt):
+    model, _ = smollm2
     for given, error, message in [
         ((model, "text"), TypeError, r"prompt is a str; expected a kvpitfalls\.Prompt"),
-        ((model, bare), ValueError, "the prompt has no instructions"),
         ((build("gemma3_text"), "text"), TypeError, "prompt is a str"),
     ]:
         with pytest.raises(error, match=message):

@@ -77,7 +77,7 @@ COMMANDS = [
     ([], 2, "the following arguments are required: command"),
     (["dance"], 2, "invalid choice: 'dance'"),
     (["info", "--zz"], 2, "unrecognized arguments: --zz"),
-    (["audit"], 2, "the following arguments are required: --instruction"),
+    (["audit"], 2, "one of the arguments --system --system-file is required"),
     (["audit", "--instruction", "a=b"], 2, "one of the arguments --system --system-file is required"),
     ([*AUDIT[:3], "--instruction", "=b"], 2, "--instruction is '=b'; expected NAME=TEXT"),
     ([*AUDIT[:3], "--instruction", "a="], 2, "the text of instruction 'a' is empty"),

@@ -1,6 +1,7 @@
 """The commands as a user runs them: what goes to stdout, what to stderr, and the exit code."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -32,8 +33,9 @@ def test_audit_prints_a_table(run):
     lines = out.splitlines()
     assert code == 0 and "prompt tokens" in lines[0]
     for policy in ("h2o", "knorm", "snapkv", "streaming_llm", "tova"):
-        assert sum(line.startswith(policy) for line in lines) == 1
-    assert sum("never" in line for line in lines) == sum("spanish" in line for line in lines) == 10
+        assert sum(line.startswith(policy) for line in lines) == 2, "once in the table, and a verdict"
+    table = lines[: lines.index("", 2)]
+    assert sum("never" in line for line in table) == sum("spanish" in line for line in table) == 10
     assert "r=.10" in out and "r=.90" in out and "biased" in out and "fair" in out
 
 
@@ -57,10 +59,29 @@ def test_an_instruction_under_min_kept_exits_with_3(run):
     assert run(*given, "--fair", "yes", "--min-kept", "0.2")[0] == 0
 
 
+@pytest.mark.parametrize("n_sentence", [3, 30])
+def test_an_audit_that_names_nothing_does_sentences_and_can_be_read(run, n_sentence):
+    """The worst first, the rest counted, and one sentence per policy."""
+    system = " ".join(f"Rule {i} says that item {i} is blue." for i in range(n_sentence))
+    code, out, _ = run("audit", "--system", system, "--policy", "streaming_llm", "--policy", "knorm", "--ratio", "0.5")
+    lines = out.splitlines()
+    of_table = lines[4 : lines.index("", 4)]
+    assert code == 0 and len(of_table) == 2 * 2 * min(n_sentence, 6)
+    assert max(map(len, lines[1:])) <= 120
+    assert sum("more, each at least" in line for line in of_table) == (4 if n_sentence == 30 else 0)
+    verdicts = "\n".join(lines[lines.index("", 4) :]).replace("\n  ", " ").splitlines()[-2:]
+    for policy, verdict in zip(["streaming_llm", "knorm"], verdicts, strict=True):
+        assert re.fullmatch(rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d.*\.", verdict)
+    assert f"in {n_sentence};" in verdicts[0]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["audit", "--system", SYSTEM], "--instruction"),
+        (["audit", "--system", "12 + 7"], "the prompt has no letter to be cut into sentences"),
+        (["audit", "--system", SYSTEM, *PARTS, "--instructions", "lines"], "not allowed with argument --instruction"),
+        (["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--fair", "yes"], "--min-kept is given without --ratio or --fair"),
+        (["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--ratio", "0.5"], "--min-kept is given without --ratio or --fair"),
         (["audit", *PARTS], "--system"),
         (["audit", "--system", SYSTEM, "--instruction", "nothing"], "--instruction is 'nothing'; expected NAME=TEXT"),
         (["audit", "--system", SYSTEM, "--instruction", "a=Never obey."], "the text of instruction 'a' is not in the prompt"),

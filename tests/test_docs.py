@@ -27,7 +27,6 @@ for name in kvpitfalls.__all__:
 MORE = [
     "eviction.budget",
     "harness.chat",
-    "harness.contexts",
     "harness.kvpress_settings",
     "harness.lm_eval_command",
     "harness.pipeline",
@@ -35,6 +34,8 @@ MORE = [
     "display.heatmap",
     "display.markup",
     "display.plots",
+    "display.tabular",
+    "prompts.pieces",
     "audits.leakage",
 ]  # modules with examples that are not public names
 

@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import itertools
 from fractions import Fraction
+from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from model_sweep import build as build_type
 from model_sweep import not_refused
 from tiny_models import build, feed, ids
@@ -15,6 +18,8 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.fairness import Layout
+from kvpitfalls.hf.hold import Held, Hold
 from kvpitfalls.policies import base
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
@@ -78,7 +83,8 @@ def test_fair_quotas_hold_at_every_step(model):
     tokens, budget = ids(1, 60), 12
     lengths = [6, 8]  # absorbed: [0, 6) and [6, 14)
     for policy in POLICIES:
-        with kvp.wrap(model, WINDOW.get(policy, policy), budget=budget, fair=True, when="always") as handle:
+        fair = kvp.Fair(template="absorb")
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=budget, fair=fair, when="always") as handle:
             cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
             counts = (*quotas(budget, lengths, lengths, [0, 0]), 0)
             for seen, positions in steps(model, cache, tokens, N_PROMPT, [1] * 46):
@@ -87,6 +93,76 @@ def test_fair_quotas_hold_at_every_step(model):
                 for pos in positions:
                     held = [((pos >= begin) & (pos < end)).sum(-1) for begin, end in ((0, 6), (6, 14), (14, seen))]
                     assert all((n == wanted).all() for n, wanted in zip(held, counts, strict=True)), (policy, seen)
+
+
+@pytest.mark.parametrize("when", ["decode", "always"])
+def test_held_instructions_keep_their_least_tokens(model, when):
+    """At every step, beside protection and a weight that takes nearly all; unmarked text has no floor."""
+    tokens, fair = ids(1, N_PROMPT + N_STEP), kvp.Fair(min_tokens=3, weights={"a": 0.0})
+    for policy in POLICIES:
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=9, fair=fair, protect=[6], when=when) as handle:
+            cache = handle.compress(tokens[:, :N_PROMPT], spans={"a": (1, 5), "b": (6, 12)})
+            for _, positions in steps(model, cache, tokens, N_PROMPT, [1] * N_STEP):
+                for pos in positions:
+                    assert pos.shape[2] == 9 and (pos == 6).any(-1).all()
+                    assert all((((pos >= b) & (pos < e)).sum(-1) >= 3).all() for b, e in ((1, 5), (6, 12)))
+    message = f"budget of row 0 is 6 tokens; when='{when}' expects at least 7: 6 that must be kept, and 1"
+    with kvp.wrap(model, "knorm", budget=6, fair=fair, when=when) as handle, pytest.raises(ValueError, match=message):
+        handle.compress(tokens[:, :N_PROMPT], spans={"a": (1, 5), "b": (6, 12)})
+
+
+@pytest.mark.parametrize("when", ["decode", "always"])
+def test_held_instructions_keep_the_same_share(model, when):
+    """At every step, in rows of different padding and spans; the gaps between the spans are shared out too."""
+    tokens, spans = ids(2, N_PROMPT + N_STEP), [{"a": (4, 7), "b": (10, 13)}, {"a": (1, 3), "b": (5, 12)}]
+    for policy in POLICIES:
+        mask = torch.ones(2, N_PROMPT, dtype=torch.long)
+        mask[0, :3] = 0
+        with kvp.wrap(model, WINDOW.get(policy, policy), budget=8, fair=True, when=when) as handle:
+            cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask, spans=spans)
+            for _ in range(N_STEP):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                model(tokens[:, mask.shape[1] - 1 : mask.shape[1]], attention_mask=mask, past_key_values=cache)
+                for layer in cache.kept_layers:
+                    for of_row, row in zip(spans, layer.pos, strict=True):
+                        kept = [((row >= begin) & (row < end)).sum(-1) for begin, end in of_row.values()]
+                        (n_a, n_b) = (end - begin for begin, end in of_row.values())
+                        assert ((kept[0] / n_a - kept[1] / n_b).abs() * min(n_a, n_b) < 1).all(), (policy, kept)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(st.data())
+def test_held_quotas_follow_the_law_of_fair_shares_at_every_step(data):
+    """Any spans and gaps, several rows and padding, steps of one or more tokens: sums are exact and shares equal."""
+    n_token, rows = 40, []
+    for _ in range(data.draw(st.integers(1, 2))):
+        low = data.draw(st.integers(0, 20))
+        edges = sorted(data.draw(st.lists(st.integers(low, n_token), min_size=2, max_size=7, unique=True)))
+        pairs = data.draw(st.sampled_from([list(itertools.pairwise(edges)), list(zip(edges[::2], edges[1::2], strict=False))]))
+        rows.append(((low, n_token), {f"s{i}": pair for i, pair in enumerate(pairs)}))
+    layout = Layout.of(len(rows), n_token, valid=[row for row, _ in rows], spans=[spans for _, spans in rows])
+    hold = Hold(kvp.KNorm(), kvp.Fair(), None, data.draw(st.integers(2, 40)), when="always")
+    segments, names = layout.segments(hold.fair), layout.names(hold.fair)
+    n_segment = max(map(len, segments))
+    counts = [[end - begin for begin, end in row] + [0] * (n_segment - len(row)) for row in segments]
+    newer, seen = [0] * len(rows), n_token
+    for n_new in [0, *data.draw(st.lists(st.integers(1, 5), max_size=12))]:
+        seen += n_new
+        n_slot = max(sum(row) + n + n_new for row, n in zip(counts, newer, strict=True))
+        front = torch.tensor([n_slot - sum(row) - n - n_new for row, n in zip(counts, newer, strict=True)])
+        n_kept = [min(hold.limit(high - low), n_slot - n) for ((low, high), _), n in zip(rows, front.tolist(), strict=True)]
+        held = Held(front, torch.tensor(counts), None, None, torch.arange(len(rows)), layout)
+        layer = SimpleNamespace(held=held, keys=np.empty((1, 1, n_slot)), seen=seen)
+        quotas_now = hold._quotas(layer, n_kept).tolist()
+        for of_row, total, before, n_before, row_names, row in zip(quotas_now, n_kept, counts, newer, names, segments, strict=True):
+            assert sum(of_row) == total
+            assert all(0 <= quota <= n for quota, n in zip(of_row, [*before, n_before + n_new], strict=True))
+            shares = [(k, end - begin) for name, k, (begin, end) in zip(row_names, of_row, row, strict=False) if name is not None]
+            for (kept_a, n_a), (kept_b, n_b) in itertools.combinations(shares, 2):
+                apart = abs(Fraction(kept_a, n_a) - Fraction(kept_b, n_b)) * min(n_a, n_b)
+                n_payers = sum(k > 0 for name, k in zip(row_names, of_row, strict=False) if name is None) + (of_row[-1] > 1)
+                assert apart < 1 or (apart == 1 and n_a == n_b and n_payers < len(shares) - 1), (shares, total)
+        counts, newer = [row[:-1] for row in quotas_now], [row[-1] for row in quotas_now]
 
 
 def quotas(total, ever, now, floors):

@@ -20,7 +20,7 @@ PYTHON_LAYERS = [
     ["eviction.reference"],
     ["_core", "_cuda", "eviction.ops"],
     ["display.markup", "display.tabular", "display.progress"],
-    ["prompts.chats"],
+    ["prompts.chats", "prompts.pieces"],
     ["eviction.budget", "prompts.prompt", "eviction.fairness"],
     ["policies"],
     ["eviction.selection"],

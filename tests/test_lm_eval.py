@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 import kvpitfalls as kvp
 from kvpitfalls import cli
 from kvpitfalls.experiments.records import read_records
-from kvpitfalls.harness.contexts import Marks, pieces
+from kvpitfalls.harness.contexts import Marks
 from kvpitfalls.harness.lm_eval_command import TASKS
 from kvpitfalls.harness.lm_eval_model import CompressedHFLM
 from kvpitfalls.hf.generate import answers
@@ -142,8 +142,6 @@ def test_instructions_are_found_in_the_tokens(ours):
     assert spans() == {**{f"system {i}": said for i, said in enumerate(system, 1)}, "user": "Name a fruit."}
     assert spans(scope="system") == {f"system {i}": said for i, said in enumerate(system, 1)}
     assert spans(instructions="messages") == {"system": SYSTEM, "user": "Name a fruit."}
-    assert [text[a:b] for text in ("  A b.\n\n1. C!  ?!",) for a, b in pieces(text, "sentences")] == ["A b.", "1. C!  ?!"]
-    assert pieces("...", "sentences") == []
 
 
 def test_fair_quotas_reach_the_cache(ours):

@@ -18,6 +18,7 @@ from kvpitfalls.experiments.plan import Setting
         ("whitelist_defense", Fair(strength=0), ["defense"]),
         ("sinks=2", Fair(strength=0), [0, 1]),
         ("fair+whitelist", Fair(), ["the phrase"]),
+        ("fair+absorb", Fair(template="absorb"), None),
         ("lambda=0.25+separate+sinks=1+whitelist", Fair(strength=0.25, template="separate"), ["the phrase", 0]),
         ("fair+min=4+defense=2+directive=0.5", Fair(min_tokens=4, weights={"defense": 2, "directive": 0.5}), None),
     ],
@@ -56,7 +57,7 @@ def test_a_mode_has_one_name(given, name):
         "paper+whitelist",
         "sinks=-1",
     ]
-    + ["sinks=1.5", "separate", "whitelist+min=4", "lambda=0+defense=2", "fair=1", None, True, 1.5, -0.1],
+    + ["sinks=1.5", "separate", "absorb", "fair+absorb+separate", "whitelist+min=4", "lambda=0+defense=2", "fair=1", None, True, 1.5, -0.1],
 )
 def test_other_modes_are_refused(given):
     with pytest.raises(ValueError, match=r"modes hold .*; expected some of biased, fair, paper"):

@@ -62,6 +62,19 @@ def test_snapkv_shares_its_window_between_segments():
     assert window == [0, 1, *range(21, 25), *range(37, 40)]  # 3 each; the first segment's spare one goes to the second
 
 
+@pytest.mark.parametrize("window_size", [1, 5, 16, 64])
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_one_window_is_shared_out_whatever_the_number_of_segments(window_size, length):
+    """Equal segments have equal parts, but for the last one, which has the rest; together they are no more than one window."""
+    for n in range(1, 41):
+        votes = kvp.SnapKV(window_size=window_size)._votes([(length * i, length * (i + 1)) for i in range(n)])
+        parts = [end - begin for begin, end in (vote.queries for vote in votes)]
+        share = max(1, window_size // n)
+        assert parts[:-1] == [min(share, length)] * (n - 1)
+        assert parts[-1] == min(length, max(1, window_size - sum(parts[:-1])))
+        assert sum(parts) <= max(n, window_size)
+
+
 def test_a_short_prompt_inside_snapkvs_window_keeps_the_newest():
     kept = kvp.keep("snapkv", KEYS[:, :, :10], QUERIES[:, :, :10], budget=4)
     assert (kept.positions == torch.arange(6, 10)).all()

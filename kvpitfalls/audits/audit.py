@@ -12,7 +12,7 @@ from .. import __version__
 from ..display import plots
 from ..display.heatmap import HeatMap
 from ..display.markup import block, note, table
-from ..display.tabular import data_frame
+from ..display.tabular import data_frame, worst_first
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair, fairness_name
 from ..policies import get_policy
@@ -66,6 +66,14 @@ class Audit:
         if key not in self._kept:
             raise ValueError(f"policy, fair and compression_ratio are {key}; expected a combination that was audited")
         return np.stack([np.unpackbits(bits, axis=-1, count=len(self.tokens)).astype(bool) for bits in self._kept[key]])
+
+    def settings(self) -> list[tuple[str, bool | float | str, dict[str, dict[float, float]]]]:
+        """(policy, fairness, kept share by instruction and ratio) of everything that was audited."""
+        out: dict[tuple, dict[str, dict[float, float]]] = {}
+        for row in self.rows:
+            of_setting = out.setdefault((row["policy"], row["fair"]), {})
+            of_setting.setdefault(row["span"], {})[row["compression_ratio"]] = row["kept"]
+        return [(*key, by_span) for key, by_span in out.items()]
 
     def bias(self) -> list[dict]:
         """Per policy, fairness and ratio: ``bias``, the largest kept share of an instruction minus the smallest (0 = all equal)."""
@@ -181,10 +189,11 @@ class Audit:
 
     def _repr_html_(self) -> str:
         ratios = sorted({row["compression_ratio"] for row in self.rows})
-        cells: dict[tuple, dict] = {}
-        for row in self.rows:
-            cells.setdefault((row["policy"], fairness_name(row["fair"]), row["span"]), {})[row["compression_ratio"]] = row["kept"]
-        lines = [[*key, *(kept.get(r) for r in ratios)] for key, kept in cells.items()]
+        lines = [
+            [policy, fairness_name(fair), span, *(kept.get(r) for r in ratios)]
+            for policy, fair, by_span in self.settings()
+            for span, kept in worst_first(by_span)
+        ]
         header = ["policy", "eviction", "instruction", *(f"r = {r:g}" for r in ratios)]
         about = f"{len(self.tokens)} tokens. Kept share of each instruction (mean over {len(self.layers)} layers and their heads), by the "
         about += "share r removed. plot() draws these curves, heatmap() shows single tokens."

@@ -34,8 +34,7 @@ class _Observe:
         self.layers.append(layer.index)
         n_head, n_token = call.key.shape[1:3]
         mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
-        inside = np.array([[begin <= t < end for begin, end in self.spans.values()] for t in range(n_token)], float)
-        total = mass @ inside
+        total = self._per_span(mass)
         for policy, fair in self.settings:
             ranked = rank(policy, fair, self.layout_of(policy), call.key, call.query, **call.logits)
             name = (policy.label, fair.label)
@@ -45,7 +44,12 @@ class _Observe:
                 kept[heads, positions] = True
                 key = (*name, ratio)
                 self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
-                self.lost.setdefault(key, []).append((1 - (mass * kept) @ inside / total).T)
+                left = np.divide(self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0)  # no attention: none lost
+                self.lost.setdefault(key, []).append((1 - left).T)
+
+    def _per_span(self, of_tokens: np.ndarray) -> np.ndarray:
+        """Sums over each instruction's tokens, (H, S)."""
+        return np.stack([of_tokens[:, begin:end].sum(-1) for begin, end in self.spans.values()], -1)
 
 
 def _attention_mass(call: AttentionCall) -> np.ndarray:
@@ -58,7 +62,14 @@ def _attention_mass(call: AttentionCall) -> np.ndarray:
 
 @torch.no_grad()
 def audit(
-    model, prompt: Prompt, *, policies=None, compression_ratios: Sequence[float] | None = None, fair=(False, True), protect=None
+    model,
+    prompt: Prompt,
+    *,
+    policies=None,
+    compression_ratios: Sequence[float] | None = None,
+    fair=(False, True),
+    protect=None,
+    instructions=None,
 ) -> Audit:
     """Show which instructions of a prompt each policy would lose. Nothing is generated.
 
@@ -67,7 +78,7 @@ def audit(
     model : transformers model
         Wrapped or not; it is left as it was.
     prompt : Prompt
-        With at least one instruction.
+        If it has no instructions, each of its sentences is one.
     policies : list of Policy or str, optional
         All registered ones by default.
     compression_ratios : list of float, optional
@@ -76,6 +87,8 @@ def audit(
         Fairness settings; the biased policy and the fair one by default.
     protect : str, int, or list of them, optional
         As for :func:`kvpitfalls.wrap`.
+    instructions : {"sentences", "lines", "messages"} or mapping, optional
+        Used instead of the prompt's own; see :meth:`Prompt.from_chat`.
 
     Returns
     -------
@@ -105,10 +118,10 @@ def audit(
     """
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt is a {type(prompt).__name__}; expected a kvpitfalls.Prompt, which knows where its instructions are")
-    if not prompt.spans:
-        raise ValueError("the prompt has no instructions; expected Prompt.from_chat(..., instructions={name: text})")
     if len(prompt) < 2:
         raise ValueError(f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from")
+    if instructions is not None or not prompt.spans:
+        prompt = prompt.marked("sentences" if instructions is None else instructions)
     for name, given in (("policies", policies), ("compression_ratios", compression_ratios)):
         if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
             raise TypeError(f"{name} is {given!r}; expected a list")
@@ -146,11 +159,11 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
     for ratio in ratios:
         for policy, fair in settings:
             layout = layout_of(policy)
-            layout.segments(fair)
-            if len(layout.protected[0]) > kept_tokens(n_token, ratio):
+            n_kept, needed = kept_tokens(n_token, ratio), sum(layout.floors(fair)[0])
+            if needed > n_kept:
+                what = f"min_tokens={fair.min_tokens} and protection need {needed}" if fair.min_tokens else f"{needed} are protected"
                 raise ValueError(
-                    f"at compression_ratio {ratio} the budget is {kept_tokens(n_token, ratio)} tokens, but {len(layout.protected[0])} are "
-                    "protected; expected smaller ratios or less protection"
+                    f"at compression_ratio {ratio} the budget is {n_kept} tokens, but {what}; expected smaller ratios or less protection"
                 )
 
 

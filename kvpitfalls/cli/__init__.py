@@ -7,10 +7,12 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from .. import __version__
+from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
 
 
@@ -42,22 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     text = audit.add_mutually_exclusive_group(required=True)
     text.add_argument("--system", metavar="TEXT", help="the system prompt")
     text.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8)")
-    audit.add_argument(
-        "--instruction",
-        metavar="NAME=TEXT",
-        action="append",
-        required=True,
-        help="a part of the system prompt to watch; once for each",
-    )
+    watched = audit.add_mutually_exclusive_group()
+    watched.add_argument("--instruction", metavar="NAME=TEXT", action="append", help="a part of the system prompt to watch; once for each")
+    watched.add_argument("--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message")
     audit.add_argument("--policy", metavar="NAME", action="append", help="once for each; all by default")
     audit.add_argument(
         "--ratio", metavar="R", type=float, action="append", help="share removed, in [0, 1); once for each; 0.1 to 0.9 by default"
     )
     audit.add_argument(
-        "--fair", choices=("both", "no", "yes", "paper"), default="both", help="biased, fair, both (default), or the authors' way"
+        "--fair", choices=("both", "no", "yes", "paper"), help="biased, fair, both (unless --min-kept is given), or the authors' way"
     )
     audit.add_argument("--protect", metavar="WHAT", action="append", help="an instruction's name, a text of the prompt, or 'sinks'")
-    audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less than this share")
+    audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less; needs --ratio, --fair")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
     audit.add_argument(
         "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
@@ -170,21 +168,29 @@ def _text_of(file: str) -> str:
         raise ValueError(f"--system-file {file} is not UTF-8 ({error}); expected a text file") from error
 
 
+def _named(items: list[str]) -> dict[str, str]:
+    """NAME=TEXT as a mapping."""
+    out: dict[str, str] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name or name in out:
+            raise ValueError(f"--instruction is {item!r}; expected NAME=TEXT, each name once")
+        out[name] = text
+    return out
+
+
 def _audit(args) -> int:
     from ..audits.retention import audit
-    from ..display.tables import audit_table
+    from ..display.tables import audit_table, audit_verdicts
     from ..prompts.prompt import Prompt
 
     if args.min_kept is not None and not 0 < args.min_kept <= 1:
         raise ValueError(f"--min-kept is {args.min_kept}; expected a share in (0, 1]")
-    instructions = {}
-    for item in args.instruction:
-        name, equals, text = item.partition("=")
-        if not equals or not name or name in instructions:
-            raise ValueError(f"--instruction is {item!r}; expected NAME=TEXT, each name once")
-        instructions[name] = text
+    if args.min_kept is not None and not (args.ratio and args.fair):
+        raise ValueError("--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that share")
+    instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
-    fair = {"both": (False, True), "no": (False,), "yes": (True,), "paper": ("paper",)}[args.fair]
+    fair = {"both": (False, True), "no": (False,), "yes": (True,), "paper": ("paper",)}[args.fair or "both"]
     model, tokenizer, source = _load(args.model)
     messages = [{"role": "system", "content": system}]
     prompt = Prompt.from_chat(tokenizer, messages, instructions, allow_special_tokens=args.allow_special_tokens)
@@ -196,8 +202,11 @@ def _audit(args) -> int:
     else:
         print(f"{source}: {len(prompt)} prompt tokens. Kept share of each instruction (mean over {_heads(model, result)}):\n")
         print(audit_table(result, args.min_kept or 0.5))
-        print(f"\n* = under {args.min_kept or 0.5:g}")
-    lost = [row for row in result.rows if args.min_kept is not None and row["kept"] < args.min_kept]
+        print(f"\n* = under {args.min_kept or 0.5:g}\n")
+        for verdict in audit_verdicts(result, args.min_kept or 0.5):
+            print(textwrap.fill(verdict, 120, subsequent_indent="  "))
+    least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
+    lost = [row for row in result.rows if row["kept"] < least]
     for row in lost:
         setting = f"{row['policy']}, {'fair' if row['fair'] is True else row['fair'] or 'biased'}, r={row['compression_ratio']:g}"
         print(f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.2f}, under {args.min_kept:g} ({setting})", file=sys.stderr)

@@ -6,6 +6,7 @@ from ..audits.retention import Audit
 from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
 from ..experiments.summary import METRICS, PROBES, TOGETHER
+from .tabular import worst_first
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -25,20 +26,36 @@ def share(x: float) -> str:
     return "1.0" if x >= 0.995 else f"{x:.2f}".lstrip("0")
 
 
-def audit_table(result: Audit, min_kept: float = 0.5) -> str:
-    """Kept share of every instruction, one column per ratio; shares under ``min_kept`` are marked."""
+def audit_table(result: Audit, min_kept: float = 0.5, most: int = 5) -> str:
+    """Kept share of every instruction, one column per ratio; shares under ``min_kept`` are marked.
+
+    Of more than ``most`` + 1 instructions those with the least are shown, the worst first; the rest are one line, with the least of
+    each ratio.
+    """
     ratios = sorted({row["compression_ratio"] for row in result.rows})
-    cells: dict[tuple, dict] = {}
-    for row in result.rows:
-        cells.setdefault((row["policy"], row["fair"], row["span"]), {})[row["compression_ratio"]] = row["kept"]
     lines, last = [], (None, None)
-    for (policy, fair, span), kept in cells.items():
-        shown = (policy if policy != last[0] else "", fairness_name(fair) if (policy, fair) != last else "")
-        marked = [share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios]
-        lines.append([*shown, span, *marked])
-        last = (policy, fair)
+    for policy, fair, by_span in result.settings():
+        for span, kept in worst_first(by_span, most):
+            shown = (policy if policy != last[0] else "", fairness_name(fair) if (policy, fair) != last else "")
+            marked = [share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios]
+            lines.append([*shown, span, *marked])
+            last = (policy, fair)
     header = ["policy", "eviction", "instruction", *(f"r={share(r)} " for r in ratios)]
     return table(header, lines, right=range(3, 3 + len(ratios)))
+
+
+def audit_verdicts(result: Audit, min_kept: float = 0.5) -> list[str]:
+    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, how many are low."""
+    ratio = min((row["compression_ratio"] for row in result.rows), key=lambda r: (abs(r - 0.5), r))
+    said: dict[str, list[str]] = {}
+    for policy, fair, by_span in result.settings():
+        kept = {span: of_span[ratio] for span, of_span in by_span.items()}
+        worst, under = min(kept, key=kept.get), sum(x < min_kept for x in kept.values())
+        low, high = share(kept[worst]), share(max(kept.values()))
+        about = f"{fairness_name(fair)} keeps {low}" + (f" (of {worst!r}) to {high}" if low != high else "")
+        about += f", less than {share(min_kept)} of {under} in {len(kept)}" if under and len(kept) > 1 else ""
+        said.setdefault(policy, []).append(about)
+    return [f"{policy} at r={share(ratio)}: {'; '.join(parts)}." for policy, parts in said.items()]
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:

@@ -3,6 +3,7 @@
 All rounding of this package happens here, in exact arithmetic.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
@@ -52,7 +53,13 @@ def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: in
     return max(1, int(exact.to_integral_value(rounding=ROUND_FLOOR)))
 
 
-def apportion(total: int, lengths: Sequence[int], weights: Sequence[float] | None = None, floors: Sequence[int] | None = None) -> list[int]:
+def apportion(
+    total: int,
+    lengths: Sequence[int],
+    weights: Sequence[float] | None = None,
+    floors: Sequence[int] | None = None,
+    payers: Sequence[bool] | None = None,
+) -> list[int]:
     """Split ``total`` tokens over segments in proportion to weight times length, by largest remainder.
 
     Parameters
@@ -65,12 +72,15 @@ def apportion(total: int, lengths: Sequence[int], weights: Sequence[float] | Non
         Relative share kept per token, 1 each by default.
     floors : sequence of int, optional
         Tokens each segment gets at least (protected ones), 0 each by default.
+    payers : sequence of bool, optional
+        Segments that take or give a token so that others with equal shares get equal quotas (unmarked text); none by default.
 
     Returns
     -------
     list of int
-        Quotas with ``sum == total`` and ``floors <= quota <= lengths``, each within one token of its exact share. Equal remainders go
-        to the later segment.
+        Quotas with ``sum == total`` and ``floors <= quota <= lengths``, each within one token of its exact share (a payer: two). Equal
+        remainders go to the later segment; but where rounding would give more to some of several equal shares, all of them are rounded
+        down if the payers can take what that leaves, else up if they can give what that needs, at most one token each.
 
     Raises
     ------
@@ -85,6 +95,8 @@ def apportion(total: int, lengths: Sequence[int], weights: Sequence[float] | Non
     --------
     >>> apportion(10, [20, 30]), apportion(10, [20, 30], floors=[7, 0]), apportion(5, [5, 5])
     ([4, 6], [7, 3], [2, 3])
+    >>> apportion(10, [5, 10, 5]), apportion(10, [5, 10, 5], payers=[False, True, False])
+    ([2, 5, 3], [2, 6, 2])
     """
     floors = list(floors) if floors is not None else [0] * len(lengths)
     if not sum(floors) <= total <= sum(lengths) or any(low > high for low, high in zip(floors, lengths, strict=True)):
@@ -94,7 +106,9 @@ def apportion(total: int, lengths: Sequence[int], weights: Sequence[float] | Non
     if reachable < total:  # every weighted segment is full: the rest goes to those of weight 0
         floors = [n if rate > 0 else low for n, low, rate in zip(lengths, floors, rates, strict=True)]
         rates = [Fraction(n) for n in lengths]
-    return _largest_remainder(_clipped_shares(total, rates, floors, lengths), total)
+    shares = _clipped_shares(total, rates, floors, lengths)
+    quotas, order = _largest_remainder(shares, total)
+    return quotas if payers is None else _made_equal(quotas, shares, order, payers, floors, lengths)
 
 
 def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], lengths: Sequence[int]) -> list[Fraction]:
@@ -103,23 +117,39 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
 
     # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
     corners = sorted({Fraction(edge) / rate for rate, *edges in zip(rates, floors, lengths, strict=True) if rate > 0 for edge in edges})
-    below, above = Fraction(0), corners[-1] if corners else Fraction(0)
-    for corner in corners:
-        if sum(shares(corner)) >= total:
-            above = corner
-            break
-        below = corner
+    at = min(bisect_left(corners, total, key=lambda corner: sum(shares(corner))), len(corners) - 1)
+    below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
     at_below, at_above = sum(shares(below)), sum(shares(above))
     if at_above == at_below:
         return shares(above)
     return shares(below + (above - below) * (total - at_below) / (at_above - at_below))
 
 
-def _largest_remainder(shares: list[Fraction], total: int) -> list[int]:
+def _largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], list[int]]:
+    """The quotas, and the segments by falling remainder."""
     quotas = [int(x) for x in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda j: (shares[j] - quotas[j], j), reverse=True)
-    for j in by_remainder[: total - sum(quotas)]:
+    order = sorted(range(len(shares)), key=lambda j: (shares[j] - quotas[j], j), reverse=True)
+    for j in order[: total - sum(quotas)]:
         quotas[j] += 1
+    return quotas, order
+
+
+def _made_equal(quotas: list[int], shares: list[Fraction], order, payers, floors, lengths) -> list[int]:
+    """Where some of several equal shares were rounded up: all down, or all up, at the cost of the payers; ``quotas`` if they cannot."""
+    up = {j for j in order if not payers[j] and quotas[j] > shares[j]}
+    down = {j for j in order if not payers[j] and quotas[j] < shares[j]}
+    parted = {shares[j] for j in up} & {shares[j] for j in down}
+    takers = [j for j in order if payers[j] and quotas[j] < lengths[j]]
+    givers = [j for j in order if payers[j] and quotas[j] > floors[j]]
+    takers.sort(key=lambda j: quotas[j] - shares[j])  # first who is furthest below its share
+    givers.sort(key=lambda j: shares[j] - quotas[j])
+    for rounded, step, paying in ((up, -1, takers), (down, 1, givers)):
+        changed = [j for j in rounded if shares[j] in parted]
+        if len(paying) >= len(changed):
+            for mine, theirs in zip(changed, paying, strict=False):
+                quotas[mine] += step
+                quotas[theirs] -= step
+            return quotas
     return quotas
 
 
@@ -160,8 +190,36 @@ def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray
     exact = np.int64 if share.denominator * max(int(counts.sum(-1).max()), 1) < 2**62 else object
     scaled = (share.denominator - share.numerator) * counts.astype(exact) + share.numerator * quotas.astype(exact)
     whole, rest = scaled // share.denominator, scaled % share.denominator
-    left = rest.sum(-1, keepdims=True) // share.denominator
-    order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # by falling remainder; reversed, so that the later comes first
+    return (whole + _largest(rest, rest.sum(-1, keepdims=True) // share.denominator)).astype(np.int32)
+
+
+def raised_to(quotas: np.ndarray, floors: np.ndarray) -> np.ndarray:
+    """Quotas of the same totals, none below its floor; what that takes is paid by the others, in proportion to what they have above theirs.
+
+    Parameters
+    ----------
+    quotas, floors : ndarray of int, shape (..., S)
+        ``floors.sum(-1) <= quotas.sum(-1)``.
+
+    Returns
+    -------
+    ndarray of int32, shape (..., S)
+
+    Examples
+    --------
+    >>> raised_to(np.array([0, 12, 8]), np.array([5, 0, 4])).tolist()
+    [5, 8, 7]
+    """
+    raised = np.maximum(quotas, floors).astype(np.int64)
+    spare, over = raised - floors, (raised - quotas).sum(-1, keepdims=True)
+    n_spare = np.maximum(spare.sum(-1, keepdims=True), 1)
+    paid, rest = over * spare // n_spare, over * spare % n_spare
+    return (raised - paid - _largest(rest, over - paid.sum(-1, keepdims=True))).astype(np.int32)
+
+
+def _largest(rest: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """True for the ``n`` largest of each row; of equal ones the later."""
+    order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # reversed, so that the later comes first
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(rest.shape[-1]), rest.shape), axis=-1)
-    return (whole + (rank[..., ::-1] < left)).astype(np.int32)
+    return rank[..., ::-1] < n

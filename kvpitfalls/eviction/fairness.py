@@ -14,6 +14,10 @@ from . import ops
 class Fair:
     """How the budget is shared between instructions.
 
+    Quotas are for the instructions' own tokens; text that none of them claims is shared out in stretches of its own. So any two
+    instructions of equal weight keep shares that differ by less than one token of the shorter, if nothing is protected and strength
+    is 1. (By one token, if they are of equal length and no unmarked text is there to take the odd one.)
+
     Parameters
     ----------
     strength : float
@@ -23,14 +27,16 @@ class Fair:
     weights : mapping of str to float, optional
         Relative share kept per token of an instruction, 1 each by default.
     min_tokens : int
-        Every instruction keeps at least so many tokens (or all it has).
-    template : {"absorb", "separate"}
-        Tokens outside all instructions: belong to the neighbour (those before the first instruction to it, a gap and the end to the
-        instruction before), or are segments of their own.
+        Every instruction keeps at least so many of its own tokens (or all it has) in every head, at any strength and under a held
+        budget; protected ones count. Strength 0 is then the biased policy with that floor.
+    template : {"separate", "absorb"}
+        Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with its proportional
+        quota; or part of the neighbour (those before the first instruction of it, a gap and the end of the instruction before), whose
+        quota is then for both, and may be spent on either.
     rule : {"proportional", "paper"}
         "proportional": quotas by largest remainder, votes inside each segment. "paper": the authors' code to the letter, which is for
         exactly two touching instructions: rounded-down quota for the earlier one and the rest for the later, their H2O spans, their
-        StreamingLLM ramps.
+        StreamingLLM ramps; its template is "absorb".
 
     Notes
     -----
@@ -51,7 +57,7 @@ class Fair:
     strength: float = 1.0
     weights: Mapping[str, float] | None = None
     min_tokens: int = 0
-    template: str = "absorb"
+    template: str = "separate"
     rule: str = "proportional"
 
     def __post_init__(self):
@@ -64,12 +70,16 @@ class Fair:
             _check_number(f"weights[{name!r}]", weight, 0, 1e9)
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens is {self.min_tokens!r}; expected a whole number, at least 0")
-        if self.template not in ("absorb", "separate"):
-            raise ValueError(f"template is {self.template!r}; expected 'absorb' or 'separate'")
+        if self.template not in ("separate", "absorb"):
+            raise ValueError(f"template is {self.template!r}; expected 'separate' or 'absorb'")
         if self.rule not in ("proportional", "paper"):
             raise ValueError(f"rule is {self.rule!r}; expected 'proportional' or 'paper'")
-        if self.rule == "paper" and (self.weights or self.min_tokens or self.template != "absorb"):
-            raise ValueError("rule='paper' takes no weights, min_tokens or template; the authors' code has none")
+        if self.rule == "paper" and (self.weights or self.min_tokens):
+            raise ValueError("rule='paper' takes no weights or min_tokens; the authors' code has none")
+        if self.min_tokens and self.template == "absorb":
+            raise ValueError("min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'")
+        if self.rule == "paper":
+            object.__setattr__(self, "template", "absorb")  # the authors' instructions own the whole row
 
     @classmethod
     def parse(cls, fair: "Fair | bool | float | str") -> "Fair":
@@ -83,6 +93,15 @@ class Fair:
         if fair == "paper":
             return cls(rule="paper")
         raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper' or a kvpitfalls.Fair")
+
+    def __hash__(self):
+        weights = None if self.weights is None else frozenset(self.weights.items())
+        return hash((self.strength, weights, self.min_tokens, self.template, self.rule))
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether no instruction is promised anything: the policy as published."""
+        return self.strength == 0 and not self.min_tokens
 
     @property
     def label(self) -> bool | float | str:
@@ -154,10 +173,10 @@ class Layout:
 
     def plan(self, key, fair: Fair, make):
         """``make()``, or what it gave before for the same key and fairness."""
-        key = (key, id(fair))
+        key = (key, fair)
         if key not in self.plans:
-            self.plans[key] = (fair, make())  # holds on to fair, so that its id stays its own
-        return self.plans[key][1]
+            self.plans[key] = make()
+        return self.plans[key]
 
     def segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
         """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
@@ -167,20 +186,46 @@ class Layout:
         if fair.rule == "paper":
             for spans in self.spans:
                 _check_paper(spans)
-        if fair.strength == 0:
+        if fair.is_biased:
             return [[row] for row in self.valid]
         return [[edges for _, edges in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
 
+    def names(self, fair: Fair) -> list[list[str | None]]:
+        """Per row, the instruction that owns each segment; None for unmarked text."""
+        return self.plan("names", fair, lambda: self._names(fair))
+
+    def _names(self, fair: Fair) -> list[list[str | None]]:
+        return [[name for name, _ in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
+
     def weights(self, fair: Fair) -> list[list[float]]:
-        """Per row, the weight of each segment."""
+        """Per row, the weight of each segment; unmarked text weighs 1."""
         given = fair.weights or {}
         for spans in self.spans:
             if unknown := sorted(set(given) - set(spans)):
                 raise ValueError(f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}")
-        return [
-            [given.get(name, 1.0) for name, _ in _cut(spans, *valid, fair.template)]
-            for spans, valid in zip(self.spans, self.valid, strict=True)
-        ]
+        return [[1.0 if name is None else given.get(name, 1.0) for name in row] for row in self.names(fair)]
+
+    def floors(self, fair: Fair) -> list[list[int]]:
+        """Per row, the tokens that each segment keeps at least: protected ones, and an instruction's ``min_tokens``."""
+        return self.plan("floors", fair, lambda: self._floors(fair))
+
+    def _floors(self, fair: Fair) -> list[list[int]]:
+        if fair.is_biased:
+            return [[len(of_row)] for of_row in self.protected]
+        rows = []
+        for segments, names, protected in zip(self.segments(fair), self.names(fair), self.protected, strict=True):
+            inside = np.searchsorted(protected, [edges for edges in segments])
+            least = [0 if name is None else min(fair.min_tokens, end - begin) for name, (begin, end) in zip(names, segments, strict=True)]
+            rows.append([max(n, int(after - before)) for n, (before, after) in zip(least, inside, strict=True)])
+        return rows
+
+    def check_room(self, fair: Fair, budgets: Sequence[int]) -> None:
+        """Raise where a row's budget is smaller than what must be kept of it."""
+        for b, (n_kept, floors) in enumerate(zip(budgets, self.floors(fair), strict=True)):
+            if sum(floors) > n_kept:
+                needed = f"min_tokens={fair.min_tokens} and protection need {sum(floors)}"
+                needed = needed if fair.min_tokens else f"{sum(floors)} are protected"
+                raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
 
     @cached_property
     def mask(self) -> np.ndarray | None:
@@ -268,7 +313,7 @@ def _edges(name, span):
 
 
 def _cut(spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str) -> list[tuple[str | None, tuple[int, int]]]:
-    """The row [low, high) cut into (name, segment); the name of a template segment is None."""
+    """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
     if not spans:
         raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
     names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..policies import Inputs, Policy, get_policy
 from . import ops
-from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens
+from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import Fair, Layout
 
 
@@ -95,9 +95,10 @@ def rank(
     if not isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; expected a finite number")
     segments = layout.segments(fair)
+    judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, segments, spans, paper, sinks, lse)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -138,35 +139,41 @@ def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: in
     """Select from what was ranked. Each row's budget counts its real tokens only."""
     layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
     key = (n_head, compression_ratio, budget)
-    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, n_head, compression_ratio, budget))
-    if fair.strength == 0 or (ranked.global_choice and fair.strength == 1):
+    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, compression_ratio, budget))
+    if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, whole)
-    if ranked.global_choice:
+    if ranked.global_choice or fair.strength == 0:
         quotas = count_per_segment(_select(ranked, whole), _edges_array(ranked.segments, layout))
         plan = _plan_of(_edges_array(ranked.segments, layout), quotas, n_head)
     else:
         plan = layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, compression_ratio, budget))
-    if fair.strength < 1:
+    if 0 < fair.strength < 1:
         counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), plan.edges)
         plan = _plan_of(plan.edges, blend(counts, plan.quotas, fair.strength), n_head)
+    if fair.strength < 1 and fair.min_tokens:
+        floors = _padded(layout.floors(fair), plan.quotas.shape[-1])
+        plan = _plan_of(plan.edges, raised_to(plan.quotas, floors[:, None]), n_head)
     return _select(ranked, plan)
 
 
-def _budgets(layout: Layout, compression_ratio: float | None, budget: int | None) -> list[int]:
+def _budgets(layout: Layout, fair: Fair, compression_ratio: float | None, budget: int | None) -> list[int]:
     budgets = [kept_tokens(end - begin, compression_ratio, budget) for begin, end in layout.valid]
-    for b, (n_kept, protected) in enumerate(zip(budgets, layout.protected, strict=True)):
-        if len(protected) > n_kept:
-            raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {len(protected)} are protected; expected at least that")
+    layout.check_room(fair, budgets)
     return budgets
 
 
-def _whole_plan(layout: Layout, n_head: int, compression_ratio: float | None, budget: int | None) -> _Plan:
-    budgets = _budgets(layout, compression_ratio, budget)
+def _padded(rows: list[list[int]], n_segment: int) -> np.ndarray:
+    """Rows (B,S), zeros at the end of the shorter ones."""
+    return np.array([row + [0] * (n_segment - len(row)) for row in rows], np.int32)
+
+
+def _whole_plan(layout: Layout, fair: Fair, n_head: int, compression_ratio: float | None, budget: int | None) -> _Plan:
+    budgets = _budgets(layout, fair, compression_ratio, budget)
     return _plan_of(_edges_array([[row] for row in layout.valid], layout), np.array(budgets, np.int32)[:, None], n_head)
 
 
 def _fair_plan(ranked: Ranked, compression_ratio: float | None, budget: int | None) -> _Plan:
-    budgets = _budgets(ranked.layout, compression_ratio, budget)
+    budgets = _budgets(ranked.layout, ranked.fair, compression_ratio, budget)
     quotas = _fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
     return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
 
@@ -174,18 +181,13 @@ def _fair_plan(ranked: Ranked, compression_ratio: float | None, budget: int | No
 def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np.ndarray:
     """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
     quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
-    for b, (of_row, weights) in enumerate(zip(segments, layout.weights(fair), strict=True)):
+    for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):
         lengths = [end - begin for begin, end in of_row]
-        protected = [sum(begin <= t < end for t in layout.protected[b]) for begin, end in of_row]
-        floors = [max(p, min(fair.min_tokens, n)) for p, n in zip(protected, lengths, strict=True)]
-        if sum(floors) > budgets[b]:
-            raise ValueError(
-                f"the budget of row {b} is {budgets[b]} tokens, but min_tokens={fair.min_tokens} and protection need {sum(floors)}"
-            )
+        floors = layout.floors(fair)[b]
         if fair.rule == "paper":
             quotas[b, : len(of_row)] = floor_and_rest(budgets[b], lengths, floors)
         else:
-            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors)
+            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors, [name is None for name in names])
     return quotas
 
 

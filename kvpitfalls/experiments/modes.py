@@ -10,7 +10,7 @@ _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
     "share": rf"biased|fair|lambda=({_NUMBER})",
-    "template": r"separate",
+    "template": r"separate|absorb",
     "min": rf"min=({_WHOLE})",
     "defense": rf"defense=({_NUMBER})",
     "directive": rf"directive=({_NUMBER})",
@@ -47,8 +47,8 @@ class Mode:
         ----------
         given : str or float
             "paper"; or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X"; "whitelist" or "whitelist_defense";
-            "sinks=N"; and, unless biased, "separate" (template tokens are segments of their own), "min=N" (least tokens of each
-            instruction), "defense=W" and "directive=W" (weight of its tokens).
+            "sinks=N"; and, unless biased, "separate" (unmarked text is a segment of its own, as without a word) or "absorb"
+            (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and "directive=W" (weight of its tokens).
 
         Raises
         ------
@@ -68,7 +68,7 @@ class Mode:
         weights = {name: options[name] for name in ("defense", "directive") if name in options}
         if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
             raise _error(given)
-        template = "separate" if "template" in found else "absorb"
+        template = found.get("template", "separate")
         fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", 0)), template=template)
         said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {"share": "biased"}
         name = "+".join(said[part] for part in _PARTS if part in said)

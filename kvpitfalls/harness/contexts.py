@@ -1,16 +1,15 @@
 """From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands where in them."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..eviction.fairness import Fair
+from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt, find_all, token_spans
 
 SCOPES = ("prompt", "system")
-_CUTS = {"sentences": re.compile(r"(?<=[.!?])\s+|\s*\n\s*"), "lines": re.compile(r"\s*\n\s*"), "messages": None}
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class Marks:
     def __post_init__(self):
         if self.scope not in SCOPES:
             raise ValueError(f"compress is {self.scope!r}; expected one of {', '.join(SCOPES)}")
-        if self.instructions not in _CUTS:
+        if self.instructions not in WAYS:
             object.__setattr__(self, "texts", _read_texts(self.instructions))
 
     @property
     def needs_spans(self) -> bool:
         """Whether anything depends on where the instructions are."""
         items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
-        return self.fair.strength != 0 or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
+        return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
 
     def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None) -> Prompt:
         """What is compressed of a context, with its instructions.
@@ -91,26 +90,6 @@ class Marks:
             return find_all(text, tuple(contents.values()), self.texts)
         found = {name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()}
         return {f"{name} {i}" if len(every) > 1 else name: x for name, every in found.items() for i, x in enumerate(every, 1)}
-
-
-def pieces(text: str, how: str) -> list[tuple[int, int]]:
-    """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to the one before.
-
-    Examples
-    --------
-    >>> text = "1. Never reveal this! Speak only Spanish."
-    >>> [text[begin:end] for begin, end in pieces(text, "sentences")]
-    ['1. Never reveal this!', 'Speak only Spanish.']
-    """
-    cuts = [m.span() for m in _CUTS[how].finditer(text)] if _CUTS[how] else []
-    out, begin = [], len(text) - len(text.lstrip())
-    for end, after in [*cuts, (len(text.rstrip()), len(text))]:
-        if any(c.isalpha() for c in text[begin:end]):
-            out.append((begin, end))
-            begin = after
-        elif after == len(text) and out:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-    return out
 
 
 def _read_texts(path: str) -> dict[str, str]:

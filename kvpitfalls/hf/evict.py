@@ -61,12 +61,7 @@ class Evict:
     def spans_of(self, n_row: int, n_token: int, valid) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
         layout = self.layout(n_row, n_token, valid)
-        for b, (begin, end) in enumerate(valid):
-            if len(layout.protected[b]) > (n_kept := self.limit(end - begin)):
-                raise ValueError(
-                    f"the budget of row {b} is {n_kept} tokens, but {len(layout.protected[b])} are protected; expected at least that"
-                )
-        layout.segments(self.fair)
+        layout.check_room(self.fair, [self.limit(end - begin) for begin, end in valid])
         return list(layout.spans)
 
     def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:

@@ -68,7 +68,7 @@ class Hold(Evict):
     holds = True
 
     def __post_init__(self):
-        if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
+        if not (self.fair.is_biased or self.fair.strength == 1) or (self.is_fair and self.fair.rule != "proportional"):
             raise ValueError(
                 f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, or a Fair of strength 1 without rule='paper'"
             )
@@ -95,8 +95,8 @@ class Hold(Evict):
         if any(end != n_token for _, end in valid):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
         layout = self.layout(n_row, n_token, valid)
-        for b, ((begin, end), protected) in enumerate(zip(valid, layout.protected, strict=True)):
-            floors = len(protected) if not self.is_fair else sum(self._floors(layout, b, None))
+        for b, (begin, end) in enumerate(valid):
+            floors = sum(layout.floors(self.fair)[b])
             needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
             if floors and self.limit(end - begin) < needed:
                 raise ValueError(
@@ -163,24 +163,18 @@ class Hold(Evict):
     def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still has."""
         held, quotas = layer.held, []
-        segments, weights = held.layout.segments(self.fair), held.layout.weights(self.fair)
+        segments, weights, names = (part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names))
         for row, front, counts, total in zip(held.rows.tolist(), held.front.tolist(), held.counts.tolist(), n_kept, strict=True):
             ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
             now = [*counts, layer.keys.shape[2] - front - sum(counts)]
             ever.append(layer.seen - held.layout.n_token)
-            share = [*weights[row], *[0] * (len(counts) - len(segments[row])), 1]
+            n_absent = len(counts) - len(segments[row])  # other rows have more segments
+            share = [*weights[row], *[0] * n_absent, 1]
+            unmarked = [*[name is None for name in names[row]], *[False] * n_absent, True]
             rates = [Fraction(w) * n / have if have else 0 for w, n, have in zip(share, ever, now, strict=True)]
-            floors = [*self._floors(held.layout, row, counts), min(1, now[-1])]  # the newest token stays
-            quotas.append(apportion(total, now, rates, floors))
+            floors = [*held.layout.floors(self.fair)[row], *[0] * n_absent, min(1, now[-1])]  # the newest token stays
+            quotas.append(apportion(total, now, rates, floors, unmarked))
         return torch.tensor(quotas)
-
-    def _floors(self, layout: Layout, row: int, counts: list[int] | None) -> list[int]:
-        """What each of a prompt's segments must keep."""
-        segments = layout.segments(self.fair)[row]
-        counts = [end - begin for begin, end in segments] if counts is None else counts
-        protected = [sum(begin <= t < end for t in layout.protected[row]) for begin, end in segments]
-        floors = [max(p, min(self.fair.min_tokens, n)) for p, n in zip(protected, counts, strict=False)]
-        return floors + [0] * (len(counts) - len(floors))
 
     def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
         """Of each slot (B, H, slots); protected ones above all."""

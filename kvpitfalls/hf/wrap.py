@@ -150,7 +150,7 @@ class Handle:
         return self._caches.make(spans=spans)
 
     @torch.no_grad()
-    def compress(self, prompt, attention_mask=None, spans=None) -> KeptCache:
+    def compress(self, prompt, attention_mask=None, spans=None, instructions=None) -> KeptCache:
         """Prefill a prompt and evict.
 
         Parameters
@@ -161,6 +161,8 @@ class Handle:
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
             The instructions, for token ids; a Prompt has its own.
+        instructions : {"sentences", "lines", "messages"} or mapping, optional
+            For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
 
         Returns
         -------
@@ -168,6 +170,7 @@ class Handle:
         """
         if self._attachment is None:
             raise ValueError("the handle was removed; expected a call inside the wrap")
+        prompt = prompt if instructions is None else _marked(prompt, instructions)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action.protect, self.action.n_sink)
         if ids.shape[1] < 2:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
@@ -276,6 +279,13 @@ def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | Non
             decoder(**kwargs)
         finally:
             cache.progress = None
+
+
+def _marked(prompt, instructions) -> list[Prompt]:
+    prompts = [prompt] if isinstance(prompt, Prompt) else prompt
+    if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
+        raise TypeError(f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of them")
+    return [p.marked(instructions) for p in prompts]
 
 
 def _batch(prompt, attention_mask, spans, protect, n_sink: int):

@@ -10,8 +10,9 @@ class SnapKV(Policy):
     """Keep what the last ``window_size`` tokens attend to, smoothed over neighbours; the window itself is kept first, newest first.
 
     score[k] = mean over the key head's query heads of pool(mean over the window's queries q of A[h, q, k]). Fair: the window is shared out,
-    ``window_size // N`` tokens at the end of each of the N segments (at least one; what a short segment leaves goes to later ones), and
-    judges its own segment only.
+    and each part judges its own segment only. Of N segments, unmarked text included, each has ``max(1, window_size // N)`` tokens at
+    its end, or all that it has; what a shorter one leaves goes to the next, and the last one has what is left of ``window_size``, at
+    least one. So no part is larger than the window, and with ``window_size`` segments or more each part is one token.
 
     Parameters
     ----------
@@ -57,10 +58,10 @@ class SnapKV(Policy):
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
 
     def _votes(self, segments) -> list[Vote]:
-        share, unused, votes = self.window_size // len(segments), 0, []
+        share, unused, votes = max(1, self.window_size // len(segments)), 0, []
         for i, (begin, end) in enumerate(segments):
             is_last = i == len(segments) - 1
-            wanted = self.window_size - share * i + unused if is_last else max(1, share) + unused
+            wanted = (self.window_size - share * i if is_last else share) + unused
             width = min(max(1, wanted), end - begin)
             unused = max(0, wanted - width)
             votes.append(Vote(keys=(begin, end - width), queries=(end - width, end), window=(end - width, end)))

@@ -11,7 +11,8 @@ from .base import Policy
 class StreamingLLM(Policy):
     """Keep the first ``n_sink`` tokens and the newest ones.
 
-    Fair: every segment keeps its newest tokens, the first segment its sinks before them (they are paid from its quota).
+    Fair: every segment keeps its newest tokens. The sinks are the row's first ``n_sink`` tokens, however many segments those are in; a
+    segment keeps the sinks that are in it before its newest tokens, and pays for them from its own quota.
 
     Parameters
     ----------

@@ -1,13 +1,15 @@
 """Prompts that know where their instructions are, in tokens."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
 from ..display.markup import block, note, token_strip
 from .chats import check_encodable, check_messages, encoded_chat, holder, may_hold_special, shared, short, template_ids
+from .pieces import marked
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ class Prompt:
         tokenizer
             A fast tokenizer with a chat template.
         messages : list of {"role": str, "content": str}
-        instructions : mapping of str to (str or (int, int)), optional
-            Names -> a text found in the messages' contents, or a range of characters of ``text``.
+        instructions : mapping of str to (str or (int, int)), or {"sentences", "lines", "messages"}, optional
+            Names -> a text found in the messages' contents, or a range of characters of ``text``. Or every sentence, line or message,
+            named by its first words.
         add_generation_prompt : bool
             End with the header of the model's answer.
         allow_special_tokens : bool
@@ -119,7 +122,7 @@ class Prompt:
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
         messages = check_messages(messages)
         text, contents, encoded = encoded_chat(tokenizer, messages, add_generation_prompt, allow_special_tokens)
-        return cls._build(tokenizer, text, encoded, contents, instructions, messages)
+        return cls._build(tokenizer, text, encoded, contents, messages)._with(instructions)
 
     @classmethod
     def from_text(cls, tokenizer, text: str, instructions=None) -> "Prompt":
@@ -137,17 +140,38 @@ class Prompt:
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
         check_encodable("text", text)
-        return cls._build(tokenizer, text, tokenizer(text, return_offsets_mapping=True), ((0, len(text)),), instructions, None)
+        return cls._build(tokenizer, text, tokenizer(text, return_offsets_mapping=True), ((0, len(text)),), None)._with(instructions)
 
     @classmethod
-    def _build(cls, tokenizer, text, encoded, contents, instructions, messages) -> "Prompt":
+    def _build(cls, tokenizer, text, encoded, contents, messages) -> "Prompt":
         ids, offsets = tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        ranges = find_all(text, contents, instructions)
-        spans = token_spans(text, offsets, ranges)
         is_template = tuple(holder(contents, pair) is None for pair in offsets)
-        return cls(text, ids, offsets, spans, is_template, tokenizer, messages, tuple(contents))
+        return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents))
+
+    def marked(self, instructions) -> "Prompt":
+        """The same prompt with other instructions, given as for :meth:`from_chat`.
+
+        Examples
+        --------
+        >>> from kvpitfalls.hf.load import load
+        >>> _, tokenizer = load()
+        >>> Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish.").marked("sentences")
+        <Prompt: 8 tokens; Never reveal this [0, 4), Speak only Spanish [4, 8)>
+        """
+        return replace(self, spans={})._with(instructions)
+
+    def _with(self, instructions) -> "Prompt":
+        if instructions is None:
+            return self
+        if not isinstance(instructions, str):
+            return replace(self, spans=token_spans(self.text, self.offsets, find_all(self.text, self.contents, instructions)))
+        roles = ["text"] if self.messages is None else [message["role"] for message in self.messages]
+        ranges = marked(self.text, self.contents, instructions, roles)
+        if not ranges:
+            raise ValueError(f"the prompt has no letter to be cut into {instructions}; expected text")
+        return replace(self, spans=token_spans(self.text, self.offsets, ranges, skip_empty=True))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -232,7 +256,9 @@ def _check_tokenizer(tokenizer) -> None:
 def find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
     if instructions is not None and not isinstance(instructions, Mapping):
-        raise TypeError(f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts")
+        raise TypeError(
+            f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts, or sentences, lines or messages"
+        )
     ranges = {name: _find(text, contents, name, wanted) for name, wanted in (instructions or {}).items()}
     for name, (begin, end) in ranges.items():
         if not any(c.isprintable() and not c.isspace() for c in text[begin:end]):
@@ -282,21 +308,28 @@ def _occurrences(text: str, wanted: str, begin: int, end: int):
         at = text.find(wanted, at + 1, end)
 
 
-def token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]]) -> dict[str, Span]:
-    """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many."""
-    owned: dict[str, list[int]] = {name: [] for name in ranges}
+def token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False) -> dict[str, Span]:
+    """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many.
+
+    ``ranges`` are in order and do not overlap. One that gets no token is refused, or left out if ``skip_empty``.
+    """
+    names, edges = list(ranges), list(ranges.values())
+    owned: list[list[int]] = [[] for _ in ranges]
     for t, pair in enumerate(offsets):
-        held = [(shared(pair, where), name) for name, where in ranges.items()]
-        most = max((n for n, _ in held), default=0)
-        if most > 0:
-            owned[next(name for n, name in held if n == most)].append(t)
+        i = most = bisect_right(edges, pair[0], key=lambda where: where[1])  # the first that may share a character
+        while i < len(edges) and edges[i][0] < pair[1]:
+            most = i if shared(pair, edges[i]) > shared(pair, edges[most]) else most
+            i += 1
+        if most < len(edges) and shared(pair, edges[most]):
+            owned[most].append(t)
     spans = {}
-    for name, (begin, end) in ranges.items():
-        if not owned[name]:
+    for name, (begin, end), tokens in zip(names, edges, owned, strict=True):
+        if not tokens and not skip_empty:
             raise ValueError(
                 f"instruction {name!r} has no token of its own: a neighbour holds more of each of its tokens; expected a longer text"
             )
-        spans[name] = Span(name, owned[name][0], owned[name][-1] + 1, text[begin:end])
+        if tokens:
+            spans[name] = Span(name, tokens[0], tokens[-1] + 1, text[begin:end])
     for one, two in pairwise(spans.values()):
         if one.end > two.start:
             raise ValueError(f"the tokens of instructions {one.name!r} and {two.name!r} are interleaved; expected one after the other")
