@@ -10,7 +10,7 @@ from kvpitfalls.hf.coverage import check_call
 from kvpitfalls.hf.masks import physical_mask
 
 REFUSED = {
-    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "vocab_size": 128},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128},
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128},
     "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128},
 }
@@ -61,7 +61,7 @@ def test_an_offloaded_cache_is_refused(llama):
 def test_caches_and_modes_are_refused(llama):
     plain = unchanged(llama)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(kvp.UnsupportedModelError, match="past_key_values is a StaticCache; static, quantized"):
+        with pytest.raises(kvp.UnsupportedModelError, match=r"(past_key_values|cache) is a StaticCache; static, quantized"):
             llama(ids(), past_key_values=StaticCache(config=llama.config, max_cache_len=40))
         with pytest.raises(kvp.UnsupportedModelError, match="StaticCache"):
             llama.generate(ids(), max_new_tokens=2, cache_implementation="static")
@@ -119,7 +119,7 @@ def test_attention_that_a_compressed_cache_does_not_fit_is_refused(llama):
 
     with (
         kvp.wrap(llama, "knorm", compression_ratio=0.5),
-        pytest.raises(kvp.UnsupportedModelError, match="past_key_values is a QuantizedCa"),
+        pytest.raises(kvp.UnsupportedModelError, match=r"(past_key_values|cache) is a QuantizedCa"),
     ):
         llama(ids(), past_key_values=QuantizedCache())
 

@@ -255,10 +255,11 @@ def test_a_layer_that_is_not_intercepted_raises(monkeypatch):
 
 
 def _forward_behind_the_interface(attention):
-    def forward(hidden_states, past_key_values=None, **kwargs):
+    def forward(hidden_states, cache=None, past_key_values=None, **kwargs):
+        cache = past_key_values if cache is None else cache  # its name before transformers 5.24
         shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
         keys = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
-        past_key_values.update(keys, keys, attention.layer_idx)
+        cache.update(keys, keys, attention.layer_idx)
         return hidden_states, None
 
     return forward

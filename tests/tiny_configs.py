@@ -9,7 +9,8 @@ _SIZES = {
     **dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96),
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads"], 4),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "encoder_layers"], 2),
-    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "vocab_size", "vocab_size_per_layer_input"], 128),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "vocab_size"], 128),
+    **dict.fromkeys(["unpadded_vocab_size", "vocab_size_per_layer_input"], 128),
     **dict.fromkeys(["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"], 2),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
@@ -32,15 +33,19 @@ _SMALL_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mam
 _OMIT = object()  # leave the default
 # What a type's own rules need instead.
 _CHANGES = {
+    "codegen": {"rotary_dim": 8},
     "deepseek_v4": {"layer_types": _OMIT},
+    "dory": {"layer_types": _OMIT},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": _SHARED_TAIL,
     "gemma4_text": {**_SHARED_TAIL, "per_layer_config": {}},
     "gemma4_unified_text": {**_SHARED_TAIL, "per_layer_config": {}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
     # releases after 5.5 translate the names; the default state sizes take 17 GB where there is no kernel for them
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_SMALL_MAMBA},
+    "inkling2_loop_text": {"layer_types": _OMIT},
     "inkling2_text": {"layer_types": _OMIT},
     "inkling_text": {"layer_types": _OMIT},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},

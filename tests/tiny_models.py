@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.coverage import attention_modules
 from kvpitfalls.prompts.prompt import Prompt
@@ -75,8 +76,10 @@ def feed(model, tokens, chunks, cache, mask=None, start=0):
     out = []
     for n in chunks:
         new = slice(start, start + n)
-        call = {"attention_mask": mask[:, : start + n]} | ({} if counts else {"position_ids": positions[:, new]})
-        out.append(model(tokens[:, new], past_key_values=cache, use_cache=True, **call).logits)
+        call = {"attention_mask": mask[:, : start + n], **cache_argument(model, cache)} | (
+            {} if counts else {"position_ids": positions[:, new]}
+        )
+        out.append(model(tokens[:, new], use_cache=True, **call).logits)
         start += n
     return torch.cat(out, 1)
 
@@ -112,7 +115,7 @@ class masked_like:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
-        cache = next(c for name in ("past_key_values", "past_key_value", "layer_past") if (c := bound.get(name)) is not None)
+        cache = next(c for name in ("cache", "past_key_values", "past_key_value", "layer_past") if (c := bound.get(name)) is not None)
         n_row, n_new = hidden.shape[:2]
         n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
         if n_past < self.n_prompt:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.generate import pad_halves
 from ..hf.model import attach, detach
@@ -102,8 +103,8 @@ def answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[f
         tokens[:, n_context:].to(device),
         attention_mask=mask.to(device),
         position_ids=positions[:, n_context:].to(device),
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(model, cache),
         **kept,
     ).logits
     out = []

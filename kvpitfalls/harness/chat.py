@@ -8,6 +8,7 @@ import torch
 
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
+from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import GREEDY
@@ -90,7 +91,9 @@ class CompressedChat:
             prompt, cache = self.start(text, ids, messages)
             given = torch.tensor([ids], device=self.model.device)
             mask = torch.ones_like(given)
-            out = self.model.generate(given, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, **GREEDY)
+            out = self.model.generate(
+                given, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(self.model, cache), **GREEDY
+            )
         finally:
             detach(self.model)
         n_kept = kept_of(cache)

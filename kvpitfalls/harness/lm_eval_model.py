@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from .. import __version__, _core
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
+from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import pad_halves
@@ -140,7 +141,7 @@ class CompressedHFLM(HFLM):
             _, _, spans, protect = pad_left(prompts, self.marks.protect, self.action.n_sink)
             cache = KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
         more = tokens.shape[1] - width
-        out = super()._model_generate(tokens, max_length + more, stop, attention_mask=mask, past_key_values=cache, **kwargs)
+        out = super()._model_generate(tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs)
         self._count(cache)
         return out[:, more:]  # lm-eval takes what follows the context it gave
 
@@ -185,9 +186,8 @@ class CompressedHFLM(HFLM):
         options = {"logits_to_keep": max(map(len, answers))} if "logits_to_keep" in known else {}
         if "position_ids" in known:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:].to(self.device)
-        rows = self.model(
-            tokens[:, begin:].to(self.device), attention_mask=mask.to(self.device), past_key_values=cache, use_cache=True, **options
-        ).logits
+        options |= {"attention_mask": mask.to(self.device), "use_cache": True, **cache_argument(self.model, cache)}
+        rows = self.model(tokens[:, begin:].to(self.device), **options).logits
         out = []
         for row, answer in zip(rows, answers, strict=True):
             logprobs = row[-len(answer) :].log_softmax(-1, dtype=self.softmax_dtype)

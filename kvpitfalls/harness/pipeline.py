@@ -2,6 +2,7 @@
 
 from transformers import TextGenerationPipeline
 
+from ..hf.arguments import cache_argument
 from ..hf.load import load
 from ..hf.model import attach, detach
 from .chat import CompressedChat, kept_of
@@ -31,7 +32,7 @@ class CompressedPipeline(TextGenerationPipeline):
         attach(self.model)
         try:
             prompt, cache = self.chat.start(text, ids[0].tolist(), messages)
-            out = super()._forward(model_inputs, past_key_values=cache, **options)
+            out = super()._forward(model_inputs, **cache_argument(self.model, cache), **options)
         finally:
             detach(self.model)
         self.n_tokens, self.n_kept = len(prompt), kept_of(cache)

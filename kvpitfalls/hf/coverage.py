@@ -8,6 +8,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..errors import UnsupportedModelError
+from .arguments import CACHE_NAMES
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
@@ -116,21 +117,24 @@ def _check_layers(model, name: str) -> None:
         raise UnsupportedModelError(f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)")
 
 
-def check_cache(cache) -> None:
-    """Raise unless ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into a compressed one."""
+def check_cache(cache, name: str = CACHE_NAMES[-1]) -> None:
+    """Raise unless a forward's ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into a compressed one.
+
+    ``name`` is the argument that it was given as.
+    """
     if type(cache) is not DynamicCache:
         kind = type(cache).__name__
         if not isinstance(cache, Cache):
-            raise TypeError(f"past_key_values is a {kind}; expected a cache made by handle.compress or handle.new_cache")
+            raise TypeError(f"{name} is a {kind}; expected a cache made by handle.compress or handle.new_cache")
         raise UnsupportedModelError(
-            f"past_key_values is a {kind}; static, quantized and other special caches cannot be compressed. Expected a cache made by "
+            f"{name} is a {kind}; static, quantized and other special caches cannot be compressed. Expected a cache made by "
             "handle.compress or handle.new_cache, or none (leave out cache_implementation)"
         )
     if getattr(cache, "offloading", False):
-        raise UnsupportedModelError("past_key_values is an offloaded DynamicCache; expected one that stays on its device")
+        raise UnsupportedModelError(f"{name} is an offloaded DynamicCache; expected one that stays on its device")
     if cache.get_seq_length() > 0:
         raise ValueError(
-            f"past_key_values already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
+            f"{name} already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
             "or one made by handle.compress"
         )
 

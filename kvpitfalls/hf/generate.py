@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prompts.prompt import Prompt
+from .arguments import cache_argument
 from .cache import KeptCache
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
@@ -59,7 +60,8 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
     tokens, mask = pad_halves(contexts, conversations)
     width = tokens.shape[1]
     device = next(model.parameters()).device
-    out = model.generate(tokens.to(device), attention_mask=mask.to(device), past_key_values=cache, max_new_tokens=max_new_tokens, **GREEDY)
+    options = {"max_new_tokens": max_new_tokens, **GREEDY, **cache_argument(model, cache)}
+    out = model.generate(tokens.to(device), attention_mask=mask.to(device), **options)
     ends = _end_tokens(model)
     return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
 

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
+from .arguments import CACHE_NAMES, cache_name, given_cache
 from .cache import KeptCache
 from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
 from .denominators import Denominators
@@ -234,7 +235,7 @@ def _enter(decoder, args, kwargs):
         return None
     bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     bound.update(bound.pop("kwargs", {}))
-    cache = bound.get("past_key_values")
+    name, cache = given_cache(bound)
     if not isinstance(cache, KeptCache):
         if attachment.new_cache is None:
             return None
@@ -242,9 +243,10 @@ def _enter(decoder, args, kwargs):
             wanted = bound.get("use_cache")
             if not (getattr(decoder.config, "use_cache", True) if wanted is None else wanted):
                 return None
-            cache = kwargs["past_key_values"] = attachment.new_cache()
+            kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}  # a None under an older name
+            cache = kwargs[cache_name(decoder)] = attachment.new_cache()
         else:
-            check_cache(cache)
+            check_cache(cache, name)
             cache.__class__ = KeptCache
             attachment.new_cache(cache)
     if decoder.training and torch.is_grad_enabled():

@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import UnsupportedModelError
+from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
 from .layer import KeptLayer
@@ -39,8 +40,8 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         outputs = []
         for action in (None, Shuffle()):
             cache = KeptCache(model.config, action)
-            decoder(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
-            outputs.append(model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits.float())
+            decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
+            outputs.append(model(input_ids=ids[:, cut:], use_cache=True, **cache_argument(model, cache)).logits.float())
     finally:
         detach(model)
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())

@@ -15,6 +15,7 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair, protected_positions
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
+from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
 from .evict import Evict
@@ -268,7 +269,7 @@ def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | Non
     decoder = decoder_of(model)
     device = next(decoder.parameters()).device
     _check_ids(model, ids)
-    kwargs = {"input_ids": ids.to(device), "past_key_values": cache, "use_cache": True}
+    kwargs = {"input_ids": ids.to(device), "use_cache": True, **cache_argument(decoder, cache)}
     real = torch.ones_like(ids) if mask is None else mask.long()
     if mask is not None:
         kwargs["attention_mask"] = mask.to(device)

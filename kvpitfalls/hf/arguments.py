@@ -1,0 +1,25 @@
+"""What a model's forward calls its cache: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on."""
+
+import inspect
+
+import torch
+
+# The newest first. A forward that has one of them by name takes its cache under that name; it may still take an older one, with a warning.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(module: torch.nn.Module) -> str:
+    """The name under which this module's forward takes its cache; asked of its signature, since it depends on the release."""
+    known = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+
+
+def cache_argument(module: torch.nn.Module, cache) -> dict:
+    """``cache`` as a keyword argument for this model's forward or ``generate``."""
+    return {cache_name(module): cache}
+
+
+def given_cache(arguments: dict) -> tuple[str | None, object]:
+    """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is none."""
+    given = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
+    return given[0] if given else (None, None)
