@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -111,7 +112,8 @@ def test_info(run):
     code, out, _ = run("info")
     assert code == 0 and "torch" in out and f"C core, row primitives: {_core.isa()}" in out and "snapkv" in out and "SmolLM2" in out
     code, out, _ = run("info", "--json")
-    assert json.loads(out)["core"]["abi_version"] == 1
+    header = Path(__file__).parent.parent / "csrc/kvp.h"
+    assert json.loads(out)["core"]["abi_version"] == int(re.search(r"KVP_ABI_VERSION (\d+)", header.read_text())[1])
 
 
 def test_module_and_version():
