@@ -27,8 +27,8 @@ class UnsupportedModelError(NotImplementedError):
     Examples
     --------
     >>> import kvpitfalls as kvp
-    >>> from transformers import GPTJConfig, GPTJForCausalLM
-    >>> model = GPTJForCausalLM(GPTJConfig(n_embd=8, n_head=1, n_layer=1, rotary_dim=4)).eval()
+    >>> from transformers import BloomConfig, BloomForCausalLM
+    >>> model = BloomForCausalLM(BloomConfig(hidden_size=8, n_head=1, n_layer=1)).eval()
     >>> kvp.wrap(model, "snapkv", compression_ratio=0.5)  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     kvpitfalls.errors.UnsupportedModelError: ...

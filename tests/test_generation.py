@@ -3,6 +3,8 @@
 import copy
 import gc
 import itertools
+import random
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +18,7 @@ from transformers import TextStreamer, pipeline
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import layer as kept_layer
+from kvpitfalls.hf.model import current_forward
 
 POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -150,18 +153,114 @@ def test_8_threads_give_what_one_gives(llama, when):
             assert all(torch.equal(a, b) for a, b in zip(alone, pool.map(run, batches), strict=True))
 
 
-def test_a_wrap_is_not_removed_under_a_running_forward(llama):
-    tokens = ids(1, 20)
+def test_a_wrap_that_is_removed_under_a_running_forward_lasts_until_it_has_ended(llama):
+    tokens, removed_under_it = ids(1, 20), []
+    plain = llama(tokens).logits
     handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
-    with pytest.raises(RuntimeError, match="a forward of LlamaForCausalLM is running"):
-        hook = llama.model.layers[1].register_forward_hook(lambda *_: handle.remove())
+
+    def remove(*_):
+        handle.remove()
+        removed_under_it.append("forward" in vars(llama.model))
+
+    hook = llama.model.layers[1].register_forward_hook(remove)
+    try:
+        assert handle.compress(tokens).report()["kept_share"] == 0.5
+    finally:
+        hook.remove()
+    assert removed_under_it == [True] and "forward" not in vars(llama.model)
+    assert torch.equal(llama(tokens).logits, plain)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama, error):
+    """Neither a model of the same family that was never wrapped nor this one, once it is unwrapped, may see the broken forward."""
+    other = build("llama", num_hidden_layers=2)
+    tokens = ids(1, 24)
+    lengths = range(8, 21)
+    wanted = [other(tokens[:, :n]).logits for n in lengths]
+
+    def break_off(*_):
+        raise error("broken off")
+
+    with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :20])
+        for module in (llama.model.layers[1].mlp, llama.model.layers[0].self_attn.o_proj):
+            hook = module.register_forward_pre_hook(break_off)
+            with pytest.raises(error, match="broken off"):
+                llama(tokens[:, 20:21], past_key_values=copy.deepcopy(cache))
+            hook.remove()
+            assert current_forward() is None
+            assert all(torch.equal(other(tokens[:, :n]).logits, before) for n, before in zip(lengths, wanted, strict=True))
+    assert "forward" not in vars(llama.model)
+    for n_new in (1, 2):
+        with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+            llama(tokens[:, 20 : 20 + n_new], past_key_values=copy.deepcopy(cache))
+
+
+def test_another_model_inside_a_wrapped_forward_is_not_compressed(llama):
+    """It runs on the same thread, has as many layers and sees as many keys; only whose attention it is tells them apart."""
+    other, tokens, seen = build("llama"), ids(1, 20), []
+    with torch.no_grad():
+        plain = other(tokens).logits
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        wanted = handle.compress(tokens)
+        hook = llama.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(other(tokens).logits))
         try:
-            handle.compress(tokens)
+            cache = handle.compress(tokens)
         finally:
             hook.remove()
-    assert handle.compress(tokens).report()["kept_share"] == 0.5, "the handle works on"
+    assert len(seen) == 1 and torch.equal(seen[0], plain)
+    assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3))
+
+
+def test_interrupts_at_random_moments_change_no_other_threads_answer():
+    """Two models of one family, one wrapped: in one thread a KeyboardInterrupt strikes anywhere, also inside this package's own code."""
+    wrapped, plain, tokens = build("llama"), build("llama", num_hidden_layers=2), ids(1, 20)
+    draw = random.Random(0)
+    handle = kvp.wrap(wrapped, "snapkv", compression_ratio=0.5)
+
+    def of_wrapped():
+        return feed(wrapped, ids(1, 24), [1, 3], handle.compress(tokens), start=20)
+
+    def of_plain():
+        with torch.no_grad():
+            return plain(tokens).logits
+
+    expected = [of_wrapped(), of_plain()]
+
+    def strike():
+        """Run with an interrupt after so many lines, as the interpreter raises one: between any two of them."""
+        left = draw.randrange(1, 4000)
+
+        def trace(frame, event, arg):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            of_wrapped()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    with ThreadPoolExecutor(7) as pool:
+        n_struck = 0
+        for _ in range(25):
+            others = [pool.submit(work) for work in (of_wrapped, of_plain) * 3]
+            struck = pool.submit(strike)
+            assert all(torch.equal(job.result(), expected[i % 2]) for i, job in enumerate(others))
+            n_struck += struck.result()
+        assert torch.equal(pool.submit(of_plain).result(), expected[1])
+    assert n_struck > 5
     handle.remove()
-    assert not llama.model._forward_pre_hooks
+    gc.collect()
+    with torch.no_grad():
+        assert torch.equal(of_plain(), expected[1]) and "forward" not in vars(wrapped.model)
 
 
 def test_an_audit_ends_while_another_thread_runs_the_wrapped_model(llama):
@@ -180,7 +279,8 @@ def test_an_audit_ends_while_another_thread_runs_the_wrapped_model(llama):
             assert handle.compress(tokens).report()["kept_share"] == 0.5
         finally:
             hook.remove()
-    assert found[1] == kvp.audit(llama, prompt, compression_ratios=[0.5]).rows and not llama.model._forward_pre_hooks
+    assert found[1] == kvp.audit(llama, prompt, compression_ratios=[0.5]).rows
+    assert "forward" not in vars(llama.model)
 
 
 def test_a_prefill_holds_one_full_layer_at_a_time(monkeypatch):

@@ -207,7 +207,7 @@ def test_remove_restores_everything():
     handle.remove()
     handle.remove()
     assert modeling_llama.ALL_ATTENTION_FUNCTIONS is before
-    assert not model.model._forward_hooks and not model.model._forward_pre_hooks
+    assert "forward" not in vars(model.model)
     assert torch.equal(feed(model, tokens, [N_PROMPT, 1], DynamicCache(config=model.config)), plain)
     with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
         model(tokens[:, N_PROMPT:], past_key_values=cache)

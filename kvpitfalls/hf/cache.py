@@ -128,6 +128,10 @@ class KeptCache(DynamicCache):
             self.valid = [self.valid[row] for row in rows]
             self.spans = [self.spans[row] for row in rows] if self.spans else self.spans
 
+    def holds(self, layer: KeptLayer) -> bool:
+        """Whether this very layer is one of the cache's."""
+        return layer.index < len(self.layers) and self.layers[layer.index] is layer
+
     @property
     def kept_layers(self) -> list[KeptLayer]:
         """The layers that are compressed."""

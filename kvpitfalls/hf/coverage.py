@@ -1,7 +1,7 @@
 """Which models and caches can be compressed exactly; all others are refused by name and reason, before anything runs."""
 
 import inspect
-import sys
+from collections.abc import Iterator
 
 import torch
 from transformers import Cache, DynamicCache
@@ -29,14 +29,20 @@ def decoder_of(model) -> torch.nn.Module:
     return decoder if isinstance(decoder, torch.nn.Module) and decoder is not model else getattr(model, "base_model", model)
 
 
-def attention_modules(model) -> dict[int, torch.nn.Module]:
-    """Layer index -> attention module that calls transformers' attention interface."""
-    found = {}
-    for module in decoder_of(model).modules():
+def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
+    for module in decoder.modules():
         index = getattr(module, "layer_idx", None)
         own = isinstance(index, int) and _REGISTRY in _names_in_forward(module)
         if own and not getattr(module, "is_cross_attention", False):
-            found.setdefault(index, module)  # self-attention stands before cross-attention
+            yield index, module
+
+
+def attention_modules(model) -> dict[int, torch.nn.Module]:
+    """Layer index -> attention module that calls transformers' attention interface."""
+    found: dict[int, torch.nn.Module] = {}
+    for index, module in attention_calls(decoder_of(model)):
+        found.setdefault(index, module)  # self-attention stands before cross-attention
     return found
 
 
@@ -182,16 +188,6 @@ def _generating():
             if (config := given.get("generation_config")) is not None:
                 yield config, given.get("assistant_model")
         frame = frame.f_back
-
-
-def is_running(decoder: torch.nn.Module) -> bool:
-    """Whether any thread is inside a call of this module."""
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is decoder:
-                return True
-            frame = frame.f_back
-    return False
 
 
 def check_call(module, implementation: str, extra: dict) -> None:

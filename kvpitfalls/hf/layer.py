@@ -80,7 +80,7 @@ class KeptLayer(DynamicLayer):
         from .model import current_forward
 
         forward = current_forward()
-        if forward is None:
+        if forward is None or not forward.cache.holds(self):
             raise NotInterceptedError(
                 "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
             )

@@ -4,9 +4,9 @@ Every attention class looks its function up under one of two module-level names,
 globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of models that are not wrapped, or that
 carry no cache of ours, go straight through.
 
-One forward of a wrapped decoder: :func:`_enter` arms this thread and sees to the cache; each :meth:`KeptLayer.update` leaves a ticket;
-the attention call that receives the ticket's keys gets its mask translated and, after a prefill, hands the layer to the cache's action;
-:func:`_leave` raises if a ticket was never collected.
+One forward of a wrapped decoder goes through :func:`_armed`, which sees to the cache and arms this thread; each :meth:`KeptLayer.update`
+leaves a ticket; the attention call of this decoder that receives the ticket's keys gets its mask translated and, after a prefill, hands
+the layer to the cache's action; a ticket that was never collected is an error.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache
+from .around import Around
 from .cache import KeptCache
-from .coverage import attention_modules, check_cache, check_call, check_mode, check_model, decoder_of, is_running
+from .coverage import attention_calls, check_cache, check_call, check_mode, check_model, decoder_of
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
@@ -91,6 +93,7 @@ class Forward:
     """One forward of a wrapped decoder, on one thread."""
 
     cache: KeptCache
+    own: Mapping[torch.nn.Module, int]  # the decoder's attention modules and their layers
     prefill: bool
     valid: list[tuple[int, int]] | None
     tickets: dict[int, _Ticket] = field(default_factory=dict)
@@ -102,16 +105,17 @@ class Forward:
         )
 
     def collect(self, key: torch.Tensor, module) -> _Ticket | None:
-        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own."""
-        ticket = self.tickets.get(getattr(module, "layer_idx", None))
-        if ticket is not None and ticket.keys() is key:
-            return ticket
-        for other in self.tickets.values():  # layers that share another layer's keys
-            if other.keys() is key:
-                return other
-        if ticket is None:
+        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own.
+
+        Other models' attention may run on this thread, too, inside this forward: what is not this decoder's gets none.
+        """
+        index = self.own.get(module)
+        if index is None:
             return None
-        if key.shape[2] == ticket.n_slot:
+        ticket = self.tickets.get(index)
+        if ticket is None or ticket.keys() is not key:  # a layer that shares another layer's keys
+            ticket = next((other for other in self.tickets.values() if other.keys() is key), ticket)
+        if ticket is None or key.shape[2] == ticket.n_slot:
             return ticket
         if not ticket.done:
             raise UnsupportedModelError(
@@ -119,6 +123,16 @@ class Forward:
                 f"{ticket.n_slot}; such models cannot be compressed"
             )
         return None
+
+    def check(self, decoder) -> None:
+        """Raise, when the forward has ended, if a layer's attention did not come by."""
+        waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
+        untouched = [layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets]
+        if waiting or untouched:
+            raise NotInterceptedError(
+                f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
+                "transformers' attention interface"
+            )
 
 
 def current_forward() -> Forward | None:
@@ -174,28 +188,48 @@ def _around(base, implementation):
 
 
 class _Attachment:
-    """A decoder's hooks and stand-ins, shared by everyone who needs them. It must not refer to the model, or that would never be freed."""
+    """What a decoder is wrapped with, shared by everyone who needs it. It must not refer to the model, or that would never be freed."""
 
     def __init__(self, model):
         check_model(model)
+        decoder = decoder_of(model)
         self.count = 0
+        self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
         self.new_cache: Any = None  # the handle's, while there is one
         self.fingerprint: str | None = None  # of the model; taken at the first prefill
-        self.namespaces = stand_ins.globals_of(attention_modules(model).values())
-        decoder = decoder_of(model)
-        self.hooks = [
-            decoder.register_forward_pre_hook(_enter, with_kwargs=True),
-            decoder.register_forward_hook(_leave, with_kwargs=True, always_call=True),
-        ]
+        self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
+        self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
+        self.namespaces = stand_ins.globals_of(self.own)
+        self.around = Around(decoder, "forward", _armed)
         stand_ins.put(self.namespaces, _around)
         self.finalizer = weakref.finalize(decoder, stand_ins.abandon, self.namespaces)
         self.finalizer.atexit = False
 
     def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.around.take_away()
         if self.finalizer.detach() is not None:
             stand_ins.take(self.namespaces)
+
+    def bind(self, args, kwargs) -> dict:
+        """The arguments of the decoder's forward by name."""
+        bound = self.signature.bind_partial(*args, **kwargs)
+        found = dict(bound.arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found.update(found.pop(name, {}))
+        return found
+
+    def with_cache(self, args: tuple, kwargs: dict, cache) -> tuple[tuple, dict]:
+        """The same arguments, but with this cache."""
+        place = list(self.signature.parameters).index(self.cache_name) if self.cache_name in self.signature.parameters else len(args)
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
+        others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}  # a None under an older name
+        return args, {**others, self.cache_name: cache}
+
+
+class _Running:
+    """A call of a wrapped decoder, while it runs. Its frame alone holds it, so that no interrupt can leave one behind."""
 
 
 def attach(model) -> _Attachment:
@@ -210,54 +244,70 @@ def attach(model) -> _Attachment:
         return attachment
 
 
-def detach(model, *, ends_wrap: bool = False) -> None:
-    """Undo one :func:`attach`; the last one restores everything, and so may not come while another thread is in a forward.
-
-    ``ends_wrap``: nor may this one, if it is not the last: caches of the wrap would be made for a forward that began inside it.
-    """
+def detach(model) -> None:
+    """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any thread has ended."""
     with stand_ins.lock:
         stand_ins.clear_abandoned()
         decoder = decoder_of(model)
-        attachment = _attached[decoder]
-        if (ends_wrap or attachment.count == 1) and is_running(decoder):
-            raise RuntimeError(f"a forward of {type(model).__name__} is running; expected the wrap to be removed after it")
-        attachment.count -= 1
-        if attachment.count == 0:
-            del _attached[decoder]
-            attachment.close()
+        _attached[decoder].count -= 1
+        _close_if_idle(decoder)
 
 
-# Module-level functions that look the attachment up: a deepcopy or pickle of a wrapped model then carries hooks that do nothing.
-def _enter(decoder, args, kwargs):
-    _local.forward = None
+def _close_if_idle(decoder) -> None:
+    attachment = _attached.get(decoder)
+    if attachment is not None and attachment.count == 0 and not attachment.running:
+        del _attached[decoder]
+        attachment.close()
+
+
+def _armed(decoder, forward, args, kwargs):
+    """In place of a wrapped decoder's forward: this thread is armed for exactly this call, however it ends."""
     attachment = _attached.get(decoder)
     if attachment is None:
-        return None
-    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    bound.update(bound.pop("kwargs", {}))
+        return forward(*args, **kwargs)
+    running, outer = _Running(), current_forward()
+    try:
+        with stand_ins.lock:
+            attachment.running.add(running)
+        args, kwargs, record = _enter(decoder, attachment, args, kwargs)
+        _local.forward = record
+        output = forward(*args, **kwargs)
+        if record is not None:
+            record.check(decoder)
+        return output
+    finally:
+        _local.forward = outer
+        with stand_ins.lock:
+            attachment.running.discard(running)
+            _close_if_idle(decoder)
+
+
+def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
+    """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
+    bound = attachment.bind(args, kwargs)
     name, cache = given_cache(bound)
     if not isinstance(cache, KeptCache):
         if attachment.new_cache is None:
-            return None
+            return args, kwargs, None
         if cache is None:
             wanted = bound.get("use_cache")
             if not (getattr(decoder.config, "use_cache", True) if wanted is None else wanted):
-                return None
-            kwargs = {key: value for key, value in kwargs.items() if key not in CACHE_NAMES}  # a None under an older name
-            cache = kwargs[cache_name(decoder)] = attachment.new_cache()
+                return args, kwargs, None
+            cache = attachment.new_cache()
+            args, kwargs = attachment.with_cache(args, kwargs, cache)
         else:
             check_cache(cache, name)
             cache.__class__ = KeptCache
             attachment.new_cache(cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
-    _local.forward = _begin(cache, bound)
-    if _local.forward.prefill:
+    record = _begin(attachment, cache, bound)
+    if record.prefill:
         attachment.fingerprint = cache.fingerprint = attachment.fingerprint or fingerprint(decoder)
-    return args, kwargs
+    return args, kwargs, record
 
 
-def _begin(cache: KeptCache, bound: dict) -> Forward:
+def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     """The forward's record; on a prefill, what is padding."""
     inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
     n_row, n_new = inputs.shape[:2]
@@ -271,7 +321,7 @@ def _begin(cache: KeptCache, bound: dict) -> Forward:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones"
             )
-        return Forward(cache, False, None)
+        return Forward(cache, attachment.own, False, None)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
@@ -281,18 +331,4 @@ def _begin(cache: KeptCache, bound: dict) -> Forward:
     cache.valid = valid_ranges(mask, n_row, n_new)
     if (spans_of := getattr(cache.action, "spans_of", None)) is not None:
         cache.spans = spans_of(n_row, n_new, cache.valid)
-    return Forward(cache, True, cache.valid)
-
-
-def _leave(decoder, args, kwargs, output):
-    forward = current_forward()
-    _local.forward = None
-    if forward is None or output is None:  # None: the forward raised, and its own error is on its way
-        return
-    waiting = [ticket.layer.index for ticket in forward.tickets.values() if not ticket.done]
-    untouched = [layer.index for layer in forward.cache.kept_layers if forward.prefill and layer.index not in forward.tickets]
-    if waiting or untouched:
-        raise NotInterceptedError(
-            f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
-            "transformers' attention interface"
-        )
+    return Forward(cache, attachment.own, True, cache.valid)

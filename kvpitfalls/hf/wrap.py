@@ -136,15 +136,12 @@ class Handle:
     def remove(self) -> None:
         """Restore the model. Caches made here can then no longer be used with it.
 
-        Raises
-        ------
-        RuntimeError
-            While a forward of the model is running, on any thread; nothing is changed then.
+        A forward that is running, on any thread, ends as it began; the model is restored after it.
         """
         if self._attachment is not None:
-            detach(self.model, ends_wrap=True)
             self._attachment.new_cache = None
             self._attachment = None
+            detach(self.model)
 
     def new_cache(self, *, spans=None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""

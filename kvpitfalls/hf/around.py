@@ -1,0 +1,63 @@
+"""A function around one method of one object, which no copy of the object inherits and which leaves no trace when it is taken away."""
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+
+import torch
+
+
+def _same(value):
+    return value
+
+
+class Around:
+    """Stands in an object's dictionary in place of a method; ``function(owner, method, args, kwargs)`` is called with the method itself.
+
+    It refers to its owner weakly, so a dropped model is freed; a deepcopy or a pickle of the owner has the method, not this.
+
+    Parameters
+    ----------
+    owner : torch.nn.Module
+    name : str
+        Of the method.
+    function : callable
+        Of a module's top level, since it outlives what it is called for.
+    """
+
+    def __init__(self, owner: torch.nn.Module, name: str, function: Callable):
+        self._owner, self._name, self._function = weakref.ref(owner), name, function
+        self._before = vars(owner).get(name)  # the object's own, such as accelerate puts there
+        method = getattr(owner, name)
+        functools.update_wrapper(self, method, updated=())
+        del self.__wrapped__  # bound to the owner, which would then refer to itself
+        self.__signature__ = inspect.signature(method)
+        vars(owner)[name] = self
+
+    def __call__(self, *args, **kwargs):
+        owner = self._owner()
+        return self._function(owner, self._method(owner), args, kwargs)
+
+    def _method(self, owner) -> Callable:
+        return getattr(type(owner), self._name).__get__(owner) if self._before is None else self._before
+
+    def take_away(self) -> None:
+        """Put back what was there; if somebody has wrapped this meanwhile, it stays inside and lets every call through."""
+        owner = self._owner()
+        if owner is None or vars(owner).get(self._name) is not self:
+            return
+        if self._before is None:
+            del vars(owner)[self._name]
+        else:
+            vars(owner)[self._name] = self._before
+
+    def __deepcopy__(self, memo: dict):
+        twin = memo.get(id(self._owner()))
+        if twin is None:  # this alone is copied, not its owner
+            return self
+        return copy.deepcopy(self._before, memo) if self._before is not None else getattr(type(twin), self._name).__get__(twin)
+
+    def __reduce__(self):
+        return (_same, (self._before,)) if self._before is not None else (getattr, (self._owner(), self._name))
