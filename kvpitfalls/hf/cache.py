@@ -87,6 +87,32 @@ class KeptCache(DynamicCache):
 
         save_cache(self, path)
 
+    def fixed(self, max_new_tokens: int, *, use_graph: bool = True) -> "KeptCache":
+        """This cache with room for new tokens, for fast decoding: they are written in place, and a GPU runs each step as one CUDA graph.
+
+        Answers are those of this cache, which stays as it is. Give the result to ``generate``, inside the wrap.
+
+        Parameters
+        ----------
+        max_new_tokens : int
+            How many tokens may follow the prompt: a question's and the answer's.
+        use_graph : bool
+            Capture a step as a CUDA graph, where it has token ids on one GPU, and its modules no hooks. Else Python runs each kernel.
+
+        Returns
+        -------
+        FixedCache
+
+        Raises
+        ------
+        ValueError
+            If the cache is empty, has seen tokens after its prompt, holds its budget while generating, or has layers that are not
+            compressed.
+        """
+        from .fixed import FixedCache
+
+        return FixedCache(self, max_new_tokens, use_graph)
+
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":
         """The rows of several caches as one batch. They must have seen equally long prompts and hold equally many slots."""

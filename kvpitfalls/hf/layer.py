@@ -24,6 +24,7 @@ class Slots:
     live_before: torch.Tensor | None
     n_after: int
     seen: int
+    is_fixed = False  # see FixedSlots
 
     @property
     def pos(self) -> torch.Tensor:

@@ -47,6 +47,8 @@ def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, impleme
         "eager" adds its mask, others take bool.
     """
     n_row, n_query_head, n_new = query.shape[:3]
+    if slots.is_fixed and n_new == 1:
+        mask = None  # a captured step has none that grows, and the slots know what is padding
     if implementation.startswith("flash") or implementation.startswith("flex"):
         if mask is None and slots.live is None and implementation.startswith("flash"):
             return None  # causal, aligned to the newest token: right for any number of older slots

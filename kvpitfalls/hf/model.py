@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from . import stand_ins
+from . import one_token, stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache
 from .around import Around
 from .cache import KeptCache
 from .coverage import attention_calls, check_cache, check_call, check_mode, check_model, decoder_of
 from .denominators import Denominators
+from .fixed import FixedCache
 from .layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 from .save import fingerprint
@@ -96,6 +97,8 @@ class Forward:
     own: Mapping[torch.nn.Module, int]  # the decoder's attention modules and their layers
     prefill: bool
     valid: list[tuple[int, int]] | None
+    newest: torch.Tensor | None = None  # bool (B, n), for a cache of fixed size: False where a new token is padding
+    bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
     tickets: dict[int, _Ticket] = field(default_factory=dict)
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
@@ -124,6 +127,10 @@ class Forward:
             )
         return None
 
+    def run(self, decoder, forward, args: tuple, kwargs: dict):
+        """The decoder's own forward; on a cache of fixed size that may be a captured one."""
+        return self.cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+
     def check(self, decoder) -> None:
         """Raise, when the forward has ended, if a layer's attention did not come by."""
         waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
@@ -146,7 +153,7 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
     if ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
-        attention_mask = physical_mask(ticket.slots, attention_mask, query, implementation)
+        base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
     action, is_first = forward.cache.action, not ticket.done
     ticket.done = True
     if not is_first or action is None or not (forward.prefill or getattr(action, "holds", False)):
@@ -163,6 +170,17 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
+
+
+def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
+    """The attention function and the mask for slots that are not in order."""
+    if (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
+        return _one_token, one_token.visible_slots(ticket.slots, mask)
+    return base, physical_mask(ticket.slots, mask, query, implementation)
+
+
+def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
+    return one_token.attend(query, key, value, visible, scaling)
 
 
 def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
@@ -271,7 +289,7 @@ def _armed(decoder, forward, args, kwargs):
             attachment.running.add(running)
         args, kwargs, record = _enter(decoder, attachment, args, kwargs)
         _local.forward = record
-        output = forward(*args, **kwargs)
+        output = forward(*args, **kwargs) if record is None else record.run(decoder, forward, args, kwargs)
         if record is not None:
             record.check(decoder)
         return output
@@ -321,7 +339,7 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones"
             )
-        return Forward(cache, attachment.own, False, None)
+        return Forward(cache, attachment.own, False, None, bound=bound if isinstance(cache, FixedCache) else None)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):

@@ -1,0 +1,158 @@
+"""What a step of ``generate`` takes, on a growing cache without a wrap, on a compressed one, and on a compressed one of fixed size.
+
+    python benchmarks/bench_decoding.py --json build/bench_decoding.json
+
+The shape is Llama-3.1-8B's in bfloat16 (``--small``: SmolLM2-135M's in float32, on the CPU), the weights are random: no time depends on
+them. A step is what ``model.generate`` takes from one token to the next, greedy, by the clock: the median over a run, and of runs by turns
+in one process. *busy* is how long the GPU works for a step of the model without a wrap (its kernels' times, by torch's profiler): what
+that step would take if Python cost nothing.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_cuda_model import SHAPE
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+import kvpitfalls as kvp
+
+CASES = [(8, 16384, 0.75), (1, 32768, 0.75), (32, 8192, 0.75), (8, 4096, 0.0), (1, 4096, 0.0)]
+SMALL = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+}
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token was there; stops nothing."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def step(self, n_warm: int) -> float:
+        """Median seconds from one token to the next."""
+        return statistics.median(b - a for a, b in zip(self.times[n_warm:], self.times[n_warm + 1 :], strict=False))
+
+
+def build(small: bool):
+    dtype, device = (torch.float32, "cpu") if small else (torch.bfloat16, "cuda")
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**(SMALL if small else SHAPE), attn_implementation="sdpa"))
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def random_cache(model, n_row: int, n_token: int) -> DynamicCache:
+    """As a prompt would leave it: what a step takes does not depend on the numbers."""
+    cache, config = DynamicCache(config=model.config), model.config
+    rows = torch.zeros(n_row, config.num_key_value_heads, n_token, config.head_dim, dtype=model.dtype, device=model.device)
+    for layer in range(config.num_hidden_layers):
+        cache.update(rows, rows, layer)
+    return cache
+
+
+def generate(model, ids, cache, n_step: int) -> float:
+    """Median seconds of a step."""
+    clock = Clock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=n_step,
+        min_new_tokens=n_step,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return clock.step(n_warm=8)
+
+
+def busy(model, ids, cache, n_step: int = 8) -> float:
+    """Seconds of a GPU's kernels in a step of the model."""
+    step = ids[:, -1:]
+
+    def run(n):
+        for _ in range(n):
+            model(step, past_key_values=cache)
+        torch.cuda.synchronize()
+
+    run(3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(n_step)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / n_step
+
+
+def measure(model, n_row: int, n_token: int, ratio: float, policy: str, n_step: int, n_round: int) -> dict:
+    prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
+    ids = torch.cat([prompt, prompt[:, :1]], 1)
+    with kvp.wrap(model, policy, compression_ratio=ratio) as handle:
+        parts = [handle.compress(prompt[row : row + 1]) for row in range(n_row)]
+        kept = kvp.KeptCache.join(parts)
+    del parts
+    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "fixed": []}
+    row = {"rows": n_row, "n": n_token, "ratio": ratio, "policy": policy}
+    for _ in range(n_round):
+        plain = random_cache(model, n_row, n_token)
+        if model.device.type == "cuda" and "busy" not in row:
+            row["busy"] = busy(model, ids, plain)
+            plain.crop(n_token - plain.get_seq_length())
+        steps["unwrapped"].append(generate(model, ids, plain, n_step))
+        del plain
+        with kvp.wrap(model, policy, compression_ratio=ratio):
+            steps["growing"].append(generate(model, ids, copy.deepcopy(kept), n_step))
+            steps["fixed"].append(generate(model, ids, kept.fixed(n_step + 1), n_step))
+    return row | {name: statistics.median(seconds) for name, seconds in steps.items()}
+
+
+def show(row: dict) -> None:
+    """One line."""
+    against = {"unwrapped, busy": row.get("busy"), "unwrapped": row["unwrapped"], "growing": row["growing"]}
+    parts = [f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)" for name, seconds in against.items() if seconds]
+    print(
+        f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} fixed {row['fixed'] * 1e3:8.2f} ms   {'   '.join(parts)}", flush=True
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape in float32 on the CPU: 8 rows of 4096 tokens")
+    parser.add_argument("--cases", nargs="+", metavar="ROWS,TOKENS,RATIO", help="instead of the usual ones")
+    parser.add_argument("--policy", default="snapkv")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cases = [(8, 4096, 0.75)] if args.small else CASES
+    if args.cases:
+        cases = [(int(rows), int(tokens), float(ratio)) for rows, tokens, ratio in (case.split(",") for case in args.cases)]
+    rows = []
+    with torch.inference_mode():
+        model = build(args.small)
+        for case in cases:
+            rows.append(measure(model, *case, args.policy, args.steps, args.rounds))
+            show(rows[-1])
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Decoding on a cache of fixed size: what eviction left first, then room for new tokens, written in place."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from ..errors import NotInterceptedError
+from .cache import KeptCache, why_not_compressed
+from .layer import KeptLayer
+from .step_graph import StepGraph, why_not, why_not_this
+
+_SLOTS = 16
+
+
+class Room:
+    """Which slots hold a visible token, and where the next one goes; shared by all layers that agree on it.
+
+    Attributes
+    ----------
+    visible : BoolTensor (B, H or 1, S)
+    bias : tensor (B, H or 1, S)
+        The same to be added to logits, 0 or minus infinity, in the keys' dtype: SDPA would make it of a mask anew in every layer.
+    at : LongTensor (1,)
+        The first free slot; on the device, so that a captured step can count.
+    where : LongTensor (n,)
+        The slots of the tokens that the present forward brings.
+    """
+
+    def __init__(self, visible: torch.Tensor, n_kept: int, first_layer: int, dtype: torch.dtype):
+        self.visible, self.n_kept, self.first_layer, self.dtype = visible, n_kept, first_layer, dtype
+        self._renew()
+        self.at = torch.tensor([n_kept], device=visible.device)
+        self.where = self.at
+
+    def open(self, n_new: int, newest: torch.Tensor | None) -> None:
+        """Take the next slots; ``newest``, bool (B, n), says which of the tokens are none but padding."""
+        self.where = self.at + torch.arange(n_new, device=self.at.device)
+        self.at += n_new
+        if newest is None:
+            self.visible.index_fill_(2, self.where, True)
+        else:
+            self.visible.index_copy_(2, self.where, newest[:, None].expand(-1, self.visible.shape[1], -1))
+        self._renew()
+
+    def _renew(self) -> None:
+        self.bias = torch.zeros_like(self.visible, dtype=self.dtype).masked_fill_(~self.visible, float("-inf"))
+
+    def close(self, n: int) -> None:
+        """Give the last ``n`` slots back."""
+        self.at -= n
+        self.visible.index_fill_(2, self.at + torch.arange(n, device=self.at.device), False)
+
+
+class FixedLayer(KeptLayer):
+    """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens are zero."""
+
+    def __init__(self, layer: KeptLayer, n_room: int):
+        super().__init__(layer.index)
+        vars(self).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
+        n_row, n_head, n_slot = layer.keys.shape[:3]
+        self.keys, self.values = (_with_room(x, n_room) for x in (layer.keys, layer.values))
+        pos = torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
+        later = torch.arange(self.seen, self.seen + n_room, device=pos.device).expand(n_row, n_head, -1)
+        self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
+        self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
+        self.bytes_before = layer.bytes_before or layer.keys.nbytes + layer.values.nbytes
+        self.room: Room | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write new rows where they belong; called by the model."""
+        from .model import current_forward
+
+        forward = current_forward()
+        if forward is None:
+            raise NotInterceptedError(
+                "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
+            )
+        n_new = key_states.shape[-2]
+        if self.room.first_layer == self.index:
+            self.room.open(n_new, forward.newest)
+        self.keys.index_copy_(2, self.room.where, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.room.where, value_states.to(self.values.dtype))
+        self.seen += n_new
+        forward.expect(self, n_new)
+        return self.keys, self.values
+
+    @property
+    def slots(self) -> "FixedSlots":
+        """What stands where."""
+        return FixedSlots(self)
+
+    @property
+    def live(self) -> torch.Tensor:
+        """Slots that hold a token (B, H, S)."""
+        return self.room.visible.expand(*self.pos_before.shape)
+
+    @property
+    def pos(self) -> torch.Tensor:
+        """Logical positions (B, H, S); those of free slots are the newest token's."""
+        return self.pos_before.clamp(max=self.seen - 1)
+
+    def crop(self, n: int) -> None:
+        """Not of one layer alone."""
+        raise ValueError("crop was called on a layer of a fixed cache; expected a call on the cache, whose layers share their slots")
+
+    def reset(self) -> None:
+        """Not of a fixed cache."""
+        raise ValueError("reset was called on a fixed cache; expected a new cache for a new prompt")
+
+    def map_in_place(self, rows: Callable) -> None:
+        """Rows move and the memory stays, so a captured step stays right."""
+        for x in (self.keys, self.values, self.pos_before):
+            x.copy_(rows(x))
+
+    def _map_rows(self, rows) -> None:
+        self.keys, self.values, self.pos_before = rows(self.keys), rows(self.values), rows(self.pos_before)
+        self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
+
+
+class FixedSlots:
+    """:class:`Slots` of a fixed layer; made only where somebody asks."""
+
+    is_fixed = True
+
+    def __init__(self, layer: FixedLayer):
+        self._layer, self.seen = layer, layer.seen
+
+    @property
+    def pos(self) -> torch.Tensor:
+        """See :class:`Slots`."""
+        return self._layer.pos
+
+    @property
+    def live(self) -> torch.Tensor:
+        """See :class:`Slots`."""
+        return self._layer.live
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """What one new token sees, (B, H or 1, S); see :class:`Room`."""
+        return self._layer.room.bias
+
+
+class FixedCache(KeptCache):
+    """A compressed cache with room for a number of new tokens; made by :meth:`KeptCache.fixed`.
+
+    On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then on.
+
+    Parameters
+    ----------
+    cache : KeptCache
+        Right after its prompt. It is not changed, and shares no memory with this one.
+    n_room : int
+        How many tokens may follow.
+    use_graph : bool
+        Whether to capture where that is possible.
+    """
+
+    graph: StepGraph | None = None
+
+    def __init__(self, cache: KeptCache, n_room: int, use_graph: bool):
+        _check(cache, n_room)
+        vars(self).update({name: value for name, value in vars(cache).items() if name != "layers"})
+        self.layers = [FixedLayer(layer, _n_free(layer, n_room)) for layer in cache.layers]
+        self.n_room = self.n_free = n_room
+        self.use_graph, self.is_warm = use_graph, False
+        self.rooms: list[Room] = []
+        for layer, kept in zip(self.layers, cache.layers, strict=True):
+            layer.room = self._room_for(_visible(kept, self.valid, _n_free(kept, n_room)), kept)
+
+    def _room_for(self, visible: torch.Tensor, kept: KeptLayer) -> Room:
+        n_kept = kept.keys.shape[2]
+        for room in self.rooms:
+            if room.n_kept == n_kept and _equal(room.visible, visible):
+                return room
+        self.rooms.append(Room(visible, n_kept, kept.index, kept.keys.dtype))
+        return self.rooms[-1]
+
+    def run(self, decoder, forward: Callable, args: tuple, kwargs: dict, record):
+        """A forward of the decoder over this cache: by Python, or replayed.
+
+        Parameters
+        ----------
+        decoder : torch.nn.Module
+        forward : callable
+            Its own forward, called with ``args`` and ``kwargs``.
+        record : Forward
+            Of this call.
+        """
+        bound = record.bound
+        ids = bound.get("input_ids") if bound.get("input_ids") is not None else bound["inputs_embeds"]
+        n_new, seen = ids.shape[1], self.get_seq_length()
+        record.newest = self._newest(bound.get("attention_mask"), n_new, seen)
+        self._take(n_new)
+        if not self.use_graph or n_new > 1 or why_not_this(bound) is not None:
+            return forward(*args, **kwargs)
+        positions = bound.get("position_ids")
+        positions = torch.full_like(ids, seen) if positions is None else positions.expand(ids.shape)
+        if self.graph is None or not self.graph.fits(decoder, ids):
+            if not self.is_warm or why_not(decoder) is not None:
+                self.is_warm = True
+                return forward(*args, **kwargs)
+            self.graph = StepGraph(decoder, forward, self, ids, record)
+        return self.graph(self, ids, positions, record.newest)
+
+    def _newest(self, mask, n_new: int, seen: int) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            raise ValueError("attention_mask is not a padding mask (B, T); expected one, or none, for a fixed cache")
+        if self.n_free == self.n_room:  # later ones are this one with new columns
+            real = torch.zeros(len(mask), seen, dtype=torch.bool)
+            for row, (begin, end) in zip(real, self.valid, strict=True):
+                row[begin:end] = True
+            if not torch.equal(mask[:, :seen].bool().cpu(), real):
+                raise ValueError("attention_mask hides other tokens of the prompt than its prefill did; expected the same")
+        return mask[:, mask.shape[1] - n_new :].bool()
+
+    def _take(self, n_new: int) -> None:
+        if n_new > self.n_free:
+            raise ValueError(
+                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; expected a larger "
+                "max_new_tokens in cache.fixed()"
+            )
+        self.n_free -= n_new
+
+    def fixed(self, max_new_tokens: int, *, use_graph: bool = True) -> "FixedCache":
+        """Not twice."""
+        raise ValueError("fixed was called on a fixed cache; expected the cache that it was made from")
+
+    def save(self, path) -> None:
+        """Not of a fixed cache."""
+        raise ValueError("save was called on a fixed cache; expected the cache that it was made from")
+
+    def crop(self, n: int) -> None:
+        """Drop the newest ``-n`` tokens (or, n > 0, cut down to n) of those that came into the room."""
+        drop = -n if n <= 0 else self.get_seq_length() - n
+        if drop <= 0:
+            return
+        if drop > self.n_room - self.n_free:
+            raise ValueError(f"crop would drop {drop} tokens, but only the newest {self.n_room - self.n_free} came after eviction")
+        for room in self.rooms:
+            room.close(drop)
+        for layer in self.layers:
+            layer.seen -= drop
+        self.n_free += drop
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search: rows move, in place."""
+        for layer in self.layers:
+            layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
+        for room in self.rooms:
+            room.visible.copy_(room.visible[beam_idx.to(room.visible.device)])
+        KeptCache._map_rows(self, beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row."""
+        super().batch_repeat_interleave(repeats)
+        self._replace_rooms(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices) -> None:
+        """Keep some batch rows, in the given order."""
+        super().batch_select_indices(indices)
+        self._replace_rooms(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def _replace_rooms(self, rows: Callable) -> None:
+        self.graph, self.is_warm = None, False  # it is of the old memory
+        for room in self.rooms:
+            room.visible = rows(room.visible)
+
+    def __deepcopy__(self, memo: dict) -> "FixedCache":
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy({name: value for name, value in vars(self).items() if name != "graph"}, memo))
+        twin.is_warm = False
+        return twin
+
+
+def _check(cache: KeptCache, n_room: int) -> None:
+    if isinstance(n_room, bool) or not isinstance(n_room, int) or n_room < 1:
+        raise ValueError(f"max_new_tokens is {n_room!r}; expected a whole number, at least 1")
+    if others := {i: why_not_compressed(x) for i, x in enumerate(cache.layers) if not isinstance(x, KeptLayer)}:
+        raise ValueError(f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of KeptLayers alone")
+    if not cache.get_seq_length():
+        raise ValueError("the cache is empty; expected one that has seen a prompt")
+    if getattr(cache.action, "holds", False):
+        raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill'")
+    n_prompt = max(end for _, end in cache.valid)
+    if any(layer.n_after if layer.is_evicted else layer.seen != n_prompt for layer in cache.layers):
+        raise ValueError("the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt")
+
+
+def _n_free(layer: KeptLayer, n_room: int) -> int:
+    """Slots behind the kept ones: ``n_room`` and as many more as make 16 divide them all, which kernels of attention want."""
+    n_kept = layer.keys.shape[2]
+    return -(-(n_kept + n_room) // _SLOTS) * _SLOTS - n_kept
+
+
+def _with_room(x: torch.Tensor, n_room: int) -> torch.Tensor:
+    out = x.new_zeros(*x.shape[:2], x.shape[2] + n_room, x.shape[3])
+    out[:, :, : x.shape[2]] = x
+    return out
+
+
+def _visible(layer: KeptLayer, valid, n_room: int) -> torch.Tensor:
+    """Bool (B, H or 1, S): the slots that hold a real token."""
+    n_row, _, n_slot = layer.keys.shape[:3]
+    live = layer.live
+    if live is None and not layer.is_evicted and any(row != (0, n_slot) for row in valid):
+        slot = torch.arange(n_slot, device=layer.keys.device)
+        live = torch.stack([(slot >= begin) & (slot < end) for begin, end in valid])[:, None]
+    elif live is None:
+        live = torch.ones(n_row, 1, n_slot, dtype=torch.bool, device=layer.keys.device)
+    elif bool((live == live[:, :1]).all()):
+        live = live[:, :1]
+    return torch.cat([live, live.new_zeros(*live.shape[:2], n_room)], -1)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.device == b.device and a.shape == b.shape and bool((a == b).all())

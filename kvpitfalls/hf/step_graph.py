@@ -1,0 +1,91 @@
+"""One step of a decoder over a cache of fixed size, captured as a CUDA graph: the GPU's work without Python between its kernels."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from .arguments import CACHE_NAMES, cache_argument
+
+# What a captured step reads; a call with anything else is run as it is, by Python.
+_INPUTS = {"input_ids", "position_ids", "attention_mask", "use_cache", "cache_position", "return_dict", *CACHE_NAMES}
+
+
+def why_not_this(bound: dict) -> str | None:
+    """Why a call is run by Python and not captured; None if it can be. ``bound``: its arguments by name."""
+    ids = bound.get("input_ids")
+    if ids is None or not ids.is_cuda:
+        return "it has no token ids on a GPU"
+    if others := [name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False]:
+        return f"it was given {', '.join(others)}"
+    return "it returns a tuple" if bound.get("return_dict") is False else None
+
+
+def why_not(decoder: torch.nn.Module) -> str | None:
+    """Why no step of a decoder is captured; None if they can be."""
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return f"{type(decoder).__name__} counts positions itself"
+    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+        return "the model is on several devices"
+    if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in decoder.modules()):
+        return "modules have hooks, which a replay would not call"
+    return None
+
+
+class StepGraph:
+    """A captured step. It holds the memory of its inputs and outputs, and relies on that of the cache and the weights.
+
+    Parameters
+    ----------
+    decoder : torch.nn.Module
+    forward : callable
+        The decoder's own forward.
+    cache : FixedCache
+        Whose Python side is left as it was; the capture computes nothing.
+    ids : LongTensor (B, 1)
+    record : Forward
+        Of the call in which it is captured.
+    """
+
+    def __init__(self, decoder, forward: Callable, cache, ids: torch.Tensor, record):
+        self.decoder_id, self.implementation = id(decoder), decoder.config._attn_implementation
+        self.ids, self.positions = torch.zeros_like(ids), torch.zeros_like(ids)
+        self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+        newest, record.newest = record.newest, self.newest
+        self._graph = torch.cuda.CUDAGraph()
+        seen = cache.get_seq_length()
+        # Nothing reads the model's own mask; some kinds are made of constants, which a capture cannot send to the GPU.
+        mask = None if self.implementation == "sdpa" else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._output = forward(
+                    input_ids=self.ids,
+                    attention_mask=mask,
+                    position_ids=self.positions,
+                    use_cache=True,
+                    **cache_argument(decoder, cache),
+                )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({error}); expected "
+                "cache.fixed(..., use_graph=False)"
+            ) from error
+        finally:
+            for layer in cache.layers:
+                layer.seen = seen
+            record.newest = newest
+
+    def fits(self, decoder, ids: torch.Tensor) -> bool:
+        """Whether it was captured for such a call."""
+        return self.decoder_id == id(decoder) and self.implementation == decoder.config._attn_implementation and self.ids.shape == ids.shape
+
+    def __call__(self, cache, ids: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor | None):
+        """The step's output, in memory of its own."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.newest.fill_(True) if newest is None else self.newest.copy_(newest)
+        self._graph.replay()
+        for layer in cache.layers:
+            layer.seen += 1
+        of_cache = {name: cache for name in CACHE_NAMES if name in self._output}
+        return type(self._output)(last_hidden_state=self._output.last_hidden_state.clone(), **of_cache)

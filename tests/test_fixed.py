@@ -1,0 +1,216 @@
+"""Caches of fixed size: whatever is generated on one is what the growing cache generates; what they cannot do is refused by name.
+
+On a GPU the same tests run with captured steps.
+"""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import build, feed, ids
+from transformers import TextIteratorStreamer
+
+import kvpitfalls as kvp
+from kvpitfalls.hf import one_token
+from kvpitfalls.hf.fixed import FixedCache
+
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+N_PROMPT, SPANS = 24, {"first": (2, 9), "second": (12, 20)}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def llama(request):
+    return build("llama").to(request.param)
+
+
+def prompt(padding: str | None, n_row: int = 3):
+    """Tokens and mask on the CPU; padding on one side, but for the last row."""
+    tokens = ids(n_row, N_PROMPT)
+    mask = torch.ones_like(tokens)
+    for row in range(n_row - 1) if padding else ():
+        mask[row, slice(0, 4 * row + 2) if padding == "left" else slice(N_PROMPT - 4 * row - 2, None)] = 0
+    return tokens, mask
+
+
+def answer(model, cache, tokens, mask, n_new=40, **options):
+    """Tokens and logits of a greedy answer to three tokens of question."""
+    question = ids(len(tokens), 3, seed=5)
+    asked, seen = torch.cat([tokens, question], 1).to(model.device), torch.cat([mask, torch.ones_like(question)], 1).to(model.device)
+    options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False} | options
+    out = model.generate(asked, attention_mask=seen, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences[:, asked.shape[1] :], torch.stack(out.logits)
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0])
+    assert (one[1] - other[1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_answers_are_those_of_the_growing_cache(llama, policy, fair, padding):
+    tokens, mask = prompt(padding)
+    spans = [{k: (a, b) for k, (a, b) in SPANS.items()}] * 3 if padding is None else None
+    with kvp.wrap(llama, policy, compression_ratio=0.5, fair=fair and spans is not None, protect="sinks") as handle:
+        cache = handle.compress(tokens, None if padding is None else mask, spans)
+        fixed = cache.fixed(43)
+        before = cache.report()
+        assert_same(answer(llama, copy.deepcopy(cache), tokens, mask), answer(llama, fixed, tokens, mask))
+        assert cache.report() == before, "the cache it was made from stays as it is"
+        assert fixed.report()["kept_share"] == before["kept_share"] and fixed.report()["spans"] == before["spans"]
+        assert all((fixed.positions(i) == cache.positions(i)).all() for i in range(3))
+    assert (fixed.graph is not None) == (llama.device.type == "cuda")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "gpt2"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_families(family, implementation, device):
+    model = build(family, implementation).to(device)
+    tokens, mask = prompt("left")
+    with kvp.wrap(model, "knorm", compression_ratio=0.4) as handle:
+        cache = handle.compress(tokens, mask)
+        assert_same(answer(model, copy.deepcopy(cache), tokens, mask, 20), answer(model, cache.fixed(30), tokens, mask, 20))
+
+
+def test_nothing_evicted(llama):
+    tokens, mask = prompt("left")
+    with kvp.wrap(llama, "h2o", compression_ratio=0.0) as handle:
+        cache = handle.compress(tokens, mask)
+        assert_same(answer(llama, copy.deepcopy(cache), tokens, mask), answer(llama, cache.fixed(43), tokens, mask))
+
+
+def test_a_fixed_cache_answers_again_after_a_copy_or_a_crop(llama):
+    tokens, mask = prompt("left")
+    with kvp.wrap(llama, "tova", compression_ratio=0.5) as handle:
+        fixed = handle.compress(tokens, mask).fixed(50)
+        first = answer(llama, copy.deepcopy(fixed), tokens, mask)
+        assert_same(first, answer(llama, fixed, tokens, mask))
+        fixed.crop(-(fixed.get_seq_length() - N_PROMPT))
+        assert fixed.get_seq_length() == N_PROMPT and fixed.n_free == 50
+        assert_same(first, answer(llama, fixed, tokens, mask))
+        with pytest.raises(ValueError, match="crop would drop 43 tokens, but only the newest 42 came after eviction"):
+            fixed.crop(-43)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_beams_and_several_sequences(llama, options):
+    tokens, mask = prompt(None)
+
+    def run(cache):
+        torch.manual_seed(0)
+        return answer(llama, cache, tokens, mask, 12, **options)[0]
+
+    with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens)
+        n = options.get("num_beams", 1) if "num_beams" in options else options["num_return_sequences"]
+        for each in (several := [copy.deepcopy(cache), cache.fixed(20)]):
+            each.batch_repeat_interleave(n)
+        assert torch.equal(*map(run, several))
+
+
+def test_a_streamer_gets_every_token(llama):
+    class Letters:
+        def decode(self, tokens, **kwargs):
+            return "".join(f"{int(token)} " for token in tokens)
+
+    tokens, mask = prompt(None, 1)
+    with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
+        streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
+        out, _ = answer(llama, handle.compress(tokens).fixed(20), tokens, mask, 9, streamer=streamer)
+    assert "".join(streamer).split() == [str(token) for token in out[0].tolist()]
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=6), ratio=st.floats(0.05, 0.9), seed=st.integers(0, 99))
+def test_tokens_may_come_in_any_chunks(llama, chunks, ratio, seed):
+    tokens = ids(2, N_PROMPT + sum(chunks), seed=seed)
+    with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        growing, fixed = (
+            feed(llama, tokens.to(llama.device), chunks, each, start=N_PROMPT) for each in (copy.deepcopy(cache), cache.fixed(24))
+        )
+    assert (growing - fixed).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 3, 37, 64), (8, 8, 4, 512, 128), (1, 2, 1, 33, 80), (2, 2, 4, 64, 256)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_of_one_token_is_that_with_repeated_keys(device, shape, dtype):
+    n_row, n_head, n_group, n_slot, n_dim = shape
+    make = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(n_row, n, m, n_dim, generator=make).to(device, dtype)
+        for n, m in ((n_head * n_group, 1), (n_head, n_slot), (n_head, n_slot))
+    )
+    visible = (torch.rand(n_row, n_head, 1, n_slot, generator=make) < 0.7).to(device)
+    visible[..., -1] = True
+    bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    for mask in (visible, visible[:, :1], bias, bias[:, :1], None):
+        whole = [x.float().repeat_interleave(n_group, 1) for x in (key, value)]
+        seen = None if mask is None else mask.expand(-1, n_head, -1, -1).repeat_interleave(n_group, 1)
+        seen = seen.float() if seen is not None and seen.dtype != torch.bool else seen
+        wanted = torch.nn.functional.scaled_dot_product_attention(query.float(), *whole, attn_mask=seen).transpose(1, 2)
+        out, _ = one_token.attend(query, key, value, mask, None)
+        assert out.shape == wanted.shape and out.dtype == dtype
+        assert (out.float() - wanted).abs().max() <= (5e-6 if dtype == torch.float32 else 2e-2)  # bfloat16 has 8 bits
+
+
+def test_what_a_fixed_cache_refuses(llama):
+    tokens, mask = prompt("left")
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens, mask)
+        for n in (0, -1, 1.0, True, None):
+            with pytest.raises(ValueError, match=r"max_new_tokens is .*; expected a whole number, at least 1"):
+                cache.fixed(n)
+        with pytest.raises(ValueError, match="the cache is empty"):
+            handle.new_cache().fixed(4)
+        with pytest.raises(ValueError, match="1 new tokens were given to a fixed cache with room for 0 of 41"):
+            answer(llama, cache.fixed(41), tokens, mask)
+        other = mask.clone()
+        other[0, 2:8] = 0
+        with pytest.raises(ValueError, match="attention_mask hides other tokens of the prompt than its prefill did"):
+            answer(llama, cache.fixed(43), tokens, other)
+        for call, name in ((lambda x: x.save("/nowhere"), "save"), (lambda x: x.reset(), "reset"), (lambda x: x.fixed(3), "fixed")):
+            with pytest.raises(ValueError, match=f"{name} was called on a"):
+                call(cache.fixed(3))
+        with pytest.raises(ValueError, match="crop was called on a layer"):
+            cache.fixed(3).layers[0].crop(-1)
+        answer(llama, cache, tokens, mask, 4)
+        with pytest.raises(ValueError, match="has seen tokens after its prompt"):
+            cache.fixed(3)
+    with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+        llama(tokens[:, :1].to(llama.device), past_key_values=FixedCache(handle_cache(llama, tokens), 4, True))
+    with kvp.wrap(llama, "knorm", budget=8, when="always") as handle, pytest.raises(ValueError, match="holds its budget"):
+        handle.compress(tokens, mask).fixed(3)
+    sliding = build("gemma3_text").to(llama.device)
+    with kvp.wrap(sliding, "knorm", compression_ratio=0.5) as handle, pytest.raises(ValueError, match=r"layers \[0.*are not compressed"):
+        handle.compress(tokens).fixed(3)
+
+
+def handle_cache(model, tokens):
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        return handle.compress(tokens)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_is_not_captured_runs_all_the_same():
+    """Hooks are called; another attention function is captured anew; use_graph=False never captures."""
+    model, (tokens, mask) = build("llama").cuda(), prompt(None)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache, called = handle.compress(tokens), []
+        wanted = answer(model, copy.deepcopy(cache), tokens, mask)
+        plain = cache.fixed(43, use_graph=False)
+        assert_same(wanted, answer(model, plain, tokens, mask))
+        assert plain.graph is None
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
+        hooked = cache.fixed(43)
+        assert_same(wanted, answer(model, hooked, tokens, mask))
+        hook.remove()
+        assert len(called) == 40 and hooked.graph is None
