@@ -13,6 +13,7 @@ import copy
 import json
 import statistics
 import time
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from bench_cuda_model import SHAPE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import kvpitfalls as kvp
+from kvpitfalls.hf import one_token
 
 CASES = [(8, 16384, 0.75), (1, 32768, 0.75), (32, 8192, 0.75), (8, 4096, 0.0), (1, 4096, 0.0)]
 SMALL = {
@@ -83,13 +85,14 @@ def generate(model, ids, cache, n_step: int) -> float:
     return clock.step(n_warm=8)
 
 
-def busy(model, ids, cache, n_step: int = 8) -> float:
-    """Seconds of a GPU's kernels in a step of the model."""
+def busy(model, ids, cache, n_step: int = 8, mask=None) -> float:
+    """Seconds of a GPU's kernels in a step of the model. ``mask``: of more tokens than will come."""
     step = ids[:, -1:]
 
     def run(n):
         for _ in range(n):
-            model(step, past_key_values=cache)
+            seen = None if mask is None else mask[:, : cache.get_seq_length() + 1]
+            model(step, past_key_values=cache, attention_mask=seen)
         torch.cuda.synchronize()
 
     run(3)
@@ -120,8 +123,29 @@ def measure(model, n_row: int, n_token: int, ratio: float, policy: str, n_step: 
     return row | {name: statistics.median(seconds) for name, seconds in steps.items()}
 
 
+def measure_padded(model, n_row: int, n_token: int, ratio: float, policy: str) -> dict:
+    """A GPU's time for a step on a growing cache whose rows are half padding, by our attention of one token and by transformers'."""
+    prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
+    mask = torch.ones_like(prompt)
+    mask[:, : n_token // 2] = 0
+    mask[0] = 1  # one row is whole, or there would be no padding to compress
+    row = {"rows": n_row, "n": n_token, "ratio": ratio, "policy": policy}
+    longer = torch.cat([mask, mask.new_ones(n_row, 64)], 1)
+    with kvp.wrap(model, policy, compression_ratio=ratio) as handle:
+        cache = handle.compress(prompt, mask)
+        row["ours"] = busy(model, prompt, cache, mask=longer)
+        with unittest.mock.patch.object(one_token, "serves", return_value=False):
+            row["transformers"] = busy(model, prompt, cache, mask=longer)
+    return row
+
+
 def show(row: dict) -> None:
     """One line."""
+    if "ours" in row:
+        ours, theirs = row["ours"] * 1e3, row["transformers"] * 1e3
+        where = f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} padded, growing"
+        print(f"{where}: busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})", flush=True)
+        return
     against = {"unwrapped, busy": row.get("busy"), "unwrapped": row["unwrapped"], "growing": row["growing"]}
     parts = [f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)" for name, seconds in against.items() if seconds]
     print(
@@ -133,6 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape in float32 on the CPU: 8 rows of 4096 tokens")
     parser.add_argument("--cases", nargs="+", metavar="ROWS,TOKENS,RATIO", help="instead of the usual ones")
+    parser.add_argument("--padded", action="store_true", help="a padded batch on a growing cache instead")
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
@@ -146,8 +171,9 @@ def main():
     rows = []
     with torch.inference_mode():
         model = build(args.small)
-        for case in cases:
-            rows.append(measure(model, *case, args.policy, args.steps, args.rounds))
+        for case in [(8, 8192, 0.5)] if args.padded and not args.cases else cases:
+            how = (args.policy,) if args.padded else (args.policy, args.steps, args.rounds)
+            rows.append((measure_padded if args.padded else measure)(model, *case, *how))
             show(rows[-1])
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
