@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from kvpitfalls.audits.following import check
-from kvpitfalls.audits.leakage import refuses
+from kvpitfalls.audits.refusal import refuses
 from kvpitfalls.experiments import corpus
 from kvpitfalls.experiments.scenario import Scenario, conversation
 
@@ -76,7 +76,8 @@ def test_prompts_of_both_orders(smollm2, name, order):
 def test_no_defense_has_one_instruction(smollm2):
     scenario = Scenario.of(OWN, OWN.rows[0], corpus.NO_DEFENSE, "defense_first")
     assert list(scenario.prompt(smollm2[1]).spans) == ["directive"]
-    assert "defense" not in scenario.score("attack", "text", 0)["leak"]
+    found = scenario.score("attack", "text", 0)
+    assert "defense" not in found["leak"] and "defense" not in found["floor"]
 
 
 def test_a_users_file(tmp_path):

@@ -4,6 +4,7 @@
 by checksum, never shipped. A path names a user's own file of rows.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from ..audits.leakage import unlike
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
@@ -105,6 +108,17 @@ class Corpus:
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def other_directives(self, row: Mapping) -> list[str]:
+        """Directives, without the prefix, that a row's answers cannot have seen: of the other rows, then of the shipped ones."""
+        texts = (r["messages"][0]["content"] for r in (*self.rows, *_shipped().rows))
+        return unlike(row["messages"][0]["content"], (text for text in texts if len(text.split()) > 1))
+
+    def other_defenses(self, text: str) -> list[str]:
+        """Defenses that are not this one: its own and the shipped ones."""
+        defenses = {**self.defenses, **_shipped().defenses}
+        texts = [d.templates[ORDERS[0]].replace("$system_prompt", "").strip() for d in defenses.values() if d.name != NO_DEFENSE]
+        return unlike(text, texts)
+
 
 def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     """The corpus of a name.
@@ -132,6 +146,11 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     if not path.is_file():
         raise FileNotFoundError(f"dataset is {name!r}; expected own, paper, paper_shuffled, or the path of a JSONL file of rows")
     return Corpus(path.name, _rows(path.read_bytes(), path.name), own.defenses, own.attacks)
+
+
+@functools.cache
+def _shipped() -> Corpus:
+    return _own()
 
 
 def _own() -> Corpus:
