@@ -21,6 +21,7 @@ from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.modes import FIXES
 from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.scenario import Scenario, conversation
 from kvpitfalls.experiments.sweep import sweep
@@ -268,3 +269,18 @@ def test_config_files(tmp_path):
     path.write_text("policies = [", "utf-8")
     with pytest.raises(ValueError, match="cannot be read"):
         SweepConfig.read(path)
+
+
+def test_fixes_and_control_hold_equal_memory(model, tmp_path):
+    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects; and batches change none."""
+    same = {"modes": list(FIXES), "policies": ["snapkv"], "compression_ratios": [0.3], "orders": ["defense_first"], "kinds": ["recall"]}
+    sweep(tiny_sweep.config(model, n_prompts=3, **same), tmp_path / "together")
+    sweep(tiny_sweep.config(model, n_prompts=3, batch_size=1, **same), tmp_path / "alone")
+    found = records.read_records(tmp_path / "together")
+    assert sorted(tiny_sweep.untimed(tmp_path / "together")) == sorted(tiny_sweep.untimed(tmp_path / "alone"))
+    whole = {r["key"]: r["n_tokens"] for r in found}
+    done = [r for r in found if r["scores"] is not None and r["compression_ratio"] == 0.3]
+    assert {r["mode"] for r in done} >= {"biased", "random", "whitelist", "fair", "fair+whitelist"}
+    assert all(r["n_kept"] == int(whole[r["key"]] * 0.7) for r in done)
+    kept = {r["mode"]: r["kept"] for r in done if r["key"] == found[0]["key"]}
+    assert kept["random"] != kept["biased"] and kept["whitelist"]["whitelist"] == kept["fair+whitelist"]["whitelist"] == 1

@@ -30,7 +30,7 @@ _PROBE_LABELS = {
 _POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 _SPANS = ("defense", "directive", "whitelist")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-."}
+_LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-.", "random": (0, (1, 2))}
 # ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
 _THEMES = {
     "light": ("#222222", "#ffffff", "#999999", "#17365c", ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")),
