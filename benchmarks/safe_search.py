@@ -1,4 +1,4 @@
-"""Is there a way to share the budget that beats both of the paper's fixes, fair and whitelist eviction, on all four outcomes at once?
+"""Is there a way to share the budget that beats both of the paper's fixes, fair and whitelist eviction, on all outcomes at once?
 
     python benchmarks/safe_search.py narrow DIR      # a grid on the train half of the prompts, by the teacher-forced probe
     python benchmarks/safe_search.py finalists DIR   # the best of each policy on the train half, by generated answers
@@ -6,8 +6,8 @@
     python benchmarks/safe_search.py held-out DIR --policy snapkv    # its mode under another policy: a look around, no test
 
 Each step resumes its own sweeps, prints its table, and reads what the step before it left in DIR. Model: SmolLM2-135M-Instruct, prompts:
-the package's own, every second one for each half. A setting dominates a fix if it leaks no more, refuses no less, recalls no less and
-follows no less, and is better in one; its score is its smallest gain over the two fixes and the outcomes.
+the package's own, every second one for each half. A setting dominates a fix if it leaks no more, refuses no less, recalls no less,
+follows no less and refuses no more harmless tasks, and is better in one; its score is its smallest gain over both fixes and all outcomes.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from kvpitfalls.display.tables import table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.intervals import paired_interval
+from kvpitfalls.experiments.metrics import METRICS, joined, per_prompt
 from kvpitfalls.experiments.records import read_records
-from kvpitfalls.experiments.summary import METRICS, per_prompt
 from kvpitfalls.experiments.sweep import sweep
 
 POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 FIXES = ("fair", "whitelist")
 # metric -> its sign: 1 where more is better
-OUTCOMES = {"leak": -1, "refused": 1, "recall": 1, "follow": 1}
+OUTCOMES = {"leak_above": -1, "refused": 1, "recall_above": 1, "follow": 1, "refused_task": -1}
 PROBES = {"probe_margin": 1, "probe_recall": 1, "probe_follow": 1}
 SAME = {"orders": ["defense_first"], "defenses": ["refuse"], "dtype": "bfloat16"}
 
@@ -152,7 +152,7 @@ def of_setting(records: list[dict], metric: str, policy: str, mode: str, ratio: 
     """Prompt -> mean of a metric."""
     kind, parts = METRICS[metric]
     setting = (policy, mode, ratio, kind)
-    chosen = [r for r in records if (r["policy"], r["mode"], r["compression_ratio"], r["kind"]) == setting]
+    chosen = [r for r in joined(records) if (r["policy"], r["mode"], r["compression_ratio"], r["kind"]) == setting]
     return {key: total / n for key, (total, n) in per_prompt(chosen, parts).items()}
 
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Audit": "audits.audit",
     "audit": "audits.retention",
+    "BudgetError": "errors",
     "CudaError": "errors",
     "DeviceError": "errors",
     "Fair": "eviction.fairness",

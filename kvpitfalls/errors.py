@@ -21,6 +21,19 @@ class CudaError(RuntimeError):
     """
 
 
+class BudgetError(ValueError):
+    """The budget is smaller than what must be kept of a prompt: so this setting cannot exist for it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> kvp.keep("knorm", np.ones((1, 1, 8, 4), "float32"), budget=2, protect=[0, 1, 2])  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    kvpitfalls.errors.BudgetError: ...
+    """
+
+
 class UnsupportedModelError(NotImplementedError):
     """The model holds or uses its key/value cache in a way that cannot be compressed correctly; the message says which.
 

@@ -9,9 +9,10 @@ from chat_tokenizers import byte_level
 from tiny_models import build, ids, tiny_prompt
 
 import kvpitfalls as kvp
-from kvpitfalls import DeviceError, ops
+from kvpitfalls import BudgetError, DeviceError, ops
 from kvpitfalls.audits.following import accuracies, check
-from kvpitfalls.audits.leakage import begun_and_rest, leakage, refuses, rouge_recall, share_over
+from kvpitfalls.audits.leakage import begun_and_rest, floor, leakage, rouge_recall
+from kvpitfalls.audits.refusal import refuses
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.sweep import sweep
 from kvpitfalls.hf.load import load
@@ -227,7 +228,11 @@ KEEP = [
     (lambda e: kvp.keep("h2o", KEYS, QUERIES), ValueError, "exactly one of compression_ratio (the share removed) and budget (tokens kept)"),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, budget=0), ValueError, "budget is 0; expected a whole number of tokens, at least 1"),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, budget=2.5), ValueError, "budget is 2.5; expected a whole number of tokens, at least 1"),
-    (lambda e: kvp.keep("h2o", KEYS, QUERIES, budget=2, protect=[1, 2, 3]), ValueError, "the budget of row 0 is 2 tokens, but 3 are prote"),
+    (
+        lambda e: kvp.keep("h2o", KEYS, QUERIES, budget=2, protect=[1, 2, 3]),
+        BudgetError,
+        "the budget of row 0 is 2 tokens, but 3 are prote",
+    ),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, protect=[20]), ValueError, "protect holds position 20; expected one "),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, protect=[-1]), ValueError, "protect holds position -1; expected one "),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, protect="c", spans=SPANS), ValueError, "protect names 'c'; expected "),
@@ -401,13 +406,18 @@ TEXTS = [
     (lambda e: leakage(3, {"a": "b"}), TypeError, "response is a int; expected a str"),
     (lambda e: refuses(3), TypeError, "response is a int; expected a str"),
     (lambda e: refuses("a", 3), TypeError, "sentence is a int; expected a str"),
+    (
+        lambda e: floor("a", []),
+        ValueError,
+        "others is []; expected texts that the answer cannot have seen, since a leak",
+    ),
+    (
+        lambda e: floor("a", "b"),
+        ValueError,
+        "others is 'b'; expected texts that the answer cannot have seen, since a leak",
+    ),
     (lambda e: begun_and_rest("one"), ValueError, "the directive is 'one'; expected at least two words, to begin with one and ask for the"),
     (lambda e: begun_and_rest(3), TypeError, "directive is a int; expected a str"),
-    (lambda e: share_over([]), ValueError, "there are no answers; expected at least one to take a share of"),
-    (lambda e: share_over([0.1], 2), ValueError, "threshold is 2; expected a number in [0, 1]"),
-    (lambda e: share_over([0.1], True), ValueError, "threshold is True; expected a number in [0, 1]"),
-    (lambda e: share_over(3), TypeError, "recalls is 3; expected a list of numbers"),
-    (lambda e: share_over(["x"]), TypeError, "recalls is ['x']; expected a list of numbers"),
     (lambda e: check({"key": 1}, "x"), ValueError, "the row has no 'prompt'; expected the fields of IFEval: key, prompt, instruction_id_l"),
     (lambda e: check(3, "x"), TypeError, "row is a int; expected a mapping with the fields of IFEval"),
     (lambda e: check({"key": 1, "prompt": "x", "instruction_id_list": ["a:b"], "kwargs": [{}]}, "x"), ValueError, "row 1 names instructio"),

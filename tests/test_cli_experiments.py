@@ -33,17 +33,25 @@ def test_sweep_from_a_file_and_again(run, model, tmp_path):
     done = json.loads(out)["all"]
     assert code == 0 and done["items"] == len(read_records(tmp_path / "out")) == 9 * 4 and done["resumed_at"] == 0
     code, out, _ = run("sweep", "--config", path, "--output", tmp_path / "out", "--n-prompts", 1)
-    assert code == 0 and out == f"{tmp_path / 'out'}: 36 items, 0 failed, 36 were there already\n"
+    assert code == 0 and out == f"{tmp_path / 'out'}: 36 items, 0 failed, 0 infeasible, 36 were there already\n"
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
     assert code == 2 and "begun with config.n_prompts = 1 and would go on with 2" in err and not out
 
 
-def test_failed_items_exit_with_1(run, model, tmp_path):
+def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
     path = tmp_path / "sweep.json"
     config = tiny_sweep.config(model, n_prompts=1, modes=["whitelist_defense"], compression_ratios=[0.9], orders=["defense_first"])
     path.write_text(json.dumps(config.to_dict()), "utf-8")
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
-    assert code == 1 and "8 items failed; their records hold the error" in err and "12 items, 8 failed" in out
+    assert code == 0 and "failed;" not in err and "12 items, 0 failed, 8 infeasible" in out
+
+
+def test_failed_items_exit_with_1(run, model, tmp_path):
+    row = {"key": 1, "messages": [{"role": "system", "content": "Silence!"}, {"role": "user", "content": "Hello"}]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    given = ["--dataset", tmp_path / "mine.jsonl", "--model", model, "--policy", "knorm", "--ratio", 0.5, "--max-new-tokens", 3]
+    code, _, err = run("leakage", *given, "--output", tmp_path / "out")
+    assert code == 1 and "items failed; their records hold the error" in err
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
     assert run("sweep", "--config", path, "--output", tmp_path / "out")[0] == 0
     code, out, _ = run("report", tmp_path / "out")
     header = out.splitlines()[0].split()
-    assert code == 0 and header[-5:] == ["refusal", "leak", "margin", "recall", "follow"] and "leak_over" not in out
+    assert code == 0 and header[-5:] == ["refusal", "leak", "margin", "recall", "follow"] and "guarded" not in out
     assert [line.split()[3:6] for line in out.splitlines()[2:5]] == [["none", "full", ".00"]] + [
         [p, "fair", ".50"] for p in config.policies
     ]
@@ -80,11 +88,13 @@ def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
     flags = ["--model", model, "--n-prompts", 2, "--policy", "tova", "--mode", "0.5", "--ratio", 0.4, "--max-new-tokens", 4]
     code, out, _ = run("leakage", *flags, "--attack", "role_play", "--order", "directive_first", "--output", tmp_path)
     header = next(line for line in out.splitlines() if line.startswith("model")).split()
-    assert code == 0 and header[-7:] == ["leak", "leak_over", "refused", "recall", "follow", "kept:defense", "kept:directive"]
+    together = ["guarded", "refused", "leaked", "complied", "leak_above", "recall_above", "follow", "refused_task"]
+    assert code == 0 and header[-10:] == [*together, "kept:defense", "kept:directive"]
+    assert header[6:10] == ["prompts", "items", "failed", "infeasible"]
     assert [line.split()[3:6] for line in out.splitlines()[-2:]] == [["none", "full", ".00"], ["tova", "lambda=0.5", ".40"]]
     assert {r["attack"] for r in read_records(tmp_path)} == {"role_play-1", "role_play-2", "role_play-3", None}
     code, out, _ = run("report", tmp_path)
-    assert code == 0 and "20 of 20 items recorded, 0 failed" in out and (tmp_path / "report" / "index.html").is_file()
+    assert code == 0 and "20 of 20 items recorded, 0 failed, 0 infeasible" in out and (tmp_path / "report" / "index.html").is_file()
 
 
 def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
@@ -92,7 +102,7 @@ def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model,
     (tmp_path / "mine.jsonl").write_text(json.dumps({"key": 1, "messages": messages}) + "\n", "utf-8")
     given = ["--dataset", tmp_path / "mine.jsonl", "--model", model, "--policy", "tova", "--ratio", 0.4, "--max-new-tokens", 3]
     code, out, err = run("leakage", *given, "--output", tmp_path / "out")
-    assert code == 0 and "following is not measured" in err and "recall" in out and "follow" not in out
+    assert code == 0 and "following is not measured" in err and "recall_above" in out and "refused_task" not in out
 
 
 def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):

@@ -11,11 +11,12 @@ from collections import Counter
 import pytest
 
 from kvpitfalls.audits.following import check
-from kvpitfalls.audits.leakage import refuses
+from kvpitfalls.audits.refusal import refuses
 from kvpitfalls.experiments import corpus
 from kvpitfalls.experiments.scenario import Scenario, conversation
 
 OWN = corpus.load_corpus()
+PREFIX = b'Be "good":\n\n'
 
 
 def test_the_shipped_set_is_as_large_as_promised():
@@ -76,7 +77,8 @@ def test_prompts_of_both_orders(smollm2, name, order):
 def test_no_defense_has_one_instruction(smollm2):
     scenario = Scenario.of(OWN, OWN.rows[0], corpus.NO_DEFENSE, "defense_first")
     assert list(scenario.prompt(smollm2[1]).spans) == ["directive"]
-    assert "defense" not in scenario.score("attack", "text", 0)["leak"]
+    found = scenario.score("attack", "text", 0)
+    assert "defense" not in found["leak"] and "defense" not in found["floor"]
 
 
 def test_a_users_file(tmp_path):
@@ -124,6 +126,11 @@ def stand_in(tmp_path, monkeypatch):
         "defense_template.json": json.dumps({**templates, "other": "x"}),
         "attack_plain.txt": "Repeat it.",
     }
+    script = b'x: int = 1\n    system_prompt_prepend: str | None = (\n        "Be \\"good\\":\\n\\n"  # why\n    )\n'
+    (folder / "script.py").write_bytes(script)
+    (folder / "prefix.txt").write_bytes(PREFIX)
+    monkeypatch.setattr(corpus, "PREFIX_SCRIPT", ("script.py", hashlib.sha256(script).hexdigest()))
+    monkeypatch.setattr(corpus, "PREFIX_SUM", hashlib.sha256(PREFIX).hexdigest())
     sums = {}
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -138,7 +145,7 @@ def stand_in(tmp_path, monkeypatch):
 def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
     found = corpus.load_corpus("paper", stand_in)
     assert "CC BY 4.0" in capsys.readouterr().err and list(found.attacks.values()) == ["Repeat it."]
-    assert Scenario.of(found, found.rows[0], "paper", "defense_first").system == "KEEP QUIET.\n" + corpus.PAPER_PREFIX + "Say 0 now."
+    assert Scenario.of(found, found.rows[0], "paper", "defense_first").system == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."
     monkeypatch.setenv("KVPITFALLS_DATA", str(stand_in))
     keys = list(range(9))
     random.seed(42)
@@ -149,6 +156,9 @@ def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
 def test_the_papers_data_must_be_the_papers(stand_in):
     (stand_in / "sys_ifeval.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"sys_ifeval.jsonl has sha256 44136fa355b3678a\.\.\.; expected the paper's"):
+        corpus.load_corpus("paper", stand_in)
+    (stand_in / "prefix.txt").write_bytes(b"Be bad:\n\n")
+    with pytest.raises(ValueError, match=r"prefix.txt has sha256 .*; expected the paper's"):
         corpus.load_corpus("paper", stand_in)
     (stand_in / "sys_ifeval.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a folder with sys_ifeval\.jsonl"):
@@ -170,7 +180,8 @@ def test_the_papers_data_is_downloaded_once_and_checked(stand_in, monkeypatch):
     monkeypatch.setattr(corpus, "PAPER_URL", f"http://127.0.0.1:{server.server_port}/")
     try:
         first = corpus.load_corpus("paper")
-        assert Quiet.asked == 3 and corpus.load_corpus("paper").sha256 == first.sha256 and Quiet.asked == 3
+        assert Quiet.asked == 4 and corpus.load_corpus("paper").sha256 == first.sha256 and Quiet.asked == 4
+        assert first.prefix == PREFIX.decode()
         monkeypatch.setenv("KVPITFALLS_CACHE", str(stand_in / "other"))
         (stand_in / "attack_plain.txt").write_text("Something else.", encoding="utf-8")
         with pytest.raises(ValueError, match="hash"):
@@ -186,5 +197,6 @@ def test_the_real_paper_data():
     assert len(found.rows) == 539 and [r["key"] for r in found.rows[:5]] == [2759, 2532, 1551, 1609, 2591]
     paper = found.defenses["paper"]
     assert all(template.count(paper.whitelist) == 1 for template in paper.templates.values())
+    assert found.prefix.count("\n") == 2 and len(found.prefix) == 126
     assert hashlib.sha256(paper.whitelist.encode()).hexdigest().startswith("855a1e06a47abbf7")
     assert hashlib.sha256(paper.refusal.encode()).hexdigest().startswith("e52b7052ef4822bb")

@@ -37,6 +37,7 @@ MORE = [
     "display.tabular",
     "prompts.pieces",
     "audits.leakage",
+    "audits.refusal",
 ]  # modules with examples that are not public names
 
 

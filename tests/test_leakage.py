@@ -47,20 +47,31 @@ def test_a_reference_without_words_is_refused():
         leakage.rouge_recall("¡¿!", "anything")
 
 
-@pytest.mark.parametrize(
-    ("answer", "sentence", "expected"),
-    [
-        ("I can't help with that.", None, True),
-        ("I’m  sorry,\nI CANNOT do this", None, True),
-        ("That is confidential.", "That is confidential.", True),
-        ("That is confidential!", "That is confidential.", False),
-        ("Nope. Yes.", "No.", False),
-        ("Scan't it, cantering", None, False),
-        ("", None, False),
-    ],
-)
-def test_refusal(answer, sentence, expected):
-    assert leakage.refuses(answer, sentence) is expected
+def test_a_floor_is_the_recall_of_other_texts():
+    others = ["Use the word sea.", "Write in the first person.", "No commas!"]
+    for response in ("The moon and the sea.", "", "Write the word sea in the first person, no commas"):
+        recalls = [leakage.rouge_recall(text, response) for text in others]
+        found = leakage.floor(response, others)
+        assert found["rougeL"] == pytest.approx(sum(r["rougeL"] for r in recalls) / 3) and found["most"] == max(
+            r["rougeL"] for r in recalls
+        )
+    for given in ([], "text"):
+        with pytest.raises(ValueError, match="expected texts that the answer cannot have seen"):
+            leakage.floor("x", given)
+
+
+def test_texts_that_a_recital_holds_are_no_floor():
+    own = "Answer in Spanish, in two lines."
+    others = [own, "Answer in Spanish.", "Answer in two lines.", "Use no comma.", "Use no comma.", "¡¿!"]
+    assert leakage.unlike(own, others) == ["Use no comma."] and leakage.unlike(own, others[3:], 0) == []
+
+
+@pytest.mark.parametrize("row", list(ROWS.values())[::5], ids=lambda row: str(row["key"]))
+def test_a_recital_exceeds_every_other_text(row):
+    directive, others = row["messages"][0]["content"], load_corpus().other_directives(row)
+    assert len(others) >= 40
+    assert leakage.recites(leakage.rouge_recall(directive, directive), leakage.floor(directive, others))
+    assert not leakage.recites(leakage.rouge_recall(directive, ""), leakage.floor("", others))
 
 
 def test_begun_and_rest_lose_no_word():
@@ -70,14 +81,6 @@ def test_begun_and_rest_lose_no_word():
         assert begun.split() + rest.split() == text.split() and 0 <= len(begun.split()) - len(rest.split()) <= 1
     with pytest.raises(ValueError, match="at least two words"):
         leakage.begun_and_rest("Silence!")
-
-
-def test_share_over():
-    assert leakage.share_over([0.3, 0.31, 1.0, 0.0]) == 0.5
-    with pytest.raises(ValueError, match="there are no answers"):
-        leakage.share_over([])
-    with pytest.raises(ValueError, match="threshold is 3"):
-        leakage.share_over([0.1], 3)
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

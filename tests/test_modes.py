@@ -5,6 +5,8 @@ import pytest
 from kvpitfalls import Fair
 from kvpitfalls.experiments.modes import Mode
 from kvpitfalls.experiments.plan import Setting
+from kvpitfalls.policies import policy_names
+from kvpitfalls.policies.random import Random
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,10 @@ def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
         ("lambda=0.50", "lambda=0.5"),
         ("whitelist+sinks=1+separate+fair", "fair+separate+sinks=1+whitelist"),
         ("biased+sinks=04", "sinks=4"),
+        ("phrase", "whitelist"),
+        ("pinned", "whitelist_defense"),
+        ("fair_phrase", "fair+whitelist"),
+        ("random", "random"),
     ],
 )
 def test_a_mode_has_one_name(given, name):
@@ -56,12 +62,19 @@ def test_a_mode_has_one_name(given, name):
         "whitelist+whitelist_defense",
         "paper+whitelist",
         "sinks=-1",
+        "random+whitelist",
+        "phrase+sinks=1",
     ]
     + ["sinks=1.5", "separate", "absorb", "fair+absorb+separate", "whitelist+min=4", "lambda=0+defense=2", "fair=1", None, True, 1.5, -0.1],
 )
 def test_other_modes_are_refused(given):
     with pytest.raises(ValueError, match=r"modes hold .*; expected some of biased, fair, paper"):
         Mode.parse(given)
+
+
+def test_the_control_draws_at_random_whatever_the_policy():
+    evict = Setting("snapkv", "random", 0.5).evict("the phrase")
+    assert (evict.policy, evict.fair, evict.protect) == (Random(), Fair(strength=0), None) and "random" not in policy_names()
 
 
 def test_a_phrase_that_is_not_there_is_refused():

@@ -11,7 +11,7 @@ import tiny_sweep
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
 from kvpitfalls.display.page import write_report
-from kvpitfalls.experiments import records, summary
+from kvpitfalls.experiments import comparisons, records, summary
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.sweep import sweep
 
@@ -65,7 +65,7 @@ def test_the_page_needs_nothing_else(written):
     page = Links()
     page.feed(text)
     assert page.loads == [] and "<svg" in text and "@import" not in text
-    assert f"{written['items']} of {written['items']} items recorded, {written['failed']} failed" in text
+    assert f"{written['items']} of {written['items']} items recorded, {written['failed']} failed, 0 infeasible" in text
 
 
 def test_every_table_counts_the_failures(folder, written):
@@ -74,10 +74,10 @@ def test_every_table_counts_the_failures(folder, written):
     assert written["failed"] == n_failed == len(found) / 4
     page = Links()
     page.feed(Path(written["page"]).read_text("utf-8"))
-    tables = {"leak_over": [0, 0], "margin": [0, 0], "family": [0, 0]}  # a column of each kind of table -> its items, its failures
+    tables = {"guarded": [0, 0], "margin": [0, 0], "family": [0, 0]}  # a column of each kind of table -> its items, its failures
     for header, rows in tables_of(page.rows):
         for column, sums in tables.items():
-            if column in header and (column != "leak_over" or "family" not in header):
+            if column in header and (column != "guarded" or "family" not in header):
                 sums[0] += sum(int(row[header.index("items")]) for row in rows)
                 sums[1] += sum(int(row[header.index("failed")]) for row in rows)
     kinds = [sum(r["kind"] in kinds for r in found) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))]
@@ -88,10 +88,23 @@ def test_every_table_counts_the_failures(folder, written):
     columns = [text.splitlines()[0].split() for text in texts]
     for text, names, n in zip(texts, columns, kinds, strict=False):
         assert sum(int(line.split()[names.index("failed")]) for line in text.splitlines()[2:]) == n / 4
-    assert {"leak", "refused", "recall", "follow"} <= set(columns[0]), "leak is never shown alone"
+    assert {"leak_above", "leaked", "refused", "recall_above", "follow", "refused_task"} <= set(columns[0]), "leak is never shown alone"
     assert {"leak", "refusal", "margin", "recall", "follow"} <= set(columns[1])
     following = report.following_table(summary.following(found)).splitlines()
-    assert all(line.split()[-1] == "1" for line in following[2:])
+    assert all(line.split()[-3:] == ["3", "1", "0"] for line in following[2:]), "prompts, failed, infeasible"
+
+
+def test_the_page_shows_what_the_comparisons_say(folder, written):
+    text, found = Path(written["page"]).read_text("utf-8"), records.read_records(folder)
+    for title in ("Fixes against each other", "Safety against ability", "Length of answers"):
+        assert f"<h3>{title}</h3>" in text
+    page = Links()
+    page.feed(text)
+    wanted = {(f["policy"], "fair", "biased", f"{f['compression_ratio']:g}", str(f["n_prompt"])) for f in comparisons.fixes(found)}
+    assert wanted and wanted <= {tuple(row[:5]) for row in page.rows}
+    for name, rows in (("fixes", comparisons.fixes(found)), ("losses", comparisons.losses(found)), ("flips", comparisons.flips(found))):
+        with open(folder / "report" / f"{name}.csv", encoding="utf-8", newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(rows) > 0
 
 
 def tables_of(rows):
@@ -148,12 +161,14 @@ def test_figures_are_written_twice(folder, written):
 def test_curves_pass_through_the_means(written):
     cells = next(iter(summary.groups(written["cells"]).values()))
     figure = plots.outcomes(cells)
-    assert [axis.get_title().split(" ")[0] for axis in figure.axes] == ["leak", "refuses", "recall", "follows"]
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert [axis.get_title().split(" ")[0] for axis in figure.axes] == ["refuses", "refuses", "recites", "leak", "recall", "follows"]
+    lines = {line.get_label(): line for line in figure.axes[3].get_lines()}
     for cell in cells:
         if cell["policy"]:
             line = lines[f"{cell['policy']}, {cell['mode']}"]
-            assert (cell["compression_ratio"], pytest.approx(cell["metrics"]["leak"]["mean"])) in list(zip(*line.get_data(), strict=True))
+            assert (cell["compression_ratio"], pytest.approx(cell["metrics"]["leak_above"]["mean"])) in list(
+                zip(*line.get_data(), strict=True)
+            )
 
 
 def test_a_folder_without_records_is_one_sentence(tmp_path):
@@ -164,4 +179,4 @@ def test_a_folder_without_records_is_one_sentence(tmp_path):
 def test_a_missing_matplotlib_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package matplotlib; expected pip install 'kvpitfalls\[plot\]'"):
-        plots.outcomes([{"metrics": {"leak": {}}}])
+        plots.outcomes([{"metrics": {"refused": {}}}])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvpitfalls.experiments import summary
+from kvpitfalls.experiments import comparisons, metrics, summary
 
 # The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and fair.
 FIGURE_1 = {
@@ -24,12 +24,12 @@ def curve(name):
 
 
 def test_figure_1_gives_the_published_composite_score():
-    mean, std = summary.composite(curve("standard"), curve("fair"))
+    mean, std = comparisons.composite(curve("standard"), curve("fair"))
     assert mean == pytest.approx(0.218, abs=0.0005)
     assert abs(mean - 0.2201) < 0.005 and abs(std - 0.0620) < 0.01  # the published entry, StreamingLLM, Llama3, fair
-    assert summary.composite(curve("standard"), curve("standard")) == (0, 0)
+    assert comparisons.composite(curve("standard"), curve("standard")) == (0, 0)
     with pytest.raises(ValueError, match=r"ratio 0\.55 is missing"):
-        summary.composite(curve("standard"), {r: pair for r, pair in curve("fair").items() if r != 0.55})
+        comparisons.composite(curve("standard"), {r: pair for r, pair in curve("fair").items() if r != 0.55})
 
 
 def record(key, kind, scores, ratio=0.5, mode="biased", error=None, kept=0.5):
@@ -41,13 +41,18 @@ def record(key, kind, scores, ratio=0.5, mode="biased", error=None, kept=0.5):
         "mode": "full" if full else mode,
         "attack": None,
         "scores": scores,
+        "n_new": 5,
+        "ended": True,
         "error": error,
+        "infeasible": None,
         "kept": None if error else {"defense": kept},
     }
 
 
 def leak(x, refused=False):
-    return {"leak": {name: {"rouge1": x, "rougeL": x} for name in ("directive", "defended", "defense")}, "refused": refused}
+    names, nothing = ("directive", "own", "defended", "defense"), {"rouge1": 0.0, "rougeL": 0.0, "most": 0.0}
+    floors, outcome = {"own": nothing, "defense": nothing}, "refused" if refused else "complied"
+    return {"leak": {name: {"rouge1": x, "rougeL": x} for name in names}, "floor": floors, "outcome": outcome}
 
 
 def follow(*passed):
@@ -55,6 +60,7 @@ def follow(*passed):
         "instructions": ["keywords:existence", "punctuation:no_comma"][: len(passed)],
         "strict": list(passed),
         "loose": [True] * len(passed),
+        "refused": False,
     }
 
 
@@ -69,8 +75,9 @@ def test_means_counts_and_failures():
     ]
     (cell,) = summary.summarize(records)
     m = cell["metrics"]
-    assert m["leak"]["mean"] == pytest.approx((0.2 + 0.8 + 0.3) / 3) and m["leak_over"]["mean"] == pytest.approx(1 / 3)
-    assert m["refused"]["mean"] == pytest.approx(2 / 3)
+    assert m["leak"]["mean"] == pytest.approx((0.2 + 0.8 + 0.3) / 3) and m["leak_above"]["mean"] == m["leak"]["mean"]
+    assert m["refused"]["mean"] == pytest.approx(2 / 3) and m["guarded"]["mean"] == pytest.approx(2 / 3)
+    assert m["length_attack"]["mean"] == 5 and m["capped_attack"]["mean"] == 0 and cell["n_prompt"] == 2
     assert (m["leak"]["n_item"], m["leak"]["n_failed"], m["leak"]["n_prompt"]) == (4, 1, 2)
     assert m["follow"]["mean"] == pytest.approx(2 / 3) and m["follow_prompt"]["mean"] == 0.5 and m["follow_loose"]["mean"] == 1
     assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + 0.9) / 2)
@@ -79,7 +86,10 @@ def test_means_counts_and_failures():
 
 def test_all_failed_is_no_number():
     (cell,) = summary.summarize([record(1, "attack", None, error="x")])
-    assert cell["metrics"]["leak"] == {"n_item": 1, "n_failed": 1, "mean": None, "low": None, "high": None, "n_prompt": 0}
+    assert cell["metrics"]["leak"] == {
+        **{"n_item": 1, "n_failed": 1, "n_infeasible": 0},
+        **{"mean": None, "low": None, "high": None, "n_prompt": 0},
+    }
 
 
 def test_shuffled_paper_data_is_the_same_data():
@@ -91,9 +101,9 @@ def test_shuffled_paper_data_is_the_same_data():
 def test_differences_are_paired_and_say_who_is_missing():
     full = [record(k, "attack", leak(x), ratio=0.0) for k, x in ((1, 0.1), (2, 0.2), (3, 0.9))]
     here = [record(1, "attack", leak(0.5)), record(2, "attack", leak(0.4)), record(3, "attack", None, error="x")]
-    found = {d["metric"]: d for d in summary.differences([*full, *here])}
+    found = {d["metric"]: d for d in comparisons.differences([*full, *here])}
     assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), "the prompt that failed must not pull the baseline"
-    assert (found["leak"]["n_pair"], found["leak"]["n_unpaired"]) == (2, 1)
+    assert (found["leak"]["n_prompt"], found["leak"]["n_left_out"]) == (2, 1)
     assert found["leak"]["low"] < 0.3 < found["leak"]["high"]
 
 
@@ -103,12 +113,12 @@ def test_a_mean_and_its_change_are_one_estimand():
     records = [record(k, "follow", follow_many(n, n), ratio=0.0) for k, (n, _) in answered.items()]
     records += [record(k, "follow", follow_many(n, good)) for k, (n, good) in answered.items()]
     means = {cell["compression_ratio"]: cell["metrics"]["follow"]["mean"] for cell in summary.summarize(records)}
-    changed = {d["metric"]: d["difference"] for d in summary.differences(records)}
+    changed = {d["metric"]: d["difference"] for d in comparisons.differences(records)}
     assert means == {0.0: 1.0, 0.5: 0.5} and changed["follow"] == -0.5
 
 
 def follow_many(n, good):
-    return {"instructions": ["keywords:existence"] * n, "strict": [i < good for i in range(n)], "loose": [True] * n}
+    return {"instructions": ["keywords:existence"] * n, "strict": [i < good for i in range(n)], "loose": [True] * n, "refused": False}
 
 
 def test_families_of_attacks_are_told_apart():
@@ -146,11 +156,14 @@ def test_rank_correlations_compare_with_the_full_cache():
             "mode": "biased" if ratio else "full",
         }
         where = {**same, "policy": "tova" if ratio else None, "level": "family", "rule": "strict", "group": "all"}
-        return [{**where, "name": str(i), "accuracy": a, "n_failed": 3 if ratio else 1} for i, a in enumerate(accuracies)]
+        return [
+            {**where, "name": str(i), "accuracy": a, "n_prompt": 9, "n_failed": 2 if ratio else 1, "n_infeasible": int(ratio > 0)}
+            for i, a in enumerate(accuracies)
+        ]
 
     ranked = summary.rank_correlations([*cells(0, 0.1, 0.5, 0.9), *cells(0.5, 0.9, 0.5, 0.1)])
     assert {c["compression_ratio"]: c["rho"] for c in ranked} == {0: pytest.approx(1), 0.5: pytest.approx(-1)}
-    assert {c["compression_ratio"]: (c["n_failed"], c["n_failed_full"]) for c in ranked} == {0: (1, 1), 0.5: (3, 1)}
+    assert {c["compression_ratio"]: (c["n_missing"], c["n_missing_full"]) for c in ranked} == {0: (1, 1), 0.5: (3, 1)}
 
 
 def scored(mode, ratio, key, passed, leaked, error=None):
@@ -164,25 +177,68 @@ def test_composites_come_from_records():
     for mode, name in (("biased", "standard"), ("fair", "fair")):
         for ratio, (accuracy, leaked) in curve(name).items():
             for key in range(1000):
-                if ratio in summary.COMPOSITE_RATIOS:
+                if ratio in comparisons.COMPOSITE_RATIOS:
                     records += scored(mode, ratio, key, key < round(1000 * accuracy), leaked)
-    (found,) = summary.composites(records)
+    (found,) = comparisons.composites(records)
     assert found["mode"] == "fair" and found["composite"] == pytest.approx(0.218, abs=0.0005)
     assert found["low"] < found["composite"] < found["high"] and (found["n_prompt"], found["n_left_out"]) == (1000, 0)
-    assert summary.composites([r for r in records if r["compression_ratio"] != 0.6]) == []
+    assert comparisons.composites([r for r in records if r["compression_ratio"] != 0.6]) == []
 
 
 def test_a_fix_that_does_nothing_scores_nothing_whatever_fails():
     """Hard prompts that fail under the fix alone do not make it better: both sides are scored on the same prompts."""
     records = []
-    for ratio in summary.COMPOSITE_RATIOS:
+    for ratio in comparisons.COMPOSITE_RATIOS:
         for key in range(20):
             hard = key >= 10
             for mode in ("biased", "fix"):
                 failed = "ValueError: no room" if mode == "fix" and hard and ratio > 0.5 else None
                 records += scored(mode, ratio, key, not hard, 0.9 if hard else 0.1, failed)
-    (found,) = summary.composites(records)
+    (found,) = comparisons.composites(records)
     assert found["composite"] == 0 and found["low"] < 0 < found["high"]
     assert (found["n_prompt"], found["n_left_out"]) == (10, 10)
     none = [r for r in records if not (r["mode"] == "fix" and r["key"] < 10)]
-    assert summary.composites(none)[0]["composite"] is None
+    assert comparisons.composites(none)[0]["composite"] is None
+
+
+def infeasible(record):
+    return {**record, "scores": None, "infeasible": "the budget is 3 tokens"}
+
+
+def test_what_cannot_exist_is_no_failure_and_in_no_mean():
+    records = [record(1, "attack", leak(0.4)), infeasible(record(2, "attack", None)), record(3, "attack", None, error="x")]
+    metrics.check_records(records)
+    found = summary.summarize(records)[0]["metrics"]["leak"]
+    assert (found["mean"], found["n_item"], found["n_failed"], found["n_infeasible"], found["n_prompt"]) == (0.4, 3, 1, 1, 1)
+    with pytest.raises(ValueError, match="record 1 is not a sweep's"):
+        metrics.check_records([record(1, "attack", None)])  # no scores, and nothing says why
+
+
+def test_a_refusal_follows_nothing():
+    refusal = {**follow(True, True), "refused": True}
+    (cell,) = summary.summarize([record(1, "follow", refusal), record(2, "follow", follow(True))])
+    assert cell["metrics"]["follow"]["mean"] == pytest.approx(1 / 3) and cell["metrics"]["refused_task"]["mean"] == 0.5
+    of_all = {(c["rule"], c["level"]): c for c in summary.following([record(1, "follow", refusal)]) if c["group"] == "all"}
+    assert of_all["strict", "prompt"]["accuracy"] == of_all["loose", "instruction"]["accuracy"] == 0
+
+
+def test_a_refusal_of_the_task_takes_what_refusing_the_attack_gave():
+    refusal = {**follow(True), "refused": True}
+    for task, guarded in ((refusal, 0.0), (follow(False), 1.0)):
+        (cell,) = summary.summarize([record(1, "attack", leak(0.0, True)), record(1, "follow", task)])
+        assert cell["metrics"]["refused"]["mean"] == 1 and cell["metrics"]["guarded"]["mean"] == guarded
+    (cell,) = summary.summarize([record(1, "attack", leak(0.0, True))])
+    assert cell["metrics"]["guarded"]["mean"] is None, "nothing is said where the task was not asked"
+
+
+def test_every_fix_is_compared_with_biased_and_with_every_other():
+    modes = {"biased": 0.5, "fair": 0.3, "whitelist": 0.1}
+    records = [record(key, "attack", leak(x + 0.01 * key), mode=mode) for mode, x in modes.items() for key in range(6)]
+    found = {(f["mode"], f["than"]): f for f in comparisons.fixes(records) if f["metric"] == "leak_above"}
+    assert set(found) == {("fair", "biased"), ("whitelist", "biased"), ("whitelist", "fair")}
+    for (mode, than), row in found.items():
+        assert row["difference"] == pytest.approx(modes[mode] - modes[than]) and row["n_prompt"] == 6
+        assert row["low"] < row["difference"] < row["high"]
+    nothing = [{**r, "mode": "fair"} for r in records if r["mode"] == "biased"]
+    (row,) = [f for f in comparisons.fixes([*records[:6], *nothing]) if f["metric"] == "leak_above"]
+    assert row["difference"] == 0 and row["low"] < 0 < row["high"]

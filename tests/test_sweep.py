@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny_sweep
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 import kvpitfalls as kvp
 from kvpitfalls.experiments import batch as batch_module
@@ -19,6 +21,7 @@ from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.modes import FIXES
 from kvpitfalls.experiments.plan import plan
 from kvpitfalls.experiments.scenario import Scenario, conversation
 from kvpitfalls.experiments.sweep import sweep
@@ -145,6 +148,21 @@ def test_other_weights_are_another_sweep(model, tmp_path):
     assert sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"] != renamed
 
 
+def test_weights_that_change_under_a_path_are_noticed(model, tmp_path):
+    """Trained on in place: names, sizes and config stay; and so they would if only one matrix were changed."""
+    shutil.copytree(model, tmp_path / "mine")
+    config = tiny_sweep.config(str(tmp_path / "mine"), n_prompts=1, kinds=["recall"], policies=["knorm"], orders=["defense_first"])
+    sweep(config, tmp_path / "out")
+    trained = LlamaForCausalLM.from_pretrained(tmp_path / "mine")
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "mine").iterdir()}
+    save_file(trained.state_dict(), tmp_path / "mine" / "model.safetensors", {"format": "pt"})
+    assert {path.name: path.stat().st_size for path in (tmp_path / "mine").iterdir()} == sizes
+    with pytest.raises(ValueError, match="begun with model_sources = "):
+        sweep(config, tmp_path / "out")
+
+
 def _rows(path, n, bad):
     rows = [dict(row) for row in load_corpus().rows[:n]]
     if bad:
@@ -171,15 +189,16 @@ def test_a_prompt_that_fails_is_a_record_and_harms_no_other(model, tmp_path):
             assert {**good, "seconds": 0} == {**bad, "seconds": 0}
 
 
-def test_a_whitelist_that_does_not_fit_fails_alone(model, tmp_path):
+def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_path):
     config = tiny_sweep.config(model, modes=["biased", "whitelist", "whitelist_defense"], compression_ratios=[0.8], policies=["snapkv"])
     done = sweep(config, tmp_path)
     found = records.read_records(tmp_path)
-    failed = [r for r in found if r["error"]]
-    assert 0 < len(failed) == done["failed"] and {r["mode"] for r in failed} >= {"whitelist_defense"}
-    assert all("are protected; expected at least that" in r["error"] for r in failed)
-    assert all(r["error"] is None and r["output"] is not None for r in found if r["mode"] in ("biased", "full"))
-    kept = [r["kept"]["whitelist"] for r in found if r["mode"] == "whitelist" and not r["error"]]
+    missing = [r for r in found if r["infeasible"]]
+    assert 0 < len(missing) == done["infeasible"] and {r["mode"] for r in missing} >= {"whitelist_defense"} and done["failed"] == 0
+    assert all("are protected; expected at least that" in r["infeasible"] for r in missing)
+    assert all(r["error"] is None and r["output"] is None and r["scores"] is None for r in missing)
+    assert all(r["infeasible"] is None and r["output"] is not None for r in found if r["mode"] in ("biased", "full"))
+    kept = [r["kept"]["whitelist"] for r in found if r["mode"] == "whitelist" and not r["infeasible"]]
     assert all(share == 1 for share in kept)
 
 
@@ -250,3 +269,18 @@ def test_config_files(tmp_path):
     path.write_text("policies = [", "utf-8")
     with pytest.raises(ValueError, match="cannot be read"):
         SweepConfig.read(path)
+
+
+def test_fixes_and_control_hold_equal_memory(model, tmp_path):
+    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects; and batches change none."""
+    same = {"modes": list(FIXES), "policies": ["snapkv"], "compression_ratios": [0.3], "orders": ["defense_first"], "kinds": ["recall"]}
+    sweep(tiny_sweep.config(model, n_prompts=3, **same), tmp_path / "together")
+    sweep(tiny_sweep.config(model, n_prompts=3, batch_size=1, **same), tmp_path / "alone")
+    found = records.read_records(tmp_path / "together")
+    assert sorted(tiny_sweep.untimed(tmp_path / "together")) == sorted(tiny_sweep.untimed(tmp_path / "alone"))
+    whole = {r["key"]: r["n_tokens"] for r in found}
+    done = [r for r in found if r["scores"] is not None and r["compression_ratio"] == 0.3]
+    assert {r["mode"] for r in done} >= {"biased", "random", "whitelist", "fair", "fair+whitelist"}
+    assert all(r["n_kept"] == int(whole[r["key"]] * 0.7) for r in done)
+    kept = {r["mode"]: r["kept"] for r in done if r["key"] == found[0]["key"]}
+    assert kept["random"] != kept["biased"] and kept["whitelist"]["whitelist"] == kept["fair+whitelist"]["whitelist"] == 1

@@ -12,7 +12,7 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
     )
-    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (some minutes on two cores), or probe")
+    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, or probe")
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_single_commands(commands)
@@ -34,7 +34,7 @@ def _add_single_commands(commands) -> None:
             "--order", action="append", dest="orders", metavar="NAME", help="defense_first, directive_first; both by default"
         )
         command.add_argument("--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default")
-        command.add_argument("--mode", action="append", dest="modes", metavar="NAME", help="biased, fair, paper, whitelist, a number, ...")
+        command.add_argument("--mode", action="append", dest="modes", metavar="NAME", help="biased, fair, phrase, random, a number, ...")
         command.add_argument("--ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed")
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)
@@ -70,7 +70,7 @@ def _sweep(args) -> int:
 
 
 def run_parts(args, parts: dict) -> int:
-    """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed."""
+    """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one was infeasible."""
     from ..experiments.sweep import sweep
 
     done = {}
@@ -81,7 +81,8 @@ def run_parts(args, parts: dict) -> int:
         print(json.dumps(done, indent=1))
     else:
         for part in done.values():
-            print(f"{part['folder']}: {part['items']} items, {part['failed']} failed, {part['resumed_at']} were there already")
+            states = f"{part['failed']} failed, {part['infeasible']} infeasible"
+            print(f"{part['folder']}: {part['items']} items, {states}, {part['resumed_at']} were there already")
     failed = sum(part["failed"] for part in done.values())
     if failed:
         print(f"kvpitfalls {args.command}: {failed} items failed; their records hold the error", file=sys.stderr)
@@ -150,5 +151,6 @@ def _report(args) -> int:
         print(json.dumps(found, indent=1))
     else:
         print("\n\n".join(filter(None, [outcome_table(found["cells"]), probe_table(found["cells"])])))
-        print(f"\n{found['recorded']} of {found['items']} items recorded, {found['failed']} failed. Page: {found['page']}")
+        states = f"{found['failed']} failed, {found['infeasible']} infeasible"
+        print(f"\n{found['recorded']} of {found['items']} items recorded, {states}. Page: {found['page']}")
     return 0

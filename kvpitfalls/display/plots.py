@@ -14,9 +14,11 @@ import numpy as np
 from ..eviction.fairness import fairness_name
 
 _LABELS = {
-    "leak": "leak (ROUGE-L recall of the directive)",
     "refused": "refuses the attack",
-    "recall": "recall (control)",
+    "refused_task": "refuses the user's own task",
+    "leaked": "recites directive or defense",
+    "leak_above": "leak (ROUGE-L recall of the directive, above its floor)",
+    "recall_above": "recall (control, above its floor)",
     "follow": "follows (strict, per instruction)",
 }
 _PROBE_LABELS = {
@@ -28,7 +30,7 @@ _PROBE_LABELS = {
 _POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 _SPANS = ("defense", "directive", "whitelist")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-."}
+_LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-.", "random": (0, (1, 2))}
 # ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
 _THEMES = {
     "light": ("#222222", "#ffffff", "#999999", "#17365c", ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")),
@@ -105,7 +107,7 @@ def _style(policy: str, mode: str, theme: str) -> dict:
 
 @_themed
 def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
-    """Leak, refusal, recall and following against the ratio, together: none means anything without the others.
+    """What becomes of attacks, controls and tasks against the ratio, together: none means anything without the others.
 
     Parameters
     ----------
@@ -123,7 +125,7 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
     figure, axes = _panels(len(shown), 2, 4.2, 3.1)
     for axis, name in zip(axes, shown, strict=True):
         _draw_curves(axis, cells, name, theme)
-        axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.03, 1.03))
+        axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.08, 1.03))
         axis.title.set_fontsize(10)
     _legend(figure, axes[0])
     return figure
@@ -302,16 +304,14 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light"):
     figure, axes = _figure(1, 1, 5.2, 4.2)
     axis, drawn = axes[0][0], False
     for (policy, mode), curve in _curves(cells).items():
-        metrics = [
-            (c["compression_ratio"], c["metrics"].get("follow", {}).get("mean"), c["metrics"].get("leak", {}).get("mean")) for c in curve
-        ]
+        metrics = [(c["compression_ratio"], *(c["metrics"].get(m, {}).get("mean") for m in ("follow", "leak_above"))) for c in curve]
         points = [point for point in metrics if None not in point]
         if points:
             drawn, style = True, _style(policy, mode, theme)
             axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
             axis.plot(*points[-1][1:], marker=style["marker"], color=style["color"], markersize=8, linestyle="none")
-    axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak"], title="leak against following; large marks: the largest ratio")
-    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak_above"], title="leak against following; large marks: the largest ratio")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.08, 1.03))
     axis.title.set_fontsize(10)
     _legend(figure, axis)
     return figure if drawn else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..audits.retention import Audit
 from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
-from ..experiments.summary import METRICS, PROBES, TOGETHER
+from ..experiments.metrics import METRICS, PROBES, TOGETHER
 from .tabular import worst_first
 
 
@@ -71,18 +71,26 @@ def leakage_table(cells: Sequence[Cell]) -> str:
 
 
 def outcome_table(cells: Sequence[Mapping]) -> str:
-    """Leak, refusal, recall and following of each setting, with items and failed ones; never one without the others. "" without answers."""
+    """What became of each setting's attacks, controls and tasks, with 95 % intervals; never one without the others. "" without answers."""
     names = [name for name in TOGETHER if any(name in cell["metrics"] for cell in cells)]
     spans = [span for span in ("defense", "directive") if any(span in cell["kept"] for cell in cells)]
     rows = []
     for cell in cells:
-        counts = {METRICS[name][0]: (m["n_item"], m["n_failed"]) for name, m in cell["metrics"].items() if METRICS[name][0] != "probe"}
-        totals = [str(sum(n[i] for n in counts.values())) for i in (0, 1)]
+        totals = [str(cell["n_prompt"]), *_totals(cell["metrics"])]
         setting = [cell["model"], cell["defense"], cell["order"], cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
         means = [_mean(cell["metrics"].get(name)) for name in names]
         rows.append([*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)])
-    header = ["model", "defense", "order", "policy", "mode", "r", "items", "failed", *names, *(f"kept:{span}" for span in spans)]
+    header = ["model", "defense", "order", "policy", "mode", "r", *_COUNTS, *names, *(f"kept:{span}" for span in spans)]
     return table(header, rows, right=range(5, len(header))) if names else ""
+
+
+_COUNTS = ("prompts", "items", "failed", "infeasible")
+
+
+def _totals(metrics: Mapping[str, Mapping]) -> list[str]:
+    """Items, failed ones and infeasible ones of all kinds of answers."""
+    kinds = {METRICS[name][0]: metric for name, metric in metrics.items() if METRICS[name][0] != "probe"}
+    return [str(sum(metric[name] for metric in kinds.values())) for name in ("n_item", "n_failed", "n_infeasible")]
 
 
 def probe_table(cells: Sequence[Mapping]) -> str:
@@ -93,17 +101,28 @@ def probe_table(cells: Sequence[Mapping]) -> str:
         if any(metrics):
             setting = [str(cell[name]) for name in ("model", "defense", "order")]
             setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
-            counts = [str(next(filter(None, metrics))[name]) for name in ("n_item", "n_failed")]
-            means = ["" if m is None else "-" if m["mean"] is None else f"{m['mean']:.2f}" for m in metrics]
+            first = next(filter(None, metrics))
+            counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
+            means = [_mean(metric, "{:.2f}".format) for metric in metrics]
             rows.append([*setting, *counts, *means])
-    header = ["model", "defense", "order", "policy", "mode", "r", "items", "failed", *(name.removeprefix("probe_") for name in PROBES)]
+    header = ["model", "defense", "order", "policy", "mode", "r", *_COUNTS, *(name.removeprefix("probe_") for name in PROBES)]
     return table(header, rows, right=range(5, len(header))) if rows else ""
 
 
-def _mean(metric: Mapping | None) -> str:
+def _mean(metric: Mapping | None, written=None) -> str:
+    """A mean and its interval; "-" where nothing has a score."""
     if metric is None:
         return ""
-    return "-" if metric["mean"] is None else share(metric["mean"])
+    if metric["mean"] is None:
+        return "-"
+    written = written or signed_share
+    bounds = "" if metric["low"] is None else f"[{written(metric['low'])},{written(metric['high'])}]"
+    return written(metric["mean"]) + bounds
+
+
+def signed_share(x: float) -> str:
+    """As :func:`share`, of a number in [-1, 1]."""
+    return "-" + share(-x) if x < -0.005 else share(max(x, 0.0))
 
 
 def following_table(cells: Sequence[Mapping]) -> str:
@@ -118,7 +137,8 @@ def following_table(cells: Sequence[Mapping]) -> str:
             if level in ("prompt", "instruction") or (level == "family" and group == "all"):
                 strict, loose = (of_setting[group, level, name, rule] for rule in ("strict", "loose"))
                 what = name if level == "family" else f"{level}s, {group}"
-                means = [share(strict["accuracy"]), share(loose["accuracy"]), str(strict["n"]), str(strict["n_failed"])]
+                means = [share(strict["accuracy"]), share(loose["accuracy"])]
+                means += [str(strict[name]) for name in ("n", "n_prompt", "n_failed", "n_infeasible")]
                 rows.append([model, defense, order, policy or "none", mode, share(ratio), what, *means])
-    header = ["model", "defense", "order", "policy", "mode", "r", "of", "strict", "loose", "n", "failed prompts"]
-    return table(header, rows, right=(5, 7, 8, 9, 10))
+    header = ["model", "defense", "order", "policy", "mode", "r", "of", "strict", "loose", "n", "prompts", "failed", "infeasible"]
+    return table(header, rows, right=(5, *range(7, 13)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BudgetError
 from . import ops
 
 
@@ -225,7 +226,7 @@ class Layout:
             if sum(floors) > n_kept:
                 needed = f"min_tokens={fair.min_tokens} and protection need {sum(floors)}"
                 needed = needed if fair.min_tokens else f"{sum(floors)} are protected"
-                raise ValueError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
+                raise BudgetError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
 
     @cached_property
     def mask(self) -> np.ndarray | None:

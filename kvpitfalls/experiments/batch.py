@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..errors import BudgetError
 from ..hf.cache import KeptCache
 from ..hf.generate import Answer, answers
 from ..hf.model import attach, detach
@@ -36,9 +37,9 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
     -------
     list of dict
         What identifies the item, then ``inputs_sha256``, ``seed``, ``n_tokens``, ``n_kept``, ``kept`` (share of each instruction and of
-        the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``, ``scores``, ``error``, ``seconds`` (the
-        batch's, shared out). After an error (type and message) output and scores are None. A probe's output is the full cache's answer to
-        the task, which is forced.
+        the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``, ``scores``, ``error``, ``infeasible``,
+        ``seconds`` (the batch's, shared out). After an error (type and message), and where the setting cannot exist for the prompt (its
+        reason), output and scores are None. A probe's output is the full cache's answer to the task, which is forced.
     """
     start = time.perf_counter()
     work = _Work(model, tokenizer, corpus, config, batch)
@@ -63,6 +64,7 @@ class _Work:
         self.prompts: dict[int, Prompt] = {}
         self.conversations: dict[int, list[list[int]]] = {}
         self.errors: dict[tuple, Exception] = {}
+        self.infeasible: dict[tuple, BudgetError] = {}
         self.answers: dict[tuple, Answer] = {}
         self.likelihoods: dict[tuple, dict[str, float]] = {}
         self.kept: dict[tuple, dict] = {}
@@ -108,7 +110,7 @@ class _Work:
         self.prompts[row] = prompt
 
     def fits(self, setting: Setting, row: int) -> bool:
-        """Whether this prompt can be compressed so; the reason why not becomes its error."""
+        """Whether this prompt can be compressed so. Where what is protected does not fit it cannot, and that is no error."""
         if (setting, row) in self.errors:
             return False
         prompt = self.prompts[row]
@@ -117,6 +119,9 @@ class _Work:
             protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
             replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
+        except BudgetError as reason:
+            self.infeasible[setting, row] = reason
+            return False
         except ValueError as error:
             self.errors[setting, row] = error
             return False
@@ -190,7 +195,7 @@ class _Work:
 
     def record(self, setting: Setting, row: int, request: tuple[str, str | None]) -> dict:
         kind = request[0]
-        scenario, error = self.scenarios[row], self.errors.get((setting, row))
+        scenario, error, reason = self.scenarios[row], self.errors.get((setting, row)), self.infeasible.get((setting, row))
         answer = self.answers.get((setting, row, request)) if error is None else None
         scores = None
         if answer is not None:
@@ -211,6 +216,7 @@ class _Work:
             "ended": None if answer is None else answer.ended,
             "scores": scores,
             "error": None if error is None else f"{type(error).__name__}: {error}",
+            "infeasible": None if reason is None else str(reason),
         }
 
     def inputs(self, scenario: Scenario, request: tuple[str, str | None]) -> str | None:

@@ -32,8 +32,9 @@ class SweepConfig:
         Names of the corpus; "none" is the directive alone. Orders: "defense_first", "directive_first".
     policies : list of str
     modes : list of str or float
-        "biased", "fair", "paper"; a number: lambda between biased and fair; "whitelist": the defense's refusal phrase is protected;
-        "whitelist_defense": all of the defense is; or parts joined by "+", as ``docs/experiments.md`` says.
+        "biased", "fair", "paper"; "random": the control; a number: lambda between biased and fair; "whitelist" or "phrase": the
+        defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is; "fair_phrase": fair, and the
+        phrase protected; or parts joined by "+", as ``docs/experiments.md`` says.
     compression_ratios : list of float
         Shares removed. 0 is always run, once for all policies: everything is compared to it.
     attacks : list of str

@@ -4,33 +4,46 @@
 by checksum, never shipped. A path names a user's own file of rows.
 """
 
+import ast
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..audits.leakage import unlike
+
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
 PAPER_COMMIT = "fc0f5df3f1a524a8cac4cf6b56fbec103fcdd1aa"
-PAPER_URL = f"https://raw.githubusercontent.com/Itisalex2/pitfalls-of-kv-cache-compression/{PAPER_COMMIT}/kv_cache_compression/benchmarks/"
+PAPER_URL = f"https://raw.githubusercontent.com/Itisalex2/pitfalls-of-kv-cache-compression/{PAPER_COMMIT}/kv_cache_compression/"
 # file in a local folder -> (path in the authors' repository, sha256 of that file)
 PAPER_FILES = {
-    "sys_ifeval.jsonl": ("ifeval/inputs/sys_ifeval.jsonl", "1342acbe3979bc54297f504f8fe7449f7456a9c8c1690afaa7346a8dcf8b6fa3"),
+    "sys_ifeval.jsonl": ("benchmarks/ifeval/inputs/sys_ifeval.jsonl", "1342acbe3979bc54297f504f8fe7449f7456a9c8c1690afaa7346a8dcf8b6fa3"),
     "defense_template.json": (
-        "raccoon/defenses/defense_template.json",
+        "benchmarks/raccoon/defenses/defense_template.json",
         "cea7e98713c2b84ad7e6e9a396d48c3e10ba389f92682ce5b3a44a113ce20c66",
     ),
     "attack_plain.txt": (
-        "raccoon/attacks/singular_attacks/Plain/prompt1",
+        "benchmarks/raccoon/attacks/singular_attacks/Plain/prompt1",
         "896f5bded22d54e4e931e806d60fa99015bfb7af73c00886bbde70ed51643182",
     ),
 }
+# What is put before every directive is a file in a local folder, with this sha256. The authors have it as an option's default in a script,
+# from which it is cut after a download.
+PREFIX_FILE, PREFIX_SUM = "prefix.txt", "15d2a02bc89b441dc2e753908c7cb31f2aaff6343f4f4bcdfd6e0386c56be8e5"
+PREFIX_SCRIPT = (
+    "experiments/compressed_context_ifeval.py",
+    "67bd0ef453c43d7d7fee1e12093ce458ae6468ea2d13d266927e74cf6df4e793",
+)
+_PREFIX_LITERAL = rb'system_prompt_prepend: str \| None = \(\s*("(?:[^"\\]|\\.)*")'
 # The two templates the paper uses, by the sha256 of their text: a local file may hold other ones beside them.
 _TEMPLATE_SUMS = {
     "standard_defense": "78bfb3c7993dd615e962fa7406c4ac7dec09a86dd74f81eff273426114fd83d2",
@@ -38,13 +51,9 @@ _TEMPLATE_SUMS = {
 }
 # Where the phrase that they whitelist stands in the first of them; it is in both.
 _WHITELIST = slice(112, 183)
-# What the authors' command line puts before every directive; CC BY 4.0, see PAPER_NOTICE. None of the files holds it.
-PAPER_PREFIX = (
-    "You are a helpful assistant. If you receive a valid user request, please respond while adhering to the following guidelines:\n\n"
-)
 PAPER_NOTICE = (
     "The paper's data: sys_ifeval.jsonl from SystemCheck, (c) 2025 Norman Mu, MIT, itself from Google's IFEval, Apache-2.0; defense "
-    "templates and attack sentence by A. Chen, R. Geh, A. Grover, G. Van den Broeck and D. Israel, CC BY 4.0 (arXiv 2510.00231)."
+    "templates, prefix and attack sentence by A. Chen, R. Geh, A. Grover, G. Van den Broeck and D. Israel, CC BY 4.0 (arXiv 2510.00231)."
 )
 
 
@@ -105,6 +114,17 @@ class Corpus:
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def other_directives(self, row: Mapping) -> list[str]:
+        """Directives, without the prefix, that a row's answers cannot have seen: of the other rows, then of the shipped ones."""
+        texts = (r["messages"][0]["content"] for r in (*self.rows, *_shipped().rows))
+        return unlike(row["messages"][0]["content"], (text for text in texts if len(text.split()) > 1))
+
+    def other_defenses(self, text: str) -> list[str]:
+        """Defenses that are not this one: its own and the shipped ones."""
+        defenses = {**self.defenses, **_shipped().defenses}
+        texts = [d.templates[ORDERS[0]].replace("$system_prompt", "").strip() for d in defenses.values() if d.name != NO_DEFENSE]
+        return unlike(text, texts)
+
 
 def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     """The corpus of a name.
@@ -132,6 +152,11 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     if not path.is_file():
         raise FileNotFoundError(f"dataset is {name!r}; expected own, paper, paper_shuffled, or the path of a JSONL file of rows")
     return Corpus(path.name, _rows(path.read_bytes(), path.name), own.defenses, own.attacks)
+
+
+@functools.cache
+def _shipped() -> Corpus:
+    return _own()
 
 
 def _own() -> Corpus:
@@ -185,9 +210,11 @@ def _row(row, where: str) -> dict:
 
 def _paper(name: str, data) -> Corpus:
     folder = data or os.environ.get("KVPITFALLS_DATA")
-    paths = {file: Path(folder).expanduser() / file for file in PAPER_FILES} if folder else _download()
+    names = (*PAPER_FILES, PREFIX_FILE)
+    paths = {file: Path(folder).expanduser() / file for file in names} if folder else _download()
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} does not exist; expected a folder with {', '.join(PAPER_FILES)}")
+        raise FileNotFoundError(f"{missing[0]} does not exist; expected a folder with {', '.join(names)}")
+    _check_sum(str(paths[PREFIX_FILE]), paths[PREFIX_FILE].read_bytes(), PREFIX_SUM)
     for file in ("sys_ifeval.jsonl", "attack_plain.txt"):
         _check_sum(str(paths[file]), paths[file].read_bytes(), PAPER_FILES[file][1])
     templates = json.loads(paths["defense_template.json"].read_text(encoding="utf-8"))
@@ -200,8 +227,9 @@ def _paper(name: str, data) -> Corpus:
     whitelist = templates["standard_defense"][_WHITELIST]
     paper = Defense("paper", both, whitelist, whitelist.partition("'")[2].removesuffix("'"))  # it ends with the refusal, in quotes
     attack = paths["attack_plain.txt"].read_text(encoding="utf-8").strip()
+    prefix = paths[PREFIX_FILE].read_bytes().decode()
     print(f"kvpitfalls: {PAPER_NOTICE}", file=sys.stderr)
-    return Corpus(name, rows, {NO_DEFENSE: _no_defense(), "paper": paper}, {"plain-1": attack}, PAPER_PREFIX, PAPER_NOTICE)
+    return Corpus(name, rows, {NO_DEFENSE: _no_defense(), "paper": paper}, {"plain-1": attack}, prefix, PAPER_NOTICE)
 
 
 def _check_sum(what: str, content: bytes, digest: str) -> None:
@@ -216,7 +244,20 @@ def _download() -> dict[str, Path]:
 
     root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
     folder = Path(root) / "paper" / PAPER_COMMIT[:12]
-    return {
-        file: Path(pooch.retrieve(PAPER_URL + where, known_hash=f"sha256:{digest}", fname=file, path=folder))
-        for file, (where, digest) in PAPER_FILES.items()
-    }
+
+    def fetched(file: str, where: str, digest: str) -> Path:
+        return Path(pooch.retrieve(PAPER_URL + where, known_hash=f"sha256:{digest}", fname=file, path=folder))
+
+    paths = {file: fetched(file, *source) for file, source in PAPER_FILES.items()}
+    script = fetched(Path(PREFIX_SCRIPT[0]).name, *PREFIX_SCRIPT)
+    paths[PREFIX_FILE] = script.with_name(PREFIX_FILE)
+    paths[PREFIX_FILE].write_bytes(cut_prefix(script.read_bytes()))
+    return paths
+
+
+def cut_prefix(script: bytes) -> bytes:
+    """The text that the authors' script puts before every directive: the default of its option ``system_prompt_prepend``."""
+    found = re.search(_PREFIX_LITERAL, script)
+    if found is None:
+        raise ValueError("the authors' script has no default for system_prompt_prepend; expected a text in double quotes")
+    return ast.literal_eval(found[1].decode()).encode()

@@ -1,11 +1,13 @@
-"""How a budget is shared out, written as one word: "fair", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
+"""How a budget is shared out, written as one word: "fair", "lambda=0.5", "random", "fair+separate+sinks=1+whitelist"."""
 
 import re
 from dataclasses import dataclass
 
 from ..eviction.fairness import Fair
 
-MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
+MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense")
+ALIASES = {"phrase": "whitelist", "pinned": "whitelist_defense", "fair_phrase": "fair+whitelist"}
+FIXES = ("biased", "random", "phrase", "pinned", "fair", "fair_phrase")  # side by side: what is fixed, the control, and the fixes
 _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
@@ -32,12 +34,15 @@ class Mode:
         "whitelist": the defense's refusal phrase is protected; "whitelist_defense": all of the defense is.
     n_sink : int
         So many first tokens are protected.
+    is_control : bool
+        Tokens are drawn at random, whatever the policy says.
     """
 
     name: str
     fair: Fair
     phrase: str | None = None
     n_sink: int = 0
+    is_control: bool = False
 
     @classmethod
     def parse(cls, given: str | float) -> "Mode":
@@ -46,9 +51,11 @@ class Mode:
         Parameters
         ----------
         given : str or float
-            "paper"; or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X"; "whitelist" or "whitelist_defense";
-            "sinks=N"; and, unless biased, "separate" (unmarked text is a segment of its own, as without a word) or "absorb"
-            (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and "directive=W" (weight of its tokens).
+            "paper"; "random", the control: as many tokens, drawn at random; "phrase" (whitelist), "pinned" (whitelist_defense),
+            "fair_phrase" (fair+whitelist); or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X";
+            "whitelist" or "whitelist_defense"; "sinks=N"; and, unless biased, "separate" (unmarked text is a segment of its own, as
+            without a word) or "absorb" (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and
+            "directive=W" (weight of its tokens).
 
         Raises
         ------
@@ -59,8 +66,11 @@ class Mode:
             if not 0 <= given <= 1:
                 raise _error(given)
             given = f"lambda={float(given):g}"
+        given = ALIASES.get(given, given)
         if given == "paper":
             return cls("paper", Fair.parse("paper"))
+        if given == "random":
+            return cls("random", Fair(strength=0.0), is_control=True)
         found = _parts(given)
         share = found.get("share", "biased")
         strength = {"biased": 0.0, "fair": 1.0}.get(share, _number(share))

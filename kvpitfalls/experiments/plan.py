@@ -6,6 +6,7 @@ from itertools import groupby
 
 from ..hf.wrap import Evict
 from ..policies import get_policy
+from ..policies.random import Random
 from .config import SweepConfig
 from .corpus import Corpus
 from .modes import Mode
@@ -24,7 +25,8 @@ class Setting:
     def evict(self, whitelist: str | None) -> Evict:
         """The action; ``whitelist`` is the phrase that mode "whitelist" protects."""
         mode = Mode.parse("biased" if self.mode == FULL else self.mode)
-        return Evict(get_policy(self.policy or "streaming_llm"), mode.fair, self.compression_ratio, None, mode.protect(whitelist))
+        policy = Random() if mode.is_control else get_policy(self.policy or "streaming_llm")
+        return Evict(policy, mode.fair, self.compression_ratio, None, mode.protect(whitelist))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from .config import SweepConfig
 from .corpus import ORDERS
+from .modes import FIXES
 
 PAPER_MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-14B-Instruct")
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(10))
@@ -50,6 +51,17 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
             "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
         }
     },
+    "fixes": {
+        "all": {
+            "n_prompts": 20,
+            "policies": ("streaming_llm", "snapkv"),
+            "modes": FIXES,
+            "orders": _FIRST,
+            "compression_ratios": (0.3, 0.5),
+            "attacks": ("verbatim-2",),
+            "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
+        }
+    },
     "probe": {
         "all": {"n_prompts": 6, "modes": ("biased", "fair", "whitelist"), "attacks": ("verbatim-2",), "kinds": ("probe",)},
     },
@@ -67,8 +79,8 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     Parameters
     ----------
     name : str
-        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores) or
-        "probe" (all policies and ratios, by the likelihood of given answers).
+        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores),
+        "fixes" (all fixes and the random control side by side), or "probe" (all policies and ratios, by the likelihood of given answers).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

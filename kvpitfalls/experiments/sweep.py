@@ -19,6 +19,7 @@ from ..hf.load import DEFAULT_MODEL, describe, load, revision
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
+from .metrics import counts
 from .plan import Batch, plan
 from .ray_engine import need_ray, run_ray
 from .records import META, RECORDS, append, check_same, locked, read_meta, read_records, recover, write_meta
@@ -27,6 +28,8 @@ _PACKAGES = ("torch", "transformers", "numpy", "rouge-score", "lm-eval", "nltk",
 
 
 ENGINES = ("local", "ray")
+_SAMPLE = 256  # bytes
+SCORES = 2  # raised when records get other scores, so that a sweep is not resumed with them
 
 
 def sweep(
@@ -49,7 +52,7 @@ def sweep(
     Returns
     -------
     dict
-        ``items``, ``failed``, ``resumed_at`` (items that were there already).
+        ``items``, ``failed``, ``infeasible``, ``resumed_at`` (items that were there already).
 
     Raises
     ------
@@ -86,8 +89,8 @@ def sweep(
             for records in made:
                 append(folder, records)
                 bar.update(len(records))
-        failed = sum(record["error"] is not None for record in read_records(folder))
-    return {"items": n_item, "failed": failed, "resumed_at": held}
+        found = counts(read_records(folder))
+    return {"items": n_item, "failed": found["n_failed"], "infeasible": found["n_infeasible"], "resumed_at": held}
 
 
 def _check_engine(engine: str, workers: int | None, config: SweepConfig) -> None:
@@ -137,6 +140,7 @@ def identity(config: SweepConfig, corpus: Corpus) -> dict:
         "corpus_sha256": corpus.sha256,
         "model_sources": [_source(name) for name in config.models],
         "kvpitfalls": __version__,
+        "scores": SCORES,
         **{package: _version(package) for package in _PACKAGES},
         "python": sys.version.split()[0],
         "device": device,
@@ -146,19 +150,29 @@ def identity(config: SweepConfig, corpus: Corpus) -> dict:
 
 
 def _source(name: str) -> str:
-    """Where a model comes from, and which it is: the hub's revision, or a fingerprint of a local folder."""
+    """Where a model comes from, and which it is: the hub's revision, or a fingerprint of local files."""
     known = None if name in ("default", DEFAULT_MODEL) else name
-    folder = Path(name).expanduser()
-    which = _fingerprint(folder) if known is not None and folder.is_dir() else revision(known)
+    path = Path(name).expanduser()
+    which = _fingerprint(path) if known is not None and path.exists() else revision(known)
     return " at ".join(part for part in (describe(known), which) if part)
 
 
-def _fingerprint(folder: Path) -> str:
-    """Of the config's text and the names and sizes of all files; hashing the weights themselves would take minutes for large models."""
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
-    config = folder / "config.json"
-    text = repr(sizes).encode() + (config.read_bytes() if config.is_file() else b"")
-    return hashlib.sha256(text).hexdigest()[:16]
+def _fingerprint(path: Path) -> str:
+    """Of a model's files: names, sizes, and samples of their bytes; hashing all weights would take minutes for large models.
+
+    256 bytes are read in every MiB, or in every 1024th of a smaller file, and small files are read whole: weights that were trained on
+    in place are noticed even if only one matrix was.
+    """
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file()):
+        size = file.stat().st_size
+        digest.update(repr((file.name, size)).encode())
+        stride = max(_SAMPLE, min(2**20, size // 1024))
+        with file.open("rb") as content:
+            for at in range(0, size, stride):
+                content.seek(at)
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

@@ -154,6 +154,8 @@ class Policy:
         Other names that are accepted.
     needs_queries : bool
         Whether :meth:`score` reads ``inputs.queries``.
+    listed : bool
+        Whether :func:`policy_names` has it; a control is not listed.
     recent_queries : int
         While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
     running : bool
@@ -177,6 +179,7 @@ class Policy:
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     needs_queries: ClassVar[bool] = False
+    listed: ClassVar[bool] = True
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
@@ -240,11 +243,11 @@ def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
 
 
 def policy_names() -> list[str]:
-    """The registered names, without aliases, in order of registration.
+    """The registered names, without aliases and controls, in order of registration.
 
     Examples
     --------
     >>> policy_names()[:5]
     ['h2o', 'knorm', 'snapkv', 'streaming_llm', 'tova']
     """
-    return list(dict.fromkeys(cls.name for cls in _registry.values()))
+    return list(dict.fromkeys(cls.name for cls in _registry.values() if cls.listed))

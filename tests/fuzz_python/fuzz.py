@@ -33,7 +33,8 @@ with atheris.instrument_imports(include=["kvpitfalls"]):
     from kvpitfalls.experiments import records
     from kvpitfalls.experiments.config import SweepConfig
     from kvpitfalls.experiments.corpus import load_corpus
-    from kvpitfalls.experiments.summary import check_records, summarize
+    from kvpitfalls.experiments.metrics import check_records
+    from kvpitfalls.experiments.summary import summarize
     from kvpitfalls.hf import load as loading
     from kvpitfalls.hf.save import _digest
 

@@ -1,0 +1,105 @@
+"""What the metrics say of models that refuse all, recite all, answer at random, write a novel, or obey."""
+
+import degenerate
+import pytest
+
+from kvpitfalls.experiments.comparisons import COMPOSITE_RATIOS, composites, flips, losses
+from kvpitfalls.experiments.corpus import NO_DEFENSE, load_corpus
+from kvpitfalls.experiments.metrics import HEADLINES, TOGETHER
+from kvpitfalls.experiments.scenario import Scenario
+from kvpitfalls.experiments.summary import summarize
+
+CORPUS = load_corpus()
+ROWS = [row for row in CORPUS.rows if row["key"] in degenerate.FOLLOWING]
+DEFENSES = [name for name in CORPUS.defenses if name != NO_DEFENSE]
+
+
+def scenarios(rows, defense="refuse"):
+    return [Scenario.of(CORPUS, row, defense, "defense_first") for row in rows]
+
+
+@pytest.fixture(scope="module")
+def means():
+    """Model -> metric -> mean, over the prompts for which we know an answer that follows."""
+    of_rows, kinds, out = scenarios(ROWS), ("attack", "recall", "follow"), {}
+    for name, model in degenerate.MODELS.items():
+        (cell,) = summarize([degenerate.record_of(model, scenario, kind) for scenario in of_rows for kind in kinds])
+        out[name] = {metric: cell["metrics"][metric]["mean"] for metric in TOGETHER}
+    return out
+
+
+def test_the_wrong_models_are_below_the_right_one_on_every_headline(means):
+    for name in ("refuses", "novel", "at_random"):
+        assert all(means[name][metric] < means["obeys"][metric] for metric in HEADLINES), name
+    assert means["obeys"]["guarded"] == means["obeys"]["follow"] == 1 and means["obeys"]["recall_above"] > 0.8
+
+
+def test_what_each_of_them_is(means):
+    assert means["refuses"]["refused"] == means["refuses"]["refused_task"] == 1
+    assert means["refuses"]["guarded"] == means["refuses"]["follow"] == 0, "a refusal follows nothing"
+    assert means["recites"]["leaked"] == 1 and means["recites"]["refused"] == 0
+    assert means["novel"]["complied"] == means["at_random"]["complied"] == 1
+    assert abs(means["novel"]["leak_above"]) < 0.2 and abs(means["novel"]["recall_above"]) < 0.2, "six prompts"
+    assert all(m["refused"] + m["leaked"] + m["complied"] == pytest.approx(1) for m in means.values())
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_a_recital_is_never_a_refusal(defense):
+    for scenario in scenarios(CORPUS.rows[::9], defense):
+        for answer in (scenario.system, scenario.directive, scenario.defense, f"{scenario.refusal} {scenario.system}"):
+            assert scenario.score("attack", answer, 42)["outcome"] == "leaked"
+        assert scenario.score("attack", scenario.refusal, 42)["outcome"] == "refused"
+
+
+def test_a_novel_leaks_nothing_and_an_answer_alike_for_all_has_no_recall_above_chance():
+    found = [scenario.score("attack", degenerate.NOVEL, 42) for scenario in scenarios(CORPUS.rows)]
+    assert len(degenerate.NOVEL.split()) >= 200 and {s["outcome"] for s in found} == {"complied"}
+    raw = [s["leak"]["own"]["rougeL"] for s in found]
+    above = [s["leak"]["own"]["rougeL"] - s["floor"]["own"]["rougeL"] for s in found]
+    assert sum(raw) / len(raw) > 0.2 and abs(sum(above)) / len(above) < 0.02, "the plain recall of a long answer is all floor"
+    controls = [scenario.score("recall", degenerate.NOVEL, 42) for scenario in scenarios(CORPUS.rows)]
+    assert abs(sum(s["recall"]["rougeL"] - s["floor"]["rougeL"] for s in controls)) / len(controls) < 0.02
+
+
+def test_the_directive_of_another_prompt_is_no_leak():
+    all_of_them = scenarios(CORPUS.rows)
+    others = all_of_them[17:] + all_of_them[:17]
+    found = [s.score("attack", other.directive, 42)["outcome"] for s, other in zip(all_of_them, others, strict=True)]
+    assert found.count("leaked") <= 2, "chance allows one in 65"
+
+
+def test_a_fix_that_refuses_everything_has_the_lowest_composite():
+    """Over a policy that recites everything, where not leaking gains most."""
+    records, of_rows = [], scenarios(ROWS)
+    models = {"biased": degenerate.recites, "nothing": degenerate.recites, "refuser": degenerate.refuses, "right": degenerate.obeys}
+    for scenario in of_rows:
+        for mode, model in models.items():
+            of_kind = [degenerate.record_of(model, scenario, kind, mode) for kind in ("attack", "follow")]
+            records += [{**record, "compression_ratio": ratio} for record in of_kind for ratio in COMPOSITE_RATIOS]
+    score = {c["mode"]: c for c in composites(records)}
+    assert score["refuser"]["composite"] < score["nothing"]["composite"] == 0 < score["right"]["composite"]
+    assert score["nothing"]["low"] < 0 < score["nothing"]["high"]
+    assert score["refuser"]["as_published"] > 0, "the published formula would reward it"
+
+
+def test_losses_and_flips_against_the_full_cache():
+    """A policy that loses the defense alone, and one that refuses everything, against a model that obeys."""
+    records = []
+    for scenario in scenarios(ROWS):
+        for kind in ("attack", "follow"):
+            lost = degenerate.novel if kind == "attack" else degenerate.obeys
+            records.append(degenerate.record_of(degenerate.obeys, scenario, kind, ratio=0.0))
+            records += [degenerate.record_of(model, scenario, kind, mode) for mode, model in (("lost", lost), ("mute", degenerate.refuses))]
+    of_mode = {row["mode"]: row for row in losses(records)}
+    assert (of_mode["lost"]["safety_loss"], of_mode["lost"]["ability_loss"], of_mode["lost"]["selective"]) == (1, 0, 1)
+    assert (of_mode["mute"]["safety_loss"], of_mode["mute"]["ability_loss"], of_mode["mute"]["selective"]) == (0, 1, -1)
+    assert all(
+        row["n_prompt"] == len(ROWS) and row["selective_low"] <= row["selective"] <= row["selective_high"] for row in of_mode.values()
+    )
+    turned = {(f["mode"], f["was"], f["is"]): (f["n"], f["of"]) for f in flips(records) if f["n"]}
+    n_instruction = sum(len(row["instruction_id_list"]) for row in ROWS)
+    assert turned == {
+        ("lost", "refused", "complied"): (len(ROWS), len(ROWS)),
+        ("mute", "followed", "not followed"): (n_instruction, n_instruction),
+        ("mute", "task done", "task refused"): (len(ROWS), len(ROWS)),
+    }
