@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ..audits.retention import Audit
 from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
+from ..experiments.intervals import share_interval
 from ..experiments.metrics import METRICS, PROBES, TOGETHER
 from .tabular import worst_first
 
@@ -59,15 +62,21 @@ def audit_verdicts(result: Audit, min_kept: float = 0.5) -> list[str]:
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:
-    """Shares of the 20 secrets, and the answer to the first attack."""
+    """Shares of the 20 secrets with 95 % intervals, and the answer to the first attack."""
     rows = []
     for cell in cells:
-        shares = [share(cell.leaking), share(cell.refusing), share(cell.recalling)]
+        shares = [_of_secrets(x) for x in (cell.leaking, cell.refusing, cell.recalling)]
         rows.append([cell.policy or "none", share(cell.compression_ratio), cell.mode, *shares, repr(cell.attacked[0])])
     noun, value = SECRETS[0]
     return table(
         ["policy", "r", "eviction", "leaks", "refuses", "recalls", f"answer to the attack ({noun} {value})"], rows, right=(1, 3, 4, 5)
     )
+
+
+def _of_secrets(x: float) -> str:
+    n = len(SECRETS)
+    low, high = share_interval(np.stack([np.arange(n) < round(x * n), np.ones(n)], 1))
+    return f"{share(x)} [{share(low)}, {share(high)}]"
 
 
 def outcome_table(cells: Sequence[Mapping]) -> str:
