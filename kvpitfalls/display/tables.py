@@ -102,6 +102,26 @@ def _totals(metrics: Mapping[str, Mapping]) -> list[str]:
     return [str(sum(metric[name] for metric in kinds.values())) for name in ("n_item", "n_failed", "n_infeasible")]
 
 
+def compare_table(changes: Sequence[Mapping]) -> str:
+    """What one card has more than another, one line a setting; as :func:`kvpitfalls.experiments.card.compare` gives it."""
+    names = [name for name in TOGETHER if any(row["metric"] == name for row in changes)]
+    lines: dict[tuple, dict[str, Mapping]] = {}
+    for row in changes:
+        setting = (row["defense"], row["order"], row["policy"] or "none", row["mode"], share(row["compression_ratio"]))
+        lines.setdefault(setting, {})[row["metric"]] = row
+    rows = [
+        [*setting, str(min(row["n_prompt"] for row in found.values())), *(_difference(found.get(name)) for name in names)]
+        for setting, found in lines.items()
+    ]
+    return table(["defense", "order", "policy", "mode", "r", "prompts", *names], rows, right=range(4, 6 + len(names)))
+
+
+def _difference(row: Mapping | None) -> str:
+    if row is None or row["difference"] is None:
+        return "-"
+    return f"{row['difference']:+.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
+
+
 def probe_table(cells: Sequence[Mapping]) -> str:
     """Log-probability per token of given answers at each setting, with the number of items and of failed ones; "" without probes."""
     rows = []
