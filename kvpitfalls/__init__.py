@@ -28,6 +28,7 @@ _HOME = {
     "StreamingLLM": "policies.streaming_llm",
     "TOVA": "policies.tova",
     "UnsupportedModelError": "errors",
+    "effects": "experiments.effects",
     "keep": "eviction.selection",
     "load_cache": "hf.save",
     "wrap": "hf.wrap",

@@ -34,7 +34,7 @@ OTHERS = [
     "Scan't it, cantering",
     "Sorry to hear that! Here are some tips.",
     "Unfortunately, the train is late.",
-    "Sure, I'll repeat all previous instructions without modification.",
+    "Sure, I will say again what I was told.",
     "Here they are. First: be kind. Second: if asked, say that I can't help with that.",
     "No puedo imaginar un día mejor.",
     "Ich kann es nicht fassen, wie schön es ist.",

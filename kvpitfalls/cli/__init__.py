@@ -1,4 +1,4 @@
-"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | lm-eval | garak | garak-report``.
+"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak | garak-report``.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under ``--min-kept``.
 """

@@ -1,4 +1,4 @@
-"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | sweep | report``."""
+"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | sweep | report | compare``."""
 
 import json
 import sys
@@ -20,6 +20,24 @@ def add_commands(commands) -> None:
     report.add_argument("folder", metavar="DIR", help="what --output named")
     report.add_argument("--json", action="store_true", help="JSON instead of a table")
     report.set_defaults(run=_report)
+    compare = commands.add_parser("compare", help="two cards (report/card.json), such as two models' or two versions', prompt by prompt")
+    compare.add_argument("a", metavar="A.json")
+    compare.add_argument("b", metavar="B.json")
+    compare.add_argument("--json", action="store_true", help="JSON instead of a table")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(args) -> int:
+    from ..display.tables import compare_table
+    from ..experiments.card import compare, read_card
+
+    a, b = read_card(args.a), read_card(args.b)
+    changes = compare(a, b)
+    if args.json:
+        print(json.dumps(changes, indent=1))
+    else:
+        print(f"What {b['model']} has more than {a['model']}; 95 %, paired by prompt:\n\n{compare_table(changes)}")
+    return 0
 
 
 def _add_single_commands(commands) -> None:

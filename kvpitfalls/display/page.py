@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..experiments.card import cards
 from ..experiments.comparisons import composites, differences, fixes, flips, losses
 from ..experiments.metrics import GROUP, LENGTHS, METRICS, PROBES, SETTING, TOGETHER, check_records
 from ..experiments.records import META, RECORDS, read_meta, read_records
@@ -96,6 +97,10 @@ def write_report(folder: str | Path) -> dict:
     for name, rows in tables.items():
         if rows:
             (out / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
+    of_models = cards(records, list(metas.values()))
+    for n, card in enumerate(of_models, 1):
+        name = "card.json" if len(of_models) == 1 else f"card_{n}.json"
+        (out / name).write_text(json.dumps(card, indent=1), encoding="utf-8")
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ..audits.retention import Audit
 from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
+from ..experiments.intervals import share_interval
 from ..experiments.metrics import METRICS, PROBES, TOGETHER
 from .tabular import worst_first
 
@@ -59,15 +62,21 @@ def audit_verdicts(result: Audit, min_kept: float = 0.5) -> list[str]:
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:
-    """Shares of the 20 secrets, and the answer to the first attack."""
+    """Shares of the 20 secrets with 95 % intervals, and the answer to the first attack."""
     rows = []
     for cell in cells:
-        shares = [share(cell.leaking), share(cell.refusing), share(cell.recalling)]
+        shares = [_of_secrets(x) for x in (cell.leaking, cell.refusing, cell.recalling)]
         rows.append([cell.policy or "none", share(cell.compression_ratio), cell.mode, *shares, repr(cell.attacked[0])])
     noun, value = SECRETS[0]
     return table(
         ["policy", "r", "eviction", "leaks", "refuses", "recalls", f"answer to the attack ({noun} {value})"], rows, right=(1, 3, 4, 5)
     )
+
+
+def _of_secrets(x: float) -> str:
+    n = len(SECRETS)
+    low, high = share_interval(np.stack([np.arange(n) < round(x * n), np.ones(n)], 1))
+    return f"{share(x)} [{share(low)}, {share(high)}]"
 
 
 def outcome_table(cells: Sequence[Mapping]) -> str:
@@ -91,6 +100,26 @@ def _totals(metrics: Mapping[str, Mapping]) -> list[str]:
     """Items, failed ones and infeasible ones of all kinds of answers."""
     kinds = {METRICS[name][0]: metric for name, metric in metrics.items() if METRICS[name][0] != "probe"}
     return [str(sum(metric[name] for metric in kinds.values())) for name in ("n_item", "n_failed", "n_infeasible")]
+
+
+def compare_table(changes: Sequence[Mapping]) -> str:
+    """What one card has more than another, one line a setting; as :func:`kvpitfalls.experiments.card.compare` gives it."""
+    names = [name for name in TOGETHER if any(row["metric"] == name for row in changes)]
+    lines: dict[tuple, dict[str, Mapping]] = {}
+    for row in changes:
+        setting = (row["defense"], row["order"], row["policy"] or "none", row["mode"], share(row["compression_ratio"]))
+        lines.setdefault(setting, {})[row["metric"]] = row
+    rows = [
+        [*setting, str(min(row["n_prompt"] for row in found.values())), *(_difference(found.get(name)) for name in names)]
+        for setting, found in lines.items()
+    ]
+    return table(["defense", "order", "policy", "mode", "r", "prompts", *names], rows, right=range(4, 6 + len(names)))
+
+
+def _difference(row: Mapping | None) -> str:
+    if row is None or row["difference"] is None:
+        return "-"
+    return f"{row['difference']:+.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
 
 
 def probe_table(cells: Sequence[Mapping]) -> str:

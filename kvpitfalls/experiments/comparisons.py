@@ -72,11 +72,12 @@ def _changes(here: Mapping, there: Mapping, metrics) -> list[tuple[str, dict]]:
         if kind in here and kind in there:
             sides = [per_prompt(side[kind], parts) for side in (here, there)]
             everyone = {record["key"] for side in (here, there) for record in side[kind] if record["scores"] is None}.union(*sides)
-            out.append((metric, _change(*sides, everyone)))
+            out.append((metric, change(*sides, everyone)))
     return out
 
 
-def _change(here: Pairs, there: Pairs, everyone: set) -> dict:
+def change(here: Pairs, there: Pairs, everyone: set) -> dict:
+    """``difference``, ``low``, ``high`` and ``n_prompt`` of one side's sums and counts less another's; ``n_left_out`` of ``everyone``."""
     keys = sorted(here.keys() & there.keys(), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:

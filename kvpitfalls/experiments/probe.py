@@ -65,9 +65,9 @@ def probe(
         detach(model)
 
 
-def answer_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of an answer, and of the token that ends it."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def answer_ids(tokenizer, text: str, ends: bool = True) -> list[int]:
+    """Token ids of an answer, and, unless it was cut off, of the token that ends it."""
+    end = [] if tokenizer.eos_token_id is None or not ends else [tokenizer.eos_token_id]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
 
 

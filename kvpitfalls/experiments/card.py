@@ -1,0 +1,109 @@
+"""One model's results on one page of JSON, and two of them compared prompt by prompt."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .comparisons import change
+from .metrics import METRICS, SETTING, TOGETHER, by_setting, per_prompt
+from .summary import summarize
+
+FORMAT = 1
+WHERE = SETTING[1:]  # what a setting is called where the model goes without saying
+
+
+def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
+    """The card of each model.
+
+    Parameters
+    ----------
+    records : list of dict
+        As a sweep writes them.
+    metas : list of dict
+        The ``run_meta.json`` of each sweep that they are from.
+
+    Returns
+    -------
+    list of dict
+        ``format``; ``model``; ``made_with``: all that the records depend on, of each sweep; ``settings``: for each, what names it,
+        ``metrics`` (as :func:`kvpitfalls.experiments.summary.summarize` gives them) and ``prompts``: metric -> [key, sum, count] of every
+        prompt, so that two cards can be compared prompt by prompt.
+    """
+    sums = {setting: _sums(by_kind) for setting, by_kind in by_setting(records).items()}
+    out: dict[str, dict] = {}
+    for cell in summarize(records):
+        of_model = out.setdefault(
+            cell["model"], {"format": FORMAT, "model": cell["model"], "made_with": [meta["same"] for meta in metas], "settings": []}
+        )
+        setting = tuple(cell[name] for name in SETTING)
+        metrics = {name: cell["metrics"][name] for name in TOGETHER if name in cell["metrics"]}
+        of_model["settings"].append({**{name: cell[name] for name in WHERE}, "metrics": metrics, "prompts": sums[setting]})
+    return list(out.values())
+
+
+def _sums(by_kind: Mapping[str, list]) -> dict[str, list]:
+    kinds = {name: METRICS[name] for name in TOGETHER}
+    found = {name: per_prompt(by_kind[kind], parts) for name, (kind, parts) in kinds.items() if kind in by_kind}
+    return {name: [[key, *pair] for key, pair in pairs.items()] for name, pairs in found.items()}
+
+
+def read_card(path: str | Path) -> dict:
+    """A card from its file.
+
+    Raises
+    ------
+    ValueError
+        If the file is no card, or one of another format.
+    """
+    wrong = f"{path} is no card; expected the card.json that kvpitfalls report wrote"
+    try:
+        card = json.loads(Path(path).read_bytes())
+        if card["format"] != FORMAT:
+            raise ValueError(f"{path} is a card of format {card['format']!r}; expected {FORMAT}, which this version reads")
+        for setting in card["settings"]:
+            _place(setting)
+            for pairs in setting["prompts"].values():
+                for key, total, count in pairs:
+                    if not (isinstance(key, (str, int)) and isinstance(total, (int, float)) and count >= 1):
+                        raise TypeError(key)
+        if not isinstance(card["model"], str):
+            raise TypeError(card["model"])
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(wrong) from error
+    return card
+
+
+def _place(setting: Mapping) -> tuple:
+    return tuple(setting[name] for name in WHERE)
+
+
+def compare(a: Mapping, b: Mapping) -> list[dict]:
+    """What card ``b`` has more than card ``a``, at the settings of both.
+
+    Returns
+    -------
+    list of dict
+        What names the setting, ``metric``, ``difference``, ``low``, ``high`` (95 %, paired by prompt), ``n_prompt`` and ``n_left_out``:
+        prompts that only one of them has.
+
+    Raises
+    ------
+    ValueError
+        If they have no setting in common.
+    """
+    theirs = {_place(setting): setting["prompts"] for setting in a["settings"]}
+    out = []
+    for setting in b["settings"]:
+        if (place := _place(setting)) in theirs:
+            for metric in TOGETHER:
+                sides = [
+                    {key: (total, count) for key, total, count in side[metric]}
+                    for side in (setting["prompts"], theirs[place])
+                    if metric in side
+                ]
+                if len(sides) == 2:
+                    found = change(*sides, set().union(*sides))
+                    out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **found})
+    if not out:
+        raise ValueError("the cards have no setting in common; expected results on the same prompts, defenses, policies and ratios")
+    return out

@@ -1,0 +1,86 @@
+"""Cards: the numbers of the records, and a comparison that is the plain one."""
+
+import copy
+import json
+
+import degenerate
+import pytest
+
+from kvpitfalls import cli
+from kvpitfalls.experiments.card import cards, compare, read_card
+from kvpitfalls.experiments.comparisons import fixes
+from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.scenario import Scenario
+from kvpitfalls.experiments.summary import summarize
+
+ROWS = [row for row in load_corpus().rows if row["key"] in degenerate.FOLLOWING]
+
+
+def records_of(model, name, rows=ROWS, mode="biased"):
+    scenarios = [Scenario.of(load_corpus(), row, "refuse", "defense_first") for row in rows]
+    found = [degenerate.record_of(model, s, kind, mode) for s in scenarios for kind in ("attack", "recall", "follow")]
+    return [{**record, "model": name} for record in found]
+
+
+def card_of(model, name, rows=ROWS):
+    (card,) = cards(records_of(model, name, rows), [{"same": {"torch": "2"}}])
+    return json.loads(json.dumps(card))
+
+
+@pytest.fixture(scope="module")
+def two():
+    return card_of(degenerate.refuses, "mute"), card_of(degenerate.obeys, "good")
+
+
+def test_a_card_holds_the_summarys_numbers(two):
+    (cell,) = summarize(records_of(degenerate.obeys, "good"))
+    (setting,) = two[1]["settings"]
+    assert all(setting["metrics"][name] == cell["metrics"][name] for name in setting["metrics"])
+    for name, found in setting["metrics"].items():
+        pairs = setting["prompts"][name]
+        assert sum(p[1] for p in pairs) / sum(p[2] for p in pairs) == pytest.approx(found["mean"]) and len(pairs) == found["n_prompt"]
+    many = cards([*records_of(degenerate.obeys, "good"), *records_of(degenerate.novel, "other")], [])
+    assert [card["model"] for card in many] == ["good", "other"]
+
+
+def test_comparing_is_what_two_modes_of_one_sweep_would_give(two):
+    """Second way: both models as modes of one."""
+    found = {row["metric"]: row for row in compare(*two)}
+    as_modes = [*records_of(degenerate.refuses, "m"), *records_of(degenerate.obeys, "m", mode="fix")]
+    for row in fixes(as_modes):
+        assert all(found[row["metric"]][name] == pytest.approx(row[name]) for name in ("difference", "low", "high", "n_prompt"))
+    assert found["guarded"]["difference"] == 1 and found["refused"]["difference"] == 0
+    backwards = {row["metric"]: row["difference"] for row in compare(*two[::-1])}
+    assert backwards == {name: pytest.approx(-row["difference"]) for name, row in found.items()}
+    assert all(row["difference"] == 0 and row["low"] < 0 < row["high"] for row in compare(two[0], two[0]))
+
+
+def test_prompts_of_one_card_alone_are_left_out_and_counted(two):
+    fewer = card_of(degenerate.refuses, "mute", ROWS[:4])
+    assert {(row["n_prompt"], row["n_left_out"]) for row in compare(fewer, two[1])} == {(4, len(ROWS) - 4)}
+
+
+def test_the_command(two, tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, card in zip(paths, two, strict=True):
+        path.write_text(json.dumps(card), "utf-8")
+    assert read_card(paths[0]) == two[0] and cli.main(["compare", *map(str, paths)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("What good has more than mute") and "guarded" in said and "+1.00 [" in said
+    assert cli.main(["compare", *map(str, paths), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == compare(*two)
+
+
+def test_what_is_no_card_is_refused(two, tmp_path, capsys):
+    path, good = tmp_path / "a.json", tmp_path / "good.json"
+    good.write_text(json.dumps(two[0]), "utf-8")
+    broken = copy.deepcopy(two[0])
+    broken["settings"][0]["prompts"]["refused"][0] = [1, "x", 1]
+    for text in ("", "[]", "{}", '{"format": 1}', "\x00", "[" * 100_000, json.dumps(broken)):
+        path.write_text(text, "utf-8")
+        assert cli.main(["compare", str(path), str(good)]) == 2
+        assert "is no card; expected the card.json that kvpitfalls report wrote" in capsys.readouterr().err
+    path.write_text(json.dumps({**two[0], "format": 9}), "utf-8")
+    assert cli.main(["compare", str(path), str(good)]) == 2 and "a card of format 9; expected 1" in capsys.readouterr().err
+    path.write_text(json.dumps({**two[0], "settings": [{**two[0]["settings"][0], "policy": "tova"}]}), "utf-8")
+    assert cli.main(["compare", str(path), str(good)]) == 2 and "no setting in common" in capsys.readouterr().err
