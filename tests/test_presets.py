@@ -10,7 +10,7 @@ from kvpitfalls.experiments.presets import PAPER_MODELS, preset, preset_names
 
 
 def test_every_figure_has_a_preset():
-    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "probe"]
+    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "rules", "probe"]
     with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
         preset("figure16")
 

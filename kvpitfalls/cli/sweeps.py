@@ -12,7 +12,9 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
     )
-    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (some minutes on two cores), or probe")
+    what.add_argument(
+        "--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (some minutes on two cores), rules, or probe"
+    )
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_single_commands(commands)
@@ -34,7 +36,13 @@ def _add_single_commands(commands) -> None:
             "--order", action="append", dest="orders", metavar="NAME", help="defense_first, directive_first; both by default"
         )
         command.add_argument("--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default")
-        command.add_argument("--mode", action="append", dest="modes", metavar="NAME", help="biased, fair, paper, whitelist, a number, ...")
+        command.add_argument(
+            "--mode",
+            action="append",
+            dest="modes",
+            metavar="NAME",
+            help="biased, fair, floor, boundary, pinned, whitelist, paper, a number, ...",
+        )
         command.add_argument("--ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed")
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)

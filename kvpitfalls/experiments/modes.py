@@ -1,22 +1,24 @@
-"""How a budget is shared out, written as one word: "fair", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
+"""How a budget is shared out, written as one word: "fair", "floor=4", "boundary", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
 
 import re
 from dataclasses import dataclass
 
-from ..eviction.fairness import Fair
+from ..eviction.fairness import FLOOR, Fair
 
-MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense")
+MODES = ("biased", "fair", "paper", "whitelist", "whitelist_defense", "boundary", "floor", "pinned")
 _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
-    "share": rf"biased|fair|lambda=({_NUMBER})",
+    "share": rf"biased|fair|floor=[1-9]\d{{0,5}}|lambda=({_NUMBER})",
     "template": r"separate|absorb",
     "min": rf"min=({_WHOLE})",
     "defense": rf"defense=({_NUMBER})",
     "directive": rf"directive=({_NUMBER})",
     "sinks": rf"sinks=({_WHOLE})",
+    "boundary": r"boundary",
     "phrase": r"whitelist|whitelist_defense",
 }
+_SYNONYMS = {"floor": f"floor={FLOOR}", "pinned": "whitelist_defense"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class Mode:
         "whitelist": the defense's refusal phrase is protected; "whitelist_defense": all of the defense is.
     n_sink : int
         So many first tokens are protected.
+    boundary : bool
+        A tenth of the budget at each end of the prompt is protected.
     """
 
     name: str
     fair: Fair
     phrase: str | None = None
     n_sink: int = 0
+    boundary: bool = False
 
     @classmethod
     def parse(cls, given: str | float) -> "Mode":
@@ -46,9 +51,11 @@ class Mode:
         Parameters
         ----------
         given : str or float
-            "paper"; or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X"; "whitelist" or "whitelist_defense";
-            "sinks=N"; and, unless biased, "separate" (unmarked text is a segment of its own, as without a word) or "absorb"
-            (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and "directive=W" (weight of its tokens).
+            "paper"; or parts joined by "+": "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M
+            tokens of each instruction in every head and layer; "floor" is "floor=4"); "whitelist" or "whitelist_defense", which is also
+            called "pinned"; "boundary"; "sinks=N"; and, with "fair" or "lambda=X", "separate" (unmarked text is a segment of its own, as
+            without a word) or "absorb" (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and
+            "directive=W" (weight of its tokens).
 
         Raises
         ------
@@ -63,29 +70,31 @@ class Mode:
             return cls("paper", Fair.parse("paper"))
         found = _parts(given)
         share = found.get("share", "biased")
-        strength = {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
+        floor = int(_number(share)) if share.startswith("floor=") else 0
+        strength = 0.0 if floor else {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
         options = {part: _number(found[part]) for part in ("min", "defense", "directive", "sinks") if part in found}
         weights = {name: options[name] for name in ("defense", "directive") if name in options}
         if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
             raise _error(given)
         template = found.get("template", "separate")
-        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", 0)), template=template)
+        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template)
         said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {"share": "biased"}
         name = "+".join(said[part] for part in _PARTS if part in said)
-        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)))
+        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)), "boundary" in found)
 
     def protect(self, whitelist: str | None) -> list | None:
         """What is protected, where the defense's phrase is ``whitelist``; None if nothing is."""
         if self.phrase == "whitelist" and whitelist is None:
             raise ValueError(f"mode {self.name!r} protects the defense's phrase, and there is none; expected a defense that has one")
         phrase = {None: [], "whitelist": [whitelist], "whitelist_defense": ["defense"]}[self.phrase]
-        return [*phrase, *range(self.n_sink)] or None
+        return [*phrase, *range(self.n_sink), *["boundary"] * self.boundary] or None
 
 
 def _parts(given) -> dict[str, str]:
     """What each part of a mode's name decides."""
     found: dict[str, str] = {}
     for word in given.split("+") if isinstance(given, str) else [""]:
+        word = _SYNONYMS.get(word, word)
         part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
         if part is None or part in found:
             raise _error(given)

@@ -50,6 +50,16 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
             "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
         }
     },
+    "rules": {
+        "all": {
+            "n_prompts": 20,
+            "policies": ("streaming_llm", "snapkv"),
+            "modes": ("biased", "fair", "floor", "boundary", "fair+boundary", "whitelist", "pinned"),
+            "compression_ratios": (0.5,),
+            "attacks": ("verbatim-2",),
+            "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
+        }
+    },
     "probe": {
         "all": {"n_prompts": 6, "modes": ("biased", "fair", "whitelist"), "attacks": ("verbatim-2",), "kinds": ("probe",)},
     },
@@ -67,8 +77,8 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     Parameters
     ----------
     name : str
-        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores) or
-        "probe" (all policies and ratios, by the likelihood of given answers).
+        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores),
+        "rules" (every way to share a budget out, at equal memory) or "probe" (all policies and ratios, by the likelihood of given answers).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 
