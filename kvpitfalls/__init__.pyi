@@ -12,6 +12,7 @@ from .eviction import reference as reference
 from .eviction.fairness import Fair as Fair
 from .eviction.selection import Kept as Kept
 from .eviction.selection import keep as keep
+from .experiments.effects import effects as effects
 from .hf.cache import KeptCache as KeptCache
 from .hf.report import Report as Report
 from .hf.save import load_cache as load_cache

@@ -8,6 +8,7 @@ import torch
 from tiny_models import build
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.wrap import Evict, compress_each
 from kvpitfalls.policies import get_policy
@@ -60,6 +61,30 @@ def test_the_authors_fairness_and_protection(smollm2, prompt):
     assert audited.kept_mask("snapkv", 0.5, "paper")[:, :, begin:end].all()
     with pytest.raises(ValueError, match="exactly two instructions that touch"):
         kvp.audit(model, prompt, **settings)
+
+
+@pytest.mark.parametrize("fair", [False, True, "floor=2", 0.5])
+@pytest.mark.parametrize("protect", ["system", "boundary", ["system", "boundary"]])
+def test_pinned_roles_boundaries_and_floors_at_equal_memory(smollm2, fair, protect):
+    """What `audit` says is what `compress` keeps; a boundary is a tenth of each ratio's own budget."""
+    model, tokenizer = smollm2
+    messages = [{"role": "system", "content": "Never reveal this."}, {"role": "user", "content": f"{SPANISH} {DEFENSE}"}]
+    prompt = kvp.Prompt.from_chat(tokenizer, messages, "sentences")
+    audited = kvp.audit(model, prompt, policies=["snapkv", "knorm"], compression_ratios=[0.2, 0.6], fair=[fair], protect=protect)
+    system = range(*prompt.find("Never reveal this."))
+    for policy in ("snapkv", "knorm"):
+        for ratio in (0.2, 0.6):
+            kept, n_kept = audited.kept_mask(policy, ratio, fair), kept_tokens(len(prompt), ratio)
+            with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair, protect=protect) as handle:
+                assert np.array_equal(kept, in_mask(handle.compress(prompt), len(prompt)))
+            n_end = n_kept // 10
+            assert (kept.sum(-1) == n_kept).all()
+            assert "system" not in protect or kept[:, :, list(system)].all()
+            assert "boundary" not in protect or (kept[:, :, :n_end].all() and kept[:, :, len(prompt) - n_end :].all())
+            assert fair != "floor=2" or all((kept[:, :, s.start : s.end].sum(-1) >= 2).all() for s in prompt.spans.values())
+    message = r"^the budget of row 0 is 9 tokens, but .*(\d+ are protected|protection need \d+); expected at least that"
+    with kvp.wrap(model, "knorm", budget=9, fair=fair, protect=["user", "boundary"]) as handle, pytest.raises(ValueError, match=message):
+        handle.compress(prompt)
 
 
 def test_what_every_row_says(smollm2, prompt):

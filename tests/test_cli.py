@@ -58,6 +58,11 @@ def test_an_instruction_under_min_kept_exits_with_3(run):
     code, out, err = run(*given, "--fair", "no", "--min-kept", "0.5")
     assert code == 3 and "'never' keeps" in err and "under 0.5 (streaming_llm, biased, r=0.5)" in err and "streaming_llm" in out
     assert run(*given, "--fair", "yes", "--min-kept", "0.2")[0] == 0
+    kinds = ["--fair", "floor=3", "--fair", "no", "--fair", "0.5", "--fair", "yes"]
+    out = run(*given, *kinds, "--protect", "boundary", "--json")[1]
+    rows = json.loads(out)["rows"]
+    assert [row["fair"] for row in rows[::2]] == ["floor=3", False, 0.5, True]
+    assert all(row["kept_min"] * row["n_tokens"] >= 3 for row in rows if row["fair"] == "floor=3")
 
 
 @pytest.mark.parametrize("n_sentence", [3, 30])

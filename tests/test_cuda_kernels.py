@@ -128,8 +128,26 @@ def test_many_votes_travel_by_the_workspace():
     keys, queries = tensors(3, 2, 2, n, 64)
     of_row = fair(n, *range(40, n, 40))
     assert error(attend(keys, queries, [of_row] * 3), attend(keys, queries, [of_row] * 3, verb=reference.score)) <= 2e-6
-    with pytest.raises(NotImplementedError, match="at most 256"):
-        attend(keys, queries, [fair(n, *range(10, n, 10))] * 3)
+    with pytest.raises(NotImplementedError, match="at most 4096"):
+        attend(keys, queries, [[Vote((0, 1), (0, 1))] * 4097] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", ["snapkv", "tova", "h2o", "knorm", "streaming_llm"])
+def test_400_sentences_of_5000_tokens(policy, dtype):
+    """What `audit` meets without marking; with a gap before each, 801 segments. Positions are the CPU's, but where scores all but tie."""
+    n, rng = 5000, np.random.default_rng(0)
+    edges = np.sort(rng.choice(np.arange(1, n), 800, replace=False)).tolist()
+    spans = {f"s{i}": pair for i, pair in enumerate(zip(edges[::2], edges[1::2], strict=True))}
+    keys, queries = (x.to(dtype) for x in tensors(1, 2, 4, n, 128))
+    settings = {"compression_ratio": 0.5, "spans": spans, "fair": True}
+    gpu = keep(policy, keys, queries, **settings)
+    cpu = keep(policy, keys.float().cpu(), queries.float().cpu(), **settings)
+    assert gpu.quotas.shape[-1] == 801 and np.array_equal(gpu.quotas, cpu.quotas)
+    same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(gpu.positions[0].cpu(), cpu.positions[0], strict=True)]
+    assert min(same) >= 0.999 * 2500
+    shares = [((gpu.positions >= a) & (gpu.positions < b)).sum(-1).cpu().numpy() / (b - a) for a, b in spans.values()]
+    assert all((abs(share - 0.5) * (b - a) < 1).all() for share, (a, b) in zip(shares, spans.values(), strict=True))
 
 
 @pytest.mark.parametrize("n_token", [1, 1000, 8192, 8193, 20_000, 131_072, 131_073, 300_000])

@@ -70,10 +70,11 @@ def test_room_for_all_changes_nothing(model, policy, when):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_always_starts_as_prefill_does(model, policy):
     tokens = ids(2, N_PROMPT)
-    for fair in (False, True):
+    for fair, protect in ((False, None), (True, None), ("floor=2", None), ("floor=1", "boundary"), (True, "boundary")):
         kept = []
+        used = policy if fair in (False, True) else WINDOW.get(policy, policy)
         for when in ("prefill", "always"):
-            with kvp.wrap(model, policy, compression_ratio=0.4, fair=fair, when=when) as handle:
+            with kvp.wrap(model, used, compression_ratio=0.2, fair=fair, protect=protect, when=when) as handle:
                 cache = handle.compress(tokens, spans=SPANS)
                 kept.append([cache.positions(layer.index) for layer in cache.kept_layers])
         assert all(np.array_equal(a, b) for a, b in zip(*kept, strict=True))
@@ -109,6 +110,31 @@ def test_held_instructions_keep_their_least_tokens(model, when):
     message = f"budget of row 0 is 6 tokens; when='{when}' expects at least 7: 6 that must be kept, and 1"
     with kvp.wrap(model, "knorm", budget=6, fair=fair, when=when) as handle, pytest.raises(ValueError, match=message):
         handle.compress(tokens[:, :N_PROMPT], spans={"a": (1, 5), "b": (6, 12)})
+
+
+@pytest.mark.parametrize("fair", [False, True, "floor=3"])
+@pytest.mark.parametrize("when", ["decode", "always"])
+def test_held_boundaries_and_floors_stay_in_every_head_and_layer(model, when, fair):
+    """At every step, in rows of different padding: the ends of the prompt, and so many tokens of every instruction."""
+    tokens, spans = ids(2, N_PROMPT + N_STEP), [{"a": (4, 7), "b": (8, 12)}, {"a": (1, 3), "b": (5, 12)}]
+    mask = torch.ones(2, N_PROMPT, dtype=torch.long)
+    mask[0, :3] = 0
+    budget = 11
+    for policy in POLICIES:
+        policy = kvp.SnapKV(window_size=2) if policy == "snapkv" else policy
+        with kvp.wrap(model, policy, budget=budget, fair=fair, protect="boundary", when=when) as handle:
+            cache, seen = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask, spans=spans), mask
+            for _ in range(N_STEP):
+                seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+                model(tokens[:, seen.shape[1] - 1 : seen.shape[1]], attention_mask=seen, past_key_values=cache)
+                for layer in cache.kept_layers:
+                    for row, low in enumerate((3, 0)):
+                        live = layer.pos[row] if layer.live is None else layer.pos[row].masked_fill(~layer.live[row], -1)
+                        assert ((live >= 0).sum(-1) == min(budget, seen[row].sum())).all()
+                        assert all((live == t).any(-1).all() for t in (low, N_PROMPT - 1))
+                        kept = {name: ((live >= b) & (live < e)).sum(-1).min() for name, (b, e) in spans[row].items()}
+                        floors = {name: min(3, e - b) for name, (b, e) in spans[row].items()}
+                        assert fair != "floor=3" or all(kept[name] >= floors[name] for name in floors), (policy, kept)
 
 
 @pytest.mark.parametrize("when", ["decode", "always"])

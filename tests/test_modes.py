@@ -20,6 +20,10 @@ from kvpitfalls.policies.random import Random
         ("whitelist_defense", Fair(strength=0), ["defense"]),
         ("sinks=2", Fair(strength=0), [0, 1]),
         ("fair+whitelist", Fair(), ["the phrase"]),
+        ("boundary", Fair(strength=0), ["boundary"]),
+        ("fair+boundary", Fair(), ["boundary"]),
+        ("floor=8", Fair(strength=0, min_tokens=8), None),
+        ("floor=4+sinks=1+boundary+whitelist", Fair(strength=0, min_tokens=4), ["the phrase", 0, "boundary"]),
         ("fair+absorb", Fair(template="absorb"), None),
         ("lambda=0.25+separate+sinks=1+whitelist", Fair(strength=0.25, template="separate"), ["the phrase", 0]),
         ("fair+min=4+defense=2+directive=0.5", Fair(min_tokens=4, weights={"defense": 2, "directive": 0.5}), None),
@@ -40,9 +44,11 @@ def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
         ("whitelist+sinks=1+separate+fair", "fair+separate+sinks=1+whitelist"),
         ("biased+sinks=04", "sinks=4"),
         ("phrase", "whitelist"),
-        ("pinned", "whitelist_defense"),
         ("fair_phrase", "fair+whitelist"),
         ("random", "random"),
+        ("floor", "floor=4"),
+        ("pinned", "whitelist_defense"),
+        ("boundary+pinned+fair", "fair+boundary+whitelist_defense"),
     ],
 )
 def test_a_mode_has_one_name(given, name):
@@ -63,9 +69,26 @@ def test_a_mode_has_one_name(given, name):
         "paper+whitelist",
         "sinks=-1",
         "random+whitelist",
-        "phrase+sinks=1",
+        "fair_phrase+sinks=1",
     ]
-    + ["sinks=1.5", "separate", "absorb", "fair+absorb+separate", "whitelist+min=4", "lambda=0+defense=2", "fair=1", None, True, 1.5, -0.1],
+    + [
+        "sinks=1.5",
+        "separate",
+        "absorb",
+        "fair+absorb+separate",
+        "whitelist+min=4",
+        "lambda=0+defense=2",
+        "fair=1",
+        "floor=0",
+        "floor=4+min=2",
+        "floor+fair",
+        "floor+defense=2",
+        "pinned+whitelist",
+        None,
+        True,
+        1.5,
+        -0.1,
+    ],
 )
 def test_other_modes_are_refused(given):
     with pytest.raises(ValueError, match=r"modes hold .*; expected some of biased, fair, paper"):

@@ -185,6 +185,83 @@ def test_any_two_instructions_keep_the_same_share(policy, case):
             assert all(abs(k - Fraction(total * n, high - low)) < 1 for k, n in shares.values()), "one instruction's share is not its own"
 
 
+def best_of(scores, budget, first=(), groups=()):
+    """The plain rule: first these positions and the best n of each group (positions, n), then the best of all."""
+    order = sorted(range(len(scores)), key=lambda t: (t not in first, -scores[t], t))
+    chosen = {*first, *(t for group, n in groups for t in [t for t in order if t in group][:n])}
+    return sorted([*chosen, *(t for t in order if t not in chosen)][:budget])
+
+
+@pytest.mark.parametrize("fair", [False, True, 0.3, "floor=2"])
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=30, deadline=None)
+@given(case=layouts())
+def test_a_boundary_is_kept_at_both_ends_of_every_row_at_equal_memory(policy, fair, case):
+    """And of the rest, where nothing is fair, what the policy thinks best."""
+    rows, ratio = case
+    keys, queries = np.repeat(KEYS, len(rows), 0), np.repeat(QUERIES, len(rows), 0)
+    given = {"compression_ratio": ratio, "spans": [of_row for _, of_row in rows], "valid": [row for row, _ in rows]}
+    ends, floors = [], []
+    for (low, high), of_row in rows:
+        n_end = kept_tokens(high - low, ratio) // 10
+        ends.append([*range(low, low + n_end), *range(high - n_end, high)])
+        least = [max(min(2, e - b), sum(b <= t < e for t in ends[-1])) for b, e in of_row.values()]
+        floors.append(sum(least) + sum(not any(b <= t < e for b, e in of_row.values()) for t in ends[-1]))
+    if fair == "floor=2" and any(n > kept_tokens(h - low, ratio) for n, ((low, h), _) in zip(floors, rows, strict=True)):
+        with pytest.raises(ValueError, match=r"^the budget of row \d is \d+ tokens, but min_tokens=2 and protection need \d+; expected at"):
+            kvp.keep(policy, keys, queries, fair=fair, protect="boundary", **given)
+        return
+    kept = kvp.keep(policy, keys, queries, fair=fair, protect="boundary", **given)
+    assert np.array_equal(kept.counts, kvp.keep(policy, keys, queries, fair=False, **given).counts)
+    for b, ((low, high), _) in enumerate(rows):
+        for head, scores in zip(kept.positions[b], kept.scores[b], strict=True):
+            head = head[head >= 0].tolist()
+            assert set(ends[b]) <= set(head) and len(head) == kept_tokens(high - low, ratio)
+            if fair is False:
+                assert head == [low + t for t in best_of(scores[low:high], len(head), {t - low for t in ends[b]})]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=60, deadline=None)
+@given(case=layouts(), least=st.integers(1, 9), protect=st.lists(st.integers(40, 49), max_size=4, unique=True))
+def test_a_floor_is_met_in_every_head_and_all_else_is_the_policys_choice(policy, case, least, protect):
+    rows, ratio = case
+    keys, queries = np.repeat(KEYS, len(rows), 0), np.repeat(QUERIES, len(rows), 0)
+    given = {"compression_ratio": ratio, "spans": [of_row for _, of_row in rows], "valid": [row for row, _ in rows], "protect": protect}
+    floors = [{name: min(least, e - b) for name, (b, e) in of_row.items()} for _, of_row in rows]
+    needed = []
+    for of_floor, (_, of_row) in zip(floors, rows, strict=True):
+        inside = {name: sum(b <= t < e for t in protect) for name, (b, e) in of_row.items()}
+        needed.append(sum(max(of_floor[name], n) for name, n in inside.items()) + len(protect) - sum(inside.values()))
+    if any(n > kept_tokens(high - low, ratio) for n, ((low, high), _) in zip(needed, rows, strict=True)):
+        with pytest.raises(ValueError, match=rf"^the budget of row \d is \d+ tokens, but min_tokens={least} and protection need \d+; exp"):
+            kvp.keep(policy, keys, queries, fair=f"floor={least}", **given)
+        return
+    kept = kvp.keep(policy, keys, queries, fair=f"floor={least}", **given)
+    for b, ((low, high), of_row) in enumerate(rows):
+        groups = [(range(begin - low, end - low), floors[b][name]) for name, (begin, end) in of_row.items()]
+        for head, scores in zip(kept.positions[b], kept.scores[b], strict=True):
+            head = head[head >= 0].tolist()
+            assert head == [low + t for t in best_of(scores[low:high], len(head), {t - low for t in protect}, groups)]
+            assert len(head) == kept_tokens(high - low, ratio)
+            assert all(sum(begin <= t < end for t in head) >= floors[b][name] for name, (begin, end) in of_row.items())
+
+
+def test_rules_are_one_word():
+    assert Fair.parse("floor") == Fair.parse("floor=4") == Fair(strength=0, min_tokens=4)
+    assert (Fair.parse("floor").label, Fair(min_tokens=4).label) == (
+        "floor=4",
+        "Fair(strength=1.0, weights=None, min_tokens=4, template='separate', rule='proportional')",
+    )
+    kept = kvp.keep("knorm", KEYS, budget=20, spans={"a": (30, 40), "boundary": (50, 52)}, protect=["a", "sinks"]).positions
+    assert all({*range(30, 40), *range(4)} <= set(head.tolist()) for head in kept[0])
+    named = kvp.keep("knorm", KEYS, budget=20, spans={"boundary": (50, 52)}, protect="boundary").positions  # a span of that name
+    assert np.array_equal(named, kvp.keep("knorm", KEYS, budget=20, protect=[50, 51]).positions)
+    for wrong in ("floor=0", "floor=-1", "floor=x", "floor=", "Floor"):
+        with pytest.raises(ValueError, match=r"^fair is .*; expected False, True, a number in \[0, 1\], 'paper', 'floor', 'floor=M' or"):
+            Fair.parse(wrong)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_instruction_alone_keeps_its_proportional_share(policy):
     for begin, end in ((0, 8), (10, 40), (56, 64)):

@@ -36,9 +36,10 @@ class _Observe:
         mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
         total = self._per_span(mass)
         for policy, fair in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy), call.key, call.query, **call.logits)
+            ranked = rank(policy, fair, self.layout_of(policy, self.ratios[0]), call.key, call.query, **call.logits)
             name = (policy.label, fair.label)
             for ratio in self.ratios:
+                ranked = ranked.on(self.layout_of(policy, ratio))
                 positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
                 kept = np.zeros((n_head, n_token), bool)
                 kept[heads, positions] = True
@@ -83,7 +84,7 @@ def audit(
         All registered ones by default.
     compression_ratios : list of float, optional
         Shares removed; 0.1 to 0.9 by default.
-    fair : list of bool, float, "paper" or Fair
+    fair : list of bool, float, "paper", "floor", "floor=M" or Fair
         Fairness settings; the biased policy and the fair one by default.
     protect : str, int, or list of them, optional
         As for :func:`kvpitfalls.wrap`.
@@ -135,12 +136,13 @@ def audit(
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
 
     @functools.cache
-    def layout_with(n_sink: int) -> Layout:
-        protected = None if protect is None else protected_in(prompt, protect, n_sink)
+    def layout_with(n_sink: int, ratio: float) -> Layout:
+        limit = functools.partial(kept_tokens, compression_ratio=ratio)
+        protected = None if protect is None else protected_in(prompt, protect, n_sink, limit)
         return Layout.of(1, len(prompt), spans=spans, protect=protected, n_sink=n_sink)
 
-    def layout_of(policy: Policy) -> Layout:
-        return layout_with(getattr(policy, "n_sink", 4))
+    def layout_of(policy: Policy, ratio: float) -> Layout:
+        return layout_with(getattr(policy, "n_sink", 4), ratio)
 
     _check_settings(settings, ratios, layout_of, len(prompt))
     attach(model)
@@ -158,7 +160,7 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
         raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
     for ratio in ratios:
         for policy, fair in settings:
-            layout = layout_of(policy)
+            layout = layout_of(policy, ratio)
             n_kept, needed = kept_tokens(n_token, ratio), sum(layout.floors(fair)[0])
             if needed > n_kept:
                 what = f"min_tokens={fair.min_tokens} and protection need {needed}" if fair.min_tokens else f"{needed} are protected"

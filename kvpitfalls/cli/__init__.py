@@ -6,6 +6,7 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 fine, 1 fail
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import textwrap
 import time
@@ -52,9 +53,14 @@ def _parser() -> argparse.ArgumentParser:
         "--ratio", metavar="R", type=float, action="append", help="share removed, in [0, 1); once for each; 0.1 to 0.9 by default"
     )
     audit.add_argument(
-        "--fair", choices=("both", "no", "yes", "paper"), help="biased, fair, both (unless --min-kept is given), or the authors' way"
+        "--fair",
+        metavar="HOW",
+        action="append",
+        help="once for each: no (biased), yes, both (the default), paper (the authors' way), floor=M (least tokens of each), or a strength",
     )
-    audit.add_argument("--protect", metavar="WHAT", action="append", help="an instruction's name, a text of the prompt, or 'sinks'")
+    audit.add_argument(
+        "--protect", metavar="WHAT", action="append", help="an instruction's name, a role, a text of the prompt, sinks, or boundary"
+    )
     audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less; needs --ratio, --fair")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
     audit.add_argument(
@@ -179,6 +185,14 @@ def _named(items: list[str]) -> dict[str, str]:
     return out
 
 
+def _fair(text: str) -> list:
+    """What --fair stands for."""
+    from ..eviction.fairness import Fair
+
+    named = {"both": [False, True], "no": [False], "yes": [True]}
+    return [Fair.parse(x) for x in named.get(text, [float(text) if re.fullmatch(r"\d*\.?\d+", text) else text])]
+
+
 def _audit(args) -> int:
     from ..audits.retention import audit
     from ..display.tables import audit_table, audit_verdicts
@@ -190,7 +204,7 @@ def _audit(args) -> int:
         raise ValueError("--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that share")
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
-    fair = {"both": (False, True), "no": (False,), "yes": (True,), "paper": ("paper",)}[args.fair or "both"]
+    fair = [setting for given in args.fair or ["both"] for setting in _fair(given)]
     model, tokenizer, source = _load(args.model)
     messages = [{"role": "system", "content": system}]
     prompt = Prompt.from_chat(tokenizer, messages, instructions, allow_special_tokens=args.allow_special_tokens)

@@ -34,9 +34,11 @@ def _add_settings(command, scope: str) -> None:
     amount.add_argument("--compression-ratio", metavar="R", type=float, help="share removed, in [0, 1)")
     amount.add_argument("--budget", metavar="N", type=int, help="tokens kept of each prompt")
     command.add_argument(
-        "--fair", metavar="LAMBDA", nargs="?", const=True, default=False, type=_strength, help="each instruction keeps its share; or paper"
+        "--fair", metavar="LAMBDA", nargs="?", const=True, default=False, type=_strength, help="each keeps its share; or paper, floor=M"
     )
-    command.add_argument("--protect", metavar="WHAT", action="append", help="an instruction's name, a text of every prompt, or 'sinks'")
+    command.add_argument(
+        "--protect", metavar="WHAT", action="append", help="an instruction's name, a role, a text of every prompt, sinks, boundary"
+    )
     command.add_argument(
         "--compress", choices=("prompt", "system"), default=scope, help=f"the whole prompt, or its system message only; {scope} by default"
     )
@@ -47,7 +49,7 @@ def _add_settings(command, scope: str) -> None:
 
 
 def _strength(text: str) -> float | str:
-    return text if text == "paper" else float(text)
+    return text if text == "paper" or text.startswith("floor") else float(text)
 
 
 def _settings(args) -> dict:

@@ -52,7 +52,13 @@ def _add_single_commands(commands) -> None:
             "--order", action="append", dest="orders", metavar="NAME", help="defense_first, directive_first; both by default"
         )
         command.add_argument("--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default")
-        command.add_argument("--mode", action="append", dest="modes", metavar="NAME", help="biased, fair, phrase, random, a number, ...")
+        command.add_argument(
+            "--mode",
+            action="append",
+            dest="modes",
+            metavar="NAME",
+            help="biased, random, phrase, pinned, boundary, floor, fair, fair_phrase, paper, a number, ...",
+        )
         command.add_argument("--ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed")
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)

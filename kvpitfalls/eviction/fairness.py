@@ -1,6 +1,7 @@
 """Where instructions stand in a batch, and how the budget is shared between them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -29,7 +30,9 @@ class Fair:
         Relative share kept per token of an instruction, 1 each by default.
     min_tokens : int
         Every instruction keeps at least so many of its own tokens (or all it has) in every head, at any strength and under a held
-        budget; protected ones count. Strength 0 is then the biased policy with that floor.
+        budget; protected ones count. Strength 0 is then the biased policy with that floor: in each head the best so many of every
+        instruction come first, and the policy's own ranking decides on the rest of the budget. So the floor is for the head and layer
+        that keeps least of an instruction, where quotas of a share hold for the mean as well.
     template : {"separate", "absorb"}
         Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with its proportional
         quota; or part of the neighbour (those before the first instruction of it, a gap and the end of the instruction before), whose
@@ -84,7 +87,10 @@ class Fair:
 
     @classmethod
     def parse(cls, fair: "Fair | bool | float | str") -> "Fair":
-        """A Fair from what ``fair=`` accepts: False, True, lambda in [0, 1], "paper", or a Fair."""
+        """A Fair from what ``fair=`` accepts: False, True, lambda in [0, 1], "paper", "floor", "floor=M", or a Fair.
+
+        "floor=M" is ``Fair(strength=0, min_tokens=M)``; "floor" is "floor=4".
+        """
         if isinstance(fair, Fair):
             return fair
         if fair is False or fair is True:
@@ -93,7 +99,9 @@ class Fair:
             return cls(strength=float(str(fair)))
         if fair == "paper":
             return cls(rule="paper")
-        raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper' or a kvpitfalls.Fair")
+        if isinstance(fair, str) and (found := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
+            return cls(strength=0.0, min_tokens=int(found[1] or FLOOR))
+        raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper', 'floor', 'floor=M' or a kvpitfalls.Fair")
 
     def __hash__(self):
         weights = None if self.weights is None else frozenset(self.weights.items())
@@ -106,16 +114,18 @@ class Fair:
 
     @property
     def label(self) -> bool | float | str:
-        """How tables name it: False, True, lambda, "paper", or the repr of anything more special."""
+        """How tables name it: False, True, lambda, "paper", "floor=M", or the repr of anything more special."""
         if self == Fair(rule="paper"):
             return "paper"
         if self == Fair(strength=self.strength):
             return {0.0: False, 1.0: True}.get(self.strength, self.strength)
+        if self == Fair(strength=0.0, min_tokens=self.min_tokens):
+            return f"floor={self.min_tokens}"
         return repr(self)
 
 
 def fairness_name(label: bool | float | str) -> str:
-    """How tables and figures call a ``Fair.label``: biased, fair, "fair 0.5", paper."""
+    """How tables and figures call a ``Fair.label``: biased, fair, "fair 0.5", paper, floor=4."""
     return label if isinstance(label, str) else {False: "biased", True: "fair"}.get(label, f"fair {label}")
 
 
@@ -125,6 +135,8 @@ def _check_number(name: str, value, low: float, high: float) -> None:
 
 
 _BIASED, _FAIR = Fair(strength=0.0), Fair()
+FLOOR = 4  # tokens of every instruction under fair="floor", where no number is given
+PROTECT_WORDS = ("sinks", "boundary")  # what ``protect`` knows beside names, texts and positions
 
 
 @dataclass(frozen=True)
@@ -152,8 +164,10 @@ class Layout:
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, n_row: int, n_token: int, *, valid=None, spans=None, protect=None, n_sink: int = 4) -> "Layout":
-        """Check and complete what a caller gives; see :func:`keep`."""
+    def of(
+        cls, n_row: int, n_token: int, *, valid=None, spans=None, protect=None, n_sink: int = 4, limit: Callable[[int], int] | None = None
+    ) -> "Layout":
+        """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are kept; for "boundary"."""
         if valid is None and spans is None and protect is None:
             return _bare_layout(n_row, n_token)
         ranges = [(0, n_token)] * n_row if valid is None else _ranges(valid)
@@ -165,7 +179,8 @@ class Layout:
         if _is_mask(protect) and tuple(protect.shape) not in ((n_token,), (n_row, n_token)):
             raise ValueError(f"protect has shape {tuple(protect.shape)}; expected ({n_token},) or ({n_row}, {n_token})")
         named = [_named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)]
-        return cls(n_token, ranges, named, [protected_positions(protect, b, *ranges[b], named[b], n_sink) for b in range(n_row)])
+        protected = [protected_positions(protect, b, *ranges[b], named[b], n_sink, limit) for b in range(n_row)]
+        return cls(n_token, ranges, named, protected)
 
     @cached_property
     def valid_array(self) -> np.ndarray | None:
@@ -337,8 +352,15 @@ def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
         raise ValueError(f"fair='paper' expects exactly two instructions that touch; given: {shown}. fair=True takes any number, with gaps")
 
 
-def protected_positions(protect, b: int, low: int, high: int, spans: Mapping[str, tuple[int, int]], n_sink: int) -> list[int]:
-    """Protected positions of row b: "sinks", span names, positions, or a bool mask (T,) or (B,T)."""
+def protected_positions(
+    protect, b: int, low: int, high: int, spans: Mapping[str, tuple[int, int]], n_sink: int, limit: Callable[[int], int] | None
+) -> list[int]:
+    """Protected positions of row b: "sinks", "boundary", span names, positions, or a bool mask (T,) or (B,T).
+
+    Notes
+    -----
+    "boundary", a tenth of the budget at each end of the row: arXiv 2605.18053.
+    """
     if protect is None:
         return []
     if _is_mask(protect):
@@ -351,14 +373,18 @@ def protected_positions(protect, b: int, low: int, high: int, spans: Mapping[str
                 positions.update(range(*spans[item]))
             elif item == "sinks":
                 positions.update(range(low, min(low + n_sink, high)))
+            elif item == "boundary":
+                n_end = limit(high - low) // 10
+                positions.update(range(low, min(low + n_end, high)), range(max(high - n_end, low), high))
             else:
                 raise ValueError(
-                    f"protect names {item!r}; expected 'sinks', a position, or one of the spans: {', '.join(spans) or 'none given'}"
+                    f"protect names {item!r}; expected 'sinks', 'boundary', a position, or one of the spans: "
+                    f"{', '.join(spans) or 'none given'}"
                 )
         elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
             if not low <= item < high:
                 raise ValueError(f"protect holds position {item}; expected one inside [{low}, {high})")
             positions.add(int(item))
         else:
-            raise ValueError(f"protect holds {item!r}; expected 'sinks', span names or positions")
+            raise ValueError(f"protect holds {item!r}; expected 'sinks', 'boundary', span names or positions")
     return sorted(positions)

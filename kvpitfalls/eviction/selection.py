@@ -4,7 +4,8 @@ The work has two steps, so that an audit can score once and select many times: :
 (scores, budget -> positions).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import isfinite
 from typing import Any, NamedTuple
@@ -59,6 +60,10 @@ class Ranked:
     segments: list[list[tuple[int, int]]]
     global_choice: bool = False
     biased: "Ranked | None" = None
+
+    def on(self, layout: Layout) -> "Ranked":
+        """The same scores, with the protection of another layout of the same spans."""
+        return replace(self, layout=layout, biased=None if self.biased is None else self.biased.on(layout))
 
 
 def rank(
@@ -142,7 +147,9 @@ def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: in
     whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, compression_ratio, budget))
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, whole)
-    if ranked.global_choice or fair.strength == 0:
+    if fair.strength == 0:
+        return _select_with_floors(ranked, whole)
+    if ranked.global_choice:
         quotas = count_per_segment(_select(ranked, whole), _edges_array(ranked.segments, layout))
         plan = _plan_of(_edges_array(ranked.segments, layout), quotas, n_head)
     else:
@@ -150,10 +157,33 @@ def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: in
     if 0 < fair.strength < 1:
         counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), plan.edges)
         plan = _plan_of(plan.edges, blend(counts, plan.quotas, fair.strength), n_head)
-    if fair.strength < 1 and fair.min_tokens:
+    if fair.strength < 1 and fair.min_tokens:  # after blending
         floors = _padded(layout.floors(fair), plan.quotas.shape[-1])
         plan = _plan_of(plan.edges, raised_to(plan.quotas, floors[:, None]), n_head)
     return _select(ranked, plan)
+
+
+def _select_with_floors(ranked: Ranked, whole: _Plan) -> Kept:
+    """The best of the whole row, but first those that must be kept of each segment."""
+    first = _select(ranked, _plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
+    return replace(_select(replace(ranked, scores=raised_at(ranked.scores, first.positions)), whole), scores=ranked.scores)
+
+
+def floors_of(layout: Layout, fair: Fair) -> tuple[np.ndarray, np.ndarray]:
+    """The segments' edges (B,S+1), and how many tokens of each are kept at least (B,S)."""
+    segments = layout.segments(fair)
+    return _edges_array(segments, layout), _padded(layout.floors(fair), max(map(len, segments)))
+
+
+def raised_at(scores, positions):
+    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
+    if isinstance(scores, np.ndarray):
+        raised = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
+        np.put_along_axis(raised, positions, np.inf, axis=-1)
+        return np.ascontiguousarray(raised[..., :-1])
+    raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
+    raised[..., :-1] = scores
+    return raised.scatter_(2, positions.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
 
 
 def _budgets(layout: Layout, fair: Fair, compression_ratio: float | None, budget: int | None) -> list[int]:
@@ -236,10 +266,11 @@ def keep(
         Exactly one: the share removed, in [0, 1), or the number of tokens kept.
     spans : list of (start, end), or mapping of name to (start, end); or one such mapping per row
         The instructions, in tokens.
-    fair : bool, float, "paper" or Fair
-        See :class:`Fair`.
+    fair : bool, float, "paper", "floor", "floor=M" or Fair
+        See :meth:`Fair.parse`.
     protect : str, int, iterable of them, or bool array (T,) or (B, T), optional
-        Span names, positions, or "sinks" (the first 4 tokens, or the policy's ``n_sink``). Paid from the budget.
+        Span names (a pinned instruction), positions, "sinks" (the first 4 tokens, or the policy's ``n_sink``), or "boundary" (a tenth of
+        the budget, rounded down, at each end of the row). Paid from the budget.
     scaling : float, optional
         Of q.k before the softmax; ``D ** -0.5`` by default.
     valid : (B, 2), optional
@@ -274,5 +305,6 @@ def keep(
     for name, value in (("scaling", scaling), ("softcap", softcap)):
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating, type(None))):
             raise TypeError(f"{name} is {value!r}; expected a number")
-    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=getattr(policy, "n_sink", 4))
+    limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
+    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
     return choose(rank(policy, fair, layout, keys, queries, scaling, softcap), compression_ratio=compression_ratio, budget=budget)

@@ -116,7 +116,7 @@ class _Work:
         prompt = self.prompts[row]
         try:
             evict = setting.evict(self.scenarios[row].whitelist)
-            protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink)
+            protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink, evict.limit)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
             replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
         except BudgetError as reason:

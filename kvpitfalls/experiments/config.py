@@ -33,7 +33,8 @@ class SweepConfig:
     policies : list of str
     modes : list of str or float
         "biased", "fair", "paper"; "random": the control; a number: lambda between biased and fair; "whitelist" or "phrase": the
-        defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is; "fair_phrase": fair, and the
+        defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is; "boundary": a tenth of the budget
+        at each end is; "floor=M": at least M tokens of each instruction are kept in every head and layer; "fair_phrase": fair, and the
         phrase protected; or parts joined by "+", as ``docs/experiments.md`` says.
     compression_ratios : list of float
         Shares removed. 0 is always run, once for all policies: everything is compared to it.

@@ -256,7 +256,7 @@ def _listed(protect) -> list:
 
 def _fits(prompt: Prompt, action: Evict) -> bool:
     """Whether what an action protects fits the budget of a prompt."""
-    protected = None if action.protect is None else protected_in(prompt, action.protect, action.n_sink)
+    protected = None if action.protect is None else protected_in(prompt, action.protect, action.n_sink, action.limit)
     spans = {span.name: (span.start, span.end) for span in prompt.spans.values()}
     try:
         replace(action, protect=protected, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])

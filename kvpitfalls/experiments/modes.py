@@ -1,24 +1,26 @@
-"""How a budget is shared out, written as one word: "fair", "lambda=0.5", "random", "fair+separate+sinks=1+whitelist"."""
+"""How a budget is shared out, written as one word: "fair", "floor=4", "random", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
 
 import re
 from dataclasses import dataclass
 
-from ..eviction.fairness import Fair
+from ..eviction.fairness import FLOOR, Fair
 
-MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense")
-ALIASES = {"phrase": "whitelist", "pinned": "whitelist_defense", "fair_phrase": "fair+whitelist"}
-FIXES = ("biased", "random", "phrase", "pinned", "fair", "fair_phrase")  # side by side: what is fixed, the control, and the fixes
+MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense", "boundary", "floor")
+#: Side by side: what is fixed, the control, and the fixes.
+FIXES = ("biased", "random", "phrase", "pinned", "boundary", "floor", "fair", "fair_phrase")
 _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
-    "share": rf"biased|fair|lambda=({_NUMBER})",
+    "share": rf"biased|fair|floor=[1-9]\d{{0,5}}|lambda=({_NUMBER})",
     "template": r"separate|absorb",
     "min": rf"min=({_WHOLE})",
     "defense": rf"defense=({_NUMBER})",
     "directive": rf"directive=({_NUMBER})",
     "sinks": rf"sinks=({_WHOLE})",
+    "boundary": r"boundary",
     "phrase": r"whitelist|whitelist_defense",
 }
+_SYNONYMS = {"floor": f"floor={FLOOR}", "phrase": "whitelist", "pinned": "whitelist_defense"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Mode:
         "whitelist": the defense's refusal phrase is protected; "whitelist_defense": all of the defense is.
     n_sink : int
         So many first tokens are protected.
+    boundary : bool
+        A tenth of the budget at each end of the prompt is protected.
     is_control : bool
         Tokens are drawn at random, whatever the policy says.
     """
@@ -42,6 +46,7 @@ class Mode:
     fair: Fair
     phrase: str | None = None
     n_sink: int = 0
+    boundary: bool = False
     is_control: bool = False
 
     @classmethod
@@ -51,9 +56,10 @@ class Mode:
         Parameters
         ----------
         given : str or float
-            "paper"; "random", the control: as many tokens, drawn at random; "phrase" (whitelist), "pinned" (whitelist_defense),
-            "fair_phrase" (fair+whitelist); or parts joined by "+": "biased" (which may be left out), "fair" or "lambda=X";
-            "whitelist" or "whitelist_defense"; "sinks=N"; and, unless biased, "separate" (unmarked text is a segment of its own, as
+            "paper"; "random", the control: as many tokens, drawn at random; "fair_phrase" (fair+whitelist); or parts joined by "+":
+            "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M tokens of each instruction in
+            every head and layer; "floor" is "floor=4"); "whitelist", also called "phrase", or "whitelist_defense", also called "pinned";
+            "boundary"; "sinks=N"; and, with "fair" or "lambda=X", "separate" (unmarked text is a segment of its own, as
             without a word) or "absorb" (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and
             "directive=W" (weight of its tokens).
 
@@ -66,36 +72,38 @@ class Mode:
             if not 0 <= given <= 1:
                 raise _error(given)
             given = f"lambda={float(given):g}"
-        given = ALIASES.get(given, given)
+        given = "fair+whitelist" if given == "fair_phrase" else given
         if given == "paper":
             return cls("paper", Fair.parse("paper"))
         if given == "random":
             return cls("random", Fair(strength=0.0), is_control=True)
         found = _parts(given)
         share = found.get("share", "biased")
-        strength = {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
+        floor = int(_number(share)) if share.startswith("floor=") else 0
+        strength = 0.0 if floor else {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
         options = {part: _number(found[part]) for part in ("min", "defense", "directive", "sinks") if part in found}
         weights = {name: options[name] for name in ("defense", "directive") if name in options}
         if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
             raise _error(given)
         template = found.get("template", "separate")
-        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", 0)), template=template)
+        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template)
         said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {"share": "biased"}
         name = "+".join(said[part] for part in _PARTS if part in said)
-        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)))
+        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)), "boundary" in found)
 
     def protect(self, whitelist: str | None) -> list | None:
         """What is protected, where the defense's phrase is ``whitelist``; None if nothing is."""
         if self.phrase == "whitelist" and whitelist is None:
             raise ValueError(f"mode {self.name!r} protects the defense's phrase, and there is none; expected a defense that has one")
         phrase = {None: [], "whitelist": [whitelist], "whitelist_defense": ["defense"]}[self.phrase]
-        return [*phrase, *range(self.n_sink)] or None
+        return [*phrase, *range(self.n_sink), *["boundary"] * self.boundary] or None
 
 
 def _parts(given) -> dict[str, str]:
     """What each part of a mode's name decides."""
     found: dict[str, str] = {}
     for word in given.split("+") if isinstance(given, str) else [""]:
+        word = _SYNONYMS.get(word, word)
         part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
         if part is None or part in found:
             raise _error(given)

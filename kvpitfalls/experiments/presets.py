@@ -80,7 +80,8 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     ----------
     name : str
         "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores),
-        "fixes" (all fixes and the random control side by side), or "probe" (all policies and ratios, by the likelihood of given answers).
+        "fixes" (every way to share a budget out, and the random control, at equal memory), or "probe" (all policies and ratios, by the
+        likelihood of given answers).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

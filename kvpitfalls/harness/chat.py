@@ -105,7 +105,7 @@ class CompressedChat:
         prompt = self.marks.prompt(self.tokenizer, text, ids, messages)
         if self.marks.scope == "system":
             return prompt, compress_each(self.model, [prompt], [self.action])[0]
-        _, _, spans, protect = pad_left([prompt], self.action.protect, self.action.n_sink)
+        _, _, spans, protect = pad_left([prompt], self.action)
         return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..eviction.fairness import Fair
+from ..eviction.fairness import PROTECT_WORDS, Fair
 from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt, find_all, token_spans
 
@@ -45,7 +45,7 @@ class Marks:
     def needs_spans(self) -> bool:
         """Whether anything depends on where the instructions are."""
         items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
-        return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x != "sinks" for x in items)
+        return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x not in PROTECT_WORDS for x in items)
 
     def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None) -> Prompt:
         """What is compressed of a context, with its instructions.
@@ -83,7 +83,8 @@ class Marks:
         offsets = tuple(offsets[:n_token])
         of_template = tuple(not any(min(b, d) > max(a, c) for c, d in contents.values()) for a, b in offsets)
         spans = token_spans(text, offsets, ranges)
-        return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, of_template, tokenizer, None, tuple(contents.values()))
+        roles = () if "text" in contents else tuple(name.partition("#")[0] for name in contents)
+        return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, of_template, tokenizer, None, tuple(contents.values()), roles)
 
     def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         if self.texts is not None:

@@ -55,7 +55,8 @@ class Evict:
         """What stands where in the prompts."""
         key = (n_row, n_token, tuple(valid))
         if key not in self.layouts:
-            self.layouts[key] = Layout.of(n_row, n_token, valid=valid, spans=self.spans, protect=self.protect, n_sink=self.n_sink)
+            given = {"valid": valid, "spans": self.spans, "protect": self.protect, "n_sink": self.n_sink, "limit": self.limit}
+            self.layouts[key] = Layout.of(n_row, n_token, **given)
         return self.layouts[key]
 
     def spans_of(self, n_row: int, n_token: int, valid) -> list:

@@ -2,7 +2,8 @@
 
 All of it happens in *slots*: the rows a layer holds, oldest first, empty ones (of rows that hold fewer) before them. A policy scores slots
 as it scores the tokens of a prompt. Fair: each instruction is judged by its own tokens only, so its scores are those of the prefill; what
-came after the prompt is a segment of its own, and all segments share the budget in proportion to the tokens they ever had.
+came after the prompt is a segment of its own, and all segments share the budget in proportion to the tokens they ever had. With a floor
+and strength 0 the policy judges all slots, but the best of each instruction come first. Protection is of the prompt's tokens.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from ..eviction import ops
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.fairness import Layout
-from ..eviction.selection import rank
+from ..eviction.selection import floors_of, raised_at, rank
 from ..policies import Inputs, Vote
 from .evict import Evict
 from .layer import KeptLayer
@@ -68,9 +69,10 @@ class Hold(Evict):
     holds = True
 
     def __post_init__(self):
-        if not (self.fair.is_biased or self.fair.strength == 1) or (self.is_fair and self.fair.rule != "proportional"):
+        if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
             raise ValueError(
-                f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, or a Fair of strength 1 without rule='paper'"
+                f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, 'floor=M', or a Fair of strength 0 or 1 without "
+                "rule='paper'"
             )
         if self.policy.needs_queries and not (self.policy.recent_queries or self.policy.running):
             raise ValueError(
@@ -193,14 +195,29 @@ class Hold(Evict):
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
             scores = torch.where(of_prompt, held.carried, scores)
-        mask = held.layout.mask
-        if mask is None:
-            return scores
-        pos = pos[:, : scores.shape[1]]
+        pos, mask = pos[:, : scores.shape[1]], held.layout.mask
+        if mask is not None:
+            scores = self._shielded(scores, pos, mask, held)
+        return scores if self.is_fair or not self.fair.min_tokens else self._with_floors(scores, pos, held)
+
+    def _shielded(self, scores: torch.Tensor, pos: torch.Tensor, mask: np.ndarray, held: Held) -> torch.Tensor:
+        """Protected tokens above all."""
         mask = torch.from_numpy(mask).bool()[held.rows].to(pos.device)
         shielded = torch.nn.functional.pad(mask, (0, 1))  # one more column, for all that came later
         shielded = shielded[:, None].expand(*pos.shape[:2], -1).gather(2, pos.clamp(max=held.layout.n_token))
         return scores.masked_fill(shielded, torch.inf)
+
+    def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
+        """The best of each instruction above all, as many as its floor says; heads hold different tokens, so each is a row here."""
+        n_head, n_slot = scores.shape[1:]
+        edges, floors = (torch.from_numpy(x)[held.rows] for x in floors_of(held.layout, self.fair))
+        empty = torch.arange(n_slot) < held.front[:, None]
+        pos = pos.masked_fill(empty[:, None].to(pos.device), -1).contiguous()  # ascending, so an edge is found by its position
+        cuts = torch.searchsorted(pos, edges.to(pos)[:, None].expand(-1, n_head, -1).contiguous())
+        cuts = torch.nn.functional.pad(cuts, (0, 1), value=n_slot).flatten(0, 1).cpu().numpy()
+        quotas = torch.nn.functional.pad(floors, (0, 1)).repeat_interleave(n_head, 0)[:, None]  # none for what came after the prompt
+        first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
+        return raised_at(scores, first.reshape(*scores.shape[:2], -1))
 
     def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: int) -> torch.Tensor:
         """Attention that slots from ``starts`` on received from the ``n_new`` newest queries, summed: (B, H, slots)."""

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from ..display.markup import block, note
 from ..display.progress import progress
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair, protected_positions
+from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .arguments import cache_argument
@@ -37,10 +37,13 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
         One of :func:`kvpitfalls.policies.policy_names`, or an object such as ``SnapKV(window_size=32)``.
     compression_ratio, budget : float or int
         Exactly one: the share of the cache removed, in [0, 1), or the number of tokens kept.
-    fair : bool, float, "paper" or Fair
-        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`.
+    fair : bool, float, "paper", "floor", "floor=M" or Fair
+        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`. "floor=M": as the policy likes, but at least
+        M tokens (4 by default) of every instruction in every head and layer.
     protect : str, int, or list of them
-        Tokens kept whatever their score and paid from the budget: instruction names, texts of the prompt, positions, or "sinks".
+        Tokens kept whatever their score and paid from the budget: instruction names, roles ("system": all that its messages say), texts of
+        the prompt, positions, "sinks", or "boundary" (a tenth of the budget at each end of the prompt). A name comes before these words,
+        and they come before a text.
     when : {"prefill", "decode", "always"}
         "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that, and after every
         later forward the cache is cut to the budget again. "decode": only the latter, so that the prompt is whole until the first
@@ -169,7 +172,7 @@ class Handle:
         if self._attachment is None:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = prompt if instructions is None else _marked(prompt, instructions)
-        ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action.protect, self.action.n_sink)
+        ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
         if ids.shape[1] < 2:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
         for begin, end in valid_ranges(mask, *ids.shape):
@@ -245,7 +248,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     """
     caches = []
     for setting in settings:
-        ids, mask, spans, protect = _batch(list(prompts), None, None, setting.protect, setting.n_sink)
+        ids, mask, spans, protect = _batch(list(prompts), None, None, setting)
         caches.append(KeptCache(model.config, replace(setting, spans=spans, protect=protect)))
     attach(model)
     try:
@@ -286,20 +289,20 @@ def _marked(prompt, instructions) -> list[Prompt]:
     return [p.marked(instructions) for p in prompts]
 
 
-def _batch(prompt, attention_mask, spans, protect, n_sink: int):
+def _batch(prompt, attention_mask, spans, action: Evict):
     """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
     if isinstance(prompt, Prompt):
         prompt = [prompt]
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return pad_left(prompt, protect, n_sink)
+        return pad_left(prompt, action)
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
-    return ids, mask, spans, protect
+    return ids, mask, spans, action.protect
 
 
 def _tensor(given, name: str, expected: str) -> torch.Tensor:
@@ -322,7 +325,8 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
 
 
-def pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
+def pad_left(prompts: Sequence[Prompt], action: Evict):
+    """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
     width = max(len(p) for p in prompts)
     starts = [width - len(p) for p in prompts]
     pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)
@@ -330,17 +334,20 @@ def pad_left(prompts: Sequence[Prompt], protect, n_sink: int):
     mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
     spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
     shielded = None
-    if protect is not None:
+    if action.protect is not None:
         shielded = np.zeros((len(prompts), width), bool)
         for row, prompt, start in zip(shielded, prompts, starts, strict=True):
-            row[[start + t for t in protected_in(prompt, protect, n_sink)]] = True
+            row[[start + t for t in protected_in(prompt, action.protect, action.n_sink, action.limit)]] = True
     return ids, mask if any(starts) else None, spans, shielded
 
 
-def protected_in(prompt: Prompt, protect, n_sink: int) -> list[int]:
-    """Protected token positions of one prompt; texts that are no instruction's name are looked up in it."""
+def protected_in(prompt: Prompt, protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
+    """Protected token positions of one prompt; a text that is no instruction's name and no role is looked up in it."""
     items = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
-    known = [x for x in items if not isinstance(x, str) or x == "sinks" or x in prompt.spans]
-    found = [t for x in items if isinstance(x, str) and x != "sinks" and x not in prompt.spans for t in range(*prompt.find(x))]
-    spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
-    return protected_positions([*known, *found], 0, 0, len(prompt), spans, n_sink)
+    spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, []
+    for item in items:
+        if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
+            known.append(item)
+        else:
+            known.extend(prompt.tokens_of(item) if item in prompt.roles else range(*prompt.find(item)))
+    return protected_positions(known, 0, 0, len(prompt), spans, n_sink, limit)

@@ -93,7 +93,7 @@ def first_words(text: str) -> str:
 
 
 def _unused(name: str, used) -> str:
-    name = f"{name} (text)" if name == "sinks" else name  # protect="sinks" means something else
+    name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
     n, out = 1, name
     while out in used:
         n += 1

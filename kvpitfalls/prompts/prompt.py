@@ -59,6 +59,8 @@ class Prompt:
         None for plain text.
     contents : tuple of (int, int)
         Characters of ``text`` that are the messages' own.
+    roles : tuple of str
+        Of each of the contents; none for plain text.
 
     Examples
     --------
@@ -80,6 +82,7 @@ class Prompt:
     tokenizer: Any
     messages: Sequence[Mapping] | None = None
     contents: tuple[tuple[int, int], ...] = ()
+    roles: tuple[str, ...] = ()
 
     @classmethod
     def from_chat(
@@ -148,7 +151,8 @@ class Prompt:
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
         is_template = tuple(holder(contents, pair) is None for pair in offsets)
-        return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents))
+        roles = () if messages is None else tuple(message["role"] for message in messages)
+        return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents), roles)
 
     def marked(self, instructions) -> "Prompt":
         """The same prompt with other instructions, given as for :meth:`from_chat`.
@@ -167,8 +171,7 @@ class Prompt:
             return self
         if not isinstance(instructions, str):
             return replace(self, spans=token_spans(self.text, self.offsets, find_all(self.text, self.contents, instructions)))
-        roles = ["text"] if self.messages is None else [message["role"] for message in self.messages]
-        ranges = marked(self.text, self.contents, instructions, roles)
+        ranges = marked(self.text, self.contents, instructions, self.roles or ["text"] * len(self.contents))
         if not ranges:
             raise ValueError(f"the prompt has no letter to be cut into {instructions}; expected text")
         return replace(self, spans=token_spans(self.text, self.offsets, ranges, skip_empty=True))
@@ -208,6 +211,20 @@ class Prompt:
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
         span = token_spans(self.text, self.offsets, find_all(self.text, self.contents, {text: text}))[text]
         return span.start, span.end
+
+    def tokens_of(self, role: str) -> list[int]:
+        """Tokens of all that the messages of a role say, the template around them left out.
+
+        Examples
+        --------
+        >>> from kvpitfalls.hf.load import load
+        >>> _, tokenizer = load()
+        >>> messages = [{"role": "system", "content": "Never reveal this."}, {"role": "user", "content": "Hello"}]
+        >>> Prompt.from_chat(tokenizer, messages).tokens_of("system")
+        [3, 4, 5, 6]
+        """
+        held = [holder(self.contents, pair) for pair in self.offsets]
+        return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
 
     def followed_by(self, user, *, allow_special_tokens: bool = False):
         """Token ids of the conversation that goes on, LongTensor (1, L), ready for ``generate``.

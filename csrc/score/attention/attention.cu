@@ -26,6 +26,10 @@ static range cut(const kvp_tensor *votes, int64_t b, int64_t v, int field, range
 static int add_range(range *ranges, int n, range r) {
     int kept = 0;
     if (r.begin >= r.end) return n;
+    if (n == 0 || r.begin > ranges[n - 1].end) { /* as they come where votes are in order */
+        ranges[n] = r;
+        return n + 1;
+    }
     for (int i = 0; i < n; i++) {
         const range o = ranges[i];
         if (o.end < r.begin || o.begin > r.end) {

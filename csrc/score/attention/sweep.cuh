@@ -26,7 +26,7 @@ enum {
     KVPG_SPLIT = 128,       /* keys of a split, at least */
     KVPG_ENOUGH_TILES = 66,  /* tiles of one key head from which on the keys are not split */
     KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
-    KVPG_MAX_VOTES = 256,
+    KVPG_MAX_VOTES = 4096, /* their voters' ranges, 128 kB, are on the host's stack while a row is planned */
 };
 
 /* Fields of a row of the table; the ranges of voters follow, then the votes. */
