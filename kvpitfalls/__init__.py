@@ -29,6 +29,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "keep": "eviction.selection",
     "load_cache": "hf.save",
+    "unwrap": "hf.wrap",
     "wrap": "hf.wrap",
 }
 _MODULES = {"ops": "eviction.ops", "policies": "policies", "reference": "eviction.reference"}
