@@ -31,6 +31,7 @@ _HOME = {
     "effects": "experiments.effects",
     "keep": "eviction.selection",
     "load_cache": "hf.save",
+    "unwrap": "hf.wrap",
     "wrap": "hf.wrap",
 }
 _MODULES = {"ops": "eviction.ops", "policies": "policies", "reference": "eviction.reference"}

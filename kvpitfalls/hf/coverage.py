@@ -56,8 +56,10 @@ def check_model(model) -> None:
     UnsupportedModelError
         Naming the model and the reason.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModelError("the model is compiled by torch.compile; expected the plain one: a compressed cache changes shape")
+    if isinstance(model, torch.nn.Module) and (compiled := _compiled(model)) is not None:
+        raise UnsupportedModelError(
+            f"the model is compiled by torch.compile ({compiled}); expected the plain one: a compressed cache changes shape"
+        )
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
@@ -76,6 +78,19 @@ def check_model(model) -> None:
             f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its text model alone"
         )
     _check_layers(model, name)
+
+
+def _compiled(model: torch.nn.Module) -> str | None:
+    """The module of a model that torch.compile was given, if attention is in it; other parts may be compiled."""
+    for name, module in model.named_modules():
+        is_compiled = (
+            isinstance(module, torch._dynamo.OptimizedModule)
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        )
+        if is_compiled and any(isinstance(getattr(part, "layer_idx", None), int) for part in module.modules()):
+            return name or type(module).__name__
+    return None
 
 
 def _names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
@@ -143,51 +158,6 @@ def check_cache(cache, name: str = CACHE_NAMES[-1]) -> None:
             f"{name} already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
             "or one made by handle.compress"
         )
-
-
-def check_mode(n_seen: int, n_new: int, n_masked: int | None) -> None:
-    """Raise if ``generate`` feeds a compressed cache in a way that shows eviction less, or more, than the prompt.
-
-    It tells its forward nothing about its mode, and the shapes are those of any other; so the calls of ``generate`` above this one are
-    looked at: its public arguments, and what :meth:`transformers.GenerationConfig.get_generation_mode` makes of them.
-
-    Parameters
-    ----------
-    n_seen, n_new : int
-        Tokens in the cache, and in this forward.
-    n_masked : int, or None
-        Columns of the attention mask, if there is one.
-    """
-    short = n_masked is not None and n_masked < n_seen + n_new
-    for config, assistant in _generating():
-        chunk = getattr(config, "prefill_chunk_size", None)
-        if chunk is not None and (n_seen == 0 or short):
-            raise UnsupportedModelError(
-                "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
-                "cache made by handle.compress"
-                if n_seen == 0
-                else "generate runs with prefill_chunk_size on a cache that holds a prompt, where this release of transformers gives its "
-                f"forward the mask of the chunk alone ({n_masked} columns for {n_seen + n_new} tokens); expected none"
-            )
-        if config.get_generation_mode(assistant) == "assisted_generation":
-            raise UnsupportedModelError(
-                "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
-                "what eviction saw; expected plain generation"
-            )
-        # transformers 5.23 leaves out a mask that hides nothing, and remembers its width
-        if (getattr(config, "_mask_length", None) if n_masked is None else n_masked) == n_new == n_seen:
-            raise ValueError(f"generate was given {n_seen} tokens, all of which the cache has seen; expected at least one more")
-
-
-def _generating():
-    """Of each call of ``generate`` that this one is in, innermost first: its generation config and its assistant."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers.generation"):
-            given = frame.f_locals  # of no other frame: asking makes a frame hold on to all its variables
-            if (config := given.get("generation_config")) is not None:
-                yield config, given.get("assistant_model")
-        frame = frame.f_back
 
 
 def check_call(module, implementation: str, extra: dict) -> None:

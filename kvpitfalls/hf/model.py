@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,10 @@ from . import one_token, stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache
 from .around import Around
 from .cache import KeptCache
-from .coverage import attention_calls, check_cache, check_call, check_mode, check_model, decoder_of
+from .coverage import attention_calls, check_cache, check_call, check_model, decoder_of
 from .denominators import Denominators
 from .fixed import FixedCache
+from .generating import arguments_of, check_generate, generators_of
 from .layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
 from .save import fingerprint
@@ -96,6 +97,8 @@ class Forward:
     cache: KeptCache
     own: Mapping[torch.nn.Module, int]  # the decoder's attention modules and their layers
     prefill: bool
+    n_seen: int  # before it
+    ids: torch.Tensor | None
     valid: list[tuple[int, int]] | None
     newest: torch.Tensor | None = None  # bool (B, n), for a cache of fixed size: False where a new token is padding
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
@@ -128,8 +131,13 @@ class Forward:
         return None
 
     def run(self, decoder, forward, args: tuple, kwargs: dict):
-        """The decoder's own forward; on a cache of fixed size that may be a captured one."""
-        return self.cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+        """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the cache is of no use."""
+        cache = self.cache
+        cache.is_half_filled = True
+        output = cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+        self.check(decoder)
+        cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
+        return output
 
     def check(self, decoder) -> None:
         """Raise, when the forward has ended, if a layer's attention did not come by."""
@@ -213,7 +221,8 @@ class _Attachment:
         decoder = decoder_of(model)
         self.count = 0
         self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
-        self.new_cache: Any = None  # the handle's, while there is one
+        self.wrap: Any = None  # the handle's, while there is one: makes its caches
+        self.generators: list[Around] = []
         self.fingerprint: str | None = None  # of the model; taken at the first prefill
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
@@ -224,9 +233,17 @@ class _Attachment:
         self.finalizer.atexit = False
 
     def close(self) -> None:
-        self.around.take_away()
+        for around in (self.around, *self.generators):
+            around.take_away()
         if self.finalizer.detach() is not None:
             stand_ins.take(self.namespaces)
+
+    def override(self, model) -> None:
+        """Stand before this model's ways to generate, if nobody does yet."""
+        for module in generators_of(model):
+            for name, function in (("generate", _generate), ("init_continuous_batching", _refuse_batching)):
+                if hasattr(module, name) and not isinstance(vars(module).get(name), Around):
+                    self.generators.append(Around(module, name, function))
 
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
@@ -258,6 +275,7 @@ def attach(model) -> _Attachment:
         attachment = _attached.get(decoder)
         if attachment is None:
             attachment = _attached[decoder] = _Attachment(model)
+        attachment.override(model)
         attachment.count += 1
         return attachment
 
@@ -266,9 +284,48 @@ def detach(model) -> None:
     """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any thread has ended."""
     with stand_ins.lock:
         stand_ins.clear_abandoned()
+        _detach(decoder_of(model))
+
+
+def _detach(decoder) -> None:
+    _attached[decoder].count -= 1
+    _close_if_idle(decoder)
+
+
+def put_wrap(model, wrap) -> _Attachment:
+    """Attach a handle's maker of caches; there may be one at a time."""
+    attachment = attach(model)
+    with stand_ins.lock:
+        if attachment.wrap is None:
+            attachment.wrap = wrap
+            return attachment
+        _detach(decoder_of(model))
+    raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
+
+
+def take_wrap(model, wrap=None) -> None:
+    """Take this maker of caches away, if it is still there; without one, whatever is there."""
+    with stand_ins.lock:
         decoder = decoder_of(model)
-        _attached[decoder].count -= 1
-        _close_if_idle(decoder)
+        attachment = _attached.get(decoder)
+        if attachment is not None and attachment.wrap is not None and wrap in (None, attachment.wrap):
+            attachment.wrap = None
+            _detach(decoder)
+
+
+@contextlib.contextmanager
+def paused(model) -> Iterator[None]:
+    """Let this thread run a wrapped model as if it were not."""
+    before = getattr(_local, "paused", ())
+    _local.paused = (*before, decoder_of(model))
+    try:
+        yield
+    finally:
+        _local.paused = before
+
+
+def _is_paused(decoder) -> bool:
+    return any(other is decoder for other in getattr(_local, "paused", ()))
 
 
 def _close_if_idle(decoder) -> None:
@@ -283,16 +340,15 @@ def _armed(decoder, forward, args, kwargs):
     attachment = _attached.get(decoder)
     if attachment is None:
         return forward(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError("torch.compile is running; expected an uncompiled model, since a compressed cache changes shape")
     running, outer = _Running(), current_forward()
     try:
         with stand_ins.lock:
             attachment.running.add(running)
         args, kwargs, record = _enter(decoder, attachment, args, kwargs)
         _local.forward = record
-        output = forward(*args, **kwargs) if record is None else record.run(decoder, forward, args, kwargs)
-        if record is not None:
-            record.check(decoder)
-        return output
+        return forward(*args, **kwargs) if record is None else record.run(decoder, forward, args, kwargs)
     finally:
         _local.forward = outer
         with stand_ins.lock:
@@ -300,46 +356,124 @@ def _armed(decoder, forward, args, kwargs):
             _close_if_idle(decoder)
 
 
+def _generate(model, generate, args, kwargs):
+    """In place of a wrapped model's ``generate``: refused, or as it is, and the model stays wrapped until it has ended."""
+    decoder = decoder_of(model)
+    attachment = _attached.get(decoder)
+    if attachment is None or _is_paused(decoder):
+        return generate(*args, **kwargs)
+    arguments = arguments_of(model, generate, args, kwargs)
+    check_generate(arguments, getattr(attachment.wrap, "action", None))
+    if isinstance(cache := given_cache(arguments)[1], KeptCache):
+        cache.origin.check_adapters(decoder)
+    running = _Running()
+    try:
+        with stand_ins.lock:
+            attachment.running.add(running)
+        return generate(*args, **kwargs)
+    finally:
+        with stand_ins.lock:
+            attachment.running.discard(running)
+            _close_if_idle(decoder)
+
+
+def _refuse_batching(model, start, args, kwargs):
+    attachment = _attached.get(decoder_of(model))
+    if attachment is None or attachment.wrap is None or not acts(attachment.wrap.action) or _is_paused(decoder_of(model)):
+        return start(*args, **kwargs)
+    raise UnsupportedModelError(
+        "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected generate, or a call "
+        "inside `with handle.paused()`"
+    )
+
+
+def acts(action) -> bool:
+    """Whether it takes anything from a cache."""
+    return getattr(action, "evicts", False) or getattr(action, "holds", False)
+
+
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     bound = attachment.bind(args, kwargs)
     name, cache = given_cache(bound)
+    wrap = attachment.wrap
     if not isinstance(cache, KeptCache):
-        if attachment.new_cache is None:
+        if wrap is None or _is_paused(decoder):
             return args, kwargs, None
         if cache is None:
-            wanted = bound.get("use_cache")
-            if not (getattr(decoder.config, "use_cache", True) if wanted is None else wanted):
+            if not _uses_cache(decoder, bound):
+                if acts(wrap.action):
+                    raise NotInterceptedError(
+                        "use_cache is False (an argument, or left in the model's config by training), so that nothing would be compressed; "
+                        "expected use_cache=True, or a call inside `with handle.paused()`"
+                    )
                 return args, kwargs, None
-            cache = attachment.new_cache()
+            cache = wrap.make()
             args, kwargs = attachment.with_cache(args, kwargs, cache)
         else:
             check_cache(cache, name)
             cache.__class__ = KeptCache
-            attachment.new_cache(cache)
+            wrap.make(cache)
+    elif cache.action is None and cache.n_seen == 0:
+        if wrap is None:
+            raise NotInterceptedError(
+                "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of handle.new_cache()"
+            )
+        wrap.make(cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
+    _check_origin(decoder, attachment, cache)
+    if _inputs(bound).shape[1] > 1:  # not at each step: it takes a look at every module
+        cache.origin.check_adapters(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
+        cache.origin = cache.origin.filled_by(decoder)
         attachment.fingerprint = cache.fingerprint = attachment.fingerprint or fingerprint(decoder)
     return args, kwargs, record
 
 
+def _inputs(bound: dict) -> torch.Tensor:
+    return bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
+
+
+def _uses_cache(decoder, bound: dict) -> bool:
+    wanted = bound.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", True) if wanted is None else wanted)
+
+
+def _check_origin(decoder, attachment: _Attachment, cache: KeptCache) -> None:
+    """Raise if the cache is another model's or another wrap's, or was left half filled."""
+    if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
+        raise ValueError(
+            "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
+        )
+    wrap, origin = attachment.wrap, cache.origin
+    if wrap is not None and cache.action is None and getattr(wrap.action, "holds", False):
+        raise ValueError(
+            f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected when='prefill'"
+        )
+    if wrap is not None and origin.settings not in (None, wrap.settings):
+        raise ValueError(
+            f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap ({wrap.settings})"
+        )
+    if origin.decoder is not None and origin.decoder() is not decoder:
+        raise ValueError(
+            f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a cache of load_cache, which "
+            "compares the weights"
+        )
+
+
 def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     """The forward's record; on a prefill, what is padding."""
-    inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
-    n_row, n_new = inputs.shape[:2]
-    seen = max((layer.seen for layer in cache.kept_layers), default=0)
+    n_row, n_new = _inputs(bound).shape[:2]
+    seen, ids = cache.n_seen, bound.get("input_ids")
     mask = bound.get("attention_mask")
-    acts = getattr(cache.action, "evicts", False) or getattr(cache.action, "holds", False)
-    if n_new > 1 and (acts or any(layer.is_evicted for layer in cache.kept_layers)):
-        check_mode(seen, n_new, mask.shape[-1] if isinstance(mask, torch.Tensor) else None)
     if seen:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones"
             )
-        return Forward(cache, attachment.own, False, None, bound=bound if isinstance(cache, FixedCache) else None)
+        return Forward(cache, attachment.own, False, seen, ids, None, bound=bound if isinstance(cache, FixedCache) else None)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
@@ -349,4 +483,4 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     cache.valid = valid_ranges(mask, n_row, n_new)
     if (spans_of := getattr(cache.action, "spans_of", None)) is not None:
         cache.spans = spans_of(n_row, n_new, cache.valid)
-    return Forward(cache, attachment.own, True, cache.valid)
+    return Forward(cache, attachment.own, True, 0, ids, cache.valid)

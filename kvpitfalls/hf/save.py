@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
 from .layer import KeptLayer
+from .origin import Origin
 
 FORMAT, VERSION = "kvpitfalls.cache", 1
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at
-_CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tensors"}
+_CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tokens", "tensors"}
 _FIELD = re.compile(
     r"layers\.(\d{1,6})\.(\w+)(\.\w+)?"
 )  # the name of a tensor: a layer's number, its field, and the key where that is a dict
@@ -56,6 +57,7 @@ def save_cache(cache: KeptCache, path) -> None:
         "spans": list(map(dict, cache.spans)),
         "valid": cache.valid,
         "peak_bytes": cache.peak_bytes,
+        "tokens": None if cache.tokens is None else cache.tokens.tolist(),
         "tensors": sorted(tensors),
     }
     text = json.dumps(about)
@@ -163,6 +165,8 @@ def load_cache(path, model) -> KeptCache:
     cache.fingerprint, cache.peak_bytes = about["fingerprint"], about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
+    tokens = about["tokens"]
+    cache.origin = Origin(pieces=None if tokens is None else (torch.tensor(tokens, device=device),))
     return cache
 
 
@@ -215,11 +219,19 @@ def _well_formed(about: dict) -> bool:
     return (
         isinstance(about["fingerprint"], str)
         and type(about["peak_bytes"]) is int
+        and (about["tokens"] is None or _are_tokens(about["tokens"], len(about["valid"])))
         and all(set(layer) == {"kind", "plain"} and isinstance(layer["plain"], dict) for layer in about["layers"])
         and all(isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair) for pair in pairs)
         and len(about["spans"]) in (0, len(about["valid"]))
         and all((m := _FIELD.fullmatch(name)) is not None and int(m[1]) < len(about["layers"]) for name in about["tensors"])
     )
+
+
+def _are_tokens(rows, n_row: int) -> bool:
+    """Whether these are equally long rows of token ids."""
+    if not isinstance(rows, list) or len(rows) != n_row or not all(isinstance(row, list) for row in rows):
+        return False
+    return len({len(row) for row in rows}) <= 1 and all(type(x) is int and 0 <= x < 2**63 for row in rows for x in row)
 
 
 def _fields(about: dict, tensors: dict) -> list[set[str]]:

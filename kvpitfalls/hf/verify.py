@@ -10,6 +10,15 @@ from .layer import KeptLayer
 from .model import AttentionCall, attach, detach
 
 
+class Whole:
+    """A cache's action: keep every row as it is."""
+
+    evicts = False
+
+    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Leave ``layer``."""
+
+
 class Shuffle:
     """A cache's action: keep every row, but each head's in an order of its own."""
 
@@ -38,7 +47,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
     attach(model)
     try:
         outputs = []
-        for action in (None, Shuffle()):
+        for action in (Whole(), Shuffle()):
             cache = KeptCache(model.config, action)
             decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
             outputs.append(model(input_ids=ids[:, cut:], use_cache=True, **cache_argument(model, cache)).logits.float())

@@ -17,12 +17,13 @@ from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .arguments import cache_argument
 from .cache import KeptCache
-from .coverage import decoder_of
+from .coverage import check_model, decoder_of
 from .evict import Evict
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import AttentionCall, attach, detach
+from .model import AttentionCall, attach, detach, paused, put_wrap, take_wrap
+from .origin import Origin
 from .report import Report
 
 
@@ -60,7 +61,6 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
 
     Examples
     --------
-    >>> import copy
     >>> import kvpitfalls as kvp
     >>> from kvpitfalls.hf.load import load
     >>> model, tokenizer = load()
@@ -68,7 +68,7 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
     >>> with kvp.wrap(model, "snapkv", compression_ratio=0.5, fair=True) as handle:
     ...     cache = handle.compress(prompt)
     ...     ids = prompt.followed_by(" What is it?")
-    ...     out = model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=4, do_sample=False)
+    ...     out = model.generate(ids, past_key_values=cache.copy(), max_new_tokens=4, do_sample=False)
     >>> cache.report()["kept_share"], out.shape[1] - ids.shape[1]
     (0.5, 4)
     """
@@ -83,12 +83,13 @@ class _Caches:
     """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
 
     def __init__(self, config, action: Evict):
-        self.config, self.action, self.newest = config, action, None
+        self.config, self.action, self.settings, self.newest = config, action, _settings(action), None
 
     def make(self, cache: KeptCache | None = None, **changes) -> KeptCache:
         """A new empty cache, or an empty plain one made ours."""
         action = replace(self.action, **changes)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
+        cache.origin = Origin(self.settings)
         self.newest = weakref.ref(cache)
         return cache
 
@@ -117,12 +118,9 @@ class Handle:
     """
 
     def __init__(self, model, action: Evict):
-        self._attachment = attach(model)
-        if self._attachment.new_cache is not None:
-            detach(model)
-            raise ValueError("the model is wrapped already; expected handle.remove() first")
+        check_model(model)
         self.model, self.action, self._caches = model, action, _Caches(model.config, action)
-        self._attachment.new_cache = self._caches.make
+        self._attachment = put_wrap(model, self._caches)
 
     def __enter__(self) -> "Handle":
         return self
@@ -131,20 +129,24 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        a = self.action
-        amount = f"compression_ratio={a.compression_ratio}" if a.budget is None else f"budget={a.budget}"
-        state = "" if self._attachment is not None else ", removed"
-        return f"<Handle {type(self.model).__name__}: {a.policy!r}, {amount}, fair={a.fair.label!r}, protect={a.protect!r}{state}>"
+        state = ", removed" if self.is_removed else ""
+        return f"<Handle {type(self.model).__name__}: {_settings(self.action)}{state}>"
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the model is no longer wrapped by this handle."""
+        return self._attachment.wrap is not self._caches
 
     def remove(self) -> None:
         """Restore the model. Caches made here can then no longer be used with it.
 
         A forward that is running, on any thread, ends as it began; the model is restored after it.
         """
-        if self._attachment is not None:
-            self._attachment.new_cache = None
-            self._attachment = None
-            detach(self.model)
+        take_wrap(self.model, self._caches)
+
+    def paused(self):
+        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go on as ever."""
+        return paused(self.model)
 
     def new_cache(self, *, spans=None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
@@ -169,7 +171,7 @@ class Handle:
         -------
         KeptCache
         """
-        if self._attachment is None:
+        if self.is_removed:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = prompt if instructions is None else _marked(prompt, instructions)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
@@ -211,6 +213,28 @@ class Handle:
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
             raise ValueError(f"tolerance is {tolerance!r}; expected a number, at least 0")
         return shuffle_difference(self.model, n_token, tolerance)
+
+
+def unwrap(model) -> None:
+    """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is not wrapped is left.
+
+    Examples
+    --------
+    >>> import kvpitfalls as kvp
+    >>> from kvpitfalls.hf.load import load
+    >>> model, tokenizer = load()
+    >>> cache = kvp.wrap(model, "knorm", budget=4).new_cache()  # nobody has the handle
+    >>> kvp.unwrap(model)
+    >>> kvp.wrap(model, "knorm", budget=8).remove()
+    """
+    take_wrap(model)
+
+
+def _settings(action: Evict) -> str:
+    """A wrap's settings in words: caches of wraps that differ in them are not mixed."""
+    amount = f"compression_ratio={action.compression_ratio}" if action.budget is None else f"budget={action.budget}"
+    when = f", when={action.when!r}" if isinstance(action, Hold) else ""
+    return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{when}"
 
 
 class Fork:
@@ -257,7 +281,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     finally:
         detach(model)
     for cache in caches:
-        cache.fingerprint = trunk.fingerprint
+        cache.fingerprint, cache.origin = trunk.fingerprint, trunk.origin
         for i, layer in enumerate(trunk.layers):
             if not isinstance(layer, KeptLayer):
                 cache.layers[i] = copy.deepcopy(layer)

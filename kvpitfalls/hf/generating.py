@@ -1,0 +1,139 @@
+"""What is asked of a call of ``generate`` on a wrapped model before it begins: its public arguments say all that matters."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from ..errors import NotInterceptedError, UnsupportedModelError
+from .arguments import given_cache
+from .cache import KeptCache
+from .coverage import decoder_of
+
+
+def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one inside."""
+    decoder = decoder_of(model)
+    for module in model.modules():
+        if isinstance(module, GenerationMixin) and decoder_of(module) is decoder:
+            yield module
+
+
+def arguments_of(model, generate, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call of ``generate`` by name; ``generation_config`` is what they make of the model's own."""
+    bound = inspect.signature(generate).bind(*args, **kwargs).arguments
+    found = {**bound, **bound.get("kwargs", {})}
+    config = copy.deepcopy(found.get("generation_config") or GenerationConfig())
+    for name, value in vars(model.generation_config).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    unset = {} if found.get("generation_config") is not None else vars(copy.deepcopy(model.generation_config))
+    for name, value in {**unset, **{k: v for k, v in bound.get("kwargs", {}).items() if hasattr(config, k)}}.items():
+        setattr(config, name, value)
+    return {**found, "generation_config": config}
+
+
+def check_generate(arguments: dict, action) -> None:
+    """Raise if this call would show the model something else than the cache's prompt and what follows it, or less.
+
+    Parameters
+    ----------
+    arguments : dict
+        Of :func:`arguments_of`.
+    action
+        The wrap's, for a call without a cache; None if there is none.
+    """
+    _, cache = given_cache(arguments)
+    is_ours = isinstance(cache, KeptCache)
+    action = (cache.action or action) if is_ours else action
+    is_filled = is_ours and cache.n_seen > 0
+    if is_filled or getattr(action, "evicts", False) or getattr(action, "holds", False):
+        _check_mode(arguments, is_filled)
+    if is_filled:
+        _check_ids(arguments, cache)
+
+
+def _check_mode(arguments: dict, is_filled: bool) -> None:
+    config = arguments["generation_config"]
+    if config.use_cache is False:
+        raise NotInterceptedError(
+            "generate was called with use_cache=False, so that nothing would be compressed; expected use_cache=True, or a call inside "
+            "`with handle.paused()`"
+        )
+    if getattr(config, "prefill_chunk_size", None) is not None and not is_filled:
+        raise UnsupportedModelError(
+            "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
+            "cache made by handle.compress"
+        )
+    if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
+        raise UnsupportedModelError(
+            "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
+            "what eviction saw; expected plain generation"
+        )
+    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0) or arguments.get("negative_prompt_ids") is not None:
+        raise UnsupportedModelError(
+            "generate runs with guidance (guidance_scale, negative_prompt_ids), whose second prompt has a cache of its own that would be "
+            "compressed as well; expected none"
+        )
+
+
+def _check_ids(arguments: dict, cache: KeptCache) -> None:
+    """Raise unless the ids begin with what the cache has seen, and go on."""
+    ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or arguments.get("inputs_embeds") is not None:
+        return
+    config, tokens = arguments["generation_config"], cache.tokens
+    _check_rows(len(ids) * max(config.num_beams or 1, config.num_return_sequences or 1), len(cache.valid))
+    different = None if tokens is None else _first_difference(ids, tokens, arguments.get("attention_mask"), cache.valid)
+    if different is not None:
+        raise ValueError(_difference(*different, ids.shape[1], cache))
+    if ids.shape[1] <= cache.n_seen:
+        raise ValueError(
+            f"generate was given {ids.shape[1]} tokens, all of which the cache has seen; expected at least one more than its "
+            f"{cache.n_seen}, or a copy made right after the prompt (cache.copy())"
+        )
+
+
+def _check_rows(n_run: int, n_held: int) -> None:
+    if n_run != n_held:
+        remedy = "as many" if n_run % n_held else f"cache.batch_repeat_interleave({n_run // n_held})"
+        raise ValueError(f"generate runs {n_run} rows, but the cache holds {n_held}; expected {remedy}")
+
+
+def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
+    """What is wrong with ids that differ from the cache's there."""
+    where, n_prompt = f"row {row}, token {place}", cache.n_prompt
+    if place >= n_prompt:
+        return (
+            f"generate was given other tokens than the cache has seen since its prompt ({where} of {cache.n_seen}); expected the same "
+            "conversation, or a copy made right after the prompt (cache.copy())"
+        )
+    if n_given < n_prompt:
+        return (
+            f"generate was given {n_given} tokens that the cache's prompt of {n_prompt} does not begin with ({where}); expected all of the "
+            "prompt, then what follows it"
+        )
+    return (
+        f"generate was given another prompt than the cache has seen ({where} of {n_prompt}); expected the prompt that was compressed, then "
+        "what follows it"
+    )
+
+
+def _first_difference(ids, tokens, mask, valid) -> tuple[int, int] | None:
+    """Row and place of the first token that is not the cache's; padding counts for none."""
+    n = min(ids.shape[1], tokens.shape[1])
+    ids = ids[:, :n].to(tokens.device).repeat_interleave(len(tokens) // len(ids), 0)
+    differs = ids != tokens[:, :n]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        differs &= mask[:, :n].to(differs.device).bool().repeat_interleave(len(tokens) // len(mask), 0)
+    if not differs.any():
+        return None
+    n_prompt = max(end for _, end in valid)
+    for row, (begin, end) in enumerate(valid):
+        differs[row, :begin] = False
+        differs[row, end:n_prompt] = False
+    places = differs.nonzero()
+    return tuple(places[0].tolist()) if len(places) else None

@@ -1,0 +1,91 @@
+"""What a cache stands for: whose prompt it is, of which tokens, and how it was compressed."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+_MANY = 64  # pieces of a conversation, after which they are joined
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Not changed in place: caches made of each other share it.
+
+    Attributes
+    ----------
+    settings : str, or None
+        Of the wrap that made the cache; None if none did.
+    decoder : weakref, or None
+        The decoder that filled it; None before that, and after a pickle.
+    adapters : tuple of str
+        Those that were active then.
+    pieces : tuple of LongTensor (B, n), or None
+        Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
+    """
+
+    settings: str | None = None
+    decoder: "weakref.ref | None" = None
+    adapters: tuple[str, ...] = ()
+    pieces: tuple[torch.Tensor, ...] | None = ()
+
+    def filled_by(self, decoder: torch.nn.Module) -> "Origin":
+        """The same, of a cache that this decoder begins to fill."""
+        return replace(self, decoder=weakref.ref(decoder), adapters=active_adapters(decoder), pieces=())
+
+    def check_adapters(self, decoder: torch.nn.Module) -> None:
+        """Raise if other adapters than those that filled the cache are active now."""
+        if self.decoder is not None and (now := active_adapters(decoder)) != self.adapters:
+            before, now = (", ".join(names) or "none" for names in (self.adapters, now))
+            raise ValueError(f"the cache was filled with the adapters {before}, but now {now} is active; expected the same")
+
+    def tokens(self, n_seen: int) -> torch.Tensor | None:
+        """The first ``n_seen`` token ids (B, n_seen), if they are known."""
+        if self.pieces is None or not self.pieces or sum(x.shape[1] for x in self.pieces) < n_seen:
+            return None
+        return torch.cat(self.pieces, 1)[:, :n_seen]
+
+    def then(self, ids: torch.Tensor | None, n_seen: int) -> "Origin":
+        """The same, of a cache that had seen ``n_seen`` tokens and now has seen these, too."""
+        if self.pieces is None or ids is None:
+            return replace(self, pieces=None)
+        pieces = self.pieces
+        if len(pieces) >= _MANY or sum(x.shape[1] for x in pieces) != n_seen:  # some were taken back
+            whole = self.tokens(n_seen) if n_seen else None
+            if n_seen and whole is None:
+                return replace(self, pieces=None)
+            pieces = () if whole is None else (whole,)
+        return replace(self, pieces=(*pieces, ids.detach().clone()))
+
+    def rows(self, rows: list[int]) -> "Origin":
+        """The same, of a cache of these rows."""
+        if not self.pieces:
+            return self
+        whole = torch.cat(self.pieces, 1)
+        return replace(self, pieces=(whole[torch.tensor(rows, device=whole.device)],))
+
+    @classmethod
+    def join(cls, origins: Sequence["Origin"], tokens: Sequence[torch.Tensor | None]) -> "Origin":
+        """Of a cache that is made of these caches' rows, which have seen these tokens."""
+        known = [x for x in tokens if x is not None]
+        return replace(origins[0], pieces=(torch.cat(known),) if len(known) == len(tokens) else None)
+
+    def __deepcopy__(self, memo: dict) -> "Origin":
+        return self
+
+    def __copy__(self) -> "Origin":
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "decoder": None}
+
+
+def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the adapters (LoRA and others) that the decoder's modules use now, sorted."""
+    found: set[str] = set()
+    for module in decoder.modules():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, (list, tuple)) and not getattr(module, "disable_adapters", False):
+            found.update(map(str, names))
+    return tuple(sorted(found))

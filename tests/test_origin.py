@@ -1,0 +1,278 @@
+"""What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands for."""
+
+import copy
+import inspect
+import io
+import pathlib
+import pickle
+import re
+
+import pytest
+import torch
+from tiny_models import build, ids
+from transformers import DynamicCache, GenerationConfig
+
+import kvpitfalls as kvp
+from kvpitfalls.hf.arguments import cache_argument
+from kvpitfalls.hf.cache import KeptCache
+
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+N_PROMPT = 20
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+def generate(model, tokens, **given):
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **{**GREEDY, **given})
+
+
+def in_config(model):
+    model.config.use_cache = False
+    return model(ids())
+
+
+def in_generation_config(model):
+    model.generation_config.use_cache = False
+    return generate(model, ids())
+
+
+def with_config(model):
+    return model.generate(ids(), generation_config=GenerationConfig(use_cache=False, max_new_tokens=2))
+
+
+WITHOUT_CACHE = {
+    "forward": lambda model: model(ids(), use_cache=False),
+    "config": in_config,
+    "generate": lambda model: generate(model, ids(), use_cache=False),
+    "generation_config": in_generation_config,
+    "given config": with_config,
+}
+
+
+@pytest.mark.parametrize("way", WITHOUT_CACHE)
+def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compressed(llama, way):
+    plain = WITHOUT_CACHE[way](copy.deepcopy(llama))
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"):
+            WITHOUT_CACHE[way](llama)
+        with handle.paused():
+            again = WITHOUT_CACHE[way](llama)
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        whole = WITHOUT_CACHE[way](llama)
+    for given in (again, whole):
+        assert torch.equal(getattr(given, "logits", given), getattr(plain, "logits", plain))
+
+
+def test_continuous_batching_is_refused(llama):
+    if not hasattr(llama, "generate_batch"):
+        pytest.skip("this transformers has no continuous batching")
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
+        llama.generate_batch([ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0))
+    assert "init_continuous_batching" not in vars(llama)
+
+
+def test_guidance_is_refused(llama):
+    tokens = ids(1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        for given in ({"guidance_scale": 1.5}, {"guidance_scale": 2, "negative_prompt_ids": ids(1, 8)}):
+            for cache in (handle.new_cache(), handle.compress(tokens[:, :N_PROMPT])):
+                with pytest.raises(
+                    kvp.UnsupportedModelError, match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt"
+                ):
+                    generate(llama, tokens, past_key_values=cache, **given)
+
+
+def test_an_early_exit_is_refused_before_it_changes_the_model(llama):
+    tokens = ids(1)
+    before = generate(llama, tokens)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):
+        generate(llama, tokens, assistant_early_exit=1)
+    assert llama.config.num_hidden_layers == 3 and torch.equal(generate(llama, tokens), before)
+
+
+COMPILED = {
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+    "model": lambda model: model.compile(backend="eager"),
+    "decoder": lambda model: model.model.compile(backend="eager"),
+    "swapped": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
+    "layer": lambda model: model.model.layers[1].compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_models_are_refused_however_they_were_compiled(llama, how):
+    COMPILED[how](llama)
+    with pytest.raises(kvp.UnsupportedModelError, match=r"the model is compiled by torch\.compile"):
+        kvp.wrap(llama, "knorm", compression_ratio=0.5)
+
+
+def test_a_cache_made_by_hand_or_emptied_is_compressed_by_the_wrap_it_comes_to(llama, tmp_path):
+    tokens = ids(1, N_PROMPT)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5, fair=True) as handle:
+        with_spans = handle.compress(tokens, spans={"a": (2, 9), "b": (9, 18)})
+        with_spans.save(tmp_path / "prompt")
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        wanted = handle.compress(tokens)
+        emptied, again = kvp.load_cache(tmp_path / "prompt", llama), with_spans.copy()
+        emptied.reset()
+        again.reset()
+        for cache in (KeptCache(llama.config), emptied, again):
+            generate(llama, tokens, past_key_values=cache)
+            assert (cache.positions(1) == wanted.positions(1)).all() and list(cache.spans) == list(wanted.spans)
+
+
+def test_unwrap_restores_a_model_whose_handle_is_lost(llama):
+    tokens = ids(1)
+    before = generate(llama, tokens)
+    kvp.wrap(llama, "knorm", budget=5).compress(tokens)
+    with pytest.raises(ValueError, match=r"wrapped already; expected handle\.remove\(\) or kvpitfalls\.unwrap\(model\) first"):
+        kvp.wrap(llama, "knorm", budget=5)
+    kvp.unwrap(llama)
+    kvp.unwrap(llama)
+    assert torch.equal(generate(llama, tokens), before) and not {"generate", "forward"} & {*vars(llama), *vars(llama.model)}
+    handle = kvp.wrap(llama, "knorm", budget=5)
+    kvp.unwrap(llama)
+    with kvp.wrap(llama, "knorm", budget=6) as other:
+        handle.remove()  # not the other's
+        assert handle.is_removed and not other.is_removed
+        assert other.compress(tokens).report()["kept_share"] == pytest.approx(0.2)
+
+
+def used_by(model, first, cache):
+    generate(model, first, past_key_values=cache)
+    return cache
+
+
+def test_generate_refuses_ids_that_do_not_begin_with_what_the_cache_has_seen(llama):
+    prompt, question = ids(1, N_PROMPT), ids(1, 6, seed=7)
+    first = torch.cat([prompt, question], 1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompt)
+        for tokens, message in [
+            (torch.cat([ids(1, N_PROMPT, seed=3), question], 1), r"another prompt than the cache has seen \(row 0, token 0 of 20\)"),
+            (question, "was given 6 tokens that the cache's prompt of 20 does not begin with"),
+            (prompt, r"20 tokens, all of which the cache has seen; expected at least one more than its 20"),
+            (prompt[:, :10], "10 tokens, all of which the cache has seen"),
+            (first.expand(3, -1), r"runs 3 rows, but the cache holds 1; expected cache\.batch_repeat_interleave\(3\)"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                generate(llama, tokens, past_key_values=cache.copy())
+        with pytest.raises(ValueError, match=r"runs 2 rows, .* expected cache\.batch_repeat_interleave\(2\)"):
+            generate(llama, first, past_key_values=cache.copy(), num_beams=2)
+        wanted = generate(llama, first, past_key_values=cache.copy())
+        used = used_by(llama, first, cache.copy())  # has seen 20 + 6 + 3
+        for n in (1, 5, 9, 10, 14):
+            second = torch.cat([prompt, ids(1, n, seed=8)], 1)
+            with pytest.raises(ValueError, match=r"than the cache has seen since its prompt .* or a copy made right after the prompt"):
+                generate(llama, second, past_key_values=used.copy())
+        with pytest.raises(ValueError, match="all of which the cache has seen"):
+            generate(llama, prompt, past_key_values=used.copy())
+        assert torch.equal(generate(llama, first, past_key_values=cache.copy()), wanted), "a refusal changes no cache"
+        used.crop(N_PROMPT)
+        assert torch.equal(generate(llama, first, past_key_values=used), wanted)
+
+
+def test_a_cache_of_several_rows_knows_each_rows_tokens(llama):
+    prompts, question = ids(2, N_PROMPT), ids(2, 4, seed=7)
+    both = torch.cat([prompts, question], 1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompts)
+        wanted = generate(llama, both, past_key_values=cache.copy())
+        swapped = cache.copy()
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        assert torch.equal(generate(llama, both.flip(0), past_key_values=swapped.copy()), wanted.flip(0))
+        with pytest.raises(ValueError, match="another prompt"):
+            generate(llama, both, past_key_values=swapped)
+        repeated = cache.copy()
+        repeated.batch_repeat_interleave(3)
+        generate(llama, both, past_key_values=repeated, num_beams=3)
+        joined = KeptCache.join([handle.compress(prompts[:1]), handle.compress(prompts[1:])])
+        assert torch.equal(joined.tokens, prompts) and torch.equal(generate(llama, both, past_key_values=joined), wanted)
+
+
+def test_a_saved_and_a_pickled_cache_know_their_tokens(llama, tmp_path):
+    prompt, other = ids(1, N_PROMPT), ids(1, 26, seed=5)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompt)
+        cache.save(tmp_path / "prompt")
+        for back in (kvp.load_cache(tmp_path / "prompt", llama), pickle.loads(pickle.dumps(cache))):
+            assert torch.equal(back.tokens, prompt)
+            with pytest.raises(ValueError, match="another prompt than the cache has seen"):
+                generate(llama, other, past_key_values=back)
+
+
+def test_a_cache_of_other_settings_or_of_another_model_is_refused(llama):
+    tokens = ids(1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        filled, empty = handle.compress(tokens[:, :N_PROMPT]), handle.new_cache()
+    with kvp.wrap(llama, "h2o", compression_ratio=0.9):
+        for cache in (filled, empty):
+            with pytest.raises(ValueError, match=r"with other settings \(KNorm\(\), compression_ratio=0\.5.* expected one of this"):
+                generate(llama, tokens, past_key_values=cache.copy())
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5):
+        generate(llama, tokens, past_key_values=filled.copy())
+    twin = build("llama")
+    with kvp.wrap(twin, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+        generate(twin, tokens, past_key_values=filled)
+
+
+def test_a_cache_of_another_adapter_is_refused(llama):
+    class Tuned(torch.nn.Linear):
+        """As PEFT's layers are: they know which adapters are on."""
+
+    layer = llama.model.layers[0].mlp
+    layer.gate_proj.__class__, layer.gate_proj.active_adapters = Tuned, ["first"]
+    tokens = ids(1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        generate(llama, tokens, past_key_values=cache.copy())
+        layer.gate_proj.active_adapters = ["second"]
+        with pytest.raises(ValueError, match="filled with the adapters first, but now second is active; expected the same"):
+            generate(llama, tokens, past_key_values=cache.copy())
+        layer.gate_proj.disable_adapters = True
+        with pytest.raises(ValueError, match="filled with the adapters first, but now none is active"):
+            llama(tokens[:, N_PROMPT:], **cache_argument(llama, cache))
+
+
+@pytest.mark.parametrize("where", ["prefill", "step"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_whose_forward_was_broken_off_is_refused_until_it_is_reset(llama, where, layer):
+    prompt, tokens = ids(1, N_PROMPT), ids(1)
+
+    def break_off(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
+        wanted = generate(llama, tokens)
+        cache = handle.new_cache() if where == "prefill" else handle.compress(prompt)
+        hook = llama.model.layers[layer].mlp.register_forward_pre_hook(break_off)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(llama, tokens, past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="an earlier forward on this cache was broken off"):
+            llama(tokens[:, -1:], **cache_argument(llama, cache))
+        cache.reset()
+        assert torch.equal(generate(llama, tokens, past_key_values=cache), wanted)
+
+
+def test_a_wrap_changes_neither_signature_nor_copies_of_the_model(llama):
+    tokens, signature = ids(1), inspect.signature(llama.generate)
+    plain = llama.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5):
+        assert inspect.signature(llama.generate) == signature and llama.generate.__doc__ == type(llama).generate.__doc__
+        file = io.BytesIO()
+        torch.save(llama, file)
+        file.seek(0)
+        twins = [copy.deepcopy(llama), pickle.loads(pickle.dumps(llama)), torch.load(file, weights_only=False)]
+    for twin in (*twins, llama):
+        assert torch.equal(generate(twin, tokens), plain)
+        generate(twin, tokens, past_key_values=DynamicCache(config=twin.config), use_cache=False)
+
+
+def test_nothing_in_hf_looks_at_frames_or_puts_hooks_on_modules():
+    sources = (pathlib.Path(kvp.__file__).parent / "hf").glob("*.py")
+    forbidden = re.compile(r"currentframe|_getframe|f_back|register_\w*hook")
+    assert [path.name for path in sources if forbidden.search(path.read_text())] == []
