@@ -17,6 +17,7 @@ from .hf.cache import KeptCache as KeptCache
 from .hf.report import Report as Report
 from .hf.save import load_cache as load_cache
 from .hf.wrap import Handle as Handle
+from .hf.wrap import unwrap as unwrap
 from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
 from .policies.h2o import H2O as H2O
