@@ -129,7 +129,7 @@ def test_many_votes_travel_by_the_workspace():
     of_row = fair(n, *range(40, n, 40))
     assert error(attend(keys, queries, [of_row] * 3), attend(keys, queries, [of_row] * 3, verb=reference.score)) <= 2e-6
     with pytest.raises(NotImplementedError, match="at most 4096"):
-        attend(keys, queries, [[Vote((0, 1), (0, 1))] * 4097] * 3)
+        attend(*tensors(1, 1, 1, 4097, 64), [[Vote((i, i + 1), (i, i + 1)) for i in range(4097)]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
