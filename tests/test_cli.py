@@ -34,10 +34,11 @@ def test_audit_prints_a_table(run):
     lines = out.splitlines()
     assert code == 0 and "prompt tokens" in lines[0]
     for policy in ("h2o", "knorm", "snapkv", "streaming_llm", "tova"):
-        assert sum(line.startswith(policy) for line in lines) == 2, "once in the table, and a verdict"
-    table = lines[: lines.index("", 2)]
+        said = [line for line in lines if line.startswith(policy)]
+        assert said[:2] == [f"{policy}, biased", f"{policy}, fair"] and len(said) == 3, "twice in the table, and a verdict"
+    table = lines[: lines.index("", 3)]
     assert sum("never" in line for line in table) == sum("spanish" in line for line in table) == 10
-    assert "r=.10" in out and "r=.90" in out and "biased" in out and "fair" in out
+    assert re.search(r"^r, the share removed +\.10 .* \.90$", out, re.MULTILINE)
 
 
 def test_audit_json_is_all_there_is_on_stdout(run, tmp_path):
@@ -65,20 +66,23 @@ def test_an_instruction_under_min_kept_exits_with_3(run):
     assert all(row["kept_min"] * row["n_tokens"] >= 3 for row in rows if row["fair"] == "floor=3")
 
 
-@pytest.mark.parametrize("n_sentence", [3, 30])
+@pytest.mark.parametrize("n_sentence", [3, 30, 300])
 def test_an_audit_that_names_nothing_does_sentences_and_can_be_read(run, n_sentence):
-    """The worst first, the rest counted, and one sentence per policy."""
+    """The worst first, the rest counted, one sentence per policy, and nothing wider than a terminal of 100 columns."""
     system = " ".join(f"Rule {i} says that item {i} is blue." for i in range(n_sentence))
-    code, out, _ = run("audit", "--system", system, "--policy", "streaming_llm", "--policy", "knorm", "--ratio", "0.5")
+    ratios = [] if n_sentence == 30 else ["--ratio", "0.5"]
+    code, out, _ = run("audit", "--system", system, "--policy", "streaming_llm", "--policy", "knorm", *ratios)
     lines = out.splitlines()
-    of_table = lines[4 : lines.index("", 4)]
-    assert code == 0 and len(of_table) == 2 * 2 * min(n_sentence, 6)
-    assert max(map(len, lines[1:])) <= 120
-    assert sum("more, each at least" in line for line in of_table) == (4 if n_sentence == 30 else 0)
-    verdicts = "\n".join(lines[lines.index("", 4) :]).replace("\n  ", " ").splitlines()[-2:]
+    of_table = lines[5 : lines.index("", 5)]
+    assert code == 0 and len(of_table) == 2 * 2 * (1 + min(n_sentence, 6))
+    assert max(map(len, lines)) <= 100
+    assert sum("more, each at least" in line for line in of_table) == (4 if n_sentence > 6 else 0)
+    shares = [float(re.search(r"(\S+)\*?$", line)[1].rstrip("*")) for line in of_table[1:6] if n_sentence == 300]
+    assert shares == sorted(shares)
+    verdicts = "\n".join(lines[lines.index("", 5) :]).replace("\n  ", " ").splitlines()[-2:]
     for policy, verdict in zip(["streaming_llm", "knorm"], verdicts, strict=True):
-        assert re.fullmatch(rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d.*\.", verdict)
-    assert f"in {n_sentence};" in verdicts[0]
+        assert re.fullmatch(rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d[^,]*\.", verdict)
+    assert f" in {n_sentence};" in verdicts[0]
 
 
 @pytest.mark.parametrize(

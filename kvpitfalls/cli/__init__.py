@@ -214,11 +214,11 @@ def _audit(args) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        print(f"{source}: {len(prompt)} prompt tokens. Kept share of each instruction (mean over {_heads(model, result)}):\n")
-        print(audit_table(result, args.min_kept or 0.5))
-        print(f"\n* = under {args.min_kept or 0.5:g}\n")
-        for verdict in audit_verdicts(result, args.min_kept or 0.5):
-            print(textwrap.fill(verdict, 120, subsequent_indent="  "))
+        print(f"{source}: {len(prompt)} prompt tokens.")
+        print(f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n")
+        print(f"{audit_table(result, args.min_kept or 0.5)}\n")
+        for verdict in audit_verdicts(result, args.min_kept):
+            print(textwrap.fill(verdict, 100, subsequent_indent="  "))
     least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
     lost = [row for row in result.rows if row["kept"] < least]
     for row in lost:

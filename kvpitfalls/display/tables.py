@@ -30,33 +30,31 @@ def share(x: float) -> str:
 
 
 def audit_table(result: Audit, min_kept: float = 0.5, most: int = 5) -> str:
-    """Kept share of every instruction, one column per ratio; shares under ``min_kept`` are marked.
+    """Kept share of every instruction, one column per share r removed; shares under ``min_kept`` are marked. At most 100 columns wide.
 
     Of more than ``most`` + 1 instructions those with the least are shown, the worst first; the rest are one line, with the least of
     each ratio.
     """
     ratios = sorted({row["compression_ratio"] for row in result.rows})
-    lines, last = [], (None, None)
+    lines = []
     for policy, fair, by_span in result.settings():
+        lines.append([f"{policy}, {fairness_name(fair)}", *[""] * len(ratios)])
         for span, kept in worst_first(by_span, most):
-            shown = (policy if policy != last[0] else "", fairness_name(fair) if (policy, fair) != last else "")
-            marked = [share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios]
-            lines.append([*shown, span, *marked])
-            last = (policy, fair)
-    header = ["policy", "eviction", "instruction", *(f"r={share(r)} " for r in ratios)]
-    return table(header, lines, right=range(3, 3 + len(ratios)))
+            lines.append([f"  {span}", *(share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios)])
+    return table(["r, the share removed", *(f"{share(r)} " for r in ratios)], lines, right=range(1, 1 + len(ratios)))
 
 
-def audit_verdicts(result: Audit, min_kept: float = 0.5) -> list[str]:
-    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, how many are low."""
+def audit_verdicts(result: Audit, min_kept: float | None = None) -> list[str]:
+    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, and how many keep less
+    than ``min_kept``, or less than half of what is kept of the whole prompt."""
     ratio = min((row["compression_ratio"] for row in result.rows), key=lambda r: (abs(r - 0.5), r))
-    said: dict[str, list[str]] = {}
+    least, said = (1 - ratio) / 2 if min_kept is None else min_kept, {}
     for policy, fair, by_span in result.settings():
         kept = {span: of_span[ratio] for span, of_span in by_span.items()}
-        worst, under = min(kept, key=kept.get), sum(x < min_kept for x in kept.values())
+        worst, under = min(kept, key=kept.get), sum(x < least for x in kept.values())
         low, high = share(kept[worst]), share(max(kept.values()))
         about = f"{fairness_name(fair)} keeps {low}" + (f" (of {worst!r}) to {high}" if low != high else "")
-        about += f", less than {share(min_kept)} of {under} in {len(kept)}" if under and len(kept) > 1 else ""
+        about += f", and less than {share(least)} of {under} in {len(kept)}" if under and len(kept) > 1 else ""
         said.setdefault(policy, []).append(about)
     return [f"{policy} at r={share(ratio)}: {'; '.join(parts)}." for policy, parts in said.items()]
 
