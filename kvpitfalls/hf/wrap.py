@@ -278,7 +278,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     finally:
         detach(model)
     for cache in caches:
-        cache.fingerprint, cache.origin = trunk.fingerprint, trunk.origin
+        cache.origin = trunk.origin
         for i, layer in enumerate(trunk.layers):
             if not isinstance(layer, KeptLayer):
                 cache.layers[i] = copy.deepcopy(layer)
