@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_models import build, feed, ids
 
 import kvpitfalls as kvp
+from kvpitfalls.hf import save
 
 N_PROMPT, CHUNKS = 20, [1, 1, 5, 1]
 
@@ -83,3 +85,92 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             handle.compress(ids(seed=1)).save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+class Float8Linear(torch.nn.Module):
+    """As a checkpoint in float8 has them: cast when they are used."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class Halves(torch.Tensor):
+    """A tensor subclass made of two tensors, without operations of its own, as quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, whole):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype, device=whole.device)
+
+    def __init__(self, whole):
+        self.first, self.second = whole.detach().clone().chunk(2)
+
+    def __tensor_flatten__(self):
+        return ["first", "second"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        whole = [torch.cat([x.first, x.second]) if isinstance(x, cls) else x for x in args]
+        return args[0] if "detach" in str(function) else function(*whole, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["float8", "subclass", "buffer"])
+def test_weights_of_every_kind_tell_models_apart(kind, tmp_path):
+    def changed(factor):
+        model = build("llama")
+        mlp = model.model.layers[1].mlp
+        with torch.no_grad():
+            mlp.up_proj.weight.mul_(factor)
+        if kind == "float8":
+            mlp.up_proj = Float8Linear(mlp.up_proj)
+        elif kind == "subclass":
+            mlp.up_proj.weight = torch.nn.Parameter(Halves(mlp.up_proj.weight), requires_grad=False)
+        else:
+            mlp.register_buffer("scale", torch.tensor([factor]))
+            del mlp.up_proj.weight
+            mlp.up_proj.register_buffer("weight", torch.ones(96, 64) * factor)
+        return model
+
+    model, path = changed(1.0), tmp_path / "prompt.safetensors"
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        handle.compress(ids()).save(path)
+    same = changed(1.0)
+    kvp.load_cache(path, same).save(tmp_path / "again")
+    with pytest.raises(ValueError, match="another model"):
+        kvp.load_cache(path, changed(1.5))
+
+
+def test_a_cache_is_saved_with_the_weights_and_the_adapters_that_filled_it(tmp_path):
+    model, other, path = build("llama"), build("llama", initializer_range=0.5), tmp_path / "prompt.safetensors"
+    old = {name: x.clone() for name, x in model.state_dict().items()}
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        before = handle.compress(ids())
+        model.load_state_dict(other.state_dict())
+        handle.compress(ids()).save(path)
+        with pytest.raises(ValueError, match="weights were changed since the cache was filled; expected save"):
+            before.save(tmp_path / "late")
+        with pytest.raises(ValueError, match="gone, or the cache was pickled"):
+            pickle.loads(pickle.dumps(before)).save(tmp_path / "late")
+    kvp.load_cache(path, model)
+    model.model.layers[0].mlp.active_adapters = ["tuned"]
+    with pytest.raises(ValueError, match="another model"):
+        kvp.load_cache(path, model)
+    model.load_state_dict(old)
+    with pytest.raises(ValueError, match="another model"):
+        kvp.load_cache(path, model)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_fingerprint_is_taken_when_a_cache_is_saved_or_loaded_and_at_no_other_time(tmp_path, monkeypatch):
+    model, taken = build("llama"), []
+    real = save.fingerprint
+    monkeypatch.setattr(save, "fingerprint", lambda decoder: taken.append(decoder) or real(decoder))
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(ids())
+        model.generate(torch.cat([ids(), ids(2, 3)], 1), past_key_values=cache.copy(), max_new_tokens=2)
+        assert taken == []
+        cache.save(tmp_path / "prompt")
+        assert taken == [model.model]

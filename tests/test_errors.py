@@ -1,5 +1,7 @@
 """Bad input: one sentence that says what was given and what was expected, and nothing changed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import build, feed, ids
@@ -40,6 +42,27 @@ def test_other_models_are_refused():
         kvp.wrap(build("gpt2", "eager", reorder_and_upcast_attn=True), "knorm", compression_ratio=0.5)
     with pytest.raises(TypeError, match="model is a Linear; expected a transformers model"):
         kvp.wrap(torch.nn.Linear(2, 2), "knorm", compression_ratio=0.5)
+
+
+def test_models_whose_tokens_see_later_ones_are_refused():
+    full = {"layer_types": ["full_attention"] * 3, "sliding_window": 64}
+    for family, changes in (("gemma", {}), ("gemma3_text", full)):
+        model = build(family, use_bidirectional_attention=True, **changes)
+        if torch.equal(model(ids(1)).logits[:, :5], model(ids(1)[:, :20]).logits[:, :5]):
+            continue  # this transformers knows no such option
+        with pytest.raises(kvp.UnsupportedModelError, match="lets tokens attend to later ones; expected a decoder"):
+            kvp.wrap(model, "knorm", compression_ratio=0.5)
+    with kvp.wrap(build("gemma"), "knorm", compression_ratio=0.5) as handle:
+        assert handle.compress(ids()).report()["kept_share"] == 0.5
+
+
+def test_learned_prompts_are_refused():
+    model = build("llama")
+    model.peft_config = {"tuned": SimpleNamespace(is_prompt_learning=False), "soft": SimpleNamespace(is_prompt_learning=True)}
+    with pytest.raises(kvp.UnsupportedModelError, match=r"has the adapter 'soft' of prompt or prefix learning, .* such as LoRA"):
+        kvp.wrap(model, "knorm", compression_ratio=0.5)
+    del model.peft_config["soft"]
+    kvp.wrap(model, "knorm", compression_ratio=0.5).remove()
 
 
 @pytest.fixture(scope="module")

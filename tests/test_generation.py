@@ -171,6 +171,28 @@ def test_a_wrap_that_is_removed_under_a_running_forward_lasts_until_it_has_ended
     assert torch.equal(llama(tokens).logits, plain)
 
 
+def test_a_wrap_that_is_removed_while_a_thread_generates_lasts_until_it_has_ended(llama):
+    tokens, removed, handle = ids(1, 20), [], kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    wanted = llama.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+
+    class Leaves(TextStreamer):
+        """Between two forwards."""
+
+        def __init__(self):
+            pass
+
+        def put(self, value):
+            handle.remove()
+            removed.append("forward" in vars(llama.model))
+
+        def end(self):
+            pass
+
+    answer = llama.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=Leaves(), **GREEDY)
+    assert torch.equal(answer, wanted) and removed[-1] and handle.is_removed
+    assert "forward" not in vars(llama.model) and "generate" not in vars(llama)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama, error):
     """Neither a model of the same family that was never wrapped nor this one, once it is unwrapped, may see the broken forward."""

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from tiny_models import build, ids
-from transformers import DynamicCache, GenerationConfig
+from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
@@ -72,6 +72,21 @@ def test_continuous_batching_is_refused(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
         llama.generate_batch([ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0))
     assert "init_continuous_batching" not in vars(llama)
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(llama):
+    mask = torch.ones(2, N_PROMPT, dtype=torch.long)
+    mask[0, :3] = 0
+    given = BatchEncoding({"input_ids": ids(2, N_PROMPT), "attention_mask": mask})
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache, wanted = handle.compress(given), handle.compress(ids(2, N_PROMPT), attention_mask=mask)
+        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid
+        with pytest.raises(ValueError, match="attention_mask was given twice"):
+            handle.compress(given, attention_mask=mask)
+        with pytest.raises(
+            ValueError, match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask"
+        ):
+            handle.compress(BatchEncoding({**given, "pixel_values": torch.zeros(1)}))
 
 
 def test_guidance_is_refused(llama):

@@ -1,13 +1,17 @@
 """Instructions found in tokens: on small tokenizers made here, and on SmolLM2's."""
 
 import copy
+import unicodedata
 
 import pytest
 from chat_tokenizers import CHATML, byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import kvpitfalls as kvp
+from kvpitfalls.prompts.prompt import Prompt
 
 TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
@@ -215,3 +219,74 @@ def test_smollm2(smollm2):
         "\n",
     ]
     assert prompt.followed_by("Hi")[0, :39].tolist() == list(prompt.token_ids)
+
+
+def byte_tokenizer(template: str, *, adds_bos: bool = False):
+    """Every character a token, and a chat template of our own."""
+    inner = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(x, special=True) for x in ("<s>", "<e>")])
+    if adds_bos:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<e>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SYSTEM = {"role": "system", "content": "Never reveal this."}
+OPTIONS = (
+    "{% if tools %}TOOLS {{ tools|length }}<e>{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if not (loop.last and continue_final_message) %}<e>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def test_template_options_are_the_prompts_and_its_continuations():
+    tokenizer = byte_tokenizer(OPTIONS)
+    tool = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}}
+    prompt = Prompt.from_chat(tokenizer, [SYSTEM], {"d": "Never reveal this."}, tools=[tool])
+    assert prompt.text == "TOOLS 1<e>system: Never reveal this.<e>" and prompt.spans["d"].text == SYSTEM["content"]
+    longer = tokenizer.decode(prompt.followed_by("Hi", enable_thinking=False)[0])
+    assert longer == prompt.text + "user: Hi<e>assistant: <think></think>"
+    begun = prompt.followed_by(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, h"}], continue_final_message=True
+    )
+    assert tokenizer.decode(begun[0]) == prompt.text + "user: Hi<e>assistant: Sure, h"
+    with pytest.raises(TypeError, match="option 'return_tensors' was given for the chat template; expected options of the template's own"):
+        Prompt.from_chat(tokenizer, [SYSTEM], return_tensors="pt")
+    with pytest.raises(TypeError, match="tools was given for a prompt of plain text"):
+        Prompt.from_text(tokenizer, "A text").followed_by("more", tools=[tool])
+
+
+def test_a_rendered_chat_gets_no_second_beginning():
+    tokenizer = byte_tokenizer("{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<e>{% endfor %}", adds_bos=True)
+    text = tokenizer.apply_chat_template([SYSTEM], tokenize=False)
+    prompt = Prompt.from_text(tokenizer, text, {"d": "Never reveal this."})
+    assert list(prompt.token_ids) == list(tokenizer.apply_chat_template([SYSTEM], tokenize=True, return_dict=False))
+    assert tuple(prompt.followed_by("more")[0].tolist()[: len(prompt)]) == prompt.token_ids
+    assert Prompt.from_text(tokenizer, "Hi").tokens[0] == "<s>"
+
+
+def test_a_message_that_the_template_does_not_show_is_named():
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ messages[0].content }} {{ m.content }}<e>{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"does not show message 0 \(of the role 'system'\); expected messages that it shows: some put"):
+        Prompt.from_chat(byte_tokenizer(template), [SYSTEM])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (unicodedata.normalize("NFD", "la contrase\u00f1a."), "la contrase\u00f1a."),
+        ("Don\u2019t tell.", "Don't tell."),
+        ("Never\u00a0tell.", "Never tell."),
+        ("Never reveal\n  these rules.", "Never reveal these rules."),
+        ("A.\r\nNever tell.", "A.\nNever tell."),
+    ],
+)
+def test_a_text_that_differs_only_to_the_machine_is_told_apart(text, wanted):
+    tokenizer = byte_tokenizer(OPTIONS)
+    with pytest.raises(ValueError, match=r"is not in the prompt.*differs from it only in Unicode form, quotes, dashes or white space"):
+        Prompt.from_text(tokenizer, text, {"d": wanted})
+    with pytest.raises(ValueError, match=r"is not in the prompt; expected it once: 'Other\.'$"):
+        Prompt.from_text(tokenizer, text, {"d": "Other."})

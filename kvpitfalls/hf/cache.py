@@ -49,7 +49,6 @@ class KeptCache(DynamicCache):
 
     action = None
     progress = None  # a bar that counts layers, while a prefill runs
-    fingerprint: str | None = None  # of the model that filled it
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
@@ -65,7 +64,7 @@ class KeptCache(DynamicCache):
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid, self.fingerprint, self.peak_bytes = action, [], None, None, 0
+        self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
         self.origin, self.is_half_filled = Origin(), False
         return self
 
@@ -155,7 +154,7 @@ class KeptCache(DynamicCache):
     def reset(self) -> None:
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it comes."""
         super().reset()
-        self.action, self.spans, self.valid, self.fingerprint, self.peak_bytes = None, [], None, None, 0
+        self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
         self.origin, self.is_half_filled = Origin(), False
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -70,6 +70,11 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
     if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
+    if learned := [name for name, about in _adapters_of(model).items() if getattr(about, "is_prompt_learning", False)]:
+        raise UnsupportedModelError(
+            f"{name} has the adapter {learned[0]!r} of prompt or prefix learning, whose tokens would not be in the cache; expected a "
+            "model without, or with an adapter of its weights such as LoRA"
+        )
     decoder = decoder_of(model)
     if own := _own_caches(decoder):
         raise UnsupportedModelError(f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it")
@@ -78,6 +83,12 @@ def check_model(model) -> None:
             f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its text model alone"
         )
     _check_layers(model, name)
+
+
+def _adapters_of(model) -> dict:
+    """PEFT's description of each adapter, by name."""
+    found = getattr(model, "peft_config", None)
+    return found if isinstance(found, dict) else {}
 
 
 def _compiled(model: torch.nn.Module) -> str | None:
@@ -133,6 +144,10 @@ def _check_layers(model, name: str) -> None:
     if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
         raise UnsupportedModelError(
             f"{name} has reorder_and_upcast_attn=True, which bypasses the attention interface; expected False, or sdpa"
+        )
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        raise UnsupportedModelError(
+            f"{name} lets tokens attend to later ones; expected a decoder (use_bidirectional_attention=False in its config)"
         )
     if getattr(text, "is_decoder", None) is False and getattr(attention[plain[0]], "is_causal", None) is False:
         raise UnsupportedModelError(f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)")

@@ -85,9 +85,12 @@ def _check_ids(arguments: dict, cache: KeptCache) -> None:
     ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or arguments.get("inputs_embeds") is not None:
         return
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + ids.shape[1]:
+        return  # new tokens alone: the mask says that they follow what the cache has seen
     config, tokens = arguments["generation_config"], cache.tokens
     _check_rows(len(ids) * max(config.num_beams or 1, config.num_return_sequences or 1), len(cache.valid))
-    different = None if tokens is None else _first_difference(ids, tokens, arguments.get("attention_mask"), cache.valid)
+    different = None if tokens is None else _first_difference(ids, tokens, mask, cache.valid)
     if different is not None:
         raise ValueError(_difference(*different, ids.shape[1], cache))
     if ids.shape[1] <= cache.n_seen:

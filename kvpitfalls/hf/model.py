@@ -31,7 +31,6 @@ from .fixed import FixedCache
 from .generating import arguments_of, check_generate, generators_of
 from .layer import KeptLayer, Slots
 from .masks import physical_mask, valid_ranges
-from .save import fingerprint
 
 _local = threading.local()
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
@@ -182,7 +181,8 @@ def _attention(base, implementation, module, query, key, value, attention_mask=N
 
 def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
     """The attention function and the mask for slots that are not in order."""
-    if (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
+    is_per_head = ticket.layer.keys.shape[1] in (1, key.shape[1])  # some models repeat heads that the cache holds once
+    if is_per_head and (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
         return _one_token, one_token.visible_slots(ticket.slots, mask)
     return base, physical_mask(ticket.slots, mask, query, implementation)
 
@@ -223,7 +223,6 @@ class _Attachment:
         self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
         self.wrap: Any = None  # the handle's, while there is one: makes its caches
         self.generators: list[Around] = []
-        self.fingerprint: str | None = None  # of the model; taken at the first prefill
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
         self.namespaces = stand_ins.globals_of(self.own)
@@ -366,15 +365,25 @@ def _generate(model, generate, args, kwargs):
     check_generate(arguments, getattr(attachment.wrap, "action", None))
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.origin.check_adapters(decoder)
-    running = _Running()
+    running, outer = _Running(), getattr(_local, "generating", ())
     try:
         with stand_ins.lock:
             attachment.running.add(running)
+        _local.generating = (*outer, (decoder, attachment.wrap))
         return generate(*args, **kwargs)
     finally:
+        _local.generating = outer
         with stand_ins.lock:
             attachment.running.discard(running)
             _close_if_idle(decoder)
+
+
+def _wrap_for(decoder, attachment: _Attachment):
+    """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
+    for other, wrap in reversed(getattr(_local, "generating", ())):
+        if other is decoder:
+            return wrap
+    return attachment.wrap
 
 
 def _refuse_batching(model, start, args, kwargs):
@@ -396,7 +405,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     bound = attachment.bind(args, kwargs)
     name, cache = given_cache(bound)
-    wrap = attachment.wrap
+    wrap = _wrap_for(decoder, attachment)
     if not isinstance(cache, KeptCache):
         if wrap is None or _is_paused(decoder):
             return args, kwargs, None
@@ -422,13 +431,12 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         wrap.make(cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
-    _check_origin(decoder, attachment, cache)
+    _check_origin(decoder, wrap, cache)
     if _inputs(bound).shape[1] > 1:  # not at each step: it takes a look at every module
         cache.origin.check_adapters(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
-        attachment.fingerprint = cache.fingerprint = attachment.fingerprint or fingerprint(decoder)
     return args, kwargs, record
 
 
@@ -441,13 +449,13 @@ def _uses_cache(decoder, bound: dict) -> bool:
     return bool(getattr(decoder.config, "use_cache", True) if wanted is None else wanted)
 
 
-def _check_origin(decoder, attachment: _Attachment, cache: KeptCache) -> None:
+def _check_origin(decoder, wrap, cache: KeptCache) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
             "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
         )
-    wrap, origin = attachment.wrap, cache.origin
+    origin = cache.origin
     if wrap is not None and cache.action is None and getattr(wrap.action, "holds", False):
         raise ValueError(
             f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected when='prefill'"

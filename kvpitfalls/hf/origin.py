@@ -21,6 +21,8 @@ class Origin:
         The decoder that filled it; None before that, and after a pickle.
     adapters : tuple of str
         Those that were active then.
+    n_change : int
+        How often the decoder's weights had been changed in place.
     pieces : tuple of LongTensor (B, n), or None
         Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
     """
@@ -28,11 +30,23 @@ class Origin:
     settings: str | None = None
     decoder: "weakref.ref | None" = None
     adapters: tuple[str, ...] = ()
+    n_change: int = 0
     pieces: tuple[torch.Tensor, ...] | None = ()
 
     def filled_by(self, decoder: torch.nn.Module) -> "Origin":
         """The same, of a cache that this decoder begins to fill."""
-        return replace(self, decoder=weakref.ref(decoder), adapters=active_adapters(decoder), pieces=())
+        adapters, n_change = active_adapters(decoder), _n_change(decoder)
+        return replace(self, decoder=weakref.ref(decoder), adapters=adapters, n_change=n_change, pieces=())
+
+    def filler(self) -> torch.nn.Module:
+        """The decoder that filled it; raises if that is not known, or is not what it was then."""
+        decoder = None if self.decoder is None else self.decoder()
+        if decoder is None:
+            raise ValueError("the model that filled the cache is gone, or the cache was pickled; expected save() while the model is there")
+        self.check_adapters(decoder)
+        if _n_change(decoder) != self.n_change:
+            raise ValueError("the model's weights were changed since the cache was filled; expected save() before that")
+        return decoder
 
     def check_adapters(self, decoder: torch.nn.Module) -> None:
         """Raise if other adapters than those that filled the cache are active now."""
@@ -79,6 +93,10 @@ class Origin:
 
     def __getstate__(self) -> dict:
         return {**vars(self), "decoder": None}
+
+
+def _n_change(decoder: torch.nn.Module) -> int:
+    return sum(weight._version for weight in decoder.parameters() if not weight.is_inference())
 
 
 def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
 from .layer import KeptLayer
-from .origin import Origin
+from .origin import Origin, active_adapters
 
 FORMAT, VERSION = "kvpitfalls.cache", 1
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at
@@ -27,32 +29,63 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 def fingerprint(decoder: torch.nn.Module) -> str:
-    """Tells models apart whose caches do not fit each other: names, shapes, dtypes and a sample of every weight."""
-    digest = hashlib.sha256()
+    """Tells models apart whose caches do not fit each other: active adapters, and of every weight and buffer name, shape, dtype, a sample.
+
+    Raises
+    ------
+    ValueError
+        If a weight's values are nowhere to be found.
+    """
+    digest = hashlib.sha256(repr(active_adapters(decoder)).encode())
     samples: dict[torch.device, list[torch.Tensor]] = {}  # fetched a device at a time: each fetch waits for a GPU
     places: dict[tuple, torch.Tensor] = {}
-    for name, weight in decoder.named_parameters():
+    for name, weight in _weights(decoder):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.numel() and weight.device.type != "meta":
+        if weight.numel():
             key = weight.numel(), weight.device
             if key not in places:
                 places[key] = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
-            samples.setdefault(weight.device, []).append(torch.take(weight.detach(), places[key]).float())
+            bits = weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)  # float8 has few operations of its own
+            samples.setdefault(weight.device, []).append(bits[places[key]].flatten())
     for of_device in samples.values():
         digest.update(torch.cat(of_device).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
+def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where they wait."""
+    for path, module in decoder.named_modules():
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's
+        own = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        for name, weight in own.items():
+            if weight is None:
+                continue
+            if weight.device.type == "meta" and offloaded is not None and name in offloaded:
+                weight = offloaded[name]
+            yield from _plain(f"{path}.{name}", weight)
+
+
+def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if hasattr(weight, "__tensor_flatten__"):
+        for part in weight.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(weight, part))
+    elif weight.device.type == "meta":
+        raise ValueError(f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read")
+    else:
+        yield name, weight
+
+
 def save_cache(cache: KeptCache, path) -> None:
     """See :meth:`kvpitfalls.KeptCache.save`."""
-    if cache.fingerprint is None:
+    if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if getattr(cache.action, "holds", False):
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no policy")
+    of_model = fingerprint(cache.origin.filler())
     tensors: dict[str, torch.Tensor] = {}
     layers = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(cache.layers)]
     about = {
-        "fingerprint": cache.fingerprint,
+        "fingerprint": of_model,
         "layers": layers,
         "spans": list(map(dict, cache.spans)),
         "valid": cache.valid,
@@ -162,11 +195,12 @@ def load_cache(path, model) -> KeptCache:
             raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save") from error
         if not whole:
             raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save")
-    cache.fingerprint, cache.peak_bytes = about["fingerprint"], about["peak_bytes"]
+    cache.peak_bytes = about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
     tokens = about["tokens"]
-    cache.origin = Origin(pieces=None if tokens is None else (torch.tensor(tokens, device=device),))
+    pieces = None if tokens is None else (torch.tensor(tokens, device=device),)
+    cache.origin = replace(Origin().filled_by(decoder), pieces=pieces)
     return cache
 
 

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -158,7 +158,7 @@ class Handle:
 
         Parameters
         ----------
-        prompt : Prompt, list of Prompt, or LongTensor (B, T) or (T,)
+        prompt : Prompt, list of Prompt, LongTensor (B, T) or (T,), or what a tokenizer returns
             Prompts of different lengths are padded on the left.
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
@@ -217,6 +217,10 @@ class Handle:
 
 def unwrap(model) -> None:
     """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is not wrapped is left.
+
+    Parameters
+    ----------
+    model : transformers model
 
     Examples
     --------
@@ -281,7 +285,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     finally:
         detach(model)
     for cache in caches:
-        cache.fingerprint, cache.origin = trunk.fingerprint, trunk.origin
+        cache.origin = trunk.origin
         for i, layer in enumerate(trunk.layers):
             if not isinstance(layer, KeptLayer):
                 cache.layers[i] = copy.deepcopy(layer)
@@ -317,6 +321,8 @@ def _batch(prompt, attention_mask, spans, action: Evict):
     """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
     if isinstance(prompt, Prompt):
         prompt = [prompt]
+    if isinstance(prompt, Mapping):
+        prompt, attention_mask = _of_tokenizer(prompt, attention_mask)
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
@@ -327,6 +333,16 @@ def _batch(prompt, attention_mask, spans, action: Evict):
         raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
     return ids, mask, spans, action.protect
+
+
+def _of_tokenizer(given: Mapping, attention_mask):
+    """Ids and mask of what a tokenizer returns."""
+    if "input_ids" not in given or (others := sorted(set(given) - {"input_ids", "attention_mask", "token_type_ids"})):
+        what = "no input_ids" if "input_ids" not in given else others[0]
+        raise ValueError(f"prompt is a {type(given).__name__} with {what}; expected input_ids and at most an attention_mask")
+    if attention_mask is not None and given.get("attention_mask") is not None:
+        raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
+    return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
 
 
 def _tensor(given, name: str, expected: str) -> torch.Tensor:

@@ -5,6 +5,17 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+_OURS = {
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_assistant_tokens_mask",
+    "chat_template",
+}
+
 
 def check_messages(messages, first: int = 0) -> list[dict]:
     """The messages as plain dicts; ``first`` is the number of the first of them in the conversation."""
@@ -38,24 +49,32 @@ def _apply_template(tokenizer, messages, **options):
         raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
 
 
-def template_ids(tokenizer, messages, add_generation_prompt: bool) -> list[int]:
-    return list(_apply_template(tokenizer, messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False))
+def check_options(options: Mapping) -> dict:
+    """The options of a chat template, such as ``tools`` or ``enable_thinking``; how the result is given back is not the caller's to say."""
+    if taken := sorted(options.keys() & _OURS):
+        raise TypeError(f"the option {taken[0]!r} was given for the chat template; expected options of the template's own, such as tools")
+    return dict(options)
 
 
-def encoded_chat(tokenizer, messages, add_generation_prompt: bool, allow_special_tokens: bool, first: int = 0):
+def template_ids(tokenizer, messages, options: Mapping) -> list[int]:
+    """The whole chat's token ids."""
+    return list(_apply_template(tokenizer, messages, tokenize=True, return_dict=False, **options))
+
+
+def encoded_chat(tokenizer, messages, options: Mapping, allow_special_tokens: bool, first: int = 0):
     """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
-    text, contents = _render(tokenizer, messages, add_generation_prompt)
+    text, contents = _render(tokenizer, messages, options)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if list(encoded["input_ids"]) != template_ids(tokenizer, messages, add_generation_prompt):
+    if list(encoded["input_ids"]) != template_ids(tokenizer, messages, options):
         raise ValueError("the chat template gives other tokens than its text; expected the same, so that spans can be found")
     if not allow_special_tokens:
         _check_forgery(tokenizer, text, encoded, contents, first)
     return text, contents, encoded
 
 
-def may_hold_special(tokenizer, messages, ids: list[int], first: int) -> bool:
+def may_hold_special(tokenizer, messages, ids: list[int], first: int, options: Mapping) -> bool:
     """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first`` on."""
-    harmless = template_ids(tokenizer, [*messages[:first], *({**m, "content": "x"} for m in messages[first:])], True)
+    harmless = template_ids(tokenizer, [*messages[:first], *({**m, "content": "x"} for m in messages[first:])], options)
     added = set(tokenizer.added_tokens_decoder)
     held, expected = (Counter(token for token in tokens if token in added) for tokens in (ids, harmless))
     return held != expected
@@ -92,7 +111,7 @@ def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
     return begin, end
 
 
-def _render(tokenizer, messages, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat, and where each message's content stands in it.
 
     Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
@@ -100,12 +119,17 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> tuple[str, list
     """
 
     def render(of):
-        return _apply_template(tokenizer, of, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return _apply_template(tokenizer, of, tokenize=False, **options)
 
     text = render(messages)
     # Every marker that occurs takes three characters at least, so one of these is free.
     marker = next(m for n in range(len(text) // 3 + 1) if (m := f"\ue000{n}\ue001") not in text)
     marked = render([{**m, "content": f"{marker}{i}\ue002"} for i, m in enumerate(messages)])
+    if hidden := [i for i in range(len(messages)) if f"{marker}{i}\ue002" not in marked]:
+        raise ValueError(
+            f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); expected messages that it "
+            "shows: some put a system's into the user's that follows"
+        )
     at, contents = 0, []
     for i, message in enumerate(messages):
         before, found, marked = marked.partition(f"{marker}{i}\ue002")

@@ -1,14 +1,15 @@
 """Prompts that know where their instructions are, in tokens."""
 
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
 from ..display.markup import block, note, token_strip
-from .chats import check_encodable, check_messages, encoded_chat, holder, may_hold_special, shared, short, template_ids
+from .chats import check_encodable, check_messages, check_options, encoded_chat, holder, may_hold_special, shared, short, template_ids
 from .pieces import marked
 
 
@@ -61,6 +62,8 @@ class Prompt:
         Characters of ``text`` that are the messages' own.
     roles : tuple of str
         Of each of the contents; none for plain text.
+    template_options : dict
+        Of the chat template.
 
     Examples
     --------
@@ -83,10 +86,18 @@ class Prompt:
     messages: Sequence[Mapping] | None = None
     contents: tuple[tuple[int, int], ...] = ()
     roles: tuple[str, ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_chat(
-        cls, tokenizer, messages, instructions=None, add_generation_prompt: bool = False, *, allow_special_tokens: bool = False
+        cls,
+        tokenizer,
+        messages,
+        instructions=None,
+        add_generation_prompt: bool = False,
+        *,
+        allow_special_tokens: bool = False,
+        **template_options,
     ) -> "Prompt":
         """A prompt from chat messages, rendered by the tokenizer's chat template.
 
@@ -103,6 +114,8 @@ class Prompt:
         allow_special_tokens : bool
             Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer takes it. Such a text
             can end its message and begin another, so it is refused by default.
+        template_options
+            For the chat template, here and in :meth:`followed_by`: ``tools``, ``enable_thinking`` and others.
 
         Raises
         ------
@@ -124,12 +137,16 @@ class Prompt:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
         messages = check_messages(messages)
-        text, contents, encoded = encoded_chat(tokenizer, messages, add_generation_prompt, allow_special_tokens)
-        return cls._build(tokenizer, text, encoded, contents, messages)._with(instructions)
+        options = check_options(template_options)
+        given = {**options, "add_generation_prompt": add_generation_prompt}
+        text, contents, encoded = encoded_chat(tokenizer, messages, given, allow_special_tokens)
+        return replace(cls._build(tokenizer, text, encoded, contents, messages), template_options=options)._with(instructions)
 
     @classmethod
     def from_text(cls, tokenizer, text: str, instructions=None) -> "Prompt":
         """A prompt from plain text, with the special tokens the tokenizer adds by itself, and those that the text spells.
+
+        A text that begins with the token that begins every text, as a rendered chat does, gets no second one.
 
         Parameters
         ----------
@@ -143,7 +160,7 @@ class Prompt:
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
         check_encodable("text", text)
-        return cls._build(tokenizer, text, tokenizer(text, return_offsets_mapping=True), ((0, len(text)),), None)._with(instructions)
+        return cls._build(tokenizer, text, _encoded(tokenizer, text), ((0, len(text)),), None)._with(instructions)
 
     @classmethod
     def _build(cls, tokenizer, text, encoded, contents, messages) -> "Prompt":
@@ -226,7 +243,7 @@ class Prompt:
         held = [holder(self.contents, pair) for pair in self.offsets]
         return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
 
-    def followed_by(self, user, *, allow_special_tokens: bool = False):
+    def followed_by(self, user, *, allow_special_tokens: bool = False, **template_options):
         """Token ids of the conversation that goes on, LongTensor (1, L), ready for ``generate``.
 
         Parameters
@@ -235,6 +252,9 @@ class Prompt:
             The user's text, or messages; the header of the answer is added. For a prompt of plain text: more text.
         allow_special_tokens : bool
             As for :meth:`from_chat`, for what is added here.
+        template_options
+            As for :meth:`from_chat`, besides those given there. With ``continue_final_message=True`` the last message is an answer that
+            the model goes on with.
 
         Raises
         ------
@@ -243,17 +263,23 @@ class Prompt:
         """
         import torch
 
+        options = check_options({**self.template_options, **template_options})
         if self.messages is None:
+            if template_options:
+                raise TypeError(
+                    f"{next(iter(template_options))} was given for a prompt of plain text; expected no options of a chat template"
+                )
             if not isinstance(user, str):
                 raise TypeError(f"user is a {type(user).__name__}; expected a str, since the prompt is plain text")
             check_encodable("user", user)
-            full = list(self.tokenizer(self.text + user)["input_ids"])
+            full = list(_encoded(self.tokenizer, self.text + user)["input_ids"])
         else:
             more = check_messages([{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages))
             whole = [*self.messages, *more]
-            full = template_ids(self.tokenizer, whole, True)
-            if not allow_special_tokens and may_hold_special(self.tokenizer, whole, full, len(self.messages)):
-                encoded_chat(self.tokenizer, whole, True, False, len(self.messages))
+            options["add_generation_prompt"] = not options.get("continue_final_message", False)
+            full = template_ids(self.tokenizer, whole, options)
+            if not allow_special_tokens and may_hold_special(self.tokenizer, whole, full, len(self.messages), options):
+                encoded_chat(self.tokenizer, whole, options, False, len(self.messages))
         own = list(self.token_ids)
         if len(full) <= len(own) or full[: len(own)] != own:
             at = next((i for i, (a, b) in enumerate(zip(own, full, strict=False)) if a != b), min(len(own), len(full)))
@@ -268,6 +294,13 @@ class Prompt:
 def _check_tokenizer(tokenizer) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
+
+
+def _encoded(tokenizer, text: str):
+    """Tokens of a plain text; not with two tokens that begin a text, of which one would be the tokenizer's and one the text's."""
+    bos = tokenizer.bos_token
+    twice = bos is not None and text.startswith(bos) and list(tokenizer(text)["input_ids"][:2]) == [tokenizer.bos_token_id] * 2
+    return tokenizer(text, add_special_tokens=not twice, return_offsets_mapping=True)
 
 
 def find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
@@ -303,7 +336,7 @@ def _find(text: str, contents, name, wanted) -> tuple[int, int]:
         if len(starts) != 1:
             times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
             found = f"is in the prompt {times}, at characters {', '.join(map(str, starts))}" if starts else "is not in the prompt"
-            hint = "; a range (start, end) in characters says which one is meant" if starts else ""
+            hint = "; a range (start, end) in characters says which one is meant" if starts else _near(text, contents, wanted)
             raise ValueError(f"the text of instruction {name!r} {found}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
     if isinstance(wanted, Sequence) and len(wanted) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in wanted):
@@ -316,6 +349,19 @@ def _find(text: str, contents, name, wanted) -> tuple[int, int]:
 
 
 _MANY = 10
+_QUOTES = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2010\u2011\u2013\u2014", "'''\"\"\"----")
+
+
+def _near(text: str, contents, wanted: str) -> str:
+    """A hint, where a text that is not there would be but for what the eye does not see."""
+
+    def plain(part: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", part).translate(_QUOTES).split())
+
+    seen = plain(wanted)
+    if not seen or not any(seen in plain(text[begin:end]) for begin, end in contents):
+        return ""
+    return "; a text there differs from it only in Unicode form, quotes, dashes or white space"
 
 
 def _occurrences(text: str, wanted: str, begin: int, end: int):
