@@ -219,7 +219,7 @@ def composite(base: Mapping[float, tuple[float, float]], fix: Mapping[float, tup
 
 
 def composites(records: Sequence[Mapping]) -> list[dict]:
-    """:func:`composite` of every mode over "biased", where all its ratios were run with attacks and tasks.
+    """The composite of every mode over "biased", where all its ratios were run with attacks and tasks.
 
     Returns
     -------
@@ -271,6 +271,6 @@ def _composite_of(fix: Sequence[Mapping], base: Sequence[Mapping]) -> dict:
 
 
 def _score(parts: np.ndarray, leak: int) -> tuple[float, float]:
-    """:func:`composite` of means over prompts; ``parts`` is (side, ratio, what is scored, prompt), ``leak`` which of them leaks."""
+    """The composite of means over prompts; ``parts`` is (side, ratio, what is scored, prompt), ``leak`` which of them leaks."""
     curves = [dict(zip(COMPOSITE_RATIOS, side[:, [0, leak]].mean(-1).tolist(), strict=True)) for side in parts]
     return composite(curves[1], curves[0])

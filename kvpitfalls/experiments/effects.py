@@ -68,7 +68,7 @@ def _ascending(held: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, repr=False)
 class Effects:
-    """What :func:`effects` found.
+    """What :func:`kvpitfalls.effects` found.
 
     Attributes
     ----------

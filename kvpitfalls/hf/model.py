@@ -479,7 +479,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     if seen:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones"
+                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
+                "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
         return Forward(cache, attachment.own, False, seen, ids, None, bound=bound if isinstance(cache, FixedCache) else None)
     if n_new < 2 and getattr(cache.action, "evicts", False):

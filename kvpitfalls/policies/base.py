@@ -155,7 +155,7 @@ class Policy:
     needs_queries : bool
         Whether :meth:`score` reads ``inputs.queries``.
     listed : bool
-        Whether :func:`policy_names` has it; a control is not listed.
+        Whether ``policy_names()`` has it; a control is not listed.
     recent_queries : int
         While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
     running : bool
