@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
-from kvpitfalls.hf.model import AttentionCall, attach, detach
+from kvpitfalls.hf.forward import AttentionCall
+from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

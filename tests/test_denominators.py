@@ -7,7 +7,7 @@ from tiny_models import build, ids
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvpitfalls as kvp
-from kvpitfalls.hf import model as intercept
+from kvpitfalls.hf import forward
 from kvpitfalls.hf.denominators import Denominators
 
 SCALING = 0.3
@@ -72,14 +72,14 @@ def kept_by(model, tokens, policy, fair):
 @pytest.fixture
 def handed_over(monkeypatch):
     """Whether each attention call that was acted on brought its denominators."""
-    seen, made = [], intercept._seen_by
+    seen, made = [], forward._seen_by
 
     def watched(*args):
         call = made(*args)
         seen.append(call.lse is not None)
         return call
 
-    monkeypatch.setattr(intercept, "_seen_by", watched)
+    monkeypatch.setattr(forward, "_seen_by", watched)
     return seen
 
 
@@ -89,7 +89,7 @@ def test_policies_keep_the_same_by_them(policy, fair, monkeypatch, handed_over):
     model, tokens = build("llama"), ids(2, 40)
     own = kept_by(model, tokens, policy, fair)
     assert handed_over == [False] * len(own), "a CPU computes its own"
-    monkeypatch.setattr(intercept, "_tells_denominators", lambda *_: True)
+    monkeypatch.setattr(forward, "_tells_denominators", lambda *_: True)
     handed_over.clear()
     given = kept_by(model, tokens, policy, fair)
     assert handed_over == [True] * len(own)

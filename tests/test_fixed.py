@@ -4,6 +4,7 @@ On a GPU the same tests run with captured steps.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -139,27 +140,79 @@ def test_tokens_may_come_in_any_chunks(llama, chunks, ratio, seed):
     assert (growing - fixed).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 40], ids=["logits near 0", "logits to hundreds"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 3, 37, 64), (8, 8, 4, 512, 128), (1, 2, 1, 33, 80), (2, 2, 4, 64, 256)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_of_one_token_is_that_with_repeated_keys(device, shape, dtype):
+def test_attention_of_one_token_is_that_with_repeated_keys(device, shape, dtype, size):
     n_row, n_head, n_group, n_slot, n_dim = shape
     make = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(n_row, n, m, n_dim, generator=make).to(device, dtype)
-        for n, m in ((n_head * n_group, 1), (n_head, n_slot), (n_head, n_slot))
+        torch.randn(n_row, n, m, n_dim, generator=make).to(device) for n, m in ((n_head * n_group, 1), (n_head, n_slot), (n_head, n_slot))
     )
+    query, key, value = (size * query).to(dtype), (size * key).to(dtype), value.to(dtype)  # products beyond float16 before they are scaled
+    scaling = n_dim**-0.5 / size
     visible = (torch.rand(n_row, n_head, 1, n_slot, generator=make) < 0.7).to(device)
     visible[..., -1] = True
     bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
     for mask in (visible, visible[:, :1], bias, bias[:, :1], None):
-        whole = [x.float().repeat_interleave(n_group, 1) for x in (key, value)]
-        seen = None if mask is None else mask.expand(-1, n_head, -1, -1).repeat_interleave(n_group, 1)
-        seen = seen.float() if seen is not None and seen.dtype != torch.bool else seen
-        wanted = torch.nn.functional.scaled_dot_product_attention(query.float(), *whole, attn_mask=seen).transpose(1, 2)
-        out, _ = one_token.attend(query, key, value, mask, None)
+        whole = [x.double().repeat_interleave(n_group, 1) for x in (key, value)]
+        logits = query.double() @ whole[0].transpose(-1, -2) * scaling
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            logits = logits.masked_fill(~seen.expand(-1, n_head, -1, -1).repeat_interleave(n_group, 1), -torch.inf)
+        wanted = (logits.softmax(-1) @ whole[1]).transpose(1, 2)
+        out, _ = one_token.attend(query, key, value, mask, scaling)
         assert out.shape == wanted.shape and out.dtype == dtype
-        assert (out.float() - wanted).abs().max() <= (5e-6 if dtype == torch.float32 else 2e-2)  # bfloat16 has 8 bits
+        # Logits to hundreds are rounded to 2 ** -16 in float32; the results of the others have 8 or 11 bits.
+        rounding = {torch.float32: 5e-6 * size, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert (out.double() - wanted).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_answers_as_the_cache_does(llama, way):
+    tokens, mask = prompt("left")
+    with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens, mask)
+        wanted = answer(llama, cache.copy(), tokens, mask)
+        fixed = cache.fixed(43)
+        assert_same(wanted, answer(llama, way(fixed), tokens, mask))
+    if way is not copy.copy:  # which shares the memory
+        assert fixed.n_free == 43 and fixed.graph is None
+
+
+def test_a_call_that_is_refused_changes_nothing(llama):
+    tokens, mask = prompt("left")
+    other = mask.clone()
+    other[0, 2:8] = 0
+    with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens, mask)
+        wanted, fixed = answer(llama, cache.copy(), tokens, mask), cache.fixed(42)
+        for call, message in (
+            (lambda: answer(llama, fixed, tokens, other), "attention_mask hides other tokens of the prompt"),
+            (
+                lambda: llama(ids(3, 50).to(llama.device), past_key_values=fixed),
+                "50 new tokens were given to a fixed cache with room for 42",
+            ),
+            (lambda: type(cache).join([fixed, fixed]), "a fixed cache was to be joined"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+            assert fixed.n_free == 42
+        assert_same(wanted, answer(llama, fixed, tokens, mask))
+
+
+def test_a_fixed_cache_says_how_its_steps_are_run(llama):
+    tokens, mask = prompt(None)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens)
+        assert "room for 43 of 43 more; steps are run by Python: none came yet" in repr(cache.fixed(43))
+        for fixed, on_cpu in ((cache.fixed(43), "it has no token ids on a GPU"), (cache.fixed(43, use_graph=False), "use_graph is False")):
+            answer(llama, fixed, tokens, mask)
+            by_python = llama.device.type == "cpu" or not fixed.use_graph
+            assert f"room for 1 of 43 more; {f'steps are run by Python: {on_cpu}' if by_python else 'a step is a CUDA graph'}>" in repr(
+                fixed
+            )
 
 
 def test_what_a_fixed_cache_refuses(llama):
@@ -197,6 +250,45 @@ def test_what_a_fixed_cache_refuses(llama):
 def handle_cache(model, tokens):
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         return handle.compress(tokens)
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
+
+
+def replace_weight(model):
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(-linear.weight.detach().clone())
+
+
+def replace_module(model):
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = torch.nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False, device=model.device)
+
+
+def add_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: -out)
+
+
+def change_attention(model):
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("change", [change_in_place, replace_weight, replace_module, add_hook, change_attention])
+@pytest.mark.parametrize("device", DEVICES)
+def test_between_two_answers_a_model_may_change(device, change):
+    """What was captured is not replayed for a model that no longer does it: the second answer is the growing cache's, too."""
+    model, (tokens, mask) = build("llama").to(device), prompt("left")
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        growing = handle.compress(tokens, mask)
+        fixed = growing.fixed(90)
+        first = [answer(model, cache, tokens, mask, 10)[0] for cache in (growing, fixed)]
+        assert torch.equal(*first)
+        change(model)
+        asked = torch.cat([tokens.to(device), ids(3, 3, seed=5).to(device), first[0]], 1)
+        longer = torch.cat([mask, torch.ones(3, 13, dtype=torch.long)], 1)
+        assert_same(*(answer(model, cache, asked.cpu(), longer, 20) for cache in (growing, fixed)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -10,7 +10,8 @@ from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import choose, rank
 from ..hf.cache import KeptCache, KeptLayer
-from ..hf.model import AttentionCall, attach, detach
+from ..hf.forward import AttentionCall
+from ..hf.model import attach, detach
 from ..hf.wrap import prefill, protected_in
 from ..policies import Inputs, Policy, Vote, get_policy, policy_names
 from ..prompts.prompt import Prompt

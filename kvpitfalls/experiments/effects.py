@@ -17,8 +17,9 @@ from ..eviction.fairness import Fair
 from ..eviction.selection import choose, rank
 from ..hf.cache import KeptLayer
 from ..hf.evict import Evict
+from ..hf.forward import AttentionCall
 from ..hf.generate import answers
-from ..hf.model import AttentionCall, attach, detach
+from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
 from ..policies import get_policy
 from ..prompts.prompt import Prompt

@@ -83,6 +83,10 @@ class KeptCache(DynamicCache):
         """The ids of the tokens it has seen, (B, n_seen); None if the model was given something else than ids."""
         return self.origin.tokens(self.n_seen)
 
+    def check_decoder(self, decoder: torch.nn.Module) -> None:
+        """Raise if a decoder is not as it was when it filled this; it takes a look at every module."""
+        self.origin.check_adapters(decoder)
+
     def copy(self) -> "KeptCache":
         """A cache of its own with the same content, since generating with a cache fills it."""
         return copy.deepcopy(self)
@@ -277,6 +281,8 @@ def why_not_compressed(layer) -> str:
 
 
 def _join_layers(layers: list):
+    if any(getattr(layer, "is_fixed", False) for layer in layers):
+        raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
     if any(getattr(layer, "held", None) is not None for layer in layers):
         raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
     if len({(layer.get_seq_length(), layer.keys.shape[2], getattr(layer, "is_evicted", False)) for layer in layers}) > 1:

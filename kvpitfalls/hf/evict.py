@@ -10,8 +10,8 @@ from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import Kept, choose, rank
 from ..policies import Policy
+from .forward import AttentionCall
 from .layer import KeptLayer
-from .model import AttentionCall
 
 
 @dataclass(frozen=True)

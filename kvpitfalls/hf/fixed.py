@@ -1,11 +1,9 @@
 """Decoding on a cache of fixed size: what eviction left first, then room for new tokens, written in place."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 
-from ..errors import NotInterceptedError
 from .cache import KeptCache, why_not_compressed
 from .layer import KeptLayer
 from .step_graph import StepGraph, why_not, why_not_this
@@ -30,8 +28,7 @@ class Room:
     def __init__(self, visible: torch.Tensor, n_kept: int, first_layer: int, dtype: torch.dtype):
         self.visible, self.n_kept, self.first_layer, self.dtype = visible, n_kept, first_layer, dtype
         self._renew()
-        self.at = torch.tensor([n_kept], device=visible.device)
-        self.where = self.at
+        self.at = self.where = torch.tensor([n_kept], device=visible.device)
 
     def open(self, n_new: int, newest: torch.Tensor | None) -> None:
         """Take the next slots; ``newest``, bool (B, n), says which of the tokens are none but padding."""
@@ -55,6 +52,8 @@ class Room:
 class FixedLayer(KeptLayer):
     """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens are zero."""
 
+    is_fixed = True
+
     def __init__(self, layer: KeptLayer, n_room: int):
         super().__init__(layer.index)
         vars(self).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
@@ -69,13 +68,7 @@ class FixedLayer(KeptLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new rows where they belong; called by the model."""
-        from .model import current_forward
-
-        forward = current_forward()
-        if forward is None:
-            raise NotInterceptedError(
-                "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
-            )
+        forward = self._forward()
         n_new = key_states.shape[-2]
         if self.room.first_layer == self.index:
             self.room.open(n_new, forward.newest)
@@ -145,7 +138,9 @@ class FixedSlots:
 class FixedCache(KeptCache):
     """A compressed cache with room for a number of new tokens; made by :meth:`KeptCache.fixed`.
 
-    On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then on.
+    On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then on. What the graph
+    relies on (the memory of the weights, modules without hooks) is looked at when ``generate`` begins and when several tokens come, not
+    between the steps of one answer.
 
     Parameters
     ----------
@@ -154,17 +149,19 @@ class FixedCache(KeptCache):
     n_room : int
         How many tokens may follow.
     use_graph : bool
-        Whether to capture where that is possible.
+        Whether to capture where that is possible; ``repr`` says what was done, and why.
     """
 
     graph: StepGraph | None = None
+    is_warm = False  # a first step has set up what a graph may not hold
+    barrier: str | None = None  # why no step of the decoder can be captured
+    obstacle: str | None = None  # why the last step was run by Python
 
     def __init__(self, cache: KeptCache, n_room: int, use_graph: bool):
         _check(cache, n_room)
         vars(self).update({name: value for name, value in vars(cache).items() if name != "layers"})
         self.layers = [FixedLayer(layer, _n_free(layer, n_room)) for layer in cache.layers]
-        self.n_room = self.n_free = n_room
-        self.use_graph, self.is_warm = use_graph, False
+        self.n_room, self.n_before, self.use_graph = n_room, cache.n_seen, use_graph
         self.rooms: list[Room] = []
         for layer, kept in zip(self.layers, cache.layers, strict=True):
             layer.room = self._room_for(_visible(kept, self.valid, _n_free(kept, n_room)), kept)
@@ -177,6 +174,39 @@ class FixedCache(KeptCache):
         self.rooms.append(Room(visible, n_kept, kept.index, kept.keys.dtype))
         return self.rooms[-1]
 
+    @property
+    def n_free(self) -> int:
+        """How many more tokens fit."""
+        return self.n_room - (self.n_seen - self.n_before)
+
+    def check_decoder(self, decoder: torch.nn.Module) -> None:
+        """Also forget a captured step that would no longer do what the decoder does."""
+        super().check_decoder(decoder)
+        if self.graph is None or why_not(decoder) is not None or not self.graph.is_of(decoder):
+            self.graph, self.is_warm, self.barrier = None, False, None
+
+    def newest_of(self, mask, n_new: int) -> torch.Tensor | None:
+        """Which of the tokens that a forward brings are real, bool (B, n), None for all; raises if it asks for what cannot be.
+
+        Called before anything is changed. ``mask``: the forward's.
+        """
+        if n_new > self.n_free:
+            raise ValueError(
+                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; expected a larger "
+                "max_new_tokens in cache.fixed()"
+            )
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            raise ValueError("attention_mask is not a padding mask (B, T); expected one, or none, for a fixed cache")
+        if self.n_free == self.n_room:  # later ones are this one with new columns
+            real = torch.zeros(len(mask), self.n_seen, dtype=torch.bool)
+            for row, (begin, end) in zip(real, self.valid, strict=True):
+                row[begin:end] = True
+            if not torch.equal(mask[:, : self.n_seen].bool().cpu(), real):
+                raise ValueError("attention_mask hides other tokens of the prompt than its prefill did; expected the same")
+        return mask[:, mask.shape[1] - n_new :].bool()
+
     def run(self, decoder, forward: Callable, args: tuple, kwargs: dict, record):
         """A forward of the decoder over this cache: by Python, or replayed.
 
@@ -188,42 +218,23 @@ class FixedCache(KeptCache):
         record : Forward
             Of this call.
         """
-        bound = record.bound
-        ids = bound.get("input_ids") if bound.get("input_ids") is not None else bound["inputs_embeds"]
-        n_new, seen = ids.shape[1], self.get_seq_length()
-        record.newest = self._newest(bound.get("attention_mask"), n_new, seen)
-        self._take(n_new)
-        if not self.use_graph or n_new > 1 or why_not_this(bound) is not None:
-            return forward(*args, **kwargs)
-        positions = bound.get("position_ids")
-        positions = torch.full_like(ids, seen) if positions is None else positions.expand(ids.shape)
-        if self.graph is None or not self.graph.fits(decoder, ids):
-            if not self.is_warm or why_not(decoder) is not None:
-                self.is_warm = True
-                return forward(*args, **kwargs)
-            self.graph = StepGraph(decoder, forward, self, ids, record)
-        return self.graph(self, ids, positions, record.newest)
+        self.obstacle = (why_not_this(record.bound) or self.barrier) if self.use_graph else "use_graph is False"
+        if self.obstacle is None and not self.is_warm:
+            self.is_warm, self.barrier = True, why_not(decoder)
+            self.obstacle = self.barrier or "the first one is"
+        if self.obstacle is None:
+            ids, positions = record.ids, record.bound["position_ids"].expand(record.ids.shape)
+            if self.graph is None or not self.graph.fits(decoder, ids):
+                self.graph = StepGraph(decoder, forward, self, record)
+            return self.graph(self, ids, positions, record.newest)
+        return forward(*args, **kwargs)
 
-    def _newest(self, mask, n_new: int, seen: int) -> torch.Tensor | None:
-        if mask is None:
-            return None
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            raise ValueError("attention_mask is not a padding mask (B, T); expected one, or none, for a fixed cache")
-        if self.n_free == self.n_room:  # later ones are this one with new columns
-            real = torch.zeros(len(mask), seen, dtype=torch.bool)
-            for row, (begin, end) in zip(real, self.valid, strict=True):
-                row[begin:end] = True
-            if not torch.equal(mask[:, :seen].bool().cpu(), real):
-                raise ValueError("attention_mask hides other tokens of the prompt than its prefill did; expected the same")
-        return mask[:, mask.shape[1] - n_new :].bool()
+    def __repr__(self) -> str:
+        how = "a step is a CUDA graph" if self.graph is not None else f"steps are run by Python: {self.obstacle or 'none came yet'}"
+        return f"{super().__repr__()[:-1]}, room for {self.n_free} of {self.n_room} more; {how}>"
 
-    def _take(self, n_new: int) -> None:
-        if n_new > self.n_free:
-            raise ValueError(
-                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; expected a larger "
-                "max_new_tokens in cache.fixed()"
-            )
-        self.n_free -= n_new
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("graph", "is_warm")}  # of this cache's memory alone
 
     def fixed(self, max_new_tokens: int, *, use_graph: bool = True) -> "FixedCache":
         """Not twice."""
@@ -238,13 +249,12 @@ class FixedCache(KeptCache):
         drop = -n if n <= 0 else self.get_seq_length() - n
         if drop <= 0:
             return
-        if drop > self.n_room - self.n_free:
-            raise ValueError(f"crop would drop {drop} tokens, but only the newest {self.n_room - self.n_free} came after eviction")
+        if drop > (n_came := self.n_room - self.n_free):
+            raise ValueError(f"crop would drop {drop} tokens, but only the newest {n_came} came after eviction")
         for room in self.rooms:
             room.close(drop)
         for layer in self.layers:
             layer.seen -= drop
-        self.n_free += drop
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move, in place."""
@@ -265,15 +275,9 @@ class FixedCache(KeptCache):
         self._replace_rooms(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
 
     def _replace_rooms(self, rows: Callable) -> None:
-        self.graph, self.is_warm = None, False  # it is of the old memory
+        self.graph = None  # it is of the old memory
         for room in self.rooms:
             room.visible = rows(room.visible)
-
-    def __deepcopy__(self, memo: dict) -> "FixedCache":
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        vars(twin).update(copy.deepcopy({name: value for name, value in vars(self).items() if name != "graph"}, memo))
-        twin.is_warm = False
-        return twin
 
 
 def _check(cache: KeptCache, n_room: int) -> None:

@@ -19,8 +19,8 @@ from ..eviction.fairness import Layout
 from ..eviction.selection import floors_of, raised_at, rank
 from ..policies import Inputs, Vote
 from .evict import Evict
+from .forward import AttentionCall
 from .layer import KeptLayer
-from .model import AttentionCall
 
 
 @dataclass(frozen=True)

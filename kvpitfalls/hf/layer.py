@@ -61,6 +61,7 @@ class KeptLayer(DynamicLayer):
     """
 
     is_compileable = False
+    is_fixed = False  # see FixedLayer
 
     def __init__(self, index: int):
         super().__init__()
@@ -76,9 +77,9 @@ class KeptLayer(DynamicLayer):
         self.shared = False
         self.held = None  # Held, while a budget is held
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append new rows; called by the model. Refused outside a wrapped model, whose masks would not fit."""
-        from .model import current_forward
+    def _forward(self):
+        """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
+        from .forward import current_forward
 
         forward = current_forward()
         if forward is None or not forward.cache.holds(self):
@@ -87,6 +88,11 @@ class KeptLayer(DynamicLayer):
             )
         if torch.compiler.is_compiling():
             raise NotImplementedError("torch.compile is running; expected an uncompiled model, since a KeptCache changes shape")
+        return forward
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append new rows; called by the model."""
+        forward = self._forward()
         if not self.is_initialized:
             self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
         n_new = key_states.shape[-2]

@@ -4,213 +4,34 @@ Every attention class looks its function up under one of two module-level names,
 globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of models that are not wrapped, or that
 carry no cache of ours, go straight through.
 
-One forward of a wrapped decoder goes through :func:`_armed`, which sees to the cache and arms this thread; each :meth:`KeptLayer.update`
-leaves a ticket; the attention call of this decoder that receives the ticket's keys gets its mask translated and, after a prefill, hands
-the layer to the cache's action; a ticket that was never collected is an error.
+One forward of a wrapped decoder goes through :func:`_armed`, which sees to the cache and arms this thread; ``forward.py`` has what follows.
 """
 
 import contextlib
 import functools
 import inspect
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from . import one_token, stand_ins
+from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache
 from .around import Around
 from .cache import KeptCache
-from .coverage import attention_calls, check_cache, check_call, check_model, decoder_of
-from .denominators import Denominators
+from .coverage import attention_calls, check_cache, check_model, decoder_of
 from .fixed import FixedCache
+from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
-from .layer import KeptLayer, Slots
-from .masks import physical_mask, valid_ranges
+from .masks import valid_ranges
 
-_local = threading.local()
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
 
-@dataclass
-class _Ticket:
-    """A layer as its update left it; some models call attention more than once for one update, so eviction must not change this."""
-
-    layer: KeptLayer
-    keys: weakref.ref
-    values: weakref.ref
-    n_new: int
-    n_slot: int
-    slots: Slots | None
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What a cache's action sees of one layer's attention: q and k after rotary embedding, as attention used them.
-
-    Attributes
-    ----------
-    query : tensor (B, Hq, q, D)
-    key : tensor (B, H, T, D)
-    scaling, softcap : float
-    valid : list of (int, int)
-        Per row, the range of real tokens of a prompt; after it, all slots.
-    sinks : tensor (Hq,), or None
-        A logit per head that joins every softmax (gpt-oss).
-    shared : bool
-        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
-    lse : tensor of float32, shape (B, Hq, T), or None
-        Natural log of each query's softmax denominator, where the attention itself told it.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    scaling: float | None
-    softcap: float
-    valid: list[tuple[int, int]]
-    sinks: torch.Tensor | None = None
-    shared: bool = False
-    lse: torch.Tensor | None = None
-
-    @property
-    def logits(self) -> dict:
-        """How attention logits are made and whose they are, for :func:`kvpitfalls.eviction.selection.rank`."""
-        return {
-            "scaling": self.scaling,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "share_heads": self.shared,
-            "lse": self.lse,
-        }
-
-
-@dataclass
-class Forward:
-    """One forward of a wrapped decoder, on one thread."""
-
-    cache: KeptCache
-    own: Mapping[torch.nn.Module, int]  # the decoder's attention modules and their layers
-    prefill: bool
-    n_seen: int  # before it
-    ids: torch.Tensor | None
-    valid: list[tuple[int, int]] | None
-    newest: torch.Tensor | None = None  # bool (B, n), for a cache of fixed size: False where a new token is padding
-    bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
-    tickets: dict[int, _Ticket] = field(default_factory=dict)
-
-    def expect(self, layer: KeptLayer, n_new: int) -> None:
-        """A layer was updated: its attention call must follow."""
-        self.tickets[layer.index] = _Ticket(
-            layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new, layer.keys.shape[2], layer.slots
-        )
-
-    def collect(self, key: torch.Tensor, module) -> _Ticket | None:
-        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own.
-
-        Other models' attention may run on this thread, too, inside this forward: what is not this decoder's gets none.
-        """
-        index = self.own.get(module)
-        if index is None:
-            return None
-        ticket = self.tickets.get(index)
-        if ticket is None or ticket.keys() is not key:  # a layer that shares another layer's keys
-            ticket = next((other for other in self.tickets.values() if other.keys() is key), ticket)
-        if ticket is None or key.shape[2] == ticket.n_slot:
-            return ticket
-        if not ticket.done:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} (layer {ticket.layer.index}) calls attention on {key.shape[2]} keys, but its cache returned "
-                f"{ticket.n_slot}; such models cannot be compressed"
-            )
-        return None
-
-    def run(self, decoder, forward, args: tuple, kwargs: dict):
-        """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the cache is of no use."""
-        cache = self.cache
-        cache.is_half_filled = True
-        output = cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
-        self.check(decoder)
-        cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
-        return output
-
-    def check(self, decoder) -> None:
-        """Raise, when the forward has ended, if a layer's attention did not come by."""
-        waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
-        untouched = [layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets]
-        if waiting or untouched:
-            raise NotInterceptedError(
-                f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
-                "transformers' attention interface"
-            )
-
-
-def current_forward() -> Forward | None:
-    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
-    return getattr(_local, "forward", None)
-
-
-def _attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
-    forward = current_forward()
-    ticket = forward.collect(key, module) if forward is not None else None
-    if ticket is None:
-        return base(module, query, key, value, attention_mask, **kwargs)
-    if ticket.slots is not None:
-        base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
-    action, is_first = forward.cache.action, not ticket.done
-    ticket.done = True
-    if not is_first or action is None or not (forward.prefill or getattr(action, "holds", False)):
-        out = base(module, query, key, value, attention_mask, **kwargs)
-    else:
-        tells = forward.prefill and _tells_denominators(action, forward, implementation, query)
-        with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
-            out = base(module, query, key, value, attention_mask, **kwargs)
-        check_call(module, implementation, kwargs)
-        forward.cache.note_peak()
-        act = action if forward.prefill else action.hold
-        lse = None if seen is None else seen.lse
-        act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
-    if is_first and forward.cache.progress is not None:
-        forward.cache.progress.update()
-    return out
-
-
-def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
-    """The attention function and the mask for slots that are not in order."""
-    is_per_head = ticket.layer.keys.shape[1] in (1, key.shape[1])  # some models repeat heads that the cache holds once
-    if is_per_head and (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
-        return _one_token, one_token.visible_slots(ticket.slots, mask)
-    return base, physical_mask(ticket.slots, mask, query, implementation)
-
-
-def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
-    return one_token.attend(query, key, value, visible, scaling)
-
-
-def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
-    """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
-    return (
-        query.is_cuda
-        and implementation == "sdpa"
-        and getattr(action, "reads_queries", False)
-        and all(row == (0, query.shape[2]) for row in forward.valid)
-    )
-
-
-def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
-    # sdpa ignores softcap and sinks, so scores must, too
-    softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
-    valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
-    ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse)
-
-
 def _around(base, implementation):
-    return functools.partial(_attention, base, implementation or "eager") if current_forward() is not None else base
+    return functools.partial(attention, base, implementation or "eager") if current_forward() is not None else base
 
 
 class _Attachment:
@@ -315,16 +136,16 @@ def take_wrap(model, wrap=None) -> None:
 @contextlib.contextmanager
 def paused(model) -> Iterator[None]:
     """Let this thread run a wrapped model as if it were not."""
-    before = getattr(_local, "paused", ())
-    _local.paused = (*before, decoder_of(model))
+    before = getattr(local, "paused", ())
+    local.paused = (*before, decoder_of(model))
     try:
         yield
     finally:
-        _local.paused = before
+        local.paused = before
 
 
 def _is_paused(decoder) -> bool:
-    return any(other is decoder for other in getattr(_local, "paused", ()))
+    return any(other is decoder for other in getattr(local, "paused", ()))
 
 
 def _close_if_idle(decoder) -> None:
@@ -346,10 +167,10 @@ def _armed(decoder, forward, args, kwargs):
         with stand_ins.lock:
             attachment.running.add(running)
         args, kwargs, record = _enter(decoder, attachment, args, kwargs)
-        _local.forward = record
+        local.forward = record
         return forward(*args, **kwargs) if record is None else record.run(decoder, forward, args, kwargs)
     finally:
-        _local.forward = outer
+        local.forward = outer
         with stand_ins.lock:
             attachment.running.discard(running)
             _close_if_idle(decoder)
@@ -364,15 +185,15 @@ def _generate(model, generate, args, kwargs):
     arguments = arguments_of(model, generate, args, kwargs)
     check_generate(arguments, getattr(attachment.wrap, "action", None))
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
-        cache.origin.check_adapters(decoder)
-    running, outer = _Running(), getattr(_local, "generating", ())
+        cache.check_decoder(decoder)
+    running, outer = _Running(), getattr(local, "generating", ())
     try:
         with stand_ins.lock:
             attachment.running.add(running)
-        _local.generating = (*outer, (decoder, attachment.wrap))
+        local.generating = (*outer, (decoder, attachment.wrap))
         return generate(*args, **kwargs)
     finally:
-        _local.generating = outer
+        local.generating = outer
         with stand_ins.lock:
             attachment.running.discard(running)
             _close_if_idle(decoder)
@@ -380,7 +201,7 @@ def _generate(model, generate, args, kwargs):
 
 def _wrap_for(decoder, attachment: _Attachment):
     """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
-    for other, wrap in reversed(getattr(_local, "generating", ())):
+    for other, wrap in reversed(getattr(local, "generating", ())):
         if other is decoder:
             return wrap
     return attachment.wrap
@@ -433,7 +254,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
     _check_origin(decoder, wrap, cache)
     if _inputs(bound).shape[1] > 1:  # not at each step: it takes a look at every module
-        cache.origin.check_adapters(decoder)
+        cache.check_decoder(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
@@ -482,7 +303,9 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
                 "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
-        return Forward(cache, attachment.own, False, seen, ids, None, bound=bound if isinstance(cache, FixedCache) else None)
+        if not isinstance(cache, FixedCache):
+            return Forward(cache, attachment.own, False, seen, ids, None)
+        return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):

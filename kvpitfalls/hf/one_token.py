@@ -52,14 +52,18 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible:
     key, value : tensor (B, H, S, D or Dv)
     visible : tensor (B, H or 1, 1, S), or None
     """
-    if query.is_cuda and _is_served_by_cudnn(query, key, value, visible):
-        if visible is not None and visible.shape[1] > 1:
-            visible = visible.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        out = sdpa(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
     n_row, n_query_head, _, n_dim = query.shape
+    if query.is_cuda and key.dtype != torch.float32:
+        per_query_head = visible
+        if visible is not None and visible.shape[1] > 1:
+            per_query_head = visible.repeat_interleave(n_query_head // key.shape[1], 1)
+        if _is_served_by_cudnn(query, key, value, per_query_head):
+            return sdpa(query, key, value, attn_mask=per_query_head, scale=scaling, enable_gqa=True).transpose(1, 2), None
     rows = query.reshape(n_row, key.shape[1], -1, n_dim)
-    out = _by_products(rows, key, value, visible, scaling) if query.is_cuda else sdpa(rows, key, value, attn_mask=visible, scale=scaling)
+    if query.is_cuda and key.dtype == torch.float32:
+        out = _by_products(rows, key, value, visible, scaling)
+    else:
+        out = sdpa(rows, key, value, attn_mask=visible, scale=scaling)
     return out.reshape(n_row, 1, n_query_head, -1), None
 
 
@@ -70,8 +74,11 @@ def _is_served_by_cudnn(query, key, value, visible) -> bool:
 
 
 def _by_products(rows, key, value, visible, scaling: float | None) -> torch.Tensor:
-    """Two matrix products and a softmax: in float32 twice as fast on an H100 as SDPA's kernel, which has few blocks for one query."""
-    logits = (rows @ key.transpose(-1, -2)).float() * (rows.shape[-1] ** -0.5 if scaling is None else scaling)
+    """Two matrix products and a softmax, in float32: twice as fast on an H100 as SDPA's kernel, which has few blocks for one query.
+
+    Not in less: a logit would be rounded to 8 bits, or in float16 overflow before it is scaled.
+    """
+    logits = (rows @ key.transpose(-1, -2)) * (rows.shape[-1] ** -0.5 if scaling is None else scaling)
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf")) if visible.dtype == torch.bool else logits + visible
-    return logits.softmax(-1).to(value.dtype) @ value
+    return logits.softmax(-1) @ value

@@ -18,6 +18,9 @@ def why_not_this(bound: dict) -> str | None:
         return "it has no token ids on a GPU"
     if others := [name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False]:
         return f"it was given {', '.join(others)}"
+    positions = bound.get("position_ids")
+    if positions is None or positions.ndim != 2 or positions.shape[1] != 1 or ids.shape[1] != 1:
+        return "it was not given one token and its position_ids (B, 1)"
     return "it returns a tuple" if bound.get("return_dict") is False else None
 
 
@@ -32,6 +35,11 @@ def why_not(decoder: torch.nn.Module) -> str | None:
     return None
 
 
+def _memory_of(decoder: torch.nn.Module) -> list[int]:
+    """Where its weights and buffers are."""
+    return [x.data_ptr() for tensors in (decoder.parameters(), decoder.buffers()) for x in tensors]
+
+
 class StepGraph:
     """A captured step. It holds the memory of its inputs and outputs, and relies on that of the cache and the weights.
 
@@ -42,13 +50,12 @@ class StepGraph:
         The decoder's own forward.
     cache : FixedCache
         Whose Python side is left as it was; the capture computes nothing.
-    ids : LongTensor (B, 1)
     record : Forward
-        Of the call in which it is captured.
+        Of the call in which it is captured, one that :func:`why_not_this` has nothing against.
     """
 
-    def __init__(self, decoder, forward: Callable, cache, ids: torch.Tensor, record):
-        self.decoder_id, self.implementation = id(decoder), decoder.config._attn_implementation
+    def __init__(self, decoder, forward: Callable, cache, record):
+        self.memory, self.implementation, ids = _memory_of(decoder), decoder.config._attn_implementation, record.ids
         self.ids, self.positions = torch.zeros_like(ids), torch.zeros_like(ids)
         self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
         newest, record.newest = record.newest, self.newest
@@ -75,9 +82,13 @@ class StepGraph:
                 layer.seen = seen
             record.newest = newest
 
+    def is_of(self, decoder) -> bool:
+        """Whether the decoder's weights are still where they were."""
+        return self.memory == _memory_of(decoder)
+
     def fits(self, decoder, ids: torch.Tensor) -> bool:
         """Whether it was captured for such a call."""
-        return self.decoder_id == id(decoder) and self.implementation == decoder.config._attn_implementation and self.ids.shape == ids.shape
+        return self.implementation == decoder.config._attn_implementation and self.ids.shape == ids.shape
 
     def __call__(self, cache, ids: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor | None):
         """The step's output, in memory of its own."""

@@ -6,8 +6,9 @@ from ..errors import UnsupportedModelError
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
+from .forward import AttentionCall
 from .layer import KeptLayer
-from .model import AttentionCall, attach, detach
+from .model import attach, detach
 
 
 class Whole:

@@ -19,10 +19,11 @@ from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import check_model, decoder_of
 from .evict import Evict
+from .forward import AttentionCall
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import AttentionCall, attach, detach, paused, put_wrap, take_wrap
+from .model import attach, detach, paused, put_wrap, take_wrap
 from .origin import Origin
 from .report import Report
 

@@ -1,0 +1,196 @@
+"""One forward of a wrapped decoder: what its cache's layers and its attention calls have to do with each other.
+
+Each :meth:`KeptLayer.update` leaves a ticket; the attention call of this decoder that receives the ticket's keys gets its mask translated
+and, after a prefill, hands the layer to the cache's action; a ticket that was never collected is an error.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import NotInterceptedError, UnsupportedModelError
+from . import one_token
+from .cache import KeptCache
+from .coverage import check_call
+from .denominators import Denominators
+from .layer import KeptLayer, Slots
+from .masks import physical_mask
+
+local = threading.local()  # forward: the one that this thread is in; paused and generating: see model.py
+
+
+@dataclass
+class _Ticket:
+    """A layer as its update left it; some models call attention more than once for one update, so eviction must not change this."""
+
+    layer: KeptLayer
+    keys: weakref.ref
+    values: weakref.ref
+    n_new: int
+    n_slot: int
+    slots: Slots | None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a cache's action sees of one layer's attention: q and k after rotary embedding, as attention used them.
+
+    Attributes
+    ----------
+    query : tensor (B, Hq, q, D)
+    key : tensor (B, H, T, D)
+    scaling, softcap : float
+    valid : list of (int, int)
+        Per row, the range of real tokens of a prompt; after it, all slots.
+    sinks : tensor (Hq,), or None
+        A logit per head that joins every softmax (gpt-oss).
+    shared : bool
+        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
+    lse : tensor of float32, shape (B, Hq, T), or None
+        Natural log of each query's softmax denominator, where the attention itself told it.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float | None
+    softcap: float
+    valid: list[tuple[int, int]]
+    sinks: torch.Tensor | None = None
+    shared: bool = False
+    lse: torch.Tensor | None = None
+
+    @property
+    def logits(self) -> dict:
+        """How attention logits are made and whose they are, for :func:`kvpitfalls.eviction.selection.rank`."""
+        return {
+            "scaling": self.scaling,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "share_heads": self.shared,
+            "lse": self.lse,
+        }
+
+
+@dataclass
+class Forward:
+    """One forward of a wrapped decoder, on one thread."""
+
+    cache: KeptCache
+    own: Mapping[torch.nn.Module, int]  # the decoder's attention modules and their layers
+    prefill: bool
+    n_seen: int  # before it
+    ids: torch.Tensor | None
+    valid: list[tuple[int, int]] | None
+    newest: torch.Tensor | None = None  # bool (B, n), for a cache of fixed size: False where a new token is padding
+    bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
+    tickets: dict[int, _Ticket] = field(default_factory=dict)
+
+    def expect(self, layer: KeptLayer, n_new: int) -> None:
+        """A layer was updated: its attention call must follow."""
+        self.tickets[layer.index] = _Ticket(
+            layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new, layer.keys.shape[2], layer.slots
+        )
+
+    def collect(self, key: torch.Tensor, module) -> _Ticket | None:
+        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own.
+
+        Other models' attention may run on this thread, too, inside this forward: what is not this decoder's gets none.
+        """
+        index = self.own.get(module)
+        if index is None:
+            return None
+        ticket = self.tickets.get(index)
+        if ticket is None or ticket.keys() is not key:  # a layer that shares another layer's keys
+            ticket = next((other for other in self.tickets.values() if other.keys() is key), ticket)
+        if ticket is None or key.shape[2] == ticket.n_slot:
+            return ticket
+        if not ticket.done:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} (layer {ticket.layer.index}) calls attention on {key.shape[2]} keys, but its cache returned "
+                f"{ticket.n_slot}; such models cannot be compressed"
+            )
+        return None
+
+    def run(self, decoder, forward, args: tuple, kwargs: dict):
+        """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the cache is of no use."""
+        cache = self.cache
+        cache.is_half_filled = True
+        output = cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+        self.check(decoder)
+        cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
+        return output
+
+    def check(self, decoder) -> None:
+        """Raise, when the forward has ended, if a layer's attention did not come by."""
+        waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
+        untouched = [layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets]
+        if waiting or untouched:
+            raise NotInterceptedError(
+                f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
+                "transformers' attention interface"
+            )
+
+
+def current_forward() -> Forward | None:
+    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
+    return getattr(local, "forward", None)
+
+
+def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
+    forward = current_forward()
+    ticket = forward.collect(key, module) if forward is not None else None
+    if ticket is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    if ticket.slots is not None:
+        base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
+    action, is_first = forward.cache.action, not ticket.done
+    ticket.done = True
+    if not is_first or action is None or not (forward.prefill or getattr(action, "holds", False)):
+        out = base(module, query, key, value, attention_mask, **kwargs)
+    else:
+        tells = forward.prefill and _tells_denominators(action, forward, implementation, query)
+        with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
+            out = base(module, query, key, value, attention_mask, **kwargs)
+        check_call(module, implementation, kwargs)
+        forward.cache.note_peak()
+        act = action if forward.prefill else action.hold
+        lse = None if seen is None else seen.lse
+        act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
+    if is_first and forward.cache.progress is not None:
+        forward.cache.progress.update()
+    return out
+
+
+def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
+    """The attention function and the mask for slots that are not in order."""
+    is_per_head = ticket.layer.keys.shape[1] in (1, key.shape[1])  # some models repeat heads that the cache holds once
+    if is_per_head and (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
+        return _one_token, one_token.visible_slots(ticket.slots, mask)
+    return base, physical_mask(ticket.slots, mask, query, implementation)
+
+
+def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
+    return one_token.attend(query, key, value, visible, scaling)
+
+
+def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
+    """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
+    return (
+        query.is_cuda
+        and implementation == "sdpa"
+        and getattr(action, "reads_queries", False)
+        and all(row == (0, query.shape[2]) for row in forward.valid)
+    )
+
+
+def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
+    # sdpa ignores softcap and sinks, so scores must, too
+    softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
+    ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
+    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse)
