@@ -23,7 +23,7 @@ test: $(VENV)/model
 # The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
 MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py \
-  tests/test_behaviours.py tests/test_models.py
+  tests/test_origin.py tests/test_fixed.py tests/test_behaviours.py tests/test_models.py
 
 .SECONDARY: $(MATRIX:%=build/matrix/%/installed)
 test-matrix: $(MATRIX:%=test-transformers-%)
@@ -111,7 +111,7 @@ build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 # How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
 # tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
 COVERED_TESTS := norm position "attention sums" "attention shifts" "broken keys" "same bits" select "gather, large" "gather in place" press gather refusals introspection corpus "register backend"
-COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
+COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_binding_threads.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
 coverage-native: build/coverage/native-tests build/coverage/lib
 	find build/coverage -name '*.gcda' -delete
 	build/coverage/native-tests $(COVERED_TESTS)

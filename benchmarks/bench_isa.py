@@ -1,6 +1,6 @@
 """Instruction sets beside each other in one process, on the same tensors: all that this processor has, over the first.
 
-Times are medians of interleaved calls, the ratio is "so many times as fast as the first set named", and the difference
+Times are medians of interleaved calls, the ratio is "so many times as fast as the first set shown", and the difference
 is the largest between their scores.
 """
 
@@ -17,19 +17,6 @@ from kvpitfalls.policies import Inputs
 CASES = [(kvp.H2O(), 2048), (kvp.H2O(), 4096), (kvp.SnapKV(window_size=64), 2048), (kvp.SnapKV(window_size=64), 8192), (kvp.TOVA(), 8192)]
 
 
-def available(names: list[str]) -> list[str]:
-    """Those that this processor has; the one in use stays in use."""
-    before, found = _core.isa(), []
-    for name in names:
-        try:
-            _core.isa_set(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _core.isa_set(before)
-    return found
-
-
 def inputs(heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype) -> Inputs:
     """One row without instructions."""
     make = torch.Generator().manual_seed(0)
@@ -37,16 +24,25 @@ def inputs(heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype
     return Inputs(keys, queries, dim**-0.5, 0.0, [(0, length)], [[(0, length)]], [[]])
 
 
+def is_here(isa: str) -> bool:
+    """Whether this processor has an instruction set, which is in use then."""
+    try:
+        _core.isa_set(isa)
+    except ValueError:
+        return False
+    return True
+
+
 def compare(policy, given: Inputs, isas: list[str], repeats: int) -> dict[str, tuple[float, torch.Tensor]]:
     """Name -> median seconds and scores."""
-    times, scores = {isa: [] for isa in isas}, {}
+    times, scores = {isa: [] for isa in isas if is_here(isa)}, {}
     for _ in range(repeats + 1):  # the first is not counted
-        for isa in isas:
+        for isa in times:
             _core.isa_set(isa)
             start = time.perf_counter()
             scores[isa] = policy.score(given)
             times[isa].append(time.perf_counter() - start)
-    return {isa: (statistics.median(times[isa][1:]), scores[isa]) for isa in isas}
+    return {isa: (statistics.median(times[isa][1:]), scores[isa]) for isa in times}
 
 
 def main() -> None:
@@ -58,10 +54,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    isas = available(args.isas)
     for policy, length in CASES:
-        found = compare(policy, inputs(*args.shape, length, getattr(torch, args.dtype)), isas, args.repeats)
-        first, wanted = found[isas[0]]
+        found = compare(policy, inputs(*args.shape, length, getattr(torch, args.dtype)), args.isas, args.repeats)
+        first, wanted = next(iter(found.values()))
         name = type(policy).__name__
         for isa, (seconds, scores) in found.items():
             apart = (scores - wanted).abs().max().item()

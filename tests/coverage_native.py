@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from kvpitfalls import _core
+from test_isa import available
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = {
@@ -27,18 +27,6 @@ OF_ISA = {  # instruction set -> file and names of the functions that only it ru
     "amx": ("rows/rows_avx512.c", ".*_tiles|multiply_four|multiply_any"),
 }
 LINES, BRANCHES = 95.0, 85.0
-
-
-def missing_isas():
-    """Those of OF_ISA that the build or the processor lacks."""
-    before, found = _core.isa(), []
-    for isa in OF_ISA:
-        try:
-            _core.isa_set(isa)
-        except ValueError:
-            found.append(isa)
-    _core.isa_set(before)
-    return found
 
 
 def cannot_run(file, function, missing):
@@ -74,7 +62,8 @@ def share(counts):
 
 
 def main(folders):
-    missing_here = missing_isas()
+    here = available()
+    missing_here = [isa for isa in OF_ISA if isa not in here]
     lines, branches = add_up(folders, missing_here)
     names = sorted(set(lines) - set(LEFT_OUT))
     expected = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.c")} - set(LEFT_OUT)

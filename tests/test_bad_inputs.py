@@ -5,6 +5,7 @@ import re
 import warnings
 
 import bad_inputs
+import bad_sweeps
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,9 @@ from kvpitfalls import cli, ops, reference
 
 ROWS = [
     pytest.param(*row, id=f"{name.lower()}-{i}-{row[2][:40]}")
-    for name in ("OPS", "KEEP", "PARAMETERS", "PROMPTS", "MODELS", "TEXTS", "EXPERIMENTS")
-    for i, row in enumerate(getattr(bad_inputs, name))
+    for table, names in ((bad_inputs, ("OPS", "KEEP", "PARAMETERS", "PROMPTS", "MODELS", "TEXTS")), (bad_sweeps, ("EXPERIMENTS",)))
+    for name in names
+    for i, row in enumerate(getattr(table, name))
 ]
 
 

@@ -55,15 +55,16 @@ def test_files_that_do_not_belong_are_refused(tmp_path):
         kvp.load_cache(tmp_path / "nothing", model)
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file(tensors, tmp_path / "newer", {**metadata, "version": "2"})
-    with pytest.raises(ValueError, match="has version 2; expected at most 1"):
-        kvp.load_cache(tmp_path / "newer", model)
+    for version, message in (("3", "has version 3; expected at most 2"), ("1", "has version 1, of an older kvpitfalls; expected 2")):
+        save_file(tensors, tmp_path / "other", {**metadata, "version": version})
+        with pytest.raises(ValueError, match=message):
+            kvp.load_cache(tmp_path / "other", model)
     save_file(tensors, tmp_path / "foreign")
     with pytest.raises(ValueError, match="is not a cache of this package"):
         kvp.load_cache(tmp_path / "foreign", model)
     without = {
         "tag only": (tensors, {"format": "kvpitfalls.cache"}),
-        "no content": (tensors, {"format": "kvpitfalls.cache", "version": "1"}),
+        "no content": (tensors, {"format": "kvpitfalls.cache", "version": "2"}),
         "no checksum": (tensors, {name: text for name, text in metadata.items() if name != "sha256"}),
         "version zero": (tensors, {**metadata, "version": "0"}),
     }

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 
 import pytest
+from degenerate import FOLLOWING
 
 from kvpitfalls.audits.following import check
 from kvpitfalls.audits.refusal import refuses
@@ -41,15 +42,7 @@ def test_every_shipped_directive_can_be_checked(row):
 def test_answers_that_follow_pass():
     """Second opinion on a few rows: answers written to follow them do, and a plain one does not."""
     rows = {row["key"]: row for row in OWN.rows}
-    good = {
-        7: "Sand and foam.",
-        21: "Tea.\n***\nCoffee.",
-        40: "* a\n* b\n* c",
-        45: '{"planet": "Mars"}',
-        55: "Wave ****** no",
-        58: '"Onward"',
-    }
-    for key, answer in good.items():
+    for key, answer in FOLLOWING.items():
         assert all(check(rows[key], answer)["strict"]), key
         assert not any(check(rows[key], "One, two, three.")["loose"]), key
 

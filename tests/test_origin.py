@@ -67,8 +67,7 @@ def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compresse
 
 
 def test_continuous_batching_is_refused(llama):
-    if not hasattr(llama, "generate_batch"):
-        pytest.skip("this transformers has no continuous batching")
+    assert hasattr(llama, "generate_batch"), "every release that is tried has it"
     with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
         llama.generate_batch([ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0))
     assert "init_continuous_batching" not in vars(llama)
@@ -217,6 +216,29 @@ def test_a_saved_and_a_pickled_cache_know_their_tokens(llama, tmp_path):
             assert torch.equal(back.tokens, prompt)
             with pytest.raises(ValueError, match="another prompt than the cache has seen"):
                 generate(llama, other, past_key_values=back)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_pickled_cache_is_of_the_weights_that_filled_it(fixed):
+    """Whoever has them goes on with it; all others are refused, and so is a cache whose model nobody knows any more."""
+    model, twin, other = build("llama"), build("llama"), build("llama", initializer_range=0.5)
+    tokens = ids(1)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        wanted = generate(model, tokens, past_key_values=cache.copy())
+        cache = cache.fixed(40) if fixed else cache
+        kept = pickle.dumps(cache)
+        assert torch.equal(generate(model, tokens, past_key_values=pickle.loads(kept)), wanted)
+        again = pickle.loads(pickle.dumps(pickle.loads(kept)))  # before it met a model
+        assert torch.equal(generate(model, tokens, past_key_values=again), wanted)
+    with kvp.wrap(twin, "knorm", compression_ratio=0.5):
+        assert torch.equal(generate(twin, tokens, past_key_values=pickle.loads(kept)), wanted), "with the same weights"
+    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+        generate(other, tokens, past_key_values=pickle.loads(kept))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match=r"pickled when the model .* gone or changed"):
+        generate(model, tokens, past_key_values=pickle.loads(pickle.dumps(cache)))
 
 
 def test_a_cache_of_other_settings_or_of_another_model_is_refused(llama):

@@ -285,11 +285,8 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
         raise ValueError(
             f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap ({wrap.settings})"
         )
-    if origin.decoder is not None and origin.decoder() is not decoder:
-        raise ValueError(
-            f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a cache of load_cache, which "
-            "compares the weights"
-        )
+    if cache.n_seen:
+        cache.origin = origin.met(decoder)
 
 
 def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .fingerprint import active_adapters, count_changes, fingerprint
+
 _MANY = 64  # pieces of a conversation, after which they are joined
 
 
@@ -18,11 +20,13 @@ class Origin:
     settings : str, or None
         Of the wrap that made the cache; None if none did.
     decoder : weakref, or None
-        The decoder that filled it; None before that, and after a pickle.
+        The decoder that filled it; None before that, and after a pickle, which has its fingerprint instead.
     adapters : tuple of str
         Those that were active then.
     n_change : int
         How often the decoder's weights had been changed in place.
+    fingerprint : str, or None
+        Of the decoder; only of a cache that was pickled, until it meets that decoder again.
     pieces : tuple of LongTensor (B, n), or None
         Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
     """
@@ -31,12 +35,29 @@ class Origin:
     decoder: "weakref.ref | None" = None
     adapters: tuple[str, ...] = ()
     n_change: int = 0
+    fingerprint: str | None = None
     pieces: tuple[torch.Tensor, ...] | None = ()
 
     def filled_by(self, decoder: torch.nn.Module) -> "Origin":
         """The same, of a cache that this decoder begins to fill."""
-        adapters, n_change = active_adapters(decoder), _n_change(decoder)
-        return replace(self, decoder=weakref.ref(decoder), adapters=adapters, n_change=n_change, pieces=())
+        return replace(self._with(decoder), pieces=())
+
+    def _with(self, decoder: torch.nn.Module) -> "Origin":
+        known = {"adapters": active_adapters(decoder), "n_change": count_changes(decoder), "fingerprint": None}
+        return replace(self, decoder=weakref.ref(decoder), **known)
+
+    def met(self, decoder: torch.nn.Module) -> "Origin":
+        """The same, of a filled cache that is given to this decoder; raises if another one, or nobody knows which, filled it."""
+        if self.decoder is None and self.fingerprint is None:
+            raise ValueError("the cache was pickled when the model that filled it was gone or changed; expected save() and load_cache")
+        if self.decoder is None and self.fingerprint == fingerprint(decoder):
+            return self._with(decoder)
+        if self.decoder is None or self.decoder() is not decoder:
+            raise ValueError(
+                f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a cache of load_cache, "
+                "which compares the weights"
+            )
+        return self
 
     def filler(self) -> torch.nn.Module:
         """The decoder that filled it; raises if that is not known, or is not what it was then."""
@@ -44,7 +65,7 @@ class Origin:
         if decoder is None:
             raise ValueError("the model that filled the cache is gone, or the cache was pickled; expected save() while the model is there")
         self.check_adapters(decoder)
-        if _n_change(decoder) != self.n_change:
+        if count_changes(decoder) != self.n_change:
             raise ValueError("the model's weights were changed since the cache was filled; expected save() before that")
         return decoder
 
@@ -92,18 +113,8 @@ class Origin:
         return self
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "decoder": None}
-
-
-def _n_change(decoder: torch.nn.Module) -> int:
-    return sum(weight._version for weight in decoder.parameters() if not weight.is_inference())
-
-
-def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the adapters (LoRA and others) that the decoder's modules use now, sorted."""
-    found: set[str] = set()
-    for module in decoder.modules():
-        names = getattr(module, "active_adapters", None)
-        if isinstance(names, (list, tuple)) and not getattr(module, "disable_adapters", False):
-            found.update(map(str, names))
-    return tuple(sorted(found))
+        try:
+            known = fingerprint(self.filler())
+        except ValueError:  # met() refuses it by name
+            known = None
+        return {**vars(self), "decoder": None, "fingerprint": known or self.fingerprint}

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,63 +15,16 @@ from safetensors.torch import save_file
 
 from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
+from .fingerprint import fingerprint
 from .layer import KeptLayer
-from .origin import Origin, active_adapters
+from .origin import Origin
 
-FORMAT, VERSION = "kvpitfalls.cache", 1
-_SAMPLES = 8  # weights per tensor that the fingerprint looks at
+FORMAT, VERSION = "kvpitfalls.cache", 2  # 1: without tokens, and with fingerprints of other kinds
 _CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tokens", "tensors"}
 _FIELD = re.compile(
     r"layers\.(\d{1,6})\.(\w+)(\.\w+)?"
 )  # the name of a tensor: a layer's number, its field, and the key where that is a dict
 _PLAIN = (int, float, bool, str, type(None))
-
-
-def fingerprint(decoder: torch.nn.Module) -> str:
-    """Tells models apart whose caches do not fit each other: active adapters, and of every weight and buffer name, shape, dtype, a sample.
-
-    Raises
-    ------
-    ValueError
-        If a weight's values are nowhere to be found.
-    """
-    digest = hashlib.sha256(repr(active_adapters(decoder)).encode())
-    samples: dict[torch.device, list[torch.Tensor]] = {}  # fetched a device at a time: each fetch waits for a GPU
-    places: dict[tuple, torch.Tensor] = {}
-    for name, weight in _weights(decoder):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.numel():
-            key = weight.numel(), weight.device
-            if key not in places:
-                places[key] = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
-            bits = weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)  # float8 has few operations of its own
-            samples.setdefault(weight.device, []).append(bits[places[key]].flatten())
-    for of_device in samples.values():
-        digest.update(torch.cat(of_device).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where they wait."""
-    for path, module in decoder.named_modules():
-        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's
-        own = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}}
-        for name, weight in own.items():
-            if weight is None:
-                continue
-            if weight.device.type == "meta" and offloaded is not None and name in offloaded:
-                weight = offloaded[name]
-            yield from _plain(f"{path}.{name}", weight)
-
-
-def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if hasattr(weight, "__tensor_flatten__"):
-        for part in weight.__tensor_flatten__()[0]:
-            yield from _plain(f"{name}.{part}", getattr(weight, part))
-    elif weight.device.type == "meta":
-        raise ValueError(f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read")
-    else:
-        yield name, weight
 
 
 def save_cache(cache: KeptCache, path) -> None:
@@ -225,6 +177,10 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     version = metadata.get("version", "")
     if version.isdecimal() and int(version[:9]) > VERSION:
         raise ValueError(f"{path} has version {version[:9]}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
+    if version.isdecimal() and 0 < int(version) < VERSION:
+        raise ValueError(
+            f"{path} has version {version}, of an older kvpitfalls; expected {VERSION}: compress the prompt again, and save it"
+        )
     about = metadata.get("about")
     if version != str(VERSION) or about is None or "sha256" not in metadata:
         raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
