@@ -19,6 +19,17 @@ def cache_argument(module: torch.nn.Module, cache) -> dict:
     return {cache_name(module): cache}
 
 
+def under_one_name(name: str, kwargs: dict) -> dict:
+    """The same keyword arguments, with a cache that was given under another of its names under this one.
+
+    A release that renames the argument still takes the old name, and blames whoever calls it: that would be this package.
+    """
+    others = [other for other in CACHE_NAMES if other != name and kwargs.get(other) is not None]
+    if not others or kwargs.get(name) is not None:
+        return kwargs
+    return {**{key: value for key, value in kwargs.items() if key not in CACHE_NAMES}, name: kwargs[others[0]]}
+
+
 def given_cache(arguments: dict) -> tuple[str | None, object]:
     """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is none."""
     given = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
-from .arguments import CACHE_NAMES, cache_name, given_cache
+from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
 from .coverage import attention_calls, check_cache, check_model, decoder_of
@@ -182,6 +182,7 @@ def _generate(model, generate, args, kwargs):
     attachment = _attached.get(decoder)
     if attachment is None or _is_paused(decoder):
         return generate(*args, **kwargs)
+    kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
     check_generate(arguments, getattr(attachment.wrap, "action", None))
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
@@ -224,6 +225,7 @@ def acts(action) -> bool:
 
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
+    kwargs = under_one_name(attachment.cache_name, kwargs)
     bound = attachment.bind(args, kwargs)
     name, cache = given_cache(bound)
     wrap = _wrap_for(decoder, attachment)
