@@ -336,6 +336,42 @@ def test_left_padded_rows_hold_their_own_budgets(policy, fair, when):
     assert torch.equal(layer.pos[0][layer.live[0]].view_as(other.pos[0]) - n_pad, other.pos[0])
 
 
+@pytest.mark.parametrize("when", ["decode", "always"])
+@pytest.mark.parametrize("fair", [False, True, "floor=2"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # transformers' own sliding layers take padding for tokens
+def test_padding_between_turns_is_no_token(family, policy, fair, when):
+    """Turns of any length in each row, padded on either side, none at all in one: each row is what it is alone."""
+    model = build(family)
+    turns = [(1, [3, 6, 9]), (0, [1, 1, 1]), (0, [1, 1, 1]), (1, [5, 0, 2]), (0, [2, 1, 4]), (0, [1, 1, 1])]
+    chunks = [max(lengths) for _, lengths in turns]
+    mask = torch.ones(3, N_PROMPT + sum(chunks), dtype=torch.long)
+    mask[0, :3] = 0
+    start = N_PROMPT
+    for (is_left, lengths), n in zip(turns, chunks, strict=True):
+        for row, n_real in enumerate(lengths):
+            mask[row, slice(start, start + n - n_real) if is_left else slice(start + n_real, start + n)] = 0
+        start += n
+    tokens = ids(3, mask.shape[1])
+    spans = [{"a": (4, 7), "b": (9, 13)}, {"a": (1, 6), "b": (7, 12)}, {"a": (2, 5), "b": (6, 13)}]
+    given = {"budget": 11, "fair": fair, "when": when}
+    with kvp.wrap(model, WINDOW.get(policy, policy), **given) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], spans)
+        together = feed(model, tokens, chunks, cache, mask, start=N_PROMPT)
+    assert {layer.keys.shape[2] for layer in cache.kept_layers} == {11}
+    for row, real in enumerate(mask.bool()):
+        n_pad = 3 if row == 0 else 0
+        own = {name: (begin - n_pad, end - n_pad) for name, (begin, end) in spans[row].items()}
+        with kvp.wrap(model, WINDOW.get(policy, policy), **given) as handle:
+            alone = handle.compress(tokens[row : row + 1, n_pad:N_PROMPT], spans=own)
+            lengths = [n for _, of_turn in turns if (n := of_turn[row])]
+            logits = feed(model, tokens[row : row + 1, real], lengths, alone, start=N_PROMPT - n_pad)
+        torch.testing.assert_close(together[row, real[N_PROMPT:]], logits[0], rtol=0, atol=2e-5)
+        order = real.cumsum(0) - 1
+        for layer, other in zip(cache.kept_layers, alone.kept_layers, strict=True):
+            assert torch.equal(order[layer.pos[row]], other.pos[0])
+
+
 @pytest.mark.parametrize("family", not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text"))
 def test_other_architectures_hold_too(family):
     model, tokens = build_type(family), ids(1, 30)

@@ -11,7 +11,6 @@ import torch
 from ..display.markup import block, table
 from ..display.progress import progress
 from ..errors import BudgetError
-from ..eviction import ops
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
 from ..eviction.selection import choose, rank
@@ -57,7 +56,7 @@ class PutBack(Evict):
             held[row, :, slice(*of_row[self.name])] = True
         positions = _ascending(held[..., :n_token])
         given = torch.from_numpy(positions).to(layer.keys.device)
-        layer.keep(*ops.gather(layer.keys, layer.values, given), given, bool((positions >= 0).all()))
+        layer.evict(given, bool((positions >= 0).all()))
 
 
 def _ascending(held: np.ndarray) -> np.ndarray:

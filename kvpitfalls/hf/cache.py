@@ -91,6 +91,15 @@ class KeptCache(DynamicCache):
         """A cache of its own with the same content, since generating with a cache fills it."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict) -> "KeptCache":
+        """What a graph of gradients made, which torch would not copy, is copied within that graph."""
+        for x in (x for layer in self.layers for x in vars(layer).values()):
+            if isinstance(x, torch.Tensor) and not x.is_leaf:
+                memo[id(x)] = x.clone()
+        twin = memo[id(self)] = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(twin), memo))
+        return twin
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values that the compressed layers hold now."""

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..eviction import ops
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import Kept, choose, rank
@@ -75,7 +74,7 @@ class Evict:
         kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, n_head, -1).contiguous()
-        layer.keep(*ops.gather(layer.keys, layer.values, positions), positions, _fills(kept, call.valid))
+        layer.evict(positions, _fills(kept, call.valid))
 
 
 def _fills(kept: Kept, valid) -> bool:

@@ -302,7 +302,7 @@ def _n_free(layer: KeptLayer, n_room: int) -> int:
 
 def _with_room(x: torch.Tensor, n_room: int) -> torch.Tensor:
     out = x.new_zeros(*x.shape[:2], x.shape[2] + n_room, x.shape[3])
-    out[:, :, : x.shape[2]] = x
+    out[:, :, : x.shape[2]] = x.detach()
     return out
 
 

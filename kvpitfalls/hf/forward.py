@@ -53,6 +53,8 @@ class AttentionCall:
         ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
     lse : tensor of float32, shape (B, Hq, T), or None
         Natural log of each query's softmax denominator, where the attention itself told it.
+    newest : BoolTensor (B, q), or None
+        After a prompt, where a budget is held: False where a new token is padding. None: nowhere.
     """
 
     query: torch.Tensor
@@ -63,6 +65,7 @@ class AttentionCall:
     sinks: torch.Tensor | None = None
     shared: bool = False
     lse: torch.Tensor | None = None
+    newest: torch.Tensor | None = None
 
     @property
     def logits(self) -> dict:
@@ -86,7 +89,7 @@ class Forward:
     n_seen: int  # before it
     ids: torch.Tensor | None
     valid: list[tuple[int, int]] | None
-    newest: torch.Tensor | None = None  # bool (B, n), for a cache of fixed size: False where a new token is padding
+    newest: torch.Tensor | None = None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
     tickets: dict[int, _Ticket] = field(default_factory=dict)
 
@@ -193,4 +196,5 @@ def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key,
     softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse)
+    query, key = query.detach(), key.detach()  # what is kept is no function of them that has a gradient
+    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse, forward.newest)

@@ -3,7 +3,8 @@
 All of it happens in *slots*: the rows a layer holds, oldest first, empty ones (of rows that hold fewer) before them. A policy scores slots
 as it scores the tokens of a prompt. Fair: each instruction is judged by its own tokens only, so its scores are those of the prefill; what
 came after the prompt is a segment of its own, and all segments share the budget in proportion to the tokens they ever had. With a floor
-and strength 0 the policy judges all slots, but the best of each instruction come first. Protection is of the prompt's tokens.
+and strength 0 the policy judges all slots, but the best of each instruction come first. Protection is of the prompt's tokens. Padding
+between the prompt and a question is no token: its slots become empty ones.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class Held:
         The prompt each row came from.
     layout : Layout
         Of the prompts.
+    absent : LongTensor (B, n), or None
+        1 where one of the n tokens since the prompt was padding; None: nowhere.
     """
 
     front: torch.Tensor
@@ -49,11 +52,34 @@ class Held:
     queries: torch.Tensor | None
     rows: torch.Tensor
     layout: Layout
+    absent: torch.Tensor | None = None
 
     def map_rows(self, rows: Callable) -> "Held":
         """Move batch rows."""
-        tensors = (self.front, self.counts, self.carried, self.queries, self.rows)
-        return Held(*(None if x is None else rows(x) for x in tensors), self.layout)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: rows(x) for name, x in tensors.items()})
+
+    def then(self, n_seen: int, n_new: int, newest: torch.Tensor | None) -> "Held":
+        """With ``n_new`` tokens more, of which ``newest`` are real."""
+        if self.absent is None and newest is None:
+            return self
+        before = torch.zeros(len(self.rows), n_seen - n_new - self.layout.n_token, dtype=torch.long) if self.absent is None else self.absent
+        new = torch.zeros(len(self.rows), n_new, dtype=torch.long) if newest is None else (~newest).long()
+        return replace(self, absent=torch.cat([before, new], 1))
+
+    def n_came(self, n_seen: int) -> list[int]:
+        """How many tokens came after each row's prompt."""
+        absent = torch.zeros(len(self.rows), 1, dtype=torch.long) if self.absent is None else self.absent
+        return (n_seen - self.layout.n_token - absent.sum(1)).tolist()
+
+    def ages(self, n_seen: int, pos: torch.Tensor) -> torch.Tensor:
+        """How many tokens came since those at ``pos`` (B, H, S), themselves included."""
+        ages = n_seen - pos
+        if self.absent is not None:
+            since = self.absent.flip(1).cumsum(1).flip(1).to(pos.device)
+            place = (pos - self.layout.n_token).clamp(min=0)
+            ages = ages - since[:, None].expand(-1, pos.shape[1], -1).gather(2, place)
+        return ages.clamp(min=1)  # of empty slots
 
     @property
     def starts(self) -> torch.Tensor:
@@ -121,7 +147,7 @@ class Hold(Evict):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
             carried = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits).scores
         elif self.policy.running:
-            carried = self._received(call, fronts, fronts, n_token)
+            carried = self._received(call, fronts, fronts, [n_token] * n_row)
         n_recent = self.policy.recent_queries
         layer.prompt_shape, layer.bytes_before = tuple(layer.keys.shape[:3]), layer.keys.nbytes + layer.values.nbytes
         queries = call.query[:, :, -n_recent:].clone() if n_recent else None
@@ -131,15 +157,19 @@ class Hold(Evict):
 
     def hold(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After a later forward."""
-        held, n_new = layer.held, call.query.shape[2]
-        carried, queries = held.carried, held.queries
-        if carried is not None:
-            carried = torch.nn.functional.pad(carried, (0, n_new))
-            if self.policy.running:
-                carried = carried + self._received(call, held.front, held.starts, n_new)
-        if queries is not None:
-            queries = torch.cat([queries, call.query], 2)[:, :, -self.policy.recent_queries :]
-        layer.held = replace(held, carried=carried, queries=queries)
+        n_new = call.query.shape[2]
+        held = layer.held.then(layer.seen, n_new, call.newest)
+        if held.carried is not None:
+            held = replace(held, carried=torch.nn.functional.pad(held.carried, (0, n_new)))
+        if held.queries is not None:
+            held = replace(held, queries=_newest_queries(held.queries, call, self.policy.recent_queries))
+        layer.held = held
+        n_real = [n_new] * len(held.rows) if call.newest is None else call.newest.sum(1).tolist()
+        if call.newest is not None:
+            call = _without_padding(layer, call)
+        if self.policy.running and layer.held.carried is not None:
+            held = layer.held
+            layer.held = replace(held, carried=held.carried + self._received(call, held.front, held.starts, n_real))
         self._cut(layer, call)
 
     def _cut(self, layer: KeptLayer, call: AttentionCall) -> None:
@@ -148,7 +178,7 @@ class Hold(Evict):
         valid = held.layout.valid
         limits = torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()])
         n_kept = torch.minimum(n_slot - held.front, limits)
-        if bool((n_kept == n_slot - held.front).all()):
+        if bool((n_kept == n_slot - held.front).all()) and not bool(held.front.all()):
             return
         edges = torch.cat([held.front[:, None], held.front[:, None] + held.counts.cumsum(-1), torch.full((len(n_kept), 1), n_slot)], 1)
         quotas = self._quotas(layer, n_kept.tolist()) if self.is_fair else n_kept[:, None]
@@ -166,10 +196,11 @@ class Hold(Evict):
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still has."""
         held, quotas = layer.held, []
         segments, weights, names = (part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names))
-        for row, front, counts, total in zip(held.rows.tolist(), held.front.tolist(), held.counts.tolist(), n_kept, strict=True):
+        each = (held.rows.tolist(), held.front.tolist(), held.counts.tolist(), held.n_came(layer.seen), n_kept)
+        for row, front, counts, n_came, total in zip(*each, strict=True):
             ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
             now = [*counts, layer.keys.shape[2] - front - sum(counts)]
-            ever.append(layer.seen - held.layout.n_token)
+            ever.append(n_came)
             n_absent = len(counts) - len(segments[row])  # other rows have more segments
             share = [*weights[row], *[0] * n_absent, 1]
             unmarked = [*[name is None for name in names[row]], *[False] * n_absent, True]
@@ -184,7 +215,7 @@ class Hold(Evict):
         pos = torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3]) if layer.pos is None else layer.pos
         starts = held.starts
         if self.policy.running:
-            scores = held.carried / (layer.seen - pos[:, : held.carried.shape[1]])
+            scores = held.carried / held.ages(layer.seen, pos[:, : held.carried.shape[1]])
         elif bool((starts == n_slot).all()):  # fair, and nothing after the prompt yet
             scores = held.carried
         else:
@@ -219,10 +250,11 @@ class Hold(Evict):
         first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
         return raised_at(scores, first.reshape(*scores.shape[:2], -1))
 
-    def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: int) -> torch.Tensor:
-        """Attention that slots from ``starts`` on received from the ``n_new`` newest queries, summed: (B, H, slots)."""
+    def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: list[int]) -> torch.Tensor:
+        """Attention that slots from ``starts`` on received from each row's newest queries, ``n_new`` of them, summed: (B, H, slots)."""
         n_slot = call.key.shape[2]
-        votes = [[Vote(keys=(start, n_slot), queries=(n_slot - n_new, n_slot), weight="sum")] for start in starts.tolist()]
+        pairs = zip(starts.tolist(), n_new, strict=True)
+        votes = [[Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else [] for start, n in pairs]
         inputs = self._inputs(call, call.query, [(front, n_slot) for front in fronts.tolist()])
         return _over_heads(inputs.attend(votes), call).clamp(min=0)  # minus infinity where a row is empty
 
@@ -235,3 +267,33 @@ class Hold(Evict):
 def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """One score for all heads where one choice must serve them."""
     return scores.double().mean(1, keepdim=True).float() if call.shared else scores
+
+
+def _without_padding(layer: KeptLayer, call: AttentionCall) -> AttentionCall:
+    """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made so."""
+    held, n_slot = layer.held, layer.keys.shape[2]
+    older = torch.arange(n_slot - call.query.shape[2]) >= held.front[:, None]
+    order = _empty_first(torch.cat([older, call.newest], 1))
+    front = held.front + (~call.newest).sum(1)
+    layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)
+    carried = None if held.carried is None else _rearranged(held.carried[..., None], order)[..., 0]
+    layer.held = replace(held, front=front, carried=carried)
+    return replace(call, query=_rearranged(call.query, _empty_first(call.newest)), key=_rearranged(call.key, order))
+
+
+def _newest_queries(queries: torch.Tensor, call: AttentionCall, n_recent: int) -> torch.Tensor:
+    """The newest ``n_recent`` of those before and the call's; padding counts as older than any."""
+    both = torch.cat([queries, call.query], 2)
+    if call.newest is not None:
+        both = _rearranged(both, _empty_first(torch.nn.functional.pad(call.newest, (queries.shape[2], 0), value=True)))
+    return both[:, :, -n_recent:]
+
+
+def _empty_first(real: torch.Tensor) -> torch.Tensor:
+    """The order (B, S) that puts what is not ``real`` first and changes no other."""
+    return real.long().argsort(dim=1, stable=True)
+
+
+def _rearranged(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, D) in the order (B, S)."""
+    return x.gather(2, order[:, None, :, None].to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import NotInterceptedError
+from ..eviction import ops
 
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
 
@@ -155,6 +156,12 @@ class KeptLayer(DynamicLayer):
         self.keys, self.values = keys, values
         self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
 
+    def evict(self, positions: torch.Tensor, full: bool) -> None:
+        """Hold only the rows at these positions; see :meth:`keep`. Gradients flow through them where the prefill recorded any."""
+        recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
+        rows = _gathered if recorded else ops.gather
+        self.keep(*rows(self.keys, self.values, positions), positions, full)
+
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
         pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if not self.is_evicted else self.pos
@@ -236,3 +243,9 @@ class KeptLayer(DynamicLayer):
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
         if pos is not None:
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
+
+
+def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`ops.gather` by torch, which can go back through it."""
+    places, empty = positions.long().clamp(min=0)[..., None], (positions < 0)[..., None]
+    return tuple(x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values))

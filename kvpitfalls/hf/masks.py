@@ -33,6 +33,14 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     return ranges
 
 
+def real_newest(mask, n_new: int) -> torch.Tensor | None:
+    """Which of the newest tokens are real, bool (B, n_new), from a forward's padding mask; None: all of them."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    newest = mask[:, mask.shape[1] - n_new :].bool().cpu()
+    return None if bool(newest.all()) else newest
+
+
 def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
     """The mask (B, Hq, q, S) over the slots of an evicted layer, in the kind the attention function takes; None where all is visible.
 

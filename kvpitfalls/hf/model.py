@@ -25,7 +25,7 @@ from .coverage import attention_calls, check_cache, check_model, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
-from .masks import valid_ranges
+from .masks import real_newest, valid_ranges
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -253,7 +253,12 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             )
         wrap.make(cache)
     if decoder.training and torch.is_grad_enabled():
-        raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval() and torch.no_grad()")
+        raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval()")
+    if isinstance(cache, FixedCache) and _records_gradients(decoder, bound):
+        raise ValueError(
+            "a fixed cache, which is written in place, was given to a forward with gradients on; expected torch.no_grad(), or the cache it "
+            "was made from"
+        )
     _check_origin(decoder, wrap, cache)
     if _inputs(bound).shape[1] > 1:  # not at each step: it takes a look at every module
         cache.check_decoder(decoder)
@@ -265,6 +270,10 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
 
 def _inputs(bound: dict) -> torch.Tensor:
     return bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
+
+
+def _records_gradients(decoder, bound: dict) -> bool:
+    return torch.is_grad_enabled() and (_inputs(bound).requires_grad or any(x.requires_grad for x in decoder.parameters()))
 
 
 def _uses_cache(decoder, bound: dict) -> bool:
@@ -302,9 +311,10 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
                 "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
-        if not isinstance(cache, FixedCache):
-            return Forward(cache, attachment.own, False, seen, ids, None)
-        return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
+        if isinstance(cache, FixedCache):
+            return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
+        newest = real_newest(mask, n_new) if getattr(cache.action, "holds", False) else None
+        return Forward(cache, attachment.own, False, seen, ids, None, newest)
     if n_new < 2 and getattr(cache.action, "evicts", False):
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
