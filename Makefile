@@ -11,7 +11,7 @@ NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: library install library-check demo test test-matrix soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
+.PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
   cuda bench wheel wheel-test lm-eval-equality garak kvpress clean
 
 demo: $(VENV)/model
@@ -24,6 +24,10 @@ test: $(VENV)/model
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
 MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py \
   tests/test_origin.py tests/test_fixed.py tests/test_behaviours.py tests/test_models.py
+
+# Also on the newest release that the package index has today: a daily workflow (STRICT_NEWEST=--strict) and the gate do it.
+test-transformers-newest: $(VENV)/model
+	$(BIN)/python tests/newest_transformers.py $(STRICT_NEWEST) $(MATRIX_TESTS)
 
 .SECONDARY: $(MATRIX:%=build/matrix/%/installed)
 test-matrix: $(MATRIX:%=test-transformers-%)

@@ -1,5 +1,4 @@
-"""Gradients in eval mode (saliency, attacks by gradient, soft prompts): what flows through a compressed cache is what a mask lets through.
-"""
+"""Gradients in eval mode (saliency, attacks by gradient, soft prompts): through a compressed cache flows what a mask lets through."""
 
 import copy
 

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import newest_transformers
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -62,3 +63,23 @@ def test_workflows_run_what_is_there(name):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M)
     used = re.findall(r"run: make ([\w-]+)", text)
     assert not set(used) - set(targets) and (used or "run: bash .ci/run" in text)
+
+
+@pytest.mark.parametrize(
+    ("index", "strict", "tests", "code"),
+    [("999.0", [], 1, 0), ("999.0", ["--strict"], 1, 1), ("999.0", ["--strict"], 0, 0), (None, [], 1, 1), ("4.57.6", [], 0, 0)],
+)
+def test_a_failure_on_a_release_is_a_failure_if_it_is_known(monkeypatch, capsys, index, strict, tests, code):
+    """And if it is not, it is told. (None: the index has nothing newer than what is here.)"""
+    monkeypatch.setattr(newest_transformers, "asked", lambda: {} if index is None else {"transformers": index})
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: ran.append(command) or subprocess.CompletedProcess(command, tests))
+    monkeypatch.setattr(sys, "argv", ["newest_transformers.py", *strict, "tests/test_wrap.py"])
+    monkeypatch.setattr(newest_transformers, "run", lambda packages, paths: ran.append([*packages, *paths]) or tests)
+    assert newest_transformers.main() == code
+    said = capsys.readouterr().out
+    if index == "999.0":
+        assert ran == [["transformers", "tests/test_wrap.py"]] and "transformers 999.0 is newer" in said
+        assert ("TESTS FAIL ON IT" in said) == bool(tests)
+    else:
+        assert ran == [["make", f"test-transformers-{newest_transformers.known()}"]]

@@ -82,6 +82,7 @@ def _info(args) -> int:
 
     from .. import _core
     from ..eviction import ops
+    from ..hf import releases
     from ..hf.load import describe
     from ..policies import policy_names
 
@@ -91,7 +92,7 @@ def _info(args) -> int:
         "python": sys.version.split()[0],
         "numpy": numpy.__version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": releases.described(transformers.__version__),
         "core": _core.build_info(),
         "cpu": f"C core, row primitives: {_core.isa()}",
         "cuda": gpus or "torch sees no GPU",
