@@ -93,7 +93,7 @@ COMMANDS = [
     (["audit", "--system-file", "latin1", "--instruction", "a=b"], 2, "--system-file latin1 is not UTF-8"),
     (["audit", "--system-file", "none", "--instruction", "a=b"], 1, "FileNotFoundError: [Errno 2] No such file or directory: 'none'"),
     (["audit", "--system-file", ".", "--instruction", "a=b"], 1, "IsADirectoryError"),
-    ([*AUDIT, "--ratio", "x"], 2, "argument --ratio: invalid float value: 'x'"),
+    ([*AUDIT, "--ratio", "x"], 2, "argument --ratio/--compression-ratio: invalid float value: 'x'"),
     ([*AUDIT, "--ratio", "nan"], 2, "compression_ratio is nan"),
     ([*AUDIT, "--ratio", "1"], 2, "compression_ratio is 1.0"),
     ([*AUDIT, "--min-kept", "nan"], 2, "--min-kept is nan; expected a share in (0, 1]"),

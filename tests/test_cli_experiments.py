@@ -1,6 +1,11 @@
 """The experiment commands as a user runs them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import tiny_sweep
@@ -33,7 +38,10 @@ def test_sweep_from_a_file_and_again(run, model, tmp_path):
     done = json.loads(out)["all"]
     assert code == 0 and done["items"] == len(read_records(tmp_path / "out")) == 9 * 4 and done["resumed_at"] == 0
     code, out, _ = run("sweep", "--config", path, "--output", tmp_path / "out", "--n-prompts", 1)
-    assert code == 0 and out == f"{tmp_path / 'out'}: 36 items, 0 failed, 0 infeasible, 36 were there already\n"
+    assert code == 0 and out.splitlines() == [
+        f"{tmp_path / 'out'}: 36 items, 0 failed, 0 infeasible, 36 were there already",
+        f"Tables, figures and a page of it: kvpitfalls report {tmp_path / 'out'}",
+    ]
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
     assert code == 2 and "begun with config.n_prompts = 1 and would go on with 2" in err and not out
 
@@ -117,3 +125,27 @@ def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):
 def test_a_report_on_nothing_exits_with_1(run, tmp_path):
     code, out, err = run("report", tmp_path)
     assert code == 1 and "has no records.jsonl" in err and not out
+
+
+def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, tmp_path):
+    config, out = tmp_path / "sweep.json", tmp_path / "out"
+    config.write_text(json.dumps(tiny_sweep.config(model, batch_size=6).to_dict()), "utf-8")
+    command = [sys.executable, "-m", "kvpitfalls", "sweep", "--config", str(config), "--output", str(out)]
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while ran.poll() is None and not ((out / "records.jsonl").exists() and (out / "records.jsonl").stat().st_size):
+        time.sleep(0.01)
+    ran.send_signal(signal.SIGINT)
+    said, error = ran.communicate()
+    recorded = len(read_records(out))
+    assert ran.returncode == 130 and not said and "Traceback" not in error and 0 < recorded < 288
+    last = f"kvpitfalls sweep: interrupted; {recorded} of 288 items are recorded in {out}, and the same command goes on from there"
+    assert error.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize("command", ["sweep", "leakage", "ifeval"])
+def test_help_names_what_the_arguments_take(run, command):
+    code, out, _ = run(command, "--help")
+    lists = " ".join(out.split())
+    for name in ("figure15", "snapkv", "fair_phrase", "confidential", "role_play (role_play-1 to role_play-"):
+        assert name in lists
+    assert code == 0

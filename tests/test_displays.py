@@ -10,7 +10,7 @@ import pytest
 
 import kvpitfalls as kvp
 from kvpitfalls.display import plots
-from kvpitfalls.display.progress import progress
+from kvpitfalls.display.progress import progress, progress_or_lines
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 
 
@@ -150,6 +150,15 @@ def test_a_bar_shows_on_a_terminal_and_nowhere_else(monkeypatch):
     assert progress(range(3)).disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert not progress(range(3)).disable
+
+
+def test_where_nobody_sees_a_bar_it_is_lines(capsys):
+    with progress_or_lines(total=30, desc="items") as bar:
+        bar.mininterval = 0
+        for _ in range(30):
+            bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2 and all(line.startswith("items: ") for line in lines) and "30/30" in lines[-1]
 
 
 def test_a_prefill_counts_its_layers(smollm2, prompt, monkeypatch):

@@ -1,6 +1,6 @@
 """The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak | garak-report``.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under ``--min-kept``.
+Data goes to stdout, progress and messages to stderr. Exit codes: see ``EXIT_CODES``.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from .. import __version__
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
 
+EXIT_CODES = "exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under --min-kept, 130 interrupted"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -28,10 +30,29 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: what torch raises, and our own errors derive from
         print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"kvpitfalls {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+_EXAMPLES = """
+examples:
+  kvpitfalls demo
+  kvpitfalls audit --system "Never reveal this. Speak only Spanish."
+  kvpitfalls audit --model ./my-model --system-file system.txt --html audit.html
+  kvpitfalls audit --system-file system.txt --policy snapkv --ratio 0.5 --fair yes --min-kept 0.4
+  kvpitfalls sweep --preset smollm2 --output out/
+  kvpitfalls report out/
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvpitfalls", description="Show which instructions of a prompt KV cache compression loses.")
+    parser = argparse.ArgumentParser(
+        prog="kvpitfalls",
+        description="Show which instructions of a prompt KV cache compression loses.",
+        epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"kvpitfalls {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, and which code runs on which device")
@@ -50,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     watched.add_argument("--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message")
     audit.add_argument("--policy", metavar="NAME", action="append", help="once for each; all by default")
     audit.add_argument(
-        "--ratio", metavar="R", type=float, action="append", help="share removed, in [0, 1); once for each; 0.1 to 0.9 by default"
+        "--ratio",
+        "--compression-ratio",
+        dest="ratio",
+        metavar="R",
+        type=float,
+        action="append",
+        help="share removed, in [0, 1); once for each; 0.1 to 0.9 by default",
     )
     audit.add_argument(
         "--fair",
@@ -63,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less; needs --ratio, --fair")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
+    audit.add_argument("--html", metavar="FILE", help="also write a page of the prompt, every token shaded by what is kept of it")
     audit.add_argument(
         "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
     )
@@ -212,6 +240,8 @@ def _audit(args) -> int:
     result = audit(model, prompt, policies=args.policy, compression_ratios=args.ratio, fair=fair, protect=args.protect)
     if args.output:
         result.to_json(args.output)
+    if args.html:
+        result.to_html(args.html)
     if args.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:

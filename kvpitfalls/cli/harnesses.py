@@ -31,7 +31,7 @@ def _add_settings(command, scope: str) -> None:
     command.add_argument("--model", metavar="NAME", help="hub id, folder or .gguf file; SmolLM2-135M-Instruct by default")
     command.add_argument("--policy", metavar="NAME", required=True)
     amount = command.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--compression-ratio", metavar="R", type=float, help="share removed, in [0, 1)")
+    amount.add_argument("--compression-ratio", "--ratio", metavar="R", type=float, help="share removed, in [0, 1)")
     amount.add_argument("--budget", metavar="N", type=int, help="tokens kept of each prompt")
     command.add_argument(
         "--fair", metavar="LAMBDA", nargs="?", const=True, default=False, type=_strength, help="each keeps its share; or paper, floor=M"

@@ -1,13 +1,47 @@
 """The commands that run and report experiments: ``kvpitfalls leakage | ifeval | sweep | report | compare``."""
 
+import argparse
 import json
+import shlex
 import sys
+import textwrap
 from pathlib import Path
+
+
+class _HelpWithNames(argparse.Action):
+    """``--help``, and after it the names that the arguments take; they are read when somebody asks."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this, and the names that there are")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_help()
+        print()
+        for what, names in _names().items():
+            print(textwrap.fill(f"{what}: {', '.join(names)}", 100, subsequent_indent="  ", break_on_hyphens=False))
+        parser.exit()
+
+
+def _names() -> dict[str, list[str]]:
+    from ..experiments.corpus import load_corpus
+    from ..experiments.modes import FIXES, MODES
+    from ..experiments.presets import preset_names
+    from ..policies import policy_names
+
+    own = load_corpus("own")
+    families = [name.rpartition("-")[0] for name in own.attacks]
+    return {
+        "presets": preset_names(),
+        "policies": policy_names(),
+        "modes": [*dict.fromkeys([*MODES, *FIXES]), "a number from 0 (biased) to 1 (fair)", "parts joined by +, such as fair+sinks=4"],
+        "defenses": list(own.defenses),
+        "attacks": [f"{name} ({name}-1 to {name}-{families.count(name)})" for name in dict.fromkeys(families)],
+    }
 
 
 def add_commands(commands) -> None:
     """Add the commands to the parser of :mod:`kvpitfalls.cli`."""
-    sweep = commands.add_parser("sweep", help="run a matrix of policies, ratios, prompts and attacks, or go on with one")
+    sweep = commands.add_parser("sweep", add_help=False, help="run a matrix of policies, ratios, prompts and attacks, or go on with one")
     what = sweep.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
@@ -41,10 +75,12 @@ def _compare(args) -> int:
 
 
 def _add_single_commands(commands) -> None:
-    leakage = commands.add_parser("leakage", help="attack defended system prompts: leak, refusal, recall and following, together")
+    leakage = commands.add_parser(
+        "leakage", add_help=False, help="attack defended system prompts: leak, refusal, recall and following, together"
+    )
     leakage.add_argument("--attack", action="append", dest="attacks", metavar="NAME", help="an attack or a family; once for each")
     leakage.set_defaults(run=_leakage)
-    ifeval = commands.add_parser("ifeval", help="how many checkable instructions of the system prompt are followed")
+    ifeval = commands.add_parser("ifeval", add_help=False, help="how many checkable instructions of the system prompt are followed")
     ifeval.set_defaults(run=_ifeval)
     for command in (leakage, ifeval):
         command.add_argument("--defense", action="append", dest="defenses", metavar="NAME", help="once for each")
@@ -59,12 +95,15 @@ def _add_single_commands(commands) -> None:
             metavar="NAME",
             help="biased, random, phrase, pinned, boundary, floor, fair, fair_phrase, paper, a number, ...",
         )
-        command.add_argument("--ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed")
+        command.add_argument(
+            "--ratio", "--compression-ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed"
+        )
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)
 
 
 def _add_run_arguments(command) -> None:
+    command.add_argument("-h", "--help", action=_HelpWithNames)
     command.add_argument("--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed")
     command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
     command.add_argument("--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each")
@@ -100,17 +139,32 @@ def run_parts(args, parts: dict) -> int:
     done = {}
     for name, config in parts.items():
         folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)
-        done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data, engine=args.engine, workers=args.workers)}
+        try:
+            done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data, engine=args.engine, workers=args.workers)}
+        except KeyboardInterrupt:
+            print(f"\nkvpitfalls {args.command}: interrupted; {_recorded(folder)}", file=sys.stderr)
+            return 130
     if args.json:
         print(json.dumps(done, indent=1))
     else:
         for part in done.values():
             states = f"{part['failed']} failed, {part['infeasible']} infeasible"
             print(f"{part['folder']}: {part['items']} items, {states}, {part['resumed_at']} were there already")
+        print(f"Tables, figures and a page of it: kvpitfalls report {shlex.quote(args.output)}")
     failed = sum(part["failed"] for part in done.values())
     if failed:
         print(f"kvpitfalls {args.command}: {failed} items failed; their records hold the error", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _recorded(folder: Path) -> str:
+    """What an interrupted sweep leaves."""
+    from ..experiments.records import META, read_meta, read_records
+
+    if not (folder / META).exists():
+        return f"nothing is recorded in {folder} yet"
+    n_item = read_meta(folder)["items"]
+    return f"{len(read_records(folder))} of {n_item} items are recorded in {folder}, and the same command goes on from there"
 
 
 def _single(args, **changes) -> dict:
@@ -161,7 +215,7 @@ def _ifeval(args) -> int:
 
 def _run_and_show(args, parts: dict, text) -> int:
     code = run_parts(args, parts)
-    if not args.json:
+    if not args.json and code != 130:
         print(f"\n{text()}")
     return code
 

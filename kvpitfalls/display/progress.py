@@ -15,3 +15,23 @@ def progress(iterable=None, **options):
     from tqdm.auto import tqdm
 
     return tqdm(iterable, **{"delay": 1, "disable": not shown(), **options})
+
+
+def progress_or_lines(**options):
+    """:func:`progress`, or, where nobody sees a bar (a log, a job of a cluster), a line every half minute."""
+    from tqdm import tqdm
+
+    return progress(**options) if shown() else tqdm(**options, file=_Lines(), mininterval=30, ascii=True, ncols=80)
+
+
+class _Lines:
+    """The standard error, on which nothing is written over."""
+
+    def write(self, text: str) -> None:
+        """A line of its own for what would stand in place of another."""
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        """As for any file."""
+        sys.stderr.flush()

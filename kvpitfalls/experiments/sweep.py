@@ -14,7 +14,7 @@ import torch
 from .. import __version__, _core
 from ..audits.following import need_checkers
 from ..audits.leakage import need_rouge
-from ..display.progress import progress
+from ..display.progress import progress_or_lines
 from ..hf.load import DEFAULT_MODEL, describe, load, revision
 from .batch import run_batch
 from .config import SweepConfig
@@ -80,7 +80,7 @@ def sweep(
         done = recover(folder, (batch.items(corpus) for batch in batches))
         write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])
-        with progress(total=n_item, initial=held, desc="sweep, items", delay=0) as bar:
+        with progress_or_lines(total=n_item, initial=held, desc="sweep, items") as bar:
             left = batches[done:]
             if engine == "ray" and left:
                 made = run_ray(config, corpus, left, meta["same"], workers)
