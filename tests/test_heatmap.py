@@ -13,7 +13,7 @@ from browser import needs_chromium, run_beside
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
-from kvpitfalls.display.markup import token_strip, visible
+from kvpitfalls.display.markup import SPAN_COLORS, token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
 
 HOSTILE = [
@@ -72,7 +72,7 @@ def test_hostile_prompts_stay_text():
     shown = hostile_map()
     page = Page(shown.html)
     assert page.tokens == [visible(token) for token in HOSTILE]
-    assert page.tags.count("script") == 2 and page.loads == [] and page.handlers == [] and "img" not in page.tags
+    assert page.tags.count("script") == 2 and page.loads == ["#span-0", "#span-1"] and page.handlers == [] and "img" not in page.tags
     assert page.title == "</title><script>document.title='owned'</script>"
     text = shown.html.encode("utf-8").decode("utf-8")  # a lone surrogate could not be written
     assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text)
@@ -161,9 +161,10 @@ def test_the_sliders_in_a_browser(tmp_path):
         get("setting").selectedIndex = s;
         get("setting").dispatchEvent(new doc.defaultView.Event("input"));
         await new Promise((done) => setTimeout(done, 30));
-        out.push([get("ratio-text").value, get("layer-text").value,
+        if (get("ratio").getAttribute("aria-valuetext") !== get("ratio-text").textContent) throw "a slider says something else";
+        out.push([get("ratio-text").textContent, get("layer-text").textContent,
           [...doc.querySelectorAll("bdi")].map((b) => +b.style.getPropertyValue("--k")),
-          [...doc.querySelectorAll(".kvp-span output")].map((o) => o.value)]);
+          [...doc.querySelectorAll("#instructions .kvp-share")].map((o) => o.textContent)]);
       }
       const token = doc.querySelectorAll("bdi")[5];
       token.dispatchEvent(new doc.defaultView.PointerEvent("pointerover", {bubbles: true}));
@@ -186,8 +187,64 @@ def test_the_sliders_in_a_browser(tmp_path):
         assert [int(text[:-2]) for text in found[3]] == pytest.approx(
             [int(text[:-2]) for text in wanted[3]], abs=1
         )  # halves round either way
-    assert said == f"token 5: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
+    assert said == f"token 5 “{visible(HOSTILE[5]).strip()}”: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
     assert color.startswith("rgba(68, 119, 170, ")
+
+
+@needs_chromium
+def test_two_settings_side_by_side_links_and_the_keyboard(tmp_path):
+    shown = hostile_map(spans={"later": (4, 6), "sooner": (1, 3)})
+    shown.save(tmp_path / "map.html")
+    script = """
+      const main = doc.getElementById("heatmap"), get = (id) => doc.getElementById(id), window = doc.defaultView;
+      await wait(() => main.dataset.ready);
+      const press = (key) => main.querySelector(".kvp-tokens").dispatchEvent(new window.KeyboardEvent("keydown", {key, bubbles: true}));
+      const choose = async (index) => {
+        get("beside").selectedIndex = index;
+        get("beside").dispatchEvent(new window.Event("input"));
+        await new Promise((done) => setTimeout(done, 50));
+      };
+      await choose(2);
+      const strips = [...main.querySelectorAll(".kvp-tokens")], out = [get("dead")];
+      const shades = (strip) => [...strip.querySelectorAll("bdi")].map((b) => +b.style.getPropertyValue("--k"));
+      out.push(strips.map((strip) => [strip.dataset.setting, shades(strip)]));
+      out.push([...doc.querySelectorAll("#instructions li")].map((li) => li.textContent));
+      out.push([...doc.querySelectorAll("#instructions a")].map((a) => doc.querySelector(a.getAttribute("href")).dataset.edges));
+      const ids = [...doc.querySelectorAll("[id]")].map((element) => element.id);
+      out.push(ids.length - new Set(ids).size);
+      for (const key of ["End", "ArrowRight", "ArrowLeft"]) press(key);
+      out.push(get("token").value, [...main.querySelectorAll(".kvp-at")].length);
+      await choose(0);
+      out.push(main.querySelectorAll(".kvp-tokens").length, doc.querySelector("#instructions li").textContent);
+      return out;
+    """
+    dead, strips, said, edges, n_twice, token, n_at, n_left, alone = json.loads(run_beside(tmp_path / "map.html", script, tmp_path))
+    shares = [counts[2].mean(0) / 3 for counts in shown.counts.values()]
+    assert dead is None and n_twice == 0 and n_at == 1 and n_left == 1
+    assert [name for name, _ in strips] == list(shown.counts)
+    for (_, found), wanted in zip(strips, shares, strict=True):
+        assert found == pytest.approx(list(wanted), abs=6e-4)
+    assert edges == ["4,6", "1,3"]
+    for text, (name, (begin, end)) in zip(said, shown.spans.items(), strict=True):
+        numbers = re.fullmatch(rf"{name} (\d+) % \| (\d+) %", text)
+        assert [int(number) for number in numbers.groups()] == pytest.approx([100 * of[begin:end].mean() for of in shares], abs=1)
+    assert alone == said[0].split(" | ")[0]
+    both = " | ".join(f"{100 * of[11]:.0f} %" for of in shares)
+    assert token == f"token 11 “{visible(HOSTILE[11]).strip()}”: {both} kept"
+
+
+def test_where_the_script_does_not_run_the_page_says_so():
+    assert "<p id='dead'>The script of this page does not run here" in hostile_map().html
+    assert hostile_map(spans={}).html.count("tabindex='0'") == 1
+
+
+@pytest.mark.parametrize("color", SPAN_COLORS)
+def test_names_can_be_read_on_their_colors(color):
+    """WCAG 2.2: 4.5 to 1 for white text, 3 to 1 for outlines on a dark page."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert 1.05 / (luminance + 0.05) >= 4.5 and (luminance + 0.05) / 0.05 >= 3
 
 
 @needs_chromium

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .markup import STYLE, escape, percent, token_strip
+from .markup import STYLE, escape, percent, span_color, token_strip
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark }
@@ -24,63 +24,126 @@ h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
 .controls { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid GrayText; padding: .4em 0; display: grid;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: .3em 1.4em }
 .controls label { display: grid; grid-template-columns: 4.2em 1fr; align-items: center; align-content: start; gap: .4em }
-.controls label > output { grid-column: 2; font-variant-numeric: tabular-nums }
+.controls label > span { grid-column: 2; font-variant-numeric: tabular-nums }
 .controls input, .controls select { width: 100%; margin: 0; min-width: 0; font: inherit }
 #token { min-height: 1.5em; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
 .legend { display: flex; align-items: center; gap: .5em; font-size: 13px }
 .legend i { width: 8em; height: 1em; border: 1px solid GrayText; print-color-adjust: exact; -webkit-print-color-adjust: exact;
   background: linear-gradient(90deg, rgb(68 119 170 / 0), rgb(68 119 170 / .65)) }
-.kvp-span > b > output { margin-left: .4em; white-space: nowrap }
-@media print { .controls { position: static } }
+#dead { border: 1px solid GrayText; padding: .3em .6em }
+#instructions { margin: .6em 0; padding: 0; list-style: none; max-height: 11em; overflow: auto; display: flex; flex-wrap: wrap;
+  gap: .2em 1.2em; font-size: 14px; font-variant-numeric: tabular-nums }
+#instructions a { color: inherit; border-left: 4px solid var(--c); padding-left: .4em }
+#strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 0 1.6em }
+.kvp-tokens[data-setting]::before { content: attr(data-setting); display: block; font-weight: bold }
+.kvp-span { scroll-margin-top: 7em }
+.kvp-at { outline: 2px solid CanvasText }
+.kvp-share { font-style: normal; margin-left: .4em; white-space: nowrap }
+@media (forced-colors: active) { .kvp-tokens bdi, .kvp-span, .kvp-span > b, .legend i, #instructions a { forced-color-adjust: none } }
+@media print { .controls { position: static } #instructions { max-height: none } }
 """
 # counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256), deflated
 _SCRIPT = """
 "use strict";
 (async () => {
   const get = (id) => document.getElementById(id), main = get("heatmap");
+  get("dead").remove();
   const numbers = (text) => text.split(",").map(Number);
   const [ratios, kept, layers, heads] = ["ratios", "kept", "layers", "heads"].map((name) => numbers(main.dataset[name]));
-  const tokens = [...main.querySelectorAll("bdi")], spans = [...main.querySelectorAll(".kvp-span")];
+  const strips = [main.querySelector(".kvp-tokens")], n = strips[0].querySelectorAll("bdi").length;
   const packed = get("counts").textContent.trim().split("\\n"), unpacked = new Map();
   const percent = (share) => (100 * share).toFixed(0) + " %";
-  let shares = [], shown = null;
+  const names = [...get("setting").options].map((option) => option.text);
+  const spans = [...strips[0].querySelectorAll(".kvp-span")], links = [...document.querySelectorAll("#instructions a")];
+  const places = links.map((link) => spans.findIndex((span) => "#" + span.id === link.getAttribute("href")));
+  let shares = [], at = null;
 
   async function counts(setting) {
     if (!unpacked.has(setting)) {
       const bytes = Uint8Array.from(atob(packed[setting]), (c) => c.charCodeAt(0));
       const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-      const data = new Uint8Array(await new Response(stream).arrayBuffer()), plane = layers.length * tokens.length;
+      const data = new Uint8Array(await new Response(stream).arrayBuffer()), plane = layers.length * n;
       for (let i = plane; i < data.length; i++) data[i] += data[i - plane];
       unpacked.set(setting, data);
     }
     return unpacked.get(setting);
   }
 
+  const settings = () => [get("setting").selectedIndex, get("beside").selectedIndex - 1].filter((i) => i >= 0);
+
   async function draw() {
-    const r = +get("ratio").value, layer = +get("layer").value - 1, setting = get("setting").selectedIndex;
-    const data = await counts(setting), chosen = layer < 0 ? [...layers.keys()] : [layer], n = tokens.length;
-    shares = new Float64Array(n);
-    for (const l of chosen)
-      for (let t = 0, at = (r * layers.length + l) * n; t < n; t++) shares[t] += data[at + t] / heads[l] / chosen.length;
-    tokens.forEach((token, t) => token.style.setProperty("--k", shares[t].toFixed(3)));
-    for (const span of spans) {
-      const [begin, end] = numbers(span.dataset.edges);
-      span.querySelector("output").value = percent(shares.slice(begin, end).reduce((a, b) => a + b, 0) / (end - begin));
-    }
-    get("ratio-text").value = `${+(100 * ratios[r]).toFixed(2)} % removed, ${kept[r]} of ${n} tokens kept`;
-    get("layer-text").value = layer < 0 ? `mean of all ${layers.length}` : `layer ${layers[layer]}`;
+    await Promise.all(settings().map(counts));
+    const shown = settings(), r = +get("ratio").value, layer = +get("layer").value - 1;
+    if (!shown.every((setting) => unpacked.has(setting))) return;  // chosen meanwhile: its own event draws it
+    const chosen = layer < 0 ? [...layers.keys()] : [layer];
+    shares = shown.map((setting) => {
+      const data = unpacked.get(setting), of = new Float64Array(n);
+      for (const l of chosen)
+        for (let t = 0, from = (r * layers.length + l) * n; t < n; t++) of[t] += data[from + t] / heads[l] / chosen.length;
+      return of;
+    });
+    place(shown);
+    shares.forEach((of, i) => shade(strips[i], of));
+    links.forEach((link, i) => {
+      const said = strips.map((strip) => strip.querySelectorAll(".kvp-share")[places[i]].textContent);
+      link.nextElementSibling.textContent = said.join(" | ");
+    });
+    say("ratio", `${+(100 * ratios[r]).toFixed(2)} % removed, ${kept[r]} of ${n} tokens kept`);
+    say("layer", layer < 0 ? `mean of all ${layers.length}` : `layer ${layers[layer]}`);
     tell();
   }
 
-  function tell() {
-    if (shown !== null) get("token").value = `token ${shown}: ${percent(shares[shown])} kept`;
+  function place(shown) {
+    while (strips.length > shown.length) strips.pop().remove();
+    if (strips.length < shown.length) {
+      strips.push(get("strips").appendChild(strips[0].cloneNode(true)));
+      strips[1].querySelectorAll("[id]").forEach((element) => element.removeAttribute("id"));
+    }
+    strips.forEach((strip, i) => {
+      if (shown.length > 1) strip.dataset.setting = names[shown[i]];
+      else delete strip.dataset.setting;
+    });
   }
 
-  main.addEventListener("pointerover", (event) => {
+  function shade(strip, of) {
+    strip.querySelectorAll("bdi").forEach((token, t) => token.style.setProperty("--k", of[t].toFixed(3)));
+    for (const span of strip.querySelectorAll(".kvp-span")) {
+      const [begin, end] = numbers(span.dataset.edges);
+      span.querySelector(".kvp-share").textContent = percent(of.slice(begin, end).reduce((a, b) => a + b, 0) / (end - begin));
+    }
+  }
+
+  function say(id, text) {
+    get(id + "-text").textContent = text;
+    get(id).setAttribute("aria-valuetext", text);
+  }
+
+  function tell() {
+    if (at === null) return;
+    const text = strips[0].querySelectorAll("bdi")[at].textContent.trim();
+    get("token").value = `token ${at} \u201c${text}\u201d: ${shares.map((of) => percent(of[at])).join(" | ")} kept`;
+  }
+
+  function move(token) {
+    for (const strip of strips) strip.querySelectorAll(".kvp-at").forEach((old) => old.classList.remove("kvp-at"));
+    at = token;
+    tell();
+  }
+
+  get("strips").addEventListener("pointerover", (event) => {
     const token = event.target.closest("bdi");
-    if (token) { shown = tokens.indexOf(token); tell(); }
+    if (token) move([...token.closest(".kvp-tokens").querySelectorAll("bdi")].indexOf(token));
   });
-  for (const id of ["setting", "ratio", "layer"]) get(id).addEventListener("input", draw);
+  get("strips").addEventListener("keydown", (event) => {
+    const to = {ArrowRight: (at ?? -1) + 1, ArrowLeft: (at ?? 1) - 1, Home: 0, End: n - 1}[event.key];
+    if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    move(Math.min(Math.max(to, 0), n - 1));
+    const token = event.target.closest(".kvp-tokens").querySelectorAll("bdi")[at];
+    token.classList.add("kvp-at");
+    token.scrollIntoView({block: "nearest"});
+  });
+  for (const id of ["setting", "beside", "ratio", "layer"]) get(id).addEventListener("input", draw);
   await draw();
   main.dataset.ready = "yes";
   const fit = () => { if (window.frameElement) window.frameElement.style.height = document.documentElement.offsetHeight + 4 + "px"; };
@@ -169,19 +232,28 @@ class HeatMap:
         strip = token_strip(self.tokens, self.spans, shares, notes=notes)
         lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
-        return f"<main id='heatmap' {data}>{self._controls(r)}{strip}</main>"
+        links = "".join(
+            f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{escape(name)}</a> <i class='kvp-share'>{said}</i></li>"
+            for i, (name, said) in enumerate(notes.items())
+        )
+        found = f"<ul id='instructions' aria-label='instructions and their kept shares'>{links}</ul>" if links else ""
+        return f"<main id='heatmap' {data}>{self._controls(r)}{found}<div id='strips'>{strip}</div></main>"
 
     def _controls(self, r: int) -> str:
         options = "".join(f"<option>{escape(name)}</option>" for name in self.counts)
         removed = f"{percent(self.compression_ratios[r])} removed, {self.n_kept[r]} of {len(self.tokens)} tokens kept"
+        every = f"mean of all {len(self.layers)}"
         return f"""<div class='controls'>
 <label>policy <select id='setting' autocomplete='off'>{options}</select></label>
-<label>ratio <input id='ratio' type='range' min='0' max='{len(self.compression_ratios) - 1}' value='{r}' autocomplete='off'>
-<output id='ratio-text'>{removed}</output></label>
-<label>layer <input id='layer' type='range' min='0' max='{len(self.layers)}' value='0' autocomplete='off'>
-<output id='layer-text'>mean of all {len(self.layers)}</output></label>
-<div class='legend'>lost <i></i> kept</div><output id='token'>Point at a token for its share.</output>
-</div><noscript>Without scripts this page shows the first policy, all layers, and one ratio.</noscript>"""
+<label>beside <select id='beside' autocomplete='off'><option>nothing</option>{options}</select></label>
+<label>ratio <input id='ratio' type='range' min='0' max='{len(self.compression_ratios) - 1}' value='{r}' autocomplete='off'
+aria-valuetext='{removed}'><span id='ratio-text' aria-hidden='true'>{removed}</span></label>
+<label>layer <input id='layer' type='range' min='0' max='{len(self.layers)}' value='0' autocomplete='off'
+aria-valuetext='{every}'><span id='layer-text' aria-hidden='true'>{every}</span></label>
+<div class='legend'>lost <i></i> kept</div>
+<output id='token'>Point at a token for its share, or go to one with the arrow keys.</output>
+</div><p id='dead'>The script of this page does not run here (scripts are off, or the viewer forbids them), so the controls do nothing:
+it shows the first policy, the mean of all layers, and one ratio.</p>"""
 
     def save(self, path) -> None:
         """Write the page to a file."""

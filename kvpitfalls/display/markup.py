@@ -4,8 +4,8 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-# Outlines of instructions: told apart with any colour vision, at least 3 : 1 against white and black. The names stand beside them.
-SPAN_COLORS = ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")
+# Outlines of instructions, and white names on them: told apart with any colour vision, 4.5 : 1 or more against white, 3 : 1 against black.
+SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
@@ -81,6 +81,11 @@ def _cell(value, is_share: bool) -> str:
     return f"<td{' class=n' if number else ''}>{'' if value is None else escape(value)}</td>"
 
 
+def span_color(i: int) -> str:
+    """The colour of the i-th instruction."""
+    return SPAN_COLORS[i % len(SPAN_COLORS)]
+
+
 def token_strip(
     tokens: Sequence[str],
     spans: Mapping[str, tuple[int, int]],
@@ -88,7 +93,10 @@ def token_strip(
     is_template: Sequence[bool] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> str:
-    """The prompt, token by token: instructions outlined and named (with a note each), tokens shaded by their share if there are any.
+    """The prompt, token by token: instructions outlined and named, tokens shaded by their share if there are any.
+
+    With ``notes``, which stand beside the names, an instruction can be linked to (``#span-0``) and the keyboard reaches the tokens: a page
+    has one such strip at most.
 
     Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run from left to right.
     """
@@ -100,12 +108,13 @@ def token_strip(
             out.append("</span>")
         if t in starts:
             name, end, i = starts[t]
-            color = SPAN_COLORS[i % len(SPAN_COLORS)]
-            said = f"<output>{escape(notes[name])}</output>" if notes else ""
-            out.append(f"<span class='kvp-span' style='--c: {color}' data-edges='{t},{end}'><b>{escape(name)}{said}</b>")
+            said = f"<i class='kvp-share'>{escape(notes[name])}</i>" if notes is not None else ""
+            place = f" id='span-{i}'" if notes is not None else ""
+            out.append(f"<span class='kvp-span'{place} style='--c: {span_color(i)}' data-edges='{t},{end}'><b>{escape(name)}{said}</b>")
         kind = " class='kvp-template'" if is_template is not None and is_template[t] else ""
         shade = f" style='--k: {shares[t]:.3f}'" if shares is not None else ""
         out.append(f"<bdi{kind}{shade}>{escape(token)}</bdi>")
     if len(tokens) in ends:
         out.append("</span>")
-    return f"<div class='kvp-tokens' dir='ltr'>{''.join(out)}</div>"
+    reached = " tabindex='0' role='group' aria-label='tokens of the prompt'" if notes is not None else ""
+    return f"<div class='kvp-tokens' dir='ltr'{reached}>{''.join(out)}</div>"
