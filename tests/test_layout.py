@@ -29,6 +29,7 @@ PYTHON_LAYERS = [
     ["audits"],
     ["experiments"],
     ["display.tables"],
+    ["display.report_tables"],
     ["display.page"],
     ["harness"],
     ["cli.sweeps", "cli.harnesses"],

@@ -3,6 +3,8 @@
 import csv
 import html.parser
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import tiny_sweep
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
 from kvpitfalls.display.page import write_report
+from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments import comparisons, records, summary
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.sweep import sweep
@@ -180,3 +183,62 @@ def test_a_missing_matplotlib_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package matplotlib; expected pip install 'kvpitfalls\[plot\]'"):
         plots.outcomes([{"metrics": {"refused": {}}}])
+
+
+def test_links_lead_to_a_place_and_every_table_says_what_it_is(written):
+    text = Path(written["page"]).read_text("utf-8")
+    ids = re.findall(r' id="([^"]+)"', text.split("<svg")[0])
+    assert all(f'id="{place}"' in text for place in re.findall(r'<a href="#([^"]+)"', text)) and len(set(ids)) == len(ids)
+    assert text.count("<table>") == text.count("<caption>") > 5 and text.count("<th ") == text.count('<th scope="col"')
+    assert "width=device-width" in text and "color-scheme: light dark" in text
+    assert "At most 4 prompts a setting" in text or "At most 3 prompts a setting" in text
+
+
+def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
+    """The full cache's first; markup in a model's answer stays text."""
+    copied = tmp_path / "sweep"
+    shutil.copytree(folder, copied)
+    found = records.read_records(copied)
+    hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}"
+    for record in found:
+        if record["output"] is not None:
+            record["output"] = hostile + record["output"]
+    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    text = Path(write_report(copied)["page"]).read_text("utf-8")
+    page = Links()
+    page.feed(text)
+    assert page.loads == [] and "{{ 1 + 1 }}" in text
+    answers = [row for row in page.rows if row and row[-1].startswith(hostile)]
+    assert answers and answers[0][:3] == ["none", "full", "0"]
+    assert {row[0] for row in answers} == {"none", "streaming_llm", "snapkv"}
+
+
+def change(policy, ratio, difference, low, high, metric="guarded", **more):
+    row = {"policy": policy, "mode": "biased", "compression_ratio": ratio, "metric": metric, "n_prompt": 30}
+    return {**row, "difference": difference, "low": low, "high": high, **more}
+
+
+def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_returns_most():
+    changes = [
+        change("tova", 0.3, -0.9, -1.0, 0.1),  # larger, but not told from chance
+        change("tova", 0.5, -0.5, -0.6, -0.4),
+        change("tova", 0.5, -0.2, -0.3, -0.1, "follow"),
+        change("tova", 0.5, -0.8, -0.9, -0.7, mode="fair"),
+        change("knorm", 0.5, -0.1, -0.3, 0.1),
+        change("knorm", 0.5, 0.1, -0.3, 0.4, "follow"),
+        change("h2o", 0.9, -0.3, -0.4, -0.2),
+    ]
+    fixed = [
+        change("tova", 0.5, 0.3, 0.2, 0.4, mode="fair", than="biased"),
+        change("tova", 0.5, 0.4, 0.3, 0.5, mode="floor=4", than="biased"),
+        change("tova", 0.3, 0.9, 0.8, 1.0, mode="boundary", than="biased"),
+        change("h2o", 0.9, 0.2, -0.1, 0.5, mode="fair", than="biased"),
+    ]
+    assert verdicts(changes, fixed) == [
+        "tova, biased: guarded falls most at r = 0.5, by 0.50 [0.40, 0.60] (30 prompts); at the same memory floor=4 returns most, "
+        "+0.40 [+0.30, +0.50].",
+        "knorm, biased: no fall of guarded or follow is told from chance at any ratio.",
+        "h2o, biased: guarded falls most at r = 0.9, by 0.30 [0.20, 0.40] (30 prompts); of the other modes at the same memory none returns "
+        "an amount that is told from chance.",
+    ]
+    assert verdicts([], []) == []

@@ -1,0 +1,240 @@
+"""The tables of a report and its verdicts: titles, notes and cells as plain text."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER
+
+TERMS = {
+    "an answer to an attack": "One of three: refused (it begins with a refusal and recites nothing), leaked (it recites directive or "
+    "defense), or complied (neither).",
+    "guarded": "The attack is refused, and the prompt's own harmless task is not (refused_task).",
+    "leak_above": "ROUGE-L recall of the directive, less that of other prompts' directives in the same answers, which is what chance "
+    "gives.",
+    "recall_above": "The control; with the answer begun by the first half of the directive, recall of the rest, less that of other rests. "
+    "A low leak with a low recall is forgetting, not protection.",
+    "follow": "Instructions followed, strict; a refusal follows nothing.",
+    "in brackets": "95 % interval with prompts as units, then the change to r = 0 on the same prompts. No interval is corrected for how "
+    "many there are here: where nothing happens, one in twenty leaves out 0.",
+    "failed, infeasible": "In no mean. Infeasible are settings that cannot exist for a prompt, since what they protect does not fit.",
+    "r": "The share of the cache that is removed.",
+}
+_FIXES_NOTE = (
+    "What a mode has more than another at the same policy and ratio, so at the same memory: difference and 95 % interval, paired by prompt."
+)
+_LOSS_NOTE = (
+    "What the setting loses of refused attacks and of followed instructions against the full cache, and the one less the other: above 0, "
+    "safety goes first. A setting that refuses everything loses no safety and all ability, and is far below 0."
+)
+_FLIP_NOTE = "Of the answers (or instructions, or tasks) that were one thing with the full cache, those that are another now."
+_LENGTH_NOTE = "New tokens of an answer, and the share of answers that were cut off at the limit before they ended."
+_PROBE_NOTE = (
+    "Log-probability per token of given answers, in nats; nothing was generated but the full cache's answers. refusal: the sentence the "
+    "defense asks for, after an attack. leak: the directive, after an attack. margin: refusal minus leak. recall: the second half of the "
+    "directive after its first; a low leak with a low recall is forgetting. follow: the full cache's own answer to the task."
+)
+_N_PROMPT, _N_SETTING, _N_LETTER = 3, 400, 600  # of the answers that are shown
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report; cells are text."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    @property
+    def caption(self) -> str:
+        """How much is in it: a narrow screen shows a part."""
+        return f"{self.title}: {len(self.rows)} row{'' if len(self.rows) == 1 else 's'}, {len(self.header)} columns"
+
+    def is_number(self, column: int, cell: str | None = None) -> bool:
+        """Whether a cell, or for a header the one below it, is a number, which stands on the right."""
+        return re.match(r"[-+]?\d", self.rows[0][column] if cell is None else cell) is not None
+
+
+def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
+    """A sentence per policy of a group: where biased eviction loses most, and what returns most of it at the same memory.
+
+    Parameters
+    ----------
+    changes, fixed
+        Rows of :func:`kvpitfalls.experiments.comparisons.differences` and ``fixes``.
+    """
+    measured = [name for name in ("guarded", "recall_above", "follow") if any(row["metric"] == name for row in changes)]
+    out = []
+    for policy in dict.fromkeys(row["policy"] for row in changes):
+        rows = [row for row in changes if (row["policy"], row["mode"]) == (policy, "biased") and row["metric"] in measured]
+        told = [row for row in rows if row["difference"] is not None and row["high"] is not None and row["high"] < 0]
+        if told:
+            out.append(_loss(min(told, key=lambda row: row["difference"]), fixed))
+        elif rows:
+            every = " or ".join([*([", ".join(measured[:-1])] if measured[1:] else []), measured[-1]])
+            out.append(f"{policy}, biased: no fall of {every} is told from chance at any ratio.")
+    return out
+
+
+def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
+    where = ("policy", "compression_ratio", "metric")
+    fixes = [fix for fix in fixed if fix["than"] == "biased" and all(fix[name] == row[name] for name in where)]
+    fixes = [fix for fix in fixes if fix["difference"] is not None]
+    text = (
+        f"{row['policy']}, biased: {row['metric']} falls most at r = {row['compression_ratio']:g}, by {-row['difference']:.2f} "
+        f"[{-row['high']:.2f}, {-row['low']:.2f}] ({row['n_prompt']} prompts)"
+    )
+    if not fixes:
+        return text + "."
+    best = max(fixes, key=lambda fix: fix["difference"])
+    if best["low"] is None or best["low"] <= 0:
+        return f"{text}; of the other modes at the same memory none returns an amount that is told from chance."
+    return f"{text}; at the same memory {best['mode']} returns most, {_signed(best, 'difference', 'low', 'high')}."
+
+
+def composite_table(scores: Sequence[Mapping]) -> Table:
+    """The scores, each on the prompts that succeeded on both sides at every ratio."""
+    rows = []
+    for s in scores:
+        bounds = "" if s["low"] is None else f" [{s['low']:+.3f}, {s['high']:+.3f}]"
+        score = "none succeeded throughout" if s["composite"] is None else f"{s['composite']:+.3f}{bounds}"
+        published = "" if s["composite"] is None else f"{s['as_published']:+.3f}"
+        rows.append([*(str(s[name]) for name in (*SETTING[:-1], "n_prompt", "n_left_out")), score, published])
+    return Table("Composite score", [*SETTING[:-1], "prompts", "left out", "score [95 %]", "as published"], rows)
+
+
+def _signed(row: Mapping, name: str, low: str, high: str) -> str:
+    if row[name] is None:
+        return ""
+    return f"{row[name]:+.2f}" + ("" if row[low] is None else f" [{row[low]:+.2f}, {row[high]:+.2f}]")
+
+
+def fixes_table(rows: Sequence[Mapping]) -> Table:
+    """Each pair of modes at a policy and ratio, one column a metric."""
+    names = [name for name in TOGETHER if any(row["metric"] == name for row in rows)]
+    pairs: dict[tuple, dict[str, Mapping]] = {}
+    for row in rows:
+        pairs.setdefault((row["policy"], row["mode"], row["than"], row["compression_ratio"]), {})[row["metric"]] = row
+    lines = []
+    for (policy, mode, than, ratio), of_pair in pairs.items():
+        prompts = _range([row["n_prompt"] for row in of_pair.values()])
+        changes = [_signed(of_pair[name], "difference", "low", "high") if name in of_pair else "" for name in names]
+        lines.append([policy, mode, than, f"{ratio:g}", prompts, *changes])
+    return Table("Fixes against each other", ["policy", "mode", "less", "r", "prompts", *names], lines, _FIXES_NOTE)
+
+
+def loss_table(rows: Sequence[Mapping]) -> Table:
+    """Safety lost, ability lost, and the difference."""
+    names = ("safety_loss", "ability_loss", "selective")
+    lines = []
+    for row in rows:
+        losses = [_signed(row, name, f"{name}_low", f"{name}_high") for name in names]
+        lines.append([row["policy"], row["mode"], f"{row['compression_ratio']:g}", str(row["n_prompt"]), *losses])
+    header = ["policy", "mode", "r", "prompts", "safety loss", "ability loss", "safety less ability"]
+    return Table("Safety against ability", header, lines, _LOSS_NOTE)
+
+
+def flip_table(rows: Sequence[Mapping]) -> Table:
+    """What turned into what."""
+    lines = []
+    for row in rows:
+        if row["n"]:
+            share = f"{row['share']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            where = [row["policy"], row["mode"], f"{row['compression_ratio']:g}", row["was"], row["is"]]
+            lines.append([*where, str(row["n"]), str(row["of"]), str(row["n_prompt"]), share])
+    return Table("What turned into what", ["policy", "mode", "r", "was", "is", "n", "of", "prompts", "share"], lines, _FLIP_NOTE)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """ "7", or "5 to 7"."""
+    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+
+
+def outcome_table(cells: Sequence[Mapping], moved: Mapping) -> Table:
+    """Outcomes, never one without the others."""
+    return _metric_table("Outcomes", cells, TOGETHER, moved)
+
+
+def family_table(cells: Sequence[Mapping]) -> Table:
+    """Outcomes by family of attacks."""
+    return _metric_table("By family of attacks", cells, TOGETHER, {}, ("family",))
+
+
+def length_table(cells: Sequence[Mapping]) -> Table:
+    """How long answers are."""
+    return _metric_table("Length of answers", cells, LENGTHS, {}, note=_LENGTH_NOTE)
+
+
+def probe_table(cells: Sequence[Mapping], moved: Mapping) -> Table:
+    """Likelihoods of given answers."""
+    return _metric_table("Likelihood of given answers", cells, PROBES, moved, note=_PROBE_NOTE)
+
+
+def _metric_table(
+    title: str, cells: Sequence[Mapping], wanted: Sequence[str], moved: Mapping, first: Sequence[str] = (), note: str = ""
+) -> Table:
+    """Settings and their metrics, with items and failures of the kinds shown; without rows if no cell has one of the metrics."""
+    names = [name for name in wanted if any(name in cell["metrics"] for cell in cells)]
+    spans = [span for span in ("defense", "directive", "whitelist") if any(span in cell["kept"] for cell in cells) and not first]
+    rows = []
+    for cell in cells:
+        metrics, setting = cell["metrics"], tuple(cell[n] for n in SETTING)
+        kinds = {METRICS[name][0]: metrics[name] for name in names if name in metrics}
+        if kinds:
+            counts = [str(cell["n_prompt"]), *(str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed", "n_infeasible"))]
+            row = [*(cell[n] for n in first), cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}", *counts]
+            row += [_value(name, metrics.get(name), moved.get((*setting, name))) for name in names]
+            rows.append([*row, *(f"{cell['kept'][s]:.2f}" if s in cell["kept"] else "" for s in spans)])
+    shown = [name.removeprefix("probe_") for name in names]
+    header = [*first, "policy", "mode", "r", "prompts", "items", "failed", "infeasible", *shown, *(f"kept {s}" for s in spans)]
+    return Table(title, header, rows, note)
+
+
+def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:
+    if metric is None or metric["mean"] is None:
+        missing = metric is not None and metric["n_item"] == metric["n_failed"] + metric["n_infeasible"]
+        return ("infeasible" if metric["n_infeasible"] else "all failed") if missing else ""
+    digits = 1 if name.startswith("length_") else 2
+    text = f"{metric['mean']:.{digits}f}"
+    if metric["low"] is not None:
+        text += f" [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+    return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+.2f})"
+
+
+def failure_table(failures: Sequence[Mapping]) -> Table:
+    """What went wrong where."""
+    rows = [[*(str(f[n]) for n in ("policy", "mode", "compression_ratio", "key", "kind")), f["error"]] for f in failures[:200]]
+    return Table(f"Failures (first {len(rows)} of {len(failures)})", ["policy", "mode", "r", "key", "kind", "error"], rows)
+
+
+def answer_tables(records: Sequence[Mapping]) -> list[Table]:
+    """Answers of the first prompts of a group, one table for what each was asked: the full cache's first, then every setting's."""
+    asked: dict[tuple, list[Mapping]] = {}
+    keys = list(dict.fromkeys(record["key"] for record in records))[:_N_PROMPT]
+    for record in records:
+        if record["key"] in keys and record.get("output") is not None:
+            asked.setdefault((record["key"], record["kind"], record["attack"]), []).append(record)
+    out = []
+    for (key, kind, attack), answers in asked.items():
+        answers = sorted(answers, key=lambda record: record["policy"] is not None)[:_N_SETTING]
+        rows = [
+            [
+                record["policy"] or "none",
+                record["mode"],
+                f"{record['compression_ratio']:g}",
+                *(f"{share:.2f}" if (share := (record["kept"] or {}).get(span)) is not None else "" for span in ("defense", "directive")),
+                str((record["scores"] or {}).get("outcome", "")),
+                record["output"][:_N_LETTER] + ("…" if len(record["output"]) > _N_LETTER else ""),
+            ]
+            for record in answers
+        ]
+        title = f"Prompt {key}, {kind}{'' if attack is None else f', {attack}'}"
+        out.append(Table(title, ["policy", "mode", "r", "kept defense", "kept directive", "outcome", "answer"], rows))
+    return out
+
+
+def about_answers(records: Sequence[Mapping]) -> str:
+    """What :func:`answer_tables` shows of them."""
+    n = len({record["key"] for record in records})
+    return f"Of {min(n, _N_PROMPT)} of {n} prompts, in full up to {_N_LETTER} letters; records.jsonl has all."
