@@ -4,6 +4,9 @@ Pages come from this folder, the notebooks as they are committed, and the refere
 The site loads nothing from any network: no fonts, no scripts; formulas are MathML, made here.
 """
 
+import contextlib
+import io
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 import kvpitfalls
+from kvpitfalls import cli
 
 project, author, copyright = "kvpitfalls", "the kvpitfalls authors", "the kvpitfalls authors"
 version = release = kvpitfalls.__version__
@@ -53,8 +57,20 @@ def setup(app):
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("source-read", _with_own_notebooks)
+    app.connect("source-read", _with_help)
 
 
 def _with_own_notebooks(app, name, source):
     """Links to notebooks are those of the repository, where they lie beside this folder; the site has a copy inside it."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+
+
+def _with_help(app, name, source):
+    """``<!-- help COMMAND -->`` stands for what the command prints."""
+    source[0] = re.sub(r"<!-- help ?([\w-]*) -->", lambda found: f"```text\n{_help(found[1])}```", source[0])
+
+
+def _help(command: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    return said.getvalue()

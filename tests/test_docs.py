@@ -12,6 +12,7 @@ import pytest
 from numpydoc.docscrape import FunctionDoc
 
 import kvpitfalls
+from kvpitfalls import cli
 from kvpitfalls.policies import get_policy
 from kvpitfalls.policies.base import _registry
 
@@ -97,6 +98,20 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
 def test_readme_lists_the_policies():
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
     assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in BUILT_IN]
+
+
+def test_readmes_python_prints_what_stands_below_it(smollm2, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", text, flags=re.S).groups()
+    monkeypatch.setattr("kvpitfalls.hf.load.load", lambda: smollm2)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    commands = next(action.choices for action in cli._parser()._actions if isinstance(action.choices, dict))
+    assert sorted(re.findall(r"^<!-- help ([\w-]+) -->$", text, flags=re.M)) == sorted(commands)
 
 
 def test_relative_links_lead_somewhere():
