@@ -95,10 +95,10 @@ class Marks:
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts") from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
     if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
         raise ValueError(f"{path} holds no object of names and texts; expected one that is not empty")
