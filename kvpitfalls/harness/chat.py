@@ -13,6 +13,7 @@ from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import GREEDY
 from ..hf.model import attach, detach
+from ..hf.offload import device_of
 from ..hf.wrap import compress_each, pad_left
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
@@ -89,7 +90,7 @@ class CompressedChat:
         attach(self.model)
         try:
             prompt, cache = self.start(text, ids, messages)
-            given = torch.tensor([ids], device=self.model.device)
+            given = torch.tensor([ids], device=device_of(self.model))
             mask = torch.ones_like(given)
             out = self.model.generate(
                 given, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(self.model, cache), **GREEDY

@@ -6,6 +6,7 @@ from ..hf.arguments import cache_argument
 from ..hf.generating import arguments_of, n_rows_of
 from ..hf.load import load
 from ..hf.model import attach, detach
+from ..hf.offload import device_of
 from .chat import CompressedChat, kept_of
 
 _TOKENIZING = ("add_special_tokens", "truncation", "padding", "max_length")  # of tokenizer_encode_kwargs, what is not the chat template's
@@ -96,6 +97,8 @@ def text_generation(model=None, tokenizer=None, *, load_options=None, **settings
         model, tokenizer = load(model, **(load_options or {}))
     elif tokenizer is None:
         raise ValueError("a model object is given without its tokenizer; expected both")
-    pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=model.device)
+    placed = None if getattr(model, "hf_device_map", None) is not None else model.device  # a pipeline refuses to place what accelerate has
+    pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=placed)
+    pipe.device = device_of(model)
     pipe.chat = CompressedChat(model, tokenizer, **settings)
     return pipe
