@@ -130,6 +130,37 @@ def test_token_matrices(audited):
         audited.plot(theme="blue")
 
 
+PLAIN = ["price between $5 and $9", "never say {$x_$}", "$\\secret$", "100 % of a_b^c", "_hidden"]
+
+
+def drawn(figure):
+    """Every text of a figure that was drawn, and whether any could be taken for a formula or for TeX."""
+    from matplotlib.text import Text
+
+    figure._repr_png_()
+    texts = figure.findobj(lambda part: isinstance(part, Text) and part.get_text())
+    return [text.get_text() for text in texts], any("$" in t.get_text() and (t.get_parse_math() or t.get_usetex()) for t in texts)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_names_are_drawn_as_they_are(name):
+    """No formula, no TeX, and in the legend whatever they begin with; in panels' titles, above matrices and at ticks, too."""
+    row = {"policy": name, "fair": False, "compression_ratio": 0.5, "kept": 0.5}
+    texts, is_formula = drawn(plots.retention([{**row, "span": name}, {**row, "span": "task"}]))
+    assert {name, "task", f"{name}, biased"} <= set(texts) and not is_formula
+    texts, is_formula = drawn(plots.token_matrix(np.eye(2), [name, 1], {name: (0, 1)}, ylabel=name, title=name))
+    assert texts.count(name) == 5 and not is_formula, "a tick has its label twice"
+
+
+@pytest.mark.parametrize("figure", [plots.outcomes, plots.probes, plots.joint, plots.kept, plots.ranks])
+def test_names_in_a_sweeps_figures_are_drawn_as_they_are(figure):
+    metrics = {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("leak_above", "follow", "probe_leak")}
+    values = {"metrics": metrics, "kept": {"defense": 0.5}, "rho": 0.5}
+    cells = [{"policy": "_a $x_$", "mode": "_$\\b$", "compression_ratio": ratio, **values} for ratio in (0.3, 0.6)]
+    texts, is_formula = drawn(figure(cells))
+    assert texts.count("_a $x_$, _$\\b$") == 1 and not is_formula
+
+
 def overlaps(boxes):
     return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
 

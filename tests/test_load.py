@@ -68,6 +68,40 @@ def test_files_that_are_no_models(tmp_path):
         loading.load(str(tmp_path / "text.gguf"))
 
 
+@pytest.mark.parametrize("name", ["Model.GGUF", "sha256-0123abcd", "folder/model.gguf", "folder/Model.GGUF"])
+def test_a_gguf_file_is_known_by_its_first_bytes(smollm2, tmp_path, monkeypatch, name):
+    """Whatever its ending, such as a blob of ollama's; and where it is the one of its folder, by the folder."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(loading._packaged_gguf())
+    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("converted again"))
+    given = path.parent if "/" in name else path
+    model, tokenizer = loading.load(str(given))
+    assert torch.equal(model.lm_head.weight, smollm2[0].lm_head.weight) and len(tokenizer) == len(smollm2[1])
+    assert loading.describe(str(given)) == str(path) and model.config._name_or_path == path.name
+    monkeypatch.chdir(path.parent)
+    assert loading.transformers_name(path.name) == loading.transformers_name(str(given))
+
+
+def test_folders_of_gguf_files(tmp_path):
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"has no config\.json and 2 GGUF files \(a\.gguf, b\.gguf\); expected the path of one of them"):
+        loading.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert loading.transformers_name(str(tmp_path)) == str(tmp_path), "a model of transformers, whatever lies beside it"
+
+
+def test_files_that_are_no_gguf_are_said_to_be_there(tmp_path, monkeypatch):
+    (tmp_path / "gpt2").write_text("hello")
+    with pytest.raises(ValueError, match="gpt2 does not start with GGUF; expected a GGUF file"):
+        loading.load(str(tmp_path / "gpt2"))
+    with pytest.raises(FileNotFoundError, match="which does not exist; expected a hub id, a folder or a GGUF file"):
+        loading.load(str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    assert loading.transformers_name("gpt2") == "gpt2", "a hub id: the file of that name is no model"
+
+
 def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path))
     find = loading.importlib.util.find_spec

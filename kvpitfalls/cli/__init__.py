@@ -1,6 +1,7 @@
 """The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak | garak-report``.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: see ``EXIT_CODES``.
+Data goes to stdout, progress and messages to stderr; what stdout's encoding lacks is shown as "?" (JSON is ASCII). Exit codes: see
+``EXIT_CODES``.
 """
 
 import argparse
@@ -15,20 +16,30 @@ from pathlib import Path
 from .. import __version__
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
+from .streams import forgiving, is_closed
 
-EXIT_CODES = "exit codes: 0 fine, 1 failed, 2 bad usage, 3 an instruction fell under --min-kept, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under --min-kept, 130 interrupted"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    with forgiving():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(args) -> int:
     try:
-        return args.run(args)
+        code = args.run(args)
+        print(end="", flush=True)
+        return code
     except (ValueError, TypeError) as error:
         print(f"kvpitfalls {args.command}: {error}", file=sys.stderr)
         return 2
     except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: what torch raises, and our own errors derive from
-        print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        if not (isinstance(error, BrokenPipeError) and is_closed(sys.stdout, probe="\n")):  # other pipes break, too, such as a worker's
+            print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"kvpitfalls {args.command}: interrupted", file=sys.stderr)
@@ -198,7 +209,7 @@ def _heads(model, result) -> str:
 
 def _text_of(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # Notepad's mark at the beginning is no part of the prompt
     except UnicodeDecodeError as error:
         raise ValueError(f"--system-file {file} is not UTF-8 ({error}); expected a text file") from error
 

@@ -39,7 +39,7 @@ _THEMES = {
 
 
 def _themed(draw):
-    """Draw with the colours of ``theme``, a keyword that every figure takes."""
+    """Draw with the colours of ``theme``, a keyword that every figure takes, and names as they are: neither formulas nor TeX."""
 
     @functools.wraps(draw)
     def themed(*args, theme: str = "light", **kwargs):
@@ -51,7 +51,8 @@ def _themed(draw):
 
         ink, paper = _THEMES[theme][:2]
         inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
-        with rc_context({**dict.fromkeys(inked, ink), "figure.facecolor": paper, "axes.facecolor": paper}):
+        as_it_is = {"text.parse_math": False, "text.usetex": False}  # dollars in a name are dollars
+        with rc_context({**dict.fromkeys(inked, ink), **as_it_is, "figure.facecolor": paper, "axes.facecolor": paper}):
             return draw(*args, theme=theme, **kwargs)
 
     return themed
@@ -309,7 +310,7 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light"):
         if points:
             drawn, style = True, _style(policy, mode, theme)
             axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
-            axis.plot(*points[-1][1:], marker=style["marker"], color=style["color"], markersize=8, linestyle="none")
+            axis.scatter(*points[-1][1:], s=64, marker=style["marker"], color=style["color"])
     axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak_above"], title="leak against following; large marks: the largest ratio")
     axis.set(xlim=(-0.03, 1.03), ylim=(-0.08, 1.03))
     axis.title.set_fontsize(10)
@@ -345,10 +346,15 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light"):
 
 
 def _legend(figure, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
+    """Name every line below the axes. Matplotlib leaves out labels that begin with "_", so they are set afterwards."""
+    lines = axis.get_lines()
+    if lines:
+        labels = [line.get_label() for line in lines]
         widest = max(map(len, labels)) * 0.08 + 0.6  # inches: a letter is about .08 wide, the line before it and the gap .6
         width, height = figure.get_size_inches()
         n_column = max(1, min(len(labels), int(width / widest)))
         figure.set_size_inches(width, height + 0.2 * (-(-len(labels) // n_column) - 1))  # its further lines take nothing from the axes
-        figure.legend(handles, labels, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)
+        places = [str(i) for i in range(len(labels))]
+        legend = figure.legend(lines, places, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            text.set_text(label)

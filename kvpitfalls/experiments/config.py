@@ -122,7 +122,7 @@ class SweepConfig:
         path = Path(path)
         text = path.read_bytes()
         try:
-            given = tomllib.loads(text.decode()) if path.suffix == ".toml" else json.loads(text)
+            given = tomllib.loads(text.decode("utf-8-sig")) if path.suffix == ".toml" else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}; expected a .toml or .json file") from error
         if not isinstance(given, dict):

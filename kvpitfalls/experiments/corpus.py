@@ -217,7 +217,7 @@ def _paper(name: str, data) -> Corpus:
     _check_sum(str(paths[PREFIX_FILE]), paths[PREFIX_FILE].read_bytes(), PREFIX_SUM)
     for file in ("sys_ifeval.jsonl", "attack_plain.txt"):
         _check_sum(str(paths[file]), paths[file].read_bytes(), PAPER_FILES[file][1])
-    templates = json.loads(paths["defense_template.json"].read_text(encoding="utf-8"))
+    templates = json.loads(paths["defense_template.json"].read_text(encoding="utf-8-sig"))
     for template, digest in _TEMPLATE_SUMS.items():
         _check_sum(f"{template} of {paths['defense_template.json']}", str(templates.get(template)).encode(), digest)
     rows = _rows(paths["sys_ifeval.jsonl"].read_bytes(), "sys_ifeval.jsonl")

@@ -9,6 +9,7 @@ from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.generate import pad_halves
 from ..hf.model import attach, detach
+from ..hf.offload import device_of
 from ..hf.wrap import Evict, compress_each
 from ..prompts.prompt import Prompt
 
@@ -92,7 +93,7 @@ def answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[f
     list of float
         In nats per token.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     # Only the last logits are needed; a large vocabulary's take up far more than all else. Not every model can leave out the others.
     known = inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": max(map(len, answers)) + 1} if "logits_to_keep" in known else {}

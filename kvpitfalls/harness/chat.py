@@ -13,6 +13,7 @@ from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import GREEDY
 from ..hf.model import attach, detach
+from ..hf.offload import device_of
 from ..hf.wrap import compress_each, pad_left
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
@@ -89,7 +90,7 @@ class CompressedChat:
         attach(self.model)
         try:
             prompt, cache = self.start(text, ids, messages)
-            given = torch.tensor([ids], device=self.model.device)
+            given = torch.tensor([ids], device=device_of(self.model))
             mask = torch.ones_like(given)
             out = self.model.generate(
                 given, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(self.model, cache), **GREEDY
@@ -99,13 +100,18 @@ class CompressedChat:
         n_kept = kept_of(cache)
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
 
-    def start(self, text: str, ids: list[int], messages: Sequence[Mapping] | None) -> tuple[Prompt, KeptCache]:
+    def start(
+        self, text: str, ids: list[int], messages: Sequence[Mapping] | None, n_row: int = 1, template: Mapping | None = None
+    ) -> tuple[Prompt, KeptCache]:
         """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the system message, or
-        empty, if all of the context is going to be compressed."""
-        prompt = self.marks.prompt(self.tokenizer, text, ids, messages)
+        empty, if all of the context is going to be compressed; of ``n_row`` equal rows. ``template``: the chat template's options."""
+        prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template)
         if self.marks.scope == "system":
-            return prompt, compress_each(self.model, [prompt], [self.action])[0]
-        _, _, spans, protect = pad_left([prompt], self.action)
+            cache = compress_each(self.model, [prompt], [self.action])[0]
+            if n_row > 1:
+                cache.batch_repeat_interleave(n_row)
+            return prompt, cache
+        _, _, spans, protect = pad_left([prompt] * n_row, self.action)
         return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
 
 

@@ -47,7 +47,7 @@ class Marks:
         items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
         return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x not in PROTECT_WORDS for x in items)
 
-    def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None) -> Prompt:
+    def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None, template=None) -> Prompt:
         """What is compressed of a context, with its instructions.
 
         Parameters
@@ -62,20 +62,22 @@ class Marks:
             What the chat template made ``text`` from, with the header of an answer.
         n_token : int, optional
             Compress these first tokens only.
+        template : dict, optional
+            Options that the chat template was given, such as ``tools``; with ``continue_final_message`` there is no header of an answer.
 
         Raises
         ------
         ValueError
             If there is no system message to compress, or the tokens are not the text's.
         """
-        offsets = _offsets(tokenizer, text, ids)
+        offsets, template = _offsets(tokenizer, text, ids), template or {}
         if self.scope == "system":
-            of_system = _system(tokenizer, text, ids, messages)
+            of_system = _system(tokenizer, text, ids, messages, template)
             n_token, contents = len(of_system), {"system": of_system.contents[0]}
         elif messages is None or not self.needs_spans:
             contents = {"text": (0, len(text))}
         else:
-            contents = _contents(tokenizer, text, messages)
+            contents = _contents(tokenizer, text, messages, template)
         n_token = len(ids) if n_token is None else n_token
         end = offsets[n_token][0] if n_token < len(ids) else len(text)
         ranges = self._ranges(text, contents) if self.needs_spans else {}
@@ -95,10 +97,10 @@ class Marks:
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts") from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
     if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
         raise ValueError(f"{path} holds no object of names and texts; expected one that is not empty")
@@ -119,7 +121,7 @@ def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
     )
 
 
-def _system(tokenizer, text: str, ids: Sequence[int], messages) -> Prompt:
+def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mapping) -> Prompt:
     """The system message alone, which must be how the context begins."""
     if not messages or messages[0]["role"] != "system":
         raise ValueError(
@@ -129,7 +131,7 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages) -> Prompt:
     import jinja2
 
     try:
-        prompt = Prompt.from_chat(tokenizer, messages[:1])
+        prompt = Prompt.from_chat(tokenizer, messages[:1], **{k: v for k, v in template.items() if k != "continue_final_message"})
     except jinja2.TemplateError as error:
         raise ValueError(
             f"the chat template takes no system message alone ({error}); expected one that does, or compress=prompt"
@@ -142,9 +144,10 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages) -> Prompt:
     return prompt
 
 
-def _contents(tokenizer, text: str, messages) -> dict[str, tuple[int, int]]:
+def _contents(tokenizer, text: str, messages, template: Mapping) -> dict[str, tuple[int, int]]:
     """Where each message's own text stands, by role and, from the second of a role on, number."""
-    prompt = Prompt.from_chat(tokenizer, messages, add_generation_prompt=True)
+    goes_on = template.get("continue_final_message", False)
+    prompt = Prompt.from_chat(tokenizer, messages, add_generation_prompt=not goes_on, **template)
     if not prompt.text.startswith(text):
         raise ValueError(
             "the chat template gives another text than the harness has; expected the same (no chat_template_args, no begun answer), so "

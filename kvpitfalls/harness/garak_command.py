@@ -56,7 +56,7 @@ def read_report(path: str | Path) -> list[dict]:
     ValueError
         If the file is no finished report of the generator ``kvpitfalls``.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     try:
         entries = [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:

@@ -3,9 +3,13 @@
 from transformers import TextGenerationPipeline
 
 from ..hf.arguments import cache_argument
+from ..hf.generating import arguments_of, n_rows_of
 from ..hf.load import load
 from ..hf.model import attach, detach
+from ..hf.offload import device_of
 from .chat import CompressedChat, kept_of
+
+_TOKENIZING = ("add_special_tokens", "truncation", "padding", "max_length")  # of tokenizer_encode_kwargs, what is not the chat template's
 
 
 class CompressedPipeline(TextGenerationPipeline):
@@ -21,22 +25,43 @@ class CompressedPipeline(TextGenerationPipeline):
     chat: CompressedChat
     n_tokens = n_kept = 0
 
+    def preprocess(self, prompt_text, prefix="", **options):
+        """transformers' own, and the text that it tokenizes, with what its chat template is given."""
+        inputs = super().preprocess(prompt_text, prefix, **options)
+        messages = getattr(prompt_text, "messages", None)
+        if messages is None:
+            inputs["context"] = prefix + prompt_text, {}
+            return inputs
+        encoding = options.get("tokenizer_encode_kwargs") or {}
+        template = {name: value for name, value in encoding.items() if name not in _TOKENIZING}
+        template |= {name: options[name] for name in ("tools", "documents") if options.get(name) is not None}
+        goes_on = options.get("continue_final_message")
+        if messages[-1]["role"] == "assistant" if goes_on is None else goes_on:
+            template["continue_final_message"] = True
+        how = {"tokenize": False, "add_generation_prompt": "continue_final_message" not in template, **template}
+        inputs["context"] = self.tokenizer.apply_chat_template(messages, **how), template
+        return inputs
+
     def _forward(self, model_inputs, **options):
-        ids, given = model_inputs["input_ids"], model_inputs["prompt_text"]
+        ids, messages = model_inputs["input_ids"], getattr(model_inputs["prompt_text"], "messages", None)
         if ids.shape[0] != 1:
             raise ValueError(f"batch_size is {ids.shape[0]}; expected 1: each prompt has instructions of its own")
-        messages = getattr(given, "messages", None)
-        if messages is not None and messages[-1]["role"] == "assistant":
-            raise ValueError("the chat ends with an answer; expected a user's message")
-        text = given if messages is None else self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text, template = model_inputs.pop("context")
+        n_row = self._n_row(options)
         attach(self.model)
         try:
-            prompt, cache = self.chat.start(text, ids[0].tolist(), messages)
+            prompt, cache = self.chat.start(text, ids[0].tolist(), messages, n_row, template)
             out = super()._forward(model_inputs, **cache_argument(self.model, cache), **options)
         finally:
             detach(self.model)
         self.n_tokens, self.n_kept = len(prompt), kept_of(cache)
         return out
+
+    def _n_row(self, options: dict) -> int:
+        """How many rows ``generate`` will run; in some releases a pipeline has a generation config of its own."""
+        own = getattr(self, "generation_config", None)
+        given = {"generation_config": own, **{name: value for name, value in options.items() if name != "prefix_length"}}
+        return n_rows_of(arguments_of(self.model, self.model.generate, (), given)["generation_config"])
 
 
 def text_generation(model=None, tokenizer=None, *, load_options=None, **settings) -> CompressedPipeline:
@@ -72,6 +97,8 @@ def text_generation(model=None, tokenizer=None, *, load_options=None, **settings
         model, tokenizer = load(model, **(load_options or {}))
     elif tokenizer is None:
         raise ValueError("a model object is given without its tokenizer; expected both")
-    pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=model.device)
+    placed = None if getattr(model, "hf_device_map", None) is not None else model.device  # a pipeline refuses to place what accelerate has
+    pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=placed)
+    pipe.device = device_of(model)
     pipe.chat = CompressedChat(model, tokenizer, **settings)
     return pipe

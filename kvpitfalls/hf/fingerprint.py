@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .offload import stored
+
 _SAMPLES = 8  # weights per tensor that the fingerprint looks at
 
 
@@ -35,14 +37,10 @@ def fingerprint(decoder: torch.nn.Module) -> str:
 def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where they wait."""
     for path, module in decoder.named_modules():
-        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's
         own = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}}
         for name, weight in own.items():
-            if weight is None:
-                continue
-            if weight.device.type == "meta" and offloaded is not None and name in offloaded:
-                weight = offloaded[name]
-            yield from _plain(f"{path}.{name}", weight)
+            if weight is not None:
+                yield from _plain(f"{path}.{name}", stored(module, name, weight))
 
 
 def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

