@@ -44,6 +44,18 @@ _LOSS_NOTE = (
 )
 _FLIP_NOTE = "Of the answers (or instructions, or tasks) that were one thing with the full cache, those that are another now."
 _LENGTH_NOTE = "New tokens of an answer, and the share of answers that were cut off at the limit before they ended."
+_BAND_NOTE = "Bands in figures are the intervals of the tables; a figure of more than six lines has none, and equal lines hide each other."
+_MODES_SAID = {
+    "biased": "what the policy ranks highest is kept",
+    "random": "as many tokens, drawn at random (the control)",
+    "fair": "each instruction keeps the same share, and so does text that no instruction claims",
+    "paper": "the paper's own fair eviction",
+    "lambda": "between biased (0) and fair (1)",
+    "floor": "biased, but at least so many tokens of each instruction",
+    "whitelist": "the defense's refusal phrase is kept, whatever its score (also called phrase)",
+    "whitelist_defense": "all of the defense is (also called pinned)",
+    "boundary": "a tenth of the budget at each end of the prompt is",
+}
 _PROBE_NOTE = (
     "Log-probability per token of given answers, in nats; nothing was generated but the full cache's answers. refusal: the sentence the "
     "defense asks for, after an attack. leak: the directive, after an attack. margin: refusal minus leak. recall: the second half of the "
@@ -189,9 +201,11 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
-        figures = {"outcomes": plots.outcomes(of_group), "probes": plots.probes(of_group)}
-        figures |= {"kept": plots.kept(of_group), "joint": plots.joint(of_group)}
-        figures["ranks"] = plots.ranks(by_rank[group]) if group in by_rank else None
+        figures, parts = {}, _by_policy(of_group)
+        for name, draw in (("outcomes", plots.outcomes), ("probes", plots.probes)):
+            figures |= {f"{name}{part}": draw(some) for part, some in parts.items()}
+        figures |= {"kept": plots.kept(of_group), **{f"joint{part}": plots.joint(some) for part, some in parts.items()}}
+        figures |= {f"ranks{part}": plots.ranks(some) for part, some in _by_policy(by_rank.get(group, [])).items()}
         for name, figure in figures.items():
             if figure is not None:
                 for suffix in ("svg", "png"):
@@ -201,10 +215,21 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     return drawn
 
 
+def _by_policy(cells: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """Ending of a figure's name -> its cells: all, or where modes are too many to be told apart, those of each policy."""
+    policies = list(dict.fromkeys(cell["policy"] for cell in cells if cell["policy"] is not None))
+    if not policies or len({cell["mode"] for cell in cells if cell["policy"] is not None}) <= plots.FEW_MODES:
+        return {"": list(cells)}
+    return {f"_{policy}": [cell for cell in cells if cell["policy"] in (None, policy)] for policy in policies}
+
+
 def _page(facts, metas, cells, families, changes, scores, compared, failures, drawn) -> str:
     state = f"{facts['recorded']} of {facts['items']} items recorded, {facts['failed']} failed, {facts['infeasible']} infeasible"
     bad = "bad" if facts["failed"] or facts["recorded"] < facts["items"] else ""
     body = [f"<h1>kvpitfalls: report of a sweep</h1><p class='{bad}'>{state}.</p><p>{html.escape(_NOTE)}</p>"]
+    words = {word.partition("=")[0] for cell in cells for word in cell["mode"].split("+")}
+    said = "; ".join(f"{word}: {text}" for word, text in _MODES_SAID.items() if word in words)
+    body.append(f"<p>Modes, all at the same memory for a policy and r. {html.escape(said)}. {_BAND_NOTE}</p>" if said else "")
     moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in changes}
     for group, of_group in groups(cells).items():
         title = ", ".join(str(part) for part in group)
@@ -273,7 +298,7 @@ def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:
 
 def _class(cell: str) -> str:
     """Numbers are aligned to the right."""
-    return " class=n" if re.match(r"-?\d", cell) else ""
+    return " class=n" if re.match(r"[-+]?\d", cell) else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
