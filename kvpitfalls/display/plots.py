@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..eviction.fairness import fairness_name
-from ..experiments.modes import FIXES, Mode
 
 _LABELS = {
     "refused": "refuses the attack",
@@ -31,6 +30,7 @@ _PROBE_LABELS = {
 _POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 _SPANS = ("defense", "directive", "whitelist")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_MODES = ("biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist")
 FEW_MODES = 4  # of more, the lines of several policies could not be told apart
 _MOST_BANDS = 6  # bands of more curves would be one blot
 _LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-.", "random": (0, (1, 2))}
@@ -112,7 +112,7 @@ def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[st
     """Colours say which policy; those of many modes of a single policy, which mode."""
     if len(curves) <= FEW_MODES or len({policy for policy, _ in curves}) > 1:
         return {setting: _style(*setting, theme) for setting in curves}
-    modes = list(dict.fromkeys([*(Mode.parse(mode).name for mode in FIXES), *(mode for _, mode in curves)]))
+    modes = list(dict.fromkeys([*_MODES, *(mode for _, mode in curves)]))
     colors = _THEMES[theme][-1]
     styles = [{"color": colors[i % 6], "marker": _MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"} for i in range(len(modes))]
     return {setting: {**styles[modes.index(setting[1])], "markersize": 3.5} for setting in curves}
