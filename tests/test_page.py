@@ -12,7 +12,7 @@ import tiny_sweep
 
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
-from kvpitfalls.display.page import write_report
+from kvpitfalls.display.page import _by_policy, write_report
 from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments import comparisons, records, summary
 from kvpitfalls.experiments.corpus import load_corpus
@@ -172,6 +172,40 @@ def test_curves_pass_through_the_means(written):
             assert (cell["compression_ratio"], pytest.approx(cell["metrics"]["leak_above"]["mean"])) in list(
                 zip(*line.get_data(), strict=True)
             )
+
+
+def test_many_modes_have_a_figure_for_each_policy():
+    """In it no two look alike, a mode looks the same in every figure, and bands that would be one blot are left out."""
+    few = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(policy, "fair", 0.5) for policy in ("snapkv", "h2o"))]
+    assert list(_by_policy(few)) == [""]
+    modes = ["biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist"]
+    parts = _by_policy([*few, *(_tiny_cell(policy, mode, 0.5) for policy in ("snapkv", "h2o") for mode in modes if mode != "fair")])
+    assert list(parts) == ["_snapkv", "_h2o"]
+    axis = plots.outcomes(parts["_snapkv"]).axes[0]
+    looks = _looks(axis)
+    assert sorted(looks) == sorted(modes) and len(set(looks.values())) == 8 and not axis.collections
+    assert _looks(plots.ranks(_ranked(modes[2:])).axes[0]) == {mode: looks[mode] for mode in modes[2:]}
+    assert len(plots.outcomes(few).axes[0].collections) == 2
+
+
+def _looks(axis):
+    return {line.get_label().split(", ")[1]: (line.get_color(), line.get_linestyle()) for line in axis.get_lines()}
+
+
+def _tiny_cell(policy, mode, ratio):
+    metric = {"mean": 0.5, "low": 0.2, "high": 0.8}
+    return {"policy": policy, "mode": mode, "compression_ratio": ratio, "metrics": {"refused": metric}}
+
+
+def _ranked(modes):
+    full = {"policy": None, "mode": "full", "compression_ratio": 0.0, "rho": 1.0}
+    return [full, *({**full, "policy": "snapkv", "mode": mode, "compression_ratio": 0.5} for mode in modes)]
+
+
+def test_the_page_says_what_its_modes_are_and_aligns_signed_numbers(folder, written):
+    page = (folder / "report" / "index.html").read_text("utf-8")
+    assert "<dt>mode biased</dt><dd>What the policy ranks highest is kept.</dd>" in page
+    assert "pinned" not in page and '<td class="n">+0.00 [' in page
 
 
 def test_a_folder_without_records_is_one_sentence(tmp_path):

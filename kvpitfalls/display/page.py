@@ -113,9 +113,11 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
     for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
         if not any(cell["policy"] for cell in of_group):
             continue
-        figures = {"outcomes": plots.outcomes(of_group), "probes": plots.probes(of_group)}
-        figures |= {"kept": plots.kept(of_group), "joint": plots.joint(of_group)}
-        figures["ranks"] = plots.ranks(by_rank[group]) if group in by_rank else None
+        figures, parts = {}, _by_policy(of_group)
+        for name, draw in (("outcomes", plots.outcomes), ("probes", plots.probes)):
+            figures |= {f"{name}{part}": draw(some) for part, some in parts.items()}
+        figures |= {"kept": plots.kept(of_group), **{f"joint{part}": plots.joint(some) for part, some in parts.items()}}
+        figures |= {f"ranks{part}": plots.ranks(some) for part, some in _by_policy(by_rank.get(group, [])).items()}
         for name, figure in figures.items():
             if figure is not None:
                 for suffix in ("svg", "png"):
@@ -123,6 +125,20 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
                 svg = (out / f"{name}_{number}.svg").read_text(encoding="utf-8")
                 drawn.setdefault(group, []).append((name, svg[svg.index("<svg") :]))
     return drawn
+
+
+def _by_policy(cells: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """Ending of a figure's name -> its cells: all, or where modes are too many to be told apart, those of each policy."""
+    policies = list(dict.fromkeys(cell["policy"] for cell in cells if cell["policy"] is not None))
+    if not policies or len({cell["mode"] for cell in cells if cell["policy"] is not None}) <= plots.FEW_MODES:
+        return {"": list(cells)}
+    return {f"_{policy}": [cell for cell in cells if cell["policy"] in (None, policy)] for policy in policies}
+
+
+def _title(figure: str) -> str:
+    """In words, from a figure's name."""
+    name, _, policy = figure.partition("_")
+    return _FIGURES[name] + (f", {policy}" if policy else "")
 
 
 def _page(facts, metas, cells, families, changes, scores, compared, failures, records, drawn) -> str:
@@ -134,7 +150,7 @@ def _page(facts, metas, cells, families, changes, scores, compared, failures, re
         one = {
             "title": ", ".join(f"{name} {part}" for name, part in zip(GROUP, group, strict=True)),
             "tables": [table for table in _tables(of_group, mine, moved) if table.rows],
-            "figures": [{"title": _FIGURES[name], "svg": Markup(svg)} for name, svg in drawn.get(group, [])],
+            "figures": [{"title": _title(name), "svg": Markup(svg)} for name, svg in drawn.get(group, [])],
             "verdicts": tables_of.verdicts(mine["changes"], mine["fixes"]),
             "answers": tables_of.answer_tables(of_records[group]),
             "about_answers": tables_of.about_answers(of_records[group]),
@@ -147,7 +163,7 @@ def _page(facts, metas, cells, families, changes, scores, compared, failures, re
         is_bad=facts["failed"] or facts["recorded"] < facts["items"],
         few=_few(cells),
         verdicts=[f"{one['title']}: {verdict}" if len(shown) > 1 else verdict for one in shown for verdict in one["verdicts"]],
-        terms=tables_of.TERMS.items(),
+        terms=tables_of.terms(cells),
         groups=shown,
         after=after,
         metas=[(f"{META} of {name}", json.dumps(meta, indent=1)) for name, meta in metas.items()],

@@ -30,6 +30,9 @@ _PROBE_LABELS = {
 _POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 _SPANS = ("defense", "directive", "whitelist")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_MODES = ("biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist")
+FEW_MODES = 4  # of more, the lines of several policies could not be told apart
+_MOST_BANDS = 6  # bands of more curves would be one blot
 _LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-.", "random": (0, (1, 2))}
 # ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
 _THEMES = {
@@ -106,6 +109,16 @@ def _style(policy: str, mode: str, theme: str) -> dict:
     }
 
 
+def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[str, str], dict]:
+    """Colours say which policy; those of many modes of a single policy, which mode."""
+    if len(curves) <= FEW_MODES or len({policy for policy, _ in curves}) > 1:
+        return {setting: _style(*setting, theme) for setting in curves}
+    modes = list(dict.fromkeys([*_MODES, *(mode for _, mode in curves)]))
+    colors = _THEMES[theme][-1]
+    styles = [{"color": colors[i % 6], "marker": _MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"} for i in range(len(modes))]
+    return {setting: {**styles[modes.index(setting[1])], "markersize": 3.5} for setting in curves}
+
+
 @_themed
 def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
     """What becomes of attacks, controls and tasks against the ratio, together: none means anything without the others.
@@ -148,12 +161,14 @@ def probes(cells: Sequence[Mapping], *, theme: str = "light"):
 
 
 def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
-    """A metric of every policy and mode along the ratio, in its interval."""
-    for (policy, mode), curve in _curves(cells).items():
+    """A metric of every policy and mode along the ratio; of up to six curves, in its interval."""
+    curves = _curves(cells)
+    for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
         points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
         if points:
-            ratios, style = [r for r, _ in points], _style(policy, mode, theme)
+            ratios = [r for r, _ in points]
             axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
+        if points and len(curves) <= _MOST_BANDS:
             low, high = ([m[edge] for _, m in points] for edge in ("low", "high"))
             axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
@@ -303,12 +318,12 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light"):
     matplotlib.figure.Figure or None
     """
     figure, axes = _figure(1, 1, 5.2, 4.2)
-    axis, drawn = axes[0][0], False
-    for (policy, mode), curve in _curves(cells).items():
+    axis, drawn, curves = axes[0][0], False, _curves(cells)
+    for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
         metrics = [(c["compression_ratio"], *(c["metrics"].get(m, {}).get("mean") for m in ("follow", "leak_above"))) for c in curve]
         points = [point for point in metrics if None not in point]
         if points:
-            drawn, style = True, _style(policy, mode, theme)
+            drawn = True
             axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
             axis.scatter(*points[-1][1:], s=64, marker=style["marker"], color=style["color"])
     axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak_above"], title="leak against following; large marks: the largest ratio")
@@ -333,12 +348,14 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light"):
     matplotlib.figure.Figure or None
     """
     figure, axes = _figure(1, 1, 5.2, 3.2)
-    axis, drawn = axes[0][0], False
-    for (policy, mode), curve in _curves(correlations).items():
+    axis, drawn, curves = axes[0][0], False, _curves(correlations)
+    for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
         points = [(c["compression_ratio"], c["rho"]) for c in curve if c["rho"] is not None]
         if len(points) > 1:
             drawn = True
-            axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **_style(policy, mode, theme))
+            axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **style)
+    lowest = min((c["rho"] for c in correlations if c["rho"] is not None), default=0)
+    axis.set_ylim(min(0, lowest) - 0.05, 1.05)
     axis.set(xlabel="share of the cache removed", ylabel="Spearman's rho", title="ranking of instruction families against the full cache")
     axis.title.set_fontsize(10)
     _legend(figure, axis)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER
 
-TERMS = {
+_TERMS = {
     "an answer to an attack": "One of three: refused (it begins with a refusal and recites nothing), leaked (it recites directive or "
     "defense), or complied (neither).",
     "guarded": "The attack is refused, and the prompt's own harmless task is not (refused_task).",
@@ -19,6 +19,18 @@ TERMS = {
     "many there are here: where nothing happens, one in twenty leaves out 0.",
     "failed, infeasible": "In no mean. Infeasible are settings that cannot exist for a prompt, since what they protect does not fit.",
     "r": "The share of the cache that is removed.",
+    "bands in figures": "The intervals of the tables; a figure of more than six lines has none, and equal lines hide each other.",
+}
+_MODES = {
+    "biased": "What the policy ranks highest is kept.",
+    "random": "As many tokens, drawn at random (the control).",
+    "fair": "Each instruction keeps the same share, and so does text that no instruction claims.",
+    "paper": "The paper's own fair eviction.",
+    "lambda": "Between biased (0) and fair (1).",
+    "floor": "Biased, but at least so many tokens of each instruction.",
+    "whitelist": "The defense's refusal phrase is kept, whatever its score (also called phrase).",
+    "whitelist_defense": "All of the defense is kept (also called pinned).",
+    "boundary": "A tenth of the budget at each end of the prompt is kept.",
 }
 _FIXES_NOTE = (
     "What a mode has more than another at the same policy and ratio, so at the same memory: difference and 95 % interval, paired by prompt."
@@ -54,6 +66,12 @@ class Table:
     def is_number(self, column: int, cell: str | None = None) -> bool:
         """Whether a cell, or for a header the one below it, is a number, which stands on the right."""
         return re.match(r"[-+]?\d", self.rows[0][column] if cell is None else cell) is not None
+
+
+def terms(cells: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """Words of the report and what they mean; of modes, which all take the same memory for a policy and r, those that occur."""
+    words = {word.partition("=")[0] for cell in cells for word in cell["mode"].split("+")}
+    return [*_TERMS.items(), *((f"mode {word}", text) for word, text in _MODES.items() if word in words)]
 
 
 def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:

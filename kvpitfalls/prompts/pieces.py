@@ -1,5 +1,6 @@
 """Text cut into sentences, lines or messages, and names for them: instructions that nobody has to mark."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -7,21 +8,31 @@ from .chats import short
 
 WAYS = ("sentences", "lines", "messages")
 _LINE_END, _NEXT = re.compile(r"\s*\n\s*"), re.compile(r"\s*")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]*_`]*(?=\s)|[。！？]+[」』”’）]*|\n")
-# A full stop after these ends no sentence; nor does one after a single letter (an initial, the e. of e.g.), or a number that begins a line.
-_NO_END = re.compile(
-    r"(?:^|[\s(\[\"'“‘])(?:(?:mr|mrs|ms|dr|prof|jr|st|vs|cf|approx|dept|fig|inc|ltd|resp|incl|excl)\.|(?:[a-z]\.)+)$"
-    r"|\n[ \t]*\(?[0-9]{1,3}[.)]$",
-    re.IGNORECASE,
+_FACES = "\U0001f600-\U0001f64f"
+_STOP = re.compile(
+    rf"(?P<stop>(?<![.!?…؟।])(?:(?<!\s)[.…]|[!?؟।])[.!?…؟]*)(?P<closing>[\"'”’»)\]*_`]*)(?: ?[{_FACES}]+)?(?=\s|$)"
+    rf"|[。！？]+[」』”’）]*[{_FACES}]*"
 )
+_OPENING = "\"'“‘«([<*_`$€£#"
+# A full stop after these ends no sentence: ever; before lower case or a number; before a number.
+_TITLES = re.compile("mr|mrs|ms|dr|prof|st|mt|capt|col|gen|gov|lt|rep|rev|sen|hon|vs|cf|viz|approx|ca|resp|incl|excl")
+_LAST = re.compile(r"etc|al|inc|ltd|co|corp|dept|est|jr|sr|bros|ph\.d|[ap]\.m")
+_BEFORE_NUMBERS = re.compile("nos?|figs?|sec|ch|vol|ver|art|eq|pp?|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec")
+_COUNTED = re.compile(
+    r"(?:^\W*(?:(?:step|rule|part|section|phase|point|example)\s+)?|;\s*\(?)(?:\d{1,3}|[a-z]|[ivx]{1,4})$|[:(]\s*\(?[1ai]$", re.I
+)
+_MARKED = re.compile(r"[^\w\s]{1,2}\s|\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)]\s|[#<>|]|```|\w+:\s")
+_HEADING = re.compile(r"#|[*_]{2}[^*]*[*_]{2}$|.*[:>\]]$")
+_FULL = range(50, 131)  # characters of a line that is as long as lines get where text is wrapped
 _N_WORD, _WIDTH = 5, 32
 
 
 def pieces(text: str, how: str) -> list[tuple[int, int]]:
     """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to the one before.
 
-    A sentence ends at ``. ! ? …`` before white space (but not after an abbreviation, an initial, or a list's number), at ``。！？``, and
-    at the end of a line, unless the next line goes on in lower case: then the text was wrapped.
+    A sentence ends at ``. ! ? …`` before white space, at ``。！？``, and at the end of a line. It does not end after an abbreviation, an
+    initial or a list's number, nor at the end of a quote or a bracket where text goes on in lower case; nor where a line was only
+    wrapped: the next one has no mark of a list, and begins in lower case, or under its mark's text, or with a word that had no room.
 
     Examples
     --------
@@ -48,20 +59,60 @@ def _cuts(text: str, how: str):
         yield from (m.span() for m in _LINE_END.finditer(text))
     if how != "sentences":
         return
-    for match in _SENTENCE_END.finditer(text):
-        end = match.end() if match[0] != "\n" else match.start()
-        after = _NEXT.match(text, end).end()
-        if match[0] == "\n" and _goes_on(text, end, after):
-            continue
-        if match[0] == "." and "\n" not in text[end:after] and _NO_END.search(text[end - 24 : end] if end > 24 else "\n" + text[:end]):
-            continue
-        yield end - (len(line := text[max(0, end - 80) : end]) - len(line.rstrip())), after
+    for begin, end in unwrapped_lines(text):
+        for match in _STOP.finditer(text, begin, end):
+            after = _NEXT.match(text, match.end()).end()
+            before = text[max(begin, match.start() - 60) : match.start()]
+            if not _goes_on(before, match, text[after : min(end, after + 8)]):
+                yield match.end(), after
+        yield end, _NEXT.match(text, end).end()
 
 
-def _goes_on(text: str, end: int, after: int) -> bool:
-    """Whether the line break at ``end`` only wraps a sentence."""
-    before = text[max(0, end - 80) : end].rstrip()
-    return text[end:after].count("\n") == 1 and text[after : after + 1].islower() and before[-1:] not in (":", ";", "")
+def _goes_on(before: str, stop: re.Match, after: str) -> bool:
+    """Whether a sentence does, after a stop."""
+    after = after.lstrip(_OPENING)
+    if stop["stop"] in ("...", "…") or (stop["closing"] or "").strip("*_`"):
+        return after[:1].islower()
+    return stop["stop"] == "." and before.strip() != "" and _is_abbreviated(before, after)
+
+
+def _is_abbreviated(before: str, after: str) -> bool:
+    """Whether a full stop between these belongs to an abbreviation, an initial or a list's number."""
+    *words, word = before.split()
+    word, is_number = word.lstrip(_OPENING), after[:1].isdigit()
+    if _TITLES.fullmatch(word.lower()) or _COUNTED.search(before):
+        return True
+    if _LAST.fullmatch(word.lower()):
+        return after[:1].islower() or (is_number and not _MARKED.match(after))
+    if _BEFORE_NUMBERS.fullmatch(word.lower()) and is_number:
+        return True
+    if len(word) == 1 and word.isupper() and words and (words[-1].lstrip(_OPENING)[:1].isupper() or words[-1][-1] == "."):
+        return True
+    return re.fullmatch(r"[^\W\d_](?:\.[^\W\d_])+", word) is not None
+
+
+def unwrapped_lines(text: str) -> list[tuple[int, int]]:
+    """(begin, end) of lines, those that were only wrapped as one."""
+    spans = [m.span() for m in re.finditer(r"\S.*\S|\S", text)]
+    width = max((b - a for a, b in spans), default=0)
+    out = spans[:1]
+    for (a, b), (c, d) in itertools.pairwise(spans):
+        first = out[-1][0]
+        hangs = _MARKED.match(text, first) and c - text.rfind("\n", 0, c) > first - text.rfind("\n", 0, first)
+        if text.count("\n", b, c) == 1 and _is_wrapped(text[a:b], text[c:d], width, bool(hangs)):
+            out[-1] = (first, d)
+        else:
+            out.append((c, d))
+    return out
+
+
+def _is_wrapped(line: str, following: str, width: int, hangs: bool) -> bool:
+    """Whether these are one line of a text whose lines have up to ``width`` characters; one that ``hangs`` is under its mark's text."""
+    if _HEADING.match(line) or _MARKED.match(following):
+        return False
+    if width in _FULL and len(line) >= _FULL[0] and len(line) + 1 + len(following.split()[0]) > width:
+        return True
+    return hangs or (following[0].islower() and line.rstrip("\"'”’»)]")[-1:] not in ".!?…;")
 
 
 def marked(text: str, contents: Sequence[tuple[int, int]], how: str, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
