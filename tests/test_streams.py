@@ -68,6 +68,14 @@ def test_a_reader_that_has_gone_before_the_help():
     assert not subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_told_once(loaded, monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(AUDIT) == 1
+    assert capsys.readouterr().err == "kvpitfalls audit: OSError: [Errno 28] No space left on device\n"
+
+
 def test_another_broken_pipe_is_told(monkeypatch, capsys):
     def fail(args):
         raise BrokenPipeError("a worker's")

@@ -38,7 +38,9 @@ def _run(args) -> int:
         print(f"kvpitfalls {args.command}: {error}", file=sys.stderr)
         return 2
     except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: what torch raises, and our own errors derive from
-        if not (isinstance(error, BrokenPipeError) and is_closed(sys.stdout, probe="\n")):  # other pipes break, too, such as a worker's
+        is_pipe = isinstance(error, BrokenPipeError)
+        closed = isinstance(error, OSError) and is_closed(sys.stdout, "\n" if is_pipe else "", OSError)  # or a full disk
+        if not (closed and is_pipe):  # other pipes break, too, such as a worker's
             print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

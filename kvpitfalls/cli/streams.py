@@ -24,11 +24,11 @@ def forgiving() -> Iterator[None]:
         stream.reconfigure(errors=errors)
 
 
-def is_closed(stream, probe: str = "") -> bool:
-    """Whether nobody reads any more what is printed to a stream, as after ``| head -1``; what is printed from now on goes nowhere then."""
+def is_closed(stream, probe: str = "", kind: type[OSError] = BrokenPipeError) -> bool:
+    """Whether a stream fails in this way, such as after ``| head -1``; what is printed from now on goes nowhere then."""
     try:
         print(probe, end="", file=stream, flush=True)
-    except BrokenPipeError:
+    except kind:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
