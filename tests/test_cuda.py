@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, ids
+from tiny_models import build, feed, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.fairness import Fair, Layout
@@ -52,6 +52,38 @@ def test_bfloat16_runs_and_holds_its_budget(policy):
         cache = handle.new_cache()
         model.generate(ids(1, 20).cuda(), attention_mask=torch.ones(1, 20).cuda(), past_key_values=cache, **GREEDY)
         assert max(layer.keys.shape[2] for layer in cache.kept_layers) <= 8
+
+
+def turns_after(model, policy, fair, when):
+    """Logits of padded turns over a held budget, and the positions that are held at the end."""
+    tokens, mask = ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :3] = mask[1, 20:24] = mask[0, 27] = 0
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    with kvp.wrap(model, policy, budget=9, fair=fair, when=when) as handle:
+        cache = handle.compress(tokens[:, :20], mask[:, :20], [{"first": (4, 9), "second": (9, 18)}, SPANS])
+        logits = feed(model, tokens, [6, 1, 2, 1], cache, mask, start=20)
+    return logits.cpu(), [layer.pos.cpu() for layer in cache.kept_layers]
+
+
+@pytest.mark.parametrize("when", ["always", "decode"])
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padding_between_turns_is_no_token_on_a_gpu_either(policy, fair, when):
+    (on_cpu, held), (on_gpu, also) = (turns_after(build("llama").to(device), policy, fair, when) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(held, also, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_through_a_gpus_cache_are_the_cpus(policy):
+    found, tokens = [], ids(2, 24)
+    for device in ("cpu", "cuda"):
+        model = build("llama").to(device)
+        with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
+            logits = feed.__wrapped__(model, tokens.to(device), [20, 1, 3], handle.new_cache())[:, 20:]
+        loss = logits.log_softmax(-1)[..., 5].sum()
+        found.append(torch.autograd.grad(loss, model.get_input_embeddings().weight)[0].cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_a_layer_after_the_first_waits_for_nothing():
