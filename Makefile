@@ -12,7 +12,7 @@ STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissin
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 .PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
-  cuda bench wheel wheel-test lm-eval-equality garak kvpress clean
+  cuda bench wheel wheel-test lm-eval-equality garak kvpress kvpress-golden clean
 
 demo: $(VENV)/model
 	$(BIN)/python -m kvpitfalls demo
@@ -256,6 +256,10 @@ $(VENV)-garak/ready: pyproject.toml setup.py constraints.txt benchmarks/garak_co
 # kvpress's presses with our fair selection, in kvpress's environment.
 kvpress: $(VENV)-bench/ready
 	$(VENV)-bench/bin/python benchmarks/kvpress_fair.py
+
+# What kvpress's presses keep of random keys, for tests/test_kvpress_golden.py.
+kvpress-golden: $(VENV)-bench/ready
+	$(VENV)-bench/bin/python benchmarks/kvpress_golden.py tests/data/kvpress.npz
 
 # The sdist, the wheel from the sdist, and what they must be, in an environment without torch and without a network. The OpenMP runtime in the
 # wheel is the one that torch's wheel carries: this system's own may need a newer glibc than manylinux_2_28 has.

@@ -17,6 +17,7 @@ _HOME = {
     "H2O": "policies.h2o",
     "Handle": "hf.wrap",
     "KNorm": "policies.knorm",
+    "KeyDiff": "policies.keydiff",
     "Kept": "eviction.selection",
     "KeptCache": "hf.cache",
     "NotInterceptedError": "errors",

@@ -21,6 +21,7 @@ from .hf.wrap import unwrap as unwrap
 from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
 from .policies.h2o import H2O as H2O
+from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
 from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM

@@ -11,7 +11,7 @@ import kvpitfalls as kvp
 from kvpitfalls.eviction.fairness import Fair, Layout
 from kvpitfalls.eviction.selection import choose, rank
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
 SPANS = {"first": (2, 9), "second": (9, 18)}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 

@@ -17,7 +17,7 @@ from kvpitfalls.policies import get_policy
 from kvpitfalls.policies.base import _registry
 
 ROOT = Path(__file__).parent.parent
-BUILT_IN = ["h2o", "knorm", "snapkv", "streaming_llm", "tova"]
+BUILT_IN = ["h2o", "keydiff", "knorm", "snapkv", "streaming_llm", "tova"]
 PUBLIC = {}
 for name in kvpitfalls.__all__:
     value = getattr(kvpitfalls, name)

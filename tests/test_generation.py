@@ -20,7 +20,7 @@ import kvpitfalls as kvp
 from kvpitfalls.hf import layer as kept_layer
 from kvpitfalls.hf.forward import current_forward
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import kvpitfalls as kvp
 
 N_PROMPT, CHUNKS, N_TOKEN = 14, [1, 4], 19
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "random"]
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff", "random"]
 SPANS = {"a": (1, 6), "b": (7, 12)}
 FAMILIES = not_refused("llama", "gpt2", "gemma3_text", "cohere2", "gpt_neox", "deepseek_v3", "phi3")
 CASES = [*((family, "sdpa") for family in FAMILIES), ("llama", "eager"), ("gpt_oss", "eager")]

@@ -82,6 +82,7 @@ def press(name, **fields):
         ("StreamingLLMPress", {"n_sink": 2}, kvp.StreamingLLM(n_sink=2)),
         ("TOVAPress", {}, kvp.TOVA()),
         ("KnormPress", {}, kvp.KNorm()),
+        ("KeyDiffPress", {}, kvp.KeyDiff()),
         ("ObservedAttentionPress", {}, kvp.H2O()),
     ],
 )

@@ -22,7 +22,7 @@ from kvpitfalls.eviction.fairness import Layout
 from kvpitfalls.hf.hold import Held, Hold
 from kvpitfalls.policies import base
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
+POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
 N_PROMPT, N_STEP, BUDGET = 14, 16, 10
 SPANS = {"a": (1, 6), "b": (6, 12)}
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -234,7 +234,7 @@ def reference(model, policy, tokens, budget, monkeypatch):
                 if seen > N_PROMPT:
                     rows[h].append(seen - 1)
                 if len(rows[h]) > budget and seen > N_PROMPT:
-                    if policy in ("snapkv", "knorm"):
+                    if policy in ("snapkv", "knorm", "keydiff"):
                         score = _score_of_vectors(policy, rows[h], cache.layers[i].keys[0, h], asked[h])
                     else:
                         score = _score(policy, rows[h], sums[i][h], out.attentions[i][0, :, -1].mean(0), seen)
@@ -264,8 +264,11 @@ def _score(policy, row, sums, last, seen):
 
 
 def _score_of_vectors(policy, row, keys, queries):
-    """K-norm, and SnapKV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
+    """K-norm, KeyDiff, and SnapKV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
     keys = keys[row].double()
+    if policy == "keydiff":
+        anchor = torch.nn.functional.normalize(keys, dim=-1).mean(0)
+        return dict(zip(row, (-torch.nn.functional.cosine_similarity(keys, anchor[None], dim=-1)).tolist(), strict=True))
     if policy == "knorm":
         return dict(zip(row, (-keys.norm(dim=-1)).tolist(), strict=True))
     old, window = row[:-4], row[-4:]

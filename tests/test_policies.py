@@ -12,7 +12,7 @@ from kvpitfalls.policies import get_policy, policy_names
 from kvpitfalls.policies.base import _registry
 from kvpitfalls.policies.random import Random
 
-BUILT_IN = ["h2o", "knorm", "snapkv", "streaming_llm", "tova"]
+BUILT_IN = ["h2o", "keydiff", "knorm", "snapkv", "streaming_llm", "tova"]
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
 
@@ -42,7 +42,7 @@ def test_every_policy_keeps_its_contract(policy):
     numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), compression_ratio=0.5)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(
-        repr(get_policy(policy)), vars(kvp) | {n: getattr(kvp, n) for n in ("H2O", "KNorm", "SnapKV", "StreamingLLM", "TOVA")}
+        repr(get_policy(policy)), vars(kvp) | {n: getattr(kvp, n) for n in ("H2O", "KNorm", "KeyDiff", "SnapKV", "StreamingLLM", "TOVA")}
     ) == get_policy(policy)
 
 

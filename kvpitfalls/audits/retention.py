@@ -13,7 +13,7 @@ from ..hf.cache import KeptCache, KeptLayer
 from ..hf.forward import AttentionCall
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill, protected_in
-from ..policies import Inputs, Policy, Vote, get_policy, policy_names
+from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..prompts.prompt import Prompt
 from .audit import Audit
 
@@ -82,7 +82,7 @@ def audit(
     prompt : Prompt
         If it has no instructions, each of its sentences is one.
     policies : list of Policy or str, optional
-        All registered ones by default.
+        The five of the paper by default; :func:`kvpitfalls.policies.policy_names` has all.
     compression_ratios : list of float, optional
         Shares removed; 0.1 to 0.9 by default.
     fair : list of bool, float, "paper", "floor", "floor=M" or Fair
@@ -132,7 +132,7 @@ def audit(
         check_budget(ratio, None)
     ratios = list(dict.fromkeys(float(str(r)) for r in ratios))
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [fair])]
-    named = [get_policy(p) for p in (policy_names() if policies is None else policies)]
+    named = [get_policy(p) for p in (PAPER if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f) for p in named for f in fairs}.values())
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
 

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     watched = audit.add_mutually_exclusive_group()
     watched.add_argument("--instruction", metavar="NAME=TEXT", action="append", help="a part of the system prompt to watch; once for each")
     watched.add_argument("--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message")
-    audit.add_argument("--policy", metavar="NAME", action="append", help="once for each; all by default")
+    audit.add_argument("--policy", metavar="NAME", action="append", help="once for each; the five of the paper by default")
     audit.add_argument(
         "--ratio",
         "--compression-ratio",

@@ -9,6 +9,7 @@ from ..eviction.fairness import Fair
 from ..eviction.selection import keep
 from ..policies import Policy, get_policy
 from ..policies.h2o import H2O
+from ..policies.keydiff import KeyDiff
 from ..policies.knorm import KNorm
 from ..policies.snapkv import SnapKV
 from ..policies.streaming_llm import StreamingLLM
@@ -20,6 +21,7 @@ _SAME = {
     "StreamingLLMPress": (StreamingLLM, ("n_sink",)),
     "TOVAPress": (TOVA, ()),
     "KnormPress": (KNorm, ()),
+    "KeyDiffPress": (KeyDiff, ()),
     "ObservedAttentionPress": (H2O, ()),
 }
 
@@ -30,7 +32,7 @@ def from_kvpress(press) -> dict:
     Parameters
     ----------
     press : kvpress press
-        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress or ObservedAttentionPress; kvpress itself is not needed.
+        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress or ObservedAttentionPress; kvpress itself is not needed.
 
     Returns
     -------

@@ -5,6 +5,9 @@ from pkgutil import iter_modules
 
 from .base import Inputs, Policy, Vote, get_policy, policy_names
 
+#: The policies of "The Pitfalls of KV Cache Compression", which audits show by default.
+PAPER = ("h2o", "knorm", "snapkv", "streaming_llm", "tova")
+
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
