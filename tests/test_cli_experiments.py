@@ -131,7 +131,14 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
     config, out = tmp_path / "sweep.json", tmp_path / "out"
     config.write_text(json.dumps(tiny_sweep.config(model, batch_size=6).to_dict()), "utf-8")
     command = [sys.executable, "-m", "kvpitfalls", "sweep", "--config", str(config), "--output", str(out)]
-    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ran = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests themselves run in the background
+    )
     while ran.poll() is None and not ((out / "records.jsonl").exists() and (out / "records.jsonl").stat().st_size):
         time.sleep(0.01)
     ran.send_signal(signal.SIGINT)

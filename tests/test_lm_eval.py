@@ -312,7 +312,7 @@ def test_the_command_refuses_what_it_decides(capsys):
     assert "lm-eval's --model is given; expected the model as --model before the --" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["lm-eval", "--policy", "snapkv", "--", "--tasks", "ifeval"])
-    assert "one of the arguments --compression-ratio --budget is required" in capsys.readouterr().err
+    assert "one of the arguments --compression-ratio/--ratio --budget is required" in capsys.readouterr().err
 
 
 def test_lm_evals_own_models_stay_known():
