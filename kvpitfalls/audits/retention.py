@@ -176,7 +176,8 @@ def _rows(observe: _Observe, spans, n_token: int) -> list[dict]:
         kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in packed])
         lost = np.stack(observe.lost[policy, label, ratio])
         for i, (name, (begin, end)) in enumerate(spans.items()):
-            per_layer = kept[:, :, begin:end].mean((1, 2))
+            of_head = kept[:, :, begin:end].mean(2)
+            per_layer = of_head.mean(1)
             rows.append(
                 {
                     "policy": policy,
@@ -186,6 +187,8 @@ def _rows(observe: _Observe, spans, n_token: int) -> list[dict]:
                     "kept": float(per_layer.mean()),
                     "kept_min": float(per_layer.min()),
                     "kept_max": float(per_layer.max()),
+                    "covered": float((of_head > 0).mean()),
+                    "covered_half": float((of_head >= 0.5).mean()),
                     "mass_lost": float(lost[:, i].mean()),
                     "n_kept": kept_tokens(n_token, ratio),
                     "n_tokens": end - begin,
