@@ -19,13 +19,6 @@ CASES = [*((family, "sdpa") for family in FAMILIES), ("llama", "eager"), ("gpt_o
 feed = feed.__wrapped__  # with gradients
 
 
-@pytest.fixture(autouse=True)
-def with_gradients():
-    """Other packages turn them off for the whole process (lm-eval does)."""
-    with torch.enable_grad():
-        yield
-
-
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def model(request):
     return build(*request.param)
