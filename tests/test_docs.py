@@ -114,6 +114,11 @@ def test_the_page_of_the_command_line_has_every_command():
     assert sorted(re.findall(r"^<!-- help ([\w-]+) -->$", text, flags=re.M)) == sorted(commands)
 
 
+def test_the_results_are_what_the_cards_say():
+    ran = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "results_page.py")], capture_output=True, text=True, check=True)
+    assert ran.stdout == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
 def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -265,6 +265,8 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
     fixed = [
         change("tova", 0.5, 0.3, 0.2, 0.4, mode="fair", than="biased"),
         change("tova", 0.5, 0.4, 0.3, 0.5, mode="floor=4", than="biased"),
+        change("tova", 0.5, 0.9, -0.3, 1.0, mode="boundary", than="biased"),
+        {**change("tova", 0.5, 0.9, 0.8, 1.0, mode="whitelist_defense", than="biased"), "n_prompt": 5},  # infeasible for the others
         change("tova", 0.3, 0.9, 0.8, 1.0, mode="boundary", than="biased"),
         change("h2o", 0.9, 0.2, -0.1, 0.5, mode="fair", than="biased"),
     ]

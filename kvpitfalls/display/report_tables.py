@@ -77,6 +77,8 @@ def terms(cells: Sequence[Mapping]) -> list[tuple[str, str]]:
 def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     """A sentence per policy of a group: where biased eviction loses most, and what returns most of it at the same memory.
 
+    What returns it must be told from chance, and exist for at least half of the prompts.
+
     Parameters
     ----------
     changes, fixed
@@ -105,9 +107,10 @@ def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
     )
     if not fixes:
         return text + "."
-    best = max(fixes, key=lambda fix: fix["difference"])
-    if best["low"] is None or best["low"] <= 0:
+    told = [fix for fix in fixes if fix["low"] is not None and fix["low"] > 0 and 2 * fix["n_prompt"] >= row["n_prompt"]]
+    if not told:
         return f"{text}; of the other modes at the same memory none returns an amount that is told from chance."
+    best = max(told, key=lambda fix: fix["difference"])
     return f"{text}; at the same memory {best['mode']} returns most, {_signed(best, 'difference', 'low', 'high')}."
 
 
