@@ -1,10 +1,13 @@
 """Every way of generating inside a wrap: what comes out is what one prompt at a time, by hand, gives; or it is refused by name."""
 
 import copy
+import ctypes
+import functools
 import gc
 import itertools
 import random
-import sys
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -251,25 +254,24 @@ def test_interrupts_at_random_moments_change_no_other_threads_answer():
             return plain(tokens).logits
 
     expected = [of_wrapped(), of_plain()]
+    start = time.perf_counter()
+    of_wrapped()
+    span = time.perf_counter() - start  # of one alone; here seven share the processor
 
     def strike():
-        """Run with an interrupt after so many lines, as the interpreter raises one: between any two of them."""
-        left = draw.randrange(1, 4000)
-
-        def trace(frame, event, arg):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
+        """Run with an interrupt at a random moment, raised by the interpreter where it raises those of Ctrl-C."""
+        thread = ctypes.c_ulong(threading.get_ident())
+        interrupt = functools.partial(ctypes.pythonapi.PyThreadState_SetAsyncExc, thread, ctypes.py_object(KeyboardInterrupt))
+        timer = threading.Timer(draw.uniform(0, 4 * span), interrupt)
         try:
+            timer.start()
             of_wrapped()
+            timer.cancel()
+            timer.join()
+            for _ in range(1000):
+                pass  # one that is on its way strikes here
         except KeyboardInterrupt:
             return True
-        finally:
-            sys.settrace(None)
         return False
 
     with ThreadPoolExecutor(7) as pool:

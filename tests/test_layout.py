@@ -70,6 +70,13 @@ def test_python_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_locks_are_taken_by_with(path):
+    """An interrupt may strike after ``lock.acquire()``, before the next line: then nobody gives the lock back, and all hang."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call, ast.Attribute) and call.attr == "acquire"]
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_heavy_libraries_stay_where_they_belong(path):
     folder = path.relative_to(PACKAGE).parts[0]
     for module in imports_of(path):

@@ -77,13 +77,14 @@ def take(namespaces: list[dict]) -> None:
 
 
 def abandon(namespaces: list[dict]) -> None:
-    """A wrapped model was freed. This may run inside any other code, so it only takes the lock if that is free."""
+    """A wrapped model was freed. This may run inside any other code, so it only takes the lock if that is free.
+
+    By ``with``: an interrupt may strike between an ``acquire`` and the next line, and nobody would ever release it.
+    """
     _abandoned.append(namespaces)
-    if lock.acquire(blocking=False):
-        try:
+    if not lock.locked():  # by this thread; one that takes it now gives it back soon
+        with lock:
             clear_abandoned()
-        finally:
-            lock.release()
 
 
 def clear_abandoned() -> None:
