@@ -375,6 +375,26 @@ def test_padding_between_turns_is_no_token(family, policy, fair, when):
             assert torch.equal(order[layer.pos[row]], other.pos[0])
 
 
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_that_move_take_their_padding_along(policy, fair):
+    """Between two padded turns rows are chosen, swapped and repeated, as beams are."""
+    model, tokens, mask = build("llama"), ids(3, 30), torch.ones(3, 30, dtype=torch.long)
+    mask[0, N_PROMPT : N_PROMPT + 4] = mask[1, N_PROMPT : N_PROMPT + 2] = mask[2, 22:24] = 0
+    with kvp.wrap(model, WINDOW.get(policy, policy), budget=9, fair=fair, when="always") as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], spans=SPANS)
+        feed(model, tokens, [6], cache, mask, start=N_PROMPT)
+        stayed, moved, rows = cache, cache.copy(), [2, 0]
+        moved.batch_select_indices(torch.tensor(rows))
+        moved.batch_repeat_interleave(2)
+        rows = [2, 2, 0, 0]
+        wanted = feed(model, tokens, [1, 4, 1], stayed, mask, start=N_PROMPT + 6)
+        got = feed(model, tokens[rows], [1, 4, 1], moved, mask[rows], start=N_PROMPT + 6)
+    torch.testing.assert_close(got, wanted[rows], rtol=0, atol=1e-5)
+    for layer, other in zip(moved.kept_layers, stayed.kept_layers, strict=True):
+        assert torch.equal(layer.pos, other.pos[rows])
+
+
 @pytest.mark.parametrize("family", not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text"))
 def test_other_architectures_hold_too(family):
     model, tokens = build_type(family), ids(1, 30)

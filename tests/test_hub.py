@@ -91,8 +91,9 @@ def test_a_download_that_was_broken_off_goes_on(hub, tmp_path):
     assert run(tmp_path, endpoint, *AUDIT).returncode == 0 and any(path.endswith("model.safetensors") for path in asked)
 
 
-def test_without_a_network_it_is_one_sentence_that_names_both_ways(tmp_path):
-    ran = run(tmp_path, "http://127.0.0.1:9", *AUDIT)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid", "nonsense://x"])
+def test_without_a_network_it_is_one_sentence_that_names_both_ways(tmp_path, endpoint):
+    ran = run(tmp_path, endpoint, *AUDIT)
     assert ran.returncode == 1 and ran.stdout == ""
     sentence = ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr and "the hub did not give it" in sentence

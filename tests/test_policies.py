@@ -57,6 +57,23 @@ def test_needs_queries_is_true_exactly_if_it_reads_them(policy):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keydiff_looks_at_directions_only(dtype):
+    """The length of a key changes nothing, to the ends of the exponent; tokens in another order have the same scores; no NaN for zeros."""
+    keys = KEYS.to(dtype)
+    scores = kvp.keep("keydiff", keys, budget=20).scores
+    powers = torch.randint(-110, 110, keys.shape[:3], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(kvp.keep("keydiff", torch.ldexp(keys.float(), powers[..., None]).to(dtype), budget=20).scores, scores)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(kvp.keep("keydiff", keys[:, :, order], budget=20).scores, scores[:, :, order], rtol=0, atol=1e-6)
+    some = keys.clone()
+    some[0, :, 5:9] = 0
+    found = kvp.keep("keydiff", some, budget=20).scores
+    assert found.isfinite().all() and (found[0, :, 5:9] == 0).all() and torch.equal(found[1], scores[1])
+    without = kvp.keep("keydiff", torch.cat([keys[:1, :, :5], keys[:1, :, 9:]], 2), budget=20).scores
+    torch.testing.assert_close(torch.cat([found[:1, :, :5], found[:1, :, 9:]], 2), without, rtol=0, atol=1e-6)
+
+
 def test_snapkv_shares_its_window_between_segments():
     kept = kvp.keep(kvp.SnapKV(window_size=9), KEYS, QUERIES, budget=20, spans=[(0, 2), (2, 25), (25, 40)], fair=True)
     window = (kept.scores[0, 0] >= 2).nonzero().flatten().tolist()

@@ -129,11 +129,19 @@ def _is_to_be_downloaded(source: Path | str) -> bool:
 
 
 def _check_hub() -> None:
-    """Raise at once if nobody answers: the hub's own client tries for a minute, and writes a line each time."""
+    """Raise OSError at once if nobody answers: the hub's own client tries for a minute, and writes a line each time."""
+    session = get_session()
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # its client's own kinds, which differ by release
+        session.head(constants.ENDPOINT, timeout=10)
+    except _errors_of(session) as error:
         raise OSError(f"{constants.ENDPOINT}: {error}") from error
+
+
+def _errors_of(session) -> tuple[type[Exception], ...]:
+    """What a session of the hub raises where it does not reach it: by release it is of requests, of httpx, or of a successor."""
+    packages = [sys.modules[base.__module__.partition(".")[0]] for base in type(session).__mro__]
+    named = [getattr(package, name, OSError) for package in packages for name in ("RequestException", "HTTPError", "InvalidURL")]
+    return (OSError, *named)
 
 
 @contextlib.contextmanager
