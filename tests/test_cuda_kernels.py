@@ -4,6 +4,8 @@ Needs a CUDA GPU; the bodies of test_ops.py run there too.
 """
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -121,6 +123,67 @@ def test_large_logits_lse_given_and_fewer_queries():
     late = [Vote((0, n - 1200), (n - 1200, n))]
     few = queries[:, :, -1300:]
     assert error(attend(keys, few, [late]), attend(keys, few, [late], verb=reference.score)) <= 2e-6
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n_dim, dtype", [(80, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)])
+def test_a_query_that_casts_no_vote_has_no_say_on_broken_keys_either(n_dim, dtype, number):
+    """By each engine: a key that is no number is NaN only where a query that votes sees it."""
+    n = 2048
+    keys, queries = tensors(1, 2, 4, n, n_dim, dtype)
+    keys[:, :, [300, 1700]] = number
+    lse = torch.full((1, 8, n), 9.0, device="cuda")
+    lse[:, :, 1600:] = lse[:, :, 200:900:7] = math.inf
+    lse[:, 4:, :1650] = -math.inf
+    for votes in (whole(n), fair(n, 500, 1200), window(n)):
+        ours, exact = (attend(keys, queries, [votes], lse=lse, verb=verb) for verb in (ops.score, reference.score))
+        assert torch.equal(ours.isnan(), exact.isnan()) and (votes[0].window != (0, 0) or ours[0, 0, 1000].isfinite())
+        assert error(ours.nan_to_num(0), exact.nan_to_num(0)) <= 2e-6
+
+
+REWRITES = """
+import sys, threading, time
+
+sys.setswitchinterval(1e-5)
+import numpy as np
+import torch
+from kvpitfalls import ops
+
+T = 4096
+keys, queries = (torch.randn(1, 8, n, 64, device="cuda") for n in (T, 64))
+votes = np.array([[[0, T - 64, T - 64, T, 0, 0, 1, 0, 0, 0]]], np.int32)
+segments, quotas = np.array([[0, T]], np.int32), np.full((1, 8, 1), 64, np.int32)
+scores = keys[..., 0].contiguous()
+table, place, call = {
+    "votes": (votes, 1, lambda: ops.score("attention", keys, queries=queries, votes=votes, scaling=1.0)),
+    "segments": (segments, 1, lambda: ops.select(scores, quotas, segments=segments)[0]),
+}[sys.argv[1]]
+right, flat, stop = call().cpu(), table.reshape(-1), time.monotonic() + 5
+
+def rewrite():
+    good = int(flat[place])
+    while time.monotonic() < stop:
+        flat[place] = 1 << 30
+        flat[place] = good
+
+threading.Thread(target=rewrite, daemon=True).start()
+n = {True: 0, False: 0}
+while time.monotonic() < stop:
+    try:
+        n[torch.equal(call().cpu(), right)] += 1
+    except ValueError:
+        pass
+print(n[True], n[False])
+"""
+
+
+@pytest.mark.parametrize("name", ["votes", "segments"])
+def test_a_thread_that_rewrites_a_table_changes_nothing(name):
+    """What is checked is what is sent: a call is refused or right."""
+    run = subprocess.run([sys.executable, "-c", REWRITES, name], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    right, wrong = map(int, run.stdout.split())
+    assert right > 100 and wrong == 0
 
 
 def test_many_votes_travel_by_the_workspace():

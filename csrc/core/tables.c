@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The small tables of a call on the CPU (votes, valid, segments, quotas) are copied to the front of the workspace before they are checked, and
- * only the copies are used: another thread may write to what was given as it likes. (A CUDA call reads its tables on the host, once, into
- * what travels with the launch; its workspace is on the device.)
+ * only the copies are used: another thread may write to what was given as it likes. (The workspace of a CUDA call is on the device: its tables
+ * are read where they are, and must not change until it returns. The Python binding copies them.)
  */
 #include "internal.h"
 

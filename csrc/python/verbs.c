@@ -186,6 +186,51 @@ static int make_workspace(const verb_spec *spec, const verb_args *args, const kv
     return 0;
 }
 
+static size_t count_elements(const kvp_tensor *t) {
+    size_t count = 1;
+    for (int d = 0; d < t->ndim; d++) count *= (size_t)t->shape[d];
+    return count;
+}
+
+static void copy_table(kvp_tensor *t, int32_t *to) {
+    const size_t count = count_elements(t);
+    for (size_t i = 0; i < count; i++) {
+        const volatile int32_t *from = t->data;
+        size_t left = i;
+        for (int d = t->ndim - 1; d >= 0; left /= (size_t)t->shape[d--]) from += (int64_t)(left % (size_t)t->shape[d]) * t->stride[d];
+        to[i] = *from;
+    }
+    t->data = to;
+    for (int64_t d = t->ndim - 1, step = 1; d >= 0; step *= t->shape[d--]) t->stride[d] = step;
+}
+
+/*
+ * Of a call on a GPU the tables are what is in host memory. There the core has nowhere to copy them to, and reads them where they are, once to
+ * check them and again to send them: so they are copied here, and a thread that rewrites them changes nothing. Where the core refuses the
+ * arguments they stay: the verb says why. To be freed with PyMem_Free.
+ */
+static int own_tables(const verb_spec *spec, verb_args *args, const kvp_tensor *first, int32_t n_worker, void **owned) {
+    kvp_tensor *table[MAX_TENSOR];
+    Py_ssize_t n = 0;
+    size_t bytes = 0;
+    if (first->device == KVP_CPU || kvp_workspace(spec->verb, args, n_worker, &bytes) != KVP_OK) return 0;
+    bytes = 0;
+    for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
+        kvp_tensor *t = (kvp_tensor *)((char *)args + spec->tensor[i].offset);
+        if (!t->data || t->device != KVP_CPU) continue;
+        bytes += count_elements(t) * sizeof(int32_t);
+        table[n++] = t;
+    }
+    if (n == 0) return 0;
+    int32_t *to = *owned = PyMem_Malloc(bytes);
+    if (!to) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; to += count_elements(table[i++])) copy_table(table[i], to);
+    return 0;
+}
+
 static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
     switch (verb) {
     case KVP_SCORE: return kvp_score(&args->score, ctx);
@@ -203,9 +248,10 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
     const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
     kvpb_loans loans = {.n_capsule = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    void *owned = NULL;
+    void *owned = NULL, *tables = NULL;
     PyObject *result = NULL;
     int failed = read_n_worker(n_worker, &ctx.n_worker) < 0 || read_tensors(state, spec, objects, args, &loans) < 0;
+    failed = failed || own_tables(spec, args, first, ctx.n_worker, &tables) < 0;
     if (!failed && workspace == Py_None) failed = make_workspace(spec, args, first, &ctx, &owned) < 0;
     if (!failed && workspace != Py_None) failed = lend_workspace(state, workspace, first, &ctx, &loans) < 0;
     if (!failed) {
@@ -217,6 +263,7 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
         result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
     }
     PyMem_Free(owned);
+    PyMem_Free(tables);
     kvpb_return_loans(&loans);
     return result;
 }
@@ -321,7 +368,7 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
     kvpb_loans loans = {.n_capsule = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
     PyObject *out[PRESS_OUTPUTS] = {NULL}, *held = NULL, *result = NULL;
-    void *owned = NULL;
+    void *owned = NULL, *tables = NULL;
     int64_t n_kept;
     if (kvpb_check_count("press", n_object, 13) < 0 || read_scorer(objects[0], &args.press.scorer) < 0 ||
         read_params(objects[10], args.press.scorer, args.press.param) < 0 || read_n_kept(objects[11], &n_kept) < 0 ||
@@ -329,6 +376,7 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
         return NULL;
     if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
         make_press_outputs(state, objects + 1, n_kept, &args.press, out) == 0 &&
+        own_tables(&press_spec, &args, &args.press.keys, ctx.n_worker, &tables) == 0 &&
         make_press_scratch(state, objects[1], &args, &ctx, &owned, &held) == 0) {
         kvp_status status;
         ctx.stream = loans.stream;
@@ -340,6 +388,7 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
     for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
     Py_XDECREF(held);
     PyMem_Free(owned);
+    PyMem_Free(tables);
     kvpb_return_loans(&loans);
     return result;
 }

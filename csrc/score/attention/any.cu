@@ -82,7 +82,7 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
                 float x[SIDE], top = -INFINITY;
                 for (int j = 0; j < SIDE; j++) {
                     const int column = first + LANES * j + threadIdx.x % LANES;
-                    x[j] = column >= taken[i].lo && column < taken[i].hi ? kvpg_logit(p, a[i][j]) + exponent[j] : -INFINITY;
+                    x[j] = column >= taken[i].lo && column < taken[i].hi && !kvpg_is_mute(exponent[j]) ? kvpg_logit(p, a[i][j]) + exponent[j] : -INFINITY;
                     top = fmaxf(top, x[j]);
                 }
                 if (SWEEP == KVPG_LSE) kvpg_raise(tally[i], top);

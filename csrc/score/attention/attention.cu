@@ -273,6 +273,7 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->cap = (float)(softcap * log2e);
     p->kernel_size = (int)args->param[2];
     p->share_heads = args->param[3] > 0;
+    p->has_mute = args->lse.data != NULL;
 }
 
 static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {

@@ -153,7 +153,11 @@ __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2]
     for (int i = 0; i < 2 * M; i++) {
         float x[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = kvpg_exp2(fmaf(a[i / 2][j / 2][i % 2 * 2 + j % 2], scale, j % 2 ? e[j / 2].y : e[j / 2].x));
+        for (int j = 0; j < 4; j++) {
+            const float exponent = j % 2 ? e[j / 2].y : e[j / 2].x;
+            x[j] = kvpg_exp2(fmaf(a[i / 2][j / 2][i % 2 * 2 + j % 2], scale, exponent));
+            if (MASKED && kvpg_is_mute(exponent)) x[j] = 0;
+        }
         if (MASKED) {
             const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
             mask_pair(t, column, x[0], x[1], 0);
@@ -302,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const _
         const uint32_t tile = ring + place_of<DIM>(t) * TILE;
         const float *e = exponents + t % STAGES * COLUMNS;
         const kvpg_interval *taken = intervals + here.s * ROWS + first_row + lane / 4;
-        if (here.column >= cover.full_lo && here.column + COLUMNS <= min(cover.full_hi, cover.hi))
+        if (!p.has_mute && here.column >= cover.full_lo && here.column + COLUMNS <= min(cover.full_hi, cover.hi))
             sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);
         else
             sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);

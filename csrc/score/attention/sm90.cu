@@ -141,7 +141,7 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
         for (int i = 0; i < 4; i++) {
             float power = kvpg_exp2(fmaf(x[4 * j + i], scale, e[i % 2]));
             const int at = column + 8 * j + i % 2;
-            if (MASKED) power = at >= taken[i / 2].lo && at < taken[i / 2].hi ? power : 0;
+            if (MASKED) power = at >= taken[i / 2].lo && at < taken[i / 2].hi && !kvpg_is_mute(e[i % 2]) ? power : 0;
             part[i] += power;
         }
     }
@@ -284,7 +284,7 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
             const int column = column_of(u, t), end = n - t, full_hi = min(own.full_hi, own.hi);
             const int begin_own = own.lo < own.hi ? tiles_before(own.lo, column, end) : end;
             const int end_own = own.lo < own.hi ? min(end, (own.hi - column + COLUMNS - 1) / COLUMNS) : end;
-            const int begin_full = min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
+            const int begin_full = SWEEP == KVPG_SUM && p.has_mute ? end_own : min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
             const int end_full = max(begin_full, min(end_own, (full_hi - column) / COLUMNS));
             const auto run = [&](int from, int to, auto masked) {
 #pragma unroll 1

@@ -55,6 +55,7 @@ typedef struct kvpg_attention {
     int max_voter, max_split, max_hull; /* the most of any batch row; hull: positions from the first voter to the last */
     float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
     int kernel_size, share_heads;
+    int has_mute; /* some exponents may be minus infinity: then every column is looked at */
     kvpg_table table;
 } kvpg_attention;
 
@@ -122,6 +123,9 @@ __device__ __forceinline__ void kvpg_cut_split(kvpg_cover &c, kvpg_numbers table
     c.lo = max(c.lo, table[KVPG_VALID_BEGIN] + split * table[KVPG_SPLIT_SIZE]);
     c.hi = min(c.hi, table[KVPG_VALID_BEGIN] + (split + 1) * table[KVPG_SPLIT_SIZE]);
 }
+
+/* Minus infinity is the exponent of a query that casts no vote, whatever its logit is: NaN and infinity, too. */
+__device__ __forceinline__ bool kvpg_is_mute(float exponent) { return exponent == -INFINITY; }
 
 /* The logit of a row and a column, in powers of 2; see kvpg_attention. */
 __device__ __forceinline__ float kvpg_logit(const kvpg_attention &p, float product) {
