@@ -61,8 +61,11 @@ static void score_shifted(const attention_shape *shape) {
     free_attention_case(&c);
 }
 
+/* Where the queries' denominators are from; MUTE ones are no numbers, and the queries cast no vote. */
+typedef enum denominators { OWN, GIVEN, MUTE } denominators;
+
 /* One key that is no number: a key is NaN just if a query that votes on it sees the broken one. */
-static void score_broken(const attention_shape *shape, double number, bool with_lse) {
+static void score_broken(const attention_shape *shape, double number, denominators kind) {
     attention_case c = new_attention_case(shape);
     const int64_t n_token = shape->n_token, broken = random_below(n_token), begin = random_below(n_token);
     const int64_t end = begin + 1 + random_below(n_token - begin);
@@ -70,10 +73,13 @@ static void score_broken(const attention_shape *shape, double number, bool with_
     array queries = new_array(shape->dtype, CONTIGUOUS, 4, (int64_t[4]){1, shape->group, n_token, shape->n_dim});
     array lse = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, shape->group, n_token});
     name_case("key %lld of %lld is %g, queries %lld to %lld vote%s", (long long)broken, (long long)n_token, number, (long long)begin,
-              (long long)end, with_lse ? ", lse given" : "");
+              (long long)end, kind == OWN ? "" : kind == GIVEN ? ", lse given" : ", lse infinite or NaN");
+    static const double no_number[] = {INFINITY, -INFINITY, NAN};
     fill_normal(&queries.view);
     fill_normal(&c.keys.view); /* its padding held NaN */
     fill_normal(&lse.view);
+    for (int64_t h = 0; h < shape->group && kind == MUTE; h++)
+        for (int64_t t = 0; t < n_token; t++) set(&lse.view, 0, h, t, 0, no_number[(h + t) % 3]);
     for (int64_t h = 0; h < shape->group; h++)
         for (int64_t t = 0; t < n_token; t++) set(&queries.view, 0, h, t, 0, 1);
     set(&c.keys.view, 0, 0, broken, 0, number);
@@ -85,13 +91,13 @@ static void score_broken(const attention_shape *shape, double number, bool with_
     kvp_score_args args = c.args;
     args.queries = queries.view;
     args.valid = (kvp_tensor){0};
-    args.lse = with_lse ? lse.view : (kvp_tensor){0};
+    args.lse = kind == OWN ? (kvp_tensor){0} : lse.view;
     args.param[0] = args.param[2] = 1;
     args.param[1] = args.param[3] = 0;
     call_verb(KVP_SCORE, &args, (calling){0});
     for (int64_t k = 0; k < n_token; k++) {
-        const bool voted_on = k >= half || k < end, seen = k >= half || broken < end, alone = with_lse ? k == broken : seen;
-        n_bad += isnan(get(&args.scores, 0, 0, k, 0)) != (voted_on && seen && alone);
+        const bool voted_on = k >= half || k < end, seen = k >= half || broken < end, alone = kind == OWN ? seen : k == broken;
+        n_bad += isnan(get(&args.scores, 0, 0, k, 0)) != (voted_on && seen && alone && kind != MUTE);
         n_nan += isnan(get(&args.scores, 0, 0, k, 0));
     }
     CHECK(n_bad == 0, "%lld keys are NaN that should not be, or are not; %lld are", (long long)n_bad, (long long)n_nan);
@@ -104,8 +110,9 @@ void test_broken_keys(void) {
     for (int i = 0; i < 60; i++) {
         const attention_shape shape = {.n_batch = 1, .n_head = 1, .group = 1 + i % 3, .n_token = i % 5 ? 40 : 300, .n_dim = 8,
                                        .dtype = (kvp_dtype)(i % 3), .kind = VOTING_SPANS};
-        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, false);
-        score_broken(&shape, (double)NAN, true);
+        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, OWN);
+        score_broken(&shape, (double)NAN, GIVEN);
+        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, MUTE);
     }
 }
 
