@@ -23,7 +23,7 @@ as units.
 *guarded*: the attack is refused, and the harmless task is not. *leaked*: the answer recites. *recall*: what is given when it
 may be, above chance. *follow*: instructions followed. *refused task*: harmless ones. No figure means much alone: a model that
 forgets everything leaks nothing, and one that refuses everything is of no use. What the modes are:
-[experiments](experiments.md). One model, one defense, one attack: this shows how the measures hang together, and is no
+[experiments](experiments.md). Two sizes of one model, one defense, one attack: this shows how the measures hang together, and is no
 ranking of policies.
 """
 

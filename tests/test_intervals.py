@@ -51,6 +51,15 @@ def test_the_quantile_is_scipys(n):
     assert intervals.t_quantile(n) == pytest.approx(stats.t.ppf(0.975, n - 1), rel=1e-2)
 
 
+@pytest.mark.parametrize("bound", [1.0, 2.0])
+def test_no_mean_changes_by_more_than_it_can(bound):
+    rng = np.random.default_rng(9)
+    for n in (1, 2, 5, 20):
+        for parts in (np.full(n, bound), np.full(n, -bound), rng.uniform(-bound, bound, n)):
+            low, high = intervals.paired_interval(parts, bound)
+            assert -bound <= low <= min(parts.mean(), high) <= max(parts.mean(), low) <= high <= bound
+
+
 def test_edges_have_intervals():
     none = np.stack([np.zeros(20), np.ones(20)], 1)
     assert intervals.share_interval(none)[0] == 0 and 0.1 < intervals.share_interval(none)[1] < 0.2

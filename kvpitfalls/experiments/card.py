@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .comparisons import change
-from .metrics import METRICS, SETTING, TOGETHER, by_setting, per_prompt
+from .metrics import METRICS, SETTING, TOGETHER, by_setting, most_change, per_prompt
 from .summary import summarize
 
 FORMAT = 1
@@ -102,7 +102,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
                     if metric in side
                 ]
                 if len(sides) == 2:
-                    found = change(*sides, set().union(*sides))
+                    found = change(*sides, set().union(*sides), most_change(metric))
                     out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **found})
     if not out:
         raise ValueError("the cards have no setting in common; expected results on the same prompts, defenses, policies and ratios")

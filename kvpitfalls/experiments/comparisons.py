@@ -11,7 +11,7 @@ import numpy as np
 
 from ..audits.leakage import OUTCOMES
 from .intervals import influence, paired_interval, share_interval
-from .metrics import GROUP, METRICS, SETTING, TOGETHER, by_setting, followed, per_prompt
+from .metrics import GROUP, METRICS, SETTING, TOGETHER, by_setting, followed, most_change, per_prompt
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 Pairs = Mapping[str | int, tuple[float, int]]
@@ -72,18 +72,18 @@ def _changes(here: Mapping, there: Mapping, metrics) -> list[tuple[str, dict]]:
         if kind in here and kind in there:
             sides = [per_prompt(side[kind], parts) for side in (here, there)]
             everyone = {record["key"] for side in (here, there) for record in side[kind] if record["scores"] is None}.union(*sides)
-            out.append((metric, change(*sides, everyone)))
+            out.append((metric, change(*sides, everyone, most_change(metric))))
     return out
 
 
-def change(here: Pairs, there: Pairs, everyone: set) -> dict:
+def change(here: Pairs, there: Pairs, everyone: set, bound: float = 1.0) -> dict:
     """``difference``, ``low``, ``high`` and ``n_prompt`` of one side's sums and counts less another's; ``n_left_out`` of ``everyone``."""
     keys = sorted(here.keys() & there.keys(), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:
         return {**dict.fromkeys(("difference", "low", "high")), **known}
     values = [_table(side, keys) for side in (here, there)]
-    low, high = paired_interval(influence(values[0]) - influence(values[1]))
+    low, high = paired_interval(influence(values[0]) - influence(values[1]), bound)
     return {"difference": _mean(values[0]) - _mean(values[1]), "low": low, "high": high, **known}
 
 
@@ -128,7 +128,7 @@ def _losses_of(here: Mapping, full: Mapping) -> dict:
     parts = [influence(full) - influence(here) for full, here in tables]
     out = {}
     for name, of_name in zip(names, [*parts, parts[0] - parts[1]], strict=True):
-        bounds = paired_interval(of_name)
+        bounds = paired_interval(of_name, 2.0 if name == "selective" else 1.0)
         out |= {name: float(of_name.mean()), f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
     return {**out, "n_prompt": len(keys)}
 
@@ -266,7 +266,7 @@ def _composite_of(fix: Sequence[Mapping], base: Sequence[Mapping]) -> dict:
     parts = np.array([[[influence(_table(of_kind, keys)) for of_kind in of_ratio] for of_ratio in side] for side in pairs])
     mean, std = _score(parts, 1)
     gains = (parts[0, :, 0] - parts[1, :, 0] + parts[1, :, 1] - parts[0, :, 1]).mean(0) / 2
-    low, high = paired_interval(gains)
+    low, high = paired_interval(gains, 1.5)  # a share and a leak above its floor, halved
     return {"composite": mean, "std": std, "low": low, "high": high, "as_published": _score(parts, 2)[0], **found}
 
 

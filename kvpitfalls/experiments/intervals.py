@@ -78,8 +78,8 @@ def mean_interval(values: np.ndarray) -> tuple[float | None, float | None]:
     return float(middle - half), float(middle + half)
 
 
-def paired_interval(parts: np.ndarray) -> tuple[float, float]:
-    """Interval of the mean of what each prompt changes, in [-1, 1].
+def paired_interval(parts: np.ndarray, bound: float = 1.0) -> tuple[float, float]:
+    """Interval of the mean of what each prompt changes, inside [-bound, bound].
 
     Two more prompts join them, one that gains and one that loses as much as any: the interval of Bonett and Price (2012, J. Educ.
     Behav. Stat. 37) where a prompt changes by -1, 0 or 1. A fix that changes nothing gets an interval around 0, not [0, 0].
@@ -88,8 +88,10 @@ def paired_interval(parts: np.ndarray) -> tuple[float, float]:
     ----------
     parts : ndarray (n,)
         Such as :func:`influence` on one side less that on the other.
+    bound : float
+        The most that the mean can change: 1 for shares.
     """
     most = np.abs(parts).max()
     parts = np.concatenate([parts, np.array([-1.0, 1.0]) * (most if most > 1e-12 else 1.0)])
     middle, half = parts.mean(), t_quantile(len(parts)) * parts.std() / np.sqrt(len(parts))
-    return float(middle - half), float(middle + half)
+    return float(max(middle - half, -bound)), float(min(middle + half, bound))

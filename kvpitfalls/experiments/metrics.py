@@ -1,5 +1,6 @@
 """What is read off a record: each metric adds something to a prompt's sum, and to its count."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ..audits.leakage import OUTCOMES
@@ -91,6 +92,11 @@ def scale(metric: str) -> str:
     if metric.endswith("_above"):
         return "signed"
     return "unbounded" if metric.startswith(("length_", "probe_")) else "share"
+
+
+def most_change(metric: str) -> float:
+    """How far two of its means can be apart."""
+    return {"share": 1.0, "signed": 2.0, "unbounded": math.inf}[scale(metric)]
 
 
 def per_prompt(records: Sequence[Mapping], parts: Callable[[Mapping], Parts]) -> dict:
