@@ -7,7 +7,7 @@
 #include "../select/select.h"
 
 static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *, kvp_context *) = {
-#define KVP_PARAM(name, initial)
+#define KVP_PARAM(scorer, name, initial)
 #define KVP_SCORER(name, needs, params) [KVPI_SCORER_##name] = kvpi_score_##name##_cpu,
 #include "../scorers.def"
 #undef KVP_SCORER
@@ -18,7 +18,8 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     switch (verb) {
     case KVP_SCORE: {
         const kvp_score_args *score = args;
-        return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_workspace(score, n_worker) : 0;
+        const kvpi_scorer_traits *traits = kvpi_scorer_at(score->scorer)->traits;
+        return traits->workspace ? traits->workspace(score, n_worker) : 0;
     }
     case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
     case KVP_GATHER:

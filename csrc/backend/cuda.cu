@@ -2,7 +2,7 @@
  *
  * The CUDA backend: one constant table, like cpu.c's. Every call runs on the device of its tensors, whichever is current.
  */
-#include "../gpu/tables.cuh"
+#include "../gpu/rows.cuh"
 
 extern "C" {
 #include "../evict/evict.h"
@@ -32,8 +32,14 @@ template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)> static
 
 /* Every line of scorers.def must name a function here, or the module does not link. */
 static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *, kvp_context *) = {
-#define KVP_PARAM(name, initial)
+#define KVP_PARAM(scorer, name, initial)
 #define KVP_SCORER(name, needs, params) on_its_device<kvp_score_args, kvpi_score_##name##_cuda>,
+#include "../scorers.def"
+#undef KVP_SCORER
+};
+
+static size_t (*const score_workspace_table[KVPI_SCORER_COUNT])(const kvp_score_args *) = {
+#define KVP_SCORER(name, needs, params) kvpi_score_##name##_cuda_workspace,
 #include "../scorers.def"
 #undef KVP_SCORER
 #undef KVP_PARAM
@@ -44,7 +50,7 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     if (verb == KVP_SELECT) return kvpi_select_cuda_workspace((const kvp_select_args *)args);
     if (verb == KVP_GATHER) return 0;
     const kvp_score_args *score = (const kvp_score_args *)args;
-    return score->scorer == KVPI_SCORER_attention ? kvpi_score_attention_cuda_workspace(score) : kvpg_valid_bytes(&score->valid);
+    return score_workspace_table[score->scorer](score);
 }
 
 extern "C" const kvp_backend *kvp_cuda_backend(void) {

@@ -8,12 +8,12 @@
 #include <string.h>
 
 static const kvpi_scorer scorers[KVPI_SCORER_COUNT + 1] = {
-#define KVP_PARAM(name, initial) {name, initial},
-#define KVP_SCORER(name, needs, params) {#name, needs, {params{NULL, 0}}},
+#define KVP_PARAM(scorer, name, initial) {#name, initial},
+#define KVP_SCORER(name, needs, params) {#name, needs, &kvpi_##name##_traits, {params{NULL, 0}}},
 #include "../scorers.def"
 #undef KVP_SCORER
 #undef KVP_PARAM
-    {NULL, 0, {{NULL, 0}}},
+    {NULL, 0, NULL, {{NULL, 0}}},
 };
 
 /* Slot by DLPack device number. The CPU is there from the start; others register when their module loads. */

@@ -206,23 +206,9 @@ static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *c
     return KVP_OK;
 }
 
-static kvp_status check_whole(double value, const char *name, double low, double high, kvp_context *ctx) {
+kvp_status kvpi_check_whole(double value, const char *name, double low, double high, kvp_context *ctx) {
     if (value >= low && value <= high && value == floor(value)) return KVP_OK;
     return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is %g; expected a whole number from %.0f to %.0f", name, value, low, high);
-}
-
-static kvp_status check_attention_params(const double *param, kvp_context *ctx) {
-    const double log2e = 1.4426950408889634; /* powers are of 2 */
-    if (!isfinite((float)(param[0] * log2e)))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most", param[0],
-                         FLT_MAX / log2e);
-    if (param[1] != 0 && (!(param[1] >= (double)FLT_MIN) || !isfinite((float)(param[1] * log2e))))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", param[1], (double)FLT_MIN, FLT_MAX / log2e);
-    if (param[1] != 0 && !isfinite((float)(param[0] / param[1])))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g and softcap %g; expected their quotient to be finite in float32", param[0], param[1]);
-    KVPI_TRY(check_whole(param[2], "kernel_size", 1, 1 << 20, ctx));
-    if ((int64_t)param[2] % 2 == 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", param[2]);
-    return check_whole(param[3], "share_heads", 0, 1, ctx);
 }
 
 /* A caller that was compiled with another kvp.h, or has forgotten the field. */
@@ -232,8 +218,8 @@ static kvp_status check_size(uint32_t size, size_t expected, const char *what, k
 }
 
 /* What a scorer asks of the queries, the votes and its parameters; both may be missing where it needs none. */
-static kvp_status check_scorer(int32_t scorer, const kvp_tensor *keys, const kvp_tensor *queries, const kvp_tensor *votes, const double *param,
-                               const binding *bound, kvp_context *ctx) {
+static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys, const kvp_tensor *queries, const kvp_tensor *votes,
+                               const double *param, const binding *bound, kvp_context *ctx) {
     const int64_t n_token = bound->size['T'];
     if (queries->data && queries->dtype != keys->dtype)
         return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has", kvpi_dtype_name(queries->dtype),
@@ -246,13 +232,7 @@ static kvp_status check_scorer(int32_t scorer, const kvp_tensor *keys, const kvp
                          (long long)n_token);
     if (votes->data && bound->size['F'] != KVP_VOTE_FIELDS)
         return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound->size['F'], (int)KVP_VOTE_FIELDS);
-    if (scorer == KVPI_SCORER_attention) KVPI_TRY(check_attention_params(param, ctx));
-    if (scorer == KVPI_SCORER_position) {
-        if (n_token > 1 << 23)
-            return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "T is %lld in keys; the scorer \"position\" tells at most %d apart", (long long)n_token, 1 << 23);
-        KVPI_TRY(check_whole(param[0], "n_sink", 0, INT32_MAX, ctx));
-    }
-    return KVP_OK;
+    return scorer->traits->check ? scorer->traits->check(param, n_token, ctx) : KVP_OK;
 }
 
 static kvp_status check_edges(const binding *bound, kvp_context *ctx) {
@@ -282,7 +262,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
-    KVPI_TRY(check_scorer(args->scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
+    KVPI_TRY(check_scorer(scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
     return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
 }
 
@@ -340,7 +320,7 @@ kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
     binding bound;
     KVPI_TRY(check_rules(rules, N_RULE, &bound, ctx));
     KVPI_TRY(check_one_dtype(rules, 1, 3, &args->keys, ctx));
-    KVPI_TRY(check_scorer(args->scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
+    KVPI_TRY(check_scorer(scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
     KVPI_TRY(check_edges(&bound, ctx));
     return check_overlaps(rules, N_RULE, in_place_of, ctx);
 }

@@ -29,9 +29,16 @@ const char *kvpi_dtype_name(int32_t dtype);
 size_t kvpi_dtype_size(int32_t dtype); /* 0 for an unknown one */
 
 /* backend.c */
+/* What a scorer's own file knows of it, beside how to score; either may be NULL. */
+typedef struct kvpi_scorer_traits {
+    kvp_status (*check)(const double *param, int64_t n_token, kvp_context *ctx); /* its parameters, and T, on any device */
+    size_t (*workspace)(const kvp_score_args *args, int32_t n_worker);           /* on the CPU */
+} kvpi_scorer_traits;
+
 typedef struct kvpi_scorer {
     const char *name;
     int32_t needs;
+    const kvpi_scorer_traits *traits;
     struct {
         const char *name;
         double initial;
@@ -39,13 +46,22 @@ typedef struct kvpi_scorer {
 } kvpi_scorer;
 
 enum {
-#define KVP_PARAM(name, initial)
+#define KVP_PARAM(scorer, name, initial)
 #define KVP_SCORER(name, needs, params) KVPI_SCORER_##name,
 #include "../scorers.def"
 #undef KVP_SCORER
 #undef KVP_PARAM
     KVPI_SCORER_COUNT
 };
+
+/* The places of their parameters: KVPI_PARAM_position_n_sink and so on. */
+#define KVP_PARAM(scorer, name, initial) KVPI_PARAM_##scorer##_##name,
+#define KVP_SCORER(name, needs, params)       \
+    enum { params KVPI_PARAM_COUNT_##name }; \
+    extern const kvpi_scorer_traits kvpi_##name##_traits;
+#include "../scorers.def"
+#undef KVP_SCORER
+#undef KVP_PARAM
 
 const kvpi_scorer *kvpi_scorer_at(int32_t scorer);   /* NULL when out of range */
 const kvp_backend *kvpi_backend_for(int32_t device); /* NULL when none is registered */
@@ -56,6 +72,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
 kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx);
+kvp_status kvpi_check_whole(double value, const char *name, double low, double high, kvp_context *ctx);
 
 /* tables.c: copies of a CPU call's small tables, at the front of its workspace. */
 size_t kvpi_table_bytes(kvp_verb verb, const void *args);

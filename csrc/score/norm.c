@@ -25,6 +25,8 @@ static void score_block(void *arg, int64_t task, int32_t worker) {
     for (int64_t t = first; t < last; t++, out += scores->stride[2]) *out = t >= begin && t < end ? -*out : -INFINITY;
 }
 
+const kvpi_scorer_traits kvpi_norm_traits = {NULL, NULL};
+
 kvp_status kvpi_score_norm_cpu(const kvp_score_args *args, kvp_context *ctx) {
     const int64_t *shape = args->keys.shape;
     const int64_t n_block = (shape[2] + BLOCK - 1) / BLOCK;

@@ -72,6 +72,8 @@ template <typename T> static kvp_status launch(const norm_job &j, bool wide, kvp
     return kvpg_launch("norm", ctx, kernel, {kvpg_ceil_div(j.n_token, rows) * j.n_row, 1}, THREADS, 1, 0, j);
 }
 
+extern "C" size_t kvpi_score_norm_cuda_workspace(const kvp_score_args *args) { return kvpg_valid_bytes(&args->valid); }
+
 extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_context *ctx) {
     const int64_t *shape = args->keys.shape;
     norm_job j;

@@ -7,11 +7,20 @@
 
 #include <math.h>
 
+static kvp_status check_params(const double *param, int64_t n_token, kvp_context *ctx) {
+    if (n_token > 1 << 23)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "T is %lld in keys; the scorer \"position\" tells at most %d apart",
+                         (long long)n_token, 1 << 23);
+    return kvpi_check_whole(param[KVPI_PARAM_position_n_sink], "n_sink", 0, INT32_MAX, ctx);
+}
+
+const kvpi_scorer_traits kvpi_position_traits = {check_params, NULL};
+
 kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx) {
     (void)ctx;
     const kvp_tensor *scores = &args->scores;
     const int64_t n_token = scores->shape[2];
-    const double n_sink = args->param[0];
+    const double n_sink = args->param[KVPI_PARAM_position_n_sink];
     for (int64_t b = 0; b < scores->shape[0]; b++) {
         int64_t begin, end;
         kvpi_valid_range(&args->valid, b, n_token, &begin, &end);

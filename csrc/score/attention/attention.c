@@ -11,6 +11,7 @@
  */
 #include "attention.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -66,15 +67,33 @@ static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ct
         .group = queries[1] / keys[1],
         .n_wave = wave_size(args),
         .stride = row_stride(keys[2]),
-        .share_heads = args->param[3] > 0,
+        .share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0,
         .worker_bytes = strip > finish ? strip : finish,
         .packed_bytes = unit_bytes(args),
     };
 }
 
-size_t kvpi_score_attention_workspace(const kvp_score_args *args, int32_t n_worker) {
+static size_t size_workspace(const kvp_score_args *args, int32_t n_worker) {
     kvpi_attention j = read_job(args, NULL);
     return lay_out(&j, NULL, n_worker);
+}
+
+/* Powers are of 2, in float32. */
+static kvp_status check_params(const double *param, int64_t n_token, kvp_context *ctx) {
+    (void)n_token;
+    const double scaling = param[KVPI_PARAM_attention_scaling], softcap = param[KVPI_PARAM_attention_softcap];
+    const double kernel_size = param[KVPI_PARAM_attention_kernel_size];
+    const double log2e = 1.4426950408889634;
+    if (!isfinite((float)(scaling * log2e)))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most", scaling,
+                         FLT_MAX / log2e);
+    if (softcap != 0 && (!(softcap >= (double)FLT_MIN) || !isfinite((float)(softcap * log2e))))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", softcap, (double)FLT_MIN, FLT_MAX / log2e);
+    if (softcap != 0 && !isfinite((float)(scaling / softcap)))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g and softcap %g; expected their quotient to be finite in float32", scaling, softcap);
+    KVPI_TRY(kvpi_check_whole(kernel_size, "kernel_size", 1, 1 << 20, ctx));
+    if ((int64_t)kernel_size % 2 == 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", kernel_size);
+    return kvpi_check_whole(param[KVPI_PARAM_attention_share_heads], "share_heads", 0, 1, ctx);
 }
 
 static void read_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const int64_t *valid, int64_t *range) {
@@ -196,7 +215,7 @@ static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int6
     kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
     for (int64_t v = 0; v < j->n_vote; v++) {
         const kvpi_vote vote = kvpi_read_vote(j, b, v);
-        finish_vote(&vote, (int64_t)j->args->param[2], (double)n_head, column, pooled);
+        finish_vote(&vote, (int64_t)j->args->param[KVPI_PARAM_attention_kernel_size], (double)n_head, column, pooled);
     }
     for (int64_t h = first; h < last; h++)
         for (int64_t k = 0; k < j->n_token; k++) *(float *)(void *)kvpi_at(scores, b, h, k) = k >= begin && k < end ? (float)column[k] : -INFINITY;
@@ -258,6 +277,8 @@ static void size_waves(kvpi_attention *j) {
     j->columns = (float *)(void *)j->packed; /* which stands before them */
     j->n_wave = fit < n_unit ? fit : n_unit;
 }
+
+const kvpi_scorer_traits kvpi_attention_traits = {check_params, size_workspace};
 
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx) {
     kvpi_attention j = read_job(args, ctx);

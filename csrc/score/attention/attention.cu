@@ -255,7 +255,7 @@ extern "C" size_t kvpi_score_attention_cuda_workspace(const kvp_score_args *args
 }
 
 static void read_job(const kvp_score_args *args, kvpg_attention *p) {
-    const double scaling = args->param[0], softcap = args->param[1], log2e = 1.4426950408889634;
+    const double scaling = args->param[KVPI_PARAM_attention_scaling], softcap = args->param[KVPI_PARAM_attention_softcap], log2e = 1.4426950408889634;
     p->keys = kvpg_rows_of(&args->keys);
     p->queries = kvpg_rows_of(&args->queries);
     p->scores = kvpg_rows_of(&args->scores);
@@ -271,8 +271,8 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->max_split = 1;
     p->scale = (float)(softcap > 0 ? scaling / softcap : scaling * log2e);
     p->cap = (float)(softcap * log2e);
-    p->kernel_size = (int)args->param[2];
-    p->share_heads = args->param[3] > 0;
+    p->kernel_size = (int)args->param[KVPI_PARAM_attention_kernel_size];
+    p->share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0;
     p->has_mute = args->lse.data != NULL;
 }
 

@@ -416,5 +416,5 @@ static bool can_map(const kvp_tensor *x) {
 }
 
 bool kvpg_can_sm90(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[0] > 0 && args->param[1] == 0 && can_map(&args->keys) && can_map(&args->queries);
+    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[KVPI_PARAM_attention_scaling] > 0 && args->param[KVPI_PARAM_attention_softcap] == 0 && can_map(&args->keys) && can_map(&args->queries);
 }

@@ -73,7 +73,7 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
         rows[r] = kvpi_at(queries, b, n, i);
     }
     s->n_key = s->query[s->n_row - 1] + 1;
-    const float scale = (float)j->args->param[0] * (j->args->param[1] > 0 ? 1.0f : LOG2_E);
+    const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] * (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : LOG2_E);
     return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
 }
 
@@ -109,13 +109,13 @@ static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, in
 }
 
 static void soften_block(const kvpi_attention *j, strip *s, int64_t first, int64_t n_key, float scale) {
+    const float softcap = (float)j->args->param[KVPI_PARAM_attention_softcap];
     const int64_t block = first / KVPI_BLOCK, n = (n_key + j->rows->panel - 1) / j->rows->panel * j->rows->panel;
     for (int64_t r = 0; r < s->n_row; r++) {
         float *row = s->logits + r * j->stride + first;
         const int64_t visible = s->query[r] + 1 - first, n_visible = visible < 0 ? 0 : visible < n ? visible : n;
         float shift = s->lse[r], factor = scale;
-        if (j->args->param[1] > 0) {
-            const float softcap = (float)j->args->param[1]; /* x -> softcap * tanh(x / softcap), to base 2 */
+        if (softcap > 0) { /* x -> softcap * tanh(x / softcap), to base 2 */
             j->rows->cap(row, n_visible, scale / softcap, softcap * LOG2_E);
             factor = 1;
         } else if (scale == 0) { /* not left to soften, where minus infinity hides a key, and times 0 is no number */
