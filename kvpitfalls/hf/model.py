@@ -12,6 +12,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
 from .masks import real_newest, valid_ranges
+from .outer import give_deltas, outer_of, taken_deltas
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -43,7 +45,7 @@ class _Attachment:
         self.count = 0
         self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
         self.wrap: Any = None  # the handle's, while there is one: makes its caches
-        self.generators: list[Around] = []
+        self.others: list[Around] = []
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
         self.namespaces = stand_ins.globals_of(self.own)
@@ -53,7 +55,7 @@ class _Attachment:
         self.finalizer.atexit = False
 
     def close(self) -> None:
-        for around in (self.around, *self.generators):
+        for around in (self.around, *self.others):
             around.take_away()
         if self.finalizer.detach() is not None:
             stand_ins.take(self.namespaces)
@@ -62,8 +64,13 @@ class _Attachment:
         """Stand before this model's ways to generate, if nobody does yet."""
         for module in generators_of(model):
             for name, function in (("generate", _generate), ("init_continuous_batching", _refuse_batching)):
-                if hasattr(module, name) and not isinstance(vars(module).get(name), Around):
-                    self.generators.append(Around(module, name, function))
+                self._stand_before(module, name, function)
+        if (outer := outer_of(model)) is not None:
+            self._stand_before(outer, "forward", _outer)
+
+    def _stand_before(self, module, name: str, function) -> None:
+        if hasattr(module, name) and not isinstance(vars(module).get(name), Around):
+            self.others.append(Around(module, name, function))
 
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
@@ -187,6 +194,9 @@ def _generate(model, generate, args, kwargs):
     check_generate(arguments, getattr(attachment.wrap, "action", None))
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
+        if cache.n_seen and (module := outer_of(model)) is not None:
+            given = next(x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None)
+            give_deltas(module, cache, len(given))
     running, outer = _Running(), getattr(local, "generating", ())
     try:
         with stand_ins.lock:
@@ -198,6 +208,31 @@ def _generate(model, generate, args, kwargs):
         with stand_ins.lock:
             attachment.running.discard(running)
             _close_if_idle(decoder)
+
+
+def _outer(module, forward, args, kwargs):
+    """In place of the forward that calls a multimodal model's decoder: what stands for a cache's prompt only is not left from another."""
+    decoder = next((child for child in module.children() if child in _attached), None)
+    if decoder is None:
+        return forward(*args, **kwargs)
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    bound = {**bound, **bound.get("kwargs", {})}
+    cache, before = given_cache(bound)[1], getattr(local, "outer", None)
+    is_generating = any(other is decoder for other, _ in getattr(local, "generating", ()))  # then generate has made the positions
+    if isinstance(cache, KeptCache) and cache.n_seen and not is_generating:
+        give_deltas(module, cache, len(_inputs(bound)))
+    local.outer = (module, bound.get("input_ids"))
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        local.outer = before
+
+
+def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
+    """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and positions."""
+    module, ids = local.outer
+    cache.origin = replace(cache.origin, deltas=taken_deltas(module, n_row))
+    record.ids = ids if record.ids is None else record.ids
 
 
 def _wrap_for(decoder, attachment: _Attachment):
@@ -265,6 +300,8 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
+    if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
+        _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
 
 
