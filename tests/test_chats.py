@@ -124,6 +124,15 @@ def test_no_field_of_a_message_can_pass_for_the_template(where):
         kvp.Prompt.from_chat(tokenizer_of("parts"), [BEGUN[0], part])
 
 
+def test_templates_that_take_no_parts():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    with pytest.raises(ValueError, match="takes no parts, and prints message 0 as Python does; expected a content that is a str"):
+        kvp.Prompt.from_chat(tokenizer_of("chatml"), parts)
+    adds = byte_level(template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="the chat template refuses the messages: can only concatenate str"):
+        kvp.Prompt.from_chat(adds, parts)
+
+
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [

@@ -92,7 +92,7 @@ def _apply_template(tokenizer, messages, **options):
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: such as a list where the template adds up texts
         raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
 
 
@@ -213,6 +213,10 @@ def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int,
         return _apply_template(tokenizer, of, tokenize=False, **options)
 
     text = render(messages)
+    if printed := [i for i, m in enumerate(messages) if isinstance(m.get("content"), list) and str(m["content"]) in text]:
+        raise ValueError(
+            f"the chat template takes no parts, and prints message {printed[0]} as Python does; expected a content that is a str"
+        )
     texts = [said for message in messages for said in texts_of(message)]
     owners = owners_of(messages)
     # Every marker that occurs takes three characters at least, so one of these is free.
