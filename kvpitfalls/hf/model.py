@@ -191,7 +191,7 @@ def _generate(model, generate, args, kwargs):
         return generate(*args, **kwargs)
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
-    check_generate(arguments, getattr(attachment.wrap, "action", None))
+    check_generate(arguments, None if attachment.wrap is None else attachment.wrap.action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
@@ -245,17 +245,12 @@ def _wrap_for(decoder, attachment: _Attachment):
 
 def _refuse_batching(model, start, args, kwargs):
     attachment = _attached.get(decoder_of(model))
-    if attachment is None or attachment.wrap is None or not acts(attachment.wrap.action) or _is_paused(decoder_of(model)):
+    if attachment is None or attachment.wrap is None or not attachment.wrap.action.acts or _is_paused(decoder_of(model)):
         return start(*args, **kwargs)
     raise UnsupportedModelError(
         "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected generate, or a call "
         "inside `with handle.paused()`"
     )
-
-
-def acts(action) -> bool:
-    """Whether it takes anything from a cache."""
-    return getattr(action, "evicts", False) or getattr(action, "holds", False)
 
 
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
@@ -269,7 +264,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             return args, kwargs, None
         if cache is None:
             if not _uses_cache(decoder, bound):
-                if acts(wrap.action):
+                if wrap.action.acts:
                     raise NotInterceptedError(
                         "use_cache is False (an argument, or left in the model's config by training), so that nothing would be compressed; "
                         "expected use_cache=True, or a call inside `with handle.paused()`"
@@ -325,7 +320,7 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
             "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
         )
     origin = cache.origin
-    if wrap is not None and cache.action is None and getattr(wrap.action, "holds", False):
+    if wrap is not None and cache.action is None and wrap.action.holds:
         raise ValueError(
             f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected when='prefill'"
         )
@@ -350,15 +345,15 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
             )
         if isinstance(cache, FixedCache):
             return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
-        newest = real_newest(mask, n_new) if getattr(cache.action, "holds", False) else None
+        newest = real_newest(mask, n_new) if cache.is_held else None
         return Forward(cache, attachment.own, False, seen, ids, None, newest)
-    if n_new < 2 and getattr(cache.action, "evicts", False):
+    if n_new < 2 and cache.action is not None and cache.action.evicts:
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         raise UnsupportedModelError(
             "attention_mask is not a padding mask (B, T); expected one, since policies recompute plain causal attention"
         )
     cache.valid = valid_ranges(mask, n_row, n_new)
-    if (spans_of := getattr(cache.action, "spans_of", None)) is not None:
-        cache.spans = spans_of(n_row, n_new, cache.valid)
+    if cache.action is not None:
+        cache.spans = cache.action.spans_of(n_row, n_new, cache.valid)
     return Forward(cache, attachment.own, True, 0, ids, cache.valid)

@@ -32,7 +32,7 @@ def save_cache(cache: KeptCache, path) -> None:
     """See :meth:`kvpitfalls.KeptCache.save`."""
     if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    if getattr(cache.action, "holds", False):
+    if cache.is_held:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no policy")
     if cache.origin.deltas is not None and bool(cache.origin.deltas.any()):
         raise ValueError("the cache's prompt has images, whose positions a file cannot hold; expected a prompt of text alone")

@@ -15,6 +15,7 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
+from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import check_model, decoder_of
@@ -246,21 +247,19 @@ def _settings(action: Evict) -> str:
     return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{when}"
 
 
-class Fork:
+class Fork(Action):
     """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
-
-    evicts = False
 
     def __init__(self, caches: Sequence[KeptCache]):
         self.caches = caches
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
         for cache in self.caches:
             twin = cache.layers[layer.index] = copy.copy(layer)
             cache.valid, cache.spans = call.valid, cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid)
             cache.note_peak()
-            cache.action(twin, call)
+            cache.action.after_prefill(twin, call)
 
 
 @torch.no_grad()
