@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import kvpitfalls as kvp
+from kvpitfalls.hf.action import Action
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.forward import AttentionCall
 from kvpitfalls.hf.model import attach, detach
@@ -50,7 +51,7 @@ def model(request):
     return model
 
 
-class Ragged:
+class Ragged(Action):
     """A cache's action: keep a random number of random rows, another per layer, row and head; in place, or cut out."""
 
     evicts = True
@@ -58,7 +59,7 @@ class Ragged:
     def __init__(self, in_place: bool):
         self.in_place = in_place
 
-    def __call__(self, layer, call):
+    def after_prefill(self, layer, call):
         n_row, n_head, n_token = layer.keys.shape[:3]
         draw = torch.Generator().manual_seed(layer.index)
         scores = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=draw)

@@ -1,6 +1,7 @@
 """Where a model comes from, and that a converted GGUF file is the same model."""
 
 import ast
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from chat_tokenizers import byte_level
+from tokenizers import processors
 
+from kvpitfalls.hf import gguf_tokens
 from kvpitfalls.hf import load as loading
 
 
@@ -31,8 +35,8 @@ def test_a_converted_file_is_the_same_model(smollm2):
 def test_a_converted_tokenizer_is_the_same_tokenizer(smollm2):
     path, text = loading._packaged_gguf(), "The capital  of France\nis Paris; <|im_start|>naïve\t12345"
     direct = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    chat = [{"role": "user", "content": text}]
-    assert smollm2[1](text).keys() == direct(text).keys() and smollm2[1](text)["input_ids"] == direct(text)["input_ids"]
+    chat, plain = [{"role": "user", "content": text}], {"add_special_tokens": False, "return_offsets_mapping": True}
+    assert dict(smollm2[1](text, **plain)) == dict(direct(text, **plain))
     assert smollm2[1].decode(direct(text)["input_ids"]) == direct.decode(direct(text)["input_ids"])
     assert smollm2[1].apply_chat_template(chat, tokenize=False) == direct.apply_chat_template(chat, tokenize=False)
 
@@ -40,6 +44,26 @@ def test_a_converted_tokenizer_is_the_same_tokenizer(smollm2):
 def test_generation_stops_where_the_tokenizer_says(smollm2):
     model, tokenizer = smollm2
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert (tokenizer.bos_token, tokenizer.unk_token) == ("<|im_start|>", "<|endoftext|>")
+    assert tokenizer("Hi").input_ids == tokenizer("Hi", add_special_tokens=False).input_ids, "the file says add_bos_token=False"
+
+
+@pytest.mark.parametrize("adds", list(itertools.product([None, False, True], repeat=2)))
+def test_special_tokens_are_what_the_file_states(tmp_path, adds):
+    """Whatever the tokenizer was before; also when it is saved and loaded."""
+    before = byte_level()
+    before.add_special_tokens({"bos_token": "<|im_end|>", "unk_token": "<|im_end|>"})
+    begin, end = before.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    before.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)])
+    flags = {f"add_{name}_token": is_added for name, is_added in zip(("bos", "eos"), adds, strict=True) if is_added is not None}
+    stated = {"bos_token_id": begin, "eos_token_id": end, "padding_token_id": begin, "eot_token_id": begin, **flags}
+    gguf_tokens.as_stated(before, stated).save_pretrained(tmp_path)
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (after.bos_token_id, after.eos_token_id, after.pad_token_id, after.unk_token_id) == (begin, end, begin, end)
+    text = before("no", add_special_tokens=False).input_ids
+    assert after("no").input_ids == ([begin] * bool(adds[0]) + text + [end] * bool(adds[1]) if flags else [end, *text])
+    assert gguf_tokens.ends(stated) == sorted([begin, end]) and gguf_tokens.ends({}) == []
 
 
 def test_a_second_load_does_not_convert(smollm2, monkeypatch):

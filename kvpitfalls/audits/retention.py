@@ -9,6 +9,7 @@ import torch
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import choose, rank
+from ..hf.action import Action
 from ..hf.cache import KeptCache, KeptLayer
 from ..hf.forward import AttentionCall
 from ..hf.model import attach, detach
@@ -20,10 +21,10 @@ from .audit import Audit
 COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class _Observe:
+class _Observe(Action):
     """A cache's action: evict nothing, record what every setting would keep."""
 
-    evicts, reads_queries = False, True
+    reads_queries = True
 
     def __init__(self, settings, ratios, layout_of, spans):
         self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
@@ -31,7 +32,7 @@ class _Observe:
         self.lost: dict[tuple, list[np.ndarray]] = {}
         self.layers: list[int] = []
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)
         n_head, n_token = call.key.shape[1:3]
         mass, heads = _attention_mass(call), np.arange(n_head)[:, None]

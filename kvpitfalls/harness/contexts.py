@@ -73,7 +73,7 @@ class Marks:
         offsets, template = _offsets(tokenizer, text, ids), template or {}
         if self.scope == "system":
             of_system = _system(tokenizer, text, ids, messages, template)
-            n_token, contents = len(of_system), {"system": of_system.contents[0]}
+            n_token, contents = len(of_system), {"system": (of_system.contents[0][0], of_system.contents[-1][1])}
         elif messages is None or not self.needs_spans:
             contents = {"text": (0, len(text))}
         else:
@@ -154,7 +154,7 @@ def _contents(tokenizer, text: str, messages, template: Mapping) -> dict[str, tu
             "that instructions can be found"
         )
     out: dict[str, tuple[int, int]] = {}
-    for message, where in zip(messages, prompt.contents, strict=True):
-        n = sum(name.partition("#")[0] == message["role"] for name in out) + 1
-        out[message["role"] if n == 1 else f"{message['role']}#{n}"] = where
+    for role, where in zip(prompt.roles, prompt.contents, strict=True):
+        n = sum(name.partition("#")[0] == role for name in out) + 1
+        out[role if n == 1 else f"{role}#{n}"] = where
     return out

@@ -24,7 +24,7 @@ class KeptCache(DynamicCache):
     Parameters
     ----------
     config : transformers config, optional
-    action : callable, optional
+    action : Action, optional
         Called with each layer after its prefill. :func:`kvpitfalls.wrap` gives its own.
 
     Attributes
@@ -72,6 +72,11 @@ class KeptCache(DynamicCache):
     def n_seen(self) -> int:
         """How many tokens it has seen, the prompt's and what came later."""
         return max((layer.seen for layer in self.kept_layers), default=0)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its budget is held while generating."""
+        return self.action is not None and self.action.holds
 
     @property
     def n_prompt(self) -> int:
@@ -265,15 +270,15 @@ class KeptCache(DynamicCache):
         return block(repr(self)[1:-1], self.report().body())
 
     def _check_counts(self, layers: list[KeptLayer], counts: list[np.ndarray]) -> None:
-        limit = getattr(self.action, "limit", None)
+        if self.action is None:
+            return
         for layer, kept in zip(layers, counts, strict=True):
-            if limit is None or self.action.waits(layer):
+            if self.action.waits(layer):
                 continue
             for row, (begin, end) in enumerate(self.valid):
-                if (most := int(kept[row].max())) > limit(end - begin):
+                if (most := int(kept[row].max())) > (limit := self.action.limit(end - begin)):
                     raise NotInterceptedError(
-                        f"layer {layer.index} holds {most} tokens of row {row}'s prompt; expected at most {limit(end - begin)}: it was not "
-                        "compressed"
+                        f"layer {layer.index} holds {most} tokens of row {row}'s prompt; expected at most {limit}: it was not compressed"
                     )
 
 

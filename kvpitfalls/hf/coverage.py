@@ -17,6 +17,7 @@ _MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, ar
 _REFUSED_TYPES = {
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
+    "paligemma": "its prompts attend both ways, so that what stands before a token depends on what follows it",
     "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
 }
 

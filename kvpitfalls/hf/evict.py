@@ -1,7 +1,7 @@
 """Evicting once: after a layer's prefill."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -9,12 +9,13 @@ from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import Kept, choose, rank
 from ..policies import Policy
+from .action import Action
 from .forward import AttentionCall
 from .layer import KeptLayer
 
 
 @dataclass(frozen=True)
-class Evict:
+class Evict(Action):
     """A cache's action: after a layer's prefill, keep what the policy keeps."""
 
     policy: Policy
@@ -30,10 +31,8 @@ class Evict:
         """What protect="sinks" protects."""
         return getattr(self.policy, "n_sink", 4)
 
-    holds: ClassVar[bool] = False  # does not act after the prefill
-
     @property
-    def evicts(self) -> bool:
+    def evicts(self) -> bool:  # type: ignore[override]
         """False if everything is kept."""
         return self.compression_ratio != 0
 
@@ -45,10 +44,6 @@ class Evict:
     def limit(self, n_token: int) -> int:
         """How much of a prompt of ``n_token`` real tokens a row may hold."""
         return kept_tokens(n_token, self.compression_ratio, self.budget)
-
-    def waits(self, layer: KeptLayer) -> bool:
-        """Whether it is not ``layer``'s turn yet, though it has seen a prompt."""
-        return False
 
     def layout(self, n_row: int, n_token: int, valid) -> Layout:
         """What stands where in the prompts."""
@@ -64,7 +59,7 @@ class Evict:
         layout.check_room(self.fair, [self.limit(end - begin) for begin, end in valid])
         return list(layout.spans)
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         lengths = [end - begin for begin, end in call.valid]
         if all(self.limit(n) == n for n in lengths):

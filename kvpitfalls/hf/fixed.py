@@ -287,7 +287,7 @@ def _check(cache: KeptCache, n_room: int) -> None:
         raise ValueError(f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of KeptLayers alone")
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    if getattr(cache.action, "holds", False):
+    if cache.is_held:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill'")
     n_prompt = max(end for _, end in cache.valid)
     if any(layer.n_after if layer.is_evicted else layer.seen != n_prompt for layer in cache.layers):

@@ -153,7 +153,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
     action, is_first = forward.cache.action, not ticket.done
     ticket.done = True
-    if not is_first or action is None or not (forward.prefill or getattr(action, "holds", False)):
+    if not is_first or action is None or not (forward.prefill or action.holds):
         out = base(module, query, key, value, attention_mask, **kwargs)
     else:
         tells = forward.prefill and _tells_denominators(action, forward, implementation, query)
@@ -161,7 +161,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
         forward.cache.note_peak()
-        act = action if forward.prefill else action.hold
+        act = action.after_prefill if forward.prefill else action.after_step
         lse = None if seen is None else seen.lse
         act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
     if is_first and forward.cache.progress is not None:
@@ -183,12 +183,7 @@ def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
 
 def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
     """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
-    return (
-        query.is_cuda
-        and implementation == "sdpa"
-        and getattr(action, "reads_queries", False)
-        and all(row == (0, query.shape[2]) for row in forward.valid)
-    )
+    return query.is_cuda and implementation == "sdpa" and action.reads_queries and all(row == (0, query.shape[2]) for row in forward.valid)
 
 
 def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:

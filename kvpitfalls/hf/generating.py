@@ -48,14 +48,14 @@ def check_generate(arguments: dict, action) -> None:
     ----------
     arguments : dict
         Of :func:`arguments_of`.
-    action
+    action : Action, or None
         The wrap's, for a call without a cache; None if there is none.
     """
     _, cache = given_cache(arguments)
     is_ours = isinstance(cache, KeptCache)
     action = (cache.action or action) if is_ours else action
     is_filled = is_ours and cache.n_seen > 0
-    if is_filled or getattr(action, "evicts", False) or getattr(action, "holds", False):
+    if is_filled or (action is not None and action.acts):
         _check_mode(arguments, is_filled)
     if is_filled:
         _check_ids(arguments, cache)

@@ -134,7 +134,7 @@ class Hold(Evict):
         layout.segments(self.fair)
         return list(layout.spans)
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After the prompt's prefill."""
         n_row, _, n_token = call.key.shape[:3]
         layout = self.layout(n_row, n_token, call.valid)
@@ -155,7 +155,7 @@ class Hold(Evict):
         if self.when == "always":
             self._cut(layer, call)
 
-    def hold(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After a later forward."""
         n_new = call.query.shape[2]
         held = layer.held.then(layer.seen, n_new, call.newest)

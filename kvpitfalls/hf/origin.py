@@ -29,6 +29,8 @@ class Origin:
         Of the decoder; only of a cache that was pickled, until it meets that decoder again.
     pieces : tuple of LongTensor (B, n), or None
         Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
+    deltas : LongTensor (B, 1), or None
+        How far a multimodal model's positions are ahead of its tokens; see ``outer.py``.
     """
 
     settings: str | None = None
@@ -37,10 +39,11 @@ class Origin:
     n_change: int = 0
     fingerprint: str | None = None
     pieces: tuple[torch.Tensor, ...] | None = ()
+    deltas: torch.Tensor | None = None
 
     def filled_by(self, decoder: torch.nn.Module) -> "Origin":
         """The same, of a cache that this decoder begins to fill."""
-        return replace(self._with(decoder), pieces=())
+        return replace(self._with(decoder), pieces=(), deltas=None)
 
     def _with(self, decoder: torch.nn.Module) -> "Origin":
         known = {"adapters": active_adapters(decoder), "n_change": count_changes(decoder), "fingerprint": None}
@@ -95,16 +98,21 @@ class Origin:
 
     def rows(self, rows: list[int]) -> "Origin":
         """The same, of a cache of these rows."""
-        if not self.pieces:
-            return self
-        whole = torch.cat(self.pieces, 1)
-        return replace(self, pieces=(whole[torch.tensor(rows, device=whole.device)],))
+        moved = {}
+        if self.pieces:
+            whole = torch.cat(self.pieces, 1)
+            moved["pieces"] = (whole[torch.tensor(rows, device=whole.device)],)
+        if self.deltas is not None:
+            moved["deltas"] = self.deltas[torch.tensor(rows, device=self.deltas.device)]
+        return replace(self, **moved)
 
     @classmethod
     def join(cls, origins: Sequence["Origin"], tokens: Sequence[torch.Tensor | None]) -> "Origin":
         """Of a cache that is made of these caches' rows, which have seen these tokens."""
         known = [x for x in tokens if x is not None]
-        return replace(origins[0], pieces=(torch.cat(known),) if len(known) == len(tokens) else None)
+        pieces = (torch.cat(known),) if len(known) == len(tokens) else None
+        deltas = [origin.deltas for origin in origins if origin.deltas is not None]
+        return replace(origins[0], pieces=pieces, deltas=torch.cat(deltas) if len(deltas) == len(origins) else None)
 
     def __deepcopy__(self, memo: dict) -> "Origin":
         return self

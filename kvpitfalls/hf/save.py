@@ -32,8 +32,10 @@ def save_cache(cache: KeptCache, path) -> None:
     """See :meth:`kvpitfalls.KeptCache.save`."""
     if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    if getattr(cache.action, "holds", False):
+    if cache.is_held:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no policy")
+    if cache.origin.deltas is not None and bool(cache.origin.deltas.any()):
+        raise ValueError("the cache's prompt has images, whose positions a file cannot hold; expected a prompt of text alone")
     of_model = fingerprint(cache.origin.filler())
     tensors: dict[str, torch.Tensor] = {}
     layers = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(cache.layers)]

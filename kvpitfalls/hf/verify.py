@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import UnsupportedModelError
+from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
@@ -12,16 +13,7 @@ from .model import attach, detach
 from .offload import device_of
 
 
-class Whole:
-    """A cache's action: keep every row as it is."""
-
-    evicts = False
-
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
-        """Leave ``layer``."""
-
-
-class Shuffle:
+class Shuffle(Action):
     """A cache's action: keep every row, but each head's in an order of its own."""
 
     evicts = True
@@ -29,7 +21,7 @@ class Shuffle:
     def __init__(self, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Shuffle ``layer``."""
         n_row, n_head, n_token = layer.keys.shape[:3]
         order = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator).argsort(-1).to(layer.keys.device)
@@ -49,7 +41,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
     attach(model)
     try:
         outputs = []
-        for action in (Whole(), Shuffle()):
+        for action in (Action(), Shuffle()):
             cache = KeptCache(model.config, action)
             decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
             outputs.append(model(input_ids=ids[:, cut:], use_cache=True, **cache_argument(model, cache)).logits.float())

@@ -15,17 +15,20 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
+from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
+from .generate import GREEDY
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
 from .model import attach, detach, paused, put_wrap, take_wrap
 from .offload import device_of
 from .origin import Origin
+from .outer import check_placeholders, is_multimodal, others_of, placeholders
 from .report import Report
 
 
@@ -160,8 +163,8 @@ class Handle:
 
         Parameters
         ----------
-        prompt : Prompt, list of Prompt, LongTensor (B, T) or (T,), or what a tokenizer returns
-            Prompts of different lengths are padded on the left.
+        prompt : Prompt, list of Prompt, LongTensor (B, T) or (T,), or what a tokenizer or a processor returns
+            Prompts of different lengths are padded on the left. With images, all that the processor returned, of them too.
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
@@ -176,6 +179,7 @@ class Handle:
         if self.is_removed:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = prompt if instructions is None else _marked(prompt, instructions)
+        others = others_of(self.model, prompt)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
         if ids.shape[1] < 2:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
@@ -183,7 +187,7 @@ class Handle:
             if end - begin < 2:
                 raise ValueError(f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from")
         cache = self._caches.make(spans=spans, protect=protect)
-        prefill(self.model, cache, ids, mask)
+        prefill(self.model, cache, ids, mask, others)
         return cache
 
     def _repr_html_(self) -> str:
@@ -243,21 +247,19 @@ def _settings(action: Evict) -> str:
     return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{when}"
 
 
-class Fork:
+class Fork(Action):
     """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
-
-    evicts = False
 
     def __init__(self, caches: Sequence[KeptCache]):
         self.caches = caches
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
         for cache in self.caches:
             twin = cache.layers[layer.index] = copy.copy(layer)
             cache.valid, cache.spans = call.valid, cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid)
             cache.note_peak()
-            cache.action(twin, call)
+            cache.action.after_prefill(twin, call)
 
 
 @torch.no_grad()
@@ -294,22 +296,34 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     return caches
 
 
-def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Run the decoder over the prompt, with the position ids that ``generate`` would give and continue."""
+def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping | None = None) -> None:
+    """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
+    check_placeholders(model, ids, others or {})
+    _check_ids(model, ids)
+    with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
+        try:
+            (_through_outer if is_multimodal(model) else _through_decoder)(model, cache, ids, mask, others or {})
+        finally:
+            cache.progress = None
+
+
+def _through_outer(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping) -> None:
+    device = device_of(model)
+    given = {"attention_mask": torch.ones_like(ids) if mask is None else mask, **others}
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    model.generate(ids.to(device), max_new_tokens=1, **GREEDY, use_cache=True, **given, **cache_argument(model, cache))
+
+
+def _through_decoder(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping) -> None:
     decoder = decoder_of(model)
     device = device_of(decoder)
-    _check_ids(model, ids)
     kwargs = {"input_ids": ids.to(device), "use_cache": True, **cache_argument(decoder, cache)}
     real = torch.ones_like(ids) if mask is None else mask.long()
     if mask is not None:
         kwargs["attention_mask"] = mask.to(device)
     if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
         kwargs["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0).to(device)
-    with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
-        try:
-            decoder(**kwargs)
-        finally:
-            cache.progress = None
+    decoder(**kwargs)
 
 
 def _marked(prompt, instructions) -> list[Prompt]:
@@ -339,9 +353,8 @@ def _batch(prompt, attention_mask, spans, action: Evict):
 
 def _of_tokenizer(given: Mapping, attention_mask):
     """Ids and mask of what a tokenizer returns."""
-    if "input_ids" not in given or (others := sorted(set(given) - {"input_ids", "attention_mask", "token_type_ids"})):
-        what = "no input_ids" if "input_ids" not in given else others[0]
-        raise ValueError(f"prompt is a {type(given).__name__} with {what}; expected input_ids and at most an attention_mask")
+    if "input_ids" not in given:
+        raise ValueError(f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask")
     if attention_mask is not None and given.get("attention_mask") is not None:
         raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
     return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
@@ -362,7 +375,10 @@ def _check_ids(model, ids: torch.Tensor) -> None:
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
         return
-    low, high = torch.stack(ids.aminmax()).tolist()
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholders(model)), dtype=ids.dtype, device=ids.device))]
+    if not known.numel():
+        return
+    low, high = torch.stack(known.aminmax()).tolist()
     if low < 0 or high >= embeddings.num_embeddings:
         raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
 

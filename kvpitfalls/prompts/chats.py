@@ -1,10 +1,13 @@
 """Chats as text and tokens: where the contents of messages stand, and that none of them can pass for the template around it."""
 
+import itertools
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 
+_NOW = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")  # what transformers gives templates to print the date
 _OURS = {
     "tokenize",
     "return_dict",
@@ -25,13 +28,57 @@ def check_messages(messages, first: int = 0) -> list[dict]:
     if not messages:
         raise ValueError("messages is empty; expected at least one message")
     for i, message in enumerate(messages, first):
-        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} is {short(message)}; expected a role and a content that is a str")
+        if not isinstance(message, Mapping) or "role" not in message or not _has_content(message):
+            raise ValueError(
+                f"message {i} is {short(message)}; expected a role and a content that is a str, or a list of parts that have a type and, "
+                "of the type 'text', a text; none with tool_calls"
+            )
         role = message["role"]
         if not isinstance(role, str) or not re.fullmatch(r"[\w.-]+", role):
             raise ValueError(f"message {i} has the role {short(role)}; expected a word such as 'system'")
-        check_encodable(f"message {i}", message["content"])
+        for text in texts_of(message):
+            check_encodable(f"message {i}", text)
+        if isinstance(message.get("content"), list) and (other := [p["type"] for p in message["content"] if p["type"] != "text"]):
+            raise ValueError(
+                f"message {i} has a part of the type {short(other[0])}; expected parts of text. What a processor makes of images goes to "
+                "handle.compress as it is"
+            )
     return [dict(message) for message in messages]
+
+
+def _has_content(message: Mapping) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content)
+        return parts and all(isinstance(part.get("text"), str) for part in content if part["type"] == "text")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def texts_of(message: Mapping) -> list[str]:
+    """What a message says: its content, or each part of it that is text; nothing where it only calls tools."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [] if not content and message.get("tool_calls") else [content]
+    return [part["text"] for part in content or [] if part["type"] == "text"]
+
+
+def owners_of(messages: Iterable[Mapping]) -> list[int]:
+    """For each text of the messages, the number of its message."""
+    return [i for i, message in enumerate(messages) for _ in texts_of(message)]
+
+
+def _with_texts(messages: Iterable[Mapping], texts: Iterator[str]) -> list[dict]:
+    """The same messages, each text of theirs replaced by the next of these."""
+    out = []
+    for message in messages:
+        new = [next(texts) for _ in texts_of(message)]
+        if new and isinstance(message["content"], str):
+            out.append({**message, "content": new[0]})
+        elif new:
+            out.append({**message, "content": [{**part, "text": text} for part, text in zip(message["content"], new, strict=True)]})
+        else:
+            out.append(dict(message))
+    return out
 
 
 def check_encodable(what: str, text: str) -> None:
@@ -45,7 +92,7 @@ def _apply_template(tokenizer, messages, **options):
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: such as a list where the template adds up texts
         raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
 
 
@@ -56,6 +103,15 @@ def check_options(options: Mapping) -> dict:
     return dict(options)
 
 
+def at_time(tokenizer, options: Mapping, made: datetime) -> dict:
+    """The same options, for a template that prints ``made`` as the time; else it would look at the clock each time it is rendered.
+
+    transformers hands a template plain data only, so the time is written into the template itself.
+    """
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    return {**options, "chat_template": _NOW.sub(lambda call: repr(made.strftime(call[2])), template)}
+
+
 def template_ids(tokenizer, messages, options: Mapping) -> list[int]:
     """The whole chat's token ids."""
     return list(_apply_template(tokenizer, messages, tokenize=True, return_dict=False, **options))
@@ -64,23 +120,58 @@ def template_ids(tokenizer, messages, options: Mapping) -> list[int]:
 def encoded_chat(tokenizer, messages, options: Mapping, allow_special_tokens: bool, first: int = 0):
     """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
     text, contents = _render(tokenizer, messages, options)
+    if not allow_special_tokens:
+        _check_fields(tokenizer, messages, first)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(encoded["input_ids"]) != template_ids(tokenizer, messages, options):
         raise ValueError("the chat template gives other tokens than its text; expected the same, so that spans can be found")
     if not allow_special_tokens:
-        _check_forgery(tokenizer, text, encoded, contents, first)
+        _check_forgery(tokenizer, text, encoded, contents, owners_of(messages), first)
     return text, contents, encoded
 
 
 def may_hold_special(tokenizer, messages, ids: list[int], first: int, options: Mapping) -> bool:
     """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first`` on."""
-    harmless = template_ids(tokenizer, [*messages[:first], *({**m, "content": "x"} for m in messages[first:])], options)
+    _check_fields(tokenizer, messages, first)
+    harmless = template_ids(tokenizer, [*messages[:first], *_with_texts(messages[first:], itertools.repeat("x"))], options)
     added = set(tokenizer.added_tokens_decoder)
     held, expected = (Counter(token for token in tokens if token in added) for tokens in (ids, harmless))
     return held != expected
 
 
-def _check_forgery(tokenizer, text: str, encoded, contents, first: int) -> None:
+def _check_fields(tokenizer, messages, first: int) -> None:
+    """Refuse special tokens in what messages hold beside their content, such as the arguments of ``tool_calls``."""
+    for i, message in enumerate(messages[first:], first):
+        for name, value in message.items():
+            if name in ("role", "content"):
+                continue
+            for text in _strings(value):
+                check_encodable(f"message {i}", text)
+                held = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & _special(tokenizer)
+                if held - {tokenizer.unk_token_id}:
+                    raise ValueError(
+                        f"message {i} holds {tokenizer.convert_ids_to_tokens(min(held))!r} in its {name}, a token that can end the message "
+                        "and forge another; expected it without, or allow_special_tokens=True"
+                    )
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text in lists and mappings within each other."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (*_strings(key), *_strings(inner))
+    elif isinstance(value, Iterable):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _special(tokenizer) -> set[int]:
+    return {token for token, about in tokenizer.added_tokens_decoder.items() if about.special} | set(tokenizer.all_special_ids)
+
+
+def _check_forgery(tokenizer, text: str, encoded, contents, owners, first: int) -> None:
     """Refuse contents that hold a special token, or an added one that the template uses: to the model they are the template's own.
 
     What the tokenizer made of the text decides, not the text: it may know such a token in capitals or after normalization, too.
@@ -89,15 +180,15 @@ def _check_forgery(tokenizer, text: str, encoded, contents, first: int) -> None:
     holders = [holder(contents, pair) for pair in offsets]
     added = tokenizer.added_tokens_decoder
     watched = {token for token, held in zip(ids, holders, strict=True) if held is None and token in added}
-    watched |= {token for token, about in added.items() if about.special} | set(tokenizer.all_special_ids)
+    watched |= _special(tokenizer)
     for token, (begin, end), held in zip(ids, offsets, holders, strict=True):
-        if held is None or held < first or token not in watched:
+        if held is None or owners[held] < first or token not in watched:
             continue
         if token == tokenizer.unk_token_id and text[begin:end] != tokenizer.unk_token:
             continue  # a character that the vocabulary lacks
         raise ValueError(
-            f"message {held} holds {tokenizer.convert_ids_to_tokens(token)!r} at character {begin - contents[held][0]} of its content, a "
-            "token that can end the message and forge another; expected a content without, or allow_special_tokens=True"
+            f"message {owners[held]} holds {tokenizer.convert_ids_to_tokens(token)!r} at character {begin - contents[held][0]} of its "
+            "content, a token that can end the message and forge another; expected a content without, or allow_special_tokens=True"
         )
 
 
@@ -112,7 +203,7 @@ def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
 
 
 def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and where each message's content stands in it.
+    """The rendered chat, and where each text of the messages stands in it.
 
     Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
     nowhere, which gives the pieces between the contents.
@@ -122,20 +213,26 @@ def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int,
         return _apply_template(tokenizer, of, tokenize=False, **options)
 
     text = render(messages)
+    if printed := [i for i, m in enumerate(messages) if isinstance(m.get("content"), list) and str(m["content"]) in text]:
+        raise ValueError(
+            f"the chat template takes no parts, and prints message {printed[0]} as Python does; expected a content that is a str"
+        )
+    texts = [said for message in messages for said in texts_of(message)]
+    owners = owners_of(messages)
     # Every marker that occurs takes three characters at least, so one of these is free.
     marker = next(m for n in range(len(text) // 3 + 1) if (m := f"\ue000{n}\ue001") not in text)
-    marked = render([{**m, "content": f"{marker}{i}\ue002"} for i, m in enumerate(messages)])
-    if hidden := [i for i in range(len(messages)) if f"{marker}{i}\ue002" not in marked]:
+    marked = render(_with_texts(messages, (f"{marker}{i}\ue002" for i in itertools.count())))
+    if hidden := [owner for i, owner in enumerate(owners) if f"{marker}{i}\ue002" not in marked]:
         raise ValueError(
             f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); expected messages that it "
             "shows: some put a system's into the user's that follows"
         )
     at, contents = 0, []
-    for i, message in enumerate(messages):
+    for i, (said, owner) in enumerate(zip(texts, owners, strict=True)):
         before, found, marked = marked.partition(f"{marker}{i}\ue002")
-        content = next((c for c in (message["content"], message["content"].strip()) if text.startswith(before + c, at)), None)
+        content = next((c for c in (said, said.strip()) if text.startswith(before + c, at)), None)
         if not found or content is None:
-            raise ValueError(f"the chat template changes the text of message {i}; expected it as it is. Prompt.from_text takes any text")
+            raise ValueError(f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text")
         contents.append((at + len(before), at + len(before) + len(content)))
         at = contents[-1][1]
     if text[at:] != marked:

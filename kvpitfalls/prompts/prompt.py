@@ -4,12 +4,25 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
 from ..display.markup import block, note, token_strip
-from .chats import check_encodable, check_messages, check_options, encoded_chat, holder, may_hold_special, shared, short, template_ids
+from .chats import (
+    at_time,
+    check_encodable,
+    check_messages,
+    check_options,
+    encoded_chat,
+    holder,
+    may_hold_special,
+    owners_of,
+    shared,
+    short,
+    template_ids,
+)
 from .pieces import marked
 
 
@@ -59,11 +72,13 @@ class Prompt:
     messages : list of dict, or None
         None for plain text.
     contents : tuple of (int, int)
-        Characters of ``text`` that are the messages' own.
+        Characters of ``text`` that are the messages' own: their contents, or each part of one.
     roles : tuple of str
         Of each of the contents; none for plain text.
     template_options : dict
         Of the chat template.
+    made : datetime
+        When the chat was rendered first: a template that prints the date prints this one ever after.
 
     Examples
     --------
@@ -87,6 +102,7 @@ class Prompt:
     contents: tuple[tuple[int, int], ...] = ()
     roles: tuple[str, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    made: datetime = field(default_factory=datetime.now, compare=False)
 
     @classmethod
     def from_chat(
@@ -106,6 +122,7 @@ class Prompt:
         tokenizer
             A fast tokenizer with a chat template.
         messages : list of {"role": str, "content": str}
+            Or a content that is a list of ``{"type": "text", "text": str}``, or none beside ``tool_calls``.
         instructions : mapping of str to (str or (int, int)), or {"sentences", "lines", "messages"}, optional
             Names -> a text found in the messages' contents, or a range of characters of ``text``. Or every sentence, line or message,
             named by its first words.
@@ -138,9 +155,10 @@ class Prompt:
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
         messages = check_messages(messages)
         options = check_options(template_options)
-        given = {**options, "add_generation_prompt": add_generation_prompt}
+        made = datetime.now()
+        given = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
         text, contents, encoded = encoded_chat(tokenizer, messages, given, allow_special_tokens)
-        return replace(cls._build(tokenizer, text, encoded, contents, messages), template_options=options)._with(instructions)
+        return replace(cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made)._with(instructions)
 
     @classmethod
     def from_text(cls, tokenizer, text: str, instructions=None) -> "Prompt":
@@ -168,7 +186,7 @@ class Prompt:
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
         is_template = tuple(holder(contents, pair) is None for pair in offsets)
-        roles = () if messages is None else tuple(message["role"] for message in messages)
+        roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
         return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents), roles)
 
     def marked(self, instructions) -> "Prompt":
@@ -263,7 +281,8 @@ class Prompt:
         """
         import torch
 
-        options = check_options({**self.template_options, **template_options})
+        kept = {name: x for name, x in self.template_options.items() if name != "continue_final_message"}  # of the prompt's last message
+        options = check_options({**kept, **template_options})
         if self.messages is None:
             if template_options:
                 raise TypeError(
@@ -277,6 +296,7 @@ class Prompt:
             more = check_messages([{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages))
             whole = [*self.messages, *more]
             options["add_generation_prompt"] = not options.get("continue_final_message", False)
+            options = at_time(self.tokenizer, options, self.made)
             full = template_ids(self.tokenizer, whole, options)
             if not allow_special_tokens and may_hold_special(self.tokenizer, whole, full, len(self.messages), options):
                 encoded_chat(self.tokenizer, whole, options, False, len(self.messages))

@@ -1,0 +1,85 @@
+"""Random multimodal models of a few thousand weights, and prompts with an image in them."""
+
+import inspect
+
+import torch
+import transformers
+from tiny_models import ids
+from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
+
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 160,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_MARKS = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153}
+_GRID = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2}
+_TOWER = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, **_GRID}
+_GRIDS = {
+    "qwen2_vl": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, **_GRID},
+    "qwen2_5_vl": {"depth": 1, "fullatt_block_indexes": [0], **_TOWER},
+    "qwen3_vl": {"depth": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], **_TOWER},
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+OF_GRIDS = tuple(_GRIDS)
+FAMILIES = (*OF_GRIDS, "llava")
+
+
+def _config(family: str):
+    if family in OF_GRIDS:  # until transformers 5 the rotary settings had another name, and a base beside them
+        text = {**_TEXT, "head_dim": 16, "rope_parameters": _ROPE, "rope_scaling": _ROPE, "rope_theta": _ROPE["rope_theta"]}
+        return AutoConfig.for_model(family, text_config=text, vision_config=_GRIDS[family], **_MARKS)
+    if family == "llava":
+        parts = {"text_config": AutoConfig.for_model("llama", **_TEXT), "vision_config": CLIPVisionConfig(**_VISION)}
+        return AutoConfig.for_model(family, **parts, image_token_index=150, image_seq_length=16)
+    text = AutoConfig.for_model("gemma", **_TEXT, head_dim=16)
+    vision = SiglipVisionConfig(**_VISION, projection_dim=64)
+    return AutoConfig.for_model("paligemma", text_config=text, vision_config=vision, image_token_index=150, projection_dim=64)
+
+
+def build(family: str, attention: str = "sdpa"):
+    """A random model in eval mode, its weights larger than the usual initial ones."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForImageTextToText.from_config(_config(family), attn_implementation=attention).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "embed" not in name and "vis" not in name:
+                weight.mul_(4.0)
+            elif "k_norm" in name:  # else all normalized keys have one norm, but for rounding
+                weight.copy_(torch.rand_like(weight))
+    return model
+
+
+def image_prompt(model, family: str, seed: int = 4, side: int = 8, n_row: int = 1) -> dict:
+    """What a processor would return for texts around one image of ``side`` patches each way; llava's has 4."""
+    is_grid = family in OF_GRIDS
+    n_image = (side // 2) ** 2 if is_grid else 16
+    before, after, image = ids(n_row, 5, seed), ids(n_row, 9, seed + 1), torch.full((n_row, n_image), 150)
+    marks = [torch.full((n_row, 1), token) for token in (152, 153)]
+    tokens = torch.cat([before, marks[0], image, marks[1], after], 1)
+    noise = torch.Generator().manual_seed(seed)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if not is_grid:
+        return given | {"pixel_values": torch.randn(n_row, 3, 16, 16, generator=noise)}
+    given["pixel_values"] = torch.randn(n_row * side * side, 3 * 2 * 4 * 4, generator=noise)
+    given["image_grid_thw"] = torch.tensor([[1, side, side]] * n_row)
+    if "mm_token_type_ids" in inspect.signature(model.model.get_rope_index).parameters:
+        given["mm_token_type_ids"] = (tokens == 150).int()
+    return given
+
+
+def followed_by(given: dict, question: torch.Tensor) -> dict:
+    """The same prompt, image and all, with more text."""
+    tokens = torch.cat([given["input_ids"], question], 1)
+    longer = {**given, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if "mm_token_type_ids" in given:
+        longer["mm_token_type_ids"] = (tokens == 150).int()
+    return longer
