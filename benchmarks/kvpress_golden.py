@@ -1,14 +1,15 @@
 """Which tokens kvpress's own presses keep of random keys: tests/data/kvpress.npz, which tests/test_kvpress_golden.py compares with ours.
 
-Run in kvpress's environment: make kvpress-golden. Keys are drawn anew by the test, from the same seeds.
+Run in kvpress's environment: make kvpress-golden. Keys and values are drawn anew by the test, from the same seeds.
 """
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from kvpress import KeyDiffPress
+from kvpress import ChunkKVPress, KeyDiffPress, KnormPress, LagKVPress
 
 # (seed, heads, tokens, dimension, share removed, kind of keys)
 CASES = [
@@ -19,6 +20,30 @@ CASES = [
         for n_dim in (16, 64, 80)
         for ratio in (0.3, 0.75)
         for kind in ("normal", "biased")
+    )
+]
+
+# (seed, heads, tokens, dimension, sinks, tokens of a chunk, how many of each chunk are kept, kind)
+LAGKV_CASES = [
+    (100 + seed, 64, n_token, n_dim, n_sink, lag_size, n_best, kind)
+    for seed, (n_token, n_dim, (n_sink, lag_size, n_best), kind) in enumerate(
+        (n_token, n_dim, chunks, kind)
+        for n_token in (260, 399)
+        for n_dim in (16, 64, 80)
+        for chunks in ((4, 128, 5), (0, 32, 11), (7, 9, 4))
+        for kind in ("normal", "biased")
+    )
+]
+
+# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, tokens of a chunk, whose scores): one choice serves all heads
+CHUNKKV_CASES = [
+    (200 + seed, 160, 2, n_token, 16, ratio, kind, chunk_length, scorer)
+    for seed, (n_token, ratio, kind, chunk_length, scorer) in enumerate(
+        (n_token, ratio, kind, chunk_length, scorer)
+        for n_token, chunk_length in ((60, 4), (257, 20))
+        for ratio in (0.3, 0.75)
+        for kind in ("normal", "biased")
+        for scorer in ("keydiff", "knorm")
     )
 ]
 
@@ -39,7 +64,43 @@ def kept_by(press, keys: np.ndarray, ratio: float) -> np.ndarray:
     return scores.topk(int(keys.shape[2] * (1 - ratio)), dim=-1).indices.sort(-1).values[0].numpy().astype(np.int16)
 
 
+def lagkv_of(case) -> tuple[np.ndarray, np.ndarray, int]:
+    """Keys, values, and a budget at which no two chunks' equal ranks are on both sides of the cut."""
+    seed, n_head, n_token, n_dim, n_sink, lag_size, n_best, kind = case
+    n_ranked = (n_token - n_sink) // lag_size - 1
+    keys, values = (keys_of(s, n_head, n_token, n_dim, kind) for s in (seed, seed + 1000))
+    return keys, values, n_token - n_ranked * (lag_size - n_best)
+
+
+def kept_by_lagkv(case) -> np.ndarray:
+    """Positions (H, K), ascending."""
+    keys, values, budget = lagkv_of(case)
+    press = LagKVPress(n_sink=case[4], lag_size=case[5])
+    scores = press.score(None, None, torch.from_numpy(keys), torch.from_numpy(values), None, {})
+    return scores.topk(budget, dim=-1).indices.sort(-1).values[0].numpy().astype(np.int16)
+
+
+def chunkkv_of(case) -> np.ndarray:
+    """Keys (prompts, H, T, D)."""
+    seed, n_prompt, n_head, n_token, n_dim, _, kind, _, _ = case
+    return keys_of(seed, n_prompt * n_head, n_token, n_dim, kind).reshape(n_prompt, n_head, n_token, n_dim)
+
+
+def kept_by_chunkkv(case) -> np.ndarray:
+    """Positions (prompts, K), ascending, then -1; each prompt alone, since the press lets the first of a batch choose for all."""
+    n_prompt, n_token, n_dim, ratio, length, scorer = case[1], case[3], case[4], case[5], case[7], case[8]
+    press = ChunkKVPress({"keydiff": KeyDiffPress, "knorm": KnormPress}[scorer](ratio), length)
+    kept = np.full((n_prompt, n_token), -1, np.int16)
+    for row, keys in zip(kept, torch.from_numpy(chunkkv_of(case)), strict=True):
+        places = torch.arange(n_token).float()[None, None, :, None].expand(1, len(keys), n_token, n_dim)
+        _, left = press.compress(SimpleNamespace(head_dim=n_dim), None, keys[None], places, None, {})
+        row[: left.shape[2]] = left[0, 0, :, 0]
+    return kept
+
+
 if __name__ == "__main__":
     kept = {f"keydiff_{case[0]}": kept_by(KeyDiffPress(), keys_of(*case[:4], case[5]), case[4]) for case in CASES}
+    kept |= {f"lagkv_{case[0]}": kept_by_lagkv(case) for case in LAGKV_CASES}
+    kept |= {f"chunkkv_{case[0]}": kept_by_chunkkv(case) for case in CHUNKKV_CASES}
     np.savez_compressed(Path(sys.argv[1]), **kept)
     print(f"{sum(len(x) for x in kept.values())} heads of {len(kept)} cases")

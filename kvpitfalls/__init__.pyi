@@ -20,9 +20,11 @@ from .hf.wrap import Handle as Handle
 from .hf.wrap import unwrap as unwrap
 from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
+from .policies.chunkkv import ChunkKV as ChunkKV
 from .policies.h2o import H2O as H2O
 from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
+from .policies.lagkv import LagKV as LagKV
 from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM
 from .policies.tova import TOVA as TOVA

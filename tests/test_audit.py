@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build
+from tiny_policies import EVERY
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.wrap import Evict, compress_each
-from kvpitfalls.policies import get_policy
+from kvpitfalls.policies import PAPER, get_policy
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 RATIOS = [0.1, 0.5, 0.9]
 
 
@@ -38,14 +38,14 @@ def touching(prompt):
 @pytest.mark.parametrize("fair", [False, True, 0.5])
 def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, fair):
     model, _ = smollm2
-    audited = kvp.audit(model, prompt, policies=POLICIES, compression_ratios=RATIOS, fair=[fair])
-    for policy in POLICIES:
+    audited = kvp.audit(model, prompt, policies=EVERY, compression_ratios=RATIOS, fair=[fair])
+    for policy in EVERY:
         for ratio in RATIOS:
             with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair) as handle:
                 cache = handle.compress(prompt)
             assert np.array_equal(audited.kept_mask(policy, ratio, fair), in_mask(cache, len(prompt))), (policy, ratio)
             for row in audited.rows:
-                if (row["policy"], row["compression_ratio"]) == (policy, ratio):
+                if (row["policy"], row["compression_ratio"]) == (policy.label, ratio):
                     shares = cache.kept(row["span"])
                     assert row["kept"] == pytest.approx(shares.mean())
                     assert row["covered"] == pytest.approx((shares > 0).mean())
@@ -91,7 +91,7 @@ def test_pinned_roles_boundaries_and_floors_at_equal_memory(smollm2, fair, prote
 
 def test_what_every_row_says(smollm2, prompt):
     audited = kvp.audit(smollm2[0], prompt, fair=[False, True])
-    built_in = [row for row in audited.rows if row["policy"] in POLICIES]
+    built_in = [row for row in audited.rows if row["policy"] in PAPER]
     assert len(built_in) == 5 * 2 * 9 * 2
     assert set(built_in[0]) == {
         *("policy", "fair", "compression_ratio", "span", "kept", "kept_min", "kept_max", "covered", "covered_half", "mass_lost"),

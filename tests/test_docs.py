@@ -13,11 +13,10 @@ from numpydoc.docscrape import FunctionDoc
 
 import kvpitfalls
 from kvpitfalls import cli
-from kvpitfalls.policies import get_policy
+from kvpitfalls.policies import get_policy, policy_names
 from kvpitfalls.policies.base import _registry
 
 ROOT = Path(__file__).parent.parent
-BUILT_IN = ["h2o", "keydiff", "knorm", "snapkv", "streaming_llm", "tova"]
 PUBLIC = {}
 for name in kvpitfalls.__all__:
     value = getattr(kvpitfalls, name)
@@ -97,7 +96,7 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
 
 def test_readme_lists_the_policies():
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
-    assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in BUILT_IN]
+    assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in policy_names()]
 
 
 def test_readmes_python_prints_what_stands_below_it(smollm2, monkeypatch, capsys):

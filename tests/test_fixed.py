@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build, feed, ids
+from tiny_policies import EVERY as POLICIES
 from transformers import TextIteratorStreamer
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import one_token
 from kvpitfalls.hf.fixed import FixedCache
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
 N_PROMPT, SPANS = 24, {"first": (2, 9), "second": (12, 20)}
 
@@ -52,7 +52,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_answers_are_those_of_the_growing_cache(llama, policy, fair, padding):
     tokens, mask = prompt(padding)
     spans = [{k: (a, b) for k, (a, b) in SPANS.items()}] * 3 if padding is None else None

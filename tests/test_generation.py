@@ -4,7 +4,6 @@ import copy
 import ctypes
 import functools
 import gc
-import itertools
 import random
 import threading
 import time
@@ -17,13 +16,14 @@ import torch
 import transformers
 from model_sweep import release
 from tiny_models import build, feed, ids, tiny_prompt
+from tiny_policies import EVERY as POLICIES
+from tiny_policies import HELD
 from transformers import TextStreamer, pipeline
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import layer as kept_layer
 from kvpitfalls.hf.forward import current_forward
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
@@ -320,7 +320,7 @@ def test_a_prefill_holds_one_full_layer_at_a_time(monkeypatch):
         return out
 
     monkeypatch.setattr(kept_layer.KeptLayer, "update", watched)
-    for policy, when in itertools.product(POLICIES, ("prefill", "always")):
+    for policy, when in [*((policy, "prefill") for policy in POLICIES), *((policy, "always") for policy in HELD)]:
         full.clear()
         with kvp.wrap(model, policy, compression_ratio=0.5, when=when) as handle:
             cache = handle.compress(ids(1, 20))

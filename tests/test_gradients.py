@@ -7,12 +7,13 @@ import torch
 from model_sweep import build, not_refused
 from tiny_models import build as build_tiny
 from tiny_models import feed, ids, masked_like
+from tiny_policies import EVERY, HELD
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
 
 N_PROMPT, CHUNKS, N_TOKEN = 14, [1, 4], 19
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff", "random"]
+POLICIES = [*EVERY, "random"]
 SPANS = {"a": (1, 6), "b": (7, 12)}
 FAMILIES = not_refused("llama", "gpt2", "gemma3_text", "cohere2", "gpt_neox", "deepseek_v3", "phi3")
 CASES = [*((family, "sdpa") for family in FAMILIES), ("llama", "eager"), ("gpt_oss", "eager")]
@@ -46,7 +47,7 @@ def masked(model, kept, tokens, mask):
         return feed(model, tokens, CHUNKS, full, mask, start=N_PROMPT)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("fair", [False, True])
 def test_gradients_are_those_of_the_masked_model(model, policy, fair):
     tokens, mask = ids(2, N_TOKEN), torch.ones(2, N_TOKEN, dtype=torch.long)
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_masked_model(model, policy, fair):
 
 
 @pytest.mark.parametrize("when", ["always", "decode"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*HELD, "random"], ids=str)
 def test_a_held_budget_keeps_gradients(policy, when):
     model, tokens = build_tiny("llama"), ids(2, N_TOKEN)
     with kvp.wrap(model, policy, budget=8, when=when) as handle:

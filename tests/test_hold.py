@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from model_sweep import build as build_type
 from model_sweep import not_refused
 from tiny_models import build, feed, ids
+from tiny_policies import HELD
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
@@ -22,7 +23,7 @@ from kvpitfalls.eviction.fairness import Layout
 from kvpitfalls.hf.hold import Held, Hold
 from kvpitfalls.policies import base
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
+POLICIES = [policy.name for policy in HELD]
 N_PROMPT, N_STEP, BUDGET = 14, 16, 10
 SPANS = {"a": (1, 6), "b": (6, 12)}
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}

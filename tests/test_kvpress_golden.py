@@ -1,9 +1,9 @@
-"""Kept sets against kvpress 0.5.5's own presses on the same keys (benchmarks/kvpress_golden.py recorded them)."""
+"""Kept sets against kvpress 0.5.5's own presses on the same keys and values (benchmarks/kvpress_golden.py recorded them)."""
 
 import importlib.util
 import sys
-import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def recorder():
     spec = importlib.util.spec_from_file_location("kvpress_golden", ROOT / "benchmarks" / "kvpress_golden.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "kvpress", types.SimpleNamespace(KeyDiffPress=None))
+        patch.setitem(sys.modules, "kvpress", MagicMock())
         spec.loader.exec_module(module)
     return module
 
@@ -28,16 +28,58 @@ def recorder():
 SCRIPT = recorder()
 
 
-@pytest.mark.parametrize("policy", ["keydiff"])
-def test_we_keep_what_kvpress_keeps(policy):
+def test_keydiff_keeps_what_kvpress_keeps():
     n_head, n_tie = 0, 0
     for seed, heads, n_token, n_dim, _, kind in SCRIPT.CASES:
-        theirs = RECORDED[f"{policy}_{seed}"]
+        theirs = RECORDED[f"keydiff_{seed}"]
         keys = SCRIPT.keys_of(seed, heads, n_token, n_dim, kind)
-        ours = kvp.keep(policy, keys, budget=theirs.shape[1])
+        ours = kvp.keep("keydiff", keys, budget=theirs.shape[1])
         for head in range(heads):
             order = np.sort(ours.scores[0, head])[::-1]
             is_tie = order[theirs.shape[1] - 1] - order[theirs.shape[1]] <= NEAR_TIE
             n_head, n_tie = n_head + 1, n_tie + is_tie
             assert is_tie or np.array_equal(ours.positions[0, head], theirs[head]), (seed, head)
     assert n_head >= 2000 and n_tie <= n_head / 500
+
+
+def spread(x: np.ndarray, lag_size: int) -> np.ndarray:
+    """LagKV's weights of the tokens of all chunks but the last, in float64, from the paper's formula: (H, chunks - 1, lag_size)."""
+    chunks = x.astype(np.float64).reshape(len(x), -1, lag_size, x.shape[-1])
+    low, high = chunks[:, 1:].min(2, keepdims=True), chunks[:, 1:].max(2, keepdims=True)
+    powers = np.exp(((chunks[:, :-1] - low) / (high - low)).std(-1, ddof=1))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def test_lagkv_keeps_what_kvpress_keeps():
+    """And both what the formula says: of every chunk that has one after it, equally many."""
+    n_head, n_tie = 0, 0
+    for case in SCRIPT.LAGKV_CASES:
+        (keys, values, budget), theirs = SCRIPT.lagkv_of(case), RECORDED[f"lagkv_{case[0]}"]
+        seed, heads, n_token, _, n_sink, lag_size, n_best, _ = case
+        ours = kvp.keep(kvp.LagKV(n_sink, lag_size), keys, values=values, budget=budget).positions[0]
+        last = n_token - (n_token - n_sink) % lag_size
+        weights = sum(spread(x[0, :, n_sink:last], lag_size) for x in (keys, values))
+        order = np.sort(weights, -1)[..., ::-1]
+        is_tie = (order[..., n_best - 1] - order[..., n_best] <= NEAR_TIE / lag_size).any(-1)
+        best = np.sort(np.argsort(-weights, -1)[..., :n_best], -1) + n_sink + lag_size * np.arange(weights.shape[1])[:, None]
+        always = [*range(n_sink), *range(last - lag_size, n_token)]
+        for head in range(heads):
+            defined = sorted([*best[head].ravel().tolist(), *always])
+            assert is_tie[head] or ours[head].tolist() == theirs[head].tolist() == defined, (seed, head)
+        n_head, n_tie = n_head + heads, n_tie + is_tie.sum()
+    assert n_head >= 2000 and n_tie <= n_head / 500
+
+
+def test_chunkkv_keeps_what_kvpress_keeps():
+    n_prompt, n_tie = 0, 0
+    for case in SCRIPT.CHUNKKV_CASES:
+        keys, recorded, length, scorer = SCRIPT.chunkkv_of(case), RECORDED[f"chunkkv_{case[0]}"], *case[7:]
+        for prompt, theirs in zip(keys, recorded, strict=True):
+            theirs = theirs[theirs >= 0]
+            ours = kvp.keep(kvp.ChunkKV(scorer, length), prompt[None], budget=len(theirs))
+            kept = {t // length for t in theirs.tolist()}
+            of_chunks = [(float(ours.scores[0, 0, at]), at // length in kept) for at in range(0, len(prompt[0]), length)]
+            is_tie = min(x for x, there in of_chunks if there) - max(x for x, there in of_chunks if not there) <= NEAR_TIE
+            n_prompt, n_tie = n_prompt + 1, n_tie + is_tie
+            assert is_tie or (ours.positions[0] == theirs).all(), case
+    assert n_prompt >= 2000 and n_tie <= n_prompt / 500

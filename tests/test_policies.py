@@ -1,24 +1,26 @@
 """What every registered policy must do, and that a new one takes ten lines."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
+from tiny_policies import EVERY, is_defined
 
 import kvpitfalls as kvp
 from kvpitfalls.policies import get_policy, policy_names
 from kvpitfalls.policies.base import _registry
 from kvpitfalls.policies.random import Random
 
-BUILT_IN = ["h2o", "keydiff", "knorm", "snapkv", "streaming_llm", "tova"]
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
+VALUES = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(2))
 
 
 def test_names_and_aliases():
-    assert set(BUILT_IN) <= set(policy_names())
+    assert {policy.name for policy in EVERY} == set(policy_names())
     for name, policy in [
         ("streamingllm", kvp.StreamingLLM()),
         ("snap", kvp.SnapKV()),
@@ -30,31 +32,125 @@ def test_names_and_aliases():
         assert get_policy(name) == policy
 
 
-@pytest.mark.parametrize("policy", BUILT_IN)
+@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
-    kept = kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5)
+    kept = kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5, values=VALUES)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
     assert (kept.counts == 20).all()
-    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, compression_ratio=0.5)
+    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, compression_ratio=0.5, values=VALUES)
     assert torch.equal(kept.positions, again.positions)
-    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], compression_ratio=0.5)
+    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], compression_ratio=0.5, values=VALUES[1:])
     assert torch.equal(kept.positions[1:], one.positions)
-    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), compression_ratio=0.5)
+    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), compression_ratio=0.5, values=VALUES.numpy())
     assert np.array_equal(numpy.positions, kept.positions.numpy())
-    assert eval(
-        repr(get_policy(policy)), vars(kvp) | {n: getattr(kvp, n) for n in ("H2O", "KNorm", "KeyDiff", "SnapKV", "StreamingLLM", "TOVA")}
-    ) == get_policy(policy)
+    assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
 
 
-@pytest.mark.parametrize("policy", BUILT_IN)
-def test_needs_queries_is_true_exactly_if_it_reads_them(policy):
-    if get_policy(policy).needs_queries:
-        with pytest.raises(ValueError, match="needs the queries"):
-            kvp.keep(policy, KEYS, compression_ratio=0.5)
-    else:
-        assert torch.equal(
-            kvp.keep(policy, KEYS, compression_ratio=0.5).positions, kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5).positions
-        )
+@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
+def test_a_policy_says_exactly_what_it_reads(policy):
+    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES}
+    whole = kvp.keep(policy, KEYS, **given).positions
+    for name, needs, what in (("queries", policy.needs_queries, "the queries"), ("values", policy.needs_values, "values")):
+        without = {key: value for key, value in given.items() if key != name}
+        if needs:
+            with pytest.raises(ValueError, match=f"^{name} is None; policy '{policy.name}' .* needs {what}"):
+                kvp.keep(policy, KEYS, **without)
+        else:
+            assert torch.equal(kvp.keep(policy, KEYS, **without).positions, whole)
+
+
+def test_values_and_layers_that_do_not_fit_are_refused():
+    given = {"compression_ratio": 0.5}
+    with pytest.raises(
+        ValueError, match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has"
+    ):
+        kvp.keep("knorm", KEYS, values=VALUES[:, :, :39], **given)
+    with pytest.raises(TypeError, match=r"^values is a ndarray and keys is a Tensor; expected the same type"):
+        kvp.keep("knorm", KEYS, values=VALUES.numpy(), **given)
+    with pytest.raises(TypeError, match=r"^layer is 0.5; expected a whole number"):
+        kvp.keep("knorm", KEYS, layer=0.5, **given)
+    with pytest.raises(ValueError, match=r"^layer is 2 of 2; expected one in \[0, 2\)"):
+        kvp.keep("knorm", KEYS, layer=2, n_layer=2, **given)
+
+
+def test_a_policy_is_told_its_layer_and_its_values(registry):
+    seen = []
+
+    class Watching(kvp.Policy):
+        """Keep the newest, and look at everything."""
+
+        name = "watching"
+
+        def score(self, inputs):
+            seen.append((inputs.layer, inputs.n_layer, inputs.values))
+            return inputs.score("position", n_sink=0)
+
+    model, tokens = build("llama"), ids(1, 20)
+    with kvp.wrap(model, Watching(), budget=7) as handle:
+        cache = handle.compress(tokens)
+    n_layer = model.config.num_hidden_layers
+    assert [each[:2] for each in seen] == [(i, n_layer) for i in range(n_layer)] and n_layer > 1
+    for layer, (*_, values) in zip(cache.kept_layers, seen, strict=True):
+        places = layer.pos[..., None].expand_as(layer.values)
+        assert torch.equal(values.gather(2, places), layer.values)
+
+
+@pytest.mark.parametrize("lag_size", [2, 5, 9])
+@pytest.mark.parametrize("n_sink", [0, 3])
+def test_lagkv_is_refused_exactly_where_no_score_would_be_looked_at(n_sink, lag_size):
+    policy = kvp.LagKV(n_sink, lag_size)
+    for n_token in range(2, 40):
+        for budget in range(1, n_token):
+            always = n_token - max(0, (n_token - n_sink) // lag_size - 1) * lag_size
+            assert is_defined(policy, n_token, budget) == (budget > always)
+    assert not any(is_defined(policy, n_sink + 2 * lag_size - 1, k) for k in range(1, n_sink + 2 * lag_size - 1))
+    with pytest.raises(ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"):
+        kvp.keep(policy, KEYS, values=VALUES, budget=1)
+    told = pytest.raises(ValueError, match="expected a prompt of at least 260 tokens")
+    with kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5) as handle, told:
+        handle.compress(ids(1, 20))
+    with pytest.raises(ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"):
+        kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5, when="always")
+
+
+def test_lagkv_survives_channels_that_do_not_vary():
+    keys = KEYS.clone()
+    keys[..., ::2] = 1
+    for same in (keys, torch.ones_like(KEYS)):
+        kept = kvp.keep(kvp.LagKV(2, 4), same, values=same, budget=20)
+        assert kept.scores.isfinite().all() and (kept.counts == 20).all()
+
+
+def test_chunkkv_keeps_whole_chunks_and_no_chunk_lies_in_two_instructions():
+    spans = {"a": (3, 14), "b": (14, 30)}
+    scores = kvp.keep(kvp.ChunkKV("keydiff", 4), KEYS, budget=20, spans=spans, fair=True).scores
+    edges = [0, 3, 7, 11, 14, 18, 22, 26, 30, 34, 38, 40]
+    for begin, end in pairwise(edges):
+        assert (scores[:, :, begin:end] == scores[:, :1, begin : begin + 1]).all()
+    assert all(len(set(row[0].tolist())) == len(edges) - 1 for row in scores)
+
+
+def test_chunkkv_keeps_instructions_whole_or_not_at_all():
+    policy = kvp.ChunkKV("keydiff", "instructions")
+    spans = {"a": (3, 14), "b": (14, 30)}
+    edges = [(0, 3), (3, 14), (14, 30), (30, 40)]
+    for budget in range(1, 40):
+        kept = kvp.keep(policy, KEYS, budget=budget, spans=spans).positions
+        for head in kept.flatten(0, 1):
+            shares = [sum(begin <= t < end for t in head.tolist()) / (end - begin) for begin, end in edges]
+            assert sum(0 < share < 1 for share in shares) <= 1
+    for fair in (True, 0.5):
+        with pytest.raises(ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"):
+            kvp.keep(policy, KEYS, budget=20, spans=spans, fair=fair)
+    with pytest.raises(ValueError, match="was given no instructions; expected instructions"):
+        kvp.keep(policy, KEYS, budget=20)
+    kept = kvp.keep(policy, KEYS, budget=20, spans=spans, fair="floor=2").positions
+    assert all(((kept >= begin) & (kept < end)).sum(-1).min() >= 2 for begin, end in spans.values())
+    for wrong in (0, -1, True, 2.0, "sentences"):
+        with pytest.raises(ValueError, match=r"^chunks is .*; expected a whole number, at least 1, or 'instructions'"):
+            kvp.ChunkKV("keydiff", wrong)
+    with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
+        kvp.ChunkKV(kvp.ChunkKV())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

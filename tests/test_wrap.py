@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, feed, ids, masked_like
+from tiny_policies import EVERY as POLICIES
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
@@ -14,7 +15,6 @@ from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm"]
 N_PROMPT = 20
 CHUNKS = [1, 1, 5, 1]
 SPANS = {"first": (2, 9), "second": (9, 18)}
@@ -62,7 +62,7 @@ def test_order_of_cached_rows_is_invisible(model, padded):
         assert handle.verify() < 1e-5
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("fair", [False, True])
 def test_evicting_equals_masking(model, policy, fair):
     tokens = ids()
@@ -80,7 +80,7 @@ def test_evicting_equals_masking(model, policy, fair):
     assert full.shape[1] == N_PROMPT
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("fair", [False, True])
 def test_left_padded_batch_equals_single_rows(model, policy, fair):
     tokens, mask, n_pad = ids(), left_pad(), 3

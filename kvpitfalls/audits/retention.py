@@ -8,7 +8,7 @@ import torch
 
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import Fair, Layout
-from ..eviction.selection import choose, rank
+from ..eviction.selection import check_validity, choose, rank
 from ..hf.action import Action
 from ..hf.cache import KeptCache, KeptLayer
 from ..hf.forward import AttentionCall
@@ -38,7 +38,7 @@ class _Observe(Action):
         mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
         total = self._per_span(mass)
         for policy, fair in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy, self.ratios[0]), call.key, call.query, **call.logits)
+            ranked = rank(policy, fair, self.layout_of(policy, self.ratios[0]), call.key, call.query, **call.known)
             name = (policy.label, fair.label)
             for ratio in self.ratios:
                 ranked = ranked.on(self.layout_of(policy, ratio))
@@ -163,6 +163,7 @@ def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
     for ratio in ratios:
         for policy, fair in settings:
             layout = layout_of(policy, ratio)
+            check_validity(policy, layout.valid, functools.partial(kept_tokens, compression_ratio=ratio))
             n_kept, needed = kept_tokens(n_token, ratio), sum(layout.floors(fair)[0])
             if needed > n_kept:
                 what = f"min_tokens={fair.min_tokens} and protection need {needed}" if fair.min_tokens else f"{needed} are protected"

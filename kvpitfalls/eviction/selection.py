@@ -4,6 +4,7 @@ The work has two steps, so that an audit can score once and select many times: :
 (scores, budget -> positions).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -77,6 +78,7 @@ def rank(
     sinks=None,
     share_heads: bool = False,
     lse=None,
+    **layer,
 ) -> Ranked:
     """Score one layer.
 
@@ -93,9 +95,13 @@ def rank(
         One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
+    **layer
+        ``values``, ``layer`` and ``n_layer`` of :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
+    if policy.needs_values and layer.get("values") is None:
+        raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     if not isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; expected a finite number")
@@ -103,7 +109,7 @@ def rank(
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse)
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **layer)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -113,7 +119,8 @@ def rank(
     if share_heads:
         scores = scores.double().mean(1, keepdim=True).float()  # double: equal whole numbers of any size must stay equal
     unfair = Fair.parse(False)
-    biased = rank(policy, unfair, layout, keys, queries, scaling, softcap, sinks, share_heads, lse) if 0 < fair.strength < 1 else None
+    given = (keys, queries, scaling, softcap, sinks, share_heads, lse)
+    biased = rank(policy, unfair, layout, *given, **layer) if 0 < fair.strength < 1 else None
     return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
 
 
@@ -252,6 +259,9 @@ def keep(
     scaling=None,
     valid=None,
     softcap=0.0,
+    values=None,
+    layer=0,
+    n_layer=1,
 ) -> Kept:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -277,6 +287,10 @@ def keep(
         Range of real tokens per row; the rest is padding. Budgets count real tokens.
     softcap : float
         c > 0 maps a logit x to c tanh(x/c).
+    values : array, shape (B, H, T, Dv), optional
+        For a policy that reads them.
+    layer, n_layer : int
+        Which of a model's layers it is, and how many there are; the first of one by default.
 
     Returns
     -------
@@ -305,6 +319,30 @@ def keep(
     for name, value in (("scaling", scaling), ("softcap", softcap)):
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating, type(None))):
             raise TypeError(f"{name} is {value!r}; expected a number")
+    _check_layer(keys, values, layer, n_layer)
     limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
-    return choose(rank(policy, fair, layout, keys, queries, scaling, softcap), compression_ratio=compression_ratio, budget=budget)
+    check_validity(policy, layout.valid, limit)
+    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer)
+    return choose(ranked, compression_ratio=compression_ratio, budget=budget)
+
+
+def check_validity(policy: Policy, valid, limit: Callable[[int], int]) -> None:
+    """Raise where a policy is not defined for a row's length or budget; a row that is kept whole is no business of a policy."""
+    for n_token in {end - begin for begin, end in valid}:
+        if limit(n_token) < n_token:
+            policy.check(n_token, limit(n_token))
+
+
+def _check_layer(keys, values, layer, n_layer) -> None:
+    if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as keys has"
+        )
+    if values is not None and type(values) is not type(keys):
+        raise TypeError(f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type")
+    for name, value in (("layer", layer), ("n_layer", n_layer)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} is {value!r}; expected a whole number")
+    if not 0 <= layer < n_layer:
+        raise ValueError(f"layer is {layer} of {n_layer}; expected one in [0, {n_layer})")

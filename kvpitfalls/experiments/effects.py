@@ -44,7 +44,7 @@ class PutBack(Evict):
         """Evict from ``layer``."""
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
         kept = choose(
-            rank(self.policy, self.fair, layout, call.key, call.query, **call.logits),
+            rank(self.policy, self.fair, layout, call.key, call.query, **call.known),
             compression_ratio=self.compression_ratio,
             budget=self.budget,
         )

@@ -136,6 +136,9 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
                 fair=chosen,
                 protect=protect,
                 scaling=module.scaling,
+                values=values,
+                layer=module.layer_idx,
+                n_layer=module.config.num_hidden_layers,
             )
             return ops.gather(keys, values, kept.positions.expand(-1, keys.shape[1], -1).contiguous())
 

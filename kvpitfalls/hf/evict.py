@@ -7,7 +7,7 @@ import numpy as np
 
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
-from ..eviction.selection import Kept, choose, rank
+from ..eviction.selection import Kept, check_validity, choose, rank
 from ..policies import Policy
 from .action import Action
 from .forward import AttentionCall
@@ -57,6 +57,7 @@ class Evict(Action):
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
         layout = self.layout(n_row, n_token, valid)
         layout.check_room(self.fair, [self.limit(end - begin) for begin, end in valid])
+        check_validity(self.policy, valid, self.limit)
         return list(layout.spans)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
@@ -65,7 +66,7 @@ class Evict(Action):
         if all(self.limit(n) == n for n in lengths):
             return
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits)
+        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
         kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, n_head, -1).contiguous()

@@ -44,6 +44,9 @@ class AttentionCall:
     ----------
     query : tensor (B, Hq, q, D)
     key : tensor (B, H, T, D)
+    value : tensor (B, H, T, Dv)
+    layer, n_layer : int
+        Of the cache: which one this is, and how many it has, compressed or not.
     scaling, softcap : float
     valid : list of (int, int)
         Per row, the range of real tokens of a prompt; after it, all slots.
@@ -59,6 +62,9 @@ class AttentionCall:
 
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor
+    layer: int
+    n_layer: int
     scaling: float | None
     softcap: float
     valid: list[tuple[int, int]]
@@ -68,14 +74,17 @@ class AttentionCall:
     newest: torch.Tensor | None = None
 
     @property
-    def logits(self) -> dict:
-        """How attention logits are made and whose they are, for :func:`kvpitfalls.eviction.selection.rank`."""
+    def known(self) -> dict:
+        """What is known of the layer beside keys and queries, for :func:`kvpitfalls.eviction.selection.rank`."""
         return {
             "scaling": self.scaling,
             "softcap": self.softcap,
             "sinks": self.sinks,
             "share_heads": self.shared,
             "lse": self.lse,
+            "values": self.value,
+            "layer": self.layer,
+            "n_layer": self.n_layer,
         }
 
 
@@ -191,5 +200,6 @@ def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key,
     softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    query, key = query.detach(), key.detach()  # what is kept is no function of them that has a gradient
-    return AttentionCall(query, key, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse, forward.newest)
+    query, key, value = query.detach(), key.detach(), value.detach()  # what is kept is no function of them that has a gradient
+    place = (ticket.layer.index, len(forward.cache.layers))
+    return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse, forward.newest)

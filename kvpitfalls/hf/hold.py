@@ -17,7 +17,7 @@ import torch
 from ..eviction import ops
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.fairness import Layout
-from ..eviction.selection import floors_of, raised_at, rank
+from ..eviction.selection import check_validity, floors_of, raised_at, rank
 from ..policies import Inputs, Vote
 from .evict import Evict
 from .forward import AttentionCall
@@ -100,6 +100,8 @@ class Hold(Evict):
                 f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, 'floor=M', or a Fair of strength 0 or 1 without "
                 "rule='paper'"
             )
+        if not self.policy.holds:
+            raise ValueError(f"policy is {self.policy.name!r}, which judges a prompt that is whole; when={self.when!r} expects another")
         if self.policy.needs_queries and not (self.policy.recent_queries or self.policy.running):
             raise ValueError(
                 f"policy {self.policy.name!r} reads queries but states no recent_queries; when={self.when!r} keeps as many as it states"
@@ -132,6 +134,7 @@ class Hold(Evict):
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
         layout.segments(self.fair)
+        check_validity(self.policy, valid, self.limit)
         return list(layout.spans)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
@@ -145,7 +148,7 @@ class Hold(Evict):
             counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
             for b, row in enumerate(segments):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
-            carried = rank(self.policy, self.fair, layout, call.key, call.query, **call.logits).scores
+            carried = rank(self.policy, self.fair, layout, call.key, call.query, **call.known).scores
         elif self.policy.running:
             carried = self._received(call, fronts, fronts, [n_token] * n_row)
         n_recent = self.policy.recent_queries
@@ -261,7 +264,8 @@ class Hold(Evict):
     def _inputs(self, call: AttentionCall, queries, valid, segments=None) -> Inputs:
         scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         segments = [[row] for row in valid] if segments is None else segments
-        return Inputs(call.key, queries, scaling, call.softcap, valid, segments, [[] for _ in valid], sinks=call.sinks)
+        known = {"sinks": call.sinks, "values": call.value, "layer": call.layer, "n_layer": call.n_layer}
+        return Inputs(call.key, queries, scaling, call.softcap, valid, segments, [[] for _ in valid], **known)
 
 
 def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
@@ -278,7 +282,8 @@ def _without_padding(layer: KeptLayer, call: AttentionCall) -> AttentionCall:
     layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)
     carried = None if held.carried is None else _rearranged(held.carried[..., None], order)[..., 0]
     layer.held = replace(held, front=front, carried=carried)
-    return replace(call, query=_rearranged(call.query, _empty_first(call.newest)), key=_rearranged(call.key, order))
+    query, key, value = _rearranged(call.query, _empty_first(call.newest)), _rearranged(call.key, order), _rearranged(call.value, order)
+    return replace(call, query=query, key=key, value=value)
 
 
 def _newest_queries(queries: torch.Tensor, call: AttentionCall, n_recent: int) -> torch.Tensor:

@@ -80,6 +80,10 @@ class Inputs:
         A logit per query head that joins the denominator of every softmax.
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, if it is already known.
+    values : array, shape (B, H, T, Dv), or None
+        As they stand in the cache.
+    layer, n_layer : int
+        Which of the model's layers it is, and how many there are.
 
     Examples
     --------
@@ -99,6 +103,9 @@ class Inputs:
     paper: bool = False
     sinks: Any = None
     lse: Any = None
+    values: Any = None
+    layer: int = 0
+    n_layer: int = 1
 
     @property
     def n_token(self) -> int:
@@ -154,6 +161,11 @@ class Policy:
         Other names that are accepted.
     needs_queries : bool
         Whether :meth:`score` reads ``inputs.queries``.
+    needs_values : bool
+        Whether :meth:`score` reads ``inputs.values``.
+    holds : bool
+        Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands between two tokens
+        may be gone; else it is refused there.
     listed : bool
         Whether ``policy_names()`` has it; a control is not listed.
     recent_queries : int
@@ -179,6 +191,8 @@ class Policy:
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     needs_queries: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+    holds: ClassVar[bool] = True
     listed: ClassVar[bool] = True
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
@@ -202,6 +216,9 @@ class Policy:
         """How tables call it: its name, or its repr if a parameter is not the default."""
         changed = is_dataclass(self) and any(getattr(self, f.name) != f.default for f in fields(self))
         return repr(self) if changed else self.name
+
+    def check(self, n_token: int, n_kept: int) -> None:
+        """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept`` (fewer) are kept."""
 
     def score(self, inputs: Inputs):
         """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""
@@ -243,11 +260,11 @@ def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
 
 
 def policy_names() -> list[str]:
-    """The registered names, without aliases and controls, in order of registration.
+    """The registered names, without aliases and controls, in alphabetical order.
 
     Examples
     --------
     >>> policy_names()[:3]
-    ['h2o', 'keydiff', 'knorm']
+    ['chunkkv', 'h2o', 'keydiff']
     """
-    return list(dict.fromkeys(cls.name for cls in _registry.values() if cls.listed))
+    return sorted({cls.name for cls in _registry.values() if cls.listed})

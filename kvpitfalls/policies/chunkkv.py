@@ -1,0 +1,102 @@
+"""ChunkKV."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .base import Policy, get_policy
+from .snapkv import SnapKV
+
+_SNAPKV = SnapKV()
+
+
+@dataclass(frozen=True)
+class ChunkKV(Policy):
+    """Keep whole chunks of text, by the scores of another policy.
+
+    score[k] = mean over k's chunk of the sum over key heads of the policy's scores, the same for all heads. Chunks are kept whole, the best
+    first; the last one that fits only in part keeps its first tokens, so budgets are exact (kvpress's press rounds down to whole chunks,
+    and lets the first row of a batch choose for all).
+
+    Fair: the policy scores each segment as it does when fair, and chunks begin anew in each segment, so none lies in two instructions.
+
+    Parameters
+    ----------
+    policy : Policy or str
+        Whose scores. One that scores a window above all others, such as SnapKV, keeps the window's chunks first.
+    chunks : int or "instructions"
+        Tokens of a chunk; the last of a segment may be shorter. "instructions": each instruction is a chunk, and so is the text before,
+        between and after them. Instructions then are kept whole or lost, which contradicts fair shares: such a policy is refused as a fair
+        one, and without instructions.
+
+    Notes
+    -----
+    Not defined while a budget is held, where chunks are no longer whole text.
+
+    References
+    ----------
+    "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299. Chunks that are
+    instructions are of this package.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.ChunkKV("keydiff", chunks=3), keys, budget=6).positions[0].tolist()
+    [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    >>> policy = kvp.ChunkKV("keydiff", chunks="instructions")
+    >>> kvp.keep(policy, keys, budget=5, spans={"a": (1, 5), "b": (5, 8)}).positions[0, 0].tolist()
+    [0, 1, 2, 3, 4]
+    """
+
+    policy: Policy | str = _SNAPKV
+    chunks: int | str = 20
+    name = "chunkkv"
+    holds = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "policy", get_policy(self.policy))
+        if isinstance(self.policy, ChunkKV):
+            raise ValueError("policy is a ChunkKV itself; expected one that scores tokens")
+        is_length = isinstance(self.chunks, int) and not isinstance(self.chunks, bool) and self.chunks >= 1
+        if not is_length and self.chunks != "instructions":
+            raise ValueError(f"chunks is {self.chunks!r}; expected a whole number, at least 1, or 'instructions'")
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the other policy does."""
+        return self.policy.needs_queries
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the other policy does."""
+        return self.policy.needs_values
+
+    @property
+    def paper_quotas(self) -> bool:
+        """As the other policy."""
+        return self.policy.paper_quotas
+
+    def check(self, n_token, n_kept):
+        """What the other policy checks."""
+        self.policy.check(n_token, n_kept)
+
+    def score(self, inputs):
+        """See the class."""
+        scores = self.policy.score(inputs) + 0  # its own may be a view
+        of_all = scores.sum(1)
+        for row, segments in enumerate(inputs.segments):
+            for begin, end in self._chunks(segments, inputs.spans[row], inputs.valid[row]):
+                scores[row, :, begin:end] = of_all[row, begin:end].mean()
+        return scores
+
+    def _chunks(self, segments, spans, valid):
+        if self.chunks != "instructions":
+            return [(at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)]
+        if not spans or len(segments) > 1:
+            given = "no instructions" if not spans else "segments that have quotas"
+            raise ValueError(
+                f"policy {self!r} was given {given}; expected instructions, and fair=False or a floor, since it keeps them whole"
+            )
+        edges = sorted({*valid, *(edge for span in spans for edge in span)})
+        return list(pairwise(edges))

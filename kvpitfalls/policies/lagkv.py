@@ -1,0 +1,88 @@
+"""LagKV."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class LagKV(Policy):
+    """Keep what differs most from the ``lag_size`` tokens after it; the first ``n_sink`` tokens and the last chunk are kept first.
+
+    After the sinks the row is cut into chunks of ``lag_size``. With min and max, by channel, over the next chunk,
+    spread(x)[k] = std over channels of (x[k] - min) / (max - min), and score[k] = minus the rank, within k's chunk and from 0 for the best,
+    of softmax over that chunk of spread(key) + softmax of spread(value), divided by ``lag_size``: every chunk keeps equally many. The last
+    whole chunk has nothing after it: it and what follows are kept before any other chunk's tokens, the newest first. A channel that does
+    not vary in the next chunk counts as 0. Needs keys and values, no attention.
+
+    Fair: the same scores, and the quotas. What follows a token is what it is measured by, not its rival, and ranks are within a chunk, so
+    no instruction's scores can push out another's; chunks within each instruction would leave most instructions with none to compare.
+
+    Defined for rows of at least ``n_sink + 2 * lag_size`` tokens and budgets beyond sinks and last chunk: otherwise no score is ever looked
+    at and it would be StreamingLLM (which kvpress's press then is). Not defined while a budget is held: its chunks are of whole text.
+
+    Parameters
+    ----------
+    n_sink : int
+    lag_size : int
+        Tokens of a chunk. 128 as in the paper; prompts below 260 tokens need a smaller one.
+
+    References
+    ----------
+    "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arXiv 2504.04704.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.LagKV(n_sink=1, lag_size=3), keys, values=keys, budget=6).positions[0].tolist()
+    [[0, 2, 6, 7, 8, 9], [0, 1, 6, 7, 8, 9]]
+    """
+
+    n_sink: int = 4
+    lag_size: int = 128
+    name = "lagkv"
+    needs_values = True
+    holds = False
+
+    def __post_init__(self):
+        for field, value, least in (("n_sink", self.n_sink, 0), ("lag_size", self.lag_size, 2)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} is {value!r}; expected a whole number, at least {least}")
+
+    def check(self, n_token, n_kept):
+        """See the class."""
+        if n_kept <= (n_always := n_token - self._n_ranked(n_token)):
+            raise ValueError(
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept and {n_always} are its sinks and what it does "
+                f"not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens and a larger budget, or a smaller "
+                "lag_size"
+            )
+
+    def _n_ranked(self, n_token: int) -> int:
+        return max(0, (n_token - self.n_sink) // self.lag_size - 1) * self.lag_size
+
+    def score(self, inputs):
+        """See the class."""
+        import torch
+
+        both = [torch.as_tensor(x).detach().float() for x in (inputs.keys, inputs.values)]
+        scores = both[0].new_zeros(both[0].shape[:3])
+        for row, (begin, end) in enumerate(inputs.valid):
+            first, last = begin + self.n_sink, begin + self.n_sink + self._n_ranked(end - begin)
+            scores[row, :, begin:end] = torch.linspace(1, 2, end - begin, device=scores.device)
+            scores[row, :, begin:first] = 3
+            if first < last:
+                chunks = (x[row, :, first : last + self.lag_size].unflatten(1, (-1, self.lag_size)) for x in both)
+                order = sum(map(_weights, chunks)).argsort(dim=-1, descending=True, stable=True)
+                scores[row, :, first:last] = -order.argsort(-1).flatten(1) / self.lag_size
+        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+
+def _weights(x):
+    """Of the tokens (H, C, L, D) of all chunks but the last, (H, C-1, L): each by the chunk after its own."""
+    low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
+    return ((x[:, :-1] - low) / (high - low)).masked_fill(high == low, 0).std(-1).softmax(-1)
