@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from browser import needs_chromium, run_beside
+from browser import needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
@@ -257,3 +257,16 @@ def test_the_notebooks_frame_in_a_browser(tmp_path):
       return [parseInt(inner.style.height) - inner.contentDocument.documentElement.offsetHeight, doc.title];
     """
     assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [4, ""]
+
+
+@needs_chromium
+def test_the_page_has_no_serious_fault_for_who_cannot_see_it(tmp_path):
+    shown = hostile_map()
+    shown.save(tmp_path / "map.html")
+    script = """
+      await wait(() => doc.getElementById("heatmap").dataset.ready);
+      doc.getElementById("beside").selectedIndex = 2;
+      doc.getElementById("beside").dispatchEvent(new doc.defaultView.Event("input"));
+      await new Promise((done) => setTimeout(done, 50));
+    """
+    assert serious_findings(tmp_path / "map.html", tmp_path, script) == []

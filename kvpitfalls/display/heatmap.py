@@ -229,7 +229,7 @@ class HeatMap:
         first = next(iter(self.counts.values()))[r]
         shares = (first / np.asarray(self.heads)[:, None]).mean(0)
         notes = {name: percent(shares[begin:end].mean()) for name, (begin, end) in self.spans.items()}
-        strip = token_strip(self.tokens, self.spans, shares, notes=notes)
+        strip = token_strip(self.tokens, self.spans, shares, notes=notes, linked=True)
         lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         links = "".join(

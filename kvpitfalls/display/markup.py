@@ -15,7 +15,7 @@ STYLE = """
   padding-right: 10px; font-size: 15px }
 .kvp-tokens bdi { background: rgb(68 119 170 / calc(var(--k, 0) * .65)); padding: .15em 0; print-color-adjust: exact;
   -webkit-print-color-adjust: exact }
-.kvp-tokens .kvp-template { opacity: .65; font-size: 85% }
+.kvp-tokens .kvp-template { opacity: .75; font-size: 85% }
 .kvp-span { border: 2px solid var(--c); border-radius: 4px; padding: .1em .15em; margin: 0 .1em;
   -webkit-box-decoration-break: clone; box-decoration-break: clone }
 .kvp-span > b { background: var(--c); color: #fff; font-size: 75%; padding: .1em .4em; margin-right: .3em; border-radius: 2px;
@@ -92,11 +92,12 @@ def token_strip(
     shares: Sequence[float] | None = None,
     is_template: Sequence[bool] | None = None,
     notes: Mapping[str, str] | None = None,
+    linked: bool = False,
 ) -> str:
     """The prompt, token by token: instructions outlined and named, tokens shaded by their share if there are any.
 
-    With ``notes``, which stand beside the names, an instruction can be linked to (``#span-0``) and the keyboard reaches the tokens: a page
-    has one such strip at most.
+    ``notes`` stand beside the names. ``linked``: an instruction can be linked to (``#span-0``) and the keyboard reaches the
+    tokens; a page has one such strip at most.
 
     Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run from left to right.
     """
@@ -109,12 +110,12 @@ def token_strip(
         if t in starts:
             name, end, i = starts[t]
             said = f"<i class='kvp-share'>{escape(notes[name])}</i>" if notes is not None else ""
-            place = f" id='span-{i}'" if notes is not None else ""
+            place = f" id='span-{i}'" if linked else ""
             out.append(f"<span class='kvp-span'{place} style='--c: {span_color(i)}' data-edges='{t},{end}'><b>{escape(name)}{said}</b>")
         kind = " class='kvp-template'" if is_template is not None and is_template[t] else ""
         shade = f" style='--k: {shares[t]:.3f}'" if shares is not None else ""
         out.append(f"<bdi{kind}{shade}>{escape(token)}</bdi>")
     if len(tokens) in ends:
         out.append("</span>")
-    reached = " tabindex='0' role='group' aria-label='tokens of the prompt'" if notes is not None else ""
+    reached = " tabindex='0' role='group' aria-label='tokens of the prompt'" if linked else ""
     return f"<div class='kvp-tokens' dir='ltr'{reached}>{''.join(out)}</div>"
