@@ -268,7 +268,7 @@ def test_mark_compare_and_copy_in_a_browser(tiny, page, tmp_path):
       await idle();
       out.last = doc.sent.at(-1);
       out.said = [by("Compare").disabled, cell.querySelector("[role=status]").textContent, cell.querySelector("[role=alert]").textContent];
-      out.strips = all(".kvp-tokens").map((strip) => strip.outerHTML.replace(/ (tabindex|role|aria-label)="[^"]*"/g, ""));
+      out.strips = all(".kvp-tokens").map((strip) => strip.outerHTML.replace(/ (tabindex|role|aria-label|data-lm[\\w-]*)="[^"]*"/g, ""));
       out.titles = all(".kvp-tokens").map((strip) => strip.getAttribute("aria-label"));
       out.table = all("tbody tr").map((row) => [...row.querySelectorAll("td.n")].map((one) => one.textContent));
       out.answers = all(".kvp-answers > div").map((one) => [one.querySelector("b").textContent, one.querySelector("p").textContent]);

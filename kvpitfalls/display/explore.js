@@ -1,10 +1,12 @@
 // The page's half of explore.py: it shows states and sends requests. HTML comes from Python, escaped; everything else is set as text.
 
+// JupyterLab and Notebook take keys such as the arrows from what can be focused but not written in, unless it says this.
+const OWN_KEYS = {"data-lm-suppress-shortcuts": "true"};
 const percent = (share) => (100 * share).toFixed(0) + " %";
 
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
+  for (const [name, value] of Object.entries({...attributes, ...OWN_KEYS})) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else made.setAttribute(name, value);
   }
@@ -135,7 +137,7 @@ function render({model, el}) {
       const side = make("div");
       side.innerHTML = html;  // by token_strip, which escapes
       const name = result ? `${"AB"[i]}: ${result.names[i]}` : "tokens of the prompt";
-      for (const [attribute, value] of Object.entries({tabindex: 0, role: "group", "aria-label": name}))
+      for (const [attribute, value] of Object.entries({tabindex: 0, role: "group", "aria-label": name, ...OWN_KEYS}))
         side.firstChild.setAttribute(attribute, value);
       if (result) side.prepend(make("b", {}, name));
       return side;
