@@ -9,8 +9,8 @@ SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
-# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. What tells instructions and shares apart
-# stands in the elements too: a notebook that nobody trusts is shown without this sheet.
+# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell instructions
+# and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet.
 STYLE = """
 .kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
   padding-right: 10px; font-size: 15px }
