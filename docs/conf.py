@@ -61,8 +61,8 @@ def setup(app):
 
 
 def _with_own_notebooks(app, name, source):
-    """Links to notebooks are those of the repository, where they lie beside this folder; the site has a copy inside it."""
-    source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+    """Links between notebooks and this folder are those of the repository, where they lie side by side; the site has a copy inside it."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
 
 
 def _with_help(app, name, source):

@@ -32,6 +32,7 @@ _HOME = {
     "TOVA": "policies.tova",
     "UnsupportedModelError": "errors",
     "effects": "experiments.effects",
+    "explore": "display.explore",
     "keep": "eviction.selection",
     "load_cache": "hf.save",
     "unwrap": "hf.wrap",

@@ -2,6 +2,7 @@
 from . import policies as policies
 from .audits.audit import Audit as Audit
 from .audits.retention import audit as audit
+from .display.explore import explore as explore
 from .errors import BudgetError as BudgetError
 from .errors import CudaError as CudaError
 from .errors import DeviceError as DeviceError

@@ -1,15 +1,22 @@
 """Headless Chromium, for pages that have to work in a browser."""
 
+import contextlib
 import functools
 import html
+import http.server
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 
-# No host resolves: what a page wants from the network fails.
-_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000")
+# No host resolves but this machine itself: what a page wants from the network fails.
+_RULES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", _RULES, "--virtual-time-budget=8000")
 
 
 @functools.cache
@@ -21,15 +28,60 @@ def chromium() -> str | None:
 needs_chromium = pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
 
 
-def run_beside(page, script: str, folder) -> str:
+@contextlib.contextmanager
+def served(folder: Path, answer):
+    """The address under which a folder's files are, and ``/answer``: what ``answer`` makes of the JSON that is posted there."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_POST(self):
+            said = json.dumps(answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def serious_findings(page: Path, folder: Path, script: str = "", address: str | None = None) -> list[str]:
+    """What axe-core finds serious or critical on a page, after a script of :func:`run_beside` has run.
+
+    It looks at a copy without the page's policy, which would not let it in.
+    """
+    package = importlib.util.find_spec("axe_playwright_python").submodule_search_locations[0]  # only its axe.min.js is used
+    text = re.sub(r"<meta http-equiv='Content-Security-Policy'[^>]*>", "", page.read_text("utf-8"))
+    axe = Path(package, "axe.min.js").read_text("utf-8").replace("</script", "<\\/script")
+    copy = folder / "with_axe.html"
+    copy.write_text(text + f"<script>{axe}</script>", "utf-8")
+    check = """
+      const {passes, violations} = await doc.defaultView.axe.run(doc);
+      const worst = violations.filter(({impact}) => impact === "serious" || impact === "critical");
+      return [passes.length, worst.map(({id, nodes}) => id + ": " + nodes.map((node) => node.html.slice(0, 300)).join(" "))];
+    """
+    n_passed, found = json.loads(run_beside(copy, script + check, folder, address))
+    assert n_passed > 10, "axe did not look"
+    return found
+
+
+def run_beside(page: Path, script: str, folder: Path, address: str | None = None) -> str:
     """Open a page in a frame of another one, run a script there, and give what it returned as text.
 
     The script is the body of an async function of ``doc``, the page's document. The page itself stays as it is: its own policy would not
-    let a script be added to it.
+    let a script be added to it. ``address``: where :func:`served` serves the folder, if the page needs that.
     """
-    outer = folder / "outer.html"
+    outer, source = folder / "outer.html", page.name if address else page.as_uri()
     outer.write_text(
-        f"""<!doctype html><meta charset="utf-8"><iframe id="page" src="{page.as_uri()}" style="width:800px;height:600px"></iframe>
+        f"""<!doctype html><meta charset="utf-8"><iframe id="page" src="{source}" style="width:800px;height:600px"></iframe>
 <pre id="result">nothing came back</pre><script>
 const result = document.getElementById("result"), frame = document.getElementById("page");
 const wait = async (holds) => {{ while (!holds()) await new Promise((done) => setTimeout(done, 20)); }};
@@ -41,6 +93,7 @@ frame.onload = async () => {{
 </script>""",
         encoding="utf-8",
     )
-    command = [chromium(), *_FLAGS, "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--dump-dom", outer.as_uri()]
+    command = [chromium(), *_FLAGS, "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    command.append(f"{address}/{outer.name}" if address else outer.as_uri())
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     return html.unescape(re.search(r'<pre id="result">(.*?)</pre>', out, flags=re.S)[1])

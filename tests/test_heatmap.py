@@ -9,11 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from browser import needs_chromium, run_beside
+from browser import needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
-from kvpitfalls.display.markup import SPAN_COLORS, token_strip, visible
+from kvpitfalls.display.markup import SPAN_COLORS, table, token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
 
 HOSTILE = [
@@ -77,7 +77,7 @@ def test_hostile_prompts_stay_text():
     text = shown.html.encode("utf-8").decode("utf-8")  # a lone surrogate could not be written
     assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text)
     outside = Page(shown._repr_html_())
-    assert outside.tags == ["iframe"] and outside.handlers == []
+    assert outside.tags == ["style", "iframe", "p"] and outside.handlers == []
 
 
 def test_only_the_one_script_may_run_and_nothing_may_be_loaded():
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_one_sentence():
 def test_tokens_of_a_strip_nest_in_their_instructions():
     text = token_strip(["a", "b", "c"], {"one": (0, 1), "two": (1, 3)}, is_template=[True, False, False])
     assert re.sub(r" style='[^']*'| class='[^']*'| dir='[^']*'", "", text) == (
-        "<div><span data-edges='0,1'><b>one</b><bdi>a</bdi></span><span data-edges='1,3'><b>two</b><bdi>b</bdi><bdi>c</bdi></span></div>"
+        "<div><span data-edges='0,1'><b>one</b> <bdi>a</bdi></span><span data-edges='1,3'><b>two</b> <bdi>b</bdi><bdi>c</bdi></span></div>"
     )
 
 
@@ -248,12 +248,37 @@ def test_names_can_be_read_on_their_colors(color):
 
 
 @needs_chromium
-def test_the_notebooks_frame_in_a_browser(tmp_path):
-    """As a notebook shows it: in a frame that the page itself makes as high as it is."""
-    (tmp_path / "cell.html").write_text(f"<!doctype html><meta charset='utf-8'>{hostile_map()._repr_html_()}", encoding="utf-8")
+@pytest.mark.parametrize(("style", "scheme"), [("", "light"), ("background: #111", "dark"), ("background: rgb(255 255 255 / .1)", "light")])
+def test_the_notebooks_frame_in_a_browser(tmp_path, style, scheme):
+    """As a notebook shows it: in a frame that the page itself makes as high as it is, and as dark as what it stands on."""
+    cell = f"<!doctype html><meta charset='utf-8'><div style='{style}'>{hostile_map()._repr_html_()}</div>"
+    (tmp_path / "cell.html").write_text(cell, encoding="utf-8")
     script = """
-      const inner = doc.querySelector("iframe");
+      const inner = doc.querySelector("iframe"), hint = doc.defaultView.getComputedStyle(doc.querySelector(".kvp-hint")).display;
       await wait(() => inner.contentDocument && inner.contentDocument.querySelector("[data-ready]"));
-      return [parseInt(inner.style.height) - inner.contentDocument.documentElement.offsetHeight, doc.title];
+      const page = inner.contentDocument.documentElement;
+      return [parseInt(inner.style.height) - page.offsetHeight, doc.title, page.style.colorScheme, hint];
     """
-    assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [4, ""]
+    assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [4, "", scheme, "none"]
+
+
+def test_what_tells_instructions_apart_needs_no_style_sheet():
+    """A notebook that nobody trusts keeps no style sheet and no frame: JupyterLab's sanitizer leaves colours like these in elements."""
+    strip = token_strip(["a", "b"], {"one": (0, 1)})
+    assert f"style='border: 2px solid {SPAN_COLORS[0]}'" in strip and f"background-color: {SPAN_COLORS[0]}; color: #ffffff" in strip
+    assert "</b> <bdi" in strip, "a name and its text are two words"
+    assert re.search("background-color: rgba\\(68, 119, 170, 0.325\\)", table(["a"], [[0.5]], shares=[0]))
+    assert re.search("</iframe><p [^>]*>The heat map is", hostile_map()._repr_html_())
+
+
+@needs_chromium
+def test_the_page_has_no_serious_fault_for_who_cannot_see_it(tmp_path):
+    shown = hostile_map()
+    shown.save(tmp_path / "map.html")
+    script = """
+      await wait(() => doc.getElementById("heatmap").dataset.ready);
+      doc.getElementById("beside").selectedIndex = 2;
+      doc.getElementById("beside").dispatchEvent(new doc.defaultView.Event("input"));
+      await new Promise((done) => setTimeout(done, 50));
+    """
+    assert serious_findings(tmp_path / "map.html", tmp_path, script) == []

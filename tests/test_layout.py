@@ -28,7 +28,7 @@ PYTHON_LAYERS = [
     ["hf"],
     ["audits"],
     ["experiments"],
-    ["display.tables"],
+    ["display.tables", "display.explore"],
     ["display.report_tables"],
     ["display.page"],
     ["harness"],

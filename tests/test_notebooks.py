@@ -47,3 +47,10 @@ def test_no_output_names_a_place_on_the_machine_that_made_it():
     for path in NOTEBOOKS:
         text = path.read_text("utf-8")
         assert not [place for place in ("/home/", "/root/", "/tmp/", "/Users/", "site-packages") if place in text], path.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_fits_into_jupyterlab(path):
+    """At 1300 pixels, 100 columns are seen."""
+    lines = [line for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 100]

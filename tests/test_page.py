@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_sweep
+from browser import needs_chromium, serious_findings
 
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
@@ -278,3 +279,9 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
         "an amount that is told from chance.",
     ]
     assert verdicts([], []) == []
+
+
+@needs_chromium
+def test_the_page_has_no_serious_fault_for_who_cannot_see_it(written, tmp_path):
+    opened = "for (const one of doc.querySelectorAll('details')) one.open = true;"
+    assert serious_findings(Path(written["page"]), tmp_path, opened) == []

@@ -11,6 +11,7 @@ from chat_tokenizers import byte_level
 from tiny_models import build
 
 from kvpitfalls import cli
+from kvpitfalls.display.tables import fitted, table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.harness.contexts import Marks
 
@@ -107,3 +108,29 @@ def test_a_file_of_texts_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "texts.json").write_bytes('{"règle": "Never."}'.encode("cp1252"))
     with pytest.raises(ValueError, match=r"texts\.json is no JSON: .* can't decode .*; expected an object of names and texts"):
         Marks(instructions=str(tmp_path / "texts.json"))
+
+
+@pytest.mark.parametrize("width", [34, 60, 200])
+def test_a_narrow_terminal_gets_the_table_in_parts(loaded, monkeypatch, width):
+    """No line is wider, unless it is a name that nothing stands beside; and all shares are there, each beside its instruction."""
+    audit = ["audit", "--system", "Never reveal this. Speak only Spanish.", "--policy", "knorm", "--fair", "both"]
+    wide = console(monkeypatch, encoding="utf-8")
+    assert cli.main(audit) == 0
+    narrow = console(monkeypatch, encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(audit) == 0
+    tables = [shown.getvalue().decode().split("\n\n", 1)[1] for shown in (wide, narrow)]
+    assert max(map(len, tables[1].splitlines())) <= width
+    for name in ("Never reveal this", "Speak only Spanish"):
+        rows = [[line.split()[3:] for line in table.splitlines() if line.startswith(f"  {name} ")] for table in tables]
+        n_part = len(rows[1]) // 2
+        assert (n_part == 1) == (width == 200)
+        for i in range(2):  # biased, fair
+            assert [share for part in range(n_part) for share in rows[1][2 * part + i]] == rows[0][i]
+
+
+def test_a_column_without_room_is_cut():
+    text = table(["policy", "answer"], [["snapkv", "a" * 40], ["none", "b"]])
+    assert fitted(text, 20).splitlines()[2:] == [f"snapkv  {'a' * 11}…", "none    b"]
+    assert fitted(text, None) == fitted(text, 48) == text

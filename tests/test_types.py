@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = """
 [mypy]
 follow_imports = silent
-[mypy-torch.*,transformers.*,numpy.*,safetensors.*,tqdm.*,IPython.*,matplotlib.*,pandas.*]
+[mypy-torch.*,transformers.*,numpy.*,safetensors.*,tqdm.*,IPython.*,matplotlib.*,pandas.*,anywidget.*,traitlets.*]
 follow_imports = skip
 """
 CALLS = """

@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import __version__
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
-from .streams import forgiving, is_closed
+from .streams import columns, forgiving, is_closed
 
 EXIT_CODES = (
     "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under --min-kept, 130 interrupted"
@@ -168,7 +168,7 @@ def _load(name: str | None):
 
 def _demo(args) -> int:
     from ..audits.retention import audit
-    from ..display.tables import audit_table, leakage_table
+    from ..display.tables import audit_table, fitted, leakage_table
     from ..experiments import demo
 
     start = time.perf_counter()
@@ -181,7 +181,7 @@ def _demo(args) -> int:
             print(f"  {span.name:13} ({len(span)} tokens)  {span.text}")
         print(f"\nKept share of each instruction when the share r of the cache is evicted (mean over {_heads(model, result)};")
         print("* = under half):\n")
-        print(audit_table(result), flush=True)
+        print(fitted(audit_table(result), columns()), flush=True)
     cells = demo.leakage(model, tokenizer)
     seconds = time.perf_counter() - start
     if args.json:
@@ -189,7 +189,7 @@ def _demo(args) -> int:
         print(json.dumps({"model": source, "audit": result.to_dict(), "leakage": leakage, "seconds": seconds}, indent=1))
         return 0
     print(_LEAKAGE_NOTE.format(n=len(demo.SECRETS), attack=demo.ATTACK, whitelist=demo.WHITELIST))
-    print(leakage_table(cells))
+    print(fitted(leakage_table(cells), columns(), 3))
     print(f"\nGreedy answers, at most {demo.MAX_NEW_TOKENS} tokens. A leak counts when the exact value occurs: a garbled one is missed.")
     print(f"{seconds:.0f} s in all.")
     return 0
@@ -237,7 +237,7 @@ def _fair(text: str) -> list:
 
 def _audit(args) -> int:
     from ..audits.retention import audit
-    from ..display.tables import audit_table, audit_verdicts
+    from ..display.tables import audit_table, audit_verdicts, fitted
     from ..prompts.prompt import Prompt
 
     if args.min_kept is not None and not 0 < args.min_kept <= 1:
@@ -260,9 +260,10 @@ def _audit(args) -> int:
     else:
         print(f"{source}: {len(prompt)} prompt tokens.")
         print(f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n")
-        print(f"{audit_table(result, args.min_kept or 0.5)}\n")
+        width = columns()
+        print(f"{fitted(audit_table(result, args.min_kept or 0.5), width)}\n")
         for verdict in audit_verdicts(result, args.min_kept):
-            print(textwrap.fill(verdict, 100, subsequent_indent="  "))
+            print(textwrap.fill(verdict, min(100, width or 100), subsequent_indent="  "))
     least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
     lost = [row for row in result.rows if row["kept"] < least]
     for row in lost:

@@ -3,8 +3,14 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
+
+
+def columns() -> int | None:
+    """How wide the terminal is that stdout goes to; None if it goes elsewhere, where lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextlib.contextmanager

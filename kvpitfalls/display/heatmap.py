@@ -146,11 +146,28 @@ _SCRIPT = """
   for (const id of ["setting", "beside", "ratio", "layer"]) get(id).addEventListener("input", draw);
   await draw();
   main.dataset.ready = "yes";
-  const fit = () => { if (window.frameElement) window.frameElement.style.height = document.documentElement.offsetHeight + 4 + "px"; };
+  const paper = (element) => {  // what it stands on is dark
+    for (let at = element; at; at = at.parentElement) {
+      const [r, g, b, alpha = 1] = getComputedStyle(at).backgroundColor.match(/[\\d.]+/g).map(Number);
+      if (alpha > .5) return .3 * r + .6 * g + .1 * b < 128;
+    }
+    const scheme = getComputedStyle(element.ownerDocument.documentElement).colorScheme;
+    return scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
+  };
+  const fit = () => {  // in a notebook, whatever the system likes: as high as it is, and as dark as the page around it
+    if (!window.frameElement) return;
+    document.documentElement.style.colorScheme = paper(window.frameElement) ? "dark" : "light";
+    window.frameElement.style.height = document.documentElement.offsetHeight + 4 + "px";
+  };
   fit();
   window.addEventListener("resize", fit);
 })();
 """
+
+_HINT = (
+    "The heat map is a page of its own, which is shown neither in a notebook that nobody trusts nor by a viewer that removes it: trust the "
+    'notebook and run the cell, or write the page to a file by save("map.html").'
+)
 
 
 @dataclass(frozen=True)
@@ -229,7 +246,7 @@ class HeatMap:
         first = next(iter(self.counts.values()))[r]
         shares = (first / np.asarray(self.heads)[:, None]).mean(0)
         notes = {name: percent(shares[begin:end].mean()) for name, (begin, end) in self.spans.items()}
-        strip = token_strip(self.tokens, self.spans, shares, notes=notes)
+        strip = token_strip(self.tokens, self.spans, shares, notes=notes, linked=True)
         lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         links = "".join(
@@ -263,7 +280,8 @@ it shows the first policy, the mean of all layers, and one ratio.</p>"""
     def _repr_html_(self) -> str:
         height = 220 + 32 * (sum(map(len, self.tokens)) // 90 + len(self.spans) + 1)  # until the page measures itself
         source = escape_markup(self.html, quote=True)
-        return f'<iframe srcdoc="{source}" style="width: 100%; height: {height}px; border: 0" title="token heat map"></iframe>'
+        frame = f'<iframe srcdoc="{source}" style="width: 100%; height: {height}px; border: 0" title="token heat map"></iframe>'
+        return f"<style>iframe + .kvp-hint {{ display: none }}</style>{frame}<p class='kvp-hint'>{escape(_HINT)}</p>"
 
 
 def _packed(counts: np.ndarray) -> str:

@@ -9,16 +9,16 @@ SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
-# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so.
+# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell instructions
+# and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet.
 STYLE = """
 .kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
   padding-right: 10px; font-size: 15px }
 .kvp-tokens bdi { background: rgb(68 119 170 / calc(var(--k, 0) * .65)); padding: .15em 0; print-color-adjust: exact;
   -webkit-print-color-adjust: exact }
-.kvp-tokens .kvp-template { opacity: .65; font-size: 85% }
-.kvp-span { border: 2px solid var(--c); border-radius: 4px; padding: .1em .15em; margin: 0 .1em;
-  -webkit-box-decoration-break: clone; box-decoration-break: clone }
-.kvp-span > b { background: var(--c); color: #fff; font-size: 75%; padding: .1em .4em; margin-right: .3em; border-radius: 2px;
+.kvp-tokens .kvp-template { opacity: .75; font-size: 85% }
+.kvp-span { border-radius: 4px; padding: .1em .15em; margin: 0 .1em; -webkit-box-decoration-break: clone; box-decoration-break: clone }
+.kvp-span > b { font-size: 75%; padding: .1em .4em; border-radius: 2px;
   text-shadow: 0 0 2px #000; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .kvp-table { border-collapse: collapse; margin: .6em 0; font-size: 13px }
 .kvp-table th, .kvp-table td { padding: .15em .55em; border-bottom: 1px solid rgb(128 128 128 / .35); text-align: left }
@@ -76,7 +76,7 @@ def table(header: Sequence, rows: Sequence[Sequence], shares: Sequence[int] = ()
 
 def _cell(value, is_share: bool) -> str:
     if is_share and value is not None:
-        return f"<td class='n' style='background: rgb(68 119 170 / {0.65 * value:.3f})'>{percent(value)}</td>"
+        return f"<td class='n' style='background-color: rgba(68, 119, 170, {0.65 * value:.3f})'>{percent(value)}</td>"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"<td{' class=n' if number else ''}>{'' if value is None else escape(value)}</td>"
 
@@ -92,11 +92,12 @@ def token_strip(
     shares: Sequence[float] | None = None,
     is_template: Sequence[bool] | None = None,
     notes: Mapping[str, str] | None = None,
+    linked: bool = False,
 ) -> str:
     """The prompt, token by token: instructions outlined and named, tokens shaded by their share if there are any.
 
-    With ``notes``, which stand beside the names, an instruction can be linked to (``#span-0``) and the keyboard reaches the tokens: a page
-    has one such strip at most.
+    ``notes`` stand beside the names. ``linked``: an instruction can be linked to (``#span-0``) and the keyboard reaches the
+    tokens; a page has one such strip at most.
 
     Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run from left to right.
     """
@@ -109,12 +110,14 @@ def token_strip(
         if t in starts:
             name, end, i = starts[t]
             said = f"<i class='kvp-share'>{escape(notes[name])}</i>" if notes is not None else ""
-            place = f" id='span-{i}'" if notes is not None else ""
-            out.append(f"<span class='kvp-span'{place} style='--c: {span_color(i)}' data-edges='{t},{end}'><b>{escape(name)}{said}</b>")
+            place = f" id='span-{i}'" if linked else ""
+            color = span_color(i)
+            out.append(f"<span class='kvp-span'{place} style='border: 2px solid {color}' data-edges='{t},{end}'>")
+            out.append(f"<b style='background-color: {color}; color: #ffffff'>{escape(name)}{said}</b> ")
         kind = " class='kvp-template'" if is_template is not None and is_template[t] else ""
         shade = f" style='--k: {shares[t]:.3f}'" if shares is not None else ""
         out.append(f"<bdi{kind}{shade}>{escape(token)}</bdi>")
     if len(tokens) in ends:
         out.append("</span>")
-    reached = " tabindex='0' role='group' aria-label='tokens of the prompt'" if notes is not None else ""
+    reached = " tabindex='0' role='group' aria-label='tokens of the prompt'" if linked else ""
     return f"<div class='kvp-tokens' dir='ltr'{reached}>{''.join(out)}</div>"

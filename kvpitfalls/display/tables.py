@@ -1,5 +1,6 @@
 """Results as text tables."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,31 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
         ).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def fitted(text: str, width: int | None, n_key: int = 1) -> str:
+    """A :func:`table` as several, one below the other, each with the first ``n_key`` columns, where a terminal has no room for all.
+
+    A column that has no room of its own beside those is cut, and ends with "…". ``width`` is None where nobody counts columns.
+    """
+    lines = text.split("\n")
+    if width is None or max(map(len, lines)) <= width:
+        return text
+    edges = [match.span() for match in re.finditer("-+", lines[1])]
+    edges[-1] = (edges[-1][0], max(map(len, lines)))
+    n_left = edges[n_key - 1][1]
+    blocks: list[list[tuple[int, int]]] = []
+    for begin, end in edges[n_key:]:
+        if blocks and n_left + sum(b - a + 2 for a, b in blocks[-1]) + 2 + end - begin <= width:
+            blocks[-1].append((begin, end))
+        else:
+            blocks.append([(begin, end)])
+    parts = [
+        ["  ".join([line[:n_left].ljust(n_left), *(line[a:b].ljust(b - a) for a, b in block)]).rstrip() for line in lines]
+        for block in blocks
+    ]
+    room = max(width, n_left + 4)
+    return "\n\n".join("\n".join(line if len(line) <= room else f"{line[: room - 1]}…" for line in part) for part in parts)
 
 
 def share(x: float) -> str:

@@ -64,10 +64,10 @@ def secret_prompts(tokenizer) -> list[Prompt]:
     return out
 
 
-def leakage(model, tokenizer) -> list[Cell]:
+def leakage(model, tokenizer, policies=POLICIES, compression_ratios=COMPRESSION_RATIOS) -> list[Cell]:
     """Attack every setting, and ask it for the secret directly: without that control, forgetting looks like protection."""
     prompts = secret_prompts(tokenizer)
-    plan = [[(None, 0.0, "full cache")]] + [[(p, r, mode) for mode in MODES] for p in POLICIES for r in COMPRESSION_RATIOS]
+    plan = [[(None, 0.0, "full cache")]] + [[(p, r, mode) for mode in MODES] for p in policies for r in compression_ratios]
     settings = [_setting(*setting) for group in plan for setting in group]
     attach(model)
     try:

@@ -122,7 +122,7 @@ def marked(text: str, contents: Sequence[tuple[int, int]], how: str, roles: Sequ
         for a, b in pieces(text[begin:end], how):
             words = first_words(text[begin + a : begin + b])
             name = f"{role}: {words}" if how == "messages" else words
-            out[_unused(name, out)] = (begin + a, begin + b)
+            out[unused(name, out)] = (begin + a, begin + b)
     return out
 
 
@@ -143,7 +143,8 @@ def first_words(text: str) -> str:
     return name.rstrip(".,;:!?…。！？\"'”’*_`)") or name
 
 
-def _unused(name: str, used) -> str:
+def unused(name: str, used) -> str:
+    """The name, with a number if it is one of those ``used``, or a word if it means something else where it is given."""
     name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
     n, out = 1, name
     while out in used:
