@@ -118,6 +118,11 @@ def test_the_results_are_what_the_cards_say():
     assert ran.stdout == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_policies_is_what_their_docstrings_say():
+    ran = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "policies_page.py")], capture_output=True, text=True, check=True)
+    assert ran.stdout == (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
 def test_relative_links_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -30,7 +30,7 @@ class ChunkKV(Policy):
 
     Notes
     -----
-    Not defined while a budget is held, where chunks are no longer whole text.
+    Defined for what the other policy is defined for. Not while a budget is held, where chunks are no longer whole text.
 
     References
     ----------

@@ -10,6 +10,7 @@ class KNorm(Policy):
     """Keep the keys of smallest norm.
 
     score = -||key||_2, after rotary embedding (which keeps norms). Needs no attention, and looks at no position.
+    Fair: the same scores, and the quotas: a key's length depends on no other key.
 
     References
     ----------
