@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, feed, ids
+from tiny_policies import EVERY, HELD
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.fairness import Fair, Layout
 from kvpitfalls.eviction.selection import choose, rank
 
-POLICIES = ["streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff"]
 SPANS = {"first": (2, 9), "second": (9, 18)}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
@@ -32,7 +32,7 @@ def compress_and_answer(model, policy, fair):
 
 
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_a_gpu_keeps_and_answers_what_the_cpu_does(family, policy, fair):
     on_cpu = compress_and_answer(build(family), policy, fair)
@@ -41,13 +41,18 @@ def test_a_gpu_keeps_and_answers_what_the_cpu_does(family, policy, fair):
     assert torch.equal(on_cpu[1], on_gpu[1])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_bfloat16_runs_and_holds_its_budget(policy):
+@pytest.mark.parametrize("policy", EVERY, ids=str)
+def test_bfloat16_runs(policy):
     model = build("llama").to("cuda", torch.bfloat16)
     with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
         cache = handle.compress(ids(2, 20))
         assert all(layer.keys.shape[2] == 10 and layer.keys.dtype == torch.bfloat16 for layer in cache.kept_layers)
         assert handle.verify(tolerance=0.05) <= 0.05  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("policy", HELD, ids=str)
+def test_bfloat16_holds_its_budget_while_decoding(policy):
+    model = build("llama").to("cuda", torch.bfloat16)
     with kvp.wrap(model, policy, budget=8, when="always") as handle:
         cache = handle.new_cache()
         model.generate(ids(1, 20).cuda(), attention_mask=torch.ones(1, 20).cuda(), past_key_values=cache, **GREEDY)
@@ -67,14 +72,14 @@ def turns_after(model, policy, fair, when):
 
 @pytest.mark.parametrize("when", ["always", "decode"])
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", HELD, ids=str)
 def test_padding_between_turns_is_no_token_on_a_gpu_either(policy, fair, when):
     (on_cpu, held), (on_gpu, also) = (turns_after(build("llama").to(device), policy, fair, when) for device in ("cpu", "cuda"))
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(held, also, strict=True))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY, ids=str)
 def test_gradients_through_a_gpus_cache_are_the_cpus(policy):
     found, tokens = [], ids(2, 24)
     for device in ("cpu", "cuda"):
@@ -111,7 +116,7 @@ def test_a_layer_after_the_first_waits_for_nothing():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY, ids=str)
 def test_a_model_split_over_two_gpus(policy):
     accelerate = pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
     whole = compress_and_answer(build("llama").to("cuda:0"), policy, True)
