@@ -6,7 +6,7 @@ from kvpitfalls.policies import get_policy, policy_names
 
 HEAD = """# Policies
 
-Made of the docstrings by `benchmarks/policies_page.py`, which `tests/test_docs.py` runs. What each scores by, whole: [](api.md).
+Made of the docstrings by `benchmarks/policies_page.py`, which `tests/test_docs.py` runs. What each scores by, whole: [](api_policies.md).
 
 | name | what it keeps | reads | while a budget is held | defined for | fair | arXiv |
 |---|---|---|---|---|---|---|"""

@@ -58,6 +58,7 @@ def setup(app):
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("source-read", _with_own_notebooks)
     app.connect("source-read", _with_help)
+    app.connect("source-read", _with_readme)
 
 
 def _with_own_notebooks(app, name, source):
@@ -68,6 +69,17 @@ def _with_own_notebooks(app, name, source):
 def _with_help(app, name, source):
     """``<!-- help COMMAND -->`` stands for what the command prints."""
     source[0] = re.sub(r"<!-- help ?([\w-]*) -->", lambda found: f"```text\n{_help(found[1])}```", source[0])
+
+
+def _with_readme(app, name, source):
+    """``<!-- readme TITLE -->`` stands for that part of the README, whose links to what is no page of the site are plain text."""
+    source[0] = re.sub(r"<!-- readme (.+?) -->", lambda found: _part_of_readme(found[1]), source[0])
+
+
+def _part_of_readme(title: str) -> str:
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    part = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", text, flags=re.M | re.S)[1]
+    return re.sub(r"\[([^]]*)\]\((?!https?:|docs/)[^)]*\)", r"\1", part).replace("](docs/", "](")
 
 
 def _help(command: str) -> str:
