@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CORE_FILES := $(shell find csrc -name '*.[ch]' -o -name '*.def')
 CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 LIBRARY_FILES := $(filter-out csrc/python/% csrc/examples/%,$(sort $(shell find csrc -name '*.c')))
+FORMATTED_FILES := $(shell find csrc tests/native tests/fuzz -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_FILES := $(wildcard tests/native/*.c) $(filter-out %/libfuzzer.c,$(wildcard tests/fuzz/*.c))
 NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
@@ -79,6 +80,7 @@ docs: $(VENV)/core
 lint: $(VENV)/core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_FILES)
 
 # The extension once more, in a folder of its own, with every warning an error.
 strict: $(VENV)/packages

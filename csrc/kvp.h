@@ -8,13 +8,14 @@
  *     select  scores, quotas per segment, ...    -> the positions to keep             int32   (B,H,K), ascending
  *     gather  keys, values, positions            -> a smaller cache                   (B,H,K,D)
  *
- * Shape letters: B batch rows, H key/value heads, G query heads per key/value head, T cached tokens, Q query rows (the last Q of
- * the T positions), D head dimension, S segments, V votes, K kept tokens.
+ * Shape letters: B batch rows, H key/value heads, G query heads per key/value head, T cached tokens, Q query rows (the
+ * last Q of the T positions), D head dimension, S segments, V votes, K kept tokens.
  *
- * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits. Tensors are borrowed
- * strided views. The structs of arguments begin with their size, by which a library that knows more fields will tell older callers.
- * Scratch, threads and the place for an error text come in through a kvp_context, one per call, on the caller's stack;
- * calls with distinct contexts may run at the same time. Outputs share memory with no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
+ * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits.
+ * Tensors are borrowed strided views. The structs of arguments begin with their size, by which a library that knows
+ * more fields will tell older callers. Scratch, threads and the place for an error text come in through a kvp_context,
+ * one per call, on the caller's stack; calls with distinct contexts may run at the same time. Outputs share memory with
+ * no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
  * same bits for any number of workers, any place of a row in its batch, and every repeat.
  *
  * An example, K-norm on one layer (error handling left out):
@@ -25,11 +26,9 @@
  *     kvp_select_args p = {.size = sizeof p, .scores = scores, .segments = segments, .quotas = quotas,
  *                          .positions = positions, .counts = counts};
  *     size_t bytes;
- *     kvp_workspace(KVP_SELECT, &p, 1, &bytes);       ... scratch for one worker; then ctx.workspace, ctx.workspace_bytes
- *     kvp_select(&p, &ctx);
- *     kvp_gather_args g = {.size = sizeof g, .keys = keys, .values = values, .positions = positions,
- *                          .out_keys = k2, .out_values = v2};
- *     kvp_gather(&g, &ctx);
+ *     kvp_workspace(KVP_SELECT, &p, 1, &bytes);       ... scratch for one worker; then ctx.workspace,
+ * ctx.workspace_bytes kvp_select(&p, &ctx); kvp_gather_args g = {.size = sizeof g, .keys = keys, .values = values,
+ * .positions = positions, .out_keys = k2, .out_values = v2}; kvp_gather(&g, &ctx);
  */
 #ifndef KVP_H
 #define KVP_H
@@ -73,8 +72,8 @@ typedef enum kvp_dtype { KVP_F32 = 0, KVP_F16 = 1, KVP_BF16 = 2, KVP_I32 = 3, KV
 typedef enum kvp_device { KVP_CPU = 1, KVP_CUDA = 2 } kvp_device;
 
 /* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given.
- * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas): those are in host memory, and read before the
- * call returns; those of a call on a CUDA device must not change until then. */
+ * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas): those are in host
+ * memory, and read before the call returns; those of a call on a CUDA device must not change until then. */
 typedef struct kvp_tensor {
     void *data;
     int32_t dtype;        /* kvp_dtype */
@@ -85,7 +84,8 @@ typedef struct kvp_tensor {
     int64_t stride[4];
 } kvp_tensor;
 
-/* One piece of work: task in [0, n_task), worker in [0, n_worker). Two tasks never run on one worker at the same time. */
+/* One piece of work: task in [0, n_task), worker in [0, n_worker). Two tasks never run on one worker at the same time.
+ */
 typedef void (*kvp_task_fn)(void *arg, int64_t task, int32_t worker);
 typedef void (*kvp_parallel_for_fn)(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *arg);
 
@@ -106,20 +106,22 @@ typedef struct kvp_context {
 enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2 };
 
 /*
- * A vote says which queries judge which keys. Votes are an int32 tensor (B,V,KVP_VOTE_FIELDS); positions are those of the cache,
- * [0,T), ranges are half open, and every range is cut by the row's valid range. For a key k in [key_begin, key_end):
+ * A vote says which queries judge which keys. Votes are an int32 tensor (B,V,KVP_VOTE_FIELDS); positions are those of
+ * the cache, [0,T), ranges are half open, and every range is cut by the row's valid range. For a key k in [key_begin,
+ * key_end):
  *
  *     score[k] = weight(k) * sum of A[h,q,k] over queries q >= k in [a_begin, a_end) or [b_begin, b_end)
  *
- * A[h,q,:] is the softmax over *all* visible keys (valid, and not after q), not only those in the range. Weight: KVP_WEIGHT_MEAN is
- * 1 / (queries in both ranges); KVP_WEIGHT_AGE is 1 / max(1, age_end - k); KVP_WEIGHT_SUM is 1. Then a mean over kernel_size neighbours
- * inside the key range (missing neighbours count as zero, the divisor stays kernel_size), and a mean over the G heads of the group (or
- * over all H*G heads if share_heads is 1; the H rows are then equal). A key in [window_begin, window_end) scores 2 + (k - window_begin):
- * above any attention, newest first. No key may be in two key ranges or windows. A key under no vote scores 0, one outside the row's
- * valid range minus infinity.
- * A query whose logits have no softmax (one is NaN or plus infinity, or all are minus infinity) makes the keys that it sees and votes on NaN,
- * and only those. With a given lse each A stands alone, so that only a key whose own logit is NaN becomes NaN.
- * Source: arXiv 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv 2306.14048 are special cases.
+ * A[h,q,:] is the softmax over *all* visible keys (valid, and not after q), not only those in the range. Weight:
+ * KVP_WEIGHT_MEAN is 1 / (queries in both ranges); KVP_WEIGHT_AGE is 1 / max(1, age_end - k); KVP_WEIGHT_SUM is 1. Then
+ * a mean over kernel_size neighbours inside the key range (missing neighbours count as zero, the divisor stays
+ * kernel_size), and a mean over the G heads of the group (or over all H*G heads if share_heads is 1; the H rows are
+ * then equal). A key in [window_begin, window_end) scores 2 + (k - window_begin): above any attention, newest first. No
+ * key may be in two key ranges or windows. A key under no vote scores 0, one outside the row's valid range minus
+ * infinity. A query whose logits have no softmax (one is NaN or plus infinity, or all are minus infinity) makes the
+ * keys that it sees and votes on NaN, and only those. With a given lse each A stands alone, so that only a key whose
+ * own logit is NaN becomes NaN. Source: arXiv 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv
+ * 2306.14048 are special cases.
  */
 enum kvp_vote_field {
     KVP_VOTE_KEY_BEGIN,
@@ -138,10 +140,10 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
 
 /*
  * Scorers (csrc/scorers.def lists names and parameters):
- *   norm       minus the Euclidean norm of the key, in float32 (K-norm: a small key is an important one, arXiv 2406.11430).
- *   position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest (StreamingLLM,
- *              arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart.
- *   attention  votes, see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
+ *   norm       minus the Euclidean norm of the key, in float32 (K-norm: a small key is an important one, arXiv
+ * 2406.11430). position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest
+ * (StreamingLLM, arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart. attention votes,
+ * see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */
@@ -150,19 +152,19 @@ typedef struct kvp_score_args {
     kvp_tensor queries; /* (B,H*G,Q,D), dtype of keys; query i stands at position T - Q + i */
     kvp_tensor votes;   /* (B,V,KVP_VOTE_FIELDS) I32 */
     kvp_tensor valid;   /* (B,2) I32: first and one past the last valid position; not given = all T */
-    kvp_tensor lse;     /* (B,H*G,Q) F32: natural log of the softmax denominator of each query row; not given = computed.
-                           A row that is not finite casts no vote. */
-    kvp_tensor scores;  /* out (B,H,T) F32 */
+    kvp_tensor lse;    /* (B,H*G,Q) F32: natural log of the softmax denominator of each query row; not given = computed.
+                          A row that is not finite casts no vote. */
+    kvp_tensor scores; /* out (B,H,T) F32 */
     double param[KVP_MAX_PARAMS];
 } kvp_score_args;
 
 /* ----------------------------------------------------------------- select */
 
 /*
- * Segments partition a row: segment s is [segments[b,s], segments[b,s+1]). In each (b, h, s) keep the quota's best positions, in this
- * total order: protected before unprotected; among unprotected, higher score first, NaN last; ties by the lower position. A position
- * outside the valid range or outside all segments is never kept. A quota above the number of such positions keeps them all.
- * Every backend must agree exactly.
+ * Segments partition a row: segment s is [segments[b,s], segments[b,s+1]). In each (b, h, s) keep the quota's best
+ * positions, in this total order: protected before unprotected; among unprotected, higher score first, NaN last; ties
+ * by the lower position. A position outside the valid range or outside all segments is never kept. A quota above the
+ * number of such positions keeps them all. Every backend must agree exactly.
  */
 typedef struct kvp_select_args {
     uint32_t size;        /* sizeof(kvp_select_args) */
@@ -178,10 +180,11 @@ typedef struct kvp_select_args {
 /* ----------------------------------------------------------------- gather */
 
 /*
- * Copy rows bit for bit: out[b,h,i,:] = in[b,h,positions[b,h,i],:]; where the position is -1 the row becomes zeros. Keys and values
- * may have different D. On the CPU an output may be the start of its own input (same data and strides): positions ascend, so nothing is
- * overwritten before it is read, unless elements of the input share memory. That, and any other overlap, is refused. On the CPU positions are checked; on a CUDA device, where the host cannot read
- * them, one outside [-1,T) gives a row of zeros.
+ * Copy rows bit for bit: out[b,h,i,:] = in[b,h,positions[b,h,i],:]; where the position is -1 the row becomes zeros.
+ * Keys and values may have different D. On the CPU an output may be the start of its own input (same data and strides):
+ * positions ascend, so nothing is overwritten before it is read, unless elements of the input share memory. That, and
+ * any other overlap, is refused. On the CPU positions are checked; on a CUDA device, where the host cannot read them,
+ * one outside [-1,T) gives a row of zeros.
  */
 typedef struct kvp_gather_args {
     uint32_t size;         /* sizeof(kvp_gather_args) */
@@ -195,15 +198,16 @@ typedef struct kvp_gather_args {
 /* ------------------------------------------------------------------ press */
 
 /*
- * Score, select and gather by one call, for those who do not want the scores, which stay in the scratch: the same bits as by the three. The
- * fields are theirs. All is checked before anything is written.
+ * Score, select and gather by one call, for those who do not want the scores, which stay in the scratch: the same bits
+ * as by the three. The fields are theirs. All is checked before anything is written.
  */
 typedef struct kvp_press_args {
     uint32_t size; /* sizeof(kvp_press_args) */
     int32_t scorer;
     kvp_tensor keys, values, queries, votes, valid, lse; /* values: (B,H,T,Dv) */
     kvp_tensor segments, quotas, protect;
-    kvp_tensor positions, counts, out_keys, out_values; /* out; on the CPU the last two may be the start of keys and values */
+    kvp_tensor positions, counts, out_keys,
+        out_values; /* out; on the CPU the last two may be the start of keys and values */
     double param[KVP_MAX_PARAMS];
 } kvp_press_args;
 
@@ -214,8 +218,8 @@ KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
 
-/* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its tensors need a
- * valid shape and dtype. */
+/* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its
+ * tensors need a valid shape and dtype. */
 KVP_API kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes);
 
 /* ---------------------------------------------------------- introspection */
@@ -229,7 +233,8 @@ KVP_API double kvp_scorer_param_default(int32_t scorer, int32_t index);
 KVP_API int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype); /* 1 or 0 */
 KVP_API const char *kvp_status_name(kvp_status status);
 
-/* Row primitives of the CPU: the name in use; set one by name (0, or -1 if this CPU lacks it); the names this build holds. */
+/* Row primitives of the CPU: the name in use; set one by name (0, or -1 if this CPU lacks it); the names this build
+ * holds. */
 KVP_API const char *kvp_cpu_isa(void);
 KVP_API int32_t kvp_cpu_isa_set(const char *name);
 KVP_API const char *kvp_cpu_isa_name(int32_t index); /* NULL past the last */
@@ -249,8 +254,8 @@ typedef struct kvp_backend {
 /* The backend must outlive every later call. Registering a device twice replaces it. */
 KVP_API kvp_status kvp_register_backend(const kvp_backend *backend);
 
-/* The CUDA backend, in libraries that are built with it. Calls go to ctx->stream and do not wait; they allocate nothing and can be captured in
- * a graph. */
+/* The CUDA backend, in libraries that are built with it. Calls go to ctx->stream and do not wait; they allocate nothing
+ * and can be captured in a graph. */
 KVP_API const kvp_backend *kvp_cuda_backend(void);
 
 #ifdef __cplusplus

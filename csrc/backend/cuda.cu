@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The CUDA backend: one constant table, like cpu.c's. Every call runs on the device of its tensors, whichever is current.
+ * The CUDA backend: one constant table, like cpu.c's. Every call runs on the device of its tensors, whichever is
+ * current.
  */
 #include "../gpu/rows.cuh"
 
@@ -14,12 +15,13 @@ static const kvp_tensor *first_of(const kvp_score_args *args) { return &args->ke
 static const kvp_tensor *first_of(const kvp_select_args *args) { return &args->scores; }
 static const kvp_tensor *first_of(const kvp_gather_args *args) { return &args->keys; }
 
-template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)> static kvp_status on_its_device(const ARGS *args, kvp_context *ctx) {
+template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)>
+static kvp_status on_its_device(const ARGS *args, kvp_context *ctx) {
     const kvp_tensor *first = first_of(args);
     int before;
     if (first->shape[0] * first->shape[1] > KVPG_MAX_ROWS)
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "B times H is %lld; on a CUDA device expected at most %d", (long long)(first->shape[0] * first->shape[1]),
-                         (int)KVPG_MAX_ROWS);
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "B times H is %lld; on a CUDA device expected at most %d",
+                         (long long)(first->shape[0] * first->shape[1]), (int)KVPG_MAX_ROWS);
     KVPG_TRY("tell the current device", cudaGetDevice(&before));
     if (before == first->device_index) return VERB(args, ctx);
     KVPG_TRY("go to the device of the tensors", cudaSetDevice(first->device_index));

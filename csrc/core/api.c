@@ -51,7 +51,8 @@ static size_t table_bytes_of(kvp_verb verb, const void *args) {
 static size_t workspace_of(const kvp_backend *backend, kvp_verb verb, const void *args, int32_t n_worker) {
     if (verb != KVP_PRESS) return table_bytes_of(verb, args) + backend->workspace(verb, args, n_worker);
     const press_parts p = split_press(args);
-    const size_t score = backend->workspace(KVP_SCORE, &p.score, n_worker), select = backend->workspace(KVP_SELECT, &p.select, n_worker);
+    const size_t score = backend->workspace(KVP_SCORE, &p.score, n_worker),
+                 select = backend->workspace(KVP_SELECT, &p.select, n_worker);
     const size_t gather = backend->workspace(KVP_GATHER, &p.gather, n_worker), two = score > select ? score : select;
     return table_bytes_of(verb, args) + p.score_bytes + (two > gather ? two : gather);
 }
@@ -65,7 +66,8 @@ static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, con
                          ctx->workspace ? ctx->workspace_bytes : (size_t)0, need, (int)kvpi_worker_count(ctx),
                          kvpi_worker_count(ctx) == 1 ? "" : "s");
     if ((uintptr_t)ctx->workspace % 64u)
-        return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
+        return kvpi_fail(ctx, KVP_ERR_WORKSPACE,
+                         "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
                          (int)((uintptr_t)ctx->workspace % 64u));
     return KVP_OK;
 }

@@ -19,7 +19,9 @@ static const kvpi_scorer scorers[KVPI_SCORER_COUNT + 1] = {
 /* Slot by DLPack device number. The CPU is there from the start; others register when their module loads. */
 static _Atomic(const kvp_backend *) backends[3] = {NULL, &kvpi_cpu_backend, NULL};
 
-const kvpi_scorer *kvpi_scorer_at(int32_t scorer) { return scorer >= 0 && scorer < KVPI_SCORER_COUNT ? &scorers[scorer] : NULL; }
+const kvpi_scorer *kvpi_scorer_at(int32_t scorer) {
+    return scorer >= 0 && scorer < KVPI_SCORER_COUNT ? &scorers[scorer] : NULL;
+}
 
 int32_t kvp_scorer_count(void) { return KVPI_SCORER_COUNT; }
 
@@ -48,7 +50,9 @@ double kvp_scorer_param_default(int32_t scorer, int32_t index) {
     return kvp_scorer_param(scorer, index) ? scorers[scorer].param[index].initial : 0.0;
 }
 
-const kvp_backend *kvpi_backend_for(int32_t device) { return device > 0 && device < 3 ? atomic_load(&backends[device]) : NULL; }
+const kvp_backend *kvpi_backend_for(int32_t device) {
+    return device > 0 && device < 3 ? atomic_load(&backends[device]) : NULL;
+}
 
 kvp_status kvp_register_backend(const kvp_backend *backend) {
     if (backend->abi != KVP_ABI_VERSION || backend->device <= 0 || backend->device >= 3) return KVP_ERR_UNSUPPORTED;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Shape, dtype and device contracts. Each verb's contract is a list of (argument, letters); a letter is bound by the first argument that
- * has it and must agree in all later ones, so a message can say what an argument is, what it had to be, and where that came from.
+ * Shape, dtype and device contracts. Each verb's contract is a list of (argument, letters); a letter is bound by the
+ * first argument that has it and must agree in all later ones, so a message can say what an argument is, what it had to
+ * be, and where that came from.
  */
 #include "internal.h"
 
@@ -30,33 +31,40 @@ typedef struct binding {
 static kvp_status check_dtype(const rule *r, kvp_context *ctx) {
     const kvp_tensor *t = r->tensor;
     if (kvpi_dtype_size(t->dtype) && (r->dtypes >> t->dtype & 1)) return KVP_OK;
-    const char *expected = r->dtypes == FLOATS ? "float32, float16 or bfloat16" : r->dtypes == F32 ? "float32" : r->dtypes == I32 ? "int32" : "uint8";
+    const char *expected = r->dtypes == FLOATS ? "float32, float16 or bfloat16"
+                           : r->dtypes == F32  ? "float32"
+                           : r->dtypes == I32  ? "int32"
+                                               : "uint8";
     return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s", r->name, kvpi_dtype_name(t->dtype), expected);
 }
 
-/* Sizes and strides must be such that no offset, in bytes, can overflow, and neither can a size of scratch: a broadcast claims any number of
- * elements, and has one. */
+/* Sizes and strides must be such that no offset, in bytes, can overflow, and neither can a size of scratch: a broadcast
+ * claims any number of elements, and has one. */
 static kvp_status check_extent(const rule *r, kvp_context *ctx) {
     const kvp_tensor *t = r->tensor;
     int64_t span = (int64_t)kvpi_dtype_size(t->dtype), count = span;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] < 1)
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at least 1", r->name, d, (long long)t->shape[d]);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at least 1", r->name, d,
+                             (long long)t->shape[d]);
         if (t->shape[d] > INT32_MAX)
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at most %d", r->name, d, (long long)t->shape[d], INT32_MAX);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at most %d", r->name, d,
+                             (long long)t->shape[d], INT32_MAX);
         if (t->stride[d] < 0)
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected no negative stride", r->name, d, (long long)t->stride[d]);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected no negative stride", r->name, d,
+                             (long long)t->stride[d]);
         if (t->stride[d] > INT64_MAX / 64)
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected at most %lld", r->name, d, (long long)t->stride[d],
-                             (long long)(INT64_MAX / 64));
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.stride[%d] is %lld; expected at most %lld", r->name, d,
+                             (long long)t->stride[d], (long long)(INT64_MAX / 64));
         int64_t reach;
-        if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 || span > INT64_MAX / 64 ||
-            __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)
+        if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 ||
+            span > INT64_MAX / 64 || __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has more elements than can be addressed", r->name);
         span += reach * (int64_t)kvpi_dtype_size(t->dtype);
     }
     if ((uintptr_t)t->data % kvpi_dtype_size(t->dtype))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is not aligned to its %zu-byte elements", r->name, kvpi_dtype_size(t->dtype));
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is not aligned to its %zu-byte elements", r->name,
+                         kvpi_dtype_size(t->dtype));
     return KVP_OK;
 }
 
@@ -78,17 +86,19 @@ static bool is_spread_out(const kvp_tensor *t) {
 static kvp_status check_device(const rule *r, binding *bound, kvp_context *ctx) {
     if (r->table) {
         if (r->tensor->device == KVP_CPU) return KVP_OK;
-        return kvpi_fail(ctx, KVP_ERR_DEVICE, "%s is on device %d:%d; expected it in host memory, whatever the others' device", r->name,
+        return kvpi_fail(ctx, KVP_ERR_DEVICE,
+                         "%s is on device %d:%d; expected it in host memory, whatever the others' device", r->name,
                          (int)r->tensor->device, (int)r->tensor->device_index);
     }
     if (!bound->first) {
         bound->first = r->tensor;
         bound->first_name = r->name;
     }
-    if (r->tensor->device == bound->first->device && r->tensor->device_index == bound->first->device_index) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_DEVICE, "%s is on device %d:%d, but %s is on device %d:%d; expected one device", r->name,
-                     (int)r->tensor->device, (int)r->tensor->device_index, bound->first_name, (int)bound->first->device,
-                     (int)bound->first->device_index);
+    if (r->tensor->device == bound->first->device && r->tensor->device_index == bound->first->device_index)
+        return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_DEVICE, "%s is on device %d:%d, but %s is on device %d:%d; expected one device",
+                     r->name, (int)r->tensor->device, (int)r->tensor->device_index, bound->first_name,
+                     (int)bound->first->device, (int)bound->first->device_index);
 }
 
 static kvp_status bind_letters(const rule *r, binding *bound, kvp_context *ctx) {
@@ -99,8 +109,8 @@ static kvp_status bind_letters(const rule *r, binding *bound, kvp_context *ctx) 
             bound->from[letter] = r->name;
             bound->size[letter] = size;
         } else if (bound->size[letter] != size) {
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld, but %c is %lld in %s", r->name, d, (long long)size, letter,
-                             (long long)bound->size[letter], bound->from[letter]);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld, but %c is %lld in %s", r->name, d,
+                             (long long)size, letter, (long long)bound->size[letter], bound->from[letter]);
         }
     }
     return KVP_OK;
@@ -111,21 +121,24 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
     for (size_t i = 0; i < n_rule; i++) {
         const rule *r = &rules[i];
         if (!r->tensor->data) {
-            if (r->required) return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is missing; expected a tensor (%s)", r->name, r->letters);
+            if (r->required)
+                return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is missing; expected a tensor (%s)", r->name, r->letters);
             continue;
         }
         if (r->tensor->ndim != (int32_t)strlen(r->letters))
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has %d dimension%s; expected %zu (%s)", r->name, (int)r->tensor->ndim,
-                             r->tensor->ndim == 1 ? "" : "s", strlen(r->letters), r->letters);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has %d dimension%s; expected %zu (%s)", r->name,
+                             (int)r->tensor->ndim, r->tensor->ndim == 1 ? "" : "s", strlen(r->letters), r->letters);
         KVPI_TRY(check_dtype(r, ctx));
         KVPI_TRY(check_extent(r, ctx));
         if (r->output && !is_spread_out(r->tensor))
-            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory", r->name);
+            return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory",
+                             r->name);
         KVPI_TRY(check_device(r, bound, ctx));
         KVPI_TRY(bind_letters(r, bound, ctx));
     }
     if (bound->from['R'] && bound->size['R'] != 2)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "valid.shape[1] is %lld; expected 2 (begin, end)", (long long)bound->size['R']);
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "valid.shape[1] is %lld; expected 2 (begin, end)",
+                         (long long)bound->size['R']);
     return KVP_OK;
 }
 
@@ -138,9 +151,11 @@ static bool boxes_meet(const kvp_tensor *x, const kvp_tensor *y) {
     return (const char *)x->data <= y_high && (const char *)y->data <= x_high;
 }
 
-/* Whether "delta", in elements, is a sum of stride[d] * m over the dimensions [d, n), with each m in [-below[d], above[d]]. Strides descend, and
- * of a spread-out tensor each is longer than all behind it reach, so there are two m at most that can do. */
-static bool is_difference(const int64_t *stride, const int64_t *below, const int64_t *above, int d, int n, int64_t delta) {
+/* Whether "delta", in elements, is a sum of stride[d] * m over the dimensions [d, n), with each m in [-below[d],
+ * above[d]]. Strides descend, and of a spread-out tensor each is longer than all behind it reach, so there are two m at
+ * most that can do. */
+static bool is_difference(const int64_t *stride, const int64_t *below, const int64_t *above, int d, int n,
+                          int64_t delta) {
     if (d == n) return delta == 0;
     int64_t low = 0, high = 0; /* what the dimensions behind d can add */
     for (int i = d + 1; i < n; i++) {
@@ -150,12 +165,14 @@ static bool is_difference(const int64_t *stride, const int64_t *below, const int
     const int64_t middle = delta / stride[d], reach = (high > -low ? high : -low) / stride[d] + 1;
     if (reach > 2) return true; /* not spread out: no search */
     for (int64_t m = middle - reach; m <= middle + reach; m++)
-        if (m >= -below[d] && m <= above[d] && is_difference(stride, below, above, d + 1, n, delta - m * stride[d])) return true;
+        if (m >= -below[d] && m <= above[d] && is_difference(stride, below, above, d + 1, n, delta - m * stride[d]))
+            return true;
     return false;
 }
 
-/* Two views of one block of memory, say of the keys and the values of a fused cache, may lie between each other's rows without sharing any
- * element. That is seen where both have the same strides. (Dimensions of one element have none that counts.) */
+/* Two views of one block of memory, say of the keys and the values of a fused cache, may lie between each other's rows
+ * without sharing any element. That is seen where both have the same strides. (Dimensions of one element have none that
+ * counts.) */
 static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
     const int64_t size = (int64_t)kvpi_dtype_size(x->dtype), delta = (const char *)y->data - (const char *)x->data;
     int64_t stride[4], below[4], above[4];
@@ -185,8 +202,8 @@ static bool has_strides_of(const kvp_tensor *out, const kvp_tensor *in) {
     return true;
 }
 
-/* Being the start of its own input is the one overlap that copying upwards survives, unless a row of the input is also one of another head,
- * which would be read before or after it is written, as the threads come. */
+/* Being the start of its own input is the one overlap that copying upwards survives, unless a row of the input is also
+ * one of another head, which would be read before or after it is written, as the threads come. */
 static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
     return out->data == in->data && has_strides_of(out, in) && out->device == KVP_CPU && is_spread_out(in);
 }
@@ -199,8 +216,9 @@ static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *c
             if (i == o || !rules[i].tensor->data || !memory_overlaps(rules[o].tensor, rules[i].tensor)) continue;
             const rule *own = in_place_of ? in_place_of[o] : NULL;
             if (own == &rules[i] && is_start_of(rules[o].tensor, rules[i].tensor)) continue;
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s%s", rules[o].name, rules[i].name,
-                             own ? ", or (on the CPU) the start of " : "", own ? own->name : "", own ? ", none of whose elements share memory" : "");
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s%s", rules[o].name,
+                             rules[i].name, own ? ", or (on the CPU) the start of " : "", own ? own->name : "",
+                             own ? ", none of whose elements share memory" : "");
         }
     }
     return KVP_OK;
@@ -218,31 +236,34 @@ static kvp_status check_size(uint32_t size, size_t expected, const char *what, k
 }
 
 /* What a scorer asks of the queries, the votes and its parameters; both may be missing where it needs none. */
-static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys, const kvp_tensor *queries, const kvp_tensor *votes,
-                               const double *param, const binding *bound, kvp_context *ctx) {
+static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys, const kvp_tensor *queries,
+                               const kvp_tensor *votes, const double *param, const binding *bound, kvp_context *ctx) {
     const int64_t n_token = bound->size['T'];
     if (queries->data && queries->dtype != keys->dtype)
-        return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has", kvpi_dtype_name(queries->dtype),
-                         kvpi_dtype_name(keys->dtype));
+        return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has",
+                         kvpi_dtype_name(queries->dtype), kvpi_dtype_name(keys->dtype));
     if (queries->data && bound->size['N'] % bound->size['H'])
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads", (long long)bound->size['N'],
-                         (long long)bound->size['H']);
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads",
+                         (long long)bound->size['N'], (long long)bound->size['H']);
     if (queries->data && bound->size['Q'] > n_token)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys", (long long)bound->size['Q'],
-                         (long long)n_token);
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys",
+                         (long long)bound->size['Q'], (long long)n_token);
     if (votes->data && bound->size['F'] != KVP_VOTE_FIELDS)
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound->size['F'], (int)KVP_VOTE_FIELDS);
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "votes.shape[2] is %lld; expected %d", (long long)bound->size['F'],
+                         (int)KVP_VOTE_FIELDS);
     return scorer->traits->check ? scorer->traits->check(param, n_token, ctx) : KVP_OK;
 }
 
 static kvp_status check_edges(const binding *bound, kvp_context *ctx) {
     if (bound->size['E'] == bound->size['S'] + 1) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_SHAPE, "segments.shape[1] is %lld; expected %lld, one more than the %lld segments in quotas",
+    return kvpi_fail(ctx, KVP_ERR_SHAPE,
+                     "segments.shape[1] is %lld; expected %lld, one more than the %lld segments in quotas",
                      (long long)bound->size['E'], (long long)bound->size['S'] + 1, (long long)bound->size['S']);
 }
 
 /* Rules first to last are about caches, whose elements are all of one type, that of keys. */
-static kvp_status check_one_dtype(const rule *rules, size_t first, size_t last, const kvp_tensor *keys, kvp_context *ctx) {
+static kvp_status check_one_dtype(const rule *rules, size_t first, size_t last, const kvp_tensor *keys,
+                                  kvp_context *ctx) {
     for (size_t i = first; i <= last; i++)
         if (rules[i].tensor->dtype != keys->dtype)
             return kvpi_fail(ctx, KVP_ERR_DTYPE, "%s has dtype %s; expected %s, as keys has", rules[i].name,
@@ -253,12 +274,17 @@ static kvp_status check_one_dtype(const rule *rules, size_t first, size_t last, 
 kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_score_args", ctx));
     const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
-    if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
+    if (!scorer)
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer,
+                         KVPI_SCORER_COUNT - 1);
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},      {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
-        {"votes", &args->votes, "BVF", I32, votes, false, true}, {"valid", &args->valid, "BR", I32, false, false, true},
-        {"lse", &args->lse, "BNQ", F32, false, false, false},           {"scores", &args->scores, "BHT", F32, true, true, false},
+        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
+        {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
+        {"votes", &args->votes, "BVF", I32, votes, false, true},
+        {"valid", &args->valid, "BR", I32, false, false, true},
+        {"lse", &args->lse, "BNQ", F32, false, false, false},
+        {"scores", &args->scores, "BHT", F32, true, true, false},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -269,9 +295,12 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_select_args", ctx));
     const rule rules[] = {
-        {"scores", &args->scores, "BHT", F32, true, false, false},  {"segments", &args->segments, "BE", I32, true, false, true},
-        {"quotas", &args->quotas, "BHS", I32, true, false, true},  {"protect", &args->protect, "BT", U8, false, false, false},
-        {"valid", &args->valid, "BR", I32, false, false, true}, {"positions", &args->positions, "BHK", I32, true, true, false},
+        {"scores", &args->scores, "BHT", F32, true, false, false},
+        {"segments", &args->segments, "BE", I32, true, false, true},
+        {"quotas", &args->quotas, "BHS", I32, true, false, true},
+        {"protect", &args->protect, "BT", U8, false, false, false},
+        {"valid", &args->valid, "BR", I32, false, false, true},
+        {"positions", &args->positions, "BHK", I32, true, true, false},
         {"counts", &args->counts, "BH", I32, true, true, false},
     };
     binding bound;
@@ -283,8 +312,10 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_gather_args", ctx));
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},         {"values", &args->values, "BHTC", FLOATS, true, false, false},
-        {"positions", &args->positions, "BHK", I32, true, false, false},   {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
+        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
+        {"values", &args->values, "BHTC", FLOATS, true, false, false},
+        {"positions", &args->positions, "BHK", I32, true, false, false},
+        {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
         {"out_values", &args->out_values, "BHKC", FLOATS, true, true, false},
     };
     binding bound;
@@ -298,7 +329,9 @@ kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
 kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_press_args", ctx));
     const kvpi_scorer *scorer = kvpi_scorer_at(args->scorer);
-    if (!scorer) return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer, KVPI_SCORER_COUNT - 1);
+    if (!scorer)
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer,
+                         KVPI_SCORER_COUNT - 1);
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
         {"keys", &args->keys, "BHTD", FLOATS, true, false, false},

@@ -21,7 +21,8 @@
         if (status_ != KVP_OK) return status_; \
     } while (0)
 
-/* status.c: writes the sentence into ctx->error and returns the status, so that callers can write return kvpi_fail(...). */
+/* status.c: writes the sentence into ctx->error and returns the status, so that callers can write return
+ * kvpi_fail(...). */
 kvp_status kvpi_fail(kvp_context *ctx, kvp_status status, const char *format, ...) KVPI_PRINTF(3, 4);
 
 /* dtype.c */
@@ -31,8 +32,9 @@ size_t kvpi_dtype_size(int32_t dtype); /* 0 for an unknown one */
 /* backend.c */
 /* What a scorer's own file knows of it, beside how to score; either may be NULL. */
 typedef struct kvpi_scorer_traits {
-    kvp_status (*check)(const double *param, int64_t n_token, kvp_context *ctx); /* its parameters, and T, on any device */
-    size_t (*workspace)(const kvp_score_args *args, int32_t n_worker);           /* on the CPU */
+    kvp_status (*check)(const double *param, int64_t n_token,
+                        kvp_context *ctx);                             /* its parameters, and T, on any device */
+    size_t (*workspace)(const kvp_score_args *args, int32_t n_worker); /* on the CPU */
 } kvpi_scorer_traits;
 
 typedef struct kvpi_scorer {
@@ -56,7 +58,7 @@ enum {
 
 /* The places of their parameters: KVPI_PARAM_position_n_sink and so on. */
 #define KVP_PARAM(scorer, name, initial) KVPI_PARAM_##scorer##_##name,
-#define KVP_SCORER(name, needs, params)       \
+#define KVP_SCORER(name, needs, params)      \
     enum { params KVPI_PARAM_COUNT_##name }; \
     extern const kvpi_scorer_traits kvpi_##name##_traits;
 #include "../scorers.def"
@@ -79,13 +81,15 @@ size_t kvpi_table_bytes(kvp_verb verb, const void *args);
 void kvpi_copy_score_tables(kvp_score_args *args, char *to);
 void kvpi_copy_select_tables(kvp_select_args *args, char *to);
 
-/* values.c: what stands in votes, segments, quotas, valid, and in positions on the CPU; read before anything is written. */
+/* values.c: what stands in votes, segments, quotas, valid, and in positions on the CPU; read before anything is
+ * written. */
 kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp_context *ctx);
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
 
-/* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread. */
+/* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread.
+ */
 void kvpi_run(const kvp_context *ctx, int64_t n_task, double work, kvp_task_fn fn, void *arg);
 int32_t kvpi_worker_count(const kvp_context *ctx);
 void *kvpi_scratch(const kvp_context *ctx, int32_t worker, size_t bytes_per_worker);
@@ -100,7 +104,9 @@ static inline char *kvpi_at(const kvp_tensor *t, int64_t i, int64_t j, int64_t k
     return (char *)t->data + offset * (int64_t)kvpi_dtype_size(t->dtype);
 }
 
-static inline int32_t kvpi_i32(const kvp_tensor *t, int64_t i, int64_t j, int64_t k) { return *(const int32_t *)kvpi_at(t, i, j, k); }
+static inline int32_t kvpi_i32(const kvp_tensor *t, int64_t i, int64_t j, int64_t k) {
+    return *(const int32_t *)kvpi_at(t, i, j, k);
+}
 
 /* The valid range of a batch row. */
 static inline void kvpi_valid_range(const kvp_tensor *valid, int64_t b, int64_t n_token, int64_t *begin, int64_t *end) {

@@ -4,7 +4,8 @@
  */
 #include "internal.h"
 
-/* Waking a thread pool costs 2 to 40 microseconds, so less work than this (in nanoseconds, roughly) stays on the calling thread. */
+/* Waking a thread pool costs 2 to 40 microseconds, so less work than this (in nanoseconds, roughly) stays on the
+ * calling thread. */
 #define SERIAL_WORK 20000.0
 
 int32_t kvpi_worker_count(const kvp_context *ctx) { return ctx->parallel_for && ctx->n_worker > 1 ? ctx->n_worker : 1; }

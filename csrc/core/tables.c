@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The small tables of a call on the CPU (votes, valid, segments, quotas) are copied to the front of the workspace before they are checked, and
- * only the copies are used: another thread may write to what was given as it likes. (The workspace of a CUDA call is on the device: its tables
- * are read where they are, and must not change until it returns. The Python binding copies them.)
+ * The small tables of a call on the CPU (votes, valid, segments, quotas) are copied to the front of the workspace
+ * before they are checked, and only the copies are used: another thread may write to what was given as it likes. (The
+ * workspace of a CUDA call is on the device: its tables are read where they are, and must not change until it returns.
+ * The Python binding copies them.)
  */
 #include "internal.h"
 
@@ -24,7 +25,8 @@ static char *copy_table(kvp_tensor *t, char *to) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t k = 0; k < n; k++) {
                 const char *from = t->ndim > 2 ? kvpi_at(t, b, i, k) : kvpi_at(t, b, k, 0);
-                ((int32_t *)(void *)to)[(b * rows + i) * n + k] = __atomic_load_n((const int32_t *)(const void *)from, __ATOMIC_RELAXED);
+                ((int32_t *)(void *)to)[(b * rows + i) * n + k] =
+                    __atomic_load_n((const int32_t *)(const void *)from, __ATOMIC_RELAXED);
             }
     to += bytes_of(t);
     *t = copy;

@@ -10,16 +10,18 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
         int64_t begin, end;
         kvpi_valid_range(valid, b, n_token, &begin, &end);
         if (begin < 0 || end < begin || end > n_token)
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "valid[%lld] is [%lld, %lld); expected a range inside [0, %lld)", (long long)b,
-                             (long long)begin, (long long)end, (long long)n_token);
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "valid[%lld] is [%lld, %lld); expected a range inside [0, %lld)",
+                             (long long)b, (long long)begin, (long long)end, (long long)n_token);
     }
     return KVP_OK;
 }
 
-static kvp_status check_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const char *what, int64_t n_token, kvp_context *ctx) {
+static kvp_status check_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const char *what,
+                              int64_t n_token, kvp_context *ctx) {
     const int64_t begin = kvpi_i32(votes, b, v, field), end = kvpi_i32(votes, b, v, field + 1);
     if (begin >= 0 && begin <= end && end <= n_token) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has the %s range [%lld, %lld); expected one inside [0, %lld)", (long long)b,
+    return kvpi_fail(ctx, KVP_ERR_VALUE,
+                     "votes[%lld,%lld] has the %s range [%lld, %lld); expected one inside [0, %lld)", (long long)b,
                      (long long)v, what, (long long)begin, (long long)end, (long long)n_token);
 }
 
@@ -31,8 +33,10 @@ static kvp_status check_voters(const kvp_score_args *args, int64_t b, int64_t v,
     begin = begin > low ? begin : low;
     end = end < high ? end : high;
     if (begin >= end || begin >= first_query) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] needs the query at position %lld, but queries holds only the last %lld of %lld positions",
-                     (long long)b, (long long)v, (long long)begin, (long long)args->queries.shape[2], (long long)n_token);
+    return kvpi_fail(
+        ctx, KVP_ERR_VALUE,
+        "votes[%lld,%lld] needs the query at position %lld, but queries holds only the last %lld of %lld positions",
+        (long long)b, (long long)v, (long long)begin, (long long)args->queries.shape[2], (long long)n_token);
 }
 
 /* Range i of a batch row's votes, cut by the valid range: key ranges and windows by turns. */
@@ -47,17 +51,19 @@ static void read_owned(const kvp_score_args *args, int64_t b, int64_t i, int64_t
 }
 
 /* Range i of batch row b may share no key with those before it. */
-static kvp_status compare_with_earlier(const kvp_score_args *args, int64_t b, int64_t i, const int64_t *range, kvp_context *ctx) {
+static kvp_status compare_with_earlier(const kvp_score_args *args, int64_t b, int64_t i, const int64_t *range,
+                                       kvp_context *ctx) {
     static const char *const what[] = {"key range", "window"};
     for (int64_t e = 0; e < i; e++) {
         int64_t earlier[2];
         read_owned(args, b, e, earlier);
         if (earlier[0] >= earlier[1] || range[0] >= earlier[1] || earlier[0] >= range[1]) continue;
         return kvpi_fail(ctx, KVP_ERR_VALUE,
-                         "votes[%lld,%lld] has the %s [%lld, %lld), which overlaps the %s [%lld, %lld) of votes[%lld,%lld]; expected each key in "
+                         "votes[%lld,%lld] has the %s [%lld, %lld), which overlaps the %s [%lld, %lld) of "
+                         "votes[%lld,%lld]; expected each key in "
                          "one key range or window at most",
-                         (long long)b, (long long)i / 2, what[i % 2], (long long)range[0], (long long)range[1], what[e % 2],
-                         (long long)earlier[0], (long long)earlier[1], (long long)b, (long long)e / 2);
+                         (long long)b, (long long)i / 2, what[i % 2], (long long)range[0], (long long)range[1],
+                         what[e % 2], (long long)earlier[0], (long long)earlier[1], (long long)b, (long long)e / 2);
     }
     return KVP_OK;
 }
@@ -89,7 +95,8 @@ kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) 
             KVPI_TRY(check_voters(args, b, v, KVP_VOTE_B_BEGIN, ctx));
             const int32_t weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT);
             if (weight < KVP_WEIGHT_SUM || weight > KVP_WEIGHT_AGE)
-                return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)", (long long)b,
+                return kvpi_fail(ctx, KVP_ERR_VALUE,
+                                 "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)", (long long)b,
                                  (long long)v, (int)weight);
         }
         KVPI_TRY(check_disjoint(args, b, ctx));
@@ -102,8 +109,9 @@ static kvp_status check_segments(const kvp_select_args *args, int64_t b, kvp_con
     for (int64_t e = 0; e < args->segments.shape[1]; e++) {
         const int64_t edge = kvpi_i32(&args->segments, b, e, 0);
         if (edge < last || edge > args->scores.shape[2])
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "segments[%lld,%lld] is %lld; expected %lld to %lld (edges ascend inside the row)", (long long)b,
-                             (long long)e, (long long)edge, (long long)last, (long long)args->scores.shape[2]);
+            return kvpi_fail(
+                ctx, KVP_ERR_VALUE, "segments[%lld,%lld] is %lld; expected %lld to %lld (edges ascend inside the row)",
+                (long long)b, (long long)e, (long long)edge, (long long)last, (long long)args->scores.shape[2]);
         last = edge;
     }
     return KVP_OK;
@@ -114,13 +122,13 @@ static kvp_status check_quotas(const kvp_select_args *args, int64_t b, int64_t h
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
         const int64_t quota = kvpi_i32(&args->quotas, b, h, s);
         if (quota < 0)
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld,%lld] is %lld; expected 0 or more", (long long)b, (long long)h, (long long)s,
-                             (long long)quota);
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld,%lld] is %lld; expected 0 or more", (long long)b,
+                             (long long)h, (long long)s, (long long)quota);
         sum += quota;
     }
     if (sum <= args->positions.shape[2]) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld] sum to %lld, but positions has room for %lld", (long long)b, (long long)h,
-                     (long long)sum, (long long)args->positions.shape[2]);
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld] sum to %lld, but positions has room for %lld", (long long)b,
+                     (long long)h, (long long)sum, (long long)args->positions.shape[2]);
 }
 
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx) {
@@ -149,8 +157,10 @@ kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *
             int64_t i = count_good_positions(positions, b, h, n_token);
             while (i < positions->shape[2] && kvpi_i32(positions, b, h, i) == -1) i++;
             if (i == positions->shape[2]) continue;
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "positions[%lld,%lld,%lld] is %lld; expected positions that ascend in [0, %lld), any -1 at the end",
-                             (long long)b, (long long)h, (long long)i, (long long)kvpi_i32(positions, b, h, i), (long long)n_token);
+            return kvpi_fail(
+                ctx, KVP_ERR_VALUE,
+                "positions[%lld,%lld,%lld] is %lld; expected positions that ascend in [0, %lld), any -1 at the end",
+                (long long)b, (long long)h, (long long)i, (long long)kvpi_i32(positions, b, h, i), (long long)n_token);
         }
     }
     return KVP_OK;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Copies the kept rows of keys and values: bytes only, whatever the element type. Rows are walked upwards, and a row's source never lies
- * below its destination when the output is the start of the input, so compaction in place is safe.
+ * Copies the kept rows of keys and values: bytes only, whatever the element type. Rows are walked upwards, and a row's
+ * source never lies below its destination when the output is the start of the input, so compaction in place is safe.
  */
 #include "../rows/rows.h"
 #include "evict.h"
@@ -10,20 +10,23 @@
 
 enum {
     LINE = 64,
-    /* Kept rows leave gaps that stop the hardware's own look-ahead; so the rows that are kept are asked for, this many before they are copied.
-     * Where only few are left out, what comes next is asked for as it stands, gaps and all. Best of 205, 8 heads of 8192 rows of 256 bytes, with
-     * gaps and without: a quarter kept 2.64 and 2.28 ms, half 2.98 and 3.19, three quarters 3.58 and 4.38, half in runs of eight 2.91 and 2.25
-     * (AMD EPYC, Zen 3, AVX2). On an Intel Xeon with AVX-512 a random half goes from 0.64 of memcpy's speed to 0.98, a quarter from 0.40 to 0.75. */
+    /* Kept rows leave gaps that stop the hardware's own look-ahead; so the rows that are kept are asked for, this many
+     * before they are copied. Where only few are left out, what comes next is asked for as it stands, gaps and all.
+     * Best of 205, 8 heads of 8192 rows of 256 bytes, with gaps and without: a quarter kept 2.64 and 2.28 ms, half 2.98
+     * and 3.19, three quarters 3.58 and 4.38, half in runs of eight 2.91 and 2.25 (AMD EPYC, Zen 3, AVX2). On an Intel
+     * Xeon with AVX-512 a random half goes from 0.64 of memcpy's speed to 0.98, a quarter from 0.40 to 0.75. */
     ROWS_AHEAD = 32,
     AHEAD = 4096, /* bytes */
 };
 
-/* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first (3.5 to 2.7 ms). */
+/* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first (3.5
+ * to 2.7 ms). */
 #define STREAM_BYTES ((int64_t)4 << 20)
 
 static void copy_row(const kvp_tensor *in, const char *source, const kvp_tensor *out, char *target) {
     const int64_t size = (int64_t)kvpi_dtype_size(out->dtype), n = out->shape[3];
-    for (int64_t d = 0; d < n; d++) memmove(target + d * out->stride[3] * size, source + d * in->stride[3] * size, (size_t)size);
+    for (int64_t d = 0; d < n; d++)
+        memmove(target + d * out->stride[3] * size, source + d * in->stride[3] * size, (size_t)size);
 }
 
 static void zero_row(const kvp_tensor *out, char *target) {
@@ -84,8 +87,8 @@ static void gather_whole_rows(const copy_job *c) {
     if (c->streams && n_kept > 0)
         stream_rows(c, n_kept, n);
     else
-        kvpi_rows_now()->copy_rows(c->target, c->target_step, c->source, c->source_step, (const int32_t *)(const void *)c->positions,
-                                   c->in->shape[2], n_kept, n);
+        kvpi_rows_now()->copy_rows(c->target, c->target_step, c->source, c->source_step,
+                                   (const int32_t *)(const void *)c->positions, c->in->shape[2], n_kept, n);
     for (int64_t i = n_kept; i < c->n_row; i++) memset(c->target + i * c->target_step, 0, n);
 }
 
@@ -102,8 +105,10 @@ static void gather_rows(const copy_job *c) {
 static void gather_task(void *arg, int64_t task, int32_t worker) {
     (void)worker;
     const kvp_gather_args *args = arg;
-    const int64_t n_head = args->keys.shape[1], n_task = args->keys.shape[0] * n_head, b = task % n_task / n_head, h = task % n_head;
-    const kvp_tensor *in = task < n_task ? &args->keys : &args->values, *out = task < n_task ? &args->out_keys : &args->out_values;
+    const int64_t n_head = args->keys.shape[1], n_task = args->keys.shape[0] * n_head, b = task % n_task / n_head,
+                  h = task % n_head;
+    const kvp_tensor *in = task < n_task ? &args->keys : &args->values,
+                     *out = task < n_task ? &args->out_keys : &args->out_values;
     const int64_t size = (int64_t)kvpi_dtype_size(in->dtype);
     const copy_job c = {
         .in = in,
@@ -127,7 +132,9 @@ static void gather_task(void *arg, int64_t task, int32_t worker) {
 kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_position_values(args, ctx));
     const int64_t n_row = args->keys.shape[0] * args->keys.shape[1];
-    const double row_bytes = (double)kvpi_dtype_size(args->keys.dtype) * (double)(args->keys.shape[3] + args->values.shape[3]);
-    kvpi_run(ctx, 2 * n_row, (double)n_row * (double)args->positions.shape[2] * (row_bytes * 0.1 + 5), gather_task, (void *)(uintptr_t)args);
+    const double row_bytes =
+        (double)kvpi_dtype_size(args->keys.dtype) * (double)(args->keys.shape[3] + args->values.shape[3]);
+    kvpi_run(ctx, 2 * n_row, (double)n_row * (double)args->positions.shape[2] * (row_bytes * 0.1 + 5), gather_task,
+             (void *)(uintptr_t)args);
     return KVP_OK;
 }

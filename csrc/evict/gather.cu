@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Copies the kept rows of keys and values on the GPU, both in one launch. Rows on 16-byte boundaries go 16 bytes a lane, four rows in flight,
- * past the caches; others element by element. Positions are not read by the host, so one outside [0, T) is taken for -1.
+ * Copies the kept rows of keys and values on the GPU, both in one launch. Rows on 16-byte boundaries go 16 bytes a
+ * lane, four rows in flight, past the caches; others element by element. Positions are not read by the host, so one
+ * outside [0, T) is taken for -1.
  */
 #include "../gpu/rows.cuh"
 
@@ -28,12 +29,13 @@ __device__ __forceinline__ int read_position(const gather_job &j, int b, int h, 
     return position < j.n_token ? position : -1;
 }
 
-/* LANES lanes to a row. Keys come first, the oldest before the newest, and all heads of a stretch of tokens together: so the oldest are met in the
- * second-level cache, where a scorer that reads them last has left them. */
+/* LANES lanes to a row. Keys come first, the oldest before the newest, and all heads of a stretch of tokens together:
+ * so the oldest are met in the second-level cache, where a scorer that reads them last has left them. */
 template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(const __grid_constant__ gather_job j) {
     kvpg_follow();
     const copy &c = j.copies[blockIdx.y];
-    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES, n_group = THREADS / LANES;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES,
+              n_group = THREADS / LANES;
     const int first = blockIdx.x / j.n_row * n_group * IN_FLIGHT + threadIdx.x / LANES;
     int position[IN_FLIGHT];
 #pragma unroll
@@ -42,10 +44,12 @@ template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(cons
         uint4 v[IN_FLIGHT];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++)
-            v[i] = position[i] >= 0 ? __ldcs((const uint4 *)kvpg_row(c.in, b, h, position[i]) + unit) : make_uint4(0, 0, 0, 0);
+            v[i] = position[i] >= 0 ? __ldcs((const uint4 *)kvpg_row(c.in, b, h, position[i]) + unit)
+                                    : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++)
-            if (first + i * n_group < j.n_kept) __stcs((uint4 *)kvpg_row(c.out, b, h, first + i * n_group) + unit, v[i]);
+            if (first + i * n_group < j.n_kept)
+                __stcs((uint4 *)kvpg_row(c.out, b, h, first + i * n_group) + unit, v[i]);
     }
 }
 
@@ -53,20 +57,23 @@ template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(cons
 template <typename T> __global__ void __launch_bounds__(THREADS) gather_narrow(const __grid_constant__ gather_job j) {
     kvpg_follow();
     const copy &c = j.copies[blockIdx.y];
-    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, i = blockIdx.x / j.n_row * (THREADS / 32) + threadIdx.x / 32;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head,
+              i = blockIdx.x / j.n_row * (THREADS / 32) + threadIdx.x / 32;
     if (i >= j.n_kept) return;
     const int position = read_position(j, b, h, i);
     for (int d = threadIdx.x % 32; d < c.n_unit; d += 32)
-        *(T *)(kvpg_row(c.out, b, h, i) + d * c.out.d) = position >= 0 ? *(const T *)(kvpg_row(c.in, b, h, position) + d * c.in.d) : T(0);
+        *(T *)(kvpg_row(c.out, b, h, i) + d * c.out.d) =
+            position >= 0 ? *(const T *)(kvpg_row(c.in, b, h, position) + d * c.in.d) : T(0);
 }
 
 static bool is_wide(const kvp_gather_args *args) {
-    return kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->values) && kvpg_has_wide_rows(&args->out_keys) &&
-           kvpg_has_wide_rows(&args->out_values);
+    return kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->values) &&
+           kvpg_has_wide_rows(&args->out_keys) && kvpg_has_wide_rows(&args->out_values);
 }
 
 static copy make_copy(const kvp_tensor *in, const kvp_tensor *out, int64_t unit_bytes) {
-    return copy{kvpg_rows_of(in), kvpg_rows_of(out), (int)(in->shape[3] * (int64_t)kvpi_dtype_size(in->dtype) / unit_bytes)};
+    return copy{kvpg_rows_of(in), kvpg_rows_of(out),
+                (int)(in->shape[3] * (int64_t)kvpi_dtype_size(in->dtype) / unit_bytes)};
 }
 
 extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx) {
@@ -82,7 +89,11 @@ extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context 
     j.n_token = (int)args->keys.shape[2];
     j.n_kept = (int)kept[2];
     const int longest = j.copies[0].n_unit > j.copies[1].n_unit ? j.copies[0].n_unit : j.copies[1].n_unit;
-    const int lanes = !wide ? 32 : longest <= 8 ? 8 : longest <= 16 ? 16 : 32, rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
+    const int lanes = !wide           ? 32
+                      : longest <= 8  ? 8
+                      : longest <= 16 ? 16
+                                      : 32,
+              rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
     const kvpg_grid grid = {kvpg_ceil_div(j.n_kept, rows) * j.n_row, 2};
     void (*kernel)(gather_job) = gather_wide<32>;
     if (!wide)

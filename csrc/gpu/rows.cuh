@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Device primitives of the CUDA files: element types as float, tensor-core and copy instructions, launches. The only inline assembly but
- * for Hopper's own (score/attention/sm90.cu).
+ * Device primitives of the CUDA files: element types as float, tensor-core and copy instructions, launches. The only
+ * inline assembly but for Hopper's own (score/attention/sm90.cu).
  */
 #ifndef KVP_ROWS_CUH
 #define KVP_ROWS_CUH
@@ -15,21 +15,23 @@ extern "C" {
 #include <cuda_runtime.h>
 
 /* As KVPI_TRY, for calls of the CUDA runtime; what: what they are for, after "could not". */
-#define KVPG_TRY(what, call)                                                                                      \
-    do {                                                                                                          \
-        const cudaError_t error_ = (call);                                                                        \
-        if (error_ != cudaSuccess)                                                                                \
-            return kvpi_fail(ctx, KVP_ERR_CUDA, "CUDA could not " what ": %s", cudaGetErrorString(error_));       \
+#define KVPG_TRY(what, call)                                                                                \
+    do {                                                                                                    \
+        const cudaError_t error_ = (call);                                                                  \
+        if (error_ != cudaSuccess)                                                                          \
+            return kvpi_fail(ctx, KVP_ERR_CUDA, "CUDA could not " what ": %s", cudaGetErrorString(error_)); \
     } while (0)
 
 static inline cudaStream_t kvpg_stream(const kvp_context *ctx) { return (cudaStream_t)ctx->stream; }
 
 /*
- * Stands at the beginning of every kernel, before it touches global memory and before any thread may leave: from here on, what the kernels
- * before it wrote is there. The kernel behind it may come up as soon as all blocks of this one are at work, and waits at this place, too.
+ * Stands at the beginning of every kernel, before it touches global memory and before any thread may leave: from here
+ * on, what the kernels before it wrote is there. The kernel behind it may come up as soon as all blocks of this one are
+ * at work, and waits at this place, too.
  *
- * So a kernel may be at work while memory that it is going to read is still being written. No load may then go through the read-only path
- * (ld.global.nc, __ldg, __restrict__): it asks for memory that nobody writes as long as the kernel lives. "make cuda" looks for both faults.
+ * So a kernel may be at work while memory that it is going to read is still being written. No load may then go through
+ * the read-only path (ld.global.nc, __ldg, __restrict__): it asks for memory that nobody writes as long as the kernel
+ * lives. "make cuda" looks for both faults.
  */
 __device__ __forceinline__ void kvpg_follow() {
 #if __CUDA_ARCH__ >= 900
@@ -45,9 +47,10 @@ __device__ __forceinline__ uint32_t kvpg_load(const void *from) {
     return x;
 }
 
-/* The compute capability, times 10, of the PTX that a kernel's code for the current device was made from. Not the device's own: a build may lack
- * code for it, and then runs what is older. Asked for once for each kernel, nearly: one kernel may push another out of the table, which is
- * written whole, so any thread reads a true entry. 0 and an error where CUDA does not tell. */
+/* The compute capability, times 10, of the PTX that a kernel's code for the current device was made from. Not the
+ * device's own: a build may lack code for it, and then runs what is older. Asked for once for each kernel, nearly: one
+ * kernel may push another out of the table, which is written whole, so any thread reads a true entry. 0 and an error
+ * where CUDA does not tell. */
 static inline int kvpg_ptx_version(const void *kernel, cudaError_t *error) {
     enum { SLOTS = 64 };
     static uint64_t known[SLOTS]; /* kernel, device, version: 48, 8 and 8 bits */
@@ -71,22 +74,25 @@ typedef struct kvpg_grid {
     int64_t x, y;
 } kvpg_grid;
 
-/* Starts a kernel that begins with kvpg_follow(). Where its code is for Hopper, its start overlaps the end of the kernel before: a microsecond saved
- * on each (H100). */
+/* Starts a kernel that begins with kvpg_follow(). Where its code is for Hopper, its start overlaps the end of the
+ * kernel before: a microsecond saved on each (H100). */
 template <typename... FORMAL, typename... ACTUAL>
-static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*kernel)(FORMAL...), kvpg_grid grid, int n_thread, int cluster,
-                                     size_t shared, const ACTUAL &...arguments) {
+static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*kernel)(FORMAL...), kvpg_grid grid,
+                                     int n_thread, int cluster, size_t shared, const ACTUAL &...arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     cudaError_t error;
     const int version = kvpg_ptx_version((const void *)kernel, &error);
     if (error != cudaSuccess)
-        return kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s has no code for this device: %s", name, cudaGetErrorString(error));
+        return kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s has no code for this device: %s", name,
+                         cudaGetErrorString(error));
     if (cluster > 1 && version < KVPG_HOPPER)
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "the kernel %s was compiled for compute capability %d.%d; expected 9.0 or later, for clusters",
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
+                         "the kernel %s was compiled for compute capability %d.%d; expected 9.0 or later, for clusters",
                          name, version / 10, version % 10);
     if (grid.x > INT32_MAX || grid.y > 65535)
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "the kernel %s would need %lld by %lld blocks; expected at most 2147483647 by 65535", name,
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
+                         "the kernel %s would need %lld by %lld blocks; expected at most 2147483647 by 65535", name,
                          (long long)grid.x, (long long)grid.y);
     config.gridDim = dim3((unsigned)grid.x, (unsigned)grid.y);
     config.blockDim = dim3(n_thread);
@@ -100,9 +106,12 @@ static inline kvp_status kvpg_launch(const char *name, kvp_context *ctx, void (*
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     config.numAttrs = version < KVPG_HOPPER ? 0 : cluster > 1 ? 2 : 1;
     if (shared > 48 << 10)
-        KVPG_TRY("give a kernel its shared memory", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+        KVPG_TRY("give a kernel its shared memory",
+                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    return error == cudaSuccess ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", name, cudaGetErrorString(error));
+    return error == cudaSuccess
+               ? KVP_OK
+               : kvpi_fail(ctx, KVP_ERR_CUDA, "the kernel %s did not start: %s", name, cudaGetErrorString(error));
 }
 
 /* Rows that 16-byte accesses can read: no gap between elements, every row on a 16-byte boundary. */
@@ -126,10 +135,13 @@ typedef struct kvpg_rows {
 
 static inline kvpg_rows kvpg_rows_of(const kvp_tensor *x) {
     const int64_t size = (int64_t)kvpi_dtype_size(x->dtype);
-    return kvpg_rows{(const char *)x->data, x->stride[0] * size, x->stride[1] * size, x->stride[2] * size, x->ndim > 3 ? x->stride[3] * size : size};
+    return kvpg_rows{(const char *)x->data, x->stride[0] * size, x->stride[1] * size, x->stride[2] * size,
+                     x->ndim > 3 ? x->stride[3] * size : size};
 }
 
-__device__ __forceinline__ const char *kvpg_row(const kvpg_rows &x, int64_t b, int64_t h, int64_t t) { return x.data + b * x.b + h * x.h + t * x.t; }
+__device__ __forceinline__ const char *kvpg_row(const kvpg_rows &x, int64_t b, int64_t h, int64_t t) {
+    return x.data + b * x.b + h * x.h + t * x.t;
+}
 
 __device__ __forceinline__ float kvpg_float(float x) { return x; }
 __device__ __forceinline__ float kvpg_float(__half x) { return __half2float(x); }
@@ -159,7 +171,9 @@ __device__ __forceinline__ void kvpg_copy_float_async(uint32_t to, const float *
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void kvpg_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void kvpg_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void kvpg_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 /* Four 8x8 matrices of 16-bit elements, one row address from each lane. */
 __device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t address) {
@@ -169,13 +183,16 @@ __device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t addr
 }
 
 /* d += a b: 16x16 by 16x8, sums in float32. */
-template <typename T> __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define KVPG_MMA(type, name)                                                                                                          \
-    template <> __device__ __forceinline__ void kvpg_multiply<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
-                     "{%0, %1, %2, %3};"                                                                                               \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                  \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                  \
+template <typename T>
+__device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+#define KVPG_MMA(type, name)                                                                               \
+    template <> __device__ __forceinline__ void kvpg_multiply<type>(float (&d)[4], const uint32_t (&a)[4], \
+                                                                    uint32_t b0, uint32_t b1) {            \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                 \
+                     "{%0, %1, %2, %3};"                                                                   \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
     }
 KVPG_MMA(__nv_bfloat16, "bf16")
 KVPG_MMA(__half, "f16")

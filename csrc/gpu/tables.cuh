@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Small tables of whole numbers that the host knows (valid ranges, votes, segments, quotas), on their way to a kernel. They travel with the
- * launch, so that nothing is copied or waited for and a captured graph holds its own; what does not fit goes to the workspace, piece by piece,
- * by launches of its own.
+ * Small tables of whole numbers that the host knows (valid ranges, votes, segments, quotas), on their way to a kernel.
+ * They travel with the launch, so that nothing is copied or waited for and a captured graph holds its own; what does
+ * not fit goes to the workspace, piece by piece, by launches of its own.
  */
 #ifndef KVP_TABLES_CUH
 #define KVP_TABLES_CUH
 
 #include "rows.cuh"
 
-/* Numbers that travel with a launch, whose parameters should be few, and with a launch that does nothing else: 4096 bytes fit on every GPU. */
+/* Numbers that travel with a launch, whose parameters should be few, and with a launch that does nothing else: 4096
+ * bytes fit on every GPU. */
 enum { KVPG_NEAR = 128, KVPG_PIECE = 960 };
 
 /* Rows of `stride` numbers, one for each batch row. A kernel must take it as __grid_constant__. */
@@ -19,16 +20,20 @@ typedef struct kvpg_table {
     int32_t near[KVPG_NEAR];
 } kvpg_table;
 
-/* Numbers of a table from some place on. Not a pointer, because near numbers are read as what they are, constants: a pointer to them would be
- * followed through memory, for half a microsecond each time. */
+/* Numbers of a table from some place on. Not a pointer, because near numbers are read as what they are, constants: a
+ * pointer to them would be followed through memory, for half a microsecond each time. */
 typedef struct kvpg_numbers {
     const kvpg_table *table;
     int at;
-    __device__ __forceinline__ int operator[](int i) const { return table->far ? table->far[at + i] : table->near[at + i]; }
+    __device__ __forceinline__ int operator[](int i) const {
+        return table->far ? table->far[at + i] : table->near[at + i];
+    }
     __device__ __forceinline__ kvpg_numbers operator+(int i) const { return {table, at + i}; }
 } kvpg_numbers;
 
-__device__ __forceinline__ kvpg_numbers kvpg_table_row(const kvpg_table &table, int b) { return {&table, b * table.stride}; }
+__device__ __forceinline__ kvpg_numbers kvpg_table_row(const kvpg_table &table, int b) {
+    return {&table, b * table.stride};
+}
 
 /* Bytes of workspace that a table needs. */
 static inline size_t kvpg_table_bytes(int64_t n_row, int64_t stride) {
@@ -68,7 +73,8 @@ static inline void kvpg_start_table(kvpg_writer *w, kvpg_table *table, int64_t n
 
 static inline void kvpg_flush(kvpg_writer *w) {
     if (!w->to || w->n == 0) return;
-    if (w->status == KVP_OK) w->status = kvpg_launch("put_piece", w->ctx, kvpg_put_piece, {1, 1}, 256, 1, 0, w->piece, w->to, w->n);
+    if (w->status == KVP_OK)
+        w->status = kvpg_launch("put_piece", w->ctx, kvpg_put_piece, {1, 1}, 256, 1, 0, w->piece, w->to, w->n);
     w->to += w->n;
     w->n = 0;
 }
@@ -86,7 +92,9 @@ static inline void kvpg_put(kvpg_writer *w, int64_t number) {
 /* The table of valid ranges: none where all tokens are. */
 enum { KVPG_VALID_STRIDE = 2 };
 
-static inline size_t kvpg_valid_bytes(const kvp_tensor *valid) { return valid->data ? kvpg_table_bytes(valid->shape[0], KVPG_VALID_STRIDE) : 0; }
+static inline size_t kvpg_valid_bytes(const kvp_tensor *valid) {
+    return valid->data ? kvpg_table_bytes(valid->shape[0], KVPG_VALID_STRIDE) : 0;
+}
 
 static inline kvp_status kvpg_table_of_valid(const kvp_tensor *valid, kvp_context *ctx, kvpg_table *table) {
     kvpg_writer w;

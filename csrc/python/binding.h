@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the files of the extension module kvpitfalls._core share. The only folder that knows Python; of the core it sees kvp.h alone.
+ * What the files of the extension module kvpitfalls._core share. The only folder that knows Python; of the core it sees
+ * kvp.h alone.
  */
 #ifndef KVPB_BINDING_H
 #define KVPB_BINDING_H
@@ -22,7 +23,9 @@ typedef struct kvpb_state {
 #define KVPB_REGISTRY_NAME "kvpitfalls._core._registry"
 enum { KVPB_REGISTRY_SIZES = 6 };
 /* Of what passes between the two, so that a change without a new version is noticed, too. */
-#define KVPB_SIZES {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_press_args), sizeof(kvp_context), sizeof(kvp_backend)}
+#define KVPB_SIZES                                                             \
+    {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), \
+     sizeof(kvp_press_args), sizeof(kvp_context),     sizeof(kvp_backend)}
 typedef struct kvpb_registry {
     int32_t abi; /* KVP_ABI_VERSION; what follows may change with it */
     uint32_t sizes[KVPB_REGISTRY_SIZES];
@@ -39,15 +42,17 @@ typedef struct kvpb_slot {
 } kvpb_slot;
 
 /*
- * What the views of one call rest on. NumPy arrays and exchange-API views borrow from the caller's argument, which outlives the call;
- * only __dlpack__ hands out something to give back: its capsule, whose destructor frees the view.
+ * What the views of one call rest on. NumPy arrays and exchange-API views borrow from the caller's argument, which
+ * outlives the call; only __dlpack__ hands out something to give back: its capsule, whose destructor frees the view.
  */
 enum { KVPB_MAX_CAPSULE = 16 };
 typedef struct kvpb_loans {
     PyObject *capsule[KVPB_MAX_CAPSULE];
     int32_t n_capsule;
-    void *stream; /* the producer's current CUDA stream; NULL on the CPU, and the default stream for __dlpack__ capsules */
-    bool has_stream, assumed_default; /* an exchange API told it; a __dlpack__ producer was told the default stream before that */
+    void *stream; /* the producer's current CUDA stream; NULL on the CPU, and the default stream for __dlpack__ capsules
+                   */
+    bool has_stream,
+        assumed_default; /* an exchange API told it; a __dlpack__ producer was told the default stream before that */
 } kvpb_loans;
 
 /* view.c: 0, or -1 with an exception set. */
@@ -57,7 +62,8 @@ void kvpb_return_loans(kvpb_loans *loans);
 struct kvpb_dl_api;
 struct kvpb_dl_tensor;
 int kvpb_view_dlpack(const kvpb_slot *slot, const struct kvpb_dl_tensor *dl, kvp_tensor *tensor);
-int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const struct kvpb_dl_api **api); /* *api NULL: there is none of use */
+int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object,
+                           const struct kvpb_dl_api **api); /* *api NULL: there is none of use */
 
 /* outputs.c: a new array like an old one, and its view; NULL with an exception set. */
 typedef struct kvpb_new {
@@ -66,11 +72,14 @@ typedef struct kvpb_new {
     int32_t ndim;
     int64_t shape[4];
 } kvpb_new;
-PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view, kvp_tensor *tensor);
+PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
+                    kvp_tensor *tensor);
 
-/* error.c: each sets an exception. kvpb_raise, for a status that is not KVP_OK, returns NULL so that callers can return it. */
+/* error.c: each sets an exception. kvpb_raise, for a status that is not KVP_OK, returns NULL so that callers can return
+ * it. */
 PyObject *kvpb_raise(const kvpb_state *state, kvp_status status, const kvp_context *ctx);
-void kvpb_refuse_name(const char *what, const char *given, const char *(*nth)(int32_t)); /* nth: the known names, NULL past the last */
+void kvpb_refuse_name(const char *what, const char *given,
+                      const char *(*nth)(int32_t)); /* nth: the known names, NULL past the last */
 
 /* verbs.c: METH_FASTCALL functions, and two readers of arguments that set an exception on failure (-1, NULL). */
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);

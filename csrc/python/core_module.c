@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The extension module kvpitfalls._core: what the core says about itself, and the module's life. The verbs are in verbs.c.
+ * The extension module kvpitfalls._core: what the core says about itself, and the module's life. The verbs are in
+ * verbs.c.
  */
 #include "binding.h"
 
@@ -98,25 +99,39 @@ static PyObject *tell_build(PyObject *module, PyObject *unused) {
 /* By way of a plain function pointer, which C allows to hold any other. */
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
-PyDoc_STRVAR(score_doc, "score($module, scorer, keys, queries, votes, valid, lse, scores, params, workspace, n_worker, /)\n--\n\n"
-                        "Write how much each cached token matters into scores. The contract is in csrc/kvp.h.");
-PyDoc_STRVAR(select_doc, "select($module, scores, segments, quotas, protect, valid, positions, counts, workspace, n_worker, /)\n--\n\n"
-                         "Write the positions to keep into positions and their number into counts.");
+PyDoc_STRVAR(score_doc,
+             "score($module, scorer, keys, queries, votes, valid, lse, scores, params, workspace, n_worker, /)\n--\n\n"
+             "Write how much each cached token matters into scores. The contract is in csrc/kvp.h.");
+PyDoc_STRVAR(
+    select_doc,
+    "select($module, scores, segments, quotas, protect, valid, positions, counts, workspace, n_worker, /)\n--\n\n"
+    "Write the positions to keep into positions and their number into counts.");
 PyDoc_STRVAR(gather_doc, "gather($module, keys, values, positions, out_keys, out_values, n_worker, /)\n--\n\n"
                          "Copy the kept rows of keys and values.");
-PyDoc_STRVAR(press_doc,
-             "press($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, params, n_kept, n_worker, /)\n--\n\n"
-             "Score, select and gather: positions and counts of n_kept places a head, and the keys and values that are kept, in new arrays.");
-PyDoc_STRVAR(score_workspace_doc, "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
-                                  "Bytes of scratch that score needs for so many workers.");
-PyDoc_STRVAR(select_workspace_doc, "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"
-                                   "Bytes of scratch that select needs for so many workers.");
-PyDoc_STRVAR(scorers_doc, "scorers($module, /)\n--\n\nEach scorer: its name, the KVP_NEEDS_* bits, and its parameters with their defaults.");
-PyDoc_STRVAR(supports_doc, "supports($module, scorer, device, dtype, /)\n--\n\nWhether a device has kernels for this scorer and dtype.");
+PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, "
+                        "params, n_kept, n_worker, /)\n--\n\n"
+                        "Score, select and gather: positions and counts of n_kept places a head, and the keys and "
+                        "values that are kept, in new arrays.");
+PyDoc_STRVAR(score_workspace_doc,
+             "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
+             "Bytes of scratch that score needs for so many workers.");
+PyDoc_STRVAR(
+    select_workspace_doc,
+    "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"
+    "Bytes of scratch that select needs for so many workers.");
+PyDoc_STRVAR(
+    scorers_doc,
+    "scorers($module, /)\n--\n\nEach scorer: its name, the KVP_NEEDS_* bits, and its parameters with their defaults.");
+PyDoc_STRVAR(
+    supports_doc,
+    "supports($module, scorer, device, dtype, /)\n--\n\nWhether a device has kernels for this scorer and dtype.");
 PyDoc_STRVAR(isa_doc, "isa($module, /)\n--\n\nThe instruction set in use on the CPU.");
-PyDoc_STRVAR(isa_set_doc, "isa_set($module, name, /)\n--\n\nUse another of isas(), for the whole process; ValueError if this CPU lacks it.");
+PyDoc_STRVAR(
+    isa_set_doc,
+    "isa_set($module, name, /)\n--\n\nUse another of isas(), for the whole process; ValueError if this CPU lacks it.");
 PyDoc_STRVAR(isas_doc, "isas($module, /)\n--\n\nThe instruction sets that this build holds.");
-PyDoc_STRVAR(build_info_doc, "build_info($module, /)\n--\n\nThe compiler, whether OpenMP is built in, and the version of the core's C interface.");
+PyDoc_STRVAR(build_info_doc, "build_info($module, /)\n--\n\nThe compiler, whether OpenMP is built in, and the version "
+                             "of the core's C interface.");
 
 static PyMethodDef methods[] = {
     {"score", FAST(kvpb_score), score_doc},
@@ -146,8 +161,10 @@ static int add_registry(PyObject *module) {
 static int fill_module(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
     const char *isa = getenv("KVP_ISA");
-    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) { /* the slot below says so too, but no build for the stable ABI has it */
-        PyErr_SetString(PyExc_ImportError, "kvpitfalls._core is imported in a subinterpreter; expected the main one, as NumPy does");
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) !=
+        0) { /* the slot below says so too, but no build for the stable ABI has it */
+        PyErr_SetString(PyExc_ImportError,
+                        "kvpitfalls._core is imported in a subinterpreter; expected the main one, as NumPy does");
         return -1;
     }
     if (kvpb_import_numpy() < 0) return -1;
@@ -191,12 +208,15 @@ static int clear_state(PyObject *module) {
 static void free_module(void *module) { clear_state(module); }
 
 static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, (void *)(uintptr_t)fill_module}, /* by way of an integer: C has no cast from a function to an object pointer */
+    {Py_mod_exec,
+     (void *)(uintptr_t)fill_module}, /* by way of an integer: C has no cast from a function to an object pointer */
 #ifdef Py_mod_multiple_interpreters
-    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* because NumPy does not support them */
+    {Py_mod_multiple_interpreters,
+     Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* because NumPy does not support them */
 #endif
 #ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* all globals are constant or atomic, but NumPy's table, written while the import lock is held */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* all globals are constant or atomic, but NumPy's table, written while the
+                                          import lock is held */
 #endif
     {0, NULL},
 };
@@ -204,7 +224,8 @@ static PyModuleDef_Slot slots[] = {
 static PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "kvpitfalls._core",
-    .m_doc = "The C core: score, select and gather on arrays that the caller provides. kvpitfalls.eviction.ops is the friendly way in.",
+    .m_doc = "The C core: score, select and gather on arrays that the caller provides. kvpitfalls.eviction.ops is the "
+             "friendly way in.",
     .m_size = sizeof(kvpb_state),
     .m_methods = methods,
     .m_slots = slots,

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The extension module kvpitfalls._cuda. Importing it gives the core its CUDA backend, and needs no GPU; the verbs stay those of _core.
+ * The extension module kvpitfalls._cuda. Importing it gives the core its CUDA backend, and needs no GPU; the verbs stay
+ * those of _core.
  */
 #include "binding.h"
 
@@ -11,7 +12,8 @@ static PyObject *tell_build(PyObject *module, PyObject *unused) {
     return Py_BuildValue("{s:s,s:s}", "compiler", "nvcc " KVPB_NVCC, "architectures", KVPB_ARCHITECTURES);
 }
 
-PyDoc_STRVAR(build_info_doc, "build_info($module, /)\n--\n\nThe compiler, and the GPU architectures that there is machine code for.");
+PyDoc_STRVAR(build_info_doc,
+             "build_info($module, /)\n--\n\nThe compiler, and the GPU architectures that there is machine code for.");
 
 static PyMethodDef methods[] = {
     {"build_info", tell_build, METH_NOARGS, build_info_doc},
@@ -30,13 +32,16 @@ static int fill_module(PyObject *module) {
     if (registry->abi == KVP_ABI_VERSION && memcmp(registry->sizes, sizes, sizeof sizes) == 0 &&
         registry->register_backend(kvp_cuda_backend()) == KVP_OK)
         return 0;
-    PyErr_Format(PyExc_ImportError, "kvpitfalls._cuda is built for version %d of the core's interface, and kvpitfalls._core has %d; expected the same, of one build",
+    PyErr_Format(PyExc_ImportError,
+                 "kvpitfalls._cuda is built for version %d of the core's interface, and kvpitfalls._core has %d; "
+                 "expected the same, of one build",
                  KVP_ABI_VERSION, (int)registry->abi);
     return -1;
 }
 
 static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, (void *)(uintptr_t)fill_module}, /* by way of an integer: C has no cast from a function to an object pointer */
+    {Py_mod_exec,
+     (void *)(uintptr_t)fill_module}, /* by way of an integer: C has no cast from a function to an object pointer */
 #ifdef Py_mod_multiple_interpreters
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as _core */
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The part of the DLPack 1.x binary interface that view.c reads, declared anew so that nothing is vendored. Only the layout is a
- * contract with other libraries; the names are ours. Specification: https://dmlc.github.io/dlpack/latest/
+ * The part of the DLPack 1.x binary interface that view.c reads, declared anew so that nothing is vendored. Only the
+ * layout is a contract with other libraries; the names are ours. Specification: https://dmlc.github.io/dlpack/latest/
  */
 #ifndef KVPB_DLPACK_ABI_H
 #define KVPB_DLPACK_ABI_H
@@ -54,12 +54,13 @@ typedef struct kvpb_dl_api {
                     void (*set_error)(void *context, const char *kind, const char *message));
     void (*export_managed)(void);
     int (*import_managed)(kvpb_dl_versioned *managed, void **object); /* takes it over; -1 = Python exception set */
-    int (*borrow)(void *object, kvpb_dl_tensor *out);                              /* may be NULL; -1 = Python exception set */
+    int (*borrow)(void *object, kvpb_dl_tensor *out);                 /* may be NULL; -1 = Python exception set */
     int (*current_stream)(int32_t device_type, int32_t device_index, void **out); /* -1 = Python exception set */
 } kvpb_dl_api;
 
 #if UINTPTR_MAX == UINT64_MAX
-_Static_assert(sizeof(kvpb_dl_tensor) == 48 && offsetof(kvpb_dl_versioned, tensor) == 32 && offsetof(kvpb_dl_api, borrow) == 40,
+_Static_assert(sizeof(kvpb_dl_tensor) == 48 && offsetof(kvpb_dl_versioned, tensor) == 32 &&
+                   offsetof(kvpb_dl_api, borrow) == 40,
                "the layout of DLPack 1.x on 64-bit machines");
 #endif
 #endif

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * New arrays, of the library and on the device of one that was given: NumPy's by its C API, others by the allocator of their exchange table.
+ * New arrays, of the library and on the device of one that was given: NumPy's by its C API, others by the allocator of
+ * their exchange table.
  */
 #include "binding.h"
 #include "dlpack_abi.h"
@@ -12,7 +13,8 @@
 
 #include <string.h>
 
-/* Arrays of this size begin at a multiple of 64, so that rows are written past the caches a line at a time; NumPy's own begin at one of 16. */
+/* Arrays of this size begin at a multiple of 64, so that rows are written past the caches a line at a time; NumPy's own
+ * begin at one of 16. */
 enum { LARGE = 1 << 16, LINE = 64 };
 
 static PyObject *new_large(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
@@ -25,7 +27,8 @@ static PyObject *new_large(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_
     char *data = PyArray_BYTES((PyArrayObject *)memory);
     data += (LINE - (uintptr_t)data % LINE) % LINE;
     PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, data, NPY_ARRAY_CARRAY, NULL);
-    if (array && PyArray_SetBaseObject((PyArrayObject *)array, memory) == 0) return array; /* which took the memory over */
+    if (array && PyArray_SetBaseObject((PyArrayObject *)array, memory) == 0)
+        return array; /* which took the memory over */
     if (!array) Py_DECREF(memory);
     Py_XDECREF(array);
     return NULL;
@@ -44,34 +47,46 @@ static PyObject *new_numpy(const kvpb_new *wanted, PyArrayObject *like) {
 /* What the library's allocator calls when it cannot. */
 static void set_error(void *context, const char *kind, const char *message) {
     (void)context;
-    if (!PyErr_Occurred()) PyErr_SetString(kind && strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError, message);
+    if (!PyErr_Occurred())
+        PyErr_SetString(kind && strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError, message);
 }
 
-static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like, kvp_tensor *tensor) {
-    static const uint8_t codes[] = {KVPB_DL_FLOAT, KVPB_DL_FLOAT, KVPB_DL_BFLOAT, KVPB_DL_INT, KVPB_DL_UINT}, bits[] = {32, 16, 16, 32, 8};
+static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like,
+                                 kvp_tensor *tensor) {
+    static const uint8_t codes[] = {KVPB_DL_FLOAT, KVPB_DL_FLOAT, KVPB_DL_BFLOAT, KVPB_DL_INT, KVPB_DL_UINT},
+                         bits[] = {32, 16, 16, 32, 8};
     int64_t shape[4];
     memcpy(shape, wanted->shape, sizeof shape);
-    const kvpb_dl_tensor prototype = {.device_type = like->device, .device_index = like->device_index, .ndim = wanted->ndim,
-                                      .type_code = codes[wanted->dtype], .type_bits = bits[wanted->dtype], .type_lanes = 1, .shape = shape};
+    const kvpb_dl_tensor prototype = {.device_type = like->device,
+                                      .device_index = like->device_index,
+                                      .ndim = wanted->ndim,
+                                      .type_code = codes[wanted->dtype],
+                                      .type_bits = bits[wanted->dtype],
+                                      .type_lanes = 1,
+                                      .shape = shape};
     kvpb_dl_versioned *managed = NULL;
     void *object = NULL;
     if (api->allocate(&prototype, &managed, NULL, set_error) != 0 || !managed) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return NULL;
     }
-    if (kvpb_view_dlpack(&(kvpb_slot){.name = wanted->name, .dtypes = "one of the core's"}, &managed->tensor, tensor) < 0) {
+    if (kvpb_view_dlpack(&(kvpb_slot){.name = wanted->name, .dtypes = "one of the core's"}, &managed->tensor, tensor) <
+        0) {
         if (managed->deleter) managed->deleter(managed);
         return NULL;
     }
     return api->import_managed(managed, &object) == 0 ? object : NULL;
 }
 
-PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view, kvp_tensor *tensor) {
+PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
+                    kvp_tensor *tensor) {
     const kvpb_dl_api *api;
     if (!PyArray_Check(like)) {
         if (kvpb_find_exchange_api(state, like, &api) < 0) return NULL;
         if (api && api->allocate && api->import_managed) return new_by_exchange(wanted, api, view, tensor);
-        PyErr_Format(PyExc_TypeError, "%s cannot be made by the library of the given arrays; expected NumPy's, or torch's from 2.10", wanted->name);
+        PyErr_Format(PyExc_TypeError,
+                     "%s cannot be made by the library of the given arrays; expected NumPy's, or torch's from 2.10",
+                     wanted->name);
         return NULL;
     }
     PyObject *array = new_numpy(wanted, (PyArrayObject *)like);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Threads for the core, by OpenMP. Serial without it, and in a forked child: fork copies OpenMP's pool but not its threads, so that a
- * parallel region there would wait for ever.
+ * Threads for the core, by OpenMP. Serial without it, and in a forked child: fork copies OpenMP's pool but not its
+ * threads, so that a parallel region there would wait for ever.
  */
 #include "binding.h"
 

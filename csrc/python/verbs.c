@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The three verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up are written once.
+ * The three verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up
+ * are written once.
  */
 #include "binding.h"
 
@@ -110,12 +111,14 @@ static int read_scorer(PyObject *object, int32_t *scorer) {
 
 static int read_params(PyObject *object, int32_t scorer, double *param) {
     Py_ssize_t n_known = 0;
-    for (; kvp_scorer_param(scorer, (int32_t)n_known); n_known++) param[n_known] = kvp_scorer_param_default(scorer, (int32_t)n_known);
+    for (; kvp_scorer_param(scorer, (int32_t)n_known); n_known++)
+        param[n_known] = kvp_scorer_param_default(scorer, (int32_t)n_known);
     if (object == Py_None) return 0;
     const Py_ssize_t n = PySequence_Size(object);
     if (n < 0) return -1;
     if (n > n_known) {
-        PyErr_Format(PyExc_ValueError, "params has %zd values; expected at most %zd for the scorer \"%s\"", n, n_known, kvp_scorer_name(scorer));
+        PyErr_Format(PyExc_ValueError, "params has %zd values; expected at most %zd for the scorer \"%s\"", n, n_known,
+                     kvp_scorer_name(scorer));
         return -1;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
@@ -139,7 +142,8 @@ static int read_n_worker(PyObject *object, int32_t *n_worker) {
     return 0;
 }
 
-static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject *const *objects, verb_args *args, kvpb_loans *loans) {
+static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject *const *objects, verb_args *args,
+                        kvpb_loans *loans) {
     for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
         kvp_tensor *tensor = (kvp_tensor *)((char *)args + spec->tensor[i].offset);
         if (kvpb_view(state, &spec->tensor[i], objects[i], tensor, loans) < 0) return -1;
@@ -148,7 +152,8 @@ static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject
 }
 
 /* The caller's buffer. The core checks size and alignment, but cannot know where a bare pointer points. */
-static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_tensor *first, kvp_context *ctx, kvpb_loans *loans) {
+static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_tensor *first, kvp_context *ctx,
+                          kvpb_loans *loans) {
     static const kvpb_slot slot = {"workspace", "uint8", 0, false, true};
     kvp_tensor buffer;
     if (kvpb_view(state, &slot, object, &buffer, loans) < 0) return -1;
@@ -157,7 +162,8 @@ static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_t
         return -1;
     }
     if (buffer.ndim != 1 || (buffer.shape[0] > 1 && buffer.stride[0] != 1)) {
-        PyErr_SetString(PyExc_ValueError, "workspace is not a row of bytes; expected a contiguous array of one dimension");
+        PyErr_SetString(PyExc_ValueError,
+                        "workspace is not a row of bytes; expected a contiguous array of one dimension");
         return -1;
     }
     if (buffer.device != first->device || buffer.device_index != first->device_index) {
@@ -170,12 +176,14 @@ static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_t
 }
 
 /*
- * Host memory for a call without a workspace, to be freed with PyMem_Free. Where the core refuses the arguments, or the tensors are on
- * another device, nothing is allocated: the verb itself then says what is wrong.
+ * Host memory for a call without a workspace, to be freed with PyMem_Free. Where the core refuses the arguments, or the
+ * tensors are on another device, nothing is allocated: the verb itself then says what is wrong.
  */
-static int make_workspace(const verb_spec *spec, const verb_args *args, const kvp_tensor *first, kvp_context *ctx, void **owned) {
+static int make_workspace(const verb_spec *spec, const verb_args *args, const kvp_tensor *first, kvp_context *ctx,
+                          void **owned) {
     size_t bytes;
-    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0) return 0;
+    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0)
+        return 0;
     *owned = PyMem_Malloc(bytes + 63);
     if (!*owned) {
         PyErr_NoMemory();
@@ -197,7 +205,8 @@ static void copy_table(kvp_tensor *t, int32_t *to) {
     for (size_t i = 0; i < count; i++) {
         const volatile int32_t *from = t->data;
         size_t left = i;
-        for (int d = t->ndim - 1; d >= 0; left /= (size_t)t->shape[d--]) from += (int64_t)(left % (size_t)t->shape[d]) * t->stride[d];
+        for (int d = t->ndim - 1; d >= 0; left /= (size_t)t->shape[d--])
+            from += (int64_t)(left % (size_t)t->shape[d]) * t->stride[d];
         to[i] = *from;
     }
     t->data = to;
@@ -205,9 +214,9 @@ static void copy_table(kvp_tensor *t, int32_t *to) {
 }
 
 /*
- * Of a call on a GPU the tables are what is in host memory. There the core has nowhere to copy them to, and reads them where they are, once to
- * check them and again to send them: so they are copied here, and a thread that rewrites them changes nothing. Where the core refuses the
- * arguments they stay: the verb says why. To be freed with PyMem_Free.
+ * Of a call on a GPU the tables are what is in host memory. There the core has nowhere to copy them to, and reads them
+ * where they are, once to check them and again to send them: so they are copied here, and a thread that rewrites them
+ * changes nothing. Where the core refuses the arguments they stay: the verb says why. To be freed with PyMem_Free.
  */
 static int own_tables(const verb_spec *spec, verb_args *args, const kvp_tensor *first, int32_t n_worker, void **owned) {
     kvp_tensor *table[MAX_TENSOR];
@@ -242,8 +251,8 @@ static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
 }
 
 /* Borrow, run without the GIL, give back: the last on every path. */
-static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects, PyObject *workspace,
-                           PyObject *n_worker) {
+static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects,
+                           PyObject *workspace, PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
     kvpb_loans loans = {.n_capsule = 0};
@@ -257,10 +266,8 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
     if (!failed) {
         kvp_status status;
         ctx.stream = loans.stream;
-        Py_BEGIN_ALLOW_THREADS
-        status = run(spec->verb, args, &ctx);
-        Py_END_ALLOW_THREADS
-        result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
+        Py_BEGIN_ALLOW_THREADS status = run(spec->verb, args, &ctx);
+        Py_END_ALLOW_THREADS result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
     }
     PyMem_Free(owned);
     PyMem_Free(tables);
@@ -269,7 +276,8 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
 }
 
 /* kvp_workspace refuses without a sentence; the verb, refusing for the same reason, has one. */
-static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects, PyObject *n_worker) {
+static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects,
+                                PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     kvpb_loans loans = {.n_capsule = 0};
     PyObject *result = NULL;
@@ -324,8 +332,10 @@ PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_s
 
 enum { PRESS_OUTPUTS = 4 };
 
-/* The outputs of press, and on a GPU its scratch. Where the shapes to come from are wrong, nothing is made: the core then says so. */
-static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p, PyObject **out) {
+/* The outputs of press, and on a GPU its scratch. Where the shapes to come from are wrong, nothing is made: the core
+ * then says so. */
+static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p,
+                              PyObject **out) {
     if (p->keys.ndim != 4 || p->values.ndim != 4) return 0;
     const int64_t *shape = p->keys.shape;
     const struct {
@@ -342,7 +352,8 @@ static int make_press_outputs(const kvpb_state *state, PyObject *const *objects,
     return 0;
 }
 
-static int make_press_scratch(const kvpb_state *state, PyObject *like, const verb_args *args, kvp_context *ctx, void **owned, PyObject **held) {
+static int make_press_scratch(const kvpb_state *state, PyObject *like, const verb_args *args, kvp_context *ctx,
+                              void **owned, PyObject **held) {
     size_t bytes;
     if (args->press.keys.device == KVP_CPU) return make_workspace(&press_spec, args, &args->press.keys, ctx, owned);
     if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0) return 0;
@@ -380,10 +391,9 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
         make_press_scratch(state, objects[1], &args, &ctx, &owned, &held) == 0) {
         kvp_status status;
         ctx.stream = loans.stream;
-        Py_BEGIN_ALLOW_THREADS
-        status = kvp_press(&args.press, &ctx);
-        Py_END_ALLOW_THREADS
-        result = status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2], out[3]) : kvpb_raise(state, status, &ctx);
+        Py_BEGIN_ALLOW_THREADS status = kvp_press(&args.press, &ctx);
+        Py_END_ALLOW_THREADS result = status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2], out[3])
+                                                       : kvpb_raise(state, status, &ctx);
     }
     for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
     Py_XDECREF(held);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A Python array as a kvp_tensor, without a copy. Three ways in, tried in this order: NumPy arrays by NumPy's C API; types with a DLPack
- * C exchange table (torch >= 2.10), which also knows the current CUDA stream; anything with __dlpack__. What the core checks, shapes above
- * all, is not checked here; here is refused only what a kvp_tensor cannot say.
+ * A Python array as a kvp_tensor, without a copy. Three ways in, tried in this order: NumPy arrays by NumPy's C API;
+ * types with a DLPack C exchange table (torch >= 2.10), which also knows the current CUDA stream; anything with
+ * __dlpack__. What the core checks, shapes above all, is not checked here; here is refused only what a kvp_tensor
+ * cannot say.
  */
 #include "binding.h"
 #include "dlpack_abi.h"
@@ -14,7 +15,8 @@
 #include <stdalign.h>
 #include <string.h>
 
-/* Arrays without elements may have no address, but data == NULL would tell the core that the argument is not given. Never accessed. */
+/* Arrays without elements may have no address, but data == NULL would tell the core that the argument is not given.
+ * Never accessed. */
 static alignas(64) char no_elements[64];
 
 int kvpb_import_numpy(void) {
@@ -32,7 +34,9 @@ static int check_rank(const kvpb_slot *slot, int ndim) {
 
 static void refuse_type(const kvpb_slot *slot, PyObject *object) {
     PyObject *name = PyType_GetName(Py_TYPE(object));
-    if (name) PyErr_Format(PyExc_TypeError, "%s is of type %U; expected a NumPy array or a tensor with __dlpack__", slot->name, name);
+    if (name)
+        PyErr_Format(PyExc_TypeError, "%s is of type %U; expected a NumPy array or a tensor with __dlpack__",
+                     slot->name, name);
     Py_XDECREF(name);
 }
 
@@ -47,13 +51,15 @@ static PyObject *take_exception(void) {
 }
 
 /*
- * The library of a sparse or meta tensor, say, refused in its own words and with an exception of its choice, which varies: it becomes the
- * cause of one that names the argument. Interrupts and the lack of memory are not about the argument.
+ * The library of a sparse or meta tensor, say, refused in its own words and with an exception of its choice, which
+ * varies: it becomes the cause of one that names the argument. Interrupts and the lack of memory are not about the
+ * argument.
  */
 static void refuse_borrow(const kvpb_slot *slot) {
     if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return;
     PyObject *cause = take_exception();
-    PyErr_Format(PyExc_TypeError, "%s is a tensor whose library does not lend out its memory; the cause says why", slot->name);
+    PyErr_Format(PyExc_TypeError, "%s is a tensor whose library does not lend out its memory; the cause says why",
+                 slot->name);
     PyObject *exception = take_exception();
     PyException_SetCause(exception, cause);
     PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
@@ -94,7 +100,8 @@ static int view_numpy(const kvpb_slot *slot, PyArrayObject *array, kvp_tensor *t
         return -1;
     }
     if (!PyArray_ISNOTSWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError, "%s has dtype %S; expected the byte order of this machine", slot->name, PyArray_DESCR(array));
+        PyErr_Format(PyExc_TypeError, "%s has dtype %S; expected the byte order of this machine", slot->name,
+                     PyArray_DESCR(array));
         return -1;
     }
     for (int d = 0; d < tensor->ndim; d++) {
@@ -102,8 +109,8 @@ static int view_numpy(const kvpb_slot *slot, PyArrayObject *array, kvp_tensor *t
         tensor->shape[d] = PyArray_DIM(array, d);
         tensor->stride[d] = stride / size;
         if (stride % size && tensor->shape[d] > 1) {
-            PyErr_Format(PyExc_ValueError, "%s has a stride of %zd bytes; expected a multiple of its %zd-byte elements", slot->name,
-                         (Py_ssize_t)stride, (Py_ssize_t)size);
+            PyErr_Format(PyExc_ValueError, "%s has a stride of %zd bytes; expected a multiple of its %zd-byte elements",
+                         slot->name, (Py_ssize_t)stride, (Py_ssize_t)size);
             return -1;
         }
     }
@@ -119,17 +126,19 @@ static int dlpack_dtype(const kvpb_dl_tensor *dl) {
         {KVPB_DL_INT, 32, KVP_I32},   {KVPB_DL_UINT, 8, KVP_U8},    {KVPB_DL_BOOL, 8, KVP_U8},
     };
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (dl->type_code == known[i].code && dl->type_bits == known[i].bits && dl->type_lanes == 1) return known[i].dtype;
+        if (dl->type_code == known[i].code && dl->type_bits == known[i].bits && dl->type_lanes == 1)
+            return known[i].dtype;
     return -1;
 }
 
 static int refuse_dlpack_dtype(const kvpb_slot *slot, const kvpb_dl_tensor *dl) {
     static const char *const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
     if (dl->type_code < sizeof kinds / sizeof kinds[0] && dl->type_lanes == 1) {
-        PyErr_Format(PyExc_TypeError, "%s has dtype %s%d; expected %s", slot->name, kinds[dl->type_code], (int)dl->type_bits, slot->dtypes);
+        PyErr_Format(PyExc_TypeError, "%s has dtype %s%d; expected %s", slot->name, kinds[dl->type_code],
+                     (int)dl->type_bits, slot->dtypes);
     } else {
-        PyErr_Format(PyExc_TypeError, "%s has a %d-bit dtype with DLPack code %d and %d lanes; expected %s", slot->name, (int)dl->type_bits,
-                     (int)dl->type_code, (int)dl->type_lanes, slot->dtypes);
+        PyErr_Format(PyExc_TypeError, "%s has a %d-bit dtype with DLPack code %d and %d lanes; expected %s", slot->name,
+                     (int)dl->type_bits, (int)dl->type_code, (int)dl->type_lanes, slot->dtypes);
     }
     return -1;
 }
@@ -165,7 +174,8 @@ int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const kvpb
     return 0;
 }
 
-static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans) {
+static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject *object, kvp_tensor *tensor,
+                         kvpb_loans *loans) {
     kvpb_dl_tensor dl;
     if (api->borrow(object, &dl) != 0) {
         refuse_borrow(slot);
@@ -176,20 +186,26 @@ static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject
     if (api->current_stream(dl.device_type, dl.device_index, &loans->stream) != 0) return -1;
     loans->has_stream = true;
     if (!loans->stream || !loans->assumed_default) return 0;
-    PyErr_Format(PyExc_BufferError, "%s is on a stream of its own, but a tensor before it was made ready on the default stream; expected arrays "
-                 "of one library", slot->name);
+    PyErr_Format(
+        PyExc_BufferError,
+        "%s is on a stream of its own, but a tensor before it was made ready on the default stream; expected arrays "
+        "of one library",
+        slot->name);
     return -1;
 }
 
 /*
- * A CUDA producer is asked to make the data ready on the stream where the core then works: the one that an array with an exchange API told, or the
- * legacy default stream (1 in the protocol), because this way in does not tell the current stream.
+ * A CUDA producer is asked to make the data ready on the stream where the core then works: the one that an array with
+ * an exchange API told, or the legacy default stream (1 in the protocol), because this way in does not tell the current
+ * stream.
  */
 static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *keywords, kvpb_loans *loans) {
     PyObject *pair = PyObject_CallMethodObjArgs(object, state->dlpack_device_name, NULL);
     PyObject *device = pair ? PySequence_GetItem(pair, 0) : NULL;
     const long number = device ? PyLong_AsLong(device) : -1;
-    PyObject *stream = number != KVP_CUDA ? NULL : loans->stream ? PyLong_FromVoidPtr(loans->stream) : PyLong_FromLong(1);
+    PyObject *stream = number != KVP_CUDA ? NULL
+                       : loans->stream    ? PyLong_FromVoidPtr(loans->stream)
+                                          : PyLong_FromLong(1);
     if (number == KVP_CUDA && !loans->has_stream) loans->assumed_default = true;
     if (stream) PyDict_SetItemString(keywords, "stream", stream);
     Py_XDECREF(stream);
@@ -209,7 +225,8 @@ static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, 
     PyObject *keywords = Py_BuildValue("{s:(ii)}", "max_version", KVPB_DL_MAJOR, 0);
     if (none && keywords && choose_stream(state, object, keywords, loans) == 0) {
         capsule = PyObject_Call(method, none, keywords);
-        if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before DLPack 1.0 knows no max_version */
+        if (!capsule &&
+            PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before DLPack 1.0 knows no max_version */
             PyErr_Clear();
             if (PyDict_DelItemString(keywords, "max_version") == 0) capsule = PyObject_Call(method, none, keywords);
         }
@@ -228,17 +245,21 @@ static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *te
     }
     const kvpb_dl_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
     if (managed->version.major != KVPB_DL_MAJOR) {
-        PyErr_Format(PyExc_BufferError, "%s comes as DLPack %u; expected version %d", slot->name, (unsigned)managed->version.major, KVPB_DL_MAJOR);
+        PyErr_Format(PyExc_BufferError, "%s comes as DLPack %u; expected version %d", slot->name,
+                     (unsigned)managed->version.major, KVPB_DL_MAJOR);
         return -1;
     }
-    if (check_writable(slot, !(managed->flags & (KVPB_DL_READ_ONLY | KVPB_DL_IS_COPIED))) < 0) return -1; /* a write to a copy is lost */
+    if (check_writable(slot, !(managed->flags & (KVPB_DL_READ_ONLY | KVPB_DL_IS_COPIED))) < 0)
+        return -1; /* a write to a copy is lost */
     return kvpb_view_dlpack(slot, &managed->tensor, tensor);
 }
 
 /*
- * The capsule is kept for the length of the call and never renamed to "used_...": so its own destructor frees the view, on every path.
+ * The capsule is kept for the length of the call and never renamed to "used_...": so its own destructor frees the view,
+ * on every path.
  */
-static int view_protocol(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans) {
+static int view_protocol(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor,
+                         kvpb_loans *loans) {
     PyObject *capsule = export_capsule(state, slot, object, loans);
     if (!capsule) return -1;
     if (loans->n_capsule == KVPB_MAX_CAPSULE) {

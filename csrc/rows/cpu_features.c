@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Which table of row primitives is in use: the fastest that this CPU can run, until another is set. Compiled with -DKVP_ISA=NAME, say
- * -DKVP_ISA=scalar, there is only that one.
+ * Which table of row primitives is in use: the fastest that this CPU can run, until another is set. Compiled with
+ * -DKVP_ISA=NAME, say -DKVP_ISA=scalar, there is only that one.
  */
 #include "rows.h"
 
@@ -26,7 +26,7 @@ static const kvpi_rows *const tables[] = {&NAMED_TABLE(KVP_ISA)};
 static const kvpi_rows *const tables[] = {
     &kvpi_rows_scalar, /* then each faster than the one before, where it is_fast */
 #if defined(__x86_64__)
-    &kvpi_rows_avx2, &kvpi_rows_avx512, &kvpi_rows_avx512_bf16,
+    &kvpi_rows_avx2,   &kvpi_rows_avx512, &kvpi_rows_avx512_bf16,
 #ifdef KVPI_HAS_AMX
     &kvpi_rows_amx,
 #endif
@@ -37,8 +37,9 @@ static const kvpi_rows *const tables[] = {
 #endif
 enum { TABLE_COUNT = sizeof tables / sizeof tables[0] };
 
-/* On Intel's processors the product of bfloat16 pairs takes two cycles: H2O of 2048 and 4096 tokens, 32/8/128, takes 1.44 times as long by
- * avx512_bf16 as by avx512 (an Intel Xeon with AMX, one core). On AMD's since Zen 4 it is twice as fast as float32. */
+/* On Intel's processors the product of bfloat16 pairs takes two cycles: H2O of 2048 and 4096 tokens, 32/8/128,
+ * takes 1.44 times as long by avx512_bf16 as by avx512 (an Intel Xeon with AMX, one core). On AMD's since Zen 4 it is
+ * twice as fast as float32. */
 static bool is_fast(const kvpi_rows *table) {
 #if defined(__x86_64__)
     if (strcmp(table->name, "avx512_bf16") == 0) return !__builtin_cpu_is("intel");

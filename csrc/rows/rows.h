@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Row primitives: the only place that knows element types and instruction sets. One table per instruction set, each made from the same
- * source (rows_template.h) over a few vector operations; a table's results depend on nothing but its arguments.
+ * Row primitives: the only place that knows element types and instruction sets. One table per instruction set, each
+ * made from the same source (rows_template.h) over a few vector operations; a table's results depend on nothing but its
+ * arguments.
  *
  * Attention works on a strip of KVPI_STRIP query rows against blocks of KVPI_BLOCK keys:
  *
@@ -10,7 +11,8 @@
  *     soften                    exp(logit - shift), with the row's highest logit as the shift unless one is given
  *     add_columns               column += weight * row, for all rows of the strip
  *
- * Where the processor multiplies bfloat16 itself, packed bfloat16 stays bfloat16, in pairs; all else is packed as float32.
+ * Where the processor multiplies bfloat16 itself, packed bfloat16 stays bfloat16, in pairs; all else is packed as
+ * float32.
  */
 #ifndef KVP_ROWS_H
 #define KVP_ROWS_H
@@ -43,29 +45,35 @@ typedef struct kvpi_rows {
 
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
     void (*pack_keys[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
-    /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is scale * q.k. */
-    float (*pack_queries[KVPI_FLOAT_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out);
+    /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is
+     * scale * q.k. */
+    float (*pack_queries[KVPI_FLOAT_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
+                                             float scale, void *out);
     /* logits[r * stride + k] = q.k for n_row and n_key rounded up to whole panels. */
-    void (*multiply[KVPI_FLOAT_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits,
-                                        int64_t stride);
+    void (*multiply[KVPI_FLOAT_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key,
+                                        int64_t n_dim, float *logits, int64_t stride);
     /* row[k] = height * tanh(factor * row[k]), to about 4e-7 of it, for k < n rounded up to whole panels. */
     void (*cap)(float *row, int64_t n, float factor, float height);
-    /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width. shift is the highest
-     * scale * row[k] where *shift is NaN, and then written there (0 if none is above minus infinity). Returns the sum of the row. */
+    /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width.
+     * shift is the highest scale * row[k] where *shift is NaN, and then written there (0 if none is above minus
+     * infinity). Returns the sum of the row. */
     float (*soften)(float *row, int64_t n_visible, int64_t n, float scale, float *shift);
     /* column[k] += sum over r of weight[r] * rows[r * stride + k], k < n. */
-    void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight, int64_t n_row);
+    void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
+                        int64_t n_row);
 
-    /* Selection works on ranks. list: the positions first + i where ranks[i] >= lowest, in order, at most n_out of them, to out; returns how
-     * many. filter: the ranks with (rank & mask) == prefix, in order; out has room for KVPI_SLACK more than there are. */
+    /* Selection works on ranks. list: the positions first + i where ranks[i] >= lowest, in order, at most n_out of
+     * them, to out; returns how many. filter: the ranks with (rank & mask) == prefix, in order; out has room for
+     * KVPI_SLACK more than there are. */
     int64_t (*list)(const uint32_t *ranks, int64_t n, uint32_t lowest, int32_t first, int32_t *out, int64_t n_out);
     int64_t (*filter)(const uint32_t *ranks, int64_t n, uint32_t mask, uint32_t prefix, uint32_t *out);
 
-    /* Row i of n bytes at target + i * target_step = row positions[i] at source, or row 0 if positions[i] is not below n_token by now; in place
-     * where the target is the start of the source. */
-    void (*copy_rows)(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions, int64_t n_token,
-                      int64_t n_row, size_t n);
-    /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one: end_stream. */
+    /* Row i of n bytes at target + i * target_step = row positions[i] at source, or row 0 if positions[i] is not below
+     * n_token by now; in place where the target is the start of the source. */
+    void (*copy_rows)(char *target, int64_t target_step, const char *source, int64_t source_step,
+                      const int32_t *positions, int64_t n_token, int64_t n_row, size_t n);
+    /* Copies n bytes past the caches where it can, since they would only be read to be overwritten. After the last one:
+     * end_stream. */
     void (*stream)(void *target, const void *source, size_t n);
     void (*end_stream)(void);
 } kvpi_rows;
@@ -84,13 +92,16 @@ extern const kvpi_rows kvpi_rows_neon;
 
 const kvpi_rows *kvpi_rows_now(void); /* the table in use */
 
-/* A position for use. It was checked, but another thread may have written to it since: so it is read once, and compared again. */
+/* A position for use. It was checked, but another thread may have written to it since: so it is read once, and compared
+ * again. */
 static inline int64_t kvpi_position(const int32_t *position, int64_t n_token) {
     const uint32_t now = (uint32_t)__atomic_load_n(position, __ATOMIC_RELAXED);
     return now < (uint64_t)n_token ? now : 0;
 }
 
 /* Bytes that packed rows take at most, whatever the table. */
-static inline size_t kvpi_packed_bytes(int64_t n_row, int64_t n_dim) { return (size_t)n_row * (size_t)(n_dim + n_dim % 2) * sizeof(float); }
+static inline size_t kvpi_packed_bytes(int64_t n_row, int64_t n_dim) {
+    return (size_t)n_row * (size_t)(n_dim + n_dim % 2) * sizeof(float);
+}
 
 #endif

@@ -22,7 +22,9 @@ TARGET static inline vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 TARGET static inline vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
-TARGET static inline vec v_from_f16(const uint16_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
+TARGET static inline vec v_from_f16(const uint16_t *x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x));
+}
 
 TARGET static inline vec v_from_bf16(const uint16_t *x) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)x));
@@ -41,8 +43,8 @@ TARGET static inline float v_highest(vec a) {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at 128. The
- * comparisons hand on a NaN, which is their second argument. */
+/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at
+ * 128. The comparisons hand on a NaN, which is their second argument. */
 TARGET static inline vec v_exp2(vec x) {
     x = _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x));
     const vec whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), rest = _mm256_sub_ps(x, whole);
@@ -92,7 +94,9 @@ TARGET static void stream(void *target, const void *source, size_t n) {
 
 static void end_stream(void) { _mm_sfence(); }
 
-static bool is_available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && kvpi_has_f16c(); }
+static bool is_available(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && kvpi_has_f16c();
+}
 
 const kvpi_rows kvpi_rows_avx2 = {
     .name = "avx2",

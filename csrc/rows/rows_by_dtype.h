@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What rows_template.h needs once per element type, with ROW_NAME(x), ROW_TYPE and ROW_LOAD(address of LANES elements) defined.
- * Elements that are not side by side are gathered first, so that a row gives the same bits whatever its stride.
+ * What rows_template.h needs once per element type, with ROW_NAME(x), ROW_TYPE and ROW_LOAD(address of LANES elements)
+ * defined. Elements that are not side by side are gathered first, so that a row gives the same bits whatever its
+ * stride.
  */
 
-/* LANES elements of a row from dimension d on, which is one of the row's; zero behind the last. Apart from load_part, so that the usual case stays in registers. */
-TARGET __attribute__((noinline)) static vec ROW_NAME(gather_part)(const ROW_TYPE *row, int64_t stride, int64_t d, int64_t n_dim) {
+/* LANES elements of a row from dimension d on, which is one of the row's; zero behind the last. Apart from load_part,
+ * so that the usual case stays in registers. */
+TARGET __attribute__((noinline)) static vec ROW_NAME(gather_part)(const ROW_TYPE *row, int64_t stride, int64_t d,
+                                                                  int64_t n_dim) {
     ROW_TYPE part[LANES] = {0};
     if (stride == 1)
         memcpy(part, row + d, (size_t)(n_dim - d) * sizeof part[0]);
@@ -47,21 +50,26 @@ TARGET static void ROW_NAME(pack_keys)(kvpi_head head, int64_t n_key, int64_t n_
         for (int64_t d = 0; d < n_dim; d += LANES) {
             vec part[LANES];
             for (int64_t i = 0; i < LANES; i++)
-                part[i] = key + i < n_key ? ROW_NAME(load_part)(first + (key + i) * head.row_stride, head.dim_stride, d, n_dim) : v_fill(0);
+                part[i] = key + i < n_key
+                              ? ROW_NAME(load_part)(first + (key + i) * head.row_stride, head.dim_stride, d, n_dim)
+                              : v_fill(0);
             store_columns(part, n_dim - d < LANES ? n_dim - d : LANES, panel + d * PANEL_KEYS, PANEL_KEYS);
         }
     }
     clear_missing_keys(out, n_key, n_dim);
 }
 
-TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale, void *out) {
+TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
+                                           float scale, void *out) {
     const vec factor = v_fill(scale);
     for (int64_t first = 0; first < KVPI_STRIP; first += LANES) {
         for (int64_t d = 0; d < n_dim; d += LANES) {
             vec part[LANES];
             for (int64_t i = 0; i < LANES; i++)
-                part[i] = first + i < n_row ? v_mul(factor, ROW_NAME(load_part)(rows[first + i], dim_stride, d, n_dim)) : v_fill(0);
-            store_columns(part, n_dim - d < LANES ? n_dim - d : LANES, (float *)out + d * KVPI_STRIP + first, KVPI_STRIP);
+                part[i] = first + i < n_row ? v_mul(factor, ROW_NAME(load_part)(rows[first + i], dim_stride, d, n_dim))
+                                            : v_fill(0);
+            store_columns(part, n_dim - d < LANES ? n_dim - d : LANES, (float *)out + d * KVPI_STRIP + first,
+                          KVPI_STRIP);
         }
     }
     return 1;

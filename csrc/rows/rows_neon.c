@@ -33,8 +33,8 @@ static inline float v_highest(vec a) {
     return vget_lane_f32(vpmax_f32(x, x), 0);
 }
 
-/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at 128. vmaxq and
- * vminq hand on a NaN. */
+/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at
+ * 128. vmaxq and vminq hand on a NaN. */
 static inline vec v_exp2(vec x) {
     x = vminq_f32(vdupq_n_f32(128.0f), vmaxq_f32(vdupq_n_f32(-127.0f), x));
     const vec whole = vrndnq_f32(x), rest = vsubq_f32(x, whole);

@@ -11,7 +11,8 @@
 #define PANEL_VECTORS 2
 #define TARGET
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)))); /* an extension of GCC and Clang; any processor can do it */
+typedef float vec
+    __attribute__((vector_size(LANES * sizeof(float)))); /* an extension of GCC and Clang; any processor can do it */
 typedef int32_t flags __attribute__((vector_size(LANES * sizeof(float))));
 
 #define EACH_LANE for (int i = 0; i < LANES; i++)
@@ -47,9 +48,11 @@ static inline float v_highest(vec a) {
     return high;
 }
 
-/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at 128. */
+/* x = whole + rest with rest in [-1/2, 1/2]; a polynomial for 2^rest, and 2^whole from its bits: 0 at -127, infinity at
+ * 128. */
 static inline vec v_exp2(vec x) {
-    const vec low = v_fill(-127), high = v_fill(128), magic = v_fill(0x1.8p23f); /* adding this rounds to a whole number */
+    const vec low = v_fill(-127), high = v_fill(128),
+              magic = v_fill(0x1.8p23f); /* adding this rounds to a whole number */
     x = v_max(low, x);
     const flags above = x > high;
     x = (vec)((above & (flags)high) | (~above & (flags)x));

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The primitives of selection in plain C, for the tables that have no better. No step branches on a rank, which no processor could foresee.
+ * The primitives of selection in plain C, for the tables that have no better. No step branches on a rank, which no
+ * processor could foresee.
  */
 #include "rows.h"
 

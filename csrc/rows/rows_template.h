@@ -7,9 +7,10 @@
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
  *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
  *
- * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its second argument where
- * the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum and v_highest add and compare the lanes of
- * one vector in a fixed order; v_transpose makes columns of LANES rows, in place; v_from_* widen LANES elements.
+ * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
+ * second argument where the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
+ * and v_highest add and compare the lanes of one vector in a fixed order; v_transpose makes columns of LANES rows, in
+ * place; v_from_* widen LANES elements.
  */
 #include "rows.h"
 
@@ -17,7 +18,8 @@
 #include <string.h>
 
 enum { PANEL_KEYS = LANES * PANEL_VECTORS };
-_Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK, "panels divide blocks and strips");
+_Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK,
+               "panels divide blocks and strips");
 
 /* Highest and sum of a row of n logits; hidden ones were set to minus infinity. */
 TARGET static float highest_of(const float *row, int64_t n) {
@@ -31,7 +33,8 @@ TARGET static float highest_of(const float *row, int64_t n) {
     return v_highest(v_max(high[0], high[1]));
 }
 
-/* tanh of a number that is at most 7.9 in size, as a quotient of polynomials; behind that it is 1 but for less than a rounding. NaN stays. */
+/* tanh of a number that is at most 7.9 in size, as a quotient of polynomials; behind that it is 1 but for less than a
+ * rounding. NaN stays. */
 TARGET static inline vec v_tanh(vec x) {
     const vec most = v_fill(7.90531110763549805f), minus = v_fill(-1);
     x = v_max(v_mul(minus, most), x);
@@ -79,7 +82,8 @@ TARGET static float soften(float *row, int64_t n_visible, int64_t n, float scale
     return v_sum(v_add(sum[0], sum[1]));
 }
 
-TARGET static void add_columns(float *column, int64_t n, const float *rows, int64_t stride, const float *weight, int64_t n_row) {
+TARGET static void add_columns(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
+                               int64_t n_row) {
     vec w[KVPI_STRIP];
     for (int64_t r = 0; r < n_row; r++) w[r] = v_fill(weight[r]);
     for (int64_t k = 0; k < n; k += LANES) {
@@ -95,19 +99,23 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     }
 }
 
-/* Bytes move as floats, which keep their bits in a register. In place a row may be its own source, and is copied onto itself. */
-TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step, const int32_t *positions,
-                             int64_t n_token, int64_t n_row, size_t n) {
+/* Bytes move as floats, which keep their bits in a register. In place a row may be its own source, and is copied onto
+ * itself. */
+TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step,
+                             const int32_t *positions, int64_t n_token, int64_t n_row, size_t n) {
     const size_t whole = n - n % (LANES * sizeof(float));
     for (int64_t i = 0; i < n_row; i++, target += target_step) {
         const char *row = source + kvpi_position(positions + i, n_token) * source_step;
-        for (size_t at = 0; at < whole; at += LANES * sizeof(float)) v_store((float *)(void *)(target + at), v_load((const float *)(const void *)(row + at)));
+        for (size_t at = 0; at < whole; at += LANES * sizeof(float))
+            v_store((float *)(void *)(target + at), v_load((const float *)(const void *)(row + at)));
         if (whole < n) memmove(target + whole, row + whole, n - whole);
     }
 }
 
-/* Packed keys: per panel, for each dimension, the panel's keys side by side. Packed queries: for each dimension, the strip's rows. */
-TARGET static void multiply_floats(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim, float *logits, int64_t stride) {
+/* Packed keys: per panel, for each dimension, the panel's keys side by side. Packed queries: for each dimension, the
+ * strip's rows. */
+TARGET static void multiply_floats(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim,
+                                   float *logits, int64_t stride) {
     for (int64_t key = 0; key < n_key; key += PANEL_KEYS) {
         for (int64_t row = 0; row < n_row; row += PANEL_ROWS) {
             const float *k = (const float *)keys + key * n_dim, *q = (const float *)queries + row;
@@ -125,7 +133,8 @@ TARGET static void multiply_floats(const void *queries, const void *keys, int64_
                 q += KVPI_STRIP;
             }
             for (int r = 0; r < PANEL_ROWS; r++)
-                for (int v = 0; v < PANEL_VECTORS; v++) v_store(logits + (row + r) * stride + key + v * LANES, sum[r][v]);
+                for (int v = 0; v < PANEL_VECTORS; v++)
+                    v_store(logits + (row + r) * stride + key + v * LANES, sum[r][v]);
         }
     }
 }
@@ -134,7 +143,8 @@ TARGET static void multiply_floats(const void *queries, const void *keys, int64_
 TARGET static inline void clear_missing_keys(void *packed, int64_t n_key, int64_t n_element) {
     for (int64_t key = (n_key + LANES - 1) / LANES * LANES; key % PANEL_KEYS; key += LANES)
         for (int64_t d = 0; d < n_element; d++)
-            v_store((float *)packed + key / PANEL_KEYS * PANEL_KEYS * n_element + d * PANEL_KEYS + key % PANEL_KEYS, v_fill(0));
+            v_store((float *)packed + key / PANEL_KEYS * PANEL_KEYS * n_element + d * PANEL_KEYS + key % PANEL_KEYS,
+                    v_fill(0));
 }
 
 /* LANES rows of up to LANES 32-bit elements become columns at out, "step" apart. */

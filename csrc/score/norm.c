@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * K-norm: scores[b,h,t] = -|keys[b,h,t,:]|. A low norm marks a key that attracts much attention (arXiv 2406.11430). One read of the keys;
- * tasks are blocks of tokens so that few heads still fill all threads.
+ * K-norm: scores[b,h,t] = -|keys[b,h,t,:]|. A low norm marks a key that attracts much attention (arXiv 2406.11430). One
+ * read of the keys; tasks are blocks of tokens so that few heads still fill all threads.
  */
 #include "../rows/rows.h"
 #include "score.h"

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * K-norm on the GPU; see norm.c. Rows on 16-byte boundaries are read once, 16 bytes a lane and four rows in flight; others by single elements.
+ * K-norm on the GPU; see norm.c. Rows on 16-byte boundaries are read once, 16 bytes a lane and four rows in flight;
+ * others by single elements.
  */
 #include "../gpu/rows.cuh"
 #include "../gpu/tables.cuh"
@@ -23,11 +24,13 @@ __device__ __forceinline__ void write_norm(const norm_job &j, int b, int h, int 
     *(float *)kvpg_row(j.scores, b, h, t) = inside ? -sqrtf(square_sum) : -INFINITY;
 }
 
-/* LANES lanes to a row. Blocks that follow each other take the same tokens of all heads, which a model lays side by side. The oldest come last and
- * stay in the second-level cache, as far as they fit: gathering begins with them. */
-template <typename T, int LANES> __global__ void __launch_bounds__(THREADS) norm_wide(const __grid_constant__ norm_job j) {
+/* LANES lanes to a row. Blocks that follow each other take the same tokens of all heads, which a model lays side by
+ * side. The oldest come last and stay in the second-level cache, as far as they fit: gathering begins with them. */
+template <typename T, int LANES> __global__ void __launch_bounds__(THREADS)
+    norm_wide(const __grid_constant__ norm_job j) {
     kvpg_follow();
-    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES, n_chunk = j.n_dim * (int)sizeof(T) / 16;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES,
+              n_chunk = j.n_dim * (int)sizeof(T) / 16;
     const int first = ((gridDim.x - 1 - blockIdx.x) / j.n_row * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
     const bool stays = first < j.n_stay;
     const char *keys = kvpg_row(j.keys, b, h, first);
@@ -68,7 +71,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS) norm_narrow(con
 template <typename T> static kvp_status launch(const norm_job &j, bool wide, kvp_context *ctx) {
     const int n_chunk = j.n_dim * (int)sizeof(T) / 16, lanes = !wide ? 32 : n_chunk <= 8 ? 8 : n_chunk <= 16 ? 16 : 32;
     const int rows = THREADS / lanes * (wide ? IN_FLIGHT : 1);
-    void (*kernel)(norm_job) = !wide ? norm_narrow<T> : lanes == 8 ? norm_wide<T, 8> : lanes == 16 ? norm_wide<T, 16> : norm_wide<T, 32>;
+    void (*kernel)(norm_job) = !wide         ? norm_narrow<T>
+                               : lanes == 8  ? norm_wide<T, 8>
+                               : lanes == 16 ? norm_wide<T, 16>
+                                             : norm_wide<T, 32>;
     return kvpg_launch("norm", ctx, kernel, {kvpg_ceil_div(j.n_token, rows) * j.n_row, 1}, THREADS, 1, 0, j);
 }
 
@@ -84,7 +90,8 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     j.n_token = (int)shape[2];
     j.n_dim = (int)shape[3];
     int cache_bytes;
-    KVPG_TRY("tell the size of the cache", cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
+    KVPG_TRY("tell the size of the cache",
+             cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
     const int64_t token_bytes = (int64_t)j.n_row * j.n_dim * (int64_t)kvpi_dtype_size(args->keys.dtype);
     const int64_t n_stay = cache_bytes / 2 / token_bytes; /* half: the other has what is written */
     j.n_stay = n_stay < j.n_token ? (int)n_stay : j.n_token;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * StreamingLLM: keep the first n_sink tokens, which many heads use as attention sinks, and the newest ones (arXiv 2309.17453). Scores are
- * whole numbers that float32 holds exactly: 2T - k for a sink, k for the others.
+ * StreamingLLM: keep the first n_sink tokens, which many heads use as attention sinks, and the newest ones (arXiv
+ * 2309.17453). Scores are whole numbers that float32 holds exactly: 2T - k for a sink, k for the others.
  */
 #include "score.h"
 
@@ -24,7 +24,8 @@ kvp_status kvpi_score_position_cpu(const kvp_score_args *args, kvp_context *ctx)
     for (int64_t b = 0; b < scores->shape[0]; b++) {
         int64_t begin, end;
         kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
-        const int64_t sink_end = n_sink < (double)(end - begin) ? begin + (int64_t)n_sink : end, step = scores->stride[2];
+        const int64_t sink_end = n_sink < (double)(end - begin) ? begin + (int64_t)n_sink : end,
+                      step = scores->stride[2];
         for (int64_t h = 0; h < scores->shape[1]; h++) {
             float *out = (float *)(void *)kvpi_at(scores, b, h, 0);
             for (int64_t t = 0; t < begin; t++) out[t * step] = -INFINITY;

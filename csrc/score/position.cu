@@ -25,7 +25,9 @@ static __global__ void position(const __grid_constant__ position_job j) {
     *(float *)kvpg_row(j.scores, b, h, t) = kvpg_is_valid(j.valid, b, t) ? score : -INFINITY;
 }
 
-extern "C" size_t kvpi_score_position_cuda_workspace(const kvp_score_args *args) { return kvpg_valid_bytes(&args->valid); }
+extern "C" size_t kvpi_score_position_cuda_workspace(const kvp_score_args *args) {
+    return kvpg_valid_bytes(&args->valid);
+}
 
 extern "C" kvp_status kvpi_score_position_cuda(const kvp_score_args *args, kvp_context *ctx) {
     const int64_t *shape = args->keys.shape;
@@ -35,5 +37,6 @@ extern "C" kvp_status kvpi_score_position_cuda(const kvp_score_args *args, kvp_c
     j.n_token = (int)shape[2];
     j.n_sink = (int)args->param[KVPI_PARAM_position_n_sink];
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
-    return kvpg_launch("position", ctx, position, {kvpg_ceil_div(shape[2], THREADS), shape[0] * shape[1]}, THREADS, 1, 0, j);
+    return kvpg_launch("position", ctx, position, {kvpg_ceil_div(shape[2], THREADS), shape[0] * shape[1]}, THREADS, 1,
+                       0, j);
 }

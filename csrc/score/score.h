@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What each scorer of scorers.def offers the backends: score/NAME.c (or score/NAME/) the first, with its traits, score/NAME.cu the others.
+ * What each scorer of scorers.def offers the backends: score/NAME.c (or score/NAME/) the first, with its traits,
+ * score/NAME.cu the others.
  */
 #ifndef KVP_SCORE_H
 #define KVP_SCORE_H

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The quota's best positions of each segment, in ascending order, without sorting. A score becomes a 32-bit rank whose unsigned order is
- * the order of kvp.h; a radix search finds the rank of the last kept position, digit by digit, among ever fewer candidates; one pass in
- * order of position then takes everything above it and as many equals as are left over, lowest position first. No step branches on a
- * score, which no processor could foresee.
+ * The quota's best positions of each segment, in ascending order, without sorting. A score becomes a 32-bit rank whose
+ * unsigned order is the order of kvp.h; a radix search finds the rank of the last kept position, digit by digit, among
+ * ever fewer candidates; one pass in order of position then takes everything above it and as many equals as are left
+ * over, lowest position first. No step branches on a score, which no processor could foresee.
  */
 #include "../rows/rows.h"
 #include "select.h"
@@ -14,12 +14,14 @@
 enum { RANK_NEVER = 0, RANK_NAN = 1 };
 static const uint32_t RANK_PROTECTED = UINT32_MAX;
 
-/* Digits of a rank, from the top. Few candidates want small histograms, which take as long to clear and to search as to fill. */
+/* Digits of a rank, from the top. Few candidates want small histograms, which take as long to clear and to search as to
+ * fill. */
 enum { LONG_ROW = 1024, MAX_BIN = 1 << 11, FEW = 16 };
 typedef struct digit {
     uint32_t shift, bits;
 } digit;
-static const digit digits_of_long[] = {{21, 11}, {10, 11}, {0, 10}, {0, 0}}, digits_of_short[] = {{24, 8}, {16, 8}, {8, 8}, {0, 8}, {0, 0}};
+static const digit digits_of_long[] = {{21, 11}, {10, 11}, {0, 10}, {0, 0}},
+                   digits_of_short[] = {{24, 8}, {16, 8}, {8, 8}, {0, 8}, {0, 0}};
 
 typedef struct job {
     const kvp_select_args *args;
@@ -27,7 +29,9 @@ typedef struct job {
     size_t scratch_bytes;
 } job;
 
-static size_t row_bytes(const kvp_select_args *args) { return kvpi_round_up_64((size_t)(args->scores.shape[2] + KVPI_SLACK) * sizeof(uint32_t)); }
+static size_t row_bytes(const kvp_select_args *args) {
+    return kvpi_round_up_64((size_t)(args->scores.shape[2] + KVPI_SLACK) * sizeof(uint32_t));
+}
 
 /* A row of ranks, one of candidates, and one of positions, for outputs whose elements are not side by side. */
 size_t kvpi_select_workspace(const kvp_select_args *args) { return 3 * row_bytes(args); }
@@ -61,7 +65,8 @@ static void count_digit(const uint32_t *ranks, int64_t n, digit d, uint32_t (*hi
     for (uint32_t bin = 0; bin < n_bin; bin++) histogram[0][bin] += histogram[1][bin];
 }
 
-/* The *left-th best of a few candidates, which are put in order; *left becomes how many of exactly that rank are taken. */
+/* The *left-th best of a few candidates, which are put in order; *left becomes how many of exactly that rank are taken.
+ */
 static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
     for (int64_t i = 1; i < n; i++) {
         const uint32_t rank = candidates[i];
@@ -77,7 +82,8 @@ static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
 }
 
 /* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
-static uint32_t find_threshold(const kvpi_rows *rows, const uint32_t *ranks, int64_t n, int64_t quota, uint32_t *candidates, int64_t *ties) {
+static uint32_t find_threshold(const kvpi_rows *rows, const uint32_t *ranks, int64_t n, int64_t quota,
+                               uint32_t *candidates, int64_t *ties) {
     uint32_t prefix = 0, mask = 0, histogram[2][MAX_BIN];
     *ties = quota;
     for (const digit *d = n >= LONG_ROW ? digits_of_long : digits_of_short; d->bits; d++) {
@@ -100,7 +106,8 @@ static int64_t find_nth(const uint32_t *ranks, int64_t begin, uint32_t rank, int
 }
 
 /* Writes the kept positions of one segment to out; returns how many. */
-static int64_t keep_segment(const kvpi_rows *rows, const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota, uint32_t *candidates, int32_t *out) {
+static int64_t keep_segment(const kvpi_rows *rows, const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota,
+                            uint32_t *candidates, int32_t *out) {
     int64_t eligible = 0, ties;
     for (int64_t t = begin; t < end; t++) eligible += ranks[t] != RANK_NEVER;
     if (quota > eligible) quota = eligible;
@@ -114,7 +121,8 @@ static int64_t keep_segment(const kvpi_rows *rows, const uint32_t *ranks, int64_
 }
 
 static void rank_row(const kvp_select_args *args, int64_t b, int64_t h, uint32_t *ranks) {
-    const int64_t n_token = args->scores.shape[2], stride = args->scores.stride[2], protect_stride = args->protect.stride[1];
+    const int64_t n_token = args->scores.shape[2], stride = args->scores.stride[2],
+                  protect_stride = args->protect.stride[1];
     const float *scores = (const float *)(const void *)kvpi_at(&args->scores, b, h, 0);
     const uint8_t *protect = args->protect.data ? (const uint8_t *)kvpi_at(&args->protect, b, 0, 0) : NULL;
     int64_t begin, end;
@@ -135,8 +143,10 @@ static void select_row(void *arg, int64_t task, int32_t worker) {
     const kvp_tensor *positions = &args->positions;
     const kvpi_rows *rows = kvpi_rows_now();
     const int64_t n_head = args->scores.shape[1], b = task / n_head, h = task % n_head, stride = positions->stride[2];
-    uint32_t *ranks = kvpi_scratch(j->ctx, worker, j->scratch_bytes), *candidates = ranks + row_bytes(args) / sizeof *ranks;
-    int32_t *target = (int32_t *)(void *)kvpi_at(positions, b, h, 0), *out = stride == 1 ? target : (int32_t *)candidates + row_bytes(args) / sizeof *out;
+    uint32_t *ranks = kvpi_scratch(j->ctx, worker, j->scratch_bytes),
+             *candidates = ranks + row_bytes(args) / sizeof *ranks;
+    int32_t *target = (int32_t *)(void *)kvpi_at(positions, b, h, 0),
+            *out = stride == 1 ? target : (int32_t *)candidates + row_bytes(args) / sizeof *out;
     rank_row(args, b, h, ranks);
     int64_t kept = 0;
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {

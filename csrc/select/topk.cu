@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The quota's best positions of each segment on the GPU; see topk.c, whose result this is, exactly. A segment of a row is a problem of its own,
- * because the host's tables tell how many tokens the segments before it keep. Up to 16384 keys are held in the registers of one block, up to
- * 131072 in those of a cluster of eight (Hopper); longer ones are read again for each digit. Scores with gaps between them are
- * read like that, too. Histograms count whole numbers, and places are
- * found by counting, not by atomics: so the result does not depend on the order of anything.
+ * The quota's best positions of each segment on the GPU; see topk.c, whose result this is, exactly. A segment of a row
+ * is a problem of its own, because the host's tables tell how many tokens the segments before it keep. Up to 16384 keys
+ * are held in the registers of one block, up to 131072 in those of a cluster of eight (Hopper); longer ones are read
+ * again for each digit. Scores with gaps between them are read like that, too. Histograms count whole numbers, and
+ * places are found by counting, not by atomics: so the result does not depend on the order of anything.
  */
 #include "../gpu/tables.cuh"
 
@@ -45,7 +45,8 @@ __device__ __forceinline__ int segment_length(const select_job &j, kvpg_numbers 
 __device__ __forceinline__ problem find_problem(const select_job &j, int index) {
     const int row = index / j.n_segment, segment = index % j.n_segment;
     problem p = {row / j.n_head, row % j.n_head, 0, 0, 0, 0, NULL, j.positions.t / (int64_t)sizeof(int32_t)};
-    const kvpg_numbers table = kvpg_table_row(j.table, p.b), quotas = table + (EDGES + j.n_segment + 1 + p.h * j.n_segment);
+    const kvpg_numbers table = kvpg_table_row(j.table, p.b),
+                       quotas = table + (EDGES + j.n_segment + 1 + p.h * j.n_segment);
     for (int s = 0; s <= segment; s++) {
         p.offset += p.quota;
         p.n = segment_length(j, table, s, &p.begin);
@@ -75,17 +76,22 @@ __device__ __forceinline__ bool is_protected(const select_job &j, const problem 
 
 __device__ __forceinline__ uint32_t rank_at(const select_job &j, const problem &p, int i) {
     if (i >= p.n) return 0;
-    return j.protect.data && is_protected(j, p, i) ? UINT32_MAX : rank_of(*(const uint32_t *)kvpg_row(j.scores, p.b, p.h, p.begin + i));
+    return j.protect.data && is_protected(j, p, i)
+               ? UINT32_MAX
+               : rank_of(*(const uint32_t *)kvpg_row(j.scores, p.b, p.h, p.begin + i));
 }
 
-/* Those of positions first, first + 32, ..., of scores side by side. No branch stands between the loads, so that all are under way at once. */
-template <int N> __device__ __forceinline__ void load_ranks(const select_job &j, const problem &p, int first, uint32_t (&rank)[N]) {
+/* Those of positions first, first + 32, ..., of scores side by side. No branch stands between the loads, so that all
+ * are under way at once. */
+template <int N>
+__device__ __forceinline__ void load_ranks(const select_job &j, const problem &p, int first, uint32_t (&rank)[N]) {
     const uint32_t *scores = (const uint32_t *)kvpg_row(j.scores, p.b, p.h, 0) + p.begin + first;
 #pragma unroll
     for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? kvpg_load(scores + i * 32) : 0;
     if (j.protect.data) {
 #pragma unroll
-        for (int i = 0; i < N; i++) rank[i] = first + i * 32 >= p.n ? 0 : is_protected(j, p, first + i * 32) ? UINT32_MAX : rank_of(rank[i]);
+        for (int i = 0; i < N; i++)
+            rank[i] = first + i * 32 >= p.n ? 0 : is_protected(j, p, first + i * 32) ? UINT32_MAX : rank_of(rank[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < N; i++) rank[i] = first + i * 32 < p.n ? rank_of(rank[i]) : 0;
@@ -156,7 +162,8 @@ typedef struct place {
 } place;
 
 /* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
-__device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties, place &at) {
+__device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties,
+                                     place &at) {
     const uint32_t before = (1u << threadIdx.x % 32) - 1;
     const bool is_above = rank > threshold, is_equal = rank == threshold && i < p.n;
     const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
@@ -167,10 +174,11 @@ __device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uin
 }
 
 /*
- * Ranks in registers, N_HELD a thread, BLOCKS blocks a problem. Item i of lane l of warp w is w*32*N_HELD + i*32 + l of its block, so that ballots
- * count in order of position.
+ * Ranks in registers, N_HELD a thread, BLOCKS blocks a problem. Item i of lane l of warp w is w*32*N_HELD + i*32 + l of
+ * its block, so that ballots count in order of position.
  */
-template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) select_held(const __grid_constant__ select_job j) {
+template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
+    select_held(const __grid_constant__ select_job j) {
 #if __CUDA_ARCH__ < 900
     if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
 #endif
@@ -231,7 +239,8 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1) 
 #if __CUDA_ARCH__ >= 900
     if constexpr (BLOCKS > 1) { /* each tells all, so that nobody reads from a block that may have left */
         if (threadIdx.x == 31)
-            for (int c = 0; c < BLOCKS; c++) cg::this_cluster().map_shared_rank(of_blocks, c)[block] = place{scanned_above, scanned_equal};
+            for (int c = 0; c < BLOCKS; c++)
+                cg::this_cluster().map_shared_rank(of_blocks, c)[block] = place{scanned_above, scanned_equal};
         cg::this_cluster().sync();
         for (int c = 0; c < block; c++) at.above += of_blocks[c].above, at.equal += of_blocks[c].equal;
     }
@@ -256,7 +265,8 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
         __syncthreads();
         for (int i = threadIdx.x; i < p.n; i += THREADS) {
             const uint32_t rank = rank_at(j, p, i);
-            if (digit == 0 || rank >> (shift + bits) == prefix) atomicAdd(&h.bin[rank >> shift & ((1u << bits) - 1)], 1u);
+            if (digit == 0 || rank >> (shift + bits) == prefix)
+                atomicAdd(&h.bin[rank >> shift & ((1u << bits) - 1)], 1u);
         }
         __syncthreads();
         sum_coarse(&h);
@@ -275,11 +285,13 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
     equal = __reduce_add_sync(~0u, equal);
     if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
     __syncthreads();
-    place at = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above, __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
+    place at = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above,
+                __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
     for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
 }
 
-template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t longest, int64_t n_problem, kvp_context *ctx) {
+template <int BLOCKS>
+static kvp_status launch_held(const select_job &j, int64_t longest, int64_t n_problem, kvp_context *ctx) {
     const int64_t held = (longest + THREADS * BLOCKS - 1) / (THREADS * BLOCKS);
     void (*kernel)(select_job) = select_held<BLOCKS, HELD>;
     if (held <= 1)
@@ -293,9 +305,13 @@ template <int BLOCKS> static kvp_status launch_held(const select_job &j, int64_t
     return kvpg_launch("select", ctx, kernel, {n_problem * BLOCKS, 1}, THREADS, BLOCKS, 0, j);
 }
 
-static int64_t table_stride(const kvp_select_args *args) { return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2]; }
+static int64_t table_stride(const kvp_select_args *args) {
+    return EDGES + args->segments.shape[1] + args->quotas.shape[1] * args->quotas.shape[2];
+}
 
-extern "C" size_t kvpi_select_cuda_workspace(const kvp_select_args *args) { return kvpg_table_bytes(args->scores.shape[0], table_stride(args)); }
+extern "C" size_t kvpi_select_cuda_workspace(const kvp_select_args *args) {
+    return kvpg_table_bytes(args->scores.shape[0], table_stride(args));
+}
 
 /* Also finds the length of the longest segment. */
 static kvp_status write_table(const kvp_select_args *args, kvp_context *ctx, kvpg_table *table, int64_t *length) {
@@ -334,8 +350,10 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     KVPI_TRY(write_table(args, ctx, &j.table, &longest));
     const int64_t n_problem = shape[0] * shape[1] * j.n_segment;
     cudaError_t error;
-    const bool has_clusters = kvpg_ptx_version((const void *)select_held<CLUSTER, HELD>, &error) >= KVPG_HOPPER, side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
-    if (side_by_side && longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
+    const bool has_clusters = kvpg_ptx_version((const void *)select_held<CLUSTER, HELD>, &error) >= KVPG_HOPPER,
+               side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
+    if (side_by_side &&
+        longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
         return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         return launch_held<CLUSTER>(j, longest, n_problem, ctx);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Bytes as tensors that claim anything, for the checker alone: it must read none of them, refuse each that has a flaw, and pass each that
- * nothing was done to.
+ * Bytes as tensors that claim anything, for the checker alone: it must read none of them, refuse each that has a flaw,
+ * and pass each that nothing was done to.
  */
 #include "producer.h"
 
@@ -40,11 +40,13 @@ static void check_tensors(call *c, int64_t *sizes) {
     size_t need = 0;
     const char *flaw = find_flaw(c);
     const kvp_status asked = kvp_workspace(c->verb, c->args, 1 + (int32_t)take(c->in, 1 << 17), &need);
-    if (status == KVP_OK && asked == KVP_ERR_DEVICE) return; /* all on a device without a backend, which the checker leaves to its caller */
+    if (status == KVP_OK && asked == KVP_ERR_DEVICE)
+        return; /* all on a device without a backend, which the checker leaves to its caller */
     CHECK(status != KVP_OK || !flaw, "accepted although %s", flaw ? flaw : "");
     CHECK(status == KVP_OK || c->spoilt, "refused: %s", ctx.error);
     CHECK(status == KVP_OK || strlen(ctx.error) > 10, "no error sentence");
-    CHECK(status == KVP_OK ? asked == KVP_OK || asked == KVP_ERR_VALUE : asked == status, "kvp_workspace: %s", kvp_status_name(asked));
+    CHECK(status == KVP_OK ? asked == KVP_OK || asked == KVP_ERR_VALUE : asked == status, "kvp_workspace: %s",
+          kvp_status_name(asked));
     CHECK(need < (size_t)1 << 62 && need % 64 == 0, "%zu bytes of scratch", need);
 }
 
@@ -55,10 +57,21 @@ static void check_score(input *in, int64_t *sizes) {
     argument arguments[] = {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "queries", .letters = "BNQD", .tensor = &args.queries, .allowed = ALLOW_FLOATS, .required = attends},
-        {.name = "votes", .letters = "BVF", .tensor = &args.votes, .allowed = ALLOW_I32, .required = attends, .table = true},
+        {.name = "votes",
+         .letters = "BVF",
+         .tensor = &args.votes,
+         .allowed = ALLOW_I32,
+         .required = attends,
+         .table = true},
         {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
         {.name = "lse", .letters = "BNQ", .tensor = &args.lse, .allowed = ALLOW_F32},
-        {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true, .output = true, .in_place_of = UNSHARED},
+        {.name = "scores",
+         .letters = "BHT",
+         .tensor = &args.scores,
+         .allowed = ALLOW_F32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
     };
     call c = {.verb = KVP_SCORE, .args = &args, .arguments = arguments, .n_argument = 6, .in = in};
     check_tensors(&c, sizes);
@@ -68,12 +81,34 @@ static void check_select(input *in, int64_t *sizes) {
     kvp_select_args args = {.size = sizeof(kvp_select_args)};
     argument arguments[] = {
         {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true},
-        {.name = "segments", .letters = "BE", .tensor = &args.segments, .allowed = ALLOW_I32, .required = true, .table = true},
-        {.name = "quotas", .letters = "BHS", .tensor = &args.quotas, .allowed = ALLOW_I32, .required = true, .table = true},
+        {.name = "segments",
+         .letters = "BE",
+         .tensor = &args.segments,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .table = true},
+        {.name = "quotas",
+         .letters = "BHS",
+         .tensor = &args.quotas,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .table = true},
         {.name = "protect", .letters = "BT", .tensor = &args.protect, .allowed = ALLOW_U8},
         {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true, .output = true, .in_place_of = UNSHARED},
-        {.name = "counts", .letters = "BH", .tensor = &args.counts, .allowed = ALLOW_I32, .required = true, .output = true, .in_place_of = UNSHARED},
+        {.name = "positions",
+         .letters = "BHK",
+         .tensor = &args.positions,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
+        {.name = "counts",
+         .letters = "BH",
+         .tensor = &args.counts,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
     };
     call c = {.verb = KVP_SELECT, .args = &args, .arguments = arguments, .n_argument = 7, .in = in};
     check_tensors(&c, sizes);
@@ -85,8 +120,20 @@ static void check_gather(input *in, int64_t *sizes) {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true},
-        {.name = "out_keys", .letters = "BHKD", .tensor = &args.out_keys, .allowed = ALLOW_FLOATS, .required = true, .output = true, .in_place_of = 0},
-        {.name = "out_values", .letters = "BHKC", .tensor = &args.out_values, .allowed = ALLOW_FLOATS, .required = true, .output = true, .in_place_of = 1},
+        {.name = "out_keys",
+         .letters = "BHKD",
+         .tensor = &args.out_keys,
+         .allowed = ALLOW_FLOATS,
+         .required = true,
+         .output = true,
+         .in_place_of = 0},
+        {.name = "out_values",
+         .letters = "BHKC",
+         .tensor = &args.out_values,
+         .allowed = ALLOW_FLOATS,
+         .required = true,
+         .output = true,
+         .in_place_of = 1},
     };
     call c = {.verb = KVP_GATHER, .args = &args, .arguments = arguments, .n_argument = 5, .in = in};
     check_tensors(&c, sizes);
@@ -106,8 +153,11 @@ int fuzz_contract(const uint8_t *data, size_t size) {
     sizes['F'] = KVP_VOTE_FIELDS;
     sizes['R'] = 2;
     const int64_t verb = take(&in, 3);
-    if (verb == 0) check_score(&in, sizes);
-    else if (verb == 1) check_select(&in, sizes);
-    else check_gather(&in, sizes);
+    if (verb == 0)
+        check_score(&in, sizes);
+    else if (verb == 1)
+        check_select(&in, sizes);
+    else
+        check_gather(&in, sizes);
     return 0;
 }

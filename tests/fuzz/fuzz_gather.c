@@ -25,7 +25,8 @@ static const block *memory_of(const call *c, int i) {
 
 static void verify_rows(const call *c, int from, const block *old, int output) {
     static const unsigned char zeros[4];
-    const kvp_tensor *in = c->arguments[from].tensor, *out = c->arguments[output].tensor, *positions = c->arguments[POSITIONS].tensor;
+    const kvp_tensor *in = c->arguments[from].tensor, *out = c->arguments[output].tensor,
+                     *positions = c->arguments[POSITIONS].tensor;
     kvp_tensor before = *in;
     before.data = old->data + ((unsigned char *)in->data - memory_of(c, from)->data);
     for (int64_t b = 0; b < out->shape[0]; b++)
@@ -34,8 +35,9 @@ static void verify_rows(const call *c, int from, const block *old, int output) {
                 for (int64_t d = 0; d < out->shape[3]; d++) {
                     const int64_t position = (int64_t)get(positions, b, h, i, 0);
                     const void *expected = position < 0 ? zeros : element(&before, b, h, position, d);
-                    CHECK(memcmp(element(out, b, h, i, d), expected, dtype_size(out->dtype)) == 0, "%s[%lld,%lld,%lld,%lld]", c->arguments[output].name,
-                          (long long)b, (long long)h, (long long)i, (long long)d);
+                    CHECK(memcmp(element(out, b, h, i, d), expected, dtype_size(out->dtype)) == 0,
+                          "%s[%lld,%lld,%lld,%lld]", c->arguments[output].name, (long long)b, (long long)h,
+                          (long long)i, (long long)d);
                 }
 }
 
@@ -84,8 +86,20 @@ int fuzz_gather(const uint8_t *data, size_t size) {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true},
-        {.name = "out_keys", .letters = "BHKD", .tensor = &args.out_keys, .allowed = ALLOW_FLOATS, .required = true, .output = true, .in_place_of = KEYS},
-        {.name = "out_values", .letters = "BHKC", .tensor = &args.out_values, .allowed = ALLOW_FLOATS, .required = true, .output = true, .in_place_of = VALUES},
+        {.name = "out_keys",
+         .letters = "BHKD",
+         .tensor = &args.out_keys,
+         .allowed = ALLOW_FLOATS,
+         .required = true,
+         .output = true,
+         .in_place_of = KEYS},
+        {.name = "out_values",
+         .letters = "BHKC",
+         .tensor = &args.out_values,
+         .allowed = ALLOW_FLOATS,
+         .required = true,
+         .output = true,
+         .in_place_of = VALUES},
     };
     call c = {.verb = KVP_GATHER, .args = &args, .arguments = arguments, .n_argument = 5, .in = &in};
     int64_t sizes[128] = {0};
@@ -104,8 +118,8 @@ int fuzz_gather(const uint8_t *data, size_t size) {
     fill(&c, sizes['T']);
     old_keys = copy_block(memory_of(&c, KEYS));
     old_values = copy_block(memory_of(&c, VALUES));
-    name_case("fuzz gather B=%lld H=%lld T=%lld K=%lld D=%lld", (long long)sizes['B'], (long long)sizes['H'], (long long)sizes['T'],
-              (long long)sizes['K'], (long long)sizes['D']);
+    name_case("fuzz gather B=%lld H=%lld T=%lld K=%lld D=%lld", (long long)sizes['B'], (long long)sizes['H'],
+              (long long)sizes['T'], (long long)sizes['K'], (long long)sizes['D']);
     run_call(&c, true, verify);
     free_block(&old_keys);
     free_block(&old_values);

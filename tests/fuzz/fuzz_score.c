@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Bytes as calls of kvp_score: the oracle's tolerance where numbers are tame, and where they are not what must hold of any.
+ * Bytes as calls of kvp_score: the oracle's tolerance where numbers are tame, and where they are not what must hold of
+ * any.
  */
 #include "oracle.h"
 #include "producer.h"
@@ -12,7 +13,8 @@ enum { KEYS, QUERIES, VOTES, VALID, LSE, SCORES };
 
 static bool is_wild, is_odd_param; /* of the call at hand */
 
-/* Each key may be under one vote and in one window at most; the core does not look, and what comes of it has no meaning. */
+/* Each key may be under one vote and in one window at most; the core does not look, and what comes of it has no
+ * meaning. */
 static bool votes_meet(const kvp_score_args *args) {
     static const int fields[] = {KVP_VOTE_KEY_BEGIN, KVP_VOTE_WINDOW_BEGIN};
     for (int64_t b = 0; args->votes.data && b < args->votes.shape[0]; b++)
@@ -20,7 +22,8 @@ static bool votes_meet(const kvp_score_args *args) {
             int n = 0;
             for (int64_t v = 0; v < args->votes.shape[1]; v++)
                 for (int f = 0; f < 2; f++)
-                    n += (double)k >= get(&args->votes, b, v, fields[f], 0) && (double)k < get(&args->votes, b, v, fields[f] + 1, 0);
+                    n += (double)k >= get(&args->votes, b, v, fields[f], 0) &&
+                         (double)k < get(&args->votes, b, v, fields[f] + 1, 0);
             if (n > 1) return true;
         }
     return false;
@@ -30,7 +33,8 @@ static double expect_position(const kvp_score_args *args, int64_t begin, int64_t
     return (double)(t - begin) < args->param[0] ? (double)(2 * args->keys.shape[2] - t) : (double)t;
 }
 
-/* Minus infinity outside the valid range, whatever the scorer; and NaN in a norm where, and only where, a key has one. */
+/* Minus infinity outside the valid range, whatever the scorer; and NaN in a norm where, and only where, a key has one.
+ */
 static void verify_each(const kvp_score_args *args) {
     for (int64_t b = 0; b < args->keys.shape[0]; b++) {
         int64_t begin, end;
@@ -40,14 +44,18 @@ static void verify_each(const kvp_score_args *args) {
             const double score = get(&args->scores, b, h, t, 0);
             bool has_nan = false;
             for (int64_t d = 0; d < args->keys.shape[3]; d++) has_nan |= isnan(get(&args->keys, b, h, t, d)) != 0;
-            if (t < begin || t >= end) CHECK(score == -(double)INFINITY, "key %lld is not valid and scores %g", (long long)t, score);
-            else if (args->scorer == kvp_scorer_find("norm")) CHECK((isnan(score) != 0) == has_nan && !(score > 0), "norm of key %lld: %g", (long long)t, score);
-            else if (args->scorer == kvp_scorer_find("position")) CHECK(score == expect_position(args, begin, t), "position %lld: %g", (long long)t, score);
+            if (t < begin || t >= end)
+                CHECK(score == -(double)INFINITY, "key %lld is not valid and scores %g", (long long)t, score);
+            else if (args->scorer == kvp_scorer_find("norm"))
+                CHECK((isnan(score) != 0) == has_nan && !(score > 0), "norm of key %lld: %g", (long long)t, score);
+            else if (args->scorer == kvp_scorer_find("position"))
+                CHECK(score == expect_position(args, begin, t), "position %lld: %g", (long long)t, score);
         }
     }
 }
 
-/* What rounding can do to a sum of exponentials of logits up to "largest": the logits' own rounding, which exp makes relative. */
+/* What rounding can do to a sum of exponentials of logits up to "largest": the logits' own rounding, which exp makes
+ * relative. */
 static double rounding_of(const kvp_score_args *args) {
     const double n_dim = (double)args->keys.shape[3], largest = fabs(args->param[0]) * n_dim + (args->lse.data ? 1 : 0);
     return 4 * (n_dim + 8) * largest * 0x1p-24;
@@ -67,14 +75,17 @@ static void set_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, 
     set(votes, b, v, field + 1, 0, (double)end);
 }
 
-/* Key ranges and windows one behind the other, so that they do not meet, and voters among the queries; if wild, any numbers. */
+/* Key ranges and windows one behind the other, so that they do not meet, and voters among the queries; if wild, any
+ * numbers. */
 static void fill_votes(call *c, const kvp_tensor *t, int64_t n_token, int64_t n_query, bool wild) {
     static const double odd[] = {-1, INT32_MAX, INT32_MIN, 3};
     for (int64_t b = 0; b < t->shape[0] && t->shape[2] >= KVP_VOTE_FIELDS; b++) {
         int64_t at = 0;
         for (int64_t v = 0; v < t->shape[1]; v++) {
-            for (int f = KVP_VOTE_KEY_BEGIN; f <= KVP_VOTE_WINDOW_BEGIN; f += KVP_VOTE_WINDOW_BEGIN - KVP_VOTE_KEY_BEGIN) {
-                const int64_t begin = at + take(c->in, (n_token - at) / 2 + 1), end = begin + take(c->in, n_token - begin + 1);
+            for (int f = KVP_VOTE_KEY_BEGIN; f <= KVP_VOTE_WINDOW_BEGIN;
+                 f += KVP_VOTE_WINDOW_BEGIN - KVP_VOTE_KEY_BEGIN) {
+                const int64_t begin = at + take(c->in, (n_token - at) / 2 + 1),
+                              end = begin + take(c->in, n_token - begin + 1);
                 set_range(t, b, v, f, begin, end);
                 at = end;
             }
@@ -84,7 +95,9 @@ static void fill_votes(call *c, const kvp_tensor *t, int64_t n_token, int64_t n_
             }
             set(t, b, v, KVP_VOTE_WEIGHT, 0, (double)take(c->in, 3));
             set(t, b, v, KVP_VOTE_AGE_END, 0, (double)(take(c->in, n_token + 20) - 5));
-            while (wild && take(c->in, 2)) set(t, b, v, take(c->in, KVP_VOTE_FIELDS), 0, take(c->in, 2) ? odd[take(c->in, 4)] : (double)take(c->in, n_token + 2));
+            while (wild && take(c->in, 2))
+                set(t, b, v, take(c->in, KVP_VOTE_FIELDS), 0,
+                    take(c->in, 2) ? odd[take(c->in, 4)] : (double)take(c->in, n_token + 2));
         }
     }
 }
@@ -103,7 +116,8 @@ static void fill_lse(call *c, const kvp_tensor *t) {
     for (int64_t b = 0; b < t->shape[0]; b++)
         for (int64_t n = 0; n < t->shape[1]; n++)
             for (int64_t i = 0; i < t->shape[2]; i++)
-                set(t, b, n, i, 0, random_below(8) ? 3 + (double)take_value(c->in, false) : (double)odd[random_below(3)]);
+                set(t, b, n, i, 0,
+                    random_below(8) ? 3 + (double)take_value(c->in, false) : (double)odd[random_below(3)]);
 }
 
 static void draw_params(call *c, double *param, int32_t scorer, int64_t n_dim) {
@@ -131,7 +145,8 @@ static bool is_broadcast(const argument *a) {
 static void fill(call *c, int64_t n_token, int64_t n_query) {
     argument *a = c->arguments;
     const bool wild_tables = take(c->in, 8) == 7;
-    if (wild_tables || is_broadcast(&a[VOTES]) || is_broadcast(&a[VALID])) c->spoilt = true; /* of a broadcast, what was written last counts */
+    if (wild_tables || is_broadcast(&a[VOTES]) || is_broadcast(&a[VALID]))
+        c->spoilt = true; /* of a broadcast, what was written last counts */
     if (is_usable(&a[VOTES])) fill_votes(c, a[VOTES].tensor, n_token, n_query, wild_tables);
     if (is_usable(&a[VALID])) fill_valid_ranges(c, a[VALID].tensor, n_token, wild_tables);
     if (is_usable(&a[LSE])) fill_lse(c, a[LSE].tensor);
@@ -162,22 +177,35 @@ int fuzz_score(const uint8_t *data, size_t size) {
     argument arguments[] = {
         {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
         {.name = "queries", .letters = "BNQD", .tensor = &args.queries, .allowed = ALLOW_FLOATS, .required = attends},
-        {.name = "votes", .letters = "BVF", .tensor = &args.votes, .allowed = ALLOW_I32, .required = attends, .table = true},
+        {.name = "votes",
+         .letters = "BVF",
+         .tensor = &args.votes,
+         .allowed = ALLOW_I32,
+         .required = attends,
+         .table = true},
         {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
         {.name = "lse", .letters = "BNQ", .tensor = &args.lse, .allowed = ALLOW_F32},
-        {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true, .output = true, .in_place_of = UNSHARED},
+        {.name = "scores",
+         .letters = "BHT",
+         .tensor = &args.scores,
+         .allowed = ALLOW_F32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
     };
     call c = {.verb = KVP_SCORE, .args = &args, .arguments = arguments, .n_argument = 6, .in = &in};
     int64_t sizes[128] = {0};
     draw_sizes(&in, sizes);
-    if (args.scorer < 0 || args.scorer >= kvp_scorer_count() || !attends) c.spoilt = true; /* votes that none asks for are looked at all the same */
+    if (args.scorer < 0 || args.scorer >= kvp_scorer_count() || !attends)
+        c.spoilt = true; /* votes that none asks for are looked at all the same */
     draw_tensors(&c, sizes);
     draw_params(&c, args.param, args.scorer, sizes['D']);
     if (take(&in, 3) == 0) spoil_tensors(&c, 3);
     place_tensors(&c);
     fill(&c, sizes['T'], sizes['Q']);
-    name_case("fuzz score %s B=%lld H=%lld N=%lld T=%lld Q=%lld D=%lld V=%lld", attends ? "attention" : "", (long long)sizes['B'], (long long)sizes['H'],
-              (long long)sizes['N'], (long long)sizes['T'], (long long)sizes['Q'], (long long)sizes['D'], (long long)sizes['V']);
+    name_case("fuzz score %s B=%lld H=%lld N=%lld T=%lld Q=%lld D=%lld V=%lld", attends ? "attention" : "",
+              (long long)sizes['B'], (long long)sizes['H'], (long long)sizes['N'], (long long)sizes['T'],
+              (long long)sizes['Q'], (long long)sizes['D'], (long long)sizes['V']);
     run_call(&c, false, verify);
     free_tensors(&c);
     return 0;

@@ -16,10 +16,11 @@ static void verify(const call *c) {
     for (int64_t b = 0; b < args->scores.shape[0]; b++)
         for (int64_t h = 0; h < args->scores.shape[1]; h++) {
             const int64_t count = exact_select(args, b, h, expected);
-            CHECK(get(&args->counts, b, h, 0, 0) == (double)count, "row %lld,%lld counts %g; expected %lld", (long long)b, (long long)h,
-                  get(&args->counts, b, h, 0, 0), (long long)count);
+            CHECK(get(&args->counts, b, h, 0, 0) == (double)count, "row %lld,%lld counts %g; expected %lld",
+                  (long long)b, (long long)h, get(&args->counts, b, h, 0, 0), (long long)count);
             for (int64_t i = 0; i < args->positions.shape[2]; i++)
-                CHECK(get(&args->positions, b, h, i, 0) == expected[i], "position %lld of row %lld,%lld", (long long)i, (long long)b, (long long)h);
+                CHECK(get(&args->positions, b, h, i, 0) == expected[i], "position %lld of row %lld,%lld", (long long)i,
+                      (long long)b, (long long)h);
         }
     free(expected);
 }
@@ -52,7 +53,8 @@ static void fill_quotas(call *c, const kvp_tensor *t, int64_t room, bool wild) {
 static void fill_protect(call *c, const kvp_tensor *t) {
     const int64_t one_in = 1 + take(c->in, 8);
     for (int64_t b = 0; b < t->shape[0]; b++)
-        for (int64_t k = 0; k < t->shape[1]; k++) set(t, b, k, 0, 0, (double)(random_below(one_in) ? 0 : 1 + random_below(255)));
+        for (int64_t k = 0; k < t->shape[1]; k++)
+            set(t, b, k, 0, 0, (double)(random_below(one_in) ? 0 : 1 + random_below(255)));
 }
 
 static void fill_valid_ranges(call *c, const kvp_tensor *t, int64_t n_token, bool wild) {
@@ -87,13 +89,40 @@ int fuzz_select(const uint8_t *data, size_t size) {
     input in = {data, size};
     kvp_select_args args = {.size = sizeof(kvp_select_args)};
     argument arguments[] = {
-        {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true, .in_place_of = UNSHARED},
-        {.name = "segments", .letters = "BE", .tensor = &args.segments, .allowed = ALLOW_I32, .required = true, .table = true},
-        {.name = "quotas", .letters = "BHS", .tensor = &args.quotas, .allowed = ALLOW_I32, .required = true, .table = true},
+        {.name = "scores",
+         .letters = "BHT",
+         .tensor = &args.scores,
+         .allowed = ALLOW_F32,
+         .required = true,
+         .in_place_of = UNSHARED},
+        {.name = "segments",
+         .letters = "BE",
+         .tensor = &args.segments,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .table = true},
+        {.name = "quotas",
+         .letters = "BHS",
+         .tensor = &args.quotas,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .table = true},
         {.name = "protect", .letters = "BT", .tensor = &args.protect, .allowed = ALLOW_U8},
         {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true, .output = true, .in_place_of = UNSHARED},
-        {.name = "counts", .letters = "BH", .tensor = &args.counts, .allowed = ALLOW_I32, .required = true, .output = true, .in_place_of = UNSHARED},
+        {.name = "positions",
+         .letters = "BHK",
+         .tensor = &args.positions,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
+        {.name = "counts",
+         .letters = "BH",
+         .tensor = &args.counts,
+         .allowed = ALLOW_I32,
+         .required = true,
+         .output = true,
+         .in_place_of = UNSHARED},
     };
     call c = {.verb = KVP_SELECT, .args = &args, .arguments = arguments, .n_argument = 7, .in = &in};
     int64_t sizes[128] = {0};
@@ -110,8 +139,8 @@ int fuzz_select(const uint8_t *data, size_t size) {
     if (take(&in, 3) == 0) spoil_tensors(&c, 3);
     place_tensors(&c);
     fill(&c, sizes['T'], sizes['K']);
-    name_case("fuzz select B=%lld H=%lld T=%lld K=%lld S=%lld", (long long)sizes['B'], (long long)sizes['H'], (long long)sizes['T'],
-              (long long)sizes['K'], (long long)sizes['S']);
+    name_case("fuzz select B=%lld H=%lld T=%lld K=%lld S=%lld", (long long)sizes['B'], (long long)sizes['H'],
+              (long long)sizes['T'], (long long)sizes['K'], (long long)sizes['S']);
     run_call(&c, true, verify);
     free_tensors(&c);
     return 0;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * libFuzzer's two entries. The environment variable KVP_FUZZ names the target. The first failed check ends the process, and leaves its input.
+ * libFuzzer's two entries. The environment variable KVP_FUZZ names the target. The first failed check ends the process,
+ * and leaves its input.
  */
 #include "producer.h"
 

@@ -21,8 +21,8 @@ int64_t take(input *in, int64_t n) {
 }
 
 static float wild_value(unsigned char byte) {
-    static const float odd[] = {NAN,     INFINITY, -INFINITY, 0.0f,   -0.0f,   0x1p-149f, -0x1p-149f, FLT_MIN,
-                                FLT_MAX, -FLT_MAX, 65504,     65520,  0x1p-24f, 0x1p-25f, 1e20f,      -1e-20f};
+    static const float odd[] = {NAN,     INFINITY, -INFINITY, 0.0f,  -0.0f,    0x1p-149f, -0x1p-149f, FLT_MIN,
+                                FLT_MAX, -FLT_MAX, 65504,     65520, 0x1p-24f, 0x1p-25f,  1e20f,      -1e-20f};
     if (byte < sizeof odd / sizeof odd[0]) return odd[byte];
     if (byte >= 64) return (float)(byte % 16) - 8.0f; /* ties */
     const uint32_t bits = (uint32_t)random_bits();
@@ -38,7 +38,8 @@ float take_value(input *in, bool wild) {
 
 /* ------------------------------------------------------------ tensors */
 
-/* Dimensions in any order from the fastest on, each with a gap or without; one in eight of an input's is a broadcast. */
+/* Dimensions in any order from the fastest on, each with a gap or without; one in eight of an input's is a broadcast.
+ */
 static void draw_strides(input *in, kvp_tensor *t, bool output) {
     int64_t step = 1 + (take(in, 4) == 3);
     int left[4] = {0, 1, 2, 3};
@@ -70,8 +71,22 @@ void draw_tensors(call *c, const int64_t *size) {
 }
 
 static int64_t odd_size(input *in) {
-    static const int64_t odd[] = {0,       1,       2,       3,       5,           -1,           INT32_MAX,     (int64_t)INT32_MAX + 1,
-                                  1 << 20, INT64_C(1) << 40, INT64_C(1) << 54, INT64_C(1) << 61, INT64_MAX / 2, INT64_MAX - 1, INT64_MAX, INT64_MIN};
+    static const int64_t odd[] = {0,
+                                  1,
+                                  2,
+                                  3,
+                                  5,
+                                  -1,
+                                  INT32_MAX,
+                                  (int64_t)INT32_MAX + 1,
+                                  1 << 20,
+                                  INT64_C(1) << 40,
+                                  INT64_C(1) << 54,
+                                  INT64_C(1) << 61,
+                                  INT64_MAX / 2,
+                                  INT64_MAX - 1,
+                                  INT64_MAX,
+                                  INT64_MIN};
     return odd[take(in, (int64_t)(sizeof odd / sizeof odd[0]))];
 }
 
@@ -182,7 +197,8 @@ void free_tensors(call *c) {
 bool is_usable(const argument *a) {
     const kvp_tensor *t = a->tensor;
     const bool known = t->dtype >= KVP_F32 && t->dtype <= KVP_U8 && (a->allowed >> t->dtype & 1);
-    return a->given && known && t->ndim == (int32_t)strlen(a->letters) && span_of(t) && count_of(t) > 0 && (uintptr_t)t->data % dtype_size(t->dtype) == 0;
+    return a->given && known && t->ndim == (int32_t)strlen(a->letters) && span_of(t) && count_of(t) > 0 &&
+           (uintptr_t)t->data % dtype_size(t->dtype) == 0;
 }
 
 void fill_values(call *c, int index, bool wild) {
@@ -195,7 +211,9 @@ void fill_values(call *c, int index, bool wild) {
             for (int64_t k = 0; k < size[2]; k++)
                 for (int64_t l = 0; l < size[3]; l++) {
                     const float value = take_value(c->in, wild);
-                    if (t->dtype == KVP_F32) memcpy(element(t, i, j, k, l), &value, sizeof value); /* keeps the payload of a NaN */
-                    else set(t, i, j, k, l, (double)value);
+                    if (t->dtype == KVP_F32)
+                        memcpy(element(t, i, j, k, l), &value, sizeof value); /* keeps the payload of a NaN */
+                    else
+                        set(t, i, j, k, l, (double)value);
                 }
 }

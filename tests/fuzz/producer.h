@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Splits bytes into calls of a verb: shapes, strides, element types, values, scratch, and faults of every kind. A fuzz target names its
- * arguments, fills in what they hold, and says how a result is verified; what holds for every verb is checked here.
+ * Splits bytes into calls of a verb: shapes, strides, element types, values, scratch, and faults of every kind. A fuzz
+ * target names its arguments, fills in what they hold, and says how a result is verified; what holds for every verb is
+ * checked here.
  */
 #ifndef KVP_TEST_PRODUCER_H
 #define KVP_TEST_PRODUCER_H
@@ -15,10 +16,16 @@ typedef struct input {
 } input;
 
 int64_t take(input *in, int64_t n); /* [0, n) */
-/* An element: from the input while that lasts, then at random. Tame ones are multiples of 1/128 in [-1, 1), wild ones anything at all. */
+/* An element: from the input while that lasts, then at random. Tame ones are multiples of 1/128 in [-1, 1), wild ones
+ * anything at all. */
 float take_value(input *in, bool wild);
 
-enum { ALLOW_FLOATS = 1 << KVP_F32 | 1 << KVP_F16 | 1 << KVP_BF16, ALLOW_F32 = 1 << KVP_F32, ALLOW_I32 = 1 << KVP_I32, ALLOW_U8 = 1 << KVP_U8 };
+enum {
+    ALLOW_FLOATS = 1 << KVP_F32 | 1 << KVP_F16 | 1 << KVP_BF16,
+    ALLOW_F32 = 1 << KVP_F32,
+    ALLOW_I32 = 1 << KVP_I32,
+    ALLOW_U8 = 1 << KVP_U8
+};
 enum { MAX_ARGUMENTS = 7, UNSHARED = -1 };
 
 /* One tensor of a call. letters name its dimensions as in kvp.h: the same letter is the same size in every argument. */
@@ -57,13 +64,13 @@ void free_tensors(call *c);
 bool is_usable(const argument *a);
 void fill_values(call *c, int index, bool wild);
 
-/* The contract of the tensors, as plainly as can be: what is wrong with them, or NULL. Not complete in one respect: outputs that share memory
- * in ways that only enumeration finds are found only if they are small. */
+/* The contract of the tensors, as plainly as can be: what is wrong with them, or NULL. Not complete in one respect:
+ * outputs that share memory in ways that only enumeration finds are found only if they are small. */
 const char *find_flaw(const call *c);
 
-/* Calls the verb in different ways and checks what holds for all: a refusal writes nothing and says why, an accepted call has no flaw, writes
- * its outputs only, and gives the same bits for any number of workers. "same_on_every_isa": also on another instruction set. verify is called
- * after the first accepted call. */
+/* Calls the verb in different ways and checks what holds for all: a refusal writes nothing and says why, an accepted
+ * call has no flaw, writes its outputs only, and gives the same bits for any number of workers. "same_on_every_isa":
+ * also on another instruction set. verify is called after the first accepted call. */
 void run_call(call *c, bool same_on_every_isa, void (*verify)(const call *));
 
 /* The targets. Each aborts if a check fails. */

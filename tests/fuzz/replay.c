@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The corpus without libFuzzer: every file of tests/fuzz/corpus/TARGET through its target. Part of the native tests, so that it runs with every
- * compiler, sanitizer and machine that they run on.
+ * The corpus without libFuzzer: every file of tests/fuzz/corpus/TARGET through its target. Part of the native tests, so
+ * that it runs with every compiler, sanitizer and machine that they run on.
  */
 #include "../native/tests.h"
 #include "producer.h"

@@ -38,8 +38,10 @@ static const char *find_unequal_sizes(const call *c) {
             if (!x->given || !y->given) continue;
             for (int d = 0; x->letters[d]; d++)
                 for (int e = 0; y->letters[e]; e++)
-                    if (x->letters[d] == y->letters[e] && x->tensor->shape[d] != y->tensor->shape[e]) return "sizes differ";
-            if (x->allowed == ALLOW_FLOATS && y->allowed == ALLOW_FLOATS && x->tensor->dtype != y->tensor->dtype) return "element types differ";
+                    if (x->letters[d] == y->letters[e] && x->tensor->shape[d] != y->tensor->shape[e])
+                        return "sizes differ";
+            if (x->allowed == ALLOW_FLOATS && y->allowed == ALLOW_FLOATS && x->tensor->dtype != y->tensor->dtype)
+                return "element types differ";
             if (!x->table && !y->table && x->tensor->device_index != y->tensor->device_index) return "devices differ";
         }
     return NULL;
@@ -66,9 +68,12 @@ static int compare_addresses(const void *x, const void *y) {
 /* Sorted lists of elements of a and b bytes: does any pair share a byte? */
 static bool lists_meet(const uintptr_t *x, int64_t n_x, size_t a, const uintptr_t *y, int64_t n_y, size_t b) {
     for (int64_t i = 0, k = 0; i < n_x && k < n_y;) {
-        if (x[i] + a <= y[k]) i++;
-        else if (y[k] + b <= x[i]) k++;
-        else return true;
+        if (x[i] + a <= y[k])
+            i++;
+        else if (y[k] + b <= x[i])
+            k++;
+        else
+            return true;
     }
     return false;
 }
@@ -87,7 +92,8 @@ static const char *find_shared_memory(const call *c, const argument *out) {
         qsort(others, (size_t)n_other, sizeof others[0], compare_addresses);
         if (!lists_meet(own, n, dtype_size(out->tensor->dtype), others, n_other, dtype_size(t->dtype))) continue;
         bool is_start = t->data == out->tensor->data;
-        for (int d = 0; d < out->tensor->ndim; d++) is_start = is_start && (out->tensor->shape[d] == 1 || t->stride[d] == out->tensor->stride[d]);
+        for (int d = 0; d < out->tensor->ndim; d++)
+            is_start = is_start && (out->tensor->shape[d] == 1 || t->stride[d] == out->tensor->stride[d]);
         if (i != out->in_place_of || !is_start) return "an output shares memory";
         for (int64_t k = 1; k < n_other; k++)
             if (others[k] == others[k - 1]) return "an output is its input, which holds an address twice";
@@ -135,10 +141,12 @@ static void restore_memories(const call *c, const memories *m) {
 static void check_memories(const call *c, const memories *m, bool but_outputs, const char *what) {
     for (int i = 0; i < c->n_argument; i++) {
         bool has_output = false;
-        for (int k = 0; k < c->n_argument; k++) has_output |= c->arguments[k].output && c->arguments[k].given && (k == i || c->arguments[k].over == i);
+        for (int k = 0; k < c->n_argument; k++)
+            has_output |= c->arguments[k].output && c->arguments[k].given && (k == i || c->arguments[k].over == i);
         if (!m->copy[i].data || (but_outputs && has_output)) continue;
         check_guards(&c->arguments[i].memory);
-        CHECK(memcmp(c->arguments[i].memory.data, m->copy[i].data, m->copy[i].bytes) == 0, "the memory of %s %s", c->arguments[i].name, what);
+        CHECK(memcmp(c->arguments[i].memory.data, m->copy[i].data, m->copy[i].bytes) == 0, "the memory of %s %s",
+              c->arguments[i].name, what);
     }
 }
 
@@ -147,7 +155,13 @@ static void run_backwards(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void
     for (int64_t task = n_task - 1; task >= 0; task--) fn(arg, task, (int32_t)(task % n_worker));
 }
 
-typedef enum scratch_kind { SCRATCH_EXACT, SCRATCH_SHORT, SCRATCH_NONE, SCRATCH_MISALIGNED, SCRATCH_KINDS } scratch_kind;
+typedef enum scratch_kind {
+    SCRATCH_EXACT,
+    SCRATCH_SHORT,
+    SCRATCH_NONE,
+    SCRATCH_MISALIGNED,
+    SCRATCH_KINDS
+} scratch_kind;
 
 /* Calls with scratch of "need" bytes, or with none that will do. */
 static kvp_status call_with(const call *c, size_t need, scratch_kind kind, bool threads, char *error) {
@@ -158,9 +172,12 @@ static kvp_status call_with(const call *c, size_t need, scratch_kind kind, bool 
     memset(ctx.error, 0x7f, sizeof ctx.error);
     ctx.workspace = kind == SCRATCH_NONE ? NULL : scratch.data + (kind == SCRATCH_MISALIGNED);
     ctx.workspace_bytes = need - (kind == SCRATCH_SHORT && need > 0);
-    if (c->verb == KVP_SCORE) status = kvp_score(c->args, &ctx);
-    else if (c->verb == KVP_SELECT) status = kvp_select(c->args, &ctx);
-    else status = kvp_gather(c->args, &ctx);
+    if (c->verb == KVP_SCORE)
+        status = kvp_score(c->args, &ctx);
+    else if (c->verb == KVP_SELECT)
+        status = kvp_select(c->args, &ctx);
+    else
+        status = kvp_gather(c->args, &ctx);
     memcpy(error, ctx.error, sizeof ctx.error);
     free_block(&scratch);
     return status;
@@ -188,8 +205,9 @@ static void check_gaps(const call *c, const memories *before) {
             int64_t size[4] = {1, 1, 1, 1};
             for (int d = 0; d < view.ndim; d++) size[d] = view.shape[d];
             for (int64_t n = 0; n < size[0] * size[1] * size[2] * size[3]; n++)
-                memset(element(&view, n / (size[1] * size[2] * size[3]), n / (size[2] * size[3]) % size[1], n / size[3] % size[2], n % size[3]), 1,
-                       dtype_size(view.dtype));
+                memset(element(&view, n / (size[1] * size[2] * size[3]), n / (size[2] * size[3]) % size[1],
+                               n / size[3] % size[2], n % size[3]),
+                       1, dtype_size(view.dtype));
         }
         size_t touched = 0;
         for (size_t k = 0; k < now->bytes; k++) touched += !marks.data[k] && now->data[k] != before->copy[at].data[k];
@@ -203,13 +221,15 @@ static bool is_heavy(const call *c, size_t scratch) {
     double count = 0;
     for (int i = 0; i < c->n_argument; i++) {
         double own = 1;
-        for (int d = 0; c->arguments[i].given && d < c->arguments[i].tensor->ndim && d < 4; d++) own *= (double)c->arguments[i].tensor->shape[d];
+        for (int d = 0; c->arguments[i].given && d < c->arguments[i].tensor->ndim && d < 4; d++)
+            own *= (double)c->arguments[i].tensor->shape[d];
         count += own;
     }
     return c->too_long || scratch > MOST_SCRATCH || count > MOST_ELEMENTS;
 }
 
-static void call_again(const call *c, const memories *before, size_t need, bool threads, const memories *first, const char *what) {
+static void call_again(const call *c, const memories *before, size_t need, bool threads, const memories *first,
+                       const char *what) {
     char error[KVP_ERROR_BYTES];
     restore_memories(c, before);
     const kvp_status status = call_with(c, need, SCRATCH_EXACT, threads, error);
@@ -222,7 +242,8 @@ static void use_isa(int64_t index) {
         if (n == index) kvp_cpu_isa_set(kvp_cpu_isa_name(n)); /* stays as it is where this CPU lacks it */
 }
 
-static void run_accepted(call *c, const memories *before, size_t need, bool same_on_every_isa, void (*verify)(const call *)) {
+static void run_accepted(call *c, const memories *before, size_t need, bool same_on_every_isa,
+                         void (*verify)(const call *)) {
     const char *flaw = find_flaw(c);
     if (!CHECK(!flaw, "a call was accepted although %s", flaw ? flaw : "")) return;
     memories first = copy_memories(c);
@@ -230,7 +251,8 @@ static void run_accepted(call *c, const memories *before, size_t need, bool same
     check_memories(c, before, true, "was written, which is an input's");
     check_gaps(c, before);
     verify(c);
-    CHECK(kvp_workspace(c->verb, c->args, 3, &need_of_3) == KVP_OK && need_of_3 >= need, "%zu bytes for 3 workers, %zu for one", need_of_3, need);
+    CHECK(kvp_workspace(c->verb, c->args, 3, &need_of_3) == KVP_OK && need_of_3 >= need,
+          "%zu bytes for 3 workers, %zu for one", need_of_3, need);
     call_again(c, before, need_of_3, true, &first, "differs with three workers");
     if (same_on_every_isa) {
         use_isa(0);
@@ -247,15 +269,19 @@ void run_call(call *c, bool same_on_every_isa, void (*verify)(const call *)) {
     use_isa(take(c->in, 4));
     const kvp_status asked = kvp_workspace(c->verb, c->args, 1, &need);
     if (asked == KVP_OK && kvp_workspace(c->verb, c->args, 3, &need_of_3) == KVP_OK && is_heavy(c, need_of_3)) {
-        if (need > 0) CHECK(call_with(c, 0, SCRATCH_EXACT, false, error) == KVP_ERR_WORKSPACE, "%zu bytes of scratch are not missed", need);
+        if (need > 0)
+            CHECK(call_with(c, 0, SCRATCH_EXACT, false, error) == KVP_ERR_WORKSPACE,
+                  "%zu bytes of scratch are not missed", need);
     } else {
         memories before = copy_memories(c);
         const kvp_status status = call_with(c, need, kind, false, error);
         if (status != KVP_OK) check_refusal(c, &before, error);
-        CHECK(asked == KVP_OK || status == asked, "kvp_workspace refuses with %s, the verb with %s", kvp_status_name(asked), kvp_status_name(status));
+        CHECK(asked == KVP_OK || status == asked, "kvp_workspace refuses with %s, the verb with %s",
+              kvp_status_name(asked), kvp_status_name(status));
         if (asked == KVP_OK && kind != SCRATCH_EXACT && need > 0)
             CHECK(status == KVP_ERR_WORKSPACE, "bad scratch of kind %d: %s", (int)kind, kvp_status_name(status));
-        else CHECK(status == KVP_OK || c->spoilt, "a good call was refused: %s", error);
+        else
+            CHECK(status == KVP_OK || c->spoilt, "a good call was refused: %s", error);
         if (status == KVP_OK) run_accepted(c, &before, need, same_on_every_isa, verify);
         free_memories(c, &before);
     }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Tensors of every element type and layout. The conversions are arithmetic (frexp, ldexp), not bit tricks, so that they share no mistake
- * with the core's.
+ * Tensors of every element type and layout. The conversions are arithmetic (frexp, ldexp), not bit tricks, so that they
+ * share no mistake with the core's.
  */
 #include "harness.h"
 
@@ -57,9 +57,12 @@ static uint16_t encode_16(double value, int fraction_bits, int bias) {
 static double decode_16(uint16_t bits, int fraction_bits, int bias) {
     const int field = bits >> fraction_bits & (2 * bias + 1), fraction = bits & ((1 << fraction_bits) - 1);
     double value;
-    if (field == 2 * bias + 1) value = fraction ? (double)NAN : (double)INFINITY;
-    else if (field == 0) value = ldexp(fraction, 1 - bias - fraction_bits);
-    else value = ldexp(fraction + (1 << fraction_bits), field - bias - fraction_bits);
+    if (field == 2 * bias + 1)
+        value = fraction ? (double)NAN : (double)INFINITY;
+    else if (field == 0)
+        value = ldexp(fraction, 1 - bias - fraction_bits);
+    else
+        value = ldexp(fraction + (1 << fraction_bits), field - bias - fraction_bits);
     return bits & 0x8000u ? -value : value;
 }
 
@@ -182,7 +185,9 @@ typedef struct comparison {
 
 static void compare_element(const kvp_tensor *t, const int64_t *x, void *arg) {
     comparison *c = arg;
-    if (memcmp(element(t, x[0], x[1], x[2], x[3]), element(c->other, x[0], x[1], x[2], x[3]), dtype_size(t->dtype)) != 0) c->same = false;
+    if (memcmp(element(t, x[0], x[1], x[2], x[3]), element(c->other, x[0], x[1], x[2], x[3]), dtype_size(t->dtype)) !=
+        0)
+        c->same = false;
 }
 
 bool same_elements(const kvp_tensor *x, const kvp_tensor *y) {

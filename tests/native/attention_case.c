@@ -42,18 +42,28 @@ static void draw_votes(vote_fields *votes, int32_t n_token) {
 static int64_t write_votes(voting kind, int32_t n, vote_fields *votes) {
     const int32_t window = n < 6 ? n / 2 : 4, half = n / 2;
     switch (kind) {
-    case VOTING_SNAPKV: memcpy(votes[0], (vote_fields){0, n - window, n - window, n, 0, 0, KVP_WEIGHT_MEAN, 0, n - window, n}, sizeof votes[0]); return 1;
-    case VOTING_TOVA: memcpy(votes[0], (vote_fields){0, n, n - 1, n, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0}, sizeof votes[0]); return 1;
-    case VOTING_H2O: memcpy(votes[0], (vote_fields){0, n, 0, n, 0, 0, KVP_WEIGHT_AGE, n, 0, 0}, sizeof votes[0]); return 1;
+    case VOTING_SNAPKV:
+        memcpy(votes[0], (vote_fields){0, n - window, n - window, n, 0, 0, KVP_WEIGHT_MEAN, 0, n - window, n},
+               sizeof votes[0]);
+        return 1;
+    case VOTING_TOVA:
+        memcpy(votes[0], (vote_fields){0, n, n - 1, n, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0}, sizeof votes[0]);
+        return 1;
+    case VOTING_H2O:
+        memcpy(votes[0], (vote_fields){0, n, 0, n, 0, 0, KVP_WEIGHT_AGE, n, 0, 0}, sizeof votes[0]);
+        return 1;
     case VOTING_SPANS:
-        memcpy(votes[0], (vote_fields){0, half, half / 2, half, n - n / 4, n, KVP_WEIGHT_MEAN, 0, 0, 0}, sizeof votes[0]);
+        memcpy(votes[0], (vote_fields){0, half, half / 2, half, n - n / 4, n, KVP_WEIGHT_MEAN, 0, 0, 0},
+               sizeof votes[0]);
         memcpy(votes[1], (vote_fields){half, n - 1, half, n, n, n, KVP_WEIGHT_AGE, n - 1, n - 1, n}, sizeof votes[1]);
         return 2;
     case VOTING_EMPTY:
         memcpy(votes[0], (vote_fields){0, half / 2, half, half, n, n, KVP_WEIGHT_MEAN, 0, 0, 0}, sizeof votes[0]);
         memcpy(votes[1], (vote_fields){half, half, n - 1, n, 0, 0, KVP_WEIGHT_SUM, 0, n, n}, sizeof votes[1]);
         return 2;
-    case VOTING_OVERLAP: memcpy(votes[0], (vote_fields){0, n, 0, n - n / 3, n / 3, n, KVP_WEIGHT_MEAN, 0, 0, 0}, sizeof votes[0]); return 1;
+    case VOTING_OVERLAP:
+        memcpy(votes[0], (vote_fields){0, n, 0, n - n / 3, n / 3, n, KVP_WEIGHT_MEAN, 0, 0, 0}, sizeof votes[0]);
+        return 1;
     default: draw_votes(votes, n); return MAX_VOTES;
     }
 }
@@ -78,7 +88,8 @@ static int64_t find_first_voter(const kvp_score_args *args, int64_t n_token) {
         read_valid(&args->valid, b, n_token, &low, &high);
         for (int64_t v = 0; v < args->votes.shape[1]; v++) {
             for (int f = KVP_VOTE_A_BEGIN; f <= KVP_VOTE_B_BEGIN; f += 2) {
-                const int64_t from = (int64_t)get(&args->votes, b, v, f, 0), to = (int64_t)get(&args->votes, b, v, f + 1, 0);
+                const int64_t from = (int64_t)get(&args->votes, b, v, f, 0),
+                              to = (int64_t)get(&args->votes, b, v, f + 1, 0);
                 const int64_t begin = from > low ? from : low, end = to < high ? to : high;
                 if (begin < end && begin < first) first = begin;
             }
@@ -108,7 +119,8 @@ static array draw_lse(const attention_shape *s, int64_t n_query) {
         for (int64_t n = 0; n < a.view.shape[1]; n++)
             for (int64_t i = 0; i < n_query; i++) {
                 static const float odd[] = {NAN, INFINITY, -INFINITY};
-                const double value = random_below(8) ? log((double)s->n_token) + random_normal() : (double)odd[random_below(3)];
+                const double value =
+                    random_below(8) ? log((double)s->n_token) + random_normal() : (double)odd[random_below(3)];
                 set(&a.view, b, n, i, 0, value);
             }
     return a;
@@ -134,7 +146,8 @@ attention_case new_attention_case(const attention_shape *s) {
     const int64_t first = find_first_voter(&c.args, s->n_token), fewest = first < s->n_token ? s->n_token - first : 1;
     const int64_t n_query = random_below(2) ? fewest : fewest + random_below(s->n_token - fewest + 1);
     c.keys = new_array(s->dtype, random_layout(), 4, (int64_t[4]){s->n_batch, s->n_head, s->n_token, s->n_dim});
-    c.queries = new_array(s->dtype, random_layout(), 4, (int64_t[4]){s->n_batch, s->n_head * s->group, n_query, s->n_dim});
+    c.queries =
+        new_array(s->dtype, random_layout(), 4, (int64_t[4]){s->n_batch, s->n_head * s->group, n_query, s->n_dim});
     fill_normal(&c.keys.view);
     fill_normal(&c.queries.view);
     spoil_padding(&c.keys.view, &c.args.valid, s->n_token);

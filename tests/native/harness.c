@@ -141,10 +141,14 @@ kvp_status call_verb(kvp_verb verb, const void *args, calling how) {
     ctx.parallel_for = how.parallel_for;
     ctx.n_worker = how.n_worker;
     kvp_status status;
-    if (verb == KVP_SCORE) status = kvp_score(args, &ctx);
-    else if (verb == KVP_SELECT) status = kvp_select(args, &ctx);
-    else if (verb == KVP_GATHER) status = kvp_gather(args, &ctx);
-    else status = kvp_press(args, &ctx);
+    if (verb == KVP_SCORE)
+        status = kvp_score(args, &ctx);
+    else if (verb == KVP_SELECT)
+        status = kvp_select(args, &ctx);
+    else if (verb == KVP_GATHER)
+        status = kvp_gather(args, &ctx);
+    else
+        status = kvp_press(args, &ctx);
     CHECK(status == KVP_OK, "%s: %s", kvp_status_name(status), ctx.error);
     free_block(&scratch);
     return status;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the native tests share: counted checks, random numbers, memory with guards, tensors in awkward layouts, and calling a verb with
- * exactly the scratch it asked for.
+ * What the native tests share: counted checks, random numbers, memory with guards, tensors in awkward layouts, and
+ * calling a verb with exactly the scratch it asked for.
  */
 #ifndef KVP_TEST_HARNESS_H
 #define KVP_TEST_HARNESS_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The core against oracles, without Python. Exit code 1 if any check failed. Arguments, if any, name the only tests to run; the environment
- * variable KVP_ISA the only row primitives.
+ * The core against oracles, without Python. Exit code 1 if any check failed. Arguments, if any, name the only tests to
+ * run; the environment variable KVP_ISA the only row primitives.
  */
 #include "harness.h"
 #include "tests.h"

@@ -26,19 +26,25 @@ static cut_vote read_vote(const kvp_score_args *args, int64_t b, int64_t v) {
     read_valid(&args->valid, b, args->keys.shape[2], &begin, &end);
     for (int f = 0; f < KVP_VOTE_FIELDS; f++) {
         field[f] = (int64_t)get(&args->votes, b, v, f, 0);
-        const bool is_begin = f == KVP_VOTE_KEY_BEGIN || f == KVP_VOTE_A_BEGIN || f == KVP_VOTE_B_BEGIN || f == KVP_VOTE_WINDOW_BEGIN;
-        const bool is_end = f == KVP_VOTE_KEY_END || f == KVP_VOTE_A_END || f == KVP_VOTE_B_END || f == KVP_VOTE_WINDOW_END;
+        const bool is_begin =
+            f == KVP_VOTE_KEY_BEGIN || f == KVP_VOTE_A_BEGIN || f == KVP_VOTE_B_BEGIN || f == KVP_VOTE_WINDOW_BEGIN;
+        const bool is_end =
+            f == KVP_VOTE_KEY_END || f == KVP_VOTE_A_END || f == KVP_VOTE_B_END || f == KVP_VOTE_WINDOW_END;
         if (is_begin && field[f] < begin) field[f] = begin;
         if (is_end && field[f] > end) field[f] = end;
     }
-    return (cut_vote){field[KVP_VOTE_KEY_BEGIN], field[KVP_VOTE_KEY_END],      field[KVP_VOTE_A_BEGIN],    field[KVP_VOTE_A_END],
-                      field[KVP_VOTE_B_BEGIN],   field[KVP_VOTE_B_END],        field[KVP_VOTE_WINDOW_BEGIN], field[KVP_VOTE_WINDOW_END],
-                      field[KVP_VOTE_AGE_END],   field[KVP_VOTE_WEIGHT]};
+    return (cut_vote){field[KVP_VOTE_KEY_BEGIN],    field[KVP_VOTE_KEY_END],    field[KVP_VOTE_A_BEGIN],
+                      field[KVP_VOTE_A_END],        field[KVP_VOTE_B_BEGIN],    field[KVP_VOTE_B_END],
+                      field[KVP_VOTE_WINDOW_BEGIN], field[KVP_VOTE_WINDOW_END], field[KVP_VOTE_AGE_END],
+                      field[KVP_VOTE_WEIGHT]};
 }
 
-static bool is_voter(const cut_vote *v, int64_t q) { return (q >= v->a_begin && q < v->a_end) || (q >= v->b_begin && q < v->b_end); }
+static bool is_voter(const cut_vote *v, int64_t q) {
+    return (q >= v->a_begin && q < v->a_end) || (q >= v->b_begin && q < v->b_end);
+}
 
-/* The score of a key in a window, a whole number of at least 2, which both arithmetics hold; 0 for a key in no window. */
+/* The score of a key in a window, a whole number of at least 2, which both arithmetics hold; 0 for a key in no window.
+ */
 static int64_t score_of_window(const kvp_score_args *args, int64_t b, int64_t k) {
     for (int64_t i = 0; i < args->votes.shape[1]; i++) {
         const cut_vote v = read_vote(args, b, i);
@@ -63,12 +69,14 @@ static int64_t score_of_window(const kvp_score_args *args, int64_t b, int64_t k)
 
 void exact_lse(const kvp_score_args *args, int64_t b, int64_t n, double *out) {
     const int64_t n_token = args->keys.shape[2], n_dim = args->keys.shape[3], n_query = args->queries.shape[2];
-    double *queries = exact_load(&args->queries, b, n), *keys = exact_load(&args->keys, b, n / (args->queries.shape[1] / args->keys.shape[1]));
+    double *queries = exact_load(&args->queries, b, n),
+           *keys = exact_load(&args->keys, b, n / (args->queries.shape[1] / args->keys.shape[1]));
     int64_t begin, end;
     read_valid(&args->valid, b, n_token, &begin, &end);
     for (int64_t i = 0; i < n_query; i++) {
         double sum = 0;
-        for (int64_t k = begin; k <= n_token - n_query + i; k++) sum += exp(exact_logit(args, queries + i * n_dim, keys + k * n_dim));
+        for (int64_t k = begin; k <= n_token - n_query + i; k++)
+            sum += exp(exact_logit(args, queries + i * n_dim, keys + k * n_dim));
         out[i] = log(sum);
     }
     free(queries);
@@ -91,22 +99,27 @@ static double row_error(const double *exact, const float *given, const bool *mus
     return deviation == 0 ? 0 : deviation / largest;
 }
 
-void check_scores_within(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *), void (*naive)(const kvp_score_args *, float *),
-                         double room) {
-    const int64_t n_head = args->scores.shape[1], n_token = args->scores.shape[2], n_row = args->scores.shape[0] * n_head;
+void check_scores_within(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *),
+                         void (*naive)(const kvp_score_args *, float *), double room) {
+    const int64_t n_head = args->scores.shape[1], n_token = args->scores.shape[2],
+                  n_row = args->scores.shape[0] * n_head;
     double *want = allocate((size_t)(n_row * n_token) * sizeof *want), naive_error = 0;
-    float *plain = allocate((size_t)(n_row * n_token) * sizeof *plain), *given = allocate((size_t)n_token * sizeof *given);
+    float *plain = allocate((size_t)(n_row * n_token) * sizeof *plain),
+          *given = allocate((size_t)n_token * sizeof *given);
     bool *must_equal = allocate((size_t)(n_row * n_token) * sizeof *must_equal);
     exact(args, want);
     naive(args, plain);
     for (int64_t i = 0; i < n_row * n_token; i++)
-        must_equal[i] = isinf(want[i]) || (args->votes.data && score_of_window(args, i / n_token / n_head, i % n_token));
+        must_equal[i] =
+            isinf(want[i]) || (args->votes.data && score_of_window(args, i / n_token / n_head, i % n_token));
     for (int64_t r = 0; r < n_row; r++)
-        naive_error = fmax(naive_error, row_error(want + r * n_token, plain + r * n_token, must_equal + r * n_token, n_token));
+        naive_error =
+            fmax(naive_error, row_error(want + r * n_token, plain + r * n_token, must_equal + r * n_token, n_token));
     for (int64_t r = 0; r < n_row; r++) {
         for (int64_t k = 0; k < n_token; k++) given[k] = (float)get(&args->scores, r / n_head, r % n_head, k, 0);
         const double error = row_error(want + r * n_token, given, must_equal + r * n_token, n_token);
-        CHECK(error <= 2 * naive_error + 1e-6 + room, "row %lld is off by %g, naive float32 by %g", (long long)r, error, naive_error);
+        CHECK(error <= 2 * naive_error + 1e-6 + room, "row %lld is off by %g, naive float32 by %g", (long long)r, error,
+              naive_error);
     }
     free(want);
     free(plain);
@@ -114,7 +127,8 @@ void check_scores_within(const kvp_score_args *args, void (*exact)(const kvp_sco
     free(must_equal);
 }
 
-void check_scores(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *), void (*naive)(const kvp_score_args *, float *)) {
+void check_scores(const kvp_score_args *args, void (*exact)(const kvp_score_args *, double *),
+                  void (*naive)(const kvp_score_args *, float *)) {
     check_scores_within(args, exact, naive, 0);
 }
 
@@ -135,7 +149,8 @@ int64_t exact_select(const kvp_select_args *args, int64_t b, int64_t h, int32_t 
     int64_t n_kept = 0, low, high;
     read_valid(&args->valid, b, args->scores.shape[2], &low, &high);
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
-        const int64_t from = (int64_t)get(&args->segments, b, s, 0, 0), to = (int64_t)get(&args->segments, b, s + 1, 0, 0);
+        const int64_t from = (int64_t)get(&args->segments, b, s, 0, 0),
+                      to = (int64_t)get(&args->segments, b, s + 1, 0, 0);
         const int64_t begin = from > low ? from : low, end = to < high ? to : high;
         for (int64_t t = begin; t < end; t++) {
             int64_t n_better = 0;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The scorers norm and attention in one arithmetic. oracle.c includes this file twice, with NAME(x), REAL and its EXP, TANH and SQRT defined: in
- * double it is the exact answer, in float the naive one.
+ * The scorers norm and attention in one arithmetic. oracle.c includes this file twice, with NAME(x), REAL and its EXP,
+ * TANH and SQRT defined: in double it is the exact answer, in float the naive one.
  */
 
 void NAME(norm)(const kvp_score_args *args, REAL *scores) {
@@ -91,7 +91,8 @@ static void NAME(vote)(const kvp_score_args *args, const cut_vote *v, const REAL
 }
 
 /* Mean over the heads [first, last) of per_head (heads, T), windows, and minus infinity outside the valid range. */
-static void NAME(combine)(const kvp_score_args *args, int64_t b, int64_t first, int64_t last, const REAL *per_head, REAL *out) {
+static void NAME(combine)(const kvp_score_args *args, int64_t b, int64_t first, int64_t last, const REAL *per_head,
+                          REAL *out) {
     const int64_t n_token = args->keys.shape[2];
     int64_t begin, end;
     read_valid(&args->valid, b, n_token, &begin, &end);
@@ -106,8 +107,10 @@ static void NAME(combine)(const kvp_score_args *args, int64_t b, int64_t first, 
 }
 
 void NAME(attention)(const kvp_score_args *args, REAL *scores) {
-    const int64_t n_head = args->keys.shape[1], n_token = args->keys.shape[2], n_query_head = args->queries.shape[1], group = n_query_head / n_head;
-    REAL *matrix = allocate((size_t)(n_token * n_token) * sizeof *matrix), *per_head = allocate((size_t)(n_query_head * n_token) * sizeof *per_head);
+    const int64_t n_head = args->keys.shape[1], n_token = args->keys.shape[2], n_query_head = args->queries.shape[1],
+                  group = n_query_head / n_head;
+    REAL *matrix = allocate((size_t)(n_token * n_token) * sizeof *matrix),
+         *per_head = allocate((size_t)(n_query_head * n_token) * sizeof *per_head);
     for (int64_t b = 0; b < args->keys.shape[0]; b++) {
         memset(per_head, 0, (size_t)(n_query_head * n_token) * sizeof *per_head);
         for (int64_t n = 0; n < n_query_head; n++) {
@@ -119,7 +122,8 @@ void NAME(attention)(const kvp_score_args *args, REAL *scores) {
         }
         for (int64_t h = 0; h < n_head; h++) {
             const bool shared = args->param[3] > 0;
-            NAME(combine)(args, b, shared ? 0 : h * group, shared ? n_query_head : (h + 1) * group, per_head, scores + (b * n_head + h) * n_token);
+            NAME(combine)(args, b, shared ? 0 : h * group, shared ? n_query_head : (h + 1) * group, per_head,
+                          scores + (b * n_head + h) * n_token);
         }
     }
     free(matrix);

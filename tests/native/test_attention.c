@@ -27,7 +27,8 @@ static void score_case(attention_case *c) {
     call_verb(KVP_SCORE, &c->args, (calling){.scratch_byte = 0xff});
     check_untouched(&again, 0x5a);
     check_untouched(&c->scores, 0xff);
-    CHECK(same_elements(&again.view, &c->scores.view), "what stood in memory before, or the output's layout, changes the scores");
+    CHECK(same_elements(&again.view, &c->scores.view),
+          "what stood in memory before, or the output's layout, changes the scores");
     for (size_t i = 0; i < COUNT(inputs); i++) CHECK(hash_block(inputs[i]) == before[i], "input %zu was written", i);
     check_scores(&c->args, exact_attention, naive_attention);
     free_array(&again);
@@ -45,15 +46,22 @@ static void score_shape(int64_t n_token, int64_t n_dim, int64_t group, int64_t r
     };
     attention_case c = new_attention_case(&shape);
     name_case("attention T=%lld Q=%lld D=%lld G=%lld %s voting %d pooling %g softcap %g%s%s%s", (long long)n_token,
-              (long long)c.args.queries.shape[2], (long long)n_dim, (long long)group, dtype_name(c.args.keys.dtype), (int)shape.kind, c.args.param[2],
-              c.args.param[1], c.args.param[3] > 0 ? " shared" : "", c.args.valid.data ? " padded" : "", c.args.lse.data ? " lse" : "");
+              (long long)c.args.queries.shape[2], (long long)n_dim, (long long)group, dtype_name(c.args.keys.dtype),
+              (int)shape.kind, c.args.param[2], c.args.param[1], c.args.param[3] > 0 ? " shared" : "",
+              c.args.valid.data ? " padded" : "", c.args.lse.data ? " lse" : "");
     score_case(&c);
     free_attention_case(&c);
 }
 
 /* More keys than fit into packed memory at once, so that the heads come in waves. */
 static void score_in_waves(voting kind) {
-    const attention_shape shape = {.n_batch = 5, .n_head = 8, .group = 1, .n_token = 40, .n_dim = 210, .dtype = (kvp_dtype)(kind % 3), .kind = kind};
+    const attention_shape shape = {.n_batch = 5,
+                                   .n_head = 8,
+                                   .group = 1,
+                                   .n_token = 40,
+                                   .n_dim = 210,
+                                   .dtype = (kvp_dtype)(kind % 3),
+                                   .kind = kind};
     attention_case c = new_attention_case(&shape);
     name_case("attention in waves, voting %d", (int)kind);
     score_case(&c);
@@ -62,7 +70,8 @@ static void score_in_waves(voting kind) {
 
 /* Nothing to tell keys apart by: all visible ones get the same. */
 static void score_without_scaling(kvp_dtype dtype) {
-    const attention_shape shape = {.n_batch = 2, .n_head = 2, .group = 2, .n_token = 37, .n_dim = 9, .dtype = dtype, .kind = VOTING_RANDOM};
+    const attention_shape shape = {
+        .n_batch = 2, .n_head = 2, .group = 2, .n_token = 37, .n_dim = 9, .dtype = dtype, .kind = VOTING_RANDOM};
     attention_case c = new_attention_case(&shape);
     name_case("attention, scaling 0, %s", dtype_name((int32_t)dtype));
     c.args.param[0] = c.args.param[1] = 0;
@@ -80,10 +89,12 @@ void test_attention(void) {
     for (size_t t = 0; t < COUNT(LENGTHS); t++)
         for (size_t d = 0; d < COUNT(DIMS); d++)
             for (size_t g = 0; g < COUNT(GROUPS); g++)
-                for (int repeat = 0; repeat < (LENGTHS[t] > 100 ? 2 : 4); repeat++) score_shape(LENGTHS[t], DIMS[d], GROUPS[g], n++);
+                for (int repeat = 0; repeat < (LENGTHS[t] > 100 ? 2 : 4); repeat++)
+                    score_shape(LENGTHS[t], DIMS[d], GROUPS[g], n++);
 }
 
-/* Everybody judges, weighted by age or not; rows of a softmax sum to 1, so the unweighted scores of a row sum to the number of queries. */
+/* Everybody judges, weighted by age or not; rows of a softmax sum to 1, so the unweighted scores of a row sum to the
+ * number of queries. */
 static void check_sums(const attention_shape *shape, int32_t weight, bool share_heads) {
     attention_case c = new_attention_case(shape);
     c.args.lse = (kvp_tensor){0};
@@ -101,7 +112,9 @@ static void check_sums(const attention_shape *shape, int32_t weight, bool share_
                                        : weight == KVP_WEIGHT_MEAN ? (double)(end - begin)
                                                                    : 1;
                 sum += get(&c.args.scores, b, h, k, 0) * n_query;
-                if (share_heads) CHECK(get(&c.args.scores, b, h, k, 0) == get(&c.args.scores, b, 0, k, 0), "the rows of shared heads differ");
+                if (share_heads)
+                    CHECK(get(&c.args.scores, b, h, k, 0) == get(&c.args.scores, b, 0, k, 0),
+                          "the rows of shared heads differ");
             }
             const double expected = (double)(end - begin);
             CHECK(fabs(sum - expected) <= 1e-5 * expected, "the attention of %g queries sums to %.9g", expected, sum);
@@ -128,9 +141,11 @@ static void check_true_lse(const attention_shape *shape) {
     c.args.lse = lse.view;
     call_verb(KVP_SCORE, &c.args, (calling){0});
     for (int64_t i = 0; i < shape->n_batch * shape->n_head * shape->n_token; i++) {
-        const int64_t k = i % shape->n_token, h = i / shape->n_token % shape->n_head, b = i / shape->n_token / shape->n_head;
+        const int64_t k = i % shape->n_token, h = i / shape->n_token % shape->n_head,
+                      b = i / shape->n_token / shape->n_head;
         const double x = get(&computed.view, b, h, k, 0), y = get(&c.args.scores, b, h, k, 0);
-        CHECK((isinf(x) && x == y) || fabs(x - y) <= 1e-5 * fabs(x), "key %lld scores %g alone and %g with lse", (long long)k, x, y);
+        CHECK((isinf(x) && x == y) || fabs(x - y) <= 1e-5 * fabs(x), "key %lld scores %g alone and %g with lse",
+              (long long)k, x, y);
     }
     free_array(&computed);
     free_array(&lse);
@@ -139,10 +154,15 @@ static void check_true_lse(const attention_shape *shape) {
 
 void test_attention_sums(void) {
     for (int i = 0; i < 60; i++) {
-        attention_shape shape = {.n_batch = 2, .n_head = 2, .group = GROUPS[i % 3], .n_token = 1 + random_below(MAX_SUM_TOKENS), .n_dim = DIMS[i % 5]};
+        attention_shape shape = {.n_batch = 2,
+                                 .n_head = 2,
+                                 .group = GROUPS[i % 3],
+                                 .n_token = 1 + random_below(MAX_SUM_TOKENS),
+                                 .n_dim = DIMS[i % 5]};
         shape.dtype = (kvp_dtype)(i % 3);
         shape.kind = VOTING_H2O;
-        name_case("attention sums T=%lld D=%lld G=%lld weight %d", (long long)shape.n_token, (long long)shape.n_dim, (long long)shape.group, i % 3);
+        name_case("attention sums T=%lld D=%lld G=%lld weight %d", (long long)shape.n_token, (long long)shape.n_dim,
+                  (long long)shape.group, i % 3);
         check_sums(&shape, i % 3, i % 4 == 0);
         check_true_lse(&shape);
     }

@@ -50,9 +50,10 @@ static void gather_case(kvp_dtype dtype, int64_t n_token, int64_t n_kept, int64_
     fill_bits(&keys);
     fill_bits(&values);
     draw_positions(&positions.view, n_token);
-    const kvp_gather_args args = {sizeof(kvp_gather_args), keys.view, values.view, positions.view, out_keys.view, out_values.view};
-    name_case("gather %s T=%lld K=%lld D=%lld Dv=%lld", dtype_name((int32_t)dtype), (long long)n_token, (long long)n_kept, (long long)n_dim,
-              (long long)n_value_dim);
+    const kvp_gather_args args = {sizeof(kvp_gather_args), keys.view,     values.view,
+                                  positions.view,          out_keys.view, out_values.view};
+    name_case("gather %s T=%lld K=%lld D=%lld Dv=%lld", dtype_name((int32_t)dtype), (long long)n_token,
+              (long long)n_kept, (long long)n_dim, (long long)n_value_dim);
     const uint64_t before = hash_block(&keys.memory) ^ hash_block(&values.memory) ^ hash_block(&positions.memory);
     poison_array(&out_keys, 0xff);
     poison_array(&out_values, 0xff);
@@ -61,7 +62,8 @@ static void gather_case(kvp_dtype dtype, int64_t n_token, int64_t n_kept, int64_
     check_untouched(&out_values, 0xff);
     CHECK(count_wrong(&keys.view, &positions.view, &out_keys.view) == 0, "keys differ");
     CHECK(count_wrong(&values.view, &positions.view, &out_values.view) == 0, "values differ");
-    CHECK((hash_block(&keys.memory) ^ hash_block(&values.memory) ^ hash_block(&positions.memory)) == before, "an input was written");
+    CHECK((hash_block(&keys.memory) ^ hash_block(&values.memory) ^ hash_block(&positions.memory)) == before,
+          "an input was written");
     array *const all[] = {&keys, &values, &positions, &out_keys, &out_values};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
@@ -69,22 +71,28 @@ static void gather_case(kvp_dtype dtype, int64_t n_token, int64_t n_kept, int64_
 /* Large enough outputs to be written past the caches, with rows that can be and rows that cannot. */
 void test_gather_large(void) {
     static const int64_t dims[] = {128, 100, 33};
-    for (int i = 0; i < 6; i++) gather_case(i % 2 ? KVP_F32 : KVP_BF16, 5000, i < 3 ? 2500 : 900, dims[i % 3] * 2, dims[i % 3] * (i < 3 ? 2 : 5));
+    for (int i = 0; i < 6; i++)
+        gather_case(i % 2 ? KVP_F32 : KVP_BF16, 5000, i < 3 ? 2500 : 900, dims[i % 3] * 2,
+                    dims[i % 3] * (i < 3 ? 2 : 5));
 }
 
 void test_gather(void) {
     static const int64_t dims[] = {1, 8, 16, 64, 80};
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
         for (int64_t t = 1; t <= 257; t += t < 17 ? 1 : t < 65 ? 16 : 64)
-            for (int i = 0; i < 6; i++) gather_case((kvp_dtype)dtype, t, 1 + random_below(i ? t : t + 4), dims[random_below(5)], dims[random_below(5)]);
+            for (int i = 0; i < 6; i++)
+                gather_case((kvp_dtype)dtype, t, 1 + random_below(i ? t : t + 4), dims[random_below(5)],
+                            dims[random_below(5)]);
 }
 
 /* Same data, same strides, fewer rows. What lies behind the kept rows must stay. */
 static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_t n_kept, int64_t n_dim) {
     const int64_t shape[4] = {2, 3, n_token, n_dim}, kept[3] = {2, 3, n_kept};
-    array keys = new_array(dtype, how, 4, shape), values = new_array(dtype, how, 4, shape), old = new_array(dtype, how, 4, shape);
+    array keys = new_array(dtype, how, 4, shape), values = new_array(dtype, how, 4, shape),
+          old = new_array(dtype, how, 4, shape);
     array positions = new_array(KVP_I32, CONTIGUOUS, 3, kept);
-    name_case("gather in place %s layout %d T=%lld K=%lld", dtype_name((int32_t)dtype), (int)how, (long long)n_token, (long long)n_kept);
+    name_case("gather in place %s layout %d T=%lld K=%lld", dtype_name((int32_t)dtype), (int)how, (long long)n_token,
+              (long long)n_kept);
     fill_bits(&keys);
     memcpy(old.memory.data, keys.memory.data, keys.memory.bytes);
     memcpy(values.memory.data, keys.memory.data, keys.memory.bytes);
@@ -104,13 +112,16 @@ static void gather_in_place(kvp_dtype dtype, layout how, int64_t n_token, int64_
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
-/* Keys and values are halves of one cache (B,2,H,T,D) or (B,H,T,2,D): their elements lie between each other's, and none is shared. */
+/* Keys and values are halves of one cache (B,2,H,T,D) or (B,H,T,2,D): their elements lie between each other's, and none
+ * is shared. */
 static void gather_fused(bool heads_apart, bool in_place) {
     enum { B = 3, H = 2, T = 20, K = 9, D = 8 };
     const int64_t shape[4] = {B, 2 * H, T, D}, kept[3] = {B, H, K};
-    array cache = new_array(KVP_F16, CONTIGUOUS, 4, shape), old = new_array(KVP_F16, CONTIGUOUS, 4, shape), out = new_array(KVP_F16, CONTIGUOUS, 4, shape);
+    array cache = new_array(KVP_F16, CONTIGUOUS, 4, shape), old = new_array(KVP_F16, CONTIGUOUS, 4, shape),
+          out = new_array(KVP_F16, CONTIGUOUS, 4, shape);
     array positions = new_array(KVP_I32, CONTIGUOUS, 3, kept);
-    name_case("gather from a fused cache%s%s", heads_apart ? ", halves apart" : ", rows by turns", in_place ? ", in place" : "");
+    name_case("gather from a fused cache%s%s", heads_apart ? ", halves apart" : ", rows by turns",
+              in_place ? ", in place" : "");
     fill_bits(&cache);
     memcpy(old.memory.data, cache.memory.data, cache.memory.bytes);
     draw_positions(&positions.view, T);
@@ -138,6 +149,8 @@ void test_gather_in_place(void) {
     for (int i = 0; i < 4; i++) gather_fused(i % 2, i / 2);
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
         for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++)
-            for (int64_t t = 1; t <= 70; t += 1 + t / 6) gather_in_place((kvp_dtype)dtype, (layout)how, t, 1 + random_below(t), 8);
-    for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++) gather_in_place(KVP_F32, (layout)how, 1500, 1000, 128); /* past the caches */
+            for (int64_t t = 1; t <= 70; t += 1 + t / 6)
+                gather_in_place((kvp_dtype)dtype, (layout)how, t, 1 + random_below(t), 8);
+    for (int how = CONTIGUOUS; how < BROADCAST_BATCH; how++)
+        gather_in_place(KVP_F32, (layout)how, 1500, 1000, 128); /* past the caches */
 }

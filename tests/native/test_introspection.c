@@ -15,17 +15,21 @@ static void check_scorer(int32_t scorer) {
     int32_t n_param = 0;
     while (n_param <= KVP_MAX_PARAMS && kvp_scorer_param(scorer, n_param)) n_param++;
     CHECK(n_param <= KVP_MAX_PARAMS, "%s has more than %d parameters", name, KVP_MAX_PARAMS);
-    CHECK(!kvp_scorer_param(scorer, -1) && !kvp_scorer_param(scorer, INT32_MAX), "%s has a parameter where none can be", name);
+    CHECK(!kvp_scorer_param(scorer, -1) && !kvp_scorer_param(scorer, INT32_MAX), "%s has a parameter where none can be",
+          name);
     for (int dtype = -1; dtype <= 6; dtype++)
-        CHECK(kvp_supports(scorer, KVP_CPU, dtype) == (dtype >= KVP_F32 && dtype <= KVP_BF16), "support of %s for dtype %d", name, dtype);
-    CHECK(kvp_supports(scorer, 0, KVP_F32) == 0 && kvp_supports(scorer, 77, KVP_F32) == 0, "%s runs on no such device", name);
+        CHECK(kvp_supports(scorer, KVP_CPU, dtype) == (dtype >= KVP_F32 && dtype <= KVP_BF16),
+              "support of %s for dtype %d", name, dtype);
+    CHECK(kvp_supports(scorer, 0, KVP_F32) == 0 && kvp_supports(scorer, 77, KVP_F32) == 0, "%s runs on no such device",
+          name);
 }
 
 static void check_param(const char *scorer, int32_t index, const char *name, double initial) {
     const int32_t id = kvp_scorer_find(scorer);
     const char *found = kvp_scorer_param(id, index);
     CHECK(found && strcmp(found, name) == 0, "parameter %d of %s is %s", (int)index, scorer, found ? found : "missing");
-    CHECK(kvp_scorer_param_default(id, index) == initial, "%s is %g by default", name, kvp_scorer_param_default(id, index));
+    CHECK(kvp_scorer_param_default(id, index) == initial, "%s is %g by default", name,
+          kvp_scorer_param_default(id, index));
 }
 
 /* The statuses' names must differ: messages and bindings tell them apart by these. */
@@ -46,7 +50,8 @@ void test_introspection(void) {
     CHECK(kvp_scorer_find("nothing") == -1 && kvp_scorer_find("") == -1, "a scorer of no such name was found");
     CHECK(kvp_scorer_needs(count) == -1 && kvp_scorer_needs(-1) == -1, "a scorer out of range has needs");
     CHECK(kvp_scorer_needs(kvp_scorer_find("norm")) == 0, "norm needs nothing but keys");
-    CHECK(kvp_scorer_needs(kvp_scorer_find("attention")) == (KVP_NEEDS_QUERIES | KVP_NEEDS_VOTES), "attention needs queries and votes");
+    CHECK(kvp_scorer_needs(kvp_scorer_find("attention")) == (KVP_NEEDS_QUERIES | KVP_NEEDS_VOTES),
+          "attention needs queries and votes");
     check_param("position", 0, "n_sink", 4);
     check_param("attention", 0, "scaling", 1);
     check_param("attention", 1, "softcap", 0);
@@ -83,34 +88,49 @@ static size_t need_128(kvp_verb verb, const void *args, int32_t n_worker) {
 
 static kvp_status (*const no_scorers[64])(const kvp_score_args *, kvp_context *);
 static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers, count_select, pass_gather, need_128};
-static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA, no_scorers, count_select, pass_gather, need_128};
+static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA,    no_scorers,
+                                         count_select,        pass_gather, need_128};
 static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77, no_scorers, count_select, pass_gather, need_128};
 
-/* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call would be refused for that. */
+/* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call
+ * would be refused for that. */
 static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
     static float nothing[16][64];
     static int n_made;
-    return (kvp_tensor){nothing[n_made++], (int32_t)dtype, KVP_CUDA, 0, ndim, {1, ndim > 2 ? 1 : last, last, 1}, {8, ndim > 2 ? 8 : 1, 1, 1}};
+    return (kvp_tensor){
+        nothing[n_made++],          (int32_t)dtype, KVP_CUDA, 0, ndim, {1, ndim > 2 ? 1 : last, last, 1},
+        {8, ndim > 2 ? 8 : 1, 1, 1}};
 }
 
 void test_register_backend(void) {
     kvp_context ctx = {0};
     const kvp_tensor keys = imagine(KVP_F32, 4, 4);
-    const kvp_score_args score = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys, .scores = imagine(KVP_F32, 3, 4)};
-    kvp_select_args select = {.size = sizeof(kvp_select_args), .scores = score.scores, .segments = imagine(KVP_I32, 2, 2), .quotas = imagine(KVP_I32, 3, 1),
-                              .positions = imagine(KVP_I32, 3, 2), .counts = imagine(KVP_I32, 2, 1)};
-    select.segments.device = select.quotas.device = KVP_CPU; /* read by the host: an empty segment, of which none is kept */
+    const kvp_score_args score = {.size = sizeof(kvp_score_args),
+                                  .scorer = kvp_scorer_find("norm"),
+                                  .keys = keys,
+                                  .scores = imagine(KVP_F32, 3, 4)};
+    kvp_select_args select = {.size = sizeof(kvp_select_args),
+                              .scores = score.scores,
+                              .segments = imagine(KVP_I32, 2, 2),
+                              .quotas = imagine(KVP_I32, 3, 1),
+                              .positions = imagine(KVP_I32, 3, 2),
+                              .counts = imagine(KVP_I32, 2, 1)};
+    select.segments.device = select.quotas.device =
+        KVP_CPU; /* read by the host: an empty segment, of which none is kept */
     CHECK(kvp_register_backend(&of_other_abi) != KVP_OK, "a backend of another ABI was registered");
     CHECK(kvp_register_backend(&of_no_device) != KVP_OK, "a backend of an unknown device was registered");
     CHECK(kvp_score(&score, &ctx) == KVP_ERR_DEVICE, "a device without a backend was used");
     CHECK(kvp_supports(score.scorer, KVP_CUDA, KVP_F32) == 0, "a device without a backend is supported");
     CHECK(kvp_register_backend(&counting) == KVP_OK, "the backend was not registered");
     CHECK(kvp_supports(score.scorer, KVP_CUDA, KVP_F32) == 0, "a scorer that is not in the table is supported");
-    CHECK(kvp_score(&score, &ctx) == KVP_ERR_UNSUPPORTED && ctx.error[0], "a scorer that is not in the table was called");
-    CHECK(kvp_select(&select, &ctx) == KVP_ERR_WORKSPACE && n_select == 0, "the backend was called without its scratch");
+    CHECK(kvp_score(&score, &ctx) == KVP_ERR_UNSUPPORTED && ctx.error[0],
+          "a scorer that is not in the table was called");
+    CHECK(kvp_select(&select, &ctx) == KVP_ERR_WORKSPACE && n_select == 0,
+          "the backend was called without its scratch");
     block scratch = new_block(128);
     ctx.workspace = scratch.data;
     ctx.workspace_bytes = scratch.bytes;
-    CHECK(kvp_select(&select, &ctx) == KVP_OK && n_select == 1, "the backend's select was called %d times: %s", n_select, ctx.error);
+    CHECK(kvp_select(&select, &ctx) == KVP_OK && n_select == 1, "the backend's select was called %d times: %s",
+          n_select, ctx.error);
     free_block(&scratch);
 }

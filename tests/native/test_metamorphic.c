@@ -9,8 +9,9 @@
 
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
 
-/* Softmax does not change when all logits of a row move together. Here they move by what element 0 of every key says, as the biases of some
- * models move them. Lengths just behind a multiple of 256, where a strip of rows crosses into a block of keys that only some of them see. */
+/* Softmax does not change when all logits of a row move together. Here they move by what element 0 of every key says,
+ * as the biases of some models move them. Lengths just behind a multiple of 256, where a strip of rows crosses into a
+ * block of keys that only some of them see. */
 static const int64_t SHIFT_LENGTHS[] = {258, 530};
 static const double SHIFTS[] = {-1000, -150, 150, 1000};
 
@@ -32,7 +33,8 @@ static void compare_shifted(const kvp_score_args *args, const kvp_tensor *expect
         const int64_t k = i % expected->shape[2], h = i / expected->shape[2] % expected->shape[1];
         const int64_t b = i / expected->shape[2] / expected->shape[1];
         const double x = get(expected, b, h, k, 0), y = get(&args->scores, b, h, k, 0);
-        const bool same = x == y || fabs(x - y) <= 5e-3 * fabs(x) + 1e-7; /* float32 logits of 1443 (base 2) are 1e-4 apart */
+        const bool same =
+            x == y || fabs(x - y) <= 5e-3 * fabs(x) + 1e-7; /* float32 logits of 1443 (base 2) are 1e-4 apart */
         n_bad += !same;
         if (!same) worst = y;
     }
@@ -72,8 +74,11 @@ static void score_broken(const attention_shape *shape, double number, denominato
     int64_t n_bad = 0, n_nan = 0;
     array queries = new_array(shape->dtype, CONTIGUOUS, 4, (int64_t[4]){1, shape->group, n_token, shape->n_dim});
     array lse = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, shape->group, n_token});
-    name_case("key %lld of %lld is %g, queries %lld to %lld vote%s", (long long)broken, (long long)n_token, number, (long long)begin,
-              (long long)end, kind == OWN ? "" : kind == GIVEN ? ", lse given" : ", lse infinite or NaN");
+    name_case("key %lld of %lld is %g, queries %lld to %lld vote%s", (long long)broken, (long long)n_token, number,
+              (long long)begin, (long long)end,
+              kind == OWN     ? ""
+              : kind == GIVEN ? ", lse given"
+                              : ", lse infinite or NaN");
     static const double no_number[] = {INFINITY, -INFINITY, NAN};
     fill_normal(&queries.view);
     fill_normal(&c.keys.view); /* its padding held NaN */
@@ -96,7 +101,8 @@ static void score_broken(const attention_shape *shape, double number, denominato
     args.param[1] = args.param[3] = 0;
     call_verb(KVP_SCORE, &args, (calling){0});
     for (int64_t k = 0; k < n_token; k++) {
-        const bool voted_on = k >= half || k < end, seen = k >= half || broken < end, alone = kind == OWN ? seen : k == broken;
+        const bool voted_on = k >= half || k < end, seen = k >= half || broken < end,
+                   alone = kind == OWN ? seen : k == broken;
         n_bad += isnan(get(&args.scores, 0, 0, k, 0)) != (voted_on && seen && alone && kind != MUTE);
         n_nan += isnan(get(&args.scores, 0, 0, k, 0));
     }
@@ -108,8 +114,13 @@ static void score_broken(const attention_shape *shape, double number, denominato
 
 void test_broken_keys(void) {
     for (int i = 0; i < 60; i++) {
-        const attention_shape shape = {.n_batch = 1, .n_head = 1, .group = 1 + i % 3, .n_token = i % 5 ? 40 : 300, .n_dim = 8,
-                                       .dtype = (kvp_dtype)(i % 3), .kind = VOTING_SPANS};
+        const attention_shape shape = {.n_batch = 1,
+                                       .n_head = 1,
+                                       .group = 1 + i % 3,
+                                       .n_token = i % 5 ? 40 : 300,
+                                       .n_dim = 8,
+                                       .dtype = (kvp_dtype)(i % 3),
+                                       .kind = VOTING_SPANS};
         score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, OWN);
         score_broken(&shape, (double)NAN, GIVEN);
         score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, MUTE);
@@ -120,8 +131,13 @@ void test_shifts(void) {
     for (size_t t = 0; t < COUNT(SHIFT_LENGTHS); t++)
         for (int kind = 0; kind < VOTING_COUNT; kind++)
             for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++) {
-                const attention_shape shape = {.n_batch = 2, .n_head = 1, .group = 1 + 2 * (kind % 2), .n_token = SHIFT_LENGTHS[t],
-                                               .n_dim = 8, .dtype = (kvp_dtype)dtype, .kind = (voting)kind};
+                const attention_shape shape = {.n_batch = 2,
+                                               .n_head = 1,
+                                               .group = 1 + 2 * (kind % 2),
+                                               .n_token = SHIFT_LENGTHS[t],
+                                               .n_dim = 8,
+                                               .dtype = (kvp_dtype)dtype,
+                                               .kind = (voting)kind};
                 score_shifted(&shape);
             }
 }

@@ -12,7 +12,8 @@ static const int64_t DIMS[] = {1, 8, 16, 64, 80};
 static const int64_t LENGTHS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 257};
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
 
-/* Scores keys of this shape in every layout; the outputs hold two different bytes before, which must make no difference. */
+/* Scores keys of this shape in every layout; the outputs hold two different bytes before, which must make no
+ * difference. */
 static void score_keys(int32_t scorer, kvp_dtype dtype, layout how, int64_t n_token, int64_t n_dim) {
     const int64_t shape[4] = {2, 3, n_token, n_dim};
     array keys = new_array(dtype, how, 4, shape), valid = new_array(KVP_I32, random_layout(), 2, (int64_t[2]){2, 2});
@@ -37,7 +38,8 @@ static void score_keys(int32_t scorer, kvp_dtype dtype, layout how, int64_t n_to
         int64_t begin, end;
         read_valid(&args.valid, b, n_token, &begin, &end);
         const double sink = (double)(t - begin) < args.param[0] ? (double)(2 * n_token - t) : (double)t;
-        CHECK(get(&args.scores, b, h, t, 0) == (t >= begin && t < end ? sink : -(double)INFINITY), "position %lld", (long long)t);
+        CHECK(get(&args.scores, b, h, t, 0) == (t >= begin && t < end ? sink : -(double)INFINITY), "position %lld",
+              (long long)t);
     }
     for (int i = 0; i < 2; i++) free_array(&scores[i]);
     free_array(&keys);
@@ -49,24 +51,30 @@ static void score_everything(const char *name) {
         for (size_t d = 0; d < COUNT(DIMS); d++)
             for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++)
                 for (int how = 0; how < LAYOUT_COUNT; how++) {
-                    name_case("%s T=%lld D=%lld %s layout %d", name, (long long)LENGTHS[t], (long long)DIMS[d], dtype_name(dtype), how);
+                    name_case("%s T=%lld D=%lld %s layout %d", name, (long long)LENGTHS[t], (long long)DIMS[d],
+                              dtype_name(dtype), how);
                     score_keys(kvp_scorer_find(name), (kvp_dtype)dtype, (layout)how, LENGTHS[t], DIMS[d]);
                 }
 }
 
-/* With D = 1 the norm is the absolute value: every 16-bit pattern, where its square neither over- nor underflows in float32. */
+/* With D = 1 the norm is the absolute value: every 16-bit pattern, where its square neither over- nor underflows in
+ * float32. */
 static void score_all_16_bit_numbers(kvp_dtype dtype) {
     const int64_t n = 1 << 16;
-    array keys = new_array(dtype, CONTIGUOUS, 4, (int64_t[4]){1, 1, n, 1}), scores = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, 1, n});
+    array keys = new_array(dtype, CONTIGUOUS, 4, (int64_t[4]){1, 1, n, 1}),
+          scores = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, 1, n});
     for (int64_t i = 0; i < n; i++) *(uint16_t *)element(&keys.view, 0, 0, i, 0) = (uint16_t)i;
-    const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
+    const kvp_score_args args = {
+        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
     name_case("norm of all %s numbers", dtype_name((int32_t)dtype));
     call_verb(KVP_SCORE, &args, (calling){0});
     int64_t n_wrong = 0;
     for (int64_t i = 0; i < n; i++) {
         const double x = fabs(get(&keys.view, 0, 0, i, 0)), score = get(&scores.view, 0, 0, i, 0);
-        if (isnan(x)) n_wrong += !isnan(score);
-        else if (x == 0 || isinf(x) || (x > 0x1p-60 && x < 0x1p60)) n_wrong += score != -x;
+        if (isnan(x))
+            n_wrong += !isnan(score);
+        else if (x == 0 || isinf(x) || (x > 0x1p-60 && x < 0x1p60))
+            n_wrong += score != -x;
     }
     CHECK(n_wrong == 0, "%lld scores are not minus the absolute value", (long long)n_wrong);
     free_array(&keys);

@@ -20,9 +20,11 @@ typedef struct press_case {
 } press_case;
 
 static outputs new_outputs(const kvp_tensor *keys, const kvp_tensor *values, int64_t n_kept) {
-    const int64_t shape[4] = {keys->shape[0], keys->shape[1], n_kept, keys->shape[3]}, wide[4] = {shape[0], shape[1], n_kept, values->shape[3]};
+    const int64_t shape[4] = {keys->shape[0], keys->shape[1], n_kept, keys->shape[3]},
+                  wide[4] = {shape[0], shape[1], n_kept, values->shape[3]};
     const outputs out = {new_array(KVP_I32, CONTIGUOUS, 3, shape), new_array(KVP_I32, CONTIGUOUS, 2, shape),
-                         new_array((kvp_dtype)keys->dtype, CONTIGUOUS, 4, shape), new_array((kvp_dtype)keys->dtype, HEADS_INSIDE, 4, wide)};
+                         new_array((kvp_dtype)keys->dtype, CONTIGUOUS, 4, shape),
+                         new_array((kvp_dtype)keys->dtype, HEADS_INSIDE, 4, wide)};
     return out;
 }
 
@@ -48,8 +50,13 @@ static press_case new_press_case(const char *scorer, const attention_shape *s, i
     }
     const kvp_score_args *a = &c.score.args;
     const bool attends = scorer[0] == 'a';
-    c.args = (kvp_press_args){.size = sizeof(kvp_press_args), .scorer = kvp_scorer_find(scorer), .keys = a->keys, .values = c.values.view,
-                              .valid = a->valid, .segments = c.segments.view, .quotas = c.quotas.view};
+    c.args = (kvp_press_args){.size = sizeof(kvp_press_args),
+                              .scorer = kvp_scorer_find(scorer),
+                              .keys = a->keys,
+                              .values = c.values.view,
+                              .valid = a->valid,
+                              .segments = c.segments.view,
+                              .quotas = c.quotas.view};
     if (attends) c.args.queries = a->queries, c.args.votes = a->votes, c.args.lse = a->lse;
     if (random_below(2)) c.args.protect = c.protect.view;
     for (int i = 0; i < KVP_MAX_PARAMS; i++) c.args.param[i] = attends ? a->param[i] : 0;
@@ -66,10 +73,16 @@ static void run_three(const press_case *c, const outputs *out) {
     kvp_score_args score = c->score.args;
     score.scorer = c->args.scorer;
     for (int i = 0; i < KVP_MAX_PARAMS; i++) score.param[i] = c->args.param[i];
-    const kvp_select_args select = {.size = sizeof select, .scores = score.scores, .segments = c->args.segments, .quotas = c->args.quotas,
-                                    .protect = c->args.protect, .valid = c->args.valid, .positions = out->positions.view,
+    const kvp_select_args select = {.size = sizeof select,
+                                    .scores = score.scores,
+                                    .segments = c->args.segments,
+                                    .quotas = c->args.quotas,
+                                    .protect = c->args.protect,
+                                    .valid = c->args.valid,
+                                    .positions = out->positions.view,
                                     .counts = out->counts.view};
-    const kvp_gather_args gather = {sizeof gather, c->args.keys, c->args.values, out->positions.view, out->keys.view, out->values.view};
+    const kvp_gather_args gather = {sizeof gather,       c->args.keys,   c->args.values,
+                                    out->positions.view, out->keys.view, out->values.view};
     call_verb(KVP_SCORE, &score, (calling){0});
     call_verb(KVP_SELECT, &select, (calling){0});
     call_verb(KVP_GATHER, &gather, (calling){0});
@@ -90,15 +103,17 @@ static void put_outputs(kvp_press_args *args, const outputs *out) {
 static void press_once(const char *scorer, const attention_shape *s) {
     const int64_t n_kept = 2 + random_below(s->n_token);
     press_case c = new_press_case(scorer, s, n_kept);
-    outputs expected = new_outputs(&c.args.keys, &c.args.values, n_kept), out = new_outputs(&c.args.keys, &c.args.values, n_kept);
-    name_case("press, %s, T=%lld K=%lld %s", scorer, (long long)s->n_token, (long long)n_kept, dtype_name((int32_t)s->dtype));
+    outputs expected = new_outputs(&c.args.keys, &c.args.values, n_kept),
+            out = new_outputs(&c.args.keys, &c.args.values, n_kept);
+    name_case("press, %s, T=%lld K=%lld %s", scorer, (long long)s->n_token, (long long)n_kept,
+              dtype_name((int32_t)s->dtype));
     run_three(&c, &expected);
     put_outputs(&c.args, &out);
     call_verb(KVP_PRESS, &c.args, (calling){.scratch_byte = 0xff});
     CHECK(are_same(&expected, &out), "differs from the three verbs");
 
     if (n_kept <= s->n_token && c.args.keys.stride[0] && c.args.values.stride[0]) { /* no broadcast */
-        c.args.out_keys = c.args.keys; /* in place */
+        c.args.out_keys = c.args.keys;                                              /* in place */
         c.args.out_values = c.args.values;
         c.args.out_keys.shape[2] = c.args.out_values.shape[2] = n_kept;
         call_verb(KVP_PRESS, &c.args, (calling){.scratch_byte = 0x5a});
@@ -112,7 +127,8 @@ static void press_once(const char *scorer, const attention_shape *s) {
 
 /* Each way to spoil the call, what the sentence must name, and nothing is written. */
 static void refuse(const char *word, void (*spoil)(press_case *c)) {
-    const attention_shape shape = {.n_batch = 2, .n_head = 2, .group = 2, .n_token = 20, .n_dim = 8, .dtype = KVP_F32, .kind = VOTING_H2O};
+    const attention_shape shape = {
+        .n_batch = 2, .n_head = 2, .group = 2, .n_token = 20, .n_dim = 8, .dtype = KVP_F32, .kind = VOTING_H2O};
     press_case c = new_press_case("attention", &shape, 6);
     outputs out = new_outputs(&c.args.keys, &c.args.values, 6);
     block scratch = new_block(1 << 20);
@@ -145,8 +161,13 @@ static void no_scorer(press_case *c) { c->args.scorer = 17; }
 void test_press(void) {
     static const char *const scorers[] = {"norm", "position", "attention"};
     for (int i = 0; i < 90; i++) {
-        const attention_shape shape = {.n_batch = 1 + i % 3, .n_head = 2, .group = 1 + i % 2, .n_token = 3 + random_below(i % 10 ? 60 : 700),
-                                       .n_dim = 1 + random_below(40), .dtype = (kvp_dtype)(i % 3), .kind = (voting)(i % VOTING_COUNT)};
+        const attention_shape shape = {.n_batch = 1 + i % 3,
+                                       .n_head = 2,
+                                       .group = 1 + i % 2,
+                                       .n_token = 3 + random_below(i % 10 ? 60 : 700),
+                                       .n_dim = 1 + random_below(40),
+                                       .dtype = (kvp_dtype)(i % 3),
+                                       .kind = (voting)(i % VOTING_COUNT)};
         press_once(scorers[i / 3 % 3], &shape);
     }
     refuse("sizeof(kvp_press_args)", forget_size);

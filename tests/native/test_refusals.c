@@ -16,7 +16,7 @@ enum { B = 2, H = 2, G = 2, T = 6, Q = 3, D = 4, V = 2, S = 2, K = 4, N_ARRAY = 
 
 /* A good call of each verb. */
 typedef struct calls {
-    array keys, queries, votes, valid, lse, scores;          /* score */
+    array keys, queries, votes, valid, lse, scores;           /* score */
     array ranking, segments, quotas, protect, ranked, counts; /* select; "valid" is shared */
     array values, kept, out_keys, out_values;                 /* gather; "keys" is shared */
     kvp_score_args score;
@@ -34,7 +34,8 @@ static array new_filled(kvp_dtype dtype, int32_t ndim, const int64_t *shape, con
 }
 
 static void make_score_call(calls *c) {
-    static const int32_t votes[V * KVP_VOTE_FIELDS] = {0, 3, 3, 6, 5, 5, 1, 0, 5, 6, /* */ 3, 5, 4, 6, 0, 0, 2, 6, 0, 0};
+    static const int32_t votes[V * KVP_VOTE_FIELDS] = {0,       3, 3, 6, 5, 5, 1, 0, 5, 6,
+                                                       /* */ 3, 5, 4, 6, 0, 0, 2, 6, 0, 0};
     static const int32_t valid[] = {1, T};
     c->keys = new_filled(KVP_F32, 4, (int64_t[4]){B, H, T, D}, NULL, 0);
     c->queries = new_filled(KVP_F32, 4, (int64_t[4]){B, H * G, Q, D}, NULL, 0);
@@ -42,8 +43,15 @@ static void make_score_call(calls *c) {
     c->valid = new_filled(KVP_I32, 2, (int64_t[2]){B, 2}, valid, 2);
     c->lse = new_filled(KVP_F32, 3, (int64_t[3]){B, H * G, Q}, NULL, 0);
     c->scores = new_filled(KVP_F32, 3, (int64_t[3]){B, H, T}, NULL, 0);
-    c->score = (kvp_score_args){sizeof(kvp_score_args), kvp_scorer_find("attention"), c->keys.view, c->queries.view, c->votes.view, c->valid.view, c->lse.view,
-                                c->scores.view,               {0.5, 0, 3, 0}};
+    c->score = (kvp_score_args){sizeof(kvp_score_args),
+                                kvp_scorer_find("attention"),
+                                c->keys.view,
+                                c->queries.view,
+                                c->votes.view,
+                                c->valid.view,
+                                c->lse.view,
+                                c->scores.view,
+                                {0.5, 0, 3, 0}};
 }
 
 static void make_select_call(calls *c) {
@@ -54,7 +62,8 @@ static void make_select_call(calls *c) {
     c->protect = new_filled(KVP_U8, 2, (int64_t[2]){B, T}, NULL, 0);
     c->ranked = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, NULL, 0);
     c->counts = new_filled(KVP_I32, 2, (int64_t[2]){B, H}, NULL, 0);
-    c->select = (kvp_select_args){sizeof(kvp_select_args), c->ranking.view, c->segments.view, c->quotas.view, c->protect.view, c->valid.view, c->ranked.view, c->counts.view};
+    c->select = (kvp_select_args){sizeof(kvp_select_args), c->ranking.view, c->segments.view, c->quotas.view,
+                                  c->protect.view,         c->valid.view,   c->ranked.view,   c->counts.view};
 }
 
 static void make_gather_call(calls *c) {
@@ -63,7 +72,8 @@ static void make_gather_call(calls *c) {
     c->kept = new_filled(KVP_I32, 3, (int64_t[3]){B, H, K}, kept, K);
     c->out_keys = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D}, NULL, 0);
     c->out_values = new_filled(KVP_F32, 4, (int64_t[4]){B, H, K, D + 1}, NULL, 0);
-    c->gather = (kvp_gather_args){sizeof(kvp_gather_args), c->keys.view, c->values.view, c->kept.view, c->out_keys.view, c->out_values.view};
+    c->gather = (kvp_gather_args){sizeof(kvp_gather_args), c->keys.view,      c->values.view, c->kept.view,
+                                  c->out_keys.view,        c->out_values.view};
 }
 
 static void make_calls(calls *c) {
@@ -82,8 +92,9 @@ static void make_calls(calls *c) {
 }
 
 static void list_arrays(calls *c, array **list) {
-    array *const all[N_ARRAY] = {&c->keys,     &c->queries, &c->votes,   &c->valid,  &c->lse,    &c->scores, &c->ranking,  &c->segments,
-                                 &c->quotas, &c->protect, &c->ranked, &c->counts, &c->values, &c->kept,   &c->out_keys, &c->out_values};
+    array *const all[N_ARRAY] = {&c->keys,    &c->queries,  &c->votes,    &c->valid,     &c->lse,    &c->scores,
+                                 &c->ranking, &c->segments, &c->quotas,   &c->protect,   &c->ranked, &c->counts,
+                                 &c->values,  &c->kept,     &c->out_keys, &c->out_values};
     memcpy(list, all, sizeof all);
 }
 
@@ -128,14 +139,16 @@ static void make_long(kvp_tensor *t) {
     }
 }
 
-/* In place, where the last rows of one head are the first ones of the next: what the next reads depends on who comes first. */
+/* In place, where the last rows of one head are the first ones of the next: what the next reads depends on who comes
+ * first. */
 static void share_rows_in_place(calls *c) {
     c->gather.keys.stride[1] = K * D;
     put_over(&c->gather.out_keys, &c->gather.keys, 0);
 }
 
 static void move_score(calls *c, int32_t device) {
-    kvp_tensor *const all[] = {&c->score.keys, &c->score.queries, &c->score.votes, &c->score.valid, &c->score.lse, &c->score.scores};
+    kvp_tensor *const all[] = {&c->score.keys,  &c->score.queries, &c->score.votes,
+                               &c->score.valid, &c->score.lse,     &c->score.scores};
     for (int i = 0; i < 6; i++) all[i]->device = device;
 }
 
@@ -143,7 +156,8 @@ static void run_tasks(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void *ar
     for (int64_t task = 0; task < n_task; task++) fn(arg, task, (int32_t)(task % n_worker));
 }
 
-/* The positions stand where the first output is written. All keys are zero, so that a core that goes on reads no wild position. */
+/* The positions stand where the first output is written. All keys are zero, so that a core that goes on reads no wild
+ * position. */
 static void put_positions_in_output(calls *c) {
     memcpy(c->out_keys.memory.data, c->kept.memory.data, c->kept.memory.bytes);
     c->gather.positions.data = c->gather.out_keys.data;
@@ -180,14 +194,16 @@ static void check_refusal(const struct refusal *r) {
     const kvp_status status = call_one(&c, r->verb);
     CHECK(hash_arrays(&c) == before, "a tensor was written");
     const bool ends = memchr(c.ctx.error, 0, sizeof c.ctx.error) != NULL;
-    if (!CHECK(status == r->status, "status %s; expected %s", kvp_status_name(status), kvp_status_name(r->status))) printf("%s\n", ends ? c.ctx.error : "");
+    if (!CHECK(status == r->status, "status %s; expected %s", kvp_status_name(status), kvp_status_name(r->status)))
+        printf("%s\n", ends ? c.ctx.error : "");
     if (CHECK(ends && strlen(c.ctx.error) > 10, "no error sentence"))
         CHECK(strstr(c.ctx.error, r->named), "the error does not name %s: %s", r->named, c.ctx.error);
     /* kvp_workspace sees no values, but what it refuses, it refuses alike. */
     const void *const args[] = {[KVP_SCORE] = &c.score, [KVP_SELECT] = &c.select, [KVP_GATHER] = &c.gather};
     size_t bytes = 12345;
     const kvp_status asked = kvp_workspace(r->verb, args[r->verb], 1, &bytes);
-    CHECK(asked == KVP_OK || (asked == r->status && bytes == 12345), "kvp_workspace says %s, %zu bytes", kvp_status_name(asked), bytes);
+    CHECK(asked == KVP_OK || (asked == r->status && bytes == 12345), "kvp_workspace says %s, %zu bytes",
+          kvp_status_name(asked), bytes);
     free_calls(&c);
 }
 

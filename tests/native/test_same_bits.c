@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Results have the same bits for any number of workers, any order of tasks, any place of a row in its batch, and while other calls run.
+ * Results have the same bits for any number of workers, any order of tasks, any place of a row in its batch, and while
+ * other calls run.
  */
 #include "attention_case.h"
 #include "tests.h"
@@ -53,7 +54,8 @@ static void run_backwards(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void
 }
 
 static const calling WAYS[] = {
-    {run_on_threads, 2, 0xff}, {run_on_threads, 3, 0x5a}, {run_backwards, 2, 0x11}, {run_backwards, 3, 0xff}, {run_on_threads, 1, 0x77}, {NULL, 3, 0xee},
+    {run_on_threads, 2, 0xff}, {run_on_threads, 3, 0x5a}, {run_backwards, 2, 0x11},
+    {run_backwards, 3, 0xff},  {run_on_threads, 1, 0x77}, {NULL, 3, 0xee},
 };
 enum { N_WAY = sizeof WAYS / sizeof WAYS[0] };
 
@@ -84,7 +86,13 @@ static void score_every_way(kvp_score_args args, const char *what) {
 }
 
 static void score_attention(voting kind) {
-    const attention_shape shape = {.n_batch = 3, .n_head = 2, .group = 3, .n_token = 150, .n_dim = 40, .dtype = (kvp_dtype)random_below(3), .kind = kind};
+    const attention_shape shape = {.n_batch = 3,
+                                   .n_head = 2,
+                                   .group = 3,
+                                   .n_token = 150,
+                                   .n_dim = 40,
+                                   .dtype = (kvp_dtype)random_below(3),
+                                   .kind = kind};
     attention_case c = new_attention_case(&shape);
     name_case("same bits: attention, voting %d", (int)kind);
     call_verb(KVP_SCORE, &c.args, (calling){0});
@@ -96,7 +104,8 @@ static void score_norm(void) {
     const int64_t shape[4] = {2, 3, 2500, 24};
     array keys = new_array(KVP_F32, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
     fill_normal(&keys.view);
-    const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
+    const kvp_score_args args = {
+        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
     name_case("same bits: norm");
     call_verb(KVP_SCORE, &args, (calling){0});
     score_every_way(args, "norm");
@@ -109,7 +118,8 @@ static void select_and_gather(void) {
     enum { T = 3000, K = 700 };
     const int64_t shape[4] = {2, 3, T, 8}, kept[4] = {2, 3, K, 8};
     array keys = new_array(KVP_F16, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
-    array segments = new_array(KVP_I32, CONTIGUOUS, 2, (int64_t[2]){2, 3}), quotas = new_array(KVP_I32, CONTIGUOUS, 3, (int64_t[3]){2, 3, 2});
+    array segments = new_array(KVP_I32, CONTIGUOUS, 2, (int64_t[2]){2, 3}),
+          quotas = new_array(KVP_I32, CONTIGUOUS, 3, (int64_t[3]){2, 3, 2});
     array positions[2], counts[2], out[4];
     fill_normal(&keys.view);
     fill_normal(&scores.view);
@@ -127,16 +137,21 @@ static void select_and_gather(void) {
     for (int i = 0; i <= N_WAY; i++) {
         const calling how = i ? WAYS[i - 1] : (calling){0};
         const int slot = i > 0;
-        const kvp_select_args select = {sizeof(kvp_select_args), scores.view, segments.view, quotas.view, .positions = positions[slot].view, .counts = counts[slot].view};
-        const kvp_gather_args gather = {sizeof(kvp_gather_args), keys.view, keys.view, positions[slot].view, out[2 * slot].view, out[2 * slot + 1].view};
+        const kvp_select_args select = {
+            sizeof(kvp_select_args),    scores.view, segments.view, quotas.view, .positions = positions[slot].view,
+            .counts = counts[slot].view};
+        const kvp_gather_args gather = {sizeof(kvp_gather_args), keys.view,          keys.view,
+                                        positions[slot].view,    out[2 * slot].view, out[2 * slot + 1].view};
         name_case("same bits: select and gather, way %d", i - 1);
         call_verb(KVP_SELECT, &select, how);
         call_verb(KVP_GATHER, &gather, how);
         CHECK(same_elements(&positions[slot].view, &positions[0].view), "positions differ");
         CHECK(same_elements(&counts[slot].view, &counts[0].view), "counts differ");
-        CHECK(same_elements(&out[2 * slot].view, &out[0].view) && same_elements(&out[2 * slot + 1].view, &out[1].view), "gathered rows differ");
+        CHECK(same_elements(&out[2 * slot].view, &out[0].view) && same_elements(&out[2 * slot + 1].view, &out[1].view),
+              "gathered rows differ");
     }
-    array *const all[] = {&keys, &scores, &segments, &quotas, &positions[0], &positions[1], &counts[0], &counts[1], &out[0], &out[1], &out[2], &out[3]};
+    array *const all[] = {&keys,      &scores,    &segments, &quotas, &positions[0], &positions[1],
+                          &counts[0], &counts[1], &out[0],   &out[1], &out[2],       &out[3]};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
@@ -157,7 +172,8 @@ static void *call_repeatedly(void *arg) {
 
 /* Three threads with a context each, at the same time. */
 static void score_concurrently(void) {
-    const attention_shape shape = {.n_batch = 1, .n_head = 2, .group = 2, .n_token = 40, .n_dim = 16, .dtype = KVP_BF16, .kind = VOTING_H2O};
+    const attention_shape shape = {
+        .n_batch = 1, .n_head = 2, .group = 2, .n_token = 40, .n_dim = 16, .dtype = KVP_BF16, .kind = VOTING_H2O};
     attention_case c = new_attention_case(&shape);
     caller callers[MAX_WORKERS];
     block scratch[MAX_WORKERS];
@@ -174,7 +190,8 @@ static void score_concurrently(void) {
     }
     for (int i = 0; i < MAX_WORKERS; i++) {
         pthread_join(threads[i], NULL);
-        CHECK(callers[i].status == KVP_OK && same_elements(&callers[i].own.view, &c.args.scores), "caller %d got other scores", i);
+        CHECK(callers[i].status == KVP_OK && same_elements(&callers[i].own.view, &c.args.scores),
+              "caller %d got other scores", i);
         free_array(&callers[i].own);
         free_block(&scratch[i]);
     }
@@ -189,24 +206,33 @@ static void count_regions(int64_t n_task, int32_t n_worker, kvp_task_fn fn, void
     for (int64_t task = 0; task < n_task; task++) fn(arg, task, (int32_t)(task % n_worker));
 }
 
-/* One query judges a long cache: the heads are worked on side by side, however long it is, and nothing is packed first. */
+/* One query judges a long cache: the heads are worked on side by side, however long it is, and nothing is packed first.
+ */
 static void score_long(void) {
     enum { H = 8, T = 16384, D = 128 };
     const int32_t fields[KVP_VOTE_FIELDS] = {0, T, T - 1, T, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0};
-    array keys = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, T, D}), queries = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, 1, D});
+    array keys = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, T, D}),
+          queries = new_array(KVP_BF16, CONTIGUOUS, 4, (int64_t[4]){1, H, 1, D});
     array votes = new_array(KVP_I32, CONTIGUOUS, 3, (int64_t[3]){1, 1, KVP_VOTE_FIELDS}), scores[2];
-    for (int64_t i = 0; i < H * T * D; i++) ((uint16_t *)(void *)keys.memory.data)[i] = (uint16_t)(0x3d00 + (random_bits() & 0x80ff));
+    for (int64_t i = 0; i < H * T * D; i++)
+        ((uint16_t *)(void *)keys.memory.data)[i] = (uint16_t)(0x3d00 + (random_bits() & 0x80ff));
     fill_normal(&queries.view);
     for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&votes.view, 0, 0, f, 0, fields[f]);
     for (int i = 0; i < 2; i++) {
         scores[i] = new_array(KVP_F32, CONTIGUOUS, 3, keys.view.shape);
-        const kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("attention"), .keys = keys.view, .queries = queries.view, .votes = votes.view,
-                                     .scores = scores[i].view, .param = {0.1, 0, 1, 0}};
+        const kvp_score_args args = {.size = sizeof(kvp_score_args),
+                                     .scorer = kvp_scorer_find("attention"),
+                                     .keys = keys.view,
+                                     .queries = queries.view,
+                                     .votes = votes.view,
+                                     .scores = scores[i].view,
+                                     .param = {0.1, 0, 1, 0}};
         name_case("same bits: one query, %d tokens", T);
         n_region = n_task_most = 0;
         call_verb(KVP_SCORE, &args, i ? (calling){count_regions, 8, 0xff} : (calling){0});
     }
-    CHECK(n_region <= 2 && n_task_most == H, "%lld regions of up to %lld tasks; expected 2 of %d", (long long)n_region, (long long)n_task_most, H);
+    CHECK(n_region <= 2 && n_task_most == H, "%lld regions of up to %lld tasks; expected 2 of %d", (long long)n_region,
+          (long long)n_task_most, H);
     CHECK(same_elements(&scores[0].view, &scores[1].view), "scores differ with 8 workers");
     array *const all[] = {&keys, &queries, &votes, &scores[0], &scores[1]};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);

@@ -37,7 +37,8 @@ static float draw_score(score_kind kind) {
     case SCORES_TIED: return (float)random_below(3) - 1.0f;
     case SCORES_EQUAL: return -0.125f;
     case SCORES_ODD: return odd[random_below((int64_t)COUNT(odd))];
-    case SCORES_NEIGHBOURS: return (random_below(2) ? 1.0f : -1.0f) * from_bits(0x3f800000u + (uint32_t)random_below(24) - 12u);
+    case SCORES_NEIGHBOURS:
+        return (random_below(2) ? 1.0f : -1.0f) * from_bits(0x3f800000u + (uint32_t)random_below(24) - 12u);
     case SCORES_BITS: return from_bits((uint32_t)random_bits());
     default: return from_bits(0x7f800001u | (uint32_t)random_bits());
     }
@@ -81,7 +82,8 @@ static int64_t draw_quotas(const kvp_tensor *quotas, const kvp_tensor *segments)
         for (int64_t h = 0; h < quotas->shape[1]; h++)
             for (int64_t s = 0; s < quotas->shape[2]; s++) {
                 const int64_t length = (int64_t)(get(segments, b, s + 1, 0, 0) - get(segments, b, s, 0, 0));
-                const int64_t choices[] = {0, random_below(length + 1), random_below(length + 1), length / 2, length, length + 3};
+                const int64_t choices[] = {
+                    0, random_below(length + 1), random_below(length + 1), length / 2, length, length + 3};
                 set(quotas, b, h, s, 0, (double)choices[random_below((int64_t)COUNT(choices))]);
             }
     for (int64_t b = 0; b < quotas->shape[0]; b++)
@@ -97,7 +99,8 @@ static void draw_protect(const kvp_tensor *protect) {
     const int64_t kind = random_below(4); /* one in 2, one in 9, all, none */
     for (int64_t b = 0; b < protect->shape[0]; b++)
         for (int64_t t = 0; t < protect->shape[1]; t++)
-            set(protect, b, t, 0, 0, kind == 2 || (kind < 2 && random_below(kind ? 9 : 2) == 0) ? (double)(1 + random_below(255)) : 0);
+            set(protect, b, t, 0, 0,
+                kind == 2 || (kind < 2 && random_below(kind ? 9 : 2) == 0) ? (double)(1 + random_below(255)) : 0);
 }
 
 static selection new_selection(int64_t n_token, score_kind kind) {
@@ -115,7 +118,8 @@ static selection new_selection(int64_t n_token, score_kind kind) {
     fill_valid(&s.valid.view, n_token, false);
     s.positions = new_array(KVP_I32, output_layout(random_layout()), 3, (int64_t[3]){n_batch, n_head, room ? room : 1});
     s.counts = new_array(KVP_I32, output_layout(random_layout()), 2, (int64_t[2]){n_batch, n_head});
-    s.args = (kvp_select_args){.size = sizeof(kvp_select_args), .scores = s.scores.view, .segments = s.segments.view, .quotas = s.quotas.view};
+    s.args = (kvp_select_args){
+        .size = sizeof(kvp_select_args), .scores = s.scores.view, .segments = s.segments.view, .quotas = s.quotas.view};
     if (random_below(2)) s.args.protect = s.protect.view;
     if (random_below(2)) s.args.valid = s.valid.view;
     s.args.positions = s.positions.view;
@@ -135,12 +139,13 @@ static void check_selection(const selection *s) {
         for (int64_t h = 0; h < s->args.scores.shape[1]; h++) {
             const int64_t count = exact_select(&s->args, b, h, expected);
             int64_t first_wrong = 0;
-            while (first_wrong < room && get(&s->args.positions, b, h, first_wrong, 0) == expected[first_wrong]) first_wrong++;
+            while (first_wrong < room && get(&s->args.positions, b, h, first_wrong, 0) == expected[first_wrong])
+                first_wrong++;
             if (first_wrong < room)
-                CHECK(false, "position %lld of row %lld,%lld is %g; expected %d", (long long)first_wrong, (long long)b, (long long)h,
-                      get(&s->args.positions, b, h, first_wrong, 0), (int)expected[first_wrong]);
-            CHECK(get(&s->args.counts, b, h, 0, 0) == (double)count, "row %lld,%lld counts %g; expected %lld", (long long)b, (long long)h,
-                  get(&s->args.counts, b, h, 0, 0), (long long)count);
+                CHECK(false, "position %lld of row %lld,%lld is %g; expected %d", (long long)first_wrong, (long long)b,
+                      (long long)h, get(&s->args.positions, b, h, first_wrong, 0), (int)expected[first_wrong]);
+            CHECK(get(&s->args.counts, b, h, 0, 0) == (double)count, "row %lld,%lld counts %g; expected %lld",
+                  (long long)b, (long long)h, get(&s->args.counts, b, h, 0, 0), (long long)count);
         }
     free(expected);
 }
@@ -148,8 +153,9 @@ static void check_selection(const selection *s) {
 /* 0xff would hide a -1 that was never written, so the outputs hold something else the second time. */
 static void select_case(int64_t n_token, score_kind kind) {
     selection s = new_selection(n_token, kind);
-    name_case("select T=%lld K=%lld S=%lld scores %d%s%s", (long long)n_token, (long long)s.args.positions.shape[2], (long long)s.args.quotas.shape[2],
-              (int)kind, s.args.protect.data ? " protected" : "", s.args.valid.data ? " padded" : "");
+    name_case("select T=%lld K=%lld S=%lld scores %d%s%s", (long long)n_token, (long long)s.args.positions.shape[2],
+              (long long)s.args.quotas.shape[2], (int)kind, s.args.protect.data ? " protected" : "",
+              s.args.valid.data ? " padded" : "");
     for (int i = 0; i < 2; i++) {
         const unsigned char byte = i ? 0x5a : 0xff;
         poison_array(&s.positions, byte);
@@ -165,6 +171,7 @@ static void select_case(int64_t n_token, score_kind kind) {
 void test_select(void) {
     for (size_t t = 0; t < COUNT(LENGTHS); t++)
         for (int kind = 0; kind < SCORE_KIND_COUNT; kind++)
-            for (int repeat = 0; repeat < (LENGTHS[t] > 100 ? 8 : 16); repeat++) select_case(LENGTHS[t], (score_kind)kind);
+            for (int repeat = 0; repeat < (LENGTHS[t] > 100 ? 8 : 16); repeat++)
+                select_case(LENGTHS[t], (score_kind)kind);
     for (int kind = 0; kind < SCORE_KIND_COUNT; kind++) select_case(1500, (score_kind)kind);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of sweep.cuh for any element type, head dimension and strides, in float32 arithmetic. A block of 256 threads holds 64 rows
- * and takes 64 columns at a time, 16 elements of both in shared memory; each thread has 4 by 4 products.
+ * The sweeps of sweep.cuh for any element type, head dimension and strides, in float32 arithmetic. A block of 256
+ * threads holds 64 rows and takes 64 columns at a time, 16 elements of both in shared memory; each thread has 4 by 4
+ * products.
  */
 #include "sweep.cuh"
 
@@ -12,7 +13,8 @@ typedef struct panel {
     float row[DEPTH][TILE + 4], column[DEPTH][TILE + 4];
 } panel;
 
-template <typename T, typename ADDRESS> __device__ __forceinline__ void load_panel(float (*to)[TILE + 4], int first_dim, int n_dim, int64_t step, ADDRESS address) {
+template <typename T, typename ADDRESS> __device__ __forceinline__ void
+load_panel(float (*to)[TILE + 4], int first_dim, int n_dim, int64_t step, ADDRESS address) {
     for (int i = threadIdx.x; i < TILE * DEPTH; i += THREADS) {
         const int which = i / DEPTH, d = i % DEPTH;
         const char *from = address(which);
@@ -22,7 +24,8 @@ template <typename T, typename ADDRESS> __device__ __forceinline__ void load_pan
 
 /* Products of a thread's rows LANES i + threadIdx.x / LANES and columns LANES j + threadIdx.x % LANES. */
 template <typename T, typename ROW, typename COLUMN>
-__device__ __forceinline__ void multiply(panel *shared, int n_dim, int64_t row_step, int64_t column_step, ROW row, COLUMN column, float (&a)[SIDE][SIDE]) {
+__device__ __forceinline__ void multiply(panel *shared, int n_dim, int64_t row_step, int64_t column_step, ROW row,
+                                         COLUMN column, float (&a)[SIDE][SIDE]) {
     for (int d = 0; d < n_dim; d += DEPTH) {
         __syncthreads();
         load_panel<T>(shared->row, d, n_dim, row_step, row);
@@ -32,22 +35,27 @@ __device__ __forceinline__ void multiply(panel *shared, int n_dim, int64_t row_s
         for (int k = 0; k < DEPTH; k++) {
             float x[SIDE], y[SIDE];
 #pragma unroll
-            for (int i = 0; i < SIDE; i++) x[i] = shared->row[k][LANES * i + threadIdx.x / LANES], y[i] = shared->column[k][LANES * i + threadIdx.x % LANES];
+            for (int i = 0; i < SIDE; i++)
+                x[i] = shared->row[k][LANES * i + threadIdx.x / LANES],
+                y[i] = shared->column[k][LANES * i + threadIdx.x % LANES];
 #pragma unroll
-            for (int i = 0; i < SIDE * SIDE; i++) a[i / SIDE][i % SIDE] = fmaf(x[i / SIDE], y[i % SIDE], a[i / SIDE][i % SIDE]);
+            for (int i = 0; i < SIDE * SIDE; i++)
+                a[i / SIDE][i % SIDE] = fmaf(x[i / SIDE], y[i % SIDE], a[i / SIDE][i % SIDE]);
         }
     }
 }
 
 /* LSE: block (tile of rows, b, key head; split). SUM: block (tile of keys, b, query head). */
-template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) sweep_any(const __grid_constant__ kvpg_attention p) {
+template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2)
+    sweep_any(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     __shared__ panel shared;
     const int n_head = SWEEP == KVPG_SUM ? p.n_head * p.group : p.n_head, n_unit = p.n_batch * n_head;
     const int tile = blockIdx.x / n_unit, b = blockIdx.x % n_unit / n_head, head = blockIdx.x % n_head;
     const int h = SWEEP == KVPG_SUM ? head / p.group : head, first_query = p.n_token - p.n_query;
     const kvpg_numbers table = kvpg_table_row(p.table, b);
-    const int n_row = SWEEP == KVPG_SUM ? p.n_token : table[KVPG_N_VOTER] * p.group, begin = tile * TILE, end = min(begin + TILE, n_row);
+    const int n_row = SWEEP == KVPG_SUM ? p.n_token : table[KVPG_N_VOTER] * p.group, begin = tile * TILE,
+              end = min(begin + TILE, n_row);
     if (table[KVPG_ON_SM90] || begin >= n_row || (SWEEP == KVPG_LSE && (int)blockIdx.y >= table[KVPG_N_SPLIT])) return;
     kvpg_tally tally[SIDE];
     float sum[SIDE] = {};
@@ -63,14 +71,17 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
         for (int first = cover.lo; first < cover.hi; first += TILE) {
             float a[SIDE][SIDE] = {};
             multiply<T>(
-                &shared, p.n_dim, SWEEP == KVPG_SUM ? p.keys.d : p.queries.d, SWEEP == KVPG_SUM ? p.queries.d : p.keys.d,
+                &shared, p.n_dim, SWEEP == KVPG_SUM ? p.keys.d : p.queries.d,
+                SWEEP == KVPG_SUM ? p.queries.d : p.keys.d,
                 [&](int i) -> const char * {
                     if (begin + i >= end) return NULL;
-                    return SWEEP == KVPG_SUM ? kvpg_row(p.keys, b, h, begin + i) : kvpg_query_of_row(p, table, b, h, begin + i);
+                    return SWEEP == KVPG_SUM ? kvpg_row(p.keys, b, h, begin + i)
+                                             : kvpg_query_of_row(p, table, b, h, begin + i);
                 },
                 [&](int i) -> const char * {
                     if (first + i >= cover.hi) return NULL;
-                    return SWEEP == KVPG_SUM ? kvpg_row(p.queries, b, head, first + i - first_query) : kvpg_row(p.keys, b, h, first + i);
+                    return SWEEP == KVPG_SUM ? kvpg_row(p.queries, b, head, first + i - first_query)
+                                             : kvpg_row(p.keys, b, h, first + i);
                 },
                 a);
             float exponent[SIDE] = {};
@@ -82,11 +93,15 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2) s
                 float x[SIDE], top = -INFINITY;
                 for (int j = 0; j < SIDE; j++) {
                     const int column = first + LANES * j + threadIdx.x % LANES;
-                    x[j] = column >= taken[i].lo && column < taken[i].hi && !kvpg_is_mute(exponent[j]) ? kvpg_logit(p, a[i][j]) + exponent[j] : -INFINITY;
+                    x[j] = column >= taken[i].lo && column < taken[i].hi && !kvpg_is_mute(exponent[j])
+                               ? kvpg_logit(p, a[i][j]) + exponent[j]
+                               : -INFINITY;
                     top = fmaxf(top, x[j]);
                 }
                 if (SWEEP == KVPG_LSE) kvpg_raise(tally[i], top);
-                for (int j = 0; j < SIDE; j++) (SWEEP == KVPG_LSE ? tally[i].sum : sum[i]) += kvpg_exp2(SWEEP == KVPG_LSE ? x[j] - tally[i].top : x[j]);
+                for (int j = 0; j < SIDE; j++)
+                    (SWEEP == KVPG_LSE ? tally[i].sum : sum[i]) +=
+                        kvpg_exp2(SWEEP == KVPG_LSE ? x[j] - tally[i].top : x[j]);
             }
         }
     }

@@ -5,9 +5,9 @@
  *     A[h,q,k] = exp(s[h,q,k] - lse[h,q]),  s = softcap(scaling * query[h,q].key[k]),  k in [valid begin, q]
  *     score[k] = mean over heads of pool( weight(k) * sum over voters q of A[h,q,k] )
  *
- * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (strip.c). The mean over heads and the pooling
- * commute, so the heads of a group are summed first. Three steps for a few units at a time: pack their keys, add up their strips, and
- * finish: add the chunks' columns in double, weigh, pool, write.
+ * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (strip.c). The mean over heads and
+ * the pooling commute, so the heads of a group are summed first. Three steps for a few units at a time: pack their
+ * keys, add up their strips, and finish: add the chunks' columns in double, weigh, pool, write.
  */
 #include "attention.h"
 
@@ -36,10 +36,10 @@ static size_t finish_bytes(int64_t n_token) { return 2 * kvpi_round_up_64((size_
 /* Places the scratch in the workspace; a NULL workspace gives the sizes only. Returns the bytes of all of it. */
 static size_t lay_out(kvpi_attention *j, char *workspace, int32_t n_worker) {
     size_t used = 0;
-#define PLACE(field, bytes)                                                          \
-    do {                                                                             \
-        j->field = workspace ? (void *)(workspace + used) : NULL;                    \
-        used += kvpi_round_up_64(bytes);                                             \
+#define PLACE(field, bytes)                                       \
+    do {                                                          \
+        j->field = workspace ? (void *)(workspace + used) : NULL; \
+        used += kvpi_round_up_64(bytes);                          \
     } while (0)
     PLACE(voters, (size_t)(j->n_batch * j->n_query) * sizeof(int32_t));
     PLACE(n_voters, (size_t)j->n_batch * sizeof(int64_t));
@@ -85,14 +85,18 @@ static kvp_status check_params(const double *param, int64_t n_token, kvp_context
     const double kernel_size = param[KVPI_PARAM_attention_kernel_size];
     const double log2e = 1.4426950408889634;
     if (!isfinite((float)(scaling * log2e)))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most", scaling,
-                         FLT_MAX / log2e);
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most",
+                         scaling, FLT_MAX / log2e);
     if (softcap != 0 && (!(softcap >= (double)FLT_MIN) || !isfinite((float)(softcap * log2e))))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", softcap, (double)FLT_MIN, FLT_MAX / log2e);
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", softcap, (double)FLT_MIN,
+                         FLT_MAX / log2e);
     if (softcap != 0 && !isfinite((float)(scaling / softcap)))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g and softcap %g; expected their quotient to be finite in float32", scaling, softcap);
+        return kvpi_fail(ctx, KVP_ERR_VALUE,
+                         "scaling is %g and softcap %g; expected their quotient to be finite in float32", scaling,
+                         softcap);
     KVPI_TRY(kvpi_check_whole(kernel_size, "kernel_size", 1, 1 << 20, ctx));
-    if ((int64_t)kernel_size % 2 == 0) return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", kernel_size);
+    if ((int64_t)kernel_size % 2 == 0)
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "kernel_size is %.0f; expected an odd number", kernel_size);
     return kvpi_check_whole(param[KVPI_PARAM_attention_share_heads], "share_heads", 0, 1, ctx);
 }
 
@@ -106,7 +110,8 @@ static void read_range(const kvp_tensor *votes, int64_t b, int64_t v, int field,
 
 kvpi_vote kvpi_read_vote(const kvpi_attention *j, int64_t b, int64_t v) {
     const kvp_tensor *votes = &j->args->votes;
-    kvpi_vote out = {.weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT), .age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END)};
+    kvpi_vote out = {.weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT),
+                     .age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END)};
     int64_t valid[2];
     kvpi_valid_range(&j->args->valid, b, j->n_token, &valid[0], &valid[1]);
     read_range(votes, b, v, KVP_VOTE_KEY_BEGIN, valid, out.key);
@@ -169,7 +174,9 @@ static void pack_task(void *arg, int64_t task, int32_t worker) {
     j->rows->pack_keys[dtype](head, left < KVPI_BLOCK ? left : KVPI_BLOCK, j->n_dim, out);
 }
 
-static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) { return j->columns + (slot * j->n_chunk + chunk) * j->stride; }
+static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) {
+    return j->columns + (slot * j->n_chunk + chunk) * j->stride;
+}
 
 static void strip_task(void *arg, int64_t task, int32_t worker) {
     const wave *w = arg;
@@ -198,7 +205,8 @@ static void finish_vote(const kvpi_vote *v, int64_t kernel_size, double n_head, 
     }
     if (reach > 0) {
         for (int64_t k = v->key[0]; k < v->key[1]; k++) {
-            const int64_t low = k - reach > v->key[0] ? k - reach : v->key[0], high = k + reach + 1 < v->key[1] ? k + reach + 1 : v->key[1];
+            const int64_t low = k - reach > v->key[0] ? k - reach : v->key[0],
+                          high = k + reach + 1 < v->key[1] ? k + reach + 1 : v->key[1];
             double sum = 0;
             for (int64_t i = low; i < high; i++) sum += column[i];
             pooled[k] = sum / (double)kernel_size;
@@ -209,7 +217,8 @@ static void finish_vote(const kvpi_vote *v, int64_t kernel_size, double n_head, 
 }
 
 /* Finishes the sums of n_head query heads and writes the scores of key heads first to last of batch row b. */
-static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int64_t last, int64_t n_head, double *column, double *pooled) {
+static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int64_t last, int64_t n_head,
+                         double *column, double *pooled) {
     const kvp_tensor *scores = &j->args->scores;
     int64_t begin, end;
     kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
@@ -218,7 +227,8 @@ static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int6
         finish_vote(&vote, (int64_t)j->args->param[KVPI_PARAM_attention_kernel_size], (double)n_head, column, pooled);
     }
     for (int64_t h = first; h < last; h++)
-        for (int64_t k = 0; k < j->n_token; k++) *(float *)(void *)kvpi_at(scores, b, h, k) = k >= begin && k < end ? (float)column[k] : -INFINITY;
+        for (int64_t k = 0; k < j->n_token; k++)
+            *(float *)(void *)kvpi_at(scores, b, h, k) = k >= begin && k < end ? (float)column[k] : -INFINITY;
 }
 
 /* Adds the chunks of one unit, in order. */
@@ -264,15 +274,17 @@ static void run_wave(wave *w, double work) {
     }
 }
 
-/* Once the voters are known: how many chunks the longest unit has. Where that is one, as in TOVA, nothing is packed first, and all that memory holds
- * columns, so that many more units are worked on at a time: with 16384 tokens of 128 dimensions it was one. */
+/* Once the voters are known: how many chunks the longest unit has. Where that is one, as in TOVA, nothing is packed
+ * first, and all that memory holds columns, so that many more units are worked on at a time: with 16384 tokens of 128
+ * dimensions it was one. */
 static void size_waves(kvpi_attention *j) {
     int64_t n_strip = 1;
     for (int64_t b = 0; b < j->n_batch; b++)
         if (kvpi_strip_count(j, b) > n_strip) n_strip = kvpi_strip_count(j, b);
     j->n_chunk = n_strip < KVPI_CHUNK ? n_strip : KVPI_CHUNK;
     if (j->n_chunk > 1) return;
-    const size_t column = (size_t)j->stride * sizeof(float), room = (size_t)j->n_wave * (j->packed_bytes + KVPI_CHUNK * column);
+    const size_t column = (size_t)j->stride * sizeof(float),
+                 room = (size_t)j->n_wave * (j->packed_bytes + KVPI_CHUNK * column);
     const int64_t n_unit = j->n_batch * j->n_head, fit = (int64_t)(room / column);
     j->columns = (float *)(void *)j->packed; /* which stands before them */
     j->n_wave = fit < n_unit ? fit : n_unit;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and sweep.cuh for how. At
- * most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless the caller has them; the sums; and weights,
- * pooling and means over heads. Memory is O(T).
+ * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and
+ * sweep.cuh for how. At most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless
+ * the caller has them; the sums; and weights, pooling and means over heads. Memory is O(T).
  */
 #include "sweep.cuh"
 
@@ -80,7 +80,8 @@ static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool 
     plan->n_voter = count(plan->voters, plan->n_range);
     plan->hull = plan->n_range ? plan->voters[plan->n_range - 1].end - plan->voters[0].begin : 0;
     plan->on_sm90 = can_sm90 && plan->n_voter >= KVPG_MANY_VOTERS;
-    const int64_t n_key = plan->valid.end - plan->valid.begin, n_tile = kvpg_ceil_div(plan->n_voter * group, KVPG_ROW_TILE);
+    const int64_t n_key = plan->valid.end - plan->valid.begin,
+                  n_tile = kvpg_ceil_div(plan->n_voter * group, KVPG_ROW_TILE);
     const int64_t most = n_tile > 0 && !plan->on_sm90 ? KVPG_ENOUGH_TILES / n_tile : 1;
     plan->n_split = kvpg_ceil_div(n_key, KVPG_SPLIT);
     if (plan->n_split > most) plan->n_split = most;
@@ -91,7 +92,8 @@ static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool 
 
 static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int64_t v, range valid) {
     const kvp_tensor *votes = &args->votes;
-    const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, valid), window = cut(votes, b, v, KVP_VOTE_WINDOW_BEGIN, valid);
+    const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, valid),
+                window = cut(votes, b, v, KVP_VOTE_WINDOW_BEGIN, valid);
     range own[2] = {};
     int n = add_range(own, 0, cut(votes, b, v, KVP_VOTE_A_BEGIN, valid));
     n = add_range(own, n, cut(votes, b, v, KVP_VOTE_B_BEGIN, valid));
@@ -112,14 +114,17 @@ typedef struct needs {
     bool sm90, others, joining;
 } needs;
 
-static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx, kvpg_attention *p, needs *out) {
+static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx,
+                              kvpg_attention *p, needs *out) {
     kvpg_writer w;
     row_plan plan;
     needs need = {false, false, false};
-    kvpg_start_table(&w, &p->table, p->n_batch, KVPG_RANGES + 2 * p->n_range + p->n_vote * KVPG_VOTE_SIZE, workspace, ctx);
+    kvpg_start_table(&w, &p->table, p->n_batch, KVPG_RANGES + 2 * p->n_range + p->n_vote * KVPG_VOTE_SIZE, workspace,
+                     ctx);
     for (int64_t b = 0; b < p->n_batch; b++) {
         plan_row(args, b, p->group, can_sm90, &plan);
-        const int64_t head[] = {plan.valid.begin, plan.valid.end, plan.n_voter, plan.n_split, plan.split_size, plan.on_sm90};
+        const int64_t head[] = {plan.valid.begin, plan.valid.end,  plan.n_voter,
+                                plan.n_split,     plan.split_size, plan.on_sm90};
         for (int i = 0; i < KVPG_RANGES; i++) kvpg_put(&w, head[i]);
         for (int i = 0; i < p->n_range; i++) {
             kvpg_put(&w, i < plan.n_range ? plan.voters[i].begin : 0);
@@ -140,13 +145,16 @@ static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *w
     return kvpg_end_table(&w);
 }
 
-/* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that depends on their number only. */
+/* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that
+ * depends on their number only. */
 static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
-    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), lane = threadIdx.x % 32;
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group),
+              lane = threadIdx.x % 32;
     const kvpg_numbers table = kvpg_table_row(p.table, b), ranges = table + KVPG_RANGES;
     if (table[KVPG_ON_SM90] || table[KVPG_N_VOTER] == 0) return;
-    const int position = ranges[0] + blockIdx.x * (THREADS / 32) + threadIdx.x / 32, n_voter = table[KVPG_N_VOTER], n_split = table[KVPG_N_SPLIT];
+    const int position = ranges[0] + blockIdx.x * (THREADS / 32) + threadIdx.x / 32, n_voter = table[KVPG_N_VOTER],
+              n_split = table[KVPG_N_SPLIT];
     if (position > kvpg_voter_at(table, n_voter - 1)) return;
     int voter = 0, r = 0;
     for (; position >= ranges[2 * r + 1]; r++) voter += ranges[2 * r + 1] - ranges[2 * r];
@@ -162,15 +170,18 @@ static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_const
 }
 
 /* The caller's denominators. */
-static __global__ void __launch_bounds__(THREADS) take_lse(const __grid_constant__ kvpg_attention p, const kvpg_rows lse) {
+static __global__ void __launch_bounds__(THREADS)
+    take_lse(const __grid_constant__ kvpg_attention p, const kvpg_rows lse) {
     kvpg_follow();
-    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group), i = blockIdx.x * THREADS + threadIdx.x;
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group),
+              i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= p.n_query) return;
     const float exponent = *(const float *)kvpg_row(lse, b, query_head, i) * -1.44269504088896341f;
     *kvpg_exponent_at(p, b, query_head, p.n_token - p.n_query + i) = fabsf(exponent) < INFINITY ? exponent : -INFINITY;
 }
 
-/* Threads that share the heads of a key where all heads have one score, and neighbours on either side that are summed once for all keys. */
+/* Threads that share the heads of a key where all heads have one score, and neighbours on either side that are summed
+ * once for all keys. */
 enum { PARTS = 4, MAX_REACH = 32 };
 
 /* The sum over query heads first, first + step, ... below last. */
@@ -188,13 +199,15 @@ __device__ __forceinline__ float weight_of(kvpg_numbers vote, int k) {
 }
 
 /* sum_at(i): the sum over the heads at key i. */
-template <typename SUM> __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers table, int n_head, int k, SUM sum_at) {
+template <typename SUM>
+__device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers table, int n_head, int k, SUM sum_at) {
     const int reach = p.kernel_size / 2;
     float score = 0;
     if (k < table[KVPG_VALID_BEGIN] || k >= table[KVPG_VALID_END]) return -INFINITY;
     for (int v = 0; v < p.n_vote; v++) {
         const kvpg_numbers vote = kvpg_vote(p, table, v);
-        if (k >= vote[KVPG_WINDOW_BEGIN] && k < vote[KVPG_WINDOW_END]) return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
+        if (k >= vote[KVPG_WINDOW_BEGIN] && k < vote[KVPG_WINDOW_END])
+            return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
         if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
         for (int i = max(k - reach, vote[KVPG_KEY_BEGIN]); i <= k + reach && i < vote[KVPG_KEY_END]; i++)
             score += sum_at(i) / ((float)n_head * weight_of(vote, i));
@@ -204,33 +217,43 @@ template <typename SUM> __device__ __forceinline__ float score_of(const kvpg_att
 }
 
 /* A block has THREADS / N_PART keys. */
-template <int N_PART> static __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ kvpg_attention p) {
+template <int N_PART> static __global__ void __launch_bounds__(THREADS)
+    finish(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     constexpr int KEYS = THREADS / N_PART;
     __shared__ float part[N_PART][KEYS + 2 * MAX_REACH];
-    const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head, n_head = p.share_heads ? p.n_head : 1;
-    const int first = h * p.group, last = (h + n_head) * p.group, reach = min(p.kernel_size / 2, (int)MAX_REACH), begin = blockIdx.x * KEYS - reach;
+    const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head,
+              n_head = p.share_heads ? p.n_head : 1;
+    const int first = h * p.group, last = (h + n_head) * p.group, reach = min(p.kernel_size / 2, (int)MAX_REACH),
+              begin = blockIdx.x * KEYS - reach;
     const int n_sum = KEYS + 2 * reach, k = blockIdx.x * KEYS + threadIdx.x;
     const kvpg_numbers table = kvpg_table_row(p.table, b);
     for (int i = threadIdx.x % KEYS; i < n_sum; i += KEYS)
-        part[threadIdx.x / KEYS][i] = begin + i >= 0 && begin + i < p.n_token ? sum_heads(p, b, first + threadIdx.x / KEYS, last, N_PART, begin + i) : 0;
+        part[threadIdx.x / KEYS][i] = begin + i >= 0 && begin + i < p.n_token
+                                          ? sum_heads(p, b, first + threadIdx.x / KEYS, last, N_PART, begin + i)
+                                          : 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
         for (int j = 1; j < N_PART; j++) part[0][i] += part[j][i];
     if (N_PART > 1) __syncthreads();
     if (threadIdx.x >= KEYS || k >= p.n_token) return;
-    const float score = p.kernel_size / 2 <= MAX_REACH
-                            ? score_of(p, table, last - first, k, [&](int i) { return part[0][i - begin]; })
-                            : score_of(p, table, last - first, k, [&](int i) { return sum_heads(p, b, first, last, 1, i); });
+    const float score =
+        p.kernel_size / 2 <= MAX_REACH
+            ? score_of(p, table, last - first, k, [&](int i) { return part[0][i - begin]; })
+            : score_of(p, table, last - first, k, [&](int i) { return sum_heads(p, b, first, last, 1, i); });
     for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
 }
 
-static int64_t table_stride(const kvp_score_args *args) { return KVPG_RANGES + args->votes.shape[1] * (2 * 2 + KVPG_VOTE_SIZE); }
+static int64_t table_stride(const kvp_score_args *args) {
+    return KVPG_RANGES + args->votes.shape[1] * (2 * 2 + KVPG_VOTE_SIZE);
+}
 
 /* A voter's splits times the voters is at most this, by the way that plan_row cuts. */
 static int64_t split_room(const kvp_score_args *args) {
-    const int64_t group = args->queries.shape[1] / args->keys.shape[1], n_split = kvpg_ceil_div(args->keys.shape[2], KVPG_SPLIT);
-    const int64_t by_tiles = kvpg_ceil_div(KVPG_ENOUGH_TILES * KVPG_ROW_TILE, group), by_voters = args->queries.shape[2] * n_split;
+    const int64_t group = args->queries.shape[1] / args->keys.shape[1],
+                  n_split = kvpg_ceil_div(args->keys.shape[2], KVPG_SPLIT);
+    const int64_t by_tiles = kvpg_ceil_div(KVPG_ENOUGH_TILES * KVPG_ROW_TILE, group),
+                  by_voters = args->queries.shape[2] * n_split;
     return n_split == 1 || args->lse.data ? 0 : by_tiles < by_voters ? by_tiles : by_voters;
 }
 
@@ -255,7 +278,8 @@ extern "C" size_t kvpi_score_attention_cuda_workspace(const kvp_score_args *args
 }
 
 static void read_job(const kvp_score_args *args, kvpg_attention *p) {
-    const double scaling = args->param[KVPI_PARAM_attention_scaling], softcap = args->param[KVPI_PARAM_attention_softcap], log2e = 1.4426950408889634;
+    const double scaling = args->param[KVPI_PARAM_attention_scaling],
+                 softcap = args->param[KVPI_PARAM_attention_softcap], log2e = 1.4426950408889634;
     p->keys = kvpg_rows_of(&args->keys);
     p->queries = kvpg_rows_of(&args->queries);
     p->scores = kvpg_rows_of(&args->scores);
@@ -278,9 +302,11 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
 
 static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
     if (args->votes.shape[1] > KVPG_MAX_VOTES)
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "votes.shape[1] is %lld; on a CUDA device expected at most %d", (long long)args->votes.shape[1], (int)KVPG_MAX_VOTES);
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "votes.shape[1] is %lld; on a CUDA device expected at most %d",
+                         (long long)args->votes.shape[1], (int)KVPG_MAX_VOTES);
     if (args->queries.shape[0] * args->queries.shape[1] > KVPG_MAX_ROWS)
-        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "queries.shape[:2] multiply to %lld; on a CUDA device expected at most %d",
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
+                         "queries.shape[:2] multiply to %lld; on a CUDA device expected at most %d",
                          (long long)(args->queries.shape[0] * args->queries.shape[1]), (int)KVPG_MAX_ROWS);
     return KVP_OK;
 }
@@ -288,7 +314,8 @@ static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
 static kvp_status sweep(int which, const kvpg_attention *p, const kvp_score_args *args, needs need, kvp_context *ctx) {
     if (need.sm90) KVPI_TRY(kvpg_sweep_sm90(which, p, args, ctx));
     if (!need.others || (which == KVPG_LSE && p->max_voter == 0)) return KVP_OK;
-    return kvpg_can_mma(args) ? kvpg_sweep_mma(which, p, args->keys.dtype, ctx) : kvpg_sweep_any(which, p, args->keys.dtype, ctx);
+    return kvpg_can_mma(args) ? kvpg_sweep_mma(which, p, args->keys.dtype, ctx)
+                              : kvpg_sweep_any(which, p, args->keys.dtype, ctx);
 }
 
 extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_context *ctx) {
@@ -296,7 +323,8 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     void *table;
     int major;
     KVPI_TRY(check_limits(args, ctx));
-    KVPG_TRY("tell what the device can do", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
+    KVPG_TRY("tell what the device can do",
+             cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
     read_job(args, &p);
     lay_out(args, (char *)ctx->workspace, &p, &table);
     const int n_row = p.n_batch * p.n_head * p.group;
@@ -308,10 +336,12 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     } else {
         KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
         const kvpg_grid grid = {kvpg_ceil_div(p.max_hull, THREADS / 32), n_row};
-        if (need.joining && p.max_hull > 0) KVPI_TRY(kvpg_launch("join_splits", ctx, join_splits, grid, THREADS, 1, 0, p));
+        if (need.joining && p.max_hull > 0)
+            KVPI_TRY(kvpg_launch("join_splits", ctx, join_splits, grid, THREADS, 1, 0, p));
     }
     KVPI_TRY(sweep(KVPG_SUM, &p, args, need, ctx));
     const int n_part = p.share_heads ? (int)PARTS : 1;
-    const kvpg_grid grid = {kvpg_ceil_div(p.n_token, THREADS / n_part), p.share_heads ? p.n_batch : (int64_t)p.n_batch * p.n_head};
+    const kvpg_grid grid = {kvpg_ceil_div(p.n_token, THREADS / n_part),
+                            p.share_heads ? p.n_batch : (int64_t)p.n_batch * p.n_head};
     return kvpg_launch("the end of attention", ctx, p.share_heads ? finish<PARTS> : finish<1>, grid, THREADS, 1, 0, p);
 }

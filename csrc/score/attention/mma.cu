@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of sweep.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A block of four warps
- * holds 128 rows (64 above 128 elements) as fragments in registers; tiles of 64 columns come through a ring in shared memory by asynchronous
- * copies. All query heads of a group stream past one tile of keys where there are blocks enough. Everything a thread needs of a column is in
- * its own registers, so sums need no atomics: four lanes share a row and join at the end.
+ * The sweeps of sweep.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A
+ * block of four warps holds 128 rows (64 above 128 elements) as fragments in registers; tiles of 64 columns come
+ * through a ring in shared memory by asynchronous copies. All query heads of a group stream past one tile of keys where
+ * there are blocks enough. Everything a thread needs of a column is in its own registers, so sums need no atomics: four
+ * lanes share a row and join at the end.
  */
 #include "sweep.cuh"
 
@@ -11,10 +12,12 @@ enum { THREADS = 128, COLUMNS = 64, ENOUGH_BLOCKS = 1024 };
 
 /* DIM: the elements of a row, rounded up; the rest is zeros. */
 template <int DIM> struct shape {
-    static constexpr int M = DIM <= 128 ? 2 : 1;        /* fragments of 16 rows a warp */
-    static constexpr int ROWS = 64 * M;                 /* of a block */
-    static constexpr int STAGES = DIM <= 128 ? 3 : 2;   /* of the ring; two tiles of columns have room for a tile of rows */
-    static constexpr int PITCH = DIM * 2 + 16;          /* bytes from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
+    static constexpr int M = DIM <= 128 ? 2 : 1; /* fragments of 16 rows a warp */
+    static constexpr int ROWS = 64 * M;          /* of a block */
+    static constexpr int STAGES =
+        DIM <= 128 ? 3 : 2; /* of the ring; two tiles of columns have room for a tile of rows */
+    static constexpr int PITCH =
+        DIM * 2 + 16; /* bytes from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
     static constexpr int TILE = COLUMNS * PITCH;
     static constexpr int BYTES = STAGES * (TILE + COLUMNS * 4) + ROWS * 16;
 };
@@ -26,11 +29,14 @@ template <int SWEEP> struct unit {
     int begin, end, split;
 };
 
-/* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the second-level cache. Where a
- * key has few voters all tiles are short; then the newest keys are first, which the other sweep read last, and gathering will begin with the oldest. */
-template <int DIM, int SWEEP> __device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_once, unit<SWEEP> &u) {
+/* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the
+ * second-level cache. Where a key has few voters all tiles are short; then the newest keys are first, which the other
+ * sweep read last, and gathering will begin with the oldest. */
+template <int DIM, int SWEEP>
+__device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_once, unit<SWEEP> &u) {
     const bool ascending = SWEEP == KVPG_SUM && p.max_hull > p.n_token / 4;
-    const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part, at = blockIdx.x / n_unit;
+    const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part,
+              at = blockIdx.x / n_unit;
     const int tile = ascending ? at : gridDim.x / n_unit - 1 - at, head = blockIdx.x % n_unit / n_part;
     u.b = head / p.n_head;
     u.h = head % p.n_head;
@@ -55,7 +61,9 @@ struct stop {
     int head, s, column;
 };
 
-__device__ __forceinline__ stop first_stop(const course &c) { return c.n_first > 0 ? stop{0, 0, c.cover[0].lo} : stop{0, 1, c.cover[1].lo}; }
+__device__ __forceinline__ stop first_stop(const course &c) {
+    return c.n_first > 0 ? stop{0, 0, c.cover[0].lo} : stop{0, 1, c.cover[1].lo};
+}
 
 /* Goes on by a tile; returns whether that was the last of a head. */
 __device__ __forceinline__ bool go_on(const course &c, stop &at) {
@@ -80,13 +88,15 @@ template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_at
 }
 
 /* Copies rows, 16 bytes at a time. Those from n_there on, and what is behind a row's last element, become zeros. */
-template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_there, const char *from, int64_t step, int n_dim) {
+template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_there, const char *from,
+                                                             int64_t step, int n_dim) {
     constexpr int PIECES = DIM / 8;
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_row * PIECES; i += THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const bool there = row < n_there && piece * 8 < n_dim;
-        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + row * step + piece * 16 : from, there ? 16 : 0);
+        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + row * step + piece * 16 : from,
+                        there ? 16 : 0);
     }
 }
 
@@ -113,10 +123,12 @@ __device__ __forceinline__ void mask_pair(kvpg_interval taken, int column, float
 }
 
 /* Reduces 16 columns: a[m][j] are those of fragments m and columns 8 j to 8 j + 7. */
-template <int M, bool MASKED>
-__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *taken, int column, const float *,
-                                       results<KVPG_LSE, M> &r) {
-    const bool ready = p.cap > 0 || p.scale <= 0; /* else products are compared before they are scaled, which saves an instruction each */
+template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
+                                                                     const kvpg_interval *taken, int column,
+                                                                     const float *, results<KVPG_LSE, M> &r) {
+    const bool ready =
+        p.cap > 0 ||
+        p.scale <= 0; /* else products are compared before they are scaled, which saves an instruction each */
     if (ready) {
 #pragma unroll
         for (int i = 0; i < 8 * M; i++) a[i / 8][i / 4 % 2][i % 4] = kvpg_logit(p, a[i / 8][i / 4 % 2][i % 4]);
@@ -140,9 +152,9 @@ __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2]
     }
 }
 
-template <int M, bool MASKED>
-__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *taken, int column, const float *exponents,
-                                       results<KVPG_SUM, M> &r) {
+template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
+                                                                     const kvpg_interval *taken, int column,
+                                                                     const float *exponents, results<KVPG_SUM, M> &r) {
     const float2 e[2] = {*(const float2 *)exponents, *(const float2 *)(exponents + 8)};
     const float scale = p.cap > 0 ? 1 : p.scale;
     if (p.cap > 0) {
@@ -169,8 +181,9 @@ __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2]
 
 /* One tile of columns: 16 from `first` on, and again each `step`. */
 template <typename T, int DIM, int SWEEP, bool MASKED>
-__device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4], uint32_t tile,
-                                           const kvpg_interval *taken, int column, int end, const float *exponents, int first, int step,
+__device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4],
+                                           uint32_t tile, const kvpg_interval *taken, int column, int end,
+                                           const float *exponents, int first, int step,
                                            results<SWEEP, shape<DIM>::M> &r) {
     constexpr int M = shape<DIM>::M;
     const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
@@ -192,7 +205,8 @@ __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32
     }
 }
 
-template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_LSE> &u, int, int row, results<KVPG_LSE, shape<DIM>::M> &r) {
+template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_LSE> &u, int,
+                                                               int row, results<KVPG_LSE, shape<DIM>::M> &r) {
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
         const kvpg_tally t = kvpg_join_lanes<4>(r.tally[i]);
@@ -201,7 +215,8 @@ template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attent
     }
 }
 
-template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_SUM> &u, int head, int row, results<KVPG_SUM, shape<DIM>::M> &r) {
+template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_SUM> &u,
+                                                               int head, int row, results<KVPG_SUM, shape<DIM>::M> &r) {
     float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
@@ -211,40 +226,51 @@ template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attent
     }
 }
 
-template <int DIM> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_SUM> &u, uint32_t to) {
+template <int DIM>
+__device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_SUM> &u, uint32_t to) {
     copy_rows<DIM>(to, shape<DIM>::ROWS, u.end - u.begin, kvpg_row(p.keys, u.b, u.h, u.begin), p.keys.t, p.n_dim);
 }
 
 /* Voters need not follow each other. A lane finds the address of a row, and eight copy it. */
-template <int DIM> __device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_LSE> &u, uint32_t to) {
+template <int DIM>
+__device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_LSE> &u, uint32_t to) {
     constexpr int LANES = 8;
     for (int row = threadIdx.x / LANES; row < shape<DIM>::ROWS; row += THREADS / LANES) {
         const char *from = kvpg_query_of_row(p, u.table, u.b, u.h, min(u.begin + row, u.end - 1));
         for (int piece = threadIdx.x % LANES; piece < DIM / 8; piece += LANES) {
             const bool there = u.begin + row < u.end && piece * 8 < p.n_dim;
-            kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from, there ? 16 : 0);
+            kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from,
+                            there ? 16 : 0);
         }
     }
 }
 
 /* A tile of columns, and for sums their exponents. */
 template <int DIM, int SWEEP>
-__device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const course &c, const stop &at, uint32_t to, uint32_t exponents) {
-    const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column), n_row = (n_column + 15) / 16 * 16;
+__device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const course &c,
+                                             const stop &at, uint32_t to, uint32_t exponents) {
+    const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column),
+              n_row = (n_column + 15) / 16 * 16;
     if (SWEEP == KVPG_LSE) {
         copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.keys, u.b, u.h, at.column), p.keys.t, p.n_dim);
         return;
     }
     const int query_head = u.h * p.group + u.head + at.head;
-    copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.queries, u.b, query_head, at.column - (p.n_token - p.n_query)), p.queries.t, p.n_dim);
-    if ((int)threadIdx.x < n_column) kvpg_copy_float_async(exponents + threadIdx.x * 4, kvpg_exponent_at(p, u.b, query_head, at.column + threadIdx.x));
+    copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.queries, u.b, query_head, at.column - (p.n_token - p.n_query)),
+                   p.queries.t, p.n_dim);
+    if ((int)threadIdx.x < n_column)
+        kvpg_copy_float_async(exponents + threadIdx.x * 4,
+                              kvpg_exponent_at(p, u.b, query_head, at.column + threadIdx.x));
 }
 
 /* Where tile t of the columns goes: the rows have the other places until they are in registers. */
-template <int DIM> __device__ __forceinline__ int place_of(int t) { return (t + shape<DIM>::STAGES - 1) % shape<DIM>::STAGES; }
+template <int DIM> __device__ __forceinline__ int place_of(int t) {
+    return (t + shape<DIM>::STAGES - 1) % shape<DIM>::STAGES;
+}
 
 /* The first warp's tallies become all warps', joined in order. */
-template <int M> __device__ __forceinline__ void join_warps(results<KVPG_LSE, M> &r, kvpg_tally (*of_warps)[32][2 * M]) {
+template <int M>
+__device__ __forceinline__ void join_warps(results<KVPG_LSE, M> &r, kvpg_tally (*of_warps)[32][2 * M]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     kvpg_wait<0>();
     __syncthreads(); /* the ring's memory is free */
@@ -254,8 +280,8 @@ template <int M> __device__ __forceinline__ void join_warps(results<KVPG_LSE, M>
         for (int i = 0; i < 2 * M; i++) r.tally[i] = kvpg_join(r.tally[i], of_warps[w][lane][i]);
 }
 
-template <typename T, int DIM, int SWEEP>
-__global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
+template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3)
+    sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
     constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
     kvpg_follow();
     extern __shared__ __align__(128) char shared[];
@@ -265,23 +291,28 @@ __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const _
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unit<SWEEP> u;
     if (!find_unit<DIM>(p, heads_at_once, u)) return;
-    const bool shares = SWEEP == KVPG_LSE && u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
-    const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0, column_step = shares ? COLUMNS : 16;
+    const bool shares = SWEEP == KVPG_LSE &&
+                        u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
+    const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0,
+              column_step = shares ? COLUMNS : 16;
     const course c = find_course(p, u);
     const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
     stop coming = first_stop(c), at = coming;
-    const auto start = [&](int t) { /* tile t is on its way */
-        if (t < n_tile) {
-            load_columns<DIM>(p, u, c, coming, ring + place_of<DIM>(t) * TILE, (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
-            go_on(c, coming);
-        }
-        kvpg_commit();
-    };
+    const auto start =
+        [&](int t) { /* tile t is on its way */
+                     if (t < n_tile) {
+                         load_columns<DIM>(p, u, c, coming, ring + place_of<DIM>(t) * TILE,
+                                           (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
+                         go_on(c, coming);
+                     }
+                     kvpg_commit();
+        };
     load_rows<DIM>(p, u, ring);
     kvpg_commit();
     start(0);
     for (int i = threadIdx.x; i < (c.n > c.n_first ? 2 : 1) * ROWS; i += THREADS)
-        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS) : kvpg_interval{0, 0};
+        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS)
+                                                  : kvpg_interval{0, 0};
     kvpg_wait<1>();
     __syncthreads();
     uint32_t rows[M][DIM / 16][4];
@@ -289,7 +320,8 @@ __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const _
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int k = 0; k < DIM / 16; k++)
-            kvpg_load_matrix(rows[m][k], ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
+            kvpg_load_matrix(rows[m][k],
+                             ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
     __syncthreads();
     for (int t = 1; t < STAGES - 1; t++) start(t);
     results<SWEEP, M> total;
@@ -307,16 +339,18 @@ __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3) sweep_mma(const _
         const float *e = exponents + t % STAGES * COLUMNS;
         const kvpg_interval *taken = intervals + here.s * ROWS + first_row + lane / 4;
         if (!p.has_mute && here.column >= cover.full_lo && here.column + COLUMNS <= min(cover.full_hi, cover.hi))
-            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);
+            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step,
+                                             total);
         else
-            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step, total);
+            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step,
+                                            total);
         if (SWEEP == KVPG_SUM && is_last) {
             put_results<DIM>(p, u, here.head, row, total);
             total.clear();
         }
     }
     if constexpr (SWEEP == KVPG_LSE) {
-        if (shares) join_warps(total, (kvpg_tally(*)[32][2 * M])shared);
+        if (shares) join_warps(total, (kvpg_tally(*)[32][2 * M]) shared);
         if (!shares || warp == 0) put_results<DIM>(p, u, 0, row, total);
     }
     if (SWEEP == KVPG_SUM && c.n == 0)
@@ -328,8 +362,10 @@ template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_at
     const int64_t n_row = SWEEP == KVPG_SUM ? p->n_token : (int64_t)p->max_voter * p->group;
     const int64_t n_tile = kvpg_ceil_div(n_row, ROWS), n_head = (int64_t)p->n_batch * p->n_head;
     const int heads_at_once = n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
-    const kvpg_grid grid = {n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head), SWEEP == KVPG_SUM ? 1 : p->max_split};
-    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP>, grid, THREADS, 1, shape<DIM>::BYTES, *p, heads_at_once);
+    const kvpg_grid grid = {n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head),
+                            SWEEP == KVPG_SUM ? 1 : p->max_split};
+    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP>, grid, THREADS, 1, shape<DIM>::BYTES,
+                       *p, heads_at_once);
 }
 
 template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
@@ -340,10 +376,13 @@ template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attenti
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    if (dtype == KVP_F16) return sweep == KVPG_SUM ? launch_dim<__half, KVPG_SUM>(p, ctx) : launch_dim<__half, KVPG_LSE>(p, ctx);
-    return sweep == KVPG_SUM ? launch_dim<__nv_bfloat16, KVPG_SUM>(p, ctx) : launch_dim<__nv_bfloat16, KVPG_LSE>(p, ctx);
+    if (dtype == KVP_F16)
+        return sweep == KVPG_SUM ? launch_dim<__half, KVPG_SUM>(p, ctx) : launch_dim<__half, KVPG_LSE>(p, ctx);
+    return sweep == KVPG_SUM ? launch_dim<__nv_bfloat16, KVPG_SUM>(p, ctx)
+                             : launch_dim<__nv_bfloat16, KVPG_LSE>(p, ctx);
 }
 
 bool kvpg_can_mma(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->queries);
+    return args->keys.dtype != KVP_F32 && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
+           kvpg_has_wide_rows(&args->queries);
 }

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of sweep.cuh on Hopper, for 128 elements of 16 bits and many voters. Of four warpgroups one produces: a thread has the copy
- * engine bring the rows of a unit and a ring of tiles of 128 columns, a warp the exponents of the columns. Three consume: each keeps 64 rows
- * as fragments in registers (the A operand of wgmma) and multiplies each tile with them, while the others take powers. Blocks stay for the
- * whole sweep and take units in a fixed order; a unit's result does not depend on who works on it.
+ * The sweeps of sweep.cuh on Hopper, for 128 elements of 16 bits and many voters. Of four warpgroups one produces: a
+ * thread has the copy engine bring the rows of a unit and a ring of tiles of 128 columns, a warp the exponents of the
+ * columns. Three consume: each keeps 64 rows as fragments in registers (the A operand of wgmma) and multiplies each
+ * tile with them, while the others take powers. Blocks stay for the whole sweep and take units in a fixed order; a
+ * unit's result does not depend on who works on it.
  */
 #include "sweep.cuh"
 
@@ -12,24 +13,26 @@
 #include <type_traits>
 
 enum {
-    GROUPS = 3,                        /* warpgroups that consume */
+    GROUPS = 3, /* warpgroups that consume */
     THREADS = (GROUPS + 1) * 128,
-    ROWS = GROUPS * 64,                /* of a unit */
-    COLUMNS = 128,                     /* of a tile */
+    ROWS = GROUPS * 64, /* of a unit */
+    COLUMNS = 128,      /* of a tile */
     STAGES = 4,
     DIM = 128,
-    HALF = 64,                         /* elements of the 128 bytes that a swizzled row of shared memory has */
+    HALF = 64, /* elements of the 128 bytes that a swizzled row of shared memory has */
     TILE_BYTES = COLUMNS * DIM * 2,
     ROW_BYTES = ROWS * DIM * 2,
     BARRIER_BYTES = 8,
     SHARED_BYTES = STAGES * TILE_BYTES + ROW_BYTES + STAGES * COLUMNS * 4 + (2 * STAGES + 2) * BARRIER_BYTES,
-    PRODUCER_REGISTERS = 56,           /* 56 + 3 * 152 = 4 * 128: more than the launch gives would make setmaxnreg wait for ever */
+    PRODUCER_REGISTERS =
+        56, /* 56 + 3 * 152 = 4 * 128: more than the launch gives would make setmaxnreg wait for ever */
     CONSUMER_REGISTERS = 152,
     HEADS_AT_ONCE = 4,
 };
 
-/* The order of units: blocks of tiles_at_once tiles, the long ones first, by groups of heads_at_once heads, whose columns then stay in the
- * second-level cache; every other round of the blocks runs backwards, which evens out the falling lengths. */
+/* The order of units: blocks of tiles_at_once tiles, the long ones first, by groups of heads_at_once heads, whose
+ * columns then stay in the second-level cache; every other round of the blocks runs backwards, which evens out the
+ * falling lengths. */
 typedef struct schedule {
     int n_tile, n_head, n_unit, heads_at_once, tiles_at_once;
 } schedule;
@@ -41,75 +44,96 @@ typedef struct unit {
     int n_first, n; /* tiles of columns of interval 0, of both */
 } unit;
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count)); }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
     asm volatile("{\n.reg .pred done;\n"
                  "wait_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra go_%=;\nbra wait_%=;\ngo_%=:\n}\n" ::"r"(barrier), "r"(phase)
+                 "@done bra go_%=;\nbra wait_%=;\ngo_%=:\n}\n" ::"r"(barrier),
+                 "r"(phase)
                  : "memory");
 }
 
-/* One copy brings both halves of the rows from `row` on: the map has the dimensions {64, rows, 2 halves, heads, batch}. */
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, uint32_t barrier, int row, int head, int b) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], [%2];" ::"r"(to), "l"(map),
-                 "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(b)
+/* One copy brings both halves of the rows from `row` on: the map has the dimensions {64, rows, 2 halves, heads, batch}.
+ */
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, uint32_t barrier, int row, int head,
+                                          int b) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, "
+                 "%5, %6}], [%2];" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(b)
                  : "memory");
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-/* d (+)= a b: 64 rows from registers, 128 columns from shared memory, 16 elements deep. b: address / 16 with the leading offset; the upper
- * half of the descriptor (128-byte swizzle, 1024 bytes from 8 rows to the next) is constant. */
-template <typename T> __device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds);
-#define KVPG_WGMMA(type, name)                                                                                                            \
-    template <> __device__ __forceinline__ void multiply_16<type>(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds) {         \
-        asm volatile("{\n.reg .pred p;\n.reg .b64 q;\nsetp.ne.b32 p, %69, 0;\nmov.b64 q, {%68, 0x40000040};\n"                            \
-                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " "                                                     \
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"    \
-                     "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"   \
-                     "%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, q, p, 1, 1, 0;\n}\n"                                                   \
-                     : D16(0), D16(16), D16(32), D16(48)                                                                                  \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(adds));                                                    \
+/* d (+)= a b: 64 rows from registers, 128 columns from shared memory, 16 elements deep. b: address / 16 with the
+ * leading offset; the upper half of the descriptor (128-byte swizzle, 1024 bytes from 8 rows to the next) is constant.
+ */
+template <typename T>
+__device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds);
+#define KVPG_WGMMA(type, name)                                                                                         \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void multiply_16<type>(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds) {  \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 q;\nsetp.ne.b32 p, %69, 0;\nmov.b64 q, {%68, 0x40000040};\n"         \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " "                                  \
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+                     "%26,%27,%28,%29,"                                                                                \
+                     "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%"   \
+                     "53,%54,%55,%56,%57,"                                                                             \
+                     "%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, q, p, 1, 1, 0;\n}\n"                                \
+                     : D16(0), D16(16), D16(32), D16(48)                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(adds));                                 \
     }
 KVPG_WGMMA(__nv_bfloat16, "bf16")
 KVPG_WGMMA(__half, "f16")
 
-template <typename T> __device__ __forceinline__ void multiply_tile(float (&products)[64], const uint32_t (&rows)[DIM / 16][4], uint32_t tile) {
+template <typename T> __device__ __forceinline__ void
+multiply_tile(float (&products)[64], const uint32_t (&rows)[DIM / 16][4], uint32_t tile) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) multiply_16<T>(products, rows[k], tile + k / 4 * (COLUMNS * 128 / 16) + k % 4 * 2, k != 0);
+    for (int k = 0; k < DIM / 16; k++)
+        multiply_16<T>(products, rows[k], tile + k / 4 * (COLUMNS * 128 / 16) + k % 4 * 2, k != 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 __device__ __forceinline__ int first_voter(kvpg_numbers table) { return kvpg_voter_at(table, 0); }
-__device__ __forceinline__ int voters_end(kvpg_numbers table) { return kvpg_voter_at(table, table[KVPG_N_VOTER] - 1) + 1; }
+__device__ __forceinline__ int voters_end(kvpg_numbers table) {
+    return kvpg_voter_at(table, table[KVPG_N_VOTER] - 1) + 1;
+}
 
 /* Rows here are positions, of voters from the first to the last (LSE) or of keys. */
-template <int SWEEP> __device__ __forceinline__ kvpg_cover cover_of(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
+template <int SWEEP>
+__device__ __forceinline__ kvpg_cover cover_of(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
     if (SWEEP == KVPG_SUM) return kvpg_cover_of_keys(p, table, s, begin, end);
     if (s > 0 || begin >= end) return {0, 0, 0, 0};
     return {table[KVPG_VALID_BEGIN], end, table[KVPG_VALID_BEGIN], begin + 1};
 }
 
-template <int SWEEP> __device__ __forceinline__ kvpg_interval interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row, int end) {
+template <int SWEEP> __device__ __forceinline__ kvpg_interval interval_of(const kvpg_attention &p, kvpg_numbers table,
+                                                                          int s, int row, int end) {
     if (row >= end) return {0, 0};
     if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
     return {table[KVPG_VALID_BEGIN], row + 1};
 }
 
 /* The unit of round j of this block; false after the last. */
-template <int SWEEP> __device__ __forceinline__ bool find_unit(const kvpg_attention &p, const schedule &plan, int j, unit &u) {
+template <int SWEEP>
+__device__ __forceinline__ bool find_unit(const kvpg_attention &p, const schedule &plan, int j, unit &u) {
     const int i = j * gridDim.x + (j % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     if (i >= plan.n_unit) return false;
     const int round = i / (plan.tiles_at_once * plan.n_head), in_round = i % (plan.tiles_at_once * plan.n_head);
     const int n_tile = min(plan.tiles_at_once, plan.n_tile - round * plan.tiles_at_once);
     const int part = in_round / (n_tile * plan.heads_at_once), in_part = in_round % (n_tile * plan.heads_at_once);
-    const int head = part * plan.heads_at_once + in_part % plan.heads_at_once, place = round * plan.tiles_at_once + in_part / plan.heads_at_once;
+    const int head = part * plan.heads_at_once + in_part % plan.heads_at_once,
+              place = round * plan.tiles_at_once + in_part / plan.heads_at_once;
     const int tile = SWEEP == KVPG_SUM ? place : plan.n_tile - 1 - place;
     u.b = head / (p.n_head * p.group);
     u.query_head = head % (p.n_head * p.group);
@@ -129,9 +153,12 @@ __device__ __forceinline__ int column_of(const unit &u, int t) {
     return t < u.n_first ? u.cover[0].lo + t * COLUMNS : u.cover[1].lo + (t - u.n_first) * COLUMNS;
 }
 
-/* Adds the powers of one tile to the sums of this thread's two rows. Its columns are 8 j + 2 (lane % 4) and the next; exponents are in an
- * order that gives those of two j in one load. Two levels of sums: an error grows with the tiles, not with the columns. */
-template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&x)[64], const float4 *exponents, float scale, const kvpg_interval (&taken)[2], int column, float (&sum)[2]) {
+/* Adds the powers of one tile to the sums of this thread's two rows. Its columns are 8 j + 2 (lane % 4) and the next;
+ * exponents are in an order that gives those of two j in one load. Two levels of sums: an error grows with the tiles,
+ * not with the columns. */
+template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&x)[64], const float4 *exponents,
+                                                                  float scale, const kvpg_interval (&taken)[2],
+                                                                  int column, float (&sum)[2]) {
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < 16; j++) {
@@ -150,7 +177,8 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
 }
 
 /* The same for the tallies of the LSE sweep; scale > 0. */
-template <bool MASKED> __device__ __forceinline__ void add_to_tallies(float (&x)[64], float scale, const kvpg_interval (&taken)[2], int column, kvpg_tally (&tally)[2]) {
+template <bool MASKED> __device__ __forceinline__ void
+add_to_tallies(float (&x)[64], float scale, const kvpg_interval (&taken)[2], int column, kvpg_tally (&tally)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float top[2] = {-INFINITY, -INFINITY}, part[2] = {};
@@ -187,7 +215,9 @@ typedef struct turn {
     }
 } turn;
 
-template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, const schedule &plan, const CUtensorMap *rows, const CUtensorMap *columns, const places &at) {
+template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, const schedule &plan,
+                                                   const CUtensorMap *rows, const CUtensorMap *columns,
+                                                   const places &at) {
     const int first_query = p.n_token - p.n_query;
     turn ring = {0, 0};
     uint32_t phase = 0;
@@ -198,12 +228,14 @@ template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, cons
         barrier_wait(at.rows_empty, phase ^ 1);
         phase ^= 1;
         barrier_expect(at.rows_full, ROW_BYTES); /* they come while the last tiles of the unit before are worked on */
-        copy_tile(at.rows, rows, at.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query, SWEEP == KVPG_SUM ? key_head : u.query_head, u.b);
+        copy_tile(at.rows, rows, at.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query,
+                  SWEEP == KVPG_SUM ? key_head : u.query_head, u.b);
         for (int t = 0; t < u.n; t++) {
             const uint32_t full = at.full + BARRIER_BYTES * ring.stage;
             barrier_wait(at.empty + BARRIER_BYTES * ring.stage, ring.phase ^ 1);
             barrier_expect(full, TILE_BYTES);
-            copy_tile(at.ring + ring.stage * TILE_BYTES, columns, full, SWEEP == KVPG_SUM ? column_of(u, t) - first_query : column_of(u, t),
+            copy_tile(at.ring + ring.stage * TILE_BYTES, columns, full,
+                      SWEEP == KVPG_SUM ? column_of(u, t) - first_query : column_of(u, t),
                       SWEEP == KVPG_SUM ? u.query_head : key_head, u.b);
             ring.next();
         }
@@ -221,7 +253,9 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int column = column_of(u, t) + i * 32 + lane;
-                next[i] = column < (t < u.n_first ? u.cover[0].hi : u.cover[1].hi) ? *kvpg_exponent_at(p, u.b, u.query_head, column) : -INFINITY;
+                next[i] = column < (t < u.n_first ? u.cover[0].hi : u.cover[1].hi)
+                              ? *kvpg_exponent_at(p, u.b, u.query_head, column)
+                              : -INFINITY;
             }
         };
         if (u.n > 0) load(0);
@@ -250,7 +284,8 @@ __device__ __forceinline__ void release(const places &at, turn &ring) {
     ring.next();
 }
 
-template <typename T, int SWEEP> __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan, const places &at, int group) {
+template <typename T, int SWEEP>
+__device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan, const places &at, int group) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     uint32_t rows[DIM / 16][4], phase = 0;
     float x[64];
@@ -268,7 +303,8 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
                 const int r = group * 64 + warp * 16 + lane % 16, piece = k % 4 * 2 + lane / 16;
                 kvpg_load_matrix(rows[k], at.rows + k / 4 * (ROWS * 128) + r * 128 + ((piece ^ (r & 7)) << 4));
             }
-            /* The rows were read as ordinary memory and are overwritten by the copy engine: without this fence, rarely, too early. */
+            /* The rows were read as ordinary memory and are overwritten by the copy engine: without this fence, rarely,
+             * too early. */
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             __syncwarp();
             if (lane == 0) barrier_arrive(at.rows_empty);
@@ -284,7 +320,10 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
             const int column = column_of(u, t), end = n - t, full_hi = min(own.full_hi, own.hi);
             const int begin_own = own.lo < own.hi ? tiles_before(own.lo, column, end) : end;
             const int end_own = own.lo < own.hi ? min(end, (own.hi - column + COLUMNS - 1) / COLUMNS) : end;
-            const int begin_full = SWEEP == KVPG_SUM && p.has_mute ? end_own : min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
+            const int begin_full =
+                SWEEP == KVPG_SUM && p.has_mute
+                    ? end_own
+                    : min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
             const int end_full = max(begin_full, min(end_own, (full_hi - column) / COLUMNS));
             const auto run = [&](int from, int to, auto masked) {
 #pragma unroll 1
@@ -293,7 +332,8 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
                     barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
                     multiply_tile<T>(x, rows, ((at.ring + ring.stage * TILE_BYTES) >> 4) | 0x10000u);
                     if constexpr (SWEEP == KVPG_SUM)
-                        add_powers<masked.value>(x, (const float4 *)(at.exponents + ring.stage * COLUMNS) + lane % 4, p.scale, taken, mine, sum);
+                        add_powers<masked.value>(x, (const float4 *)(at.exponents + ring.stage * COLUMNS) + lane % 4,
+                                                 p.scale, taken, mine, sum);
                     else
                         add_to_tallies<masked.value>(x, p.scale, taken, mine, tally);
                     release(at, ring);
@@ -319,16 +359,17 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
                 if (lane % 4 == 0 && row + 8 * r < own_end) kvpg_sums_of(p, u.b, u.query_head)[row + 8 * r] = total;
             } else {
                 const kvpg_tally total = kvpg_join_lanes<4>(tally[r]);
-                if (lane % 4 == 0 && row + 8 * r < own_end) *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(total);
+                if (lane % 4 == 0 && row + 8 * r < own_end)
+                    *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(total);
             }
         }
         if (++group == GROUPS) group = 0; /* rows at one end have a tile more: take turns */
     }
 }
 
-template <typename T, int SWEEP>
-__global__ void __launch_bounds__(THREADS, 1)
-    sweep_sm90(const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap columns, const __grid_constant__ kvpg_attention p, const schedule plan) {
+template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
+    sweep_sm90(const __grid_constant__ CUtensorMap rows, const __grid_constant__ CUtensorMap columns,
+               const __grid_constant__ kvpg_attention p, const schedule plan) {
     kvpg_follow();
     extern __shared__ __align__(1024) uint8_t shared[];
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* the same for a warp, and the compiler knows it */
@@ -342,7 +383,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     at.rows_empty = at.rows_full + BARRIER_BYTES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(at.full + BARRIER_BYTES * i, SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
+            barrier_init(at.full + BARRIER_BYTES * i,
+                         SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
             barrier_init(at.empty + BARRIER_BYTES * i, 128 * GROUPS);
         }
         barrier_init(at.rows_full, 1);
@@ -362,15 +404,19 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
-                              CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 /* Where to find `box` rows of x at a time; rows past the end come as zeros. */
 static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
     void *encode = NULL;
     cudaDriverEntryPointQueryResult found;
-    KVPG_TRY("look up cuTensorMapEncodeTiled", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess) return kvpi_fail(ctx, KVP_ERR_CUDA, "the driver has no cuTensorMapEncodeTiled; expected one of CUDA 12 or later");
+    KVPG_TRY("look up cuTensorMapEncodeTiled",
+             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess)
+        return kvpi_fail(ctx, KVP_ERR_CUDA,
+                         "the driver has no cuTensorMapEncodeTiled; expected one of CUDA 12 or later");
     const int64_t *n = x->shape;
     cuuint64_t dims[5] = {HALF, (cuuint64_t)n[2], DIM / HALF, (cuuint64_t)n[1], (cuuint64_t)n[0]}, strides[4];
     const int64_t compact = DIM * n[2]; /* of dimensions of one element, whose stride may be anything */
@@ -379,36 +425,45 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
     strides[2] = 2 * (cuuint64_t)(n[1] > 1 ? x->stride[1] : compact);
     strides[3] = 2 * (cuuint64_t)(n[0] > 1 ? x->stride[0] : compact);
     const cuuint32_t boxes[5] = {HALF, (cuuint32_t)box, DIM / HALF, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-    const CUresult result = ((encode_fn)encode)(map, x->dtype == KVP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, x->data, dims, strides,
-                                                boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? KVP_OK : kvpi_fail(ctx, KVP_ERR_CUDA, "cuTensorMapEncodeTiled failed with CUresult %d", (int)result);
+    const CUresult result = ((encode_fn)encode)(
+        map, x->dtype == KVP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, x->data, dims,
+        strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS
+               ? KVP_OK
+               : kvpi_fail(ctx, KVP_ERR_CUDA, "cuTensorMapEncodeTiled failed with CUresult %d", (int)result);
 }
 
-template <typename T, int SWEEP> static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
+template <typename T, int SWEEP>
+static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
     CUtensorMap keys, queries;
     KVPI_TRY(make_map(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
     KVPI_TRY(make_map(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
     int n_block;
-    KVPG_TRY("count multiprocessors", cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
+    KVPG_TRY("count multiprocessors",
+             cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
     schedule plan;
     plan.n_tile = (int)kvpg_ceil_div(SWEEP == KVPG_SUM ? p->n_token : p->n_query, ROWS);
     plan.n_head = p->n_batch * p->n_head * p->group;
     plan.n_unit = plan.n_tile * plan.n_head;
-    plan.heads_at_once = plan.n_tile * 4 >= 3 * n_block && plan.n_head % HEADS_AT_ONCE == 0 ? (int)HEADS_AT_ONCE : plan.n_head;
+    plan.heads_at_once =
+        plan.n_tile * 4 >= 3 * n_block && plan.n_head % HEADS_AT_ONCE == 0 ? (int)HEADS_AT_ONCE : plan.n_head;
     plan.tiles_at_once = n_block > plan.heads_at_once ? n_block / plan.heads_at_once : 1;
     if (plan.n_unit < n_block) n_block = plan.n_unit;
     const CUtensorMap &rows = SWEEP == KVPG_SUM ? keys : queries, &columns = SWEEP == KVPG_SUM ? queries : keys;
-    return kvpg_launch("attention on Hopper", ctx, sweep_sm90<T, SWEEP>, {n_block, 1}, THREADS, 1, SHARED_BYTES, rows, columns, *p, plan);
+    return kvpg_launch("attention on Hopper", ctx, sweep_sm90<T, SWEEP>, {n_block, 1}, THREADS, 1, SHARED_BYTES, rows,
+                       columns, *p, plan);
 }
 
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
-    if (args->keys.dtype == KVP_F16) return sweep == KVPG_SUM ? launch<__half, KVPG_SUM>(p, args, ctx) : launch<__half, KVPG_LSE>(p, args, ctx);
-    return sweep == KVPG_SUM ? launch<__nv_bfloat16, KVPG_SUM>(p, args, ctx) : launch<__nv_bfloat16, KVPG_LSE>(p, args, ctx);
+    if (args->keys.dtype == KVP_F16)
+        return sweep == KVPG_SUM ? launch<__half, KVPG_SUM>(p, args, ctx) : launch<__half, KVPG_LSE>(p, args, ctx);
+    return sweep == KVPG_SUM ? launch<__nv_bfloat16, KVPG_SUM>(p, args, ctx)
+                             : launch<__nv_bfloat16, KVPG_LSE>(p, args, ctx);
 }
 
-/* The copy engine takes no stride of 0, as broadcasting has; the LSE sweep compares products before they are scaled, so scale must not be
- * negative; and a cap would cost more registers than there are. */
+/* The copy engine takes no stride of 0, as broadcasting has; the LSE sweep compares products before they are scaled, so
+ * scale must not be negative; and a cap would cost more registers than there are. */
 static bool can_map(const kvp_tensor *x) {
     bool can = kvpg_has_wide_rows(x);
     for (int d = 0; d < 3; d++) can = can && (x->shape[d] == 1 || x->stride[d] > 0) && x->stride[d] < (int64_t)1 << 38;
@@ -416,5 +471,6 @@ static bool can_map(const kvp_tensor *x) {
 }
 
 bool kvpg_can_sm90(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[KVPI_PARAM_attention_scaling] > 0 && args->param[KVPI_PARAM_attention_softcap] == 0 && can_map(&args->keys) && can_map(&args->queries);
+    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[KVPI_PARAM_attention_scaling] > 0 &&
+           args->param[KVPI_PARAM_attention_softcap] == 0 && can_map(&args->keys) && can_map(&args->queries);
 }

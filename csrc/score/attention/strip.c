@@ -16,23 +16,25 @@ static const float LOG2_E = 1.44269504f;
 
 /* Scratch of one worker. */
 typedef struct strip {
-    float *logits;  /* (KVPI_STRIP, stride) */
-    float *shift;   /* (KVPI_STRIP, blocks): what the exponent was lowered by, later the weight */
-    float *sum;     /* (KVPI_STRIP, blocks) */
-    char *queries;  /* packed */
-    char *keys;     /* one packed panel */
+    float *logits; /* (KVPI_STRIP, stride) */
+    float *shift;  /* (KVPI_STRIP, blocks): what the exponent was lowered by, later the weight */
+    float *sum;    /* (KVPI_STRIP, blocks) */
+    char *queries; /* packed */
+    char *keys;    /* one packed panel */
     int64_t n_block_max;
     /* the strip at hand */
-    int64_t n_row, n_key;         /* n_key: up to the last row's own position */
-    int64_t query[KVPI_STRIP];    /* positions */
-    float lse[KVPI_STRIP];        /* given, to base 2, or NaN */
-    bool is_broken[KVPI_STRIP];   /* its logits have no softmax */
-    bool is_odd[KVPI_STRIP];      /* lse is given, and not all powers are numbers */
+    int64_t n_row, n_key;       /* n_key: up to the last row's own position */
+    int64_t query[KVPI_STRIP];  /* positions */
+    float lse[KVPI_STRIP];      /* given, to base 2, or NaN */
+    bool is_broken[KVPI_STRIP]; /* its logits have no softmax */
+    bool is_odd[KVPI_STRIP];    /* lse is given, and not all powers are numbers */
 } strip;
 
 static int64_t block_count(int64_t n_key) { return (n_key + KVPI_BLOCK - 1) / KVPI_BLOCK; }
 
-static size_t table_bytes(int64_t n_token) { return kvpi_round_up_64((size_t)(KVPI_STRIP * block_count(n_token)) * sizeof(float)); }
+static size_t table_bytes(int64_t n_token) {
+    return kvpi_round_up_64((size_t)(KVPI_STRIP * block_count(n_token)) * sizeof(float));
+}
 
 static size_t logit_bytes(int64_t n_token) {
     return kvpi_round_up_64((size_t)(KVPI_STRIP * (block_count(n_token) * KVPI_BLOCK + KVPI_SLACK)) * sizeof(float));
@@ -41,7 +43,8 @@ static size_t logit_bytes(int64_t n_token) {
 static size_t query_bytes(int64_t n_dim) { return kvpi_round_up_64(kvpi_packed_bytes(KVPI_STRIP, n_dim)); }
 
 size_t kvpi_strip_bytes(int64_t n_token, int64_t n_dim) {
-    return logit_bytes(n_token) + 2 * table_bytes(n_token) + query_bytes(n_dim) + kvpi_round_up_64(kvpi_packed_bytes(KVPI_BLOCK, n_dim));
+    return logit_bytes(n_token) + 2 * table_bytes(n_token) + query_bytes(n_dim) +
+           kvpi_round_up_64(kvpi_packed_bytes(KVPI_BLOCK, n_dim));
 }
 
 static strip carve_strip(const kvpi_attention *j, char *scratch) {
@@ -56,7 +59,8 @@ static strip carve_strip(const kvpi_attention *j, char *scratch) {
     };
 }
 
-/* Finds the strip's rows and packs their queries; returns what the product must be multiplied with to be a logit to base 2. */
+/* Finds the strip's rows and packs their queries; returns what the product must be multiplied with to be a logit to
+ * base 2. */
 static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index) {
     const kvp_tensor *queries = &j->args->queries, *lse = &j->args->lse;
     const void *rows[KVPI_STRIP];
@@ -73,13 +77,14 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
         rows[r] = kvpi_at(queries, b, n, i);
     }
     s->n_key = s->query[s->n_row - 1] + 1;
-    const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] * (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : LOG2_E);
+    const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] *
+                        (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : LOG2_E);
     return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
 }
 
-/* Asks for rows in order of address, which the processor's look-ahead follows; packing goes across rows, and would not wake it. Each row is
- * asked for twice, since a processor drops what it is asked for too fast (5.9 to 4 ms for the one query of TOVA, 8192 keys, 8 heads of 128
- * float32). */
+/* Asks for rows in order of address, which the processor's look-ahead follows; packing goes across rows, and would not
+ * wake it. Each row is asked for twice, since a processor drops what it is asked for too fast (5.9 to 4 ms for the one
+ * query of TOVA, 8192 keys, 8 heads of 128 float32). */
 static void ask_for(kvpi_head head, int64_t first, int64_t n_row, size_t n_byte, size_t size) {
     for (int64_t r = first; r < first + n_row; r++) {
         const char *row = (const char *)head.first + r * head.row_stride * (int64_t)size;
@@ -87,9 +92,10 @@ static void ask_for(kvpi_head head, int64_t first, int64_t n_row, size_t n_byte,
     }
 }
 
-/* Logits of n_key keys from first on, from keys packed before or, if there are none, packed here, a panel at a time: that stays in the
- * first-level cache. */
-static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, int64_t first, int64_t n_key, const char *packed) {
+/* Logits of n_key keys from first on, from keys packed before or, if there are none, packed here, a panel at a time:
+ * that stays in the first-level cache. */
+static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, int64_t first, int64_t n_key,
+                           const char *packed) {
     const int32_t dtype = j->args->keys.dtype;
     const int64_t panel = j->rows->panel;
     float *logits = s->logits + first;
@@ -102,7 +108,8 @@ static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, in
         const char *from = (const char *)head.first + (first + key) * head.row_stride * (int64_t)kvpi_dtype_size(dtype);
         const int64_t left = n_key - key < panel ? n_key - key : panel, behind = s->n_key - first - key;
         const size_t size = kvpi_dtype_size(dtype);
-        if (head.dim_stride == 1) ask_for(head, first + key, behind < 2 * panel ? behind : 2 * panel, (size_t)j->n_dim * size, size);
+        if (head.dim_stride == 1)
+            ask_for(head, first + key, behind < 2 * panel ? behind : 2 * panel, (size_t)j->n_dim * size, size);
         j->rows->pack_keys[dtype]((kvpi_head){from, head.row_stride, head.dim_stride}, left, j->n_dim, s->keys);
         j->rows->multiply[dtype](s->queries, s->keys, s->n_row, left, j->n_dim, logits + key, j->stride);
     }
@@ -168,8 +175,10 @@ static void clear_row(const kvpi_attention *j, strip *s, int64_t r) {
     for (int64_t block = 0; block < block_count(s->n_key); block++) s->shift[r * s->n_block_max + block] = 0;
 }
 
-/* column += weight * row for the voters among the strip's rows. Others weigh 0, and stay out where 0 times what they hold is no number. */
-static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_voter, int64_t first, int64_t n, float *column) {
+/* column += weight * row for the voters among the strip's rows. Others weigh 0, and stay out where 0 times what they
+ * hold is no number. */
+static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_voter, int64_t first, int64_t n,
+                     float *column) {
     float weight[KVPI_STRIP];
     bool is_odd = false;
     for (int64_t r = 0; r < s->n_row; r++) {
@@ -181,7 +190,8 @@ static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_vot
         return;
     }
     for (int64_t r = 0; r < s->n_row; r++)
-        if (is_voter[r]) j->rows->add_columns(column + first, n, s->logits + r * j->stride + first, j->stride, weight + r, 1);
+        if (is_voter[r])
+            j->rows->add_columns(column + first, n, s->logits + r * j->stride + first, j->stride, weight + r, 1);
 }
 
 static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *vote, int64_t begin, float *column) {
@@ -190,7 +200,8 @@ static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *v
     if (!any) return;
     const int64_t low = vote->key[0] - begin, high = vote->key[1] - begin < s->n_key ? vote->key[1] - begin : s->n_key;
     for (int64_t first = low; first < high;) {
-        const int64_t block = first / KVPI_BLOCK, end = (block + 1) * KVPI_BLOCK < high ? (block + 1) * KVPI_BLOCK : high;
+        const int64_t block = first / KVPI_BLOCK,
+                      end = (block + 1) * KVPI_BLOCK < high ? (block + 1) * KVPI_BLOCK : high;
         add_rows(j, s, is_voter, first, end - first, column);
         first = end;
     }
@@ -198,7 +209,8 @@ static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *v
         for (int64_t k = low; s->is_broken[r] && is_voter[r] && k < high && k <= s->query[r]; k++) column[k] = NAN;
 }
 
-void kvpi_add_strips(const kvpi_attention *j, int64_t b, int64_t h, int64_t chunk, const char *packed, char *scratch, float *column) {
+void kvpi_add_strips(const kvpi_attention *j, int64_t b, int64_t h, int64_t chunk, const char *packed, char *scratch,
+                     float *column) {
     strip s = carve_strip(j, scratch);
     int64_t begin, end;
     kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the CUDA files of the attention scorer share. Two sweeps give the column sums of csrc/score/attention/attention.c, both of this form: a tile of
- * rows stays put, columns stream past, and each row reduces over the columns it takes.
+ * What the CUDA files of the attention scorer share. Two sweeps give the column sums of
+ * csrc/score/attention/attention.c, both of this form: a tile of rows stays put, columns stream past, and each row
+ * reduces over the columns it takes.
  *
  *     LSE    rows are voters (queries), columns the keys each can see:  lse[q] = log sum exp s[q,k]
  *     SUM    rows are keys, columns the queries that vote on each:      sum[k] = sum exp(s[q,k] - lse[q])
  *
- * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (any.cu), tensor cores
- * (mma.cu), Hopper's tensor cores (sm90.cu). Which one works on a batch row, and how its work is cut, depends on that row's
- * own shape and votes: so its bits are the same wherever it stands.
+ * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (any.cu), tensor
+ * cores (mma.cu), Hopper's tensor cores (sm90.cu). Which one works on a batch row, and how its work is cut, depends on
+ * that row's own shape and votes: so its bits are the same wherever it stands.
  */
 #ifndef KVP_ATTENTION_CUH
 #define KVP_ATTENTION_CUH
@@ -22,11 +23,11 @@ extern "C" {
 enum { KVPG_LSE, KVPG_SUM };
 
 enum {
-    KVPG_ROW_TILE = 128,    /* rows that a split of keys is planned for */
-    KVPG_SPLIT = 128,       /* keys of a split, at least */
+    KVPG_ROW_TILE = 128,     /* rows that a split of keys is planned for */
+    KVPG_SPLIT = 128,        /* keys of a split, at least */
     KVPG_ENOUGH_TILES = 66,  /* tiles of one key head from which on the keys are not split */
     KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
-    KVPG_MAX_VOTES = 4096, /* their voters' ranges, 128 kB, are on the host's stack while a row is planned */
+    KVPG_MAX_VOTES = 4096,   /* their voters' ranges, 128 kB, are on the host's stack while a row is planned */
 };
 
 /* Fields of a row of the table; the ranges of voters follow, then the votes. */
@@ -47,12 +48,14 @@ enum {
 
 typedef struct kvpg_attention {
     kvpg_rows keys, queries, scores;
-    float *exponents;                     /* (B,Hq,Q): minus the log2 of each query row's denominator; -infinity = no vote, NaN = it has none */
-    float2 *splits;                       /* (B,Hq,split_room): of a voter, the tally of each split */
-    float *sums;                          /* (B,Hq,T) */
+    float *exponents; /* (B,Hq,Q): minus the log2 of each query row's denominator; -infinity = no vote, NaN = it has
+                         none */
+    float2 *splits;   /* (B,Hq,split_room): of a voter, the tally of each split */
+    float *sums;      /* (B,Hq,T) */
     int64_t split_room;
     int n_batch, n_head, group, n_token, n_query, n_dim, n_vote, n_range;
-    int max_voter, max_split, max_hull; /* the most of any batch row; hull: positions from the first voter to the last */
+    int max_voter, max_split,
+        max_hull;     /* the most of any batch row; hull: positions from the first voter to the last */
     float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
     int kernel_size, share_heads;
     int has_mute; /* some exponents may be minus infinity: then every column is looked at */
@@ -79,10 +82,14 @@ __device__ __forceinline__ int kvpg_voter_at(kvpg_numbers table, int i) {
     return table[r] + i;
 }
 
-/* A row of the LSE sweep is a voter of one query head of the group: head-major, so that a tile may hold several heads' rows. */
-__device__ __forceinline__ int kvpg_voter_of_row(kvpg_numbers table, int row) { return kvpg_voter_at(table, row % table[KVPG_N_VOTER]); }
+/* A row of the LSE sweep is a voter of one query head of the group: head-major, so that a tile may hold several heads'
+ * rows. */
+__device__ __forceinline__ int kvpg_voter_of_row(kvpg_numbers table, int row) {
+    return kvpg_voter_at(table, row % table[KVPG_N_VOTER]);
+}
 
-__device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
+__device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p, kvpg_numbers table, int s, int begin,
+                                                         int end) {
     kvpg_cover c = {INT32_MAX, 0, 0, INT32_MAX};
     int covered = 0;
     end = min(end, p.n_token);
@@ -100,10 +107,12 @@ __device__ __forceinline__ kvpg_cover kvpg_cover_of_keys(const kvpg_attention &p
     return c.lo < c.hi ? c : kvpg_cover{0, 0, 0, 0};
 }
 
-__device__ __forceinline__ kvpg_interval kvpg_interval_of_key(const kvpg_attention &p, kvpg_numbers table, int s, int key) {
+__device__ __forceinline__ kvpg_interval kvpg_interval_of_key(const kvpg_attention &p, kvpg_numbers table, int s,
+                                                              int key) {
     for (int v = 0; v < p.n_vote; v++) {
         const kvpg_numbers vote = kvpg_vote(p, table, v);
-        if (key >= vote[KVPG_KEY_BEGIN] && key < vote[KVPG_KEY_END]) return {max(vote[KVPG_LO + s], key), vote[KVPG_HI + s]};
+        if (key >= vote[KVPG_KEY_BEGIN] && key < vote[KVPG_KEY_END])
+            return {max(vote[KVPG_LO + s], key), vote[KVPG_HI + s]};
     }
     return {0, 0};
 }
@@ -132,8 +141,8 @@ __device__ __forceinline__ float kvpg_logit(const kvpg_attention &p, float produ
     return p.cap > 0 ? p.cap * tanhf(product * p.scale) : product * p.scale;
 }
 
-/* The greatest exponent of a row so far and the sum of powers above it. Starts far below any logit instead of at -infinity, whose difference
- * to itself would be NaN. */
+/* The greatest exponent of a row so far and the sum of powers above it. Starts far below any logit instead of at
+ * -infinity, whose difference to itself would be NaN. */
 typedef struct kvpg_tally {
     float top, sum;
 } kvpg_tally;
@@ -156,7 +165,8 @@ __device__ __forceinline__ kvpg_tally kvpg_join(kvpg_tally x, kvpg_tally y) {
 /* Over the lanes whose numbers differ in the bits below n. */
 template <int N> __device__ __forceinline__ kvpg_tally kvpg_join_lanes(kvpg_tally t) {
 #pragma unroll
-    for (int o = 1; o < N; o *= 2) t = kvpg_join(t, kvpg_tally{__shfl_xor_sync(~0u, t.top, o), __shfl_xor_sync(~0u, t.sum, o)});
+    for (int o = 1; o < N; o *= 2)
+        t = kvpg_join(t, kvpg_tally{__shfl_xor_sync(~0u, t.top, o), __shfl_xor_sync(~0u, t.sum, o)});
     return t;
 }
 
@@ -173,7 +183,8 @@ __device__ __forceinline__ float kvpg_exponent(kvpg_tally t) {
 }
 
 __device__ __forceinline__ float *kvpg_exponent_at(const kvpg_attention &p, int b, int query_head, int position) {
-    return p.exponents + ((int64_t)b * p.n_head * p.group + query_head) * p.n_query + (position - (p.n_token - p.n_query));
+    return p.exponents + ((int64_t)b * p.n_head * p.group + query_head) * p.n_query +
+           (position - (p.n_token - p.n_query));
 }
 
 __device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b, int query_head) {
@@ -181,7 +192,8 @@ __device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b
 }
 
 /* A row's tally, where it belongs: finished, or among the splits. */
-__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row, int split, kvpg_tally t) {
+__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row,
+                                               int split, kvpg_tally t) {
     const int n_voter = table[KVPG_N_VOTER], query_head = h * p.group + row / n_voter, i = row % n_voter;
     if (table[KVPG_N_SPLIT] == 1)
         *kvpg_exponent_at(p, b, query_head, kvpg_voter_at(table, i)) = kvpg_exponent(t);
@@ -190,18 +202,22 @@ __device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, kvpg_num
 }
 
 /* The query of a row of the LSE sweep. */
-__device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row) {
+__device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, kvpg_numbers table, int b, int h,
+                                                         int row) {
     const int n_voter = table[KVPG_N_VOTER];
-    return kvpg_row(p.queries, b, h * p.group + row / n_voter, kvpg_voter_at(table, row % n_voter) - (p.n_token - p.n_query));
+    return kvpg_row(p.queries, b, h * p.group + row / n_voter,
+                    kvpg_voter_at(table, row % n_voter) - (p.n_token - p.n_query));
 }
 
 /* The interval s of columns that a row takes. */
-template <int SWEEP> __device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row) {
+template <int SWEEP>
+__device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row) {
     if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
     return {table[KVPG_VALID_BEGIN], kvpg_voter_of_row(table, row) + 1};
 }
 
-template <int SWEEP> __device__ __forceinline__ kvpg_cover kvpg_cover_of(const kvpg_attention &p, kvpg_numbers table, int s, int begin, int end) {
+template <int SWEEP> __device__ __forceinline__ kvpg_cover kvpg_cover_of(const kvpg_attention &p, kvpg_numbers table,
+                                                                         int s, int begin, int end) {
     if (SWEEP == KVPG_SUM) return kvpg_cover_of_keys(p, table, s, begin, end);
     return s == 0 ? kvpg_cover_of_voters(table, begin, end) : kvpg_cover{0, 0, 0, 0};
 }
