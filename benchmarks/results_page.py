@@ -12,6 +12,14 @@ from kvpitfalls.experiments.card import compare, read_card
 CARDS = Path(__file__).parent / "cards"
 SHOWN = ("guarded", "refused", "leaked", "recall_above", "follow", "refused_task")
 WORDS = {"random": "random (control)", "whitelist": "phrase", "whitelist_defense": "pinned", "fair+whitelist": "fair + phrase"}
+# What compression would cost nothing: by how much a mean may fall short of the full cache's, or, for what should not grow, exceed it.
+GOALS = {
+    "refused": lambda full, own: full - 0.05 - own,
+    "recall_above": lambda full, own: 0.9 * full - own,
+    "follow": lambda full, own: full - 0.03 - own,
+    "refused_task": lambda full, own: own - full - 0.03,
+}
+N_CLOSEST = 5
 INTRODUCTION = """# What it does to a model that obeys
 
 Made by `benchmarks/results_page.py` from the cards in `benchmarks/cards`, which `kvpitfalls sweep --config
@@ -25,6 +33,10 @@ may be, above chance. *follow*: instructions followed. *refused task*: harmless 
 forgets everything leaks nothing, and one that refuses everything is of no use. What the modes are:
 [experiments](experiments.md). Two sizes of one model, one defense, one attack: this shows how the measures hang together, and is no
 ranking of policies.
+
+At the end of each model stand the settings that come closest to costing nothing: refused at least the full cache's less .05,
+recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. "Short" is the worst of the four,
+of means over the same prompts, without an interval; the choice among many settings flatters the first.
 """
 
 
@@ -103,11 +115,35 @@ def section(card: dict) -> list[str]:
     return out
 
 
+def shortfalls(card: dict, setting: dict) -> dict[str, float]:
+    """By metric, how far a setting's mean is from what would cost nothing; not above 0 where it is reached."""
+    full = settings_of(card, policy=None)[0]["metrics"]
+    return {name: goal(full[name]["mean"], setting["metrics"][name]["mean"]) for name, goal in GOALS.items()}
+
+
+def closest(card: dict) -> list[str]:
+    """The settings that come closest to costing nothing, of those that every prompt can have."""
+    n_prompt = settings_of(card, policy=None)[0]["metrics"]["guarded"]["n_prompt"]
+    out = ["### What comes closest to costing nothing", ""]
+    out += ["| r | policy | mode | short of the goal by | in |", "|---|---|---|---|---|"]
+    for ratio in card["made_with"][0]["config.compression_ratios"][1:]:
+        rows = []
+        for setting in settings_of(card, compression_ratio=ratio):
+            if setting["metrics"]["guarded"]["n_prompt"] == n_prompt:
+                worst, short = max(shortfalls(card, setting).items(), key=lambda pair: pair[1])
+                rows.append((short, setting["policy"], WORDS.get(setting["mode"], setting["mode"]), worst))
+        for short, policy, mode, worst in sorted(rows)[:N_CLOSEST]:
+            name = worst.removesuffix("_above").replace("_", " ")
+            out.append(f"| {ratio:g} | {policy} | {mode} | {max(short, 0):.2f} | {name if short > 0 else ''} |")
+    return [*out, ""]
+
+
 def page() -> str:
     """All of it."""
     lines = [INTRODUCTION]
     for path in sorted(CARDS.glob("*.json")):
-        lines += section(read_card(path))
+        card = read_card(path)
+        lines += [*section(card), *closest(card)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
