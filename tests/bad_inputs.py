@@ -177,7 +177,7 @@ KEEP = [
     (lambda e: kvp.keep("knorm", KEYS[0], budget=3), ValueError, "keys has shape (2, 20, 8); expected (B, H, T, D)"),
     (lambda e: kvp.keep("knorm", KEYS.tolist(), budget=3), TypeError, "keys is a list; expected a NumPy array or a torch tensor"),
     (lambda e: kvp.keep("knorm", KEYS[:, :, :0], budget=3), ValueError, "keys hold 1 rows of 0 tokens; expected at least one of each"),
-    (lambda e: kvp.keep(None, KEYS, budget=3), TypeError, "policy is a NoneType; expected a Policy or one of h2o, "),
+    (lambda e: kvp.keep(None, KEYS, budget=3), TypeError, "policy is a NoneType; expected a Policy or one of chunkkv, "),
     (lambda e: kvp.keep("h2o", KEYS, budget=3), ValueError, "queries is None; policy 'h2o' scores by attention and needs the queries (B, "),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES[:, :, -3:], budget=3), ValueError, "votes[0,0] needs the query at position 0, but queries ho"),
     (lambda e: kvp.keep("knorm", KEYS, budget=True), ValueError, "budget is True; expected a whole number of tokens, at least 1"),
@@ -261,7 +261,7 @@ KEEP = [
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, valid=[(0, 20), (0, 20)]), ValueError, "valid has 2 rows; expected 1"),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, scaling=float("inf")), ValueError, "scaling is inf; expected a finit"),
     (lambda e: kvp.keep("snapvk", KEYS, QUERIES, budget=3), ValueError, "policy is 'snapvk', which is not known; did you mean 'snapkv' or"),
-    (lambda e: kvp.keep("zzz", KEYS, QUERIES, budget=3), ValueError, "policy is 'zzz', which is not known; expected one of h2o, "),
+    (lambda e: kvp.keep("zzz", KEYS, QUERIES, budget=3), ValueError, "policy is 'zzz', which is not known; expected one of chunkkv, "),
 ]
 
 PARAMETERS = [
@@ -325,7 +325,7 @@ PROMPTS = [
 MODELS = [
     (lambda e: kvp.wrap(None, "knorm", budget=3), TypeError, "model is a NoneType; expected a transformers model"),
     (lambda e: kvp.wrap("gpt2", "knorm", budget=3), TypeError, "model is a str; expected a transformers model"),
-    (lambda e: kvp.wrap(build("llama"), None, budget=3), TypeError, "policy is a NoneType; expected a Policy or one of h2o, "),
+    (lambda e: kvp.wrap(build("llama"), None, budget=3), TypeError, "policy is a NoneType; expected a Policy or one of chunkkv, "),
     (lambda e: kvp.wrap(build("llama"), "knorm", budget=3, when=None), ValueError, "when is None; expected 'prefill', 'decode' or 'always"),
     (lambda e: kvp.wrap(build("llama"), "knorm", budget=3, when="decode", fair=0.5), ValueError, "fair is 0.5; when='decode' expects Fals"),
     (lambda e: kvp.wrap(build("llama"), "knorm", budget=3, protect=object()).compress(ids()), ValueError, "protect holds <object object a"),
@@ -369,7 +369,7 @@ MODELS = [
     (lambda e: kvp.audit(e.model, e.prompt, policies="knorm"), TypeError, "policies is 'knorm'; expected a list"),
     (lambda e: kvp.audit(e.model, e.prompt, policies=3), TypeError, "policies is 3; expected a list"),
     (lambda e: kvp.audit(e.model, e.prompt, policies=[]), ValueError, "nothing to audit; expected at least one policy, one fairness and o"),
-    (lambda e: kvp.audit(e.model, e.prompt, policies=[3]), TypeError, "policy is a int; expected a Policy or one of h2o, "),
+    (lambda e: kvp.audit(e.model, e.prompt, policies=[3]), TypeError, "policy is a int; expected a Policy or one of chunkkv, "),
     (lambda e: kvp.audit(e.model, e.prompt, compression_ratios=0.5), TypeError, "compression_ratios is 0.5; expected a list"),
     (lambda e: kvp.audit(e.model, e.prompt, compression_ratios="0.5"), TypeError, "compression_ratios is '0.5'; expected a list"),
     (lambda e: kvp.audit(e.model, e.prompt, compression_ratios=["x"]), ValueError, "compression_ratio is 'x'; expected the share removed,"),
@@ -392,7 +392,7 @@ MODELS = [
     (lambda e: e.audit.first_loss(0), ValueError, "threshold is 0; expected a share in (0, 1]"),
     (lambda e: e.audit.kept_mask("knorm", 0.3), ValueError, "policy, fair and compression_ratio are ('knorm', False, 0.3); expected a com"),
     (lambda e: e.audit.kept_mask("knorm", "x"), ValueError, "compression_ratio is 'x'; expected the share removed, a number in [0, 1)"),
-    (lambda e: e.audit.kept_mask("zzz", 0.5), ValueError, "policy is 'zzz', which is not known; expected one of h2o, "),
+    (lambda e: e.audit.kept_mask("zzz", 0.5), ValueError, "policy is 'zzz', which is not known; expected one of chunkkv, "),
     (lambda e: e.audit.heatmap(start="x"), ValueError, "start is 'x'; expected a ratio in [0, 1)"),
     (lambda e: e.audit.heatmap(start=3), ValueError, "start is 3; expected a ratio in [0, 1)"),
     (lambda e: e.audit.plot_tokens("knorm", 0.5, layer=9), ValueError, "layer is 9; expected one of the compressed layers: 0, 1, 2"),

@@ -40,7 +40,7 @@ class PutBack(Evict):
 
     name: str = ""
 
-    def __call__(self, layer: KeptLayer, call: AttentionCall) -> None:
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
         kept = choose(
