@@ -221,7 +221,7 @@ def test_what_would_not_be_compressed_is_refused(ours, tmp_path):
 
 def test_a_cache_that_was_not_compressed_fails_the_run(ours, monkeypatch):
     lm = ours()
-    monkeypatch.setattr("kvpitfalls.hf.evict.Evict.__call__", lambda self, layer, call: None)
+    monkeypatch.setattr("kvpitfalls.hf.evict.Evict.after_prefill", lambda self, layer, call: None)
     with pytest.raises(kvp.NotInterceptedError, match="it was not compressed"):
         lm.generate_until(generation(lm))
     with pytest.raises(kvp.NotInterceptedError, match="it was not compressed"):
