@@ -298,6 +298,7 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
 
 def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping | None = None) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
+    device_of(decoder_of(model))  # raises where there are no weights
     check_placeholders(model, ids, others or {})
     _check_ids(model, ids)
     with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
