@@ -38,13 +38,17 @@ _CONFIGS = {
 
 
 def build(family: str, attention: str = "sdpa", **changes):
-    """A random model in eval mode. Weights are larger than the usual initial ones, so that attention is far from uniform."""
+    """A random model in eval mode."""
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **{**_CONFIGS.get(family, _SIZE), **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return far_from_uniform(AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
+
+
+def far_from_uniform(model):
+    """The same model; weights of its decoder are larger than the usual initial ones, so that attention prefers some tokens."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1 and "embed" not in name and "wte" not in name:
+            if weight.ndim > 1 and not any(part in name for part in ("embed", "wte", "vis")):
                 weight.mul_(4.0)
             elif "k_norm" in name:  # else all normalized keys have one norm, but for rounding
                 weight.copy_(torch.rand_like(weight))

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 import transformers
-from tiny_models import ids
+from tiny_models import far_from_uniform, ids
 from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
 
 _TEXT = {
@@ -46,16 +46,10 @@ def _config(family: str):
 
 
 def build(family: str, attention: str = "sdpa"):
-    """A random model in eval mode, its weights larger than the usual initial ones."""
+    """A random model in eval mode."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForImageTextToText.from_config(_config(family), attn_implementation=attention).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and "embed" not in name and "vis" not in name:
-                weight.mul_(4.0)
-            elif "k_norm" in name:  # else all normalized keys have one norm, but for rounding
-                weight.copy_(torch.rand_like(weight))
-    return model
+    model = transformers.AutoModelForImageTextToText.from_config(_config(family), attn_implementation=attention)
+    return far_from_uniform(model.eval())
 
 
 def image_prompt(model, family: str, seed: int = 4, side: int = 8, n_row: int = 1) -> dict:

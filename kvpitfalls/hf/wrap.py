@@ -298,33 +298,30 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
 
 def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping | None = None) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
-    device_of(decoder_of(model))  # raises where there are no weights
-    check_placeholders(model, ids, others or {})
+    run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
+    device = device_of(module)  # before ids are looked at: it raises where there are no weights
+    others = others or {}
+    check_placeholders(model, ids, others)
     _check_ids(model, ids)
+    given = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
         try:
-            (_through_outer if is_multimodal(model) else _through_decoder)(model, cache, ids, mask, others or {})
+            run(module, **given, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
 
 
-def _through_outer(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping) -> None:
-    device = device_of(model)
-    given = {"attention_mask": torch.ones_like(ids) if mask is None else mask, **others}
-    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    model.generate(ids.to(device), max_new_tokens=1, **GREEDY, use_cache=True, **given, **cache_argument(model, cache))
+def _through_outer(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **given) -> None:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **given)
 
 
-def _through_decoder(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping) -> None:
-    decoder = decoder_of(model)
-    device = device_of(decoder)
-    kwargs = {"input_ids": ids.to(device), "use_cache": True, **cache_argument(decoder, cache)}
-    real = torch.ones_like(ids) if mask is None else mask.long()
-    if mask is not None:
-        kwargs["attention_mask"] = mask.to(device)
+def _through_decoder(decoder, input_ids: torch.Tensor, **given) -> None:
     if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
-        kwargs["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0).to(device)
-    decoder(**kwargs)
+        real = given.get("attention_mask", torch.ones_like(input_ids)).long()
+        given["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+    decoder(input_ids=input_ids, **given)
 
 
 def _marked(prompt, instructions) -> list[Prompt]:

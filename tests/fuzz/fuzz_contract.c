@@ -54,88 +54,34 @@ static void check_score(input *in, int64_t *sizes) {
     kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = (int32_t)take(in, 3)};
     const bool attends = args.scorer == kvp_scorer_find("attention");
     for (int32_t p = 0; kvp_scorer_param(args.scorer, p); p++) args.param[p] = kvp_scorer_param_default(args.scorer, p);
-    argument arguments[] = {
-        {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "queries", .letters = "BNQD", .tensor = &args.queries, .allowed = ALLOW_FLOATS, .required = attends},
-        {.name = "votes",
-         .letters = "BVF",
-         .tensor = &args.votes,
-         .allowed = ALLOW_I32,
-         .required = attends,
-         .table = true},
-        {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "lse", .letters = "BNQ", .tensor = &args.lse, .allowed = ALLOW_F32},
-        {.name = "scores",
-         .letters = "BHT",
-         .tensor = &args.scores,
-         .allowed = ALLOW_F32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-    };
-    call c = {.verb = KVP_SCORE, .args = &args, .arguments = arguments, .n_argument = 6, .in = in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_SCORE,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_score_arguments(&args, attends, arguments),
+              .in = in};
     check_tensors(&c, sizes);
 }
 
 static void check_select(input *in, int64_t *sizes) {
     kvp_select_args args = {.size = sizeof(kvp_select_args)};
-    argument arguments[] = {
-        {.name = "scores", .letters = "BHT", .tensor = &args.scores, .allowed = ALLOW_F32, .required = true},
-        {.name = "segments",
-         .letters = "BE",
-         .tensor = &args.segments,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .table = true},
-        {.name = "quotas",
-         .letters = "BHS",
-         .tensor = &args.quotas,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .table = true},
-        {.name = "protect", .letters = "BT", .tensor = &args.protect, .allowed = ALLOW_U8},
-        {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "positions",
-         .letters = "BHK",
-         .tensor = &args.positions,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-        {.name = "counts",
-         .letters = "BH",
-         .tensor = &args.counts,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-    };
-    call c = {.verb = KVP_SELECT, .args = &args, .arguments = arguments, .n_argument = 7, .in = in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_SELECT,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_select_arguments(&args, arguments),
+              .in = in};
     check_tensors(&c, sizes);
 }
 
 static void check_gather(input *in, int64_t *sizes) {
     kvp_gather_args args = {.size = sizeof(kvp_gather_args)};
-    argument arguments[] = {
-        {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true},
-        {.name = "out_keys",
-         .letters = "BHKD",
-         .tensor = &args.out_keys,
-         .allowed = ALLOW_FLOATS,
-         .required = true,
-         .output = true,
-         .in_place_of = 0},
-        {.name = "out_values",
-         .letters = "BHKC",
-         .tensor = &args.out_values,
-         .allowed = ALLOW_FLOATS,
-         .required = true,
-         .output = true,
-         .in_place_of = 1},
-    };
-    call c = {.verb = KVP_GATHER, .args = &args, .arguments = arguments, .n_argument = 5, .in = in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_GATHER,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_gather_arguments(&args, arguments),
+              .in = in};
     check_tensors(&c, sizes);
 }
 

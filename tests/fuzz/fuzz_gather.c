@@ -82,26 +82,12 @@ static void put_in_place(call *c, int from, int output) {
 int fuzz_gather(const uint8_t *data, size_t size) {
     input in = {data, size};
     kvp_gather_args args = {.size = sizeof(kvp_gather_args)};
-    argument arguments[] = {
-        {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "values", .letters = "BHTC", .tensor = &args.values, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "positions", .letters = "BHK", .tensor = &args.positions, .allowed = ALLOW_I32, .required = true},
-        {.name = "out_keys",
-         .letters = "BHKD",
-         .tensor = &args.out_keys,
-         .allowed = ALLOW_FLOATS,
-         .required = true,
-         .output = true,
-         .in_place_of = KEYS},
-        {.name = "out_values",
-         .letters = "BHKC",
-         .tensor = &args.out_values,
-         .allowed = ALLOW_FLOATS,
-         .required = true,
-         .output = true,
-         .in_place_of = VALUES},
-    };
-    call c = {.verb = KVP_GATHER, .args = &args, .arguments = arguments, .n_argument = 5, .in = &in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_GATHER,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_gather_arguments(&args, arguments),
+              .in = &in};
     int64_t sizes[128] = {0};
     seed_random((uint64_t)take(&in, 1 << 16));
     sizes['B'] = 1 + take(&in, 2);

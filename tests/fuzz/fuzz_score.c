@@ -174,26 +174,12 @@ int fuzz_score(const uint8_t *data, size_t size) {
     seed_random((uint64_t)take(&in, 1 << 16));
     args.scorer = (int32_t)take(&in, 32) ? (int32_t)(2 - take(&in, 4) % 3) : (int32_t)take(&in, 8) - 2;
     const bool attends = args.scorer == kvp_scorer_find("attention");
-    argument arguments[] = {
-        {.name = "keys", .letters = "BHTD", .tensor = &args.keys, .allowed = ALLOW_FLOATS, .required = true},
-        {.name = "queries", .letters = "BNQD", .tensor = &args.queries, .allowed = ALLOW_FLOATS, .required = attends},
-        {.name = "votes",
-         .letters = "BVF",
-         .tensor = &args.votes,
-         .allowed = ALLOW_I32,
-         .required = attends,
-         .table = true},
-        {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "lse", .letters = "BNQ", .tensor = &args.lse, .allowed = ALLOW_F32},
-        {.name = "scores",
-         .letters = "BHT",
-         .tensor = &args.scores,
-         .allowed = ALLOW_F32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-    };
-    call c = {.verb = KVP_SCORE, .args = &args, .arguments = arguments, .n_argument = 6, .in = &in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_SCORE,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_score_arguments(&args, attends, arguments),
+              .in = &in};
     int64_t sizes[128] = {0};
     draw_sizes(&in, sizes);
     if (args.scorer < 0 || args.scorer >= kvp_scorer_count() || !attends)

@@ -88,43 +88,12 @@ static void fill(call *c, int64_t n_token, int64_t room) {
 int fuzz_select(const uint8_t *data, size_t size) {
     input in = {data, size};
     kvp_select_args args = {.size = sizeof(kvp_select_args)};
-    argument arguments[] = {
-        {.name = "scores",
-         .letters = "BHT",
-         .tensor = &args.scores,
-         .allowed = ALLOW_F32,
-         .required = true,
-         .in_place_of = UNSHARED},
-        {.name = "segments",
-         .letters = "BE",
-         .tensor = &args.segments,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .table = true},
-        {.name = "quotas",
-         .letters = "BHS",
-         .tensor = &args.quotas,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .table = true},
-        {.name = "protect", .letters = "BT", .tensor = &args.protect, .allowed = ALLOW_U8},
-        {.name = "valid", .letters = "BR", .tensor = &args.valid, .allowed = ALLOW_I32, .table = true},
-        {.name = "positions",
-         .letters = "BHK",
-         .tensor = &args.positions,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-        {.name = "counts",
-         .letters = "BH",
-         .tensor = &args.counts,
-         .allowed = ALLOW_I32,
-         .required = true,
-         .output = true,
-         .in_place_of = UNSHARED},
-    };
-    call c = {.verb = KVP_SELECT, .args = &args, .arguments = arguments, .n_argument = 7, .in = &in};
+    argument arguments[MAX_ARGUMENTS];
+    call c = {.verb = KVP_SELECT,
+              .args = &args,
+              .arguments = arguments,
+              .n_argument = list_select_arguments(&args, arguments),
+              .in = &in};
     int64_t sizes[128] = {0};
     seed_random((uint64_t)take(&in, 1 << 16));
     const bool is_long = take(&in, 64) == 63; /* the oracle is quadratic */

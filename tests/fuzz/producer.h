@@ -52,6 +52,12 @@ typedef struct call {
     input *in;
 } call;
 
+/* arguments.c: the tensors of a verb, in the order of kvp.h, into room for MAX_ARGUMENTS; how many they are. "attends":
+ * the scorer asks for queries and votes. */
+int list_score_arguments(kvp_score_args *args, bool attends, argument *out);
+int list_select_arguments(kvp_select_args *args, argument *out);
+int list_gather_arguments(kvp_gather_args *args, argument *out);
+
 /* Shapes from the sizes of letters (by character), strides of any order with gaps and (inputs) zeros. */
 void draw_tensors(call *c, const int64_t *size);
 /* Changes up to "most" things about the tensors, each into something odd. */
