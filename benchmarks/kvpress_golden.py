@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from kvpress import ChunkKVPress, KeyDiffPress, KnormPress, LagKVPress
+from kvpress import AdaKVPress, ChunkKVPress, KeyDiffPress, KnormPress, LagKVPress, PyramidKVPress
 
 # (seed, heads, tokens, dimension, share removed, kind of keys)
 CASES = [
@@ -44,6 +44,30 @@ CHUNKKV_CASES = [
         for ratio in (0.3, 0.75)
         for kind in ("normal", "biased")
         for scorer in ("keydiff", "knorm")
+    )
+]
+
+# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, alpha), by K-norm's scores: a layer's heads share its budget
+ADAKV_CASES = [
+    (300 + seed, 40, 8, n_token, 16, ratio, kind, alpha)
+    for seed, (n_token, ratio, kind, alpha) in enumerate(
+        (n_token, ratio, kind, alpha)
+        for n_token in (40, 129)
+        for ratio in (0.3, 0.75)
+        for kind in ("normal", "biased")
+        for alpha in (0.2, 0.5)
+    )
+]
+
+# (seed, layers, heads, query heads of each, tokens, dimension, share removed, window, beta)
+PYRAMIDKV_CASES = [
+    (400 + seed, n_layer, 16, 2, n_token, 16, ratio, *shape)
+    for seed, (n_layer, n_token, ratio, shape) in enumerate(
+        (n_layer, n_token, ratio, shape)
+        for n_layer in (6, 7)
+        for n_token in (64, 130, 257)
+        for ratio in (0.25, 0.5, 0.7)
+        for shape in ((4, 2), (8, 5), (16, 20))
     )
 ]
 
@@ -98,9 +122,51 @@ def kept_by_chunkkv(case) -> np.ndarray:
     return kept
 
 
+def adakv_of(case) -> np.ndarray:
+    """Keys (prompts, H, T, D)."""
+    seed, n_prompt, n_head, n_token, n_dim, _, kind, _ = case
+    return keys_of(seed, n_prompt * n_head, n_token, n_dim, kind).reshape(n_prompt, n_head, n_token, n_dim)
+
+
+def kept_by_adakv(case) -> np.ndarray:
+    """Which tokens, as bits of (prompts, H, T)."""
+    keys = torch.from_numpy(adakv_of(case))
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    AdaKVPress(KnormPress(case[5]), case[7]).compress(module, None, keys, keys, None, {})
+    kept = np.ones(keys.shape[:3], bool)
+    kept[tuple(module.masked_key_indices)] = False
+    return np.packbits(kept, axis=-1)
+
+
+def pyramidkv_of(case) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Keys (1, H, T, D) and queries (1, H * G, T, D) of each layer."""
+    seed, n_layer, n_head, n_group, n_token, n_dim = case[:6]
+    seeds = [1000 * seed + 2 * i for i in range(n_layer)]
+    return [tuple(keys_of(s + i, n_head * n, n_token, n_dim, "normal") for i, n in enumerate((1, n_group))) for s in seeds]
+
+
+def kept_by_pyramidkv(case) -> np.ndarray:
+    """Which tokens, as bits of (layers, H, T); all zero where the press keeps what SnapKV would, the same in every layer."""
+    n_layer, n_head, n_group, n_token, n_dim, ratio, window_size, beta = case[1:]
+    press = PyramidKVPress(compression_ratio=ratio, window_size=window_size, beta=beta)
+    heads = SimpleNamespace(num_attention_heads=n_head * n_group, num_key_value_heads=n_head, num_hidden_layers=n_layer)
+    kept = np.zeros((n_layer, n_head, n_token), bool)
+    for layer, (keys, queries) in enumerate(pyramidkv_of(case)):
+        keys, queries = torch.from_numpy(keys), torch.from_numpy(queries)
+        logits = queries @ keys.repeat_interleave(n_group, 1).transpose(2, 3) / n_dim**0.5
+        attention = logits.masked_fill(~torch.ones(n_token, n_token, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+        places = torch.arange(n_token).float()[None, None, :, None].expand(1, n_head, n_token, n_dim)
+        module = SimpleNamespace(config=heads, head_dim=n_dim, layer_idx=layer)
+        _, left = press.compress(module, torch.zeros(1, n_token, 1), keys, places, attention, {})
+        np.put_along_axis(kept[layer], left[0, :, :, 0].long().numpy(), True, -1)
+    return np.packbits(kept if len(set(kept.sum((1, 2)).tolist())) > 1 else kept & False, axis=-1)
+
+
 if __name__ == "__main__":
     kept = {f"keydiff_{case[0]}": kept_by(KeyDiffPress(), keys_of(*case[:4], case[5]), case[4]) for case in CASES}
     kept |= {f"lagkv_{case[0]}": kept_by_lagkv(case) for case in LAGKV_CASES}
     kept |= {f"chunkkv_{case[0]}": kept_by_chunkkv(case) for case in CHUNKKV_CASES}
+    kept |= {f"adakv_{case[0]}": kept_by_adakv(case) for case in ADAKV_CASES}
+    kept |= {f"pyramidkv_{case[0]}": kept_by_pyramidkv(case) for case in PYRAMIDKV_CASES}
     np.savez_compressed(Path(sys.argv[1]), **kept)
     print(f"{sum(len(x) for x in kept.values())} heads of {len(kept)} cases")

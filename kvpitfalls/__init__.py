@@ -8,6 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaKV": "policies.adakv",
+    "Allocation": "eviction.allocation",
     "Audit": "audits.audit",
     "audit": "audits.retention",
     "BudgetError": "errors",
@@ -25,6 +27,7 @@ _HOME = {
     "NotInterceptedError": "errors",
     "Policy": "policies",
     "Prompt": "prompts.prompt",
+    "PyramidKV": "policies.pyramidkv",
     "Report": "hf.report",
     "SnapKV": "policies.snapkv",
     "Span": "prompts.prompt",

@@ -10,6 +10,7 @@ from .errors import NotInterceptedError as NotInterceptedError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .eviction import ops as ops
 from .eviction import reference as reference
+from .eviction.allocation import Allocation as Allocation
 from .eviction.fairness import Fair as Fair
 from .eviction.selection import Kept as Kept
 from .eviction.selection import keep as keep
@@ -21,11 +22,13 @@ from .hf.wrap import Handle as Handle
 from .hf.wrap import unwrap as unwrap
 from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
+from .policies.adakv import AdaKV as AdaKV
 from .policies.chunkkv import ChunkKV as ChunkKV
 from .policies.h2o import H2O as H2O
 from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
 from .policies.lagkv import LagKV as LagKV
+from .policies.pyramidkv import PyramidKV as PyramidKV
 from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM
 from .policies.tova import TOVA as TOVA

@@ -261,7 +261,11 @@ KEEP = [
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, valid=[(0, 20), (0, 20)]), ValueError, "valid has 2 rows; expected 1"),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES, compression_ratio=0.5, scaling=float("inf")), ValueError, "scaling is inf; expected a finit"),
     (lambda e: kvp.keep("snapvk", KEYS, QUERIES, budget=3), ValueError, "policy is 'snapvk', which is not known; did you mean 'snapkv' or"),
-    (lambda e: kvp.keep("zzz", KEYS, QUERIES, budget=3), ValueError, "policy is 'zzz', which is not known; expected one of chunkkv, "),
+    (
+        lambda e: kvp.keep("zzz", KEYS, QUERIES, budget=3),
+        ValueError,
+        "policy is 'zzz', which is not known; expected one of adakv, chunkkv, ",
+    ),
 ]
 
 PARAMETERS = [
@@ -392,7 +396,7 @@ MODELS = [
     (lambda e: e.audit.first_loss(0), ValueError, "threshold is 0; expected a share in (0, 1]"),
     (lambda e: e.audit.kept_mask("knorm", 0.3), ValueError, "policy, fair and compression_ratio are ('knorm', False, 0.3); expected a com"),
     (lambda e: e.audit.kept_mask("knorm", "x"), ValueError, "compression_ratio is 'x'; expected the share removed, a number in [0, 1)"),
-    (lambda e: e.audit.kept_mask("zzz", 0.5), ValueError, "policy is 'zzz', which is not known; expected one of chunkkv, "),
+    (lambda e: e.audit.kept_mask("zzz", 0.5), ValueError, "policy is 'zzz', which is not known; expected one of adakv, chunkkv, "),
     (lambda e: e.audit.heatmap(start="x"), ValueError, "start is 'x'; expected a ratio in [0, 1)"),
     (lambda e: e.audit.heatmap(start=3), ValueError, "start is 3; expected a ratio in [0, 1)"),
     (lambda e: e.audit.plot_tokens("knorm", 0.5, layer=9), ValueError, "layer is 9; expected one of the compressed layers: 0, 1, 2"),

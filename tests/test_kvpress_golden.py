@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.allocation import Ada
 
 ROOT = Path(__file__).parent.parent
 RECORDED = np.load(Path(__file__).parent / "data" / "kvpress.npz")
@@ -83,3 +84,51 @@ def test_chunkkv_keeps_what_kvpress_keeps():
             n_prompt, n_tie = n_prompt + 1, n_tie + is_tie
             assert is_tie or (ours.positions[0] == theirs).all(), case
     assert n_prompt >= 2000 and n_tie <= n_prompt / 500
+
+
+def masks(name: str, n_token: int) -> np.ndarray:
+    """Which tokens kvpress kept, bool (..., T)."""
+    return np.unpackbits(RECORDED[name], axis=-1, count=n_token).astype(bool)
+
+
+def in_mask(kept: kvp.Kept, row: int = 0) -> np.ndarray:
+    """Which tokens are kept of a row, bool (H, T)."""
+    mask = np.zeros((kept.positions.shape[1], kept.scores.shape[2] + 1), bool)
+    np.put_along_axis(mask, kept.positions[row], True, -1)
+    return mask[:, :-1]
+
+
+def test_adakv_keeps_what_kvpress_keeps():
+    n_head, n_tie = 0, 0
+    for case in SCRIPT.ADAKV_CASES:
+        keys, theirs = SCRIPT.adakv_of(case), masks(f"adakv_{case[0]}", case[3])
+        for prompt, of_prompt in zip(keys, theirs, strict=True):
+            ours = kvp.keep("knorm", prompt[None], compression_ratio=case[5], allocation=Ada(case[7]))
+            n_differ = (in_mask(ours) ^ of_prompt).sum()
+            n_head, n_tie = n_head + case[2], n_tie + (n_differ > 0)
+            if n_differ:  # then one token changed places with another of the same score
+                places = np.argwhere(in_mask(ours) ^ of_prompt)
+                assert n_differ == 2 and np.ptp([ours.scores[0, h, t] for h, t in places]) <= NEAR_TIE * np.abs(ours.scores).max(), case
+    assert n_head >= 2000 and n_tie <= n_head / 500
+
+
+def test_pyramidkv_keeps_what_kvpress_keeps_where_it_is_defined():
+    """Its press rounds every layer by itself, so that its layers together keep more or less than the budget; ours differ by at most one."""
+    n_head, n_tie, n_refused = 0, 0, 0
+    for case in SCRIPT.PYRAMIDKV_CASES:
+        _, n_layer, heads, _, n_token, _, ratio, window_size, beta = case
+        theirs, policy = masks(f"pyramidkv_{case[0]}", n_token), kvp.PyramidKV(window_size, beta=beta)
+        layers = [{"layer": i, "n_layer": n_layer, "compression_ratio": ratio} for i in range(n_layer)]
+        if not theirs.any():
+            with pytest.raises(kvp.BudgetError, match=r"allocation Pyramid\(.*\) expects at"):
+                kvp.keep(policy, *SCRIPT.pyramidkv_of(case)[0], **layers[0])
+            n_refused += 1
+            continue
+        for (keys, queries), settings, of_layer in zip(SCRIPT.pyramidkv_of(case), layers, theirs, strict=True):
+            ours = kvp.keep(policy, keys, queries, **settings)
+            mask, n_ours, n_theirs = in_mask(ours), int(ours.counts[0, 0]), int(of_layer[0].sum())
+            assert abs(n_ours - n_theirs) <= 1, case
+            n_extra = (mask & ~of_layer).sum(-1), (of_layer & ~mask).sum(-1)
+            is_tie = (n_extra[0] > max(0, n_ours - n_theirs)) | (n_extra[1] > max(0, n_theirs - n_ours))
+            n_head, n_tie = n_head + heads, n_tie + is_tie.sum()
+    assert n_head >= 2000 and n_tie <= n_head / 500 and n_refused >= 5

@@ -149,6 +149,8 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
     for wrong in (0, -1, True, 2.0, "sentences"):
         with pytest.raises(ValueError, match=r"^chunks is .*; expected a whole number, at least 1, or 'instructions'"):
             kvp.ChunkKV("keydiff", wrong)
+    with pytest.raises(ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"):
+        kvp.ChunkKV("adakv")
     with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
         kvp.ChunkKV(kvp.ChunkKV())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_policies import EVERY as POLICIES
+from tiny_policies import EQUAL as POLICIES
 from tiny_policies import is_defined
 
 import kvpitfalls as kvp

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from ..errors import BudgetError
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import Fair, Layout
-from ..eviction.selection import check_validity, choose, rank
+from ..eviction.selection import allocation_of, check_room, choose, rank
 from ..hf.action import Action
-from ..hf.cache import KeptCache, KeptLayer
+from ..hf.cache import KeptCache, KeptLayer, n_compressed
 from ..hf.forward import AttentionCall
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill, protected_in
@@ -37,14 +38,15 @@ class _Observe(Action):
         n_head, n_token = call.key.shape[1:3]
         mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
         total = self._per_span(mass)
-        for policy, fair in self.settings:
+        for policy, fair, allocation in self.settings:
             ranked = rank(policy, fair, self.layout_of(policy, self.ratios[0]), call.key, call.query, **call.known)
             name = (policy.label, fair.label)
             for ratio in self.ratios:
                 ranked = ranked.on(self.layout_of(policy, ratio))
-                positions = choose(ranked, compression_ratio=ratio).positions[0].cpu().numpy()
-                kept = np.zeros((n_head, n_token), bool)
+                positions = choose(ranked, compression_ratio=ratio, allocation=allocation).positions[0].cpu().numpy()
+                kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
                 kept[heads, positions] = True
+                kept = kept[:, :-1]
                 key = (*name, ratio)
                 self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
                 left = np.divide(self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0)  # no attention: none lost
@@ -73,6 +75,7 @@ def audit(
     fair=(False, True),
     protect=None,
     instructions=None,
+    allocation=None,
 ) -> Audit:
     """Show which instructions of a prompt each policy would lose. Nothing is generated.
 
@@ -92,6 +95,8 @@ def audit(
         As for :func:`kvpitfalls.wrap`.
     instructions : {"sentences", "lines", "messages"} or mapping, optional
         Used instead of the prompt's own; see :meth:`Prompt.from_chat`.
+    allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
+        As for :func:`kvpitfalls.wrap`.
 
     Returns
     -------
@@ -134,7 +139,7 @@ def audit(
     ratios = list(dict.fromkeys(float(str(r)) for r in ratios))
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [fair])]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
-    settings = list({(p.label, f.label): (p, f) for p in named for f in fairs}.values())
+    settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
 
     @functools.cache
@@ -146,7 +151,7 @@ def audit(
     def layout_of(policy: Policy, ratio: float) -> Layout:
         return layout_with(getattr(policy, "n_sink", 4), ratio)
 
-    _check_settings(settings, ratios, layout_of, len(prompt))
+    _check_settings(settings, ratios, layout_of, n_compressed(model.config))
     attach(model)
     try:
         observe = _Observe(settings, ratios, layout_of, spans)
@@ -157,19 +162,16 @@ def audit(
     return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, observe.kept)
 
 
-def _check_settings(settings, ratios, layout_of, n_token: int) -> None:
+def _check_settings(settings, ratios, layout_of, n_layer: int) -> None:
     if not settings or not ratios:
         raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
     for ratio in ratios:
-        for policy, fair in settings:
-            layout = layout_of(policy, ratio)
-            check_validity(policy, layout.valid, functools.partial(kept_tokens, compression_ratio=ratio))
-            n_kept, needed = kept_tokens(n_token, ratio), sum(layout.floors(fair)[0])
-            if needed > n_kept:
-                what = f"min_tokens={fair.min_tokens} and protection need {needed}" if fair.min_tokens else f"{needed} are protected"
-                raise ValueError(
-                    f"at compression_ratio {ratio} the budget is {n_kept} tokens, but {what}; expected smaller ratios or less protection"
-                )
+        limit = functools.partial(kept_tokens, compression_ratio=ratio)
+        for policy, fair, allocation in settings:
+            try:
+                check_room(policy, fair, allocation, layout_of(policy, ratio), limit, n_layer)
+            except BudgetError as reason:
+                raise BudgetError(f"at compression_ratio {ratio}: {reason}") from reason
 
 
 def _rows(observe: _Observe, spans, n_token: int) -> list[dict]:

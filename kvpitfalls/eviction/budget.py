@@ -107,7 +107,7 @@ def apportion(
         floors = [n if rate > 0 else low for n, low, rate in zip(lengths, floors, rates, strict=True)]
         rates = [Fraction(n) for n in lengths]
     shares = _clipped_shares(total, rates, floors, lengths)
-    quotas, order = _largest_remainder(shares, total)
+    quotas, order = largest_remainder(shares, total)
     return quotas if payers is None else _made_equal(quotas, shares, order, payers, floors, lengths)
 
 
@@ -125,8 +125,8 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
     return shares(below + (above - below) * (total - at_below) / (at_above - at_below))
 
 
-def _largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], list[int]]:
-    """The quotas, and the segments by falling remainder."""
+def largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], list[int]]:
+    """Whole shares of the sum ``total``, each within one of its exact share, and their places by falling remainder, the later first."""
     quotas = [int(x) for x in shares]
     order = sorted(range(len(shares)), key=lambda j: (shares[j] - quotas[j], j), reverse=True)
     for j in order[: total - sum(quotas)]:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import BudgetError
 from ..policies import Inputs, Policy, get_policy
 from . import ops
+from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import Fair, Layout
 
@@ -59,6 +61,7 @@ class Ranked:
     layout: Layout
     fair: Fair
     segments: list[list[tuple[int, int]]]
+    place: tuple[int, int]  # which layer it is, of how many
     global_choice: bool = False
     biased: "Ranked | None" = None
 
@@ -121,7 +124,7 @@ def rank(
     unfair = Fair.parse(False)
     given = (keys, queries, scaling, softcap, sinks, share_heads, lse)
     biased = rank(policy, unfair, layout, *given, **layer) if 0 < fair.strength < 1 else None
-    return Ranked(scores, layout, fair, segments, paper and not policy.paper_quotas, biased)
+    return Ranked(scores, layout, fair, segments, (inputs.layer, inputs.n_layer), paper and not policy.paper_quotas, biased)
 
 
 class _Plan(NamedTuple):
@@ -147,33 +150,60 @@ def _select(ranked: Ranked, plan: _Plan) -> Kept:
     return Kept(positions, counts, ranked.scores, plan.quotas, plan.edges)
 
 
-def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None) -> Kept:
+def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None, allocation: Allocation = UNIFORM) -> Kept:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
+    budgets = _budgets(ranked, compression_ratio, budget, allocation)
+    return _choose(ranked, budgets, allocation)
+
+
+def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept:
     layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
-    key = (n_head, compression_ratio, budget)
-    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, compression_ratio, budget))
+    key = (n_head, budgets)
+    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, budgets))
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
-        return _select(ranked, whole)
+        return _select(ranked, _over_heads(ranked, whole, allocation))
     if fair.strength == 0:
-        return _select_with_floors(ranked, whole)
+        return _select_with_floors(ranked, whole, allocation)
     if ranked.global_choice:
-        quotas = count_per_segment(_select(ranked, whole), _edges_array(ranked.segments, layout))
-        plan = _plan_of(_edges_array(ranked.segments, layout), quotas, n_head)
+        edges = _edges_array(ranked.segments, layout)
+        plan = _plan_of(edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head)
     else:
-        plan = layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, compression_ratio, budget))
-    if 0 < fair.strength < 1:
-        counts = count_per_segment(choose(ranked.biased, compression_ratio=compression_ratio, budget=budget), plan.edges)
-        plan = _plan_of(plan.edges, blend(counts, plan.quotas, fair.strength), n_head)
-    if fair.strength < 1 and fair.min_tokens:  # after blending
-        floors = _padded(layout.floors(fair), plan.quotas.shape[-1])
-        plan = _plan_of(plan.edges, raised_to(plan.quotas, floors[:, None]), n_head)
+        plan = _over_heads(ranked, layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, budgets)), allocation)
+    if fair.strength < 1:
+        plan = _plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)
 
 
-def _select_with_floors(ranked: Ranked, whole: _Plan) -> Kept:
+def _over_heads(ranked: Ranked, plan: _Plan, allocation: Allocation) -> _Plan:
+    """The plan with what the allocation gives to each head."""
+    if not allocation.shares_heads:
+        return plan
+    scores, mask = ranked.scores, ranked.layout.mask_beside(ranked.scores)
+    if mask is not None:
+        scores = raised_where(scores, mask)
+    return _plan_of(plan.edges, head_quotas(allocation, scores, plan.edges, plan.quotas), scores.shape[1])
+
+
+def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: Allocation) -> np.ndarray:
+    """Quotas (B,H,S) between what the biased policy keeps and the plan's, and none below its floor."""
+    counts, quotas = count_per_segment(_choose(ranked.biased, budgets, allocation), plan.edges), plan.quotas
+    if allocation.shares_heads:  # the sums are those of all heads together
+        counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
+    quotas = blend(counts, quotas, ranked.fair.strength).reshape(plan.quotas.shape)
+    floors = _padded(ranked.layout.floors(ranked.fair), quotas.shape[-1])[:, None]
+    if not ranked.fair.min_tokens:
+        return quotas
+    if not allocation.shares_heads:
+        return raised_to(quotas, floors)
+    flat = np.broadcast_to(floors, quotas.shape).reshape(len(quotas), 1, -1)
+    return raised_to(quotas.reshape(flat.shape), flat).reshape(quotas.shape)
+
+
+def _select_with_floors(ranked: Ranked, whole: _Plan, allocation: Allocation) -> Kept:
     """The best of the whole row, but first those that must be kept of each segment."""
     first = _select(ranked, _plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
-    return replace(_select(replace(ranked, scores=raised_at(ranked.scores, first.positions)), whole), scores=ranked.scores)
+    raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
+    return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
 
 
 def floors_of(layout: Layout, fair: Fair) -> tuple[np.ndarray, np.ndarray]:
@@ -182,21 +212,11 @@ def floors_of(layout: Layout, fair: Fair) -> tuple[np.ndarray, np.ndarray]:
     return _edges_array(segments, layout), _padded(layout.floors(fair), max(map(len, segments)))
 
 
-def raised_at(scores, positions):
-    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
-    if isinstance(scores, np.ndarray):
-        raised = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
-        np.put_along_axis(raised, positions, np.inf, axis=-1)
-        return np.ascontiguousarray(raised[..., :-1])
-    raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
-    raised[..., :-1] = scores
-    return raised.scatter_(2, positions.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
-
-
-def _budgets(layout: Layout, fair: Fair, compression_ratio: float | None, budget: int | None) -> list[int]:
-    budgets = [kept_tokens(end - begin, compression_ratio, budget) for begin, end in layout.valid]
-    layout.check_room(fair, budgets)
-    return budgets
+def _budgets(ranked: Ranked, compression_ratio: float | None, budget: int | None, allocation: Allocation) -> tuple[int, ...]:
+    """Tokens that each row keeps in this layer."""
+    layer, n_layer = ranked.place
+    lengths = [end - begin for begin, end in ranked.layout.valid]
+    return tuple(layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths)
 
 
 def _padded(rows: list[list[int]], n_segment: int) -> np.ndarray:
@@ -204,18 +224,17 @@ def _padded(rows: list[list[int]], n_segment: int) -> np.ndarray:
     return np.array([row + [0] * (n_segment - len(row)) for row in rows], np.int32)
 
 
-def _whole_plan(layout: Layout, fair: Fair, n_head: int, compression_ratio: float | None, budget: int | None) -> _Plan:
-    budgets = _budgets(layout, fair, compression_ratio, budget)
+def _whole_plan(layout: Layout, fair: Fair, n_head: int, budgets: tuple[int, ...]) -> _Plan:
+    layout.check_room(fair, budgets)
     return _plan_of(_edges_array([[row] for row in layout.valid], layout), np.array(budgets, np.int32)[:, None], n_head)
 
 
-def _fair_plan(ranked: Ranked, compression_ratio: float | None, budget: int | None) -> _Plan:
-    budgets = _budgets(ranked.layout, ranked.fair, compression_ratio, budget)
+def _fair_plan(ranked: Ranked, budgets: tuple[int, ...]) -> _Plan:
     quotas = _fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
     return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
 
 
-def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: list[int]) -> np.ndarray:
+def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: tuple[int, ...]) -> np.ndarray:
     """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
     quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
     for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):
@@ -262,6 +281,7 @@ def keep(
     values=None,
     layer=0,
     n_layer=1,
+    allocation=None,
 ) -> Kept:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -290,7 +310,9 @@ def keep(
     values : array, shape (B, H, T, Dv), optional
         For a policy that reads them.
     layer, n_layer : int
-        Which of a model's layers it is, and how many there are; the first of one by default.
+        Which of a model's compressed layers it is, and how many there are; the first of one by default.
+    allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
+        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most.
 
     Returns
     -------
@@ -322,16 +344,36 @@ def keep(
     _check_layer(keys, values, layer, n_layer)
     limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
-    check_validity(policy, layout.valid, limit)
+    allocation = allocation_of(policy, allocation)
+    check_room(policy, fair, allocation, layout, limit, n_layer)
     ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer)
-    return choose(ranked, compression_ratio=compression_ratio, budget=budget)
+    return choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
 
 
-def check_validity(policy: Policy, valid, limit: Callable[[int], int]) -> None:
-    """Raise where a policy is not defined for a row's length or budget; a row that is kept whole is no business of a policy."""
-    for n_token in {end - begin for begin, end in valid}:
-        if limit(n_token) < n_token:
-            policy.check(n_token, limit(n_token))
+def allocation_of(policy: Policy, allocation: Allocation | str | None) -> Allocation:
+    """What was asked for, or else what the policy does; raises if both say something."""
+    own = get_allocation(policy.allocation)
+    if allocation is None:
+        return own
+    asked = get_allocation(allocation)
+    if own != UNIFORM and asked != own:
+        raise ValueError(f"allocation is {allocation!r}; policy {policy.name!r} has one of its own, {own!r}, and expects none")
+    return asked
+
+
+def check_room(policy: Policy, fair: Fair, allocation: Allocation, layout: Layout, limit: Callable[[int], int], n_layer: int) -> None:
+    """Raise BudgetError where policy or allocation are not defined for a row's length or budget, or the smallest budget of a layer is
+    smaller than what must be kept of a row. A row that is kept whole is no business of a policy."""
+    smallest = []
+    for n_token in [end - begin for begin, end in layout.valid]:
+        n_kept = limit(n_token)
+        if n_kept < n_token:
+            try:
+                policy.check(n_token, n_kept)
+            except ValueError as reason:
+                raise BudgetError(str(reason)) from reason
+        smallest.append(min(layer_budgets(allocation, n_token, n_kept, n_layer)))
+    layout.check_room(fair, smallest)
 
 
 def _check_layer(keys, values, layer, n_layer) -> None:

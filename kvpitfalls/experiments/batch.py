@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import BudgetError
-from ..hf.cache import KeptCache
+from ..hf.cache import KeptCache, n_compressed
 from ..hf.generate import Answer, answers
 from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
@@ -118,7 +118,7 @@ class _Work:
             evict = setting.evict(self.scenarios[row].whitelist)
             protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink, evict.limit)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
-            replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
+            replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))], n_compressed(self.model.config))
         except BudgetError as reason:
             self.infeasible[setting, row] = reason
             return False

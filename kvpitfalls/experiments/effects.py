@@ -13,8 +13,7 @@ from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
-from ..eviction.selection import choose, rank
-from ..hf.cache import KeptLayer
+from ..hf.cache import KeptLayer, n_compressed
 from ..hf.evict import Evict
 from ..hf.forward import AttentionCall
 from ..hf.generate import answers
@@ -43,11 +42,7 @@ class PutBack(Evict):
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        kept = choose(
-            rank(self.policy, self.fair, layout, call.key, call.query, **call.known),
-            compression_ratio=self.compression_ratio,
-            budget=self.budget,
-        )
+        kept = self.chosen(call)
         n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)
@@ -223,7 +218,7 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
         given = {"policy": evict.policy, "fair": evict.fair, "compression_ratio": evict.compression_ratio, "budget": None}
         named["more", name] = PutBack(**given, protect=evict.protect, name=name)
         named["equal", name] = replace(evict, protect=[*_listed(evict.protect), name])
-    feasible = {key: action for key, action in named.items() if key == "compressed" or _fits(prompt, action)}
+    feasible = {key: action for key, action in named.items() if key == "compressed" or _fits(prompt, action, n_compressed(model.config))}
     caches = dict(zip(feasible, compress_each(model, [prompt], list(feasible.values())), strict=True))
     n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
     evicted = {name: float(n_tokens[name] * (1 - caches["compressed"].kept(name).mean())) for name in prompt.spans}
@@ -254,12 +249,12 @@ def _listed(protect) -> list:
     return [] if protect is None else list(protect) if isinstance(protect, (list, tuple)) else [protect]
 
 
-def _fits(prompt: Prompt, action: Evict) -> bool:
+def _fits(prompt: Prompt, action: Evict, n_layer: int) -> bool:
     """Whether what an action protects fits the budget of a prompt."""
     protected = None if action.protect is None else protected_in(prompt, action.protect, action.n_sink, action.limit)
     spans = {span.name: (span.start, span.end) for span in prompt.spans.values()}
     try:
-        replace(action, protect=protected, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))])
+        replace(action, protect=protected, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))], n_layer)
     except BudgetError:
         return False
     return True

@@ -1,5 +1,7 @@
 """What is done to a cache's layers: after a prompt's prefill and, where a budget is held, after every later forward."""
 
+from collections.abc import Sequence
+
 from .forward import AttentionCall
 from .layer import KeptLayer
 
@@ -9,6 +11,7 @@ class Action:
 
     evicts = False  # takes rows from a prompt
     holds = False  # acts after later forwards, too
+    shares_heads = False  # a layer's heads hold different numbers of tokens
     reads_queries = False  # has use for softmax denominators that attention tells
 
     @property
@@ -16,13 +19,17 @@ class Action:
         """Whether it takes anything from a cache."""
         return self.evicts or self.holds
 
-    def spans_of(self, n_row: int, n_token: int, valid) -> list:
-        """The instructions of each row; raises if they do not fit the prompt. Called before any layer is touched."""
+    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
+        """The instructions of each row; raises if they do not fit the prompt. Called before any of the ``n_layer`` layers is touched."""
         return []
 
     def limit(self, n_token: int) -> int:
-        """How much of a prompt of ``n_token`` real tokens a row may hold."""
+        """How much of a prompt of ``n_token`` real tokens a row may hold, mean over layers and heads."""
         return n_token
+
+    def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
+        """The same of each layer, mean over heads."""
+        return [self.limit(n_token)] * n_layer
 
     def waits(self, layer: KeptLayer) -> bool:
         """Whether it is not ``layer``'s turn yet, though it has seen a prompt."""

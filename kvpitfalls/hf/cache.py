@@ -154,7 +154,7 @@ class KeptCache(DynamicCache):
 
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":
-        """The rows of several caches as one batch. They must have seen equally long prompts and hold equally many slots."""
+        """The rows of several caches as one batch. They must have seen equally long prompts."""
         first = copy.copy(caches[0])
         first.layers = [_join_layers([cache.layers[i] for cache in caches]) for i in range(len(first.layers))]
         first.spans = [row for cache in caches for row in cache.spans]
@@ -257,6 +257,7 @@ class KeptCache(DynamicCache):
             not_compressed={i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)},
             bytes_before=sum(row["bytes_before"] for row in rows),
             bytes_after=sum(row["bytes_after"] for row in rows),
+            bytes_kept=sum(row["bytes_kept"] for row in rows),
             peak_bytes=max(self.peak_bytes, self.held_bytes),
             kept_share=float(sum(c.sum() for c, _ in held) / sum(real)) if held else 1.0,
             spans={name: float(self.kept(name).mean()) for name in (self.spans[0] if self.spans and rows else {})},
@@ -272,14 +273,22 @@ class KeptCache(DynamicCache):
     def _check_counts(self, layers: list[KeptLayer], counts: list[np.ndarray]) -> None:
         if self.action is None:
             return
+        limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid]
+        places = {layer.index: place for place, layer in enumerate(self.kept_layers)}
         for layer, kept in zip(layers, counts, strict=True):
             if self.action.waits(layer):
                 continue
-            for row, (begin, end) in enumerate(self.valid):
-                if (most := int(kept[row].max())) > (limit := self.action.limit(end - begin)):
+            for row, of_layers in enumerate(limits):
+                limit = of_layers[places[layer.index]]
+                if (most := float(kept[row].mean() if self.action.shares_heads else kept[row].max())) > limit:
                     raise NotInterceptedError(
-                        f"layer {layer.index} holds {most} tokens of row {row}'s prompt; expected at most {limit}: it was not compressed"
+                        f"layer {layer.index} holds {most:g} tokens of row {row}'s prompt; expected at most {limit}: it was not compressed"
                     )
+
+
+def n_compressed(config) -> int:
+    """How many layers of a model are compressed."""
+    return len(KeptCache(config).kept_layers)
 
 
 def why_not_compressed(layer) -> str:
@@ -299,8 +308,10 @@ def _join_layers(layers: list):
         raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
     if any(getattr(layer, "held", None) is not None for layer in layers):
         raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
-    if len({(layer.get_seq_length(), layer.keys.shape[2], getattr(layer, "is_evicted", False)) for layer in layers}) > 1:
-        raise ValueError("the caches differ in length or in how much they hold; expected caches of one budget over equally long prompts")
+    if len({(layer.get_seq_length(), getattr(layer, "is_evicted", False) or layer.keys.shape[2]) for layer in layers}) > 1:
+        raise ValueError("the caches differ in length, or in whether they are compressed; expected caches over equally long prompts")
+    if len({layer.keys.shape[2] for layer in layers}) > 1:  # heads that share their layer's budget need more or fewer slots
+        layers = [layer.widened(max(layer.keys.shape[2] for layer in layers)) for layer in layers]
     joined = copy.copy(layers[0])
     joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
     if isinstance(joined, KeptLayer) and joined.is_evicted:
@@ -329,4 +340,5 @@ def _layer_report(layer: KeptLayer, kept: np.ndarray) -> dict:
         "n_slots": layer.keys.shape[2],
         "bytes_before": layer.bytes_before or after,
         "bytes_after": after,
+        "bytes_kept": after if layer.live is None else after * int(layer.live.sum()) // layer.live.numel(),
     }

@@ -1,13 +1,15 @@
 """Evicting once: after a layer's prefill."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
-from ..eviction.selection import Kept, check_validity, choose, rank
+from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
 from ..policies import Policy
 from .action import Action
 from .forward import AttentionCall
@@ -24,7 +26,11 @@ class Evict(Action):
     budget: int | None
     protect: Any = None
     spans: Any = None
+    allocation: Allocation | str | None = None  # None: the policy's own
     layouts: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # one layout serves all layers of a prompt
+
+    def __post_init__(self):
+        object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
 
     @property
     def n_sink(self) -> int:
@@ -37,13 +43,22 @@ class Evict(Action):
         return self.compression_ratio != 0
 
     @property
+    def shares_heads(self) -> bool:  # type: ignore[override]
+        """Whether heads of a layer share its budget."""
+        return self.allocation.shares_heads
+
+    @property
     def reads_queries(self) -> bool:
         """Whether the policy does."""
         return self.policy.needs_queries
 
     def limit(self, n_token: int) -> int:
-        """How much of a prompt of ``n_token`` real tokens a row may hold."""
+        """How much of a prompt of ``n_token`` real tokens a row may hold, mean over layers and heads."""
         return kept_tokens(n_token, self.compression_ratio, self.budget)
+
+    def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
+        """The same of each layer, mean over heads."""
+        return layer_budgets(self.allocation, n_token, self.limit(n_token), n_layer)
 
     def layout(self, n_row: int, n_token: int, valid) -> Layout:
         """What stands where in the prompts."""
@@ -53,21 +68,24 @@ class Evict(Action):
             self.layouts[key] = Layout.of(n_row, n_token, **given)
         return self.layouts[key]
 
-    def spans_of(self, n_row: int, n_token: int, valid) -> list:
+    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
         layout = self.layout(n_row, n_token, valid)
-        layout.check_room(self.fair, [self.limit(end - begin) for begin, end in valid])
-        check_validity(self.policy, valid, self.limit)
+        check_room(self.policy, self.fair, self.allocation, layout, self.limit, n_layer)
         return list(layout.spans)
+
+    def chosen(self, call: AttentionCall) -> Kept:
+        """What is kept of a layer's prompt."""
+        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
+        return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.allocation)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         lengths = [end - begin for begin, end in call.valid]
         if all(self.limit(n) == n for n in lengths):
             return
-        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
-        kept = choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget)
+        kept = self.chosen(call)
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, n_head, -1).contiguous()
         layer.evict(positions, _fills(kept, call.valid))

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -101,6 +102,11 @@ class Forward:
     newest: torch.Tensor | None = None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
     tickets: dict[int, _Ticket] = field(default_factory=dict)
+
+    @cached_property
+    def compressed(self) -> dict[int, int]:
+        """The layers whose cache is compressed, and which of them each is."""
+        return {layer.index: place for place, layer in enumerate(self.cache.kept_layers)}
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""
@@ -201,5 +207,5 @@ def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key,
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     query, key, value = query.detach(), key.detach(), value.detach()  # what is kept is no function of them that has a gradient
-    place = (ticket.layer.index, len(forward.cache.layers))
+    place = (forward.compressed[ticket.layer.index], len(forward.compressed))
     return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse, forward.newest)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from ..eviction import ops
+from ..eviction.allocation import UNIFORM, raised_at
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.fairness import Layout
-from ..eviction.selection import check_validity, floors_of, raised_at, rank
+from ..eviction.selection import check_room, floors_of, rank
 from ..policies import Inputs, Vote
 from .evict import Evict
 from .forward import AttentionCall
@@ -95,6 +96,11 @@ class Hold(Evict):
     holds = True
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.allocation != UNIFORM:
+            raise ValueError(
+                f"allocation is {self.allocation!r}; when={self.when!r} expects 'uniform', since the budget is held anew each step"
+            )
         if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
             raise ValueError(
                 f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, 'floor=M', or a Fair of strength 0 or 1 without "
@@ -120,7 +126,7 @@ class Hold(Evict):
         """True for when="decode" until a later forward."""
         return self.when == "decode" and layer.seen == layer.prompt_shape[2]
 
-    def spans_of(self, n_row: int, n_token: int, valid) -> list:
+    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
         """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has one."""
         if any(end != n_token for _, end in valid):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
@@ -134,7 +140,7 @@ class Hold(Evict):
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
         layout.segments(self.fair)
-        check_validity(self.policy, valid, self.limit)
+        check_room(self.policy, self.fair, self.allocation, layout, self.limit, n_layer)
         return list(layout.spans)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:

@@ -1,5 +1,6 @@
 """One layer's keys and values after eviction."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 
@@ -161,6 +162,14 @@ class KeptLayer(DynamicLayer):
         recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
         rows = _gathered if recorded else ops.gather
         self.keep(*rows(self.keys, self.values, positions), positions, full)
+
+    def widened(self, n_slot: int) -> "KeptLayer":
+        """This evicted layer with empty slots before its own, ``n_slot`` in all."""
+        wide, n_more = copy.copy(self), n_slot - self.keys.shape[2]
+        wide.keys, wide.values = (torch.nn.functional.pad(x, (0, 0, n_more, 0)) for x in (self.keys, self.values))
+        live = torch.ones_like(self.pos, dtype=torch.bool) if self.live is None else self.live
+        wide.place(torch.nn.functional.pad(self.pos, (n_more, 0)), torch.nn.functional.pad(live, (n_more, 0)))
+        return wide
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""

@@ -355,5 +355,5 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
         )
     cache.valid = valid_ranges(mask, n_row, n_new)
     if cache.action is not None:
-        cache.spans = cache.action.spans_of(n_row, n_new, cache.valid)
+        cache.spans = cache.action.spans_of(n_row, n_new, cache.valid, len(cache.kept_layers))
     return Forward(cache, attachment.own, True, 0, ids, cache.valid)

@@ -13,6 +13,7 @@ from ..display.markup import block, note
 from ..display.progress import progress
 from ..eviction.budget import check_budget
 from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
+from ..eviction.selection import allocation_of
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .action import Action
@@ -32,7 +33,7 @@ from .outer import check_placeholders, is_multimodal, others_of, placeholders
 from .report import Report
 
 
-def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill") -> "Handle":
+def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill", allocation=None) -> "Handle":
     """Compress the prompts of a model.
 
     Parameters
@@ -54,6 +55,9 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
         "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that, and after every
         later forward the cache is cut to the budget again. "decode": only the latter, so that the prompt is whole until the first
         later forward. A ``compression_ratio`` then means its share of the prompt, in tokens, for good.
+    allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
+        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What all layers and heads
+        hold together is the same in any case.
 
     Returns
     -------
@@ -80,7 +84,7 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
     check_budget(compression_ratio, budget)
     if when not in ("prefill", "decode", "always"):
         raise ValueError(f"when is {when!r}; expected 'prefill', 'decode' or 'always'")
-    settings = (get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect)
+    settings = (get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect, None, allocation)
     return Handle(model, Evict(*settings) if when == "prefill" else Hold(*settings, when=when))
 
 
@@ -244,7 +248,8 @@ def _settings(action: Evict) -> str:
     """A wrap's settings in words: caches of wraps that differ in them are not mixed."""
     amount = f"compression_ratio={action.compression_ratio}" if action.budget is None else f"budget={action.budget}"
     when = f", when={action.when!r}" if isinstance(action, Hold) else ""
-    return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{when}"
+    allocation = "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
+    return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{allocation}{when}"
 
 
 class Fork(Action):
@@ -257,7 +262,8 @@ class Fork(Action):
         """Give every cache this layer and its own eviction."""
         for cache in self.caches:
             twin = cache.layers[layer.index] = copy.copy(layer)
-            cache.valid, cache.spans = call.valid, cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid)
+            cache.valid = call.valid
+            cache.spans = cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid, call.n_layer)
             cache.note_peak()
             cache.action.after_prefill(twin, call)
 

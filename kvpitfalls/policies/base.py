@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..eviction import ops
+from ..eviction.allocation import Allocation
 from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
@@ -83,7 +84,7 @@ class Inputs:
     values : array, shape (B, H, T, Dv), or None
         As they stand in the cache.
     layer, n_layer : int
-        Which of the model's layers it is, and how many there are.
+        Which of the model's layers that are compressed it is, and how many there are.
 
     Examples
     --------
@@ -168,6 +169,8 @@ class Policy:
         may be gone; else it is refused there.
     listed : bool
         Whether ``policy_names()`` has it; a control is not listed.
+    allocation : Allocation or str
+        How it shares a budget over layers and heads, if it says so itself; see :class:`kvpitfalls.Allocation`.
     recent_queries : int
         While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
     running : bool
@@ -194,6 +197,7 @@ class Policy:
     needs_values: ClassVar[bool] = False
     holds: ClassVar[bool] = True
     listed: ClassVar[bool] = True
+    allocation: ClassVar[Allocation | str] = "uniform"
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).

@@ -58,6 +58,8 @@ class ChunkKV(Policy):
         object.__setattr__(self, "policy", get_policy(self.policy))
         if isinstance(self.policy, ChunkKV):
             raise ValueError("policy is a ChunkKV itself; expected one that scores tokens")
+        if self.policy.allocation != "uniform":
+            raise ValueError(f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens")
         is_length = isinstance(self.chunks, int) and not isinstance(self.chunks, bool) and self.chunks >= 1
         if not is_length and self.chunks != "instructions":
             raise ValueError(f"chunks is {self.chunks!r}; expected a whole number, at least 1, or 'instructions'")

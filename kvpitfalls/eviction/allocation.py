@@ -1,0 +1,301 @@
+"""How a budget is shared over the layers of a model, and over the heads of a layer."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import BudgetError
+from . import ops
+from .budget import largest_remainder, raised_to
+
+
+class Allocation:
+    """How a budget is shared over layers and heads; this one shares it equally. Subclass it, and override one method or both.
+
+    Attributes
+    ----------
+    name : str
+        How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
+    shares_heads : bool
+        Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a mask tells apart.
+
+    Examples
+    --------
+    Twice as much for the first half of the layers as for the second:
+
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> class Halves(kvp.Allocation):
+    ...     def layers(self, n_token, n_kept, n_layer):
+    ...         more = n_kept // 3
+    ...         return [n_kept + more] * (n_layer // 2) + [n_kept] * (n_layer % 2) + [n_kept - more] * (n_layer // 2)
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 20, 8), dtype=np.float32)
+    >>> kept = [kvp.keep("knorm", keys, budget=9, allocation=Halves(), layer=i, n_layer=4) for i in range(4)]
+    >>> [k.counts.tolist() for k in kept]
+    [[[12, 12]], [[12, 12]], [[6, 6]], [[6, 6]]]
+    """
+
+    name: ClassVar[str | None] = None
+    shares_heads: ClassVar[bool] = False
+
+    def layers(self, n_token: int, n_kept: int, n_layer: int) -> Sequence[int]:
+        """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer * n_kept``.
+
+        Only layers whose cache is compressed are counted. Raises ValueError where the allocation is not defined.
+        """
+        return [n_kept] * n_layer
+
+    def heads(self, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+        """Tokens that each head of a layer keeps of each segment.
+
+        Parameters
+        ----------
+        scores : array of float32, shape (B, H, T)
+            Infinite where a token must be kept.
+        edges : ndarray of int32, shape (B, S+1)
+            The segments': one if nothing is fair, the row.
+        quotas : ndarray of int32, shape (B, H, S)
+            Of an equal share.
+
+        Returns
+        -------
+        ndarray of int32, shape (B, H, S)
+            With the same sums over heads; for no head fewer than must be kept, or more than the segment has.
+        """
+        return quotas
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same for every layer and head."""
+
+    name = "uniform"
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocation):
+    """More for lower layers, less for higher ones, falling evenly from layer to layer.
+
+    The last layer keeps ``n_kept / beta`` and the first ``2 * n_kept - n_kept / beta``, or, where that is more than ``n_token -
+    window_size``, the first keeps so many and the last what then is left of ``2 * n_kept``. Rounded by largest remainder, so that the sum
+    is exact.
+
+    Parameters
+    ----------
+    beta : float
+        At least 1, which shares equally; the higher, the steeper.
+    window_size : int
+        The policy's, if it keeps a window: what no layer keeps less than, and what the first leaves of a prompt at least.
+
+    Notes
+    -----
+    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token - window_size``;
+    refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
+
+    References
+    ----------
+    "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069.
+
+    Examples
+    --------
+    >>> Pyramid(beta=4).layers(n_token=100, n_kept=40, n_layer=4)
+    [70, 50, 30, 10]
+    """
+
+    beta: float = 20
+    window_size: int = 0
+    name = "pyramid"
+
+    def __post_init__(self):
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 1 <= self.beta < float("inf"):
+            raise ValueError(f"beta is {self.beta!r}; expected a number, at least 1")
+        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int) or self.window_size < 0:
+            raise ValueError(f"window_size is {self.window_size!r}; expected a whole number, at least 0")
+
+    def layers(self, n_token: int, n_kept: int, n_layer: int) -> list[int]:
+        """See :class:`Allocation`."""
+        if n_layer < 2:
+            raise ValueError(f"n_layer is {n_layer}; allocation 'pyramid' shares over layers and expects at least 2")
+        most = n_token - self.window_size
+        last = n_kept / Fraction(str(self.beta))
+        first = min(2 * n_kept - last, Fraction(most))
+        last = 2 * n_kept - first
+        if n_kept > most:
+            raise BudgetError(
+                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects at most {most}, all but a window: another "
+                "compression_ratio, or a smaller window_size"
+            )
+        if last < max(1, self.window_size):
+            raise BudgetError(
+                f"of {n_token} tokens the last layer would keep {float(last):.4g}; allocation {self!r} expects at least "
+                f"{max(1, self.window_size)}: a larger budget, or a smaller beta or window_size"
+            )
+        step = (first - last) / (n_layer - 1)
+        return largest_remainder([first - i * step for i in range(n_layer)], n_layer * n_kept)[0]
+
+
+@dataclass(frozen=True)
+class Ada(Allocation):
+    """The best of all heads of a layer together, but of each head at least a part of an equal share.
+
+    Fair: the heads share each segment's quotas, so that a layer keeps as much of each instruction as it would, and each head at least
+    that part of it.
+
+    Parameters
+    ----------
+    alpha : float
+        That part, in [0, 1], rounded down, at least one token: 0 puts no floor under a head, 1 shares equally.
+
+    References
+    ----------
+    "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scores = np.array([[[9, 8, 7, 6], [5, 4, 3, 2]]], np.float32)
+    >>> Ada(alpha=0.5).heads(scores, np.array([[0, 4]], np.int32), np.array([[[2], [2]]], np.int32)).tolist()
+    [[[3], [1]]]
+    """
+
+    alpha: float = 0.2
+    name = "ada"
+    shares_heads = True
+
+    def __post_init__(self):
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha!r}; expected a number in [0, 1]")
+
+    def heads(self, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+        """See :class:`Allocation`."""
+        if scores.shape[1] < 2:
+            raise ValueError("one choice serves all heads here; allocation 'ada' shares over heads and expects at least 2")
+        share = Fraction(str(self.alpha))
+        least = quotas.astype(np.int64) * share.numerator // share.denominator
+        floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
+        floors = np.maximum(floors, _must(scores, edges, quotas))
+        best, _ = ops.select(scores, floors, segments=edges)
+        counts = _counts_together(raised_at(scores, best), edges, quotas.sum(1, dtype=np.int32))
+        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)  # where other scores are infinite, too
+
+
+def _must(scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an equal share."""
+    infinite = scores == np.inf
+    n_row, n_head, n_token = scores.shape
+    until = np.zeros((n_row, n_head, n_token + 1), np.int32)
+    until[..., 1:] = (infinite if isinstance(infinite, np.ndarray) else infinite.cpu().numpy()).cumsum(-1)
+    at_edges = np.take_along_axis(until, np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1])), axis=-1)
+    return np.minimum(np.diff(at_edges, axis=-1), quotas)
+
+
+def _counts_together(scores: Any, edges: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: int32 (B, H, S)."""
+    n_row, n_head, n_token = scores.shape
+    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over heads
+    together = (scores + 0).reshape(n_row, 1, n_head * n_token)
+    spans = [list(pairwise(row)) for row in edges.tolist()]
+    for b, row in enumerate(spans):
+        for low, high in row:
+            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)
+    best, _ = ops.select(together, totals[:, None], segments=edges * n_head)
+    best = (best if isinstance(best, np.ndarray) else best.cpu().numpy())[:, 0]
+    counts = np.zeros((n_row, n_head, edges.shape[1] - 1), np.int32)
+    for b, row in enumerate(spans):
+        for s, (low, high) in enumerate(row):
+            mine = best[b, (best[b] >= n_head * low) & (best[b] < n_head * high)] - n_head * low
+            counts[b, :, s] = np.bincount(mine // max(high - low, 1), minlength=n_head)
+    return counts
+
+
+def raised_at(scores: Any, positions: Any) -> Any:
+    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
+    if isinstance(scores, np.ndarray):
+        raised = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
+        np.put_along_axis(raised, positions, np.inf, axis=-1)
+        return np.ascontiguousarray(raised[..., :-1])
+    raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
+    raised[..., :-1] = scores
+    return raised.scatter_(2, positions.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
+
+
+def raised_where(scores: Any, mask: Any) -> Any:
+    """Scores (B,H,T) that are infinite where a mask (B,T), uint8, is not 0."""
+    if isinstance(scores, np.ndarray):
+        return np.where(mask[:, None] != 0, np.float32(np.inf), scores)
+    mask = scores.new_tensor(mask) if isinstance(mask, np.ndarray) else mask
+    return scores.masked_fill(mask[:, None] != 0, np.inf)
+
+
+UNIFORM = Uniform()
+_NAMED = {cls.name: cls for cls in (Uniform, Pyramid, Ada)}
+
+
+def get_allocation(allocation: "Allocation | str") -> Allocation:
+    """An allocation from an object or a name.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> get_allocation("ada")
+    Ada(alpha=0.2)
+    """
+    if isinstance(allocation, Allocation):
+        if not isinstance(allocation, Hashable):
+            raise TypeError(f"allocation {allocation!r} has no hash; expected one, as a frozen dataclass has")
+        return allocation
+    if isinstance(allocation, str) and allocation in _NAMED:
+        return _NAMED[allocation]()
+    if isinstance(allocation, str):
+        raise ValueError(f"allocation is {allocation!r}; expected one of {', '.join(map(repr, _NAMED))}, or a kvpitfalls.Allocation")
+    raise TypeError(
+        f"allocation is a {type(allocation).__name__}; expected a kvpitfalls.Allocation or one of {', '.join(map(repr, _NAMED))}"
+    )
+
+
+def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
+    """What each layer keeps of a row: what the allocation says, checked.
+
+    Raises
+    ------
+    ValueError
+        If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer * n_kept``.
+    """
+    if n_kept == n_token or allocation is UNIFORM:
+        return (n_kept,) * n_layer
+    return _layer_budgets(allocation, n_token, n_kept, n_layer)
+
+
+@lru_cache(maxsize=256)
+def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
+    budgets = list(allocation.layers(n_token, n_kept, n_layer))
+    is_whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in budgets)
+    if not is_whole or len(budgets) != n_layer or not all(1 <= n <= n_token for n in budgets) or sum(budgets) != n_layer * n_kept:
+        raise ValueError(
+            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to {n_token} with the sum "
+            f"{n_layer * n_kept}"
+        )
+    return tuple(int(n) for n in budgets)
+
+
+def head_quotas(allocation: Allocation, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    """What each head keeps of each segment: what the allocation says, checked; see :meth:`Allocation.heads`."""
+    shared = np.asarray(allocation.heads(scores, edges, quotas))
+    if shared.shape != quotas.shape or shared.dtype.kind not in "iu":
+        raise ValueError(f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers {quotas.shape}")
+    least, most = _must(scores, edges, quotas), np.diff(edges)[:, None]
+    if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
+        raise ValueError(
+            f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or above what a "
+            f"segment has; expected the sums {quotas.sum(1).tolist()}"
+        )
+    return shared.astype(np.int32)
