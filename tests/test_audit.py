@@ -23,10 +23,10 @@ def prompt(smollm2):
 
 
 def in_mask(cache, n_token):
-    mask = np.zeros((len(cache.layers), cache.positions(0).shape[1], n_token), bool)
+    mask = np.zeros((len(cache.layers), cache.positions(0).shape[1], n_token + 1), bool)  # one more place: what -1 means
     for layer in range(len(cache.layers)):
         np.put_along_axis(mask[layer], cache.positions(layer)[0], True, axis=-1)
-    return mask
+    return mask[..., :-1]
 
 
 def touching(prompt):
@@ -203,7 +203,7 @@ def test_bad_input(smollm2, prompt):
         ({"policies": []}, "nothing to audit"),
         ({"policies": ["snapvk"]}, "did you mean 'snapkv'"),
         ({"compression_ratios": [1.0]}, r"compression_ratio is 1\.0"),
-        ({"protect": "never reveal"}, "at compression_ratio 0.6 the budget is 20 tokens, but 26 are protected"),
+        ({"protect": "never reveal"}, "at compression_ratio 0.6: the budget of row 0 is 20 tokens, but 26 are protected"),
         ({"protect": "no such text"}, "is not in the prompt"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
-from tiny_policies import EVERY, is_defined
+from tiny_policies import EQUAL, EVERY, is_defined
 
 import kvpitfalls as kvp
 from kvpitfalls.policies import get_policy, policy_names
@@ -34,21 +34,22 @@ def test_names_and_aliases():
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
-    kept = kvp.keep(policy, KEYS, QUERIES, compression_ratio=0.5, values=VALUES)
+    given = {"compression_ratio": 0.5, "layer": 1, "n_layer": 3}  # the middle one: no pyramid gives it more or less
+    kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, **given)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
-    assert (kept.counts == 20).all()
-    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, compression_ratio=0.5, values=VALUES)
+    assert (kept.counts.sum(1) == 60).all() and (policy not in EQUAL or (kept.counts == 20).all())
+    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
     assert torch.equal(kept.positions, again.positions)
-    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], compression_ratio=0.5, values=VALUES[1:])
-    assert torch.equal(kept.positions[1:], one.positions)
-    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), compression_ratio=0.5, values=VALUES.numpy())
+    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
+    assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(kept.counts[1:], one.counts)
+    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_a_policy_says_exactly_what_it_reads(policy):
-    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES}
+    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES, "layer": 1, "n_layer": 3}
     whole = kvp.keep(policy, KEYS, **given).positions
     for name, needs, what in (("queries", policy.needs_queries, "the queries"), ("values", policy.needs_values, "values")):
         without = {key: value for key, value in given.items() if key != name}

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--protect", metavar="WHAT", action="append", help="an instruction's name, a role, a text of the prompt, sinks, or boundary"
     )
+    audit.add_argument("--allocation", choices=("uniform", "pyramid", "ada"), help="how layers and heads share a budget (the policy's way)")
     audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less; needs --ratio, --fair")
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
     audit.add_argument("--html", metavar="FILE", help="also write a page of the prompt, every token shaded by what is kept of it")
@@ -250,7 +251,8 @@ def _audit(args) -> int:
     model, tokenizer, source = _load(args.model)
     messages = [{"role": "system", "content": system}]
     prompt = Prompt.from_chat(tokenizer, messages, instructions, allow_special_tokens=args.allow_special_tokens)
-    result = audit(model, prompt, policies=args.policy, compression_ratios=args.ratio, fair=fair, protect=args.protect)
+    how = {"fair": fair, "protect": args.protect, "allocation": args.allocation}
+    result = audit(model, prompt, policies=args.policy, compression_ratios=args.ratio, **how)
     if args.output:
         result.to_json(args.output)
     if args.html:
