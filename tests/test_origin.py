@@ -6,6 +6,7 @@ import io
 import pathlib
 import pickle
 import re
+import types
 
 import pytest
 import torch
@@ -121,6 +122,79 @@ def test_compiled_models_are_refused_however_they_were_compiled(llama, how):
     COMPILED[how](llama)
     with pytest.raises(kvp.UnsupportedModelError, match=r"the model is compiled by torch\.compile"):
         kvp.wrap(llama, "knorm", compression_ratio=0.5)
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_model_that_is_compiled_inside_a_wrap_is_compressed_or_refused(llama, how):
+    """Around the decoder a compiler leaves our code to Python; in it, shapes that change would be compiled."""
+    tokens = ids(1)
+    torch._dynamo.reset()
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        wanted = generate(llama, tokens)
+        COMPILED[how](llama)
+        if how in ("decoder", "layer"):
+            with pytest.raises(kvp.UnsupportedModelError, match=r"the model is compiled by torch\.compile"):
+                generate(llama, tokens)
+        else:
+            out = generate(llama, tokens, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, wanted) and handle.report()["kept_share"] == 0.5
+
+
+def test_a_wrapped_model_is_neither_traced_nor_exported(llama):
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5):
+        with pytest.raises(kvp.UnsupportedModelError, match="being exported or traced"):
+            torch.jit.trace(lambda tokens: llama(tokens).logits, (ids(1),), check_trace=False)
+        with pytest.raises(kvp.UnsupportedModelError, match="being exported or traced"):
+            torch.export.export(llama, (ids(1),), strict=False)
+
+
+def test_generate_tells_that_a_forward_was_replaced_inside_the_wrap(llama):
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        llama.model.forward = types.MethodType(type(llama.model).forward, llama.model)
+        with pytest.raises(kvp.NotInterceptedError, match="generate ran no forward of LlamaModel that was intercepted"):
+            generate(llama, ids(1))
+        with handle.paused():
+            generate(llama, ids(1))
+
+
+def test_a_compressed_cache_is_not_taken_for_its_keys_and_values(llama):
+    ways = [list, lambda cache: DynamicCache(list(cache))]
+    ways += [lambda cache: cache.to_legacy_cache(), lambda cache: cache[0]] if hasattr(DynamicCache, "to_legacy_cache") else []
+    for way in ways:
+        with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle, pytest.raises(ValueError, match="positions would be lost"):
+            way(handle.compress(ids(1)))
+        with kvp.wrap(llama, "knorm", compression_ratio=0) as handle:
+            assert way(handle.compress(ids(1)))
+
+
+def test_what_shares_its_layers_with_a_cache_does_not_go_on_for_it(llama):
+    prompt = ids(1, N_PROMPT)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompt)
+        used_by(llama, ids(1, 26), copy.copy(cache))
+        with pytest.raises(ValueError, match=r"have seen 29 tokens, 9 of them through another cache .* expected cache\.copy"):
+            generate(llama, torch.cat([prompt, ids(1, 14, seed=8)], 1), past_key_values=cache)
+
+
+def test_embeddings_are_compared_with_the_tokens_that_a_cache_has_seen(llama):
+    embed, tokens = llama.get_input_embeddings(), ids(1, 26)
+
+    def by_embeddings(of, cache, mask=None):
+        mask = torch.ones_like(of) if mask is None else mask
+        return llama.generate(inputs_embeds=embed(of), attention_mask=mask, **cache_argument(llama, cache), **GREEDY)
+
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        wanted = generate(llama, tokens, past_key_values=cache.copy())[:, 26:]
+        assert torch.equal(by_embeddings(tokens, cache.copy()), wanted)
+        for given, message in [
+            (torch.cat([ids(1, N_PROMPT, seed=3), tokens[:, N_PROMPT:]], 1), r"another prompt than the cache has seen \(row 0, token 0"),
+            (tokens[:, N_PROMPT:], "was given 6 tokens that the cache's prompt of 20 does not begin with"),
+            (tokens[:, :N_PROMPT], "20 tokens, all of which the cache has seen"),
+            (tokens.expand(3, -1), r"runs 3 rows, but the cache holds 1; expected cache\.batch_repeat_interleave\(3\)"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                by_embeddings(given, cache.copy())
 
 
 def test_a_cache_made_by_hand_or_emptied_is_compressed_by_the_wrap_it_comes_to(llama, tmp_path):

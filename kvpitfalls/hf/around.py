@@ -36,6 +36,7 @@ class Around:
         self.__signature__ = inspect.signature(method)
         vars(owner)[name] = self
 
+    @torch.compiler.disable  # run by Python, also where a caller was compiled since
     def __call__(self, *args, **kwargs):
         owner = self._owner()
         return self._function(owner, self._method(owner), args, kwargs)

@@ -1,6 +1,7 @@
 """A key/value cache that holds fewer entries than it has seen, and says which."""
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -289,6 +290,27 @@ class KeptCache(DynamicCache):
 def n_compressed(config) -> int:
     """How many layers of a model are compressed."""
     return len(KeptCache(config).kept_layers)
+
+
+def _of_whole(name: str):
+    """A method of plain caches that gives keys and values out, without the positions of a compressed one."""
+    plain = getattr(DynamicCache, name)
+
+    @functools.wraps(plain)
+    def method(cache, *args):
+        if any(layer.is_evicted for layer in cache.kept_layers):
+            raise ValueError(
+                "a compressed cache was to be taken apart into keys and values, whose positions would be lost; expected the cache itself, "
+                "or its layers (cache.layers)"
+            )
+        return plain(cache, *args)
+
+    return method
+
+
+for _name in ("__iter__", "__getitem__", "to_legacy_cache"):  # transformers 5 has only the first
+    if hasattr(DynamicCache, _name):
+        setattr(KeptCache, _name, _of_whole(_name))
 
 
 def why_not_compressed(layer) -> str:

@@ -57,10 +57,8 @@ def check_model(model) -> None:
     UnsupportedModelError
         Naming the model and the reason.
     """
-    if isinstance(model, torch.nn.Module) and (compiled := _compiled(model)) is not None:
-        raise UnsupportedModelError(
-            f"the model is compiled by torch.compile ({compiled}); expected the plain one: a compressed cache changes shape"
-        )
+    if isinstance(model, torch.nn.Module):
+        check_not_compiled(model)
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
@@ -90,6 +88,14 @@ def _adapters_of(model) -> dict:
     """PEFT's description of each adapter, by name."""
     found = getattr(model, "peft_config", None)
     return found if isinstance(found, dict) else {}
+
+
+def check_not_compiled(model: torch.nn.Module) -> None:
+    """Raise if torch.compile was given a module of this model, or all of it."""
+    if (compiled := _compiled(model)) is not None:
+        raise UnsupportedModelError(
+            f"the model is compiled by torch.compile ({compiled}); expected the plain one: a compressed cache changes shape"
+        )
 
 
 def _compiled(model: torch.nn.Module) -> str | None:

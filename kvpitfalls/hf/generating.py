@@ -12,6 +12,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from .arguments import given_cache
 from .cache import KeptCache
 from .coverage import decoder_of
+from .outer import is_multimodal
 
 
 def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -41,11 +42,12 @@ def n_rows_of(config: GenerationConfig) -> int:
     return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
-def check_generate(arguments: dict, action) -> None:
+def check_generate(model, arguments: dict, action) -> None:
     """Raise if this call would show the model something else than the cache's prompt and what follows it, or less.
 
     Parameters
     ----------
+    model : transformers model
     arguments : dict
         Of :func:`arguments_of`.
     action : Action, or None
@@ -58,7 +60,7 @@ def check_generate(arguments: dict, action) -> None:
     if is_filled or (action is not None and action.acts):
         _check_mode(arguments, is_filled)
     if is_filled:
-        _check_ids(arguments, cache)
+        _check_given(model, arguments, cache)
 
 
 def _check_mode(arguments: dict, is_filled: bool) -> None:
@@ -85,22 +87,24 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
         )
 
 
-def _check_ids(arguments: dict, cache: KeptCache) -> None:
-    """Raise unless the ids begin with what the cache has seen, and go on."""
-    ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or arguments.get("inputs_embeds") is not None:
+def _check_given(model, arguments: dict, cache: KeptCache) -> None:
+    """Raise unless the ids, or their embeddings, begin with what the cache has seen, and go on."""
+    given = next((x for name in ("inputs_embeds", "inputs", "input_ids") if (x := arguments.get(name)) is not None), None)
+    if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3):
         return
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + ids.shape[1]:
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + given.shape[1]:
         return  # new tokens alone: the mask says that they follow what the cache has seen
-    config, tokens = arguments["generation_config"], cache.tokens
-    _check_rows(len(ids) * n_rows_of(config), len(cache.valid))
-    different = None if tokens is None else _first_difference(ids, tokens, mask, cache.valid)
+    config, known = arguments["generation_config"], cache.tokens
+    _check_rows(len(given) * n_rows_of(config), len(cache.valid))
+    if given.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
+        known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(given)
+    different = None if known is None else _first_difference(given, known, mask, cache.valid)
     if different is not None:
-        raise ValueError(_difference(*different, ids.shape[1], cache))
-    if ids.shape[1] <= cache.n_seen:
+        raise ValueError(_difference(*different, given.shape[1], cache))
+    if given.shape[1] <= cache.n_seen:
         raise ValueError(
-            f"generate was given {ids.shape[1]} tokens, all of which the cache has seen; expected at least one more than its "
+            f"generate was given {given.shape[1]} tokens, all of which the cache has seen; expected at least one more than its "
             f"{cache.n_seen}, or a copy made right after the prompt (cache.copy())"
         )
 
@@ -130,13 +134,14 @@ def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
     )
 
 
-def _first_difference(ids, tokens, mask, valid) -> tuple[int, int] | None:
-    """Row and place of the first token that is not the cache's; padding counts for none."""
-    n = min(ids.shape[1], tokens.shape[1])
-    ids = ids[:, :n].to(tokens.device).repeat_interleave(len(tokens) // len(ids), 0)
-    differs = ids != tokens[:, :n]
+def _first_difference(given, known, mask, valid) -> tuple[int, int] | None:
+    """Row and place of the first token, or embedding, that is not the cache's; padding counts for none."""
+    n = min(given.shape[1], known.shape[1])
+    given = given[:, :n].to(known.device).repeat_interleave(len(known) // len(given), 0)
+    differs = given != known[:, :n]
+    differs = differs.any(-1) if differs.ndim == 3 else differs
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        differs &= mask[:, :n].to(differs.device).bool().repeat_interleave(len(tokens) // len(mask), 0)
+        differs &= mask[:, :n].to(differs.device).bool().repeat_interleave(len(known) // len(mask), 0)
     if not differs.any():
         return None
     n_prompt = max(end for _, end in valid)

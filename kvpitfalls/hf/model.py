@@ -22,7 +22,7 @@ from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
-from .coverage import attention_calls, check_cache, check_model, decoder_of
+from .coverage import attention_calls, check_cache, check_model, check_not_compiled, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
@@ -91,7 +91,11 @@ class _Attachment:
 
 
 class _Running:
-    """A call of a wrapped decoder, while it runs. Its frame alone holds it, so that no interrupt can leave one behind."""
+    """A call of a wrapped decoder, or of ``generate``, while it runs; its frame alone holds it, so no interrupt can leave one behind."""
+
+    def __init__(self, decoder=None, wrap=None):
+        self.decoder, self.wrap = decoder, wrap  # of generate
+        self.came_by = False  # whether a forward of the decoder did
 
 
 def attach(model) -> _Attachment:
@@ -167,8 +171,11 @@ def _armed(decoder, forward, args, kwargs):
     attachment = _attached.get(decoder)
     if attachment is None:
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError("torch.compile is running; expected an uncompiled model, since a compressed cache changes shape")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        raise UnsupportedModelError(
+            "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, since a compressed "
+            "cache changes shape"
+        )
     running, outer = _Running(), current_forward()
     try:
         with stand_ins.lock:
@@ -191,18 +198,24 @@ def _generate(model, generate, args, kwargs):
         return generate(*args, **kwargs)
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
-    check_generate(arguments, None if attachment.wrap is None else attachment.wrap.action)
+    check_generate(model, arguments, None if attachment.wrap is None else attachment.wrap.action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
             given = next(x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None)
             give_deltas(module, cache, len(given))
-    running, outer = _Running(), getattr(local, "generating", ())
+    running, outer = _Running(decoder, attachment.wrap), getattr(local, "generating", ())
     try:
         with stand_ins.lock:
             attachment.running.add(running)
-        local.generating = (*outer, (decoder, attachment.wrap))
-        return generate(*args, **kwargs)
+        local.generating = (*outer, running)
+        output = generate(*args, **kwargs)
+        if not running.came_by and running.wrap is not None and running.wrap.action.acts:
+            raise NotInterceptedError(
+                f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was replaced "
+                "inside the wrap; expected that before kvpitfalls.wrap"
+            )
+        return output
     finally:
         local.generating = outer
         with stand_ins.lock:
@@ -218,7 +231,7 @@ def _outer(module, forward, args, kwargs):
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
     cache, before = given_cache(bound)[1], getattr(local, "outer", None)
-    is_generating = any(other is decoder for other, _ in getattr(local, "generating", ()))  # then generate has made the positions
+    is_generating = any(call.decoder is decoder for call in getattr(local, "generating", ()))  # then generate has made the positions
     if isinstance(cache, KeptCache) and cache.n_seen and not is_generating:
         give_deltas(module, cache, len(_inputs(bound)))
     local.outer = (module, bound.get("input_ids"))
@@ -237,9 +250,10 @@ def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
 
 def _wrap_for(decoder, attachment: _Attachment):
     """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
-    for other, wrap in reversed(getattr(local, "generating", ())):
-        if other is decoder:
-            return wrap
+    for call in reversed(getattr(local, "generating", ())):
+        if call.decoder is decoder:
+            call.came_by = True
+            return call.wrap
     return attachment.wrap
 
 
@@ -290,8 +304,9 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             "was made from"
         )
     _check_origin(decoder, wrap, cache)
-    if _inputs(bound).shape[1] > 1:  # not at each step: it takes a look at every module
+    if _inputs(bound).shape[1] > 1:  # not at each step: each takes a look at every module
         cache.check_decoder(decoder)
+        check_not_compiled(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
@@ -329,6 +344,7 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
             f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap ({wrap.settings})"
         )
     if cache.n_seen:
+        origin.check_length(cache.n_seen)
         cache.origin = origin.met(decoder)
 
 

@@ -78,6 +78,14 @@ class Origin:
             before, now = (", ".join(names) or "none" for names in (self.adapters, now))
             raise ValueError(f"the cache was filled with the adapters {before}, but now {now} is active; expected the same")
 
+    def check_length(self, n_seen: int) -> None:
+        """Raise if the layers have seen more than went through this cache."""
+        if self.pieces is not None and (n_known := sum(x.shape[1] for x in self.pieces)) < n_seen:
+            raise ValueError(
+                f"the cache's layers have seen {n_seen} tokens, {n_seen - n_known} of them through another cache that shares them "
+                "(copy.copy); expected cache.copy()"
+            )
+
     def tokens(self, n_seen: int) -> torch.Tensor | None:
         """The first ``n_seen`` token ids (B, n_seen), if they are known."""
         if self.pieces is None or not self.pieces or sum(x.shape[1] for x in self.pieces) < n_seen:
