@@ -30,6 +30,13 @@ def answer(model, tokens, cache=None, **given):
     return torch.stack(out.logits, 1)
 
 
+def after(model, given) -> DynamicCache:
+    """The model's own cache after a prompt."""
+    whole = DynamicCache(config=model.config)
+    model.generate(**given, max_new_tokens=1, do_sample=False, pad_token_id=0, **cache_argument(model, whole))
+    return whole
+
+
 def other_prompts(model, family, handle):
     """What leaves other positions behind."""
     with handle.paused():
@@ -48,7 +55,9 @@ def test_with_nothing_evicted_an_image_prompt_is_answered_as_by_the_model_alone(
         assert torch.allclose(answer(model, tokens, **longer), wanted, **CLOSE)
         cache = handle.compress(BatchFeature(given))
         other_prompts(model, family, handle)
-        assert torch.allclose(answer(model, tokens, cache), wanted, **CLOSE)
+        ours = answer(model, tokens, cache)
+    # in two steps, too: transformers 5.2 (Qwen2-VL) and 5.5 (Qwen2.5-VL) count positions after an image otherwise when they come in one
+    assert torch.allclose(ours, answer(model, tokens, after(model, given)), **CLOSE)
 
 
 @pytest.mark.parametrize("policy", ["knorm", "snapkv"])
@@ -62,10 +71,8 @@ def test_an_evicted_image_prompt_is_answered_as_under_a_mask(case, policy):
         assert cache.report()["kept_share"] == 0.5 and torch.equal(cache.tokens, given["input_ids"])
         other_prompts(model, family, handle)
         ours = answer(model, tokens, cache)
-    whole = DynamicCache(config=model.config)
     with masked_like(model, kept, given["input_ids"].shape[1]):
-        model.generate(**given, max_new_tokens=1, do_sample=False, pad_token_id=0, **cache_argument(model, whole))
-        wanted = answer(model, tokens, whole)
+        wanted = answer(model, tokens, after(model, given))
     assert torch.allclose(ours, wanted, **CLOSE)
     assert not torch.allclose(ours, answer(model, **_tokens(followed_by(given, QUESTION))), **CLOSE), "eviction changes something"
 
@@ -131,7 +138,7 @@ def test_what_stands_for_an_image_needs_the_image(case, tmp_path):
         other = ids(1, 40, 7)
         with pytest.raises(ValueError, match="generate was given another prompt than the cache has seen"):
             answer(model, other, cache.copy())
-        if family in OF_GRIDS:
+        if family in OF_GRIDS and model.model.rope_deltas.any():  # transformers 5.2 has none for Qwen2-VL
             with pytest.raises(ValueError, match="the cache's prompt has images, whose positions a file cannot hold"):
                 cache.save(tmp_path / "x.safetensors")
         text = handle.compress(ids(1, 20))

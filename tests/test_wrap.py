@@ -265,13 +265,17 @@ def _forward_behind_the_interface(attention):
     return forward
 
 
-def test_crop_takes_back_only_what_came_after_eviction():
+@pytest.mark.parametrize("number", [int, torch.tensor])  # transformers' own generate gives either
+@pytest.mark.parametrize("fixed", [False, True])
+def test_crop_takes_back_only_what_came_after_eviction(number, fixed):
     model, tokens = build("llama"), ids(1)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(tokens[:, :N_PROMPT])
+        cache = cache.fixed(10) if fixed else cache
         once = feed(model, tokens, [5], copy.deepcopy(cache), start=N_PROMPT)
         feed(model, tokens, [5], cache, start=N_PROMPT)
-        cache.crop(-5)
+        cache.crop(number(-5))
+        assert type(cache.n_seen) is int and cache.n_seen == N_PROMPT
         assert torch.equal(feed(model, tokens, [5], cache, start=N_PROMPT), once)
         with pytest.raises(ValueError, match="only the newest 5 came after eviction"):
             cache.crop(-6)

@@ -246,6 +246,7 @@ class FixedCache(KeptCache):
 
     def crop(self, n: int) -> None:
         """Drop the newest ``-n`` tokens (or, n > 0, cut down to n) of those that came into the room."""
+        n = int(n)
         drop = -n if n <= 0 else self.get_seq_length() - n
         if drop <= 0:
             return

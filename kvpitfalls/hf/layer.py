@@ -201,6 +201,7 @@ class KeptLayer(DynamicLayer):
 
     def check_crop(self, n: int) -> int:
         """How many tokens :meth:`crop` would drop; raises if it cannot."""
+        n = int(n)  # transformers 5.17 gives a tensor after drafts
         drop = -n if n <= 0 else self.seen - n
         if drop <= 0 or not self.is_initialized:
             return 0

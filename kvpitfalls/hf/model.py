@@ -212,8 +212,8 @@ def _generate(model, generate, args, kwargs):
         output = generate(*args, **kwargs)
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(
-                f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was replaced "
-                "inside the wrap; expected that before kvpitfalls.wrap"
+                f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was "
+                "replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
         return output
     finally:

@@ -132,7 +132,7 @@ def load_cache(path, model) -> KeptCache:
     cache = KeptCache(model.config)
     if [type(layer).__name__ for layer in cache.layers] != [layer["kind"] for layer in about["layers"]]:
         raise ValueError(f"{path} holds other kinds of layers than this transformers version makes for {type(model).__name__}")
-    if unknown := [name for layer, n in zip(cache.layers, _fields(about, tensors), strict=True) for name in n - vars(layer).keys()]:
+    if unknown := [name for layer, n in zip(cache.layers, _fields(about, tensors), strict=True) for name in n - _known_fields(layer)]:
         raise ValueError(f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for {type(model).__name__}")
     attention, device = attention_modules(model), device_of(decoder)
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
@@ -152,6 +152,12 @@ def load_cache(path, model) -> KeptCache:
     pieces = None if tokens is None else (torch.tensor(tokens, device=device),)
     cache.origin = replace(Origin().filled_by(decoder), pieces=pieces)
     return cache
+
+
+def _known_fields(layer) -> set[str]:
+    """What a layer of this transformers version has, or gets with its first rows (linear attention, before 5.17)."""
+    later = (vars(kind)["lazy_initialization"].__code__ for kind in type(layer).__mro__ if "lazy_initialization" in vars(kind))
+    return {*vars(layer), *(name for code in later for name in code.co_names)}
 
 
 def _path(path) -> Path:
