@@ -18,7 +18,7 @@ EXPERIMENTS = [
     (lambda e: SweepConfig(seed=-1), ValueError, "seed is -1; expected a whole number, at least 0"),
     (lambda e: SweepConfig(seed="x"), ValueError, "seed is 'x'; expected a whole number, at least 0"),
     (lambda e: SweepConfig(policies=["zz"]), ValueError, "policy is 'zz', which is not known; expected one of adakv, chunkkv, "),
-    (lambda e: SweepConfig(policies=[3]), TypeError, "policy is a int; expected a Policy or one of chunkkv, "),
+    (lambda e: SweepConfig(policies=[3]), TypeError, "policy is a int; expected a Policy or one of adakv, chunkkv, "),
     (lambda e: SweepConfig(policies="knorm"), ValueError, "policies is 'knorm'; expected a list that is not empty"),
     (
         lambda e: SweepConfig(modes=["zz"]),

@@ -9,7 +9,7 @@ import transformers
 from model_sweep import build, not_refused, release
 from tiny_configs import tiny_config
 from tiny_models import feed, ids, masked_like
-from tiny_policies import EVERY
+from tiny_policies import EQUAL
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -23,7 +23,7 @@ from kvpitfalls.hf.verify import Shuffle
 CLOSE = {"rtol": 0, "atol": 1e-5}
 N_PROMPT, CHUNKS, N_TOKEN = 12, [1, 1, 4], 18
 POLICIES = [kvp.StreamingLLM(2), kvp.SnapKV(window_size=3, kernel_size=3), kvp.TOVA(), kvp.H2O(), kvp.KNorm()]
-POLICIES += [policy for policy in EVERY if type(policy) not in map(type, POLICIES)]
+POLICIES += [policy for policy in EQUAL if type(policy) not in map(type, POLICIES)]
 SPANS = {"a": (2, 6), "b": (6, 11)}
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 FAMILIES = not_refused(

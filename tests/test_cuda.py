@@ -46,7 +46,8 @@ def test_bfloat16_runs(policy):
     model = build("llama").to("cuda", torch.bfloat16)
     with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
         cache = handle.compress(ids(2, 20))
-        assert all(layer.keys.shape[2] == 10 and layer.keys.dtype == torch.bfloat16 for layer in cache.kept_layers)
+        assert all(layer.keys.dtype == torch.bfloat16 for layer in cache.kept_layers)
+        assert np.mean([layer["kept"] for layer in cache.report()["layers"]]) == 10
         assert handle.verify(tolerance=0.05) <= 0.05  # bfloat16 has 8 bits
 
 

@@ -7,13 +7,13 @@ import torch
 from model_sweep import build, not_refused
 from tiny_models import build as build_tiny
 from tiny_models import feed, ids, masked_like
-from tiny_policies import EVERY, HELD
+from tiny_policies import EQUAL, HELD
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
 
 N_PROMPT, CHUNKS, N_TOKEN = 14, [1, 4], 19
-POLICIES = [*EVERY, "random"]
+POLICIES = [*EQUAL, "random"]
 SPANS = {"a": (1, 6), "b": (7, 12)}
 FAMILIES = not_refused("llama", "gpt2", "gemma3_text", "cohere2", "gpt_neox", "deepseek_v3", "phi3")
 CASES = [*((family, "sdpa") for family in FAMILIES), ("llama", "eager"), ("gpt_oss", "eager")]

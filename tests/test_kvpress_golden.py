@@ -10,6 +10,7 @@ import pytest
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.allocation import Ada
+from kvpitfalls.eviction.budget import kept_tokens
 
 ROOT = Path(__file__).parent.parent
 RECORDED = np.load(Path(__file__).parent / "data" / "kvpress.npz")
@@ -113,21 +114,28 @@ def test_adakv_keeps_what_kvpress_keeps():
 
 
 def test_pyramidkv_keeps_what_kvpress_keeps_where_it_is_defined():
-    """Its press rounds every layer by itself, so that its layers together keep more or less than the budget; ours differ by at most one."""
+    """Its press rounds every layer by itself, so that its layers together keep more or less than the budget; ours differ by a rounding."""
     n_head, n_tie, n_refused = 0, 0, 0
     for case in SCRIPT.PYRAMIDKV_CASES:
         _, n_layer, heads, _, n_token, _, ratio, window_size, beta = case
         theirs, policy = masks(f"pyramidkv_{case[0]}", n_token), kvp.PyramidKV(window_size, beta=beta)
         layers = [{"layer": i, "n_layer": n_layer, "compression_ratio": ratio} for i in range(n_layer)]
-        if not theirs.any():
+        is_whole = n_token * (1 - ratio) % 1 == 0  # else the press shares out a part of a token more
+        try:
+            budgets = policy.allocation.layers(n_token, kept_tokens(n_token, ratio), n_layer)
+        except kvp.BudgetError:
+            assert not theirs.any() or not is_whole, case
             with pytest.raises(kvp.BudgetError, match=r"allocation Pyramid\(.*\) expects at"):
                 kvp.keep(policy, *SCRIPT.pyramidkv_of(case)[0], **layers[0])
             n_refused += 1
             continue
+        assert theirs.any() or len(set(budgets)) == 1, case
+        if not theirs.any():
+            continue
         for (keys, queries), settings, of_layer in zip(SCRIPT.pyramidkv_of(case), layers, theirs, strict=True):
             ours = kvp.keep(policy, keys, queries, **settings)
             mask, n_ours, n_theirs = in_mask(ours), int(ours.counts[0, 0]), int(of_layer[0].sum())
-            assert abs(n_ours - n_theirs) <= 1, case
+            assert abs(n_ours - n_theirs) <= (1 if is_whole else 2), case
             n_extra = (mask & ~of_layer).sum(-1), (of_layer & ~mask).sum(-1)
             is_tie = (n_extra[0] > max(0, n_ours - n_theirs)) | (n_extra[1] > max(0, n_theirs - n_ours))
             n_head, n_tie = n_head + heads, n_tie + is_tie.sum()

@@ -22,6 +22,7 @@ PYTHON_LAYERS = [
     ["display.markup", "display.tabular", "display.progress"],
     ["prompts.chats", "prompts.pieces"],
     ["eviction.budget", "prompts.prompt", "eviction.fairness"],
+    ["eviction.allocation"],
     ["policies"],
     ["eviction.selection"],
     ["display.plots", "display.heatmap"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, feed, ids, masked_like
-from tiny_policies import EVERY as POLICIES
+from tiny_policies import EQUAL as POLICIES
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
@@ -185,7 +185,7 @@ def test_beam_search_and_batch_operations(model):
         torch.testing.assert_close(feed(model, tokens.expand(2, -1), [4], joined, start=N_PROMPT)[:1], one, **CLOSE)
         joined.batch_select_indices(torch.tensor([0]))
         assert np.array_equal(joined.positions(2), cache.positions(2)) and len(joined.valid) == 1
-        with pytest.raises(ValueError, match="differ in length or in how much they hold"):
+        with pytest.raises(ValueError, match="differ in length, or in whether they are compressed"):
             KeptCache.join([cache, handle.compress(ids(1, 10))])
         beams = model.generate(tokens, num_beams=3, max_new_tokens=4, do_sample=False)
         assert beams.shape == (1, N_PROMPT + 8)

@@ -38,7 +38,7 @@ class AdaKV(SnapKV):
     >>> import kvpitfalls as kvp
     >>> keys = np.random.default_rng(0).standard_normal((1, 2, 20, 8), dtype=np.float32)
     >>> kvp.keep(kvp.AdaKV(window_size=2), keys, keys, budget=6).counts.tolist()
-    [[5, 7]]
+    [[4, 8]]
     """
 
     alpha: float = 0.2

@@ -269,6 +269,6 @@ def policy_names() -> list[str]:
     Examples
     --------
     >>> policy_names()[:3]
-    ['chunkkv', 'h2o', 'keydiff']
+    ['adakv', 'chunkkv', 'h2o']
     """
     return sorted({cls.name for cls in _registry.values() if cls.listed})
