@@ -16,7 +16,7 @@ import torch
 import transformers
 from model_sweep import release
 from tiny_models import build, feed, ids, tiny_prompt
-from tiny_policies import EVERY as POLICIES
+from tiny_policies import EQUAL as POLICIES
 from tiny_policies import HELD
 from transformers import TextStreamer, pipeline
 

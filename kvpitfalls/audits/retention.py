@@ -12,6 +12,7 @@ from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import allocation_of, check_room, choose, rank
 from ..hf.action import Action
 from ..hf.cache import KeptCache, KeptLayer, n_compressed
+from ..hf.coverage import check_model
 from ..hf.forward import AttentionCall
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill, protected_in
@@ -151,6 +152,7 @@ def audit(
     def layout_of(policy: Policy, ratio: float) -> Layout:
         return layout_with(getattr(policy, "n_sink", 4), ratio)
 
+    check_model(model)
     _check_settings(settings, ratios, layout_of, n_compressed(model.config))
     attach(model)
     try:

@@ -270,7 +270,7 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
     ValueError
         If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer * n_kept``.
     """
-    if n_kept == n_token or allocation is UNIFORM:
+    if n_kept == n_token or allocation == UNIFORM:
         return (n_kept,) * n_layer
     return _layer_budgets(allocation, n_token, n_kept, n_layer)
 
