@@ -272,7 +272,7 @@ class KeptCache(DynamicCache):
         return block(repr(self)[1:-1], self.report().body())
 
     def _check_counts(self, layers: list[KeptLayer], counts: list[np.ndarray]) -> None:
-        if self.action is None:
+        if self.action is None or not layers:
             return
         limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid]
         places = {layer.index: place for place, layer in enumerate(self.kept_layers)}
