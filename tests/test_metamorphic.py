@@ -98,7 +98,7 @@ def test_tokens_in_another_order_have_their_own_norms(dtype, device, every_isa):
 @of_each_kind
 @pytest.mark.parametrize("before, behind", [(1, 0), (0, 13), (37, 300)])
 def test_padding_changes_no_score(kind, before, behind, dtype, device, every_isa):  # noqa: F811
-    """Not of numbers, infinities or NaN; a padded token itself is last."""
+    """Not of numbers, infinities or NaN, and not by a bit on a CPU; a padded token itself is last."""
     keys, queries = draw(device, dtype)
     n = before + N_TOKEN + behind
     padded = [torch.full((*x.shape[:2], n, 64), float("nan"), dtype=dtype, device=device) for x in (keys, queries)]
@@ -111,7 +111,11 @@ def test_padding_changes_no_score(kind, before, behind, dtype, device, every_isa
     valid = [(before, before + N_TOKEN)] * N_ROW
     for isa in every_isa(device):
         wide = attend(*padded, moved, valid)
-        assert torch.equal(wide[:, :, before : before + N_TOKEN], attend(keys, queries, VOTES[kind])), isa
+        own, alone = wide[:, :, before : before + N_TOKEN], attend(keys, queries, VOTES[kind])
+        if device == "cuda" and before % 16:  # its tiles of 16 voters begin elsewhere: float32 sums are rounded in another order
+            torch.testing.assert_close(own, alone, rtol=1e-6, atol=0, msg=isa)
+        else:
+            assert torch.equal(own, alone), isa
         assert (wide[:, :, :before] == -torch.inf).all() and (wide[:, :, before + N_TOKEN :] == -torch.inf).all()
 
 
