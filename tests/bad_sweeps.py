@@ -60,6 +60,10 @@ EXPERIMENTS = [
     (lambda e: sweep(SweepConfig(n_prompts=10**6), "unused"), ValueError, "n_prompts is 1000000; expected at most 68, the rows of own"),
     (lambda e: sweep(SweepConfig(), "unused", engine="zz"), ValueError, "engine is 'zz'; expected one of local, ray"),
     (lambda e: sweep(SweepConfig(), "unused", workers=2), ValueError, "workers is 2, with the engine 'local'; expected it with engine='ra"),
-    (lambda e: sweep(SweepConfig(dataset="zz"), "unused"), FileNotFoundError, "dataset is 'zz'; expected own, paper, paper_shuffled, or t"),
+    (
+        lambda e: sweep(SweepConfig(dataset="zz"), "unused"),
+        FileNotFoundError,
+        "dataset is 'zz'; expected own, suite-v1, paper, paper_shuff",
+    ),
     (lambda e: sweep(None, "unused"), TypeError, "config is a NoneType; expected a SweepConfig"),
 ]

@@ -118,7 +118,7 @@ COMMANDS = [
     ([*SWEEP, "--preset", "smollm2", "--batch-size", "-1"], 2, "batch_size is -1"),
     ([*SWEEP, "--preset", "smollm2", "--workers", "2"], 2, "workers is 2, with the engine 'local'"),
     ([*SWEEP, "--preset", "smollm2", "--engine", "zz"], 2, "argument --engine: invalid choice: 'zz'"),
-    ([*SWEEP, "--preset", "smollm2", "--dataset", "zz"], 1, "dataset is 'zz'; expected own, paper"),
+    ([*SWEEP, "--preset", "smollm2", "--dataset", "zz"], 1, "dataset is 'zz'; expected own, suite-v1, paper"),
     ([*SWEEP, "--preset", "figure1", "--data", "none"], 1, "sys_ifeval.jsonl does not exist; expected a folder with"),
     (["sweep", "--preset", "smollm2", "--output", "latin1"], 1, "latin1"),
     (["leakage"], 2, "the following arguments are required: --output"),

@@ -60,6 +60,16 @@ def test_prompts_of_one_card_alone_are_left_out_and_counted(two):
     assert {(row["n_prompt"], row["n_left_out"]) for row in compare(fewer, two[1])} == {(4, len(ROWS) - 4)}
 
 
+def test_prompts_of_one_name_and_another_text_are_no_pair(two):
+    a, b = (copy.deepcopy(card) for card in two)
+    for card, digest in ((a, "1" * 64), (b, "2" * 64)):
+        card["made_with"] = [{"config.dataset": "own", "corpus_sha256": digest}]
+    with pytest.raises(ValueError, match=r"the prompts 'own' of the cards differ \(sha256 111111111111... and 222222222222...\)"):
+        compare(a, b)
+    b["made_with"][0]["config.dataset"] = "mine.jsonl"
+    assert compare(a, b) == compare(*two)
+
+
 def test_the_command(two, tmp_path, capsys):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, card in zip(paths, two, strict=True):

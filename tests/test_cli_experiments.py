@@ -11,6 +11,8 @@ import pytest
 import tiny_sweep
 
 from kvpitfalls import cli
+from kvpitfalls.experiments import presets
+from kvpitfalls.experiments.card import read_card
 from kvpitfalls.experiments.records import read_records
 
 
@@ -44,6 +46,26 @@ def test_sweep_from_a_file_and_again(run, model, tmp_path):
     ]
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
     assert code == 2 and "begun with config.n_prompts = 1 and would go on with 2" in err and not out
+
+
+def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
+    """The command makes the card and the page, and both are those of the same sweep and report by hand."""
+    short = {**presets._SMALL, "n_prompts": 2, "compression_ratios": (0.5,), "max_new_tokens": {"attack": 3, "recall": 3, "follow": 3}}
+    monkeypatch.setitem(presets._PRESETS, "suite-v1-small", {"all": short})
+    given = ["--model", model, "--output", tmp_path / "suite"]
+    code, out, _ = run("suite", "--small", *given)
+    card = read_card(tmp_path / "suite" / "report" / "card.json")
+    assert (
+        code == 0 and str(tmp_path / "suite" / "report" / "index.html") in out and str(tmp_path / "suite" / "report" / "card.json") in out
+    )
+    assert run("sweep", "--preset", "suite-v1-small", "--model", model, "--output", tmp_path / "by_hand")[0] == 0
+    run("report", tmp_path / "by_hand")
+    by_hand = read_card(tmp_path / "by_hand" / "report" / "card.json")
+    assert card == by_hand and {made["config.dataset"] for made in card["made_with"]} == {"suite-v1"}
+    code, out, _ = run("suite", "--small", *given, "--json")
+    assert code == 0 and json.loads(out)["all"]["resumed_at"] == 2 * 3 * 11
+    code, _, err = run("suite", *given)
+    assert code == 2 and "the sweep was begun with" in err, "the whole suite is another sweep"
 
 
 def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):

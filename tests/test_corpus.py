@@ -17,6 +17,7 @@ from kvpitfalls.experiments import corpus
 from kvpitfalls.experiments.scenario import Scenario, conversation
 
 OWN = corpus.load_corpus()
+SUITE = corpus.load_corpus(corpus.SUITE)
 PREFIX = b'Be "good":\n\n'
 
 
@@ -27,7 +28,17 @@ def test_the_shipped_set_is_as_large_as_promised():
     assert len(OWN.defenses) == 4 + 1 and all(set(d.templates) == set(corpus.ORDERS) for d in OWN.defenses.values())
 
 
-@pytest.mark.parametrize("row", OWN.rows, ids=lambda row: str(row["key"]))
+def test_the_suite_never_changes_and_is_as_large_as_promised():
+    """A card names its suite; another text under that name would be compared with it in silence."""
+    assert SUITE.sha256 == "398ce9bd62d0d2cf0e75d3cfa71621c687ce5a1a91e225899b9fb73064e707b3"
+    rows = SUITE.rows
+    assert len(rows) == 200 and len({r["messages"][0]["content"] for r in rows}) == 200
+    assert sum(len(r["instruction_id_list"]) > 1 for r in rows) >= 80 and len({i for r in rows for i in r["instruction_id_list"]}) == 25
+    own = {r["key"] for r in OWN.rows}
+    assert own < {r["key"] for r in rows} and 0 < sum(r["key"] in own for r in rows[:24]) < 24, "its first prompts are of both kinds"
+
+
+@pytest.mark.parametrize("row", SUITE.rows, ids=lambda row: str(row["key"]))
 def test_every_shipped_directive_can_be_checked(row):
     """lm-eval's checkers take the row as it is, and an empty answer follows nothing."""
     found = check(row, "")
@@ -103,7 +114,7 @@ def test_a_users_file(tmp_path):
     separated = [messages[0], {"role": "user", "content": "one line\u2028of JSON"}]
     path.write_text(json.dumps({"key": "a", "messages": separated}, ensure_ascii=False), encoding="utf-8")
     assert corpus.load_corpus(str(path)).rows[0]["messages"] == separated
-    with pytest.raises(FileNotFoundError, match="dataset is 'nowhere'; expected own, paper"):
+    with pytest.raises(FileNotFoundError, match="dataset is 'nowhere'; expected own, suite-v1, paper"):
         corpus.load_corpus("nowhere")
 
 

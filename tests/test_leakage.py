@@ -1,9 +1,12 @@
 """Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on SmolLM2's answers."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 
@@ -42,6 +45,17 @@ def test_recall_equals_rouge_score_and_the_definition():
             assert found[name]["rougeL"] == pytest.approx(common(wanted, said) / len(wanted))
 
 
+WORDS = st.lists(st.sampled_from(["run", "running", "Runs!", "the", "a", "Ä", "x-1", "no,", "\n"]) | st.text(max_size=6), max_size=30)
+
+
+@given(WORDS, WORDS)
+def test_recall_equals_rouge_score_on_any_texts(wanted, said):
+    reference, response = " ".join(wanted), " ".join(said)
+    if leakage.has_words(reference):
+        theirs = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(reference, response)
+        assert leakage.rouge_recall(reference, response) == {"rouge1": theirs["rouge1"].recall, "rougeL": theirs["rougeL"].recall}
+
+
 def test_a_reference_without_words_is_refused():
     with pytest.raises(ValueError, match="expected text with a letter"):
         leakage.rouge_recall("¡¿!", "anything")
@@ -55,9 +69,9 @@ def test_a_floor_is_the_recall_of_other_texts():
         assert found["rougeL"] == pytest.approx(sum(r["rougeL"] for r in recalls) / 3) and found["most"] == max(
             r["rougeL"] for r in recalls
         )
-    for given in ([], "text"):
+    for wrong in ([], "text"):
         with pytest.raises(ValueError, match="expected texts that the answer cannot have seen"):
-            leakage.floor("x", given)
+            leakage.floor("x", wrong)
 
 
 def test_texts_that_a_recital_holds_are_no_floor():
@@ -84,6 +98,8 @@ def test_begun_and_rest_lose_no_word():
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package rouge-score; expected pip install 'kvpitfalls\[eval\]'"):
-        leakage.need_rouge()
+    there = importlib.util.find_spec
+    for package, module in (("rouge-score", "rouge_score"), ("rapidfuzz", "rapidfuzz")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, no=module: None if name == no else there(name))
+        with pytest.raises(ImportError, match=rf"needs the package {package}; expected pip install 'kvpitfalls\[eval\]'"):
+            leakage.need_rouge()

@@ -1,16 +1,21 @@
 """Presets run what the paper ran, as far as it is known."""
 
+import dataclasses
 import os
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.plan import plan, settings_of
 from kvpitfalls.experiments.presets import PAPER_MODELS, preset, preset_names
 
 
 def test_every_figure_has_a_preset():
-    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "fixes", "probe"]
+    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "fixes", "suite-v1", "suite-v1-small", "probe"]
     with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
         preset("figure16")
 
@@ -47,6 +52,40 @@ def test_the_small_preset_is_the_promised_matrix():
     assert len({tuple(item.values()) for item in items}) == len(items)
 
 
+@pytest.mark.parametrize(("name", "n_prompt", "n_policy"), [("suite-v1", 200, 4), ("suite-v1-small", 24, 2)])
+def test_the_suite_is_the_promised_matrix(name, n_prompt, n_policy):
+    """Every prompt meets one attack, under every setting the same; all twelve are met equally often."""
+    config = preset(name)["all"]
+    suite = load_corpus(config.dataset)
+    items = [item for batch in plan(config, suite) for item in batch.items(suite)]
+    n_setting = 1 + 2 * n_policy * 5  # full cache and ratios x policies x modes
+    assert len(items) == n_prompt * 3 * n_setting and len({tuple(item.values()) for item in items}) == len(items)
+    met = {(item["key"], item["attack"]) for item in items if item["kind"] == "attack"}
+    assert len(met) == n_prompt
+    often = Counter(attack for _, attack in met)
+    assert len(often) == 12 and max(often.values()) - min(often.values()) <= 1
+
+
+@settings(deadline=None)
+@given(n_prompt=st.integers(1, 40), n_each=st.integers(1, 6), n_family=st.integers(1, 2), batch_size=st.integers(1, 70))
+def test_attacks_go_round_the_prompts(n_prompt, n_each, n_family, batch_size):
+    """Each prompt meets so many different attacks; the batch size changes nothing; without the word, it meets all."""
+    own, attacks = load_corpus(), ["verbatim", "role_play"][:n_family]
+    n_each = min(n_each, 3 * n_family)
+    config = SweepConfig(n_prompts=n_prompt, attacks=attacks, attacks_per_prompt=n_each, batch_size=batch_size, orders=["defense_first"])
+
+    def attack_items(config):
+        items = [item for batch in plan(config, own) for item in batch.items(own)]
+        return Counter((item["key"], item["attack"]) for item in items if item["kind"] == "attack" and item["policy"] is None)
+
+    met = attack_items(config)
+    assert set(met.values()) == {1} and set(Counter(key for key, _ in met).values()) == {n_each} and len(met) == n_prompt * n_each
+    often = Counter(attack for _, attack in met)
+    assert max(often.values()) - min(often[name] for name in config.chosen_attacks(own)) <= 1
+    every = attack_items(dataclasses.replace(config, attacks_per_prompt=None))
+    assert every == attack_items(dataclasses.replace(config, attacks_per_prompt=3 * n_family)) and met.keys() <= every.keys()
+
+
 def test_the_probe_preset_has_all_policies_and_ratios():
     config = preset("probe")["all"]
     items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
@@ -56,6 +95,6 @@ def test_the_probe_preset_has_all_policies_and_ratios():
 
 @pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")
 def test_paper_presets_fit_the_papers_data():
-    for name in preset_names()[:-3]:
+    for name in preset_names()[:16]:
         for config in preset(name).values():
             assert next(plan(config, load_corpus(config.dataset))).rows

@@ -1,4 +1,4 @@
-"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | sweep | report | compare``."""
+"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | suite | sweep | report | compare``."""
 
 import argparse
 import json
@@ -46,9 +46,16 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
     )
-    what.add_argument("--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, or probe")
+    what.add_argument(
+        "--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, or probe"
+    )
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
+    _add_prompt_arguments(sweep)
+    suite = commands.add_parser("suite", add_help=False, help="the fixed suite, v1, on a model: one card (JSON) and one page of results")
+    suite.add_argument("--small", action="store_true", help="its first 24 prompts and two policies: minutes on two cores for a small model")
+    suite.set_defaults(run=_suite)
+    _add_run_arguments(suite)
     _add_single_commands(commands)
     report = commands.add_parser("report", help="tables, CSV files, figures and one HTML page from the records of a sweep")
     report.add_argument("folder", metavar="DIR", help="what --output named")
@@ -100,15 +107,13 @@ def _add_single_commands(commands) -> None:
         )
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)
+        _add_prompt_arguments(command)
 
 
 def _add_run_arguments(command) -> None:
     command.add_argument("-h", "--help", action=_HelpWithNames)
     command.add_argument("--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed")
-    command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
     command.add_argument("--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each")
-    command.add_argument("--dataset", metavar="NAME", help="own, paper, paper_shuffled, or a JSONL file of rows")
-    command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
     command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
     command.add_argument("--device", metavar="NAME", help="cpu, cuda, ...")
     command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, ...")
@@ -117,9 +122,15 @@ def _add_run_arguments(command) -> None:
     command.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
+def _add_prompt_arguments(command) -> None:
+    command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
+    command.add_argument("--dataset", metavar="NAME", help="own, suite-v1, paper, paper_shuffled, or a JSONL file of rows")
+    command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
+
+
 def _changes(args) -> dict:
     names = ("models", "dataset", "n_prompts", "batch_size", "device", "dtype")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def _sweep(args) -> int:
@@ -132,6 +143,21 @@ def _sweep(args) -> int:
     return run_parts(args, {"all": SweepConfig.parse({**config.to_dict(), **_changes(args)})})
 
 
+def _suite(args) -> int:
+    from ..display.page import write_report
+    from ..display.tables import outcome_table
+    from ..experiments.corpus import SUITE
+    from ..experiments.presets import preset
+
+    code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)))
+    if code == 130:
+        return code
+    found = write_report(args.output)
+    if not args.json:
+        print(f"\n{outcome_table(found['cells'])}\n\nPage: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)")
+    return code
+
+
 def run_parts(args, parts: dict) -> int:
     """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one was infeasible."""
     from ..experiments.sweep import sweep
@@ -140,7 +166,8 @@ def run_parts(args, parts: dict) -> int:
     for name, config in parts.items():
         folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)
         try:
-            done[name] = {"folder": str(folder), **sweep(config, folder, data=args.data, engine=args.engine, workers=args.workers)}
+            data = getattr(args, "data", None)
+            done[name] = {"folder": str(folder), **sweep(config, folder, data=data, engine=args.engine, workers=args.workers)}
         except KeyboardInterrupt:
             print(f"\nkvpitfalls {args.command}: interrupted; {_recorded(folder)}", file=sys.stderr)
             return 130

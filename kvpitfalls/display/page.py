@@ -49,8 +49,8 @@ def write_report(folder: str | Path) -> dict:
     Returns
     -------
     dict
-        ``page`` (path of index.html), ``items`` (planned), ``recorded``, ``failed``, ``infeasible``, ``cells`` (as
-        :func:`kvpitfalls.experiments.summary.summarize`).
+        ``page`` (path of index.html), ``cards`` (path of each model's card), ``items`` (planned), ``recorded``, ``failed``,
+        ``infeasible``, ``cells`` (as :func:`kvpitfalls.experiments.summary.summarize`).
 
     Raises
     ------
@@ -76,15 +76,15 @@ def write_report(folder: str | Path) -> dict:
         if rows:
             (out / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
     of_models = cards(records, list(metas.values()))
-    for n, card in enumerate(of_models, 1):
-        name = "card.json" if len(of_models) == 1 else f"card_{n}.json"
-        (out / name).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    paths = [out / ("card.json" if len(of_models) == 1 else f"card_{n}.json") for n in range(1, len(of_models) + 1)]
+    for path, card in zip(paths, of_models, strict=True):
+        path.write_text(json.dumps(card, indent=1), encoding="utf-8")
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     page = _page(facts, metas, cells, families, changes, scores, compared, tables["failures"], records, drawn)
     (out / "index.html").write_text(page, encoding="utf-8")
-    return {"page": str(out / "index.html"), **facts, "cells": cells}
+    return {"page": str(out / "index.html"), "cards": [str(path) for path in paths], **facts, "cells": cells}
 
 
 def _flat(cells: Sequence[Mapping]) -> list[dict]:

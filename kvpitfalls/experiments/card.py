@@ -60,6 +60,8 @@ def read_card(path: str | Path) -> dict:
         card = json.loads(Path(path).read_bytes())
         if card["format"] != FORMAT:
             raise ValueError(f"{path} is a card of format {card['format']!r}; expected {FORMAT}, which this version reads")
+        for made in card["made_with"]:
+            made.get("corpus_sha256")
         for setting in card["settings"]:
             _place(setting)
             for pairs in setting["prompts"].values():
@@ -71,6 +73,17 @@ def read_card(path: str | Path) -> dict:
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(wrong) from error
     return card
+
+
+def _check_prompts(a: Mapping, b: Mapping) -> None:
+    """Raise if a set of prompts has one name and two contents: their keys would pair what is not alike."""
+    known = {made.get("config.dataset"): made.get("corpus_sha256") for made in a["made_with"]}
+    for made in b["made_with"]:
+        name, digest = made.get("config.dataset"), made.get("corpus_sha256")
+        if known.get(name, digest) != digest:
+            raise ValueError(
+                f"the prompts {name!r} of the cards differ (sha256 {str(known[name])[:12]}... and {str(digest)[:12]}...); expected the same"
+            )
 
 
 def _place(setting: Mapping) -> tuple:
@@ -89,8 +102,9 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     Raises
     ------
     ValueError
-        If they have no setting in common.
+        If they have no setting in common, or their prompts are called the same and are not the same.
     """
+    _check_prompts(a, b)
     theirs = {_place(setting): setting["prompts"] for setting in a["settings"]}
     out = []
     for setting in b["settings"]:

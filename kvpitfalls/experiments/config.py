@@ -40,6 +40,9 @@ class SweepConfig:
         Shares removed. 0 is always run, once for all policies: everything is compared to it.
     attacks : list of str
         Names of attacks, or of families.
+    attacks_per_prompt : int or None
+        Each prompt meets so many of the attacks, in turn: the first prompt the first ones, the next prompt those after them, and so on
+        around. All of them by default.
     kinds : list of str
         "attack", "recall" (the control), "follow" (the row's own task); "probe": nothing is generated but the full cache's answer to the
         task, and the likelihood of given answers is measured. All but "probe" by default.
@@ -62,6 +65,7 @@ class SweepConfig:
     modes: Sequence[str] = ("biased", "fair")
     compression_ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     attacks: Sequence[str] = ("verbatim",)
+    attacks_per_prompt: int | None = None
     kinds: Sequence[str] = ANSWERED
     max_new_tokens: Mapping[str, int] = field(default_factory=lambda: dict(_LIMITS))
     batch_size: int = 64
@@ -82,9 +86,12 @@ class SweepConfig:
             _check_text("attn_implementation is", self.attn_implementation)
         if not isinstance(self.max_new_tokens, Mapping):
             raise TypeError(f"max_new_tokens is {self.max_new_tokens!r}; expected a mapping of kinds to numbers")
-        for name, low in (("n_prompts", 1), ("batch_size", 1), ("seed", 0)):
+        lowest = {"n_prompts": 1, "attacks_per_prompt": 1, "batch_size": 1, "seed": 0}
+        for name, low in lowest.items():
             value = getattr(self, name)
-            if (value is not None or name != "n_prompts") and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is None and name in ("n_prompts", "attacks_per_prompt"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least {low}")
         for ratio in self.compression_ratios:
             check_budget(ratio, None)
@@ -149,7 +156,11 @@ class SweepConfig:
         """Raise if the config names what the corpus does not have."""
         _check_names("defenses", self.defenses, tuple(corpus.defenses))
         if {"attack", "probe"} & set(self.kinds):
-            self.chosen_attacks(corpus)
+            n_attack = len(self.chosen_attacks(corpus))
+            if self.attacks_per_prompt is not None and self.attacks_per_prompt > n_attack:
+                raise ValueError(
+                    f"attacks_per_prompt is {self.attacks_per_prompt}; expected at most {n_attack}, the attacks that are named"
+                )
         if "follow" in self.kinds and (bare := [row["key"] for row in corpus.rows if not row["instruction_id_list"]]):
             raise ValueError(f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions")
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):

@@ -1,10 +1,11 @@
 """What experiments run on: system prompts with checkable directives, defenses in both orders, and attacks.
 
-``own`` ships with the package and was written for it. ``paper`` is the paper's (arXiv 2510.00231): read from a local folder or downloaded
-by checksum, never shipped. A path names a user's own file of rows.
+``own`` ships with the package and was written for it; ``suite-v1`` is that and more, 200 prompts that never change. ``paper`` is the
+paper's (arXiv 2510.00231): read from a local folder or downloaded by checksum, never shipped. A path names a user's own file of rows.
 """
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -22,6 +23,7 @@ from ..audits.leakage import unlike
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
+SUITE = "suite-v1"
 PAPER_COMMIT = "fc0f5df3f1a524a8cac4cf6b56fbec103fcdd1aa"
 PAPER_URL = f"https://raw.githubusercontent.com/Itisalex2/pitfalls-of-kv-cache-compression/{PAPER_COMMIT}/kv_cache_compression/"
 # file in a local folder -> (path in the authors' repository, sha256 of that file)
@@ -132,7 +134,8 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     Parameters
     ----------
     name : str
-        "own", "paper" (file order), "paper_shuffled" (the order of the paper's leakage runs), or the path of a JSONL file of rows.
+        "own", "suite-v1" (200 prompts, those of "own" among them, in an order that mixes them), "paper" (file order), "paper_shuffled"
+        (the order of the paper's leakage runs), or the path of a JSONL file of rows.
     data : path, optional
         Folder that holds the paper's files; by default ``KVPITFALLS_DATA``, and without that they are downloaded once.
 
@@ -148,9 +151,11 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     own = _own()
     if name == "own":
         return own
+    if name == SUITE:
+        return _suite(own)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"dataset is {name!r}; expected own, paper, paper_shuffled, or the path of a JSONL file of rows")
+        raise FileNotFoundError(f"dataset is {name!r}; expected own, {SUITE}, paper, paper_shuffled, or the path of a JSONL file of rows")
     return Corpus(path.name, _rows(path.read_bytes(), path.name), own.defenses, own.attacks)
 
 
@@ -170,6 +175,14 @@ def _own() -> Corpus:
     return Corpus(
         "own", _rows(text["prompts.jsonl"].encode(), "prompts.jsonl"), defenses, attacks, notice="Written for kvpitfalls; Apache-2.0."
     )
+
+
+def _suite(own: Corpus) -> Corpus:
+    """The suite's 200 prompts: any first ones of them have some of both files."""
+    more = (files("kvpitfalls.experiments") / "data" / "suite_v1.jsonl").read_bytes()
+    rows = [*own.rows, *_rows(more, "suite_v1.jsonl")]
+    random.Random(1).shuffle(rows)
+    return dataclasses.replace(own, name=SUITE, rows=rows)
 
 
 def _no_defense() -> Defense:

@@ -1,5 +1,6 @@
 """The batches of a sweep, in order. The plan depends on config and corpus only, so a resumed sweep has the same one."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -87,22 +88,34 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
     """The batches, in the order in which they are run and recorded."""
     config.check_corpus(corpus)
-    limit, groups = config.max_new_tokens, _request_groups(config, corpus)
-    rows = range(len(corpus.rows) if config.n_prompts is None else config.n_prompts)
-    n_row = max(1, config.batch_size // max(map(_width, groups)))
+    limit = config.max_new_tokens
     for model in config.models:
         for defense, order in _prompts(config):
-            for chunk in _chunks(rows, n_row):
-                for requests in groups:
-                    n_setting = max(1, config.batch_size // (len(chunk) * _width(requests)))
-                    for _, same in groupby(settings_of(config), key=lambda s: s.compression_ratio):
-                        for settings in _chunks(same, n_setting):
-                            yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
+            for rows, attacks in _rows_and_attacks(config, corpus):
+                groups = _request_groups(config, attacks)
+                for chunk in _chunks(rows, max(1, config.batch_size // max(map(_width, groups)))):
+                    for requests in groups:
+                        n_setting = max(1, config.batch_size // (len(chunk) * _width(requests)))
+                        for _, same in groupby(settings_of(config), key=lambda s: s.compression_ratio):
+                            for settings in _chunks(same, n_setting):
+                                yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
 
 
-def _request_groups(config: SweepConfig, corpus: Corpus) -> list[tuple]:
+def _rows_and_attacks(config: SweepConfig, corpus: Corpus) -> Iterator[tuple[range, tuple[str, ...]]]:
+    """Rows that meet the same attacks, and these: all rows and all attacks, or ``attacks_per_prompt`` in turn."""
+    n_row = len(corpus.rows) if config.n_prompts is None else config.n_prompts
+    attacks = tuple(config.chosen_attacks(corpus)) if {"attack", "probe"} & set(config.kinds) else ()
+    if config.attacks_per_prompt is None or not attacks:
+        yield range(n_row), attacks
+        return
+    n_turn = len(attacks) // math.gcd(len(attacks), config.attacks_per_prompt)  # so many prompts, and it begins anew
+    for turn in range(min(n_turn, n_row)):
+        first = turn * config.attacks_per_prompt
+        yield range(turn, n_row, n_turn), tuple(attacks[(first + i) % len(attacks)] for i in range(config.attacks_per_prompt))
+
+
+def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[tuple]:
     """What is asked of a prompt, in groups that are run together: probes, and answers of one length limit."""
-    attacks = config.chosen_attacks(corpus) if {"attack", "probe"} & set(config.kinds) else ()
     asked = [("attack", name) for name in attacks if "attack" in config.kinds]
     asked += [(kind, None) for kind in config.kinds if kind in ("recall", "follow")]
     asked += [("probe", name) for name in [*attacks, None] if "probe" in config.kinds]

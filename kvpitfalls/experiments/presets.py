@@ -1,4 +1,4 @@
-"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version) and two that a laptop can run.
+"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version), some that a laptop can run, and the suite.
 
 A preset is one sweep, or two where the paper measures leakage and following on different prompts: leakage on the first 100 rows of its
 shuffled set, following on all 539.
@@ -7,7 +7,7 @@ shuffled set, following on all 539.
 from collections.abc import Mapping
 
 from .config import SweepConfig
-from .corpus import ORDERS
+from .corpus import ORDERS, SUITE
 from .modes import FIXES
 
 PAPER_MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-14B-Instruct")
@@ -18,6 +18,19 @@ _PAPER = {"models": PAPER_MODELS, "device": "cuda", "dtype": "bfloat16", "attack
 _LEAKAGE = {**_PAPER, "dataset": "paper_shuffled", "n_prompts": 100, "defenses": ("paper",), "kinds": ("attack", "recall")}
 _FOLLOWING = {**_PAPER, "dataset": "paper", "defenses": ("paper",), "kinds": ("follow",)}
 _PLAIN = {**_FOLLOWING, "defenses": ("none",), "modes": ("biased",)}
+# What never changes under this name: a card of one model can be compared with another's, made elsewhere and later. Modes that hardly
+# differ from biased eviction on our prompts (boundary, floor), or that few of them have room for (pinned), are in preset "fixes".
+_SUITE = {
+    "dataset": SUITE,
+    "orders": _FIRST,
+    "policies": ("streaming_llm", "snapkv", "tova", "keydiff"),
+    "modes": ("biased", "random", "phrase", "fair", "fair_phrase"),
+    "compression_ratios": (0.3, 0.5),
+    "attacks": ("verbatim", "translation", "role_play", "formatting"),
+    "attacks_per_prompt": 1,
+    "max_new_tokens": {"attack": 64, "recall": 64, "follow": 96},
+}
+_SMALL = {**_SUITE, "n_prompts": 24, "policies": ("streaming_llm", "snapkv")}  # 24: each attack twice
 
 
 def _both_sides(**same) -> dict[str, dict]:
@@ -62,6 +75,8 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
             "max_new_tokens": {"attack": 32, "recall": 32, "follow": 32},
         }
     },
+    SUITE: {"all": _SUITE},
+    f"{SUITE}-small": {"all": _SMALL},
     "probe": {
         "all": {"n_prompts": 6, "modes": ("biased", "fair", "whitelist"), "attacks": ("verbatim-2",), "kinds": ("probe",)},
     },
@@ -80,8 +95,9 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     ----------
     name : str
         "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores),
-        "fixes" (every way to share a budget out, and the random control, at equal memory), or "probe" (all policies and ratios, by the
-        likelihood of given answers).
+        "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all policies and ratios, by the
+        likelihood of given answers); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks each) or
+        "suite-v1-small" (its first 24 prompts and two policies).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 
