@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import BudgetError
-from ..hf.cache import KeptCache, n_compressed
+from ..hf.cache import KeptCache, kept_share, n_compressed
 from ..hf.generate import Answer, answers
 from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
@@ -132,7 +132,8 @@ class _Work:
         whitelist = self.corpus.defenses[self.batch.defense].whitelist
         prompts = [self.prompts[row] for row in rows]
         cache = KeptCache.join(compress_each(self.model, prompts, [s.evict(whitelist) for s in settings]))
-        return cache, [self.kept_of(cache, i, row) for i, row in enumerate([*rows] * len(settings))]
+        positions = [cache.positions(layer.index) for layer in cache.kept_layers]  # once: each table waits for the GPU
+        return cache, [self.kept_of(cache, positions, i, row) for i, row in enumerate([*rows] * len(settings))]
 
     def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         if self.probes:
@@ -177,20 +178,23 @@ class _Work:
                 out.append((request, name, conversation(prompt, said, begun), ids))
         return out
 
-    def kept_of(self, cache: KeptCache, i: int, row: int) -> dict:
-        """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache."""
+    def kept_of(self, cache: KeptCache, positions: Sequence[np.ndarray], i: int, row: int) -> dict:
+        """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache.
+
+        ``positions``: of each compressed layer, what :meth:`KeptCache.positions` gives.
+        """
         prompt, whitelist = self.prompts[row], self.scenarios[row].whitelist
-        spans: dict = {name: name for name in prompt.spans}
+        spans = dict(cache.spans[i])
         if whitelist is not None:
             begin, end = prompt.find(whitelist)
             spans["whitelist"] = (cache.valid[i][0] + begin, cache.valid[i][0] + end)
-        counts = {int(n) for layer in cache.kept_layers if layer.is_evicted for n in np.unique(layer.kept_counts[i])}
+        counts = {int(n) for kept in positions for n in np.unique((kept[i] >= cache.valid[i][0]).sum(-1))}
         if len(counts) > 1:
             raise RuntimeError(f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget")
         return {
             "n_tokens": len(prompt),
-            "n_kept": counts.pop() if counts else len(prompt),
-            "kept": {name: float(cache.kept(span, i).mean()) for name, span in spans.items()},
+            "n_kept": counts.pop(),
+            "kept": {name: float(np.mean([kept_share(kept[i], *span) for kept in positions])) for name, span in spans.items()},
         }
 
     def record(self, setting: Setting, row: int, request: tuple[str, str | None]) -> dict:

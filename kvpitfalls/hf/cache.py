@@ -234,9 +234,7 @@ class KeptCache(DynamicCache):
             span = of_row[span]
         if not (isinstance(span, tuple) and len(span) == 2 and all(isinstance(x, int) for x in span) and 0 <= span[0] < span[1]):
             raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
-        begin, end = span
-        shares = [((p := self.positions(layer.index)[row]) >= begin) & (p < end) for layer in self.kept_layers]
-        return np.stack([inside.sum(-1) for inside in shares]) / (end - begin)
+        return np.stack([kept_share(self.positions(layer.index)[row], *span) for layer in self.kept_layers])
 
     def report(self) -> Report:
         """What eviction really did; a dict, see :class:`kvpitfalls.Report`.
@@ -344,6 +342,11 @@ def _join_layers(layers: list):
         joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
         joined.bytes_before = sum(layer.bytes_before for layer in layers)
     return joined
+
+
+def kept_share(positions: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Share of the tokens [begin, end) that is among kept positions (..., K): float64 (...)."""
+    return ((positions >= begin) & (positions < end)).sum(-1) / (end - begin)
 
 
 def _kept_counts(layer: KeptLayer, valid) -> np.ndarray:
