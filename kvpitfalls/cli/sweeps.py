@@ -52,7 +52,7 @@ def add_commands(commands) -> None:
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_prompt_arguments(sweep)
-    suite = commands.add_parser("suite", add_help=False, help="the fixed suite, v1, on a model: one card (JSON) and one page of results")
+    suite = commands.add_parser("suite", help="the fixed suite, v1, on a model: one card (JSON) and one page of results")
     suite.add_argument("--small", action="store_true", help="its first 24 prompts and two policies: minutes on two cores for a small model")
     suite.set_defaults(run=_suite)
     _add_run_arguments(suite)
@@ -111,7 +111,6 @@ def _add_single_commands(commands) -> None:
 
 
 def _add_run_arguments(command) -> None:
-    command.add_argument("-h", "--help", action=_HelpWithNames)
     command.add_argument("--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed")
     command.add_argument("--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each")
     command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
@@ -123,6 +122,7 @@ def _add_run_arguments(command) -> None:
 
 
 def _add_prompt_arguments(command) -> None:
+    command.add_argument("-h", "--help", action=_HelpWithNames)
     command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
     command.add_argument("--dataset", metavar="NAME", help="own, suite-v1, paper, paper_shuffled, or a JSONL file of rows")
     command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
