@@ -31,6 +31,7 @@ def is_defined(policy, n_token: int, n_kept: int) -> bool:
 
 def takes(model, policy) -> bool:
     """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none."""
+    policy = get_policy(policy)
     if not policy.needs_rotary:
         return True
     try:
