@@ -29,6 +29,7 @@ _HOME = {
     "Policy": "policies",
     "Prompt": "prompts.prompt",
     "PyramidKV": "policies.pyramidkv",
+    "RKV": "policies.rkv",
     "Report": "hf.report",
     "Rotary": "policies.rotary",
     "SnapKV": "policies.snapkv",

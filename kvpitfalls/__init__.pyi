@@ -30,6 +30,7 @@ from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
 from .policies.lagkv import LagKV as LagKV
 from .policies.pyramidkv import PyramidKV as PyramidKV
+from .policies.rkv import RKV as RKV
 from .policies.rotary import Rotary as Rotary
 from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM

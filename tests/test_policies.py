@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
-from tiny_policies import EQUAL, EVERY, is_defined
+from tiny_policies import EQUAL, EVERY, is_defined, rkv_by_hand
 
 import kvpitfalls as kvp
-from kvpitfalls.policies import get_policy, policy_names
+from kvpitfalls.policies import get_policy, policy_names, rkv
 from kvpitfalls.policies.base import _registry
 from kvpitfalls.policies.random import Random
 
@@ -191,6 +191,42 @@ def test_expected_attention_is_its_formula(fair, changes):
     for row in range(2):
         wanted = expected_by_hand(KEYS[row], QUERIES[row], VALUES[row], policy, rotary, segments)
         torch.testing.assert_close(kept.scores[row].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}])
+def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
+    policy, spans = kvp.RKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
+    keys = KEYS.clone()
+    keys[:, :, ::5] = keys[:, :, :1] + 0.3 * keys[:, :, ::5]  # some are alike
+    given = {"budget": 20, "spans": spans, "fair": fair}
+    kept = kvp.keep(policy, keys, QUERIES, **given)
+    segments = list(pairwise([0, 3, 14, 30, 40])) if fair else [(0, 40)]
+    for row in range(2):
+        for begin, end in segments:
+            width = 2 if fair else 8  # a window of 8 is shared by four
+            for head in range(3):
+                asked = QUERIES[row, 3 * head : 3 * head + 3, end - width : end].double()
+                wanted = rkv_by_hand(keys[row, head, begin:end].double(), asked, policy)
+                torch.testing.assert_close(kept.scores[row, head, begin : end - width].double(), wanted, rtol=0, atol=1e-6)
+            assert (kept.scores[row, :, end - width : end].diff(dim=-1) > 0).all() and (kept.scores[row, :, end - width : end] > 1).all()
+    for tile in (1, 3 * 40 * 7):
+        monkeypatch.setattr(rkv, "_TILE", tile)
+        assert torch.equal(kvp.keep(policy, keys, QUERIES, **given).positions, kept.positions)
+
+
+def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
+    """Of ten equal keys among others, all but the last go first."""
+    keys = KEYS[:1].clone()
+    keys[:, :, 5:25:2] = keys[:, :, 5:6]
+    kept = kvp.keep(kvp.RKV(window_size=4, mix_lambda=0), keys, QUERIES[:1], budget=31).positions
+    assert (kept == torch.tensor([t for t in range(40) if t not in range(5, 23, 2)])).all()
+    with pytest.raises(
+        ValueError, match=r"^policy RKV\(.*was given 40 tokens, of which 8 are kept; expected a budget of more than its window"
+    ):
+        kvp.keep("rkv", KEYS, QUERIES, budget=8)
+    with pytest.raises(ValueError, match=r"^policy 'rkv' needs the query at position 5, but queries begin at 35"):
+        kvp.keep("rkv", KEYS, QUERIES[:, :, 35:], budget=20, spans={"a": (0, 9)}, fair=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
