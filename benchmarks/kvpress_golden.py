@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from kvpress import AdaKVPress, ChunkKVPress, KeyDiffPress, KnormPress, LagKVPress, PyramidKVPress
+from kvpress import AdaKVPress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, LagKVPress, PyramidKVPress
 
 # (seed, heads, tokens, dimension, share removed, kind of keys)
 CASES = [
@@ -70,6 +70,25 @@ PYRAMIDKV_CASES = [
         for shape in ((4, 2), (8, 5), (16, 20))
     )
 ]
+
+# (seed, heads, query heads of each, tokens, dimension, share removed, kind of keys, settings as both call them)
+EXPECTED_CASES = [
+    (500 + seed, 64, 2, n_token, n_dim, ratio, kind, settings)
+    for seed, (n_token, n_dim, ratio, (kind, settings)) in enumerate(
+        (n_token, n_dim, ratio, settings)
+        for n_token in (40, 129)
+        for n_dim in (16, 64)
+        for ratio in (0.3, 0.75)
+        for settings in (
+            ("normal", {"epsilon": 0.02}),
+            ("biased", {"epsilon": 0.02, "n_future_positions": 64}),
+            ("normal", {"epsilon": 0.0, "n_sink": 0}),
+            ("normal", {"epsilon": 0.0, "use_covariance": False, "n_sink": 7}),
+            ("normal", {"epsilon": 0.0, "use_vnorm": False, "n_future_positions": 1}),
+        )
+    )
+]
+THETA = 10000.0
 
 
 def keys_of(seed: int, n_head: int, n_token: int, n_dim: int, kind: str) -> np.ndarray:
@@ -162,11 +181,41 @@ def kept_by_pyramidkv(case) -> np.ndarray:
     return np.packbits(kept if len(set(kept.sum((1, 2)).tolist())) > 1 else kept & False, axis=-1)
 
 
+def expected_of(case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and values (1, H, T, D), and queries before rotary embedding (1, H * G, T, D), of which some channels have a mean."""
+    seed, n_head, n_group, n_token, n_dim, _, kind, _ = case
+    keys, values = (keys_of(s, n_head, n_token, n_dim, k) for s, k in ((seed, kind), (seed + 1000, "normal")))
+    shift = np.random.default_rng(seed + 3000).standard_normal((1, n_head * n_group, 1, n_dim)).astype(np.float32)
+    return keys, values, keys_of(seed + 2000, n_head * n_group, n_token, n_dim, "normal") + shift
+
+
+def angles_of(positions: torch.Tensor, n_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of plain rotary embedding."""
+    angles = (positions[..., None] * THETA ** (-torch.arange(0, n_dim, 2) / n_dim)).repeat(1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def kept_by_expected(case) -> np.ndarray:
+    """Which tokens, as bits of (H, T)."""
+    n_head, n_group, n_token, n_dim, ratio, settings = *case[1:6], case[7]
+    keys, values, queries = map(torch.from_numpy, expected_of(case))
+    heads = SimpleNamespace(num_attention_heads=n_head * n_group, num_key_value_heads=n_head)
+    module = SimpleNamespace(
+        config=heads, head_dim=n_dim, q_proj=lambda hidden: hidden, rotary_emb=lambda x, positions: angles_of(positions, n_dim)
+    )
+    hidden = queries.transpose(1, 2).flatten(2)
+    scores = ExpectedAttentionPress(ratio, **settings).score(module, hidden, keys, values, None, {})
+    kept = np.zeros((n_head, n_token), bool)
+    np.put_along_axis(kept, scores[0].topk(int(n_token * (1 - ratio)), -1).indices.numpy(), True, -1)
+    return np.packbits(kept, axis=-1)
+
+
 if __name__ == "__main__":
     kept = {f"keydiff_{case[0]}": kept_by(KeyDiffPress(), keys_of(*case[:4], case[5]), case[4]) for case in CASES}
     kept |= {f"lagkv_{case[0]}": kept_by_lagkv(case) for case in LAGKV_CASES}
     kept |= {f"chunkkv_{case[0]}": kept_by_chunkkv(case) for case in CHUNKKV_CASES}
     kept |= {f"adakv_{case[0]}": kept_by_adakv(case) for case in ADAKV_CASES}
     kept |= {f"pyramidkv_{case[0]}": kept_by_pyramidkv(case) for case in PYRAMIDKV_CASES}
+    kept |= {f"expected_{case[0]}": kept_by_expected(case) for case in EXPECTED_CASES}
     np.savez_compressed(Path(sys.argv[1]), **kept)
     print(f"{sum(len(x) for x in kept.values())} heads of {len(kept)} cases")

@@ -24,11 +24,14 @@ from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
 from .policies.adakv import AdaKV as AdaKV
 from .policies.chunkkv import ChunkKV as ChunkKV
+from .policies.expected_attention import ExpectedAttention as ExpectedAttention
 from .policies.h2o import H2O as H2O
 from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
 from .policies.lagkv import LagKV as LagKV
 from .policies.pyramidkv import PyramidKV as PyramidKV
+from .policies.rkv import RKV as RKV
+from .policies.rotary import Rotary as Rotary
 from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM
 from .policies.tova import TOVA as TOVA

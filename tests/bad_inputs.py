@@ -31,6 +31,11 @@ def attention(keys=KEYS, queries=QUERIES, **params):
     return ops.score("attention", keys, queries=queries, votes=VOTES, **params)
 
 
+def expected(queries, budget=8, **given):
+    """Expected Attention of everything."""
+    return kvp.keep("expected_attention", KEYS, queries, values=KEYS, rotary=kvp.Rotary(), budget=budget, **given)
+
+
 def torched(x):
     """The same numbers as a tensor."""
     return torch.from_numpy(x)
@@ -177,6 +182,17 @@ KEEP = [
     (lambda e: kvp.keep("knorm", KEYS[0], budget=3), ValueError, "keys has shape (2, 20, 8); expected (B, H, T, D)"),
     (lambda e: kvp.keep("knorm", KEYS.tolist(), budget=3), TypeError, "keys is a list; expected a NumPy array or a torch tensor"),
     (lambda e: kvp.keep("knorm", KEYS[:, :, :0], budget=3), ValueError, "keys hold 1 rows of 0 tokens; expected at least one of each"),
+    (lambda e: kvp.keep("knorm", KEYS, budget=3, rotary=1e4), TypeError, "rotary is a float; expected a kvpitfalls.Rotary"),
+    (lambda e: kvp.Rotary(0), ValueError, "theta is 0; expected a positive number"),
+    (lambda e: kvp.ExpectedAttention(0), ValueError, "n_future_positions is 0; expected a whole number, at least 1"),
+    (lambda e: kvp.ExpectedAttention(n_sink=True), ValueError, "n_sink is True; expected a whole number, at least 0"),
+    (lambda e: kvp.ExpectedAttention(use_vnorm=1), ValueError, "use_vnorm is 1; expected True or False"),
+    (lambda e: kvp.ExpectedAttention(epsilon=-1), ValueError, "epsilon is -1; expected a number, at least 0"),
+    (lambda e: kvp.RKV(mix_lambda=1.5), ValueError, "mix_lambda is 1.5; expected a number in [0, 1]"),
+    (lambda e: kvp.RKV(threshold=None), ValueError, "threshold is None; expected a number in [-1, 1]"),
+    (lambda e: expected(QUERIES, budget=4), BudgetError, "20 tokens, of which 4 are kept; expected a budget of more than its 4 sinks"),
+    (lambda e: expected(QUERIES[:, :, 1:]), ValueError, "queries has 19 tokens; policy 'expected_attention' expects all 20 of the prompt"),
+    (lambda e: expected(QUERIES, softcap=2.0), kvp.UnsupportedModelError, "softcap is 2.0; policy 'expected_attention' is not defined for"),
     (lambda e: kvp.keep(None, KEYS, budget=3), TypeError, "policy is a NoneType; expected a Policy or one of adakv, chunkkv, "),
     (lambda e: kvp.keep("h2o", KEYS, budget=3), ValueError, "queries is None; policy 'h2o' scores by attention and needs the queries (B, "),
     (lambda e: kvp.keep("h2o", KEYS, QUERIES[:, :, -3:], budget=3), ValueError, "votes[0,0] needs the query at position 0, but queries ho"),

@@ -21,6 +21,7 @@ SPANS = {"a": (3, 9), "b": (12, 26), "c": (26, 35)}
 FAIRS = [False, True, 0.3, "floor=2"]
 PROTECTS = [None, "a", "sinks", ["boundary", 20]]
 SHARED = [Pyramid(beta=2), Pyramid(beta=1.5, window_size=2), Ada(), Ada(alpha=0), Ada(alpha=0.5)]
+ROTARY = kvp.Rotary()
 RNG = np.random.default_rng(5)
 
 
@@ -38,7 +39,7 @@ LAYERS = list(layers_of())
 def kept_of(policy, allocation=None, layers=LAYERS, **settings):
     """What each layer keeps."""
     return [
-        kvp.keep(policy, keys, queries, values=values, layer=i, n_layer=N_LAYER, allocation=allocation, **settings)
+        kvp.keep(policy, keys, queries, values=values, rotary=ROTARY, layer=i, n_layer=N_LAYER, allocation=allocation, **settings)
         for i, (keys, queries, values) in enumerate(layers)
     ]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model_sweep import build as build_type
 from model_sweep import not_refused
 from tiny_models import build, feed, ids
-from tiny_policies import HELD
+from tiny_policies import HELD, rkv_by_hand
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
@@ -27,7 +27,7 @@ POLICIES = [policy.name for policy in HELD]
 N_PROMPT, N_STEP, BUDGET = 14, 16, 10
 SPANS = {"a": (1, 6), "b": (6, 12)}
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-WINDOW = {"snapkv": kvp.SnapKV(window_size=4, kernel_size=3)}
+WINDOW = {"snapkv": kvp.SnapKV(window_size=4, kernel_size=3), "rkv": kvp.RKV(window_size=4, kernel_size=3)}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text"])
@@ -122,7 +122,7 @@ def test_held_boundaries_and_floors_stay_in_every_head_and_layer(model, when, fa
     mask[0, :3] = 0
     budget = 11
     for policy in POLICIES:
-        policy = kvp.SnapKV(window_size=2) if policy == "snapkv" else policy
+        policy = {"snapkv": kvp.SnapKV(window_size=2), "rkv": kvp.RKV(window_size=2)}.get(policy, policy)
         with kvp.wrap(model, policy, budget=budget, fair=fair, protect="boundary", when=when) as handle:
             cache, seen = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask, spans=spans), mask
             for _ in range(N_STEP):
@@ -235,7 +235,7 @@ def reference(model, policy, tokens, budget, monkeypatch):
                 if seen > N_PROMPT:
                     rows[h].append(seen - 1)
                 if len(rows[h]) > budget and seen > N_PROMPT:
-                    if policy in ("snapkv", "knorm", "keydiff"):
+                    if policy in ("snapkv", "knorm", "keydiff", "rkv"):
                         score = _score_of_vectors(policy, rows[h], cache.layers[i].keys[0, h], asked[h])
                     else:
                         score = _score(policy, rows[h], sums[i][h], out.attentions[i][0, :, -1].mean(0), seen)
@@ -265,7 +265,7 @@ def _score(policy, row, sums, last, seen):
 
 
 def _score_of_vectors(policy, row, keys, queries):
-    """K-norm, KeyDiff, and SnapKV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
+    """K-norm, KeyDiff, and SnapKV and R-KV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
     keys = keys[row].double()
     if policy == "keydiff":
         anchor = torch.nn.functional.normalize(keys, dim=-1).mean(0)
@@ -273,6 +273,9 @@ def _score_of_vectors(policy, row, keys, queries):
     if policy == "knorm":
         return dict(zip(row, (-keys.norm(dim=-1)).tolist(), strict=True))
     old, window = row[:-4], row[-4:]
+    if policy == "rkv":
+        scores = rkv_by_hand(keys, queries[:, window].double(), kvp.RKV(window_size=4, kernel_size=3))
+        return dict(zip(row, [*scores.tolist(), 2, 3, 4, 5], strict=True))
     votes = torch.zeros(len(old) + 2, dtype=torch.float64)  # a zero at either end
     for j in range(4):
         visible = keys[: len(old) + j + 1]

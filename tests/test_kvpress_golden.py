@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.allocation import Ada
@@ -140,3 +141,21 @@ def test_pyramidkv_keeps_what_kvpress_keeps_where_it_is_defined():
             is_tie = (n_extra[0] > max(0, n_ours - n_theirs)) | (n_extra[1] > max(0, n_theirs - n_ours))
             n_head, n_tie = n_head + heads, n_tie + is_tie.sum()
     assert n_head >= 2000 and n_tie <= n_head / 500 and n_refused >= 5
+
+
+def test_expected_attention_keeps_what_kvpress_keeps():
+    """From queries that were turned: what it undoes is what the press is given."""
+    n_head, n_tie = 0, 0
+    for case in SCRIPT.EXPECTED_CASES:
+        n_token, settings = case[3], case[7]
+        keys, values, queries = SCRIPT.expected_of(case)
+        theirs = masks(f"expected_{case[0]}", n_token)
+        n_kept = int(theirs[0].sum())
+        before, rotary = torch.from_numpy(queries), kvp.Rotary(SCRIPT.THETA)
+        turned = rotary.turned(before, *rotary.angles(torch.arange(n_token)[None], before)).numpy()
+        ours = kvp.keep(kvp.ExpectedAttention(**settings), keys, turned, values=values, rotary=rotary, budget=n_kept)
+        order = np.sort(ours.scores[0], -1)[:, ::-1]
+        is_tie = order[:, n_kept - 1] - order[:, n_kept] <= NEAR_TIE * order[:, n_kept]
+        n_head, n_tie = n_head + case[1], n_tie + is_tie.sum()
+        assert (is_tie | (in_mask(ours) == theirs).all(-1)).all(), case
+    assert n_head >= 2000 and n_tie <= n_head / 500

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
-from tiny_policies import EQUAL, EVERY, is_defined
+from tiny_policies import EQUAL, EVERY, is_defined, rkv_by_hand
 
 import kvpitfalls as kvp
-from kvpitfalls.policies import get_policy, policy_names
+from kvpitfalls.policies import get_policy, policy_names, rkv
 from kvpitfalls.policies.base import _registry
 from kvpitfalls.policies.random import Random
 
@@ -34,7 +34,7 @@ def test_names_and_aliases():
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
-    given = {"compression_ratio": 0.5, "layer": 1, "n_layer": 3}  # the middle one: no pyramid gives it more or less
+    given = {"compression_ratio": 0.5, "layer": 1, "n_layer": 3, "rotary": kvp.Rotary()}  # the middle one: no pyramid gives it more or less
     kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, **given)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
     assert (kept.counts.sum(1) == 60).all() and (policy not in EQUAL or (kept.counts == 20).all())
@@ -49,11 +49,11 @@ def test_every_policy_keeps_its_contract(policy):
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_a_policy_says_exactly_what_it_reads(policy):
-    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES, "layer": 1, "n_layer": 3}
+    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES, "rotary": kvp.Rotary(), "layer": 1, "n_layer": 3}
     whole = kvp.keep(policy, KEYS, **given).positions
-    for name, needs, what in (("queries", policy.needs_queries, "the queries"), ("values", policy.needs_values, "values")):
+    for name, what in (("queries", "the queries"), ("values", "values"), ("rotary", "the rotary embedding")):
         without = {key: value for key, value in given.items() if key != name}
-        if needs:
+        if getattr(policy, f"needs_{name}"):
             with pytest.raises(ValueError, match=f"^{name} is None; policy '{policy.name}' .* needs {what}"):
                 kvp.keep(policy, KEYS, **without)
         else:
@@ -154,6 +154,79 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
         kvp.ChunkKV("adakv")
     with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
         kvp.ChunkKV(kvp.ChunkKV())
+
+
+def expected_by_hand(keys, before, values, policy, rotary, segments):
+    """Expected Attention's scores (H, T) of one row by its formula, in float64 and with every future rotation written out."""
+    n_head, n_token, n_dim = keys.shape
+    first, n_group = policy.n_sink, len(before) // n_head
+    turns = []
+    for t in range(n_token, n_token + policy.n_future_positions):
+        angles = rotary.angles(torch.tensor([[t]]), torch.eye(n_dim))
+        turns.append(rotary.turned(torch.eye(n_dim)[None, None], *angles)[0, 0].T)  # columns are turned unit vectors
+    turn = torch.stack(turns).double().mean(0)
+    scores = torch.zeros(n_head, n_token, dtype=torch.float64)
+    for head in range(n_head):
+        for query in before[head * n_group : (head + 1) * n_group].double():
+            mean, spread = query[first:].mean(0), query[first:].T.cov(correction=0)
+            for begin, end in segments:
+                own = keys[head, max(begin, first) : max(end, first)].double()
+                logits = own @ (turn @ mean) / n_dim**0.5
+                if policy.use_covariance:
+                    logits = logits + torch.einsum("ti,ij,tj->t", own, turn @ spread @ turn.T, own) / n_dim / 2
+                scores[head, max(begin, first) : max(end, first)] += logits.softmax(-1) / n_group
+    scores = (scores + policy.epsilon) * values.double().norm(dim=-1) if policy.use_vnorm else scores
+    scores[:, :first] = scores[:, first:].max() + 1
+    return scores
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_covariance": False}, {"use_vnorm": False}, {"n_sink": 0, "epsilon": 0.0}])
+def test_expected_attention_is_its_formula(fair, changes):
+    policy, rotary, spans = kvp.ExpectedAttention(**{"n_future_positions": 9, **changes}), kvp.Rotary(100.0), {"a": (3, 14), "b": (14, 30)}
+    at = torch.arange(40)[None].expand(2, -1)
+    turned = rotary.turned(QUERIES, *rotary.angles(at, QUERIES))
+    kept = kvp.keep(policy, KEYS, turned, values=VALUES, rotary=rotary, budget=20, spans=spans, fair=fair)
+    segments = list(pairwise([0, 3, 14, 30, 40])) if fair else [(0, 40)]
+    for row in range(2):
+        wanted = expected_by_hand(KEYS[row], QUERIES[row], VALUES[row], policy, rotary, segments)
+        torch.testing.assert_close(kept.scores[row].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}])
+def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
+    policy, spans = kvp.RKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
+    keys = KEYS.clone()
+    keys[:, :, ::5] = keys[:, :, :1] + 0.3 * keys[:, :, ::5]  # some are alike
+    given = {"budget": 20, "spans": spans, "fair": fair}
+    kept = kvp.keep(policy, keys, QUERIES, **given)
+    segments = list(pairwise([0, 3, 14, 30, 40])) if fair else [(0, 40)]
+    for row in range(2):
+        for begin, end in segments:
+            width = 2 if fair else 8  # a window of 8 is shared by four
+            for head in range(3):
+                asked = QUERIES[row, 3 * head : 3 * head + 3, end - width : end].double()
+                wanted = rkv_by_hand(keys[row, head, begin:end].double(), asked, policy)
+                torch.testing.assert_close(kept.scores[row, head, begin : end - width].double(), wanted, rtol=0, atol=1e-6)
+            assert (kept.scores[row, :, end - width : end].diff(dim=-1) > 0).all() and (kept.scores[row, :, end - width : end] > 1).all()
+    for tile in (1, 3 * 40 * 7):
+        monkeypatch.setattr(rkv, "_TILE", tile)
+        assert torch.equal(kvp.keep(policy, keys, QUERIES, **given).positions, kept.positions)
+
+
+def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
+    """Of ten equal keys among others, all but the last go first."""
+    keys = KEYS[:1].clone()
+    keys[:, :, 5:25:2] = keys[:, :, 5:6]
+    kept = kvp.keep(kvp.RKV(window_size=4, mix_lambda=0), keys, QUERIES[:1], budget=31).positions
+    assert (kept == torch.tensor([t for t in range(40) if t not in range(5, 23, 2)])).all()
+    with pytest.raises(
+        ValueError, match=r"^policy RKV\(.*was given 40 tokens, of which 8 are kept; expected a budget of more than its window"
+    ):
+        kvp.keep("rkv", KEYS, QUERIES, budget=8)
+    with pytest.raises(ValueError, match=r"^policy 'rkv' needs the query at position 5, but queries begin at 35"):
+        kvp.keep("rkv", KEYS, QUERIES[:, :, 35:], budget=20, spans={"a": (0, 9)}, fair=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

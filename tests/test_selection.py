@@ -109,7 +109,7 @@ def test_blended_quotas_lie_between_both(split, strength):
 
 def keep(policy, keys, queries, **given):
     """With values, which are made from the keys."""
-    return kvp.keep(policy, keys, queries, values=np.ascontiguousarray(keys[..., ::-1]), **given)
+    return kvp.keep(policy, keys, queries, values=np.ascontiguousarray(keys[..., ::-1]), rotary=kvp.Rotary(), **given)
 
 
 def are_defined(policy, rows, ratio) -> bool:

@@ -1,9 +1,20 @@
 """Every listed policy, made for prompts of a few tokens; a new policy is among them without a word here."""
 
-from kvpitfalls import ChunkKV, LagKV, PyramidKV
+import torch
+
+from kvpitfalls import RKV, ChunkKV, ExpectedAttention, LagKV, PyramidKV, UnsupportedModelError, wrap
 from kvpitfalls.policies import get_policy, policy_names
 
-_FOR_SHORT_PROMPTS = {policy.name: policy for policy in (LagKV(n_sink=0, lag_size=2), ChunkKV(chunks=3), PyramidKV(window_size=1, beta=2))}
+_FOR_SHORT_PROMPTS = {
+    policy.name: policy
+    for policy in (
+        LagKV(n_sink=0, lag_size=2),
+        ChunkKV(chunks=3),
+        PyramidKV(window_size=1, beta=2),
+        ExpectedAttention(n_future_positions=16, n_sink=0),
+        RKV(window_size=1, kernel_size=3),
+    )
+}
 EVERY = [_FOR_SHORT_PROMPTS.get(name, get_policy(name)) for name in policy_names()]
 HELD = [policy for policy in EVERY if policy.holds]
 EQUAL = [policy for policy in EVERY if policy.allocation == "uniform"]  # every layer and head keeps as much as any other
@@ -17,3 +28,32 @@ def is_defined(policy, n_token: int, n_kept: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def takes(model, policy) -> bool:
+    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none."""
+    policy = get_policy(policy)
+    if not policy.needs_rotary:
+        return True
+    try:
+        with wrap(model, policy, budget=4) as handle:
+            handle.compress(torch.arange(3, 11)[None])
+    except UnsupportedModelError as reason:
+        assert "undoes rotary embedding" in str(reason) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)
+        return False
+    return True
+
+
+def rkv_by_hand(keys, queries, policy):
+    """R-KV's scores of keys (n, D) but the last ones, which the queries (G, W, D) are of: by its formula, one pair after another."""
+    n, width = len(keys), queries.shape[1]
+    logits = (queries @ keys[: n - width].T / keys.shape[-1] ** 0.5).amax(0)
+    shares = [sum(row.softmax(-1)[k] for row in logits) / width for k in range(n - width)]
+    reach = policy.kernel_size // 2
+    important = torch.stack([max(shares[max(0, k - reach) : k + reach + 1]) for k in range(n - width)])
+    alike = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1).fill_diagonal_(0)
+    for i in range(n):
+        later = [j for j in range(n) if j != i and alike[i, j] > policy.threshold]
+        alike[i, later[-1:]] = 0
+    redundant = alike.mean(0).softmax(-1)[: n - width]
+    return policy.mix_lambda * important - (1 - policy.mix_lambda) * redundant

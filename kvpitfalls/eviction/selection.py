@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import BudgetError
 from ..policies import Inputs, Policy, get_policy
+from ..policies.rotary import Rotary
 from . import ops
 from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
@@ -99,12 +100,14 @@ def rank(
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
     **layer
-        ``values``, ``layer`` and ``n_layer`` of :class:`Inputs`.
+        ``values``, ``layer``, ``n_layer`` and ``rotary`` of :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
     if policy.needs_values and layer.get("values") is None:
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
+    if policy.needs_rotary and layer.get("rotary") is None:
+        raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     if not isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; expected a finite number")
@@ -282,6 +285,7 @@ def keep(
     layer=0,
     n_layer=1,
     allocation=None,
+    rotary=None,
 ) -> Kept:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -313,6 +317,8 @@ def keep(
         Which of a model's compressed layers it is, and how many there are; the first of one by default.
     allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
         How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most.
+    rotary : Rotary, optional
+        How queries and keys were turned by their positions, for a policy that undoes it.
 
     Returns
     -------
@@ -342,11 +348,13 @@ def keep(
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating, type(None))):
             raise TypeError(f"{name} is {value!r}; expected a number")
     _check_layer(keys, values, layer, n_layer)
+    if rotary is not None and not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary is a {type(rotary).__name__}; expected a kvpitfalls.Rotary")
     limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
     allocation = allocation_of(policy, allocation)
     check_room(policy, fair, allocation, layout, limit, n_layer)
-    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer)
+    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary)
     return choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
 
 

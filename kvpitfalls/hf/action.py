@@ -13,6 +13,7 @@ class Action:
     holds = False  # acts after later forwards, too
     shares_heads = False  # a layer's heads hold different numbers of tokens
     reads_queries = False  # has use for softmax denominators that attention tells
+    reads_rotary = False  # wants to know how layers turn the queries of a prompt
 
     @property
     def acts(self) -> bool:

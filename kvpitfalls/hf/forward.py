@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
+from ..policies.rotary import Rotary
 from . import one_token
 from .cache import KeptCache
 from .coverage import check_call
@@ -59,6 +60,8 @@ class AttentionCall:
         Natural log of each query's softmax denominator, where the attention itself told it.
     newest : BoolTensor (B, q), or None
         After a prompt, where a budget is held: False where a new token is padding. None: nowhere.
+    rotary : Rotary, or None
+        How the layer turned queries and keys; only of a prompt, for an action that reads it.
     """
 
     query: torch.Tensor
@@ -73,6 +76,7 @@ class AttentionCall:
     shared: bool = False
     lse: torch.Tensor | None = None
     newest: torch.Tensor | None = None
+    rotary: Rotary | None = None
 
     @property
     def known(self) -> dict:
@@ -86,6 +90,7 @@ class AttentionCall:
             "values": self.value,
             "layer": self.layer,
             "n_layer": self.n_layer,
+            "rotary": self.rotary,
         }
 
 
@@ -101,6 +106,7 @@ class Forward:
     valid: list[tuple[int, int]] | None
     newest: torch.Tensor | None = None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
+    rotaries: Mapping[torch.nn.Module, Rotary] = field(default_factory=dict)  # of attention modules, where the action reads them
     tickets: dict[int, _Ticket] = field(default_factory=dict)
 
     @cached_property
@@ -154,6 +160,31 @@ class Forward:
             )
 
 
+@dataclass
+class _Watch:
+    """In place of a forward: one attention module is called alone, to see its queries."""
+
+    query: torch.Tensor | None = None
+
+    def attend(self, query, value):
+        """What attention over nothing gives."""
+        self.query = query
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def queries_of(module: torch.nn.Module, **given) -> torch.Tensor:
+    """The queries (1, Hq, n, D), turned, with which an attached decoder's attention module would attend if it was called so."""
+    before, local.forward = current_forward(), _Watch()
+    try:
+        module(**given)
+        watch = local.forward
+    finally:
+        local.forward = before
+    if watch.query is None:
+        raise NotInterceptedError(f"{type(module).__name__} did not go through transformers' attention interface when it was called alone")
+    return watch.query
+
+
 def current_forward() -> Forward | None:
     """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
     return getattr(local, "forward", None)
@@ -161,6 +192,8 @@ def current_forward() -> Forward | None:
 
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
     forward = current_forward()
+    if isinstance(forward, _Watch):
+        return forward.attend(query, value)
     ticket = forward.collect(key, module) if forward is not None else None
     if ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -178,7 +211,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         forward.cache.note_peak()
         act = action.after_prefill if forward.prefill else action.after_step
         lse = None if seen is None else seen.lse
-        act(ticket.layer, _seen_by(ticket, forward, implementation, query, key, value, kwargs, lse))
+        act(ticket.layer, _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse))
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
@@ -201,11 +234,12 @@ def _tells_denominators(action, forward: Forward, implementation: str, query) ->
     return query.is_cuda and implementation == "sdpa" and action.reads_queries and all(row == (0, query.shape[2]) for row in forward.valid)
 
 
-def _seen_by(ticket: _Ticket, forward: Forward, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
+def _seen_by(ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
     # sdpa ignores softcap and sinks, so scores must, too
     softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     query, key, value = query.detach(), key.detach(), value.detach()  # what is kept is no function of them that has a gradient
     place = (forward.compressed[ticket.layer.index], len(forward.compressed))
-    return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, lse, forward.newest)
+    known = {"lse": lse, "newest": forward.newest, "rotary": forward.rotaries.get(module)}
+    return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known)

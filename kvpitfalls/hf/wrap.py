@@ -258,6 +258,11 @@ class Fork(Action):
     def __init__(self, caches: Sequence[KeptCache]):
         self.caches = caches
 
+    @property
+    def reads_rotary(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(cache.action.reads_rotary for cache in self.caches)
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
         for cache in self.caches:

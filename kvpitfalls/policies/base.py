@@ -85,6 +85,8 @@ class Inputs:
         As they stand in the cache.
     layer, n_layer : int
         Which of the model's layers that are compressed it is, and how many there are.
+    rotary : Rotary, or None
+        How the layer turned queries and keys by their positions.
 
     Examples
     --------
@@ -107,6 +109,7 @@ class Inputs:
     values: Any = None
     layer: int = 0
     n_layer: int = 1
+    rotary: Any = None
 
     @property
     def n_token(self) -> int:
@@ -164,6 +167,8 @@ class Policy:
         Whether :meth:`score` reads ``inputs.queries``.
     needs_values : bool
         Whether :meth:`score` reads ``inputs.values``.
+    needs_rotary : bool
+        Whether :meth:`score` reads ``inputs.rotary``; models where it cannot be told are then refused.
     holds : bool
         Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands between two tokens
         may be gone; else it is refused there.
@@ -195,6 +200,7 @@ class Policy:
     aliases: ClassVar[tuple[str, ...]] = ()
     needs_queries: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
     holds: ClassVar[bool] = True
     listed: ClassVar[bool] = True
     allocation: ClassVar[Allocation | str] = "uniform"
@@ -269,6 +275,6 @@ def policy_names() -> list[str]:
     Examples
     --------
     >>> policy_names()[:3]
-    ['adakv', 'chunkkv', 'h2o']
+    ['adakv', 'chunkkv', 'expected_attention']
     """
     return sorted({cls.name for cls in _registry.values() if cls.listed})

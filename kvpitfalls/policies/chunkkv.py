@@ -75,6 +75,11 @@ class ChunkKV(Policy):
         return self.policy.needs_values
 
     @property
+    def needs_rotary(self) -> bool:
+        """Whether the other policy does."""
+        return self.policy.needs_rotary
+
+    @property
     def paper_quotas(self) -> bool:
         """As the other policy."""
         return self.policy.paper_quotas

@@ -1,0 +1,125 @@
+"""Expected Attention."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UnsupportedModelError
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """Keep what queries to come are expected to attend to; the first ``n_sink`` tokens are kept first.
+
+    Queries before rotary embedding are taken for normal, with the mean m and the covariance C of the prompt's own but its first
+    ``n_sink``. With R, the mean rotation of the ``n_future_positions`` positions after the prompt, a the scaling of logits, and every key
+    but the first ``n_sink``: logit[h, k] = a k.Rm + a^2/2 k.RCR'k, and score[k] = (mean over the key head's query heads h of
+    softmax(logit[h])[k] + ``epsilon``) * ||value[k]||.
+
+    Fair: the same forecast of queries, since those that will come are no instruction's, but a softmax over each segment's own keys, or
+    ``epsilon`` would weigh more the more the keys of another instruction attract.
+
+    Defined for prompts and budgets of more than ``n_sink`` tokens, and models whose layers turn queries by a rotary embedding that can be
+    read and undone, without a cap on logits. Not defined while a budget is held: it reads the queries of the whole prompt.
+
+    Parameters
+    ----------
+    n_future_positions : int
+    n_sink : int
+        Tokens that attract attention wherever they say nothing, and whose queries are unlike others.
+    use_covariance, use_vnorm : bool
+        False leaves out the second term, or the length of values with ``epsilon``.
+    epsilon : float
+        At least 0. The paper's is 0.02, kvpress's press has 0 by default.
+
+    References
+    ----------
+    "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", arXiv 2510.00636.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> policy = kvp.ExpectedAttention(n_sink=1)
+    >>> kvp.keep(policy, keys, keys, values=keys, rotary=kvp.Rotary(), budget=4).positions[0].tolist()
+    [[0, 6, 7, 9], [0, 2, 6, 8]]
+    """
+
+    n_future_positions: int = 512
+    n_sink: int = 4
+    use_covariance: bool = True
+    use_vnorm: bool = True
+    epsilon: float = 0.02
+    name = "expected_attention"
+    needs_queries = True
+    needs_values = True
+    needs_rotary = True
+    holds = False
+
+    def __post_init__(self):
+        for field, value, least in (("n_future_positions", self.n_future_positions, 1), ("n_sink", self.n_sink, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} is {value!r}; expected a whole number, at least {least}")
+        for field, value in (("use_covariance", self.use_covariance), ("use_vnorm", self.use_vnorm)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{field} is {value!r}; expected True or False")
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 0 <= self.epsilon < float("inf"):
+            raise ValueError(f"epsilon is {self.epsilon!r}; expected a number, at least 0")
+
+    def check(self, n_token, n_kept):
+        """See the class."""
+        if n_kept <= self.n_sink:
+            raise ValueError(
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of more than its "
+                f"{self.n_sink} sinks, or a smaller n_sink"
+            )
+
+    def score(self, inputs):
+        """See the class."""
+        import torch
+
+        keys, queries, values = (torch.as_tensor(x).detach() for x in (inputs.keys, inputs.queries, inputs.values))
+        if queries.shape[2] != keys.shape[2]:
+            raise ValueError(f"queries has {queries.shape[2]} tokens; policy {self.name!r} expects all {keys.shape[2]} of the prompt")
+        if inputs.softcap:
+            raise UnsupportedModelError(
+                f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
+            )
+        scores, n_group = torch.zeros(keys.shape[:3], device=keys.device), queries.shape[1] // keys.shape[1]
+        positions = inputs.rotary.positions(inputs.valid, keys.shape[2]).to(keys.device)
+        for row, (begin, end) in enumerate(inputs.valid):
+            first = min(begin + self.n_sink, end - 1)
+            ahead = positions[row, end - 1] + torch.arange(1, 1 + self.n_future_positions, device=keys.device)
+            turn, cuts = inputs.rotary.mean(ahead, keys), [max(stop, first) - first for _, stop in inputs.segments[row]]
+            for head in range(keys.shape[1]):
+                group = slice(head * n_group, (head + 1) * n_group)
+                before = inputs.rotary.undone(queries[row : row + 1, group, first:end], positions[row : row + 1, first:end])[0]
+                logits = self._logits(before, keys[row, head, first:end].float(), turn, inputs.scaling)
+                weights = _shares(logits, cuts, None if inputs.sinks is None else inputs.sinks[group].float())
+                if self.use_vnorm:
+                    weights = (weights + self.epsilon) * values[row, head, first:end].float().norm(dim=-1)
+                scores[row, head, first:end] = weights
+            scores[row, :, begin:first] = scores[row, :, first:end].nan_to_num(0).max() + 1
+        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+    def _logits(self, before, keys, turn, scaling):
+        """Logs of the attention (G, n) that each head's next queries are expected to give to keys (n, D), up to a constant each."""
+        mean = before.mean(1, keepdim=True)
+        logits = (mean @ turn @ keys.T)[:, 0] * scaling
+        if self.use_covariance:
+            apart = (before - mean) @ turn
+            logits = logits + (keys @ (apart.mT @ apart / before.shape[1]) * keys).sum(-1) * (scaling**2 / 2)
+        return logits
+
+
+def _shares(logits, cuts, sinks):
+    """Softmax (G, n) of each segment's own logits, mean over the group; ``sinks`` (G,) join each."""
+    import torch
+
+    shares = []
+    for begin, end in zip([0, *cuts], cuts, strict=False):
+        own = logits[:, begin:end] if sinks is None else torch.cat([logits[:, begin:end], sinks[:, None]], 1)
+        shares.append(own.softmax(-1)[:, : end - begin])
+    return torch.cat(shares, 1).mean(0)

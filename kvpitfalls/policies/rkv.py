@@ -1,0 +1,125 @@
+"""R-KV."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .snapkv import SnapKV
+
+_TILE = 1 << 24  # similarities that are held at a time
+_UNIT = 2.0**40  # what is added up is rounded to whole numbers of these, whose sum is the same in any order
+
+
+@dataclass(frozen=True)
+class RKV(SnapKV):
+    """Keep what the last ``window_size`` tokens attend to and what is not said again by later keys; the window itself is kept first.
+
+    score[k] = ``mix_lambda`` * importance[k] - (1 - ``mix_lambda``) * redundancy[k]. Importance: softmax over the keys before the window of
+    the largest logit in the key head's group, mean over the window's queries, then the largest among ``kernel_size`` neighbours.
+    Redundancy: softmax over all keys of the mean over keys i of cos(i, k), where a key's likeness to itself and, if any is above
+    ``threshold``, to the last key that is so much like it count as 0: of keys that repeat each other the last is spared.
+
+    Fair: the window is shared out as SnapKV's is, and each segment's keys are compared with each other only.
+
+    Defined for budgets of more than ``window_size`` tokens. While a budget is held, keys that are left are compared anew each step, which
+    takes as many products as their number squared; the authors do so every 128 tokens.
+
+    Parameters
+    ----------
+    window_size : int
+        See :class:`SnapKV`.
+    kernel_size : int
+        Odd.
+    mix_lambda : float
+        In [0, 1]: 1 is importance alone. The authors use 0.07 to 0.1.
+    threshold : float
+        In [-1, 1].
+
+    Notes
+    -----
+    The authors' code takes, for a key that none is like, the first key for the last that is like it; here there is none.
+
+    References
+    ----------
+    "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv 2505.24133.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.RKV(window_size=2), keys, keys, budget=4).positions[0].tolist()
+    [[3, 6, 8, 9], [0, 1, 8, 9]]
+    """
+
+    window_size: int = 8
+    kernel_size: int = 7
+    mix_lambda: float = 0.07
+    threshold: float = 0.5
+    name = "rkv"
+    aliases = ("r_kv",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, value, least in (("mix_lambda", self.mix_lambda, 0), ("threshold", self.threshold, -1)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
+                raise ValueError(f"{field} is {value!r}; expected a number in [{least}, 1]")
+
+    def check(self, n_token, n_kept):
+        """See the class."""
+        if n_kept <= self.window_size:
+            raise ValueError(
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of more than its window, or a "
+                "smaller window_size"
+            )
+
+    def score(self, inputs):
+        """See the class."""
+        import torch
+
+        keys, queries = (torch.as_tensor(x).detach() for x in (inputs.keys, inputs.queries))
+        scores, first = torch.zeros(keys.shape[:3], device=keys.device), keys.shape[2] - queries.shape[2]
+        for row, segments in enumerate(inputs.segments):
+            for vote in self._votes(segments):
+                (begin, cut), (_, end) = vote.keys, vote.window
+                if cut < first:
+                    raise ValueError(f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}")
+                scores[row, :, cut:end] = torch.arange(1, end - cut + 1, device=keys.device) / (end - cut) + 1
+                if cut > begin:
+                    important = self._importance(inputs, keys[row, :, begin:cut], queries[row, :, cut - first : end - first])
+                    redundant = _redundancy(keys[row, :, begin:end].float(), self.threshold)[:, : cut - begin]
+                    scores[row, :, begin:cut] = self.mix_lambda * important - (1 - self.mix_lambda) * redundant
+        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+    def _importance(self, inputs, keys, queries):
+        """Of keys (H, n, D) for a window's queries (H*G, W, D): (H, n)."""
+        import torch
+
+        grouped = queries.float().unflatten(0, (len(keys), -1))
+        logits = (grouped @ keys.float().mT[:, None] * inputs.scaling).amax(1)
+        if inputs.softcap:
+            logits = inputs.softcap * (logits / inputs.softcap).tanh()
+        if inputs.sinks is not None:
+            sinks = inputs.sinks.float().reshape(len(keys), -1).amax(1)[:, None, None]
+            logits = torch.cat([logits, sinks.expand(*logits.shape[:2], 1)], -1)
+        shares = logits.softmax(-1)[..., : keys.shape[1]].mean(1)
+        return torch.nn.functional.max_pool1d(shares, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+
+
+def _redundancy(keys, threshold: float):
+    """Of keys (H, n, D), (H, n): how much like all others each is."""
+    import torch
+
+    units = torch.nn.functional.normalize(keys, dim=-1)
+    n_head, n_key, _ = units.shape
+    places = torch.arange(n_key, device=keys.device)
+    spared, step = torch.zeros(n_head, n_key, dtype=torch.int64, device=keys.device), max(1, _TILE // (n_head * n_key))
+    for begin in range(0, n_key, step):
+        own = places[begin : begin + step]
+        likeness = units[:, own] @ units.mT
+        is_like = (likeness > threshold) & (own[:, None] != places)
+        last = torch.where(is_like, places, -1).amax(-1)
+        most = likeness.gather(2, last.clamp(min=0)[..., None])[..., 0].masked_fill(last < 0, 0)
+        spared.scatter_add_(1, last.clamp(min=0), (most.double() * _UNIT).round().long())
+    total = (units * units.sum(1, keepdim=True)).sum(-1) - (units * units).sum(-1)
+    return ((total - spared / _UNIT) / n_key).softmax(-1)

@@ -1,0 +1,69 @@
+"""Rotary position embedding, for policies that ask what queries would be elsewhere."""
+
+from typing import Any
+
+
+class Rotary:
+    """How a layer turns queries and keys by their positions; this one is plain rotary embedding, which pairs the halves of a head.
+
+    :func:`kvpitfalls.wrap` reads each model's own instead.
+
+    Parameters
+    ----------
+    theta : float
+        The base of the frequencies.
+
+    Examples
+    --------
+    A turn is undone exactly:
+
+    >>> import torch
+    >>> import kvpitfalls as kvp
+    >>> rotary, queries = kvp.Rotary(), torch.randn(1, 2, 5, 8)
+    >>> cos, sin = rotary.angles(torch.arange(5)[None], queries)
+    >>> turned = rotary.turned(queries, cos, sin)
+    >>> bool((rotary.undone(turned, torch.arange(5)[None]) - queries).abs().max() < 1e-5)
+    True
+    """
+
+    def __init__(self, theta: float = 10000.0):
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+            raise ValueError(f"theta is {theta!r}; expected a positive number")
+        self.theta = theta
+
+    def positions(self, valid, n_token: int) -> Any:
+        """Of the ``n_token`` tokens of each row, int64 (B, T): from 0 on for the first real one."""
+        import torch
+
+        starts = torch.tensor([begin for begin, _ in valid])[:, None]
+        return (torch.arange(n_token) - starts).clamp(min=0)
+
+    def angles(self, positions: Any, x: Any) -> tuple[Any, Any]:
+        """Cosine and sine for each position (B, N) and channel of x, float32 (B, N, D)."""
+        import torch
+
+        n_dim = x.shape[-1]
+        rates = self.theta ** (-torch.arange(0, n_dim, 2, device=positions.device) / n_dim)
+        angles = (positions[..., None] * rates).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    def turned(self, x: Any, cos: Any, sin: Any) -> Any:
+        """x (B, H, N, D), turned; linear in x and in the angles' cosines and sines together."""
+        import torch
+
+        low, high = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+    def undone(self, x: Any, positions: Any) -> Any:
+        """Turned x as it was before, float32; also where a model makes it longer or shorter as it turns it."""
+        cos, sin = self.angles(positions, x)
+        squared = cos**2 + sin**2
+        return self.turned(x.float(), cos / squared, -sin / squared)
+
+    def mean(self, positions: Any, x: Any) -> Any:
+        """The matrix (D, D) by which a row vector like x's is turned on average over ``positions`` (N,), float32."""
+        import torch
+
+        unit = torch.eye(x.shape[-1], device=x.device)
+        cos, sin = (part.mean(1, keepdim=True) for part in self.angles(positions[None], unit))
+        return self.turned(unit[None, None], cos, sin)[0, 0]

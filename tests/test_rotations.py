@@ -1,0 +1,172 @@
+"""What a model's queries were before rotary embedding, and where they would turn, against what the model's own code is given."""
+
+import sys
+
+import pytest
+import torch
+from model_sweep import build, not_refused
+from tiny_models import build as build_tiny
+from tiny_models import ids
+from tiny_policies import takes
+
+import kvpitfalls as kvp
+from kvpitfalls.hf.coverage import attention_modules, decoder_of
+from kvpitfalls.hf.forward import current_forward
+
+FAMILIES = not_refused(
+    *("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "phi3", "gpt_neox", "cohere", "cohere2", "olmo2", "smollm3"),
+    *("gpt_oss", "granite", "starcoder2", "stablelm", "glm4", "nemotron", "qwen3_next", "exaone4", "ernie4_5", "seed_oss"),
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+MASK = torch.ones(2, 14, dtype=torch.long)
+MASK[0, :3] = 0
+
+
+class Undoing(kvp.Policy):
+    """Keep the newest, and undo what was done to the queries."""
+
+    name = "undoing"
+    listed = False
+    needs_queries = needs_rotary = True
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, inputs):
+        at = inputs.rotary.positions(inputs.valid, inputs.n_token)
+        self.seen.append((inputs.queries, inputs.rotary.undone(inputs.queries, at), inputs.rotary, at))
+        return inputs.score("position", n_sink=0)
+
+
+def seen_by(model, tokens, mask):
+    """What the policy sees of each layer, and what the model's own function is given for it: None where a layer turns nothing."""
+    policy, given = Undoing(), {}
+    with kvp.wrap(model, policy, budget=4) as handle:
+        handle.compress(tokens, mask)
+    module = next(iter(attention_modules(model).values()))
+    file = sys.modules[type(module).__module__]
+    turn = file.apply_rotary_pos_emb
+
+    def watched(q, k, cos, sin, *args, **kwargs):
+        given[len(given)] = q.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else q
+        return turn(q, k, cos, sin, *args, **kwargs)
+
+    calls, hooks = {}, []
+    for index, layer in attention_modules(model).items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, i=index: calls.update({i: len(given)})))
+    try:
+        file.apply_rotary_pos_emb = watched
+        with torch.no_grad():
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            decoder_of(model)(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+    finally:
+        file.apply_rotary_pos_emb = turn
+        for hook in hooks:
+            hook.remove()
+    ends = [*list(calls.values())[1:], len(given)]
+    of_layer = {i: given.get(begin) if end > begin else None for (i, begin), end in zip(calls.items(), ends, strict=True)}
+    cache = kvp.wrap(model, "knorm", budget=4)
+    indices = [layer.index for layer in cache.new_cache().kept_layers]
+    cache.remove()
+    return list(zip(policy.seen, [of_layer[i] for i in indices], strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_undone_queries_are_those_that_the_model_turned(family, padded):
+    model, n_turned = build(family, "eager"), 0
+    mask = MASK if padded else torch.ones_like(MASK)
+    for (turned, undone, rotary, at), given in seen_by(model, ids(2, 14), mask):
+        real = mask.bool()[:, None, :, None]
+        if given is None:
+            assert rotary.width == 0 and torch.equal(undone, turned)
+            continue
+        n_turned += 1
+        width = given.shape[-1]
+        tolerance = 1e-5 * float(given.abs().max())
+        torch.testing.assert_close((undone[..., :width] * real), given * real, rtol=0, atol=tolerance)
+        assert torch.equal(undone[..., width:], turned[..., width:])
+        again = rotary.turned(undone, *rotary.angles(at, undone))
+        torch.testing.assert_close(again * real, turned * real, rtol=0, atol=tolerance)
+        assert not torch.allclose(undone, turned, atol=0.1)
+        means = torch.stack(
+            [rotary.turned(undone[:1, :1, :1], *rotary.angles(torch.tensor([[t]]), undone))[0, 0, 0] for t in range(20, 29)]
+        )
+        torch.testing.assert_close(undone[0, 0, 0] @ rotary.mean(torch.arange(20, 29), undone), means.mean(0), rtol=0, atol=tolerance)
+    assert n_turned or family in ("cohere2", "exaone4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_longer_queries_are_shortened_and_far_positions_leave_the_model_as_it_was(dtype):
+    """YaRN makes queries longer as it turns them; dynamic scaling changes with the farthest position that was asked for."""
+    model = build_tiny("llama", rope_parameters=YARN).to(dtype)
+    for (_, undone, *_), given in seen_by(model, ids(2, 14), MASK):
+        real = MASK.bool()[:, None, :, None]
+        torch.testing.assert_close(
+            undone * real, given.float() * real, rtol=0, atol=0.02 * float(given.abs().max()) ** (dtype != torch.float32)
+        )
+    model = build_tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=16)
+    before, tokens = {k: v.clone() for k, v in model.model.rotary_emb.named_buffers()}, ids(1, 14)
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), budget=5) as handle:
+            handle.compress(tokens)
+        assert torch.equal(model(tokens).logits, plain)
+    assert all(torch.equal(v, before[k]) for k, v in model.model.rotary_emb.named_buffers())
+
+
+def test_positions_are_those_that_the_model_was_given():
+    model, policy, tokens = build_tiny("llama"), Undoing(), ids(1, 12)
+    with kvp.wrap(model, policy, budget=4) as handle, torch.no_grad():
+        handle.compress(tokens)
+        for positions in (None, torch.arange(30, 42)[None]):
+            model(tokens, use_cache=True, past_key_values=handle.new_cache(), position_ids=positions)
+    (_, first, *_), (_, second, *_), (turned, third, _, at) = policy.seen[::3]
+    assert torch.equal(first, second) and at.tolist() == [list(range(30, 42))]
+    torch.testing.assert_close(third, first, rtol=0, atol=1e-4)
+    assert not torch.allclose(turned, policy.seen[0][0], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "GPT2Model has no rotary_emb; the policy undoes"),
+        ("opt", "OPTDecoder has no rotary_emb; the policy undoes"),
+        ("deepseek_v3", "DeepseekV3Model turns the queries of layer 0 in another way than its apply_rotary_pos_emb does; the policy"),
+        ("gemma2", r"softcap is 50.0; policy 'expected_attention' is not defined for capped logits, expected none"),
+    ],
+)
+def test_a_model_that_turns_no_queries_so_is_refused_by_name(family, reason):
+    model = build(family, "eager")
+    assert not takes(model, kvp.ExpectedAttention(n_sink=0))
+    told = pytest.raises(kvp.UnsupportedModelError, match=f"^{reason}")
+    with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), budget=4) as handle, told:
+        handle.compress(ids(1, 12))
+    with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), compression_ratio=0) as handle:  # and nothing is asked of it
+        handle.compress(ids(1, 12))
+
+
+def test_a_layer_that_turns_its_queries_otherwise_is_noticed_before_any_layer_is_touched(monkeypatch):
+    model = build_tiny("llama")
+    file = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    turn = file.apply_rotary_pos_emb
+    with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), budget=4) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "apply_rotary_pos_emb", lambda q, k, cos, sin: turn(q + 1, k, cos, sin))  # it has no inverse
+            cache = handle.new_cache()
+            with pytest.raises(kvp.UnsupportedModelError, match=r"^LlamaModel turns the queries of layer 0 in another way than its apply"):
+                model(ids(1, 12), past_key_values=cache, use_cache=True)
+            assert cache.get_seq_length() == 0 and not cache.is_half_filled and current_forward() is None
+        assert handle.compress(ids(1, 12)).report()["kept_share"] == 1 / 3
+
+
+def test_layers_are_tried_once_and_only_for_a_policy_that_needs_it():
+    asked = []
+    model = build_tiny("llama")
+    hook = model.model.layers[0].self_attn.register_forward_hook(lambda *_: asked.append(1))
+    for policy, n_call in (("snapkv", 1), (kvp.ExpectedAttention(n_sink=1), 4), (kvp.ExpectedAttention(n_sink=2), 1)):
+        asked.clear()
+        with kvp.wrap(model, policy, budget=4) as handle:
+            handle.compress(ids(1, 12))
+        assert len(asked) == n_call, "tried once, by three calls, for each layer"
+    hook.remove()
