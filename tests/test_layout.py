@@ -16,7 +16,8 @@ C_FILES = sorted(path for pattern in ("*.c", "*.h", "*.cu", "*.cuh") for path in
 
 # Lower layers first; a module may import its own layer and those before it.
 PYTHON_LAYERS = [
-    ["errors", "files"],
+    ["errors", "files", "numbers"],
+    ["eviction.arrays"],
     ["eviction.reference"],
     ["_core", "_cuda", "eviction.ops"],
     ["display.markup", "display.tabular", "display.progress"],

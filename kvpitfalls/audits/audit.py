@@ -13,6 +13,7 @@ from ..display.tabular import data_frame, worst_first
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair, fairness_name
 from ..files import whole
+from ..numbers import is_real
 from ..policies import get_policy
 
 
@@ -84,7 +85,7 @@ class Audit:
 
     def first_loss(self, threshold: float = 0.5) -> list[dict]:
         """Per policy, fairness and instruction: the first audited ratio at which its kept share is under ``threshold``, or None."""
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        if not is_real(threshold) or not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}; expected a share in (0, 1]")
         out: dict[tuple, float | None] = {}
         for row in sorted(self.rows, key=lambda row: row["compression_ratio"]):
@@ -124,7 +125,7 @@ class Audit:
         start : float
             The ratio it opens at.
         """
-        if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start < 1:
+        if not is_real(start) or not 0 <= start < 1:
             raise ValueError(f"start is {start!r}; expected a ratio in [0, 1)")
         ratios = sorted({row["compression_ratio"] for row in self.rows})
         n_kept = {row["compression_ratio"]: row["n_kept"] for row in self.rows}

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..numbers import is_whole
+
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
 _tables: list[tempfile.TemporaryDirectory] = []  # lives as long as the process: nltk reads it when a text is first split
 
@@ -101,7 +103,7 @@ def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
         raise TypeError(f"row is a {type(row).__name__}; expected a mapping with the fields of IFEval")
     if not isinstance(response, str):
         raise TypeError(f"response is a {type(response).__name__}; expected a str")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise TypeError(f"seed is {seed!r}; expected a whole number")
     if absent := [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in row]:
         raise ValueError(f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs")

@@ -150,7 +150,7 @@ def audit(
         return Layout.of(1, len(prompt), spans=spans, protect=protected, n_sink=n_sink)
 
     def layout_of(policy: Policy, ratio: float) -> Layout:
-        return layout_with(getattr(policy, "n_sink", 4), ratio)
+        return layout_with(policy.n_sink, ratio)
 
     check_model(model)
     _check_settings(settings, ratios, layout_of, n_compressed(model.config))

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..display.markup import block
 from ..errors import NotInterceptedError
+from ..numbers import is_whole
 from .layer import KeptLayer
 from .origin import Origin
 from .report import Report
@@ -208,7 +209,7 @@ class KeptCache(DynamicCache):
 
     def positions(self, layer: int) -> np.ndarray:
         """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than K."""
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+        if not is_whole(layer) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer is {layer!r}; expected a number in [0, {len(self.layers)})")
         of_layer = self.layers[layer]
         if not isinstance(of_layer, KeptLayer):
@@ -223,7 +224,7 @@ class KeptCache(DynamicCache):
     def kept(self, span: str | tuple[int, int], row: int = 0) -> np.ndarray:
         """Kept share of an instruction, float64 (layers, H): by name, or by token range (start, end)."""
         n_row = max(1, len(self.spans))
-        if isinstance(row, bool) or not isinstance(row, int) or not -n_row <= row < n_row:
+        if not is_whole(row) or not -n_row <= row < n_row:
             raise ValueError(f"row is {row!r}; expected one of the {n_row} of the batch")
         if isinstance(span, str):
             of_row = self.spans[row] if row < len(self.spans) else {}

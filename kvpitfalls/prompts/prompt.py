@@ -10,6 +10,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from ..display.markup import block, note, token_strip
+from ..numbers import is_whole
 from .chats import (
     at_time,
     check_encodable,
@@ -359,7 +360,7 @@ def _find(text: str, contents, name, wanted) -> tuple[int, int]:
             hint = "; a range (start, end) in characters says which one is meant" if starts else _near(text, contents, wanted)
             raise ValueError(f"the text of instruction {name!r} {found}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
-    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in wanted):
+    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(map(is_whole, wanted)):
         if not 0 <= wanted[0] < wanted[1] <= len(text):
             raise ValueError(
                 f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) that is not empty"
