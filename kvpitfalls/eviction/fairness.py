@@ -158,6 +158,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
 
 
+AnyFair: TypeAlias = Fair | bool | float | str  # what is taken for one
 _BIASED, _FAIR = Fair(strength=0.0), Fair()
 FLOOR = 4  # tokens of every instruction under fair="floor", where no number is given
 PROTECT_WORDS = ("sinks", "boundary")  # what ``protect`` knows beside names, texts and positions

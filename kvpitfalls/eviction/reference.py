@@ -25,7 +25,7 @@ def score(
     votes: Table | None = None,
     valid: Table | None = None,
     lse: Array | None = None,
-    **params: Any,
+    **params: float,
 ) -> A:
     """How much each cached token matters; the definition of :func:`kvpitfalls.eviction.ops.score`, which has the parameters.
 
@@ -46,7 +46,8 @@ def score(
     elif scorer == "attention":
         if queries is None or votes is None:
             raise ValueError("queries or votes is None; scorer 'attention' needs both")
-        heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **params) for b in range(n_row)]
+        how: dict[str, Any] = {**params}
+        heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **how) for b in range(n_row)]
         out = torch.stack(heads)
     else:
         raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position' or 'attention'")

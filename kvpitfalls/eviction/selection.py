@@ -16,11 +16,12 @@ import numpy as np
 from ..errors import BudgetError
 from ..numbers import is_real, is_whole
 from ..policies import Inputs, Policy, get_policy
+from ..policies.base import AnyPolicy
 from . import ops
 from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
 from .arrays import A, Array, Int32, Table
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
-from .fairness import Fair, Layout, Protect, Spans
+from .fairness import AnyFair, Fair, Layout, Protect, Spans
 
 if TYPE_CHECKING:
     import torch
@@ -288,14 +289,14 @@ def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
 
 
 def keep(
-    policy: Policy | type[Policy] | str,
+    policy: AnyPolicy,
     keys: A,
     queries: A | None = None,
     *,
     compression_ratio: float | None = None,
     budget: int | None = None,
     spans: Spans | None = None,
-    fair: Fair | bool | float | str = False,
+    fair: AnyFair = False,
     protect: Protect | None = None,
     scaling: float | None = None,
     valid: Table | None = None,

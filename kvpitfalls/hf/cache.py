@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from ..numbers import is_whole
 from .layer import KeptLayer
 from .origin import Origin
 from .report import Report
+
+if TYPE_CHECKING:
+    from .action import Action
 
 
 class KeptCache(DynamicCache):
@@ -49,19 +53,19 @@ class KeptCache(DynamicCache):
     (array([0, 1, 2, 3], dtype=int32), (30, 3))
     """
 
-    action = None
-    progress = None  # a bar that counts layers, while a prefill runs
+    action: "Action | None" = None
+    progress: Any = None  # a bar that counts layers, while a prefill runs
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
     is_half_filled = False  # a forward on it was broken off
     peak_bytes = 0  # the most that note_peak saw
 
-    def __init__(self, config=None, action=None):
+    def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
         super().__init__(config=config)
         self.adopt(config, action)
 
-    def adopt(self, config, action) -> "KeptCache":
+    def adopt(self, config: Any, action: "Action | None") -> "KeptCache":
         """Replace the plain layers of this empty cache. ``action`` is called with each layer after its prefill."""
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -237,10 +237,12 @@ class Policy:
         raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
 
 
+#: What is taken for a policy.
+AnyPolicy: TypeAlias = Policy | type[Policy] | str
 _registry: dict[str, type[Policy]] = {}
 
 
-def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
+def get_policy(policy: AnyPolicy) -> Policy:
     """A policy object from an object, a class, or a registered name.
 
     Parameters
