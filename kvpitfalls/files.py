@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path) -> Iterator[Path]:
+def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails.
 
     Raises

@@ -16,7 +16,8 @@ C_FILES = sorted(path for pattern in ("*.c", "*.h", "*.cu", "*.cuh") for path in
 
 # Lower layers first; a module may import its own layer and those before it.
 PYTHON_LAYERS = [
-    ["errors", "files"],
+    ["errors", "files", "numbers"],
+    ["eviction.arrays"],
     ["eviction.reference"],
     ["_core", "_cuda", "eviction.ops"],
     ["display.markup", "display.tabular", "display.progress"],
@@ -46,12 +47,18 @@ def layer_of(name, layers):
     return inside[0] if inside else next(i for i, names in enumerate(layers) if any(entry.startswith(name + ".") for entry in names))
 
 
+def for_types(tree):
+    """The imports that only a type checker makes."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    return {node for block in blocks for node in ast.walk(block)}
+
+
 def imports_of(path, eager_only=False):
-    """(module imported, is it at the top level) for every import; relative ones resolved."""
+    """The module of every import but those for types only; relative ones resolved."""
     here = ["kvpitfalls", *path.relative_to(PACKAGE).parts[:-1]]
     tree = ast.parse(path.read_text())
-    nodes = tree.body if eager_only else ast.walk(tree)
-    for node in nodes:
+    skipped = for_types(tree)
+    for node in (node for node in (tree.body if eager_only else ast.walk(tree)) if node not in skipped):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

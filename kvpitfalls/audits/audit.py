@@ -1,9 +1,12 @@
 """What an audit found, as rows, a file, a figure, or a page."""
 
 import json
+import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import __version__
 from ..display import plots
@@ -11,9 +14,17 @@ from ..display.heatmap import HeatMap
 from ..display.markup import block, note, table
 from ..display.tabular import data_frame, worst_first
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair, fairness_name
+from ..eviction.fairness import AnyFair, Fair, fairness_name
 from ..files import whole
+from ..numbers import is_real
 from ..policies import get_policy
+from ..policies.base import AnyPolicy
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
+
+Setting: TypeAlias = tuple[str, bool | float | str, float]  # labels of policy and fairness, and the ratio
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,14 +62,14 @@ class Audit:
     array([ True,  True,  True,  True, False, False, False, False])
     """
 
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     model: str
     spans: dict[str, tuple[int, int]]
     tokens: list[str]
     layers: list[int]
-    _kept: dict = field(repr=False, default_factory=dict)
+    _kept: dict[Setting, list[npt.NDArray[np.uint8]]] = field(repr=False, default_factory=dict)
 
-    def kept_mask(self, policy, compression_ratio: float, fair=False) -> np.ndarray:
+    def kept_mask(self, policy: AnyPolicy, compression_ratio: float, fair: AnyFair = False) -> npt.NDArray[np.bool_]:
         """Which tokens a setting keeps: bool (layers, H, T)."""
         check_budget(compression_ratio, None)
         key = (get_policy(policy).label, Fair.parse(fair).label, float(compression_ratio))
@@ -68,25 +79,25 @@ class Audit:
 
     def settings(self) -> list[tuple[str, bool | float | str, dict[str, dict[float, float]]]]:
         """(policy, fairness, kept share by instruction and ratio) of everything that was audited."""
-        out: dict[tuple, dict[str, dict[float, float]]] = {}
+        out: dict[tuple[str, bool | float | str], dict[str, dict[float, float]]] = {}
         for row in self.rows:
             of_setting = out.setdefault((row["policy"], row["fair"]), {})
             of_setting.setdefault(row["span"], {})[row["compression_ratio"]] = row["kept"]
         return [(*key, by_span) for key, by_span in out.items()]
 
-    def bias(self) -> list[dict]:
+    def bias(self) -> list[dict[str, Any]]:
         """Per policy, fairness and ratio: ``bias``, the largest kept share of an instruction minus the smallest (0 = all equal)."""
-        out: dict[tuple, list[float]] = {}
+        out: dict[Setting, list[float]] = {}
         for row in self.rows:
             out.setdefault((row["policy"], row["fair"], row["compression_ratio"]), []).append(row["kept"])
         names = ("policy", "fair", "compression_ratio")
         return [{**dict(zip(names, key, strict=True)), "bias": max(kept) - min(kept)} for key, kept in out.items()]
 
-    def first_loss(self, threshold: float = 0.5) -> list[dict]:
+    def first_loss(self, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Per policy, fairness and instruction: the first audited ratio at which its kept share is under ``threshold``, or None."""
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        if not is_real(threshold) or not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}; expected a share in (0, 1]")
-        out: dict[tuple, float | None] = {}
+        out: dict[tuple[str, bool | float | str, str], float | None] = {}
         for row in sorted(self.rows, key=lambda row: row["compression_ratio"]):
             key = (row["policy"], row["fair"], row["span"])
             out.setdefault(key, None)
@@ -95,7 +106,7 @@ class Audit:
         order = list(dict.fromkeys((row["policy"], row["fair"], row["span"]) for row in self.rows))
         return [{"policy": p, "fair": f, "span": s, "compression_ratio": out[p, f, s]} for p, f, s in order]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything but the single tokens' fate, ready for JSON."""
         return {
             "kvpitfalls": __version__,
@@ -107,12 +118,12 @@ class Audit:
             "bias": self.bias(),
         }
 
-    def to_json(self, path) -> None:
+    def to_json(self, path: "str | os.PathLike[str]") -> None:
         """Write :meth:`to_dict` to a file; an existing file is replaced whole or not at all."""
         with whole(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
-    def to_pandas(self):
+    def to_pandas(self) -> "pandas.DataFrame":
         """``rows`` as a ``pandas.DataFrame``; needs pandas."""
         return data_frame(self.rows)
 
@@ -124,12 +135,12 @@ class Audit:
         start : float
             The ratio it opens at.
         """
-        if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start < 1:
+        if not is_real(start) or not 0 <= start < 1:
             raise ValueError(f"start is {start!r}; expected a ratio in [0, 1)")
         ratios = sorted({row["compression_ratio"] for row in self.rows})
         n_kept = {row["compression_ratio"]: row["n_kept"] for row in self.rows}
         settings = dict.fromkeys((row["policy"], row["fair"]) for row in self.rows)
-        n_token, counts = len(self.tokens), {}
+        n_token, counts = len(self.tokens), dict[str, npt.NDArray[np.uint8]]()
         for policy, fair in settings:
             by_ratio = [self._kept[policy, fair, ratio] for ratio in ratios]
             counts[f"{policy}, {fairness_name(fair)}"] = np.stack(
@@ -139,15 +150,23 @@ class Audit:
         title = f"What is kept of the prompt: {self.model}"
         return HeatMap(title, self.tokens, self.spans, counts, ratios, [n_kept[r] for r in ratios], self.layers, heads, start)
 
-    def to_html(self, path) -> None:
+    def to_html(self, path: "str | os.PathLike[str]") -> None:
         """Write :meth:`heatmap` to a file: one page that needs nothing else, and no network."""
         self.heatmap().save(path)
 
-    def plot(self, *, theme: str = "light"):
+    def plot(self, *, theme: str = "light") -> "matplotlib.figure.Figure":
         """Kept share of each instruction against the ratio; see :func:`kvpitfalls.display.plots.retention`. Needs matplotlib."""
         return plots.retention(self.rows, theme=theme)
 
-    def plot_tokens(self, policy, compression_ratio: float, fair=False, *, layer: int | None = None, theme: str = "light"):
+    def plot_tokens(
+        self,
+        policy: AnyPolicy,
+        compression_ratio: float,
+        fair: AnyFair = False,
+        *,
+        layer: int | None = None,
+        theme: str = "light",
+    ) -> "matplotlib.figure.Figure":
         """What is kept of each token: layers x tokens, or heads x tokens of one layer. Needs matplotlib.
 
         Parameters

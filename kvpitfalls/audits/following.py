@@ -5,11 +5,14 @@ import functools
 import importlib.util
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from ..numbers import is_whole
 
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
-_tables: list[tempfile.TemporaryDirectory] = []  # lives as long as the process: nltk reads it when a text is first split
+_tables: list[tempfile.TemporaryDirectory[str]] = []  # lives as long as the process: nltk reads it when a text is first split
 
 
 def need_checkers() -> None:
@@ -63,14 +66,14 @@ def _need_sentence_tables() -> None:
 
 
 @functools.cache
-def _checkers():
+def _checkers() -> Any:
     need_checkers()
     from lm_eval.tasks.ifeval import utils
 
     return utils
 
 
-def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
+def check(row: Mapping[str, Any], response: str, seed: int = 42) -> dict[str, list[bool]]:
     """Which instructions of a row an answer follows.
 
     Parameters
@@ -101,7 +104,7 @@ def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
         raise TypeError(f"row is a {type(row).__name__}; expected a mapping with the fields of IFEval")
     if not isinstance(response, str):
         raise TypeError(f"response is a {type(response).__name__}; expected a str")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise TypeError(f"seed is {seed!r}; expected a whole number")
     if absent := [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in row]:
         raise ValueError(f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs")
@@ -119,17 +122,17 @@ def check(row: Mapping, response: str, seed: int = 42) -> dict[str, list[bool]]:
     fields = {name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}
     with _seeded(seed):
         try:
-            found = utils.process_results(fields, [response])
+            judged = utils.process_results(fields, [response])
         except TypeError as error:  # the checkers take kwargs as their own arguments
             raise ValueError(f"row {row['key']} has kwargs that do not fit its instructions ({error}); expected IFEval's") from error
     return {
-        "strict": [bool(x) for x in found["inst_level_strict_acc"]],
-        "loose": [bool(x) for x in found["inst_level_loose_acc"]],
+        "strict": [bool(x) for x in judged["inst_level_strict_acc"]],
+        "loose": [bool(x) for x in judged["inst_level_loose_acc"]],
     }
 
 
 @contextlib.contextmanager
-def _seeded(seed: int):
+def _seeded(seed: int) -> Iterator[None]:
     """Language detection and Python's random numbers start from the seed, and are put back afterwards."""
     import langdetect
 
@@ -143,7 +146,7 @@ def _seeded(seed: int):
         langdetect.DetectorFactory.seed = before
 
 
-def accuracies(rows: Sequence[Mapping], results: Sequence[Mapping[str, Sequence[bool]]]) -> list[dict]:
+def accuracies(rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Sequence[bool]]]) -> list[dict[str, Any]]:
     """Accuracies over many answers.
 
     Parameters
@@ -161,7 +164,7 @@ def accuracies(rows: Sequence[Mapping], results: Sequence[Mapping[str, Sequence[
     """
     if len(rows) != len(results):
         raise ValueError(f"results has {len(results)} entries; expected {len(rows)}, one for each row")
-    counts: dict[tuple, list[int]] = {}
+    counts: dict[tuple[str, str, str, str], list[int]] = {}
     for row, result in zip(rows, results, strict=True):
         ids = row["instruction_id_list"]
         for rule in ("strict", "loose"):

@@ -51,7 +51,7 @@ _FIRST = 2  # sentences in which an answer can begin to refuse: a word of courte
 
 
 @functools.cache
-def _pattern() -> re.Pattern:
+def _pattern() -> re.Pattern[str]:
     """A sentence that says sorry and then that it cannot; or, without sorry, that it cannot do one of the things that people ask for."""
     kinds = []
     for sorry, cannot, deeds in _WORDS.values():

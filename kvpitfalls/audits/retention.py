@@ -1,24 +1,32 @@
 """What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured attention."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import BudgetError
+from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
-from ..eviction.fairness import Fair, Layout
+from ..eviction.fairness import AnyFair, Fair, Layout, Protect
 from ..eviction.selection import allocation_of, check_room, choose, rank
 from ..hf.action import Action
-from ..hf.cache import KeptCache, KeptLayer, n_compressed
+from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
 from ..hf.forward import AttentionCall
+from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill, protected_in
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
-from ..prompts.prompt import Prompt
-from .audit import Audit
+from ..policies.base import AnyPolicy
+from ..prompts.prompt import Instructions, Prompt
+from .audit import Audit, Setting
+
+Settings: TypeAlias = Sequence[tuple[Policy, Fair, Allocation]]
+LayoutOf: TypeAlias = Callable[[Policy, float], Layout]
 
 COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -28,10 +36,10 @@ class _Observe(Action):
 
     reads_queries = True
 
-    def __init__(self, settings, ratios, layout_of, spans):
+    def __init__(self, settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, spans: Mapping[str, tuple[int, int]]) -> None:
         self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
-        self.kept: dict[tuple, list[np.ndarray]] = {}
-        self.lost: dict[tuple, list[np.ndarray]] = {}
+        self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {}
+        self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {}
         self.layers: list[int] = []
 
     @property
@@ -48,39 +56,41 @@ class _Observe(Action):
             name = (policy.label, fair.label)
             for ratio in self.ratios:
                 ranked = ranked.on(self.layout_of(policy, ratio))
-                positions = choose(ranked, compression_ratio=ratio, allocation=allocation).positions[0].cpu().numpy()
+                positions = torch.as_tensor(choose(ranked, compression_ratio=ratio, allocation=allocation).positions)
                 kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
-                kept[heads, positions] = True
+                kept[heads, positions[0].cpu().numpy()] = True
                 kept = kept[:, :-1]
                 key = (*name, ratio)
                 self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
                 left = np.divide(self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0)  # no attention: none lost
                 self.lost.setdefault(key, []).append((1 - left).T)
 
-    def _per_span(self, of_tokens: np.ndarray) -> np.ndarray:
+    def _per_span(self, of_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sums over each instruction's tokens, (H, S)."""
         return np.stack([of_tokens[:, begin:end].sum(-1) for begin, end in self.spans.values()], -1)
 
 
-def _attention_mass(call: AttentionCall) -> np.ndarray:
+def _attention_mass(call: AttentionCall) -> npt.NDArray[np.float64]:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.key.shape[2]
     scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks, lse=call.lse)
-    return inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0].double().cpu().numpy()
+    sums = torch.as_tensor(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
+    mass: npt.NDArray[np.float64] = sums.double().cpu().numpy()
+    return mass
 
 
 @torch.no_grad()
 def audit(
-    model,
+    model: Any,
     prompt: Prompt,
     *,
-    policies=None,
-    compression_ratios: Sequence[float] | None = None,
-    fair=(False, True),
-    protect=None,
-    instructions=None,
-    allocation=None,
+    policies: Iterable[AnyPolicy] | None = None,
+    compression_ratios: Iterable[float] | None = None,
+    fair: AnyFair | Sequence[AnyFair] = (False, True),
+    protect: Protect | None = None,
+    instructions: Instructions | None = None,
+    allocation: Allocation | str | None = None,
 ) -> Audit:
     """Show which instructions of a prompt each policy would lose. Nothing is generated.
 
@@ -135,14 +145,14 @@ def audit(
         raise ValueError(f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from")
     if instructions is not None or not prompt.spans:
         prompt = prompt.marked("sentences" if instructions is None else instructions)
-    for name, given in (("policies", policies), ("compression_ratios", compression_ratios)):
-        if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
-            raise TypeError(f"{name} is {given!r}; expected a list")
+    for name, listed in (("policies", policies), ("compression_ratios", compression_ratios)):
+        if listed is not None and (isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable)):
+            raise TypeError(f"{name} is {listed!r}; expected a list")
     ratios = list(COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)
     for ratio in ratios:
         check_budget(ratio, None)
     ratios = list(dict.fromkeys(float(str(r)) for r in ratios))
-    fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [fair])]
+    fairs = [Fair.parse(f) for f in ([fair] if isinstance(fair, (Fair, bool, int, float, str)) else fair)]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
@@ -154,7 +164,7 @@ def audit(
         return Layout.of(1, len(prompt), spans=spans, protect=protected, n_sink=n_sink)
 
     def layout_of(policy: Policy, ratio: float) -> Layout:
-        return layout_with(getattr(policy, "n_sink", 4), ratio)
+        return layout_with(policy.n_sink, ratio)
 
     check_model(model)
     _check_settings(settings, ratios, layout_of, n_compressed(model.config))
@@ -168,7 +178,7 @@ def audit(
     return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, observe.kept)
 
 
-def _check_settings(settings, ratios, layout_of, n_layer: int) -> None:
+def _check_settings(settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, n_layer: int) -> None:
     if not settings or not ratios:
         raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
     for ratio in ratios:
@@ -180,7 +190,7 @@ def _check_settings(settings, ratios, layout_of, n_layer: int) -> None:
                 raise BudgetError(f"at compression_ratio {ratio}: {reason}") from reason
 
 
-def _rows(observe: _Observe, spans, n_token: int) -> list[dict]:
+def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int) -> list[dict[str, Any]]:
     rows = []
     for (policy, label, ratio), packed in observe.kept.items():
         kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in packed])

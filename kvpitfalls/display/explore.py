@@ -21,6 +21,7 @@ from ..hf.cache import KeptCache
 from ..hf.generate import GREEDY, answers
 from ..hf.model import attach, detach
 from ..hf.wrap import Evict, compress_each
+from ..numbers import check_whole
 from ..policies import get_policy, policy_names
 from ..prompts.pieces import WAYS, first_words, marked, unused
 from ..prompts.prompt import Prompt, find_all
@@ -104,8 +105,7 @@ class Explorer:
     """
 
     def __init__(self, model, tokenizer, max_new_tokens: int = 60):
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, at least 1")
+        check_whole("max_new_tokens", max_new_tokens, 1)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
 
     def reply(self, request: Mapping) -> dict:

@@ -4,6 +4,8 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+from ..numbers import is_real
+
 # Outlines of instructions, and white names on them: told apart with any colour vision, 4.5 : 1 or more against white, 3 : 1 against black.
 SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
@@ -77,7 +79,7 @@ def table(header: Sequence, rows: Sequence[Sequence], shares: Sequence[int] = ()
 def _cell(value, is_share: bool) -> str:
     if is_share and value is not None:
         return f"<td class='n' style='background-color: rgba(68, 119, 170, {0.65 * value:.3f})'>{percent(value)}</td>"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = is_real(value)
     return f"<td{' class=n' if number else ''}>{'' if value is None else escape(value)}</td>"
 
 

@@ -7,11 +7,18 @@ style and marker too, for print. ``theme`` is "light" or "dark".
 import functools
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from ..eviction.fairness import fairness_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LABELS = {
     "refused": "refuses the attack",
@@ -41,11 +48,12 @@ _THEMES = {
 }
 
 
-def _themed(draw):
+def _themed(draw: Callable[P, R]) -> Callable[P, R]:
     """Draw with the colours of ``theme``, a keyword that every figure takes, and names as they are: neither formulas nor TeX."""
 
     @functools.wraps(draw)
-    def themed(*args, theme: str = "light", **kwargs):
+    def themed(*args: P.args, **kwargs: P.kwargs) -> R:
+        theme: Any = kwargs.get("theme", "light")
         if theme not in _THEMES:
             raise ValueError(f"theme is {theme!r}; expected 'light' or 'dark'")
         if importlib.util.find_spec("matplotlib") is None:
@@ -56,7 +64,7 @@ def _themed(draw):
         inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
         as_it_is = {"text.parse_math": False, "text.usetex": False}  # dollars in a name are dollars
         with rc_context({**dict.fromkeys(inked, ink), **as_it_is, "figure.facecolor": paper, "axes.facecolor": paper}):
-            return draw(*args, theme=theme, **kwargs)
+            return draw(*args, **kwargs)
 
     return themed
 
@@ -120,7 +128,7 @@ def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[st
 
 
 @_themed
-def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
+def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """What becomes of attacks, controls and tasks against the ratio, together: none means anything without the others.
 
     Parameters
@@ -146,7 +154,7 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light"):
 
 
 @_themed
-def probes(cells: Sequence[Mapping], *, theme: str = "light"):
+def probes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together with recall."""
     shown = [name for name in _PROBE_LABELS if any(name in cell["metrics"] for cell in cells)]
     if not shown:
@@ -174,7 +182,7 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
 
 
 @_themed
-def kept(cells: Sequence[Mapping], *, theme: str = "light"):
+def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """Kept share of each instruction in a sweep against the ratio, one panel per policy and mode; the straight line is equal eviction.
 
     Parameters
@@ -195,7 +203,7 @@ def kept(cells: Sequence[Mapping], *, theme: str = "light"):
 
 
 @_themed
-def retention(rows: Sequence[Mapping], *, theme: str = "light"):
+def retention(rows: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """Kept share of each instruction of one prompt against the ratio, one panel per policy and fairness; the straight line is the ideal.
 
     Parameters
@@ -238,7 +246,9 @@ def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
 
 
 @_themed
-def token_matrix(shares, names: Sequence, spans: Mapping[str, tuple[int, int]], *, ylabel: str, title: str = "", theme: str = "light"):
+def token_matrix(
+    shares: Any, names: Sequence[object], spans: Mapping[str, tuple[int, int]], *, ylabel: str, title: str = "", theme: str = "light"
+) -> "Figure":
     """What is kept of each token (across), by layer or by head (down). Instructions are bracketed and named above.
 
     Parameters
@@ -302,7 +312,7 @@ def _levels(spans: Mapping[str, tuple[int, int]], n_token: int, width: float) ->
 
 
 @_themed
-def joint(cells: Sequence[Mapping], *, theme: str = "light"):
+def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """Leak against following, one line per policy and mode along the ratio; None if one of the two was not measured.
 
     Low and right is good. Low and left is a prompt that was forgotten.
@@ -334,7 +344,7 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light"):
 
 
 @_themed
-def ranks(correlations: Sequence[Mapping], *, theme: str = "light"):
+def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """Rank correlation of instruction classes with the full cache, against the ratio; None if there is nothing to rank.
 
     Parameters

@@ -1,23 +1,25 @@
 """Progress bars, on everything that may take over a second."""
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 
 def shown() -> bool:
-    """Whether there is someone to see a bar: on a terminal or in a notebook, whose output says that it is no terminal."""
+    """Whether a bar is drawn: on a terminal, or in a notebook, whose output says that it is no terminal."""
     from tqdm.auto import tqdm
 
     return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
-def progress(iterable=None, **options):
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     """A bar of ``tqdm.auto`` that appears after a second, if anyone sees it."""
     from tqdm.auto import tqdm
 
     return tqdm(iterable, **{"delay": 1, "disable": not shown(), **options})
 
 
-def progress_or_lines(**options):
+def progress_or_lines(**options: Any) -> Any:
     """:func:`progress`, or, where nobody sees a bar (a log, a job of a cluster), a line every half minute."""
     from tqdm import tqdm
 

@@ -2,9 +2,13 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
 
 
-def data_frame(rows: Sequence[Mapping]):
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> "pandas.DataFrame":
     """A ``pandas.DataFrame``, one line a row.
 
     Raises

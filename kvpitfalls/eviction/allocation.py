@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
 from ..errors import BudgetError
+from ..numbers import check_whole, is_real, is_whole
 from . import ops
+from .arrays import Array, Int32
+
+if TYPE_CHECKING:
+    import torch
 from .budget import largest_remainder, raised_to
 
 
@@ -50,7 +55,7 @@ class Allocation:
         """
         return [n_kept] * n_layer
 
-    def heads(self, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """Tokens that each head of a layer keeps of each segment.
 
         Parameters
@@ -111,11 +116,10 @@ class Pyramid(Allocation):
     window_size: int = 0
     name = "pyramid"
 
-    def __post_init__(self):
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 1 <= self.beta < float("inf"):
+    def __post_init__(self) -> None:
+        if not is_real(self.beta) or not 1 <= self.beta < float("inf"):
             raise ValueError(f"beta is {self.beta!r}; expected a number, at least 1")
-        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int) or self.window_size < 0:
-            raise ValueError(f"window_size is {self.window_size!r}; expected a whole number, at least 0")
+        check_whole("window_size", self.window_size, 0)
 
     def layers(self, n_token: int, n_kept: int, n_layer: int) -> list[int]:
         """See :class:`Allocation`."""
@@ -167,11 +171,11 @@ class Ada(Allocation):
     name = "ada"
     shares_heads = True
 
-    def __post_init__(self):
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+    def __post_init__(self) -> None:
+        if not is_real(self.alpha) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}; expected a number in [0, 1]")
 
-    def heads(self, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """See :class:`Allocation`."""
         if scores.shape[1] < 2:
             raise ValueError("one choice serves all heads here; allocation 'ada' shares over heads and expects at least 2")
@@ -184,17 +188,18 @@ class Ada(Allocation):
         return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)  # where other scores are infinite, too
 
 
-def _must(scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
     """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an equal share."""
     infinite = scores == np.inf
     n_row, n_head, n_token = scores.shape
     until = np.zeros((n_row, n_head, n_token + 1), np.int32)
     until[..., 1:] = (infinite if isinstance(infinite, np.ndarray) else infinite.cpu().numpy()).cumsum(-1)
     at_edges = np.take_along_axis(until, np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1])), axis=-1)
-    return np.minimum(np.diff(at_edges, axis=-1), quotas)
+    must: Int32 = np.minimum(np.diff(at_edges, axis=-1), quotas)
+    return must
 
 
-def _counts_together(scores: Any, edges: np.ndarray, totals: np.ndarray) -> np.ndarray:
+def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Int32:
     """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: int32 (B, H, S)."""
     n_row, n_head, n_token = scores.shape
     # segment by segment, and in each head by head: then the core's selection from one long row is the selection over heads
@@ -202,7 +207,7 @@ def _counts_together(scores: Any, edges: np.ndarray, totals: np.ndarray) -> np.n
     spans = [list(pairwise(row)) for row in edges.tolist()]
     for b, row in enumerate(spans):
         for low, high in row:
-            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)
+            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
     best, _ = ops.select(together, totals[:, None], segments=edges * n_head)
     best = (best if isinstance(best, np.ndarray) else best.cpu().numpy())[:, 0]
     counts = np.zeros((n_row, n_head, edges.shape[1] - 1), np.int32)
@@ -213,21 +218,22 @@ def _counts_together(scores: Any, edges: np.ndarray, totals: np.ndarray) -> np.n
     return counts
 
 
-def raised_at(scores: Any, positions: Any) -> Any:
+def raised_at(scores: Array, positions: Array) -> Array:
     """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
     if isinstance(scores, np.ndarray):
-        raised = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
-        np.put_along_axis(raised, positions, np.inf, axis=-1)
-        return np.ascontiguousarray(raised[..., :-1])
+        padded = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
+        np.put_along_axis(padded, np.asarray(positions), np.inf, axis=-1)
+        return np.ascontiguousarray(padded[..., :-1])
+    at = cast("torch.Tensor", positions)
     raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
     raised[..., :-1] = scores
-    return raised.scatter_(2, positions.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
+    return raised.scatter_(2, at.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
 
 
-def raised_where(scores: Any, mask: Any) -> Any:
+def raised_where(scores: Array, mask: Array) -> Array:
     """Scores (B,H,T) that are infinite where a mask (B,T), uint8, is not 0."""
     if isinstance(scores, np.ndarray):
-        return np.where(mask[:, None] != 0, np.float32(np.inf), scores)
+        return np.where(np.asarray(mask)[:, None] != 0, np.float32(np.inf), scores)
     mask = scores.new_tensor(mask) if isinstance(mask, np.ndarray) else mask
     return scores.masked_fill(mask[:, None] != 0, np.inf)
 
@@ -278,8 +284,8 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
 @lru_cache(maxsize=256)
 def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
     budgets = list(allocation.layers(n_token, n_kept, n_layer))
-    is_whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in budgets)
-    if not is_whole or len(budgets) != n_layer or not all(1 <= n <= n_token for n in budgets) or sum(budgets) != n_layer * n_kept:
+    are_whole = all(map(is_whole, budgets))
+    if not are_whole or len(budgets) != n_layer or not all(1 <= n <= n_token for n in budgets) or sum(budgets) != n_layer * n_kept:
         raise ValueError(
             f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to {n_token} with the sum "
             f"{n_layer * n_kept}"
@@ -287,7 +293,7 @@ def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: i
     return tuple(int(n) for n in budgets)
 
 
-def head_quotas(allocation: Allocation, scores: Any, edges: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int32) -> Int32:
     """What each head keeps of each segment: what the allocation says, checked; see :meth:`Allocation.heads`."""
     shared = np.asarray(allocation.heads(scores, edges, quotas))
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":

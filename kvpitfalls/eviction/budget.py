@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+
+from ..numbers import is_real, is_whole
+from .arrays import Int32
+
+IntArray: TypeAlias = npt.NDArray[Any]  # whole numbers; of Python's where NumPy's are too small
 
 
 def check_budget(compression_ratio: float | None, budget: int | None) -> None:
@@ -24,13 +31,9 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
         given = "neither" if budget is None else f"compression_ratio={compression_ratio!r} and budget={budget!r}"
         raise ValueError(f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {given} was given")
     if budget is not None:
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
+        if not is_whole(budget) or budget < 1:
             raise ValueError(f"budget is {budget!r}; expected a whole number of tokens, at least 1")
-    elif (
-        isinstance(compression_ratio, bool)
-        or not isinstance(compression_ratio, (int, float, np.floating))
-        or not 0 <= compression_ratio < 1
-    ):
+    elif not is_real(compression_ratio) or not 0 <= compression_ratio < 1:
         raise ValueError(f"compression_ratio is {compression_ratio!r}; expected the share removed, a number in [0, 1)")
 
 
@@ -117,9 +120,9 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
 
     # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
     corners = sorted({Fraction(edge) / rate for rate, *edges in zip(rates, floors, lengths, strict=True) if rate > 0 for edge in edges})
-    at = min(bisect_left(corners, total, key=lambda corner: sum(shares(corner))), len(corners) - 1)
+    at = min(bisect_left(corners, Fraction(total), key=lambda corner: sum(shares(corner), Fraction(0))), len(corners) - 1)
     below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
-    at_below, at_above = sum(shares(below)), sum(shares(above))
+    at_below, at_above = (sum(shares(at), Fraction(0)) for at in (below, above))
     if at_above == at_below:
         return shares(above)
     return shares(below + (above - below) * (total - at_below) / (at_above - at_below))
@@ -134,7 +137,9 @@ def largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], li
     return quotas, order
 
 
-def _made_equal(quotas: list[int], shares: list[Fraction], order, payers, floors, lengths) -> list[int]:
+def _made_equal(
+    quotas: list[int], shares: list[Fraction], order: list[int], payers: Sequence[bool], floors: Sequence[int], lengths: Sequence[int]
+) -> list[int]:
     """Where some of several equal shares were rounded up: all down, or all up, at the cost of the payers; ``quotas`` if they cannot."""
     up = {j for j in order if not payers[j] and quotas[j] > shares[j]}
     down = {j for j in order if not payers[j] and quotas[j] < shares[j]}
@@ -170,7 +175,7 @@ def floor_and_rest(total: int, lengths: Sequence[int], floors: Sequence[int]) ->
     return [*quotas, total - sum(quotas)]
 
 
-def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray:
+def blend(counts: IntArray, quotas: IntArray, strength: float) -> Int32:
     """Quotas between two splits of the same total: ``(1 - strength) * counts + strength * quotas``, by largest remainder.
 
     Parameters
@@ -187,13 +192,14 @@ def blend(counts: np.ndarray, quotas: np.ndarray, strength: float) -> np.ndarray
     """
     share = Fraction(str(strength))
     # a strength of many digits has a denominator that leaves int64 no room: then Python's own numbers
-    exact = np.int64 if share.denominator * max(int(counts.sum(-1).max()), 1) < 2**62 else object
+    exact: Any = np.int64 if share.denominator * max(int(counts.sum(-1).max()), 1) < 2**62 else object
     scaled = (share.denominator - share.numerator) * counts.astype(exact) + share.numerator * quotas.astype(exact)
     whole, rest = scaled // share.denominator, scaled % share.denominator
-    return (whole + _largest(rest, rest.sum(-1, keepdims=True) // share.denominator)).astype(np.int32)
+    blended: Int32 = (whole + _largest(rest, rest.sum(-1, keepdims=True) // share.denominator)).astype(np.int32)
+    return blended
 
 
-def raised_to(quotas: np.ndarray, floors: np.ndarray) -> np.ndarray:
+def raised_to(quotas: IntArray, floors: IntArray) -> Int32:
     """Quotas of the same totals, none below its floor; what that takes is paid by the others, in proportion to what they have above theirs.
 
     Parameters
@@ -214,10 +220,11 @@ def raised_to(quotas: np.ndarray, floors: np.ndarray) -> np.ndarray:
     spare, over = raised - floors, (raised - quotas).sum(-1, keepdims=True)
     n_spare = np.maximum(spare.sum(-1, keepdims=True), 1)
     paid, rest = over * spare // n_spare, over * spare % n_spare
-    return (raised - paid - _largest(rest, over - paid.sum(-1, keepdims=True))).astype(np.int32)
+    kept: Int32 = (raised - paid - _largest(rest, over - paid.sum(-1, keepdims=True))).astype(np.int32)
+    return kept
 
 
-def _largest(rest: np.ndarray, n: np.ndarray) -> np.ndarray:
+def _largest(rest: IntArray, n: IntArray) -> IntArray:
     """True for the ``n`` largest of each row; of equal ones the later."""
     order = np.argsort(-rest[..., ::-1], axis=-1, kind="stable")  # reversed, so that the later comes first
     rank = np.empty_like(order)

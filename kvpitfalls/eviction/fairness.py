@@ -1,15 +1,38 @@
 """Where instructions stand in a batch, and how the budget is shared between them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BudgetError
+from ..numbers import check_whole, is_real, is_whole
 from . import ops
+from .arrays import Array, Int32, Table
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class HasEdges(Protocol):
+    """A span, as a prompt has it."""
+
+    @property
+    def start(self) -> int:
+        """Its first token."""
+
+    @property
+    def end(self) -> int:
+        """One past its last token."""
+
+
+Edges: TypeAlias = Sequence[int] | HasEdges
+Spans: TypeAlias = Mapping[str, Edges] | Iterable[Edges] | Sequence[Mapping[str, Edges] | None]  # see keep
+Protect: TypeAlias = str | int | Iterable[str | int] | Array  # see keep
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Fair:
     template: str = "separate"
     rule: str = "proportional"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_number("strength", self.strength, 0, 1)
         if self.weights is not None and not isinstance(self.weights, Mapping):
             raise TypeError(f"weights is {self.weights!r}; expected a mapping of instruction names to numbers")
@@ -72,8 +95,7 @@ class Fair:
             if not isinstance(name, str):
                 raise TypeError(f"weights name {name!r}; expected names of instructions")
             _check_number(f"weights[{name!r}]", weight, 0, 1e9)
-        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
-            raise ValueError(f"min_tokens is {self.min_tokens!r}; expected a whole number, at least 0")
+        check_whole("min_tokens", self.min_tokens, 0)
         if self.template not in ("separate", "absorb"):
             raise ValueError(f"template is {self.template!r}; expected 'separate' or 'absorb'")
         if self.rule not in ("proportional", "paper"):
@@ -103,7 +125,7 @@ class Fair:
             return cls(strength=0.0, min_tokens=int(found[1] or FLOOR))
         raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper', 'floor', 'floor=M' or a kvpitfalls.Fair")
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         weights = None if self.weights is None else frozenset(self.weights.items())
         return hash((self.strength, weights, self.min_tokens, self.template, self.rule))
 
@@ -118,7 +140,7 @@ class Fair:
         if self == Fair(rule="paper"):
             return "paper"
         if self == Fair(strength=self.strength):
-            return {0.0: False, 1.0: True}.get(self.strength, self.strength)
+            return bool(self.strength) if self.strength in (0.0, 1.0) else self.strength
         if self == Fair(strength=0.0, min_tokens=self.min_tokens):
             return f"floor={self.min_tokens}"
         return repr(self)
@@ -126,14 +148,17 @@ class Fair:
 
 def fairness_name(label: bool | float | str) -> str:
     """How tables and figures call a ``Fair.label``: biased, fair, "fair 0.5", paper, floor=4."""
-    return label if isinstance(label, str) else {False: "biased", True: "fair"}.get(label, f"fair {label}")
+    if isinstance(label, str):
+        return label
+    return f"fair {label}" if label not in (0, 1) else "fair" if label else "biased"
 
 
-def _check_number(name: str, value, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not low <= value <= high:
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if not is_real(value) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
 
 
+AnyFair: TypeAlias = Fair | bool | float | str  # what is taken for one
 _BIASED, _FAIR = Fair(strength=0.0), Fair()
 FLOOR = 4  # tokens of every instruction under fair="floor", where no number is given
 PROTECT_WORDS = ("sinks", "boundary")  # what ``protect`` knows beside names, texts and positions
@@ -165,7 +190,15 @@ class Layout:
 
     @classmethod
     def of(
-        cls, n_row: int, n_token: int, *, valid=None, spans=None, protect=None, n_sink: int = 4, limit: Callable[[int], int] | None = None
+        cls,
+        n_row: int,
+        n_token: int,
+        *,
+        valid: Table | None = None,
+        spans: Spans | None = None,
+        protect: Protect | None = None,
+        n_sink: int = 4,
+        limit: Callable[[int], int] | None = None,
     ) -> "Layout":
         """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are kept; for "boundary"."""
         if valid is None and spans is None and protect is None:
@@ -183,16 +216,16 @@ class Layout:
         return cls(n_token, ranges, named, protected)
 
     @cached_property
-    def valid_array(self) -> np.ndarray | None:
+    def valid_array(self) -> Int32 | None:
         """``valid`` as int32 (B, 2); None if all tokens are real."""
         return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
 
-    def plan(self, key, fair: Fair, make):
+    def plan(self, key: Hashable, fair: Fair, make: Callable[[], T]) -> T:
         """``make()``, or what it gave before for the same key and fairness."""
-        key = (key, fair)
-        if key not in self.plans:
-            self.plans[key] = make()
-        return self.plans[key]
+        full_key = (key, fair)
+        if full_key not in self.plans:
+            self.plans[full_key] = make()
+        return cast(T, self.plans[full_key])
 
     def segments(self, fair: Fair) -> list[list[tuple[int, int]]]:
         """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
@@ -244,7 +277,7 @@ class Layout:
                 raise BudgetError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
 
     @cached_property
-    def mask(self) -> np.ndarray | None:
+    def mask(self) -> npt.NDArray[np.uint8] | None:
         """The protected positions as uint8 (B,T); None if there are none."""
         if not any(self.protected):
             return None
@@ -253,12 +286,12 @@ class Layout:
             row[list(positions)] = 1
         return mask
 
-    def mask_beside(self, scores):
+    def mask_beside(self, scores: Array) -> Array | None:
         """:attr:`mask` where the scores are; copied to each GPU once, not at every layer."""
         key = ("mask", str(getattr(scores, "device", "cpu")))
         if key not in self.plans:
             self.plans[key] = None if self.mask is None else ops.beside(self.mask, scores)
-        return self.plans[key]
+        return cast("Array | None", self.plans[key])
 
 
 @lru_cache(maxsize=64)
@@ -268,48 +301,43 @@ def _bare_layout(n_row: int, n_token: int) -> Layout:
     return Layout(n_token, [(0, n_token)] * n_row, [{}] * n_row, [[]] * n_row)
 
 
-def _ranges(valid) -> list[tuple[int, int]]:
+def _ranges(valid: Table) -> list[tuple[int, int]]:
     """Rows (begin, end) of whole numbers."""
-    rows = valid.tolist() if hasattr(valid, "tolist") else valid
+    rows: object = valid.tolist() if hasattr(valid, "tolist") else valid
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
     out = []
     for row in rows:
         pair = tuple(row) if isinstance(row, Iterable) and not isinstance(row, (str, bytes)) else (row,)
-        if len(pair) != 2 or not all(_is_whole(x) for x in pair):
+        if len(pair) != 2 or not all(map(is_whole, pair)):
             raise TypeError(f"valid holds {row!r}; expected (begin, end), whole numbers")
         out.append((int(pair[0]), int(pair[1])))
     return out
 
 
-def _is_whole(x) -> bool:
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-
-
-def _is_mask(protect) -> bool:
+def _is_mask(protect: object) -> TypeGuard[Array]:
     return hasattr(protect, "dtype") and "bool" in str(protect.dtype)
 
 
-def _per_row(spans, n_row: int) -> list:
+def _per_row(spans: Spans | None, n_row: int) -> list[Any]:
     if spans is None or isinstance(spans, Mapping):
         return [spans] * n_row
     if isinstance(spans, (str, bytes)) or not isinstance(spans, Iterable):
         raise TypeError(f"spans is {spans!r}; expected (start, end) pairs, by name or in a list")
-    spans = list(spans)
-    if all(s is None or isinstance(s, Mapping) for s in spans) and spans:
-        if len(spans) != n_row:
-            raise ValueError(f"spans has {len(spans)} rows; expected {n_row}, as keys has")
-        return spans
-    return [spans] * n_row
+    rows = list(spans)
+    if all(row is None or isinstance(row, Mapping) for row in rows) and rows:
+        if len(rows) != n_row:
+            raise ValueError(f"spans has {len(rows)} rows; expected {n_row}, as keys has")
+        return rows
+    return [rows] * n_row
 
 
-def _named_spans(spans, low: int, high: int) -> dict[str, tuple[int, int]]:
+def _named_spans(spans: Mapping[str, Edges] | Sequence[Edges] | None, low: int, high: int) -> dict[str, tuple[int, int]]:
     """Spans as names -> pairs, checked, in order of position."""
     items = [] if spans is None else list(spans.items()) if isinstance(spans, Mapping) else [(f"span {i}", s) for i, s in enumerate(spans)]
     if wrong := [name for name, _ in items if not isinstance(name, str)]:
         raise TypeError(f"spans name {wrong[0]!r}; expected names that are texts")
-    out = {name: (int(edges[0]), int(edges[1])) for name, edges in ((n, _edges(n, s)) for n, s in items)}
-    out = dict(sorted(out.items(), key=lambda item: item[1]))
+    out = dict(sorted(((name, _edges(name, span)) for name, span in items), key=lambda item: item[1]))
     last_name, last_end = None, low
     for name, (begin, end) in out.items():
         if not low <= begin <= end <= high:
@@ -320,11 +348,11 @@ def _named_spans(spans, low: int, high: int) -> dict[str, tuple[int, int]]:
     return out
 
 
-def _edges(name, span):
-    if hasattr(span, "start") and hasattr(span, "end"):
+def _edges(name: str, span: Edges) -> tuple[int, int]:
+    if isinstance(span, HasEdges):
         return span.start, span.end
-    if isinstance(span, Sequence) and len(span) == 2 and all(_is_whole(x) for x in span):
-        return span
+    if isinstance(span, Sequence) and len(span) == 2 and all(map(is_whole, span)):
+        return int(span[0]), int(span[1])
     raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
 
 
@@ -335,7 +363,7 @@ def _cut(spans: Mapping[str, tuple[int, int]], low: int, high: int, template: st
     names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]
     if template == "absorb":
         return [(name, (b, e)) for name, b, e in zip(names, [low, *starts[1:]], [*starts[1:], high], strict=True)]
-    pieces = []
+    pieces: list[tuple[str | None, tuple[int, int]]] = []
     for name, begin, end in zip([*names, None], [*starts, high], [*ends, high], strict=True):
         if low < begin:
             pieces.append((None, (low, begin)))
@@ -353,7 +381,13 @@ def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
 
 
 def protected_positions(
-    protect, b: int, low: int, high: int, spans: Mapping[str, tuple[int, int]], n_sink: int, limit: Callable[[int], int] | None
+    protect: Protect | None,
+    b: int,
+    low: int,
+    high: int,
+    spans: Mapping[str, tuple[int, int]],
+    n_sink: int,
+    limit: Callable[[int], int] | None,
 ) -> list[int]:
     """Protected positions of row b: "sinks", "boundary", span names, positions, or a bool mask (T,) or (B,T).
 
@@ -367,13 +401,14 @@ def protected_positions(
         mask = np.asarray(protect)
         return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
     positions: set[int] = set()
-    for item in [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else protect:
+    items: Iterable[object] = [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else protect
+    for item in items:
         if isinstance(item, str):
             if item in spans:
                 positions.update(range(*spans[item]))
             elif item == "sinks":
                 positions.update(range(low, min(low + n_sink, high)))
-            elif item == "boundary":
+            elif item == "boundary" and limit is not None:
                 n_end = limit(high - low) // 10
                 positions.update(range(low, min(low + n_end, high)), range(max(high - n_end, low), high))
             else:
@@ -381,7 +416,7 @@ def protected_positions(
                     f"protect names {item!r}; expected 'sinks', 'boundary', a position, or one of the spans: "
                     f"{', '.join(spans) or 'none given'}"
                 )
-        elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
+        elif is_whole(item):
             if not low <= item < high:
                 raise ValueError(f"protect holds position {item}; expected one inside [{low}, {high})")
             positions.add(int(item))

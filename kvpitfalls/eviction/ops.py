@@ -9,19 +9,38 @@ to be waited for.
 import os
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import _core
+from ..numbers import is_real
+from .arrays import A, Array, Table
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["gather", "score", "select"]
+D = TypeVar("D", bound=np.generic)
 _MOST = 2**31 - 1  # tokens of a row: positions are int32
 _PADDED = 2**16  # positions of a head that may be padding beyond the tokens that there are
 _SCORERS = {name: dict(params) for name, _, params in _core.scorers()}
 
 
-def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
+def score(
+    scorer: str,
+    keys: A,
+    *,
+    queries: Array | None = None,
+    votes: Table | None = None,
+    valid: Table | None = None,
+    lse: Array | None = None,
+    **params: float,
+) -> A:
     """How much each cached token matters; higher means keep.
 
     Parameters
@@ -71,13 +90,16 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     values = [_number(x, name) for name, x in {**defaults, **params}.items()]
-    plain = [_plain(x, name) for x, name in ((keys, "keys"), (queries, "queries"), (lse, "lse"))]
-    arguments = scorer, *plain[:2], _int32(votes, "votes"), _int32(valid, "valid"), plain[2], out, values
+    tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
+    denominators = _plain(lse, "lse")
+    arguments = scorer, _plain(keys, "keys"), _plain(queries, "queries"), *tables, denominators, out, values
     _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
 
 
-def select(scores, quotas, *, segments=None, protect=None, valid=None):
+def select(
+    scores: A, quotas: Table, *, segments: Table | None = None, protect: Table | None = None, valid: Table | None = None
+) -> tuple[A, A]:
     """The positions to keep: the best of each segment, ascending.
 
     Parameters
@@ -115,20 +137,34 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
         raise ValueError(f"scores.shape[2] is {n_token}; expected at most {_MOST}")
     if quotas is None:
         raise TypeError("quotas is None; expected whole numbers, the tokens to keep of each segment")
-    quotas = expand_quotas(_int32(quotas, "quotas"), n_row, n_head)
-    segments = expand_segments(_int32(segments, "segments"), n_row, n_token)
+    each = expand_quotas(_int32(quotas, "quotas"), n_row, n_head)
+    edges = expand_segments(None if segments is None else _int32(segments, "segments"), n_row, n_token)
+    shielded: Array | None = None
     if protect is not None:
         mask = _host(protect)
         if mask.dtype.kind not in "biu":
             raise TypeError(f"protect has dtype {mask.dtype}; expected bool")
-        protect = beside(_expanded(mask.astype(np.uint8), (n_row, n_token), "protect"), scores)
-    n_kept = int(quotas.sum(-1, dtype=np.int64).max(initial=0))
+        shielded = beside(_expanded(mask.astype(np.uint8), (n_row, n_token), "protect"), scores)
+    n_kept = int(each.sum(-1, dtype=np.int64).max(initial=0))
     if n_kept > n_token + _PADDED:  # it is so much memory for each head, whatever there is to keep
         raise ValueError(f"quotas sum to {n_kept}; expected at most {n_token + _PADDED} for rows of {n_token} tokens")
-    return select_checked(scores, segments, quotas, protect, _int32(valid, "valid"), n_kept)
+    return select_checked(scores, edges, each, shielded, None if valid is None else _int32(valid, "valid"), n_kept)
 
 
-def press_checked(scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, n_kept: int, **params):
+def press_checked(
+    scorer: str,
+    keys: A,
+    values: A,
+    queries: A | None,
+    votes: Table | None,
+    valid: npt.NDArray[np.int32] | None,
+    lse: Array | None,
+    segments: npt.NDArray[np.int32],
+    quotas: npt.NDArray[np.int32],
+    protect: Array | None,
+    n_kept: int,
+    **params: float,
+) -> tuple[A, A, A, A]:
     """:func:`score`, :func:`select` and :func:`gather` by one call, where nobody asks for the scores; the same bits.
 
     Parameters
@@ -158,12 +194,12 @@ def press_checked(scorer, keys, values, queries, votes, valid, lse, segments, qu
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
     numbers = [_number(params.get(name, initial), name) for name, initial in defaults.items()]
-    plain = [_plain(x, name) for x, name in ((keys, "keys"), (values, "values"), (queries, "queries"), (lse, "lse"))]
-    tables = _int32(votes, "votes"), _int32(valid, "valid")
-    return _core.press(scorer, *plain[:3], *tables, plain[3], segments, quotas, protect, numbers, n_kept, _n_worker())
+    k, v, q = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
+    table = None if votes is None else _int32(votes, "votes")
+    return _core.press(scorer, k, v, q, table, valid, _plain(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker())
 
 
-def _defaults_of(scorer, params) -> dict[str, float]:
+def _defaults_of(scorer: str, params: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(scorer, str) or scorer not in _SCORERS:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
     defaults = _SCORERS[scorer]
@@ -172,7 +208,14 @@ def _defaults_of(scorer, params) -> dict[str, float]:
     return defaults
 
 
-def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
+def select_checked(
+    scores: A,
+    segments: npt.NDArray[np.int32],
+    quotas: npt.NDArray[np.int32],
+    protect: Array | None,
+    valid: npt.NDArray[np.int32] | None,
+    n_kept: int,
+) -> tuple[A, A]:
     """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None.
 
     ``protect`` is where the scores are (:func:`beside`).
@@ -189,7 +232,7 @@ def select_checked(scores, segments, quotas, protect, valid, n_kept: int):
     return positions, counts
 
 
-def gather(keys, values, positions):
+def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
     """The kept rows of keys and values, in new contiguous memory; bit for bit.
 
     Parameters
@@ -220,30 +263,31 @@ def gather(keys, values, positions):
     kept = _shape(positions, "positions", 3)
     if kept[2] > (most := _shape(keys, "keys", 4)[2] + _PADDED):
         raise ValueError(f"positions.shape[2] is {kept[2]}; expected at most {most} for the tokens in keys")
-    out = [_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))]
+    out_keys, out_values = (_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values")))
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
-    _core.gather(_plain(keys, "keys"), _plain(values, "values"), _plain(positions, "positions"), *out, _n_worker())
-    return tuple(out)
+    plain = _plain(keys, "keys"), _plain(values, "values"), _plain(positions, "positions")
+    _core.gather(*plain, out_keys, out_values, _n_worker())
+    return out_keys, out_values
 
 
-def beside(mask: np.ndarray, scores):
+def beside(mask: npt.NDArray[np.uint8], scores: Array) -> Array:
     """The mask where the scores are. On a GPU it is a copy, for which the GPU is waited for."""
     return sys.modules["torch"].tensor(np.array(mask), device=scores.device) if _on_cuda(scores) else mask
 
 
-def expand_quotas(quotas: np.ndarray, n_row: int, n_head: int) -> np.ndarray:
+def expand_quotas(quotas: npt.NDArray[np.int32], n_row: int, n_head: int) -> npt.NDArray[np.int32]:
     """Quotas (B,H,S), from an int, (S,), (B,S) or (B,H,S)."""
     shaped = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
     return _expanded(shaped, (n_row, n_head, shaped.shape[-1]), "quotas")
 
 
-def expand_segments(segments: np.ndarray | None, n_row: int, n_token: int) -> np.ndarray:
+def expand_segments(segments: npt.NDArray[np.int32] | None, n_row: int, n_token: int) -> npt.NDArray[np.int32]:
     """Segment edges (B,S+1), from None (one segment), (S+1,) or (B,S+1)."""
     edges = np.array([0, n_token], np.int32) if segments is None else segments
     return _expanded(edges, (n_row, edges.shape[-1] if edges.ndim else 1), "segments")
 
 
-def _expanded(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+def _expanded(array: npt.NDArray[D], shape: tuple[int, ...], name: str) -> npt.NDArray[D]:
     """What ``np.broadcast_to`` gives, which takes longer than copying so little."""
     if array.shape == shape:
         return array
@@ -254,24 +298,24 @@ def _expanded(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarra
     return out
 
 
-def _number(x, name: str) -> float:
+def _number(x: object, name: str) -> float:
     """A scorer's parameter; True is one only where the parameter is a choice."""
-    if isinstance(x, (int, float, np.integer, np.floating)) and (not isinstance(x, bool) or name == "share_heads"):
+    if is_real(x) or (isinstance(x, bool) and name == "share_heads"):
         return float(x)
     raise TypeError(f"{name} is {x!r}; expected a number")
 
 
-def _is_torch(x) -> bool:
+def _is_torch(x: object) -> TypeGuard["torch.Tensor"]:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _on_cuda(x) -> bool:
-    return getattr(x, "is_cuda", False)
+def _on_cuda(x: object) -> TypeGuard["torch.Tensor"]:
+    return bool(getattr(x, "is_cuda", False))
 
 
 @lru_cache(maxsize=1)
-def _cuda_module():
+def _cuda_module() -> ModuleType | None:
     """The module of the CUDA kernels, which registers them with the core; None where they were not built."""
     try:
         from .. import _cuda
@@ -294,7 +338,7 @@ def cuda_path(device_index: int) -> tuple[bool, str]:
     """
     import torch
 
-    if _cuda_module() is None:
+    if (kernels := _cuda_module()) is None:
         return False, "torch operations on the GPU, because kvpitfalls was built without CUDA kernels (no nvcc was found)"
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return False, f"torch operations on the GPU, because torch {torch.__version__} does not tell its current stream (2.10 does)"
@@ -303,7 +347,7 @@ def cuda_path(device_index: int) -> tuple[bool, str]:
             False,
             f"torch operations on the GPU, because its compute capability is {capability[0]}.{capability[1]} (the kernels need 8.0)",
         )
-    return True, f"CUDA kernels ({_cuda_module().build_info()['compiler']})"
+    return True, f"CUDA kernels ({kernels.build_info()['compiler']})"
 
 
 @lru_cache(maxsize=64)
@@ -311,7 +355,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"score, select and gather run as {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _has_kernels(x) -> bool:
+def _has_kernels(x: object) -> bool:
     if not _on_cuda(x):
         return True
     runs, reason = cuda_path(x.device.index)
@@ -320,7 +364,7 @@ def _has_kernels(x) -> bool:
     return runs
 
 
-def _workspace(x, size, arguments):
+def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -> "torch.Tensor | None":
     """Scratch on the GPU, from torch's own pool; on the CPU the core sees to it."""
     if not _on_cuda(x):
         return None
@@ -328,25 +372,25 @@ def _workspace(x, size, arguments):
     return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
 
 
-def _plain(x, name: str):
+def _plain(x: Array | None, name: str) -> Any:
     """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage that was freed."""
     if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
         return x
     if x.layout is sys.modules["torch"].strided and (n_element := x.numel()):
         # most are contiguous, and this is asked for every layer
         last = n_element - 1 if x.is_contiguous() else sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        there, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * x.element_size()
-        if there < needed:
-            raise ValueError(f"{name} has storage of {there} bytes; expected at least {needed}: its memory was freed")
+        n_byte, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * x.element_size()
+        if n_byte < needed:
+            raise ValueError(f"{name} has storage of {n_byte} bytes; expected at least {needed}: its memory was freed")
     return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
 
 
-def _host(x) -> np.ndarray:
+def _host(x: Table) -> npt.NDArray[Any]:
     return x.detach().cpu().numpy() if _is_torch(x) else np.asarray(x)
 
 
-def _int32(x, name: str):
-    if x is None or (type(x) is np.ndarray and x.dtype == np.int32):
+def _int32(x: Table, name: str) -> npt.NDArray[np.int32]:
+    if type(x) is np.ndarray and x.dtype == np.int32:
         return x
     array = _host(x)
     if array.dtype.kind not in "iu":
@@ -356,7 +400,7 @@ def _int32(x, name: str):
     return np.asarray(array, np.int32)
 
 
-def _shape(x, name: str, ndim: int) -> tuple[int, ...]:
+def _shape(x: Array, name: str, ndim: int) -> tuple[int, ...]:
     if not hasattr(x, "shape"):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a NumPy array or a torch tensor")
     if len(x.shape) != ndim:
@@ -364,10 +408,10 @@ def _shape(x, name: str, ndim: int) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _empty(example, shape, dtype):
+def _empty(example: A, shape: tuple[int, ...], dtype: Any) -> A:
     if isinstance(example, np.ndarray) or not _is_torch(example):
-        return np.empty(shape, dtype)
-    return example.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype)
+        return cast(A, np.empty(shape, dtype))
+    return cast(A, example.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype))
 
 
 def _n_worker() -> int:

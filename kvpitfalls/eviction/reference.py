@@ -3,8 +3,13 @@
 Same names and signatures as :mod:`kvpitfalls.eviction.ops`. Short on purpose: each verb is meant to be read.
 """
 
+from typing import Any, cast
+
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from .arrays import A, Array, Table
 
 __all__ = ["gather", "score", "select"]
 _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), never O(T * T)
@@ -12,7 +17,16 @@ _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # firs
 _SUM, _MEAN, _AGE = 0, 1, 2
 
 
-def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **params):
+def score(
+    scorer: str,
+    keys: A,
+    *,
+    queries: Array | None = None,
+    votes: Table | None = None,
+    valid: Table | None = None,
+    lse: Array | None = None,
+    **params: float,
+) -> A:
     """How much each cached token matters; the definition of :func:`kvpitfalls.eviction.ops.score`, which has the parameters.
 
     Examples
@@ -30,7 +44,10 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
         rows = [torch.where(t - begin < params.get("n_sink", 4), 2 * n_token - t, t) for begin, _ in spans]
         out = torch.stack(rows)[:, None].expand(n_row, n_head, n_token).clone()
     elif scorer == "attention":
-        heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **params) for b in range(n_row)]
+        if queries is None or votes is None:
+            raise ValueError("queries or votes is None; scorer 'attention' needs both")
+        how: dict[str, Any] = {**params}
+        heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **how) for b in range(n_row)]
         out = torch.stack(heads)
     else:
         raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position' or 'attention'")
@@ -39,7 +56,18 @@ def score(scorer, keys, *, queries=None, votes=None, valid=None, lse=None, **par
     return _like(out.float(), keys)
 
 
-def _attention_row(b, keys, queries, votes, valid, lse, scaling=1.0, softcap=0.0, kernel_size=1, share_heads=0):
+def _attention_row(
+    b: int,
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    votes: npt.NDArray[Any],
+    valid: tuple[int, int],
+    lse: Array | None,
+    scaling: float = 1.0,
+    softcap: float = 0.0,
+    kernel_size: int = 1,
+    share_heads: int = 0,
+) -> torch.Tensor:
     """The attention scores (H,T) of one batch row: csrc/kvp.h states what a vote is."""
     n_head, n_token, n_query = keys.shape[1], keys.shape[2], queries.shape[2]
     group = queries.shape[1] // n_head
@@ -77,16 +105,18 @@ def _attention_row(b, keys, queries, votes, valid, lse, scaling=1.0, softcap=0.0
     return out
 
 
-def _within(position, vote, what):
+def _within(position: torch.Tensor, vote: npt.NDArray[Any], what: str) -> torch.Tensor:
     begin = _VOTE_RANGES[what]
     return (position >= int(vote[begin])) & (position < int(vote[begin + 1]))
 
 
-def _overlaps(vote, begin, end):
+def _overlaps(vote: npt.NDArray[Any], begin: int, end: int) -> bool:
     return any(max(begin, vote[i]) < min(end, vote[i + 1]) for i in (2, 4))
 
 
-def select(scores, quotas, *, segments=None, protect=None, valid=None):
+def select(
+    scores: A, quotas: Table, *, segments: Table | None = None, protect: Table | None = None, valid: Table | None = None
+) -> tuple[A, A]:
     """The positions to keep; the definition of :func:`kvpitfalls.eviction.ops.select`, which has the parameters.
 
     Examples
@@ -96,19 +126,19 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     """
     s = _tensor(scores)
     n_row, n_head, n_token = s.shape
-    quotas = np.asarray(_array(quotas), np.int32)
-    quotas = quotas.reshape(1, 1, -1) if quotas.ndim < 2 else quotas[:, None] if quotas.ndim == 2 else quotas
-    quotas = np.broadcast_to(quotas, (n_row, n_head, quotas.shape[-1]))
-    segments = np.broadcast_to([0, n_token] if segments is None else _array(segments), (n_row, quotas.shape[-1] + 1))
+    each = np.asarray(_array(quotas), np.int32)
+    each = each.reshape(1, 1, -1) if each.ndim < 2 else each[:, None] if each.ndim == 2 else each
+    each = np.broadcast_to(each, (n_row, n_head, each.shape[-1]))
+    edges = np.broadcast_to([0, n_token] if segments is None else _array(segments), (n_row, each.shape[-1] + 1))
     spans = _valid_ranges(valid, n_row, n_token)
     shielded = np.zeros((n_row, n_token), bool) if protect is None else np.broadcast_to(_array(protect).astype(bool), (n_row, n_token))
-    out = np.full((n_row, n_head, int(quotas.sum(-1).max())), -1, np.int32)
+    out = np.full((n_row, n_head, int(each.sum(-1).max())), -1, np.int32)
     counts = np.zeros((n_row, n_head), np.int32)
     values = s.float().cpu().numpy()
     for b, h in np.ndindex(n_row, n_head):
-        kept = []
-        for j, quota in enumerate(quotas[b, h]):
-            begin, end = max(segments[b, j], spans[b][0]), min(segments[b, j + 1], spans[b][1])
+        kept: list[int] = []
+        for j, quota in enumerate(each[b, h]):
+            begin, end = max(edges[b, j], spans[b][0]), min(edges[b, j + 1], spans[b][1])
             t = np.arange(begin, max(begin, end))
             v = values[b, h, t]
             order = np.lexsort((t, np.where(shielded[b, t] | np.isnan(v), 0, -v), np.isnan(v) & ~shielded[b, t], ~shielded[b, t]))
@@ -118,7 +148,7 @@ def select(scores, quotas, *, segments=None, protect=None, valid=None):
     return _like(torch.from_numpy(out), scores), _like(torch.from_numpy(counts), scores)
 
 
-def gather(keys, values, positions):
+def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
     """The kept rows of keys and values; the definition of :func:`kvpitfalls.eviction.ops.gather`, which has the parameters.
 
     Examples
@@ -128,25 +158,26 @@ def gather(keys, values, positions):
     [[[[0.0, 1.0], [4.0, 5.0]]]]
     """
     index = _tensor(positions).long().to(_tensor(keys).device)[..., None]
-    out = []
-    for x in (keys, values):
-        t = _tensor(x)
-        rows = t.gather(2, index.clamp(min=0).expand(*index.shape[:3], t.shape[-1]))
-        out.append(_like(rows.masked_fill(index < 0, 0), x))
-    return tuple(out)
+    return _kept_rows(keys, index), _kept_rows(values, index)
 
 
-def _valid_ranges(valid, n_row, n_token):
+def _kept_rows(x: A, index: torch.Tensor) -> A:
+    t = _tensor(x)
+    rows = t.gather(2, index.clamp(min=0).expand(*index.shape[:3], t.shape[-1]))
+    return _like(rows.masked_fill(index < 0, 0), x)
+
+
+def _valid_ranges(valid: Table | None, n_row: int, n_token: int) -> list[tuple[int, int]]:
     return [(0, n_token)] * n_row if valid is None else [(int(begin), int(end)) for begin, end in _array(valid)]
 
 
-def _tensor(x):
+def _tensor(x: Array) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
 
 
-def _array(x):
+def _array(x: Table) -> npt.NDArray[Any]:
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
-def _like(result, example):
-    return result.to(example.device) if isinstance(example, torch.Tensor) else result.cpu().numpy()
+def _like(result: torch.Tensor, example: A) -> A:
+    return cast(A, result.to(example.device) if isinstance(example, torch.Tensor) else result.cpu().numpy())

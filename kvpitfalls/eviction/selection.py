@@ -9,21 +9,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
 
 import numpy as np
 
 from ..errors import BudgetError
+from ..numbers import is_real, is_whole
 from ..policies import Inputs, Policy, get_policy
+from ..policies.base import AnyPolicy
 from ..policies.rotary import Rotary
 from . import ops
 from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
+from .arrays import A, Array, Int32, Table
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
-from .fairness import Fair, Layout
+from .fairness import AnyFair, Fair, Layout, Protect, Spans
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Generic[A]):
     """What :func:`keep` keeps.
 
     Attributes
@@ -47,18 +53,18 @@ class Kept:
     ([0, 1, 2, 7, 8, 9], [[6, 6]], [3, 3], [[0, 5, 10]])
     """
 
-    positions: Any
-    counts: Any
-    scores: Any
-    quotas: np.ndarray
-    segments: np.ndarray
+    positions: A
+    counts: A
+    scores: A
+    quotas: Int32
+    segments: Int32
 
 
 @dataclass(frozen=True)
 class Ranked:
     """Scores of one layer under one policy and fairness, before any budget: what :func:`choose` selects from."""
 
-    scores: Any
+    scores: Array
     layout: Layout
     fair: Fair
     segments: list[list[tuple[int, int]]]
@@ -75,14 +81,18 @@ def rank(
     policy: Policy,
     fair: Fair,
     layout: Layout,
-    keys,
-    queries,
+    keys: Array,
+    queries: Array | None,
     scaling: float | None = None,
-    softcap: float = 0.0,
-    sinks=None,
+    softcap: float | None = 0.0,
+    sinks: "torch.Tensor | None" = None,
     share_heads: bool = False,
-    lse=None,
-    **layer,
+    lse: Array | None = None,
+    *,
+    values: Array | None = None,
+    layer: int = 0,
+    n_layer: int = 1,
+    rotary: Rotary | None = None,
 ) -> Ranked:
     """Score one layer.
 
@@ -99,14 +109,14 @@ def rank(
         One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
-    **layer
-        ``values``, ``layer``, ``n_layer`` and ``rotary`` of :class:`Inputs`.
+    values, layer, n_layer, rotary
+        See :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
-    if policy.needs_values and layer.get("values") is None:
+    if policy.needs_values and values is None:
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    if policy.needs_rotary and layer.get("rotary") is None:
+    if policy.needs_rotary and rotary is None:
         raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     if not isfinite(scaling):
@@ -115,7 +125,8 @@ def rank(
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **layer)
+    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary}
+    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -123,29 +134,37 @@ def rank(
             f"expected float32 {tuple(keys.shape[:3])}"
         )
     if share_heads:
-        scores = scores.double().mean(1, keepdim=True).float()  # double: equal whole numbers of any size must stay equal
+        scores = _mean_over_heads(scores)
     unfair = Fair.parse(False)
-    given = (keys, queries, scaling, softcap, sinks, share_heads, lse)
-    biased = rank(policy, unfair, layout, *given, **layer) if 0 < fair.strength < 1 else None
-    return Ranked(scores, layout, fair, segments, (inputs.layer, inputs.n_layer), paper and not policy.paper_quotas, biased)
+    call = (keys, queries, scaling, softcap, sinks, share_heads, lse)
+    is_between = 0 < fair.strength < 1
+    biased = rank(policy, unfair, layout, *call, **of_layer) if is_between else None
+    return Ranked(scores, layout, fair, segments, (layer, n_layer), paper and not policy.paper_quotas, biased)
+
+
+def _mean_over_heads(scores: Array) -> Array:
+    """(B,1,T), by way of float64: equal whole numbers of any size must stay equal."""
+    if isinstance(scores, np.ndarray):
+        return np.asarray(scores.mean(1, dtype=np.float64, keepdims=True), np.float32)
+    return scores.double().mean(1, keepdim=True).float()
 
 
 class _Plan(NamedTuple):
     """What a selection needs beside the scores, as the core takes it."""
 
-    edges: np.ndarray  # int32 (B,S+1)
-    quotas: np.ndarray  # int32 (B,H,S)
+    edges: Int32  # int32 (B,S+1)
+    quotas: Int32  # int32 (B,H,S)
     n_kept: int  # the largest sum of quotas
 
 
-def _plan_of(edges: np.ndarray, quotas: np.ndarray, n_head: int) -> _Plan:
+def _plan_of(edges: Int32, quotas: Int32, n_head: int) -> _Plan:
     shaped = quotas if quotas.ndim == 3 else np.broadcast_to(quotas[:, None], (len(quotas), n_head, quotas.shape[-1]))
     quotas = np.array(shaped, np.int32)
     quotas.flags.writeable = edges.flags.writeable = False  # shared by all layers
     return _Plan(edges, quotas, int(quotas.sum(-1).max()))
 
 
-def _select(ranked: Ranked, plan: _Plan) -> Kept:
+def _select(ranked: Ranked, plan: _Plan) -> Kept[Array]:
     layout = ranked.layout
     positions, counts = ops.select_checked(
         ranked.scores, plan.edges, plan.quotas, layout.mask_beside(ranked.scores), layout.valid_array, plan.n_kept
@@ -153,13 +172,15 @@ def _select(ranked: Ranked, plan: _Plan) -> Kept:
     return Kept(positions, counts, ranked.scores, plan.quotas, plan.edges)
 
 
-def choose(ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None, allocation: Allocation = UNIFORM) -> Kept:
+def choose(
+    ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None, allocation: Allocation = UNIFORM
+) -> Kept[Array]:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
     budgets = _budgets(ranked, compression_ratio, budget, allocation)
     return _choose(ranked, budgets, allocation)
 
 
-def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept:
+def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept[Array]:
     layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
     key = (n_head, budgets)
     whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, budgets))
@@ -187,13 +208,15 @@ def _over_heads(ranked: Ranked, plan: _Plan, allocation: Allocation) -> _Plan:
     return _plan_of(plan.edges, head_quotas(allocation, scores, plan.edges, plan.quotas), scores.shape[1])
 
 
-def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: Allocation) -> np.ndarray:
+def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: Allocation) -> Int32:
     """Quotas (B,H,S) between what the biased policy keeps and the plan's, and none below its floor."""
+    if ranked.biased is None:
+        raise ValueError("these scores were ranked without those of the biased policy; expected a strength between 0 and 1")
     counts, quotas = count_per_segment(_choose(ranked.biased, budgets, allocation), plan.edges), plan.quotas
     if allocation.shares_heads:  # the sums are those of all heads together
         counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
-    quotas = blend(counts, quotas, ranked.fair.strength).reshape(plan.quotas.shape)
-    floors = _padded(ranked.layout.floors(ranked.fair), quotas.shape[-1])[:, None]
+    quotas = np.reshape(blend(counts, quotas, ranked.fair.strength), plan.quotas.shape)
+    floors: Int32 = _padded(ranked.layout.floors(ranked.fair), plan.quotas.shape[-1])[:, None]
     if not ranked.fair.min_tokens:
         return quotas
     if not allocation.shares_heads:
@@ -202,14 +225,14 @@ def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: 
     return raised_to(quotas.reshape(flat.shape), flat).reshape(quotas.shape)
 
 
-def _select_with_floors(ranked: Ranked, whole: _Plan, allocation: Allocation) -> Kept:
+def _select_with_floors(ranked: Ranked, whole: _Plan, allocation: Allocation) -> Kept[Array]:
     """The best of the whole row, but first those that must be kept of each segment."""
     first = _select(ranked, _plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
     raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
     return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
 
 
-def floors_of(layout: Layout, fair: Fair) -> tuple[np.ndarray, np.ndarray]:
+def floors_of(layout: Layout, fair: Fair) -> tuple[Int32, Int32]:
     """The segments' edges (B,S+1), and how many tokens of each are kept at least (B,S)."""
     segments = layout.segments(fair)
     return _edges_array(segments, layout), _padded(layout.floors(fair), max(map(len, segments)))
@@ -222,7 +245,7 @@ def _budgets(ranked: Ranked, compression_ratio: float | None, budget: int | None
     return tuple(layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths)
 
 
-def _padded(rows: list[list[int]], n_segment: int) -> np.ndarray:
+def _padded(rows: list[list[int]], n_segment: int) -> Int32:
     """Rows (B,S), zeros at the end of the shorter ones."""
     return np.array([row + [0] * (n_segment - len(row)) for row in rows], np.int32)
 
@@ -237,7 +260,7 @@ def _fair_plan(ranked: Ranked, budgets: tuple[int, ...]) -> _Plan:
     return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
 
 
-def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: tuple[int, ...]) -> np.ndarray:
+def _fair_quotas(layout: Layout, fair: Fair, segments: list[list[tuple[int, int]]], budgets: tuple[int, ...]) -> Int32:
     """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
     quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
     for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):
@@ -250,7 +273,7 @@ def _fair_quotas(layout: Layout, fair: Fair, segments, budgets: tuple[int, ...])
     return quotas
 
 
-def _edges_array(segments, layout: Layout) -> np.ndarray:
+def _edges_array(segments: list[list[tuple[int, int]]], layout: Layout) -> Int32:
     """Segments as edges (B,S+1); rows with fewer segments end in empty ones."""
     n_segment = max(map(len, segments))
     edges = np.empty((len(segments), n_segment + 1), np.int32)
@@ -261,7 +284,7 @@ def _edges_array(segments, layout: Layout) -> np.ndarray:
     return edges
 
 
-def count_per_segment(kept: Kept, edges: np.ndarray) -> np.ndarray:
+def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
     """Kept tokens per segment, int (B,H,S)."""
     positions = kept.positions if isinstance(kept.positions, np.ndarray) else kept.positions.cpu().numpy()
     inside = [[(positions[b] >= low) & (positions[b] < high) for low, high in pairwise(row)] for b, row in enumerate(edges)]
@@ -269,24 +292,24 @@ def count_per_segment(kept: Kept, edges: np.ndarray) -> np.ndarray:
 
 
 def keep(
-    policy,
-    keys,
-    queries=None,
+    policy: AnyPolicy,
+    keys: A,
+    queries: A | None = None,
     *,
-    compression_ratio=None,
-    budget=None,
-    spans=None,
-    fair=False,
-    protect=None,
-    scaling=None,
-    valid=None,
-    softcap=0.0,
-    values=None,
-    layer=0,
-    n_layer=1,
-    allocation=None,
-    rotary=None,
-) -> Kept:
+    compression_ratio: float | None = None,
+    budget: int | None = None,
+    spans: Spans | None = None,
+    fair: AnyFair = False,
+    protect: Protect | None = None,
+    scaling: float | None = None,
+    valid: Table | None = None,
+    softcap: float | None = 0.0,
+    values: A | None = None,
+    layer: int = 0,
+    n_layer: int = 1,
+    allocation: Allocation | str | None = None,
+    rotary: Rotary | None = None,
+) -> Kept[A]:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
     Parameters
@@ -345,17 +368,18 @@ def keep(
     if len(keys.shape) != 4:
         raise ValueError(f"keys has shape {tuple(keys.shape)}; expected (B, H, T, D)")
     for name, value in (("scaling", scaling), ("softcap", softcap)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating, type(None))):
+        if value is not None and not is_real(value):
             raise TypeError(f"{name} is {value!r}; expected a number")
     _check_layer(keys, values, layer, n_layer)
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(f"rotary is a {type(rotary).__name__}; expected a kvpitfalls.Rotary")
-    limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
-    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
+    limit = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget)
+    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=policy.n_sink, limit=limit)
     allocation = allocation_of(policy, allocation)
     check_room(policy, fair, allocation, layout, limit, n_layer)
     ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary)
-    return choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
+    kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
+    return cast("Kept[A]", kept)  # in the library of the keys
 
 
 def allocation_of(policy: Policy, allocation: Allocation | str | None) -> Allocation:
@@ -384,15 +408,16 @@ def check_room(policy: Policy, fair: Fair, allocation: Allocation, layout: Layou
     layout.check_room(fair, smallest)
 
 
-def _check_layer(keys, values, layer, n_layer) -> None:
+def _check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
     if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
         raise ValueError(
             f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as keys has"
         )
     if values is not None and type(values) is not type(keys):
         raise TypeError(f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type")
-    for name, value in (("layer", layer), ("n_layer", n_layer)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} is {value!r}; expected a whole number")
+    if not is_whole(layer):
+        raise TypeError(f"layer is {layer!r}; expected a whole number")
+    if not is_whole(n_layer):
+        raise TypeError(f"n_layer is {n_layer!r}; expected a whole number")
     if not 0 <= layer < n_layer:
         raise ValueError(f"layer is {layer} of {n_layer}; expected one in [0, {n_layer})")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..eviction.budget import check_budget
+from ..numbers import check_whole, is_whole
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode
@@ -89,10 +90,8 @@ class SweepConfig:
         lowest = {"n_prompts": 1, "attacks_per_prompt": 1, "batch_size": 1, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
-            if value is None and name in ("n_prompts", "attacks_per_prompt"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} is {value!r}; expected a whole number, at least {low}")
+            if value is not None or name not in ("n_prompts", "attacks_per_prompt"):
+                check_whole(name, value, low)
         for ratio in self.compression_ratios:
             check_budget(ratio, None)
         # lambda as a name, ratio 0 first: what records hold is written in one way only
@@ -105,7 +104,7 @@ class SweepConfig:
         _check_names("orders", self.orders, ORDERS)
         _check_names("kinds", self.kinds, KINDS)
         for kind, limit in self.max_new_tokens.items():
-            if kind not in KINDS or isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            if kind not in KINDS or not is_whole(limit) or limit < 1:
                 raise ValueError(f"max_new_tokens[{kind!r}] is {limit!r}; expected one of {', '.join(KINDS)} and a number of at least 1")
         for name in ("models", "orders", "policies", "modes", "defenses", "kinds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):

@@ -19,6 +19,7 @@ from ..hf.forward import AttentionCall
 from ..hf.generate import answers
 from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
+from ..numbers import check_whole
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .intervals import influence, mean_interval
@@ -184,8 +185,7 @@ def effects(
     """
     prompts, questions = _checked(prompt, said)
     check_budget(compression_ratio, None)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, at least 1")
+    check_whole("max_new_tokens", max_new_tokens, 1)
     evict = Evict(get_policy(policy), Fair.parse(fair), compression_ratio, None, protect)
     attach(model)
     try:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from ..eviction.fairness import FLOOR, Fair
+from ..numbers import is_real
 
 MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense", "boundary", "floor")
 #: Side by side: what is fixed, the control, and the fixes.
@@ -68,7 +69,7 @@ class Mode:
         ValueError
             For anything else.
         """
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
+        if is_real(given):
             if not 0 <= given <= 1:
                 raise _error(given)
             given = f"lambda={float(given):g}"

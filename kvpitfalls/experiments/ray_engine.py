@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..numbers import check_whole
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus
@@ -31,8 +32,8 @@ def need_ray(config: SweepConfig, workers: int | None) -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise ImportError("the engine 'ray' needs the package ray; expected pip install 'kvpitfalls[ray]'")
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise ValueError(f"workers is {workers!r}; expected a whole number, at least 1")
+    if workers is not None:
+        check_whole("workers", workers, 1)
     if ":" in config.device:
         raise ValueError(f"device is {config.device!r}; expected 'cuda' with the engine 'ray', which gives each worker a GPU of its own")
 

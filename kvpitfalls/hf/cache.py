@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,9 +12,13 @@ from transformers.cache_utils import DynamicLayer
 
 from ..display.markup import block
 from ..errors import NotInterceptedError
+from ..numbers import is_whole
 from .layer import KeptLayer
 from .origin import Origin
 from .report import Report
+
+if TYPE_CHECKING:
+    from .action import Action
 
 
 class KeptCache(DynamicCache):
@@ -48,19 +53,19 @@ class KeptCache(DynamicCache):
     (array([0, 1, 2, 3], dtype=int32), (30, 3))
     """
 
-    action = None
-    progress = None  # a bar that counts layers, while a prefill runs
+    action: "Action | None" = None
+    progress: Any = None  # a bar that counts layers, while a prefill runs
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
     is_half_filled = False  # a forward on it was broken off
     peak_bytes = 0  # the most that note_peak saw
 
-    def __init__(self, config=None, action=None):
+    def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
         super().__init__(config=config)
         self.adopt(config, action)
 
-    def adopt(self, config, action) -> "KeptCache":
+    def adopt(self, config: Any, action: "Action | None") -> "KeptCache":
         """Replace the plain layers of this empty cache. ``action`` is called with each layer after its prefill."""
         fresh = DynamicCache(config=config).layers
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
@@ -208,7 +213,7 @@ class KeptCache(DynamicCache):
 
     def positions(self, layer: int) -> np.ndarray:
         """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than K."""
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+        if not is_whole(layer) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer is {layer!r}; expected a number in [0, {len(self.layers)})")
         of_layer = self.layers[layer]
         if not isinstance(of_layer, KeptLayer):
@@ -223,7 +228,7 @@ class KeptCache(DynamicCache):
     def kept(self, span: str | tuple[int, int], row: int = 0) -> np.ndarray:
         """Kept share of an instruction, float64 (layers, H): by name, or by token range (start, end)."""
         n_row = max(1, len(self.spans))
-        if isinstance(row, bool) or not isinstance(row, int) or not -n_row <= row < n_row:
+        if not is_whole(row) or not -n_row <= row < n_row:
             raise ValueError(f"row is {row!r}; expected one of the {n_row} of the batch")
         if isinstance(span, str):
             of_row = self.spans[row] if row < len(self.spans) else {}

@@ -35,7 +35,7 @@ class Evict(Action):
     @property
     def n_sink(self) -> int:
         """What protect="sinks" protects."""
-        return getattr(self.policy, "n_sink", 4)
+        return self.policy.n_sink
 
     @property
     def evicts(self) -> bool:  # type: ignore[override]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..numbers import check_whole
 from .cache import KeptCache, why_not_compressed
 from .layer import KeptLayer
 from .step_graph import StepGraph, why_not, why_not_this
@@ -282,8 +283,7 @@ class FixedCache(KeptCache):
 
 
 def _check(cache: KeptCache, n_room: int) -> None:
-    if isinstance(n_room, bool) or not isinstance(n_room, int) or n_room < 1:
-        raise ValueError(f"max_new_tokens is {n_room!r}; expected a whole number, at least 1")
+    check_whole("max_new_tokens", n_room, 1)
     if others := {i: why_not_compressed(x) for i, x in enumerate(cache.layers) if not isinstance(x, KeptLayer)}:
         raise ValueError(f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of KeptLayers alone")
     if not cache.get_seq_length():

@@ -14,6 +14,7 @@ from ..display.progress import progress
 from ..eviction.budget import check_budget
 from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
 from ..eviction.selection import allocation_of
+from ..numbers import check_whole, is_real
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .action import Action
@@ -218,9 +219,8 @@ class Handle:
         """
         from .verify import shuffle_difference
 
-        if isinstance(n_token, bool) or not isinstance(n_token, int) or n_token < 2:
-            raise ValueError(f"n_token is {n_token!r}; expected a whole number, at least 2")
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        check_whole("n_token", n_token, 2)
+        if not is_real(tolerance) or not tolerance >= 0:
             raise ValueError(f"tolerance is {tolerance!r}; expected a number, at least 0")
         return shuffle_difference(self.model, n_token, tolerance)
 

@@ -46,11 +46,11 @@ class AdaKV(SnapKV):
     aliases = ("ada",)
     holds = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.allocation  # noqa: B018 - an alpha that it refuses
 
     @property
-    def allocation(self) -> Ada:
+    def allocation(self) -> Ada:  # type: ignore[override] # read only, as whoever asks takes it
         """See the class."""
         return Ada(self.alpha)

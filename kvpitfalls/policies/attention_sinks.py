@@ -1,13 +1,20 @@
 """Attention sinks that are learned logits (gpt-oss): each head has one, and it takes its share of every softmax."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Inputs
 
 _QUERY_BLOCK = 256  # attention rows held at a time
 
 
-def denominators_with_sinks(inputs, votes: np.ndarray):
+def denominators_with_sinks(inputs: "Inputs", votes: npt.NDArray[np.int32]) -> "torch.Tensor":
     """Log of each voter's softmax denominator, its head's sink included.
 
     Parameters
@@ -24,7 +31,9 @@ def denominators_with_sinks(inputs, votes: np.ndarray):
     """
     import torch
 
-    keys, queries = inputs.keys, inputs.queries
+    if inputs.queries is None or inputs.sinks is None:
+        raise ValueError("queries or sinks are None; expected both")
+    keys, queries = torch.as_tensor(inputs.keys), torch.as_tensor(inputs.queries)
     n_query, n_token, group = queries.shape[2], keys.shape[2], queries.shape[1] // keys.shape[1]
     out = torch.full(queries.shape[:3], -math.inf, dtype=torch.float32, device=keys.device)
     sinks = inputs.sinks.detach().float().to(keys.device)
@@ -43,5 +52,5 @@ def denominators_with_sinks(inputs, votes: np.ndarray):
     return out
 
 
-def _voters(votes: np.ndarray) -> list[int]:
+def _voters(votes: npt.NDArray[np.int32]) -> list[int]:
     return sorted({t for vote in votes for first in (2, 4) for t in range(vote[first], vote[first + 1])})

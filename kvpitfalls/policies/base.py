@@ -5,13 +5,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
+from ..eviction.arrays import Array
 from .attention_sinks import denominators_with_sinks
+
+if TYPE_CHECKING:
+    import torch
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
 
@@ -49,7 +54,7 @@ class Vote(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _pack(votes: tuple[tuple[Vote, ...], ...]) -> np.ndarray:
+def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
     """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end in empty ones."""
     packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
     for row, of_row in zip(packed, votes, strict=True):
@@ -96,17 +101,17 @@ class Inputs:
     array([[[-5., -1.]]], dtype=float32)
     """
 
-    keys: Any
-    queries: Any
+    keys: Array
+    queries: Array | None
     scaling: float
     softcap: float
     valid: Sequence[tuple[int, int]]
     segments: Sequence[Sequence[tuple[int, int]]]
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
-    sinks: Any = None
-    lse: Any = None
-    values: Any = None
+    sinks: "torch.Tensor | None" = None
+    lse: Array | None = None
+    values: Array | None = None
     layer: int = 0
     n_layer: int = 1
     rotary: Any = None
@@ -114,18 +119,18 @@ class Inputs:
     @property
     def n_token(self) -> int:
         """T, padding included."""
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
     @cached_property
-    def valid_array(self) -> np.ndarray | None:
+    def valid_array(self) -> npt.NDArray[np.int32] | None:
         """``valid`` as the core takes it, int32 (B, 2); None if all tokens are real."""
         return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
 
-    def score(self, scorer: str, **params):
+    def score(self, scorer: str, **params: float) -> Array:
         """A scorer of the core that needs keys only: ``norm`` or ``position``."""
-        return ops.score(scorer, self.keys, valid=self.valid_array, **params)
+        return ops.score(scorer, self.keys, valid=self.valid_array, **params)  # type: ignore[arg-type] # parameters are numbers
 
-    def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False):
+    def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Array:
         """Scores from attention, float32 (B, H, T).
 
         Parameters
@@ -181,6 +186,8 @@ class Policy:
     running : bool
         While a budget is held: a token's score is the attention it received from all queries so far, divided by their number, instead
         of what :meth:`score` says.
+    n_sink : int
+        How many of a row's first tokens ``protect="sinks"`` keeps.
 
     Examples
     --------
@@ -206,10 +213,11 @@ class Policy:
     allocation: ClassVar[Allocation | str] = "uniform"
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
+    n_sink: int = 4
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
     paper_quotas: ClassVar[bool] = True
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         name = cls.__dict__.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -230,15 +238,17 @@ class Policy:
     def check(self, n_token: int, n_kept: int) -> None:
         """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept`` (fewer) are kept."""
 
-    def score(self, inputs: Inputs):
+    def score(self, inputs: Inputs) -> Array:
         """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""
         raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
 
 
+#: What is taken for a policy.
+AnyPolicy: TypeAlias = Policy | type[Policy] | str
 _registry: dict[str, type[Policy]] = {}
 
 
-def get_policy(policy: "Policy | type[Policy] | str") -> Policy:
+def get_policy(policy: AnyPolicy) -> Policy:
     """A policy object from an object, a class, or a registered name.
 
     Parameters

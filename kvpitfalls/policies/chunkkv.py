@@ -1,12 +1,17 @@
 """ChunkKV."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
-from .base import Policy, get_policy
+from ..eviction.arrays import Array
+from ..numbers import is_whole
+from .base import Inputs, Policy, get_policy
 from .snapkv import SnapKV
 
 _SNAPKV = SnapKV()
+Spans: TypeAlias = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -54,51 +59,55 @@ class ChunkKV(Policy):
     name = "chunkkv"
     holds = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "policy", get_policy(self.policy))
         if isinstance(self.policy, ChunkKV):
             raise ValueError("policy is a ChunkKV itself; expected one that scores tokens")
-        if self.policy.allocation != "uniform":
+        if self._scorer.allocation != "uniform":
             raise ValueError(f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens")
-        is_length = isinstance(self.chunks, int) and not isinstance(self.chunks, bool) and self.chunks >= 1
+        is_length = is_whole(self.chunks) and self.chunks >= 1
         if not is_length and self.chunks != "instructions":
             raise ValueError(f"chunks is {self.chunks!r}; expected a whole number, at least 1, or 'instructions'")
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether the other policy does."""
-        return self.policy.needs_queries
+    def _scorer(self) -> Policy:
+        return get_policy(self.policy)
 
     @property
-    def needs_values(self) -> bool:
+    def needs_queries(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether the other policy does."""
-        return self.policy.needs_values
+        return self._scorer.needs_queries
 
     @property
-    def needs_rotary(self) -> bool:
+    def needs_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether the other policy does."""
-        return self.policy.needs_rotary
+        return self._scorer.needs_rotary
 
     @property
-    def paper_quotas(self) -> bool:
+    def needs_values(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
+        """Whether the other policy does."""
+        return self._scorer.needs_values
+
+    @property
+    def paper_quotas(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """As the other policy."""
-        return self.policy.paper_quotas
+        return self._scorer.paper_quotas
 
-    def check(self, n_token, n_kept):
+    def check(self, n_token: int, n_kept: int) -> None:
         """What the other policy checks."""
-        self.policy.check(n_token, n_kept)
+        self._scorer.check(n_token, n_kept)
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
-        scores = self.policy.score(inputs) + 0  # its own may be a view
+        scores: Array = self._scorer.score(inputs) + 0  # its own may be a view
         of_all = scores.sum(1)
         for row, segments in enumerate(inputs.segments):
             for begin, end in self._chunks(segments, inputs.spans[row], inputs.valid[row]):
                 scores[row, :, begin:end] = of_all[row, begin:end].mean()
         return scores
 
-    def _chunks(self, segments, spans, valid):
-        if self.chunks != "instructions":
+    def _chunks(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
+        if isinstance(self.chunks, int):
             return [(at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)]
         if not spans or len(segments) > 1:
             given = "no instructions" if not spans else "segments that have quotas"

@@ -1,8 +1,10 @@
 """H2O."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Policy, Vote
+from ..eviction.arrays import Array
+from .base import Inputs, Policy, Vote
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class H2O(Policy):
     needs_queries = True
     running = True
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         if inputs.paper:
             return inputs.attend([_paper_votes(*row) for row in zip(inputs.valid, inputs.spans, strict=True)])
@@ -43,7 +45,7 @@ def _vote(keys: tuple[int, int], end: int) -> Vote:
     return Vote(keys=keys, queries=(keys[0], end), weight="age", age_end=end)
 
 
-def _paper_votes(valid: tuple[int, int], spans) -> list[Vote]:
+def _paper_votes(valid: tuple[int, int], spans: Sequence[tuple[int, int]]) -> list[Vote]:
     """The authors' spans: the raw later span does not vote on the raw earlier one, whose divisor ends with it; all else is as unfair."""
     (begin, cut), (_, end) = spans
     own = Vote(keys=(begin, cut), queries=(begin, cut), more_queries=(end, valid[1]), weight="age", age_end=cut)

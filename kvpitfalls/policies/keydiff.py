@@ -1,10 +1,15 @@
 """KeyDiff."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import Policy
+from ..eviction.arrays import Array
+from .base import Inputs, Policy
+
+if TYPE_CHECKING:
+    import torch
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -35,7 +40,7 @@ class KeyDiff(Policy):
 
     name = "keydiff"
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         import torch
 
@@ -48,7 +53,8 @@ class KeyDiff(Policy):
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
 
-def _units(vectors):
+def _units(vectors: "torch.Tensor") -> "torch.Tensor":
     """Vectors (..., D) of length 1, whatever their length was: float32's largest and smallest included; those of length 0 stay."""
     scaled = vectors / vectors.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
-    return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
+    units: torch.Tensor = scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
+    return units

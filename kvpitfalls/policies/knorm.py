@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .base import Policy
+from ..eviction.arrays import Array
+from .base import Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,6 @@ class KNorm(Policy):
 
     name = "knorm"
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         return inputs.score("norm")

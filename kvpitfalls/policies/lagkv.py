@@ -1,10 +1,16 @@
 """LagKV."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import Policy
+from ..eviction.arrays import Array
+from ..numbers import check_whole
+from .base import Inputs, Policy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,11 @@ class LagKV(Policy):
     needs_values = True
     holds = False
 
-    def __post_init__(self):
-        for field, value, least in (("n_sink", self.n_sink, 0), ("lag_size", self.lag_size, 2)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field} is {value!r}; expected a whole number, at least {least}")
+    def __post_init__(self) -> None:
+        check_whole("n_sink", self.n_sink, 0)
+        check_whole("lag_size", self.lag_size, 2)
 
-    def check(self, n_token, n_kept):
+    def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
         if n_kept <= (n_always := n_token - self._n_ranked(n_token)):
             raise ValueError(
@@ -65,7 +70,7 @@ class LagKV(Policy):
     def _n_ranked(self, n_token: int) -> int:
         return max(0, (n_token - self.n_sink) // self.lag_size - 1) * self.lag_size
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         import torch
 
@@ -77,12 +82,13 @@ class LagKV(Policy):
             scores[row, :, begin:first] = 3
             if first < last:
                 chunks = (x[row, :, first : last + self.lag_size].unflatten(1, (-1, self.lag_size)) for x in both)
-                order = sum(map(_weights, chunks)).argsort(dim=-1, descending=True, stable=True)
+                by_keys, by_values = map(_weights, chunks)
+                order = (by_keys + by_values).argsort(dim=-1, descending=True, stable=True)
                 scores[row, :, first:last] = -order.argsort(-1).flatten(1) / self.lag_size
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
 
-def _weights(x):
+def _weights(x: "torch.Tensor") -> "torch.Tensor":
     """Of the tokens (H, C, L, D) of all chunks but the last, (H, C-1, L): each by the chunk after its own."""
     low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
     return ((x[:, :-1] - low) / (high - low)).masked_fill(high == low, 0).std(-1).softmax(-1)

@@ -48,15 +48,15 @@ class PyramidKV(SnapKV):
     aliases = ("pyramid",)
     holds = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.allocation  # noqa: B018 - a beta that it refuses
 
     @property
-    def allocation(self) -> Pyramid:
+    def allocation(self) -> Pyramid:  # type: ignore[override] # read only, as whoever asks takes it
         """See the class."""
         return Pyramid(self.beta, self.window_size)
 
-    def check(self, n_token, n_kept):
+    def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
         self.allocation.layers(n_token, n_kept, 2)

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import Policy
+from ..eviction.arrays import Array
+from .base import Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Random(Policy):
     name = "random"
     listed: ClassVar[bool] = False
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         like = inputs.score("position", n_sink=0)
         scores = np.zeros(tuple(like.shape), np.float32)

@@ -1,8 +1,11 @@
 """SnapKV."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Policy, Vote
+from ..eviction.arrays import Array
+from ..numbers import check_whole
+from .base import Inputs, Policy, Vote
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,22 @@ class SnapKV(Policy):
     aliases = ("snap",)
     needs_queries = True
 
-    def __post_init__(self):
-        for field, value in (("window_size", self.window_size), ("kernel_size", self.kernel_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; expected a whole number, at least 1")
+    def __post_init__(self) -> None:
+        check_whole("window_size", self.window_size, 1)
+        check_whole("kernel_size", self.kernel_size, 1)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
 
     @property
-    def recent_queries(self) -> int:
+    def recent_queries(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
         """The window."""
         return self.window_size
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
 
-    def _votes(self, segments) -> list[Vote]:
+    def _votes(self, segments: Sequence[tuple[int, int]]) -> list[Vote]:
         share, unused, votes = max(1, self.window_size // len(segments)), 0, []
         for i, (begin, end) in enumerate(segments):
             is_last = i == len(segments) - 1

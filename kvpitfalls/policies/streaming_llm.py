@@ -1,10 +1,14 @@
 """StreamingLLM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from .base import Policy
+from ..eviction.arrays import Array
+from ..numbers import check_whole
+from .base import Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,19 @@ class StreamingLLM(Policy):
     aliases = ("streamingllm",)
     paper_quotas = False
 
-    def __post_init__(self):
-        if isinstance(self.n_sink, bool) or not isinstance(self.n_sink, int) or self.n_sink < 0:
-            raise ValueError(f"n_sink is {self.n_sink!r}; expected a whole number, at least 0")
+    def __post_init__(self) -> None:
+        check_whole("n_sink", self.n_sink, 0)
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         if not inputs.paper:
             return inputs.score("position", n_sink=self.n_sink)
-        scores = inputs.score("position", n_sink=0)  # float32 (B,H,T) in the right library, overwritten
-        for b, row in enumerate(inputs.segments):
-            scores[b] = _like(self._ramps(row, inputs.n_token), scores)
-        return scores
+        like = inputs.score("position", n_sink=0)
+        ramps = np.stack([self._ramps(row, inputs.n_token) for row in inputs.segments])
+        scores = np.repeat(ramps[:, None], like.shape[1], axis=1)
+        return scores if isinstance(like, np.ndarray) else like.new_tensor(scores)
 
-    def _ramps(self, segments, n_token: int) -> np.ndarray:
+    def _ramps(self, segments: Sequence[tuple[int, int]], n_token: int) -> npt.NDArray[np.float32]:
         """The authors' scores: 1 for a sink, then one ramp from 0.1 to 0.9 per segment; the best of the whole row are kept."""
         (begin, cut), (_, end) = segments
         if cut <= begin + self.n_sink or end <= cut:
@@ -63,7 +66,3 @@ class StreamingLLM(Policy):
         row[begin + self.n_sink : cut] = np.linspace(0.1, 0.9, cut - begin - self.n_sink)
         row[cut:end] = np.linspace(0.1, 0.9, end - cut)
         return row
-
-
-def _like(row: np.ndarray, scores):
-    return row if isinstance(scores, np.ndarray) else scores.new_tensor(row)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Policy, Vote
+from ..eviction.arrays import Array
+from .base import Inputs, Policy, Vote
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TOVA(Policy):
     needs_queries = True
     recent_queries: ClassVar[int] = 1
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         votes = [[_vote(*segment) for segment in row if segment[0] < segment[1]] for row in inputs.segments]
         if inputs.paper:  # the authors' code gives the earlier anchor a place of its own only if the earlier span is not empty

@@ -4,9 +4,12 @@ import itertools
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any, TypeAlias
 
+Message: TypeAlias = Mapping[str, Any]
+Ranges: TypeAlias = Sequence[tuple[int, int]]  # of characters, or of tokens
 _NOW = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")  # what transformers gives templates to print the date
 _OURS = {
     "tokenize",
@@ -20,14 +23,14 @@ _OURS = {
 }
 
 
-def check_messages(messages, first: int = 0) -> list[dict]:
+def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
     """The messages as plain dicts; ``first`` is the number of the first of them in the conversation."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise TypeError(f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content")
-    messages = list(messages)
-    if not messages:
+    given: list[Any] = list(messages)
+    if not given:
         raise ValueError("messages is empty; expected at least one message")
-    for i, message in enumerate(messages, first):
+    for i, message in enumerate(given, first):
         if not isinstance(message, Mapping) or "role" not in message or not _has_content(message):
             raise ValueError(
                 f"message {i} is {short(message)}; expected a role and a content that is a str, or a list of parts that have a type and, "
@@ -43,10 +46,10 @@ def check_messages(messages, first: int = 0) -> list[dict]:
                 f"message {i} has a part of the type {short(other[0])}; expected parts of text. What a processor makes of images goes to "
                 "handle.compress as it is"
             )
-    return [dict(message) for message in messages]
+    return [dict(message) for message in given]
 
 
-def _has_content(message: Mapping) -> bool:
+def _has_content(message: Message) -> bool:
     content = message.get("content")
     if isinstance(content, list):
         parts = all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content)
@@ -54,7 +57,7 @@ def _has_content(message: Mapping) -> bool:
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
-def texts_of(message: Mapping) -> list[str]:
+def texts_of(message: Message) -> list[str]:
     """What a message says: its content, or each part of it that is text; nothing where it only calls tools."""
     content = message.get("content")
     if isinstance(content, str):
@@ -62,12 +65,12 @@ def texts_of(message: Mapping) -> list[str]:
     return [part["text"] for part in content or [] if part["type"] == "text"]
 
 
-def owners_of(messages: Iterable[Mapping]) -> list[int]:
+def owners_of(messages: Iterable[Message]) -> list[int]:
     """For each text of the messages, the number of its message."""
     return [i for i, message in enumerate(messages) for _ in texts_of(message)]
 
 
-def _with_texts(messages: Iterable[Mapping], texts: Iterator[str]) -> list[dict]:
+def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[str, Any]]:
     """The same messages, each text of theirs replaced by the next of these."""
     out = []
     for message in messages:
@@ -87,7 +90,7 @@ def check_encodable(what: str, text: str) -> None:
         raise ValueError(f"{what} holds the lone surrogate {lone.group()!a} at character {lone.start()}; expected text that UTF-8 can hold")
 
 
-def _apply_template(tokenizer, messages, **options):
+def _apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
@@ -96,14 +99,14 @@ def _apply_template(tokenizer, messages, **options):
         raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
 
 
-def check_options(options: Mapping) -> dict:
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a chat template, such as ``tools`` or ``enable_thinking``; how the result is given back is not the caller's to say."""
     if taken := sorted(options.keys() & _OURS):
         raise TypeError(f"the option {taken[0]!r} was given for the chat template; expected options of the template's own, such as tools")
     return dict(options)
 
 
-def at_time(tokenizer, options: Mapping, made: datetime) -> dict:
+def at_time(tokenizer: Any, options: Mapping[str, Any], made: datetime) -> dict[str, Any]:
     """The same options, for a template that prints ``made`` as the time; else it would look at the clock each time it is rendered.
 
     transformers hands a template plain data only, so the time is written into the template itself.
@@ -112,12 +115,14 @@ def at_time(tokenizer, options: Mapping, made: datetime) -> dict:
     return {**options, "chat_template": _NOW.sub(lambda call: repr(made.strftime(call[2])), template)}
 
 
-def template_ids(tokenizer, messages, options: Mapping) -> list[int]:
+def template_ids(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
     """The whole chat's token ids."""
     return list(_apply_template(tokenizer, messages, tokenize=True, return_dict=False, **options))
 
 
-def encoded_chat(tokenizer, messages, options: Mapping, allow_special_tokens: bool, first: int = 0):
+def encoded_chat(
+    tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any], allow_special_tokens: bool, first: int = 0
+) -> tuple[str, list[tuple[int, int]], Any]:
     """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
     text, contents = _render(tokenizer, messages, options)
     if not allow_special_tokens:
@@ -130,7 +135,7 @@ def encoded_chat(tokenizer, messages, options: Mapping, allow_special_tokens: bo
     return text, contents, encoded
 
 
-def may_hold_special(tokenizer, messages, ids: list[int], first: int, options: Mapping) -> bool:
+def may_hold_special(tokenizer: Any, messages: Sequence[Message], ids: list[int], first: int, options: Mapping[str, Any]) -> bool:
     """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first`` on."""
     _check_fields(tokenizer, messages, first)
     harmless = template_ids(tokenizer, [*messages[:first], *_with_texts(messages[first:], itertools.repeat("x"))], options)
@@ -139,7 +144,7 @@ def may_hold_special(tokenizer, messages, ids: list[int], first: int, options: M
     return held != expected
 
 
-def _check_fields(tokenizer, messages, first: int) -> None:
+def _check_fields(tokenizer: Any, messages: Sequence[Message], first: int) -> None:
     """Refuse special tokens in what messages hold beside their content, such as the arguments of ``tool_calls``."""
     for i, message in enumerate(messages[first:], first):
         for name, value in message.items():
@@ -155,7 +160,7 @@ def _check_fields(tokenizer, messages, first: int) -> None:
                     )
 
 
-def _strings(value) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     """Every text in lists and mappings within each other."""
     if isinstance(value, str):
         yield value
@@ -167,11 +172,11 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _special(tokenizer) -> set[int]:
+def _special(tokenizer: Any) -> set[int]:
     return {token for token, about in tokenizer.added_tokens_decoder.items() if about.special} | set(tokenizer.all_special_ids)
 
 
-def _check_forgery(tokenizer, text: str, encoded, contents, owners, first: int) -> None:
+def _check_forgery(tokenizer: Any, text: str, encoded: Any, contents: Ranges, owners: Sequence[int], first: int) -> None:
     """Refuse contents that hold a special token, or an added one that the template uses: to the model they are the template's own.
 
     What the tokenizer made of the text decides, not the text: it may know such a token in capitals or after normalization, too.
@@ -202,15 +207,15 @@ def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
     return begin, end
 
 
-def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int, int]]]:
+def _render(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat, and where each text of the messages stands in it.
 
     Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
     nowhere, which gives the pieces between the contents.
     """
 
-    def render(of):
-        return _apply_template(tokenizer, of, tokenize=False, **options)
+    def render(of: Sequence[Message]) -> str:
+        return str(_apply_template(tokenizer, of, tokenize=False, **options))
 
     text = render(messages)
     if printed := [i for i, m in enumerate(messages) if isinstance(m.get("content"), list) and str(m["content"]) in text]:
@@ -227,11 +232,11 @@ def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int,
             f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); expected messages that it "
             "shows: some put a system's into the user's that follows"
         )
-    at, contents = 0, []
+    at, contents = 0, list[tuple[int, int]]()
     for i, (said, owner) in enumerate(zip(texts, owners, strict=True)):
-        before, found, marked = marked.partition(f"{marker}{i}\ue002")
+        before, marker_there, marked = marked.partition(f"{marker}{i}\ue002")
         content = next((c for c in (said, said.strip()) if text.startswith(before + c, at)), None)
-        if not found or content is None:
+        if not marker_there or content is None:
             raise ValueError(f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text")
         contents.append((at + len(before), at + len(before) + len(content)))
         at = contents[-1][1]
@@ -240,13 +245,13 @@ def _render(tokenizer, messages, options: Mapping) -> tuple[str, list[tuple[int,
     return text, contents
 
 
-def short(given) -> str:
+def short(given: object) -> str:
     """What was given, on one line of bounded length."""
     shown = repr(given if not isinstance(given, str) else given[:61])
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def holder(contents, pair: tuple[int, int]) -> int | None:
+def holder(contents: Ranges, pair: tuple[int, int]) -> int | None:
     """The number of the first content that the range shares a character with; contents are in order and do not overlap."""
     i = bisect_right(contents, pair[0], key=lambda content: content[1])
     return i if i < len(contents) and shared(pair, contents[i]) else None

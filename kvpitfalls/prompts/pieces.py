@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from .chats import short
 
@@ -53,7 +53,7 @@ def pieces(text: str, how: str) -> list[tuple[int, int]]:
     return out
 
 
-def _cuts(text: str, how: str):
+def _cuts(text: str, how: str) -> Iterator[tuple[int, int]]:
     """(end of a piece, start of the next)."""
     if how == "lines":
         yield from (m.span() for m in _LINE_END.finditer(text))
@@ -61,14 +61,20 @@ def _cuts(text: str, how: str):
         return
     for begin, end in unwrapped_lines(text):
         for match in _STOP.finditer(text, begin, end):
-            after = _NEXT.match(text, match.end()).end()
+            after = _next(text, match.end())
             before = text[max(begin, match.start() - 60) : match.start()]
             if not _goes_on(before, match, text[after : min(end, after + 8)]):
                 yield match.end(), after
-        yield end, _NEXT.match(text, end).end()
+        yield end, _next(text, end)
 
 
-def _goes_on(before: str, stop: re.Match, after: str) -> bool:
+def _next(text: str, end: int) -> int:
+    """Where what follows a piece begins."""
+    following = _NEXT.match(text, end)
+    return end if following is None else following.end()
+
+
+def _goes_on(before: str, stop: re.Match[str], after: str) -> bool:
     """Whether a sentence does, after a stop."""
     after = after.lstrip(_OPENING)
     if stop["stop"] in ("...", "…") or (stop["closing"] or "").strip("*_`"):
@@ -143,7 +149,7 @@ def first_words(text: str) -> str:
     return name.rstrip(".,;:!?…。！？\"'”’*_`)") or name
 
 
-def unused(name: str, used) -> str:
+def unused(name: str, used: Container[str]) -> str:
     """The name, with a number if it is one of those ``used``, or a word if it means something else where it is given."""
     name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
     n, out = 1, name

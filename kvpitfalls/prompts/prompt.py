@@ -2,15 +2,18 @@
 
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import islice, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..display.markup import block, note, token_strip
+from ..numbers import is_whole
 from .chats import (
+    Message,
+    Ranges,
     at_time,
     check_encodable,
     check_messages,
@@ -24,6 +27,11 @@ from .chats import (
     template_ids,
 )
 from .pieces import marked
+
+if TYPE_CHECKING:
+    import torch
+
+Instructions: TypeAlias = Mapping[str, str | Sequence[int]] | str  # see Prompt.from_chat
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Prompt:
     spans: Mapping[str, Span]
     is_template: tuple[bool, ...]
     tokenizer: Any
-    messages: Sequence[Mapping] | None = None
+    messages: Sequence[Message] | None = None
     contents: tuple[tuple[int, int], ...] = ()
     roles: tuple[str, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -107,13 +115,13 @@ class Prompt:
     @classmethod
     def from_chat(
         cls,
-        tokenizer,
-        messages,
-        instructions=None,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        instructions: Instructions | None = None,
         add_generation_prompt: bool = False,
         *,
         allow_special_tokens: bool = False,
-        **template_options,
+        **template_options: Any,
     ) -> "Prompt":
         """A prompt from chat messages, rendered by the tokenizer's chat template.
 
@@ -161,7 +169,7 @@ class Prompt:
         return replace(cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made)._with(instructions)
 
     @classmethod
-    def from_text(cls, tokenizer, text: str, instructions=None) -> "Prompt":
+    def from_text(cls, tokenizer: Any, text: str, instructions: Instructions | None = None) -> "Prompt":
         """A prompt from plain text, with the special tokens the tokenizer adds by itself, and those that the text spells.
 
         A text that begins with the token that begins every text, as a rendered chat does, gets no second one.
@@ -181,15 +189,15 @@ class Prompt:
         return cls._build(tokenizer, text, _encoded(tokenizer, text), ((0, len(text)),), None)._with(instructions)
 
     @classmethod
-    def _build(cls, tokenizer, text, encoded, contents, messages) -> "Prompt":
-        ids, offsets = tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
+    def _build(cls, tokenizer: Any, text: str, encoded: Any, contents: Ranges, messages: Sequence[Message] | None) -> "Prompt":
+        ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
         is_template = tuple(holder(contents, pair) is None for pair in offsets)
         roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
         return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents), roles)
 
-    def marked(self, instructions) -> "Prompt":
+    def marked(self, instructions: Instructions) -> "Prompt":
         """The same prompt with other instructions, given as for :meth:`from_chat`.
 
         Examples
@@ -201,7 +209,7 @@ class Prompt:
         """
         return replace(self, spans={})._with(instructions)
 
-    def _with(self, instructions) -> "Prompt":
+    def _with(self, instructions: Instructions | None) -> "Prompt":
         if instructions is None:
             return self
         if not isinstance(instructions, str):
@@ -224,11 +232,11 @@ class Prompt:
         about = f"{len(self)} tokens; instructions: {listed or 'none'}. Small and pale: tokens of the chat template."
         return block("Prompt", note(about), token_strip(self.tokens, spans, is_template=self.is_template))
 
-    def __deepcopy__(self, memo) -> "Prompt":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prompt":
         return self
 
     @cached_property
-    def input_ids(self):
+    def input_ids(self) -> "torch.Tensor":
         """LongTensor (1, T)."""
         import torch
 
@@ -261,7 +269,7 @@ class Prompt:
         held = [holder(self.contents, pair) for pair in self.offsets]
         return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
 
-    def followed_by(self, user, *, allow_special_tokens: bool = False, **template_options):
+    def followed_by(self, user: str | Sequence[Message], *, allow_special_tokens: bool = False, **template_options: Any) -> "torch.Tensor":
         """Token ids of the conversation that goes on, LongTensor (1, L), ready for ``generate``.
 
         Parameters
@@ -311,19 +319,19 @@ class Prompt:
         return torch.tensor([full])
 
 
-def _check_tokenizer(tokenizer) -> None:
+def _check_tokenizer(tokenizer: object) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
 
 
-def _encoded(tokenizer, text: str):
+def _encoded(tokenizer: Any, text: str) -> Any:
     """Tokens of a plain text; not with two tokens that begin a text, of which one would be the tokenizer's and one the text's."""
     bos = tokenizer.bos_token
     twice = bos is not None and text.startswith(bos) and list(tokenizer(text)["input_ids"][:2]) == [tokenizer.bos_token_id] * 2
     return tokenizer(text, add_special_tokens=not twice, return_offsets_mapping=True)
 
 
-def find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tuple[int, int]]:
+def find_all(text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]] | None) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
     if instructions is not None and not isinstance(instructions, Mapping):
         raise TypeError(
@@ -343,7 +351,7 @@ def find_all(text: str, contents, instructions: Mapping | None) -> dict[str, tup
     return ordered
 
 
-def _find(text: str, contents, name, wanted) -> tuple[int, int]:
+def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[int, int]:
     if not isinstance(name, str) or not name:
         raise ValueError(f"an instruction is called {short(name)}; expected a name, a str that is not empty")
     check_encodable(f"the name of instruction {name!r}", name)
@@ -355,16 +363,16 @@ def _find(text: str, contents, name, wanted) -> tuple[int, int]:
         starts = list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
         if len(starts) != 1:
             times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
-            found = f"is in the prompt {times}, at characters {', '.join(map(str, starts))}" if starts else "is not in the prompt"
+            fault = f"is in the prompt {times}, at characters {', '.join(map(str, starts))}" if starts else "is not in the prompt"
             hint = "; a range (start, end) in characters says which one is meant" if starts else _near(text, contents, wanted)
-            raise ValueError(f"the text of instruction {name!r} {found}; expected it once: {short(wanted)}{hint}")
+            raise ValueError(f"the text of instruction {name!r} {fault}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
-    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in wanted):
+    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(map(is_whole, wanted)):
         if not 0 <= wanted[0] < wanted[1] <= len(text):
             raise ValueError(
                 f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) that is not empty"
             )
-        return tuple(wanted)
+        return wanted[0], wanted[1]
     raise ValueError(f"instruction {name!r} is {short(wanted)}; expected a text, or (start, end) in characters")
 
 
@@ -372,7 +380,7 @@ _MANY = 10
 _QUOTES = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2010\u2011\u2013\u2014", "'''\"\"\"----")
 
 
-def _near(text: str, contents, wanted: str) -> str:
+def _near(text: str, contents: Ranges, wanted: str) -> str:
     """A hint, where a text that is not there would be but for what the eye does not see."""
 
     def plain(part: str) -> str:
@@ -384,14 +392,14 @@ def _near(text: str, contents, wanted: str) -> str:
     return "; a text there differs from it only in Unicode form, quotes, dashes or white space"
 
 
-def _occurrences(text: str, wanted: str, begin: int, end: int):
+def _occurrences(text: str, wanted: str, begin: int, end: int) -> Iterator[int]:
     at = text.find(wanted, begin, end)
     while at >= 0:
         yield at
         at = text.find(wanted, at + 1, end)
 
 
-def token_spans(text: str, offsets, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False) -> dict[str, Span]:
+def token_spans(text: str, offsets: Ranges, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False) -> dict[str, Span]:
     """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many.
 
     ``ranges`` are in order and do not overlap. One that gets no token is refused, or left out if ``skip_empty``.

@@ -1,0 +1,21 @@
+"""Numbers that callers give, looked at in one way everywhere. True and False are none."""
+
+from typing import TypeGuard
+
+import numpy as np
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, Python's or NumPy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a number, Python's or NumPy's; it may be infinite or NaN."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless it is a whole number of Python's, at least ``least``: settings are hashed, printed and written to files."""
+    if not is_whole(value) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
