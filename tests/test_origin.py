@@ -80,7 +80,9 @@ def test_what_a_tokenizer_returns_is_a_prompt(llama):
     given = BatchEncoding({"input_ids": ids(2, N_PROMPT), "attention_mask": mask})
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache, wanted = handle.compress(given), handle.compress(ids(2, N_PROMPT), attention_mask=mask)
-        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid
+        by_name = handle.compress(**given)
+        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid == by_name.valid
+        assert all((by_name.positions(i) == wanted.positions(i)).all() for i in range(3))
         with pytest.raises(ValueError, match="attention_mask was given twice"):
             handle.compress(given, attention_mask=mask)
         with pytest.raises(

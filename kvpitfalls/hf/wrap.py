@@ -162,7 +162,7 @@ class Handle:
         return self._caches.make(spans=spans)
 
     @torch.no_grad()
-    def compress(self, prompt, attention_mask=None, spans=None, instructions=None) -> KeptCache:
+    def compress(self, prompt=None, attention_mask=None, spans=None, instructions=None, **inputs) -> KeptCache:
         """Prefill a prompt and evict.
 
         Parameters
@@ -172,9 +172,11 @@ class Handle:
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
-            The instructions, for token ids; a Prompt has its own.
+            The instructions, for token ids; a Prompt has its own. Padding counts: in a row that is padded on the left, they begin after it.
         instructions : {"sentences", "lines", "messages"} or mapping, optional
             For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
+        inputs
+            Instead of ``prompt``, what a tokenizer or a processor returned, by name: ``compress(**processor(...))``.
 
         Returns
         -------
@@ -182,6 +184,7 @@ class Handle:
         """
         if self.is_removed:
             raise ValueError("the handle was removed; expected a call inside the wrap")
+        prompt = _by_name(prompt, inputs)
         prompt = prompt if instructions is None else _marked(prompt, instructions)
         others = others_of(self.model, prompt)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
@@ -330,6 +333,16 @@ def _through_decoder(decoder, input_ids: torch.Tensor, **given) -> None:
     decoder(input_ids=input_ids, **given)
 
 
+def _by_name(prompt, inputs: Mapping):
+    """The prompt, or what was given by name in its place."""
+    if not inputs:
+        return prompt
+    if prompt is None and "input_ids" in inputs:
+        return inputs
+    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
+    raise TypeError(f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: compress(**inputs)")
+
+
 def _marked(prompt, instructions) -> list[Prompt]:
     prompts = [prompt] if isinstance(prompt, Prompt) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
@@ -411,5 +424,13 @@ def protected_in(prompt: Prompt, protect, n_sink: int, limit: Callable[[int], in
         if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
             known.append(item)
         else:
-            known.extend(prompt.tokens_of(item) if item in prompt.roles else range(*prompt.find(item)))
+            known.extend(prompt.tokens_of(item) if item in prompt.roles else _tokens_of_text(prompt, item))
     return protected_positions(known, 0, 0, len(prompt), spans, n_sink, limit)
+
+
+def _tokens_of_text(prompt: Prompt, text: str) -> range:
+    """Where a text stands; a text that is not there may be a name that was mistyped."""
+    try:
+        return range(*prompt.find(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'})") from error
