@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import build, ids
+from tiny_models import build, ids, tiny_prompt
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
@@ -369,6 +369,35 @@ def test_a_cache_whose_forward_was_broken_off_is_refused_until_it_is_reset(llama
             llama(tokens[:, -1:], **cache_argument(llama, cache))
         cache.reset()
         assert torch.equal(generate(llama, tokens, past_key_values=cache), wanted)
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0})])
+def test_dropout_is_refused_also_without_gradients(family, dropout):
+    model = build(family, **dropout).train()
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        for way in (handle.compress, lambda tokens: kvp.audit(model, tiny_prompt())):
+            with pytest.raises(kvp.UnsupportedModelError, match=r"training mode with dropout, .*; expected model\.eval"):
+                way(ids(1))
+    steady = build(family, attention_dropout=0, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0).train()
+    with kvp.wrap(steady, "knorm", compression_ratio=0.5) as handle:
+        one, two = handle.compress(ids(1)), handle.compress(ids(1))
+        assert torch.equal(one.layers[1].keys, two.layers[1].keys), "training mode alone makes nothing random"
+
+
+def test_a_wrap_of_ratio_0_lets_a_model_be_trained(llama):
+    def gradient():
+        llama.zero_grad()
+        llama(ids(), labels=ids()).loss.backward()
+        return llama.model.layers[1].mlp.up_proj.weight.grad.clone()
+
+    llama.train()
+    alone = gradient()
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        assert torch.equal(gradient(), alone)
+        llama.gradient_checkpointing_enable()
+        assert torch.allclose(gradient(), alone)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.NotInterceptedError, match="use_cache is False"):
+        llama(ids(), use_cache=False)
 
 
 def test_a_wrap_changes_neither_signature_nor_copies_of_the_model(llama):

@@ -22,7 +22,7 @@ from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
-from .coverage import attention_calls, check_cache, check_model, check_not_compiled, decoder_of
+from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
@@ -274,7 +274,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     name, cache = given_cache(bound)
     wrap = _wrap_for(decoder, attachment)
     if not isinstance(cache, KeptCache):
-        if wrap is None or _is_paused(decoder):
+        if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
             return args, kwargs, None
         if cache is None:
             if not _uses_cache(decoder, bound):
@@ -307,6 +307,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     if _inputs(bound).shape[1] > 1:  # not at each step: each takes a look at every module
         cache.check_decoder(decoder)
         check_not_compiled(decoder)
+        check_not_random(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
