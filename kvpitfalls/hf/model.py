@@ -96,6 +96,7 @@ class _Running:
     def __init__(self, decoder=None, wrap=None):
         self.decoder, self.wrap = decoder, wrap  # of generate
         self.came_by = False  # whether a forward of the decoder did
+        self.cache: KeptCache | None = None  # the newest that it filled
 
 
 def attach(model) -> _Attachment:
@@ -215,6 +216,8 @@ def _generate(model, generate, args, kwargs):
                 f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was "
                 "replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
+        if running.cache is not None and running.wrap is not None:
+            running.wrap.remember(running.cache)
         return output
     finally:
         local.generating = outer
@@ -231,8 +234,7 @@ def _outer(module, forward, args, kwargs):
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
     cache, before = given_cache(bound)[1], getattr(local, "outer", None)
-    is_generating = any(call.decoder is decoder for call in getattr(local, "generating", ()))  # then generate has made the positions
-    if isinstance(cache, KeptCache) and cache.n_seen and not is_generating:
+    if isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None:  # else generate has made the positions
         give_deltas(module, cache, len(_inputs(bound)))
     local.outer = (module, bound.get("input_ids"))
     try:
@@ -250,11 +252,16 @@ def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
 
 def _wrap_for(decoder, attachment: _Attachment):
     """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
-    for call in reversed(getattr(local, "generating", ())):
-        if call.decoder is decoder:
-            call.came_by = True
-            return call.wrap
-    return attachment.wrap
+    call = _generating(decoder)
+    if call is None:
+        return attachment.wrap
+    call.came_by = True
+    return call.wrap
+
+
+def _generating(decoder) -> _Running | None:
+    """The innermost call of ``generate`` on this thread that runs a decoder."""
+    return next((call for call in reversed(getattr(local, "generating", ())) if call.decoder is decoder), None)
 
 
 def _refuse_batching(model, start, args, kwargs):
@@ -311,6 +318,8 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     record = _begin(attachment, cache, bound)
     if record.prefill:
         cache.origin = cache.origin.filled_by(decoder)
+        if (call := _generating(decoder)) is not None:
+            call.cache = cache
     if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
         _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record

@@ -92,15 +92,27 @@ class _Caches:
     """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
 
     def __init__(self, config, action: Evict):
-        self.config, self.action, self.settings, self.newest = config, action, _settings(action), None
+        self.config, self.action, self.settings = config, action, _settings(action)
+        self.newest: weakref.ref | None = None
+        self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
     def make(self, cache: KeptCache | None = None, **changes) -> KeptCache:
         """A new empty cache, or an empty plain one made ours."""
         action = replace(self.action, **changes)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
-        self.newest = weakref.ref(cache)
+        self.newest, self.outline = weakref.ref(cache), None
         return cache
+
+    def remember(self, cache: KeptCache) -> None:
+        """Called when ``generate`` has ended with a cache that it made: what it says of itself outlives it."""
+        if self.newest is not None and self.newest() is cache:
+            self.outline = cache.outline()
+
+    def last(self) -> KeptCache | None:
+        """The newest cache, or what is left of it."""
+        cache = None if self.newest is None else self.newest()
+        return self.outline if cache is None else cache
 
 
 class Handle:
@@ -198,12 +210,12 @@ class Handle:
         return cache
 
     def _repr_html_(self) -> str:
-        cache = self._caches.newest() if self._caches.newest is not None else None
+        cache = self._caches.last()
         return block(repr(self)[1:-1], note("No cache yet.") if cache is None else cache.report().body())
 
     def report(self) -> Report:
-        """:meth:`KeptCache.report` of the newest cache that is still in use."""
-        cache = self._caches.newest() if self._caches.newest is not None else None
+        """:meth:`KeptCache.report` of the newest cache: one that is still in use, or that of a ``generate`` that has ended."""
+        cache = self._caches.last()
         if cache is None:
             raise ValueError("no cache was compressed yet, or none is in use any more; expected one to report on")
         return cache.report()
