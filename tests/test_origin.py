@@ -27,7 +27,7 @@ def llama():
 
 
 def generate(model, tokens, **given):
-    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **{**GREEDY, **given})
+    return model.generate(tokens, **{"attention_mask": torch.ones_like(tokens), **GREEDY, **given})
 
 
 def in_config(model):
@@ -231,6 +231,30 @@ def test_unwrap_restores_a_model_whose_handle_is_lost(llama):
         assert other.compress(tokens).report()["kept_share"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("n_new", [1, 6])
+def test_padding_is_what_it_was_when_the_prompt_was_compressed(llama, n_new):
+    """Else new tokens stand at positions that do not follow the prompt's."""
+    tokens, padded = ids(2, N_PROMPT + n_new), torch.ones(2, N_PROMPT + n_new, dtype=torch.long)
+    padded[0, :3] = 0
+    wrong = {"forgotten when compressing": (None, padded), "forgotten when generating": (padded, torch.ones_like(padded))}
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        for of_prompt, later in wrong.values():
+            cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=None if of_prompt is None else of_prompt[:, :N_PROMPT])
+            message = r"hides other tokens of the prompt than its prefill did \(row 0, token 0\); expected the same"
+            with pytest.raises(ValueError, match=message):
+                generate(llama, tokens, past_key_values=cache.copy(), attention_mask=later)
+            if n_new > 1:
+                with pytest.raises(ValueError, match=message):
+                    llama(tokens[:, N_PROMPT:], attention_mask=later, **cache_argument(llama, cache.copy()))
+        with pytest.raises(ValueError, match="attention_mask has 1 rows; expected 2, as the ids have"):
+            generate(llama, tokens, past_key_values=cache.copy(), attention_mask=padded[:1])
+        with pytest.raises(ValueError, match="the prompt has no rows; expected at least one"):
+            handle.compress(tokens[:0])
+        repeated = handle.compress(tokens[:1, :N_PROMPT], attention_mask=padded[:1, :N_PROMPT])
+        repeated.batch_repeat_interleave(2)
+        generate(llama, tokens[:1], past_key_values=repeated, attention_mask=padded[:1], num_beams=2)
+
+
 def used_by(model, first, cache):
     generate(model, first, past_key_values=cache)
     return cache
@@ -348,6 +372,9 @@ def test_a_cache_of_another_adapter_is_refused(llama):
         layer.gate_proj.disable_adapters = True
         with pytest.raises(ValueError, match="filled with the adapters first, but now none is active"):
             llama(tokens[:, N_PROMPT:], **cache_argument(llama, cache))
+    other = build("llama")
+    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+        generate(other, tokens, past_key_values=cache.copy())  # its adapters do not matter
 
 
 @pytest.mark.parametrize("where", ["prefill", "step"])

@@ -26,7 +26,7 @@ from .coverage import attention_calls, check_cache, check_model, check_not_compi
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
-from .masks import real_newest, valid_ranges
+from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
@@ -342,7 +342,8 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
+            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; expected a new cache, or a "
+            "copy of its own (cache.copy())"
         )
     origin = cache.origin
     if wrap is not None and cache.action is None and wrap.action.holds:
@@ -369,6 +370,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
                 "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
+        if n_new > 1:  # not at each step: it waits for the mask
+            check_padding(mask, cache.valid, cache.n_prompt)
         if isinstance(cache, FixedCache):
             return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
         newest = real_newest(mask, n_new) if cache.is_held else None

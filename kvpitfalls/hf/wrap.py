@@ -200,6 +200,8 @@ class Handle:
         prompt = prompt if instructions is None else _marked(prompt, instructions)
         others = others_of(self.model, prompt)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
+        if not len(ids):
+            raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
         for begin, end in valid_ranges(mask, *ids.shape):
