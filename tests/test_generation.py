@@ -276,13 +276,13 @@ def test_interrupts_at_random_moments_change_no_other_threads_answer():
 
     with ThreadPoolExecutor(7) as pool:
         n_struck = 0
-        for _ in range(25):
+        for _ in range(200):
             others = [pool.submit(work) for work in (of_wrapped, of_plain) * 3]
             struck = pool.submit(strike)
             assert all(torch.equal(job.result(), expected[i % 2]) for i, job in enumerate(others))
             n_struck += struck.result()
         assert torch.equal(pool.submit(of_plain).result(), expected[1])
-    assert n_struck > 5
+    assert n_struck > 40
     handle.remove()
     gc.collect()
     with torch.no_grad():
