@@ -53,7 +53,7 @@ def test_cuda_is_insisted_on_without_nvcc(tmp_path):
 
 
 def test_a_folder_with_a_space_and_a_compiler_with_arguments(tmp_path):
-    """And flags as distributions set them. The compiler is a quick one: it takes no path apart, and makes an empty object of each source."""
+    """And flags as distributions set them. The compiler is a quick one, which makes an empty object of each source."""
     folder, compiler = tmp_path / "build dir \u00fc", tmp_path / "quick cc"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -71,7 +71,7 @@ def test_a_folder_with_a_space_and_a_compiler_with_arguments(tmp_path):
         "sys.exit(subprocess.call(['cc', *kind, '-o', arguments[arguments.index('-o') + 1]]))\n"
     )
     compiler.chmod(0o755)
-    flags = {"CC": f"'{compiler}' --quick", "CFLAGS": "-Wall -flto=auto -D_FORTIFY_SOURCE=3 -O2 -ffunction-sections", "LC_ALL": "C"}
+    flags = {"CC": f"'{compiler}' --quick", "CFLAGS": "-Wall -flto=auto -O2 -ffunction-sections", "LC_ALL": "C"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     ran = subprocess.run(command, cwd=folder, env={**os.environ, "KVP_CUDA": "0", **flags}, capture_output=True, text=True)
     assert ran.returncode == 0 and list((folder / "kvpitfalls").glob("_core*")), ran.stdout + ran.stderr

@@ -57,8 +57,8 @@ def check_padding(mask, valid: Sequence[tuple[int, int]], n_prompt: int) -> None
     if len(differing := (shown != wanted).nonzero()):
         row, place = differing[0].tolist()
         raise ValueError(
-            f"attention_mask hides other tokens of the prompt than its prefill did (row {row}, token {place}); expected the same, then what "
-            "follows"
+            f"attention_mask hides other tokens of the prompt than its prefill did (row {row}, token {place}); expected the same, then "
+            "what follows"
         )
 
 

@@ -342,8 +342,8 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; expected a new cache, or "
-            "a copy of its own (cache.copy())"
+            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; expected a new cache, "
+            "or a copy of its own (cache.copy())"
         )
     origin = cache.origin
     if wrap is not None and cache.action is None and wrap.action.holds:
