@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,31 @@ def test_without_pythons_headers_the_wheels_are_named(tmp_path):
 def test_cuda_is_insisted_on_without_nvcc(tmp_path):
     said = build(tmp_path, KVP_CUDA="1", PATH="/usr/bin:/bin", CUDA_HOME="/nonexistent")
     assert "KVP_CUDA is '1', but there is no nvcc on the PATH or in /nonexistent/bin; expected one" in said
+
+
+def test_a_folder_with_a_space_and_a_compiler_with_arguments(tmp_path):
+    """And flags as distributions set them. The compiler is a quick one, which makes an empty object of each source."""
+    folder, compiler = tmp_path / "build dir \u00fc", tmp_path / "quick cc"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "kvpitfalls").mkdir()
+    shutil.copy(ROOT / "kvpitfalls" / "__init__.py", folder / "kvpitfalls")
+    compiler.write_text(
+        f"#!{sys.executable}\nimport os, subprocess, sys\n"
+        "arguments = sys.argv[1:]\n"
+        "assert arguments[0] == '--quick' and '-ffunction-sections' in arguments, arguments\n"
+        "sources = [x for x in arguments if x.endswith('.c')]\n"
+        "objects = [x for x in arguments if x.endswith('.o') and x != arguments[arguments.index('-o') + 1]]\n"
+        "assert all(os.path.exists(x) for x in sources + objects), arguments\n"
+        "kind = ['-x', 'c', '-c', os.devnull] if sources else ['-shared', *objects]\n"
+        "sys.exit(subprocess.call(['cc', *kind, '-o', arguments[arguments.index('-o') + 1]]))\n"
+    )
+    compiler.chmod(0o755)
+    flags = {"CC": f"'{compiler}' --quick", "CFLAGS": "-Wall -flto=auto -O2 -ffunction-sections", "LC_ALL": "C"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    ran = subprocess.run(command, cwd=folder, env={**os.environ, "KVP_CUDA": "0", **flags}, capture_output=True, text=True)
+    assert ran.returncode == 0 and list((folder / "kvpitfalls").glob("_core*")), ran.stdout + ran.stderr
 
 
 def test_building_asks_for_no_torch():

@@ -66,7 +66,7 @@ def test_an_evicted_image_prompt_is_answered_as_under_a_mask(case, policy):
     given = image_prompt(model, family)
     tokens = torch.cat([given["input_ids"], QUESTION], 1)
     with kvp.wrap(model, policy, compression_ratio=0.5, fair=True) as handle:
-        cache = handle.compress(given, spans={"image": (6, 22), "text": (23, 32)})
+        cache = handle.compress(**given, spans={"image": (6, 22), "text": (23, 32)})
         kept = copy.deepcopy(cache)
         assert cache.report()["kept_share"] == 0.5 and torch.equal(cache.tokens, given["input_ids"])
         other_prompts(model, family, handle)

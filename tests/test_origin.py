@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import build, ids
+from tiny_models import build, ids, tiny_prompt
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
@@ -27,7 +27,7 @@ def llama():
 
 
 def generate(model, tokens, **given):
-    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **{**GREEDY, **given})
+    return model.generate(tokens, **{"attention_mask": torch.ones_like(tokens), **GREEDY, **given})
 
 
 def in_config(model):
@@ -80,7 +80,9 @@ def test_what_a_tokenizer_returns_is_a_prompt(llama):
     given = BatchEncoding({"input_ids": ids(2, N_PROMPT), "attention_mask": mask})
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache, wanted = handle.compress(given), handle.compress(ids(2, N_PROMPT), attention_mask=mask)
-        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid
+        by_name = handle.compress(**given)
+        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid == by_name.valid
+        assert all((by_name.positions(i) == wanted.positions(i)).all() for i in range(3))
         with pytest.raises(ValueError, match="attention_mask was given twice"):
             handle.compress(given, attention_mask=mask)
         with pytest.raises(
@@ -229,6 +231,30 @@ def test_unwrap_restores_a_model_whose_handle_is_lost(llama):
         assert other.compress(tokens).report()["kept_share"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("n_new", [1, 6])
+def test_padding_is_what_it_was_when_the_prompt_was_compressed(llama, n_new):
+    """Else new tokens stand at positions that do not follow the prompt's."""
+    tokens, padded = ids(2, N_PROMPT + n_new), torch.ones(2, N_PROMPT + n_new, dtype=torch.long)
+    padded[0, :3] = 0
+    wrong = {"forgotten when compressing": (None, padded), "forgotten when generating": (padded, torch.ones_like(padded))}
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        for of_prompt, later in wrong.values():
+            cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=None if of_prompt is None else of_prompt[:, :N_PROMPT])
+            message = r"hides other tokens of the prompt than its prefill did \(row 0, token 0\); expected the same"
+            with pytest.raises(ValueError, match=message):
+                generate(llama, tokens, past_key_values=cache.copy(), attention_mask=later)
+            if n_new > 1:
+                with pytest.raises(ValueError, match=message):
+                    llama(tokens[:, N_PROMPT:], attention_mask=later, **cache_argument(llama, cache.copy()))
+        with pytest.raises(ValueError, match="attention_mask has 1 rows; expected 2, as the ids have"):
+            generate(llama, tokens, past_key_values=cache.copy(), attention_mask=padded[:1])
+        with pytest.raises(ValueError, match="the prompt has no rows; expected at least one"):
+            handle.compress(tokens[:0])
+        repeated = handle.compress(tokens[:1, :N_PROMPT], attention_mask=padded[:1, :N_PROMPT])
+        repeated.batch_repeat_interleave(2)
+        generate(llama, tokens[:1], past_key_values=repeated, attention_mask=padded[:1], num_beams=2)
+
+
 def used_by(model, first, cache):
     generate(model, first, past_key_values=cache)
     return cache
@@ -346,6 +372,9 @@ def test_a_cache_of_another_adapter_is_refused(llama):
         layer.gate_proj.disable_adapters = True
         with pytest.raises(ValueError, match="filled with the adapters first, but now none is active"):
             llama(tokens[:, N_PROMPT:], **cache_argument(llama, cache))
+    other = build("llama")
+    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+        generate(other, tokens, past_key_values=cache.copy())  # its adapters do not matter
 
 
 @pytest.mark.parametrize("where", ["prefill", "step"])
@@ -367,6 +396,35 @@ def test_a_cache_whose_forward_was_broken_off_is_refused_until_it_is_reset(llama
             llama(tokens[:, -1:], **cache_argument(llama, cache))
         cache.reset()
         assert torch.equal(generate(llama, tokens, past_key_values=cache), wanted)
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0})])
+def test_dropout_is_refused_also_without_gradients(family, dropout):
+    model = build(family, **dropout).train()
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        for way in (handle.compress, lambda tokens: kvp.audit(model, tiny_prompt())):
+            with pytest.raises(kvp.UnsupportedModelError, match=r"training mode with dropout, .*; expected model\.eval"):
+                way(ids(1))
+    steady = build(family, attention_dropout=0, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0).train()
+    with kvp.wrap(steady, "knorm", compression_ratio=0.5) as handle:
+        one, two = handle.compress(ids(1)), handle.compress(ids(1))
+        assert torch.equal(one.layers[1].keys, two.layers[1].keys), "training mode alone makes nothing random"
+
+
+def test_a_wrap_of_ratio_0_lets_a_model_be_trained(llama):
+    def gradient():
+        llama.zero_grad()
+        llama(ids(), labels=ids()).loss.backward()
+        return llama.model.layers[1].mlp.up_proj.weight.grad.clone()
+
+    llama.train()
+    alone = gradient()
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        assert torch.equal(gradient(), alone)
+        llama.gradient_checkpointing_enable()
+        assert torch.allclose(gradient(), alone)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.NotInterceptedError, match="use_cache is False"):
+        llama(ids(), use_cache=False)
 
 
 def test_a_wrap_changes_neither_signature_nor_copies_of_the_model(llama):

@@ -1,6 +1,7 @@
 """A wrapped model against the same model unwrapped: what eviction must leave unchanged, exactly or to 1e-5."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -165,6 +166,28 @@ def test_report_counts_what_is_there(model):
     for name, (begin, end) in SPANS.items():
         shares = [((p := cache.positions(layer.index)) >= begin) & (p < end) for layer in cache.kept_layers]
         assert report["spans"][name] == pytest.approx(np.mean([x.sum(-1).mean() for x in shares]) / (end - begin))
+
+
+@pytest.mark.parametrize("when", ["prefill", "always"])
+def test_a_report_outlives_the_cache_of_generate(model, when):
+    tokens, spans = ids(1, N_PROMPT), {"a": (2, 9), "b": (9, 18)}
+    given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with kvp.wrap(model, "h2o", compression_ratio=0.5, when=when) as handle:
+        older = handle.compress(ids(1, 12, seed=3))
+        out = model.generate(tokens, return_dict_in_generate=True, **given)
+        wanted = dict(out.past_key_values.report())
+        del out
+        gc.collect()
+        assert dict(handle.report()) == wanted and wanted["n_tokens"] == N_PROMPT, "not of the older cache"
+        model.generate(tokens, **given)
+        assert dict(handle.report()) == wanted and "No cache yet" not in handle._repr_html_()
+        layers = handle._caches.last().layers
+        assert all(layer.keys.device.type == layer.values.device.type == "meta" for layer in layers), "it holds no keys"
+        cache = handle.compress(tokens, spans=spans)
+        del cache
+        with pytest.raises(ValueError, match="no cache was compressed yet, or none is in use any more"):
+            handle.report()
+    assert older.report()["n_tokens"] == 12
 
 
 def test_a_report_raises_where_nothing_was_compressed(model, monkeypatch):

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from ..display.markup import block
 from ..errors import NotInterceptedError
 from ..numbers import is_whole
-from .layer import KeptLayer
+from .layer import KeptLayer, bare
 from .origin import Origin
 from .report import Report
 
@@ -101,6 +101,12 @@ class KeptCache(DynamicCache):
     def copy(self) -> "KeptCache":
         """A cache of its own with the same content, since generating with a cache fills it."""
         return copy.deepcopy(self)
+
+    def outline(self) -> "KeptCache":
+        """What it says of itself, without its keys and values."""
+        twin = copy.copy(self)
+        twin.layers = [bare(layer) for layer in self.layers]
+        return twin
 
     def __deepcopy__(self, memo: dict) -> "KeptCache":
         """What a graph of gradients made, which torch would not copy, is copied within that graph."""

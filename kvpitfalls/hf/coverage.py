@@ -11,6 +11,7 @@ from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_RANDOM = "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
 _MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
 
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks each.
@@ -182,8 +183,16 @@ def check_cache(cache, name: str = CACHE_NAMES[-1]) -> None:
         )
 
 
+def check_not_random(decoder: torch.nn.Module) -> None:
+    """Raise if dropout is on, by which a prompt's cache would be another each time; attention's own is seen by :func:`check_call`."""
+    if decoder.training and any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in decoder.modules()):
+        raise UnsupportedModelError(_RANDOM)
+
+
 def check_call(module, implementation: str, extra: dict) -> None:
     """Raise if this attention call does more to its logits than a policy can follow."""
+    if extra.get("dropout"):
+        raise UnsupportedModelError(_RANDOM)
     name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     if implementation.startswith("paged"):
         raise UnsupportedModelError(f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate")

@@ -7,6 +7,7 @@ import torch
 from ..numbers import check_whole
 from .cache import KeptCache, why_not_compressed
 from .layer import KeptLayer
+from .masks import check_padding
 from .step_graph import StepGraph, why_not, why_not_this
 
 _SLOTS = 16
@@ -201,11 +202,7 @@ class FixedCache(KeptCache):
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise ValueError("attention_mask is not a padding mask (B, T); expected one, or none, for a fixed cache")
         if self.n_free == self.n_room:  # later ones are this one with new columns
-            real = torch.zeros(len(mask), self.n_seen, dtype=torch.bool)
-            for row, (begin, end) in zip(real, self.valid, strict=True):
-                row[begin:end] = True
-            if not torch.equal(mask[:, : self.n_seen].bool().cpu(), real):
-                raise ValueError("attention_mask hides other tokens of the prompt than its prefill did; expected the same")
+            check_padding(mask, self.valid, self.n_seen)
         return mask[:, mask.shape[1] - n_new :].bool()
 
     def run(self, decoder, forward: Callable, args: tuple, kwargs: dict, record):

@@ -12,6 +12,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from .arguments import given_cache
 from .cache import KeptCache
 from .coverage import decoder_of
+from .masks import check_padding
 from .outer import is_multimodal
 
 
@@ -95,6 +96,9 @@ def _check_given(model, arguments: dict, cache: KeptCache) -> None:
     mask = arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + given.shape[1]:
         return  # new tokens alone: the mask says that they follow what the cache has seen
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) != len(given):
+        raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(given)}, as the ids have")
+    check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
     _check_rows(len(given) * n_rows_of(config), len(cache.valid))
     if given.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens

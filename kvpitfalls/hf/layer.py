@@ -255,6 +255,15 @@ class KeptLayer(DynamicLayer):
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
 
 
+def bare(layer):
+    """A cache's layer whose keys and values have shapes alone; for a layer of another class, neither."""
+    twin = copy.copy(layer)
+    for name, x in vars(layer).items():
+        if isinstance(x, torch.Tensor) and (name in ("keys", "values") or not isinstance(layer, KeptLayer)):
+            setattr(twin, name, torch.empty_like(x, device="meta"))
+    return twin
+
+
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`ops.gather` by torch, which can go back through it."""
     places, empty = positions.long().clamp(min=0)[..., None], (positions < 0)[..., None]

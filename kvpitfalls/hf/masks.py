@@ -1,5 +1,7 @@
 """Attention masks over a cache whose slots are not in order: the model's mask is logical, and is read through the slots' positions."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import UnsupportedModelError
@@ -31,6 +33,33 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
             raise ValueError(f"row {b} of attention_mask has padding between real tokens; expected padding on the left or right only")
         ranges.append((real[0], real[-1] + 1))
     return ranges
+
+
+def check_padding(mask, valid: Sequence[tuple[int, int]], n_prompt: int) -> None:
+    """Raise unless a later call's padding mask hides of each prompt what was padding when it was compressed, and nothing else.
+
+    Positions are counted by the mask, so that those of new tokens would not follow the prompt's.
+
+    Parameters
+    ----------
+    mask : tensor (B, L), or anything else, which is not looked at
+        There may be fewer rows than the cache has, each standing for as many.
+    valid : list of (int, int)
+        Of the cache: per row, the range of real tokens of its prompt.
+    n_prompt : int
+        How many columns of the mask are the prompt's.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < n_prompt or not len(mask) or len(valid) % len(mask):
+        return
+    places = torch.arange(n_prompt)
+    wanted = torch.stack([(places >= begin) & (places < end) for begin, end in valid])
+    shown = mask[:, :n_prompt].bool().cpu().repeat_interleave(len(valid) // len(mask), 0)
+    if len(differing := (shown != wanted).nonzero()):
+        row, place = differing[0].tolist()
+        raise ValueError(
+            f"attention_mask hides other tokens of the prompt than its prefill did (row {row}, token {place}); expected the same, then "
+            "what follows"
+        )
 
 
 def real_newest(mask, n_new: int) -> torch.Tensor | None:

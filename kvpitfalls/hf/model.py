@@ -22,11 +22,11 @@ from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
-from .coverage import attention_calls, check_cache, check_model, check_not_compiled, decoder_of
+from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
-from .masks import real_newest, valid_ranges
+from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .rotations import rotaries_of
 
@@ -97,6 +97,7 @@ class _Running:
     def __init__(self, decoder=None, wrap=None):
         self.decoder, self.wrap = decoder, wrap  # of generate
         self.came_by = False  # whether a forward of the decoder did
+        self.cache: KeptCache | None = None  # the newest that it filled
 
 
 def attach(model) -> _Attachment:
@@ -216,6 +217,8 @@ def _generate(model, generate, args, kwargs):
                 f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was "
                 "replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
+        if running.cache is not None and running.wrap is not None:
+            running.wrap.remember(running.cache)
         return output
     finally:
         local.generating = outer
@@ -232,8 +235,7 @@ def _outer(module, forward, args, kwargs):
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
     cache, before = given_cache(bound)[1], getattr(local, "outer", None)
-    is_generating = any(call.decoder is decoder for call in getattr(local, "generating", ()))  # then generate has made the positions
-    if isinstance(cache, KeptCache) and cache.n_seen and not is_generating:
+    if isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None:  # else generate has made the positions
         give_deltas(module, cache, len(_inputs(bound)))
     local.outer = (module, bound.get("input_ids"))
     try:
@@ -251,11 +253,16 @@ def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
 
 def _wrap_for(decoder, attachment: _Attachment):
     """The wrap that a forward is under; inside ``generate``, the one that was there when it began."""
-    for call in reversed(getattr(local, "generating", ())):
-        if call.decoder is decoder:
-            call.came_by = True
-            return call.wrap
-    return attachment.wrap
+    call = _generating(decoder)
+    if call is None:
+        return attachment.wrap
+    call.came_by = True
+    return call.wrap
+
+
+def _generating(decoder) -> _Running | None:
+    """The innermost call of ``generate`` on this thread that runs a decoder."""
+    return next((call for call in reversed(getattr(local, "generating", ())) if call.decoder is decoder), None)
 
 
 def _refuse_batching(model, start, args, kwargs):
@@ -275,7 +282,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     name, cache = given_cache(bound)
     wrap = _wrap_for(decoder, attachment)
     if not isinstance(cache, KeptCache):
-        if wrap is None or _is_paused(decoder):
+        if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
             return args, kwargs, None
         if cache is None:
             if not _uses_cache(decoder, bound):
@@ -308,11 +315,14 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     if _inputs(bound).shape[1] > 1:  # not at each step: each takes a look at every module
         cache.check_decoder(decoder)
         check_not_compiled(decoder)
+        check_not_random(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
         if cache.action is not None and cache.action.reads_rotary:
             record.rotaries = _rotaries(decoder, record, bound)
         cache.origin = cache.origin.filled_by(decoder)
+        if (call := _generating(decoder)) is not None:
+            call.cache = cache
     if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
         _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
@@ -343,7 +353,8 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, so that its layers differ; expected a new cache, or a copy made before"
+            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; expected a new cache, "
+            "or a copy of its own (cache.copy())"
         )
     origin = cache.origin
     if wrap is not None and cache.action is None and wrap.action.holds:
@@ -370,6 +381,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
                 f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
                 "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
+        if n_new > 1:  # not at each step: it waits for the mask
+            check_padding(mask, cache.valid, cache.n_prompt)
         if isinstance(cache, FixedCache):
             return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
         newest = real_newest(mask, n_new) if cache.is_held else None

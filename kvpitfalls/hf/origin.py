@@ -73,8 +73,8 @@ class Origin:
         return decoder
 
     def check_adapters(self, decoder: torch.nn.Module) -> None:
-        """Raise if other adapters than those that filled the cache are active now."""
-        if self.decoder is not None and (now := active_adapters(decoder)) != self.adapters:
+        """Raise if other adapters than those that filled the cache are active now. Another decoder is :meth:`met`'s business."""
+        if self.decoder is not None and self.decoder() is decoder and (now := active_adapters(decoder)) != self.adapters:
             before, now = (", ".join(names) or "none" for names in (self.adapters, now))
             raise ValueError(f"the cache was filled with the adapters {before}, but now {now} is active; expected the same")
 

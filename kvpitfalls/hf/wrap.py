@@ -93,15 +93,27 @@ class _Caches:
     """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
 
     def __init__(self, config, action: Evict):
-        self.config, self.action, self.settings, self.newest = config, action, _settings(action), None
+        self.config, self.action, self.settings = config, action, _settings(action)
+        self.newest: weakref.ref | None = None
+        self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
     def make(self, cache: KeptCache | None = None, **changes) -> KeptCache:
         """A new empty cache, or an empty plain one made ours."""
         action = replace(self.action, **changes)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
-        self.newest = weakref.ref(cache)
+        self.newest, self.outline = weakref.ref(cache), None
         return cache
+
+    def remember(self, cache: KeptCache) -> None:
+        """Called when ``generate`` has ended with a cache that it made: what it says of itself outlives it."""
+        if self.newest is not None and self.newest() is cache:
+            self.outline = cache.outline()
+
+    def last(self) -> KeptCache | None:
+        """The newest cache, or what is left of it."""
+        cache = None if self.newest is None else self.newest()
+        return self.outline if cache is None else cache
 
 
 class Handle:
@@ -163,7 +175,7 @@ class Handle:
         return self._caches.make(spans=spans)
 
     @torch.no_grad()
-    def compress(self, prompt, attention_mask=None, spans=None, instructions=None) -> KeptCache:
+    def compress(self, prompt=None, attention_mask=None, spans=None, instructions=None, **inputs) -> KeptCache:
         """Prefill a prompt and evict.
 
         Parameters
@@ -173,9 +185,11 @@ class Handle:
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
-            The instructions, for token ids; a Prompt has its own.
+            The instructions, for token ids; a Prompt has its own. Padding counts: in a row that is padded on the left, they begin after it.
         instructions : {"sentences", "lines", "messages"} or mapping, optional
             For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
+        inputs
+            Instead of ``prompt``, what a tokenizer or a processor returned, by name: ``compress(**processor(...))``.
 
         Returns
         -------
@@ -183,9 +197,12 @@ class Handle:
         """
         if self.is_removed:
             raise ValueError("the handle was removed; expected a call inside the wrap")
+        prompt = _by_name(prompt, inputs)
         prompt = prompt if instructions is None else _marked(prompt, instructions)
         others = others_of(self.model, prompt)
         ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
+        if not len(ids):
+            raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
         for begin, end in valid_ranges(mask, *ids.shape):
@@ -196,12 +213,12 @@ class Handle:
         return cache
 
     def _repr_html_(self) -> str:
-        cache = self._caches.newest() if self._caches.newest is not None else None
+        cache = self._caches.last()
         return block(repr(self)[1:-1], note("No cache yet.") if cache is None else cache.report().body())
 
     def report(self) -> Report:
-        """:meth:`KeptCache.report` of the newest cache that is still in use."""
-        cache = self._caches.newest() if self._caches.newest is not None else None
+        """:meth:`KeptCache.report` of the newest cache: one that is still in use, or that of a ``generate`` that has ended."""
+        cache = self._caches.last()
         if cache is None:
             raise ValueError("no cache was compressed yet, or none is in use any more; expected one to report on")
         return cache.report()
@@ -335,6 +352,16 @@ def _through_decoder(decoder, input_ids: torch.Tensor, **given) -> None:
     decoder(input_ids=input_ids, **given)
 
 
+def _by_name(prompt, inputs: Mapping):
+    """The prompt, or what was given by name in its place."""
+    if not inputs:
+        return prompt
+    if prompt is None and "input_ids" in inputs:
+        return inputs
+    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
+    raise TypeError(f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: compress(**inputs)")
+
+
 def _marked(prompt, instructions) -> list[Prompt]:
     prompts = [prompt] if isinstance(prompt, Prompt) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
@@ -416,5 +443,13 @@ def protected_in(prompt: Prompt, protect, n_sink: int, limit: Callable[[int], in
         if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
             known.append(item)
         else:
-            known.extend(prompt.tokens_of(item) if item in prompt.roles else range(*prompt.find(item)))
+            known.extend(prompt.tokens_of(item) if item in prompt.roles else _tokens_of_text(prompt, item))
     return protected_positions(known, 0, 0, len(prompt), spans, n_sink, limit)
+
+
+def _tokens_of_text(prompt: Prompt, text: str) -> range:
+    """Where a text stands; a text that is not there may be a name that was mistyped."""
+    try:
+        return range(*prompt.find(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'})") from error

@@ -45,7 +45,7 @@ class KeyDiff(Policy):
         import torch
 
         keys = torch.as_tensor(inputs.keys).detach()
-        scores = torch.zeros(keys.shape[:3], device=keys.device)
+        scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         for row, segments in enumerate(inputs.segments):
             for begin, end in (segment for segment in segments if segment[1] - segment[0] > 2):
                 units = _units(keys[row, :, begin:end].float())

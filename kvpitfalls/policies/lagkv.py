@@ -78,7 +78,7 @@ class LagKV(Policy):
         scores = both[0].new_zeros(both[0].shape[:3])
         for row, (begin, end) in enumerate(inputs.valid):
             first, last = begin + self.n_sink, begin + self.n_sink + self._n_ranked(end - begin)
-            scores[row, :, begin:end] = torch.linspace(1, 2, end - begin, device=scores.device)
+            scores[row, :, begin:end] = torch.linspace(1, 2, end - begin, dtype=scores.dtype, device=scores.device)
             scores[row, :, begin:first] = 3
             if first < last:
                 chunks = (x[row, :, first : last + self.lag_size].unflatten(1, (-1, self.lag_size)) for x in both)
