@@ -1,11 +1,17 @@
 """Expected Attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import UnsupportedModelError
-from .base import Policy
+from ..eviction.arrays import Array
+from .base import Inputs, Policy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class ExpectedAttention(Policy):
     needs_rotary = True
     holds = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, value, least in (("n_future_positions", self.n_future_positions, 1), ("n_sink", self.n_sink, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{field} is {value!r}; expected a whole number, at least {least}")
@@ -68,7 +74,7 @@ class ExpectedAttention(Policy):
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon is {self.epsilon!r}; expected a number, at least 0")
 
-    def check(self, n_token, n_kept):
+    def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
         if n_kept <= self.n_sink:
             raise ValueError(
@@ -76,7 +82,7 @@ class ExpectedAttention(Policy):
                 f"{self.n_sink} sinks, or a smaller n_sink"
             )
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         import torch
 
@@ -104,7 +110,7 @@ class ExpectedAttention(Policy):
             scores[row, :, begin:first] = scores[row, :, first:end].nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
-    def _logits(self, before, keys, turn, scaling):
+    def _logits(self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float) -> "torch.Tensor":
         """Logs of the attention (G, n) that each head's next queries are expected to give to keys (n, D), up to a constant each."""
         mean = before.mean(1, keepdim=True)
         logits = (mean @ turn @ keys.T)[:, 0] * scaling
@@ -114,7 +120,7 @@ class ExpectedAttention(Policy):
         return logits
 
 
-def _shares(logits, cuts, sinks):
+def _shares(logits: "torch.Tensor", cuts: Sequence[int], sinks: "torch.Tensor | None") -> "torch.Tensor":
     """Softmax (G, n) of each segment's own logits, mean over the group; ``sinks`` (G,) join each."""
     import torch
 

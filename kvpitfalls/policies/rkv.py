@@ -1,10 +1,16 @@
 """R-KV."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..eviction.arrays import Array
+from .base import Inputs
 from .snapkv import SnapKV
+
+if TYPE_CHECKING:
+    import torch
 
 _TILE = 1 << 24  # similarities that are held at a time
 _UNIT = 2.0**40  # what is added up is rounded to whole numbers of these, whose sum is the same in any order
@@ -59,13 +65,13 @@ class RKV(SnapKV):
     name = "rkv"
     aliases = ("r_kv",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for field, value, least in (("mix_lambda", self.mix_lambda, 0), ("threshold", self.threshold, -1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
                 raise ValueError(f"{field} is {value!r}; expected a number in [{least}, 1]")
 
-    def check(self, n_token, n_kept):
+    def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
         if n_kept <= self.window_size:
             raise ValueError(
@@ -73,7 +79,7 @@ class RKV(SnapKV):
                 "smaller window_size"
             )
 
-    def score(self, inputs):
+    def score(self, inputs: Inputs) -> Array:
         """See the class."""
         import torch
 
@@ -91,7 +97,7 @@ class RKV(SnapKV):
                     scores[row, :, begin:cut] = self.mix_lambda * important - (1 - self.mix_lambda) * redundant
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
-    def _importance(self, inputs, keys, queries):
+    def _importance(self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor") -> "torch.Tensor":
         """Of keys (H, n, D) for a window's queries (H*G, W, D): (H, n)."""
         import torch
 
@@ -106,7 +112,7 @@ class RKV(SnapKV):
         return torch.nn.functional.max_pool1d(shares, self.kernel_size, stride=1, padding=self.kernel_size // 2)
 
 
-def _redundancy(keys, threshold: float):
+def _redundancy(keys: "torch.Tensor", threshold: float) -> "torch.Tensor":
     """Of keys (H, n, D), (H, n): how much like all others each is."""
     import torch
 

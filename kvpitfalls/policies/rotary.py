@@ -1,5 +1,6 @@
 """Rotary position embedding, for policies that ask what queries would be elsewhere."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -31,7 +32,7 @@ class Rotary:
             raise ValueError(f"theta is {theta!r}; expected a positive number")
         self.theta = theta
 
-    def positions(self, valid, n_token: int) -> Any:
+    def positions(self, valid: Sequence[tuple[int, int]], n_token: int) -> Any:
         """Of the ``n_token`` tokens of each row, int64 (B, T): from 0 on for the first real one."""
         import torch
 
