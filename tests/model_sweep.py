@@ -169,6 +169,19 @@ def _note(cache) -> str:
     return "; ".join(filter(None, notes))
 
 
+_IMAGES = """
+## Models with images
+
+Qwen2-VL, LLaVA and their kin go through the model's own `generate`; two kinds are refused:
+
+- PaliGemma, whose prompts attend both ways: what the cache holds of each token depends on all that follows it in the prompt, so that a
+  compressed prompt with a question after it is another prompt to the model, whatever is kept and at whatever positions.
+- Gemma 3 and Gemma 4 with their towers, whose image tokens attend both ways by masks that the outer model makes: scores by causal attention
+  would not be the model's. The text model alone is exact: `lm = Gemma3ForCausalLM(model.config.text_config)`, then
+  `lm.model, lm.lm_head = model.model.language_model, model.lm_head`.
+"""
+
+
 _EARLIER = """
 ## Earlier releases
 
@@ -200,7 +213,7 @@ Every causal-LM type of transformers {transformers.__version__}, built tiny from
 """
     table = "".join(f"| {name} | {o.status} | {o.note} |\n" for name, o in sorted(outcomes.items()))
     earlier = "".join(f"| {name} | {since} | {reason} |\n" for name, (since, reason) in sorted(TRIED_SINCE.items()))
-    return head + table + _EARLIER + earlier
+    return head + table + _IMAGES + _EARLIER + earlier
 
 
 def listed() -> dict[str, str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import ids, masked_like
 from tiny_multimodal import FAMILIES, OF_GRIDS, build, followed_by, image_prompt
-from transformers import BatchFeature, DynamicCache
+from transformers import BatchFeature, DynamicCache, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
@@ -152,3 +152,26 @@ def test_what_stands_for_an_image_needs_the_image(case, tmp_path):
 def test_paligemma_whose_prefix_attends_both_ways_is_refused():
     with pytest.raises(kvp.UnsupportedModelError, match="its prompts attend both ways"):
         kvp.wrap(build("paligemma"), "knorm", compression_ratio=0.5)
+
+
+def test_gemma3_with_its_tower_is_refused_and_its_text_model_alone_is_exact():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {**sizes, "vocab_size": 160, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=150)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(kvp.UnsupportedModelError, match=r"masks of its own making, .*; expected its text model alone"):
+        kvp.wrap(model, "knorm", compression_ratio=0.5)
+    alone = Gemma3ForCausalLM(model.config.text_config).eval()
+    alone.model, alone.lm_head, wanted = model.model.language_model, model.lm_head, model(ids(1)).logits
+    with kvp.wrap(alone, "knorm", compression_ratio=0) as handle:
+        assert torch.equal(alone(ids(1)).logits, wanted)
+        assert handle.compress(ids(1)).report()["not_compressed"].keys() == {0}

@@ -1,6 +1,7 @@
 """What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands for."""
 
 import copy
+import gc
 import inspect
 import io
 import pathlib
@@ -157,6 +158,25 @@ def test_generate_tells_that_a_forward_was_replaced_inside_the_wrap(llama):
             generate(llama, ids(1))
         with handle.paused():
             generate(llama, ids(1))
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("end", [lambda handle: handle.remove(), lambda handle: kvp.unwrap(handle.model)], ids=["remove", "unwrap"])
+def test_generate_tells_that_the_decoder_was_replaced_inside_the_wrap(llama, is_kept, end):
+    handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    before, llama.model = llama.model, copy.deepcopy(llama.model)
+    if not is_kept:
+        del before
+        gc.collect()
+    with pytest.raises(kvp.NotInterceptedError, match="the LlamaModel of LlamaForCausalLM was replaced inside the wrap"):
+        generate(llama, ids(1))
+    with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+        handle.compress(ids(1))
+    with handle.paused():
+        alone = generate(llama, ids(1))
+    end(handle)
+    assert "generate" not in vars(llama) and torch.equal(generate(llama, ids(1)), alone)
+    kvp.wrap(llama, "knorm", compression_ratio=0.5).remove()
 
 
 def test_a_compressed_cache_is_not_taken_for_its_keys_and_values(llama):

@@ -29,6 +29,7 @@ class Around:
 
     def __init__(self, owner: torch.nn.Module, name: str, function: Callable):
         self._owner, self._name, self._function = weakref.ref(owner), name, function
+        self._is_there = True
         self._before = vars(owner).get(name)  # the object's own, such as accelerate puts there
         method = getattr(owner, name)
         functools.update_wrapper(self, method, updated=())
@@ -39,15 +40,20 @@ class Around:
     @torch.compiler.disable  # run by Python, also where a caller was compiled since
     def __call__(self, *args, **kwargs):
         owner = self._owner()
-        return self._function(owner, self._method(owner), args, kwargs)
+        method = self._method(owner)
+        return self._function(owner, method, args, kwargs) if self._is_there else method(*args, **kwargs)
+
+    def stands_before(self, owner: torch.nn.Module) -> bool:
+        """Whether it is in this object's dictionary."""
+        return vars(owner).get(self._name) is self
 
     def _method(self, owner) -> Callable:
         return getattr(type(owner), self._name).__get__(owner) if self._before is None else self._before
 
     def take_away(self) -> None:
         """Put back what was there; if somebody has wrapped this meanwhile, it stays inside and lets every call through."""
-        owner = self._owner()
-        if owner is None or vars(owner).get(self._name) is not self:
+        self._is_there, owner = False, self._owner()
+        if owner is None or not self.stands_before(owner):
             return
         if self._before is None:
             del vars(owner)[self._name]

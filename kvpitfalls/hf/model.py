@@ -43,6 +43,7 @@ class _Attachment:
     def __init__(self, model):
         check_model(model)
         decoder = decoder_of(model)
+        self.decoder = weakref.ref(decoder)
         self.count = 0
         self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
         self.wrap: Any = None  # the handle's, while there is one: makes its caches
@@ -117,12 +118,12 @@ def detach(model) -> None:
     """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any thread has ended."""
     with stand_ins.lock:
         stand_ins.clear_abandoned()
-        _detach(decoder_of(model))
+        _detach(_attached[decoder_of(model)])
 
 
-def _detach(decoder) -> None:
-    _attached[decoder].count -= 1
-    _close_if_idle(decoder)
+def _detach(attachment: _Attachment) -> None:
+    attachment.count -= 1
+    _close_if_idle(attachment)
 
 
 def put_wrap(model, wrap) -> _Attachment:
@@ -132,18 +133,34 @@ def put_wrap(model, wrap) -> _Attachment:
         if attachment.wrap is None:
             attachment.wrap = wrap
             return attachment
-        _detach(decoder_of(model))
+        _detach(attachment)
     raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
 
 
-def take_wrap(model, wrap=None) -> None:
+def take_wrap(attachment: _Attachment | None, wrap=None) -> None:
     """Take this maker of caches away, if it is still there; without one, whatever is there."""
     with stand_ins.lock:
-        decoder = decoder_of(model)
-        attachment = _attached.get(decoder)
         if attachment is not None and attachment.wrap is not None and wrap in (None, attachment.wrap):
             attachment.wrap = None
-            _detach(decoder)
+            _detach(attachment)
+
+
+def release(model) -> None:
+    """Take away whatever wraps a model."""
+    attachment = _attachment_of(model)
+    take_wrap(attachment)
+    if attachment is None:  # or what is left of it, where its decoder was replaced and freed
+        for around in [x for module in model.modules() for x in vars(module).values() if isinstance(x, Around)]:
+            around.take_away()
+
+
+def _attachment_of(model) -> _Attachment | None:
+    """What a model is wrapped with; also where its decoder was replaced since."""
+    decoder, modules = decoder_of(model), list(model.modules())
+    there = _attached.get(decoder)
+    if there is not None:
+        return there
+    return next((a for a in list(_attached.values()) if any(x.stands_before(m) for x in a.others for m in modules)), None)
 
 
 @contextlib.contextmanager
@@ -161,10 +178,11 @@ def _is_paused(decoder) -> bool:
     return any(other is decoder for other in getattr(local, "paused", ()))
 
 
-def _close_if_idle(decoder) -> None:
-    attachment = _attached.get(decoder)
-    if attachment is not None and attachment.count == 0 and not attachment.running:
-        del _attached[decoder]
+def _close_if_idle(attachment: _Attachment) -> None:
+    if attachment.count == 0 and not attachment.running:
+        decoder = attachment.decoder()
+        if decoder is not None and _attached.get(decoder) is attachment:
+            del _attached[decoder]
         attachment.close()
 
 
@@ -189,15 +207,20 @@ def _armed(decoder, forward, args, kwargs):
         local.forward = outer
         with stand_ins.lock:
             attachment.running.discard(running)
-            _close_if_idle(decoder)
+            _close_if_idle(attachment)
 
 
 def _generate(model, generate, args, kwargs):
     """In place of a wrapped model's ``generate``: refused, or as it is, and the model stays wrapped until it has ended."""
     decoder = decoder_of(model)
     attachment = _attached.get(decoder)
-    if attachment is None or _is_paused(decoder):
+    if _is_paused(decoder):
         return generate(*args, **kwargs)
+    if attachment is None:
+        raise NotInterceptedError(
+            f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that nothing would be compressed; "
+            "expected that before kvpitfalls.wrap"
+        )
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
     check_generate(model, arguments, None if attachment.wrap is None else attachment.wrap.action)
@@ -224,7 +247,7 @@ def _generate(model, generate, args, kwargs):
         local.generating = outer
         with stand_ins.lock:
             attachment.running.discard(running)
-            _close_if_idle(decoder)
+            _close_if_idle(attachment)
 
 
 def _outer(module, forward, args, kwargs):

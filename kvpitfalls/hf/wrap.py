@@ -27,7 +27,7 @@ from .generate import GREEDY
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import attach, detach, paused, put_wrap, take_wrap
+from .model import attach, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
 from .outer import check_placeholders, is_multimodal, others_of, placeholders
@@ -164,7 +164,7 @@ class Handle:
 
         A forward that is running, on any thread, ends as it began; the model is restored after it.
         """
-        take_wrap(self.model, self._caches)
+        take_wrap(self._attachment, self._caches)
 
     def paused(self):
         """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go on as ever."""
@@ -258,7 +258,7 @@ def unwrap(model) -> None:
     >>> kvp.unwrap(model)
     >>> kvp.wrap(model, "knorm", budget=8).remove()
     """
-    take_wrap(model)
+    release(model)
 
 
 def _settings(action: Evict) -> str:
