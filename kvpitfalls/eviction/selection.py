@@ -114,15 +114,15 @@ def rank(
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
     if policy.needs_values and values is None:
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isfinite(scaling):
-        raise ValueError(f"scaling is {scaling!r}; expected a finite number")
+    scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
+    if not isfinite(scale):
+        raise ValueError(f"scaling is {scale!r}; expected a finite number")
     segments = layout.segments(fair)
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
     inputs = Inputs(
-        keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, values, layer, n_layer
+        keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, values, layer, n_layer
     )
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):

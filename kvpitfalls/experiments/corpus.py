@@ -193,11 +193,12 @@ def _rows(text: bytes, source: str) -> list[dict]:
 
 
 def _row(row, where: str) -> dict:
-    """A row, completed; its messages are a system's and a user's."""
+    """A row whose messages are a system and a user message, with what it may leave out."""
     messages = row.get("messages") if isinstance(row, dict) else None
-    whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-    roles = [m.get("role") for m in messages] if whole else None
-    if roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        messages = None
+    roles = None if messages is None else [m.get("role") for m in messages]
+    if messages is None or roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
         raise ValueError(
             f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text as content"
         )

@@ -5,6 +5,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -24,8 +25,10 @@ from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
 
+_HFLM: Any = HFLM  # its decorator hides from type checkers what class it is
 
-class CompressedHFLM(HFLM):
+
+class CompressedHFLM(_HFLM):
     """The lm-eval model type ``kvpitfalls``.
 
     Parameters
@@ -159,7 +162,7 @@ class CompressedHFLM(HFLM):
         groups = defaultdict(list)
         for i, ((text, _), ids, _) in enumerate(requests):
             groups[text, tuple(ids)].append(i)
-        out = [None] * len(requests)
+        out: list[Any] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for (text, ids), members in groups.items():
             prompt = self.prompt_of(text, ids, _all_but_one(text, ids) if self.marks.scope == "prompt" else len(ids))
@@ -183,7 +186,7 @@ class CompressedHFLM(HFLM):
         cache.batch_repeat_interleave(len(answers))
         tokens, mask = pad_halves([prompt] * len(answers), [(ids + answer)[:-1] for answer in answers])
         known, begin = inspect.signature(self.model.forward).parameters, len(prompt)
-        options = {"logits_to_keep": max(map(len, answers))} if "logits_to_keep" in known else {}
+        options: dict[str, Any] = {"logits_to_keep": max(map(len, answers))} if "logits_to_keep" in known else {}
         if "position_ids" in known:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:].to(self.device)
         options |= {"attention_mask": mask.to(self.device), "use_cache": True, **cache_argument(self.model, cache)}
@@ -216,7 +219,7 @@ class CompressedHFLM(HFLM):
     def _count(self, cache: KeptCache) -> None:
         """Add up what a cache kept; raises if that is more than its budget."""
         layers = cache.report()["layers"]
-        for row, (begin, end) in enumerate(cache.valid):
+        for row, (begin, end) in enumerate(cache.valid or ()):
             kept = max(max(layer["kept"][row]) for layer in layers)
             self.totals["prompts"] += 1
             self.totals["prompts_within_budget"] += kept == end - begin

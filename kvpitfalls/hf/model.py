@@ -171,7 +171,7 @@ def _armed(decoder, forward, args, kwargs):
     attachment = _attached.get(decoder)
     if attachment is None:
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] # torch documents it
         raise UnsupportedModelError(
             "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, since a compressed "
             "cache changes shape"
