@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..audits.leakage import unlike
+from ..files import cache_folder
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
@@ -243,8 +244,7 @@ def _download() -> dict[str, Path]:
         raise ImportError("downloading the paper's data needs the package pooch; expected pip install 'kvpitfalls[eval]', or --data DIR")
     import pooch
 
-    root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
-    folder = Path(root) / "paper" / PAPER_COMMIT[:12]
+    folder = cache_folder() / "paper" / PAPER_COMMIT[:12]
 
     def fetched(file: str, where: str, digest: str) -> Path:
         return Path(pooch.retrieve(PAPER_URL + where, known_hash=f"sha256:{digest}", fname=file, path=folder))

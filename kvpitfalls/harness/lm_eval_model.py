@@ -1,7 +1,6 @@
 """lm-eval's Hugging Face model with a compressed cache: at ratio 0 it is lm-eval's ``hf``, above it scores do change."""
 
 import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from ..eviction.fairness import Fair
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
-from ..hf.generate import pad_halves
+from ..hf.generate import logits_after, pad_halves
 from ..hf.load import transformers_name
 from ..hf.model import attach
 from ..hf.wrap import compress_each, pad_left
@@ -171,8 +170,8 @@ class CompressedHFLM(_HFLM):
             for at in range(0, len(members), int(self.batch_size)):
                 chunk = members[at : at + int(self.batch_size)]
                 answers = [requests[i][2] for i in chunk]
-                for i, found in zip(chunk, self._score(copy.deepcopy(cache), prompt, list(ids), answers), strict=True):
-                    out[i] = found
+                for i, scored in zip(chunk, self._score(copy.deepcopy(cache), prompt, list(ids), answers), strict=True):
+                    out[i] = scored
                 bar.update(len(chunk))
         bar.close()
         self._check_totals()
@@ -184,13 +183,8 @@ class CompressedHFLM(_HFLM):
         if len(ids) + max(map(len, answers)) > self.max_length + 1:
             raise ValueError(f"context and continuation have more than {self.max_length} tokens; expected them to fit the model")
         cache.batch_repeat_interleave(len(answers))
-        tokens, mask = pad_halves([prompt] * len(answers), [(ids + answer)[:-1] for answer in answers])
-        known, begin = inspect.signature(self.model.forward).parameters, len(prompt)
-        options: dict[str, Any] = {"logits_to_keep": max(map(len, answers))} if "logits_to_keep" in known else {}
-        if "position_ids" in known:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:].to(self.device)
-        options |= {"attention_mask": mask.to(self.device), "use_cache": True, **cache_argument(self.model, cache)}
-        rows = self.model(tokens[:, begin:].to(self.device), **options).logits
+        conversations = [(ids + answer)[:-1] for answer in answers]
+        rows = logits_after(self.model, [prompt] * len(answers), conversations, cache, max(map(len, answers)))
         out = []
         for row, answer in zip(rows, answers, strict=True):
             logprobs = row[-len(answer) :].log_softmax(-1, dtype=self.softmax_dtype)

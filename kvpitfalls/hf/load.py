@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 from ..display.progress import shown
 from ..errors import DeviceError
+from ..files import cache_folder
 from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -210,10 +211,9 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _cache_folder(path: Path) -> Path:
-    root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Path(root) / "gguf" / f"{digest[:16]}-{transformers.__version__}-{_CONVERSION}"
+    return cache_folder() / "gguf" / f"{digest[:16]}-{transformers.__version__}-{_CONVERSION}"
 
 
 def _converted(path: Path) -> Path:

@@ -28,7 +28,7 @@ from .cache import KeptCache
 from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
-from .generate import GREEDY
+from .generate import GREEDY, pad_token
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
@@ -417,7 +417,7 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
     width = max(len(p) for p in prompts)
     starts = [width - len(p) for p in prompts]
-    pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)
+    pad = pad_token(prompts[0].tokenizer)
     ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
     mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
     spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
