@@ -18,6 +18,7 @@ from .config import SweepConfig
 from .corpus import Corpus
 from .plan import Batch
 from .records import check_same
+from .sources import identity, load_model
 
 RETRIES = 3  # how often Ray tries a batch again whose worker died
 
@@ -108,8 +109,6 @@ class _Held:
 
 def _run(shared: tuple, batch: Batch) -> list[dict]:
     """A batch, in a worker."""
-    from .sweep import identity, load_model
-
     config, corpus, same, n_thread = shared
     torch.set_num_threads(n_thread)
     if _Held.same != same:

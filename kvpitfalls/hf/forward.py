@@ -5,7 +5,6 @@ and, after a prefill, hands the layer to the cache's action; a ticket that was n
 """
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +20,10 @@ from .coverage import check_call
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
 from .masks import physical_mask
+from .threads import current_forward
 
 if TYPE_CHECKING:
     from .fixed import FixedCache
-
-local = threading.local()  # forward: the one that this thread is in; paused and generating: see model.py
 
 
 @dataclass
@@ -156,11 +154,6 @@ class Forward:
                 f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
                 "transformers' attention interface"
             )
-
-
-def current_forward() -> Forward | None:
-    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
-    return getattr(local, "forward", None)
 
 
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):

@@ -11,8 +11,10 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import NotInterceptedError
 from ..eviction import ops
+from .threads import current_forward
 
 if TYPE_CHECKING:
+    from .forward import Forward
     from .hold import Held
 
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
@@ -91,10 +93,8 @@ class KeptLayer(DynamicLayer):
         self.shared = False
         self.held = None  # type: ignore[assignment] # see the class
 
-    def _forward(self):
+    def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
-        from .forward import current_forward
-
         forward = current_forward()
         if forward is None or not forward.cache.holds(self):
             raise NotInterceptedError(

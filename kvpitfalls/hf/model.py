@@ -24,10 +24,11 @@ from .around import Around
 from .cache import KeptCache
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, decoder_of
 from .fixed import FixedCache
-from .forward import Forward, attention, current_forward, local
+from .forward import Forward, attention
 from .generating import arguments_of, check_generate, generators_of
 from .masks import real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
+from .threads import current_forward, local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
