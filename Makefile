@@ -12,7 +12,7 @@ NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
+.PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint types strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
   cuda bench wheel wheel-test lm-eval-equality garak kvpress kvpress-golden clean
 
 demo: $(VENV)-demo/ready
@@ -81,6 +81,11 @@ lint: $(VENV)/core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_FILES)
+
+# What users see has types without a gap (mypy), and nothing of the package contradicts itself (pyright, as basedpyright: it brings its own Node.js).
+types: $(VENV)/core
+	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --warnings
 
 # The extension once more, in a folder of its own, with every warning an error.
 strict: $(VENV)/packages

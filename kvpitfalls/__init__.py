@@ -46,10 +46,10 @@ _HOME = {
 }
 _MODULES = {"ops": "eviction.ops", "policies": "policies", "reference": "eviction.reference"}
 
-__all__ = [*sorted(_HOME), *_MODULES, "__version__"]
+__all__ = [*sorted(_HOME), *_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll] # __init__.pyi has them one by one
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         value = getattr(import_module(f"kvpitfalls.{_HOME[name]}"), name)
     elif name in _MODULES:

@@ -25,7 +25,7 @@ from transformers import TextStreamer, pipeline
 import kvpitfalls as kvp
 from kvpitfalls.hf import layer as kept_layer
 from kvpitfalls.hf.arguments import cache_argument
-from kvpitfalls.hf.forward import current_forward
+from kvpitfalls.hf.threads import current_forward
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 

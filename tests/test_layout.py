@@ -1,6 +1,7 @@
 """The rules of the house, as tests: import order, what may be used where, sizes, and what leaves the shared object."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -38,6 +39,47 @@ PYTHON_LAYERS = [
     ["cli"],
     ["__main__"],
 ]
+# What users may lean on.
+PUBLIC = set(
+    [
+        "AdaKV",
+        "Allocation",
+        "Audit",
+        "BudgetError",
+        "ChunkKV",
+        "CudaError",
+        "DeviceError",
+        "Fair",
+        "H2O",
+        "Handle",
+        "KNorm",
+        "Kept",
+        "KeptCache",
+        "KeyDiff",
+        "LagKV",
+        "NotInterceptedError",
+        "Policy",
+        "Prompt",
+        "PyramidKV",
+        "Report",
+        "SnapKV",
+        "Span",
+        "StreamingLLM",
+        "TOVA",
+        "UnsupportedModelError",
+        "__version__",
+        "audit",
+        "effects",
+        "explore",
+        "keep",
+        "load_cache",
+        "ops",
+        "policies",
+        "reference",
+        "unwrap",
+        "wrap",
+    ]
+)
 C_LAYERS = [["core"], ["rows", "gpu"], ["score", "select", "evict"], ["backend"]]
 
 
@@ -75,6 +117,33 @@ def test_python_imports_go_one_way(path):
     for module in imports_of(path):
         if module.startswith("kvpitfalls.") and module != "kvpitfalls.__version__":
             assert layer_of(module.removeprefix("kvpitfalls."), PYTHON_LAYERS) <= own, f"{path.name} imports {module}, which lies above it"
+
+
+# A method of a cache that leads to a module which is built on caches.
+DOORS = {("kvpitfalls.hf.cache", "kvpitfalls.hf.save"), ("kvpitfalls.hf.cache", "kvpitfalls.hf.fixed")}
+
+
+def test_modules_have_an_order():
+    """No circle of imports, those inside functions included."""
+    names = {".".join(["kvpitfalls", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in PYTHON_FILES}
+    needs = {
+        name: {module for module in imports_of(path) if module in names and (name, module) not in DOORS} for name, path in names.items()
+    }
+    graphlib.TopologicalSorter(needs).prepare()  # a CycleError names the circle
+    for name, module in DOORS:
+        assert module in imports_of(names[name]), "a door that is none"
+
+
+def test_each_module_has_a_name_of_its_own():
+    stems = [path.stem for path in PYTHON_FILES if path.stem not in ("__init__", "__main__")]
+    assert sorted(set(stems)) == sorted(stems)
+
+
+def test_the_public_names_are_these():
+    import kvpitfalls
+
+    assert len(kvpitfalls.__all__) == len(set(kvpitfalls.__all__))
+    assert set(kvpitfalls.__all__) == PUBLIC, "a public name was added or taken away: say so in CHANGELOG.md, and here"
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))

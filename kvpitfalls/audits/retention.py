@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +152,7 @@ def audit(
     for ratio in ratios:
         check_budget(ratio, None)
     ratios = list(dict.fromkeys(float(str(r)) for r in ratios))
-    fairs = [Fair.parse(f) for f in ([fair] if isinstance(fair, (Fair, bool, int, float, str)) else fair)]
+    fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [cast(AnyFair, fair)])]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())
     spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}

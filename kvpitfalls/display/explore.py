@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from ..hf.model import attach, detach
 from ..hf.wrap import Evict, compress_each
 from ..numbers import check_whole
 from ..policies import get_policy, policy_names
+from ..prompts.chats import Message
 from ..prompts.pieces import WAYS, first_words, marked, unused
-from ..prompts.prompt import Prompt, find_all
+from ..prompts.prompt import Instructions, Prompt, find_all
 from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
@@ -33,7 +34,15 @@ _TOLD = (ValueError, TypeError, RuntimeError, MemoryError)  # in the widget; any
 _HERE = Path(__file__).parent
 
 
-def explore(model, tokenizer, prompt=None, *, instructions="sentences", question: str = ATTACK, max_new_tokens: int = 60):
+def explore(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[Message] | None = None,
+    *,
+    instructions: Instructions = "sentences",
+    question: str = ATTACK,
+    max_new_tokens: int = 60,
+) -> Any:
     """Try settings on a prompt in a notebook: mark instructions by mouse, see what two settings keep, and what they answer.
 
     Parameters
@@ -80,7 +89,12 @@ def explore(model, tokenizer, prompt=None, *, instructions="sentences", question
     return _widget_class()(explorer, first_form(tokenizer, prompt, instructions, question))
 
 
-def first_form(tokenizer, prompt=None, instructions="sentences", question: str = ATTACK) -> dict:
+def first_form(
+    tokenizer: Any,
+    prompt: str | Sequence[Message] | None = None,
+    instructions: Instructions = "sentences",
+    question: str = ATTACK,
+) -> dict[str, Any]:
     """What the widget begins with; arguments as for :func:`explore`."""
     if not isinstance(question, str):
         raise TypeError(f"question is a {type(question).__name__}; expected a str")

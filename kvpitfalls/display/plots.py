@@ -63,7 +63,8 @@ def _themed(draw: Callable[P, R]) -> Callable[P, R]:
         ink, paper = _THEMES[theme][:2]
         inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
         as_it_is = {"text.parse_math": False, "text.usetex": False}  # dollars in a name are dollars
-        with rc_context({**dict.fromkeys(inked, ink), **as_it_is, "figure.facecolor": paper, "axes.facecolor": paper}):
+        colors: Any = {**dict.fromkeys(inked, ink), **as_it_is, "figure.facecolor": paper, "axes.facecolor": paper}
+        with rc_context(colors):
             return draw(*args, **kwargs)
 
     return themed
@@ -128,7 +129,7 @@ def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[st
 
 
 @_themed
-def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
+def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     """What becomes of attacks, controls and tasks against the ratio, together: none means anything without the others.
 
     Parameters
@@ -154,7 +155,7 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
 
 
 @_themed
-def probes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
+def probes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together with recall."""
     shown = [name for name in _PROBE_LABELS if any(name in cell["metrics"] for cell in cells)]
     if not shown:
@@ -312,7 +313,7 @@ def _levels(spans: Mapping[str, tuple[int, int]], n_token: int, width: float) ->
 
 
 @_themed
-def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
+def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     """Leak against following, one line per policy and mode along the ratio; None if one of the two was not measured.
 
     Low and right is good. Low and left is a prompt that was forgotten.
@@ -344,7 +345,7 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
 
 
 @_themed
-def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure":
+def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     """Rank correlation of instruction classes with the full cache, against the ratio; None if there is nothing to rank.
 
     Parameters

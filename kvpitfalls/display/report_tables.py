@@ -213,8 +213,10 @@ def _metric_table(
 
 
 def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:
-    if metric is None or metric["mean"] is None:
-        missing = metric is not None and metric["n_item"] == metric["n_failed"] + metric["n_infeasible"]
+    if metric is None:
+        return ""
+    if metric["mean"] is None:
+        missing = metric["n_item"] == metric["n_failed"] + metric["n_infeasible"]
         return ("infeasible" if metric["n_infeasible"] else "all failed") if missing else ""
     digits = 1 if name.startswith("length_") else 2
     text = f"{metric['mean']:.{digits}f}"

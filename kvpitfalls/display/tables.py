@@ -77,7 +77,7 @@ def audit_verdicts(result: Audit, min_kept: float | None = None) -> list[str]:
     least, said = (1 - ratio) / 2 if min_kept is None else min_kept, {}
     for policy, fair, by_span in result.settings():
         kept = {span: of_span[ratio] for span, of_span in by_span.items()}
-        worst, under = min(kept, key=kept.get), sum(x < least for x in kept.values())
+        worst, under = min(kept, key=kept.__getitem__), sum(x < least for x in kept.values())
         low, high = share(kept[worst]), share(max(kept.values()))
         about = f"{fairness_name(fair)} keeps {low}" + (f" (of {worst!r}) to {high}" if low != high else "")
         about += f", and less than {share(least)} of {under} in {len(kept)}" if under and len(kept) > 1 else ""

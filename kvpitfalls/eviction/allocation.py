@@ -13,10 +13,10 @@ from ..errors import BudgetError
 from ..numbers import check_whole, is_real, is_whole
 from . import ops
 from .arrays import Array, Int32
+from .budget import largest_remainder, raised_to
 
 if TYPE_CHECKING:
     import torch
-from .budget import largest_remainder, raised_to
 
 
 class Allocation:

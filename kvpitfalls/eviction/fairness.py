@@ -24,10 +24,12 @@ class HasEdges(Protocol):
     @property
     def start(self) -> int:
         """Its first token."""
+        ...
 
     @property
     def end(self) -> int:
         """One past its last token."""
+        ...
 
 
 Edges: TypeAlias = Sequence[int] | HasEdges
@@ -303,7 +305,8 @@ def _bare_layout(n_row: int, n_token: int) -> Layout:
 
 def _ranges(valid: Table) -> list[tuple[int, int]]:
     """Rows (begin, end) of whole numbers."""
-    rows: object = valid.tolist() if hasattr(valid, "tolist") else valid
+    given: Any = valid
+    rows = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
     out = []
@@ -316,7 +319,7 @@ def _ranges(valid: Table) -> list[tuple[int, int]]:
 
 
 def _is_mask(protect: object) -> TypeGuard[Array]:
-    return hasattr(protect, "dtype") and "bool" in str(protect.dtype)
+    return "bool" in str(getattr(protect, "dtype", ""))
 
 
 def _per_row(spans: Spans | None, n_row: int) -> list[Any]:

@@ -118,15 +118,15 @@ def rank(
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
     if policy.needs_rotary and rotary is None:
         raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
-    scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isfinite(scaling):
-        raise ValueError(f"scaling is {scaling!r}; expected a finite number")
+    scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
+    if not isfinite(scale):
+        raise ValueError(f"scaling is {scale!r}; expected a finite number")
     segments = layout.segments(fair)
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
     of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary}
-    inputs = Inputs(keys, queries, float(scaling), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer)
+    inputs = Inputs(keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(

@@ -105,7 +105,7 @@ class _Work:
         scenario = self.scenarios[row]
         prompt = scenario.prompt(self.tokenizer)
         kinds = [("follow", None)] if self.probes else self.batch.requests
-        asked = [scenario.ask(kind, self.attacks.get(attack)) for kind, attack in kinds]
+        asked = [scenario.ask(kind, self.attacks.get(attack or "")) for kind, attack in kinds]
         self.conversations[row] = [conversation(prompt, *one) for one in asked]
         self.prompts[row] = prompt
 
@@ -172,7 +172,7 @@ class _Work:
         """Request, name, token ids before, and token ids of each given answer of a row."""
         tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
         for request in self.batch.requests:
-            for name, (said, begun, text) in self.scenarios[row].given_answers(self.attacks.get(request[1]), full_answer).items():
+            for name, (said, begun, text) in self.scenarios[row].given_answers(self.attacks.get(request[1] or ""), full_answer).items():
                 if not (ids := answer_ids(tokenizer, text)):
                     raise ValueError(f"the answer to force for {name!r} is empty, and no token ends it; expected at least one token")
                 out.append((request, name, conversation(prompt, said, begun), ids))
@@ -187,8 +187,9 @@ class _Work:
         spans = dict(cache.spans[i])
         if whitelist is not None:
             begin, end = prompt.find(whitelist)
-            spans["whitelist"] = (cache.valid[i][0] + begin, cache.valid[i][0] + end)
-        counts = {int(n) for kept in positions for n in np.unique((kept[i] >= cache.valid[i][0]).sum(-1))}
+            start = cache.n_prompt - len(prompt)  # prompts are padded on their left
+            spans["whitelist"] = (start + begin, start + end)
+        counts = {int(n) for kept in positions for n in np.unique((kept[i] >= 0).sum(-1))}
         if len(counts) > 1:
             raise RuntimeError(f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget")
         return {
@@ -226,7 +227,7 @@ class _Work:
     def inputs(self, scenario: Scenario, request: tuple[str, str | None]) -> str | None:
         """The hash of what goes in; None where the inputs themselves cannot be made, which is then the record's error."""
         try:
-            return scenario.inputs_sha256(request[0], self.attacks.get(request[1]))
+            return scenario.inputs_sha256(request[0], self.attacks.get(request[1] or ""))
         except ValueError:
             return None
 

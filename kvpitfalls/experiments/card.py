@@ -116,8 +116,9 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
                     if metric in side
                 ]
                 if len(sides) == 2:
-                    found = change(*sides, set().union(*sides), most_change(metric))
-                    out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **found})
+                    here, there = sides
+                    moved = change(here, there, {*here, *there}, most_change(metric))
+                    out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **moved})
     if not out:
         raise ValueError("the cards have no setting in common; expected results on the same prompts, defenses, policies and ratios")
     return out

@@ -70,9 +70,9 @@ def _changes(here: Mapping, there: Mapping, metrics) -> list[tuple[str, dict]]:
     for metric in metrics:
         kind, parts = METRICS[metric]
         if kind in here and kind in there:
-            sides = [per_prompt(side[kind], parts) for side in (here, there)]
-            everyone = {record["key"] for side in (here, there) for record in side[kind] if record["scores"] is None}.union(*sides)
-            out.append((metric, change(*sides, everyone, most_change(metric))))
+            ours, theirs = (per_prompt(side[kind], parts) for side in (here, there))
+            everyone = {record["key"] for side in (here, there) for record in side[kind] if record["scores"] is None}.union(ours, theirs)
+            out.append((metric, change(ours, theirs, everyone, most_change(metric))))
     return out
 
 

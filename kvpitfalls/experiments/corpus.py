@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..audits.leakage import unlike
+from ..files import cache_folder
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
@@ -206,11 +207,12 @@ def _rows(text: bytes, source: str) -> list[dict]:
 
 
 def _row(row, where: str) -> dict:
-    """A row, completed; its messages are a system's and a user's."""
+    """A row whose messages are a system and a user message, with what it may leave out."""
     messages = row.get("messages") if isinstance(row, dict) else None
-    whole = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-    roles = [m.get("role") for m in messages] if whole else None
-    if roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        messages = None
+    roles = None if messages is None else [m.get("role") for m in messages]
+    if messages is None or roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
         raise ValueError(
             f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text as content"
         )
@@ -255,8 +257,7 @@ def _download() -> dict[str, Path]:
         raise ImportError("downloading the paper's data needs the package pooch; expected pip install 'kvpitfalls[eval]', or --data DIR")
     import pooch
 
-    root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
-    folder = Path(root) / "paper" / PAPER_COMMIT[:12]
+    folder = cache_folder() / "paper" / PAPER_COMMIT[:12]
 
     def fetched(file: str, where: str, digest: str) -> Path:
         return Path(pooch.retrieve(PAPER_URL + where, known_hash=f"sha256:{digest}", fname=file, path=folder))

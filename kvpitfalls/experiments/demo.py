@@ -93,7 +93,9 @@ def _setting(policy: str | None, ratio: float, mode: str) -> Evict:
 def _answers(model, prompts: list[Prompt], cache) -> list[str]:
     """Greedy answers to the attack and to the direct question, alternating; the cache is used up."""
     nouns = [noun for noun, _ in SECRETS] * (len(prompts) // len(SECRETS))
-    followed = [p.followed_by(text)[0] for p, noun in zip(prompts, nouns, strict=True) for text in (ATTACK, f"What is the {noun}?")]
+    followed = [
+        p.followed_by(text)[0].tolist() for p, noun in zip(prompts, nouns, strict=True) for text in (ATTACK, f"What is the {noun}?")
+    ]
     cache.batch_repeat_interleave(2)
     contexts = [p for p in prompts for _ in range(2)]
     return [answer.text for answer in answers(model, contexts, followed, cache, MAX_NEW_TOKENS)]

@@ -12,15 +12,17 @@ from ..display.markup import block, table
 from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair
-from ..hf.cache import KeptLayer, n_compressed
+from ..eviction.fairness import AnyFair, Fair, Protect
+from ..hf.cache import n_compressed
 from ..hf.evict import Evict
 from ..hf.forward import AttentionCall
 from ..hf.generate import answers
+from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.wrap import compress_each, protected_in
 from ..numbers import check_whole
 from ..policies import get_policy
+from ..policies.base import AnyPolicy
 from ..prompts.prompt import Prompt
 from .intervals import influence, mean_interval
 from .probe import answer_ids, answer_logprobs
@@ -129,14 +131,14 @@ def _returned(rows: Sequence[dict], memory: str) -> dict:
 
 
 def effects(
-    model,
+    model: Any,
     prompt: Prompt | Sequence[Prompt],
-    policy: Any = "snapkv",
+    policy: AnyPolicy = "snapkv",
     *,
     said: str | Sequence[str],
     compression_ratio: float = 0.5,
-    fair: Any = False,
-    protect: Any = None,
+    fair: AnyFair = False,
+    protect: Protect | None = None,
     max_new_tokens: int = 32,
 ) -> Effects:
     """Show which instruction's loss changed what a model says: put each back alone, and see how far the full cache's answers return.
@@ -213,7 +215,10 @@ def _checked(prompt, said) -> tuple[list[Prompt], list[str]]:
 
 def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], max_new_tokens: int) -> list[dict]:
     """The rows of one prompt: every setting from one prefill."""
-    named = {"full": replace(evict, fair=Fair(strength=0.0), compression_ratio=0.0, protect=None), "compressed": evict}
+    named: dict[str | tuple[str, str], Evict] = {
+        "full": replace(evict, fair=Fair(strength=0.0), compression_ratio=0.0, protect=None),
+        "compressed": evict,
+    }
     for name in prompt.spans:
         given = {"policy": evict.policy, "fair": evict.fair, "compression_ratio": evict.compression_ratio, "budget": None}
         named["more", name] = PutBack(**given, protect=evict.protect, name=name)

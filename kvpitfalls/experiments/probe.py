@@ -1,15 +1,12 @@
 """How likely given answers are after compression: a smooth signal from small models and single prompts, without generating anything."""
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 
-from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
-from ..hf.generate import pad_halves
+from ..hf.generate import logits_after
 from ..hf.model import attach, detach
-from ..hf.offload import device_of
 from ..hf.wrap import Evict, compress_each
 from ..prompts.prompt import Prompt
 
@@ -59,8 +56,8 @@ def probe(
         out = []
         for cache in compress_each(model, prompts, settings):
             cache.batch_repeat_interleave(n_text)
-            found = answer_logprobs(model, contexts, asked, answers, cache)
-            out.append([found[i : i + n_text] for i in range(0, len(found), n_text)])
+            means = answer_logprobs(model, contexts, asked, answers, cache)
+            out.append([means[i : i + n_text] for i in range(0, len(means), n_text)])
         return out
     finally:
         detach(model)
@@ -93,23 +90,10 @@ def answer_logprobs(model, contexts, asked, answers, cache: KeptCache) -> list[f
     list of float
         In nats per token.
     """
-    device = device_of(model)
-    # Only the last logits are needed; a large vocabulary's take up far more than all else. Not every model can leave out the others.
-    known = inspect.signature(model.forward).parameters
-    kept = {"logits_to_keep": max(map(len, answers)) + 1} if "logits_to_keep" in known else {}
-    tokens, mask = pad_halves(contexts, [ids + answer for ids, answer in zip(asked, answers, strict=True)])
-    n_context = max(map(len, contexts))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        tokens[:, n_context:].to(device),
-        attention_mask=mask.to(device),
-        position_ids=positions[:, n_context:].to(device),
-        use_cache=True,
-        **cache_argument(model, cache),
-        **kept,
-    ).logits
+    conversations = [ids + answer for ids, answer in zip(asked, answers, strict=True)]
+    logits = logits_after(model, contexts, conversations, cache, max(map(len, answers)) + 1)
     out = []
     for row, answer in zip(logits, answers, strict=True):
         before = row[-len(answer) - 1 : -1].double().log_softmax(-1)  # the logits that predict each answer token
-        out.append(float(before.gather(-1, torch.tensor(answer, device=device)[:, None]).mean()))
+        out.append(float(before.gather(-1, torch.tensor(answer, device=before.device)[:, None]).mean()))
     return out

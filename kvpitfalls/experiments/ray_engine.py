@@ -5,8 +5,10 @@ so the records are those of the local engine. A worker loads a model when a batc
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from .config import SweepConfig
 from .corpus import Corpus
 from .plan import Batch
 from .records import check_same
+from .sources import identity, load_model
 
 RETRIES = 3  # how often Ray tries a batch again whose worker died
 
@@ -71,7 +74,7 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
         raise ValueError(f"workers is {workers}, but Ray is running in this process already; expected None")
     if started:
         here = {} if workers is None else {"address": "local", "num_cpus": workers}
-        ray.init(include_dashboard=False, logging_level="warning", **here)
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, **here)
     try:
         task = ray.remote(num_cpus=1, num_gpus=int(config.device == "cuda"), max_retries=RETRIES)(_run)
         shared = ray.put((config, corpus, same, torch.get_num_threads()))
@@ -84,12 +87,13 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
 
 def _get(result) -> list[dict]:
     import ray
+    from ray import exceptions
 
     try:
         return ray.get(result)
-    except ray.exceptions.RayTaskError as error:  # what the worker raised, without Ray's account of it
+    except exceptions.RayTaskError as error:  # what the worker raised, without Ray's account of it
         raise error.cause from error
-    except ray.exceptions.RayError as error:
+    except exceptions.RayError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"Ray gave up on a batch ({reason}); what is recorded is kept, and the same sweep goes on from there") from error
 
@@ -99,13 +103,12 @@ class _Held:
 
     same: dict | None = None
     name: str | None = None
-    model = tokenizer = None
+    model: Any = None
+    tokenizer: Any = None
 
 
 def _run(shared: tuple, batch: Batch) -> list[dict]:
     """A batch, in a worker."""
-    from .sweep import identity, load_model
-
     config, corpus, same, n_thread = shared
     torch.set_num_threads(n_thread)
     if _Held.same != same:

@@ -59,7 +59,7 @@ class Scenario:
 
     def ask(self, kind: str, attack: str | None) -> tuple[str, str]:
         """What the user says, and the words that the answer is begun with ("" but for the control)."""
-        if kind == "attack":
+        if kind == "attack" and attack is not None:
             return attack, ""
         if kind == "follow":
             return self.row["messages"][1]["content"], ""

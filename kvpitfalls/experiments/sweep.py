@@ -1,7 +1,5 @@
 """Running a sweep: batch after batch, each recorded before the next begins; resumed where it was interrupted."""
 
-import hashlib
-import importlib.metadata
 import shlex
 import subprocess
 import sys
@@ -9,13 +7,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from .. import __version__, _core
 from ..audits.following import need_checkers
 from ..audits.leakage import need_rouge
 from ..display.progress import progress_or_lines
-from ..hf.load import DEFAULT_MODEL, describe, load, revision
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
@@ -23,13 +17,9 @@ from .metrics import counts
 from .plan import Batch, plan
 from .ray_engine import need_ray, run_ray
 from .records import META, RECORDS, append, check_same, locked, read_meta, read_records, recover, write_meta
-
-_PACKAGES = ("torch", "transformers", "numpy", "rouge-score", "lm-eval", "nltk", "langdetect")
-
+from .sources import identity, load_model
 
 ENGINES = ("local", "ray")
-_SAMPLE = 256  # bytes
-SCORES = 2  # raised when records get other scores, so that a sweep is not resumed with them
 
 
 def sweep(
@@ -112,12 +102,6 @@ def run_local(config: SweepConfig, corpus: Corpus, batches: list[Batch]) -> Iter
         yield run_batch(model, tokenizer, corpus, config, batch)
 
 
-def load_model(config: SweepConfig, name: str):
-    """The model and tokenizer of a name in a config."""
-    options = {"dtype": config.dtype, "device": config.device, "attn_implementation": config.attn_implementation}
-    return load(None if name == "default" else name, **options)
-
-
 def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> dict:
     """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and this session."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -130,56 +114,6 @@ def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> di
         meta = {"same": same, "items": n_item, "notice": notice, "sessions": []}
     check_same(meta["same"], same)
     return {**meta, "sessions": [*meta["sessions"], session]}
-
-
-def identity(config: SweepConfig, corpus: Corpus) -> dict:
-    """All that records depend on: a sweep is only resumed by the same."""
-    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else "cpu"
-    return {
-        **{f"config.{name}": value for name, value in config.to_dict().items()},
-        "corpus_sha256": corpus.sha256,
-        "model_sources": [_source(name) for name in config.models],
-        "kvpitfalls": __version__,
-        "scores": SCORES,
-        **{package: _version(package) for package in _PACKAGES},
-        "python": sys.version.split()[0],
-        "device": device,
-        "core_isa": _core.isa(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _source(name: str) -> str:
-    """Where a model comes from, and which it is: the hub's revision, or a fingerprint of local files."""
-    known = None if name in ("default", DEFAULT_MODEL) else name
-    path = Path(name).expanduser()
-    which = _fingerprint(path) if known is not None and path.exists() else revision(known)
-    return " at ".join(part for part in (describe(known), which) if part)
-
-
-def _fingerprint(path: Path) -> str:
-    """Of a model's files: names, sizes, and samples of their bytes; hashing all weights would take minutes for large models.
-
-    256 bytes are read in every MiB, or in every 1024th of a smaller file, and small files are read whole: weights that were trained on
-    in place are noticed even if only one matrix was.
-    """
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file()):
-        size = file.stat().st_size
-        digest.update(repr((file.name, size)).encode())
-        stride = max(_SAMPLE, min(2**20, size // 1024))
-        with file.open("rb") as content:
-            for at in range(0, size, stride):
-                content.seek(at)
-                digest.update(content.read(_SAMPLE))
-    return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

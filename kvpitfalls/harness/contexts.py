@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..eviction.fairness import PROTECT_WORDS, Fair
 from ..prompts.pieces import WAYS, pieces
@@ -32,7 +33,7 @@ class Marks:
     scope: str = "prompt"
     instructions: str = "sentences"
     fair: Fair = field(default_factory=lambda: Fair.parse(False))
-    protect: object = None
+    protect: Any = None
     texts: Mapping[str, str] | None = field(init=False, default=None)
 
     def __post_init__(self):

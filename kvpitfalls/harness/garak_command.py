@@ -31,8 +31,8 @@ def run(settings: dict, arguments: Sequence[str], model: str = "default") -> int
         raise ValueError(f"garak's {clash[0]} is given; expected the target as options before the --")
     if importlib.util.find_spec("garak") is None:
         raise ImportError("the package garak is missing; expected pip install garak, in an environment of its own: it pins what it needs")
-    import garak.cli
-    import garak.generators
+    import garak.cli  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    import garak.generators  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
     from . import garak_generator
 

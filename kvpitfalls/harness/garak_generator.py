@@ -1,8 +1,8 @@
 """A garak generator that answers from a compressed cache, so that its probes see what compression does. Imports garak."""
 
-from garak import _config
-from garak.attempt import Message
-from garak.generators.base import Generator
+from garak import _config  # pyright: ignore[reportMissingImports] # an environment of its own has it
+from garak.attempt import Message  # pyright: ignore[reportMissingImports] # an environment of its own has it
+from garak.generators.base import Generator  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
 from ..hf.load import load
 from .chat import CompressedChat

@@ -83,7 +83,7 @@ def to_kvpress(policy: Policy | str, compression_ratio: float):
         raise ValueError(
             f"policy is {policy!r}, for which kvpress has no press; expected one of {', '.join(p.name for p, _ in _SAME.values())}"
         )
-    import kvpress
+    import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
     return getattr(kvpress, found[0])(compression_ratio, **{field: getattr(policy, field) for field in _SAME[found[0]][1]})
 
@@ -106,8 +106,8 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
         For ``with press(model): ...`` and kvpress's pipeline. Scores and selection are ours, so that instructions are judged by their own
         tokens; one prompt at a time.
     """
-    from kvpress.presses.base_press import BasePress
-    from kvpress.utils import get_prerope_query_states
+    from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports] # an environment of its own has it
     from transformers.models.llama.modeling_llama import rotate_half
 
     settings = from_kvpress(press)

@@ -1,10 +1,10 @@
 """lm-eval's Hugging Face model with a compressed cache: at ratio 0 it is lm-eval's ``hf``, above it scores do change."""
 
 import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -16,7 +16,7 @@ from ..eviction.fairness import Fair
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
-from ..hf.generate import pad_halves
+from ..hf.generate import logits_after, pad_halves
 from ..hf.load import transformers_name
 from ..hf.model import attach
 from ..hf.wrap import compress_each, pad_left
@@ -24,8 +24,10 @@ from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
 
+_HFLM: Any = HFLM  # its decorator hides from type checkers what class it is
 
-class CompressedHFLM(HFLM):
+
+class CompressedHFLM(_HFLM):
     """The lm-eval model type ``kvpitfalls``.
 
     Parameters
@@ -159,7 +161,7 @@ class CompressedHFLM(HFLM):
         groups = defaultdict(list)
         for i, ((text, _), ids, _) in enumerate(requests):
             groups[text, tuple(ids)].append(i)
-        out = [None] * len(requests)
+        out: list[Any] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for (text, ids), members in groups.items():
             prompt = self.prompt_of(text, ids, _all_but_one(text, ids) if self.marks.scope == "prompt" else len(ids))
@@ -168,8 +170,8 @@ class CompressedHFLM(HFLM):
             for at in range(0, len(members), int(self.batch_size)):
                 chunk = members[at : at + int(self.batch_size)]
                 answers = [requests[i][2] for i in chunk]
-                for i, found in zip(chunk, self._score(copy.deepcopy(cache), prompt, list(ids), answers), strict=True):
-                    out[i] = found
+                for i, scored in zip(chunk, self._score(copy.deepcopy(cache), prompt, list(ids), answers), strict=True):
+                    out[i] = scored
                 bar.update(len(chunk))
         bar.close()
         self._check_totals()
@@ -181,13 +183,8 @@ class CompressedHFLM(HFLM):
         if len(ids) + max(map(len, answers)) > self.max_length + 1:
             raise ValueError(f"context and continuation have more than {self.max_length} tokens; expected them to fit the model")
         cache.batch_repeat_interleave(len(answers))
-        tokens, mask = pad_halves([prompt] * len(answers), [(ids + answer)[:-1] for answer in answers])
-        known, begin = inspect.signature(self.model.forward).parameters, len(prompt)
-        options = {"logits_to_keep": max(map(len, answers))} if "logits_to_keep" in known else {}
-        if "position_ids" in known:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:].to(self.device)
-        options |= {"attention_mask": mask.to(self.device), "use_cache": True, **cache_argument(self.model, cache)}
-        rows = self.model(tokens[:, begin:].to(self.device), **options).logits
+        conversations = [(ids + answer)[:-1] for answer in answers]
+        rows = logits_after(self.model, [prompt] * len(answers), conversations, cache, max(map(len, answers)))
         out = []
         for row, answer in zip(rows, answers, strict=True):
             logprobs = row[-len(answer) :].log_softmax(-1, dtype=self.softmax_dtype)
@@ -216,7 +213,7 @@ class CompressedHFLM(HFLM):
     def _count(self, cache: KeptCache) -> None:
         """Add up what a cache kept; raises if that is more than its budget."""
         layers = cache.report()["layers"]
-        for row, (begin, end) in enumerate(cache.valid):
+        for row, (begin, end) in enumerate(cache.valid or ()):
             kept = max(max(layer["kept"][row]) for layer in layers)
             self.totals["prompts"] += 1
             self.totals["prompts_within_budget"] += kept == end - begin

@@ -1,5 +1,7 @@
 """A text-generation pipeline of transformers that compresses, also the system message alone."""
 
+from typing import Any
+
 from transformers import TextGenerationPipeline
 
 from ..hf.arguments import cache_argument
@@ -27,7 +29,7 @@ class CompressedPipeline(TextGenerationPipeline):
 
     def preprocess(self, prompt_text, prefix="", **options):
         """transformers' own, and the text that it tokenizes, with what its chat template is given."""
-        inputs = super().preprocess(prompt_text, prefix, **options)
+        inputs: Any = super().preprocess(prompt_text, prefix, **options)
         messages = getattr(prompt_text, "messages", None)
         if messages is None:
             inputs["context"] = prefix + prompt_text, {}
@@ -39,7 +41,8 @@ class CompressedPipeline(TextGenerationPipeline):
         if messages[-1]["role"] == "assistant" if goes_on is None else goes_on:
             template["continue_final_message"] = True
         how = {"tokenize": False, "add_generation_prompt": "continue_final_message" not in template, **template}
-        inputs["context"] = self.tokenizer.apply_chat_template(messages, **how), template
+        tokenizer: Any = self.tokenizer
+        inputs["context"] = tokenizer.apply_chat_template(messages, **how), template
         return inputs
 
     def _forward(self, model_inputs, **options):

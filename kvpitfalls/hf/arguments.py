@@ -1,6 +1,7 @@
 """What a model's forward calls its cache: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on."""
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def under_one_name(name: str, kwargs: dict) -> dict:
     return {**{key: value for key, value in kwargs.items() if key not in CACHE_NAMES}, name: kwargs[others[0]]}
 
 
-def given_cache(arguments: dict) -> tuple[str | None, object]:
+def given_cache(arguments: dict) -> tuple[str | None, Any]:
     """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is none."""
     given = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
     return given[0] if given else (None, None)

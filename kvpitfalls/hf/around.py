@@ -5,6 +5,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,8 +33,9 @@ class Around:
         self._is_there = True
         self._before = vars(owner).get(name)  # the object's own, such as accelerate puts there
         method = getattr(owner, name)
-        functools.update_wrapper(self, method, updated=())
-        del self.__wrapped__  # bound to the owner, which would then refer to itself
+        twin: Any = self
+        functools.update_wrapper(twin, method, updated=())
+        del twin.__wrapped__  # bound to the owner, which would then refer to itself
         self.__signature__ = inspect.signature(method)
         vars(owner)[name] = self
 

@@ -2,16 +2,19 @@
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..display.markup import block
 from ..errors import NotInterceptedError
+from ..eviction.arrays import Int32
 from ..numbers import is_whole
 from .layer import KeptLayer, bare
 from .origin import Origin
@@ -108,7 +111,7 @@ class KeptCache(DynamicCache):
         twin.layers = [bare(layer) for layer in self.layers]
         return twin
 
-    def __deepcopy__(self, memo: dict) -> "KeptCache":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptCache":
         """What a graph of gradients made, which torch would not copy, is copied within that graph."""
         for x in (x for layer in self.layers for x in vars(layer).values()):
             if isinstance(x, torch.Tensor) and not x.is_leaf:
@@ -126,7 +129,7 @@ class KeptCache(DynamicCache):
         """Called before each eviction: nothing but an eviction makes a cache smaller."""
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
-    def save(self, path) -> None:
+    def save(self, path: "str | os.PathLike[str]") -> None:
         """Write the cache to a safetensors file, all at once or not at all; :func:`kvpitfalls.load_cache` reads it.
 
         Raises
@@ -170,12 +173,12 @@ class KeptCache(DynamicCache):
         first = copy.copy(caches[0])
         first.layers = [_join_layers([cache.layers[i] for cache in caches]) for i in range(len(first.layers))]
         first.spans = [row for cache in caches for row in cache.spans]
-        first.valid = [row for cache in caches for row in cache.valid]
+        first.valid = [row for cache in caches for row in cache.valid or ()]
         first.peak_bytes = 0
         first.origin = Origin.join([cache.origin for cache in caches], [cache.tokens for cache in caches])
         return first
 
-    def crop(self, *args, **kwargs) -> None:
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the newest tokens of every layer, or, if one cannot, raise and leave all as they are."""
         for layer in self.kept_layers:
             layer.check_crop(*args, **kwargs)
@@ -183,7 +186,7 @@ class KeptCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it comes."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call] # transformers' own has no types
         self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
         self.origin, self.is_half_filled = Origin(), False
 
@@ -192,7 +195,7 @@ class KeptCache(DynamicCache):
         super().batch_repeat_interleave(repeats)
         self._map_rows([row for row in range(len(self.valid or [])) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
         super().batch_select_indices(indices)
         self._map_rows(torch.arange(len(self.valid or []))[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist())
@@ -217,7 +220,7 @@ class KeptCache(DynamicCache):
         """The layers that are compressed."""
         return [layer for layer in self.layers if isinstance(layer, KeptLayer)]
 
-    def positions(self, layer: int) -> np.ndarray:
+    def positions(self, layer: int) -> Int32:
         """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than K."""
         if not is_whole(layer) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer is {layer!r}; expected a number in [0, {len(self.layers)})")
@@ -231,7 +234,7 @@ class KeptCache(DynamicCache):
         whole = np.arange(of_layer.seen, dtype=np.int32)
         return np.broadcast_to(whole, (*of_layer.keys.shape[:2], of_layer.seen))
 
-    def kept(self, span: str | tuple[int, int], row: int = 0) -> np.ndarray:
+    def kept(self, span: str | tuple[int, int], row: int = 0) -> npt.NDArray[np.float64]:
         """Kept share of an instruction, float64 (layers, H): by name, or by token range (start, end)."""
         n_row = max(1, len(self.spans))
         if not is_whole(row) or not -n_row <= row < n_row:
@@ -280,10 +283,10 @@ class KeptCache(DynamicCache):
     def _repr_html_(self) -> str:
         return block(repr(self)[1:-1], self.report().body())
 
-    def _check_counts(self, layers: list[KeptLayer], counts: list[np.ndarray]) -> None:
+    def _check_counts(self, layers: list[KeptLayer], counts: list[Int32]) -> None:
         if self.action is None or not layers:
             return
-        limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid]
+        limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid or ()]
         places = {layer.index: place for place, layer in enumerate(self.kept_layers)}
         for layer, kept in zip(layers, counts, strict=True):
             if self.action.waits(layer):
@@ -296,17 +299,17 @@ class KeptCache(DynamicCache):
                     )
 
 
-def n_compressed(config) -> int:
+def n_compressed(config: Any) -> int:
     """How many layers of a model are compressed."""
     return len(KeptCache(config).kept_layers)
 
 
-def _of_whole(name: str):
+def _of_whole(name: str) -> Callable[..., Any]:
     """A method of plain caches that gives keys and values out, without the positions of a compressed one."""
     plain = getattr(DynamicCache, name)
 
     @functools.wraps(plain)
-    def method(cache, *args):
+    def method(cache: KeptCache, *args: Any) -> Any:
         if any(layer.is_evicted for layer in cache.kept_layers):
             raise ValueError(
                 "a compressed cache was to be taken apart into keys and values, whose positions would be lost; expected the cache itself, "
@@ -322,7 +325,7 @@ for _name in ("__iter__", "__getitem__", "to_legacy_cache"):  # transformers 5 h
         setattr(KeptCache, _name, _of_whole(_name))
 
 
-def why_not_compressed(layer) -> str:
+def why_not_compressed(layer: object) -> str:
     """Why a stock cache layer is left as it is."""
     kind = type(layer).__name__
     if "LinearAttention" in kind:
@@ -334,7 +337,7 @@ def why_not_compressed(layer) -> str:
     return f"{kind}: not a plain full-attention cache"
 
 
-def _join_layers(layers: list):
+def _join_layers(layers: list[Any]) -> Any:
     if any(getattr(layer, "is_fixed", False) for layer in layers):
         raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
     if any(getattr(layer, "held", None) is not None for layer in layers):
@@ -355,12 +358,13 @@ def _join_layers(layers: list):
     return joined
 
 
-def kept_share(positions: np.ndarray, begin: int, end: int) -> np.ndarray:
+def kept_share(positions: Int32, begin: int, end: int) -> npt.NDArray[np.float64]:
     """Share of the tokens [begin, end) that is among kept positions (..., K): float64 (...)."""
-    return ((positions >= begin) & (positions < end)).sum(-1) / (end - begin)
+    inside: npt.NDArray[np.float64] = ((positions >= begin) & (positions < end)).sum(-1) / (end - begin)
+    return inside
 
 
-def _kept_counts(layer: KeptLayer, valid) -> np.ndarray:
+def _kept_counts(layer: KeptLayer, valid: Sequence[tuple[int, int]] | None) -> Int32:
     """Tokens of the prompt that each row and head holds, (B, H)."""
     if (kept := layer.kept_counts) is not None:
         return kept
@@ -368,7 +372,7 @@ def _kept_counts(layer: KeptLayer, valid) -> np.ndarray:
     return np.broadcast_to(np.array(whole)[:, None], layer.keys.shape[:2])
 
 
-def _layer_report(layer: KeptLayer, kept: np.ndarray) -> dict:
+def _layer_report(layer: KeptLayer, kept: Int32) -> dict[str, Any]:
     after = layer.keys.nbytes + layer.values.nbytes
     return {
         "index": layer.index,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
@@ -27,7 +28,8 @@ def decoder_of(model) -> torch.nn.Module:
     """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
     return decoder if isinstance(decoder, torch.nn.Module) and decoder is not model else getattr(model, "base_model", model)
 
 
@@ -35,8 +37,7 @@ def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Mo
     """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
     for module in decoder.modules():
         index = getattr(module, "layer_idx", None)
-        own = isinstance(index, int) and _REGISTRY in _names_in_forward(module)
-        if own and not getattr(module, "is_cross_attention", False):
+        if isinstance(index, int) and _REGISTRY in _names_in_forward(module) and not getattr(module, "is_cross_attention", False):
             yield index, module
 
 
@@ -60,7 +61,7 @@ def check_model(model) -> None:
     """
     if isinstance(model, torch.nn.Module):
         check_not_compiled(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
     name = f"{type(model).__name__} (model type {config.model_type!r})"
@@ -161,7 +162,7 @@ def _check_layers(model, name: str) -> None:
         raise UnsupportedModelError(f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)")
 
 
-def check_cache(cache, name: str = CACHE_NAMES[-1]) -> None:
+def check_cache(cache, name: str | None = CACHE_NAMES[-1]) -> None:
     """Raise unless a forward's ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into a compressed one.
 
     ``name`` is the argument that it was given as.

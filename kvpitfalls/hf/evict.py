@@ -33,19 +33,24 @@ class Evict(Action):
         object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
 
     @property
+    def sharing(self) -> Allocation:
+        """``allocation``, or the policy's own."""
+        return allocation_of(self.policy, self.allocation)
+
+    @property
     def n_sink(self) -> int:
         """What protect="sinks" protects."""
         return self.policy.n_sink
 
     @property
-    def evicts(self) -> bool:  # type: ignore[override]
+    def evicts(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """False if everything is kept."""
         return self.compression_ratio != 0
 
     @property
-    def shares_heads(self) -> bool:  # type: ignore[override]
+    def shares_heads(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether heads of a layer share its budget."""
-        return self.allocation.shares_heads
+        return self.sharing.shares_heads
 
     @property
     def reads_queries(self) -> bool:
@@ -63,7 +68,7 @@ class Evict(Action):
 
     def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
         """The same of each layer, mean over heads."""
-        return layer_budgets(self.allocation, n_token, self.limit(n_token), n_layer)
+        return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
 
     def layout(self, n_row: int, n_token: int, valid) -> Layout:
         """What stands where in the prompts."""
@@ -76,14 +81,14 @@ class Evict(Action):
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
         layout = self.layout(n_row, n_token, valid)
-        check_room(self.policy, self.fair, self.allocation, layout, self.limit, n_layer)
+        check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
         return list(layout.spans)
 
     def chosen(self, call: AttentionCall) -> Kept:
         """What is kept of a layer's prompt."""
         layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
-        return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.allocation)
+        return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.sharing)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""

@@ -44,8 +44,8 @@ def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if hasattr(weight, "__tensor_flatten__"):
-        for part in weight.__tensor_flatten__()[0]:
+    if (flatten := getattr(weight, "__tensor_flatten__", None)) is not None:
+        for part in flatten()[0]:
             yield from _plain(f"{name}.{part}", getattr(weight, part))
     elif weight.device.type == "meta":
         raise ValueError(f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read")

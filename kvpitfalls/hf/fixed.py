@@ -55,6 +55,7 @@ class FixedLayer(KeptLayer):
     """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens are zero."""
 
     is_fixed = True
+    room: Room  # given by the cache, whose layers share their rooms
 
     def __init__(self, layer: KeptLayer, n_room: int):
         super().__init__(layer.index)
@@ -66,7 +67,6 @@ class FixedLayer(KeptLayer):
         self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
         self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
         self.bytes_before = layer.bytes_before or layer.keys.nbytes + layer.values.nbytes
-        self.room: Room | None = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new rows where they belong; called by the model."""
@@ -154,6 +154,7 @@ class FixedCache(KeptCache):
         Whether to capture where that is possible; ``repr`` says what was done, and why.
     """
 
+    layers: list[FixedLayer]
     graph: StepGraph | None = None
     is_warm = False  # a first step has set up what a graph may not hold
     barrier: str | None = None  # why no step of the decoder can be captured
@@ -162,10 +163,11 @@ class FixedCache(KeptCache):
     def __init__(self, cache: KeptCache, n_room: int, use_graph: bool):
         _check(cache, n_room)
         vars(self).update({name: value for name, value in vars(cache).items() if name != "layers"})
-        self.layers = [FixedLayer(layer, _n_free(layer, n_room)) for layer in cache.layers]
+        kept_layers = cache.kept_layers
+        self.layers = [FixedLayer(layer, _n_free(layer, n_room)) for layer in kept_layers]
         self.n_room, self.n_before, self.use_graph = n_room, cache.n_seen, use_graph
         self.rooms: list[Room] = []
-        for layer, kept in zip(self.layers, cache.layers, strict=True):
+        for layer, kept in zip(self.layers, kept_layers, strict=True):
             layer.room = self._room_for(_visible(kept, self.valid, _n_free(kept, n_room)), kept)
 
     def _room_for(self, visible: torch.Tensor, kept: KeptLayer) -> Room:
@@ -287,8 +289,7 @@ def _check(cache: KeptCache, n_room: int) -> None:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if cache.is_held:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill'")
-    n_prompt = max(end for _, end in cache.valid)
-    if any(layer.n_after if layer.is_evicted else layer.seen != n_prompt for layer in cache.layers):
+    if any(layer.n_after if layer.is_evicted else layer.seen != cache.n_prompt for layer in cache.kept_layers):
         raise ValueError("the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt")
 
 

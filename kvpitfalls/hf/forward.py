@@ -5,11 +5,11 @@ and, after a prefill, hands the layer to the cache's action; a ticket that was n
 """
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,8 +21,10 @@ from .coverage import check_call
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
 from .masks import physical_mask
+from .threads import current_forward, local
 
-local = threading.local()  # forward: the one that this thread is in; paused and generating: see model.py
+if TYPE_CHECKING:
+    from .fixed import FixedCache
 
 
 @dataclass
@@ -79,7 +81,7 @@ class AttentionCall:
     rotary: Rotary | None = None
 
     @property
-    def known(self) -> dict:
+    def known(self) -> dict[str, Any]:
         """What is known of the layer beside keys and queries, for :func:`kvpitfalls.eviction.selection.rank`."""
         return {
             "scaling": self.scaling,
@@ -144,7 +146,7 @@ class Forward:
         """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the cache is of no use."""
         cache = self.cache
         cache.is_half_filled = True
-        output = cache.run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+        output = cast("FixedCache", cache).run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
         self.check(decoder)
         cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
         return output
@@ -185,17 +187,12 @@ def queries_of(module: torch.nn.Module, **given) -> torch.Tensor:
     return watch.query
 
 
-def current_forward() -> Forward | None:
-    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
-    return getattr(local, "forward", None)
-
-
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
     forward = current_forward()
     if isinstance(forward, _Watch):
         return forward.attend(query, value)
     ticket = forward.collect(key, module) if forward is not None else None
-    if ticket is None:
+    if forward is None or ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
         base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
@@ -231,7 +228,12 @@ def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
 
 def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
     """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
-    return query.is_cuda and implementation == "sdpa" and action.reads_queries and all(row == (0, query.shape[2]) for row in forward.valid)
+    return (
+        query.is_cuda
+        and implementation == "sdpa"
+        and action.reads_queries
+        and all(row == (0, query.shape[2]) for row in forward.valid or ())
+    )
 
 
 def _seen_by(ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:

@@ -1,7 +1,9 @@
 """Greedy answers to many conversations at once, each going on from a compressed cache."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,16 +71,47 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
 
 def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, LongTensor (B, T): each row's context and the rest of its conversation, each padded on the left."""
-    tokenizer = contexts[0].tokenizer
     n_context = max(map(len, contexts))
     width = n_context + max(len(ids) - len(p) for ids, p in zip(conversations, contexts, strict=True))
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    tokens = torch.full((len(contexts), width), pad)
+    tokens = torch.full((len(contexts), width), pad_token(contexts[0].tokenizer))
     mask = torch.zeros_like(tokens)
     for row, seen, ids, prompt in zip(tokens, mask, conversations, contexts, strict=True):
         for part, end in ((ids[: len(prompt)], n_context), (ids[len(prompt) :], width)):
             row[end - len(part) : end], seen[end - len(part) : end] = torch.as_tensor(part), 1
     return tokens, mask
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What stands where a row has no token: nothing sees it, so any id of the vocabulary will do."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+@torch.no_grad()
+def logits_after(
+    model: Any, contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, n_last: int
+) -> torch.Tensor:
+    """Logits (B, N, V) of what follows the contexts, which the cache has seen; it is used up.
+
+    Parameters
+    ----------
+    model : transformers model
+        Wrapped, as the cache was.
+    contexts : list of Prompt, one per row
+    conversations : list of list of int, one per row
+        All token ids, the context's included.
+    n_last : int
+        How many tokens at the end are asked for. N may be larger: not every model can leave out the others.
+    """
+    device, known = device_of(model), inspect.signature(model.forward).parameters
+    tokens, mask = pad_halves(contexts, conversations)
+    n_context = max(map(len, contexts))
+    options: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": True, **cache_argument(model, cache)}
+    if "position_ids" in known:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_context:].to(device)
+    if "logits_to_keep" in known:  # a large vocabulary's take up far more than all else
+        options["logits_to_keep"] = n_last
+    logits: torch.Tensor = model(tokens[:, n_context:].to(device), **options).logits
+    return logits
 
 
 def _end_tokens(model) -> set[int]:

@@ -60,7 +60,7 @@ def check_generate(model, arguments: dict, action) -> None:
     is_filled = is_ours and cache.n_seen > 0
     if is_filled or (action is not None and action.acts):
         _check_mode(arguments, is_filled)
-    if is_filled:
+    if isinstance(cache, KeptCache) and is_filled:
         _check_given(model, arguments, cache)
 
 
@@ -100,7 +100,7 @@ def _check_given(model, arguments: dict, cache: KeptCache) -> None:
         raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(given)}, as the ids have")
     check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
-    _check_rows(len(given) * n_rows_of(config), len(cache.valid))
+    _check_rows(len(given) * n_rows_of(config), len(cache.valid or ()))
     if given.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
         known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(given)
     different = None if known is None else _first_difference(given, known, mask, cache.valid)

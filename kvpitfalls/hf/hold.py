@@ -10,6 +10,7 @@ between the prompt and a question is no token: its slots become empty ones.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import cast
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class Hold(Evict):
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
         layout.segments(self.fair)
-        check_room(self.policy, self.fair, self.allocation, layout, self.limit, n_layer)
+        check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
         return list(layout.spans)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
@@ -154,11 +155,11 @@ class Hold(Evict):
             counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
             for b, row in enumerate(segments):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
-            carried = rank(self.policy, self.fair, layout, call.key, call.query, **call.known).scores
+            carried = torch.as_tensor(rank(self.policy, self.fair, layout, call.key, call.query, **call.known).scores)
         elif self.policy.running:
             carried = self._received(call, fronts, fronts, [n_token] * n_row)
         n_recent = self.policy.recent_queries
-        layer.prompt_shape, layer.bytes_before = tuple(layer.keys.shape[:3]), layer.keys.nbytes + layer.values.nbytes
+        layer.prompt_shape, layer.bytes_before = (n_row, layer.keys.shape[1], n_token), layer.keys.nbytes + layer.values.nbytes
         queries = call.query[:, :, -n_recent:].clone() if n_recent else None
         layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), layout)
         if self.when == "always":
@@ -175,9 +176,9 @@ class Hold(Evict):
         layer.held = held
         n_real = [n_new] * len(held.rows) if call.newest is None else call.newest.sum(1).tolist()
         if call.newest is not None:
-            call = _without_padding(layer, call)
-        if self.policy.running and layer.held.carried is not None:
-            held = layer.held
+            call = _without_padding(layer, call, call.newest)
+        held = layer.held
+        if self.policy.running and held.carried is not None:
             layer.held = replace(held, carried=held.carried + self._received(call, held.front, held.starts, n_real))
         self._cut(layer, call)
 
@@ -222,19 +223,19 @@ class Hold(Evict):
         """Of each slot (B, H, slots); protected ones above all."""
         held, n_slot = layer.held, layer.keys.shape[2]
         pos = torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3]) if layer.pos is None else layer.pos
-        starts = held.starts
+        starts, carried = held.starts, cast(torch.Tensor, held.carried)  # None only where it is not asked for
         if self.policy.running:
-            scores = held.carried / held.ages(layer.seen, pos[:, : held.carried.shape[1]])
+            scores = carried / held.ages(layer.seen, pos[:, : carried.shape[1]])
         elif bool((starts == n_slot).all()):  # fair, and nothing after the prompt yet
-            scores = held.carried
+            scores = carried
         else:
             valid = [(front, n_slot) for front in held.front.tolist()]
             queries = None if held.queries is None else held.queries[:, :, -n_slot:]
             inputs = self._inputs(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
-            scores = _over_heads(self.policy.score(inputs), call)
+            scores = _over_heads(torch.as_tensor(self.policy.score(inputs)), call)
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
-            scores = torch.where(of_prompt, held.carried, scores)
+            scores = torch.where(of_prompt, carried, scores)
         pos, mask = pos[:, : scores.shape[1]], held.layout.mask
         if mask is not None:
             scores = self._shielded(scores, pos, mask, held)
@@ -242,8 +243,8 @@ class Hold(Evict):
 
     def _shielded(self, scores: torch.Tensor, pos: torch.Tensor, mask: np.ndarray, held: Held) -> torch.Tensor:
         """Protected tokens above all."""
-        mask = torch.from_numpy(mask).bool()[held.rows].to(pos.device)
-        shielded = torch.nn.functional.pad(mask, (0, 1))  # one more column, for all that came later
+        of_rows = torch.from_numpy(mask).bool()[held.rows].to(pos.device)
+        shielded = torch.nn.functional.pad(of_rows, (0, 1))  # one more column, for all that came later
         shielded = shielded[:, None].expand(*pos.shape[:2], -1).gather(2, pos.clamp(max=held.layout.n_token))
         return scores.masked_fill(shielded, torch.inf)
 
@@ -257,7 +258,7 @@ class Hold(Evict):
         cuts = torch.nn.functional.pad(cuts, (0, 1), value=n_slot).flatten(0, 1).cpu().numpy()
         quotas = torch.nn.functional.pad(floors, (0, 1)).repeat_interleave(n_head, 0)[:, None]  # none for what came after the prompt
         first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
-        return raised_at(scores, first.reshape(*scores.shape[:2], -1))
+        return torch.as_tensor(raised_at(scores, first.reshape(*scores.shape[:2], -1)))
 
     def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: list[int]) -> torch.Tensor:
         """Attention that slots from ``starts`` on received from each row's newest queries, ``n_new`` of them, summed: (B, H, slots)."""
@@ -265,7 +266,7 @@ class Hold(Evict):
         pairs = zip(starts.tolist(), n_new, strict=True)
         votes = [[Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else [] for start, n in pairs]
         inputs = self._inputs(call, call.query, [(front, n_slot) for front in fronts.tolist()])
-        return _over_heads(inputs.attend(votes), call).clamp(min=0)  # minus infinity where a row is empty
+        return _over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(min=0)  # minus infinity where a row is empty
 
     def _inputs(self, call: AttentionCall, queries, valid, segments=None) -> Inputs:
         scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
@@ -279,16 +280,16 @@ def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     return scores.double().mean(1, keepdim=True).float() if call.shared else scores
 
 
-def _without_padding(layer: KeptLayer, call: AttentionCall) -> AttentionCall:
+def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor) -> AttentionCall:
     """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made so."""
     held, n_slot = layer.held, layer.keys.shape[2]
     older = torch.arange(n_slot - call.query.shape[2]) >= held.front[:, None]
-    order = _empty_first(torch.cat([older, call.newest], 1))
-    front = held.front + (~call.newest).sum(1)
+    order = _empty_first(torch.cat([older, newest], 1))
+    front = held.front + (~newest).sum(1)
     layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)
     carried = None if held.carried is None else _rearranged(held.carried[..., None], order)[..., 0]
     layer.held = replace(held, front=front, carried=carried)
-    query, key, value = _rearranged(call.query, _empty_first(call.newest)), _rearranged(call.key, order), _rearranged(call.value, order)
+    query, key, value = _rearranged(call.query, _empty_first(newest)), _rearranged(call.key, order), _rearranged(call.value, order)
     return replace(call, query=query, key=key, value=value)
 
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -10,6 +11,11 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import NotInterceptedError
 from ..eviction import ops
+from .threads import current_forward
+
+if TYPE_CHECKING:
+    from .forward import Forward
+    from .hold import Held
 
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
 
@@ -62,27 +68,33 @@ class KeptLayer(DynamicLayer):
         The model mixes heads after the cache, or caches latents, so one choice of tokens served all heads.
     """
 
+    # None in an empty layer; who asks for them knows that it is none.
+    keys: torch.Tensor
+    values: torch.Tensor
+    pos_before: torch.Tensor  # None while nothing was evicted
+    prompt_shape: tuple[int, int, int]  # (B, H, T) of a prompt that was evicted, or whose budget is held; else None
+    held: "Held"  # None while no budget is held
+
     is_compileable = False
     is_fixed = False  # see FixedLayer
 
-    def __init__(self, index: int):
+    def __init__(self, index: int) -> None:
         super().__init__()
         self.index = index
         self._forget()
 
     def _forget(self) -> None:
         self.seen = 0
-        self.pos_before = self.live_before = None  # of Slots
+        self.pos_before = None  # type: ignore[assignment] # see the class
+        self.live_before: torch.Tensor | None = None  # of Slots
         self.n_after = 0
-        self.prompt_shape = None  # (B, H, T) when the prompt was evicted
+        self.prompt_shape = None  # type: ignore[assignment] # see the class
         self.bytes_before = 0
         self.shared = False
-        self.held = None  # Held, while a budget is held
+        self.held = None  # type: ignore[assignment] # see the class
 
-    def _forward(self):
+    def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
-        from .forward import current_forward
-
         forward = current_forward()
         if forward is None or not forward.cache.holds(self):
             raise NotInterceptedError(
@@ -118,12 +130,12 @@ class KeptLayer(DynamicLayer):
     @property
     def pos(self) -> torch.Tensor | None:
         """See the class."""
-        return self.slots.pos if self.is_evicted else None
+        return None if (slots := self.slots) is None else slots.pos
 
     @property
     def live(self) -> torch.Tensor | None:
         """See the class."""
-        return self.slots.live if self.is_evicted else None
+        return None if (slots := self.slots) is None else slots.live
 
     def place(self, pos: torch.Tensor, live: torch.Tensor | None) -> None:
         """Say what stands where."""
@@ -135,25 +147,26 @@ class KeptLayer(DynamicLayer):
 
         Asked of the slots when it is wanted, since a GPU has to be waited for.
         """
-        if not self.is_evicted:
+        if (slots := self.slots) is None:
             return None
-        mine, n_prompt = self._of_prompt(), self.prompt_shape[2]
-        ordered = torch.where(mine, self.pos, n_prompt).sort(-1).values[..., : int(mine.sum(-1).max())]
+        mine, n_prompt = self._of_prompt(slots), self.prompt_shape[2]
+        ordered = torch.where(mine, slots.pos, n_prompt).sort(-1).values[..., : int(mine.sum(-1).max())]
         return ordered.masked_fill(ordered == n_prompt, -1).int().cpu().numpy()
 
     @property
     def kept_counts(self) -> np.ndarray | None:
         """How many tokens of the prompt are left, (B,H). None if nothing was evicted."""
-        return self._of_prompt().sum(-1).int().cpu().numpy() if self.is_evicted else None
+        return None if (slots := self.slots) is None else self._of_prompt(slots).sum(-1).int().cpu().numpy()
 
-    def _of_prompt(self) -> torch.Tensor:
-        mine, live = self.pos < self.prompt_shape[2], self.live
+    def _of_prompt(self, slots: Slots) -> torch.Tensor:
+        mine, live = slots.pos < self.prompt_shape[2], slots.live
         return mine if live is None else mine & live
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, full: bool) -> None:
         """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if ``full``."""
         self.bytes_before = self.keys.nbytes + self.values.nbytes
-        self.prompt_shape = tuple(self.keys.shape[:3])
+        n_row, n_head, n_token = self.keys.shape[:3]
+        self.prompt_shape = (n_row, n_head, n_token)
         self.keys, self.values = keys, values
         self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
 
@@ -167,13 +180,14 @@ class KeptLayer(DynamicLayer):
         """This evicted layer with empty slots before its own, ``n_slot`` in all."""
         wide, n_more = copy.copy(self), n_slot - self.keys.shape[2]
         wide.keys, wide.values = (torch.nn.functional.pad(x, (0, 0, n_more, 0)) for x in (self.keys, self.values))
-        live = torch.ones_like(self.pos, dtype=torch.bool) if self.live is None else self.live
-        wide.place(torch.nn.functional.pad(self.pos, (n_more, 0)), torch.nn.functional.pad(live, (n_more, 0)))
+        pos = cast(torch.Tensor, self.pos)
+        live = torch.ones_like(pos, dtype=torch.bool) if self.live is None else self.live
+        wide.place(torch.nn.functional.pad(pos, (n_more, 0)), torch.nn.functional.pad(live, (n_more, 0)))
         return wide
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
-        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if not self.is_evicted else self.pos
+        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if self.pos is None else self.pos
         rows = positions[..., None]
         self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values))
         empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
@@ -225,7 +239,7 @@ class KeptLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Empty the layer; the next prompt is compressed again."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment] # see the class
         self.is_initialized = False
         self._forget()
 
@@ -267,4 +281,5 @@ def bare(layer):
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`ops.gather` by torch, which can go back through it."""
     places, empty = positions.long().clamp(min=0)[..., None], (positions < 0)[..., None]
-    return tuple(x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values))
+    kept, of_values = (x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values))
+    return kept, of_values

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,9 +18,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from ..display.progress import shown
 from ..errors import DeviceError
+from ..files import cache_folder
 from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -74,9 +77,9 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     local = {"local_files_only": is_here, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
     with _quiet(unless=not is_here and shown()), _reached(source):  # what is here takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
     if folder != str(source):
-        model.config._name_or_path = source.name  # what it is, not where the conversion lies
+        model.config._name_or_path = Path(source).name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
@@ -123,7 +126,7 @@ def _is_cached() -> bool:
     """Whether all of the default model is in the local hub cache: a download may have been broken off."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     files = ("config.json", "tokenizer.json", "model.safetensors")
-    return all(isinstance(transformers.utils.cached_file(DEFAULT_MODEL, name, local_files_only=True, **quiet), str) for name in files)
+    return all(isinstance(cached_file(DEFAULT_MODEL, name, local_files_only=True, **quiet), str) for name in files)
 
 
 def _is_to_be_downloaded(source: Path | str) -> bool:
@@ -208,10 +211,9 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _cache_folder(path: Path) -> Path:
-    root = os.environ.get("KVPITFALLS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpitfalls"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Path(root) / "gguf" / f"{digest[:16]}-{transformers.__version__}-{_CONVERSION}"
+    return cache_folder() / "gguf" / f"{digest[:16]}-{transformers.__version__}-{_CONVERSION}"
 
 
 def _converted(path: Path) -> Path:

@@ -24,11 +24,12 @@ from .around import Around
 from .cache import KeptCache
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
-from .forward import Forward, attention, current_forward, local
+from .forward import Forward, attention
 from .generating import arguments_of, check_generate, generators_of
 from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .rotations import rotaries_of
+from .threads import current_forward, local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -191,7 +192,7 @@ def _armed(decoder, forward, args, kwargs):
     attachment = _attached.get(decoder)
     if attachment is None:
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] # torch documents it
         raise UnsupportedModelError(
             "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, since a compressed "
             "cache changes shape"

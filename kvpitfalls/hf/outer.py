@@ -57,7 +57,7 @@ def give_deltas(outer, cache: KeptCache, n_row: int) -> None:
     """Before a filled cache goes on: the model's positions are ahead as they were for its prompt."""
     if "rope_deltas" in vars(outer):
         deltas, device = cache.origin.deltas, next(outer.parameters()).device
-        own = torch.zeros(len(cache.valid), 1, dtype=torch.long) if deltas is None else deltas
+        own = torch.zeros(len(cache.valid or ()), 1, dtype=torch.long) if deltas is None else deltas
         outer.rope_deltas = own[:: max(1, len(own) // n_row)].to(device)
 
 

@@ -1,10 +1,15 @@
 """What eviction really did, as numbers that show themselves."""
 
+from typing import TYPE_CHECKING, Any
+
 from ..display.markup import block, note, percent, table
 from ..display.tabular import data_frame
 
+if TYPE_CHECKING:
+    import pandas
 
-class Report(dict):
+
+class Report(dict[str, Any]):
     """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook.
 
     Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and head, ``n_slots``
@@ -27,7 +32,7 @@ class Report(dict):
     (8, 0.5, {'defense': 1.0})
     """
 
-    def to_pandas(self):
+    def to_pandas(self) -> "pandas.DataFrame":
         """One line a layer: index, kept tokens (mean over rows and heads), bytes before and after. Needs pandas."""
         return data_frame([{**layer, "kept": _mean(layer["kept"])} for layer in self["layers"]])
 

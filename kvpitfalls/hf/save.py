@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ _FIELD = re.compile(
 _PLAIN = (int, float, bool, str, type(None))
 
 
-def save_cache(cache: KeptCache, path) -> None:
+def save_cache(cache: KeptCache, path: "str | os.PathLike[str]") -> None:
     """See :meth:`kvpitfalls.KeptCache.save`."""
     if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
@@ -54,7 +55,7 @@ def save_cache(cache: KeptCache, path) -> None:
         _write(tensors, temporary, metadata)
 
 
-def _write(tensors: dict, path: Path, metadata: dict) -> None:
+def _write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -68,13 +69,13 @@ def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _take_apart(layer, prefix: str, tensors: dict) -> dict:
+def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A layer's plain fields; its tensors go to ``tensors``."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
             tensors[f"{prefix}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
@@ -90,7 +91,7 @@ def _take_apart(layer, prefix: str, tensors: dict) -> dict:
     return {"kind": type(layer).__name__, "plain": plain}
 
 
-def load_cache(path, model) -> KeptCache:
+def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:
     """Read a cache that :meth:`KeptCache.save` wrote.
 
     Parameters
@@ -136,14 +137,14 @@ def load_cache(path, model) -> KeptCache:
         raise ValueError(f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for {type(model).__name__}")
     attention, device = attention_modules(model), device_of(decoder)
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-        there = device_of(attention[i]) if i in attention else device
+        of_layer = device_of(attention[i]) if i in attention else device
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}
         try:
-            _put_together(layer, parts["plain"], own, there)
-            whole = not isinstance(layer, KeptLayer) or _is_evicted(layer, i, len(about["valid"]))
+            _put_together(layer, parts["plain"], own, of_layer)
+            is_whole = not isinstance(layer, KeptLayer) or _is_evicted(layer, i, len(about["valid"]))
         except (AttributeError, TypeError) as error:  # a field of another kind than the layer's own
             raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save") from error
-        if not whole:
+        if not is_whole:
             raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save")
     cache.peak_bytes = about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
@@ -154,19 +155,19 @@ def load_cache(path, model) -> KeptCache:
     return cache
 
 
-def _known_fields(layer) -> set[str]:
+def _known_fields(layer: object) -> set[str]:
     """What a layer of this transformers version has, or gets with its first rows (linear attention, before 5.17)."""
     later = (vars(kind)["lazy_initialization"].__code__ for kind in type(layer).__mro__ if "lazy_initialization" in vars(kind))
     return {*vars(layer), *(name for code in later for name in code.co_names)}
 
 
-def _path(path) -> Path:
+def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise TypeError(f"path is {path!r}; expected the path of a file")
     return Path(path)
 
 
-def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a file holds, checked against its own digest. The file is read once and not mapped: what changes it later changes no cache."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; expected a cache saved by KeptCache.save")
@@ -195,10 +196,10 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return _checked(path, about, tensors), tensors
 
 
-def _checked(path: Path, text: str, tensors: dict) -> dict:
+def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The description of a file that is whole; it may still be none that :func:`save_cache` would write."""
     try:
-        about = json.loads(text)
+        about: dict[str, Any] = json.loads(text)
         good = set(about) == _CONTENT and about["tensors"] == sorted(tensors) and _well_formed(about)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save") from error
@@ -207,7 +208,7 @@ def _checked(path: Path, text: str, tensors: dict) -> dict:
     return about
 
 
-def _well_formed(about: dict) -> bool:
+def _well_formed(about: dict[str, Any]) -> bool:
     """Whether the description has the parts, of the types, that :func:`save_cache` writes."""
     pairs = [*about["valid"], *(span for row in about["spans"] for span in row.values())]
     return (
@@ -221,18 +222,18 @@ def _well_formed(about: dict) -> bool:
     )
 
 
-def _are_tokens(rows, n_row: int) -> bool:
+def _are_tokens(rows: object, n_row: int) -> bool:
     """Whether these are equally long rows of token ids."""
     if not isinstance(rows, list) or len(rows) != n_row or not all(isinstance(row, list) for row in rows):
         return False
     return len({len(row) for row in rows}) <= 1 and all(type(x) is int and 0 <= x < 2**63 for row in rows for x in row)
 
 
-def _fields(about: dict, tensors: dict) -> list[set[str]]:
+def _fields(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[set[str]]:
     """Per layer, the names of what the file holds of it."""
     held: list[set[str]] = [set(layer["plain"]) for layer in about["layers"]]
     for name in tensors:
-        number, field, _ = _FIELD.fullmatch(name).groups()
+        _, number, field, *_ = name.split(".")  # as _FIELD has it
         held[int(number)].add(field)
     return held
 
@@ -263,7 +264,7 @@ def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
     )
 
 
-def _put_together(layer, plain: dict, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+def _put_together(layer: Any, plain: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     for name, value in plain.items():
         if isinstance(value, dict):  # JSON has made its whole-number keys texts
             value = {int(key) if key.isdigit() else key: x for key, x in value.items()}
@@ -274,5 +275,5 @@ def _put_together(layer, plain: dict, tensors: dict[str, torch.Tensor], device: 
             getattr(layer, field)[int(key) if key.isdigit() else key] = value.to(device)
         else:
             setattr(layer, field, value.to(device))
-    if isinstance(getattr(layer, "keys", None), torch.Tensor):
-        layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+    if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
+        layer.dtype, layer.device = keys.dtype, keys.device

@@ -26,8 +26,8 @@ class Shuffle(Action):
         n_row, n_head, n_token = layer.keys.shape[:3]
         order = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator).argsort(-1).to(layer.keys.device)
         order = order.expand(-1, n_head, -1)
-        rows = [x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)]
-        layer.keep(*rows, order.int(), True)
+        keys, values = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values))
+        layer.keep(keys, values, order.int(), True)
 
 
 @torch.no_grad()

@@ -4,26 +4,31 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from ..display.markup import block, note
 from ..display.progress import progress
+from ..eviction.allocation import Allocation
+from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
-from ..eviction.fairness import PROTECT_WORDS, Fair, protected_positions
+from ..eviction.fairness import PROTECT_WORDS, AnyFair, Fair, Protect, Spans, protected_positions
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
 from ..policies import get_policy
-from ..prompts.prompt import Prompt
+from ..policies.base import AnyPolicy
+from ..prompts.prompt import Instructions, Prompt
 from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
-from .generate import GREEDY
+from .generate import GREEDY, pad_token
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
@@ -33,8 +38,21 @@ from .origin import Origin
 from .outer import check_placeholders, is_multimodal, others_of, placeholders
 from .report import Report
 
+AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Spans | None, Protect | None]  # see _batch
 
-def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, protect=None, when="prefill", allocation=None) -> "Handle":
+
+def wrap(
+    model: Any,
+    policy: AnyPolicy,
+    *,
+    compression_ratio: float | None = None,
+    budget: int | None = None,
+    fair: AnyFair = False,
+    protect: Protect | None = None,
+    when: str = "prefill",
+    allocation: Allocation | str | None = None,
+) -> "Handle":
     """Compress the prompts of a model.
 
     Parameters
@@ -92,12 +110,12 @@ def wrap(model, policy, *, compression_ratio=None, budget=None, fair=False, prot
 class _Caches:
     """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
 
-    def __init__(self, config, action: Evict):
+    def __init__(self, config: Any, action: Evict) -> None:
         self.config, self.action, self.settings = config, action, _settings(action)
-        self.newest: weakref.ref | None = None
+        self.newest: weakref.ref[KeptCache] | None = None
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
-    def make(self, cache: KeptCache | None = None, **changes) -> KeptCache:
+    def make(self, cache: KeptCache | None = None, **changes: Any) -> KeptCache:
         """A new empty cache, or an empty plain one made ours."""
         action = replace(self.action, **changes)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
@@ -139,7 +157,7 @@ class Handle:
     <Handle LlamaForCausalLM: KNorm(), budget=4, fair=False, protect=None, removed>
     """
 
-    def __init__(self, model, action: Evict):
+    def __init__(self, model: Any, action: Evict) -> None:
         check_model(model)
         self.model, self.action, self._caches = model, action, _Caches(model.config, action)
         self._attachment = put_wrap(model, self._caches)
@@ -147,7 +165,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -166,16 +184,23 @@ class Handle:
         """
         take_wrap(self._attachment, self._caches)
 
-    def paused(self):
+    def paused(self) -> AbstractContextManager[None]:
         """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go on as ever."""
         return paused(self.model)
 
-    def new_cache(self, *, spans=None) -> KeptCache:
+    def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
         return self._caches.make(spans=spans)
 
     @torch.no_grad()
-    def compress(self, prompt=None, attention_mask=None, spans=None, instructions=None, **inputs) -> KeptCache:
+    def compress(
+        self,
+        prompt: AnyPrompt | None = None,
+        attention_mask: Table | None = None,
+        spans: Spans | None = None,
+        instructions: Instructions | None = None,
+        **inputs: Any,
+    ) -> KeptCache:
         """Prefill a prompt and evict.
 
         Parameters
@@ -200,7 +225,7 @@ class Handle:
         prompt = _by_name(prompt, inputs)
         prompt = prompt if instructions is None else _marked(prompt, instructions)
         others = others_of(self.model, prompt)
-        ids, mask, spans, protect = _batch(prompt, attention_mask, spans, self.action)
+        ids, mask, by_row, protect = _batch(prompt, attention_mask, spans, self.action)
         if not len(ids):
             raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
@@ -208,7 +233,7 @@ class Handle:
         for begin, end in valid_ranges(mask, *ids.shape):
             if end - begin < 2:
                 raise ValueError(f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from")
-        cache = self._caches.make(spans=spans, protect=protect)
+        cache = self._caches.make(spans=by_row, protect=protect)
         prefill(self.model, cache, ids, mask, others)
         return cache
 
@@ -242,7 +267,7 @@ class Handle:
         return shuffle_difference(self.model, n_token, tolerance)
 
 
-def unwrap(model) -> None:
+def unwrap(model: Any) -> None:
     """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is not wrapped is left.
 
     Parameters
@@ -272,7 +297,7 @@ def _settings(action: Evict) -> str:
 class Fork(Action):
     """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
 
-    def __init__(self, caches: Sequence[KeptCache]):
+    def __init__(self, caches: Sequence[KeptCache]) -> None:
         self.caches = caches
 
     @property
@@ -285,13 +310,14 @@ class Fork(Action):
         for cache in self.caches:
             twin = cache.layers[layer.index] = copy.copy(layer)
             cache.valid = call.valid
-            cache.spans = cache.action.spans_of(call.key.shape[0], call.key.shape[2], call.valid, call.n_layer)
+            action = cache.action or Action()
+            cache.spans = action.spans_of(call.key.shape[0], call.key.shape[2], call.valid, call.n_layer)
             cache.note_peak()
-            cache.action.after_prefill(twin, call)
+            action.after_prefill(twin, call)
 
 
 @torch.no_grad()
-def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
+def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
     """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the model again.
 
     Parameters
@@ -324,35 +350,35 @@ def compress_each(model, prompts: Sequence[Prompt], settings: Sequence[Evict]) -
     return caches
 
 
-def prefill(model, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping | None = None) -> None:
+def prefill(model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
     check_placeholders(model, ids, others)
     _check_ids(model, ids)
-    given = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
-    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
+    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
         try:
-            run(module, **given, use_cache=True, **cache_argument(module, cache))
+            run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
 
 
-def _through_outer(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **given) -> None:
+def _through_outer(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> None:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **given)
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
-def _through_decoder(decoder, input_ids: torch.Tensor, **given) -> None:
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> None:
     if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
-        real = given.get("attention_mask", torch.ones_like(input_ids)).long()
-        given["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
-    decoder(input_ids=input_ids, **given)
+        real = others.get("attention_mask", torch.ones_like(input_ids)).long()
+        others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+    decoder(input_ids=input_ids, **others)
 
 
-def _by_name(prompt, inputs: Mapping):
+def _by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
     """The prompt, or what was given by name in its place."""
     if not inputs:
         return prompt
@@ -362,14 +388,14 @@ def _by_name(prompt, inputs: Mapping):
     raise TypeError(f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: compress(**inputs)")
 
 
-def _marked(prompt, instructions) -> list[Prompt]:
+def _marked(prompt: object, instructions: Instructions) -> list[Prompt]:
     prompts = [prompt] if isinstance(prompt, Prompt) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
         raise TypeError(f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of them")
     return [p.marked(instructions) for p in prompts]
 
 
-def _batch(prompt, attention_mask, spans, action: Evict):
+def _batch(prompt: AnyPrompt, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
     """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
     if isinstance(prompt, Prompt):
         prompt = [prompt]
@@ -378,7 +404,7 @@ def _batch(prompt, attention_mask, spans, action: Evict):
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return pad_left(prompt, action)
+        return pad_left([p for p in prompt if isinstance(p, Prompt)], action)
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -387,7 +413,7 @@ def _batch(prompt, attention_mask, spans, action: Evict):
     return ids, mask, spans, action.protect
 
 
-def _of_tokenizer(given: Mapping, attention_mask):
+def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns."""
     if "input_ids" not in given:
         raise ValueError(f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask")
@@ -396,7 +422,7 @@ def _of_tokenizer(given: Mapping, attention_mask):
     return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
 
 
-def _tensor(given, name: str, expected: str) -> torch.Tensor:
+def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -406,7 +432,7 @@ def _tensor(given, name: str, expected: str) -> torch.Tensor:
     return tensor
 
 
-def _check_ids(model, ids: torch.Tensor) -> None:
+def _check_ids(model: Any, ids: torch.Tensor) -> None:
     """Refuse ids that the vocabulary lacks: a GPU's error for them ends the process's use of it."""
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
@@ -419,11 +445,11 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
 
 
-def pad_left(prompts: Sequence[Prompt], action: Evict):
+def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
     width = max(len(p) for p in prompts)
     starts = [width - len(p) for p in prompts]
-    pad = next((t for t in (prompts[0].tokenizer.pad_token_id, prompts[0].tokenizer.eos_token_id) if t is not None), 0)
+    pad = pad_token(prompts[0].tokenizer)
     ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
     mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
     spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
@@ -435,10 +461,10 @@ def pad_left(prompts: Sequence[Prompt], action: Evict):
     return ids, mask if any(starts) else None, spans, shielded
 
 
-def protected_in(prompt: Prompt, protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
+def protected_in(prompt: Prompt, protect: Protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
     """Protected token positions of one prompt; a text that is no instruction's name and no role is looked up in it."""
-    items = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
-    spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, []
+    items: list[Any] = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
+    spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, list[Any]()
     for item in items:
         if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
             known.append(item)
