@@ -23,6 +23,7 @@ PROTECTS = [None, "a", "sinks", ["boundary", 20]]
 SHARED = [Pyramid(beta=2), Pyramid(beta=1.5, window_size=2), Ada(), Ada(alpha=0), Ada(alpha=0.5)]
 ROTARY = kvp.Rotary()
 RNG = np.random.default_rng(5)
+OUTPUT = np.random.default_rng(6).standard_normal((8, 8, 12), dtype=np.float32)
 
 
 def layers_of(n_row=1, n_token=N_TOKEN):
@@ -39,7 +40,9 @@ LAYERS = list(layers_of())
 def kept_of(policy, allocation=None, layers=LAYERS, **settings):
     """What each layer keeps."""
     return [
-        kvp.keep(policy, keys, queries, values=values, rotary=ROTARY, layer=i, n_layer=N_LAYER, allocation=allocation, **settings)
+        kvp.keep(
+            policy, keys, queries, values=values, rotary=ROTARY, output=OUTPUT, layer=i, n_layer=N_LAYER, allocation=allocation, **settings
+        )
         for i, (keys, queries, values) in enumerate(layers)
     ]
 

@@ -38,6 +38,10 @@ class _Observe(Action):
     def reads_rotary(self) -> bool:  # type: ignore[override]
         return any(policy.needs_rotary for policy, _, _ in self.settings)
 
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return any(policy.needs_output for policy, _, _ in self.settings)
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)
         n_head, n_token = call.key.shape[1:3]

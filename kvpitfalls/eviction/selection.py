@@ -100,7 +100,7 @@ def rank(
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
     **layer
-        ``values``, ``layer``, ``n_layer`` and ``rotary`` of :class:`Inputs`.
+        ``values``, ``layer``, ``n_layer``, ``rotary`` and ``output`` of :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
         raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
@@ -108,6 +108,8 @@ def rank(
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
     if policy.needs_rotary and layer.get("rotary") is None:
         raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
+    if policy.needs_output and layer.get("output") is None:
+        raise ValueError(f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)")
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     if not isfinite(scaling):
         raise ValueError(f"scaling is {scaling!r}; expected a finite number")
@@ -286,6 +288,7 @@ def keep(
     n_layer=1,
     allocation=None,
     rotary=None,
+    output=None,
 ) -> Kept:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -319,6 +322,8 @@ def keep(
         How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most.
     rotary : Rotary, optional
         How queries and keys were turned by their positions, for a policy that undoes it.
+    output : array, shape (H*G, Dv, E), optional
+        The output projection of each query head, for a policy that weighs values by it.
 
     Returns
     -------
@@ -354,7 +359,9 @@ def keep(
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
     allocation = allocation_of(policy, allocation)
     check_room(policy, fair, allocation, layout, limit, n_layer)
-    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary)
+    ranked = rank(
+        policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary, output=output
+    )
     return choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
 
 

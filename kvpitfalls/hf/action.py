@@ -14,6 +14,7 @@ class Action:
     shares_heads = False  # a layer's heads hold different numbers of tokens
     reads_queries = False  # has use for softmax denominators that attention tells
     reads_rotary = False  # wants to know how layers turn the queries of a prompt
+    reads_output = False  # wants to know what layers make of what they attended to
 
     @property
     def acts(self) -> bool:

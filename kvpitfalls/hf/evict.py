@@ -57,6 +57,11 @@ class Evict(Action):
         """Whether the policy does, and is asked."""
         return self.policy.needs_rotary and self.acts
 
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        """Whether the policy does, and is asked."""
+        return self.policy.needs_output and self.acts
+
     def limit(self, n_token: int) -> int:
         """How much of a prompt of ``n_token`` real tokens a row may hold, mean over layers and heads."""
         return kept_tokens(n_token, self.compression_ratio, self.budget)

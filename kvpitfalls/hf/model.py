@@ -28,6 +28,7 @@ from .forward import Forward, attention, current_forward, local
 from .generating import arguments_of, check_generate, generators_of
 from .masks import real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
+from .projections import projections_of
 from .rotations import rotaries_of
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
@@ -310,20 +311,23 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         check_not_compiled(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
-        if cache.action is not None and cache.action.reads_rotary:
-            record.rotaries = _rotaries(decoder, record, bound)
+        _ask_layers(decoder, record, bound)
         cache.origin = cache.origin.filled_by(decoder)
     if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
         _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
 
 
-def _rotaries(decoder, record: Forward, bound: dict) -> dict:
-    """How each compressed layer turns the prompt's queries; refused before any layer is touched."""
-    given, positions = _inputs(bound), bound.get("position_ids")
-    if positions is None:
-        positions = torch.arange(given.shape[1], device=given.device)[None]
-    return rotaries_of(decoder, {module: i for module, i in record.own.items() if i in record.compressed}, positions)
+def _ask_layers(decoder, record: Forward, bound: dict) -> None:
+    """Note what a cache's action wants to know of each compressed layer; refused before any layer is touched."""
+    action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
+    if action is not None and action.reads_rotary:
+        given, positions = _inputs(bound), bound.get("position_ids")
+        if positions is None:
+            positions = torch.arange(given.shape[1], device=given.device)[None]
+        record.rotaries = rotaries_of(decoder, modules, positions)
+    if action is not None and action.reads_output:
+        record.projections = projections_of(decoder, modules)
 
 
 def _inputs(bound: dict) -> torch.Tensor:

@@ -263,6 +263,11 @@ class Fork(Action):
         """Whether one of them does."""
         return any(cache.action.reads_rotary for cache in self.caches)
 
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(cache.action.reads_output for cache in self.caches)
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
         for cache in self.caches:

@@ -80,6 +80,11 @@ class ChunkKV(Policy):
         return self.policy.needs_rotary
 
     @property
+    def needs_output(self) -> bool:
+        """Whether the other policy does."""
+        return self.policy.needs_output
+
+    @property
     def paper_quotas(self) -> bool:
         """As the other policy."""
         return self.policy.paper_quotas

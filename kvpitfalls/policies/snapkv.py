@@ -57,6 +57,19 @@ class SnapKV(Policy):
         """See the class."""
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
 
+    def windows(self, inputs):
+        """Per segment its row, where its keys begin, its window begins, and both end, and the window's queries (Hq, W, D)."""
+        import torch
+
+        queries = torch.as_tensor(inputs.queries).detach()
+        first = inputs.keys.shape[2] - queries.shape[2]
+        for row, segments in enumerate(inputs.segments):
+            for vote in self._votes(segments):
+                (begin, cut), (_, end) = vote.keys, vote.window
+                if cut < first:
+                    raise ValueError(f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}")
+                yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
+
     def _votes(self, segments) -> list[Vote]:
         share, unused, votes = max(1, self.window_size // len(segments)), 0, []
         for i, (begin, end) in enumerate(segments):
