@@ -61,16 +61,16 @@ def test_the_heads_parts_add_up_to_what_the_model_makes_of_them(family):
 
 def test_a_gate_after_attention_is_refused_by_name_before_any_layer_is_touched():
     model = build("qwen3_next", "eager")
-    assert not takes(model, kvp.DefensiveKV())
+    assert not takes(model, kvp.DefensiveKV(2))
     told = pytest.raises(
         kvp.UnsupportedModelError, match=r"^Qwen3NextModel does more in layer \d+ with what was attended to than to project it"
     )
-    with kvp.wrap(model, kvp.DefensiveKV(), budget=4) as handle:
+    with kvp.wrap(model, kvp.DefensiveKV(2), budget=4) as handle:
         cache = handle.new_cache()
         with told, torch.no_grad():
             model(ids(1, 12), past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == 0
-    with kvp.wrap(model, kvp.DefensiveKV(factor=None), budget=4) as handle:
+    with kvp.wrap(model, kvp.DefensiveKV(2, factor=None), budget=4) as handle:
         handle.compress(ids(1, 12))
 
 

@@ -35,6 +35,10 @@ class _Observe(Action):
         self.layers: list[int] = []
 
     @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        return max(allocation.least_heads for _, _, allocation in self.settings)
+
+    @property
     def reads_rotary(self) -> bool:  # type: ignore[override]
         return any(policy.needs_rotary for policy, _, _ in self.settings)
 

@@ -17,7 +17,7 @@ from ..errors import BudgetError
 from ..policies import Inputs, Policy, get_policy
 from ..policies.rotary import Rotary
 from . import ops
-from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
+from .allocation import UNIFORM, Allocation, check_heads, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import Fair, Layout
 
@@ -358,6 +358,7 @@ def keep(
     limit, n_sink = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget), getattr(policy, "n_sink", 4)
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=n_sink, limit=limit)
     allocation = allocation_of(policy, allocation)
+    check_heads(allocation, keys.shape[1])
     check_room(policy, fair, allocation, layout, limit, n_layer)
     ranked = rank(
         policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary, output=output

@@ -68,4 +68,4 @@ def answered(decoder, index: int, wanted: str, ask, *args):
         raise
     except Exception as reason:
         told = f"{type(decoder).__name__} cannot be asked for the {wanted} of layer {index} ({type(reason).__name__}: {reason})"
-        raise UnsupportedModelError(f"{told}; the policy reads them and expects a model that can") from reason
+        raise UnsupportedModelError(f"{told}; the policy needs to know and expects a model that can") from reason

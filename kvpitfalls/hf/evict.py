@@ -48,6 +48,11 @@ class Evict(Action):
         return self.allocation.shares_heads
 
     @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        """What the allocation expects."""
+        return self.allocation.least_heads if self.acts else 1
+
+    @property
     def reads_queries(self) -> bool:
         """Whether the policy does."""
         return self.policy.needs_queries

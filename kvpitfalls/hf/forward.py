@@ -178,19 +178,21 @@ class Watched:
     ----------
     attended : tensor (B, n, Hq, Dv), or None
         What attention gives; zeros if it is not said.
-    query : tensor (B, Hq, n, D)
-        What it was asked.
+    query, key, value : tensor (B, Hq, n, D), (B, H, n, D), (B, H, n, Dv)
+        What it was given.
     returned : tensor
         What the module made of what it attended to.
     """
 
     attended: torch.Tensor | None = None
     query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
     returned: torch.Tensor | None = None
 
-    def attend(self, query, value):
+    def attend(self, query, key, value):
         """What stands for attention."""
-        self.query = query
+        self.query, self.key, self.value = query, key, value
         if self.attended is None:
             self.attended = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         return self.attended, None
@@ -217,7 +219,7 @@ def current_forward() -> Forward | None:
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
     forward = current_forward()
     if isinstance(forward, Watched):
-        return forward.attend(query, value)
+        return forward.attend(query, key, value)
     ticket = forward.collect(key, module) if forward is not None else None
     if ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)

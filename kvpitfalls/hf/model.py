@@ -22,6 +22,7 @@ from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
+from .choices import check_choices
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention, current_forward, local
@@ -269,6 +270,12 @@ def _refuse_batching(model, start, args, kwargs):
     )
 
 
+def check_heads(attachment: _Attachment, model, action) -> None:
+    """Raise if a layer of an attached model has fewer heads to choose for than an action's allocation expects."""
+    compressed = {layer.index for layer in KeptCache(model.config, action).kept_layers}
+    check_choices(decoder_of(model), {module: i for module, i in attachment.own.items() if i in compressed}, action.least_heads)
+
+
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     kwargs = under_one_name(attachment.cache_name, kwargs)
@@ -321,6 +328,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
 def _ask_layers(decoder, record: Forward, bound: dict) -> None:
     """Note what a cache's action wants to know of each compressed layer; refused before any layer is touched."""
     action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
+    check_choices(decoder, modules, 1 if action is None else action.least_heads)
     if action is not None and action.reads_rotary:
         given, positions = _inputs(bound), bound.get("position_ids")
         if positions is None:

@@ -26,7 +26,7 @@ from .generate import GREEDY
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import attach, detach, paused, put_wrap, take_wrap
+from .model import attach, check_heads, detach, paused, put_wrap, take_wrap
 from .offload import device_of
 from .origin import Origin
 from .outer import check_placeholders, is_multimodal, others_of, placeholders
@@ -130,6 +130,11 @@ class Handle:
         check_model(model)
         self.model, self.action, self._caches = model, action, _Caches(model.config, action)
         self._attachment = put_wrap(model, self._caches)
+        try:
+            check_heads(self._attachment, model, action)
+        except BaseException:
+            self.remove()
+            raise
 
     def __enter__(self) -> "Handle":
         return self
@@ -257,6 +262,11 @@ class Fork(Action):
 
     def __init__(self, caches: Sequence[KeptCache]):
         self.caches = caches
+
+    @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        """The most that one of them expects."""
+        return max(cache.action.least_heads for cache in self.caches)
 
     @property
     def reads_rotary(self) -> bool:  # type: ignore[override]
