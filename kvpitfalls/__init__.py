@@ -15,6 +15,7 @@ _HOME = {
     "BudgetError": "errors",
     "ChunkKV": "policies.chunkkv",
     "CudaError": "errors",
+    "DefensiveKV": "policies.defensivekv",
     "DeviceError": "errors",
     "ExpectedAttention": "policies.expected_attention",
     "Fair": "eviction.fairness",

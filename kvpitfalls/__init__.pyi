@@ -24,6 +24,7 @@ from .hf.wrap import wrap as wrap
 from .policies import Policy as Policy
 from .policies.adakv import AdaKV as AdaKV
 from .policies.chunkkv import ChunkKV as ChunkKV
+from .policies.defensivekv import DefensiveKV as DefensiveKV
 from .policies.expected_attention import ExpectedAttention as ExpectedAttention
 from .policies.h2o import H2O as H2O
 from .policies.keydiff import KeyDiff as KeyDiff

@@ -190,6 +190,13 @@ KEEP = [
     (lambda e: kvp.ExpectedAttention(epsilon=-1), ValueError, "epsilon is -1; expected a number, at least 0"),
     (lambda e: kvp.RKV(mix_lambda=1.5), ValueError, "mix_lambda is 1.5; expected a number in [0, 1]"),
     (lambda e: kvp.RKV(threshold=None), ValueError, "threshold is None; expected a number in [-1, 1]"),
+    (lambda e: kvp.DefensiveKV(first_stage=2), ValueError, "first_stage is 2; expected a number in [0, 1]"),
+    (lambda e: kvp.DefensiveKV(factor="sum"), ValueError, "factor is 'sum'; expected 'share', 'norm' or None"),
+    (
+        lambda e: kvp.keep(kvp.DefensiveKV(8, factor=None), KEYS, QUERIES, budget=8),
+        BudgetError,
+        "8 are kept; expected a budget of more than",
+    ),
     (lambda e: expected(QUERIES, budget=4), BudgetError, "20 tokens, of which 4 are kept; expected a budget of more than its 4 sinks"),
     (lambda e: expected(QUERIES[:, :, 1:]), ValueError, "queries has 19 tokens; policy 'expected_attention' expects all 20 of the prompt"),
     (lambda e: expected(QUERIES, softcap=2.0), kvp.UnsupportedModelError, "softcap is 2.0; policy 'expected_attention' is not defined for"),

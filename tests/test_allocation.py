@@ -8,13 +8,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import build
+from model_sweep import build as build_any
+from model_sweep import not_refused
+from tiny_models import build, tiny_prompt
 from tiny_policies import EQUAL, EVERY
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.allocation import Ada, Pyramid, layer_budgets
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.selection import count_per_segment
+from kvpitfalls.hf.coverage import decoder_of
 
 N_TOKEN, N_LAYER, N_HEAD = 40, 3, 4
 SPANS = {"a": (3, 9), "b": (12, 26), "c": (26, 35)}
@@ -23,6 +26,7 @@ PROTECTS = [None, "a", "sinks", ["boundary", 20]]
 SHARED = [Pyramid(beta=2), Pyramid(beta=1.5, window_size=2), Ada(), Ada(alpha=0), Ada(alpha=0.5)]
 ROTARY = kvp.Rotary()
 RNG = np.random.default_rng(5)
+OUTPUT = np.random.default_rng(6).standard_normal((8, 8, 12), dtype=np.float32)
 
 
 def layers_of(n_row=1, n_token=N_TOKEN):
@@ -39,7 +43,9 @@ LAYERS = list(layers_of())
 def kept_of(policy, allocation=None, layers=LAYERS, **settings):
     """What each layer keeps."""
     return [
-        kvp.keep(policy, keys, queries, values=values, rotary=ROTARY, layer=i, n_layer=N_LAYER, allocation=allocation, **settings)
+        kvp.keep(
+            policy, keys, queries, values=values, rotary=ROTARY, output=OUTPUT, layer=i, n_layer=N_LAYER, allocation=allocation, **settings
+        )
         for i, (keys, queries, values) in enumerate(layers)
     ]
 
@@ -299,6 +305,25 @@ def test_where_there_is_nothing_to_share_between():
         kvp.wrap(build("llama"), "h2o", budget=8, allocation="ada", when="always")
     with pytest.raises(kvp.BudgetError, match="the budget of row 0 is 2 tokens, but 6 are protected"):
         kept_of("knorm", Pyramid(beta=4), budget=8, spans=SPANS, protect="a")
+
+
+@pytest.mark.parametrize(("family", "changes"), [("deepseek_v3", {}), ("diffllama", {}), ("llama", {"num_key_value_heads": 1})])
+def test_a_model_whose_heads_share_one_choice_is_refused_before_it_runs(family, changes):
+    """When it is wrapped, and before a forward where it is not: nothing is half filled, the model is as it was."""
+    if not not_refused(family):
+        pytest.skip("this release's model is refused for another reason")
+    model = build(family, **changes) if changes else build_any(family, "eager")
+    told = r"^one choice serves all heads of layer 0 of \w+; an allocation that shares over heads expects at least 2"
+    for policy, allocation in (("knorm", "ada"), (kvp.AdaKV(window_size=2), None)):
+        with pytest.raises(ValueError, match=told):
+            kvp.wrap(model, policy, budget=8, allocation=allocation)
+        assert "forward" not in vars(decoder_of(model)) and "generate" not in vars(model)
+    settings = {"policies": ["knorm"], "compression_ratios": [0.5], "allocation": "ada"}
+    with pytest.raises(ValueError, match=told):
+        kvp.audit(model, tiny_prompt(), **settings)
+    with kvp.wrap(model, "knorm", budget=8) as handle:
+        handle.compress(torch.arange(3, 20)[None])
+    kvp.wrap(model, "knorm", compression_ratio=0, allocation="ada").remove()  # nothing is shared
 
 
 def test_budgets_of_layers_are_asked_for_once():

@@ -16,6 +16,7 @@ from kvpitfalls.policies.random import Random
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
+OUTPUT = torch.randn(9, 24, 20, generator=torch.Generator().manual_seed(3))
 VALUES = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(2))
 
 
@@ -34,7 +35,13 @@ def test_names_and_aliases():
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
-    given = {"compression_ratio": 0.5, "layer": 1, "n_layer": 3, "rotary": kvp.Rotary()}  # the middle one: no pyramid gives it more or less
+    given = {
+        "compression_ratio": 0.5,
+        "layer": 1,
+        "n_layer": 3,
+        "rotary": kvp.Rotary(),
+        "output": OUTPUT,
+    }  # the middle one: no pyramid gives it more or less
     kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, **given)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
     assert (kept.counts.sum(1) == 60).all() and (policy not in EQUAL or (kept.counts == 20).all())
@@ -49,9 +56,22 @@ def test_every_policy_keeps_its_contract(policy):
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_a_policy_says_exactly_what_it_reads(policy):
-    given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES, "rotary": kvp.Rotary(), "layer": 1, "n_layer": 3}
+    given = {
+        "compression_ratio": 0.5,
+        "queries": QUERIES,
+        "values": VALUES,
+        "rotary": kvp.Rotary(),
+        "output": OUTPUT,
+        "layer": 1,
+        "n_layer": 3,
+    }
     whole = kvp.keep(policy, KEYS, **given).positions
-    for name, what in (("queries", "the queries"), ("values", "values"), ("rotary", "the rotary embedding")):
+    for name, what in (
+        ("queries", "the queries"),
+        ("values", "values"),
+        ("rotary", "the rotary embedding"),
+        ("output", "the output projection"),
+    ):
         without = {key: value for key, value in given.items() if key != name}
         if getattr(policy, f"needs_{name}"):
             with pytest.raises(ValueError, match=f"^{name} is None; policy '{policy.name}' .* needs {what}"):
@@ -227,6 +247,53 @@ def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
         kvp.keep("rkv", KEYS, QUERIES, budget=8)
     with pytest.raises(ValueError, match=r"^policy 'rkv' needs the query at position 5, but queries begin at 35"):
         kvp.keep("rkv", KEYS, QUERIES[:, :, 35:], budget=20, spans={"a": (0, 9)}, fair=True)
+
+
+def defensive_by_hand(row, segments, policy):
+    """DefensiveKV's scores (H, T) of one of our rows but its windows, in float64: what is first stage by its rank above 1, the rest to a
+    scale of its own; and the windows."""
+    scores, windows, n_group, reach = torch.zeros(3, 40, dtype=torch.float64), [], 3, policy.kernel_size // 2
+    norms = torch.stack([(VALUES[row, h // n_group].double() @ OUTPUT[h].double()).abs().sum(-1) for h in range(9)])
+    norms = norms.unflatten(0, (3, n_group)).mean(1)
+    factors = {"norm": norms, "share": norms / norms.sum(0), None: torch.ones_like(norms)}[policy.factor]
+    for begin, end in segments:
+        width = policy.window_size // len(segments)
+        cut, first = end - width, []
+        windows.append((cut, end))
+        for head in range(3):
+            worst, total = torch.zeros(cut - begin, dtype=torch.float64), torch.zeros(cut - begin, dtype=torch.float64)
+            for h in range(n_group * head, n_group * head + n_group):
+                for t in range(cut, end):
+                    seen = (KEYS[row, head, : t + 1].double() @ QUERIES[row, h, t].double() / 4).softmax(-1)[begin:cut]
+                    pooled = torch.stack([seen[max(0, k - reach) : k + reach + 1].sum() / policy.kernel_size for k in range(cut - begin)])
+                    worst = torch.maximum(worst, pooled / pooled.sum() * seen.sum())
+                    total += seen / (n_group * width)
+            scores[head, begin:cut] = worst.clamp(min=worst.mean()) * factors[head, begin:cut]
+            reached = 1 - total.sum()
+            for k in total.argsort(descending=True).tolist():
+                if reached >= policy.first_stage:
+                    break
+                reached += total[k]
+                first.append((head, begin + k, 1 + total[k]))
+        scores[:, begin:cut] /= scores[:, begin:cut].max()
+        for head, k, score in first:
+            scores[head, k] = score
+    return scores, windows
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"factor": "norm", "first_stage": 0.5}, {"factor": None, "first_stage": 0}, {"kernel_size": 1}])
+def test_defensivekv_is_its_formula(fair, changes):
+    policy, spans = kvp.DefensiveKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
+    kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, output=OUTPUT, budget=20, spans=spans, fair=fair)
+    segments = list(pairwise([0, 3, 14, 30, 40])) if fair else [(0, 40)]
+    for row in range(2):
+        wanted, windows = defensive_by_hand(row, segments, policy)
+        for cut, end in windows:
+            assert (kept.scores[row, :, cut:end] > 2).all() and (kept.scores[row, :, cut:end].diff(dim=-1) > 0).all()
+            wanted[:, cut:end] = kept.scores[row, :, cut:end]
+        torch.testing.assert_close(kept.scores[row].double(), wanted, rtol=1e-4, atol=1e-6)
+        assert ((wanted > 1) & (wanted <= 2)).any() == (policy.first_stage > 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvpitfalls import RKV, ChunkKV, ExpectedAttention, LagKV, PyramidKV, UnsupportedModelError, wrap
+from kvpitfalls import RKV, ChunkKV, DefensiveKV, ExpectedAttention, LagKV, PyramidKV, UnsupportedModelError, wrap
 from kvpitfalls.policies import get_policy, policy_names
 
 _FOR_SHORT_PROMPTS = {
@@ -13,6 +13,7 @@ _FOR_SHORT_PROMPTS = {
         PyramidKV(window_size=1, beta=2),
         ExpectedAttention(n_future_positions=16, n_sink=0),
         RKV(window_size=1, kernel_size=3),
+        DefensiveKV(window_size=2, kernel_size=3),
     )
 }
 EVERY = [_FOR_SHORT_PROMPTS.get(name, get_policy(name)) for name in policy_names()]
@@ -31,15 +32,16 @@ def is_defined(policy, n_token: int, n_kept: int) -> bool:
 
 
 def takes(model, policy) -> bool:
-    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none."""
+    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none, and so on."""
     policy = get_policy(policy)
-    if not policy.needs_rotary:
+    if not policy.needs_rotary and not policy.needs_output:
         return True
     try:
         with wrap(model, policy, budget=4) as handle:
             handle.compress(torch.arange(3, 11)[None])
     except UnsupportedModelError as reason:
-        assert "undoes rotary embedding" in str(reason) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)
+        told = ("undoes rotary embedding", "weighs values by the output projection")
+        assert any(words in str(reason) for words in told) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)
         return False
     return True
 

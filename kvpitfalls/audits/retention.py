@@ -43,8 +43,16 @@ class _Observe(Action):
         self.layers: list[int] = []
 
     @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        return max(allocation.least_heads for _, _, allocation in self.settings)
+
+    @property
     def reads_rotary(self) -> bool:  # type: ignore[override]
         return any(policy.needs_rotary for policy, _, _ in self.settings)
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return any(policy.needs_output for policy, _, _ in self.settings)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)

@@ -28,6 +28,8 @@ class Allocation:
         How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
     shares_heads : bool
         Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a mask tells apart.
+    least_heads : int
+        How many key heads a layer must have at least; models with fewer, or with one choice for all of them, are refused.
 
     Examples
     --------
@@ -47,6 +49,7 @@ class Allocation:
 
     name: ClassVar[str | None] = None
     shares_heads: ClassVar[bool] = False
+    least_heads: ClassVar[int] = 1
 
     def layers(self, n_token: int, n_kept: int, n_layer: int) -> Sequence[int]:
         """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer * n_kept``.
@@ -170,6 +173,7 @@ class Ada(Allocation):
     alpha: float = 0.2
     name = "ada"
     shares_heads = True
+    least_heads = 2
 
     def __post_init__(self) -> None:
         if not is_real(self.alpha) or not 0 <= self.alpha <= 1:
@@ -177,8 +181,7 @@ class Ada(Allocation):
 
     def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """See :class:`Allocation`."""
-        if scores.shape[1] < 2:
-            raise ValueError("one choice serves all heads here; allocation 'ada' shares over heads and expects at least 2")
+        check_heads(self, scores.shape[1])
         share = Fraction(str(self.alpha))
         least = quotas.astype(np.int64) * share.numerator // share.denominator
         floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
@@ -240,6 +243,15 @@ def raised_where(scores: Array, mask: Array) -> Array:
 
 UNIFORM = Uniform()
 _NAMED = {cls.name: cls for cls in (Uniform, Pyramid, Ada)}
+
+
+def check_heads(allocation: Allocation, n_head: int) -> None:
+    """Raise if a layer that chooses for ``n_head`` heads is none for this allocation."""
+    if n_head < allocation.least_heads:
+        raise ValueError(
+            f"one choice serves all heads here; allocation {(allocation.name or allocation)!r} shares over heads and expects at least "
+            f"{allocation.least_heads}"
+        )
 
 
 def get_allocation(allocation: "Allocation | str") -> Allocation:

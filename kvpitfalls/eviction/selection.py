@@ -19,7 +19,7 @@ from ..policies import Inputs, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..policies.rotary import Rotary
 from . import ops
-from .allocation import UNIFORM, Allocation, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
+from .allocation import UNIFORM, Allocation, check_heads, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
 from .arrays import A, Array, Int32, Table
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import AnyFair, Fair, Layout, Protect, Spans
@@ -93,6 +93,7 @@ def rank(
     layer: int = 0,
     n_layer: int = 1,
     rotary: Rotary | None = None,
+    output: Array | None = None,
 ) -> Ranked:
     """Score one layer.
 
@@ -109,7 +110,7 @@ def rank(
         One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
-    values, layer, n_layer, rotary
+    values, layer, n_layer, rotary, output
         See :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
@@ -118,6 +119,8 @@ def rank(
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
     if policy.needs_rotary and rotary is None:
         raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
+    if policy.needs_output and output is None:
+        raise ValueError(f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)")
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):
         raise ValueError(f"scaling is {scale!r}; expected a finite number")
@@ -125,7 +128,7 @@ def rank(
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary}
+    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary, "output": output}
     inputs = Inputs(keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer)
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
@@ -309,6 +312,7 @@ def keep(
     n_layer: int = 1,
     allocation: Allocation | str | None = None,
     rotary: Rotary | None = None,
+    output: A | None = None,
 ) -> Kept[A]:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -342,6 +346,8 @@ def keep(
         How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most.
     rotary : Rotary, optional
         How queries and keys were turned by their positions, for a policy that undoes it.
+    output : array, shape (H*G, Dv, E), optional
+        The output projection of each query head, for a policy that weighs values by it.
 
     Returns
     -------
@@ -376,8 +382,10 @@ def keep(
     limit = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget)
     layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=policy.n_sink, limit=limit)
     allocation = allocation_of(policy, allocation)
+    check_heads(allocation, keys.shape[1])
     check_room(policy, fair, allocation, layout, limit, n_layer)
-    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, values=values, layer=layer, n_layer=n_layer, rotary=rotary)
+    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary, "output": output}
+    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, **of_layer)
     kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
     return cast("Kept[A]", kept)  # in the library of the keys
 

@@ -12,8 +12,10 @@ class Action:
     evicts = False  # takes rows from a prompt
     holds = False  # acts after later forwards, too
     shares_heads = False  # a layer's heads hold different numbers of tokens
+    least_heads = 1  # that a layer must choose for
     reads_queries = False  # has use for softmax denominators that attention tells
     reads_rotary = False  # wants to know how layers turn the queries of a prompt
+    reads_output = False  # wants to know what layers make of what they attended to
 
     @property
     def acts(self) -> bool:

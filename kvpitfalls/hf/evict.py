@@ -53,6 +53,11 @@ class Evict(Action):
         return self.sharing.shares_heads
 
     @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        """What the allocation expects."""
+        return self.sharing.least_heads if self.acts else 1
+
+    @property
     def reads_queries(self) -> bool:
         """Whether the policy does."""
         return self.policy.needs_queries
@@ -61,6 +66,11 @@ class Evict(Action):
     def reads_rotary(self) -> bool:  # type: ignore[override]
         """Whether the policy does, and is asked."""
         return self.policy.needs_rotary and self.acts
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        """Whether the policy does, and is asked."""
+        return self.policy.needs_output and self.acts
 
     def limit(self, n_token: int) -> int:
         """How much of a prompt of ``n_token`` real tokens a row may hold, mean over layers and heads."""

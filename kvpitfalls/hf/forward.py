@@ -6,7 +6,7 @@ and, after a prefill, hands the layer to the cache's action; a ticket that was n
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -64,6 +64,8 @@ class AttentionCall:
         After a prompt, where a budget is held: False where a new token is padding. None: nowhere.
     rotary : Rotary, or None
         How the layer turned queries and keys; only of a prompt, for an action that reads it.
+    projection : callable, or None
+        Gives the output projection of each head; see ``projections.py``. As ``rotary``.
     """
 
     query: torch.Tensor
@@ -79,6 +81,7 @@ class AttentionCall:
     lse: torch.Tensor | None = None
     newest: torch.Tensor | None = None
     rotary: Rotary | None = None
+    projection: Callable | None = None
 
     @property
     def known(self) -> dict[str, Any]:
@@ -93,7 +96,13 @@ class AttentionCall:
             "layer": self.layer,
             "n_layer": self.n_layer,
             "rotary": self.rotary,
+            "output": self.output,
         }
+
+    @cached_property
+    def output(self) -> torch.Tensor | None:
+        """What the layer makes of what each query head attended to, float32 (Hq, Dv, E)."""
+        return None if self.projection is None else self.projection(self.value.new_empty(self.query.shape[1], self.value.shape[-1]))
 
 
 @dataclass
@@ -109,6 +118,7 @@ class Forward:
     newest: torch.Tensor | None = None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
     rotaries: Mapping[torch.nn.Module, Rotary] = field(default_factory=dict)  # of attention modules, where the action reads them
+    projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
 
     @cached_property
@@ -163,34 +173,53 @@ class Forward:
 
 
 @dataclass
-class _Watch:
-    """In place of a forward: one attention module is called alone, to see its queries."""
+class Watched:
+    """In place of a forward, while one attention module is called alone.
 
-    query: torch.Tensor | None = None
+    Attributes
+    ----------
+    told : tensor (B, n, Hq, Dv), or None
+        What attention is to give; zeros if it is not said.
+    attended : tensor (B, n, Hq, Dv)
+        What it gave.
+    query, key, value : tensor (B, Hq, n, D), (B, H, n, D), (B, H, n, Dv)
+        What it was given.
+    returned : tensor
+        What the module made of what it attended to.
+    """
 
-    def attend(self, query, value):
-        """What attention over nothing gives."""
-        self.query = query
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    told: torch.Tensor | None
+    attended: torch.Tensor = field(init=False)
+    query: torch.Tensor = field(init=False)
+    key: torch.Tensor = field(init=False)
+    value: torch.Tensor = field(init=False)
+    returned: torch.Tensor = field(init=False)
+
+    def attend(self, query, key, value):
+        """What stands for attention."""
+        self.query, self.key, self.value = query, key, value
+        nothing = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        self.attended = nothing if self.told is None else self.told
+        return self.attended, None
 
 
-def queries_of(module: torch.nn.Module, **given) -> torch.Tensor:
-    """The queries (1, Hq, n, D), turned, with which an attached decoder's attention module would attend if it was called so."""
-    before, local.forward = current_forward(), _Watch()
+def watched(module: torch.nn.Module, attended: torch.Tensor | None, **given) -> Watched:
+    """What an attached decoder's attention module asks and returns if it is called so."""
+    before, local.forward = current_forward(), (watch := Watched(attended))
     try:
-        module(**given)
-        watch = local.forward
+        returned = module(**given)
     finally:
         local.forward = before
-    if watch.query is None:
+    if not hasattr(watch, "query"):
         raise NotInterceptedError(f"{type(module).__name__} did not go through transformers' attention interface when it was called alone")
-    return watch.query
+    watch.returned = returned[0] if isinstance(returned, tuple) else returned
+    return watch
 
 
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
     forward = current_forward()
-    if isinstance(forward, _Watch):
-        return forward.attend(query, value)
+    if isinstance(forward, Watched):
+        return forward.attend(query, key, value)
     ticket = forward.collect(key, module) if forward is not None else None
     if forward is None or ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -244,4 +273,5 @@ def _seen_by(ticket: _Ticket, forward: Forward, module, implementation: str, que
     query, key, value = query.detach(), key.detach(), value.detach()  # what is kept is no function of them that has a gradient
     place = (forward.compressed[ticket.layer.index], len(forward.compressed))
     known = {"lse": lse, "newest": forward.newest, "rotary": forward.rotaries.get(module)}
+    known["projection"] = forward.projections.get(module)
     return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known)

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -269,7 +269,7 @@ class KeptLayer(DynamicLayer):
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
 
 
-def bare(layer):
+def bare(layer: Any) -> Any:
     """A cache's layer whose keys and values have shapes alone; for a layer of another class, neither."""
     twin = copy.copy(layer)
     for name, x in vars(layer).items():

@@ -35,7 +35,7 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     return ranges
 
 
-def check_padding(mask, valid: Sequence[tuple[int, int]], n_prompt: int) -> None:
+def check_padding(mask, valid: Sequence[tuple[int, int]] | None, n_prompt: int) -> None:
     """Raise unless a later call's padding mask hides of each prompt what was padding when it was compressed, and nothing else.
 
     Positions are counted by the mask, so that those of new tokens would not follow the prompt's.
@@ -44,12 +44,14 @@ def check_padding(mask, valid: Sequence[tuple[int, int]], n_prompt: int) -> None
     ----------
     mask : tensor (B, L), or anything else, which is not looked at
         There may be fewer rows than the cache has, each standing for as many.
-    valid : list of (int, int)
-        Of the cache: per row, the range of real tokens of its prompt.
+    valid : list of (int, int), or None
+        Of the cache: per row, the range of real tokens of its prompt. None before there is one.
     n_prompt : int
         How many columns of the mask are the prompt's.
     """
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < n_prompt or not len(mask) or len(valid) % len(mask):
+    if not valid or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < n_prompt:
+        return
+    if not len(mask) or len(valid) % len(mask):
         return
     places = torch.arange(n_prompt)
     wanted = torch.stack([(places >= begin) & (places < end) for begin, end in valid])

@@ -22,12 +22,14 @@ from . import stand_ins
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
+from .choices import check_choices
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention
 from .generating import arguments_of, check_generate, generators_of
 from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
+from .projections import projections_of
 from .rotations import rotaries_of
 from .threads import current_forward, local
 
@@ -299,6 +301,12 @@ def _refuse_batching(model, start, args, kwargs):
     )
 
 
+def check_heads(attachment: _Attachment, model, action) -> None:
+    """Raise if a layer of an attached model has fewer heads to choose for than an action's allocation expects."""
+    compressed = {layer.index for layer in KeptCache(model.config, action).kept_layers}
+    check_choices(decoder_of(model), {module: i for module, i in attachment.own.items() if i in compressed}, action.least_heads)
+
+
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     kwargs = under_one_name(attachment.cache_name, kwargs)
@@ -342,8 +350,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         check_not_random(decoder)
     record = _begin(attachment, cache, bound)
     if record.prefill:
-        if cache.action is not None and cache.action.reads_rotary:
-            record.rotaries = _rotaries(decoder, record, bound)
+        _ask_layers(decoder, record, bound)
         cache.origin = cache.origin.filled_by(decoder)
         if (call := _generating(decoder)) is not None:
             call.cache = cache
@@ -352,12 +359,17 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     return args, kwargs, record
 
 
-def _rotaries(decoder, record: Forward, bound: dict) -> dict:
-    """How each compressed layer turns the prompt's queries; refused before any layer is touched."""
-    given, positions = _inputs(bound), bound.get("position_ids")
-    if positions is None:
-        positions = torch.arange(given.shape[1], device=given.device)[None]
-    return rotaries_of(decoder, {module: i for module, i in record.own.items() if i in record.compressed}, positions)
+def _ask_layers(decoder, record: Forward, bound: dict) -> None:
+    """Note what a cache's action wants to know of each compressed layer; refused before any layer is touched."""
+    action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
+    check_choices(decoder, modules, 1 if action is None else action.least_heads)
+    if action is not None and action.reads_rotary:
+        given, positions = _inputs(bound), bound.get("position_ids")
+        if positions is None:
+            positions = torch.arange(given.shape[1], device=given.device)[None]
+        record.rotaries = rotaries_of(decoder, modules, positions)
+    if action is not None and action.reads_output:
+        record.projections = projections_of(decoder, modules)
 
 
 def _inputs(bound: dict) -> torch.Tensor:

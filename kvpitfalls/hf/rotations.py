@@ -4,21 +4,19 @@ The modeling file's ``apply_rotary_pos_emb`` and the decoder's ``rotary_emb`` ar
 its queries so, its attention is asked alone, on random hidden states: with the angles of some positions, and with none.
 """
 
-import copy
 import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from ..errors import UnsupportedModelError
 from ..policies.rotary import Rotary
-from .forward import queries_of
-from .offload import device_of
+from .alone import answered, called, embedding_of, given_to, options_of, same
 
 _NAME = "apply_rotary_pos_emb"
-_TRIED_AT = (1, 4, 9, 3)  # positions
 _widths: "weakref.WeakKeyDictionary[torch.nn.Module, int]" = weakref.WeakKeyDictionary()  # of layers that were tried
 
 
@@ -30,7 +28,7 @@ class LayerRotary(Rotary):
     function : callable
         Of (x, cos, sin): the modeling file's.
     embedding : torch.nn.Module
-        A copy of the decoder's: some change when they are asked for far positions.
+        A copy of the decoder's.
     options : dict
         What it is called with beside positions.
     at : LongTensor (1 or B, T)
@@ -67,25 +65,17 @@ def rotaries_of(decoder, layers: Mapping[torch.nn.Module, int], positions: torch
     UnsupportedModelError
         If that cannot be told, or is not what a module does.
     """
-    embedding = getattr(decoder, "rotary_emb", None)
+    embedding = embedding_of(decoder)
     if embedding is None or positions.ndim != 2:
         raise _unknown(decoder, "has no rotary_emb" if embedding is None else f"counts positions in {len(positions)} dimensions")
-    embedding, by_kind = copy.deepcopy(embedding), "layer_type" in inspect.signature(embedding.forward).parameters
     found = {}
     for module, index in layers.items():
         function = _function_of(module)
         if function is None:
             raise _unknown(decoder, f"has no {_NAME} of queries, cosines and sines in the file of {type(module).__name__}")
-        options = {"layer_type": decoder.config.layer_types[index]} if by_kind else {}
-        rotary = LayerRotary(function, embedding, options, positions, 0)
+        rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, 0)
         if module not in _widths:
-            try:
-                _widths[module] = _tried(decoder, module, index, rotary)
-            except UnsupportedModelError:
-                raise
-            except Exception as reason:  # whatever a module says that was not made to be called alone
-                told = f"cannot be asked how layer {index} turns its queries ({type(reason).__name__}: {reason})"
-                raise _unknown(decoder, told) from reason
+            _widths[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
         rotary.width = _widths[module]
         found[module] = rotary
     return found
@@ -93,7 +83,7 @@ def rotaries_of(decoder, layers: Mapping[torch.nn.Module, int], positions: torch
 
 def _function_of(module) -> Callable | None:
     """The modeling file's function, as one of (x, cos, sin); some turn queries and keys by one call."""
-    function = getattr(sys.modules[type(module).__module__], _NAME, None)
+    function: Any = getattr(sys.modules[type(module).__module__], _NAME, None)
     names = [] if function is None else list(inspect.signature(function).parameters)
     if names[:4] == ["q", "k", "cos", "sin"]:
         return lambda x, cos, sin: function(x, x, cos, sin)[0]
@@ -106,52 +96,30 @@ def _unknown(decoder, reason: str) -> UnsupportedModelError:
     )
 
 
-@torch.no_grad()
 def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
     """How many channels of each head this layer turns; raises if it turns them in another way, or is moved by positions otherwise."""
-    given = _given(decoder, module)
-    angles = rotary.embedding(given["hidden_states"], given["position_ids"], **rotary.options)
+    given = given_to(decoder, module)
+    places, device = given["position_ids"], given["hidden_states"].device
+    angles = rotary.embedding(given["hidden_states"], places, **rotary.options)
     if not isinstance(angles, tuple) or not all(isinstance(part, torch.Tensor) and not part.is_complex() for part in angles):
         raise _unknown(decoder, "turns its queries by something else than cosines and sines")
-    angles = tuple(part.to(given["hidden_states"].device) for part in angles)
+    angles = tuple(part.to(device) for part in angles)
     still = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
-    calls = [(still, given["position_ids"]), (still, given["position_ids"] + 7), (angles, given["position_ids"])]
-    before, moved, after = (
-        queries_of(module, **_taken(module, {**given, "position_embeddings": embeddings, "position_ids": places}))
-        for embeddings, places in calls
-    )
-    if _same(before, moved, before.dtype) and _same(before, after, before.dtype):
+    calls = ((still, places), (still, places + 7), (angles, places))
+    before, moved, after = (called(module, {**given, "position_embeddings": by, "position_ids": at}).query for by, at in calls)
+    dtype = before.dtype
+    if same(before, moved, dtype) and same(before, after, dtype):
         return 0
     cos, sin = (part.float() for part in angles)
-    for width in dict.fromkeys((before.shape[-1], cos.shape[-1])) if _same(before, moved, before.dtype) else ():
+    for width in dict.fromkeys((before.shape[-1], cos.shape[-1])) if same(before, moved, dtype) else ():
         rotary.width = width
-        if _turns(rotary, before, after, cos, sin) and _same(rotary.undone(after, given["position_ids"]), before, before.dtype):
+        if _turns(rotary, before, after, cos, sin) and same(rotary.undone(after, places), before, dtype):
             return width
     raise _unknown(decoder, f"turns the queries of layer {index} in another way than its {_NAME} does")
 
 
 def _turns(rotary: LayerRotary, before, after, cos, sin) -> bool:
     try:
-        return _same(rotary.turned(before.float(), cos, sin), after, before.dtype)
+        return same(rotary.turned(before.float(), cos, sin), after, before.dtype)
     except RuntimeError:  # the function does not take as many channels
         return False
-
-
-def _same(one, other, dtype) -> bool:
-    return bool((one.float() - other.float()).abs().max() <= 32 * torch.finfo(dtype).eps * other.float().abs().max())
-
-
-def _given(decoder, module) -> dict:
-    """Hidden states of a few tokens and their positions, where this module takes them."""
-    weight = next((x for x in decoder.get_input_embeddings().parameters() if x.is_floating_point()), None)
-    dtype, device = torch.float32 if weight is None else weight.dtype, device_of(module)
-    hidden = torch.randn(1, len(_TRIED_AT), decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return {"hidden_states": hidden.to(device, dtype), "position_ids": torch.tensor([_TRIED_AT], device=device)}
-
-
-def _taken(module, given: dict) -> dict:
-    """What of this the module's forward takes by name, and nothing for what it must be given beside that."""
-    known = inspect.signature(module.forward).parameters
-    needed = {name: None for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    needed |= {"shared_kv_states": {}} if "shared_kv_states" in known else {}  # Gemma's layers leave their keys there for later ones
-    return {**needed, **{name: value for name, value in given.items() if name in known}}

@@ -32,7 +32,7 @@ from .generate import GREEDY, pad_token
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import attach, detach, paused, put_wrap, release, take_wrap
+from .model import attach, check_heads, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
 from .outer import check_placeholders, is_multimodal, others_of, placeholders
@@ -161,6 +161,11 @@ class Handle:
         check_model(model)
         self.model, self.action, self._caches = model, action, _Caches(model.config, action)
         self._attachment = put_wrap(model, self._caches)
+        try:
+            check_heads(self._attachment, model, action)
+        except BaseException:
+            self.remove()
+            raise
 
     def __enter__(self) -> "Handle":
         return self
@@ -301,9 +306,23 @@ class Fork(Action):
         self.caches = caches
 
     @property
+    def _actions(self) -> list[Action]:
+        return [cache.action for cache in self.caches if cache.action is not None]
+
+    @property
+    def least_heads(self) -> int:  # type: ignore[override]
+        """The most that one of them expects."""
+        return max(action.least_heads for action in self._actions)
+
+    @property
     def reads_rotary(self) -> bool:  # type: ignore[override]
         """Whether one of them does."""
-        return any(cache.action.reads_rotary for cache in self.caches)
+        return any(action.reads_rotary for action in self._actions)
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(action.reads_output for action in self._actions)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
@@ -395,7 +414,7 @@ def _marked(prompt: object, instructions: Instructions) -> list[Prompt]:
     return [p.marked(instructions) for p in prompts]
 
 
-def _batch(prompt: AnyPrompt, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
+def _batch(prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
     """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
     if isinstance(prompt, Prompt):
         prompt = [prompt]

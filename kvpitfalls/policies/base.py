@@ -92,6 +92,8 @@ class Inputs:
         Which of the model's layers that are compressed it is, and how many there are.
     rotary : Rotary, or None
         How the layer turned queries and keys by their positions.
+    output : array, shape (H*G, Dv, E), or None
+        What the layer adds to the hidden state for each head's attention-weighted value.
 
     Examples
     --------
@@ -115,6 +117,7 @@ class Inputs:
     layer: int = 0
     n_layer: int = 1
     rotary: Any = None
+    output: Any = None
 
     @property
     def n_token(self) -> int:
@@ -174,6 +177,8 @@ class Policy:
         Whether :meth:`score` reads ``inputs.values``.
     needs_rotary : bool
         Whether :meth:`score` reads ``inputs.rotary``; models where it cannot be told are then refused.
+    needs_output : bool
+        Whether :meth:`score` reads ``inputs.output``; likewise.
     holds : bool
         Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands between two tokens
         may be gone; else it is refused there.
@@ -208,6 +213,7 @@ class Policy:
     needs_queries: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
+    needs_output: ClassVar[bool] = False
     holds: ClassVar[bool] = True
     listed: ClassVar[bool] = True
     allocation: ClassVar[Allocation | str] = "uniform"
@@ -285,6 +291,6 @@ def policy_names() -> list[str]:
     Examples
     --------
     >>> policy_names()[:3]
-    ['adakv', 'chunkkv', 'expected_attention']
+    ['adakv', 'chunkkv', 'defensivekv']
     """
     return sorted({cls.name for cls in _registry.values() if cls.listed})

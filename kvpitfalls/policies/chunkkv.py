@@ -89,6 +89,11 @@ class ChunkKV(Policy):
         return self._scorer.needs_values
 
     @property
+    def needs_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
+        """Whether the other policy does."""
+        return self._scorer.needs_output
+
+    @property
     def paper_quotas(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """As the other policy."""
         return self._scorer.paper_quotas

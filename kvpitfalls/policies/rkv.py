@@ -83,18 +83,14 @@ class RKV(SnapKV):
         """See the class."""
         import torch
 
-        keys, queries = (torch.as_tensor(x).detach() for x in (inputs.keys, inputs.queries))
-        scores, first = torch.zeros(keys.shape[:3], device=keys.device), keys.shape[2] - queries.shape[2]
-        for row, segments in enumerate(inputs.segments):
-            for vote in self._votes(segments):
-                (begin, cut), (_, end) = vote.keys, vote.window
-                if cut < first:
-                    raise ValueError(f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}")
-                scores[row, :, cut:end] = torch.arange(1, end - cut + 1, device=keys.device) / (end - cut) + 1
-                if cut > begin:
-                    important = self._importance(inputs, keys[row, :, begin:cut], queries[row, :, cut - first : end - first])
-                    redundant = _redundancy(keys[row, :, begin:end].float(), self.threshold)[:, : cut - begin]
-                    scores[row, :, begin:cut] = self.mix_lambda * important - (1 - self.mix_lambda) * redundant
+        keys = torch.as_tensor(inputs.keys).detach()
+        scores = torch.zeros(keys.shape[:3], device=keys.device)
+        for row, (begin, cut, end), queries in self.windows(inputs):
+            scores[row, :, cut:end] = torch.arange(1, end - cut + 1, device=keys.device) / (end - cut) + 1
+            if cut > begin:
+                important = self._importance(inputs, keys[row, :, begin:cut], queries)
+                redundant = _redundancy(keys[row, :, begin:end].float(), self.threshold)[:, : cut - begin]
+                scores[row, :, begin:cut] = self.mix_lambda * important - (1 - self.mix_lambda) * redundant
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
     def _importance(self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor") -> "torch.Tensor":

@@ -1,11 +1,15 @@
 """SnapKV."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..eviction.arrays import Array
 from ..numbers import check_whole
 from .base import Inputs, Policy, Vote
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,19 @@ class SnapKV(Policy):
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
+
+    def windows(self, inputs: Inputs) -> Iterator[tuple[int, tuple[int, int, int], "torch.Tensor"]]:
+        """Per segment its row, where its keys begin, its window begins, and both end, and the window's queries (Hq, W, D)."""
+        import torch
+
+        queries = torch.as_tensor(inputs.queries).detach()
+        first = inputs.keys.shape[2] - queries.shape[2]
+        for row, segments in enumerate(inputs.segments):
+            for vote in self._votes(segments):
+                (begin, cut), (_, end) = vote.keys, vote.window
+                if cut < first:
+                    raise ValueError(f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}")
+                yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
 
     def _votes(self, segments: Sequence[tuple[int, int]]) -> list[Vote]:
         share, unused, votes = max(1, self.window_size // len(segments)), 0, []

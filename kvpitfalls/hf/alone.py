@@ -1,0 +1,71 @@
+"""One attention module is called alone, on random hidden states, to see what it does before it attends and after."""
+
+import copy
+import inspect
+
+import torch
+
+from ..errors import UnsupportedModelError
+from .forward import Watched, watched
+from .offload import device_of
+
+_PLACES = (1, 4, 9, 3)  # positions of what it is called with
+
+
+def embedding_of(decoder):
+    """A copy of a decoder's rotary embedding, since some change when they are asked for far positions; None if it has none."""
+    return copy.deepcopy(getattr(decoder, "rotary_emb", None))
+
+
+def options_of(decoder, embedding, index: int) -> dict:
+    """What the embedding is called with for this layer, beside hidden states and positions."""
+    by_kind = embedding is not None and "layer_type" in inspect.signature(embedding.forward).parameters
+    return {"layer_type": decoder.config.layer_types[index]} if by_kind else {}
+
+
+def given_to(decoder, module) -> dict:
+    """Hidden states (1, n, E) of a few tokens and their positions, where this module takes them."""
+    weight = next((x for x in decoder.get_input_embeddings().parameters() if x.is_floating_point()), None)
+    dtype, device = torch.float32 if weight is None else weight.dtype, device_of(module)
+    hidden = torch.randn(1, len(_PLACES), decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return {"hidden_states": hidden.to(device, dtype), "position_ids": torch.tensor([_PLACES], device=device)}
+
+
+@torch.no_grad()
+def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched:
+    """An attached decoder's module, called alone: its queries, and what it returns if it is told to have attended to ``attended``.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    given : dict
+        Arguments; those that its forward does not take by name are left out.
+    attended : tensor (1, n, Hq, Dv), optional
+        Zeros by default.
+
+    Returns
+    -------
+    Watched
+    """
+    known = inspect.signature(module.forward).parameters
+    needed = {name: None for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    needed |= {"shared_kv_states": {}} if "shared_kv_states" in known else {}  # Gemma's layers leave their keys there for later ones
+    return watched(module, attended, **{**needed, **{name: value for name, value in given.items() if name in known}})
+
+
+def same(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal but for some roundings to this type."""
+    if one.shape != other.shape:
+        return False
+    return bool((one.float() - other.float()).abs().max() <= 32 * torch.finfo(dtype).eps * other.float().abs().max())
+
+
+def answered(decoder, index: int, wanted: str, ask, *args):
+    """What ``ask(*args)`` returns; whatever a module says that was not made to be called alone refuses the model."""
+    try:
+        return ask(*args)
+    except UnsupportedModelError:
+        raise
+    except Exception as reason:
+        told = f"{type(decoder).__name__} cannot be asked for the {wanted} of layer {index} ({type(reason).__name__}: {reason})"
+        raise UnsupportedModelError(f"{told}; the policy needs to know and expects a model that can") from reason

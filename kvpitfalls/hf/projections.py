@@ -1,0 +1,60 @@
+"""The output projections of a model's attention modules, each tried by calling the module alone before it is relied on."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from ..errors import UnsupportedModelError
+from .alone import answered, called, embedding_of, given_to, options_of, same
+
+_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_found: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()  # names, of modules that were tried
+
+
+def projections_of(decoder, layers: Mapping[torch.nn.Module, int]) -> dict[torch.nn.Module, Callable]:
+    """Per attention module a function that gives the projection of each head; see :func:`_by_head`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a module does something else with what it attended to than to project it.
+    """
+    for module, index in layers.items():
+        if module not in _found:
+            _found[module] = answered(decoder, index, "output projection", _tried, decoder, module, index)
+    return {module: partial(_by_head, getattr(module, _found[module])) for module in layers}
+
+
+@torch.no_grad()
+def _tried(decoder, module, index: int) -> str:
+    """The name of this module's output projection."""
+    given, embedding = given_to(decoder, module), embedding_of(decoder)
+    if embedding is not None:
+        given["position_embeddings"] = embedding(given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index))
+    draw = torch.randn(called(module, given).attended.shape, generator=torch.Generator().manual_seed(1)).to(given["hidden_states"])
+    returned = called(module, given, draw).returned
+    for name in _NAMES:
+        projection = getattr(module, name, None)
+        if isinstance(projection, torch.nn.Module) and same(projection(draw.flatten(2)), returned, draw.dtype):
+            return name
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} does more in layer {index} with what was attended to than to project it; the policy weighs values by "
+        f"the output projection and expects one, called {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
+    )
+
+
+@torch.no_grad()
+def _by_head(projection, attended: torch.Tensor) -> torch.Tensor:
+    """What a projection makes of each head's part of ``attended`` (..., Hq, Dv): float32 (Hq, Dv, E).
+
+    Asked of the module, which may be quantized, adapted or offloaded, unless it is a plain one.
+    """
+    n_head, n_dim = attended.shape[-2:]
+    if type(projection) is torch.nn.Linear and projection.weight.device == attended.device:
+        matrix = projection.weight.T
+    else:
+        matrix = projection(torch.eye(n_head * n_dim, dtype=attended.dtype, device=attended.device)[None])[0]
+        matrix = matrix.float() - projection(attended.new_zeros(1, 1, n_head * n_dim))[0].float()
+    return matrix.float().unflatten(0, (n_head, n_dim))
