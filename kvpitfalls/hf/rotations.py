@@ -84,7 +84,9 @@ def rotaries_of(decoder, layers: Mapping[torch.nn.Module, int], positions: torch
 def _function_of(module) -> Callable | None:
     """The modeling file's function, as one of (x, cos, sin); some turn queries and keys by one call."""
     function: Any = getattr(sys.modules[type(module).__module__], _NAME, None)
-    names = [] if function is None else list(inspect.signature(function).parameters)
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)
     if names[:4] == ["q", "k", "cos", "sin"]:
         return lambda x, cos, sin: function(x, x, cos, sin)[0]
     return function if names[:3] == ["x", "cos", "sin"] else None
