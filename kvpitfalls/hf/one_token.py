@@ -18,7 +18,9 @@ def serves(base, implementation: str, query: torch.Tensor, key: torch.Tensor, kw
         and query.shape[1] % key.shape[1] == 0
         and query.device.type in ("cpu", "cuda")
         and not kwargs.get("dropout")
-        and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and kwargs.get("s_aux") is None
     )
 
 
