@@ -37,7 +37,8 @@ def use(model: Any, tokenizer: Any) -> None:
         handle.compres(prompt)  # wrong
     kvp.load_cache("a", model).kept("a").mean()
     kvp.unwrap(model)
-    kvp.audit(model, prompt, policies=["snapkv", kvp.SnapKV(window_size=8)], compression_ratios=[0.1], fair=[False, 0.5]).heatmap()
+    policies: list[kvp.Policy | str] = ["snapkv", kvp.SnapKV(window_size=8)]
+    kvp.audit(model, prompt, policies=policies, compression_ratios=[0.1], fair=[False, 0.5]).heatmap()
     kvp.audit(model, prompt, fair="paper").kept_mask(kvp.KNorm, 0.1).sum()
     kvp.effects(model, prompt, said="b", fair=0.5)
     kvp.explore(model, tokenizer)

@@ -269,6 +269,7 @@ def _audit(args) -> int:
     least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
     lost = [row for row in result.rows if row["kept"] < least]
     for row in lost:
-        setting = f"{row['policy']}, {'fair' if row['fair'] is True else row['fair'] or 'biased'}, r={row['compression_ratio']:g}"
+        fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
+        setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"
         print(f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.2f}, under {args.min_kept:g} ({setting})", file=sys.stderr)
     return 3 if lost else 0

@@ -77,7 +77,8 @@ class Effects:
 
     Examples
     --------
-    >>> same = {"prompt": 0, "said": "Hi", "answer": "No.", "n_tokens": 8, "n_evicted": 6.0, "full": -1.0, "compressed": -9.0}
+    >>> same = {"prompt": 0, "said": "Hi", "answer": "No.", "n_tokens": 8, "n_evicted": 6.0}
+    >>> same |= {"full": -1.0, "compressed": -9.0}
     >>> found = Effects([{**same, "span": "defense", "more": -2.0, "equal": None}])
     >>> [(row["span"], row["memory"], row["lost"], row["returned"], row["n_prompt"]) for row in found.means()]
     [('defense', 'more', 8.0, 0.875, 1)]
