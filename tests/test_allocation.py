@@ -313,6 +313,10 @@ def test_a_model_whose_heads_share_one_choice_is_refused_before_it_runs(family, 
     if not not_refused(family):
         pytest.skip("this release's model is refused for another reason")
     model = build(family, **changes) if changes else build_any(family, "eager")
+    with kvp.wrap(model, "knorm", budget=8) as handle:
+        layers = handle.compress(torch.arange(3, 20)[None]).kept_layers
+    if not changes and not layers[0].shared:
+        pytest.skip("this release caches the keys of every head")
     told = r"^one choice serves all heads of layer 0 of \w+; an allocation that shares over heads expects at least 2"
     for policy, allocation in (("knorm", "ada"), (kvp.AdaKV(window_size=2), None)):
         with pytest.raises(ValueError, match=told):

@@ -61,11 +61,13 @@ def answer(model, cache):
     return out[0, ids.shape[1] :].tolist()
 
 
-def test_compressed_and_answered_as_by_the_whole_model(whole, offloaded):
+@pytest.mark.parametrize("policy", ["snapkv", kvp.ExpectedAttention(n_sink=1), kvp.DefensiveKV(2)], ids=str)
+def test_compressed_and_answered_as_by_the_whole_model(whole, offloaded, policy):
+    """Also by policies that call its attention modules, or their projections, for themselves."""
     assert any(weight.device.type == "meta" for weight in offloaded.parameters()), "it is not offloaded"
     found = []
     for model in (whole, offloaded):
-        with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
+        with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
             cache = handle.compress(prompt_and_question()[0])
             found.append((cache.positions(1).tolist(), answer(model, cache.copy()), answer(model, None)))
             assert handle.verify() <= 1e-4

@@ -60,6 +60,8 @@ def test_the_heads_parts_add_up_to_what_the_model_makes_of_them(family):
 
 
 def test_a_gate_after_attention_is_refused_by_name_before_any_layer_is_touched():
+    if not not_refused("qwen3_next"):
+        pytest.skip("this release's model is refused for another reason")
     model = build("qwen3_next", "eager")
     assert not takes(model, kvp.DefensiveKV(2))
     told = pytest.raises(
