@@ -230,7 +230,7 @@ def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
                 wanted = rkv_by_hand(keys[row, head, begin:end].double(), asked, policy)
                 torch.testing.assert_close(kept.scores[row, head, begin : end - width].double(), wanted, rtol=0, atol=1e-6)
             assert (kept.scores[row, :, end - width : end].diff(dim=-1) > 0).all() and (kept.scores[row, :, end - width : end] > 1).all()
-    for tile in (1, 3 * 40 * 7):
+    for tile in (1, 3 * 40 * 33):  # tiles of 32 and 33 keys of 40
         monkeypatch.setattr(rkv, "_TILE", tile)
         assert torch.equal(kvp.keep(policy, keys, QUERIES, **given).positions, kept.positions)
 

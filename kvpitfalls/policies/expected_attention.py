@@ -109,8 +109,9 @@ class ExpectedAttention(Policy):
         mean = before.mean(1, keepdim=True)
         logits = (mean @ turn @ keys.T)[:, 0] * scaling
         if self.use_covariance:
-            apart = (before - mean) @ turn
-            logits = logits + (keys @ (apart.mT @ apart / before.shape[1]) * keys).sum(-1) * (scaling**2 / 2)
+            apart = before - mean
+            spread = turn.T @ (apart.mT @ apart / before.shape[1]) @ turn
+            logits = logits + (keys @ spread * keys).sum(-1) * (scaling**2 / 2)
         return logits
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from .snapkv import SnapKV
 
-_TILE = 1 << 24  # similarities that are held at a time
+_TILE = 1 << 22  # similarities that are held at a time, but of no fewer than 32 keys of a head with all others
 _UNIT = 2.0**40  # what is added up is rounded to whole numbers of these, whose sum is the same in any order
 
 
@@ -108,13 +108,12 @@ def _redundancy(keys, threshold: float):
 
     units = torch.nn.functional.normalize(keys, dim=-1)
     n_head, n_key, _ = units.shape
-    places = torch.arange(n_key, device=keys.device)
-    spared, step = torch.zeros(n_head, n_key, dtype=torch.int64, device=keys.device), max(1, _TILE // (n_head * n_key))
+    places = torch.arange(n_key, dtype=torch.int32, device=keys.device)
+    spared, step = torch.zeros(n_head, n_key, dtype=torch.int64, device=keys.device), max(32, _TILE // (n_head * n_key))
     for begin in range(0, n_key, step):
-        own = places[begin : begin + step]
-        likeness = units[:, own] @ units.mT
-        is_like = (likeness > threshold) & (own[:, None] != places)
-        last = torch.where(is_like, places, -1).amax(-1)
+        likeness = units[:, begin : begin + step] @ units.mT
+        likeness.diagonal(begin, 1, 2).fill_(-2)  # to itself: below any threshold
+        last = torch.where(likeness > threshold, places, -1).amax(-1).long()
         most = likeness.gather(2, last.clamp(min=0)[..., None])[..., 0].masked_fill(last < 0, 0)
         spared.scatter_add_(1, last.clamp(min=0), (most.double() * _UNIT).round().long())
     total = (units * units.sum(1, keepdim=True)).sum(-1) - (units * units).sum(-1)
