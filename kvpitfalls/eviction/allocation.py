@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Allocation:
-    """How a budget is shared over layers and heads; this one shares it equally. Subclass it, and override one method or both.
+    """How a budget is shared over layers and heads; this one shares it equally.
+
+    Subclass it, and override one method or both.
 
     Attributes
     ----------

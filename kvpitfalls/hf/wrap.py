@@ -400,10 +400,8 @@ def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> No
 
 def _by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
     """The prompt, or what was given by name in its place."""
-    if not inputs:
-        return prompt
-    if prompt is None and "input_ids" in inputs:
-        return inputs
+    if not inputs or (prompt is None and "input_ids" in inputs):
+        return inputs or prompt
     given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
     raise TypeError(f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: compress(**inputs)")
 

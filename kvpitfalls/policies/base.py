@@ -163,7 +163,9 @@ class Inputs:
 
 
 class Policy:
-    """An eviction policy: a name and a way to score. Subclassing registers it; see the classes in this folder for examples.
+    """An eviction policy: a name and a way to score.
+
+    Subclassing registers it; see the classes in this folder for examples.
 
     Attributes
     ----------

@@ -97,9 +97,9 @@ class DefensiveKV(AdaKV):
         import torch
 
         keys = torch.as_tensor(inputs.keys).detach()
-        scores, factors = torch.zeros(keys.shape[:3], device=keys.device), self._factors(inputs)
+        scores, factors = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), self._factors(inputs)
         for row, (begin, cut, end), queries in self.windows(inputs):
-            scores[row, :, cut:end] = 2 + torch.arange(1, end - cut + 1, device=keys.device) / (end - cut)
+            scores[row, :, cut:end] = 2 + torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (end - cut)
             if cut == begin:
                 continue
             start = inputs.valid[row][0]
@@ -143,7 +143,7 @@ class DefensiveKV(AdaKV):
             return None
         values, output = (torch.as_tensor(x).detach().float() for x in (inputs.values, inputs.output))
         n_group = len(output) // values.shape[1]
-        norms = torch.zeros(values.shape[:3], device=values.device)
+        norms = torch.zeros(values.shape[:3], dtype=torch.float32, device=values.device)
         for row in range(len(values)):
             for head, projection in enumerate(output):
                 norms[row, head // n_group] += (values[row, head // n_group] @ projection).abs().sum(-1) / n_group

@@ -93,7 +93,7 @@ class ExpectedAttention(Policy):
             raise UnsupportedModelError(
                 f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
             )
-        scores, n_group = torch.zeros(keys.shape[:3], device=keys.device), queries.shape[1] // keys.shape[1]
+        scores, n_group = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), queries.shape[1] // keys.shape[1]
         positions = inputs.rotary.positions(inputs.valid, keys.shape[2]).to(keys.device)
         for row, (begin, end) in enumerate(inputs.valid):
             first = min(begin + self.n_sink, end - 1)

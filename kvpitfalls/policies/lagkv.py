@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LagKV(Policy):
-    """Keep what differs most from the ``lag_size`` tokens after it; the first ``n_sink`` tokens and the last chunk are kept first.
+    """Keep what differs most from the ``lag_size`` tokens after it; the first ``n_sink`` and the last chunk come first.
 
     After the sinks the row is cut into chunks of ``lag_size``. With min and max, by channel, over the next chunk,
     spread(x)[k] = std over channels of (x[k] - min) / (max - min), and score[k] = minus the rank, within k's chunk and from 0 for the best,

@@ -84,9 +84,9 @@ class RKV(SnapKV):
         import torch
 
         keys = torch.as_tensor(inputs.keys).detach()
-        scores = torch.zeros(keys.shape[:3], device=keys.device)
+        scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         for row, (begin, cut, end), queries in self.windows(inputs):
-            scores[row, :, cut:end] = torch.arange(1, end - cut + 1, device=keys.device) / (end - cut) + 1
+            scores[row, :, cut:end] = torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (end - cut) + 1
             if cut > begin:
                 important = self._importance(inputs, keys[row, :, begin:cut], queries)
                 redundant = _redundancy(keys[row, :, begin:end].float(), self.threshold)[:, : cut - begin]
@@ -123,4 +123,4 @@ def _redundancy(keys: "torch.Tensor", threshold: float) -> "torch.Tensor":
         most = likeness.gather(2, last.clamp(min=0)[..., None])[..., 0].masked_fill(last < 0, 0)
         spared.scatter_add_(1, last.clamp(min=0), (most.double() * _UNIT).round().long())
     total = (units * units.sum(1, keepdim=True)).sum(-1) - (units * units).sum(-1)
-    return ((total - spared / _UNIT) / n_key).softmax(-1)
+    return ((total - spared.float() / _UNIT) / n_key).softmax(-1)

@@ -44,7 +44,7 @@ class Rotary:
         import torch
 
         n_dim = x.shape[-1]
-        rates = self.theta ** (-torch.arange(0, n_dim, 2, device=positions.device) / n_dim)
+        rates = self.theta ** (-torch.arange(0, n_dim, 2, dtype=torch.float32, device=positions.device) / n_dim)
         angles = (positions[..., None] * rates).repeat(1, 1, 2)
         return angles.cos(), angles.sin()
 
@@ -65,6 +65,6 @@ class Rotary:
         """The matrix (D, D) by which a row vector like x's is turned on average over ``positions`` (N,), float32."""
         import torch
 
-        unit = torch.eye(x.shape[-1], device=x.device)
+        unit = torch.eye(x.shape[-1], dtype=torch.float32, device=x.device)
         cos, sin = (part.mean(1, keepdim=True) for part in self.angles(positions[None], unit))
         return self.turned(unit[None, None], cos, sin)[0, 0]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Keep what the last ``window_size`` tokens attend to, smoothed over neighbours; the window itself is kept first, newest first.
+    """Keep what the last ``window_size`` tokens attend to, smoothed over neighbours; the window itself comes first.
 
     score[k] = mean over the key head's query heads of pool(mean over the window's queries q of A[h, q, k]). Fair: the window is shared out,
     and each part judges its own segment only. Of N segments, unmarked text included, each has ``max(1, window_size // N)`` tokens at
