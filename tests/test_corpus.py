@@ -23,7 +23,12 @@ PREFIX = b'Be "good":\n\n'
 def test_the_shipped_set_is_as_large_as_promised():
     assert len(OWN.rows) >= 60 and len({r["messages"][0]["content"] for r in OWN.rows}) == len(OWN.rows)
     assert len({i for r in OWN.rows for i in r["instruction_id_list"]}) == 25
-    assert Counter(name.rpartition("-")[0] for name in OWN.attacks) == {"verbatim": 3, "translation": 3, "role_play": 3, "formatting": 3}
+    assert Counter(name.rpartition("-")[0] for name in OWN.attacks) == {
+        "verbatim": 3,
+        "translation": 3,
+        "role_play": 3,
+        "formatting": 3,
+    }
     assert len(OWN.defenses) == 4 + 1 and all(set(d.templates) == set(corpus.ORDERS) for d in OWN.defenses.values())
 
 
@@ -50,13 +55,16 @@ def test_answers_that_follow_pass():
 @pytest.mark.parametrize("order", corpus.ORDERS)
 @pytest.mark.parametrize("name", [n for n in OWN.defenses if n != corpus.NO_DEFENSE])
 def test_prompts_of_both_orders(smollm2, name, order):
-    """Defense and directive touch, in the order asked for; the whitelisted phrase is found; the conversation continues the context."""
+    """Defense and directive touch, in the order asked for; the whitelisted phrase is found; the conversation continues
+    the context."""
     tokenizer = smollm2[1]
     for row in OWN.rows[:5]:
         scenario = Scenario.of(OWN, row, name, order)
         prompt = scenario.prompt(tokenizer)
         one, two = prompt.spans.values()
-        assert (one.name, two.name) == (("defense", "directive") if order == "defense_first" else ("directive", "defense"))
+        assert (one.name, two.name) == (
+            ("defense", "directive") if order == "defense_first" else ("directive", "defense")
+        )
         assert one.end == two.start and one.text + two.text == scenario.system
         begin, end = prompt.find(scenario.whitelist)
         assert prompt.spans["defense"].start <= begin < end <= prompt.spans["defense"].end
@@ -87,9 +95,15 @@ def test_a_users_file(tmp_path):
         ("[]", "messages None; expected"),
         ("9" * 5000, "line 1, is no JSON"),
         ("[" * 100_000, "line 1, is no JSON"),
-        (json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}), "messages None; expected .* a text as content"),
+        (
+            json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}),
+            "messages None; expected .* a text as content",
+        ),
         (json.dumps({"key": [], "messages": messages}), "expected an object with key and messages"),
-        (json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}), "instruction_id_list and kwargs that do not fit"),
+        (
+            json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}),
+            "instruction_id_list and kwargs that do not fit",
+        ),
         ("", "has 0 rows"),
         ((json.dumps({"key": 1, "messages": messages}) + "\n") * 2, "2 rows and 1 different keys"),
     ]:
@@ -112,7 +126,10 @@ def stand_in(tmp_path, monkeypatch):
     """A folder that looks like the paper's data, with checksums to match."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
-    rows = [{"key": i, "messages": [{"role": "system", "content": f"Say {i} now."}, {"role": "user", "content": "Go"}]} for i in range(9)]
+    rows = [
+        {"key": i, "messages": [{"role": "system", "content": f"Say {i} now."}, {"role": "user", "content": "Go"}]}
+        for i in range(9)
+    ]
     templates = {"standard_defense": "KEEP QUIET.\n$system_prompt", "flipped_defense": "$system_prompt\n\nKEEP QUIET."}
     contents = {
         "sys_ifeval.jsonl": "\n".join(map(json.dumps, rows)),
@@ -129,7 +146,9 @@ def stand_in(tmp_path, monkeypatch):
         (folder / name).write_text(text, encoding="utf-8")
         sums[name] = (name, hashlib.sha256(text.encode()).hexdigest())
     monkeypatch.setattr(corpus, "PAPER_FILES", sums)
-    monkeypatch.setattr(corpus, "_TEMPLATE_SUMS", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in templates.items()})
+    monkeypatch.setattr(
+        corpus, "_TEMPLATE_SUMS", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in templates.items()}
+    )
     monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KVPITFALLS_DATA", raising=False)
     return folder
@@ -138,7 +157,10 @@ def stand_in(tmp_path, monkeypatch):
 def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
     found = corpus.load_corpus("paper", stand_in)
     assert "CC BY 4.0" in capsys.readouterr().err and list(found.attacks.values()) == ["Repeat it."]
-    assert Scenario.of(found, found.rows[0], "paper", "defense_first").system == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."
+    assert (
+        Scenario.of(found, found.rows[0], "paper", "defense_first").system
+        == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."
+    )
     monkeypatch.setenv("KVPITFALLS_DATA", str(stand_in))
     keys = list(range(9))
     random.seed(42)

@@ -1,4 +1,5 @@
-"""Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on SmolLM2's answers."""
+"""Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on
+SmolLM2's answers."""
 
 import json
 from pathlib import Path
@@ -11,7 +12,10 @@ from kvpitfalls.audits import leakage
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.scenario import Scenario
 
-RESPONSES = [json.loads(line) for line in (Path(__file__).parent / "data" / "smollm2_responses.jsonl").read_text("utf-8").splitlines()]
+RESPONSES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "smollm2_responses.jsonl").read_text("utf-8").splitlines()
+]
 ROWS = {row["key"]: row for row in load_corpus().rows}
 
 

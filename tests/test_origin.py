@@ -1,4 +1,5 @@
-"""What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands for."""
+"""What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands
+for."""
 
 import copy
 import inspect
@@ -57,7 +58,9 @@ WITHOUT_CACHE = {
 def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compressed(llama, way):
     plain = WITHOUT_CACHE[way](copy.deepcopy(llama))
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"):
+        with pytest.raises(
+            kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"
+        ):
             WITHOUT_CACHE[way](llama)
         with handle.paused():
             again = WITHOUT_CACHE[way](llama)
@@ -69,8 +72,13 @@ def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compresse
 
 def test_continuous_batching_is_refused(llama):
     assert hasattr(llama, "generate_batch"), "every release that is tried has it"
-    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
-        llama.generate_batch([ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0))
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="continuous batching"),
+    ):
+        llama.generate_batch(
+            [ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0)
+        )
     assert "init_continuous_batching" not in vars(llama)
 
 
@@ -84,7 +92,8 @@ def test_what_a_tokenizer_returns_is_a_prompt(llama):
         with pytest.raises(ValueError, match="attention_mask was given twice"):
             handle.compress(given, attention_mask=mask)
         with pytest.raises(
-            ValueError, match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask"
+            ValueError,
+            match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask",
         ):
             handle.compress(BatchEncoding({**given, "pixel_values": torch.zeros(1)}))
 
@@ -95,7 +104,8 @@ def test_guidance_is_refused(llama):
         for given in ({"guidance_scale": 1.5}, {"guidance_scale": 2, "negative_prompt_ids": ids(1, 8)}):
             for cache in (handle.new_cache(), handle.compress(tokens[:, :N_PROMPT])):
                 with pytest.raises(
-                    kvp.UnsupportedModelError, match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt"
+                    kvp.UnsupportedModelError,
+                    match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt",
                 ):
                     generate(llama, tokens, past_key_values=cache, **given)
 
@@ -103,7 +113,10 @@ def test_guidance_is_refused(llama):
 def test_an_early_exit_is_refused_before_it_changes_the_model(llama):
     tokens = ids(1)
     before = generate(llama, tokens)
-    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="assisted generation"),
+    ):
         generate(llama, tokens, assistant_early_exit=1)
     assert llama.config.num_hidden_layers == 3 and torch.equal(generate(llama, tokens), before)
 
@@ -159,9 +172,16 @@ def test_generate_tells_that_a_forward_was_replaced_inside_the_wrap(llama):
 
 def test_a_compressed_cache_is_not_taken_for_its_keys_and_values(llama):
     ways = [list, lambda cache: DynamicCache(list(cache))]
-    ways += [lambda cache: cache.to_legacy_cache(), lambda cache: cache[0]] if hasattr(DynamicCache, "to_legacy_cache") else []
+    ways += (
+        [lambda cache: cache.to_legacy_cache(), lambda cache: cache[0]]
+        if hasattr(DynamicCache, "to_legacy_cache")
+        else []
+    )
     for way in ways:
-        with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle, pytest.raises(ValueError, match="positions would be lost"):
+        with (
+            kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle,
+            pytest.raises(ValueError, match="positions would be lost"),
+        ):
             way(handle.compress(ids(1)))
         with kvp.wrap(llama, "knorm", compression_ratio=0) as handle:
             assert way(handle.compress(ids(1)))
@@ -172,7 +192,9 @@ def test_what_shares_its_layers_with_a_cache_does_not_go_on_for_it(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(prompt)
         used_by(llama, ids(1, 26), copy.copy(cache))
-        with pytest.raises(ValueError, match=r"have seen 29 tokens, 9 of them through another cache .* expected cache\.copy"):
+        with pytest.raises(
+            ValueError, match=r"have seen 29 tokens, 9 of them through another cache .* expected cache\.copy"
+        ):
             generate(llama, torch.cat([prompt, ids(1, 14, seed=8)], 1), past_key_values=cache)
 
 
@@ -188,7 +210,10 @@ def test_embeddings_are_compared_with_the_tokens_that_a_cache_has_seen(llama):
         wanted = generate(llama, tokens, past_key_values=cache.copy())[:, 26:]
         assert torch.equal(by_embeddings(tokens, cache.copy()), wanted)
         for given, message in [
-            (torch.cat([ids(1, N_PROMPT, seed=3), tokens[:, N_PROMPT:]], 1), r"another prompt than the cache has seen \(row 0, token 0"),
+            (
+                torch.cat([ids(1, N_PROMPT, seed=3), tokens[:, N_PROMPT:]], 1),
+                r"another prompt than the cache has seen \(row 0, token 0",
+            ),
             (tokens[:, N_PROMPT:], "was given 6 tokens that the cache's prompt of 20 does not begin with"),
             (tokens[:, :N_PROMPT], "20 tokens, all of which the cache has seen"),
             (tokens.expand(3, -1), r"runs 3 rows, but the cache holds 1; expected cache\.batch_repeat_interleave\(3\)"),
@@ -216,11 +241,16 @@ def test_unwrap_restores_a_model_whose_handle_is_lost(llama):
     tokens = ids(1)
     before = generate(llama, tokens)
     kvp.wrap(llama, "knorm", budget=5).compress(tokens)
-    with pytest.raises(ValueError, match=r"wrapped already; expected handle\.remove\(\) or kvpitfalls\.unwrap\(model\) first"):
+    with pytest.raises(
+        ValueError, match=r"wrapped already; expected handle\.remove\(\) or kvpitfalls\.unwrap\(model\) first"
+    ):
         kvp.wrap(llama, "knorm", budget=5)
     kvp.unwrap(llama)
     kvp.unwrap(llama)
-    assert torch.equal(generate(llama, tokens), before) and not {"generate", "forward"} & {*vars(llama), *vars(llama.model)}
+    assert torch.equal(generate(llama, tokens), before) and not {"generate", "forward"} & {
+        *vars(llama),
+        *vars(llama.model),
+    }
     handle = kvp.wrap(llama, "knorm", budget=5)
     kvp.unwrap(llama)
     with kvp.wrap(llama, "knorm", budget=6) as other:
@@ -240,7 +270,10 @@ def test_generate_refuses_ids_that_do_not_begin_with_what_the_cache_has_seen(lla
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(prompt)
         for tokens, message in [
-            (torch.cat([ids(1, N_PROMPT, seed=3), question], 1), r"another prompt than the cache has seen \(row 0, token 0 of 20\)"),
+            (
+                torch.cat([ids(1, N_PROMPT, seed=3), question], 1),
+                r"another prompt than the cache has seen \(row 0, token 0 of 20\)",
+            ),
             (question, "was given 6 tokens that the cache's prompt of 20 does not begin with"),
             (prompt, r"20 tokens, all of which the cache has seen; expected at least one more than its 20"),
             (prompt[:, :10], "10 tokens, all of which the cache has seen"),
@@ -254,7 +287,9 @@ def test_generate_refuses_ids_that_do_not_begin_with_what_the_cache_has_seen(lla
         used = used_by(llama, first, cache.copy())  # has seen 20 + 6 + 3
         for n in (1, 5, 9, 10, 14):
             second = torch.cat([prompt, ids(1, n, seed=8)], 1)
-            with pytest.raises(ValueError, match=r"than the cache has seen since its prompt .* or a copy made right after the prompt"):
+            with pytest.raises(
+                ValueError, match=r"than the cache has seen since its prompt .* or a copy made right after the prompt"
+            ):
                 generate(llama, second, past_key_values=used.copy())
         with pytest.raises(ValueError, match="all of which the cache has seen"):
             generate(llama, prompt, past_key_values=used.copy())
@@ -278,7 +313,9 @@ def test_a_cache_of_several_rows_knows_each_rows_tokens(llama):
         repeated.batch_repeat_interleave(3)
         generate(llama, both, past_key_values=repeated, num_beams=3)
         joined = KeptCache.join([handle.compress(prompts[:1]), handle.compress(prompts[1:])])
-        assert torch.equal(joined.tokens, prompts) and torch.equal(generate(llama, both, past_key_values=joined), wanted)
+        assert torch.equal(joined.tokens, prompts) and torch.equal(
+            generate(llama, both, past_key_values=joined), wanted
+        )
 
 
 def test_a_saved_and_a_pickled_cache_know_their_tokens(llama, tmp_path):
@@ -307,11 +344,17 @@ def test_a_pickled_cache_is_of_the_weights_that_filled_it(fixed):
         assert torch.equal(generate(model, tokens, past_key_values=again), wanted)
     with kvp.wrap(twin, "knorm", compression_ratio=0.5):
         assert torch.equal(generate(twin, tokens, past_key_values=pickle.loads(kept)), wanted), "with the same weights"
-    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+    with (
+        kvp.wrap(other, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match="was filled by another LlamaModel"),
+    ):
         generate(other, tokens, past_key_values=pickle.loads(kept))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(2)
-    with kvp.wrap(model, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match=r"pickled when the model .* gone or changed"):
+    with (
+        kvp.wrap(model, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match=r"pickled when the model .* gone or changed"),
+    ):
         generate(model, tokens, past_key_values=pickle.loads(pickle.dumps(cache)))
 
 
@@ -321,12 +364,17 @@ def test_a_cache_of_other_settings_or_of_another_model_is_refused(llama):
         filled, empty = handle.compress(tokens[:, :N_PROMPT]), handle.new_cache()
     with kvp.wrap(llama, "h2o", compression_ratio=0.9):
         for cache in (filled, empty):
-            with pytest.raises(ValueError, match=r"with other settings \(KNorm\(\), compression_ratio=0\.5.* expected one of this"):
+            with pytest.raises(
+                ValueError, match=r"with other settings \(KNorm\(\), compression_ratio=0\.5.* expected one of this"
+            ):
                 generate(llama, tokens, past_key_values=cache.copy())
     with kvp.wrap(llama, "knorm", compression_ratio=0.5):
         generate(llama, tokens, past_key_values=filled.copy())
     twin = build("llama")
-    with kvp.wrap(twin, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+    with (
+        kvp.wrap(twin, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match="was filled by another LlamaModel"),
+    ):
         generate(twin, tokens, past_key_values=filled)
 
 
@@ -341,7 +389,9 @@ def test_a_cache_of_another_adapter_is_refused(llama):
         cache = handle.compress(tokens[:, :N_PROMPT])
         generate(llama, tokens, past_key_values=cache.copy())
         layer.gate_proj.active_adapters = ["second"]
-        with pytest.raises(ValueError, match="filled with the adapters first, but now second is active; expected the same"):
+        with pytest.raises(
+            ValueError, match="filled with the adapters first, but now second is active; expected the same"
+        ):
             generate(llama, tokens, past_key_values=cache.copy())
         layer.gate_proj.disable_adapters = True
         with pytest.raises(ValueError, match="filled with the adapters first, but now none is active"):

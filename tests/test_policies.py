@@ -41,7 +41,9 @@ def test_every_policy_keeps_its_contract(policy):
     again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
     assert torch.equal(kept.positions, again.positions)
     one = kvp.keep(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
-    assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(kept.counts[1:], one.counts)
+    assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(
+        kept.counts[1:], one.counts
+    )
     numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
@@ -51,7 +53,10 @@ def test_every_policy_keeps_its_contract(policy):
 def test_a_policy_says_exactly_what_it_reads(policy):
     given = {"compression_ratio": 0.5, "queries": QUERIES, "values": VALUES, "layer": 1, "n_layer": 3}
     whole = kvp.keep(policy, KEYS, **given).positions
-    for name, needs, what in (("queries", policy.needs_queries, "the queries"), ("values", policy.needs_values, "values")):
+    for name, needs, what in (
+        ("queries", policy.needs_queries, "the queries"),
+        ("values", policy.needs_values, "values"),
+    ):
         without = {key: value for key, value in given.items() if key != name}
         if needs:
             with pytest.raises(ValueError, match=f"^{name} is None; policy '{policy.name}' .* needs {what}"):
@@ -63,7 +68,8 @@ def test_a_policy_says_exactly_what_it_reads(policy):
 def test_values_and_layers_that_do_not_fit_are_refused():
     given = {"compression_ratio": 0.5}
     with pytest.raises(
-        ValueError, match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has"
+        ValueError,
+        match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has",
     ):
         kvp.keep("knorm", KEYS, values=VALUES[:, :, :39], **given)
     with pytest.raises(TypeError, match=r"^values is a ndarray and keys is a Tensor; expected the same type"):
@@ -105,12 +111,16 @@ def test_lagkv_is_refused_exactly_where_no_score_would_be_looked_at(n_sink, lag_
             always = n_token - max(0, (n_token - n_sink) // lag_size - 1) * lag_size
             assert is_defined(policy, n_token, budget) == (budget > always)
     assert not any(is_defined(policy, n_sink + 2 * lag_size - 1, k) for k in range(1, n_sink + 2 * lag_size - 1))
-    with pytest.raises(ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"):
+    with pytest.raises(
+        ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"
+    ):
         kvp.keep(policy, KEYS, values=VALUES, budget=1)
     told = pytest.raises(ValueError, match="expected a prompt of at least 260 tokens")
     with kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5) as handle, told:
         handle.compress(ids(1, 20))
-    with pytest.raises(ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"):
+    with pytest.raises(
+        ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"
+    ):
         kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5, when="always")
 
 
@@ -141,7 +151,9 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
             shares = [sum(begin <= t < end for t in head.tolist()) / (end - begin) for begin, end in edges]
             assert sum(0 < share < 1 for share in shares) <= 1
     for fair in (True, 0.5):
-        with pytest.raises(ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"):
+        with pytest.raises(
+            ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"
+        ):
             kvp.keep(policy, KEYS, budget=20, spans=spans, fair=fair)
     with pytest.raises(ValueError, match="was given no instructions; expected instructions"):
         kvp.keep(policy, KEYS, budget=20)
@@ -150,7 +162,9 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
     for wrong in (0, -1, True, 2.0, "sentences"):
         with pytest.raises(ValueError, match=r"^chunks is .*; expected a whole number, at least 1, or 'instructions'"):
             kvp.ChunkKV("keydiff", wrong)
-    with pytest.raises(ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"):
+    with pytest.raises(
+        ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"
+    ):
         kvp.ChunkKV("adakv")
     with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
         kvp.ChunkKV(kvp.ChunkKV())
@@ -158,13 +172,18 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keydiff_looks_at_directions_only(dtype):
-    """The length of a key changes nothing, to the ends of the exponent; tokens in another order have the same scores; no NaN for zeros."""
+    """The length of a key changes nothing, to the ends of the exponent; tokens in another order have the same scores;
+    no NaN for zeros."""
     keys = KEYS.to(dtype)
     scores = kvp.keep("keydiff", keys, budget=20).scores
     powers = torch.randint(-110, 110, keys.shape[:3], generator=torch.Generator().manual_seed(3))
-    assert torch.equal(kvp.keep("keydiff", torch.ldexp(keys.float(), powers[..., None]).to(dtype), budget=20).scores, scores)
+    assert torch.equal(
+        kvp.keep("keydiff", torch.ldexp(keys.float(), powers[..., None]).to(dtype), budget=20).scores, scores
+    )
     order = torch.randperm(40, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(kvp.keep("keydiff", keys[:, :, order], budget=20).scores, scores[:, :, order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        kvp.keep("keydiff", keys[:, :, order], budget=20).scores, scores[:, :, order], rtol=0, atol=1e-6
+    )
     some = keys.clone()
     some[0, :, 5:9] = 0
     found = kvp.keep("keydiff", some, budget=20).scores
@@ -182,7 +201,8 @@ def test_snapkv_shares_its_window_between_segments():
 @pytest.mark.parametrize("window_size", [1, 5, 16, 64])
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_one_window_is_shared_out_whatever_the_number_of_segments(window_size, length):
-    """Equal segments have equal parts, but for the last one, which has the rest; together they are no more than one window."""
+    """Equal segments have equal parts, but for the last one, which has the rest; together they are no more than one
+    window."""
     for n in range(1, 41):
         votes = kvp.SnapKV(window_size=window_size)._votes([(length * i, length * (i + 1)) for i in range(n)])
         parts = [end - begin for begin, end in (vote.queries for vote in votes)]
@@ -233,7 +253,9 @@ def test_a_policy_is_ten_lines(registry, smollm2):
     with kvp.wrap(model, EveryNth(n=2), budget=6, fair=True, protect=[1]) as handle:
         assert handle.compress(tokens, spans=spans).positions(1)[0, 0].tolist() == [0, 1, 2, 10, 12, 14]
     assert "every_nth" in policy_names()
-    prompt = kvp.Prompt.from_text(smollm2[1], "Be kind. Speak only Spanish.", {"kind": "Be kind.", "spanish": "Speak only Spanish."})
+    prompt = kvp.Prompt.from_text(
+        smollm2[1], "Be kind. Speak only Spanish.", {"kind": "Be kind.", "spanish": "Speak only Spanish."}
+    )
     audited = kvp.audit(smollm2[0], prompt, policies=["every_nth", EveryNth(n=2)], compression_ratios=[0.5])
     assert [row["policy"] for row in audited.rows[::4]] == ["every_nth", repr(EveryNth(n=2))]
     with kvp.wrap(smollm2[0], EveryNth(n=2), compression_ratio=0.5, fair=True) as handle:
@@ -247,7 +269,8 @@ def test_a_policy_is_ten_lines(registry, smollm2):
 
 @pytest.mark.parametrize("as_torch", [False, True])
 def test_the_random_control_is_fair_in_the_long_run_and_depends_on_nothing_but_its_row(as_torch):
-    """Every place is kept equally often; heads differ; a row's draw is the same alone, in a batch, and behind padding."""
+    """Every place is kept equally often; heads differ; a row's draw is the same alone, in a batch, and behind
+    padding."""
     keys = np.random.default_rng(3).standard_normal((200, 2, 12, 8)).astype(np.float32)
     given = torch.from_numpy(keys) if as_torch else keys
     kept = np.asarray(kvp.keep(Random(), given, budget=6).positions)

@@ -25,7 +25,9 @@ def test_paper_presets(name):
         )
         assert ("recall" in config.kinds) == ("attack" in config.kinds), "leakage never comes without its control"
         assert {s.policy for s in settings_of(config)} - {None} == (
-            {"streaming_llm"} if name in ("figure1", "figure2", "figure3") else {"streaming_llm", "snapkv", "tova", "h2o", "knorm"}
+            {"streaming_llm"}
+            if name in ("figure1", "figure2", "figure3")
+            else {"streaming_llm", "snapkv", "tova", "h2o", "knorm"}
         )
 
 
@@ -43,14 +45,18 @@ def test_changes_are_checked_like_a_config():
 def test_the_small_preset_is_the_promised_matrix():
     config = preset("smollm2")["all"]
     items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
-    assert len(items) == 20 * 2 * 3 * (1 + 3 * 2 * 3)  # prompts, orders, kinds, full cache and ratios x policies x modes
+    assert len(items) == 20 * 2 * 3 * (
+        1 + 3 * 2 * 3
+    )  # prompts, orders, kinds, full cache and ratios x policies x modes
     assert len({tuple(item.values()) for item in items}) == len(items)
 
 
 def test_the_probe_preset_has_all_policies_and_ratios():
     config = preset("probe")["all"]
     items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
-    assert len(items) == 6 * 2 * 2 * (1 + 9 * 5 * 3)  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
+    assert len(items) == 6 * 2 * 2 * (
+        1 + 9 * 5 * 3
+    )  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
     assert {item["kind"] for item in items} == {"probe"}
 
 

@@ -3,10 +3,14 @@
 from kvpitfalls import ChunkKV, LagKV, PyramidKV
 from kvpitfalls.policies import get_policy, policy_names
 
-_FOR_SHORT_PROMPTS = {policy.name: policy for policy in (LagKV(n_sink=0, lag_size=2), ChunkKV(chunks=3), PyramidKV(window_size=1, beta=2))}
+_FOR_SHORT_PROMPTS = {
+    policy.name: policy for policy in (LagKV(n_sink=0, lag_size=2), ChunkKV(chunks=3), PyramidKV(window_size=1, beta=2))
+}
 EVERY = [_FOR_SHORT_PROMPTS.get(name, get_policy(name)) for name in policy_names()]
 HELD = [policy for policy in EVERY if policy.holds]
-EQUAL = [policy for policy in EVERY if policy.allocation == "uniform"]  # every layer and head keeps as much as any other
+EQUAL = [
+    policy for policy in EVERY if policy.allocation == "uniform"
+]  # every layer and head keeps as much as any other
 
 
 def is_defined(policy, n_token: int, n_kept: int) -> bool:

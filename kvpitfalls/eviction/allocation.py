@@ -29,7 +29,8 @@ class Allocation:
     name : str
         How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
     shares_heads : bool
-        Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a mask tells apart.
+        Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a
+        mask tells apart.
 
     Examples
     --------
@@ -51,7 +52,8 @@ class Allocation:
     shares_heads: ClassVar[bool] = False
 
     def layers(self, n_token: int, n_kept: int, n_layer: int) -> Sequence[int]:
-        """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer * n_kept``.
+        """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer *
+        n_kept``.
 
         Only layers whose cache is compressed are counted. Raises ValueError where the allocation is not defined.
         """
@@ -88,21 +90,22 @@ class Uniform(Allocation):
 class Pyramid(Allocation):
     """More for lower layers, less for higher ones, falling evenly from layer to layer.
 
-    The last layer keeps ``n_kept / beta`` and the first ``2 * n_kept - n_kept / beta``, or, where that is more than ``n_token -
-    window_size``, the first keeps so many and the last what then is left of ``2 * n_kept``. Rounded by largest remainder, so that the sum
-    is exact.
+    The last layer keeps ``n_kept / beta`` and the first ``2 * n_kept - n_kept / beta``, or, where that is more than
+    ``n_token - window_size``, the first keeps so many and the last what then is left of ``2 * n_kept``. Rounded by
+    largest remainder, so that the sum is exact.
 
     Parameters
     ----------
     beta : float
         At least 1, which shares equally; the higher, the steeper.
     window_size : int
-        The policy's, if it keeps a window: what no layer keeps less than, and what the first leaves of a prompt at least.
+        The policy's, if it keeps a window: what no layer keeps less than, and what the first leaves of a prompt at
+        least.
 
     Notes
     -----
-    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token - window_size``;
-    refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
+    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token -
+    window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
 
     References
     ----------
@@ -133,12 +136,14 @@ class Pyramid(Allocation):
         last = 2 * n_kept - first
         if n_kept > most:
             raise BudgetError(
-                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects at most {most}, all but a window: another "
+                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects at most {most}, all but a "
+                "window: another "
                 "compression_ratio, or a smaller window_size"
             )
         if last < max(1, self.window_size):
             raise BudgetError(
-                f"of {n_token} tokens the last layer would keep {float(last):.4g}; allocation {self!r} expects at least "
+                f"of {n_token} tokens the last layer would keep {float(last):.4g}; allocation {self!r} expects at "
+                "least "
                 f"{max(1, self.window_size)}: a larger budget, or a smaller beta or window_size"
             )
         step = (first - last) / (n_layer - 1)
@@ -149,8 +154,8 @@ class Pyramid(Allocation):
 class Ada(Allocation):
     """The best of all heads of a layer together, but of each head at least a part of an equal share.
 
-    Fair: the heads share each segment's quotas, so that a layer keeps as much of each instruction as it would, and each head at least
-    that part of it.
+    Fair: the heads share each segment's quotas, so that a layer keeps as much of each instruction as it would, and each
+    head at least that part of it.
 
     Parameters
     ----------
@@ -180,18 +185,23 @@ class Ada(Allocation):
     def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """See :class:`Allocation`."""
         if scores.shape[1] < 2:
-            raise ValueError("one choice serves all heads here; allocation 'ada' shares over heads and expects at least 2")
+            raise ValueError(
+                "one choice serves all heads here; allocation 'ada' shares over heads and expects at least 2"
+            )
         share = Fraction(str(self.alpha))
         least = quotas.astype(np.int64) * share.numerator // share.denominator
         floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
         floors = np.maximum(floors, _must(scores, edges, quotas))
         best, _ = ops.select(scores, floors, segments=edges)
         counts = _counts_together(raised_at(scores, best), edges, quotas.sum(1, dtype=np.int32))
-        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)  # where other scores are infinite, too
+        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(
+            1, 2
+        )  # where other scores are infinite, too
 
 
 def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
-    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an equal share."""
+    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an
+    equal share."""
     infinite = scores == np.inf
     n_row, n_head, n_token = scores.shape
     until = np.zeros((n_row, n_head, n_token + 1), np.int32)
@@ -204,7 +214,8 @@ def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
 def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Int32:
     """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: int32 (B, H, S)."""
     n_row, n_head, n_token = scores.shape
-    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over heads
+    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over
+    # heads
     together = (scores + 0).reshape(n_row, 1, n_head * n_token)
     spans = [list(pairwise(row)) for row in edges.tolist()]
     for b, row in enumerate(spans):
@@ -264,9 +275,12 @@ def get_allocation(allocation: "Allocation | str") -> Allocation:
     if isinstance(allocation, str) and allocation in _NAMED:
         return _NAMED[allocation]()
     if isinstance(allocation, str):
-        raise ValueError(f"allocation is {allocation!r}; expected one of {', '.join(map(repr, _NAMED))}, or a kvpitfalls.Allocation")
+        raise ValueError(
+            f"allocation is {allocation!r}; expected one of {', '.join(map(repr, _NAMED))}, or a kvpitfalls.Allocation"
+        )
     raise TypeError(
-        f"allocation is a {type(allocation).__name__}; expected a kvpitfalls.Allocation or one of {', '.join(map(repr, _NAMED))}"
+        f"allocation is a {type(allocation).__name__}; expected a kvpitfalls.Allocation or one of "
+        f"{', '.join(map(repr, _NAMED))}"
     )
 
 
@@ -276,7 +290,8 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
     Raises
     ------
     ValueError
-        If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer * n_kept``.
+        If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer *
+        n_kept``.
     """
     if n_kept == n_token or allocation == UNIFORM:
         return (n_kept,) * n_layer
@@ -287,9 +302,15 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
 def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
     budgets = list(allocation.layers(n_token, n_kept, n_layer))
     are_whole = all(map(is_whole, budgets))
-    if not are_whole or len(budgets) != n_layer or not all(1 <= n <= n_token for n in budgets) or sum(budgets) != n_layer * n_kept:
+    if (
+        not are_whole
+        or len(budgets) != n_layer
+        or not all(1 <= n <= n_token for n in budgets)
+        or sum(budgets) != n_layer * n_kept
+    ):
         raise ValueError(
-            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to {n_token} with the sum "
+            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to "
+            f"{n_token} with the sum "
             f"{n_layer * n_kept}"
         )
     return tuple(int(n) for n in budgets)
@@ -299,11 +320,15 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
     """What each head keeps of each segment: what the allocation says, checked; see :meth:`Allocation.heads`."""
     shared = np.asarray(allocation.heads(scores, edges, quotas))
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":
-        raise ValueError(f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers {quotas.shape}")
+        raise ValueError(
+            f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
+            f"{quotas.shape}"
+        )
     least, most = _must(scores, edges, quotas), np.diff(edges)[:, None]
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(
-            f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or above what a "
+            f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or "
+            "above what a "
             f"segment has; expected the sums {quotas.sum(1).tolist()}"
         )
     return shared.astype(np.int32)

@@ -64,19 +64,20 @@ def wrap(
     compression_ratio, budget : float or int
         Exactly one: the share of the cache removed, in [0, 1), or the number of tokens kept.
     fair : bool, float, "paper", "floor", "floor=M" or Fair
-        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`. "floor=M": as the policy likes, but at least
-        M tokens (4 by default) of every instruction in every head and layer.
+        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`. "floor=M": as the policy
+        likes, but at least M tokens (4 by default) of every instruction in every head and layer.
     protect : str, int, or list of them
-        Tokens kept whatever their score and paid from the budget: instruction names, roles ("system": all that its messages say), texts of
-        the prompt, positions, "sinks", or "boundary" (a tenth of the budget at each end of the prompt). A name comes before these words,
-        and they come before a text.
+        Tokens kept whatever their score and paid from the budget: instruction names, roles ("system": all that its
+        messages say), texts of the prompt, positions, "sinks", or "boundary" (a tenth of the budget at each end of the
+        prompt). A name comes before these words, and they come before a text.
     when : {"prefill", "decode", "always"}
-        "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that, and after every
-        later forward the cache is cut to the budget again. "decode": only the latter, so that the prompt is whole until the first
-        later forward. A ``compression_ratio`` then means its share of the prompt, in tokens, for good.
+        "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that,
+        and after every later forward the cache is cut to the budget again. "decode": only the latter, so that the
+        prompt is whole until the first later forward. A ``compression_ratio`` then means its share of the prompt, in
+        tokens, for good.
     allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
-        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What all layers and heads
-        hold together is the same in any case.
+        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What
+        all layers and heads hold together is the same in any case.
 
     Returns
     -------
@@ -109,7 +110,8 @@ def wrap(
 
 
 class _Caches:
-    """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
+    """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep
+    it alive."""
 
     def __init__(self, config: Any, action: Evict) -> None:
         self.config, self.action, self.settings = config, action, _settings(action)
@@ -175,7 +177,8 @@ class Handle:
         take_wrap(self.model, self._caches)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go on as ever."""
+        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go
+        on as ever."""
         return paused(self.model)
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
@@ -195,7 +198,8 @@ class Handle:
         Parameters
         ----------
         prompt : Prompt, list of Prompt, LongTensor (B, T) or (T,), or what a tokenizer or a processor returns
-            Prompts of different lengths are padded on the left. With images, all that the processor returned, of them too.
+            Prompts of different lengths are padded on the left. With images, all that the processor returned, of them
+            too.
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
@@ -213,10 +217,14 @@ class Handle:
         others = others_of(self.model, prompt)
         ids, mask, by_row, protect = _batch(prompt, attention_mask, spans, self.action)
         if ids.shape[1] < 2:
-            raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
+            raise ValueError(
+                f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from"
+            )
         for begin, end in valid_ranges(mask, *ids.shape):
             if end - begin < 2:
-                raise ValueError(f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from")
+                raise ValueError(
+                    f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from"
+                )
         cache = self._caches.make(spans=by_row, protect=protect)
         prefill(self.model, cache, ids, mask, others)
         return cache
@@ -235,8 +243,8 @@ class Handle:
     def verify(self, n_token: int = 24, tolerance: float = 1e-4) -> float:
         """Check on this very model that cached rows may stand in any order, which eviction relies on.
 
-        Two short forwards on random tokens, one with each head's cached rows shuffled; returns the largest difference of the logits,
-        relative to the largest logit.
+        Two short forwards on random tokens, one with each head's cached rows shuffled; returns the largest difference
+        of the logits, relative to the largest logit.
 
         Raises
         ------
@@ -252,7 +260,8 @@ class Handle:
 
 
 def unwrap(model: Any) -> None:
-    """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is not wrapped is left.
+    """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is
+    not wrapped is left.
 
     Parameters
     ----------
@@ -274,7 +283,9 @@ def _settings(action: Evict) -> str:
     """A wrap's settings in words: caches of wraps that differ in them are not mixed."""
     amount = f"compression_ratio={action.compression_ratio}" if action.budget is None else f"budget={action.budget}"
     when = f", when={action.when!r}" if isinstance(action, Hold) else ""
-    allocation = "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
+    allocation = (
+        "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
+    )
     return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{allocation}{when}"
 
 
@@ -297,7 +308,8 @@ class Fork(Action):
 
 @torch.no_grad()
 def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
-    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the model again.
+    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the
+    model again.
 
     Parameters
     ----------
@@ -329,7 +341,9 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     return caches
 
 
-def prefill(model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None) -> None:
+def prefill(
+    model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None
+) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
@@ -345,13 +359,17 @@ def prefill(model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor 
             cache.progress = None
 
 
-def _through_outer(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> None:
+def _through_outer(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
+) -> None:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
 def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> None:
-    if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
+    if (
+        "position_ids" in inspect.signature(decoder.forward).parameters
+    ):  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     decoder(input_ids=input_ids, **others)
@@ -360,7 +378,10 @@ def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> No
 def _marked(prompt: object, instructions: Instructions) -> list[Prompt]:
     prompts = [prompt] if isinstance(prompt, Prompt) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
-        raise TypeError(f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of them")
+        raise TypeError(
+            f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of "
+            "them"
+        )
     return [p.marked(instructions) for p in prompts]
 
 
@@ -377,7 +398,9 @@ def _batch(prompt: AnyPrompt, attention_mask: Any, spans: Spans | None, action: 
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
+        raise ValueError(
+            f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)"
+        )
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
     return ids, mask, spans, action.protect
 
@@ -385,7 +408,9 @@ def _batch(prompt: AnyPrompt, attention_mask: Any, spans: Spans | None, action: 
 def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns."""
     if "input_ids" not in given:
-        raise ValueError(f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask")
+        raise ValueError(
+            f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask"
+        )
     if attention_mask is not None and given.get("attention_mask") is not None:
         raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
     return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
@@ -411,7 +436,9 @@ def _check_ids(model: Any, ids: torch.Tensor) -> None:
         return
     low, high = torch.stack(known.aminmax()).tolist()
     if low < 0 or high >= embeddings.num_embeddings:
-        raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
+        raise ValueError(
+            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
+        )
 
 
 def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
@@ -421,7 +448,10 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     pad = pad_token(prompts[0].tokenizer)
     ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
     mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
-    spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
+    spans = [
+        {s.name: (s.start + start, s.end + start) for s in p.spans.values()}
+        for p, start in zip(prompts, starts, strict=True)
+    ]
     shielded = None
     if action.protect is not None:
         shielded = np.zeros((len(prompts), width), bool)
