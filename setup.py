@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the C core, ``kvpitfalls._core``, and, where nvcc is, its CUDA kernels, ``kvpitfalls._cuda``. All else stands in pyproject.toml.
+"""Builds the C core, ``kvpitfalls._core``, and, where nvcc is, its CUDA kernels, ``kvpitfalls._cuda``. All else stands
+in pyproject.toml.
 
-Switches, by environment variable: ``KVP_SANITIZE=1`` adds the address and undefined-behaviour sanitizers, ``KVP_WERROR=1`` turns the strict
-warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1`` insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds
-them for these architectures only. A change of switches needs ``build_ext --force``. GCC or Clang is expected, and CUDA 12.5 or later.
+Switches, by environment variable: ``KVP_SANITIZE=1`` adds the address and undefined-behaviour sanitizers,
+``KVP_WERROR=1`` turns the strict warnings on and into errors, ``KVP_CUDA=0`` leaves the kernels out and ``KVP_CUDA=1``
+insists on them, ``KVP_CUDA_ARCHS="80 90"`` builds them for these architectures only. A change of switches needs
+``build_ext --force``. GCC or Clang is expected, and CUDA 12.5 or later.
 """
 
 import os
@@ -24,7 +26,8 @@ try:
     import numpy
 except ModuleNotFoundError:
     raise SystemExit(
-        "kvpitfalls: NumPy is missing; expected pip install without --no-build-isolation, or pip install 'setuptools>=77' 'numpy>=2' first"
+        "kvpitfalls: NumPy is missing; expected pip install without --no-build-isolation, or pip install "
+        "'setuptools>=77' 'numpy>=2' first"
     ) from None
 
 FOLDERS = ("core", "rows", "score", "select", "evict", "backend")
@@ -41,8 +44,10 @@ NVCC_ARGS = [
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Wvla", "-Wmissing-prototypes", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 WHEELS = (
-    "expected them, or a wheel, which needs neither: pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and "
-    "later (cp311-abi3), on Linux x86_64 and aarch64 with glibc 2.28 or later (manylinux_2_28) and on macOS 11 or later, arm64"
+    "expected them, or a wheel, which needs neither: pip install --only-binary kvpitfalls kvpitfalls. Wheels are for "
+    "CPython 3.11 and "
+    "later (cp311-abi3), on Linux x86_64 and aarch64 with glibc 2.28 or later (manylinux_2_28) and on macOS 11 or "
+    "later, arm64"
 )
 PYTHON_TRIAL = "#include <Python.h>\nint main(void) { return PY_MAJOR_VERSION != 3; }\n"
 OPENMP_TRIAL = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -64,7 +69,9 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if nvcc is None and is_on("KVP_CUDA"):
-        raise SystemExit(f"kvpitfalls: KVP_CUDA is {wanted!r}, but there is no nvcc on the PATH or in {home}/bin; expected one")
+        raise SystemExit(
+            f"kvpitfalls: KVP_CUDA is {wanted!r}, but there is no nvcc on the PATH or in {home}/bin; expected one"
+        )
     return None if wanted == "0" else nvcc
 
 
@@ -159,7 +166,9 @@ extensions = [core]
 
 nvcc = find_nvcc()
 if nvcc:
-    version = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)[1]
+    version = re.search(
+        r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    )[1]
     if [int(part) for part in version.split(".")] < OLDEST_CUDA:
         expected = f"{nvcc} is of CUDA {version}; expected 12.5 or later"
         if is_on("KVP_CUDA"):

@@ -1,9 +1,10 @@
-"""How much faster a sweep is in batches than one conversation at a time, on SmolLM2-135M-Instruct, and whether its outputs are the same.
+"""How much faster a sweep is in batches than one conversation at a time, on SmolLM2-135M-Instruct, and whether its
+outputs are the same.
 
     python benchmarks/batched_sweep.py [--prompts 8] [--threads 1]
 
-Both do the same work in this process, alternating, three times; prints seconds of each, the ratio of the medians, and how many outputs
-differ.
+Both do the same work in this process, alternating, three times; prints seconds of each, the ratio of the medians, and
+how many outputs differ.
 """
 
 import argparse

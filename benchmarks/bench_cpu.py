@@ -1,6 +1,8 @@
-"""Timings on the CPU, side by side in one process: what the machine can do, our verbs, our whole presses, and kvpress on the same tensors.
+"""Timings on the CPU, side by side in one process: what the machine can do, our verbs, our whole presses, and kvpress
+on the same tensors.
 
-``make bench`` makes the environment (kvpress 0.5.5 needs transformers 4.57) and runs this; benchmarks/README.md says how to read it.
+``make bench`` makes the environment (kvpress 0.5.5 needs transformers 4.57) and runs this; benchmarks/README.md says
+how to read it.
 """
 
 import argparse
@@ -54,7 +56,9 @@ def build_ceilings() -> ctypes.CDLL:
     library = FOLDER.parent / "build" / "ceilings.so"
     library.parent.mkdir(exist_ok=True)
     source = FOLDER / "ceilings.c"
-    subprocess.run(["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run(
+        ["cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+    )
     c = ctypes.CDLL(str(library))
     for name in ("time_fma", "time_bf16", "time_read", "time_copy"):
         getattr(c, name).restype = ctypes.c_double
@@ -88,7 +92,11 @@ class Case:
         self.queries = torch.randn(1, heads, length, dim, generator=make).to(dtype)
         # A hidden size of 64 makes the query projection, which kvpress repeats and we do not, cost next to nothing.
         config = transformers.LlamaConfig(
-            hidden_size=64, num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=dim, attn_implementation="eager"
+            hidden_size=64,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            head_dim=dim,
+            attn_implementation="eager",
         )
         self.module = LlamaAttention(config, layer_idx=0).to(dtype).eval()
         self.hidden = torch.randn(1, length, 64, generator=make).to(dtype)
@@ -125,11 +133,15 @@ class Case:
     def their_h2o(self):
         """Eager attention, which H2O needs there, and the press."""
         press = kvpress.ObservedAttentionPress(RATIO)
-        causal = torch.full((self.length, self.length), torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)[None, None]
+        causal = torch.full((self.length, self.length), torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)[
+            None, None
+        ]
 
         def compress():
             keys, values = self.next()
-            _, attentions = eager_attention_forward(self.module, self.queries, keys, values, causal, scaling=self.dim**-0.5)
+            _, attentions = eager_attention_forward(
+                self.module, self.queries, keys, values, causal, scaling=self.dim**-0.5
+            )
             return press.compress(self.module, self.hidden, keys, values, attentions, {})
 
         return compress
@@ -140,7 +152,10 @@ def presses(case: Case) -> dict:
     out = {
         "knorm": (case.ours("knorm", 0), case.theirs(kvpress.KnormPress(RATIO))),
         "streaming_llm": (case.ours("streaming_llm", 0), case.theirs(kvpress.StreamingLLMPress(RATIO))),
-        "snapkv": (case.ours(kvp.SnapKV(window_size=WINDOW), WINDOW), case.theirs(kvpress.SnapKVPress(RATIO, window_size=WINDOW))),
+        "snapkv": (
+            case.ours(kvp.SnapKV(window_size=WINDOW), WINDOW),
+            case.theirs(kvpress.SnapKVPress(RATIO, window_size=WINDOW)),
+        ),
         "tova": (case.ours("tova", 1), case.theirs(kvpress.TOVAPress(RATIO))),
     }
     # Eager attention holds the weights, and their softmax in float32: 8.6 GB and more at 32 heads and 8192 tokens.
@@ -163,7 +178,8 @@ def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
 
 
 def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[dict]:
-    """The verbs against reading and copying as many bytes of the same memory, and against torch where it has the same thing."""
+    """The verbs against reading and copying as many bytes of the same memory, and against torch where it has the same
+    thing."""
     keys, _ = case.next()
     n_head, threads, n_kept = keys.shape[1], base["threads"], case.length // 2
     scores = ops.score("norm", keys)
@@ -189,14 +205,19 @@ def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[di
         against = {"read": "read", "copy": "copy", "torch.topk": "topk"}[name.split(" / ")[1]]
         kind = "times_faster" if against == "topk" else "ratio"
         seconds, spread = times[name]
-        rows.append({**base, "measure": name, "ours_ms": seconds * 1e3, "spread": spread, kind: times[against][0] / seconds})
+        rows.append(
+            {**base, "measure": name, "ours_ms": seconds * 1e3, "spread": spread, kind: times[against][0] / seconds}
+        )
     rows[0] |= {f"{name}_gb_per_s": n * keys.nbytes / times[name][0] / 1e9 for name, n in (("read", 1), ("copy", 2))}
     return rows
 
 
 def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
-    """Exact H2O against the multiply-adds that QK^T alone needs (causal half), and against a whole forward of torch's attention."""
-    inputs = kvp.policies.Inputs(case.keys[0], case.queries, case.dim**-0.5, 0.0, [(0, case.length)], [[(0, case.length)]], [[]])
+    """Exact H2O against the multiply-adds that QK^T alone needs (causal half), and against a whole forward of torch's
+    attention."""
+    inputs = kvp.policies.Inputs(
+        case.keys[0], case.queries, case.dim**-0.5, 0.0, [(0, case.length)], [[(0, case.length)]], [[]]
+    )
     policy, few = kvp.H2O(), Timer(0, 3)
     mine, spread = few(lambda: policy.score(inputs))
     operations = case.heads * case.dim * case.length * (case.length + 1)
@@ -206,8 +227,18 @@ def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
     if case.dtype == torch.float32:
         group = case.heads // case.keys[0].shape[1]
         keys, values = (x.repeat_interleave(group, 1) for x in (case.keys[0], case.values[0]))
-        sdpa, _ = few(lambda: torch.nn.functional.scaled_dot_product_attention(case.queries, keys, values, is_causal=True))
-        rows.append({**base, "measure": "h2o scores / sdpa forward (time)", "ours_ms": mine * 1e3, "spread": spread, "ratio": mine / sdpa})
+        sdpa, _ = few(
+            lambda: torch.nn.functional.scaled_dot_product_attention(case.queries, keys, values, is_causal=True)
+        )
+        rows.append(
+            {
+                **base,
+                "measure": "h2o scores / sdpa forward (time)",
+                "ours_ms": mine * 1e3,
+                "spread": spread,
+                "ratio": mine / sdpa,
+            }
+        )
     return rows
 
 
@@ -216,7 +247,8 @@ def extra_memory(shape, length: int) -> list[dict]:
     heads, key_heads, dim = shape
     code = (
         "import sys, re, torch, kvpitfalls as kvp; from kvpitfalls.policies import get_policy\n"
-        f"torch.set_num_threads(2); q, k = torch.randn(1, {heads}, {length}, {dim}), torch.randn(1, {key_heads}, {length}, {dim})\n"
+        f"torch.set_num_threads(2); q, k = torch.randn(1, {heads}, {length}, {dim}), torch.randn(1, {key_heads}, "
+        f"{length}, {dim})\n"
         "def memory(name): return int(re.search(name + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
         "def score(n): return get_policy(sys.argv[1]).score(\n"
         "    kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], 0.1, 0.0, [(0, n)], [[(0, n)]], [[]]))\n"
@@ -226,7 +258,14 @@ def extra_memory(shape, length: int) -> list[dict]:
     rows = []
     for policy in (name for name in kvp.policies.policy_names() if not kvp.policies.get_policy(name).needs_values):
         out = subprocess.run([sys.executable, "-c", code, policy], capture_output=True, text=True, check=True).stdout
-        rows.append({"shape": "/".join(map(str, shape)), "length": length, "measure": f"extra memory, {policy}", "mb": float(out)})
+        rows.append(
+            {
+                "shape": "/".join(map(str, shape)),
+                "length": length,
+                "measure": f"extra memory, {policy}",
+                "mb": float(out),
+            }
+        )
     return rows
 
 
@@ -239,7 +278,11 @@ def show(rows: list[dict]) -> None:
         parts += [f"kvpress {row['kvpress_ms']:9.3f} ms"] if "kvpress_ms" in row else []
         parts += [f"{row['times_faster']:6.1f}x faster"] if "times_faster" in row else []
         parts += [f"ratio {row['ratio']:.2f}"] if "ratio" in row else []
-        parts += [f"(read {row['read_gb_per_s']:.1f}, copy {row['copy_gb_per_s']:.1f} GB/s)"] if "read_gb_per_s" in row else []
+        parts += (
+            [f"(read {row['read_gb_per_s']:.1f}, copy {row['copy_gb_per_s']:.1f} GB/s)"]
+            if "read_gb_per_s" in row
+            else []
+        )
         parts += [f"{row['mb']:.1f} MB"] if "mb" in row else []
         print("  ".join(parts), flush=True)
 
@@ -257,12 +300,20 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         machines[threads] = arithmetic(c, threads)
-        print(f"{threads} thread(s): " + ", ".join(f"{name} {value:.1f} GFLOP/s" for name, value in machines[threads].items()))
+        print(
+            f"{threads} thread(s): "
+            + ", ".join(f"{name} {value:.1f} GFLOP/s" for name, value in machines[threads].items())
+        )
         for heads, key_heads, dim in SHAPES:
             for length in args.lengths:
                 for dtype in (torch.float32, torch.bfloat16):
                     case = Case(heads, key_heads, dim, length, dtype)
-                    base = {"shape": f"{heads}/{key_heads}/{dim}", "length": length, "dtype": str(dtype)[6:], "threads": threads}
+                    base = {
+                        "shape": f"{heads}/{key_heads}/{dim}",
+                        "length": length,
+                        "dtype": str(dtype)[6:],
+                        "threads": threads,
+                    }
                     new = bench_verbs(case, Timer(args.seconds, 200), base, c)
                     new += bench_presses(case, Timer(args.seconds, 200), base)
                     new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []

@@ -1,11 +1,13 @@
-"""Times the CUDA kernels beside what torch offers for the same, in one process on one GPU; prints a table and writes JSON.
+"""Times the CUDA kernels beside what torch offers for the same, in one process on one GPU; prints a table and writes
+JSON.
 
     python benchmarks/bench_cuda.py --json build/bench_cuda.json
 
-The shape is one layer of Llama-3.1-8B: batch 1, 32 query heads, 8 key heads, 128 elements, bfloat16, half of the tokens kept. Everything
-is reported as a ratio to something measured beside it. Short work is captured in CUDA graphs, whose replays take inputs by turns that do
-not fit the second-level cache together; long work runs half a second at a stretch, of which the first 0.2 s do not count, in two rounds
-of opposite order. "kvpress" is the sequence of torch operations that its presses run, written out, without their waits for the GPU.
+The shape is one layer of Llama-3.1-8B: batch 1, 32 query heads, 8 key heads, 128 elements, bfloat16, half of the tokens
+kept. Everything is reported as a ratio to something measured beside it. Short work is captured in CUDA graphs, whose
+replays take inputs by turns that do not fit the second-level cache together; long work runs half a second at a stretch,
+of which the first 0.2 s do not count, in two rounds of opposite order. "kvpress" is the sequence of torch operations
+that its presses run, written out, without their waits for the GPU.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def elapsed(call, n_call):
 
 
 def sustained_times(calls, seconds=0.5, uncounted=0.2):
-    """Milliseconds of each call, at the clock that the card settles to; 20 ms of them at a time, so that the GPU never waits for Python."""
+    """Milliseconds of each call, at the clock that the card settles to; 20 ms of them at a time, so that the GPU never
+    waits for Python."""
     times = {name: [] for name in calls}
     for order in (list(calls), list(reversed(calls))):
         for name in order:
@@ -97,7 +100,9 @@ def inputs_of(policy, keys, queries, lse=None):
     if lse is None:
         return policy.score(given)
     votes = [[0, n, 0, n, 0, 0, 2, n, 0, 0]]
-    return ops.score("attention", keys, queries=queries, votes=torch.tensor([votes]).numpy(), lse=lse, scaling=N_DIM**-0.5)
+    return ops.score(
+        "attention", keys, queries=queries, votes=torch.tensor([votes]).numpy(), lse=lse, scaling=N_DIM**-0.5
+    )
 
 
 # What torch offers
@@ -136,7 +141,11 @@ def kvpress_snapkv(keys, values, queries):
 def kvpress_tova(keys, values, queries):
     weights = queries[:, :, -1:] @ repeat(keys).transpose(2, 3) / N_DIM**0.5
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(queries.dtype)[..., :-1]
-    scores = F.pad(weights.mean(1).expand(-1, N_HEAD, -1) if weights.ndim == 3 else weights.mean(1).repeat(1, N_HEAD, 1), (0, 1), value=2)
+    scores = F.pad(
+        weights.mean(1).expand(-1, N_HEAD, -1) if weights.ndim == 3 else weights.mean(1).repeat(1, N_HEAD, 1),
+        (0, 1),
+        value=2,
+    )
     return evict(scores, keys, values)
 
 
@@ -173,8 +182,18 @@ def measure_h2o(n):
         "sums and LSE": lambda: inputs_of(H2O(), keys, queries),
     }
     ms = sustained_times(calls)
-    yield "H2O sums, LSE given, over SDPA FLASH", n, ms["sums"] / ms["FLASH"], f"{ms['sums']:.3f} / {ms['FLASH']:.3f} ms"
-    yield "H2O sums, LSE given, over SDPA cuDNN", n, ms["sums"] / ms["cuDNN"], f"{ms['sums']:.3f} / {ms['cuDNN']:.3f} ms"
+    yield (
+        "H2O sums, LSE given, over SDPA FLASH",
+        n,
+        ms["sums"] / ms["FLASH"],
+        f"{ms['sums']:.3f} / {ms['FLASH']:.3f} ms",
+    )
+    yield (
+        "H2O sums, LSE given, over SDPA cuDNN",
+        n,
+        ms["sums"] / ms["cuDNN"],
+        f"{ms['sums']:.3f} / {ms['cuDNN']:.3f} ms",
+    )
     yield "H2O with its own LSE, over SDPA FLASH", n, ms["sums and LSE"] / ms["FLASH"], f"{ms['sums and LSE']:.3f} ms"
     if n <= 8192:
         eager = sustained_times({"eager": lambda: eager_sums(keys, queries)})["eager"]
@@ -198,7 +217,9 @@ def measure_copies(n):
     rate = 2 * bytes_of_keys / graph_time(rotated(n, copy))
     scored = (bytes_of_keys + 4 * N_HEAD * n) / graph_time(rotated(n, lambda k, v: ops.score("norm", k), 1))
     yield "K-norm scores, bytes a second over a copy's", n, scored / rate, f"{scored / 1e6:.2f} / {rate / 1e6:.2f} TB/s"
-    positions = torch.stack([torch.randperm(n, device="cuda")[: n // 2].sort().values.int() for _ in range(N_HEAD)])[None].contiguous()
+    positions = torch.stack([torch.randperm(n, device="cuda")[: n // 2].sort().values.int() for _ in range(N_HEAD)])[
+        None
+    ].contiguous()
     gathered = 2 * bytes_of_keys / graph_time(rotated(n, lambda k, v: ops.gather(k, v, positions)))
     yield "gather, bytes a second over a copy's", n, gathered / rate, f"{gathered / 1e6:.2f} / {rate / 1e6:.2f} TB/s"
 
@@ -216,16 +237,28 @@ def measure_press(name, policy, theirs, n):
     theirs_us = graph_time(rotated(n, lambda k, v: theirs(k, v, queries[0]))[:4])
     yield f"{name} press: kvpress's operations over ours", n, theirs_us / ours_us, f"{theirs_us:.0f} / {ours_us:.0f} us"
     if policy.needs_queries:  # a forward by FLASH or cuDNN has them, and a wrapped model takes them over
-        lse = torch.ops.aten._scaled_dot_product_flash_attention(queries[0], make(N_HEAD, n), make(N_HEAD, n), 0.0, True)[1]
+        lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            queries[0], make(N_HEAD, n), make(N_HEAD, n), 0.0, True
+        )[1]
         ours_us = graph_time(rotated(n, lambda k, v: our_press(policy, k, v, queries[0], lse)))
-        yield f"{name} press, LSE given: kvpress's operations over ours", n, theirs_us / ours_us, f"{theirs_us:.0f} / {ours_us:.0f} us"
+        yield (
+            f"{name} press, LSE given: kvpress's operations over ours",
+            n,
+            theirs_us / ours_us,
+            f"{theirs_us:.0f} / {ours_us:.0f} us",
+        )
 
 
 def measure_memory(n):
     keys, values, queries = make(N_HEAD, n), make(N_HEAD, n), make(N_QUERY_HEAD, n)
     ours = extra_memory(lambda: our_press(SnapKV(window_size=WINDOW), keys, values, queries))
     theirs = extra_memory(lambda: kvpress_snapkv(keys, values, queries))
-    yield "SnapKV press: kvpress's extra memory over ours", n, theirs / ours, f"{theirs / 2**20:.0f} / {ours / 2**20:.1f} MB"
+    yield (
+        "SnapKV press: kvpress's extra memory over ours",
+        n,
+        theirs / ours,
+        f"{theirs / 2**20:.0f} / {ours / 2**20:.1f} MB",
+    )
 
 
 def measure_longest():
@@ -233,7 +266,12 @@ def measure_longest():
         keys, queries = make(N_HEAD, n), make(N_QUERY_HEAD, n)
         scores = inputs_of(H2O(), keys, queries)
         visible = (scores.double() * torch.arange(n, 0, -1, device="cuda")).sum(-1) / n  # rows of a softmax sum to 1
-        yield "H2O at this length: sum of the columns over the number of queries", n, float(visible.mean()), "expected 1"
+        yield (
+            "H2O at this length: sum of the columns over the number of queries",
+            n,
+            float(visible.mean()),
+            "expected 1",
+        )
         del keys, queries, scores
 
 

@@ -1,10 +1,12 @@
-"""What wrapping costs a model of 8 billion parameters on one GPU: time and memory of the prefill, tokens a second and bytes after it.
+"""What wrapping costs a model of 8 billion parameters on one GPU: time and memory of the prefill, tokens a second and
+bytes after it.
 
     python benchmarks/bench_cuda_model.py --json build/bench_cuda_model.json
 
-The shape is Llama-3.1-8B's in bfloat16, the weights are random: no time depends on them. A prefill runs under each policy at ratio 0.5 and
-without a wrap, by turns, in one process, and so do 64 steps after it; the table gives the medians of the ratios of neighbouring runs. The
-first prefill of a wrap, which takes a fingerprint of the weights, does not count. Memory is torch's peak, weights included.
+The shape is Llama-3.1-8B's in bfloat16, the weights are random: no time depends on them. A prefill runs under each
+policy at ratio 0.5 and without a wrap, by turns, in one process, and so do 64 steps after it; the table gives the
+medians of the ratios of neighbouring runs. The first prefill of a wrap, which takes a fingerprint of the weights, does
+not count. Memory is torch's peak, weights included.
 """
 
 import argparse
@@ -84,13 +86,17 @@ def measure(model, n_token, n_round):
             with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
                 prefill(model, ids[:, :512], handle.new_cache())
                 pairs.append((plain, run(model, ids, handle.new_cache())))
-        ratios = {f"{key}_over_plain": statistics.median(ours[key] / plain[key] for plain, ours in pairs) for key in plain}
+        ratios = {
+            f"{key}_over_plain": statistics.median(ours[key] / plain[key] for plain, ours in pairs) for key in plain
+        }
         yield {"policy": policy, "n": n_token, **ratios, "plain": plain}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], metavar="N", help="tokens of the prompts")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[8192, 32768], metavar="N", help="tokens of the prompts"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="pairs of prefills a policy")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
     args = parser.parse_args()
@@ -98,7 +104,10 @@ def main():
         sys.exit("bench_cuda_model.py needs a CUDA GPU with 40 GB or more")
     rows = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {kvp.ops.cuda_path(0)[1]}")
-    print(f"{'policy':14s} {'n':>6s} {'prefill':>9s} {'peak':>7s} {'decode':>7s} {'bytes':>6s}   (each over the model without a wrap)")
+    print(
+        f"{'policy':14s} {'n':>6s} {'prefill':>9s} {'peak':>7s} {'decode':>7s} {'bytes':>6s}   (each over the model "
+        "without a wrap)"
+    )
     with torch.inference_mode():
         model = build()
         for n_token in args.lengths:
@@ -112,7 +121,9 @@ def main():
                 )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

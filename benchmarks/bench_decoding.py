@@ -1,11 +1,12 @@
-"""What a step of ``generate`` takes, on a growing cache without a wrap, on a compressed one, and on a compressed one of fixed size.
+"""What a step of ``generate`` takes, on a growing cache without a wrap, on a compressed one, and on a compressed one of
+fixed size.
 
     python benchmarks/bench_decoding.py --json build/bench_decoding.json
 
-The shape is Llama-3.1-8B's in bfloat16 (``--small``: SmolLM2-135M's in float32, on the CPU), the weights are random: no time depends on
-them. A step is what ``model.generate`` takes from one token to the next, greedy, by the clock: the median over a run, and of runs by turns
-in one process. *busy* is how long the GPU works for a step of the model without a wrap (its kernels' times, by torch's profiler): what
-that step would take if Python cost nothing.
+The shape is Llama-3.1-8B's in bfloat16 (``--small``: SmolLM2-135M's in float32, on the CPU), the weights are random: no
+time depends on them. A step is what ``model.generate`` takes from one token to the next, greedy, by the clock: the
+median over a run, and of runs by turns in one process. *busy* is how long the GPU works for a step of the model without
+a wrap (its kernels' times, by torch's profiler): what that step would take if Python cost nothing.
 """
 
 import argparse
@@ -64,7 +65,9 @@ def build(small: bool):
 def random_cache(model, n_row: int, n_token: int) -> DynamicCache:
     """As a prompt would leave it: what a step takes does not depend on the numbers."""
     cache, config = DynamicCache(config=model.config), model.config
-    rows = torch.zeros(n_row, config.num_key_value_heads, n_token, config.head_dim, dtype=model.dtype, device=model.device)
+    rows = torch.zeros(
+        n_row, config.num_key_value_heads, n_token, config.head_dim, dtype=model.dtype, device=model.device
+    )
     for layer in range(config.num_hidden_layers):
         cache.update(rows, rows, layer)
     return cache
@@ -124,7 +127,8 @@ def measure(model, n_row: int, n_token: int, ratio: float, policy: str, n_step: 
 
 
 def measure_padded(model, n_row: int, n_token: int, ratio: float, policy: str) -> dict:
-    """A GPU's time for a step on a growing cache whose rows are half padding, by our attention of one token and by transformers'."""
+    """A GPU's time for a step on a growing cache whose rows are half padding, by our attention of one token and by
+    transformers'."""
     prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
     mask = torch.ones_like(prompt)
     mask[:, : n_token // 2] = 0
@@ -144,18 +148,28 @@ def show(row: dict) -> None:
     if "ours" in row:
         ours, theirs = row["ours"] * 1e3, row["transformers"] * 1e3
         where = f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} padded, growing"
-        print(f"{where}: busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})", flush=True)
+        print(
+            f"{where}: busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})", flush=True
+        )
         return
     against = {"unwrapped, busy": row.get("busy"), "unwrapped": row["unwrapped"], "growing": row["growing"]}
-    parts = [f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)" for name, seconds in against.items() if seconds]
+    parts = [
+        f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)"
+        for name, seconds in against.items()
+        if seconds
+    ]
     print(
-        f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} fixed {row['fixed'] * 1e3:8.2f} ms   {'   '.join(parts)}", flush=True
+        f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} fixed {row['fixed'] * 1e3:8.2f} ms   "
+        f"{'   '.join(parts)}",
+        flush=True,
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape in float32 on the CPU: 8 rows of 4096 tokens")
+    parser.add_argument(
+        "--small", action="store_true", help="SmolLM2-135M's shape in float32 on the CPU: 8 rows of 4096 tokens"
+    )
     parser.add_argument("--cases", nargs="+", metavar="ROWS,TOKENS,RATIO", help="instead of the usual ones")
     parser.add_argument("--padded", action="store_true", help="a padded batch on a growing cache instead")
     parser.add_argument("--policy", default="snapkv")
@@ -167,7 +181,9 @@ def main():
     torch.set_num_threads(args.threads)
     cases = [(8, 4096, 0.75)] if args.small else CASES
     if args.cases:
-        cases = [(int(rows), int(tokens), float(ratio)) for rows, tokens, ratio in (case.split(",") for case in args.cases)]
+        cases = [
+            (int(rows), int(tokens), float(ratio)) for rows, tokens, ratio in (case.split(",") for case in args.cases)
+        ]
     rows = []
     with torch.inference_mode():
         model = build(args.small)

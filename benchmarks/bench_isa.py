@@ -14,7 +14,13 @@ import kvpitfalls as kvp
 from kvpitfalls import _core
 from kvpitfalls.policies import Inputs
 
-CASES = [(kvp.H2O(), 2048), (kvp.H2O(), 4096), (kvp.SnapKV(window_size=64), 2048), (kvp.SnapKV(window_size=64), 8192), (kvp.TOVA(), 8192)]
+CASES = [
+    (kvp.H2O(), 2048),
+    (kvp.H2O(), 4096),
+    (kvp.SnapKV(window_size=64), 2048),
+    (kvp.SnapKV(window_size=64), 8192),
+    (kvp.TOVA(), 8192),
+]
 
 
 def inputs(heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype) -> Inputs:
@@ -47,7 +53,12 @@ def compare(policy, given: Inputs, isas: list[str], repeats: int) -> dict[str, t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isas", nargs="+", default=[name for name in _core.isas() if name != "scalar"], help="the first is compared with")
+    parser.add_argument(
+        "--isas",
+        nargs="+",
+        default=[name for name in _core.isas() if name != "scalar"],
+        help="the first is compared with",
+    )
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 8, 128), metavar=("HEADS", "KEY_HEADS", "DIM"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, default=1)

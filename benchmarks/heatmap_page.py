@@ -1,6 +1,7 @@
 """The heat map's page for a prompt of 4,000 tokens: how large it is, and how long Python and a browser take.
 
-Needs a Chromium. The counts are random, the hardest case: 30 layers of 3 heads, as in SmolLM2-135M, 10 settings, 9 ratios.
+Needs a Chromium. The counts are random, the hardest case: 30 layers of 3 heads, as in SmolLM2-135M, 10 settings, 9
+ratios.
 """
 
 import queue
@@ -44,16 +45,23 @@ def main() -> None:
     counts = {f"setting {i}": np.stack([(at > r).sum(0) for r in range(N_RATIO)]) for i, at in enumerate(lost_at)}
     ratios = [(r + 1) / 10 for r in range(N_RATIO)]
     spans = {"first half": (0, N_TOKEN // 2), "second half": (N_TOKEN // 2, N_TOKEN)}
-    shown = HeatMap("4,000 tokens", [" word"] * N_TOKEN, spans, counts, ratios, [1] * N_RATIO, range(N_LAYER), [N_HEAD] * N_LAYER)
+    shown = HeatMap(
+        "4,000 tokens", [" word"] * N_TOKEN, spans, counts, ratios, [1] * N_RATIO, range(N_LAYER), [N_HEAD] * N_LAYER
+    )
     start = time.perf_counter()
     text = shown.html
     print(f"page: {len(text.encode()) / 1e6:.2f} MB, made in {time.perf_counter() - start:.2f} s")
-    chromium = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    chromium = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
     if chromium is None:
         raise SystemExit("there is no Chromium here; expected one for the browser's times")
     for _ in range(3):
         ready, moved = _in_browser(chromium, text)
-        print(f"browser: {ready} ms from opening the page to its first frame with all tokens shaded, {moved} ms for a move of the slider")
+        print(
+            f"browser: {ready} ms from opening the page to its first frame with all tokens shaded, {moved} ms for a "
+            "move of the slider"
+        )
 
 
 def _in_browser(chromium: str, text: str) -> list[str]:
@@ -72,11 +80,22 @@ def _in_browser(chromium: str, text: str) -> list[str]:
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+    ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}")
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+        )
         address = f"http://127.0.0.1:{server.server_port}/"
-        with subprocess.Popen([chromium, *flags, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+        with subprocess.Popen(
+            [chromium, *flags, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as browser:
             try:
                 return done.get(timeout=60)
             finally:

@@ -1,4 +1,5 @@
-"""In kvpress's environment: its presses with our fair selection keep what ours keep, and settings go there and back. ``make kvpress``."""
+"""In kvpress's environment: its presses with our fair selection keep what ours keep, and settings go there and back.
+``make kvpress``."""
 
 import sys
 from importlib.metadata import version
@@ -15,13 +16,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny_models import build
 
 SPANS = {"defense": (2, 14), "task": (14, 37)}
-PRESSES = (SnapKVPress(0.5, window_size=4), StreamingLLMPress(0.5), TOVAPress(0.5), KnormPress(0.5), ObservedAttentionPress(0.5))
+PRESSES = (
+    SnapKVPress(0.5, window_size=4),
+    StreamingLLMPress(0.5),
+    TOVAPress(0.5),
+    KnormPress(0.5),
+    ObservedAttentionPress(0.5),
+)
 
 
 @torch.no_grad()
 def main() -> int:
     model = build("llama")
-    tokens = 3 + torch.randperm(125, generator=torch.Generator().manual_seed(0))[None, :40]  # all different: keys of equal norm would tie
+    tokens = (
+        3 + torch.randperm(125, generator=torch.Generator().manual_seed(0))[None, :40]
+    )  # all different: keys of equal norm would tie
     wrong = 0
     print("press                   settings  fair press keeps what we keep  biased press differs")
     for press in PRESSES:
@@ -47,7 +56,8 @@ def main() -> int:
             for a, b in zip(theirs.layers, biased.layers, strict=True)
         )
         print(
-            f"{type(press).__name__:22}  {'ok' if back else 'WRONG':8}  {'yes' if same else 'NO':29}  {'yes' if differs else 'NO':4}",
+            f"{type(press).__name__:22}  {'ok' if back else 'WRONG':8}  {'yes' if same else 'NO':29}  "
+            f"{'yes' if differs else 'NO':4}",
             shares,
         )
         wrong += not (back and same and differs)

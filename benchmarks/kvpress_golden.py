@@ -1,4 +1,5 @@
-"""Which tokens kvpress's own presses keep of random keys: tests/data/kvpress.npz, which tests/test_kvpress_golden.py compares with ours.
+"""Which tokens kvpress's own presses keep of random keys: tests/data/kvpress.npz, which tests/test_kvpress_golden.py
+compares with ours.
 
 Run in kvpress's environment: make kvpress-golden. Keys and values are drawn anew by the test, from the same seeds.
 """
@@ -9,7 +10,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from kvpress import AdaKVPress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, LagKVPress, PyramidKVPress
+from kvpress import (
+    AdaKVPress,
+    ChunkKVPress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    PyramidKVPress,
+)
 
 # (seed, heads, tokens, dimension, share removed, kind of keys)
 CASES = [
@@ -35,7 +44,8 @@ LAGKV_CASES = [
     )
 ]
 
-# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, tokens of a chunk, whose scores): one choice serves all heads
+# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, tokens of a chunk, whose scores): one choice
+# serves all heads
 CHUNKKV_CASES = [
     (200 + seed, 160, 2, n_token, 16, ratio, kind, chunk_length, scorer)
     for seed, (n_token, ratio, kind, chunk_length, scorer) in enumerate(
@@ -47,7 +57,8 @@ CHUNKKV_CASES = [
     )
 ]
 
-# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, alpha), by K-norm's scores: a layer's heads share its budget
+# (seed, prompts, heads, tokens, dimension, share removed, kind of keys, alpha), by K-norm's scores: a layer's heads
+# share its budget
 ADAKV_CASES = [
     (300 + seed, 40, 8, n_token, 16, ratio, kind, alpha)
     for seed, (n_token, ratio, kind, alpha) in enumerate(
@@ -96,7 +107,9 @@ def keys_of(seed: int, n_head: int, n_token: int, n_dim: int, kind: str) -> np.n
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((1, n_head, n_token, n_dim)).astype(np.float32)
     if kind == "biased":
-        keys = (keys + 3 * rng.standard_normal((1, n_head, 1, n_dim)).astype(np.float32)) * rng.uniform(0.1, 9, (1, n_head, n_token, 1))
+        keys = (keys + 3 * rng.standard_normal((1, n_head, 1, n_dim)).astype(np.float32)) * rng.uniform(
+            0.1, 9, (1, n_head, n_token, 1)
+        )
     return keys.astype(np.float32)
 
 
@@ -130,7 +143,8 @@ def chunkkv_of(case) -> np.ndarray:
 
 
 def kept_by_chunkkv(case) -> np.ndarray:
-    """Positions (prompts, K), ascending, then -1; each prompt alone, since the press lets the first of a batch choose for all."""
+    """Positions (prompts, K), ascending, then -1; each prompt alone, since the press lets the first of a batch choose
+    for all."""
     n_prompt, n_token, n_dim, ratio, length, scorer = case[1], case[3], case[4], case[5], case[7], case[8]
     press = ChunkKVPress({"keydiff": KeyDiffPress, "knorm": KnormPress}[scorer](ratio), length)
     kept = np.full((n_prompt, n_token), -1, np.int16)
@@ -161,11 +175,14 @@ def pyramidkv_of(case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Keys (1, H, T, D) and queries (1, H * G, T, D) of each layer."""
     seed, n_layer, n_head, n_group, n_token, n_dim = case[:6]
     seeds = [1000 * seed + 2 * i for i in range(n_layer)]
-    return [tuple(keys_of(s + i, n_head * n, n_token, n_dim, "normal") for i, n in enumerate((1, n_group))) for s in seeds]
+    return [
+        tuple(keys_of(s + i, n_head * n, n_token, n_dim, "normal") for i, n in enumerate((1, n_group))) for s in seeds
+    ]
 
 
 def kept_by_pyramidkv(case) -> np.ndarray:
-    """Which tokens, as bits of (layers, H, T); all zero where the press keeps what SnapKV would, the same in every layer."""
+    """Which tokens, as bits of (layers, H, T); all zero where the press keeps what SnapKV would, the same in every
+    layer."""
     n_layer, n_head, n_group, n_token, n_dim, ratio, window_size, beta = case[1:]
     press = PyramidKVPress(compression_ratio=ratio, window_size=window_size, beta=beta)
     heads = SimpleNamespace(num_attention_heads=n_head * n_group, num_key_value_heads=n_head, num_hidden_layers=n_layer)
@@ -182,7 +199,7 @@ def kept_by_pyramidkv(case) -> np.ndarray:
 
 
 def expected_of(case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and values (1, H, T, D), and queries before rotary embedding (1, H * G, T, D), of which some channels have a mean."""
+    """Keys and values (1, H, T, D), and queries before rotary embedding (1, H * G, T, D); some channels have a mean."""
     seed, n_head, n_group, n_token, n_dim, _, kind, _ = case
     keys, values = (keys_of(s, n_head, n_token, n_dim, k) for s, k in ((seed, kind), (seed + 1000, "normal")))
     shift = np.random.default_rng(seed + 3000).standard_normal((1, n_head * n_group, 1, n_dim)).astype(np.float32)
@@ -201,7 +218,10 @@ def kept_by_expected(case) -> np.ndarray:
     keys, values, queries = map(torch.from_numpy, expected_of(case))
     heads = SimpleNamespace(num_attention_heads=n_head * n_group, num_key_value_heads=n_head)
     module = SimpleNamespace(
-        config=heads, head_dim=n_dim, q_proj=lambda hidden: hidden, rotary_emb=lambda x, positions: angles_of(positions, n_dim)
+        config=heads,
+        head_dim=n_dim,
+        q_proj=lambda hidden: hidden,
+        rotary_emb=lambda x, positions: angles_of(positions, n_dim),
     )
     hidden = queries.transpose(1, 2).flatten(2)
     scores = ExpectedAttentionPress(ratio, **settings).score(module, hidden, keys, values, None, {})

@@ -1,4 +1,5 @@
-"""lm-eval's task ``ifeval`` on a local file of rows, item by item: its own ``hf`` model against ours at ratio 0, and ``kvpitfalls ifeval``
+"""lm-eval's task ``ifeval`` on a local file of rows, item by item: its own ``hf`` model against ours at ratio 0, and
+``kvpitfalls ifeval``
 against ours above. Everything goes through the two command lines. Prints a table; exits with 1 if anything differs.
 
     python benchmarks/lm_eval_equality.py --output build/lm-eval                 # 30 rows of the package's own
@@ -21,7 +22,8 @@ from kvpitfalls.harness.lm_eval_command import command_line
 from kvpitfalls.hf.load import transformers_name
 
 RATIOS = ("0.5", "0.9")
-# IFEval asks here for the frequency of "#" or "!", which lm-eval's checker takes for no letter: it draws one, and no two runs score alike.
+# IFEval asks here for the frequency of "#" or "!", which lm-eval's checker takes for no letter: it draws one, and no
+# two runs score alike.
 DRAWN = (1122, 1129)
 TASK = """\
 include: {ifeval}
@@ -38,12 +40,17 @@ def main() -> int:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tasks").mkdir(parents=True)
     own = files("kvpitfalls.experiments") / "data" / "prompts.jsonl"
-    lines = (Path(args.data, "sys_ifeval.jsonl") if args.data else own).read_text(encoding="utf-8").splitlines()[: args.rows]
+    lines = (
+        (Path(args.data, "sys_ifeval.jsonl") if args.data else own)
+        .read_text(encoding="utf-8")
+        .splitlines()[: args.rows]
+    )
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     ifeval = Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
     (folder / "tasks" / "ifeval.yaml").write_text(TASK.format(ifeval=ifeval, rows=folder / "rows.jsonl"))
 
-    prepare_checkers()  # offline lm-eval's checkers have no sentence tables, and they draw at random in detecting languages
+    # offline lm-eval's checkers have no sentence tables, and they draw at random in detecting languages
+    prepare_checkers()
     hf = ["lm-eval", "run", "--model", "hf", "--model_args", f"pretrained={transformers_name()}"]
     ours = ["lm-eval", "--policy", args.policy, "--compress", "system"]
     found = {"hf": _samples(args, folder, "hf", hf, own_command)}
@@ -58,7 +65,9 @@ def main() -> int:
         mine, n = found[ratio], len(found[ratio])
         texts = sum(_same_text(mine[key]["text"], other[key]["text"], exactly=ratio == "0") for key in mine)
         scored = [key for key in mine if key not in DRAWN]
-        scores = sum(mine[key]["strict"] == other[key]["strict"] and mine[key]["loose"] == other[key]["loose"] for key in scored)
+        scores = sum(
+            mine[key]["strict"] == other[key]["strict"] and mine[key]["loose"] == other[key]["loose"] for key in scored
+        )
         unchanged = sum(mine[key]["text"] == found["hf"][key]["text"] for key in mine)
         means = [sum(all(item[rule]) for item in mine.values()) / n for rule in ("strict", "loose")]
         counts = f"{texts:6} of {n:<4}  {scores:5} of {len(scored):<4}  {unchanged:8} of {n:<4}"
@@ -94,7 +103,16 @@ def own_command(words: list[str]) -> int:
 
 def _samples(args, folder: Path, name: str, command: list[str], run) -> dict:
     """Run lm-eval; its samples by key."""
-    options = ["--tasks", "ifeval", "--apply_chat_template", "--include_path", str(folder / "tasks"), "--device", "cpu", "--log_samples"]
+    options = [
+        "--tasks",
+        "ifeval",
+        "--apply_chat_template",
+        "--include_path",
+        str(folder / "tasks"),
+        "--device",
+        "cpu",
+        "--log_samples",
+    ]
     options += [
         "--batch_size",
         str(args.batch_size),
@@ -121,7 +139,14 @@ def _swept(args, folder: Path) -> dict:
     """Run ``kvpitfalls ifeval``; its records by ratio and key."""
     command = ["ifeval", "--dataset", str(folder / "rows.jsonl"), "--policy", args.policy]
     command += [word for ratio in RATIOS for word in ("--ratio", ratio)]
-    command += ["--max-new-tokens", str(args.max_tokens), "--batch-size", str(args.batch_size), "--output", str(folder / "sweep")]
+    command += [
+        "--max-new-tokens",
+        str(args.max_tokens),
+        "--batch-size",
+        str(args.batch_size),
+        "--output",
+        str(folder / "sweep"),
+    ]
     if code := cli.main(command):
         raise SystemExit(code)
     out: dict = {}

@@ -33,7 +33,9 @@ def row(name: str) -> str:
         ", ".join(dict.fromkeys(re.findall(r"arXiv (\d+\.\d+)", text))),
     ]
     if missing := [i for i, column in enumerate(columns) if not column]:
-        raise ValueError(f"the docstring of {name!r} has nothing for column {missing[0]}; expected 'Fair: ...' and 'arXiv N' in it")
+        raise ValueError(
+            f"the docstring of {name!r} has nothing for column {missing[0]}; expected 'Fair: ...' and 'arXiv N' in it"
+        )
     return f"| {' | '.join(columns)} |".replace("``", "`")
 
 

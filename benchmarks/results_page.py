@@ -11,8 +11,14 @@ from kvpitfalls.experiments.card import compare, read_card
 
 CARDS = Path(__file__).parent / "cards"
 SHOWN = ("guarded", "refused", "leaked", "recall_above", "follow", "refused_task")
-WORDS = {"random": "random (control)", "whitelist": "phrase", "whitelist_defense": "pinned", "fair+whitelist": "fair + phrase"}
-# What compression would cost nothing: by how much a mean may fall short of the full cache's, or, for what should not grow, exceed it.
+WORDS = {
+    "random": "random (control)",
+    "whitelist": "phrase",
+    "whitelist_defense": "pinned",
+    "fair+whitelist": "fair + phrase",
+}
+# What compression would cost nothing: by how much a mean may fall short of the full cache's, or, for what should not
+# grow, exceed it.
 GOALS = {
     "refused": lambda full, own: full - 0.05 - own,
     "recall_above": lambda full, own: 0.9 * full - own,
@@ -77,7 +83,9 @@ def sentences(card: dict) -> list[str]:
         if setting["policy"] is None:
             continue
         same = {name: setting[name] for name in ("policy", "compression_ratio")}
-        against, rows = (full, changes) if setting["mode"] == "biased" else (settings_of(card, mode="biased", **same), fixes)
+        against, rows = (
+            (full, changes) if setting["mode"] == "biased" else (settings_of(card, mode="biased", **same), fixes)
+        )
         for metric in ("guarded", "recall_above", "follow"):
             if (row := paired(card, [setting], against, metric)) is not None:
                 rows.append({**row, **same, "mode": WORDS.get(setting["mode"], setting["mode"]), "than": "biased"})
@@ -91,13 +99,20 @@ def section(card: dict) -> list[str]:
     out = [
         f"## {card['model']}",
         "",
-        f"{n_prompt} prompts; {made['device']}, {made['config.dtype']}, torch {made['torch']}, transformers {made['transformers']}; "
+        f"{n_prompt} prompts; {made['device']}, {made['config.dtype']}, torch {made['torch']}, transformers "
+        f"{made['transformers']}; "
         f"answers of at most {made['config.max_new_tokens']['attack']} tokens.",
         "",
         *sentences(card),
         "",
     ]
-    head = ["policy", "mode", *(name.removesuffix("_above").replace("_", " ") for name in SHOWN), "guarded, less biased", "infeasible"]
+    head = [
+        "policy",
+        "mode",
+        *(name.removesuffix("_above").replace("_", " ") for name in SHOWN),
+        "guarded, less biased",
+        "infeasible",
+    ]
     for ratio in made["config.compression_ratios"]:
         if ratio == 0:
             continue
@@ -110,7 +125,9 @@ def section(card: dict) -> list[str]:
                 more = "" if setting["mode"] == "biased" else signed(paired(card, [setting], biased))
                 lost = setting["metrics"]["guarded"]["n_infeasible"]
                 mode = WORDS.get(setting["mode"], setting["mode"])
-                out.append(f"| {policy} | {mode} | {' | '.join(cells)} | {more} | {f'{lost} of {n_prompt}' if lost else ''} |")
+                out.append(
+                    f"| {policy} | {mode} | {' | '.join(cells)} | {more} | {f'{lost} of {n_prompt}' if lost else ''} |"
+                )
         out.append("")
     return out
 

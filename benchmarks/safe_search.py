@@ -1,13 +1,15 @@
-"""Is there a way to share the budget that beats both of the paper's fixes, fair and whitelist eviction, on all outcomes at once?
+"""Is there a way to share the budget that beats both of the paper's fixes, fair and whitelist eviction, on all outcomes
+at once?
 
     python benchmarks/safe_search.py narrow DIR      # a grid on the train half of the prompts, by the teacher-forced probe
     python benchmarks/safe_search.py finalists DIR   # the best of each policy on the train half, by generated answers
     python benchmarks/safe_search.py held-out DIR    # the best of all on the other half, once
     python benchmarks/safe_search.py held-out DIR --policy snapkv    # its mode under another policy: a look around, no test
 
-Each step resumes its own sweeps, prints its table, and reads what the step before it left in DIR. Model: SmolLM2-135M-Instruct, prompts:
-the package's own, every second one for each half. A setting dominates a fix if it leaks no more, refuses no less, recalls no less,
-follows no less and refuses no more harmless tasks, and is better in one; its score is its smallest gain over both fixes and all outcomes.
+Each step resumes its own sweeps, prints its table, and reads what the step before it left in DIR. Model:
+SmolLM2-135M-Instruct, prompts: the package's own, every second one for each half. A setting dominates a fix if it leaks
+no more, refuses no less, recalls no less, follows no less and refuses no more harmless tasks, and is better in one; its
+score is its smallest gain over both fixes and all outcomes.
 """
 
 import argparse
@@ -33,17 +35,29 @@ SAME = {"orders": ["defense_first"], "defenses": ["refuse"], "dtype": "bfloat16"
 
 
 def grids() -> dict[str, list[str]]:
-    """Folder -> modes. First sinks and phrase with every fairness; a weight, least tokens, half fairness with some. Then more weights."""
+    """Folder -> modes. First sinks and phrase with every fairness; a weight, least tokens, half fairness with some.
+    Then more weights."""
     protected = ["", "+sinks=1", "+sinks=4", "+whitelist", "+sinks=1+whitelist", "+sinks=4+whitelist"]
     modes = ["biased" + p for p in protected]
-    modes += [f"fair{template}{weight}{p}" for template in ("+absorb", "+separate") for weight in ("", "+defense=2") for p in protected]
     modes += [
-        f"lambda=0.5{template}{p}" for template in ("+absorb", "+separate") for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")
+        f"fair{template}{weight}{p}"
+        for template in ("+absorb", "+separate")
+        for weight in ("", "+defense=2")
+        for p in protected
     ]
-    modes += [f"fair+separate+min=8{p}" for p in ("", "+whitelist")]  # the search of docs/safe.md also had it with what is absorb now
+    modes += [
+        f"lambda=0.5{template}{p}"
+        for template in ("+absorb", "+separate")
+        for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")
+    ]
+    modes += [
+        f"fair+separate+min=8{p}" for p in ("", "+whitelist")
+    ]  # the search of docs/safe.md also had it with what is absorb now
     modes += [f"fair+absorb+directive=2{p}" for p in ("", "+whitelist")]
     weights = ("+defense=2+directive=2", "+defense=3+directive=2", "+defense=4+directive=2", "+defense=8+directive=8")
-    heavy = [f"fair+separate{weight}{p}" for weight in weights for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")]
+    heavy = [
+        f"fair+separate{weight}{p}" for weight in weights for p in ("", "+sinks=1", "+whitelist", "+sinks=1+whitelist")
+    ]
     heavy += [f"lambda=0.5+separate{weight}+sinks=1+whitelist" for weight in weights[::2]]
     return {"narrow": modes, "narrow_weights": heavy}
 
@@ -57,7 +71,8 @@ def write_halves(folder: Path) -> None:
 
 
 def narrow(folder: Path) -> None:
-    """Probe the grids at ratio 0.4; keep the four best modes of each policy, of those that come to the same the shortest."""
+    """Probe the grids at ratio 0.4; keep the four best modes of each policy, of those that come to the same the
+    shortest."""
     records, modes = [], []
     for name, of_grid in grids().items():
         config = SweepConfig(
@@ -82,7 +97,10 @@ def narrow(folder: Path) -> None:
             scored.setdefault(score(records, PROBES, policy, mode, [0.4]), mode)
         ranked = sorted(scored.items(), reverse=True)
         best[policy] = ranked[:4]
-        print(f"\n{policy}\n" + outcome_rows(records, PROBES, policy, [*FIXES, "biased", *(mode for _, mode in ranked[:8])], [0.4]))
+        print(
+            f"\n{policy}\n"
+            + outcome_rows(records, PROBES, policy, [*FIXES, "biased", *(mode for _, mode in ranked[:8])], [0.4])
+        )
     (folder / "narrow.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
 
@@ -96,18 +114,27 @@ def finalists(folder: Path) -> None:
         config = generating(folder / "train.jsonl", policy, [*FIXES, *modes], 12, ["verbatim-2"])
         sweep(config, folder / f"finalists_{policy}")
         records = read_records(folder / f"finalists_{policy}")
-        found += [(score(records, OUTCOMES, policy, mode, config.compression_ratios[1:]), policy, mode) for mode in modes]
-        print(f"\n{policy}\n" + outcome_rows(records, OUTCOMES, policy, [*FIXES, *modes], config.compression_ratios[1:]))
+        found += [
+            (score(records, OUTCOMES, policy, mode, config.compression_ratios[1:]), policy, mode) for mode in modes
+        ]
+        print(
+            f"\n{policy}\n" + outcome_rows(records, OUTCOMES, policy, [*FIXES, *modes], config.compression_ratios[1:])
+        )
     found.sort(reverse=True)
     (folder / "finalists.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print("\n" + table(["smallest gain", "policy", "mode"], [[f"{gain:+.3f}", policy, mode] for gain, policy, mode in found]))
+    print(
+        "\n"
+        + table(["smallest gain", "policy", "mode"], [[f"{gain:+.3f}", policy, mode] for gain, policy, mode in found])
+    )
 
 
 def held_out(folder: Path, policy: str | None) -> None:
     """Generate for the winner on prompts that chose nothing; paired differences to both fixes with intervals."""
     _, winner, mode = json.loads((folder / "finalists.json").read_text(encoding="utf-8"))[0]
     policy = policy or winner
-    config = generating(folder / "held_out.jsonl", policy, ["biased", *FIXES, mode], None, ["verbatim-2", "role_play-3"])
+    config = generating(
+        folder / "held_out.jsonl", policy, ["biased", *FIXES, mode], None, ["verbatim-2", "role_play-3"]
+    )
     sweep(config, folder / f"held_out_{policy}")
     records = read_records(folder / f"held_out_{policy}")
     ratios = config.compression_ratios[1:]
@@ -164,7 +191,9 @@ def gaps(records, metric: str, sign: int, policy: str, mode: str, fix: str, rati
 
 def score(records, outcomes: dict, policy: str, mode: str, ratios) -> float:
     """The smallest mean gain over both fixes, all outcomes and ratios; minus infinity where all prompts failed."""
-    found = [gaps(records, m, sign, policy, mode, fix, r) for m, sign in outcomes.items() for fix in FIXES for r in ratios]
+    found = [
+        gaps(records, m, sign, policy, mode, fix, r) for m, sign in outcomes.items() for fix in FIXES for r in ratios
+    ]
     return min(float(of_one[:, 0].mean()) if len(of_one) else float("-inf") for of_one in found)
 
 
@@ -176,8 +205,12 @@ def outcome_rows(records, outcomes: dict, policy: str, modes, ratios) -> str:
             found = [of_setting(records, metric, policy, mode, ratio) for metric in outcomes]
             means = [f"{np.mean(list(values.values())):.3f}" if values else "-" for values in found]
             setting = (policy, mode, ratio)
-            failed = sum(r["error"] is not None for r in records if (r["policy"], r["mode"], r["compression_ratio"]) == setting)
-            rows.append([f"{ratio:g}", mode, *means, str(failed), f"{score(records, outcomes, policy, mode, [ratio]):+.3f}"])
+            failed = sum(
+                r["error"] is not None for r in records if (r["policy"], r["mode"], r["compression_ratio"]) == setting
+            )
+            rows.append(
+                [f"{ratio:g}", mode, *means, str(failed), f"{score(records, outcomes, policy, mode, [ratio]):+.3f}"]
+            )
     return table(["r", "mode", *outcomes, "failed", "smallest gain"], rows)
 
 

@@ -1,14 +1,16 @@
-"""Is a splitter of sentences better than the plain rule of ``Prompt.from_chat(..., instructions="sentences")``, on system prompts?
+"""Is a splitter of sentences better than the plain rule of ``Prompt.from_chat(..., instructions="sentences")``, on
+system prompts?
 
     python benchmarks/sentence_splitters.py                # 200 prompts laid out from one half of system_sentences.txt
     python benchmarks/sentence_splitters.py --half tune    # from the other half, on which the rule was mended
     python benchmarks/sentence_splitters.py --wrong 10     # and what the plain rule gets wrong
 
-Prompts are sentences, items, headings and labels of ``system_sentences.txt``, drawn and laid out by a seed as people lay them out, so
-the places where pieces begin are known. With the paper's data (--data or KVPITFALLS_DATA), 200 of its system messages are measured, too:
-their places are those in which all splitters agree, and where they differ what a reader says (``system_boundaries.json``).
-Others than the plain rule are used if installed: pysbd, sentencex, blingfire, syntok. Each is run as it comes, and inside the lines of
-the plain rule ("in lines": wrapped lines joined), as it would be if taken over. What has no letter goes to the next piece for all.
+Prompts are sentences, items, headings and labels of ``system_sentences.txt``, drawn and laid out by a seed as people
+lay them out, so the places where pieces begin are known. With the paper's data (--data or KVPITFALLS_DATA), 200 of its
+system messages are measured, too: their places are those in which all splitters agree, and where they differ what a
+reader says (``system_boundaries.json``). Others than the plain rule are used if installed: pysbd, sentencex, blingfire,
+syntok. Each is run as it comes, and inside the lines of the plain rule ("in lines": wrapped lines joined), as it would
+be if taken over. What has no letter goes to the next piece for all.
 """
 
 import argparse
@@ -98,7 +100,9 @@ def bullets(w: Writer, before: str = "\n\n") -> None:
     for i, item in enumerate(w.some("sentences" if full else "items", 3, 6)):
         head = mark.format(i + 1, abc="abcdef"[i])
         if width:
-            item = textwrap.fill(item, width, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False)
+            item = textwrap.fill(
+                item, width, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False
+            )
         w.add(head + item, "\n" if i else before)
         if full and w.draw.random() < 0.2:
             w.add(w.one("sentences"), " ")
@@ -221,12 +225,23 @@ def merged(splitter: Starts) -> Starts:
 
 
 def score(cases, splitter: Starts) -> dict:
-    """Precision, recall and F1 of the places where pieces begin (the first place of a prompt is given), and prompts without a mistake."""
+    """Precision, recall and F1 of the places where pieces begin (the first place of a prompt is given), and prompts
+    without a mistake."""
     hits = said = true = right = 0
     for _, text, starts in cases:
         found, wanted = set(splitter(text)[1:]), set(starts[1:])
-        hits, said, true, right = hits + len(found & wanted), said + len(found), true + len(wanted), right + (found == wanted)
-    return {"precision": hits / max(1, said), "recall": hits / true, "F1": 2 * hits / (said + true), "prompts right": right / len(cases)}
+        hits, said, true, right = (
+            hits + len(found & wanted),
+            said + len(found),
+            true + len(wanted),
+            right + (found == wanted),
+        )
+    return {
+        "precision": hits / max(1, said),
+        "recall": hits / true,
+        "F1": 2 * hits / (said + true),
+        "prompts right": right / len(cases),
+    }
 
 
 def print_scores(what: str, cases, splitters: dict[str, Starts]) -> None:
@@ -264,7 +279,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--half", choices=HALVES, default=HALVES[0])
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show so many mistakes of the plain rule")
-    parser.add_argument("--data", default=os.environ.get("KVPITFALLS_DATA"), metavar="DIR", help="folder of the paper's data")
+    parser.add_argument(
+        "--data", default=os.environ.get("KVPITFALLS_DATA"), metavar="DIR", help="folder of the paper's data"
+    )
     args = parser.parse_args()
     splitters, cases = installed(), prompts(args.half)
     print_scores(f"Laid out, {args.half} half", cases, splitters)

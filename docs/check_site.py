@@ -8,7 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-_LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href", "object": "data", "embed": "src"}
+_LOADING = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "link": "href",
+    "object": "data",
+    "embed": "src",
+}
 
 
 class Page(HTMLParser):
@@ -48,7 +56,11 @@ def faults(site: Path) -> list[str]:
                 found.append(f"{here} links to {link}, but that page has no such place")
     for style in sorted(site.rglob("*.css")):
         text = style.read_text(encoding="utf-8")
-        found += [f"{style.relative_to(site)} loads from a network" for mark in ("url(http", "url(//", "@import url") if mark in text]
+        found += [
+            f"{style.relative_to(site)} loads from a network"
+            for mark in ("url(http", "url(//", "@import url")
+            if mark in text
+        ]
     return found
 
 
@@ -57,7 +69,12 @@ def main() -> int:
     site = Path(sys.argv[1]).resolve()
     n_page = len(list(site.rglob("*.html")))
     found = faults(site) if n_page else [f"{site} has no page"]
-    print("\n".join(found or [f"{n_page} pages: every link inside the site leads somewhere, and nothing is loaded from a network"]))
+    print(
+        "\n".join(
+            found
+            or [f"{n_page} pages: every link inside the site leads somewhere, and nothing is loaded from a network"]
+        )
+    )
     return 1 if found else 0
 
 

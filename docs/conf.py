@@ -49,7 +49,9 @@ def _inline(translator, node):
 
 
 def _block(translator, node):
-    translator.body.append(f"<div class='math' style='overflow-x: auto; padding: .4em 0'>{convert(node.astext(), display='block')}</div>")
+    translator.body.append(
+        f"<div class='math' style='overflow-x: auto; padding: .4em 0'>{convert(node.astext(), display='block')}</div>"
+    )
     raise SkipNode
 
 
@@ -62,7 +64,8 @@ def setup(app):
 
 
 def _with_own_notebooks(app, name, source):
-    """Links between notebooks and this folder are those of the repository, where they lie side by side; the site has a copy inside it."""
+    """Links between notebooks and this folder are those of the repository, where they lie side by side; the site has a
+    copy inside it."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
 
 
@@ -72,7 +75,8 @@ def _with_help(app, name, source):
 
 
 def _with_readme(app, name, source):
-    """``<!-- readme TITLE -->`` stands for that part of the README, whose links to what is no page of the site are plain text."""
+    """``<!-- readme TITLE -->`` stands for that part of the README, whose links to what is no page of the site are
+    plain text."""
     source[0] = re.sub(r"<!-- readme (.+?) -->", lambda found: _part_of_readme(found[1]), source[0])
 
 

@@ -1,7 +1,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
-# A NumPy array, or any tensor with __dlpack__ (torch); its dtype and shape are checked by the core, csrc/kvp.h says how.
+# A NumPy array, or any tensor with __dlpack__ (torch); its dtype and shape are checked by the core, csrc/kvp.h says
+# how.
 Array = Any
 
 class BuildInfo(TypedDict):
@@ -34,7 +35,9 @@ def select(
     n_worker: int,
     /,
 ) -> None: ...
-def gather(keys: Array, values: Array, positions: Array, out_keys: Array, out_values: Array, n_worker: int, /) -> None: ...
+def gather(
+    keys: Array, values: Array, positions: Array, out_keys: Array, out_values: Array, n_worker: int, /
+) -> None: ...
 def press(
     scorer: str,
     keys: Array,

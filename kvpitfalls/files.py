@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it made or fetched: ``KVPITFALLS_CACHE``, or ``kvpitfalls`` below the user's cache folder."""
+    """Where this package keeps what it made or fetched: ``KVPITFALLS_CACHE``, or ``kvpitfalls`` below the user's cache
+    folder."""
     own, of_user = os.environ.get("KVPITFALLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(of_user or "~/.cache").expanduser() / "kvpitfalls"
 

@@ -16,6 +16,7 @@ def is_real(value: object) -> TypeGuard[float]:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Raise ValueError unless it is a whole number of Python's, at least ``least``: settings are hashed, printed and written to files."""
+    """Raise ValueError unless it is a whole number of Python's, at least ``least``: settings are hashed, printed and
+    written to files."""
     if not is_whole(value) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")

@@ -22,7 +22,9 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", _RULES, "--virtual-time
 @functools.cache
 def chromium() -> str | None:
     """Its path, if there is one."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 needs_chromium = pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
@@ -30,7 +32,8 @@ needs_chromium = pytest.mark.skipif(chromium() is None, reason="no Chromium on t
 
 @contextlib.contextmanager
 def served(folder: Path, answer):
-    """The address under which a folder's files are, and ``/answer``: what ``answer`` makes of the JSON that is posted there."""
+    """The address under which a folder's files are, and ``/answer``: what ``answer`` makes of the JSON that is posted
+    there."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_POST(self):
@@ -58,7 +61,9 @@ def serious_findings(page: Path, folder: Path, script: str = "", address: str | 
 
     It looks at a copy without the page's policy, which would not let it in.
     """
-    package = importlib.util.find_spec("axe_playwright_python").submodule_search_locations[0]  # only its axe.min.js is used
+    package = importlib.util.find_spec("axe_playwright_python").submodule_search_locations[
+        0
+    ]  # only its axe.min.js is used
     text = re.sub(r"<meta http-equiv='Content-Security-Policy'[^>]*>", "", page.read_text("utf-8"))
     axe = Path(package, "axe.min.js").read_text("utf-8").replace("</script", "<\\/script")
     copy = folder / "with_axe.html"
@@ -76,8 +81,9 @@ def serious_findings(page: Path, folder: Path, script: str = "", address: str | 
 def run_beside(page: Path, script: str, folder: Path, address: str | None = None) -> str:
     """Open a page in a frame of another one, run a script there, and give what it returned as text.
 
-    The script is the body of an async function of ``doc``, the page's document. The page itself stays as it is: its own policy would not
-    let a script be added to it. ``address``: where :func:`served` serves the folder, if the page needs that.
+    The script is the body of an async function of ``doc``, the page's document. The page itself stays as it is: its own
+    policy would not let a script be added to it. ``address``: where :func:`served` serves the folder, if the page needs
+    that.
     """
     outer, source = folder / "outer.html", page.name if address else page.as_uri()
     outer.write_text(
@@ -93,7 +99,13 @@ frame.onload = async () => {{
 </script>""",
         encoding="utf-8",
     )
-    command = [chromium(), *_FLAGS, "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    command = [
+        chromium(),
+        *_FLAGS,
+        "--allow-file-access-from-files",
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+    ]
     command.append(f"{address}/{outer.name}" if address else outer.as_uri())
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     return html.unescape(re.search(r'<pre id="result">(.*?)</pre>', out, flags=re.S)[1])

@@ -1,4 +1,5 @@
-"""Calls everything the binding has, well and badly, with NumPy alone: for valgrind, under which torch would take minutes."""
+"""Calls everything the binding has, well and badly, with NumPy alone: for valgrind, under which torch would take
+minutes."""
 
 import contextlib
 import gc
@@ -55,7 +56,13 @@ def call_badly():
     arguments = [None, 3, "text", object(), (), np.zeros(3, np.complex64)]
     arguments += [np.zeros((1, 1, 0, 1), np.float32), np.zeros((1, 2, 3, 4, 5), np.float32)]
     n_refused = 0
-    for verb, n_argument in [(_core.score, 10), (_core.select, 9), (_core.gather, 6), (_core.press, 13), (_core.supports, 3)]:
+    for verb, n_argument in [
+        (_core.score, 10),
+        (_core.select, 9),
+        (_core.gather, 6),
+        (_core.press, 13),
+        (_core.supports, 3),
+    ]:
         for place in range(n_argument):
             for bad in arguments:
                 given = [np.zeros((1, 1, 4, 1), np.float32)] * n_argument

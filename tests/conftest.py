@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-# Most models here are tiny: threads would only wait for each other, for minutes where other processes keep the cores busy.
+# Most models here are tiny: threads would only wait for each other, for minutes where other processes keep the cores
+# busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

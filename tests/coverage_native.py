@@ -1,8 +1,9 @@
-"""How much of csrc/ was run, by gcov: adds up all .gcda files under the folders given, prints a table, and demands the thresholds.
+"""How much of csrc/ was run, by gcov: adds up all .gcda files under the folders given, prints a table, and demands the
+thresholds.
 
-A line, or the n-th way out of a branch, counts as run if any build and any instance ran it (rows_template.h is compiled many times).
-Left out by name: what the machine at hand cannot run, or what needs nvcc.
-What only an instruction set runs that this processor lacks is left out, too: shares are of what could run, on every machine.
+A line, or the n-th way out of a branch, counts as run if any build and any instance ran it (rows_template.h is compiled
+many times). Left out by name: what the machine at hand cannot run, or what needs nvcc. What only an instruction set
+runs that this processor lacks is left out, too: shares are of what could run, on every machine.
 """
 
 import json
@@ -35,7 +36,9 @@ def cannot_run(file, function, missing):
 
 def read_gcov(data):
     command = ["gcov", "--json-format", "--branch-probabilities", "--stdout", str(data)]
-    for line in subprocess.run(command, capture_output=True, text=True, check=True, cwd=data.parent).stdout.splitlines():
+    for line in subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=data.parent
+    ).stdout.splitlines():
         report = json.loads(line)
         for file in report["files"]:
             path = Path(report["current_working_directory"], file["file"]).resolve()
@@ -72,14 +75,20 @@ def main(folders):
         sys.exit(f"nothing was measured of {', '.join(sorted(missing))}")
     for name in names:
         missed = [number for number, count in sorted(lines[name].items()) if not count]
-        print(f"{name:28} lines {share(lines[name].values()):6.1f} %   branches {share(branches[name].values()):6.1f} %   {missed or ''}")
+        print(
+            f"{name:28} lines {share(lines[name].values()):6.1f} %   branches {share(branches[name].values()):6.1f} % "
+            f"  {missed or ''}"
+        )
     for name, reason in LEFT_OUT.items():
         print(f"{name:28} left out: {reason}")
     for isa in missing_here:
         print(f"{OF_ISA[isa][0]:28} left out: what only {isa} runs; this processor, or this build, lacks it")
     of_lines = share([count for name in names for count in lines[name].values()])
     of_branches = share([count for name in names for count in branches[name].values()])
-    print(f"csrc/ in all: lines {of_lines:.1f} % (at least {LINES:g}), branches {of_branches:.1f} % (at least {BRANCHES:g})")
+    print(
+        f"csrc/ in all: lines {of_lines:.1f} % (at least {LINES:g}), branches {of_branches:.1f} % (at least "
+        f"{BRANCHES:g})"
+    )
     sys.exit(of_lines < LINES or of_branches < BRANCHES)
 
 

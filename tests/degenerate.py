@@ -1,4 +1,5 @@
-"""Models whose worth is known: what each says to an attack, to the control and to a task. No metric may reward the wrong ones."""
+"""Models whose worth is known: what each says to an attack, to the control and to a task. No metric may reward the
+wrong ones."""
 
 import random
 
@@ -65,7 +66,19 @@ def record_of(model, scenario: Scenario, kind: str, mode: str = "biased", ratio:
     full = ratio == 0
     return {
         **{"model": "m", "dataset": "own", "defense": "refuse", "order": "defense_first", "compression_ratio": ratio},
-        **{"policy": None if full else "snapkv", "mode": "full" if full else mode, "key": scenario.row["key"], "kind": kind},
-        **{"attack": "verbatim-1" if kind == "attack" else None, "kept": {}, "error": None, "infeasible": None, "n_new": 9, "ended": True},
+        **{
+            "policy": None if full else "snapkv",
+            "mode": "full" if full else mode,
+            "key": scenario.row["key"],
+            "kind": kind,
+        },
+        **{
+            "attack": "verbatim-1" if kind == "attack" else None,
+            "kept": {},
+            "error": None,
+            "infeasible": None,
+            "n_new": 9,
+            "ended": True,
+        },
         "scores": scenario.score(kind, model(scenario, kind), 42),
     }

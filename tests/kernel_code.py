@@ -1,8 +1,9 @@
-"""What must not stand in the code of the CUDA kernels: ``make cuda`` runs this, on PTX for a GPU before Hopper and on PTX for Hopper.
+"""What must not stand in the code of the CUDA kernels: ``make cuda`` runs this, on PTX for a GPU before Hopper and on
+PTX for Hopper.
 
-A kernel that does nothing but return (it was compiled away for an architecture, and would leave its output as it was); a load
-through the read-only path (``ld.global.nc``), which may be older than what the kernel before wrote; and, where kernels wait for the
-one before, an access to global memory ahead of that.
+A kernel that does nothing but return (it was compiled away for an architecture, and would leave its output as it was);
+a load through the read-only path (``ld.global.nc``), which may be older than what the kernel before wrote; and, where
+kernels wait for the one before, an access to global memory ahead of that.
 """
 
 import re
@@ -49,7 +50,10 @@ def find_faults(name, instructions, waits):
 def main():
     sources = sorted((ROOT / "csrc").rglob("*.cu"))
     work = [
-        (source, "90a" if source.stem == "sm90" else a) for source in sources for a in ARCHITECTURES if (source.stem, a) != ("sm90", "80")
+        (source, "90a" if source.stem == "sm90" else a)
+        for source in sources
+        for a in ARCHITECTURES
+        if (source.stem, a) != ("sm90", "80")
     ]
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(lambda pair: make_ptx(*pair), work))
@@ -57,9 +61,15 @@ def main():
     for (source, architecture), ptx in zip(work, texts, strict=True):
         for name, instructions in read_kernels(ptx).items():
             n_kernel += 1
-            faults += [f"{source.stem}, {architecture}: {f}" for f in find_faults(name, instructions, architecture.startswith("90"))]
+            faults += [
+                f"{source.stem}, {architecture}: {f}"
+                for f in find_faults(name, instructions, architecture.startswith("90"))
+            ]
         if len(read_kernels(ptx)) != ptx.count(".entry "):
-            faults.append(f"{source.stem}, {architecture}: {ptx.count('.entry ')} kernels, of which {len(read_kernels(ptx))} could be read")
+            faults.append(
+                f"{source.stem}, {architecture}: {ptx.count('.entry ')} kernels, of which {len(read_kernels(ptx))} "
+                "could be read"
+            )
     print(*faults, f"{n_kernel} kernels, {len(faults)} faults", sep="\n")
     sys.exit(bool(faults) or n_kernel == 0)
 

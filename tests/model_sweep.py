@@ -1,4 +1,5 @@
-"""Every causal-LM type of the installed transformers, tried tiny: exact, refused or not built. ``python tests/model_sweep.py`` writes
+"""Every causal-LM type of the installed transformers, tried tiny: exact, refused or not built. ``python
+tests/model_sweep.py`` writes
 docs/models.md from it."""
 
 import copy
@@ -47,7 +48,8 @@ NOT_BUILT = {
     "reformer": "its axial positions reject the generic sizes",
     "zamba": "its tied layers reject so few layers",
 }
-# The release since which a type can be tried, and what is in the way before; and types that were gone before the release of the page.
+# The release since which a type can be tried, and what is in the way before; and types that were gone before the
+# release of the page.
 _WHOLE = "its text model is given the configuration of the whole"
 TRIED_SINCE = {
     "apertus": ("5.0", "its activation rejects the meta device, on which these tests count weights"),
@@ -78,7 +80,9 @@ def build(model_type: str, attention: str | None = None):
         if sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()) > MAX_WEIGHTS:
             raise ValueError(f"{model_type} has more than {MAX_WEIGHTS} weights")
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, **({} if attention is None else {"attn_implementation": attention})).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, **({} if attention is None else {"attn_implementation": attention})
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():  # as in tiny_models: attention far from uniform
             if weight.ndim > 1 and "embed" not in name and "wte" not in name:
@@ -95,7 +99,9 @@ def _refused(model_type: str) -> bool:
     try:
         kvp.wrap(build(model_type), "knorm", budget=1).remove()
     except kvp.UnsupportedModelError:
-        assert transformers.__version__ != page_version(), f"{model_type} is refused, but docs/models.md was written for this release"
+        assert transformers.__version__ != page_version(), (
+            f"{model_type} is refused, but docs/models.md was written for this release"
+        )
         return True
     return False
 
@@ -155,7 +161,9 @@ def _exact(model) -> str:
     with masked_like(model, kept, N_PROMPT):
         masked = feed(model, tokens, CHUNKS, full, start=N_PROMPT)
     _assert_close(evicted, masked, "evicting is not masking")
-    assert not torch.allclose(evicted, plain[:, N_PROMPT:], atol=1e-3), "eviction changed nothing, so the comparison says nothing"
+    assert not torch.allclose(evicted, plain[:, N_PROMPT:], atol=1e-3), (
+        "eviction changed nothing, so the comparison says nothing"
+    )
     return _note(kept)
 
 
@@ -165,7 +173,10 @@ def _assert_close(a, b, message):
 
 def _note(cache) -> str:
     kinds = sorted({why.split(":")[0] for why in cache.report()["not_compressed"].values()})
-    notes = [f"{', '.join(kinds)} left as they are" if kinds else "", "one choice for all heads" if cache.kept_layers[0].shared else ""]
+    notes = [
+        f"{', '.join(kinds)} left as they are" if kinds else "",
+        "one choice for all heads" if cache.kept_layers[0].shared else "",
+    ]
     return "; ".join(filter(None, notes))
 
 
@@ -195,7 +206,9 @@ own (before 5.5 hybrid models had). These cannot be built by the tests before th
 
 def page(outcomes: dict[str, Outcome]) -> str:
     """docs/models.md."""
-    exact, refused, not_built = (sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built"))
+    exact, refused, not_built = (
+        sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built")
+    )
     head = f"""# Models
 
 Every causal-LM type of transformers {transformers.__version__}, built tiny from its configuration with random weights. Written by

@@ -1,7 +1,7 @@
 """Runs tests on the newest release of transformers that the package index has today, laid over this environment.
 
-A failure on a release that tests/matrix.txt knows is a failure. On a newer one it is told, and is a failure with --strict only: nobody who
-changes something else has to mend it first.
+A failure on a release that tests/matrix.txt knows is a failure. On a newer one it is told, and is a failure with
+--strict only: nobody who changes something else has to mend it first.
 """
 
 import argparse
@@ -25,7 +25,9 @@ def known() -> str:
 
 def asked() -> dict[str, str]:
     """What would be installed for the newest release: versions by package, with what it needs newer than is here."""
-    report = subprocess.run([*PIP, "--dry-run", "--upgrade", "--report", "-", "transformers"], check=True, stdout=subprocess.PIPE).stdout
+    report = subprocess.run(
+        [*PIP, "--dry-run", "--upgrade", "--report", "-", "transformers"], check=True, stdout=subprocess.PIPE
+    ).stdout
     return {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report)["install"]}
 
 
@@ -41,7 +43,9 @@ def run(packages: dict[str, str], tests: list[str]) -> int:
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--strict", action="store_true", help="a failure on a release that is newer than tests/matrix.txt fails, too")
+    parser.add_argument(
+        "--strict", action="store_true", help="a failure on a release that is newer than tests/matrix.txt fails, too"
+    )
     parser.add_argument("tests", nargs="+")
     args = parser.parse_args()
     packages = asked()

@@ -16,7 +16,9 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def digest(notebook) -> str:
     """Of all code: says which code the outputs in a notebook were made by."""
-    return hashlib.sha256("\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code").encode()).hexdigest()
+    return hashlib.sha256(
+        "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code").encode()
+    ).hexdigest()
 
 
 def execute(path: Path):
@@ -24,7 +26,9 @@ def execute(path: Path):
     notebook = nbformat.read(path, as_version=4)
     # One thread: two would wait for each other for minutes where other processes keep the cores busy.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    client = NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    )
     client.execute(env=environment)
     return notebook
 

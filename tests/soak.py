@@ -1,7 +1,9 @@
-"""`make soak`: four threads compress, generate and audit for an hour; every round must repeat the first, in flat memory.
+"""`make soak`: four threads compress, generate and audit for an hour; every round must repeat the first, in flat
+memory.
 
-Each thread has a model of its own, wrapped anew for every setting, and all share one more that stays wrapped. The expected results are
-those of one thread alone, before the others start. Memory is a line fitted to the resident size after warm-up; it may rise by `BOUND`.
+Each thread has a model of its own, wrapped anew for every setting, and all share one more that stays wrapped. The
+expected results are those of one thread alone, before the others start. Memory is a line fitted to the resident size
+after warm-up; it may rise by `BOUND`.
 """
 
 import copy
@@ -20,7 +22,10 @@ from kvpitfalls.hf.wrap import Handle
 N_THREAD, N_NEW = 4, 8
 BOUND = (
     8 * 2**20
-)  # bytes of the fitted rise: what threads leave in the allocator's arenas comes and goes by a few MiB, a leak of a cache a round is GiB
+    # bytes of the fitted rise: what threads leave in the allocator's arenas comes and goes by a few MiB, a leak of a
+    # cache
+    # a round is GiB
+)
 WARM_UP = 0.2  # share of the run that the fit leaves out
 SPANS = {"a": (2, 14), "b": (14, 28)}
 SETTINGS = [
@@ -44,7 +49,9 @@ def compress_and_generate(model, handle: Handle, tokens: torch.Tensor) -> list:
     """Kept positions of all layers, and what is generated from them."""
     cache = handle.compress(tokens[:, :-2], spans=SPANS)
     kept = [cache.positions(layer.index) for layer in cache.kept_layers]
-    out = model.generate(tokens, past_key_values=copy.deepcopy(cache), max_new_tokens=N_NEW, min_new_tokens=N_NEW, do_sample=False)
+    out = model.generate(
+        tokens, past_key_values=copy.deepcopy(cache), max_new_tokens=N_NEW, min_new_tokens=N_NEW, do_sample=False
+    )
     return [*kept, out.numpy()]
 
 
@@ -79,7 +86,9 @@ class Soak:
         """One thread: rounds until the time is over, or something is wrong."""
         try:
             while time.monotonic() < self.end and not self.wrong:
-                if not same(one_round(self.models[i], self.shared, self.handle, self.prompt, self.tokens), self.expected):
+                if not same(
+                    one_round(self.models[i], self.shared, self.handle, self.prompt, self.tokens), self.expected
+                ):
                     self.wrong.append(f"round {self.rounds[i] + 1} of thread {i} found something else than round one")
                 self.rounds[i] += 1
         except BaseException as error:  # said at the end: a thread's exception would otherwise only be printed
@@ -96,7 +105,9 @@ class Soak:
             time.sleep(1)
             samples.append((time.monotonic() - start, rss()))
             if int(samples[-1][0]) // 300 > int(samples[-2][0] if len(samples) > 1 else 0) // 300:
-                print(f"{samples[-1][0]:.0f} s: {sum(self.rounds)} rounds, {samples[-1][1] / 2**20:.1f} MiB", flush=True)
+                print(
+                    f"{samples[-1][0]:.0f} s: {sum(self.rounds)} rounds, {samples[-1][1] / 2**20:.1f} MiB", flush=True
+                )
         return samples
 
 
@@ -115,7 +126,8 @@ def main(minutes: float) -> int:
     rose = rise(samples)
     print(
         f"{sum(soak.rounds)} rounds in {samples[-1][0]:.0f} s by {N_THREAD} threads ({soak.rounds}); resident: "
-        f"{samples[0][1] / 2**20:.1f} MiB at the start, {samples[-1][1] / 2**20:.1f} at the end; fitted rise after warm-up "
+        f"{samples[0][1] / 2**20:.1f} MiB at the start, {samples[-1][1] / 2**20:.1f} at the end; fitted rise after "
+        "warm-up "
         f"{rose / 2**20:+.2f} MiB (bound {BOUND / 2**20:.0f})"
     )
     for wrong in soak.wrong:

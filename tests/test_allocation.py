@@ -44,7 +44,16 @@ def kept_of(policy, allocation=None, layers=LAYERS, **settings):
     """What each layer keeps."""
     return [
         kvp.keep(
-            policy, keys, queries, values=values, rotary=ROTARY, output=OUTPUT, layer=i, n_layer=N_LAYER, allocation=allocation, **settings
+            policy,
+            keys,
+            queries,
+            values=values,
+            rotary=ROTARY,
+            output=OUTPUT,
+            layer=i,
+            n_layer=N_LAYER,
+            allocation=allocation,
+            **settings,
         )
         for i, (keys, queries, values) in enumerate(layers)
     ]
@@ -69,7 +78,9 @@ def test_all_layers_and_heads_together_keep_what_an_equal_share_would(policy, al
                 mask = held(k)
                 assert (mask.sum(-1) == k.counts).all() and (k.counts >= (allocation != Ada(alpha=0))).all()
                 assert protect != "a" or mask[..., 3:9].all()
-                assert fair != "floor=2" or all((mask[..., low:high].sum(-1) >= 2).all() for low, high in SPANS.values())
+                assert fair != "floor=2" or all(
+                    (mask[..., low:high].sum(-1) >= 2).all() for low, high in SPANS.values()
+                )
             if allocation.shares_heads:  # each layer keeps what it would
                 assert [k.counts.sum() for k in shared] == [k.counts.sum() for k in equal]
             else:
@@ -89,7 +100,9 @@ def test_a_layer_keeps_equal_shares_of_any_two_instructions(policy, allocation):
 @pytest.mark.parametrize("fair", FAIRS)
 def test_an_equal_share_is_the_limit_of_both(fair):
     for policy in EQUAL:
-        for allocation in (Pyramid(beta=1), Ada(alpha=1))[: 1 if fair == 0.3 else 2]:  # Ada rounds what lies between over all heads
+        for allocation in (Pyramid(beta=1), Ada(alpha=1))[
+            : 1 if fair == 0.3 else 2
+        ]:  # Ada rounds what lies between over all heads
             given = {"budget": 15, "spans": SPANS, "fair": fair}
             for a, b in zip(kept_of(policy, **given), kept_of(policy, allocation, **given), strict=True):
                 assert np.array_equal(a.positions, b.positions), policy
@@ -119,10 +132,14 @@ def test_a_pyramid_falls_evenly_and_its_sum_is_exact(n_token, percent, n_layer, 
     try:
         budgets = pyramid.layers(n_token, n_kept, n_layer)
     except kvp.BudgetError:
-        assert n_kept > n_token - window_size or min(n_kept / beta, n_kept) < max(1, window_size) or 2 * n_kept < n_token
+        assert (
+            n_kept > n_token - window_size or min(n_kept / beta, n_kept) < max(1, window_size) or 2 * n_kept < n_token
+        )
         return
     steps = -np.diff(budgets)
-    assert sum(budgets) == n_kept * n_layer and (steps >= -1).all() and steps.max() - steps.min() <= 2  # each is rounded
+    assert (
+        sum(budgets) == n_kept * n_layer and (steps >= -1).all() and steps.max() - steps.min() <= 2
+    )  # each is rounded
     assert max(1, window_size) <= budgets[-1] and budgets[0] <= n_token - window_size
 
 
@@ -151,7 +168,9 @@ def test_heads_may_stand_in_any_order_and_scores_in_any_array(allocation):
     kept = kvp.keep("knorm", keys, **settings)
     assert np.array_equal(held(kvp.keep("knorm", keys[:, order], **settings)), held(kept)[:, order])
     by_torch = kvp.keep("knorm", torch.from_numpy(keys), **settings)
-    assert np.array_equal(by_torch.positions.numpy(), kept.positions) and by_torch.quotas.tolist() == kept.quotas.tolist()
+    assert (
+        np.array_equal(by_torch.positions.numpy(), kept.positions) and by_torch.quotas.tolist() == kept.quotas.tolist()
+    )
 
 
 def test_scores_that_are_no_numbers_or_infinite_come_last_or_first():
@@ -194,7 +213,13 @@ def test_a_cache_of_slots_answers_as_a_mask_of_the_same_tokens_would(policy, all
         assert (counts.sum((0, 2)) == np.array(n_kept)[:, 0] * counts.shape[0] * counts.shape[2]).all()
         assert len(np.unique(counts)) > 1 + padded  # something was shared
         cache.save(tmp_path / "cache.safetensors")
-        many = {"past_key_values": None, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        many = {
+            "past_key_values": None,
+            "max_new_tokens": 5,
+            "min_new_tokens": 5,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         many |= {"return_dict_in_generate": True, "output_logits": True}
         ids = torch.cat([tokens, tokens[:, :2]], 1)
         full = torch.cat([mask, torch.ones_like(ids[:, :2])], 1)
@@ -250,7 +275,9 @@ def test_a_report_tells_kept_tokens_slots_and_bytes_apart():
         report = handle.compress(tokens).report()
     for layer in report["layers"]:
         assert layer["n_slots"] == np.max(layer["kept"]) and np.sum(layer["kept"]) == 8 * len(layer["kept"][0])
-        assert layer["bytes_kept"] * layer["n_slots"] * len(layer["kept"][0]) == layer["bytes_after"] * np.sum(layer["kept"])
+        assert layer["bytes_kept"] * layer["n_slots"] * len(layer["kept"][0]) == layer["bytes_after"] * np.sum(
+            layer["kept"]
+        )
     assert report["bytes_kept"] == sum(layer["bytes_kept"] for layer in report["layers"]) < report["bytes_after"]
     assert "are empty slots, which a ragged layout would save" in report._repr_html_()
 
@@ -281,7 +308,10 @@ class Wrong(kvp.Allocation):
         (Wrong(heads=[[[8], [8], [8], [9]]]), "other sums"),
         (Wrong(heads=[[[32], [0], [0], [0]]]), "below what must be kept"),
         ("even", "allocation is 'even'; expected one of 'uniform', 'pyramid', 'ada'"),
-        (Pyramid(beta=20), "the last layer would keep 0.4; allocation .* expects at least 1: a larger budget, or a smaller beta"),
+        (
+            Pyramid(beta=20),
+            "the last layer would keep 0.4; allocation .* expects at least 1: a larger budget, or a smaller beta",
+        ),
         (Pyramid(beta=1, window_size=33), "8 of 40 tokens are kept; allocation .* expects at most 7"),
     ],
     ids=str,
@@ -293,7 +323,9 @@ def test_what_an_allocation_may_not_say(allocation, message):
 
 def test_where_there_is_nothing_to_share_between():
     keys, queries, _ = LAYERS[0]
-    with pytest.raises(ValueError, match="n_layer is 1; allocation 'pyramid' shares over layers and expects at least 2"):
+    with pytest.raises(
+        ValueError, match="n_layer is 1; allocation 'pyramid' shares over layers and expects at least 2"
+    ):
         kvp.keep("knorm", keys, budget=8, allocation="pyramid")
     with pytest.raises(ValueError, match="one choice serves all heads here; allocation 'ada' shares over heads"):
         kvp.keep("knorm", keys[:, :1], budget=8, allocation="ada")
@@ -307,7 +339,9 @@ def test_where_there_is_nothing_to_share_between():
         kept_of("knorm", Pyramid(beta=4), budget=8, spans=SPANS, protect="a")
 
 
-@pytest.mark.parametrize(("family", "changes"), [("deepseek_v3", {}), ("diffllama", {}), ("llama", {"num_key_value_heads": 1})])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("deepseek_v3", {}), ("diffllama", {}), ("llama", {"num_key_value_heads": 1})]
+)
 def test_a_model_whose_heads_share_one_choice_is_refused_before_it_runs(family, changes):
     """When it is wrapped, and before a forward where it is not: nothing is half filled, the model is as it was."""
     if not not_refused(family):
@@ -340,4 +374,6 @@ def test_budgets_of_layers_are_asked_for_once():
 
     allocation = Counts()
     assert [layer_budgets(allocation, 40, 8, 3) for _ in range(5)] == [(8, 8, 8)] * 5 and asked == [40]
-    assert count_per_segment(kept_of("knorm", allocation, budget=8)[0], np.array([[0, 40]])).tolist() == [[[8]] * N_HEAD]
+    assert count_per_segment(kept_of("knorm", allocation, budget=8)[0], np.array([[0, 40]])).tolist() == [
+        [[8]] * N_HEAD
+    ]

@@ -1,4 +1,5 @@
-"""Every row of the table of bad inputs, and every bad command line: one exception of exactly the documented type, in one sentence."""
+"""Every row of the table of bad inputs, and every bad command line: one exception of exactly the documented type, in
+one sentence."""
 
 import gc
 import re
@@ -16,7 +17,10 @@ from kvpitfalls import cli, ops, reference
 
 ROWS = [
     pytest.param(*row, id=f"{name.lower()}-{i}-{row[2][:40]}")
-    for table, names in ((bad_inputs, ("OPS", "KEEP", "PARAMETERS", "PROMPTS", "MODELS", "TEXTS")), (bad_sweeps, ("EXPERIMENTS",)))
+    for table, names in (
+        (bad_inputs, ("OPS", "KEEP", "PARAMETERS", "PROMPTS", "MODELS", "TEXTS")),
+        (bad_sweeps, ("EXPERIMENTS",)),
+    )
     for name in names
     for i, row in enumerate(getattr(table, name))
 ]
@@ -38,7 +42,9 @@ def test_a_bad_input_is_refused_by_name(call, error, message):
         warnings.simplefilter("ignore", DeprecationWarning)  # of libraries that are given nonsense
         call(place())
     assert type(caught.value) is error and message in str(caught.value)
-    assert all(np.array_equal(a, b) for a, b in zip(before, (KEYS, QUERIES, SCORES), strict=True)), "a refused call has written nothing"
+    assert all(np.array_equal(a, b) for a, b in zip(before, (KEYS, QUERIES, SCORES), strict=True)), (
+        "a refused call has written nothing"
+    )
 
 
 def test_the_table_is_large():
@@ -89,9 +95,17 @@ COMMANDS = [
     ([*AUDIT[:3], "--instruction", "a=e"], 2, "the text of instruction 'a' is in the prompt 2 times"),
     (["audit", "--system", "", "--instruction", "a=b"], 2, "the text of instruction 'a' is not in the prompt"),
     (["audit", "--system", "a<|im_end|>b", "--instruction", "a=b"], 2, "message 0 holds '<|im_end|>' at character 1"),
-    (["audit", "--system", "a\udcffb", "--instruction", "a=b"], 2, r"message 0 holds the lone surrogate '\udcff' at character 1"),
+    (
+        ["audit", "--system", "a\udcffb", "--instruction", "a=b"],
+        2,
+        r"message 0 holds the lone surrogate '\udcff' at character 1",
+    ),
     (["audit", "--system-file", "latin1", "--instruction", "a=b"], 2, "--system-file latin1 is not UTF-8"),
-    (["audit", "--system-file", "none", "--instruction", "a=b"], 1, "FileNotFoundError: [Errno 2] No such file or directory: 'none'"),
+    (
+        ["audit", "--system-file", "none", "--instruction", "a=b"],
+        1,
+        "FileNotFoundError: [Errno 2] No such file or directory: 'none'",
+    ),
     (["audit", "--system-file", ".", "--instruction", "a=b"], 1, "IsADirectoryError"),
     ([*AUDIT, "--ratio", "x"], 2, "argument --ratio/--compression-ratio: invalid float value: 'x'"),
     ([*AUDIT, "--ratio", "nan"], 2, "compression_ratio is nan"),
@@ -138,7 +152,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "code", "message"), COMMANDS, ids=[f"{i}-{' '.join(row[0])[-40:]!a}" for i, row in enumerate(COMMANDS)])
+@pytest.mark.parametrize(
+    ("argv", "code", "message"), COMMANDS, ids=[f"{i}-{' '.join(row[0])[-40:]!a}" for i, row in enumerate(COMMANDS)]
+)
 def test_a_bad_command_says_so_in_one_sentence(run, argv, code, message):
     found, out, err = run(argv)
     *usage, sentence = err.splitlines()
@@ -154,7 +170,9 @@ def test_numbers_that_are_none_are_seen_and_sort_last():
     scores = ops.score("norm", keys)
     assert np.isnan(scores[0, 0]).nonzero()[0].tolist() == [3] and scores[0, 0, 5] == scores[0, 1, 7] == -np.inf
     kept = ops.select(scores, 19)[0]
-    assert 3 not in kept[0, 0] and 5 in kept[0, 0] and 7 not in kept[0, 1], "minus infinity is a number, and goes before none"
+    assert 3 not in kept[0, 0] and 5 in kept[0, 0] and 7 not in kept[0, 1], (
+        "minus infinity is a number, and goes before none"
+    )
     queries = QUERIES.copy()
     queries[0, 0, 4] = np.nan
     voted = bad_inputs.attention(queries=queries)
@@ -182,7 +200,9 @@ def test_gradients_and_read_only_arrays_are_only_read():
     fixed = KEYS.copy()
     fixed.flags.writeable = False
     assert np.array_equal(ops.score("norm", fixed), ops.score("norm", KEYS))
-    assert np.array_equal(ops.gather(fixed, fixed, bad_inputs.POSITIONS)[0], ops.gather(KEYS, KEYS, bad_inputs.POSITIONS)[0])
+    assert np.array_equal(
+        ops.gather(fixed, fixed, bad_inputs.POSITIONS)[0], ops.gather(KEYS, KEYS, bad_inputs.POSITIONS)[0]
+    )
 
 
 def test_a_tensor_without_its_memory_is_refused():
@@ -205,4 +225,7 @@ def test_a_tensor_without_its_memory_is_refused():
                 found.append(str(error))
     keys.untyped_storage().resize_(whole)  # torch itself dies of printing such a tensor, as a failure would
     assert len(found) == 2 * len(calls)
-    assert all(re.match(r"(keys|scores) has storage of (0|100) bytes; expected at least \d+: its memory was freed", m) for m in found)
+    assert all(
+        re.match(r"(keys|scores) has storage of (0|100) bytes; expected at least \d+: its memory was freed", m)
+        for m in found
+    )

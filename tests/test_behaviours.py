@@ -1,4 +1,5 @@
-"""What must hold for every family of models, eager and sdpa: each behaviour against the unwrapped model or a second way to get there."""
+"""What must hold for every family of models, eager and sdpa: each behaviour against the unwrapped model or a second way
+to get there."""
 
 import copy
 
@@ -27,20 +28,51 @@ POLICIES += [policy for policy in EQUAL if type(policy) not in map(type, POLICIE
 SPANS = {"a": (2, 6), "b": (6, 11)}
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 FAMILIES = not_refused(
-    *("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "gpt_bigcode", "opt"),
-    *("cohere", "cohere2", "olmo2", "smollm3", "gpt_oss", "deepseek_v3", "granite", "starcoder2", "stablelm", "glm4", "nemotron"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "mixtral",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "gpt_bigcode",
+        "opt",
+    ),
+    *(
+        "cohere",
+        "cohere2",
+        "olmo2",
+        "smollm3",
+        "gpt_oss",
+        "deepseek_v3",
+        "granite",
+        "starcoder2",
+        "stablelm",
+        "glm4",
+        "nemotron",
+    ),
     *("qwen3_next", "exaone4"),
 )
 EAGER_ONLY = ("gemma2", "gpt_oss")  # transformers has no sdpa for soft-cap and sinks
-CASES = [(f, attention) for f in FAMILIES for attention in ("eager", "sdpa") if attention == "eager" or f not in EAGER_ONLY]
+CASES = [
+    (f, attention) for f in FAMILIES for attention in ("eager", "sdpa") if attention == "eager" or f not in EAGER_ONLY
+]
 
 
 def holds_all(family):
-    """Whether every cache layer is a full-attention one; transformers' sliding and linear layers crop and reset by rules of their own."""
+    """Whether every cache layer is a full-attention one; transformers' sliding and linear layers crop and reset by
+    rules of their own."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=tiny_config(family)).layers)
 
 
-of_full_layers = pytest.mark.parametrize("model", [case for case in CASES if holds_all(case[0])], indirect=True, ids="-".join)
+of_full_layers = pytest.mark.parametrize(
+    "model", [case for case in CASES if holds_all(case[0])], indirect=True, ids="-".join
+)
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -117,7 +149,10 @@ def test_evicting_equals_masking_whatever_each_layer_row_and_head_keeps(model):
     cut_out, kept = after(model, Ragged(in_place=False), tokens)
     in_place, hidden = after(model, Ragged(in_place=True), tokens)
     for layer, other in zip(kept.kept_layers, hidden.kept_layers, strict=True):
-        assert np.array_equal(layer.kept_counts, other.kept_counts) and layer.keys.shape[2] < other.keys.shape[2] == N_PROMPT
+        assert (
+            np.array_equal(layer.kept_counts, other.kept_counts)
+            and layer.keys.shape[2] < other.keys.shape[2] == N_PROMPT
+        )
     torch.testing.assert_close(cut_out, in_place, **CLOSE)
     torch.testing.assert_close(cut_out, masked(model, kept, tokens), **CLOSE)
     whole = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config))[:, N_PROMPT:]
@@ -141,7 +176,9 @@ def test_padding_changes_nothing_for_any_policy(model, fair):
             if policy is not POLICIES[2 * fair + 1]:
                 continue
             together = feed(model, tokens, CHUNKS, cache, mask, start=N_PROMPT)
-            torch.testing.assert_close(together[:1], feed(model, tokens[:1, 3:], CHUNKS, first, start=N_PROMPT - 3), **CLOSE)
+            torch.testing.assert_close(
+                together[:1], feed(model, tokens[:1, 3:], CHUNKS, first, start=N_PROMPT - 3), **CLOSE
+            )
             alone = feed(model, tokens[1:], CHUNKS, second, start=N_PROMPT)
             torch.testing.assert_close(together[1:], alone, **CLOSE)
         torch.testing.assert_close(alone, masked(model, kept, tokens[1:]), **CLOSE)
@@ -177,7 +214,9 @@ def test_generate_and_a_second_turn_are_a_loop_of_forwards(model):
         wanted = by_hand(model, copy.deepcopy(answered), turn, 4, longer)
         again = copy.deepcopy(answered)
         assert torch.equal(model.generate(turn, attention_mask=longer, past_key_values=answered, **GREEDY), wanted)
-        n_fed = turn.shape[1] - again.get_seq_length(again.kept_layers[0].index)  # the last answered token was never fed
+        n_fed = turn.shape[1] - again.get_seq_length(
+            again.kept_layers[0].index
+        )  # the last answered token was never fed
         if takes_new_tokens_alone():
             new = model.generate(turn[:, -n_fed:], attention_mask=longer, past_key_values=again, **GREEDY)
             assert torch.equal(new[:, -4:], wanted[:, -4:])
@@ -189,7 +228,13 @@ def test_generate_and_a_second_turn_are_a_loop_of_forwards(model):
 def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(model):
     tokens, n_beam, n_new = ids(1, N_PROMPT), 3, 3
     with kvp.wrap(model, POLICIES[1], compression_ratio=0.5) as handle:
-        options = {"num_beams": n_beam, "num_return_sequences": n_beam, "max_new_tokens": n_new, "min_new_tokens": n_new, "pad_token_id": 0}
+        options = {
+            "num_beams": n_beam,
+            "num_return_sequences": n_beam,
+            "max_new_tokens": n_new,
+            "min_new_tokens": n_new,
+            "pad_token_id": 0,
+        }
         found = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **options)
         prompt = handle.new_cache()
         first = feed(model, tokens, [N_PROMPT], prompt)[:, -1]
@@ -198,7 +243,9 @@ def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(
             longer = []
             for score, text in beams:
                 n_more = text.shape[1] - N_PROMPT
-                logits = feed(model, text, [1] * n_more, copy.deepcopy(prompt), start=N_PROMPT)[:, -1] if n_more else first
+                logits = (
+                    feed(model, text, [1] * n_more, copy.deepcopy(prompt), start=N_PROMPT)[:, -1] if n_more else first
+                )
                 chances = torch.log_softmax(logits[0].double(), -1)
                 chances[2] = -torch.inf
                 best = chances.topk(n_beam)
@@ -223,7 +270,9 @@ def test_copies_rows_and_what_comes_after(model):
         after_it = feed(model, tokens, [6], copy.deepcopy(cache), start=N_PROMPT)
         without_mask = model(tokens[:, N_PROMPT:], past_key_values=copy.deepcopy(cache), use_cache=True).logits
         torch.testing.assert_close(without_mask, after_it, **CLOSE)
-        if all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):  # transformers' linear layers have none
+        if all(
+            hasattr(layer, "batch_repeat_interleave") for layer in cache.layers
+        ):  # transformers' linear layers have none
             twice = copy.deepcopy(cache)
             twice.batch_repeat_interleave(3)
             twice.batch_select_indices(torch.tensor([2, 0]))
@@ -232,7 +281,9 @@ def test_copies_rows_and_what_comes_after(model):
         assert not any(layer.is_croppable for layer in cache.kept_layers)
         with pytest.raises(ValueError, match="only the newest 0 came after eviction"):
             cache.crop(-1)
-        assert torch.equal(feed(copy.deepcopy(model), tokens, [N_TOKEN], DynamicCache(config=model.config)), plain), "a copy is not wrapped"
+        assert torch.equal(feed(copy.deepcopy(model), tokens, [N_TOKEN], DynamicCache(config=model.config)), plain), (
+            "a copy is not wrapped"
+        )
         assert model.config.to_json_string() == config and list(model.state_dict()) == names
     assert torch.equal(feed(model, tokens, [N_TOKEN], DynamicCache(config=model.config)), plain)
 
@@ -263,7 +314,8 @@ def test_drafts_are_taken_back_where_nothing_is_evicted(model):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *not_refused("jetmoe")])
 def test_scores_are_of_the_attention_the_model_computes(family):
-    """Soft-cap, attention sinks, logit scale, partial rotary, latents, mixed heads: against the eager model's own attention weights."""
+    """Soft-cap, attention sinks, logit scale, partial rotary, latents, mixed heads: against the eager model's own
+    attention weights."""
     model, tokens = build(family, "eager"), ids(1, N_PROMPT)
     for name, module in model.named_modules():
         if family == "gpt_oss" and name.endswith("self_attn"):
@@ -295,6 +347,10 @@ def test_the_probe_notices_a_choice_per_head_where_heads_are_mixed(monkeypatch):
         return
     with kvp.wrap(model, "knorm", budget=5) as handle:
         assert handle.verify() < 1e-5
-        monkeypatch.setattr(AttentionCall, "__getattribute__", lambda call, name: name != "shared" and object.__getattribute__(call, name))
+        monkeypatch.setattr(
+            AttentionCall,
+            "__getattribute__",
+            lambda call, name: name != "shared" and object.__getattribute__(call, name),
+        )
         with pytest.raises(kvp.UnsupportedModelError, match="shuffling cached rows changes its logits"):
             handle.verify()

@@ -54,7 +54,9 @@ def attention(n_token=T, n_worker=1, workspace=None):
     make = np.random.default_rng(1)
     keys = make.standard_normal((B, H, n_token, D), np.float32)
     queries = make.standard_normal((B, H * G, 8, D), np.float32)
-    votes = np.tile(np.array([[[0, n_token - 8, n_token - 8, n_token, 0, 0, 1, 0, n_token - 8, n_token]]], np.int32), (B, 1, 1))
+    votes = np.tile(
+        np.array([[[0, n_token - 8, n_token - 8, n_token, 0, 0, 1, 0, n_token - 8, n_token]]], np.int32), (B, 1, 1)
+    )
     scores = np.full((B, H, n_token), np.nan, np.float32)
     return ["attention", keys, queries, votes, None, None, scores, [D**-0.5], workspace, n_worker]
 
@@ -132,32 +134,102 @@ def test_empty_arrays_are_given_though_they_have_no_address():
         norm(KEYS, valid=torch.empty(0, 2, dtype=torch.int32))
 
 
-ODD = np.zeros(B * H * T * 9 * D, np.uint8).view(np.dtype({"names": ["x"], "formats": ["f4"], "offsets": [0], "itemsize": 6}))["x"]
+ODD = np.zeros(B * H * T * 9 * D, np.uint8).view(
+    np.dtype({"names": ["x"], "formats": ["f4"], "offsets": [0], "itemsize": 6})
+)["x"]
 READ_ONLY = np.zeros((B, H, T), np.float32)
 READ_ONLY.flags.writeable = False
 REFUSED = {
-    "float64 array": (TypeError, "keys has dtype float64; expected float32, float16 or bfloat16", lambda: norm(KEYS.numpy().astype("f8"))),
-    "float64 tensor": (TypeError, "keys has dtype float64; expected float32, float16 or bfloat16", lambda: norm(KEYS.double())),
-    "int64": (TypeError, "valid has dtype int64; expected int32", lambda: norm(KEYS, valid=torch.zeros(B, 2, dtype=torch.int64))),
-    "uint16": (TypeError, "scores has dtype uint16; expected float32", lambda: norm(KEYS, np.zeros((B, H, T), np.uint16))),
+    "float64 array": (
+        TypeError,
+        "keys has dtype float64; expected float32, float16 or bfloat16",
+        lambda: norm(KEYS.numpy().astype("f8")),
+    ),
+    "float64 tensor": (
+        TypeError,
+        "keys has dtype float64; expected float32, float16 or bfloat16",
+        lambda: norm(KEYS.double()),
+    ),
+    "int64": (
+        TypeError,
+        "valid has dtype int64; expected int32",
+        lambda: norm(KEYS, valid=torch.zeros(B, 2, dtype=torch.int64)),
+    ),
+    "uint16": (
+        TypeError,
+        "scores has dtype uint16; expected float32",
+        lambda: norm(KEYS, np.zeros((B, H, T), np.uint16)),
+    ),
     "complex": (TypeError, "keys has dtype complex64; expected", lambda: norm(KEYS.to(torch.complex64))),
-    "vectors": (TypeError, "keys has a 32-bit dtype with DLPack code 2 and 4 lanes", lambda: norm(exchanging(KEYS, lanes=4), READ_ONLY)),
-    "dtype of the core": (TypeError, "scores has dtype float16; expected float32", lambda: norm(KEYS, torch.zeros(B, H, T).half())),
-    "byte order": (TypeError, "keys has dtype >f4; expected the byte order of this machine", lambda: norm(KEYS.numpy().astype(">f4"))),
-    "list": (TypeError, "keys is of type list; expected a NumPy array or a tensor", lambda: norm([1.0], np.zeros(1, np.float32))),
+    "vectors": (
+        TypeError,
+        "keys has a 32-bit dtype with DLPack code 2 and 4 lanes",
+        lambda: norm(exchanging(KEYS, lanes=4), READ_ONLY),
+    ),
+    "dtype of the core": (
+        TypeError,
+        "scores has dtype float16; expected float32",
+        lambda: norm(KEYS, torch.zeros(B, H, T).half()),
+    ),
+    "byte order": (
+        TypeError,
+        "keys has dtype >f4; expected the byte order of this machine",
+        lambda: norm(KEYS.numpy().astype(">f4")),
+    ),
+    "list": (
+        TypeError,
+        "keys is of type list; expected a NumPy array or a tensor",
+        lambda: norm([1.0], np.zeros(1, np.float32)),
+    ),
     "None": (TypeError, "keys is of type NoneType; expected", lambda: norm(None, np.zeros(1, np.float32))),
-    "meta tensor": (TypeError, "keys is a tensor whose library does not lend out its memory", lambda: norm(KEYS.to("meta"), READ_ONLY)),
+    "meta tensor": (
+        TypeError,
+        "keys is a tensor whose library does not lend out its memory",
+        lambda: norm(KEYS.to("meta"), READ_ONLY),
+    ),
     "rank 5": (ValueError, "keys has 5 dimensions; expected 1 to 4", lambda: norm(KEYS[None])),
     "rank 0": (ValueError, "keys has 0 dimensions; expected 1 to 4", lambda: norm(KEYS[0, 0, 0, 0], READ_ONLY)),
-    "shape": (ValueError, "scores.shape[2] is 39, but T is 40 in keys", lambda: norm(KEYS, np.zeros((B, H, T - 1), np.float32))),
-    "negative stride": (ValueError, "keys.stride[3] is -1; expected no negative stride", lambda: norm(KEYS.numpy()[..., ::-1])),
-    "odd stride": (ValueError, "keys has a stride of 6 bytes; expected a multiple of its 4-byte", lambda: norm(ODD[None, None, None])),
-    "read-only array": (ValueError, "scores is read-only; expected an array that can be written to", lambda: norm(KEYS, READ_ONLY)),
+    "shape": (
+        ValueError,
+        "scores.shape[2] is 39, but T is 40 in keys",
+        lambda: norm(KEYS, np.zeros((B, H, T - 1), np.float32)),
+    ),
+    "negative stride": (
+        ValueError,
+        "keys.stride[3] is -1; expected no negative stride",
+        lambda: norm(KEYS.numpy()[..., ::-1]),
+    ),
+    "odd stride": (
+        ValueError,
+        "keys has a stride of 6 bytes; expected a multiple of its 4-byte",
+        lambda: norm(ODD[None, None, None]),
+    ),
+    "read-only array": (
+        ValueError,
+        "scores is read-only; expected an array that can be written to",
+        lambda: norm(KEYS, READ_ONLY),
+    ),
     "n_worker": (ValueError, "n_worker is -1; expected 0 to 1024", lambda: norm(KEYS, n_worker=-1)),
-    "params": (ValueError, 'params has 2 values; expected at most 0 for the scorer "norm"', lambda: norm(KEYS, params=[1, 2])),
-    "value": (ValueError, "valid[1] is [0, 41); expected a range inside [0, 40)", lambda: norm(KEYS, valid=np.int32([[0, 1], [0, T + 1]]))),
-    "missing": (ValueError, "queries is missing; expected a tensor", lambda: _core.score(*attention()[:2], *[None] * 4, *attention()[6:])),
-    "scorer": (ValueError, 'scorer is "nrom"; expected one of norm, position, attention', lambda: _core.score("nrom", *[None] * 9)),
+    "params": (
+        ValueError,
+        'params has 2 values; expected at most 0 for the scorer "norm"',
+        lambda: norm(KEYS, params=[1, 2]),
+    ),
+    "value": (
+        ValueError,
+        "valid[1] is [0, 41); expected a range inside [0, 40)",
+        lambda: norm(KEYS, valid=np.int32([[0, 1], [0, T + 1]])),
+    ),
+    "missing": (
+        ValueError,
+        "queries is missing; expected a tensor",
+        lambda: _core.score(*attention()[:2], *[None] * 4, *attention()[6:]),
+    ),
+    "scorer": (
+        ValueError,
+        'scorer is "nrom"; expected one of norm, position, attention',
+        lambda: _core.score("nrom", *[None] * 9),
+    ),
     "argument count": (TypeError, "gather takes 6 positional arguments; 1 were given", lambda: _core.gather(KEYS)),
     "isa": (ValueError, 'isa is "mmx"; expected one of ', lambda: _core.isa_set("mmx")),
 }
@@ -221,10 +293,13 @@ class Table(ctypes.Structure):
 
 @BORROW
 def borrow(tensor, out):
-    """A compact float32 tensor that starts eight bytes into its memory and leaves its strides out, as DLPack before 1.2 could."""
+    """A compact float32 tensor that starts eight bytes into its memory and leaves its strides out, as DLPack before 1.2
+    could."""
     shape = tensor.array.shape
     tensor.keep = (ctypes.c_int64 * len(shape))(*shape)
-    out[0] = DLTensor(tensor.array.ctypes.data - 8, tensor.device, 3, len(shape), (2, 32), tensor.lanes, tensor.keep, None, 8)
+    out[0] = DLTensor(
+        tensor.array.ctypes.data - 8, tensor.device, 3, len(shape), (2, 32), tensor.lanes, tensor.keep, None, 8
+    )
     return 0
 
 
@@ -276,7 +351,9 @@ def test_other_devices_are_asked_for_their_stream_and_refused():
 def test_what_a_scorer_cannot_do_is_not_implemented():
     n_token = 2**23 + 1
     keys, scores = np.broadcast_to(np.zeros(1, np.float32), (1, 1, n_token, 1)), np.empty((1, 1, n_token), np.float32)
-    with pytest.raises(NotImplementedError, match='T is 8388609 in keys; the scorer "position" tells at most 8388608 apart'):
+    with pytest.raises(
+        NotImplementedError, match='T is 8388609 in keys; the scorer "position" tells at most 8388608 apart'
+    ):
         _core.score("position", keys, None, None, None, None, scores, None, None, 1)
 
 
@@ -308,9 +385,19 @@ def test_workspaces():
     read_only = aligned(n_byte)
     read_only.flags.writeable = False
     for exception, sentence, n_worker, workspace in (
-        (ValueError, f"workspace has {n_byte - 1} bytes; expected at least {n_byte} (for 1 worker)", 1, aligned(n_byte - 1)),
+        (
+            ValueError,
+            f"workspace has {n_byte - 1} bytes; expected at least {n_byte} (for 1 worker)",
+            1,
+            aligned(n_byte - 1),
+        ),
         (ValueError, f"workspace has {n_byte} bytes; expected at least {of_two} (for 2 workers)", 2, aligned(n_byte)),
-        (ValueError, "workspace begins 1 bytes behind a multiple of 64; expected it to be aligned to 64 bytes", 1, aligned(n_byte, 1)),
+        (
+            ValueError,
+            "workspace begins 1 bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
+            1,
+            aligned(n_byte, 1),
+        ),
         (ValueError, "workspace is not a row of bytes", 1, aligned(2 * n_byte)[::2]),
         (ValueError, "workspace is not a row of bytes", 1, aligned(n_byte)[None]),
         (TypeError, "workspace does not hold bytes; expected dtype uint8", 1, aligned(n_byte).view(np.float32)),
@@ -336,8 +423,13 @@ def test_workspace_sizes_are_refused_in_the_words_of_the_verb():
 def test_what_the_core_says_about_itself():
     assert _core.scorers()[:2] == (("norm", 0, ()), ("position", 0, (("n_sink", 4.0),)))
     assert _core.scorers()[2][:2] == ("attention", 3)
-    cases = [(s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")]
-    assert {case for case in cases if _core.supports(*case)} == {("norm", "cpu", "float32"), ("norm", "cpu", "bfloat16")}
+    cases = [
+        (s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")
+    ]
+    assert {case for case in cases if _core.supports(*case)} == {
+        ("norm", "cpu", "float32"),
+        ("norm", "cpu", "bfloat16"),
+    }
     with pytest.raises(TypeError, match="dtype is 1; expected a str"):
         _core.supports("norm", "cpu", 1)
     assert _core.build_info().keys() == {"compiler", "openmp", "abi_version"}
@@ -359,12 +451,16 @@ def test_instruction_sets_can_be_chosen(request):
 
 def test_the_stub_names_every_function_with_its_arguments():
     stub = ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text())
-    described = {node.name: [a.arg for a in node.args.posonlyargs] for node in stub.body if isinstance(node, ast.FunctionDef)}
+    described = {
+        node.name: [a.arg for a in node.args.posonlyargs] for node in stub.body if isinstance(node, ast.FunctionDef)
+    }
     real = {name: list(inspect.signature(f).parameters) for name, f in vars(_core).items() if inspect.isbuiltin(f)}
     assert described == real
 
 
 @pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="reads the symbols with GNU nm")
 def test_only_the_entry_point_is_exported():
-    listing = subprocess.run(["nm", "-D", "--defined-only", _core.__file__], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", _core.__file__], capture_output=True, text=True, check=True
+    ).stdout
     assert [line.split()[-1] for line in listing.splitlines()] == ["PyInit__core"]

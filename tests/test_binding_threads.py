@@ -1,4 +1,5 @@
-"""The extension module among threads that call it or change its arguments, in forked children, and in other interpreters."""
+"""The extension module among threads that call it or change its arguments, in forked children, and in other
+interpreters."""
 
 import os
 import subprocess
@@ -16,7 +17,8 @@ from kvpitfalls import _core
 
 
 def test_other_python_threads_run_during_a_call():
-    """The main thread is never made to yield here, so that the other one can only count while a call has let go of the GIL."""
+    """The main thread is never made to yield here, so that the other one can only count while a call has let go of the
+    GIL."""
     counter, stop = [0], threading.Event()
 
     def count():
@@ -91,7 +93,10 @@ print(started, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), call() == exp
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by /proc")
 def test_a_forked_child_works_serially():
     """The time limit is there because the child of a program with OpenMP threads would otherwise wait for ever."""
-    setting = {"env": {**os.environ, "OMP_DYNAMIC": "false", "OMP_THREAD_LIMIT": "64"}, "cwd": Path(_core.__file__).parents[1]}
+    setting = {
+        "env": {**os.environ, "OMP_DYNAMIC": "false", "OMP_THREAD_LIMIT": "64"},
+        "cwd": Path(_core.__file__).parents[1],
+    }
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, **setting)
     assert done.returncode == 0, done.stderr
     started, child, still_works = done.stdout.split()
@@ -140,13 +145,19 @@ print(n[True], n[False])
 @pytest.mark.parametrize("name", ["positions", "valid", "segments"])
 def test_a_thread_that_rewrites_a_table_cannot_crash_the_process(name):
     """What is checked is what is used: such calls are refused or give some numbers, and the process lives."""
-    run = subprocess.run([sys.executable, "-c", REWRITES, name], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [sys.executable, "-c", REWRITES, name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr[-500:]
     done, refused = map(int, run.stdout.split())
     assert done > 3 and done + refused > 10
 
 
-# In a process of its own: after the first subinterpreter Python no longer knows who holds the GIL, and torch refuses gradients.
+# In a process of its own: after the first subinterpreter Python no longer knows who holds the GIL, and torch refuses
+# gradients.
 _IN_A_SUBINTERPRETER = """
 import importlib, sys
 if sys.version_info < (3, 13):
@@ -166,7 +177,9 @@ interpreters.destroy(inner)
 
 def raised_in_a_subinterpreter(code: str) -> str:
     """What running this code in an interpreter that shares the main one's GIL raises, as text."""
-    return subprocess.run([sys.executable, "-c", _IN_A_SUBINTERPRETER, code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", _IN_A_SUBINTERPRETER, code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_a_subinterpreter_is_refused():

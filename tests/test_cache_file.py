@@ -18,7 +18,9 @@ from kvpitfalls.hf import save
 N_PROMPT, CHUNKS = 20, [1, 1, 5, 1]
 
 
-@pytest.mark.parametrize("family", not_refused("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt2", "gemma3n_text"))
+@pytest.mark.parametrize(
+    "family", not_refused("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt2", "gemma3n_text")
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_loaded_cache_goes_on_as_the_original(family, padded, tmp_path):
     model, tokens, path = build_type(family), ids(), tmp_path / "prompt.safetensors"
@@ -32,7 +34,10 @@ def test_a_loaded_cache_goes_on_as_the_original(family, padded, tmp_path):
         assert loaded.report() == cache.report() and loaded.valid == cache.valid
         wanted = feed(model, tokens, CHUNKS, copy.deepcopy(cache), mask, start=N_PROMPT)
         assert torch.equal(feed(model, tokens, CHUNKS, copy.deepcopy(loaded), mask, start=N_PROMPT), wanted)
-        first, second = (model.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(c), **greedy) for c in (cache, loaded))
+        first, second = (
+            model.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(c), **greedy)
+            for c in (cache, loaded)
+        )
         assert torch.equal(first, second)
     assert os.listdir(tmp_path) == [path.name]
 
@@ -55,7 +60,10 @@ def test_files_that_do_not_belong_are_refused(tmp_path):
         kvp.load_cache(tmp_path / "nothing", model)
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for version, message in (("3", "has version 3; expected at most 2"), ("1", "has version 1, of an older kvpitfalls; expected 2")):
+    for version, message in (
+        ("3", "has version 3; expected at most 2"),
+        ("1", "has version 1, of an older kvpitfalls; expected 2"),
+    ):
         save_file(tensors, tmp_path / "other", {**metadata, "version": version})
         with pytest.raises(ValueError, match=message):
             kvp.load_cache(tmp_path / "other", model)
@@ -70,7 +78,9 @@ def test_files_that_do_not_belong_are_refused(tmp_path):
     }
     for name, (some, about) in without.items():
         save_file(some, tmp_path / name, about)
-        with pytest.raises(ValueError, match=f"{name} has the tag of a cache but not its content; expected a file saved by"):
+        with pytest.raises(
+            ValueError, match=f"{name} has the tag of a cache but not its content; expected a file saved by"
+        ):
             kvp.load_cache(tmp_path / name, model)
     (tmp_path / "broken").write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is broken"):

@@ -38,7 +38,10 @@ def test_a_card_holds_the_summarys_numbers(two):
     assert all(setting["metrics"][name] == cell["metrics"][name] for name in setting["metrics"])
     for name, found in setting["metrics"].items():
         pairs = setting["prompts"][name]
-        assert sum(p[1] for p in pairs) / sum(p[2] for p in pairs) == pytest.approx(found["mean"]) and len(pairs) == found["n_prompt"]
+        assert (
+            sum(p[1] for p in pairs) / sum(p[2] for p in pairs) == pytest.approx(found["mean"])
+            and len(pairs) == found["n_prompt"]
+        )
     many = cards([*records_of(degenerate.obeys, "good"), *records_of(degenerate.novel, "other")], [])
     assert [card["model"] for card in many] == ["good", "other"]
 
@@ -48,7 +51,9 @@ def test_comparing_is_what_two_modes_of_one_sweep_would_give(two):
     found = {row["metric"]: row for row in compare(*two)}
     as_modes = [*records_of(degenerate.refuses, "m"), *records_of(degenerate.obeys, "m", mode="fix")]
     for row in fixes(as_modes):
-        assert all(found[row["metric"]][name] == pytest.approx(row[name]) for name in ("difference", "low", "high", "n_prompt"))
+        assert all(
+            found[row["metric"]][name] == pytest.approx(row[name]) for name in ("difference", "low", "high", "n_prompt")
+        )
     assert found["guarded"]["difference"] == 1 and found["refused"]["difference"] == 0
     backwards = {row["metric"]: row["difference"] for row in compare(*two[::-1])}
     assert backwards == {name: pytest.approx(-row["difference"]) for name, row in found.items()}
@@ -64,7 +69,9 @@ def test_prompts_of_one_name_and_another_text_are_no_pair(two):
     a, b = (copy.deepcopy(card) for card in two)
     for card, digest in ((a, "1" * 64), (b, "2" * 64)):
         card["made_with"] = [{"config.dataset": "own", "corpus_sha256": digest}]
-    with pytest.raises(ValueError, match=r"the prompts 'own' of the cards differ \(sha256 111111111111... and 222222222222...\)"):
+    with pytest.raises(
+        ValueError, match=r"the prompts 'own' of the cards differ \(sha256 111111111111... and 222222222222...\)"
+    ):
         compare(a, b)
     b["made_with"][0]["config.dataset"] = "mine.jsonl"
     assert compare(a, b) == compare(*two)
@@ -91,6 +98,8 @@ def test_what_is_no_card_is_refused(two, tmp_path, capsys):
         assert cli.main(["compare", str(path), str(good)]) == 2
         assert "is no card; expected the card.json that kvpitfalls report wrote" in capsys.readouterr().err
     path.write_text(json.dumps({**two[0], "format": 9}), "utf-8")
-    assert cli.main(["compare", str(path), str(good)]) == 2 and "a card of format 9; expected 1" in capsys.readouterr().err
+    assert (
+        cli.main(["compare", str(path), str(good)]) == 2 and "a card of format 9; expected 1" in capsys.readouterr().err
+    )
     path.write_text(json.dumps({**two[0], "settings": [{**two[0]["settings"][0], "policy": "tova"}]}), "utf-8")
     assert cli.main(["compare", str(path), str(good)]) == 2 and "no setting in common" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Whatever a chat template does with dates, tools, parts and begun answers: a prompt is the template's own text, and knows whose it is."""
+"""Whatever a chat template does with dates, tools, parts and begun answers: a prompt is the template's own text, and
+knows whose it is."""
 
 import datetime
 import json
@@ -14,12 +15,21 @@ import kvpitfalls as kvp
 
 WORD = st.text(alphabet="aenoSp .,é🙂{}'\"", min_size=1, max_size=12).filter(lambda text: text == text.strip())
 NAMES = st.sampled_from(["look_up", "send"])
-ARGUMENTS = st.dictionaries(st.sampled_from(["to", "what"]), WORD | st.integers(0, 9) | st.lists(WORD, max_size=2), max_size=2)
-CALL = st.builds(lambda name, arguments: {"type": "function", "function": {"name": name, "arguments": arguments}}, NAMES, ARGUMENTS)
-CALLS = st.builds(lambda calls: {"role": "assistant", "content": None, "tool_calls": calls}, st.lists(CALL, min_size=1, max_size=2))
+ARGUMENTS = st.dictionaries(
+    st.sampled_from(["to", "what"]), WORD | st.integers(0, 9) | st.lists(WORD, max_size=2), max_size=2
+)
+CALL = st.builds(
+    lambda name, arguments: {"type": "function", "function": {"name": name, "arguments": arguments}}, NAMES, ARGUMENTS
+)
+CALLS = st.builds(
+    lambda calls: {"role": "assistant", "content": None, "tool_calls": calls}, st.lists(CALL, min_size=1, max_size=2)
+)
 RESULT = st.builds(lambda text: {"role": "tool", "content": text}, WORD)
 TURN = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "assistant"]), WORD)
-TOOL = {"type": "function", "function": {"name": "look_up", "description": "x", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "x", "parameters": {"type": "object", "properties": {}}},
+}
 OPTIONS = st.fixed_dictionaries({}, optional={"tools": st.just([TOOL]), "enable_thinking": st.booleans()})
 BEGUN = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 every_template = pytest.mark.parametrize("name", TEMPLATES)
@@ -47,7 +57,9 @@ def test_a_prompt_is_what_the_template_gives_and_its_contents_are_the_messages(n
     assert [(role, prompt.text[a:b]) for role, (a, b) in zip(prompt.roles, prompt.contents, strict=True)] == said
     if not generation:
         longer = [*messages, {"role": "user", "content": "More."}]
-        assert prompt.tokenizer.decode(prompt.followed_by("More.")[0]) == rendered(prompt, longer, add_generation_prompt=True)
+        assert prompt.tokenizer.decode(prompt.followed_by("More.")[0]) == rendered(
+            prompt, longer, add_generation_prompt=True
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,7 +85,9 @@ def test_an_answer_that_is_begun_is_gone_on_with(name, begun, rest):
     prompt = kvp.Prompt.from_chat(tokenizer, [*BEGUN, answer], {"it": "Be kind."}, continue_final_message=True)
     assert prompt.text.endswith(begun) and prompt.text == rendered(prompt, [*BEGUN, answer])
     context = kvp.Prompt.from_chat(tokenizer, BEGUN)
-    assert tokenizer.decode(context.followed_by([answer], continue_final_message=True)[0]) == context_of(context, answer)
+    assert tokenizer.decode(context.followed_by([answer], continue_final_message=True)[0]) == context_of(
+        context, answer
+    )
     closed = kvp.Prompt.from_chat(tokenizer, [*BEGUN, answer])
     following = [{"role": "user", "content": rest}]
     assert tokenizer.decode(closed.followed_by(following)[0]).startswith(closed.text)
@@ -85,7 +99,9 @@ def context_of(context, answer):
 
 def test_a_prompt_that_was_begun_goes_on_with_a_question_as_its_template_closes_the_answer():
     tokenizer = tokenizer_of("chatml")
-    prompt = kvp.Prompt.from_chat(tokenizer, [*BEGUN, {"role": "assistant", "content": "Sure"}], continue_final_message=True)
+    prompt = kvp.Prompt.from_chat(
+        tokenizer, [*BEGUN, {"role": "assistant", "content": "Sure"}], continue_final_message=True
+    )
     assert tokenizer.decode(prompt.followed_by("And?")[0]) == prompt.text + (
         "<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -126,7 +142,9 @@ def test_no_field_of_a_message_can_pass_for_the_template(where):
 
 def test_templates_that_take_no_parts():
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    with pytest.raises(ValueError, match="takes no parts, and prints message 0 as Python does; expected a content that is a str"):
+    with pytest.raises(
+        ValueError, match="takes no parts, and prints message 0 as Python does; expected a content that is a str"
+    ):
         kvp.Prompt.from_chat(tokenizer_of("chatml"), parts)
     adds = byte_level(template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
     with pytest.raises(ValueError, match="the chat template refuses the messages: can only concatenate str"):
@@ -142,7 +160,10 @@ def test_templates_that_take_no_parts():
         ({"role": "user", "content": [{"text": "x"}]}, "parts that have a type"),
         ({"role": "user", "content": [{"type": "text"}]}, "of the type 'text', a text"),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "of the type 'text', a text"),
-        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "message 0 has a part of the type 'image'; expected parts of text"),
+        (
+            {"role": "user", "content": [{"type": "image", "url": "x"}]},
+            "message 0 has a part of the type 'image'; expected parts of text",
+        ),
         ({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, "message 0 holds the lone surrogate"),
     ],
 )

@@ -37,7 +37,9 @@ def test_audit_prints_a_table(run):
     assert code == 0 and "prompt tokens" in lines[0]
     for policy in ("h2o", "knorm", "snapkv", "streaming_llm", "tova"):
         said = [line for line in lines if line.startswith(policy)]
-        assert said[:2] == [f"{policy}, biased", f"{policy}, fair"] and len(said) == 3, "twice in the table, and a verdict"
+        assert said[:2] == [f"{policy}, biased", f"{policy}, fair"] and len(said) == 3, (
+            "twice in the table, and a verdict"
+        )
     table = lines[: lines.index("", 3)]
     assert sum("never" in line for line in table) == sum("spanish" in line for line in table) == 10
     assert re.search(r"^r, the share removed +\.10 .* \.90$", out, re.MULTILINE)
@@ -61,7 +63,12 @@ def test_audit_json_is_all_there_is_on_stdout(run, tmp_path):
 def test_an_instruction_under_min_kept_exits_with_3(run):
     given = ["audit", "--system", SYSTEM, *PARTS, "--policy", "streaming_llm", "--ratio", "0.5"]
     code, out, err = run(*given, "--fair", "no", "--min-kept", "0.5")
-    assert code == 3 and "'never' keeps" in err and "under 0.5 (streaming_llm, biased, r=0.5)" in err and "streaming_llm" in out
+    assert (
+        code == 3
+        and "'never' keeps" in err
+        and "under 0.5 (streaming_llm, biased, r=0.5)" in err
+        and "streaming_llm" in out
+    )
     assert run(*given, "--fair", "yes", "--min-kept", "0.2")[0] == 0
     kinds = ["--fair", "floor=3", "--fair", "no", "--fair", "0.5", "--fair", "yes"]
     out = run(*given, *kinds, "--protect", "boundary", "--json")[1]
@@ -85,7 +92,9 @@ def test_an_audit_that_names_nothing_does_sentences_and_can_be_read(run, n_sente
     assert shares == sorted(shares)
     verdicts = "\n".join(lines[lines.index("", 5) :]).replace("\n  ", " ").splitlines()[-2:]
     for policy, verdict in zip(["streaming_llm", "knorm"], verdicts, strict=True):
-        assert re.fullmatch(rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d[^,]*\.", verdict)
+        assert re.fullmatch(
+            rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d[^,]*\.", verdict
+        )
     assert f" in {n_sentence};" in verdicts[0]
 
 
@@ -94,11 +103,20 @@ def test_an_audit_that_names_nothing_does_sentences_and_can_be_read(run, n_sente
     [
         (["audit", "--system", "12 + 7"], "the prompt has no letter to be cut into sentences"),
         (["audit", "--system", SYSTEM, *PARTS, "--instructions", "lines"], "not allowed with argument --instruction"),
-        (["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--fair", "yes"], "--min-kept is given without --ratio or --fair"),
-        (["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--ratio", "0.5"], "--min-kept is given without --ratio or --fair"),
+        (
+            ["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--fair", "yes"],
+            "--min-kept is given without --ratio or --fair",
+        ),
+        (
+            ["audit", "--system", SYSTEM, *PARTS, "--min-kept", "0.5", "--ratio", "0.5"],
+            "--min-kept is given without --ratio or --fair",
+        ),
         (["audit", *PARTS], "--system"),
         (["audit", "--system", SYSTEM, "--instruction", "nothing"], "--instruction is 'nothing'; expected NAME=TEXT"),
-        (["audit", "--system", SYSTEM, "--instruction", "a=Never obey."], "the text of instruction 'a' is not in the prompt"),
+        (
+            ["audit", "--system", SYSTEM, "--instruction", "a=Never obey."],
+            "the text of instruction 'a' is not in the prompt",
+        ),
         (["audit", "--system", SYSTEM, *PARTS, "--policy", "snapvk"], "did you mean 'snapkv'"),
         (["audit", "--system", SYSTEM, *PARTS, "--ratio", "1.5"], "compression_ratio is 1.5"),
         (["audit", "--system", SYSTEM, *PARTS, "--min-kept", "7"], "--min-kept is 7.0; expected a share in (0, 1]"),
@@ -123,7 +141,13 @@ def test_info(run):
     from kvpitfalls import _core
 
     code, out, _ = run("info")
-    assert code == 0 and "torch" in out and f"C core, row primitives: {_core.isa()}" in out and "snapkv" in out and "SmolLM2" in out
+    assert (
+        code == 0
+        and "torch" in out
+        and f"C core, row primitives: {_core.isa()}" in out
+        and "snapkv" in out
+        and "SmolLM2" in out
+    )
     code, out, _ = run("info", "--json")
     header = Path(__file__).parent.parent / "csrc/kvp.h"
     assert json.loads(out)["core"]["abi_version"] == int(re.search(r"KVP_ABI_VERSION (\d+)", header.read_text())[1])
@@ -132,14 +156,21 @@ def test_info(run):
 def test_info_names_a_release_of_transformers_that_was_not_tried(run, monkeypatch):
     matrix = re.findall(r"^transformers==(\S+)", Path(__file__).with_name("matrix.txt").read_text(), re.M)
     assert [matrix[0], matrix[-1]] == [releases.OLDEST, releases.NEWEST]
-    for version, said in ((matrix[-1], False), (matrix[0], False), ("999.1.0.dev0", "newer than"), ("4.56.2", "older than")):
+    for version, said in (
+        (matrix[-1], False),
+        (matrix[0], False),
+        ("999.1.0.dev0", "newer than"),
+        ("4.56.2", "older than"),
+    ):
         monkeypatch.setattr("transformers.__version__", version)
         line = next(line for line in run("info")[1].splitlines() if line.startswith("transformers"))
         assert version in line and ("was not tried" in line) == bool(said) and (said or "") in line
 
 
 def test_module_and_version():
-    out = subprocess.run([sys.executable, "-m", "kvpitfalls", "--version"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "kvpitfalls", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     assert out.startswith("kvpitfalls 0.1.0")
 
 

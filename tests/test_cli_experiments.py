@@ -50,13 +50,20 @@ def test_sweep_from_a_file_and_again(run, model, tmp_path):
 
 def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
     """The command makes the card and the page, and both are those of the same sweep and report by hand."""
-    short = {**presets._SMALL, "n_prompts": 2, "compression_ratios": (0.5,), "max_new_tokens": {"attack": 3, "recall": 3, "follow": 3}}
+    short = {
+        **presets._SMALL,
+        "n_prompts": 2,
+        "compression_ratios": (0.5,),
+        "max_new_tokens": {"attack": 3, "recall": 3, "follow": 3},
+    }
     monkeypatch.setitem(presets._PRESETS, "suite-v1-small", {"all": short})
     given = ["--model", model, "--output", tmp_path / "suite"]
     code, out, _ = run("suite", "--small", *given)
     card = read_card(tmp_path / "suite" / "report" / "card.json")
     assert (
-        code == 0 and str(tmp_path / "suite" / "report" / "index.html") in out and str(tmp_path / "suite" / "report" / "card.json") in out
+        code == 0
+        and str(tmp_path / "suite" / "report" / "index.html") in out
+        and str(tmp_path / "suite" / "report" / "card.json") in out
     )
     assert run("sweep", "--preset", "suite-v1-small", "--model", model, "--output", tmp_path / "by_hand")[0] == 0
     run("report", tmp_path / "by_hand")
@@ -70,7 +77,9 @@ def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
 
 def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
     path = tmp_path / "sweep.json"
-    config = tiny_sweep.config(model, n_prompts=1, modes=["whitelist_defense"], compression_ratios=[0.9], orders=["defense_first"])
+    config = tiny_sweep.config(
+        model, n_prompts=1, modes=["whitelist_defense"], compression_ratios=[0.9], orders=["defense_first"]
+    )
     path.write_text(json.dumps(config.to_dict()), "utf-8")
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
     assert code == 0 and "failed;" not in err and "12 items, 0 failed, 8 infeasible" in out
@@ -79,7 +88,18 @@ def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
 def test_failed_items_exit_with_1(run, model, tmp_path):
     row = {"key": 1, "messages": [{"role": "system", "content": "Silence!"}, {"role": "user", "content": "Hello"}]}
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    given = ["--dataset", tmp_path / "mine.jsonl", "--model", model, "--policy", "knorm", "--ratio", 0.5, "--max-new-tokens", 3]
+    given = [
+        "--dataset",
+        tmp_path / "mine.jsonl",
+        "--model",
+        model,
+        "--policy",
+        "knorm",
+        "--ratio",
+        0.5,
+        "--max-new-tokens",
+        3,
+    ]
     code, _, err = run("leakage", *given, "--output", tmp_path / "out")
     assert code == 1 and "items failed; their records hold the error" in err
 
@@ -102,7 +122,9 @@ def test_bad_usage_exits_with_2(run, argv, message):
 
 def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
     path = tmp_path / "sweep.json"
-    config = tiny_sweep.config(model, n_prompts=2, kinds=["probe"], modes=["fair"], compression_ratios=[0.5], orders=["defense_first"])
+    config = tiny_sweep.config(
+        model, n_prompts=2, kinds=["probe"], modes=["fair"], compression_ratios=[0.5], orders=["defense_first"]
+    )
     path.write_text(json.dumps(config.to_dict()), "utf-8")
     assert run("sweep", "--config", path, "--output", tmp_path / "out")[0] == 0
     code, out, _ = run("report", tmp_path / "out")
@@ -115,33 +137,79 @@ def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
 
 
 def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
-    flags = ["--model", model, "--n-prompts", 2, "--policy", "tova", "--mode", "0.5", "--ratio", 0.4, "--max-new-tokens", 4]
+    flags = [
+        "--model",
+        model,
+        "--n-prompts",
+        2,
+        "--policy",
+        "tova",
+        "--mode",
+        "0.5",
+        "--ratio",
+        0.4,
+        "--max-new-tokens",
+        4,
+    ]
     code, out, _ = run("leakage", *flags, "--attack", "role_play", "--order", "directive_first", "--output", tmp_path)
     header = next(line for line in out.splitlines() if line.startswith("model")).split()
     together = ["guarded", "refused", "leaked", "complied", "leak_above", "recall_above", "follow", "refused_task"]
     assert code == 0 and header[-10:] == [*together, "kept:defense", "kept:directive"]
     assert header[6:10] == ["prompts", "items", "failed", "infeasible"]
-    assert [line.split()[3:6] for line in out.splitlines()[-2:]] == [["none", "full", ".00"], ["tova", "lambda=0.5", ".40"]]
+    assert [line.split()[3:6] for line in out.splitlines()[-2:]] == [
+        ["none", "full", ".00"],
+        ["tova", "lambda=0.5", ".40"],
+    ]
     assert {r["attack"] for r in read_records(tmp_path)} == {"role_play-1", "role_play-2", "role_play-3", None}
     code, out, _ = run("report", tmp_path)
-    assert code == 0 and "20 of 20 items recorded, 0 failed, 0 infeasible" in out and (tmp_path / "report" / "index.html").is_file()
+    assert (
+        code == 0
+        and "20 of 20 items recorded, 0 failed, 0 infeasible" in out
+        and (tmp_path / "report" / "index.html").is_file()
+    )
 
 
 def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
     messages = [{"role": "system", "content": "Be brief and kind."}, {"role": "user", "content": "Hello"}]
     (tmp_path / "mine.jsonl").write_text(json.dumps({"key": 1, "messages": messages}) + "\n", "utf-8")
-    given = ["--dataset", tmp_path / "mine.jsonl", "--model", model, "--policy", "tova", "--ratio", 0.4, "--max-new-tokens", 3]
+    given = [
+        "--dataset",
+        tmp_path / "mine.jsonl",
+        "--model",
+        model,
+        "--policy",
+        "tova",
+        "--ratio",
+        0.4,
+        "--max-new-tokens",
+        3,
+    ]
     code, out, err = run("leakage", *given, "--output", tmp_path / "out")
     assert code == 0 and "following is not measured" in err and "recall_above" in out and "refused_task" not in out
 
 
 def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):
-    given = ["--model", model, "--n-prompts", 3, "--policy", "snapkv", "--ratio", 0.5, "--max-new-tokens", 4, "--output", tmp_path]
+    given = [
+        "--model",
+        model,
+        "--n-prompts",
+        3,
+        "--policy",
+        "snapkv",
+        "--ratio",
+        0.5,
+        "--max-new-tokens",
+        4,
+        "--output",
+        tmp_path,
+    ]
     code, out, _ = run("ifeval", *given)
     assert code == 0 and "strict" in out and "loose" in out
     for what in ("prompts, all", "instructions, all", "prompts, single", "instructions, single"):
         assert out.count(what) == 2  # the full cache, and SnapKV
-    assert {r["defense"] for r in read_records(tmp_path)} == {"none"} and {r["kind"] for r in read_records(tmp_path)} == {"follow"}
+    assert {r["defense"] for r in read_records(tmp_path)} == {"none"} and {
+        r["kind"] for r in read_records(tmp_path)
+    } == {"follow"}
 
 
 def test_a_report_on_nothing_exits_with_1(run, tmp_path):
@@ -159,7 +227,9 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests themselves run in the background
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests themselves run in the background
     )
     while ran.poll() is None and not ((out / "records.jsonl").exists() and (out / "records.jsonl").stat().st_size):
         time.sleep(0.01)
@@ -167,7 +237,10 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
     said, error = ran.communicate()
     recorded = len(read_records(out))
     assert ran.returncode == 130 and not said and "Traceback" not in error and 0 < recorded < 288
-    last = f"kvpitfalls sweep: interrupted; {recorded} of 288 items are recorded in {out}, and the same command goes on from there"
+    last = (
+        f"kvpitfalls sweep: interrupted; {recorded} of 288 items are recorded in {out}, and the same command goes on "
+        "from there"
+    )
     assert error.splitlines()[-1] == last
 
 

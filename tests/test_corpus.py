@@ -24,7 +24,12 @@ PREFIX = b'Be "good":\n\n'
 def test_the_shipped_set_is_as_large_as_promised():
     assert len(OWN.rows) >= 60 and len({r["messages"][0]["content"] for r in OWN.rows}) == len(OWN.rows)
     assert len({i for r in OWN.rows for i in r["instruction_id_list"]}) == 25
-    assert Counter(name.rpartition("-")[0] for name in OWN.attacks) == {"verbatim": 3, "translation": 3, "role_play": 3, "formatting": 3}
+    assert Counter(name.rpartition("-")[0] for name in OWN.attacks) == {
+        "verbatim": 3,
+        "translation": 3,
+        "role_play": 3,
+        "formatting": 3,
+    }
     assert len(OWN.defenses) == 4 + 1 and all(set(d.templates) == set(corpus.ORDERS) for d in OWN.defenses.values())
 
 
@@ -33,9 +38,14 @@ def test_the_suite_never_changes_and_is_as_large_as_promised():
     assert SUITE.sha256 == "398ce9bd62d0d2cf0e75d3cfa71621c687ce5a1a91e225899b9fb73064e707b3"
     rows = SUITE.rows
     assert len(rows) == 200 and len({r["messages"][0]["content"] for r in rows}) == 200
-    assert sum(len(r["instruction_id_list"]) > 1 for r in rows) >= 80 and len({i for r in rows for i in r["instruction_id_list"]}) == 25
+    assert (
+        sum(len(r["instruction_id_list"]) > 1 for r in rows) >= 80
+        and len({i for r in rows for i in r["instruction_id_list"]}) == 25
+    )
     own = {r["key"] for r in OWN.rows}
-    assert own < {r["key"] for r in rows} and 0 < sum(r["key"] in own for r in rows[:24]) < 24, "its first prompts are of both kinds"
+    assert own < {r["key"] for r in rows} and 0 < sum(r["key"] in own for r in rows[:24]) < 24, (
+        "its first prompts are of both kinds"
+    )
 
 
 @pytest.mark.parametrize("row", SUITE.rows, ids=lambda row: str(row["key"]))
@@ -61,13 +71,16 @@ def test_answers_that_follow_pass():
 @pytest.mark.parametrize("order", corpus.ORDERS)
 @pytest.mark.parametrize("name", [n for n in OWN.defenses if n != corpus.NO_DEFENSE])
 def test_prompts_of_both_orders(smollm2, name, order):
-    """Defense and directive touch, in the order asked for; the whitelisted phrase is found; the conversation continues the context."""
+    """Defense and directive touch, in the order asked for; the whitelisted phrase is found; the conversation continues
+    the context."""
     tokenizer = smollm2[1]
     for row in OWN.rows[:5]:
         scenario = Scenario.of(OWN, row, name, order)
         prompt = scenario.prompt(tokenizer)
         one, two = prompt.spans.values()
-        assert (one.name, two.name) == (("defense", "directive") if order == "defense_first" else ("directive", "defense"))
+        assert (one.name, two.name) == (
+            ("defense", "directive") if order == "defense_first" else ("directive", "defense")
+        )
         assert one.end == two.start and one.text + two.text == scenario.system
         begin, end = prompt.find(scenario.whitelist)
         assert prompt.spans["defense"].start <= begin < end <= prompt.spans["defense"].end
@@ -98,9 +111,15 @@ def test_a_users_file(tmp_path):
         ("[]", "messages None; expected"),
         ("9" * 5000, "line 1, is no JSON"),
         ("[" * 100_000, "line 1, is no JSON"),
-        (json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}), "messages None; expected .* a text as content"),
+        (
+            json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}),
+            "messages None; expected .* a text as content",
+        ),
         (json.dumps({"key": [], "messages": messages}), "expected an object with key and messages"),
-        (json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}), "instruction_id_list and kwargs that do not fit"),
+        (
+            json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}),
+            "instruction_id_list and kwargs that do not fit",
+        ),
         ("", "has 0 rows"),
         ((json.dumps({"key": 1, "messages": messages}) + "\n") * 2, "2 rows and 1 different keys"),
     ]:
@@ -123,7 +142,10 @@ def stand_in(tmp_path, monkeypatch):
     """A folder that looks like the paper's data, with checksums to match."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
-    rows = [{"key": i, "messages": [{"role": "system", "content": f"Say {i} now."}, {"role": "user", "content": "Go"}]} for i in range(9)]
+    rows = [
+        {"key": i, "messages": [{"role": "system", "content": f"Say {i} now."}, {"role": "user", "content": "Go"}]}
+        for i in range(9)
+    ]
     templates = {"standard_defense": "KEEP QUIET.\n$system_prompt", "flipped_defense": "$system_prompt\n\nKEEP QUIET."}
     contents = {
         "sys_ifeval.jsonl": "\n".join(map(json.dumps, rows)),
@@ -140,7 +162,9 @@ def stand_in(tmp_path, monkeypatch):
         (folder / name).write_text(text, encoding="utf-8")
         sums[name] = (name, hashlib.sha256(text.encode()).hexdigest())
     monkeypatch.setattr(corpus, "PAPER_FILES", sums)
-    monkeypatch.setattr(corpus, "_TEMPLATE_SUMS", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in templates.items()})
+    monkeypatch.setattr(
+        corpus, "_TEMPLATE_SUMS", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in templates.items()}
+    )
     monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KVPITFALLS_DATA", raising=False)
     return folder
@@ -149,7 +173,10 @@ def stand_in(tmp_path, monkeypatch):
 def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
     found = corpus.load_corpus("paper", stand_in)
     assert "CC BY 4.0" in capsys.readouterr().err and list(found.attacks.values()) == ["Repeat it."]
-    assert Scenario.of(found, found.rows[0], "paper", "defense_first").system == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."
+    assert (
+        Scenario.of(found, found.rows[0], "paper", "defense_first").system
+        == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."
+    )
     monkeypatch.setenv("KVPITFALLS_DATA", str(stand_in))
     keys = list(range(9))
     random.seed(42)

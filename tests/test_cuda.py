@@ -1,4 +1,5 @@
-"""The same on a GPU, and on a model split over two: kept tokens and answers as on the CPU. Skipped where there is none."""
+"""The same on a GPU, and on a model split over two: kept tokens and answers as on the CPU. Skipped where there is
+none."""
 
 import copy
 
@@ -25,7 +26,10 @@ def compress_and_answer(model, policy, fair):
     with kvp.wrap(model, policy, compression_ratio=0.5, fair=fair, protect="sinks") as handle:
         cache = handle.compress(tokens[:, :20], spans=SPANS)
         answer = model.generate(
-            tokens.to(device), attention_mask=torch.ones_like(tokens).to(device), past_key_values=copy.deepcopy(cache), **GREEDY
+            tokens.to(device),
+            attention_mask=torch.ones_like(tokens).to(device),
+            past_key_values=copy.deepcopy(cache),
+            **GREEDY,
         )
         assert handle.report()["bytes_after"] * 2 == handle.report()["bytes_before"]
     return [cache.positions(layer.index) for layer in cache.kept_layers], answer.cpu()
@@ -77,7 +81,9 @@ def turns_after(model, policy, fair, when):
 @pytest.mark.parametrize("fair", [False, True])
 @pytest.mark.parametrize("policy", HELD, ids=str)
 def test_padding_between_turns_is_no_token_on_a_gpu_either(policy, fair, when):
-    (on_cpu, held), (on_gpu, also) = (turns_after(build("llama").to(device), policy, fair, when) for device in ("cpu", "cuda"))
+    (on_cpu, held), (on_gpu, also) = (
+        turns_after(build("llama").to(device), policy, fair, when) for device in ("cpu", "cuda")
+    )
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(held, also, strict=True))
 
@@ -97,7 +103,9 @@ def test_gradients_through_a_gpus_cache_are_the_cpus(policy):
 def test_a_layer_after_the_first_waits_for_nothing():
     generator = torch.Generator("cuda").manual_seed(0)
     keys = torch.randn(2, 2, 300, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
-    layout = Layout.of(2, 300, spans={"first": (8, 90), "second": (90, 180)}, protect="sinks", valid=[(7, 300), (0, 300)])
+    layout = Layout.of(
+        2, 300, spans={"first": (8, 90), "second": (90, 180)}, protect="sinks", valid=[(7, 300), (0, 300)]
+    )
     fair = Fair.parse(True)
 
     def compress():
@@ -124,7 +132,14 @@ def test_a_model_split_over_two_gpus(policy):
     accelerate = pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
     whole = compress_and_answer(build("llama").to("cuda:0"), policy, True)
     model = build("llama")
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.layers.2": 1,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
     split = accelerate.dispatch_model(model, device_map={**places, "model.rotary_emb": 0})
     parts = compress_and_answer(split, policy, True)
     assert all(np.array_equal(a, b) for a, b in zip(whole[0], parts[0], strict=True))
@@ -145,7 +160,9 @@ def test_hostile_tensors_on_a_gpu():
         kvp.ops.gather(keys.cuda(), keys, torch.zeros(1, 1, 1, dtype=torch.int32, device="cuda"))
     with kvp.wrap(build("llama").to("cuda"), "knorm", budget=4) as handle:
         with pytest.raises(ValueError, match="prompt holds token 5000; expected ids in"):
-            handle.compress(torch.full((1, 8), 5000, device="cuda"))  # else an assert on the device, after which nothing runs
+            handle.compress(
+                torch.full((1, 8), 5000, device="cuda")
+            )  # else an assert on the device, after which nothing runs
         assert handle.compress(ids(1, 20)).report()["kept_share"] == 0.2
 
 
@@ -158,5 +175,6 @@ def test_a_stream_of_another_gpu_is_not_taken():
         assert torch.equal(kvp.ops.score("norm", keys), wanted) and kvp.ops.score("norm", keys).device == keys.device
         positions, _ = kvp.ops.select(wanted, 100)
         assert torch.equal(
-            kvp.ops.gather(keys, keys, positions)[0].cpu(), keys.cpu().gather(2, positions.cpu().long()[..., None].expand(-1, -1, -1, 64))
+            kvp.ops.gather(keys, keys, positions)[0].cpu(),
+            keys.cpu().gather(2, positions.cpu().long()[..., None].expand(-1, -1, -1, 64)),
         )

@@ -1,4 +1,5 @@
-"""What only a GPU shows: every engine of the kernels against float64, exact selection at length, streams, graphs, and the same bits.
+"""What only a GPU shows: every engine of the kernels against float64, exact selection at length, streams, graphs, and
+the same bits.
 
 Needs a CUDA GPU; the bodies of test_ops.py run there too.
 """
@@ -32,7 +33,9 @@ def attend(keys, queries, votes, valid=None, verb=ops.score, **params):
     n_token = keys.shape[2]
     inputs = Inputs(keys, queries, keys.shape[-1] ** -0.5, 0.0, valid or [(0, n_token)] * len(keys), [], [])
     packed = inputs.attend.__globals__["_pack"](tuple(map(tuple, votes)))
-    return verb("attention", keys, queries=queries, votes=packed, valid=inputs.valid_array, scaling=inputs.scaling, **params)
+    return verb(
+        "attention", keys, queries=queries, votes=packed, valid=inputs.valid_array, scaling=inputs.scaling, **params
+    )
 
 
 def error(ours, exact):
@@ -75,7 +78,11 @@ def test_errors_against_float64(n_dim, dtype):
             keys, queries = tensors(2, n_head, group, n_token, n_dim, dtype)
             votes = {"whole": whole(n_token)}
             if n_token > 10:
-                votes |= {"fair": fair(n_token, n_token // 3, n_token // 2), "two": two_intervals(n_token), "last": window(n_token, 1)}
+                votes |= {
+                    "fair": fair(n_token, n_token // 3, n_token // 2),
+                    "two": two_intervals(n_token),
+                    "last": window(n_token, 1),
+                }
             for name, of_row in votes.items():
                 exact = attend(keys, queries, [of_row] * 2, verb=reference.score)
                 assert error(attend(keys, queries, [of_row] * 2), exact) <= 2e-6, (n_token, group, name)
@@ -100,7 +107,10 @@ def test_windows_pooling_and_shared_heads(n_dim):
 def test_rows_of_a_batch_may_differ_in_everything():
     n = 3000
     keys, queries = tensors(4, 2, 4, n, 128)
-    votes, valid = [whole(n), fair(n, 700, 1900), window(n), two_intervals(n)], [(0, n), (333, n), (129, n - 65), (0, n)]
+    votes, valid = (
+        [whole(n), fair(n, 700, 1900), window(n), two_intervals(n)],
+        [(0, n), (333, n), (129, n - 65), (0, n)],
+    )
     together = attend(keys, queries, votes, valid)
     assert error(together, attend(keys, queries, votes, valid, verb=reference.score)) <= 2e-6
     for b in range(4):
@@ -112,7 +122,9 @@ def test_large_logits_lse_given_and_fewer_queries():
     n = 2048
     keys, queries = tensors(1, 8, 4, n, 128, scale=6.0)
     exact = attend(keys, queries, [whole(n)], verb=reference.score)
-    assert error(attend(keys, queries, [whole(n)]), exact) <= 4e-6  # logits up to 300: 2^-24 of those is the argument's own rounding
+    assert (
+        error(attend(keys, queries, [whole(n)]), exact) <= 4e-6
+    )  # logits up to 300: 2^-24 of those is the argument's own rounding
     keys, queries = tensors(1, 8, 4, n, 128)
     wide = keys.double().repeat_interleave(4, 1)
     hidden = torch.ones(n, n, dtype=torch.bool, device="cuda").triu(1)
@@ -198,7 +210,8 @@ def test_many_votes_travel_by_the_workspace():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["snapkv", "tova", "h2o", "knorm", "streaming_llm"])
 def test_400_sentences_of_5000_tokens(policy, dtype):
-    """What `audit` meets without marking; with a gap before each, 801 segments. Positions are the CPU's, but where scores all but tie."""
+    """What `audit` meets without marking; with a gap before each, 801 segments. Positions are the CPU's, but where
+    scores all but tie."""
     n, rng = 5000, np.random.default_rng(0)
     edges = np.sort(rng.choice(np.arange(1, n), 800, replace=False)).tolist()
     spans = {f"s{i}": pair for i, pair in enumerate(zip(edges[::2], edges[1::2], strict=True))}
@@ -207,7 +220,9 @@ def test_400_sentences_of_5000_tokens(policy, dtype):
     gpu = keep(policy, keys, queries, **settings)
     cpu = keep(policy, keys.float().cpu(), queries.float().cpu(), **settings)
     assert gpu.quotas.shape[-1] == 801 and np.array_equal(gpu.quotas, cpu.quotas)
-    same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(gpu.positions[0].cpu(), cpu.positions[0], strict=True)]
+    same = [
+        len(set(a.tolist()) & set(b.tolist())) for a, b in zip(gpu.positions[0].cpu(), cpu.positions[0], strict=True)
+    ]
     assert min(same) >= 0.999 * 2500
     shares = [((gpu.positions >= a) & (gpu.positions < b)).sum(-1).cpu().numpy() / (b - a) for a, b in spans.values()]
     assert all((abs(share - 0.5) * (b - a) < 1).all() for share, (a, b) in zip(shares, spans.values(), strict=True))
@@ -228,7 +243,10 @@ def test_selection_equals_the_cpu(n_token):
             for protect in (None, rng.random(n_token) < 0.3):
                 cpu = ops.select(scores, [quota], protect=protect)
                 gpu = ops.select(torch.from_numpy(scores).cuda(), [quota], protect=protect)
-                assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True)), (quota, protect is None)
+                assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True)), (
+                    quota,
+                    protect is None,
+                )
         if n_token > 10:
             edges, quotas = [0, n_token // 7, n_token // 7, n_token // 2, n_token], [n_token // 20, 3, n_token, 5]
             case = {"segments": edges, "valid": [[3, n_token - 2], [0, n_token]]}
@@ -243,9 +261,12 @@ def test_positions_out_of_range_give_zeros():
     assert torch.equal(out[:, 0, :2], keys[:, 0, [0, 49]]) and (out[:, 0, 2:] == 0).all() and (out[:, 1, 4] == 0).all()
 
 
-@pytest.mark.parametrize(("n_token", "n_head", "n_repeat"), [(1280, 8, 3000), (1280, 7, 1500), (4096, 8, 1000), (1000, 8, 1000)])
+@pytest.mark.parametrize(
+    ("n_token", "n_head", "n_repeat"), [(1280, 8, 3000), (1280, 7, 1500), (4096, 8, 1000), (1000, 8, 1000)]
+)
 def test_the_same_bits_thousands_of_times(n_token, n_head, n_repeat):
-    """Reads that race with the copy engine show in one of a thousand launches, where a block takes a short unit and then another."""
+    """Reads that race with the copy engine show in one of a thousand launches, where a block takes a short unit and
+    then another."""
     keys, queries = tensors(1, n_head, 4, n_token, 128)
     first = attend(keys, queries, [whole(n_token)])
     differing = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -1,4 +1,5 @@
-"""The forward's own softmax denominators: they are what float64 says, only plain causal attention has any, and policies keep the same."""
+"""The forward's own softmax denominators: they are what float64 says, only plain causal attention has any, and policies
+keep the same."""
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ def test_they_are_those_of_float64_and_the_attention_stays_the_same(device, dtyp
     wanted = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf).logsumexp(-1)
     assert torch.equal(out, plain)
     assert seen.lse.dtype == torch.float32 and seen.lse.shape == wanted.shape
-    torch.testing.assert_close(seen.lse.double(), wanted, rtol=0, atol=4e-6)  # float32 sums of 70 terms of magnitude below 1e2
+    torch.testing.assert_close(
+        seen.lse.double(), wanted, rtol=0, atol=4e-6
+    )  # float32 sums of 70 terms of magnitude below 1e2
 
 
 def test_what_is_not_plain_causal_attention_gives_none():

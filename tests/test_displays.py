@@ -1,4 +1,5 @@
-"""How results show themselves: the numbers are the results' own, texts are escaped, and what is missing is one sentence."""
+"""How results show themselves: the numbers are the results' own, texts are escaped, and what is missing is one
+sentence."""
 
 import html.parser
 import json
@@ -53,7 +54,10 @@ def audited(smollm2, prompt):
 def test_an_audits_table(audited):
     shown = Cells(audited._repr_html_())
     assert shown.rows[0] == ["policy", "eviction", "instruction", "r = 0.3", "r = 0.6"]
-    kept = {(r["policy"], {False: "biased", True: "fair"}[r["fair"]], r["span"], r["compression_ratio"]): r["kept"] for r in audited.rows}
+    kept = {
+        (r["policy"], {False: "biased", True: "fair"}[r["fair"]], r["span"], r["compression_ratio"]): r["kept"]
+        for r in audited.rows
+    }
     assert len(shown.rows) - 1 == len(kept) / 2 == 8
     for policy, fair, span, *shares in shown.rows[1:]:
         assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
@@ -68,12 +72,21 @@ def test_a_cache_its_report_and_its_handle(smollm2, prompt):
         cache = handle.compress(prompt)
         report = cache.report()
         shares = {
-            name: np.mean([((p := cache.positions(i)[0]) >= b) & (p < e) for i in range(30)]) for name, (b, e) in cache.spans[0].items()
+            name: np.mean([((p := cache.positions(i)[0]) >= b) & (p < e) for i in range(30)])
+            for name, (b, e) in cache.spans[0].items()
         }
-        in_span = {name: share * 26 / (cache.spans[0][name][1] - cache.spans[0][name][0]) for name, share in shares.items()}
+        in_span = {
+            name: share * 26 / (cache.spans[0][name][1] - cache.spans[0][name][0]) for name, share in shares.items()
+        }
         for shown in (handle, cache, report):
-            assert Cells(shown._repr_html_()).rows[1:] == [[name, f"{100 * share:.0f} %"] for name, share in in_span.items()]
-        assert "snapkv" in handle._repr_html_().lower() and isinstance(report, dict) and json.loads(json.dumps(report))["spans"]
+            assert Cells(shown._repr_html_()).rows[1:] == [
+                [name, f"{100 * share:.0f} %"] for name, share in in_span.items()
+            ]
+        assert (
+            "snapkv" in handle._repr_html_().lower()
+            and isinstance(report, dict)
+            and json.loads(json.dumps(report))["spans"]
+        )
     frame = report.to_pandas()
     assert list(frame["kept"]) == [26.0] * 30 and frame["bytes_after"].sum() == report["bytes_after"]
 
@@ -108,7 +121,11 @@ def test_to_pandas(audited, monkeypatch):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_retention_curves_pass_through_the_rows(audited, theme):
     figure = audited.plot(theme=theme)
-    panels = {axis.get_title(): {line.get_label(): line for line in axis.get_lines()} for axis in figure.axes if axis.get_title()}
+    panels = {
+        axis.get_title(): {line.get_label(): line for line in axis.get_lines()}
+        for axis in figure.axes
+        if axis.get_title()
+    }
     assert list(panels) == ["snapkv, biased", "snapkv, fair", "knorm, biased", "knorm, fair"]
     for row in audited.rows:
         line = panels[f"{row['policy']}, {'fair' if row['fair'] else 'biased'}"][row["span"]]
@@ -139,12 +156,15 @@ def drawn(figure):
 
     figure._repr_png_()
     texts = figure.findobj(lambda part: isinstance(part, Text) and part.get_text())
-    return [text.get_text() for text in texts], any("$" in t.get_text() and (t.get_parse_math() or t.get_usetex()) for t in texts)
+    return [text.get_text() for text in texts], any(
+        "$" in t.get_text() and (t.get_parse_math() or t.get_usetex()) for t in texts
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_names_are_drawn_as_they_are(name):
-    """No formula, no TeX, and in the legend whatever they begin with; in panels' titles, above matrices and at ticks, too."""
+    """No formula, no TeX, and in the legend whatever they begin with; in panels' titles, above matrices and at ticks,
+    too."""
     row = {"policy": name, "fair": False, "compression_ratio": 0.5, "kept": 0.5}
     texts, is_formula = drawn(plots.retention([{**row, "span": name}, {**row, "span": "task"}]))
     assert {name, "task", f"{name}, biased"} <= set(texts) and not is_formula

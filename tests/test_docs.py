@@ -53,7 +53,9 @@ def same_policies():
 def run_examples(value, name):
     """How many examples there were, and how many failed; of a class, those of its methods too."""
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
-    for found in finder.find(value, name, globs=dict(vars(sys.modules[value.__module__] if hasattr(value, "__module__") else value))):
+    for found in finder.find(
+        value, name, globs=dict(vars(sys.modules[value.__module__] if hasattr(value, "__module__") else value))
+    ):
         runner.run(found)
     return runner.tries, runner.failures
 
@@ -73,7 +75,8 @@ def test_docstring_examples(name, same_policies):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_has_a_numpydoc_docstring(name):
-    """One line that ends with a full stop; every parameter described, in order, and no other; every method said to do something."""
+    """One line that ends with a full stop; every parameter described, in order, and no other; every method said to do
+    something."""
     value = PUBLIC[name]
     doc = FunctionDoc(value)
     assert len(doc["Summary"]) == 1 or not inspect.isclass(value), doc["Summary"]
@@ -83,7 +86,10 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
     parameters = [] if of_python else inspect.signature(value).parameters.values()
     taken = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]
     if name.startswith("reference."):
-        assert inspect.signature(value) == inspect.signature(getattr(kvpitfalls.eviction.ops, value.__name__)) and not described
+        assert (
+            inspect.signature(value) == inspect.signature(getattr(kvpitfalls.eviction.ops, value.__name__))
+            and not described
+        )
     elif value is not kvpitfalls.Policy:  # its attributes are the class's
         taken = [name for name in taken if not name.startswith("_")]
         assert [name for name in described if name in taken] == taken, "described, in order"
@@ -95,7 +101,9 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
 
 
 def test_readme_lists_the_policies():
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| `([^`]+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M
+    )
     assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in policy_names()]
 
 
@@ -114,12 +122,16 @@ def test_the_page_of_the_command_line_has_every_command():
 
 
 def test_the_results_are_what_the_cards_say():
-    ran = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "results_page.py")], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "results_page.py")], capture_output=True, text=True, check=True
+    )
     assert ran.stdout == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_policies_is_what_their_docstrings_say():
-    ran = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "policies_page.py")], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "policies_page.py")], capture_output=True, text=True, check=True
+    )
     assert ran.stdout == (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
@@ -131,15 +143,23 @@ def test_relative_links_lead_somewhere():
 
 def test_the_reference_lists_every_public_name():
     text = "\n".join(page.read_text(encoding="utf-8") for page in ROOT.glob("docs/api_*.md"))
-    listed = {line.split()[-1].split(".")[-1] for line in text.splitlines() if re.match(r"\.\. auto(class|function|exception)::", line)}
+    listed = {
+        line.split()[-1].split(".")[-1]
+        for line in text.splitlines()
+        if re.match(r"\.\. auto(class|function|exception)::", line)
+    }
     assert not {name.split(".")[-1] for name in PUBLIC} - listed
 
 
 def test_the_check_of_the_site_finds_what_is_wrong(tmp_path):
     check = [sys.executable, str(ROOT / "docs" / "check_site.py"), str(tmp_path)]
-    (tmp_path / "good.html").write_text("<a id='here'></a><a href='good.html#here'>x</a><a href='https://example.org'>y</a>")
+    (tmp_path / "good.html").write_text(
+        "<a id='here'></a><a href='good.html#here'>x</a><a href='https://example.org'>y</a>"
+    )
     assert subprocess.run(check, capture_output=True).returncode == 0
-    (tmp_path / "bad.html").write_text("<a href='gone.html'>x</a><a href='good.html#gone'>y</a><img src='https://example.org/a.png'>")
+    (tmp_path / "bad.html").write_text(
+        "<a href='gone.html'>x</a><a href='good.html#gone'>y</a><img src='https://example.org/a.png'>"
+    )
     (tmp_path / "bad.css").write_text("@font-face { src: url(https://example.org/font) }")
     ran = subprocess.run(check, capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stdout.splitlines() == [

@@ -21,7 +21,9 @@ REFUSED = {
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_without_the_attention_interface_are_refused(family):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **REFUSED[family]))
-    with pytest.raises(kvp.UnsupportedModelError, match=rf"\(model type '{family}'\) computes attention in code of its own"):
+    with pytest.raises(
+        kvp.UnsupportedModelError, match=rf"\(model type '{family}'\) computes attention in code of its own"
+    ):
         kvp.wrap(model, "knorm", compression_ratio=0.5)
     assert not [m for m in model.modules() if "forward" in vars(m)]
 
@@ -33,7 +35,8 @@ def test_other_models_are_refused():
     with pytest.raises(kvp.UnsupportedModelError, match="is an encoder-decoder; expected a decoder-only model"):
         kvp.wrap(t5, "knorm", compression_ratio=0.5)
     with pytest.raises(
-        kvp.UnsupportedModelError, match=r"no full-attention layer to compress; its cache layers are: DynamicSlidingWindowLayer"
+        kvp.UnsupportedModelError,
+        match=r"no full-attention layer to compress; its cache layers are: DynamicSlidingWindowLayer",
     ):
         kvp.wrap(build("mistral", sliding_window=8), "knorm", compression_ratio=0.5)
     with pytest.raises(kvp.UnsupportedModelError, match=r"compiled by torch\.compile"):
@@ -58,8 +61,13 @@ def test_models_whose_tokens_see_later_ones_are_refused():
 
 def test_learned_prompts_are_refused():
     model = build("llama")
-    model.peft_config = {"tuned": SimpleNamespace(is_prompt_learning=False), "soft": SimpleNamespace(is_prompt_learning=True)}
-    with pytest.raises(kvp.UnsupportedModelError, match=r"has the adapter 'soft' of prompt or prefix learning, .* such as LoRA"):
+    model.peft_config = {
+        "tuned": SimpleNamespace(is_prompt_learning=False),
+        "soft": SimpleNamespace(is_prompt_learning=True),
+    }
+    with pytest.raises(
+        kvp.UnsupportedModelError, match=r"has the adapter 'soft' of prompt or prefix learning, .* such as LoRA"
+    ):
         kvp.wrap(model, "knorm", compression_ratio=0.5)
     del model.peft_config["soft"]
     kvp.wrap(model, "knorm", compression_ratio=0.5).remove()
@@ -75,7 +83,10 @@ def unchanged(model):
     return feed(model, tokens, [20, 1], DynamicCache(config=model.config))
 
 
-@pytest.mark.skipif(torch.version.cuda is not None and not torch.cuda.is_available(), reason="without a GPU this torch makes no such cache")
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="without a GPU this torch makes no such cache",
+)
 def test_an_offloaded_cache_is_refused(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="offloaded"):
         llama(ids(), past_key_values=DynamicCache(config=llama.config, offloading=True))
@@ -84,7 +95,9 @@ def test_an_offloaded_cache_is_refused(llama):
 def test_caches_and_modes_are_refused(llama):
     plain = unchanged(llama)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(kvp.UnsupportedModelError, match=r"(past_key_values|cache) is a StaticCache; static, quantized"):
+        with pytest.raises(
+            kvp.UnsupportedModelError, match=r"(past_key_values|cache) is a StaticCache; static, quantized"
+        ):
             llama(ids(), past_key_values=StaticCache(config=llama.config, max_cache_len=40))
         with pytest.raises(kvp.UnsupportedModelError, match="StaticCache"):
             llama.generate(ids(), max_new_tokens=2, cache_implementation="static")
@@ -115,7 +128,9 @@ def test_caches_and_modes_are_refused(llama):
         # transformers 4 has an error of its own for this
         with pytest.raises((ValueError, IndexError), match=r"generate was given 30 tokens, all of which|out of bounds"):
             llama.generate(ids(), past_key_values=handle.compress(ids()), max_new_tokens=2)
-        with pytest.raises(ValueError, match="attention_mask has 5 columns; expected 35, for 30 tokens in the cache and 5 new ones"):
+        with pytest.raises(
+            ValueError, match="attention_mask has 5 columns; expected 35, for 30 tokens in the cache and 5 new ones"
+        ):
             llama(ids(2, 5), attention_mask=torch.ones(2, 5), past_key_values=handle.compress(ids()))
         with pytest.raises(ValueError, match="no cache was compressed yet"):
             kvp.wrap(build("llama"), "knorm", budget=3).report()
@@ -127,13 +142,17 @@ def test_caches_and_modes_are_refused(llama):
 def test_attention_that_a_compressed_cache_does_not_fit_is_refused(llama):
     """Paged, indexed and flex attention, at the places where they would be met: this machine need not have them."""
     attention = llama.model.layers[0].self_attn
-    with pytest.raises(kvp.UnsupportedModelError, match=r"LlamaAttention \(layer 0\) runs under continuous batching \(paged\|sdpa\)"):
+    with pytest.raises(
+        kvp.UnsupportedModelError, match=r"LlamaAttention \(layer 0\) runs under continuous batching \(paged\|sdpa\)"
+    ):
         check_call(attention, "paged|sdpa", {})
     with pytest.raises(kvp.UnsupportedModelError, match="passes 'indices' to its attention"):
         check_call(attention, "sdpa", {"indices": torch.zeros(1)})
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         slots = handle.compress(ids()).kept_layers[0].slots
-    with pytest.raises(kvp.UnsupportedModelError, match=r"'flex_attention' .* not supported on a compressed cache; expected .*'sdpa'"):
+    with pytest.raises(
+        kvp.UnsupportedModelError, match=r"'flex_attention' .* not supported on a compressed cache; expected .*'sdpa'"
+    ):
         physical_mask(slots, None, torch.zeros(2, 4, 1, 16), "flex_attention")
 
     class QuantizedCache(Cache):

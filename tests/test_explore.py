@@ -1,4 +1,5 @@
-"""The widget of kvp.explore: what it shows is what wrap and generate do, hostile prompts stay text, and its page works in a browser."""
+"""The widget of kvp.explore: what it shows is what wrap and generate do, hostile prompts stay text, and its page works
+in a browser."""
 
 import importlib.util
 import json
@@ -41,7 +42,9 @@ def asked(tiny, do="read", **form):
 
 
 def settings_of(policy, *evictions, protect=((), ())):
-    return [{"policy": policy, "eviction": name, "protect": list(of)} for name, of in zip(evictions, protect, strict=True)]
+    return [
+        {"policy": policy, "eviction": name, "protect": list(of)} for name, of in zip(evictions, protect, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["system", "chat", "text"])
@@ -78,7 +81,9 @@ def test_it_shows_what_its_code_prints_and_both_are_what_wrap_and_generate_do(ti
         assert state["result"]["kept"][i] == printed[i] == cache.report()["spans"]
     answers = [tokenizer.decode(row[0, ids.shape[1] :], skip_special_tokens=True) for row in rows]
     assert printed[2:] == answers
-    assert [answer.removesuffix(" …") for _, answer in state["result"]["answers"]] == [answer.strip() for answer in answers]
+    assert [answer.removesuffix(" …") for _, answer in state["result"]["answers"]] == [
+        answer.strip() for answer in answers
+    ]
     assert [name for name, _ in state["result"]["answers"]] == ["full cache", *state["result"]["names"]]
     n_kept = cache.report()["layers"][0]["kept"][0][0]
     assert state["result"]["about"] == f"{n_kept} of {len(prompt)} tokens are kept, in each of 3 layers."
@@ -97,7 +102,10 @@ def test_a_mark_is_where_it_was_set_and_is_found_again_in_another_text(tiny, kin
     start = prompt.text.index("Say it")
     set_by_hand = [{"name": "", "begin": start, "end": start + 6}, {"name": "mine", "text": "Say abc."}]
     state = asked(tiny, "compare", kind=kind, way="", marks=set_by_hand)
-    assert [(mark["name"], mark["text"]) for mark in state["form"]["marks"]] == [("mine", "Say abc."), ("Say it", "Say it")]
+    assert [(mark["name"], mark["text"]) for mark in state["form"]["marks"]] == [
+        ("mine", "Say abc."),
+        ("Say it", "Say it"),
+    ]
     assert all(prompt.text[mark["begin"] : mark["end"]] == mark["text"] for mark in state["form"]["marks"])
     moved = [{name: mark[name] for name in ("name", "text")} for mark in state["form"]["marks"]]
     again = asked(tiny, kind=kind, way="", text=f"Well. {SAID}", marks=moved)
@@ -116,7 +124,10 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"kind": "chat"}, "the chat is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages"),
+        (
+            {"kind": "chat"},
+            "the chat is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages",
+        ),
         ({"kind": "chat", "text": "{}"}, "messages is a dict; expected a list of messages"),
         ({"text": ""}, "the prompt has no letter to be cut into sentences; expected text"),
         ({"text": "a <|im_end|> b"}, "message 0 holds '<|im_end|>' at character 2 of its content"),
@@ -124,12 +135,24 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
             {"way": "", "marks": [{"name": "a", "text": "gone"}]},
             "the text of instruction 'a' is not in the prompt; expected it once: 'gone'",
         ),
-        ({"way": "", "marks": [{"name": "a", "text": "Say"}] * 2}, "two instructions are called 'a'; expected a name of its own for each"),
+        (
+            {"way": "", "marks": [{"name": "a", "text": "Say"}] * 2},
+            "two instructions are called 'a'; expected a name of its own for each",
+        ),
         ({"way": "", "marks": []}, "fair eviction needs the instructions' places"),
         ({"ratio": 1.5}, "compression_ratio is 1.5; expected"),
-        ({"settings": settings_of("nothing", "biased", "fair")}, "policy is 'nothing', which is not known; expected one of"),
-        ({"settings": settings_of("knorm", "biased", "paper")}, "fair='paper' expects exactly two instructions that touch"),
-        ({"ratio": 0.95, "settings": settings_of("knorm", "biased", "fair", protect=(["Say abc"], []))}, "the budget of row 0 is"),
+        (
+            {"settings": settings_of("nothing", "biased", "fair")},
+            "policy is 'nothing', which is not known; expected one of",
+        ),
+        (
+            {"settings": settings_of("knorm", "biased", "paper")},
+            "fair='paper' expects exactly two instructions that touch",
+        ),
+        (
+            {"ratio": 0.95, "settings": settings_of("knorm", "biased", "fair", protect=(["Say abc"], []))},
+            "the budget of row 0 is",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_the_next_request_works(tiny, form, message):
@@ -137,7 +160,9 @@ def test_what_cannot_be_done_is_one_sentence_and_the_next_request_works(tiny, fo
     assert message in state["error"] and "\n" not in state["error"] and state["result"] is None and state["code"] == ""
     assert asked(tiny, "compare")["error"] == ""
     model, tokenizer = tiny
-    assert model.generate(tokenizer("abc", return_tensors="pt").input_ids, max_new_tokens=2).shape[1] == 5  # nothing is left wrapped
+    assert (
+        model.generate(tokenizer("abc", return_tensors="pt").input_ids, max_new_tokens=2).shape[1] == 5
+    )  # nothing is left wrapped
 
 
 def test_hostile_prompts_stay_text(tiny):
@@ -157,7 +182,12 @@ def test_hostile_prompts_stay_text(tiny):
 
 def test_the_widget_answers_requests_by_its_state(tiny):
     widget = kvp.explore(*tiny, SAID, question="Well?", max_new_tokens=3)
-    assert widget.state["prompt"] and widget.state["result"] is None and "export default" in widget._esm and ".kvp-tokens" in widget._css
+    assert (
+        widget.state["prompt"]
+        and widget.state["result"] is None
+        and "export default" in widget._esm
+        and ".kvp-tokens" in widget._css
+    )
     widget._handle_custom_msg({"do": "compare", "n": 1, "form": widget.state["form"]}, [])
     assert widget.state["error"] == "" and widget.state["n"] == 1 and len(widget.state["result"]["answers"]) == 3
     assert widget._repr_mimebundle_()[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
@@ -179,7 +209,9 @@ def test_what_explore_takes(tiny, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert kvp.explore(model, tokenizer).state["form"]["kind"] == "text"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"explore needs the package anywidget; expected pip install 'kvpitfalls\[notebooks\]'"):
+    with pytest.raises(
+        ImportError, match=r"explore needs the package anywidget; expected pip install 'kvpitfalls\[notebooks\]'"
+    ):
         kvp.explore(model, tokenizer)
 
 
@@ -237,7 +269,8 @@ def page(tiny, tmp_path):
 
 @needs_chromium
 def test_mark_compare_and_copy_in_a_browser(tiny, page, tmp_path):
-    """By mouse, by keyboard and by form; what it shows in the end is what the explorer says of the form that was sent last."""
+    """By mouse, by keyboard and by form; what it shows in the end is what the explorer says of the form that was sent
+    last."""
     script = """
       const out = {first: names()};
       pick(21, 0, 27, 1);
@@ -299,8 +332,14 @@ def test_mark_compare_and_copy_in_a_browser(tiny, page, tmp_path):
     assert out["said"] == [False, result["about"], ""]
     assert [tags(strip) for strip in out["strips"]] == [tags(strip) for strip in result["strips"]]
     assert out["titles"] == [f"A: {result['names'][0]}", f"B: {result['names'][1]}"]
-    assert out["table"] == [[f"{100 * kept[mark['name']]:.0f} %" for kept in result["kept"]] for mark in state["form"]["marks"]]
-    assert out["answers"] == result["answers"] and out["code"] == state["code"] and out["checked"] == [False, True, False, False]
+    assert out["table"] == [
+        [f"{100 * kept[mark['name']]:.0f} %" for kept in result["kept"]] for mark in state["form"]["marks"]
+    ]
+    assert (
+        out["answers"] == result["answers"]
+        and out["code"] == state["code"]
+        and out["checked"] == [False, True, False, False]
+    )
 
 
 def tags(text):
@@ -323,7 +362,9 @@ def test_hostile_prompts_stay_text_in_a_browser(tiny, page, tmp_path):
     script = SCRIPT + script % json.dumps(text).replace("<", "\\u003c")
     title, outer, n_made, error, shown = json.loads(run_beside(page[0], script, tmp_path, page[1]))
     tokens = kvp.Prompt.from_text(tiny[1], text).tokens
-    assert (title, outer, n_made, error) == ("the widget", "", 0, "") and shown == [[visible(token) for token in tokens]] * 2
+    assert (title, outer, n_made, error) == ("the widget", "", 0, "") and shown == [
+        [visible(token) for token in tokens]
+    ] * 2
 
 
 @needs_chromium

@@ -1,4 +1,5 @@
-"""Caches of fixed size: whatever is generated on one is what the growing cache generates; what they cannot do is refused by name.
+"""Caches of fixed size: whatever is generated on one is what the growing cache generates; what they cannot do is
+refused by name.
 
 On a GPU the same tests run with captured steps.
 """
@@ -18,7 +19,10 @@ import kvpitfalls as kvp
 from kvpitfalls.hf import one_token
 from kvpitfalls.hf.fixed import FixedCache
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
+]
 N_PROMPT, SPANS = 24, {"first": (2, 9), "second": (12, 20)}
 
 
@@ -39,9 +43,14 @@ def prompt(padding: str | None, n_row: int = 3):
 def answer(model, cache, tokens, mask, n_new=40, **options):
     """Tokens and logits of a greedy answer to three tokens of question."""
     question = ids(len(tokens), 3, seed=5)
-    asked, seen = torch.cat([tokens, question], 1).to(model.device), torch.cat([mask, torch.ones_like(question)], 1).to(model.device)
+    asked, seen = (
+        torch.cat([tokens, question], 1).to(model.device),
+        torch.cat([mask, torch.ones_like(question)], 1).to(model.device),
+    )
     options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False} | options
-    out = model.generate(asked, attention_mask=seen, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+    out = model.generate(
+        asked, attention_mask=seen, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options
+    )
     return out.sequences[:, asked.shape[1] :], torch.stack(out.logits)
 
 
@@ -75,7 +84,9 @@ def test_other_families(family, implementation, device):
     tokens, mask = prompt("left")
     with kvp.wrap(model, "knorm", compression_ratio=0.4) as handle:
         cache = handle.compress(tokens, mask)
-        assert_same(answer(model, copy.deepcopy(cache), tokens, mask, 20), answer(model, cache.fixed(30), tokens, mask, 20))
+        assert_same(
+            answer(model, copy.deepcopy(cache), tokens, mask, 20), answer(model, cache.fixed(30), tokens, mask, 20)
+        )
 
 
 def test_nothing_evicted(llama):
@@ -99,7 +110,8 @@ def test_a_fixed_cache_answers_again_after_a_copy_or_a_crop(llama):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}]
+    "options",
+    [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}],
 )
 def test_beams_and_several_sequences(llama, options):
     tokens, mask = prompt(None)
@@ -135,7 +147,8 @@ def test_tokens_may_come_in_any_chunks(llama, chunks, ratio, seed):
     with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
         cache = handle.compress(tokens[:, :N_PROMPT])
         growing, fixed = (
-            feed(llama, tokens.to(llama.device), chunks, each, start=N_PROMPT) for each in (copy.deepcopy(cache), cache.fixed(24))
+            feed(llama, tokens.to(llama.device), chunks, each, start=N_PROMPT)
+            for each in (copy.deepcopy(cache), cache.fixed(24))
         )
     assert (growing - fixed).abs().max() <= 1e-5
 
@@ -148,9 +161,14 @@ def test_attention_of_one_token_is_that_with_repeated_keys(device, shape, dtype,
     n_row, n_head, n_group, n_slot, n_dim = shape
     make = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(n_row, n, m, n_dim, generator=make).to(device) for n, m in ((n_head * n_group, 1), (n_head, n_slot), (n_head, n_slot))
+        torch.randn(n_row, n, m, n_dim, generator=make).to(device)
+        for n, m in ((n_head * n_group, 1), (n_head, n_slot), (n_head, n_slot))
     )
-    query, key, value = (size * query).to(dtype), (size * key).to(dtype), value.to(dtype)  # products beyond float16 before they are scaled
+    query, key, value = (
+        (size * query).to(dtype),
+        (size * key).to(dtype),
+        value.to(dtype),
+    )  # products beyond float16 before they are scaled
     scaling = n_dim**-0.5 / size
     visible = (torch.rand(n_row, n_head, 1, n_slot, generator=make) < 0.7).to(device)
     visible[..., -1] = True
@@ -207,11 +225,15 @@ def test_a_fixed_cache_says_how_its_steps_are_run(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(tokens)
         assert "room for 43 of 43 more; steps are run by Python: none came yet" in repr(cache.fixed(43))
-        for fixed, on_cpu in ((cache.fixed(43), "it has no token ids on a GPU"), (cache.fixed(43, use_graph=False), "use_graph is False")):
+        for fixed, on_cpu in (
+            (cache.fixed(43), "it has no token ids on a GPU"),
+            (cache.fixed(43, use_graph=False), "use_graph is False"),
+        ):
             answer(llama, fixed, tokens, mask)
             by_python = llama.device.type == "cpu" or not fixed.use_graph
-            assert f"room for 1 of 43 more; {f'steps are run by Python: {on_cpu}' if by_python else 'a step is a CUDA graph'}>" in repr(
-                fixed
+            assert (
+                "room for 1 of 43 more; "
+                f"{f'steps are run by Python: {on_cpu}' if by_python else 'a step is a CUDA graph'}>" in repr(fixed)
             )
 
 
@@ -230,7 +252,11 @@ def test_what_a_fixed_cache_refuses(llama):
         other[0, 2:8] = 0
         with pytest.raises(ValueError, match="attention_mask hides other tokens of the prompt than its prefill did"):
             answer(llama, cache.fixed(43), tokens, other)
-        for call, name in ((lambda x: x.save("/nowhere"), "save"), (lambda x: x.reset(), "reset"), (lambda x: x.fixed(3), "fixed")):
+        for call, name in (
+            (lambda x: x.save("/nowhere"), "save"),
+            (lambda x: x.reset(), "reset"),
+            (lambda x: x.fixed(3), "fixed"),
+        ):
             with pytest.raises(ValueError, match=f"{name} was called on a"):
                 call(cache.fixed(3))
         with pytest.raises(ValueError, match="crop was called on a layer"):
@@ -240,10 +266,16 @@ def test_what_a_fixed_cache_refuses(llama):
             cache.fixed(3)
     with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
         llama(tokens[:, :1].to(llama.device), past_key_values=FixedCache(handle_cache(llama, tokens), 4, True))
-    with kvp.wrap(llama, "knorm", budget=8, when="always") as handle, pytest.raises(ValueError, match="holds its budget"):
+    with (
+        kvp.wrap(llama, "knorm", budget=8, when="always") as handle,
+        pytest.raises(ValueError, match="holds its budget"),
+    ):
         handle.compress(tokens, mask).fixed(3)
     sliding = build("gemma3_text").to(llama.device)
-    with kvp.wrap(sliding, "knorm", compression_ratio=0.5) as handle, pytest.raises(ValueError, match=r"layers \[0.*are not compressed"):
+    with (
+        kvp.wrap(sliding, "knorm", compression_ratio=0.5) as handle,
+        pytest.raises(ValueError, match=r"layers \[0.*are not compressed"),
+    ):
         handle.compress(tokens).fixed(3)
 
 
@@ -278,7 +310,8 @@ def change_attention(model):
 @pytest.mark.parametrize("change", [change_in_place, replace_weight, replace_module, add_hook, change_attention])
 @pytest.mark.parametrize("device", DEVICES)
 def test_between_two_answers_a_model_may_change(device, change):
-    """What was captured is not replayed for a model that no longer does it: the second answer is the growing cache's, too."""
+    """What was captured is not replayed for a model that no longer does it: the second answer is the growing cache's,
+    too."""
     model, (tokens, mask) = build("llama").to(device), prompt("left")
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         growing = handle.compress(tokens, mask)

@@ -1,4 +1,5 @@
-"""Every way of generating inside a wrap: what comes out is what one prompt at a time, by hand, gives; or it is refused by name."""
+"""Every way of generating inside a wrap: what comes out is what one prompt at a time, by hand, gives; or it is refused
+by name."""
 
 import copy
 import ctypes
@@ -48,14 +49,17 @@ def test_32_prompts_in_one_padded_batch_equal_32_runs(llama, fair, side):
         spans.append({"a": (begin + 1, begin + cut), "b": (begin + cut, begin + int(n) - 1)})
     question = ids(1, 3, seed=99).expand(32, -1)
     for policy in POLICIES:
-        with kvp.wrap(llama, policy, compression_ratio=0.5, fair=fair, protect="sinks" if fair is False else None) as handle:
+        with kvp.wrap(
+            llama, policy, compression_ratio=0.5, fair=fair, protect="sinks" if fair is False else None
+        ) as handle:
             cache = handle.compress(tokens, mask, spans)
             asked, longer = torch.cat([tokens, question], 1), torch.cat([mask, torch.ones_like(question)], 1)
             answers = llama.generate(asked, attention_mask=longer, past_key_values=copy.deepcopy(cache), **GREEDY)
             for row, n in enumerate(lengths):
                 begin = width - int(n) if side == "left" else 0
                 alone = handle.compress(
-                    tokens[row : row + 1, begin : begin + n], spans={k: (b - begin, e - begin) for k, (b, e) in spans[row].items()}
+                    tokens[row : row + 1, begin : begin + n],
+                    spans={k: (b - begin, e - begin) for k, (b, e) in spans[row].items()},
                 )
                 for layer in cache.kept_layers:
                     of_row = cache.positions(layer.index)[row]
@@ -82,10 +86,14 @@ def test_embeddings_are_answered_as_their_ids(llama, policy, when):
         cache = handle.compress(tokens[:, :20])
         for given in ({}, {"past_key_values": cache}):
             copies = [{name: x.copy() for name, x in given.items()} for _ in range(2)]
-            assert torch.equal(answered(llama, tokens, embeddings=embed, **copies[0]), answered(llama, tokens, **copies[1]))
+            assert torch.equal(
+                answered(llama, tokens, embeddings=embed, **copies[0]), answered(llama, tokens, **copies[1])
+            )
 
 
-@pytest.mark.parametrize(("policy", "when"), [(p, w) for p in EVERY for w in ("prefill", "always", "decode") if p.holds or w == "prefill"])
+@pytest.mark.parametrize(
+    ("policy", "when"), [(p, w) for p in EVERY for w in ("prefill", "always", "decode") if p.holds or w == "prefill"]
+)
 def test_dtypes_around_a_model_change_nothing(llama, policy, when):
     """Torch's default dtype leaks into no cache; under autocast keys and values are of one dtype, and compressed."""
     tokens = ids(1)
@@ -102,14 +110,21 @@ def test_dtypes_around_a_model_change_nothing(llama, policy, when):
 
 
 def test_a_float64_model_is_refused_by_its_dtype():
-    with kvp.wrap(build("llama").double(), "h2o", compression_ratio=0.5) as handle, pytest.raises(TypeError, match="has dtype float64"):
+    with (
+        kvp.wrap(build("llama").double(), "h2o", compression_ratio=0.5) as handle,
+        pytest.raises(TypeError, match="has dtype float64"),
+    ):
         handle.compress(ids(1))
 
 
 def test_eager_attention_tells_the_weights_of_what_is_kept():
     model, tokens = build("llama", attention="eager"), ids(1)
     with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
-        given = {"past_key_values": handle.compress(tokens[:, :20]), "output_attentions": True, "return_dict_in_generate": True}
+        given = {
+            "past_key_values": handle.compress(tokens[:, :20]),
+            "output_attentions": True,
+            "return_dict_in_generate": True,
+        }
         out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY, **given)
     assert [step[0].shape for step in out.attentions] == [(1, 4, 10, 20), *((1, 4, 1, 20 + i) for i in range(1, 6))]
     for layer in (layer for step in out.attentions for layer in step):
@@ -133,7 +148,14 @@ def test_a_cache_is_the_same_however_it_was_made_and_carried(llama):
 
 def test_sampling_and_num_return_sequences(llama):
     tokens = ids(1, 20).expand(3, -1)
-    sample = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True, "num_return_sequences": 3, "temperature": 0.7, "top_k": 0}
+    sample = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "temperature": 0.7,
+        "top_k": 0,
+    }
     with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
         torch.manual_seed(0)
         answers = llama.generate(tokens[:1], attention_mask=torch.ones(1, 20, dtype=torch.long), **sample)
@@ -153,7 +175,9 @@ def test_a_pipeline_and_a_streamer(smollm2, capsys):
     ids = tokenizer(text, return_tensors="pt")
     with kvp.wrap(model, "snapkv", compression_ratio=0.3) as handle:
         cache = handle.new_cache()
-        answer = model.generate(**ids, past_key_values=cache, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **greedy)
+        answer = model.generate(
+            **ids, past_key_values=cache, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **greedy
+        )
         printed = capsys.readouterr().out
         piped = pipeline("text-generation", model=model, tokenizer=tokenizer)(text, **greedy)[0]["generated_text"]
     assert cache.report()["kept_share"] < 0.75
@@ -172,9 +196,13 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
     plain = llama.generate(tokens, attention_mask=mask, **ends)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         with pytest.raises(kvp.UnsupportedModelError, match="generate runs with prefill_chunk_size"):
-            llama.generate(tokens, attention_mask=mask, past_key_values=handle.new_cache(), prefill_chunk_size=7, **GREEDY)
+            llama.generate(
+                tokens, attention_mask=mask, past_key_values=handle.new_cache(), prefill_chunk_size=7, **GREEDY
+            )
         for given in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama")}):
-            with pytest.raises(kvp.UnsupportedModelError, match=r"assisted generation .* puts drafts behind the prompt"):
+            with pytest.raises(
+                kvp.UnsupportedModelError, match=r"assisted generation .* puts drafts behind the prompt"
+            ):
                 llama.generate(tokens, attention_mask=mask, **given, **GREEDY)
         cache = handle.compress(tokens[:, :13])
         wanted = llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
@@ -182,10 +210,16 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
         if gives_whole_masks():
             assert torch.equal(llama.generate(tokens, **chunks), wanted)
         else:
-            with pytest.raises(ValueError, match=r"attention_mask has 2 columns; expected 15, .*prefill_chunk_size of transformers 4"):
+            with pytest.raises(
+                ValueError, match=r"attention_mask has 2 columns; expected 15, .*prefill_chunk_size of transformers 4"
+            ):
                 llama.generate(tokens, **chunks)
-        with pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):  # transformers 5.23 feeds the cached tokens again
-            llama.generate(tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prompt_lookup_num_tokens=3, **GREEDY)
+        with pytest.raises(
+            kvp.UnsupportedModelError, match="assisted generation"
+        ):  # transformers 5.23 feeds the cached tokens again
+            llama.generate(
+                tokens, attention_mask=mask, past_key_values=copy.deepcopy(cache), prompt_lookup_num_tokens=3, **GREEDY
+            )
     with kvp.wrap(llama, "knorm", compression_ratio=0):
         assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **ends), plain)
 
@@ -193,7 +227,10 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
 def test_right_padding_is_refused_where_a_budget_is_held(llama):
     mask = torch.tensor([[1] * 20 + [0] * 10])
     for when in ("decode", "always"):
-        with kvp.wrap(llama, "knorm", budget=5, when=when) as handle, pytest.raises(ValueError, match="padded on the right; when="):
+        with (
+            kvp.wrap(llama, "knorm", budget=5, when=when) as handle,
+            pytest.raises(ValueError, match="padded on the right; when="),
+        ):
             handle.compress(ids(1), attention_mask=mask)
 
 
@@ -266,7 +303,8 @@ def test_a_wrap_that_is_removed_while_a_thread_generates_lasts_until_it_has_ende
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama, error):
-    """Neither a model of the same family that was never wrapped nor this one, once it is unwrapped, may see the broken forward."""
+    """Neither a model of the same family that was never wrapped nor this one, once it is unwrapped, may see the broken
+    forward."""
     other = build("llama", num_hidden_layers=2)
     tokens = ids(1, 24)
     lengths = range(8, 21)
@@ -283,7 +321,9 @@ def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama,
                 llama(tokens[:, 20:21], past_key_values=copy.deepcopy(cache))
             hook.remove()
             assert current_forward() is None
-            assert all(torch.equal(other(tokens[:, :n]).logits, before) for n, before in zip(lengths, wanted, strict=True))
+            assert all(
+                torch.equal(other(tokens[:, :n]).logits, before) for n, before in zip(lengths, wanted, strict=True)
+            )
     assert "forward" not in vars(llama.model)
     for n_new in (1, 2):
         with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
@@ -291,13 +331,16 @@ def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama,
 
 
 def test_another_model_inside_a_wrapped_forward_is_not_compressed(llama):
-    """It runs on the same thread, has as many layers and sees as many keys; only whose attention it is tells them apart."""
+    """It runs on the same thread, has as many layers and sees as many keys; only whose attention it is tells them
+    apart."""
     other, tokens, seen = build("llama"), ids(1, 20), []
     with torch.no_grad():
         plain = other(tokens).logits
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         wanted = handle.compress(tokens)
-        hook = llama.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(other(tokens).logits))
+        hook = llama.model.layers[1].self_attn.q_proj.register_forward_hook(
+            lambda *_: seen.append(other(tokens).logits)
+        )
         try:
             cache = handle.compress(tokens)
         finally:
@@ -309,7 +352,8 @@ def test_another_model_inside_a_wrapped_forward_is_not_compressed(llama):
 # Python swallows an interrupt that strikes where it closes a generator, with a word on stderr.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_at_random_moments_change_no_other_threads_answer():
-    """Two models of one family, one wrapped: in one thread a KeyboardInterrupt strikes anywhere, also inside this package's own code."""
+    """Two models of one family, one wrapped: in one thread a KeyboardInterrupt strikes anywhere, also inside this
+    package's own code."""
     wrapped, plain, tokens = build("llama"), build("llama", num_hidden_layers=2), ids(1, 20)
     draw = random.Random(0)
     handle = kvp.wrap(wrapped, "snapkv", compression_ratio=0.5)
@@ -328,7 +372,9 @@ def test_interrupts_at_random_moments_change_no_other_threads_answer():
     def strike():
         """Run with an interrupt at a random moment, raised by the interpreter where it raises those of Ctrl-C."""
         thread = ctypes.c_ulong(threading.get_ident())
-        interrupt = functools.partial(ctypes.pythonapi.PyThreadState_SetAsyncExc, thread, ctypes.py_object(KeyboardInterrupt))
+        interrupt = functools.partial(
+            ctypes.pythonapi.PyThreadState_SetAsyncExc, thread, ctypes.py_object(KeyboardInterrupt)
+        )
         timer = threading.Timer(draw.uniform(0, 4 * span), interrupt)
         try:
             timer.start()

@@ -1,4 +1,5 @@
-"""Scores and kept sets against those the paper's own code recorded (tests/data/golden/README.md says how they were made)."""
+"""Scores and kept sets against those the paper's own code recorded (tests/data/golden/README.md says how they were
+made)."""
 
 import functools
 import json
@@ -30,16 +31,22 @@ class Case:
         self.n_token, self._ranked = self.case["L"], {}
 
     def runs(self, *variants):
-        """Runs of these variants, without even kernels: those we refuse at construction, the reference only where it has keys to pool."""
+        """Runs of these variants, without even kernels: those we refuse at construction, the reference only where it
+        has keys to pool."""
         even = [run for run in self.case["runs"] if run.get("params", {}).get("kernel_size", 5) % 2 == 0]
         return [run for run in self.case["runs"] if run["variant"] in variants and run not in even]
 
     def setting(self, run):
-        """What our API calls this run: policy, fairness, spans and protection. Four of their fair presses ignore the whitelist."""
+        """What our API calls this run: policy, fairness, spans and protection. Four of their fair presses ignore the
+        whitelist."""
         policy = get_policy(run["policy"])
         policy = type(policy)(**run.get("params", {})) if run.get("params") else policy
         fair = Fair(strength=run.get("lambda", 1.0), rule="paper") if run["span"] is not None else Fair(strength=0.0)
-        spans = None if run["span"] is None else {k: tuple(self.case["spans"][run["span"]][k]) for k in ("defense", "directive")}
+        spans = (
+            None
+            if run["span"] is None
+            else {k: tuple(self.case["spans"][run["span"]][k]) for k in ("defense", "directive")}
+        )
         protect = sorted(set(run.get("force_keep", []))) if run["variant"] in ("whitelist", "fair_whitelist") else None
         return policy, fair, spans, protect or None
 
@@ -99,7 +106,9 @@ def test_interpolation(golden):
             continue  # below 4 slots their choice among the sinks is arbitrary
         try:
             kept = golden.kept(run)
-        except ValueError as error:  # their ramp press, whose quotas are blended here, refuses a first segment inside the sinks
+        except (
+            ValueError
+        ) as error:  # their ramp press, whose quotas are blended here, refuses a first segment inside the sinks
             assert "longer than the 4 sinks" in str(error)
             continue
         spans = golden.case["spans"][run["span"]]
@@ -130,7 +139,10 @@ def test_what_the_reference_refuses(golden):
         assert (kept.counts == run["n_kept"]).all()
         if message.startswith("number of steps"):  # StreamingLLM with a budget below its sinks: the first tokens
             whitelist = set(run.get("force_keep", []))
-            want = sorted(whitelist | set([t for t in range(golden.n_token) if t not in whitelist][: run["n_kept"] - len(whitelist)]))
+            want = sorted(
+                whitelist
+                | set([t for t in range(golden.n_token) if t not in whitelist][: run["n_kept"] - len(whitelist)])
+            )
             assert (kept.positions == want).all()
         elif "window size" in message:  # SnapKV with a prompt inside its window: the newest tokens
             if run["variant"] == "base":

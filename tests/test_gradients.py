@@ -1,4 +1,5 @@
-"""Gradients in eval mode (saliency, attacks by gradient, soft prompts): through a compressed cache flows what a mask lets through."""
+"""Gradients in eval mode (saliency, attacks by gradient, soft prompts): through a compressed cache flows what a mask
+lets through."""
 
 import copy
 
@@ -36,7 +37,9 @@ def check_same(got, wanted):
     assert got.keys() == wanted.keys()
     largest = max(float(x.abs().max()) for x in wanted.values())
     for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def masked(model, kept, tokens, mask):
@@ -82,7 +85,12 @@ def test_a_held_budget_keeps_gradients(policy, when):
         of_all = [x.gather(2, pos[..., None].expand(*pos.shape, x.shape[-1])) for x in (layer.keys, layer.values)]
         if layer is full.layers[0]:  # later layers' rows saw what had gone by then
             loss, wanted = (torch.stack([x.square().sum() for x in pair]).sum() for pair in (rows, of_all))
-            check_same(*({"embeddings": torch.autograd.grad(x, model.get_input_embeddings().weight)[0]} for x in (loss, wanted)))
+            check_same(
+                *(
+                    {"embeddings": torch.autograd.grad(x, model.get_input_embeddings().weight)[0]}
+                    for x in (loss, wanted)
+                )
+            )
         assert all(x.requires_grad for x in rows)
 
 

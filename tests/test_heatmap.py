@@ -1,4 +1,5 @@
-"""The token heat map: what it shows is what was audited, hostile prompts stay text, and its sliders work offline in a browser."""
+"""The token heat map: what it shows is what was audited, hostile prompts stay text, and its sliders work offline in a
+browser."""
 
 import base64
 import hashlib
@@ -38,7 +39,11 @@ def hostile_map(**changes):
     counts = np.random.default_rng(0).integers(0, 4, (3, 2, n))
     spans = {"</b><script>document.title='owned'</script>": (1, 3), 'a "name"': (4, 6)}
     given = {"title": "</title><script>document.title='owned'</script>", "tokens": HOSTILE, "spans": spans}
-    given |= {"counts": {"one": counts, "</option><script>x": 3 - counts}, "compression_ratios": [0.0, 0.25, 0.5], "n_kept": [13, 9, 6]}
+    given |= {
+        "counts": {"one": counts, "</option><script>x": 3 - counts},
+        "compression_ratios": [0.0, 0.25, 0.5],
+        "n_kept": [13, 9, 6],
+    }
     return HeatMap(**{**given, "layers": [3, 7], "heads": [3, 3], **changes})
 
 
@@ -72,7 +77,12 @@ def test_hostile_prompts_stay_text():
     shown = hostile_map()
     page = Page(shown.html)
     assert page.tokens == [visible(token) for token in HOSTILE]
-    assert page.tags.count("script") == 2 and page.loads == ["#span-0", "#span-1"] and page.handlers == [] and "img" not in page.tags
+    assert (
+        page.tags.count("script") == 2
+        and page.loads == ["#span-0", "#span-1"]
+        and page.handlers == []
+        and "img" not in page.tags
+    )
     assert page.title == "</title><script>document.title='owned'</script>"
     text = shown.html.encode("utf-8").decode("utf-8")  # a lone surrogate could not be written
     assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text)
@@ -91,7 +101,10 @@ def test_only_the_one_script_may_run_and_nothing_may_be_loaded():
 
 def unpacked(text, n_ratio, n_layer, n_token):
     lines = re.search(r"id='counts'>\n(.*?)\n</script>", text, flags=re.S)[1].split("\n")
-    steps = [np.frombuffer(zlib.decompress(base64.b64decode(line)), np.uint8).reshape(n_ratio, n_layer, n_token) for line in lines]
+    steps = [
+        np.frombuffer(zlib.decompress(base64.b64decode(line)), np.uint8).reshape(n_ratio, n_layer, n_token)
+        for line in lines
+    ]
     return [np.array([step[: r + 1].sum(0, dtype=np.int64) % 256 for r in range(n_ratio)]) for step in steps]
 
 
@@ -115,14 +128,19 @@ def test_an_audits_map_is_what_compress_keeps(smollm2, tmp_path):
             with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair) as handle:
                 cache = handle.compress(prompt)
             for layer in range(30):
-                assert np.array_equal(counts[r, layer], np.bincount(cache.positions(layer)[0].ravel(), minlength=len(prompt)))
+                assert np.array_equal(
+                    counts[r, layer], np.bincount(cache.positions(layer)[0].ravel(), minlength=len(prompt))
+                )
 
 
 def test_four_thousand_tokens_are_under_five_megabytes():
-    """The hardest case: what is kept of each token is independent of everything else; 30 layers, 10 settings, 9 ratios."""
+    """The hardest case: what is kept of each token is independent of everything else; 30 layers, 10 settings, 9
+    ratios."""
     rng, n = np.random.default_rng(0), 4000
     fate = [rng.integers(0, 10, (3, 30, n)) for _ in range(10)]  # per head: the first ratio at which the token is lost
-    counts = {f"setting {i}": np.stack([(of_setting > r).sum(0) for r in range(9)]) for i, of_setting in enumerate(fate)}
+    counts = {
+        f"setting {i}": np.stack([(of_setting > r).sum(0) for r in range(9)]) for i, of_setting in enumerate(fate)
+    }
     ratios = [r / 10 for r in range(1, 10)]
     shown = HeatMap("long", [" word"] * n, {"all": (0, n)}, counts, ratios, [1] * 9, range(30), [3] * 30)
     assert len(shown.html.encode()) < 5_000_000
@@ -141,7 +159,8 @@ def test_what_does_not_fit_is_one_sentence():
 def test_tokens_of_a_strip_nest_in_their_instructions():
     text = token_strip(["a", "b", "c"], {"one": (0, 1), "two": (1, 3)}, is_template=[True, False, False])
     assert re.sub(r" style='[^']*'| class='[^']*'| dir='[^']*'", "", text) == (
-        "<div><span data-edges='0,1'><b>one</b> <bdi>a</bdi></span><span data-edges='1,3'><b>two</b> <bdi>b</bdi><bdi>c</bdi></span></div>"
+        "<div><span data-edges='0,1'><b>one</b> <bdi>a</bdi></span><span data-edges='1,3'><b>two</b> "
+        "<bdi>b</bdi><bdi>c</bdi></span></div>"
     )
 
 
@@ -187,7 +206,10 @@ def test_the_sliders_in_a_browser(tmp_path):
         assert [int(text[:-2]) for text in found[3]] == pytest.approx(
             [int(text[:-2]) for text in wanted[3]], abs=1
         )  # halves round either way
-    assert said == f"token 5 “{visible(HOSTILE[5]).strip()}”: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
+    assert (
+        said
+        == f"token 5 “{visible(HOSTILE[5]).strip()}”: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
+    )
     assert color.startswith("rgba(68, 119, 170, ")
 
 
@@ -218,7 +240,9 @@ def test_two_settings_side_by_side_links_and_the_keyboard(tmp_path):
       out.push(main.querySelectorAll(".kvp-tokens").length, doc.querySelector("#instructions li").textContent);
       return out;
     """
-    dead, strips, said, edges, n_twice, token, n_at, n_left, alone = json.loads(run_beside(tmp_path / "map.html", script, tmp_path))
+    dead, strips, said, edges, n_twice, token, n_at, n_left, alone = json.loads(
+        run_beside(tmp_path / "map.html", script, tmp_path)
+    )
     shares = [counts[2].mean(0) / 3 for counts in shown.counts.values()]
     assert dead is None and n_twice == 0 and n_at == 1 and n_left == 1
     assert [name for name, _ in strips] == list(shown.counts)
@@ -227,7 +251,9 @@ def test_two_settings_side_by_side_links_and_the_keyboard(tmp_path):
     assert edges == ["4,6", "1,3"]
     for text, (name, (begin, end)) in zip(said, shown.spans.items(), strict=True):
         numbers = re.fullmatch(rf"{name} (\d+) % \| (\d+) %", text)
-        assert [int(number) for number in numbers.groups()] == pytest.approx([100 * of[begin:end].mean() for of in shares], abs=1)
+        assert [int(number) for number in numbers.groups()] == pytest.approx(
+            [100 * of[begin:end].mean() for of in shares], abs=1
+        )
     assert alone == said[0].split(" | ")[0]
     both = " | ".join(f"{100 * of[11]:.0f} %" for of in shares)
     assert token == f"token 11 “{visible(HOSTILE[11]).strip()}”: {both} kept"
@@ -248,9 +274,12 @@ def test_names_can_be_read_on_their_colors(color):
 
 
 @needs_chromium
-@pytest.mark.parametrize(("style", "scheme"), [("", "light"), ("background: #111", "dark"), ("background: rgb(255 255 255 / .1)", "light")])
+@pytest.mark.parametrize(
+    ("style", "scheme"), [("", "light"), ("background: #111", "dark"), ("background: rgb(255 255 255 / .1)", "light")]
+)
 def test_the_notebooks_frame_in_a_browser(tmp_path, style, scheme):
-    """As a notebook shows it: in a frame that the page itself makes as high as it is, and as dark as what it stands on."""
+    """As a notebook shows it: in a frame that the page itself makes as high as it is, and as dark as what it stands
+    on."""
     cell = f"<!doctype html><meta charset='utf-8'><div style='{style}'>{hostile_map()._repr_html_()}</div>"
     (tmp_path / "cell.html").write_text(cell, encoding="utf-8")
     script = """
@@ -263,9 +292,13 @@ def test_the_notebooks_frame_in_a_browser(tmp_path, style, scheme):
 
 
 def test_what_tells_instructions_apart_needs_no_style_sheet():
-    """A notebook that nobody trusts keeps no style sheet and no frame: JupyterLab's sanitizer leaves colours like these in elements."""
+    """A notebook that nobody trusts keeps no style sheet and no frame: JupyterLab's sanitizer leaves colours like these
+    in elements."""
     strip = token_strip(["a", "b"], {"one": (0, 1)})
-    assert f"style='border: 2px solid {SPAN_COLORS[0]}'" in strip and f"background-color: {SPAN_COLORS[0]}; color: #ffffff" in strip
+    assert (
+        f"style='border: 2px solid {SPAN_COLORS[0]}'" in strip
+        and f"background-color: {SPAN_COLORS[0]}; color: #ffffff" in strip
+    )
     assert "</b> <bdi" in strip, "a name and its text are two words"
     assert re.search("background-color: rgba\\(68, 119, 170, 0.325\\)", table(["a"], [[0.5]], shares=[0]))
     assert re.search("</iframe><p [^>]*>The heat map is", hostile_map()._repr_html_())

@@ -130,7 +130,9 @@ def test_held_boundaries_and_floors_stay_in_every_head_and_layer(model, when, fa
                 model(tokens[:, seen.shape[1] - 1 : seen.shape[1]], attention_mask=seen, past_key_values=cache)
                 for layer in cache.kept_layers:
                     for row, low in enumerate((3, 0)):
-                        live = layer.pos[row] if layer.live is None else layer.pos[row].masked_fill(~layer.live[row], -1)
+                        live = (
+                            layer.pos[row] if layer.live is None else layer.pos[row].masked_fill(~layer.live[row], -1)
+                        )
                         assert ((live >= 0).sum(-1) == min(budget, seen[row].sum())).all()
                         assert all((live == t).any(-1).all() for t in (low, N_PROMPT - 1))
                         kept = {name: ((live >= b) & (live < e)).sum(-1).min() for name, (b, e) in spans[row].items()}
@@ -165,7 +167,9 @@ def test_held_quotas_follow_the_law_of_fair_shares_at_every_step(data):
     for _ in range(data.draw(st.integers(1, 2))):
         low = data.draw(st.integers(0, 20))
         edges = sorted(data.draw(st.lists(st.integers(low, n_token), min_size=2, max_size=7, unique=True)))
-        pairs = data.draw(st.sampled_from([list(itertools.pairwise(edges)), list(zip(edges[::2], edges[1::2], strict=False))]))
+        pairs = data.draw(
+            st.sampled_from([list(itertools.pairwise(edges)), list(zip(edges[::2], edges[1::2], strict=False))])
+        )
         rows.append(((low, n_token), {f"s{i}": pair for i, pair in enumerate(pairs)}))
     layout = Layout.of(len(rows), n_token, valid=[row for row, _ in rows], spans=[spans for _, spans in rows])
     hold = Hold(kvp.KNorm(), kvp.Fair(), None, data.draw(st.integers(2, 40)), when="always")
@@ -177,29 +181,44 @@ def test_held_quotas_follow_the_law_of_fair_shares_at_every_step(data):
         seen += n_new
         n_slot = max(sum(row) + n + n_new for row, n in zip(counts, newer, strict=True))
         front = torch.tensor([n_slot - sum(row) - n - n_new for row, n in zip(counts, newer, strict=True)])
-        n_kept = [min(hold.limit(high - low), n_slot - n) for ((low, high), _), n in zip(rows, front.tolist(), strict=True)]
+        n_kept = [
+            min(hold.limit(high - low), n_slot - n) for ((low, high), _), n in zip(rows, front.tolist(), strict=True)
+        ]
         held = Held(front, torch.tensor(counts), None, None, torch.arange(len(rows)), layout)
         layer = SimpleNamespace(held=held, keys=np.empty((1, 1, n_slot)), seen=seen)
         quotas_now = hold._quotas(layer, n_kept).tolist()
-        for of_row, total, before, n_before, row_names, row in zip(quotas_now, n_kept, counts, newer, names, segments, strict=True):
+        for of_row, total, before, n_before, row_names, row in zip(
+            quotas_now, n_kept, counts, newer, names, segments, strict=True
+        ):
             assert sum(of_row) == total
             assert all(0 <= quota <= n for quota, n in zip(of_row, [*before, n_before + n_new], strict=True))
-            shares = [(k, end - begin) for name, k, (begin, end) in zip(row_names, of_row, row, strict=False) if name is not None]
+            shares = [
+                (k, end - begin)
+                for name, k, (begin, end) in zip(row_names, of_row, row, strict=False)
+                if name is not None
+            ]
             for (kept_a, n_a), (kept_b, n_b) in itertools.combinations(shares, 2):
                 apart = abs(Fraction(kept_a, n_a) - Fraction(kept_b, n_b)) * min(n_a, n_b)
-                n_payers = sum(k > 0 for name, k in zip(row_names, of_row, strict=False) if name is None) + (of_row[-1] > 1)
+                n_payers = sum(k > 0 for name, k in zip(row_names, of_row, strict=False) if name is None) + (
+                    of_row[-1] > 1
+                )
                 assert apart < 1 or (apart == 1 and n_a == n_b and n_payers < len(shares) - 1), (shares, total)
         counts, newer = [row[:-1] for row in quotas_now], [row[-1] for row in quotas_now]
 
 
 def quotas(total, ever, now, floors):
-    """The budget in proportion to the tokens that each segment ever had, none above what it has now: every way to clip is tried."""
+    """The budget in proportion to the tokens that each segment ever had, none above what it has now: every way to clip
+    is tried."""
     for clipped in itertools.product(("low", "free", "high"), repeat=len(ever)):
         fixed = {j: floors[j] if how == "low" else now[j] for j, how in enumerate(clipped) if how != "free"}
         free = sum(n for j, n in enumerate(ever) if j not in fixed)
         rate = Fraction(total - sum(fixed.values()), free) if free else None
         if rate is None or any(
-            rate * n > floors[j] if how == "low" else rate * n < now[j] if how == "high" else not floors[j] <= rate * n <= now[j]
+            rate * n > floors[j]
+            if how == "low"
+            else rate * n < now[j]
+            if how == "high"
+            else not floors[j] <= rate * n <= now[j]
             for j, (n, how) in enumerate(zip(ever, clipped, strict=True))
         ):
             continue
@@ -212,7 +231,8 @@ def quotas(total, ever, now, floors):
 
 
 def reference(model, policy, tokens, budget, monkeypatch):
-    """Feed an unwrapped model one token at a time; its full cache is masked, per head, by what is held; the held set is worked out from
+    """Feed an unwrapped model one token at a time; its full cache is masked, per head, by what is held; the held set is
+    worked out from
     the attention weights that the eager model returns, and from its keys and queries."""
     n_layer, n_head = model.config.num_hidden_layers, model.config.num_key_value_heads
     held = [[list(range(N_PROMPT)) for _ in range(n_head)] for _ in range(n_layer)]
@@ -228,7 +248,11 @@ def reference(model, policy, tokens, budget, monkeypatch):
         logits.append(out.logits)
         seen += n
         received = [a[0].unflatten(0, (n_head, -1)).mean(1).sum(1) for a in out.attentions]  # (H, seen) each
-        sums = received if sums is None else [torch.nn.functional.pad(s, (0, n)) + r for s, r in zip(sums, received, strict=True)]
+        sums = (
+            received
+            if sums is None
+            else [torch.nn.functional.pad(s, (0, n)) + r for s, r in zip(sums, received, strict=True)]
+        )
         for i, rows in enumerate(held):
             asked = torch.cat(queries[i], 1).unflatten(0, (n_head, -1))  # (H, G, seen, D)
             for h in range(n_head):
@@ -265,11 +289,13 @@ def _score(policy, row, sums, last, seen):
 
 
 def _score_of_vectors(policy, row, keys, queries):
-    """K-norm, KeyDiff, and SnapKV and R-KV with a window of 4 and a kernel of 3, by their formulas over the held tokens."""
+    """K-norm, KeyDiff, and SnapKV and R-KV (window 4, kernel 3), by their formulas over the held tokens."""
     keys = keys[row].double()
     if policy == "keydiff":
         anchor = torch.nn.functional.normalize(keys, dim=-1).mean(0)
-        return dict(zip(row, (-torch.nn.functional.cosine_similarity(keys, anchor[None], dim=-1)).tolist(), strict=True))
+        return dict(
+            zip(row, (-torch.nn.functional.cosine_similarity(keys, anchor[None], dim=-1)).tolist(), strict=True)
+        )
     if policy == "knorm":
         return dict(zip(row, (-keys.norm(dim=-1)).tolist(), strict=True))
     old, window = row[:-4], row[-4:]
@@ -319,7 +345,9 @@ def test_who_is_kept_and_that_the_rest_is_all_that_is_missing(policy, monkeypatc
         assert layer.pos[0].tolist() == row
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
     if policy in ("tova", "knorm"):
-        assert any((layer.pos[0, 0] >= N_PROMPT).any() and (layer.pos[0, 0] < N_PROMPT).any() for layer in cache.kept_layers)
+        assert any(
+            (layer.pos[0, 0] >= N_PROMPT).any() and (layer.pos[0, 0] < N_PROMPT).any() for layer in cache.kept_layers
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -330,7 +358,9 @@ def test_left_padded_rows_hold_their_own_budgets(policy, fair, when):
     mask = torch.ones_like(tokens)
     mask[0, :n_pad] = 0
     spans = [{"a": (5, 9), "b": (9, 13)}, {"a": (2, 8), "b": (9, 12)}]
-    with kvp.wrap(model, WINDOW.get(policy, policy), compression_ratio=0.4, fair=fair, protect=[5], when=when) as handle:
+    with kvp.wrap(
+        model, WINDOW.get(policy, policy), compression_ratio=0.4, fair=fair, protect=[5], when=when
+    ) as handle:
         cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], spans)
         together = feed(model, tokens, [1, 1, 3, *[1] * 8], cache, mask, start=N_PROMPT)
     single = {"compression_ratio": 0.4, "fair": fair, "when": when}
@@ -399,7 +429,9 @@ def test_rows_that_move_take_their_padding_along(policy, fair):
         assert torch.equal(layer.pos, other.pos[rows])
 
 
-@pytest.mark.parametrize("family", not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text"))
+@pytest.mark.parametrize(
+    "family", not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text")
+)
 def test_other_architectures_hold_too(family):
     model, tokens = build_type(family), ids(1, 30)
     for policy in POLICIES:
@@ -441,8 +473,13 @@ def test_refusals(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             kvp.wrap(model, "h2o", budget=4, **given)
-    too_small = "the budget of row 0 is 10 tokens; when='always' expects at least 20: 4 that must be kept, and 16 newest"
-    with kvp.wrap(model, "snapkv", budget=10, protect="sinks", when="always") as handle, pytest.raises(ValueError, match=too_small):
+    too_small = (
+        "the budget of row 0 is 10 tokens; when='always' expects at least 20: 4 that must be kept, and 16 newest"
+    )
+    with (
+        kvp.wrap(model, "snapkv", budget=10, protect="sinks", when="always") as handle,
+        pytest.raises(ValueError, match=too_small),
+    ):
         handle.compress(ids(1))
     unsaved = "holds its budget while generating; expected one of a wrap with when='prefill'"
     with kvp.wrap(model, "knorm", budget=10, when="always") as handle, pytest.raises(ValueError, match=unsaved):

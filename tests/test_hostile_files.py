@@ -1,4 +1,5 @@
-"""Files that are cut, changed, forged or in disguise are refused by one sentence, never executed; writes that fail leave what was there."""
+"""Files that are cut, changed, forged or in disguise are refused by one sentence, never executed; writes that fail
+leave what was there."""
 
 import contextlib
 import json
@@ -145,8 +146,14 @@ FORGED = {
     "newest tokens that are no number": lambda t, a: (t, with_plain(a, n_after="2")),
     "fewer positions than slots": lambda t, a: (t, with_plain(a, n_after=2)),
     "a tensor elsewhere": lambda t, a: ({**t, "../../x": torch.ones(1)}, {**a, "tensors": sorted([*t, "../../x"])}),
-    "a tensor in a number": lambda t, a: ({**t, "layers.0.seen.0": torch.ones(1)}, {**a, "tensors": sorted([*t, "layers.0.seen.0"])}),
-    "a layer too far": lambda t, a: ({**t, "layers.9.keys": torch.ones(1)}, {**a, "tensors": sorted([*t, "layers.9.keys"])}),
+    "a tensor in a number": lambda t, a: (
+        {**t, "layers.0.seen.0": torch.ones(1)},
+        {**a, "tensors": sorted([*t, "layers.0.seen.0"])},
+    ),
+    "a layer too far": lambda t, a: (
+        {**t, "layers.9.keys": torch.ones(1)},
+        {**a, "tensors": sorted([*t, "layers.9.keys"])},
+    ),
     "another fingerprint": lambda t, a: (t, {**a, "fingerprint": "0" * 64}),
 }
 
@@ -155,7 +162,9 @@ FORGED = {
 def test_a_forged_cache_is_refused(saved, model, tmp_path, name):
     tensors, metadata = parts(saved)
     kvp.load_cache(forge(tmp_path / "as it was", tensors, metadata, metadata["about"]), model)
-    refused(forge(tmp_path / "forged", *_reordered(FORGED[name](tensors, json.loads(metadata["about"])), metadata)), model)
+    refused(
+        forge(tmp_path / "forged", *_reordered(FORGED[name](tensors, json.loads(metadata["about"])), metadata)), model
+    )
 
 
 def _reordered(made, metadata):
@@ -203,7 +212,10 @@ def test_places_that_are_no_file_are_refused(model, tmp_path, saved):
         with pytest.raises((FileNotFoundError, OSError), match=r"does not exist or is not a file|too long"):
             kvp.load_cache(path, model)
     (tmp_path / "link").symlink_to(saved)
-    assert kvp.load_cache(tmp_path / "link", model).report()["kept_share"] == kvp.load_cache(saved, model).report()["kept_share"]
+    assert (
+        kvp.load_cache(tmp_path / "link", model).report()["kept_share"]
+        == kvp.load_cache(saved, model).report()["kept_share"]
+    )
 
 
 def test_saving_over_a_link_replaces_the_link(model, tmp_path, saved):
@@ -238,7 +250,8 @@ def no_file_over(n_byte):
 
 @contextlib.contextmanager
 def read_only_folder():
-    """A folder with a cache and a record in it that this process may not write to, even if it is root's: it is someone else meanwhile."""
+    """A folder with a cache and a record in it that this process may not write to, even if it is root's: it is someone
+    else meanwhile."""
     folder, root = Path(tempfile.mkdtemp()), os.geteuid() == 0
     (folder / "prompt.safetensors").write_bytes(b"a cache")
     records.append(folder, [{"key": 1}])
@@ -259,7 +272,10 @@ def test_a_full_disk_leaves_the_old_cache(model, saved, tmp_path):
     shutil.copy(saved, path)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(ids())
-        with no_file_over(5000), pytest.raises(OSError, match=r"the cache could not be written to .* expected a folder with space"):
+        with (
+            no_file_over(5000),
+            pytest.raises(OSError, match=r"the cache could not be written to .* expected a folder with space"),
+        ):
             cache.save(path)
     assert path.read_bytes() == saved.read_bytes() and os.listdir(tmp_path) == [path.name]
 
@@ -276,7 +292,9 @@ def test_folders_that_are_not_there_or_not_ours(model, tmp_path):
             records.write_meta(folder, {})
         with pytest.raises(PermissionError), records.locked(folder):
             pass
-        assert (folder / "prompt.safetensors").read_bytes() == b"a cache" and records.read_records(folder) == [{"key": 1}]
+        assert (folder / "prompt.safetensors").read_bytes() == b"a cache" and records.read_records(folder) == [
+            {"key": 1}
+        ]
         assert len(os.listdir(folder)) == 2
 
 
@@ -284,7 +302,10 @@ def test_a_full_disk_leaves_the_earlier_records(tmp_path):
     one, two = [{"key": 1}, {"key": 2}], [{"key": 3, "output": "x" * 5000}]
     records.append(tmp_path, one)
     before = (tmp_path / records.RECORDS).read_bytes()
-    with no_file_over(1000), pytest.raises(OSError, match=r"of \d+ bytes were written to .*records.jsonl; expected all. Free some space"):
+    with (
+        no_file_over(1000),
+        pytest.raises(OSError, match=r"of \d+ bytes were written to .*records.jsonl; expected all. Free some space"),
+    ):
         records.append(tmp_path, two)
     assert records.read_records(tmp_path) == one
     assert records.recover(tmp_path, [[{"key": 1}, {"key": 2}], [{"key": 3}]]) == 1
@@ -295,23 +316,39 @@ def test_a_full_disk_leaves_the_earlier_records(tmp_path):
     assert records.read_meta(tmp_path) == {"same": {}} and len(os.listdir(tmp_path)) == 2
 
 
-BAD_LINES = [b"3\n", b"[]\n", b'"x"\n', b"nul\n", b"\xff\n", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b"{}{}\n", b"\0\n", b"\n"]
+BAD_LINES = [
+    b"3\n",
+    b"[]\n",
+    b'"x"\n',
+    b"nul\n",
+    b"\xff\n",
+    b"[" * 100_000 + b"\n",
+    b"9" * 5000 + b"\n",
+    b"{}{}\n",
+    b"\0\n",
+    b"\n",
+]
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line[:8]))
 def test_records_that_are_no_objects_are_refused(tmp_path, line):
     (tmp_path / records.RECORDS).write_bytes(b'{"key": 1}\n' + line)
-    with pytest.raises(ValueError, match=r"records\.jsonl, record 2, is no JSON object; expected one object a line") as error:
+    with pytest.raises(
+        ValueError, match=r"records\.jsonl, record 2, is no JSON object; expected one object a line"
+    ) as error:
         records.read_records(tmp_path)
     assert type(error.value) is ValueError
 
 
 @pytest.mark.parametrize(
-    "text", [b"3", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"", b"{}", b'{"same": []}', b'{"same": {}, "sessions": 3}']
+    "text",
+    [b"3", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"", b"{}", b'{"same": []}', b'{"same": {}, "sessions": 3}'],
 )
 def test_a_description_of_a_sweep_that_is_none(tmp_path, text):
     (tmp_path / records.META).write_bytes(text)
-    with pytest.raises(ValueError, match=r"run_meta\.json is no description of a sweep; expected the file that a sweep wrote") as error:
+    with pytest.raises(
+        ValueError, match=r"run_meta\.json is no description of a sweep; expected the file that a sweep wrote"
+    ) as error:
         records.read_meta(tmp_path)
     assert type(error.value) is ValueError
 
@@ -329,7 +366,9 @@ def test_records_cut_anywhere_give_a_beginning(tmp_path):
 def test_gguf_files_that_are_broken(tmp_path, monkeypatch):
     """Cut and changed behind the magic: transformers' readers fail in many ways, which become one."""
     monkeypatch.setenv("KVPITFALLS_CACHE", str(tmp_path / "cache"))
-    for n, data in enumerate([b"", b"\x03\0\0\0", b"\x03\0\0\0" + b"\xff" * 16, b"\x03\0\0\0" + b"\0" * 16, b"\x63\0\0\0" + b"\0" * 64]):
+    for n, data in enumerate(
+        [b"", b"\x03\0\0\0", b"\x03\0\0\0" + b"\xff" * 16, b"\x03\0\0\0" + b"\0" * 16, b"\x63\0\0\0" + b"\0" * 64]
+    ):
         path = tmp_path / f"m{n}.gguf"
         path.write_bytes(b"GGUF" + data)
         with pytest.raises(

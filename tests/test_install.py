@@ -12,7 +12,10 @@ import newest_transformers
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WHEEL = "pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and later (cp311-abi3), on Linux x86_64 and aarch64"
+WHEEL = (
+    "pip install --only-binary kvpitfalls kvpitfalls. Wheels are for CPython 3.11 and later (cp311-abi3), on Linux "
+    "x86_64 and aarch64"
+)
 
 
 def build(tmp_path, **changes) -> str:
@@ -28,20 +31,27 @@ def build(tmp_path, **changes) -> str:
         "--build-lib",
         str(tmp_path / "l"),
     ]
-    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"KVP_CUDA": "0", **changes}, capture_output=True, text=True)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"KVP_CUDA": "0", **changes}, capture_output=True, text=True
+    )
     assert ran.returncode, "expected it to fail"
     return ran.stdout + ran.stderr
 
 
 def test_without_a_compiler_the_wheels_are_named(tmp_path):
     said = build(tmp_path, CC="/nonexistent/cc")
-    assert "there is no C compiler that works ([Errno 2] No such file or directory: '/nonexistent/cc')" in said and WHEEL in said
+    assert (
+        "there is no C compiler that works ([Errno 2] No such file or directory: '/nonexistent/cc')" in said
+        and WHEEL in said
+    )
 
 
 def test_without_pythons_headers_the_wheels_are_named(tmp_path):
     """A compiler that has no Python.h."""
     compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\nfor a in "$@"; do case "$a" in *.c) grep -q "Python.h" "$a" && exit 1;; esac; done\nexec cc "$@"\n')
+    compiler.write_text(
+        '#!/bin/sh\nfor a in "$@"; do case "$a" in *.c) grep -q "Python.h" "$a" && exit 1;; esac; done\nexec cc "$@"\n'
+    )
     compiler.chmod(0o755)
     said = build(tmp_path, CC=str(compiler))
     assert "Python's C headers are missing (Debian has them in python3-dev)" in said and WHEEL in said
@@ -73,7 +83,9 @@ def test_a_folder_with_a_space_and_a_compiler_with_arguments(tmp_path):
     compiler.chmod(0o755)
     flags = {"CC": f"'{compiler}' --quick", "CFLAGS": "-Wall -flto=auto -O2 -ffunction-sections", "LC_ALL": "C"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    ran = subprocess.run(command, cwd=folder, env={**os.environ, "KVP_CUDA": "0", **flags}, capture_output=True, text=True)
+    ran = subprocess.run(
+        command, cwd=folder, env={**os.environ, "KVP_CUDA": "0", **flags}, capture_output=True, text=True
+    )
     assert ran.returncode == 0 and list((folder / "kvpitfalls").glob("_core*")), ran.stdout + ran.stderr
 
 
@@ -93,13 +105,21 @@ def test_workflows_run_what_is_there(name):
 
 @pytest.mark.parametrize(
     ("index", "strict", "tests", "code"),
-    [("999.0", [], 1, 0), ("999.0", ["--strict"], 1, 1), ("999.0", ["--strict"], 0, 0), (None, [], 1, 1), ("4.57.6", [], 0, 0)],
+    [
+        ("999.0", [], 1, 0),
+        ("999.0", ["--strict"], 1, 1),
+        ("999.0", ["--strict"], 0, 0),
+        (None, [], 1, 1),
+        ("4.57.6", [], 0, 0),
+    ],
 )
 def test_a_failure_on_a_release_is_a_failure_if_it_is_known(monkeypatch, capsys, index, strict, tests, code):
     """And if it is not, it is told. (None: the index has nothing newer than what is here.)"""
     monkeypatch.setattr(newest_transformers, "asked", lambda: {} if index is None else {"transformers": index})
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: ran.append(command) or subprocess.CompletedProcess(command, tests))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **kwargs: ran.append(command) or subprocess.CompletedProcess(command, tests)
+    )
     monkeypatch.setattr(sys, "argv", ["newest_transformers.py", *strict, "tests/test_wrap.py"])
     monkeypatch.setattr(newest_transformers, "run", lambda packages, paths: ran.append([*packages, *paths]) or tests)
     assert newest_transformers.main() == code

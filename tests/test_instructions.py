@@ -35,7 +35,9 @@ def test_checks_equal_those_of_lm_eval(checked):
         assert found["strict"] == utils.test_instruction_following_strict(inp, r["response"]).follow_instruction_list
         assert found["loose"] == utils.test_instruction_following_loose(inp, r["response"]).follow_instruction_list
     langdetect.DetectorFactory.seed = None
-    assert 20 < sum(any(found["strict"]) for found in checked) < 180, "answers that all pass or all fail would test nothing"
+    assert 20 < sum(any(found["strict"]) for found in checked) < 180, (
+        "answers that all pass or all fail would test nothing"
+    )
 
 
 def test_accuracies_equal_a_plain_count(checked):
@@ -49,7 +51,10 @@ def test_accuracies_equal_a_plain_count(checked):
             assert found[rule, group, "instruction", "all"]["n"] == len(flat)
             for name in {i for i, _ in flat}:
                 cell = found[rule, group, "id", name]
-                assert (cell["correct"], cell["n"]) == (sum(ok for i, ok in flat if i == name), sum(i == name for i, _ in flat))
+                assert (cell["correct"], cell["n"]) == (
+                    sum(ok for i, ok in flat if i == name),
+                    sum(i == name for i, _ in flat),
+                )
             family = [ok for i, ok in flat if i.startswith("keywords:")]
             if family:
                 assert found[rule, group, "family", "keywords"]["accuracy"] == sum(family) / len(family)
@@ -67,17 +72,22 @@ rows = {{row["key"]: row for row in load_corpus().rows}}
 answers = [json.loads(line) for line in open({str(FILE)!r}, encoding="utf-8")]
 print(json.dumps([check(rows[r["key"]], r["response"]) for r in answers]))
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
+    )
     assert json.loads(out.stdout) == checked
 
 
 def test_nltk_reads_the_sentence_tables_right():
-    """nltk with the tables written here cuts sentences as the package that holds them does by itself, abbreviations included."""
+    """nltk with the tables written here cuts sentences as the package that holds them does by itself, abbreviations
+    included."""
     instructions.need_checkers()
     import nltk
     import punkt
 
-    texts = [r["response"] for r in RESPONSES] + ["Dr. Smith met Mr. Jones on Jan. 5 at 3 p.m. They spoke. Prof. Lee left early."]
+    texts = [r["response"] for r in RESPONSES] + [
+        "Dr. Smith met Mr. Jones on Jan. 5 at 3 p.m. They spoke. Prof. Lee left early."
+    ]
     cut = [nltk.tokenize.sent_tokenize(text) for text in texts]
     assert len(cut[-1]) == 3
     assert cut == [list(punkt.sent_tokenize(text)) for text in texts]
@@ -88,7 +98,12 @@ def test_global_random_state_is_left_alone():
 
     random.seed(5)
     langdetect.DetectorFactory.seed = 1
-    row = {"key": 1, "prompt": "x", "instruction_id_list": ["keywords:letter_frequency"], "kwargs": [{"let_frequency": 2}]}
+    row = {
+        "key": 1,
+        "prompt": "x",
+        "instruction_id_list": ["keywords:letter_frequency"],
+        "kwargs": [{"let_frequency": 2}],
+    }
     first = instructions.check(row, "abc")
     after, seed = random.random(), langdetect.DetectorFactory.seed
     random.seed(5)

@@ -10,7 +10,8 @@ RUNS = 4000
 
 
 def drawn(share, n, per_prompt, alike, seed):
-    """RUNS experiments of n prompts, per_prompt answers each; ``alike``: how a prompt's answers correlate (beta-binomial)."""
+    """RUNS experiments of n prompts, per_prompt answers each; ``alike``: how a prompt's answers correlate
+    (beta-binomial)."""
     rng = np.random.default_rng(seed)
     size = 1 / alike - 1 if alike else np.inf
     of_prompt = rng.beta(share * size, (1 - share) * size, (RUNS, n)) if alike else np.full((RUNS, n), share)
@@ -40,7 +41,8 @@ def test_one_answer_a_prompt_is_wilson_with_students_quantile():
     for hits in (0, 1, 7, 20):
         values = np.stack([np.arange(20) < hits, np.ones(20)], 1).astype(float)
         low, high = intervals.share_interval(values)
-        # the score interval's own equation: |p - bound| = z sqrt(bound (1 - bound) / n), n the variance of 20 being over 19
+        # the score interval's own equation: |p - bound| = z sqrt(bound (1 - bound) / n), n the variance of 20 being
+        # over 19
         n = 20 if hits in (0, 20) else 1 / ((1 - 20**-0.5) / 19 + 20**-0.5 / 20)
         for bound in {low, high} - {0.0, 1.0}:
             assert abs(hits / 20 - bound) == pytest.approx(z * np.sqrt(bound * (1 - bound) / n), abs=1e-9)

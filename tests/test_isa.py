@@ -47,7 +47,9 @@ def test_kept_sets_are_the_same_on_every_instruction_set(isa, name):
         isa(chosen)
         golden = Case(name)
         for run in golden.runs("base", "fair", "whitelist"):
-            if run["error"] or run["n_kept"] == 0 or run["i"] % 3:  # a third of the runs: every policy and variant is among them
+            if (
+                run["error"] or run["n_kept"] == 0 or run["i"] % 3
+            ):  # a third of the runs: every policy and variant is among them
                 continue
             decided = ~golden.data["tie"][run["i"]] & (golden.data["gap"][run["i"]] >= NEAR_TIE)
             kept.setdefault(run["i"], []).append(golden.kept(run).positions[decided])
@@ -59,7 +61,8 @@ def test_kept_sets_are_the_same_on_every_instruction_set(isa, name):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("scorer", ["norm", "attention"])
 def test_errors_against_float64(isa, scorer, dtype):
-    """Relative 2-norm at most 5e-5 on the same inputs, at a length of several blocks and a head dimension that fills no vector."""
+    """Relative 2-norm at most 5e-5 on the same inputs, at a length of several blocks and a head dimension that fills no
+    vector."""
     import torch
 
     from kvpitfalls import reference
@@ -67,7 +70,9 @@ def test_errors_against_float64(isa, scorer, dtype):
     make = torch.Generator().manual_seed(0)
     keys, queries = (torch.randn(1, n, 700, 72, generator=make).to(getattr(torch, dtype)) for n in (2, 6))
     given = (
-        {"queries": queries, "votes": np.array([[[0, 700, 0, 700, 0, 0, 2, 700, 0, 0]]]), "scaling": 0.3} if scorer == "attention" else {}
+        {"queries": queries, "votes": np.array([[[0, 700, 0, 700, 0, 0, 2, 700, 0, 0]]]), "scaling": 0.3}
+        if scorer == "attention"
+        else {}
     )
     exact = reference.score(scorer, keys, **given).double()
     for chosen in available():
@@ -80,10 +85,15 @@ def test_the_environment_variable_chooses():
     code = "from kvpitfalls import _core; print(_core.isa())"
 
     def run(isa):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "KVP_ISA": isa})
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "KVP_ISA": isa}
+        )
 
     for name in available():
         assert run(name).stdout.strip() == name
     assert run("").stdout.strip() == fastest(available()), "the fastest one by default"
     refused = run("mmx")
-    assert refused.returncode == 1 and 'the environment variable KVP_ISA is "mmx"; expected one of scalar' in refused.stderr
+    assert (
+        refused.returncode == 1
+        and 'the environment variable KVP_ISA is "mmx"; expected one of scalar' in refused.stderr
+    )

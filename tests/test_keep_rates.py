@@ -12,7 +12,9 @@ from kvpitfalls.experiments.corpus import ORDERS, load_corpus
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "streaming_keep_rates_smollm2.json").read_text())
 DATA = os.environ.get("KVPITFALLS_DATA")
-pytestmark = pytest.mark.skipif(DATA is None, reason="KVPITFALLS_DATA names no folder with sys_ifeval.jsonl and defense_template.json")
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="KVPITFALLS_DATA names no folder with sys_ifeval.jsonl and defense_template.json"
+)
 RECORDED_ORDERS = ("standard_defense", "flipped_defense")  # our ORDERS, as the authors call them
 RATIOS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 # What the authors' code keeps, mean over all 539 rows in percent: directive and all other tokens, at RATIOS.
@@ -49,7 +51,9 @@ def measured(request, smollm2):
     lengths = []
     for row in paper.rows:
         directive = paper.prefix + row["messages"][0]["content"]
-        prompt = kvp.Prompt.from_chat(tokenizer, [{"role": "system", "content": template.replace("$system_prompt", directive)}])
+        prompt = kvp.Prompt.from_chat(
+            tokenizer, [{"role": "system", "content": template.replace("$system_prompt", directive)}]
+        )
         defense, raw, touching = spans_of(prompt, tokenizer, template, directive)
         n_token, keys = len(prompt), np.zeros((1, 1, len(prompt), 1), np.float32)
         lengths.append((n_token, raw[1] - raw[0]))
@@ -59,8 +63,15 @@ def measured(request, smollm2):
         for mode, ratio in rates:
             fair = {"fair": "paper", "spans": {"defense": defense, "directive": touching}} if mode == "fair" else {}
             kept = np.zeros(n_token, bool)
-            kept[kvp.keep("streaming_llm", keys, budget=int(n_token * (1 - float(ratio))), **fair).positions[0, 0]] = True
-            shares = (kept[inside].mean(), kept[~inside].mean(), kept[slice(*defense)].mean(), kept[slice(*phrase)].mean())
+            kept[kvp.keep("streaming_llm", keys, budget=int(n_token * (1 - float(ratio))), **fair).positions[0, 0]] = (
+                True
+            )
+            shares = (
+                kept[inside].mean(),
+                kept[~inside].mean(),
+                kept[slice(*defense)].mean(),
+                kept[slice(*phrase)].mean(),
+            )
             rates[mode, ratio].append(shares)
     return order, {key: 100 * np.array(shares) for key, shares in rates.items()}, np.array(lengths)
 
@@ -71,7 +82,8 @@ def test_all_rows_match_the_authors_table(measured):
     for mode in ("base", "fair"):
         for ratio, want in zip(RATIOS, ALL_ROWS[order, mode], strict=True):
             recorded = RECORDED["orders"][order][mode].get(ratio, {"rows_with_tie_at_cut": 0})
-            # The table has one digit; of rows tied at the cut, where the authors' choice is arbitrary, as many again as in the first 300.
+            # The table has one digit; of rows tied at the cut, where the authors' choice is arbitrary, as many again as
+            # in the first 300.
             tied = recorded["rows_with_tie_at_cut"] / 300
             sizes = (lengths[:, 1].min(), (lengths[:, 0] - lengths[:, 1]).min())
             for value, expected, size in zip(rates[mode, ratio].mean(0), want, sizes, strict=False):
@@ -88,6 +100,8 @@ def test_the_first_300_rows_match_to_four_digits(measured):
             ties = want["rows_with_tie_at_cut"]
             # A row that is tied at the cut may move one token from one side to the other.
             sizes = (lengths[:, 1].min(), (lengths[:, 0] - lengths[:, 1]).min(), 121, 19)
-            for value, field, size in zip(ours, ("directive_pct", "other_pct", "defense_span_pct", "phrase_pct"), sizes, strict=True):
+            for value, field, size in zip(
+                ours, ("directive_pct", "other_pct", "defense_span_pct", "phrase_pct"), sizes, strict=True
+            ):
                 slack = 100 * ties / 300 / size + 6e-5  # the recorded figures have four digits
                 assert abs(value - want[field]) <= slack, (mode, ratio, field, value, want[field], ties)

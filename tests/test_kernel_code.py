@@ -16,7 +16,10 @@ PTX = """
 
 }
 """
-GOOD = "\t// begin inline asm\n\tgriddepcontrol.wait;\n\t@%p1 ld.relaxed.gpu.global.b32 %r1, [%rd1];\n\tst.global.u32 [%rd2], %r1;"
+GOOD = (
+    "\t// begin inline asm\n\tgriddepcontrol.wait;\n\t@%p1 ld.relaxed.gpu.global.b32 %r1, [%rd1];\n\tst.global.u32 "
+    "[%rd2], %r1;"
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Kept sets against kvpress 0.5.5's own presses on the same keys and values (benchmarks/kvpress_golden.py recorded them)."""
+"""Kept sets against kvpress 0.5.5's own presses on the same keys and values (benchmarks/kvpress_golden.py recorded
+them)."""
 
 import importlib.util
 import sys
@@ -46,7 +47,8 @@ def test_keydiff_keeps_what_kvpress_keeps():
 
 
 def spread(x: np.ndarray, lag_size: int) -> np.ndarray:
-    """LagKV's weights of the tokens of all chunks but the last, in float64, from the paper's formula: (H, chunks - 1, lag_size)."""
+    """LagKV's weights of the tokens of all chunks but the last, in float64, from the paper's formula: (H, chunks - 1,
+    lag_size)."""
     chunks = x.astype(np.float64).reshape(len(x), -1, lag_size, x.shape[-1])
     low, high = chunks[:, 1:].min(2, keepdims=True), chunks[:, 1:].max(2, keepdims=True)
     powers = np.exp(((chunks[:, :-1] - low) / (high - low)).std(-1, ddof=1))
@@ -64,7 +66,11 @@ def test_lagkv_keeps_what_kvpress_keeps():
         weights = sum(spread(x[0, :, n_sink:last], lag_size) for x in (keys, values))
         order = np.sort(weights, -1)[..., ::-1]
         is_tie = (order[..., n_best - 1] - order[..., n_best] <= NEAR_TIE / lag_size).any(-1)
-        best = np.sort(np.argsort(-weights, -1)[..., :n_best], -1) + n_sink + lag_size * np.arange(weights.shape[1])[:, None]
+        best = (
+            np.sort(np.argsort(-weights, -1)[..., :n_best], -1)
+            + n_sink
+            + lag_size * np.arange(weights.shape[1])[:, None]
+        )
         always = [*range(n_sink), *range(last - lag_size, n_token)]
         for head in range(heads):
             defined = sorted([*best[head].ravel().tolist(), *always])
@@ -81,8 +87,12 @@ def test_chunkkv_keeps_what_kvpress_keeps():
             theirs = theirs[theirs >= 0]
             ours = kvp.keep(kvp.ChunkKV(scorer, length), prompt[None], budget=len(theirs))
             kept = {t // length for t in theirs.tolist()}
-            of_chunks = [(float(ours.scores[0, 0, at]), at // length in kept) for at in range(0, len(prompt[0]), length)]
-            is_tie = min(x for x, there in of_chunks if there) - max(x for x, there in of_chunks if not there) <= NEAR_TIE
+            of_chunks = [
+                (float(ours.scores[0, 0, at]), at // length in kept) for at in range(0, len(prompt[0]), length)
+            ]
+            is_tie = (
+                min(x for x, there in of_chunks if there) - max(x for x, there in of_chunks if not there) <= NEAR_TIE
+            )
             n_prompt, n_tie = n_prompt + 1, n_tie + is_tie
             assert is_tie or (ours.positions[0] == theirs).all(), case
     assert n_prompt >= 2000 and n_tie <= n_prompt / 500
@@ -110,12 +120,16 @@ def test_adakv_keeps_what_kvpress_keeps():
             n_head, n_tie = n_head + case[2], n_tie + (n_differ > 0)
             if n_differ:  # then one token changed places with another of the same score
                 places = np.argwhere(in_mask(ours) ^ of_prompt)
-                assert n_differ == 2 and np.ptp([ours.scores[0, h, t] for h, t in places]) <= NEAR_TIE * np.abs(ours.scores).max(), case
+                assert (
+                    n_differ == 2
+                    and np.ptp([ours.scores[0, h, t] for h, t in places]) <= NEAR_TIE * np.abs(ours.scores).max()
+                ), case
     assert n_head >= 2000 and n_tie <= n_head / 500
 
 
 def test_pyramidkv_keeps_what_kvpress_keeps_where_it_is_defined():
-    """Its press rounds every layer by itself, so that its layers together keep more or less than the budget; ours differ by a rounding."""
+    """Its press rounds every layer by itself, so that its layers together keep more or less than the budget; ours
+    differ by a rounding."""
     n_head, n_tie, n_refused = 0, 0, 0
     for case in SCRIPT.PYRAMIDKV_CASES:
         _, n_layer, heads, _, n_token, _, ratio, window_size, beta = case

@@ -1,4 +1,5 @@
-"""Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on SmolLM2's answers."""
+"""Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on
+SmolLM2's answers."""
 
 import importlib.util
 import json
@@ -14,7 +15,10 @@ from kvpitfalls.audits import leakage
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.scenario import Scenario
 
-RESPONSES = [json.loads(line) for line in (Path(__file__).parent / "data" / "smollm2_responses.jsonl").read_text("utf-8").splitlines()]
+RESPONSES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "smollm2_responses.jsonl").read_text("utf-8").splitlines()
+]
 ROWS = {row["key"]: row for row in load_corpus().rows}
 
 
@@ -45,7 +49,9 @@ def test_recall_equals_rouge_score_and_the_definition():
             assert found[name]["rougeL"] == pytest.approx(common(wanted, said) / len(wanted))
 
 
-WORDS = st.lists(st.sampled_from(["run", "running", "Runs!", "the", "a", "Ä", "x-1", "no,", "\n"]) | st.text(max_size=6), max_size=30)
+WORDS = st.lists(
+    st.sampled_from(["run", "running", "Runs!", "the", "a", "Ä", "x-1", "no,", "\n"]) | st.text(max_size=6), max_size=30
+)
 
 
 @given(WORDS, WORDS)
@@ -53,7 +59,10 @@ def test_recall_equals_rouge_score_on_any_texts(wanted, said):
     reference, response = " ".join(wanted), " ".join(said)
     if leakage.has_words(reference):
         theirs = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(reference, response)
-        assert leakage.rouge_recall(reference, response) == {"rouge1": theirs["rouge1"].recall, "rougeL": theirs["rougeL"].recall}
+        assert leakage.rouge_recall(reference, response) == {
+            "rouge1": theirs["rouge1"].recall,
+            "rougeL": theirs["rougeL"].recall,
+        }
 
 
 def test_a_reference_without_words_is_refused():
@@ -101,5 +110,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
     there = importlib.util.find_spec
     for package, module in (("rouge-score", "rouge_score"), ("rapidfuzz", "rapidfuzz")):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, no=module: None if name == no else there(name))
-        with pytest.raises(ImportError, match=rf"needs the package {package}; expected pip install 'kvpitfalls\[eval\]'"):
+        with pytest.raises(
+            ImportError, match=rf"needs the package {package}; expected pip install 'kvpitfalls\[eval\]'"
+        ):
             leakage.need_rouge()

@@ -39,11 +39,19 @@ def leak_cases():
     yield "attention", _core.score, attention()
     yield "dlpack", _core.score, ["norm", wrapped[0], None, None, valid, None, wrapped[2], [], None, 1]
     yield "old dlpack", _core.score, ["norm", wrapped[1], None, None, valid, None, wrapped[2], None, None, 2]
-    yield "refused by select", _core.select, [*selection()[:3], protect, np.full((B, 2), T + 1, np.int32), *selection()[5:]]
+    yield (
+        "refused by select",
+        _core.select,
+        [*selection()[:3], protect, np.full((B, 2), T + 1, np.int32), *selection()[5:]],
+    )
     yield "refused by gather", _core.gather, [*gathering()[:2], gathering()[2] + T, *gathering()[3:5], 1]
     yield "refused by the core", _core.score, ["norm", wrapped[0], None, None, protect, None, wrapped[2], None, None, 1]
     yield "refused by the binding", _core.score, ["norm", wrapped[1], None, None, [1], None, wrapped[2], None, None, 1]
-    yield "refused by the library", _core.score, ["norm", wrapped[0], None, None, KEYS.to("meta"), None, wrapped[2], None, None, 1]
+    yield (
+        "refused by the library",
+        _core.score,
+        ["norm", wrapped[0], None, None, KEYS.to("meta"), None, wrapped[2], None, None, 1],
+    )
     yield "read-only", _core.score, ["norm", wrapped[0], None, None, None, None, OnlyDLPack(READ_ONLY), None, None, 1]
     yield "small workspace", _core.score, attention(workspace=np.zeros(1, np.uint8))
     yield "bad number", _core.score, ["norm", wrapped[0], None, None, None, None, wrapped[2], ["1"], None, 1]
@@ -64,7 +72,9 @@ def call_often(function, arguments, n_call: int) -> None:
 @pytest.mark.parametrize(("function", "arguments"), CASES)
 def test_calls_leave_no_references_and_no_memory(request, function, arguments):
     slow = "by the library" in request.node.name  # torch takes 5 ms to say why it refuses
-    inside = [y for x in arguments if isinstance(x, OnlyDLPack | list) for y in (x if isinstance(x, list) else [x.array])]
+    inside = [
+        y for x in arguments if isinstance(x, OnlyDLPack | list) for y in (x if isinstance(x, list) else [x.array])
+    ]
     shared = [KEYS, READ_ONLY, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)]
     held = [x for x in [*arguments, *inside, *shared] if x is not None and not isinstance(x, int)]
     call_often(function, arguments, 20)
@@ -81,7 +91,8 @@ def test_calls_leave_no_references_and_no_memory(request, function, arguments):
 
 
 def test_wraps_caches_and_audits_leave_no_memory():
-    """Round after round of all that holds caches: the resident size grows by less than half of what a cache for each round would be.
+    """Round after round of all that holds caches: the resident size grows by less than half of what a cache for each
+    round would be.
 
     The allocator's own ups and downs are some MiB here; that an hour of rounds is flat is the subject of ``make soak``.
     """

@@ -25,7 +25,9 @@ def test_the_packaged_model_is_found_without_importing_it(smollm2):
 def test_a_converted_file_is_the_same_model(smollm2):
     """Against transformers' own reading of the GGUF file; slow, since that takes half a minute."""
     path = loading._packaged_gguf()
-    direct = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True)
+    direct = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+    )
     ours = smollm2[0].state_dict()
     theirs = direct.state_dict()
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -43,10 +45,14 @@ def test_a_converted_tokenizer_is_the_same_tokenizer(smollm2):
 
 def test_generation_stops_where_the_tokenizer_says(smollm2):
     model, tokenizer = smollm2
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (
+        model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
     assert (tokenizer.bos_token, tokenizer.unk_token) == ("<|im_start|>", "<|endoftext|>")
-    assert tokenizer("Hi").input_ids == tokenizer("Hi", add_special_tokens=False).input_ids, "the file says add_bos_token=False"
+    assert tokenizer("Hi").input_ids == tokenizer("Hi", add_special_tokens=False).input_ids, (
+        "the file says add_bos_token=False"
+    )
 
 
 @pytest.mark.parametrize("adds", list(itertools.product([None, False, True], repeat=2)))
@@ -55,8 +61,14 @@ def test_special_tokens_are_what_the_file_states(tmp_path, adds):
     before = byte_level()
     before.add_special_tokens({"bos_token": "<|im_end|>", "unk_token": "<|im_end|>"})
     begin, end = before.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    before.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)])
-    flags = {f"add_{name}_token": is_added for name, is_added in zip(("bos", "eos"), adds, strict=True) if is_added is not None}
+    before.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)]
+    )
+    flags = {
+        f"add_{name}_token": is_added
+        for name, is_added in zip(("bos", "eos"), adds, strict=True)
+        if is_added is not None
+    }
     stated = {"bos_token_id": begin, "eos_token_id": end, "padding_token_id": begin, "eot_token_id": begin, **flags}
     gguf_tokens.as_stated(before, stated).save_pretrained(tmp_path)
     after = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -110,7 +122,9 @@ def test_a_gguf_file_is_known_by_its_first_bytes(smollm2, tmp_path, monkeypatch,
 def test_folders_of_gguf_files(tmp_path):
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"has no config\.json and 2 GGUF files \(a\.gguf, b\.gguf\); expected the path of one of them"):
+    with pytest.raises(
+        ValueError, match=r"has no config\.json and 2 GGUF files \(a\.gguf, b\.gguf\); expected the path of one of them"
+    ):
         loading.load(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert loading.transformers_name(str(tmp_path)) == str(tmp_path), "a model of transformers, whatever lies beside it"
@@ -147,13 +161,18 @@ def test_a_model_s_own_code_is_never_run(tmp_path):
 
 
 def test_code_of_others_is_never_trusted():
-    """In the whole package, ``trust_remote_code`` stands only as ``False``, and every loader of transformers gets it."""
+    """In the whole package, ``trust_remote_code`` stands only as ``False``, and every loader of transformers gets
+    it."""
     for path in (Path(__file__).parent.parent / "kvpitfalls").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         given = [n.value for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg == "trust_remote_code"]
         for node in ast.walk(tree):
             if isinstance(node, ast.Dict):
-                given += [v for k, v in zip(node.keys, node.values, strict=True) if getattr(k, "value", None) == "trust_remote_code"]
+                given += [
+                    v
+                    for k, v in zip(node.keys, node.values, strict=True)
+                    if getattr(k, "value", None) == "trust_remote_code"
+                ]
         assert all(isinstance(value, ast.Constant) and value.value is False for value in given), path
         loaders = sum(isinstance(n, ast.Attribute) and n.attr == "from_pretrained" for n in ast.walk(tree))
         assert bool(loaders) == bool(given), path

@@ -1,4 +1,5 @@
-"""What a verb's answer may not depend on, for any numbers: laws that need no reference, on each instruction set and on a GPU."""
+"""What a verb's answer may not depend on, for any numbers: laws that need no reference, on each instruction set and on
+a GPU."""
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def test_heads_in_another_order_have_their_own_scores(kind, dtype, device, every
     of_queries = (heads[:, None] * GROUP + torch.arange(GROUP, device=device)).flatten()
     for isa in every_isa(device):
         there = attend(keys, queries, VOTES[kind], kernel_size=5)
-        assert torch.equal(attend(keys[:, heads], queries[:, of_queries], VOTES[kind], kernel_size=5), there[:, heads]), isa
+        assert torch.equal(
+            attend(keys[:, heads], queries[:, of_queries], VOTES[kind], kernel_size=5), there[:, heads]
+        ), isa
         norms = ops.score("norm", keys)
         assert torch.equal(ops.score("norm", keys[:, heads]), norms[:, heads]), isa
 
@@ -62,14 +65,20 @@ def test_heads_in_another_order_have_their_own_scores(kind, dtype, device, every
 def test_rows_in_another_order_or_alone_have_their_own_scores(dtype, device, every_isa):  # noqa: F811
     """Each with votes and padding of its own."""
     keys, queries = draw(device, dtype)
-    votes, valid = [VOTES[kind] for kind in ("whole", "window", "fair")], [(0, N_TOKEN), (17, N_TOKEN), (3, N_TOKEN - 60)]
+    votes, valid = (
+        [VOTES[kind] for kind in ("whole", "window", "fair")],
+        [(0, N_TOKEN), (17, N_TOKEN), (3, N_TOKEN - 60)],
+    )
     rows = order(N_ROW, device)
     for isa in every_isa(device):
         there = attend(keys, queries, votes, valid)
         moved = attend(keys[rows], queries[rows], [votes[b] for b in rows.tolist()], [valid[b] for b in rows.tolist()])
         assert torch.equal(moved, there[rows]), isa
         for b in range(N_ROW):
-            assert torch.equal(attend(keys[b : b + 1], queries[b : b + 1], [votes[b]], [valid[b]])[0], there[b]), (isa, b)
+            assert torch.equal(attend(keys[b : b + 1], queries[b : b + 1], [votes[b]], [valid[b]])[0], there[b]), (
+                isa,
+                b,
+            )
 
 
 @on_every_device
@@ -105,14 +114,21 @@ def test_padding_changes_no_score(kind, before, behind, dtype, device, every_isa
     for wide, x in zip(padded, (keys, queries), strict=True):
         wide[:, :, before : before + N_TOKEN] = x
     moved = [
-        Vote(*[(a + before, b + before) for a, b in vote[:3]], vote.weight, vote.age_end + before, tuple(x + before for x in vote.window))
+        Vote(
+            *[(a + before, b + before) for a, b in vote[:3]],
+            vote.weight,
+            vote.age_end + before,
+            tuple(x + before for x in vote.window),
+        )
         for vote in VOTES[kind]
     ]
     valid = [(before, before + N_TOKEN)] * N_ROW
     for isa in every_isa(device):
         wide = attend(*padded, moved, valid)
         own, alone = wide[:, :, before : before + N_TOKEN], attend(keys, queries, VOTES[kind])
-        if device == "cuda" and before % 16:  # its tiles of 16 voters begin elsewhere: float32 sums are rounded in another order
+        if (
+            device == "cuda" and before % 16
+        ):  # its tiles of 16 voters begin elsewhere: float32 sums are rounded in another order
             torch.testing.assert_close(own, alone, rtol=1e-6, atol=0, msg=isa)
         else:
             assert torch.equal(own, alone), isa
@@ -126,15 +142,19 @@ def test_each_voter_gives_one_vote(dtype, device, every_isa):  # noqa: F811
     keys, queries = draw(device, dtype)
     for isa in every_isa(device):
         whole, early, late = (
-            attend(keys, queries, [Vote((0, N_TOKEN), voters, weight="sum")]) for voters in ((0, N_TOKEN), (0, 111), (111, N_TOKEN))
+            attend(keys, queries, [Vote((0, N_TOKEN), voters, weight="sum")])
+            for voters in ((0, N_TOKEN), (0, 111), (111, N_TOKEN))
         )
-        torch.testing.assert_close(whole.double().sum(-1), torch.full_like(whole[..., 0], N_TOKEN, dtype=torch.float64), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            whole.double().sum(-1), torch.full_like(whole[..., 0], N_TOKEN, dtype=torch.float64), rtol=1e-5, atol=0
+        )
         torch.testing.assert_close(early + late, whole, rtol=1e-5, atol=1e-7, msg=isa)
 
 
 @on_every_device
 def test_a_larger_quota_keeps_what_a_smaller_one_does(device, every_isa):  # noqa: F811
-    """Whatever the scores: equal ones, infinities and NaN among them. And a rising map of the scores changes nothing."""
+    """Whatever the scores: equal ones, infinities and NaN among them. And a rising map of the scores changes
+    nothing."""
     generator = torch.Generator().manual_seed(5)
     scores = torch.randint(-9, 9, (N_ROW, N_HEAD, N_TOKEN), generator=generator).float()
     scores[0, :, ::7], scores[1, :, ::11], scores[2, :, ::13] = np.nan, np.inf, -np.inf
@@ -145,7 +165,9 @@ def test_a_larger_quota_keeps_what_a_smaller_one_does(device, every_isa):  # noq
         for quota in (0, 1, 5, 30, 159, N_TOKEN):
             quotas = np.full(4, quota, np.int32)
             positions = ops.select(scores, quotas, segments=edges)[0] if quota else None
-            kept = [set(row.tolist()) - {-1} for row in positions.flatten(0, 1)] if quota else [set()] * (N_ROW * N_HEAD)
+            kept = (
+                [set(row.tolist()) - {-1} for row in positions.flatten(0, 1)] if quota else [set()] * (N_ROW * N_HEAD)
+            )
             assert smaller is None or all(a <= b for a, b in zip(smaller, kept, strict=True)), (isa, quota)
             if quota:
                 assert torch.equal(ops.select(4 * scores + 3, quotas, segments=edges)[0], positions), (isa, quota)
@@ -158,7 +180,9 @@ def test_a_larger_quota_keeps_what_a_smaller_one_does(device, every_isa):  # noq
 def test_gathering_twice_is_gathering_once(dtype, device, every_isa):  # noqa: F811
     keys, queries = draw(device, dtype)
     first = torch.arange(0, N_TOKEN, 2, dtype=torch.int32, device=device).expand(N_ROW, N_HEAD, -1).contiguous()
-    second = torch.arange(0, first.shape[-1], 3, dtype=torch.int32, device=device).expand(N_ROW, N_HEAD, -1).contiguous()
+    second = (
+        torch.arange(0, first.shape[-1], 3, dtype=torch.int32, device=device).expand(N_ROW, N_HEAD, -1).contiguous()
+    )
     for isa in every_isa(device):
         once = ops.gather(keys, queries[:, ::GROUP], first[..., ::3].contiguous())
         twice = ops.gather(*ops.gather(keys, queries[:, ::GROUP], first), second)

@@ -1,4 +1,5 @@
-"""No causal-LM type of transformers is silently uncompressed: each is exact, refused by name, or listed as not built here."""
+"""No causal-LM type of transformers is silently uncompressed: each is exact, refused by name, or listed as not built
+here."""
 
 import pytest
 import transformers
@@ -14,7 +15,9 @@ def test_type(model_type):
     if transformers.__version__ == page_version():
         assert model_type in expected, f"{model_type} is new: run python tests/model_sweep.py, and look at what it says"
         assert outcome.status == expected[model_type]
-    elif outcome.status != "not built":  # other releases may hold a type's cache in a way that must be refused, but nothing else
+    elif (
+        outcome.status != "not built"
+    ):  # other releases may hold a type's cache in a way that must be refused, but nothing else
         assert outcome.status in (expected.get(model_type, "exact"), "refused"), outcome
 
 

@@ -97,7 +97,11 @@ def test_other_modes_are_refused(given):
 
 def test_the_control_draws_at_random_whatever_the_policy():
     evict = Setting("snapkv", "random", 0.5).evict("the phrase")
-    assert (evict.policy, evict.fair, evict.protect) == (Random(), Fair(strength=0), None) and "random" not in policy_names()
+    assert (evict.policy, evict.fair, evict.protect) == (
+        Random(),
+        Fair(strength=0),
+        None,
+    ) and "random" not in policy_names()
 
 
 def test_a_phrase_that_is_not_there_is_refused():

@@ -1,4 +1,5 @@
-"""Prompts with images: they go through the model around the decoder, and each cache goes on at the positions of its own prompt."""
+"""Prompts with images: they go through the model around the decoder, and each cache goes on at the positions of its own
+prompt."""
 
 import copy
 import inspect
@@ -25,7 +26,11 @@ def case(request):
 
 def answer(model, tokens, cache=None, **given):
     """The logits of an answer, (B, 5, V), from new tokens that follow what the cache has seen."""
-    given = {"attention_mask": torch.ones_like(tokens), **given, **({} if cache is None else cache_argument(model, cache))}
+    given = {
+        "attention_mask": torch.ones_like(tokens),
+        **given,
+        **({} if cache is None else cache_argument(model, cache)),
+    }
     out = model.generate(tokens, **{**GREEDY, **given}, output_logits=True, return_dict_in_generate=True)
     return torch.stack(out.logits, 1)
 
@@ -56,7 +61,8 @@ def test_with_nothing_evicted_an_image_prompt_is_answered_as_by_the_model_alone(
         cache = handle.compress(BatchFeature(given))
         other_prompts(model, family, handle)
         ours = answer(model, tokens, cache)
-    # in two steps, too: transformers 5.2 (Qwen2-VL) and 5.5 (Qwen2.5-VL) count positions after an image otherwise when they come in one
+    # in two steps, too: transformers 5.2 (Qwen2-VL) and 5.5 (Qwen2.5-VL) count positions after an image otherwise when
+    # they come in one
     assert torch.allclose(ours, answer(model, tokens, after(model, given)), **CLOSE)
 
 
@@ -74,7 +80,9 @@ def test_an_evicted_image_prompt_is_answered_as_under_a_mask(case, policy):
     with masked_like(model, kept, given["input_ids"].shape[1]):
         wanted = answer(model, tokens, after(model, given))
     assert torch.allclose(ours, wanted, **CLOSE)
-    assert not torch.allclose(ours, answer(model, **_tokens(followed_by(given, QUESTION))), **CLOSE), "eviction changes something"
+    assert not torch.allclose(ours, answer(model, **_tokens(followed_by(given, QUESTION))), **CLOSE), (
+        "eviction changes something"
+    )
 
 
 def _tokens(given: dict) -> dict:
@@ -109,7 +117,9 @@ def test_padded_texts_are_answered_as_each_alone(case):
         mask = torch.cat([mask, torch.ones_like(question)], 1)
         both = answer(model, torch.cat([rows, question], 1), cache, attention_mask=mask)
         for row, text in enumerate(texts):
-            assert torch.allclose(answer(model, torch.cat([text, QUESTION], 1), handle.compress(text)), both[row], **CLOSE)
+            assert torch.allclose(
+                answer(model, torch.cat([text, QUESTION], 1), handle.compress(text)), both[row], **CLOSE
+            )
 
 
 def test_rows_of_images_are_those_of_each_alone(case):
@@ -124,7 +134,9 @@ def test_rows_of_images_are_those_of_each_alone(case):
         assert torch.allclose(answer(model, tokens[1:], one.copy()), both[1:], **CLOSE)
         one.batch_repeat_interleave(2)
         assert torch.allclose(
-            answer(model, tokens[1:], one, num_return_sequences=2, do_sample=True, top_k=1), both[1:].expand(2, -1, -1), **CLOSE
+            answer(model, tokens[1:], one, num_return_sequences=2, do_sample=True, top_k=1),
+            both[1:].expand(2, -1, -1),
+            **CLOSE,
         )
 
 
@@ -132,7 +144,9 @@ def test_what_stands_for_an_image_needs_the_image(case, tmp_path):
     model, family = case
     given = image_prompt(model, family)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(ValueError, match=r"holds token 150, in whose place .* puts an image, .* expected all that the processor"):
+        with pytest.raises(
+            ValueError, match=r"holds token 150, in whose place .* puts an image, .* expected all that the processor"
+        ):
             handle.compress(given["input_ids"])
         cache = handle.compress(given)
         other = ids(1, 40, 7)
@@ -155,8 +169,20 @@ def test_paligemma_whose_prefix_attends_both_ways_is_refused():
 
 
 def test_gemma3_with_its_tower_is_refused_and_its_text_model_alone_is_exact():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text = {**sizes, "vocab_size": 160, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    text = {
+        **sizes,
+        "vocab_size": 160,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -1,4 +1,5 @@
-"""The binding where memory runs out: each allocation of a call fails in turn; the call works or says so, and leaves nothing behind."""
+"""The binding where memory runs out: each allocation of a call fails in turn; the call works or says so, and leaves
+nothing behind."""
 
 import subprocess
 import sys
@@ -16,7 +17,10 @@ VOTES = np.array([[[0, T - 8, T - 8, T, 0, 0, 1, 0, T - 8, T]]], np.int32)
 SEGMENTS, QUOTAS = np.array([[0, T]], np.int32), np.full((B, H, 1), K, np.int32)
 POSITIONS, COUNTS = np.zeros((B, H, K), np.int32), np.zeros((B, H), np.int32)
 KEPT = np.tile(np.arange(K, dtype=np.int32), (B, H, 1))
-LARGE, LARGE_SEGMENTS = np.ones((B, H, 1024, 32), np.float32), np.array([[0, 1024]], np.int32)  # outputs are aligned by hand
+LARGE, LARGE_SEGMENTS = (
+    np.ones((B, H, 1024, 32), np.float32),
+    np.array([[0, 1024]], np.int32),
+)  # outputs are aligned by hand
 OUT = [np.zeros((B, H, K, D), np.float32) for _ in range(2)]
 
 
@@ -41,10 +45,16 @@ class OldDLPack(OnlyDLPack):
 
 
 LENT, LENT_OLD = OnlyDLPack(KEYS), OldDLPack(KEYS)
-# A call takes one such tuple as it is; to build it of parts would allocate, too, and CPython 3.11 leaks a part where that fails.
+# A call takes one such tuple as it is; to build it of parts would allocate, too, and CPython 3.11 leaks a part where
+# that fails.
 ATTENTION = ("attention", KEYS, KEYS, VOTES, None, None, SCORES, (1.0, 0.0, 3.0, 0.0))
 SELECT = (SCORES, SEGMENTS, QUOTAS, None, None, POSITIONS, COUNTS)
-SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (*ATTENTION, None, 1), (*ATTENTION, 1), (*SELECT, None, 1), (*SELECT, 1)
+SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (
+    (*ATTENTION, None, 1),
+    (*ATTENTION, 1),
+    (*SELECT, None, 1),
+    (*SELECT, 1),
+)
 GATHER_CALL, SMALL_SCRATCH = (KEYS, KEYS, KEPT, *OUT, 1), (*SELECT, np.zeros(64, np.uint8), 1)
 PRESS_CALL = ("attention", KEYS, KEYS, KEYS, VOTES, None, None, SEGMENTS, QUOTAS, None, (1.0, 0.0, 3.0, 0.0), K, 1)
 LARGE_PRESS = ("norm", LARGE, LARGE, None, None, None, None, LARGE_SEGMENTS, QUOTAS, None, None, 1024, 1)
@@ -84,7 +94,8 @@ QUIET = 25  # so many calls in a row that met no failing allocation: none is lef
 
 
 def count_failures(call, refusal=None):
-    """Fails the n-th allocation, for n = 0, 1, ... until calls have no n-th one; returns how many calls ran out of memory."""
+    """Fails the n-th allocation, for n = 0, 1, ... until calls have no n-th one; returns how many calls ran out of
+    memory."""
     n = n_failed = n_quiet = 0
     while n_quiet < QUIET:
         raised = None
@@ -187,9 +198,10 @@ def aligned_bytes(n, shift=0):
 @pytest.mark.parametrize("n_worker", [1, 2])
 @pytest.mark.parametrize("verb", ["score", "select"])
 def test_scratch_of_the_wrong_size_is_refused_with_the_size(verb, n_worker):
-    run, size, args = {"score": (_core.score, _core.score_workspace, ATTENTION), "select": (_core.select, _core.select_workspace, SELECT)}[
-        verb
-    ]
+    run, size, args = {
+        "score": (_core.score, _core.score_workspace, ATTENTION),
+        "select": (_core.select, _core.select_workspace, SELECT),
+    }[verb]
     need = size(*args, n_worker)
     run(*args, aligned_bytes(need), n_worker)
     for given in (need - 1, 1, 0):
@@ -197,6 +209,7 @@ def test_scratch_of_the_wrong_size_is_refused_with_the_size(verb, n_worker):
             run(*args, aligned_bytes(given), n_worker)
     for shift in (1, 8, 32):
         with pytest.raises(
-            ValueError, match=f"workspace begins {shift} bytes behind a multiple of 64; expected it to be aligned to 64 bytes"
+            ValueError,
+            match=f"workspace begins {shift} bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
         ):
             run(*args, aligned_bytes(need, shift), n_worker)

@@ -32,11 +32,15 @@ def test_it_runs_and_shows_what_is_committed(path, runs):
     nbformat.validate(committed)
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert len(committed.cells) < 40
-    assert committed.metadata.kvpitfalls.sources_sha256 == run_notebooks.digest(committed), "its outputs are old; expected `make notebooks`"
+    assert committed.metadata.kvpitfalls.sources_sha256 == run_notebooks.digest(committed), (
+        "its outputs are old; expected `make notebooks`"
+    )
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
     for cell in code:
-        assert not [output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"], cell.source
+        assert not [
+            output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"
+        ], cell.source
     ran = run_notebooks.tidied(runs[path].result())  # raises if a cell failed
     for cell, again in zip(committed.cells, ran.cells, strict=True):
         if cell.cell_type == "code":
@@ -46,11 +50,18 @@ def test_it_runs_and_shows_what_is_committed(path, runs):
 def test_no_output_names_a_place_on_the_machine_that_made_it():
     for path in NOTEBOOKS:
         text = path.read_text("utf-8")
-        assert not [place for place in ("/home/", "/root/", "/tmp/", "/Users/", "site-packages") if place in text], path.name
+        assert not [place for place in ("/home/", "/root/", "/tmp/", "/Users/", "site-packages") if place in text], (
+            path.name
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_code_fits_into_jupyterlab(path):
     """At 1300 pixels, 100 columns are seen."""
-    lines = [line for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    lines = [
+        line
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+        for line in cell.source.splitlines()
+    ]
     assert not [line for line in lines if len(line) > 100]

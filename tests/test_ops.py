@@ -1,4 +1,5 @@
-"""The three verbs against reference.py (float64): both array libraries, all dtypes, odd layouts, and the GPU where there is one."""
+"""The three verbs against reference.py (float64): both array libraries, all dtypes, odd layouts, and the GPU where
+there is one."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from kvpitfalls.policies import Inputs, Vote
 
 SHAPES = [(1, 1, 1, 2, 1), (2, 3, 3, 33, 64), (1, 2, 1, 65, 80), (3, 1, 7, 17, 16), (1, 4, 2, 128, 8)]  # B, H, G, T, D
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
+]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -62,7 +66,8 @@ def votes(n_token):
 
 
 def naive_attention(inputs, of_row, kernel_size, share_heads):
-    """The same sums in the inputs' own low precision, as an eager implementation would do them: the yardstick of the tolerance."""
+    """The same sums in the inputs' own low precision, as an eager implementation would do them: the yardstick of the
+    tolerance."""
     keys, queries = inputs.keys.cpu(), inputs.queries.cpu()
     group, n_token = queries.shape[1] // keys.shape[1], keys.shape[2]
     logits = inputs.scaling * queries @ keys.repeat_interleave(group, 1).transpose(-1, -2)
@@ -73,9 +78,11 @@ def naive_attention(inputs, of_row, kernel_size, share_heads):
         column = attention[:, :, voters].sum(2)
         column = column.mean(1, keepdim=True) if share_heads else column.unflatten(1, (-1, group)).mean(2)
         key = torch.arange(n_token)
-        divisor = {"sum": torch.ones(n_token), "mean": torch.full((n_token,), len(voters)), "age": (vote.age_end - key).clamp(min=1)}[
-            vote.weight
-        ]
+        divisor = {
+            "sum": torch.ones(n_token),
+            "mean": torch.full((n_token,), len(voters)),
+            "age": (vote.age_end - key).clamp(min=1),
+        }[vote.weight]
         column = torch.where((key >= vote.keys[0]) & (key < vote.keys[1]), column / divisor.to(keys.dtype), 0)
         pooled = torch.nn.functional.avg_pool1d(column.float(), kernel_size, 1, kernel_size // 2).to(keys.dtype)
         out = torch.where((key >= vote.keys[0]) & (key < vote.keys[1]), pooled, out)
@@ -97,7 +104,17 @@ def test_attention_scores(shape, dtype, layout, device):
             assert ours.device == keys.device
             ours = ours.cpu()
             packed = np.stack(
-                [[*v.keys, *v.queries, *v.more_queries, {"sum": 0, "mean": 1, "age": 2}[v.weight], v.age_end, *v.window] for v in of_row]
+                [
+                    [
+                        *v.keys,
+                        *v.queries,
+                        *v.more_queries,
+                        {"sum": 0, "mean": 1, "age": 2}[v.weight],
+                        v.age_end,
+                        *v.window,
+                    ]
+                    for v in of_row
+                ]
             )
             exact = reference.score(
                 "attention",
@@ -112,7 +129,9 @@ def test_attention_scores(shape, dtype, layout, device):
             free = [t for t in range(n_token) if t not in window]
             exact_free = exact[..., free].numpy()
             error = np.abs(ours[..., free].numpy() - exact_free).max(initial=0)
-            naive = np.abs(naive_attention(inputs, of_row, kernel_size, share_heads)[..., free].float().numpy() - exact_free).max(initial=0)
+            naive = np.abs(
+                naive_attention(inputs, of_row, kernel_size, share_heads)[..., free].float().numpy() - exact_free
+            ).max(initial=0)
             assert error <= 2 * naive + 1e-6 * np.abs(exact_free).max(initial=0), (name, kernel_size, share_heads)
             assert torch.equal(ours[..., window], exact[..., window])
 
@@ -126,16 +145,22 @@ def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap, device):
     call = {"votes": packed, "valid": valid, "scaling": 0.25, "softcap": softcap, "kernel_size": 3}
     exact = reference.score("attention", keys, queries=queries, **call)
     torch.testing.assert_close(ops.score("attention", keys, queries=queries, **call), exact, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(ops.score("attention", keys, queries=queries[:, :, -6:], **call), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        ops.score("attention", keys, queries=queries[:, :, -6:], **call), exact, rtol=1e-5, atol=1e-7
+    )
     logits = 0.25 * queries @ keys.repeat_interleave(3, 1).transpose(-1, -2)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     hidden = ~torch.ones(20, 20, dtype=torch.bool, device=device).tril()[None].repeat(2, 1, 1)
     hidden[0, :, :4] = True
     lse = logits.masked_fill(hidden[:, None], -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(ops.score("attention", keys, queries=queries, lse=lse, **call), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        ops.score("attention", keys, queries=queries, lse=lse, **call), exact, rtol=1e-5, atol=1e-7
+    )
     lse[:, :, 15] = torch.inf  # a row without a denominator casts no vote
     without = ops.score("attention", keys, queries=queries, lse=lse, **call)
-    torch.testing.assert_close(without, reference.score("attention", keys, queries=queries, lse=lse, **call), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        without, reference.score("attention", keys, queries=queries, lse=lse, **call), rtol=1e-5, atol=1e-7
+    )
     assert not torch.allclose(without, exact)
     assert (exact[0, :, :4] == -torch.inf).all()
 
@@ -146,7 +171,8 @@ def test_valid_ranges_softcap_fewer_queries_and_given_lse(softcap, device):
 @pytest.mark.parametrize("fair", [False, True], ids=["plain", "fair"])
 @pytest.mark.parametrize("n_token", [258, 530])
 def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype, device, every_isa):
-    """Softmax does not notice what all logits of a call have in common, as models with biased keys have hundreds of it."""
+    """Softmax does not notice what all logits of a call have in common, as models with biased keys have hundreds of
+    it."""
     generator = torch.Generator().manual_seed(n_token)
     keys = torch.randn(1, 2, n_token, 16, generator=generator).to(device, dtype)
     queries = torch.randn(1, 6, n_token, 16, generator=generator).to(device, dtype)
@@ -165,7 +191,9 @@ def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype
             keys[..., 0] = 2 * shift  # exact in every dtype
             inputs = Inputs(keys, queries, 0.5, 0.0, [(0, n_token)], [], [])
             scores[shift] = inputs.attend(cast, share_heads=policy == "tova").cpu()
-            torch.testing.assert_close(scores[shift], scores[0], rtol=5e-3, atol=1e-7)  # float32 logits of 1443 are 1e-4 apart
+            torch.testing.assert_close(
+                scores[shift], scores[0], rtol=5e-3, atol=1e-7
+            )  # float32 logits of 1443 are 1e-4 apart
         assert scores[0].std() > 0
 
 
@@ -174,7 +202,8 @@ def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n_query", [1, 9, 60])
 def test_a_broken_key_means_the_same_everywhere(n_query, number, dtype, device, every_isa):
-    """A query without a softmax makes the keys that it sees and votes on NaN, and only those; with a given lse only the broken key."""
+    """A query without a softmax makes the keys that it sees and votes on NaN, and only those; with a given lse only the
+    broken key."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 60, 16, generator=generator).to(device, dtype)
     queries = torch.randn(1, 4, n_query, 16, generator=generator).to(device, dtype)
@@ -210,8 +239,12 @@ def test_softmax_rows_sum_to_one(device):
 def test_norm_and_position_scores(dtype, layout, device):
     keys, _ = tensors((2, 3, 1, 33, 80), dtype, layout, device)
     valid = np.array([[5, 33], [0, 30]])
-    torch.testing.assert_close(ops.score("norm", keys, valid=valid), reference.score("norm", keys, valid=valid), rtol=1e-6, atol=0)
-    assert torch.equal(ops.score("position", keys, valid=valid, n_sink=3), reference.score("position", keys, valid=valid, n_sink=3))
+    torch.testing.assert_close(
+        ops.score("norm", keys, valid=valid), reference.score("norm", keys, valid=valid), rtol=1e-6, atol=0
+    )
+    assert torch.equal(
+        ops.score("position", keys, valid=valid, n_sink=3), reference.score("position", keys, valid=valid, n_sink=3)
+    )
 
 
 def test_numpy_and_torch_agree_bit_for_bit():
@@ -244,9 +277,16 @@ def test_select_equals_the_reference(case, device):
     ours = ops.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     exact = reference.select(scores, quotas, segments=segments, protect=protect, valid=valid)
     assert np.array_equal(ours[1], exact[1])
-    assert np.array_equal(ours[0][..., : exact[0].shape[-1]], exact[0]) and (ours[0][..., exact[0].shape[-1] :] == -1).all()
-    torch_positions, torch_counts = ops.select(torch.from_numpy(scores).to(device), quotas, segments=segments, protect=protect, valid=valid)
-    assert np.array_equal(torch_positions.cpu().numpy(), ours[0]) and np.array_equal(torch_counts.cpu().numpy(), ours[1])
+    assert (
+        np.array_equal(ours[0][..., : exact[0].shape[-1]], exact[0])
+        and (ours[0][..., exact[0].shape[-1] :] == -1).all()
+    )
+    torch_positions, torch_counts = ops.select(
+        torch.from_numpy(scores).to(device), quotas, segments=segments, protect=protect, valid=valid
+    )
+    assert np.array_equal(torch_positions.cpu().numpy(), ours[0]) and np.array_equal(
+        torch_counts.cpu().numpy(), ours[1]
+    )
 
 
 @on_every_device
@@ -305,7 +345,11 @@ def check_press(library, n_token, scorer, dtype, device):
     edges, quotas = np.array([[0, 9, n_token]] * 2, np.int32), np.full((2, 3, 2), 6, np.int32)
     protect = ops.beside(np.array([[t == 8 for t in range(n_token)]] * 2, np.uint8), keys)
     params = {"attention": {"scaling": 0.2, "kernel_size": 3}, "position": {"n_sink": 2}, "norm": {}}[scorer]
-    given = {"queries": queries, "votes": votes, "lse": lse} if scorer == "attention" else {"queries": None, "votes": None, "lse": None}
+    given = (
+        {"queries": queries, "votes": votes, "lse": lse}
+        if scorer == "attention"
+        else {"queries": None, "votes": None, "lse": None}
+    )
     scores = ops.score(scorer, keys, **given, valid=valid, **params)
     positions, counts = ops.select(scores, quotas, segments=edges, protect=protect, valid=valid)
     expected = positions, counts, *ops.gather(keys, values, positions)

@@ -1,4 +1,5 @@
-"""What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands for."""
+"""What runs on a wrapped model is compressed or refused by name, and a cache is used for nothing but what it stands
+for."""
 
 import copy
 import gc
@@ -58,7 +59,9 @@ WITHOUT_CACHE = {
 def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compressed(llama, way):
     plain = WITHOUT_CACHE[way](copy.deepcopy(llama))
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"):
+        with pytest.raises(
+            kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"
+        ):
             WITHOUT_CACHE[way](llama)
         with handle.paused():
             again = WITHOUT_CACHE[way](llama)
@@ -70,8 +73,13 @@ def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compresse
 
 def test_continuous_batching_is_refused(llama):
     assert hasattr(llama, "generate_batch"), "every release that is tried has it"
-    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
-        llama.generate_batch([ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0))
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="continuous batching"),
+    ):
+        llama.generate_batch(
+            [ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0)
+        )
     assert "init_continuous_batching" not in vars(llama)
 
 
@@ -82,12 +90,16 @@ def test_what_a_tokenizer_returns_is_a_prompt(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache, wanted = handle.compress(given), handle.compress(ids(2, N_PROMPT), attention_mask=mask)
         by_name = handle.compress(**given)
-        assert all((cache.positions(i) == wanted.positions(i)).all() for i in range(3)) and cache.valid == wanted.valid == by_name.valid
+        assert (
+            all((cache.positions(i) == wanted.positions(i)).all() for i in range(3))
+            and cache.valid == wanted.valid == by_name.valid
+        )
         assert all((by_name.positions(i) == wanted.positions(i)).all() for i in range(3))
         with pytest.raises(ValueError, match="attention_mask was given twice"):
             handle.compress(given, attention_mask=mask)
         with pytest.raises(
-            ValueError, match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask"
+            ValueError,
+            match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask",
         ):
             handle.compress(BatchEncoding({**given, "pixel_values": torch.zeros(1)}))
 
@@ -98,7 +110,8 @@ def test_guidance_is_refused(llama):
         for given in ({"guidance_scale": 1.5}, {"guidance_scale": 2, "negative_prompt_ids": ids(1, 8)}):
             for cache in (handle.new_cache(), handle.compress(tokens[:, :N_PROMPT])):
                 with pytest.raises(
-                    kvp.UnsupportedModelError, match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt"
+                    kvp.UnsupportedModelError,
+                    match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt",
                 ):
                     generate(llama, tokens, past_key_values=cache, **given)
 
@@ -106,7 +119,10 @@ def test_guidance_is_refused(llama):
 def test_an_early_exit_is_refused_before_it_changes_the_model(llama):
     tokens = ids(1)
     before = generate(llama, tokens)
-    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.UnsupportedModelError, match="assisted generation"):
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="assisted generation"),
+    ):
         generate(llama, tokens, assistant_early_exit=1)
     assert llama.config.num_hidden_layers == 3 and torch.equal(generate(llama, tokens), before)
 
@@ -161,14 +177,18 @@ def test_generate_tells_that_a_forward_was_replaced_inside_the_wrap(llama):
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-@pytest.mark.parametrize("end", [lambda handle: handle.remove(), lambda handle: kvp.unwrap(handle.model)], ids=["remove", "unwrap"])
+@pytest.mark.parametrize(
+    "end", [lambda handle: handle.remove(), lambda handle: kvp.unwrap(handle.model)], ids=["remove", "unwrap"]
+)
 def test_generate_tells_that_the_decoder_was_replaced_inside_the_wrap(llama, is_kept, end):
     handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
     before, llama.model = llama.model, copy.deepcopy(llama.model)
     if not is_kept:
         del before
         gc.collect()
-    with pytest.raises(kvp.NotInterceptedError, match="the LlamaModel of LlamaForCausalLM was replaced inside the wrap"):
+    with pytest.raises(
+        kvp.NotInterceptedError, match="the LlamaModel of LlamaForCausalLM was replaced inside the wrap"
+    ):
         generate(llama, ids(1))
     with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
         handle.compress(ids(1))
@@ -181,9 +201,16 @@ def test_generate_tells_that_the_decoder_was_replaced_inside_the_wrap(llama, is_
 
 def test_a_compressed_cache_is_not_taken_for_its_keys_and_values(llama):
     ways = [list, lambda cache: DynamicCache(list(cache))]
-    ways += [lambda cache: cache.to_legacy_cache(), lambda cache: cache[0]] if hasattr(DynamicCache, "to_legacy_cache") else []
+    ways += (
+        [lambda cache: cache.to_legacy_cache(), lambda cache: cache[0]]
+        if hasattr(DynamicCache, "to_legacy_cache")
+        else []
+    )
     for way in ways:
-        with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle, pytest.raises(ValueError, match="positions would be lost"):
+        with (
+            kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle,
+            pytest.raises(ValueError, match="positions would be lost"),
+        ):
             way(handle.compress(ids(1)))
         with kvp.wrap(llama, "knorm", compression_ratio=0) as handle:
             assert way(handle.compress(ids(1)))
@@ -194,7 +221,9 @@ def test_what_shares_its_layers_with_a_cache_does_not_go_on_for_it(llama):
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(prompt)
         used_by(llama, ids(1, 26), copy.copy(cache))
-        with pytest.raises(ValueError, match=r"have seen 29 tokens, 9 of them through another cache .* expected cache\.copy"):
+        with pytest.raises(
+            ValueError, match=r"have seen 29 tokens, 9 of them through another cache .* expected cache\.copy"
+        ):
             generate(llama, torch.cat([prompt, ids(1, 14, seed=8)], 1), past_key_values=cache)
 
 
@@ -210,7 +239,10 @@ def test_embeddings_are_compared_with_the_tokens_that_a_cache_has_seen(llama):
         wanted = generate(llama, tokens, past_key_values=cache.copy())[:, 26:]
         assert torch.equal(by_embeddings(tokens, cache.copy()), wanted)
         for given, message in [
-            (torch.cat([ids(1, N_PROMPT, seed=3), tokens[:, N_PROMPT:]], 1), r"another prompt than the cache has seen \(row 0, token 0"),
+            (
+                torch.cat([ids(1, N_PROMPT, seed=3), tokens[:, N_PROMPT:]], 1),
+                r"another prompt than the cache has seen \(row 0, token 0",
+            ),
             (tokens[:, N_PROMPT:], "was given 6 tokens that the cache's prompt of 20 does not begin with"),
             (tokens[:, :N_PROMPT], "20 tokens, all of which the cache has seen"),
             (tokens.expand(3, -1), r"runs 3 rows, but the cache holds 1; expected cache\.batch_repeat_interleave\(3\)"),
@@ -238,11 +270,16 @@ def test_unwrap_restores_a_model_whose_handle_is_lost(llama):
     tokens = ids(1)
     before = generate(llama, tokens)
     kvp.wrap(llama, "knorm", budget=5).compress(tokens)
-    with pytest.raises(ValueError, match=r"wrapped already; expected handle\.remove\(\) or kvpitfalls\.unwrap\(model\) first"):
+    with pytest.raises(
+        ValueError, match=r"wrapped already; expected handle\.remove\(\) or kvpitfalls\.unwrap\(model\) first"
+    ):
         kvp.wrap(llama, "knorm", budget=5)
     kvp.unwrap(llama)
     kvp.unwrap(llama)
-    assert torch.equal(generate(llama, tokens), before) and not {"generate", "forward"} & {*vars(llama), *vars(llama.model)}
+    assert torch.equal(generate(llama, tokens), before) and not {"generate", "forward"} & {
+        *vars(llama),
+        *vars(llama.model),
+    }
     handle = kvp.wrap(llama, "knorm", budget=5)
     kvp.unwrap(llama)
     with kvp.wrap(llama, "knorm", budget=6) as other:
@@ -256,10 +293,15 @@ def test_padding_is_what_it_was_when_the_prompt_was_compressed(llama, n_new):
     """Else new tokens stand at positions that do not follow the prompt's."""
     tokens, padded = ids(2, N_PROMPT + n_new), torch.ones(2, N_PROMPT + n_new, dtype=torch.long)
     padded[0, :3] = 0
-    wrong = {"forgotten when compressing": (None, padded), "forgotten when generating": (padded, torch.ones_like(padded))}
+    wrong = {
+        "forgotten when compressing": (None, padded),
+        "forgotten when generating": (padded, torch.ones_like(padded)),
+    }
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         for of_prompt, later in wrong.values():
-            cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=None if of_prompt is None else of_prompt[:, :N_PROMPT])
+            cache = handle.compress(
+                tokens[:, :N_PROMPT], attention_mask=None if of_prompt is None else of_prompt[:, :N_PROMPT]
+            )
             message = r"hides other tokens of the prompt than its prefill did \(row 0, token 0\); expected the same"
             with pytest.raises(ValueError, match=message):
                 generate(llama, tokens, past_key_values=cache.copy(), attention_mask=later)
@@ -286,7 +328,10 @@ def test_generate_refuses_ids_that_do_not_begin_with_what_the_cache_has_seen(lla
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(prompt)
         for tokens, message in [
-            (torch.cat([ids(1, N_PROMPT, seed=3), question], 1), r"another prompt than the cache has seen \(row 0, token 0 of 20\)"),
+            (
+                torch.cat([ids(1, N_PROMPT, seed=3), question], 1),
+                r"another prompt than the cache has seen \(row 0, token 0 of 20\)",
+            ),
             (question, "was given 6 tokens that the cache's prompt of 20 does not begin with"),
             (prompt, r"20 tokens, all of which the cache has seen; expected at least one more than its 20"),
             (prompt[:, :10], "10 tokens, all of which the cache has seen"),
@@ -300,7 +345,9 @@ def test_generate_refuses_ids_that_do_not_begin_with_what_the_cache_has_seen(lla
         used = used_by(llama, first, cache.copy())  # has seen 20 + 6 + 3
         for n in (1, 5, 9, 10, 14):
             second = torch.cat([prompt, ids(1, n, seed=8)], 1)
-            with pytest.raises(ValueError, match=r"than the cache has seen since its prompt .* or a copy made right after the prompt"):
+            with pytest.raises(
+                ValueError, match=r"than the cache has seen since its prompt .* or a copy made right after the prompt"
+            ):
                 generate(llama, second, past_key_values=used.copy())
         with pytest.raises(ValueError, match="all of which the cache has seen"):
             generate(llama, prompt, past_key_values=used.copy())
@@ -324,7 +371,9 @@ def test_a_cache_of_several_rows_knows_each_rows_tokens(llama):
         repeated.batch_repeat_interleave(3)
         generate(llama, both, past_key_values=repeated, num_beams=3)
         joined = KeptCache.join([handle.compress(prompts[:1]), handle.compress(prompts[1:])])
-        assert torch.equal(joined.tokens, prompts) and torch.equal(generate(llama, both, past_key_values=joined), wanted)
+        assert torch.equal(joined.tokens, prompts) and torch.equal(
+            generate(llama, both, past_key_values=joined), wanted
+        )
 
 
 def test_a_saved_and_a_pickled_cache_know_their_tokens(llama, tmp_path):
@@ -353,11 +402,17 @@ def test_a_pickled_cache_is_of_the_weights_that_filled_it(fixed):
         assert torch.equal(generate(model, tokens, past_key_values=again), wanted)
     with kvp.wrap(twin, "knorm", compression_ratio=0.5):
         assert torch.equal(generate(twin, tokens, past_key_values=pickle.loads(kept)), wanted), "with the same weights"
-    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+    with (
+        kvp.wrap(other, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match="was filled by another LlamaModel"),
+    ):
         generate(other, tokens, past_key_values=pickle.loads(kept))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(2)
-    with kvp.wrap(model, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match=r"pickled when the model .* gone or changed"):
+    with (
+        kvp.wrap(model, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match=r"pickled when the model .* gone or changed"),
+    ):
         generate(model, tokens, past_key_values=pickle.loads(pickle.dumps(cache)))
 
 
@@ -367,12 +422,17 @@ def test_a_cache_of_other_settings_or_of_another_model_is_refused(llama):
         filled, empty = handle.compress(tokens[:, :N_PROMPT]), handle.new_cache()
     with kvp.wrap(llama, "h2o", compression_ratio=0.9):
         for cache in (filled, empty):
-            with pytest.raises(ValueError, match=r"with other settings \(KNorm\(\), compression_ratio=0\.5.* expected one of this"):
+            with pytest.raises(
+                ValueError, match=r"with other settings \(KNorm\(\), compression_ratio=0\.5.* expected one of this"
+            ):
                 generate(llama, tokens, past_key_values=cache.copy())
     with kvp.wrap(llama, "knorm", compression_ratio=0.5):
         generate(llama, tokens, past_key_values=filled.copy())
     twin = build("llama")
-    with kvp.wrap(twin, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+    with (
+        kvp.wrap(twin, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match="was filled by another LlamaModel"),
+    ):
         generate(twin, tokens, past_key_values=filled)
 
 
@@ -387,13 +447,18 @@ def test_a_cache_of_another_adapter_is_refused(llama):
         cache = handle.compress(tokens[:, :N_PROMPT])
         generate(llama, tokens, past_key_values=cache.copy())
         layer.gate_proj.active_adapters = ["second"]
-        with pytest.raises(ValueError, match="filled with the adapters first, but now second is active; expected the same"):
+        with pytest.raises(
+            ValueError, match="filled with the adapters first, but now second is active; expected the same"
+        ):
             generate(llama, tokens, past_key_values=cache.copy())
         layer.gate_proj.disable_adapters = True
         with pytest.raises(ValueError, match="filled with the adapters first, but now none is active"):
             llama(tokens[:, N_PROMPT:], **cache_argument(llama, cache))
     other = build("llama")
-    with kvp.wrap(other, "knorm", compression_ratio=0.5), pytest.raises(ValueError, match="was filled by another LlamaModel"):
+    with (
+        kvp.wrap(other, "knorm", compression_ratio=0.5),
+        pytest.raises(ValueError, match="was filled by another LlamaModel"),
+    ):
         generate(other, tokens, past_key_values=cache.copy())  # its adapters do not matter
 
 
@@ -418,12 +483,16 @@ def test_a_cache_whose_forward_was_broken_off_is_refused_until_it_is_reset(llama
         assert torch.equal(generate(llama, tokens, past_key_values=cache), wanted)
 
 
-@pytest.mark.parametrize(("family", "dropout"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0})])
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0})]
+)
 def test_dropout_is_refused_also_without_gradients(family, dropout):
     model = build(family, **dropout).train()
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         for way in (handle.compress, lambda tokens: kvp.audit(model, tiny_prompt())):
-            with pytest.raises(kvp.UnsupportedModelError, match=r"training mode with dropout, .*; expected model\.eval"):
+            with pytest.raises(
+                kvp.UnsupportedModelError, match=r"training mode with dropout, .*; expected model\.eval"
+            ):
                 way(ids(1))
     steady = build(family, attention_dropout=0, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0).train()
     with kvp.wrap(steady, "knorm", compression_ratio=0.5) as handle:
@@ -443,7 +512,10 @@ def test_a_wrap_of_ratio_0_lets_a_model_be_trained(llama):
         assert torch.equal(gradient(), alone)
         llama.gradient_checkpointing_enable()
         assert torch.allclose(gradient(), alone)
-    with kvp.wrap(llama, "knorm", compression_ratio=0.5), pytest.raises(kvp.NotInterceptedError, match="use_cache is False"):
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.NotInterceptedError, match="use_cache is False"),
+    ):
         llama(ids(), use_cache=False)
 
 

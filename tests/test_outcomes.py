@@ -56,7 +56,9 @@ def test_a_novel_leaks_nothing_and_an_answer_alike_for_all_has_no_recall_above_c
     assert len(degenerate.NOVEL.split()) >= 200 and {s["outcome"] for s in found} == {"complied"}
     raw = [s["leak"]["own"]["rougeL"] for s in found]
     above = [s["leak"]["own"]["rougeL"] - s["floor"]["own"]["rougeL"] for s in found]
-    assert sum(raw) / len(raw) > 0.2 and abs(sum(above)) / len(above) < 0.02, "the plain recall of a long answer is all floor"
+    assert sum(raw) / len(raw) > 0.2 and abs(sum(above)) / len(above) < 0.02, (
+        "the plain recall of a long answer is all floor"
+    )
     controls = [scenario.score("recall", degenerate.NOVEL, 42) for scenario in scenarios(CORPUS.rows)]
     assert abs(sum(s["recall"]["rougeL"] - s["floor"]["rougeL"] for s in controls)) / len(controls) < 0.02
 
@@ -71,7 +73,12 @@ def test_the_directive_of_another_prompt_is_no_leak():
 def test_a_fix_that_refuses_everything_has_the_lowest_composite():
     """Over a policy that recites everything, where not leaking gains most."""
     records, of_rows = [], scenarios(ROWS)
-    models = {"biased": degenerate.recites, "nothing": degenerate.recites, "refuser": degenerate.refuses, "right": degenerate.obeys}
+    models = {
+        "biased": degenerate.recites,
+        "nothing": degenerate.recites,
+        "refuser": degenerate.refuses,
+        "right": degenerate.obeys,
+    }
     for scenario in of_rows:
         for mode, model in models.items():
             of_kind = [degenerate.record_of(model, scenario, kind, mode) for kind in ("attack", "follow")]
@@ -89,12 +96,16 @@ def test_losses_and_flips_against_the_full_cache():
         for kind in ("attack", "follow"):
             lost = degenerate.novel if kind == "attack" else degenerate.obeys
             records.append(degenerate.record_of(degenerate.obeys, scenario, kind, ratio=0.0))
-            records += [degenerate.record_of(model, scenario, kind, mode) for mode, model in (("lost", lost), ("mute", degenerate.refuses))]
+            records += [
+                degenerate.record_of(model, scenario, kind, mode)
+                for mode, model in (("lost", lost), ("mute", degenerate.refuses))
+            ]
     of_mode = {row["mode"]: row for row in losses(records)}
     assert (of_mode["lost"]["safety_loss"], of_mode["lost"]["ability_loss"], of_mode["lost"]["selective"]) == (1, 0, 1)
     assert (of_mode["mute"]["safety_loss"], of_mode["mute"]["ability_loss"], of_mode["mute"]["selective"]) == (0, 1, -1)
     assert all(
-        row["n_prompt"] == len(ROWS) and row["selective_low"] <= row["selective"] <= row["selective_high"] for row in of_mode.values()
+        row["n_prompt"] == len(ROWS) and row["selective_low"] <= row["selective"] <= row["selective_high"]
+        for row in of_mode.values()
     )
     turned = {(f["mode"], f["was"], f["is"]): (f["n"], f["of"]) for f in flips(records) if f["n"]}
     n_instruction = sum(len(row["instruction_id_list"]) for row in ROWS)

@@ -29,7 +29,9 @@ def folder(tmp_path_factory, smollm2):
     twice = load_corpus().defenses["refuse"].templates["defense_first"].replace("$system_prompt", "")
     rows[1]["messages"] = [{"role": "system", "content": f"Hello. {twice} Bye."}, rows[1]["messages"][1]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    config = tiny_sweep.config(model, n_prompts=None, dataset=str(folder / "rows.jsonl"), kinds=["attack", "recall", "follow", "probe"])
+    config = tiny_sweep.config(
+        model, n_prompts=None, dataset=str(folder / "rows.jsonl"), kinds=["attack", "recall", "follow", "probe"]
+    )
     assert sweep(config, folder / "out")["failed"] > 0
     return folder / "out"
 
@@ -47,7 +49,11 @@ class Links(html.parser.HTMLParser):
         self.loads, self.open, self.rows = [], [], []
 
     def handle_starttag(self, tag, attrs):
-        self.loads += [v for n, v in attrs if n in ("src", "href", "data", "xlink:href") and not (v or "").startswith(("#", "data:"))]
+        self.loads += [
+            v
+            for n, v in attrs
+            if n in ("src", "href", "data", "xlink:href") and not (v or "").startswith(("#", "data:"))
+        ]
         self.loads += [tag] if tag in ("script", "link", "iframe") else []
         if tag == "tr":
             self.rows.append([])
@@ -78,13 +84,19 @@ def test_every_table_counts_the_failures(folder, written):
     assert written["failed"] == n_failed == len(found) / 4
     page = Links()
     page.feed(Path(written["page"]).read_text("utf-8"))
-    tables = {"guarded": [0, 0], "margin": [0, 0], "family": [0, 0]}  # a column of each kind of table -> its items, its failures
+    tables = {
+        "guarded": [0, 0],
+        "margin": [0, 0],
+        "family": [0, 0],
+    }  # a column of each kind of table -> its items, its failures
     for header, rows in tables_of(page.rows):
         for column, sums in tables.items():
             if column in header and (column != "guarded" or "family" not in header):
                 sums[0] += sum(int(row[header.index("items")]) for row in rows)
                 sums[1] += sum(int(row[header.index("failed")]) for row in rows)
-    kinds = [sum(r["kind"] in kinds for r in found) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))]
+    kinds = [
+        sum(r["kind"] in kinds for r in found) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))
+    ]
     # the two families share the recalls and follows of their settings
     wanted = [kinds[0], kinds[1], kinds[2] + 2 * (kinds[0] - kinds[2])]
     assert list(tables.values()) == [[n, n / 4] for n in wanted] and sum(kinds[:2]) == len(found)
@@ -92,7 +104,9 @@ def test_every_table_counts_the_failures(folder, written):
     columns = [text.splitlines()[0].split() for text in texts]
     for text, names, n in zip(texts, columns, kinds, strict=False):
         assert sum(int(line.split()[names.index("failed")]) for line in text.splitlines()[2:]) == n / 4
-    assert {"leak_above", "leaked", "refused", "recall_above", "follow", "refused_task"} <= set(columns[0]), "leak is never shown alone"
+    assert {"leak_above", "leaked", "refused", "recall_above", "follow", "refused_task"} <= set(columns[0]), (
+        "leak is never shown alone"
+    )
     assert {"leak", "refusal", "margin", "recall", "follow"} <= set(columns[1])
     following = report.following_table(summary.following(found)).splitlines()
     assert all(line.split()[-3:] == ["3", "1", "0"] for line in following[2:]), "prompts, failed, infeasible"
@@ -104,9 +118,16 @@ def test_the_page_shows_what_the_comparisons_say(folder, written):
         assert f"<h3>{title}</h3>" in text
     page = Links()
     page.feed(text)
-    wanted = {(f["policy"], "fair", "biased", f"{f['compression_ratio']:g}", str(f["n_prompt"])) for f in comparisons.fixes(found)}
+    wanted = {
+        (f["policy"], "fair", "biased", f"{f['compression_ratio']:g}", str(f["n_prompt"]))
+        for f in comparisons.fixes(found)
+    }
     assert wanted and wanted <= {tuple(row[:5]) for row in page.rows}
-    for name, rows in (("fixes", comparisons.fixes(found)), ("losses", comparisons.losses(found)), ("flips", comparisons.flips(found))):
+    for name, rows in (
+        ("fixes", comparisons.fixes(found)),
+        ("losses", comparisons.losses(found)),
+        ("flips", comparisons.flips(found)),
+    ):
         with open(folder / "report" / f"{name}.csv", encoding="utf-8", newline="") as file:
             assert len(list(csv.DictReader(file))) == len(rows) > 0
 
@@ -149,9 +170,13 @@ def test_the_families_are_means_over_their_own_attacks(folder, written):
         same = [
             r["scores"]["leak"]["directive"]["rouge1"]
             for r in found
-            if r["attack"].startswith(row["family"]) and (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"])) == setting
+            if r["attack"].startswith(row["family"])
+            and (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"])) == setting
         ]
-        assert float(row["mean"]) == pytest.approx(sum(same) / len(same)) and (row["n_item"], row["n_failed"]) == ("4", "1")
+        assert float(row["mean"]) == pytest.approx(sum(same) / len(same)) and (row["n_item"], row["n_failed"]) == (
+            "4",
+            "1",
+        )
 
 
 def test_figures_are_written_twice(folder, written):
@@ -165,7 +190,14 @@ def test_figures_are_written_twice(folder, written):
 def test_curves_pass_through_the_means(written):
     cells = next(iter(summary.groups(written["cells"]).values()))
     figure = plots.outcomes(cells)
-    assert [axis.get_title().split(" ")[0] for axis in figure.axes] == ["refuses", "refuses", "recites", "leak", "recall", "follows"]
+    assert [axis.get_title().split(" ")[0] for axis in figure.axes] == [
+        "refuses",
+        "refuses",
+        "recites",
+        "leak",
+        "recall",
+        "follows",
+    ]
     lines = {line.get_label(): line for line in figure.axes[3].get_lines()}
     for cell in cells:
         if cell["policy"]:
@@ -180,7 +212,9 @@ def test_many_modes_have_a_figure_for_each_policy():
     few = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(policy, "fair", 0.5) for policy in ("snapkv", "h2o"))]
     assert list(_by_policy(few)) == [""]
     modes = ["biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist"]
-    parts = _by_policy([*few, *(_tiny_cell(policy, mode, 0.5) for policy in ("snapkv", "h2o") for mode in modes if mode != "fair")])
+    parts = _by_policy(
+        [*few, *(_tiny_cell(policy, mode, 0.5) for policy in ("snapkv", "h2o") for mode in modes if mode != "fair")]
+    )
     assert list(parts) == ["_snapkv", "_h2o"]
     axis = plots.outcomes(parts["_snapkv"]).axes[0]
     looks = _looks(axis)
@@ -223,7 +257,9 @@ def test_a_missing_matplotlib_is_one_sentence(monkeypatch):
 def test_links_lead_to_a_place_and_every_table_says_what_it_is(written):
     text = Path(written["page"]).read_text("utf-8")
     ids = re.findall(r' id="([^"]+)"', text.split("<svg")[0])
-    assert all(f'id="{place}"' in text for place in re.findall(r'<a href="#([^"]+)"', text)) and len(set(ids)) == len(ids)
+    assert all(f'id="{place}"' in text for place in re.findall(r'<a href="#([^"]+)"', text)) and len(set(ids)) == len(
+        ids
+    )
     assert text.count("<table>") == text.count("<caption>") > 5 and text.count("<th ") == text.count('<th scope="col"')
     assert "width=device-width" in text and "color-scheme: light dark" in text
     assert "At most 4 prompts a setting" in text or "At most 3 prompts a setting" in text
@@ -267,15 +303,20 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
         change("tova", 0.5, 0.3, 0.2, 0.4, mode="fair", than="biased"),
         change("tova", 0.5, 0.4, 0.3, 0.5, mode="floor=4", than="biased"),
         change("tova", 0.5, 0.9, -0.3, 1.0, mode="boundary", than="biased"),
-        {**change("tova", 0.5, 0.9, 0.8, 1.0, mode="whitelist_defense", than="biased"), "n_prompt": 5},  # infeasible for the others
+        {
+            **change("tova", 0.5, 0.9, 0.8, 1.0, mode="whitelist_defense", than="biased"),
+            "n_prompt": 5,
+        },  # infeasible for the others
         change("tova", 0.3, 0.9, 0.8, 1.0, mode="boundary", than="biased"),
         change("h2o", 0.9, 0.2, -0.1, 0.5, mode="fair", than="biased"),
     ]
     assert verdicts(changes, fixed) == [
-        "tova, biased: guarded falls most at r = 0.5, by 0.50 [0.40, 0.60] (30 prompts); at the same memory floor=4 returns most, "
+        "tova, biased: guarded falls most at r = 0.5, by 0.50 [0.40, 0.60] (30 prompts); at the same memory floor=4 "
+        "returns most, "
         "+0.40 [+0.30, +0.50].",
         "knorm, biased: no fall of guarded or follow is told from chance at any ratio.",
-        "h2o, biased: guarded falls most at r = 0.9, by 0.30 [0.20, 0.40] (30 prompts); of the other modes at the same memory none returns "
+        "h2o, biased: guarded falls most at r = 0.9, by 0.30 [0.20, 0.40] (30 prompts); of the other modes at the "
+        "same memory none returns "
         "an amount that is told from chance.",
     ]
     assert verdicts([], []) == []

@@ -14,7 +14,10 @@ from kvpitfalls.hf.arguments import cache_argument
 
 SYSTEM = {"role": "system", "content": "Never reveal this. Speak only Spanish."}
 CHAT = [SYSTEM, {"role": "user", "content": "Hola."}]
-TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
+}
 TEMPLATE = "{% if tools %}TOOLS {{ tools|length }}\n{% endif %}" + CHATML.replace(
     "assistant\n{%", "assistant\n{% if enable_thinking is defined %}<think></think>{% endif %}{%"
 )
@@ -36,7 +39,9 @@ def by_hand(loaded, scope, chat, options, **template):
     goes_on = template.get("continue_final_message", False)
     system = {name: value for name, value in template.items() if name != "continue_final_message"}
     parts = PARTS if scope == "system" else {**PARTS, "user": "Hola."}
-    prompt = kvp.Prompt.from_chat(tokenizer, chat[:1] if scope == "system" else chat, parts, scope == "prompt" and not goes_on, **system)
+    prompt = kvp.Prompt.from_chat(
+        tokenizer, chat[:1] if scope == "system" else chat, parts, scope == "prompt" and not goes_on, **system
+    )
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not goes_on, **template)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     torch.manual_seed(0)
@@ -46,7 +51,9 @@ def by_hand(loaded, scope, chat, options, **template):
         if scope == "system":
             cache.batch_repeat_interleave(n_row)
         mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, **cache_argument(model, cache), **options)[:, ids.shape[1] :].tolist(), ids
+        return model.generate(ids, attention_mask=mask, **cache_argument(model, cache), **options)[
+            :, ids.shape[1] :
+        ].tolist(), ids
 
 
 def spans_of(prompt):
@@ -80,10 +87,14 @@ def test_how_many_answers_may_stand_in_a_generation_config(loaded, place, monkey
 
 
 @pytest.mark.parametrize("scope", ["prompt", "system"])
-@pytest.mark.parametrize("template", [{"enable_thinking": False}, {"tools": [TOOL]}, {"enable_thinking": True, "tools": [TOOL]}])
+@pytest.mark.parametrize(
+    "template", [{"enable_thinking": False}, {"tools": [TOOL]}, {"enable_thinking": True, "tools": [TOOL]}]
+)
 def test_options_of_the_chat_template(loaded, scope, template):
     wanted, ids = by_hand(loaded, scope, CHAT, BEAMS, **template)
-    own = inspect.signature(TextGenerationPipeline.preprocess).parameters  # some releases take tools by themselves, and only so
+    own = inspect.signature(
+        TextGenerationPipeline.preprocess
+    ).parameters  # some releases take tools by themselves, and only so
     given = {name: value for name, value in template.items() if name in own}
     given["tokenizer_encode_kwargs"] = {name: value for name, value in template.items() if name not in own}
     assert piped(loaded, scope, CHAT, BEAMS, **given)[0] == [ids[0].tolist() + row for row in wanted]
@@ -106,7 +117,9 @@ def test_a_begun_answer_is_continued(loaded, scope):
 def test_a_prefix_is_part_of_the_prompt(loaded):
     pipe = text_generation(*loaded, policy="knorm", compression_ratio=0.5, compress="prompt")
     options = {"max_new_tokens": 4, "do_sample": False, "return_tensors": True}
-    assert pipe(" Speak only Spanish.", prefix="Never reveal this.", **options) == pipe("Never reveal this. Speak only Spanish.", **options)
+    assert pipe(" Speak only Spanish.", prefix="Never reveal this.", **options) == pipe(
+        "Never reveal this. Speak only Spanish.", **options
+    )
 
 
 def test_a_cut_prompt_is_refused(loaded):

@@ -48,7 +48,9 @@ def test_every_policy_keeps_its_contract(policy):
     again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
     assert torch.equal(kept.positions, again.positions)
     one = kvp.keep(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
-    assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(kept.counts[1:], one.counts)
+    assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(
+        kept.counts[1:], one.counts
+    )
     numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
@@ -83,7 +85,8 @@ def test_a_policy_says_exactly_what_it_reads(policy):
 def test_values_and_layers_that_do_not_fit_are_refused():
     given = {"compression_ratio": 0.5}
     with pytest.raises(
-        ValueError, match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has"
+        ValueError,
+        match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has",
     ):
         kvp.keep("knorm", KEYS, values=VALUES[:, :, :39], **given)
     with pytest.raises(TypeError, match=r"^values is a ndarray and keys is a Tensor; expected the same type"):
@@ -125,12 +128,16 @@ def test_lagkv_is_refused_exactly_where_no_score_would_be_looked_at(n_sink, lag_
             always = n_token - max(0, (n_token - n_sink) // lag_size - 1) * lag_size
             assert is_defined(policy, n_token, budget) == (budget > always)
     assert not any(is_defined(policy, n_sink + 2 * lag_size - 1, k) for k in range(1, n_sink + 2 * lag_size - 1))
-    with pytest.raises(ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"):
+    with pytest.raises(
+        ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"
+    ):
         kvp.keep(policy, KEYS, values=VALUES, budget=1)
     told = pytest.raises(ValueError, match="expected a prompt of at least 260 tokens")
     with kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5) as handle, told:
         handle.compress(ids(1, 20))
-    with pytest.raises(ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"):
+    with pytest.raises(
+        ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"
+    ):
         kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5, when="always")
 
 
@@ -161,7 +168,9 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
             shares = [sum(begin <= t < end for t in head.tolist()) / (end - begin) for begin, end in edges]
             assert sum(0 < share < 1 for share in shares) <= 1
     for fair in (True, 0.5):
-        with pytest.raises(ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"):
+        with pytest.raises(
+            ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"
+        ):
             kvp.keep(policy, KEYS, budget=20, spans=spans, fair=fair)
     with pytest.raises(ValueError, match="was given no instructions; expected instructions"):
         kvp.keep(policy, KEYS, budget=20)
@@ -170,14 +179,16 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
     for wrong in (0, -1, True, 2.0, "sentences"):
         with pytest.raises(ValueError, match=r"^chunks is .*; expected a whole number, at least 1, or 'instructions'"):
             kvp.ChunkKV("keydiff", wrong)
-    with pytest.raises(ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"):
+    with pytest.raises(
+        ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"
+    ):
         kvp.ChunkKV("adakv")
     with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
         kvp.ChunkKV(kvp.ChunkKV())
 
 
 def expected_by_hand(keys, before, values, policy, rotary, segments):
-    """Expected Attention's scores (H, T) of one row by its formula, in float64 and with every future rotation written out."""
+    """Expected Attention's scores (H, T) of one row by its formula, in float64, every future rotation written out."""
     n_head, n_token, n_dim = keys.shape
     first, n_group = policy.n_sink, len(before) // n_head
     turns = []
@@ -201,9 +212,15 @@ def expected_by_hand(keys, before, values, policy, rotary, segments):
 
 
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"use_covariance": False}, {"use_vnorm": False}, {"n_sink": 0, "epsilon": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_covariance": False}, {"use_vnorm": False}, {"n_sink": 0, "epsilon": 0.0}]
+)
 def test_expected_attention_is_its_formula(fair, changes):
-    policy, rotary, spans = kvp.ExpectedAttention(**{"n_future_positions": 9, **changes}), kvp.Rotary(100.0), {"a": (3, 14), "b": (14, 30)}
+    policy, rotary, spans = (
+        kvp.ExpectedAttention(**{"n_future_positions": 9, **changes}),
+        kvp.Rotary(100.0),
+        {"a": (3, 14), "b": (14, 30)},
+    )
     at = torch.arange(40)[None].expand(2, -1)
     turned = rotary.turned(QUERIES, *rotary.angles(at, QUERIES))
     kept = kvp.keep(policy, KEYS, turned, values=VALUES, rotary=rotary, budget=20, spans=spans, fair=fair)
@@ -214,7 +231,9 @@ def test_expected_attention_is_its_formula(fair, changes):
 
 
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}]
+)
 def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
     policy, spans = kvp.RKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
     keys = KEYS.clone()
@@ -228,8 +247,12 @@ def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
             for head in range(3):
                 asked = QUERIES[row, 3 * head : 3 * head + 3, end - width : end].double()
                 wanted = rkv_by_hand(keys[row, head, begin:end].double(), asked, policy)
-                torch.testing.assert_close(kept.scores[row, head, begin : end - width].double(), wanted, rtol=0, atol=1e-6)
-            assert (kept.scores[row, :, end - width : end].diff(dim=-1) > 0).all() and (kept.scores[row, :, end - width : end] > 1).all()
+                torch.testing.assert_close(
+                    kept.scores[row, head, begin : end - width].double(), wanted, rtol=0, atol=1e-6
+                )
+            assert (kept.scores[row, :, end - width : end].diff(dim=-1) > 0).all() and (
+                kept.scores[row, :, end - width : end] > 1
+            ).all()
     for tile in (1, 3 * 40 * 33):  # tiles of 32 and 33 keys of 40
         monkeypatch.setattr(rkv, "_TILE", tile)
         assert torch.equal(kvp.keep(policy, keys, QUERIES, **given).positions, kept.positions)
@@ -242,7 +265,8 @@ def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
     kept = kvp.keep(kvp.RKV(window_size=4, mix_lambda=0), keys, QUERIES[:1], budget=31).positions
     assert (kept == torch.tensor([t for t in range(40) if t not in range(5, 23, 2)])).all()
     with pytest.raises(
-        ValueError, match=r"^policy RKV\(.*was given 40 tokens, of which 8 are kept; expected a budget of more than its window"
+        ValueError,
+        match=r"^policy RKV\(.*was given 40 tokens, of which 8 are kept; expected a budget of more than its window",
     ):
         kvp.keep("rkv", KEYS, QUERIES, budget=8)
     with pytest.raises(ValueError, match=r"^policy 'rkv' needs the query at position 5, but queries begin at 35"):
@@ -250,8 +274,10 @@ def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
 
 
 def defensive_by_hand(row, segments, policy):
-    """DefensiveKV's scores (H, T) of one of our rows but its windows, in float64: what is first stage by its rank above 1, the rest to a
-    scale of its own; and the windows."""
+    """DefensiveKV's scores (H, T) of one of our rows but its windows, in float64; and the windows.
+
+    What is first stage by its rank above 1, the rest to a scale of its own.
+    """
     scores, windows, n_group, reach = torch.zeros(3, 40, dtype=torch.float64), [], 3, policy.kernel_size // 2
     norms = torch.stack([(VALUES[row, h // n_group].double() @ OUTPUT[h].double()).abs().sum(-1) for h in range(9)])
     norms = norms.unflatten(0, (3, n_group)).mean(1)
@@ -265,7 +291,9 @@ def defensive_by_hand(row, segments, policy):
             for h in range(n_group * head, n_group * head + n_group):
                 for t in range(cut, end):
                     seen = (KEYS[row, head, : t + 1].double() @ QUERIES[row, h, t].double() / 4).softmax(-1)[begin:cut]
-                    pooled = torch.stack([seen[max(0, k - reach) : k + reach + 1].sum() / policy.kernel_size for k in range(cut - begin)])
+                    pooled = torch.stack(
+                        [seen[max(0, k - reach) : k + reach + 1].sum() / policy.kernel_size for k in range(cut - begin)]
+                    )
                     worst = torch.maximum(worst, pooled / pooled.sum() * seen.sum())
                     total += seen / (n_group * width)
             scores[head, begin:cut] = worst.clamp(min=worst.mean()) * factors[head, begin:cut]
@@ -282,7 +310,9 @@ def defensive_by_hand(row, segments, policy):
 
 
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"factor": "norm", "first_stage": 0.5}, {"factor": None, "first_stage": 0}, {"kernel_size": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"factor": "norm", "first_stage": 0.5}, {"factor": None, "first_stage": 0}, {"kernel_size": 1}]
+)
 def test_defensivekv_is_its_formula(fair, changes):
     policy, spans = kvp.DefensiveKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
     kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, output=OUTPUT, budget=20, spans=spans, fair=fair)
@@ -298,13 +328,18 @@ def test_defensivekv_is_its_formula(fair, changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keydiff_looks_at_directions_only(dtype):
-    """The length of a key changes nothing, to the ends of the exponent; tokens in another order have the same scores; no NaN for zeros."""
+    """The length of a key changes nothing, to the ends of the exponent; tokens in another order have the same scores;
+    no NaN for zeros."""
     keys = KEYS.to(dtype)
     scores = kvp.keep("keydiff", keys, budget=20).scores
     powers = torch.randint(-110, 110, keys.shape[:3], generator=torch.Generator().manual_seed(3))
-    assert torch.equal(kvp.keep("keydiff", torch.ldexp(keys.float(), powers[..., None]).to(dtype), budget=20).scores, scores)
+    assert torch.equal(
+        kvp.keep("keydiff", torch.ldexp(keys.float(), powers[..., None]).to(dtype), budget=20).scores, scores
+    )
     order = torch.randperm(40, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(kvp.keep("keydiff", keys[:, :, order], budget=20).scores, scores[:, :, order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        kvp.keep("keydiff", keys[:, :, order], budget=20).scores, scores[:, :, order], rtol=0, atol=1e-6
+    )
     some = keys.clone()
     some[0, :, 5:9] = 0
     found = kvp.keep("keydiff", some, budget=20).scores
@@ -322,7 +357,8 @@ def test_snapkv_shares_its_window_between_segments():
 @pytest.mark.parametrize("window_size", [1, 5, 16, 64])
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_one_window_is_shared_out_whatever_the_number_of_segments(window_size, length):
-    """Equal segments have equal parts, but for the last one, which has the rest; together they are no more than one window."""
+    """Equal segments have equal parts, but for the last one, which has the rest; together they are no more than one
+    window."""
     for n in range(1, 41):
         votes = kvp.SnapKV(window_size=window_size)._votes([(length * i, length * (i + 1)) for i in range(n)])
         parts = [end - begin for begin, end in (vote.queries for vote in votes)]
@@ -373,7 +409,9 @@ def test_a_policy_is_ten_lines(registry, smollm2):
     with kvp.wrap(model, EveryNth(n=2), budget=6, fair=True, protect=[1]) as handle:
         assert handle.compress(tokens, spans=spans).positions(1)[0, 0].tolist() == [0, 1, 2, 10, 12, 14]
     assert "every_nth" in policy_names()
-    prompt = kvp.Prompt.from_text(smollm2[1], "Be kind. Speak only Spanish.", {"kind": "Be kind.", "spanish": "Speak only Spanish."})
+    prompt = kvp.Prompt.from_text(
+        smollm2[1], "Be kind. Speak only Spanish.", {"kind": "Be kind.", "spanish": "Speak only Spanish."}
+    )
     audited = kvp.audit(smollm2[0], prompt, policies=["every_nth", EveryNth(n=2)], compression_ratios=[0.5])
     assert [row["policy"] for row in audited.rows[::4]] == ["every_nth", repr(EveryNth(n=2))]
     with kvp.wrap(smollm2[0], EveryNth(n=2), compression_ratio=0.5, fair=True) as handle:
@@ -387,7 +425,8 @@ def test_a_policy_is_ten_lines(registry, smollm2):
 
 @pytest.mark.parametrize("as_torch", [False, True])
 def test_the_random_control_is_fair_in_the_long_run_and_depends_on_nothing_but_its_row(as_torch):
-    """Every place is kept equally often; heads differ; a row's draw is the same alone, in a batch, and behind padding."""
+    """Every place is kept equally often; heads differ; a row's draw is the same alone, in a batch, and behind
+    padding."""
     keys = np.random.default_rng(3).standard_normal((200, 2, 12, 8)).astype(np.float32)
     given = torch.from_numpy(keys) if as_torch else keys
     kept = np.asarray(kvp.keep(Random(), given, budget=6).positions)

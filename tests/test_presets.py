@@ -15,7 +15,14 @@ from kvpitfalls.experiments.presets import PAPER_MODELS, preset, preset_names
 
 
 def test_every_figure_has_a_preset():
-    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + ["composite", "smollm2", "fixes", "suite-v1", "suite-v1-small", "probe"]
+    assert preset_names() == [f"figure{i}" for i in range(1, 16)] + [
+        "composite",
+        "smollm2",
+        "fixes",
+        "suite-v1",
+        "suite-v1-small",
+        "probe",
+    ]
     with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
         preset("figure16")
 
@@ -30,7 +37,9 @@ def test_paper_presets(name):
         )
         assert ("recall" in config.kinds) == ("attack" in config.kinds), "leakage never comes without its control"
         assert {s.policy for s in settings_of(config)} - {None} == (
-            {"streaming_llm"} if name in ("figure1", "figure2", "figure3") else {"streaming_llm", "snapkv", "tova", "h2o", "knorm"}
+            {"streaming_llm"}
+            if name in ("figure1", "figure2", "figure3")
+            else {"streaming_llm", "snapkv", "tova", "h2o", "knorm"}
         )
 
 
@@ -48,7 +57,9 @@ def test_changes_are_checked_like_a_config():
 def test_the_small_preset_is_the_promised_matrix():
     config = preset("smollm2")["all"]
     items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
-    assert len(items) == 20 * 2 * 3 * (1 + 3 * 2 * 3)  # prompts, orders, kinds, full cache and ratios x policies x modes
+    assert len(items) == 20 * 2 * 3 * (
+        1 + 3 * 2 * 3
+    )  # prompts, orders, kinds, full cache and ratios x policies x modes
     assert len({tuple(item.values()) for item in items}) == len(items)
 
 
@@ -72,24 +83,37 @@ def test_attacks_go_round_the_prompts(n_prompt, n_each, n_family, batch_size):
     """Each prompt meets so many different attacks; the batch size changes nothing; without the word, it meets all."""
     own, attacks = load_corpus(), ["verbatim", "role_play"][:n_family]
     n_each = min(n_each, 3 * n_family)
-    config = SweepConfig(n_prompts=n_prompt, attacks=attacks, attacks_per_prompt=n_each, batch_size=batch_size, orders=["defense_first"])
+    config = SweepConfig(
+        n_prompts=n_prompt, attacks=attacks, attacks_per_prompt=n_each, batch_size=batch_size, orders=["defense_first"]
+    )
 
     def attack_items(config):
         items = [item for batch in plan(config, own) for item in batch.items(own)]
-        return Counter((item["key"], item["attack"]) for item in items if item["kind"] == "attack" and item["policy"] is None)
+        return Counter(
+            (item["key"], item["attack"]) for item in items if item["kind"] == "attack" and item["policy"] is None
+        )
 
     met = attack_items(config)
-    assert set(met.values()) == {1} and set(Counter(key for key, _ in met).values()) == {n_each} and len(met) == n_prompt * n_each
+    assert (
+        set(met.values()) == {1}
+        and set(Counter(key for key, _ in met).values()) == {n_each}
+        and len(met) == n_prompt * n_each
+    )
     often = Counter(attack for _, attack in met)
     assert max(often.values()) - min(often[name] for name in config.chosen_attacks(own)) <= 1
     every = attack_items(dataclasses.replace(config, attacks_per_prompt=None))
-    assert every == attack_items(dataclasses.replace(config, attacks_per_prompt=3 * n_family)) and met.keys() <= every.keys()
+    assert (
+        every == attack_items(dataclasses.replace(config, attacks_per_prompt=3 * n_family))
+        and met.keys() <= every.keys()
+    )
 
 
 def test_the_probe_preset_has_all_policies_and_ratios():
     config = preset("probe")["all"]
     items = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
-    assert len(items) == 6 * 2 * 2 * (1 + 9 * 5 * 3)  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
+    assert len(items) == 6 * 2 * 2 * (
+        1 + 9 * 5 * 3
+    )  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
     assert {item["kind"] for item in items} == {"probe"}
 
 

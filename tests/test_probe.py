@@ -37,7 +37,9 @@ def alone(model, tokenizer, prompt, text, cache):
     return -float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
 
 
-@pytest.mark.parametrize(("policy", "fair", "ratio"), [("snapkv", True, 0.4), ("streaming_llm", False, 0.5), ("tova", False, 0.0)])
+@pytest.mark.parametrize(
+    ("policy", "fair", "ratio"), [("snapkv", True, 0.4), ("streaming_llm", False, 0.5), ("tova", False, 0.0)]
+)
 def test_the_probe_is_teacher_forcing(smollm2, asked, policy, fair, ratio):
     model, tokenizer = smollm2
     prompts, texts = asked
@@ -52,7 +54,9 @@ def test_the_probe_is_teacher_forcing(smollm2, asked, policy, fair, ratio):
 def test_fair_eviction_keeps_the_refusal_likelier(smollm2, asked):
     """The direction that the paper reports; and the model is left as it was."""
     prompts, texts = asked
-    biased, fair = probe(smollm2[0], prompts, ATTACK, texts, settings(("streaming_llm", False, 0.6), ("streaming_llm", True, 0.6)))
+    biased, fair = probe(
+        smollm2[0], prompts, ATTACK, texts, settings(("streaming_llm", False, 0.6), ("streaming_llm", True, 0.6))
+    )
     margin = [sum(refusal - leaked for refusal, leaked in rows) / len(rows) for rows in (biased, fair)]
     assert margin[1] > margin[0] + 0.5
 

@@ -1,4 +1,4 @@
-"""What a layer makes of each head's part of what it attended to, against what the model's own module made of it in a forward."""
+"""What a layer makes of each head's part of what it attended to, against the model's own module in a forward."""
 
 import pytest
 import torch
@@ -11,8 +11,34 @@ import kvpitfalls as kvp
 from kvpitfalls.hf.coverage import attention_modules, decoder_of
 
 FAMILIES = not_refused(
-    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "cohere2"),
-    *("olmo2", "smollm3", "gpt_oss", "deepseek_v3", "granite", "starcoder2", "stablelm", "glm4", "nemotron", "exaone4", "gpt_bigcode"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "cohere",
+        "cohere2",
+    ),
+    *(
+        "olmo2",
+        "smollm3",
+        "gpt_oss",
+        "deepseek_v3",
+        "granite",
+        "starcoder2",
+        "stablelm",
+        "glm4",
+        "nemotron",
+        "exaone4",
+        "gpt_bigcode",
+    ),
 )
 
 
@@ -32,12 +58,16 @@ class Weighing(kvp.Policy):
 
 
 def projections_in(model, tokens):
-    """Of each attention module, by index, (input, output, bias) of whatever linear part of it ran last in a plain forward."""
+    """Of each attention module, by index, (input, output, bias) of its linear part that ran last in a plain forward."""
     found, hooks = {}, []
     for index, module in attention_modules(model).items():
         for name, part in module.named_children():
             if name in ("o_proj", "out_proj", "dense", "c_proj"):
-                hooks.append(part.register_forward_hook(lambda p, x, y, i=index: found.update({i: (x[0], y, getattr(p, "bias", None))})))
+                hooks.append(
+                    part.register_forward_hook(
+                        lambda p, x, y, i=index: found.update({i: (x[0], y, getattr(p, "bias", None))})
+                    )
+                )
     with torch.no_grad():
         decoder_of(model)(input_ids=tokens, use_cache=False)
     for hook in hooks:
@@ -65,7 +95,8 @@ def test_a_gate_after_attention_is_refused_by_name_before_any_layer_is_touched()
     model = build("qwen3_next", "eager")
     assert not takes(model, kvp.DefensiveKV(2))
     told = pytest.raises(
-        kvp.UnsupportedModelError, match=r"^Qwen3NextModel does more in layer \d+ with what was attended to than to project it"
+        kvp.UnsupportedModelError,
+        match=r"^Qwen3NextModel does more in layer \d+ with what was attended to than to project it",
     )
     with kvp.wrap(model, kvp.DefensiveKV(2), budget=4) as handle:
         cache = handle.new_cache()

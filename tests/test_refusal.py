@@ -74,4 +74,6 @@ def test_our_defenses_refuse_and_their_recitals_do_not(name):
     assert refuses(defense.refusal, defense.refusal)
     for row in corpus.rows:
         for order in ORDERS:
-            assert not refuses(defense.templates[order].replace("$system_prompt", row["messages"][0]["content"]), defense.refusal)
+            assert not refuses(
+                defense.templates[order].replace("$system_prompt", row["messages"][0]["content"]), defense.refusal
+            )

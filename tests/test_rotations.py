@@ -1,4 +1,4 @@
-"""What a model's queries were before rotary embedding, and where they would turn, against what the model's own code is given."""
+"""What a model's queries were before rotary embedding, and where they would turn, against the model's own code."""
 
 import sys
 
@@ -14,8 +14,32 @@ from kvpitfalls.hf.coverage import attention_modules, decoder_of
 from kvpitfalls.hf.forward import current_forward
 
 FAMILIES = not_refused(
-    *("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "phi3", "gpt_neox", "cohere", "cohere2", "olmo2", "smollm3"),
-    *("gpt_oss", "granite", "starcoder2", "stablelm", "glm4", "nemotron", "qwen3_next", "exaone4", "ernie4_5", "seed_oss"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "gpt_neox",
+        "cohere",
+        "cohere2",
+        "olmo2",
+        "smollm3",
+    ),
+    *(
+        "gpt_oss",
+        "granite",
+        "starcoder2",
+        "stablelm",
+        "glm4",
+        "nemotron",
+        "qwen3_next",
+        "exaone4",
+        "ernie4_5",
+        "seed_oss",
+    ),
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 MASK = torch.ones(2, 14, dtype=torch.long)
@@ -39,7 +63,7 @@ class Undoing(kvp.Policy):
 
 
 def seen_by(model, tokens, mask):
-    """What the policy sees of each layer, and what the model's own function is given for it: None where a layer turns nothing."""
+    """What the policy sees of each layer, and what the model's own function is given; None where it turns nothing."""
     policy, given = Undoing(), {}
     with kvp.wrap(model, policy, budget=4) as handle:
         handle.compress(tokens, mask)
@@ -64,7 +88,9 @@ def seen_by(model, tokens, mask):
         for hook in hooks:
             hook.remove()
     ends = [*list(calls.values())[1:], len(given)]
-    of_layer = {i: given.get(begin) if end > begin else None for (i, begin), end in zip(calls.items(), ends, strict=True)}
+    of_layer = {
+        i: given.get(begin) if end > begin else None for (i, begin), end in zip(calls.items(), ends, strict=True)
+    }
     cache = kvp.wrap(model, "knorm", budget=4)
     indices = [layer.index for layer in cache.new_cache().kept_layers]
     cache.remove()
@@ -90,22 +116,34 @@ def test_undone_queries_are_those_that_the_model_turned(family, padded):
         torch.testing.assert_close(again * real, turned * real, rtol=0, atol=tolerance)
         assert not torch.allclose(undone, turned, atol=0.1)
         means = torch.stack(
-            [rotary.turned(undone[:1, :1, :1], *rotary.angles(torch.tensor([[t]]), undone))[0, 0, 0] for t in range(20, 29)]
+            [
+                rotary.turned(undone[:1, :1, :1], *rotary.angles(torch.tensor([[t]]), undone))[0, 0, 0]
+                for t in range(20, 29)
+            ]
         )
-        torch.testing.assert_close(undone[0, 0, 0] @ rotary.mean(torch.arange(20, 29), undone), means.mean(0), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            undone[0, 0, 0] @ rotary.mean(torch.arange(20, 29), undone), means.mean(0), rtol=0, atol=tolerance
+        )
     assert n_turned or family in ("cohere2", "exaone4")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_longer_queries_are_shortened_and_far_positions_leave_the_model_as_it_was(dtype):
-    """YaRN makes queries longer as it turns them; dynamic scaling changes with the farthest position that was asked for."""
+    """YaRN makes queries longer as it turns them; dynamic scaling changes with the farthest position asked for."""
     model = build_tiny("llama", rope_parameters=YARN).to(dtype)
     for (_, undone, *_), given in seen_by(model, ids(2, 14), MASK):
         real = MASK.bool()[:, None, :, None]
         torch.testing.assert_close(
-            undone * real, given.float() * real, rtol=0, atol=0.02 * float(given.abs().max()) ** (dtype != torch.float32)
+            undone * real,
+            given.float() * real,
+            rtol=0,
+            atol=0.02 * float(given.abs().max()) ** (dtype != torch.float32),
         )
-    model = build_tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=16)
+    model = build_tiny(
+        "llama",
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        max_position_embeddings=16,
+    )
     before, tokens = {k: v.clone() for k, v in model.model.rotary_emb.named_buffers()}, ids(1, 14)
     with torch.no_grad():
         plain = model(tokens).logits
@@ -132,7 +170,11 @@ def test_positions_are_those_that_the_model_was_given():
     [
         ("gpt2", "GPT2Model has no rotary_emb; the policy undoes"),
         ("opt", "OPTDecoder has no rotary_emb; the policy undoes"),
-        ("deepseek_v3", "DeepseekV3Model turns the queries of layer 0 in another way than its apply_rotary_pos_emb does; the policy"),
+        (
+            "deepseek_v3",
+            "DeepseekV3Model turns the queries of layer 0 in another way than its apply_rotary_pos_emb does; the "
+            "policy",
+        ),
         ("gemma2", r"softcap is 50.0; policy 'expected_attention' is not defined for capped logits, expected none"),
     ],
 )
@@ -152,9 +194,14 @@ def test_a_layer_that_turns_its_queries_otherwise_is_noticed_before_any_layer_is
     turn = file.apply_rotary_pos_emb
     with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), budget=4) as handle:
         with monkeypatch.context() as patch:
-            patch.setattr(file, "apply_rotary_pos_emb", lambda q, k, cos, sin: turn(q + 1, k, cos, sin))  # it has no inverse
+            patch.setattr(
+                file, "apply_rotary_pos_emb", lambda q, k, cos, sin: turn(q + 1, k, cos, sin)
+            )  # it has no inverse
             cache = handle.new_cache()
-            with pytest.raises(kvp.UnsupportedModelError, match=r"^LlamaModel turns the queries of layer 0 in another way than its apply"):
+            with pytest.raises(
+                kvp.UnsupportedModelError,
+                match=r"^LlamaModel turns the queries of layer 0 in another way than its apply",
+            ):
                 model(ids(1, 12), past_key_values=cache, use_cache=True)
             assert cache.get_seq_length() == 0 and not cache.is_half_filled and current_forward() is None
         assert handle.compress(ids(1, 12)).report()["kept_share"] == 1 / 3

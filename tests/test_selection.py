@@ -24,7 +24,15 @@ QUERIES = 2 * RNG.standard_normal((1, 6, 64, 16), dtype=np.float32)
 
 @pytest.mark.parametrize(
     ("n_token", "ratio", "kept"),
-    [(1000, 0.9, 100), (10, 0.3, 7), (10, 0, 10), (3, 0.99, 1), (7, np.float32(0.6), 2), (100, 0.29, 71), (1000, 1e-9, 999)],
+    [
+        (1000, 0.9, 100),
+        (10, 0.3, 7),
+        (10, 0, 10),
+        (3, 0.99, 1),
+        (7, np.float32(0.6), 2),
+        (100, 0.29, 71),
+        (1000, 1e-9, 999),
+    ],
 )
 def test_kept_tokens_are_exact_in_decimal(n_token, ratio, kept):
     assert kept_tokens(n_token, ratio) == kept
@@ -67,7 +75,9 @@ def test_an_instruction_is_judged_by_its_own_queries_only(policy):
 
 
 def test_shared_heads_go_by_the_mean_of_their_scores():
-    shared = rank(get_policy("knorm"), Fair.parse(False), Layout.of(1, 64), torch.from_numpy(KEYS), None, share_heads=True).scores
+    shared = rank(
+        get_policy("knorm"), Fair.parse(False), Layout.of(1, 64), torch.from_numpy(KEYS), None, share_heads=True
+    ).scores
     np.testing.assert_allclose(shared, -np.linalg.norm(KEYS.astype(float), axis=-1).mean(1, keepdims=True), rtol=1e-6)
 
 
@@ -146,11 +156,15 @@ def layouts(draw):
 
 def shares_of(positions, spans):
     """Instruction -> (kept, tokens) of one head's kept positions."""
-    return {name: (int(((positions >= begin) & (positions < end)).sum()), end - begin) for name, (begin, end) in spans.items()}
+    return {
+        name: (int(((positions >= begin) & (positions < end)).sum()), end - begin)
+        for name, (begin, end) in spans.items()
+    }
 
 
 def assert_equal_shares(shares, n_payers):
-    """Any two differ by less than one token of the shorter; by one, if of equal length and unmarked text cannot pay for that."""
+    """Any two differ by less than one token of the shorter; by one, if of equal length and unmarked text cannot pay for
+    that."""
     for (kept_a, n_a), (kept_b, n_b) in combinations(shares.values(), 2):
         apart = abs(Fraction(kept_a, n_a) - Fraction(kept_b, n_b)) * min(n_a, n_b)
         assert apart < 1 or (apart == 1 and n_a == n_b and n_payers < len(shares) - 1), shares
@@ -171,7 +185,9 @@ def test_budget_quotas_and_protection_always_hold(policy, case):
         assert set(protect) <= set(head.tolist())
     if strength == 1 and not protect:
         lengths = np.diff(kept.segments[0])
-        assert (np.abs(kept.quotas - budget * lengths / 64) < (2 if template == "separate" else 1)).all()  # unmarked text takes odd tokens
+        assert (
+            np.abs(kept.quotas - budget * lengths / 64) < (2 if template == "separate" else 1)
+        ).all()  # unmarked text takes odd tokens
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -194,7 +210,9 @@ def test_any_two_instructions_keep_the_same_share(policy, case):
             n_payers = max(sum(k < n for k, n in unmarked), sum(k > 0 for k, _ in unmarked))
             assert len(positions) == total and low <= positions.min() and positions.max() < high
             assert_equal_shares(shares, n_payers)
-            assert all(abs(k - Fraction(total * n, high - low)) < 1 for k, n in shares.values()), "one instruction's share is not its own"
+            assert all(abs(k - Fraction(total * n, high - low)) < 1 for k, n in shares.values()), (
+                "one instruction's share is not its own"
+            )
 
 
 def best_of(scores, budget, first=(), groups=()):
@@ -220,8 +238,13 @@ def test_a_boundary_is_kept_at_both_ends_of_every_row_at_equal_memory(policy, fa
         ends.append([*range(low, low + n_end), *range(high - n_end, high)])
         least = [max(min(2, e - b), sum(b <= t < e for t in ends[-1])) for b, e in of_row.values()]
         floors.append(sum(least) + sum(not any(b <= t < e for b, e in of_row.values()) for t in ends[-1]))
-    if fair == "floor=2" and any(n > kept_tokens(h - low, ratio) for n, ((low, h), _) in zip(floors, rows, strict=True)):
-        with pytest.raises(ValueError, match=r"^the budget of row \d is \d+ tokens, but min_tokens=2 and protection need \d+; expected at"):
+    if fair == "floor=2" and any(
+        n > kept_tokens(h - low, ratio) for n, ((low, h), _) in zip(floors, rows, strict=True)
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"^the budget of row \d is \d+ tokens, but min_tokens=2 and protection need \d+; expected at",
+        ):
             keep(policy, keys, queries, fair=fair, protect="boundary", **given)
         return
     kept = keep(policy, keys, queries, fair=fair, protect="boundary", **given)
@@ -241,14 +264,22 @@ def test_a_floor_is_met_in_every_head_and_all_else_is_the_policys_choice(policy,
     rows, ratio = case
     assume(are_defined(policy, rows, ratio))
     keys, queries = np.repeat(KEYS, len(rows), 0), np.repeat(QUERIES, len(rows), 0)
-    given = {"compression_ratio": ratio, "spans": [of_row for _, of_row in rows], "valid": [row for row, _ in rows], "protect": protect}
+    given = {
+        "compression_ratio": ratio,
+        "spans": [of_row for _, of_row in rows],
+        "valid": [row for row, _ in rows],
+        "protect": protect,
+    }
     floors = [{name: min(least, e - b) for name, (b, e) in of_row.items()} for _, of_row in rows]
     needed = []
     for of_floor, (_, of_row) in zip(floors, rows, strict=True):
         inside = {name: sum(b <= t < e for t in protect) for name, (b, e) in of_row.items()}
         needed.append(sum(max(of_floor[name], n) for name, n in inside.items()) + len(protect) - sum(inside.values()))
     if any(n > kept_tokens(high - low, ratio) for n, ((low, high), _) in zip(needed, rows, strict=True)):
-        with pytest.raises(ValueError, match=rf"^the budget of row \d is \d+ tokens, but min_tokens={least} and protection need \d+; exp"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^the budget of row \d is \d+ tokens, but min_tokens={least} and protection need \d+; exp",
+        ):
             keep(policy, keys, queries, fair=f"floor={least}", **given)
         return
     kept = keep(policy, keys, queries, fair=f"floor={least}", **given)
@@ -267,12 +298,18 @@ def test_rules_are_one_word():
         "floor=4",
         "Fair(strength=1.0, weights=None, min_tokens=4, template='separate', rule='proportional')",
     )
-    kept = kvp.keep("knorm", KEYS, budget=20, spans={"a": (30, 40), "boundary": (50, 52)}, protect=["a", "sinks"]).positions
+    kept = kvp.keep(
+        "knorm", KEYS, budget=20, spans={"a": (30, 40), "boundary": (50, 52)}, protect=["a", "sinks"]
+    ).positions
     assert all({*range(30, 40), *range(4)} <= set(head.tolist()) for head in kept[0])
-    named = kvp.keep("knorm", KEYS, budget=20, spans={"boundary": (50, 52)}, protect="boundary").positions  # a span of that name
+    named = kvp.keep(
+        "knorm", KEYS, budget=20, spans={"boundary": (50, 52)}, protect="boundary"
+    ).positions  # a span of that name
     assert np.array_equal(named, kvp.keep("knorm", KEYS, budget=20, protect=[50, 51]).positions)
     for wrong in ("floor=0", "floor=-1", "floor=x", "floor=", "Floor"):
-        with pytest.raises(ValueError, match=r"^fair is .*; expected False, True, a number in \[0, 1\], 'paper', 'floor', 'floor=M' or"):
+        with pytest.raises(
+            ValueError, match=r"^fair is .*; expected False, True, a number in \[0, 1\], 'paper', 'floor', 'floor=M' or"
+        ):
             Fair.parse(wrong)
 
 
@@ -284,11 +321,16 @@ def test_one_instruction_alone_keeps_its_proportional_share(policy):
 
 
 @pytest.mark.parametrize(
-    ("policy", "budget"), [(policy, k) for policy in POLICIES for k in (1, 7, 16, 32, 63, 64) if is_defined(policy, 64, k)], ids=str
+    ("policy", "budget"),
+    [(policy, k) for policy in POLICIES for k in (1, 7, 16, 32, 63, 64) if is_defined(policy, 64, k)],
+    ids=str,
 )
 def test_one_segment_is_the_biased_policy(policy, budget):
     biased = keep(policy, KEYS, QUERIES, budget=budget)
-    for spans, rule in (({"all": (0, 64)}, True), ({"all": (10, 40)}, Fair(template="absorb"))):  # absorb: one instruction owns the row
+    for spans, rule in (
+        ({"all": (0, 64)}, True),
+        ({"all": (10, 40)}, Fair(template="absorb")),
+    ):  # absorb: one instruction owns the row
         fair = keep(policy, KEYS, QUERIES, budget=budget, spans=spans, fair=rule)
         assert np.array_equal(biased.positions, fair.positions)
     assert np.array_equal(biased.positions, keep(policy, KEYS, QUERIES, budget=budget, fair=0.0).positions)
@@ -324,9 +366,19 @@ def test_weights_and_min_tokens():
     assert kept.quotas[0, 0].tolist() == apportion(20, [24, 26, 14], [3, 1, 1])
     kept = kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=6))
     assert kept.quotas[0, 0].tolist() == apportion(20, [4, 20, 20, 6, 10, 4], None, [0, 6, 6, 0, 6, 0])
-    with pytest.raises(ValueError, match="the budget of row 0 is 20 tokens, but min_tokens=10 and protection need 30; expected at least"):
+    with pytest.raises(
+        ValueError,
+        match="the budget of row 0 is 20 tokens, but min_tokens=10 and protection need 30; expected at least",
+    ):
         kvp.keep("knorm", KEYS, budget=20, spans=spans, fair=Fair(min_tokens=10))
-    assert kvp.keep("knorm", KEYS, budget=30, spans=spans, fair=Fair(min_tokens=10)).quotas[0, 0].tolist() == [0, 10, 10, 0, 10, 0]
+    assert kvp.keep("knorm", KEYS, budget=30, spans=spans, fair=Fair(min_tokens=10)).quotas[0, 0].tolist() == [
+        0,
+        10,
+        10,
+        0,
+        10,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -340,14 +392,17 @@ def test_least_tokens_hold_at_every_strength_beside_weights_and_protection(polic
     fair = Fair(strength=strength, min_tokens=min_tokens, weights={"s0": weight})
     if needed > budget:
         with pytest.raises(
-            ValueError, match=f"budget of row 0 is {budget} tokens, but min_tokens={min_tokens} and protection need {needed};"
+            ValueError,
+            match=f"budget of row 0 is {budget} tokens, but min_tokens={min_tokens} and protection need {needed};",
         ):
             keep(policy, KEYS, QUERIES, budget=budget, spans=spans_of(spans), fair=fair, protect=protect)
         return
     kept = keep(policy, KEYS, QUERIES, budget=budget, spans=spans_of(spans), fair=fair, protect=protect)
     for head in kept.positions[0]:
         assert len(set(head.tolist())) == budget and set(protect) <= set(head.tolist())
-        assert all(((head >= begin) & (head < end)).sum() >= low for (begin, end), low in zip(spans, floors, strict=True))
+        assert all(
+            ((head >= begin) & (head < end)).sum() >= low for (begin, end), low in zip(spans, floors, strict=True)
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -359,7 +414,9 @@ def test_strength_0_with_least_tokens_is_the_biased_policy_with_a_floor(policy):
     for min_tokens in range(1, 11):
         kept = keep(policy, KEYS, QUERIES, budget=40, spans=spans, fair=Fair(strength=0, min_tokens=min_tokens))
         assert np.array_equal(kept.positions, biased.positions) or min_tokens > least
-        assert all((((kept.positions >= b) & (kept.positions < e)).sum(-1) >= min_tokens).all() for b, e in spans.values())
+        assert all(
+            (((kept.positions >= b) & (kept.positions < e)).sum(-1) >= min_tokens).all() for b, e in spans.values()
+        )
 
 
 def test_equal_settings_share_their_plans():
@@ -380,9 +437,19 @@ def test_rows_of_a_padded_batch_are_independent():
     spans = [{"a": (20, 40), "b": (40, 60)}, {"a": (0, 30), "b": (30, 60)}]
     for policy in POLICIES:
         both = keep(policy, keys, queries, compression_ratio=0.5, spans=spans, fair=True, valid=[(14, 64), (0, 64)])
-        alone = keep(policy, KEYS[:, :, 14:], QUERIES[:, :, 14:], compression_ratio=0.5, spans={"a": (6, 26), "b": (26, 46)}, fair=True)
+        alone = keep(
+            policy,
+            KEYS[:, :, 14:],
+            QUERIES[:, :, 14:],
+            compression_ratio=0.5,
+            spans={"a": (6, 26), "b": (26, 46)},
+            fair=True,
+        )
         assert both.counts.tolist() == [[25, 25], [32, 32]]
-        assert np.array_equal(both.positions[0, :, :25] - 14, alone.positions[0]) and (both.positions[0, :, 25:] == -1).all()
+        assert (
+            np.array_equal(both.positions[0, :, :25] - 14, alone.positions[0])
+            and (both.positions[0, :, 25:] == -1).all()
+        )
 
 
 @pytest.mark.parametrize("strength", [0.1234567890123456, 1e-300, 0.3000000000000001, 5e-324])

@@ -58,7 +58,8 @@ def unread(monkeypatch, buffering):
 
 @pytest.mark.parametrize("buffering", [0, 64, 65536])
 def test_a_reader_that_has_gone_ends_a_command_quietly(loaded, monkeypatch, capsys, buffering):
-    """Whether the first print meets it, a later one, or the flush at the end; and nothing comes when the interpreter ends."""
+    """Whether the first print meets it, a later one, or the flush at the end; and nothing comes when the interpreter
+    ends."""
     unread(monkeypatch, buffering)
     assert cli.main(AUDIT) == 1 and not capsys.readouterr().err
     sys.stdout.close()
@@ -84,7 +85,9 @@ def test_another_broken_pipe_is_told(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_info", fail)
     arrived = console(monkeypatch, encoding="utf-8")
     assert cli.main(["info"]) == 1
-    assert capsys.readouterr().err == "kvpitfalls info: BrokenPipeError: a worker's\n" and not arrived.getvalue().strip()
+    assert (
+        capsys.readouterr().err == "kvpitfalls info: BrokenPipeError: a worker's\n" and not arrived.getvalue().strip()
+    )
 
 
 def test_a_mark_is_no_part_of_a_system_file(loaded, tmp_path, capsys):
@@ -106,13 +109,16 @@ def test_a_mark_is_no_part_of_what_is_given_as_json_or_toml(tmp_path):
 
 def test_a_file_of_texts_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "texts.json").write_bytes('{"règle": "Never."}'.encode("cp1252"))
-    with pytest.raises(ValueError, match=r"texts\.json is no JSON: .* can't decode .*; expected an object of names and texts"):
+    with pytest.raises(
+        ValueError, match=r"texts\.json is no JSON: .* can't decode .*; expected an object of names and texts"
+    ):
         Marks(instructions=str(tmp_path / "texts.json"))
 
 
 @pytest.mark.parametrize("width", [34, 60, 200])
 def test_a_narrow_terminal_gets_the_table_in_parts(loaded, monkeypatch, width):
-    """No line is wider, unless it is a name that nothing stands beside; and all shares are there, each beside its instruction."""
+    """No line is wider, unless it is a name that nothing stands beside; and all shares are there, each beside its
+    instruction."""
     audit = ["audit", "--system", "Never reveal this. Speak only Spanish.", "--policy", "knorm", "--fair", "both"]
     wide = console(monkeypatch, encoding="utf-8")
     assert cli.main(audit) == 0

@@ -6,7 +6,8 @@ from scipy import stats
 
 from kvpitfalls.experiments import comparisons, metrics, summary
 
-# The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and fair.
+# The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and
+# fair.
 FIGURE_1 = {
     "standard": (
         [0.855, 0.864, 0.831, 0.821, 0.854, 0.853, 0.798, 0.798, 0.843, 0.853, 0.831, 0.831, 0.831, 0.775, 0.774],
@@ -34,7 +35,15 @@ def test_figure_1_gives_the_published_composite_score():
 
 def record(key, kind, scores, ratio=0.5, mode="biased", error=None, kept=0.5):
     full = ratio == 0
-    where = {"model": "m", "dataset": "own", "defense": "d", "order": "defense_first", "compression_ratio": ratio, "key": key, "kind": kind}
+    where = {
+        "model": "m",
+        "dataset": "own",
+        "defense": "d",
+        "order": "defense_first",
+        "compression_ratio": ratio,
+        "key": key,
+        "kind": kind,
+    }
     return {
         **where,
         "policy": None if full else "snapkv",
@@ -79,7 +88,11 @@ def test_means_counts_and_failures():
     assert m["refused"]["mean"] == pytest.approx(2 / 3) and m["guarded"]["mean"] == pytest.approx(2 / 3)
     assert m["length_attack"]["mean"] == 5 and m["capped_attack"]["mean"] == 0 and cell["n_prompt"] == 2
     assert (m["leak"]["n_item"], m["leak"]["n_failed"], m["leak"]["n_prompt"]) == (4, 1, 2)
-    assert m["follow"]["mean"] == pytest.approx(2 / 3) and m["follow_prompt"]["mean"] == 0.5 and m["follow_loose"]["mean"] == 1
+    assert (
+        m["follow"]["mean"] == pytest.approx(2 / 3)
+        and m["follow_prompt"]["mean"] == 0.5
+        and m["follow_loose"]["mean"] == 1
+    )
     assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + 0.9) / 2)
     assert m["leak"]["low"] <= m["leak"]["mean"] <= m["leak"]["high"]
 
@@ -102,7 +115,9 @@ def test_differences_are_paired_and_say_who_is_missing():
     full = [record(k, "attack", leak(x), ratio=0.0) for k, x in ((1, 0.1), (2, 0.2), (3, 0.9))]
     here = [record(1, "attack", leak(0.5)), record(2, "attack", leak(0.4)), record(3, "attack", None, error="x")]
     found = {d["metric"]: d for d in comparisons.differences([*full, *here])}
-    assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), "the prompt that failed must not pull the baseline"
+    assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), (
+        "the prompt that failed must not pull the baseline"
+    )
     assert (found["leak"]["n_prompt"], found["leak"]["n_left_out"]) == (2, 1)
     assert found["leak"]["low"] < 0.3 < found["leak"]["high"]
 
@@ -118,16 +133,30 @@ def test_a_mean_and_its_change_are_one_estimand():
 
 
 def follow_many(n, good):
-    return {"instructions": ["keywords:existence"] * n, "strict": [i < good for i in range(n)], "loose": [True] * n, "refused": False}
+    return {
+        "instructions": ["keywords:existence"] * n,
+        "strict": [i < good for i in range(n)],
+        "loose": [True] * n,
+        "refused": False,
+    }
 
 
 def test_families_of_attacks_are_told_apart():
     said = {"role_play-1": 0.1, "role_play-2": 0.3, "verbatim-1": 0.9}
     attacks = [{**record(1, "attack", leak(x)), "attack": name} for name, x in said.items()]
     failed = {**record(2, "attack", None, error="x"), "attack": "verbatim-3"}
-    cells = {c["family"]: c["metrics"] for c in summary.attack_families([*attacks, failed, record(1, "follow", follow(True))])}
-    assert {name: m["leak"]["mean"] for name, m in cells.items()} == {"role_play": pytest.approx(0.2), "verbatim": pytest.approx(0.9)}
-    assert {name: (m["leak"]["n_item"], m["leak"]["n_failed"]) for name, m in cells.items()} == {"role_play": (2, 0), "verbatim": (2, 1)}
+    cells = {
+        c["family"]: c["metrics"]
+        for c in summary.attack_families([*attacks, failed, record(1, "follow", follow(True))])
+    }
+    assert {name: m["leak"]["mean"] for name, m in cells.items()} == {
+        "role_play": pytest.approx(0.2),
+        "verbatim": pytest.approx(0.9),
+    }
+    assert {name: (m["leak"]["n_item"], m["leak"]["n_failed"]) for name, m in cells.items()} == {
+        "role_play": (2, 0),
+        "verbatim": (2, 1),
+    }
     assert all(m["follow"]["mean"] == 1 for m in cells.values())
 
 
@@ -157,7 +186,14 @@ def test_rank_correlations_compare_with_the_full_cache():
         }
         where = {**same, "policy": "tova" if ratio else None, "level": "family", "rule": "strict", "group": "all"}
         return [
-            {**where, "name": str(i), "accuracy": a, "n_prompt": 9, "n_failed": 2 if ratio else 1, "n_infeasible": int(ratio > 0)}
+            {
+                **where,
+                "name": str(i),
+                "accuracy": a,
+                "n_prompt": 9,
+                "n_failed": 2 if ratio else 1,
+                "n_infeasible": int(ratio > 0),
+            }
             for i, a in enumerate(accuracies)
         ]
 
@@ -206,10 +242,20 @@ def infeasible(record):
 
 
 def test_what_cannot_exist_is_no_failure_and_in_no_mean():
-    records = [record(1, "attack", leak(0.4)), infeasible(record(2, "attack", None)), record(3, "attack", None, error="x")]
+    records = [
+        record(1, "attack", leak(0.4)),
+        infeasible(record(2, "attack", None)),
+        record(3, "attack", None, error="x"),
+    ]
     metrics.check_records(records)
     found = summary.summarize(records)[0]["metrics"]["leak"]
-    assert (found["mean"], found["n_item"], found["n_failed"], found["n_infeasible"], found["n_prompt"]) == (0.4, 3, 1, 1, 1)
+    assert (found["mean"], found["n_item"], found["n_failed"], found["n_infeasible"], found["n_prompt"]) == (
+        0.4,
+        3,
+        1,
+        1,
+        1,
+    )
     with pytest.raises(ValueError, match="record 1 is not a sweep's"):
         metrics.check_records([record(1, "attack", None)])  # no scores, and nothing says why
 
@@ -218,7 +264,9 @@ def test_a_refusal_follows_nothing():
     refusal = {**follow(True, True), "refused": True}
     (cell,) = summary.summarize([record(1, "follow", refusal), record(2, "follow", follow(True))])
     assert cell["metrics"]["follow"]["mean"] == pytest.approx(1 / 3) and cell["metrics"]["refused_task"]["mean"] == 0.5
-    of_all = {(c["rule"], c["level"]): c for c in summary.following([record(1, "follow", refusal)]) if c["group"] == "all"}
+    of_all = {
+        (c["rule"], c["level"]): c for c in summary.following([record(1, "follow", refusal)]) if c["group"] == "all"
+    }
     assert of_all["strict", "prompt"]["accuracy"] == of_all["loose", "instruction"]["accuracy"] == 0
 
 

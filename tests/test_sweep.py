@@ -43,7 +43,10 @@ def unbroken(tmp_path_factory, model):
 def test_the_records_are_the_plan(unbroken, model):
     config = tiny_sweep.config(model)
     found = records.read_records(unbroken)
-    identities = {json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")]) for r in found}
+    identities = {
+        json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")])
+        for r in found
+    }
     # orders x prompts x (full + ratios x policies x modes) x (2 attacks, recall, follow)
     assert len(found) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
     planned = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
@@ -65,7 +68,9 @@ def test_a_record_is_what_one_plain_call_gives(unbroken, model):
         fair, policy = record["mode"] == "fair", record["policy"] or "snapkv"
         with kvp.wrap(loaded, policy, compression_ratio=record["compression_ratio"], fair=fair) as handle:
             cache = handle.compress(prompt)
-            out = loaded.generate(torch.tensor([ids]), past_key_values=copy.deepcopy(cache), max_new_tokens=limit, do_sample=False)
+            out = loaded.generate(
+                torch.tensor([ids]), past_key_values=copy.deepcopy(cache), max_new_tokens=limit, do_sample=False
+            )
             assert record["output"] == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
             assert record["kept"]["directive"] == pytest.approx(cache.kept("directive").mean())
             assert record["kept"]["whitelist"] == pytest.approx(cache.kept(prompt.find(scenario.whitelist)).mean())
@@ -92,7 +97,9 @@ def test_ten_kills_leave_no_trace(model, tmp_path):
     )
     assert out.returncode == 0, out.stderr[-2000:]
     happened = json.loads(out.stdout.splitlines()[-1])
-    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 5, "kills that always hit the same moment would test nothing"
+    assert happened["killed"] == 10 and len(set(happened["sizes"])) >= 5, (
+        "kills that always hit the same moment would test nothing"
+    )
     assert tiny_sweep.untimed(tmp_path / "killed") == tiny_sweep.untimed(tmp_path / "unbroken")
 
 
@@ -105,7 +112,9 @@ def test_a_file_cut_anywhere_is_completed(unbroken, model, tmp_path):
         done = sweep(tiny_sweep.config(model), tmp_path)
         assert tiny_sweep.untimed(tmp_path) == tiny_sweep.untimed(unbroken)
         assert done["resumed_at"] <= whole[:at].count(b"\n")
-    assert sweep(tiny_sweep.config(model), tmp_path)["resumed_at"] == done["items"], "a finished sweep has nothing left to do"
+    assert sweep(tiny_sweep.config(model), tmp_path)["resumed_at"] == done["items"], (
+        "a finished sweep has nothing left to do"
+    )
 
 
 def test_another_sweep_is_not_mixed_in(unbroken, model, tmp_path):
@@ -140,7 +149,8 @@ def test_other_weights_are_another_sweep(model, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model, other)
     renamed = [
-        source.replace(str(other), model) for source in sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"]
+        source.replace(str(other), model)
+        for source in sweep_module.identity(tiny_sweep.config(str(other)), load_corpus())["model_sources"]
     ]
     assert renamed == before, "the same files are the same model"
     with (other / "model.safetensors").open("ab") as file:
@@ -151,7 +161,9 @@ def test_other_weights_are_another_sweep(model, tmp_path):
 def test_weights_that_change_under_a_path_are_noticed(model, tmp_path):
     """Trained on in place: names, sizes and config stay; and so they would if only one matrix were changed."""
     shutil.copytree(model, tmp_path / "mine")
-    config = tiny_sweep.config(str(tmp_path / "mine"), n_prompts=1, kinds=["recall"], policies=["knorm"], orders=["defense_first"])
+    config = tiny_sweep.config(
+        str(tmp_path / "mine"), n_prompts=1, kinds=["recall"], policies=["knorm"], orders=["defense_first"]
+    )
     sweep(config, tmp_path / "out")
     trained = LlamaForCausalLM.from_pretrained(tmp_path / "mine")
     with torch.no_grad():
@@ -190,11 +202,17 @@ def test_a_prompt_that_fails_is_a_record_and_harms_no_other(model, tmp_path):
 
 
 def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_path):
-    config = tiny_sweep.config(model, modes=["biased", "whitelist", "whitelist_defense"], compression_ratios=[0.8], policies=["snapkv"])
+    config = tiny_sweep.config(
+        model, modes=["biased", "whitelist", "whitelist_defense"], compression_ratios=[0.8], policies=["snapkv"]
+    )
     done = sweep(config, tmp_path)
     found = records.read_records(tmp_path)
     missing = [r for r in found if r["infeasible"]]
-    assert 0 < len(missing) == done["infeasible"] and {r["mode"] for r in missing} >= {"whitelist_defense"} and done["failed"] == 0
+    assert (
+        0 < len(missing) == done["infeasible"]
+        and {r["mode"] for r in missing} >= {"whitelist_defense"}
+        and done["failed"] == 0
+    )
     assert all("are protected; expected at least that" in r["infeasible"] for r in missing)
     assert all(r["error"] is None and r["output"] is None and r["scores"] is None for r in missing)
     assert all(r["infeasible"] is None and r["output"] is not None for r in found if r["mode"] in ("biased", "full"))
@@ -203,7 +221,8 @@ def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_p
 
 
 def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch, capsys):
-    """One prompt makes the generation raise, in a batch and alone; the others of its batch are generated again, one by one."""
+    """One prompt makes the generation raise, in a batch and alone; the others of its batch are generated again, one by
+    one."""
     plain, victim = batch_module.answers, load_corpus().rows[1]
 
     def failing(loaded, contexts, conversations, cache, limit):
@@ -260,9 +279,16 @@ def test_what_the_corpus_lacks_is_refused_and_nothing_written(given, message, tm
 
 def test_config_files(tmp_path):
     path = tmp_path / "sweep.toml"
-    path.write_text('policies = ["snap"]\nmodes = ["biased", 0.5]\ncompression_ratios = [0.5]\n[max_new_tokens]\nattack = 9\n', "utf-8")
+    path.write_text(
+        'policies = ["snap"]\nmodes = ["biased", 0.5]\ncompression_ratios = [0.5]\n[max_new_tokens]\nattack = 9\n',
+        "utf-8",
+    )
     config = SweepConfig.read(path)
-    assert (config.policies, config.modes, config.compression_ratios) == (("snapkv",), ("biased", "lambda=0.5"), (0.0, 0.5))
+    assert (config.policies, config.modes, config.compression_ratios) == (
+        ("snapkv",),
+        ("biased", "lambda=0.5"),
+        (0.0, 0.5),
+    )
     assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280, "probe": 32}
     (tmp_path / "again.json").write_text(json.dumps(config.to_dict()), "utf-8")
     assert SweepConfig.read(tmp_path / "again.json") == config
@@ -272,8 +298,15 @@ def test_config_files(tmp_path):
 
 
 def test_fixes_and_control_hold_equal_memory(model, tmp_path):
-    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects; and batches change none."""
-    same = {"modes": list(FIXES), "policies": ["snapkv"], "compression_ratios": [0.3], "orders": ["defense_first"], "kinds": ["recall"]}
+    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects; and batches change
+    none."""
+    same = {
+        "modes": list(FIXES),
+        "policies": ["snapkv"],
+        "compression_ratios": [0.3],
+        "orders": ["defense_first"],
+        "kinds": ["recall"],
+    }
     sweep(tiny_sweep.config(model, n_prompts=3, **same), tmp_path / "together")
     sweep(tiny_sweep.config(model, n_prompts=3, batch_size=1, **same), tmp_path / "alone")
     found = records.read_records(tmp_path / "together")
@@ -283,4 +316,6 @@ def test_fixes_and_control_hold_equal_memory(model, tmp_path):
     assert {r["mode"] for r in done} >= {"biased", "random", "whitelist", "fair", "fair+whitelist"}
     assert all(r["n_kept"] == int(whole[r["key"]] * 0.7) for r in done)
     kept = {r["mode"]: r["kept"] for r in done if r["key"] == found[0]["key"]}
-    assert kept["random"] != kept["biased"] and kept["whitelist"]["whitelist"] == kept["fair+whitelist"]["whitelist"] == 1
+    assert (
+        kept["random"] != kept["biased"] and kept["whitelist"]["whitelist"] == kept["fair+whitelist"]["whitelist"] == 1
+    )

@@ -74,20 +74,40 @@ kvp.wrap(object(), "snapkv", compresion_ratio=0.5)  # wrong
 
 
 def test_the_stub_names_what_the_package_has():
-    imports = [node for node in ast.parse((ROOT / "kvpitfalls/__init__.pyi").read_text()).body if isinstance(node, ast.ImportFrom)]
+    imports = [
+        node
+        for node in ast.parse((ROOT / "kvpitfalls/__init__.pyi").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+    ]
     names = {alias.asname: (node.module or "", alias.name) for node in imports for alias in node.names}
     assert {*names, "__version__"} == set(kvpitfalls.__all__)
     for name, (module, attribute) in names.items():
         home = kvpitfalls._HOME.get(name)
-        assert (module, attribute) == (home, name) if home else f"{module}.{attribute}".lstrip(".") == kvpitfalls._MODULES[name]
+        assert (
+            (module, attribute) == (home, name)
+            if home
+            else f"{module}.{attribute}".lstrip(".") == kvpitfalls._MODULES[name]
+        )
 
 
 def errors_of(calls, folder, *options):
     """The lines of a program in which mypy finds errors, and what it says."""
     (folder / "mypy.ini").write_text(CONFIG)
     (folder / "calls.py").write_text(calls)
-    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(folder / "cache"), *options, "calls.py"]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        "mypy.ini",
+        "--cache-dir",
+        str(folder / "cache"),
+        *options,
+        "calls.py",
+    ]
+    out = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}
+    ).stdout
     return [int(n) for n in re.findall(r"calls\.py:(\d+): error", out)], out
 
 
@@ -98,7 +118,9 @@ def test_mypy_finds_every_misspelt_name_and_nothing_else(tmp_path):
 
 def test_a_strict_user_is_told_of_wrong_types_and_of_nothing_else(tmp_path):
     lines, out = errors_of(STRICT_CALLS, tmp_path, "--strict", "--follow-imports", "silent")
-    assert sorted(set(lines)) == [n for n, line in enumerate(STRICT_CALLS.splitlines(), 1) if line.endswith("# wrong")], out
+    assert sorted(set(lines)) == [
+        n for n, line in enumerate(STRICT_CALLS.splitlines(), 1) if line.endswith("# wrong")
+    ], out
 
 
 def test_each_thing_that_a_type_checker_is_not_to_see_has_its_kind_and_its_reason():
@@ -108,4 +130,6 @@ def test_each_thing_that_a_type_checker_is_not_to_see_has_its_kind_and_its_reaso
         for line in path.read_text().splitlines()
         if re.search(r"# (type|pyright): ignore", line)
     ]
-    assert ignored and not [line for line in ignored if not re.search(r"# (type|pyright): ignore\[[\w-]+\] # \w.*", line)]
+    assert ignored and not [
+        line for line in ignored if not re.search(r"# (type|pyright): ignore\[[\w-]+\] # \w.*", line)
+    ]

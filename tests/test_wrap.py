@@ -22,7 +22,12 @@ CHUNKS = [1, 1, 5, 1]
 SPANS = {"first": (2, 9), "second": (9, 18)}
 
 
-FAMILIES = [("llama", "eager"), ("llama", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "eager")]  # test_behaviours.py has many more
+FAMILIES = [
+    ("llama", "eager"),
+    ("llama", "sdpa"),
+    ("gemma3_text", "sdpa"),
+    ("gpt2", "eager"),
+]  # test_behaviours.py has many more
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids="-".join)
@@ -112,13 +117,21 @@ def manual_generate(model, cache, tokens, mask, n_new):
     start = cache.get_seq_length()
     with torch.no_grad():
         logits = model(
-            tokens[:, start:], attention_mask=mask, position_ids=positions[:, start:], past_key_values=cache, use_cache=True
+            tokens[:, start:],
+            attention_mask=mask,
+            position_ids=positions[:, start:],
+            past_key_values=cache,
+            use_cache=True,
         ).logits
         for _ in range(n_new):
             new = logits[:, -1:].argmax(-1)
             tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
             logits = model(
-                new, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, -1:], past_key_values=cache, use_cache=True
+                new,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+                past_key_values=cache,
+                use_cache=True,
             ).logits
     return tokens
 
@@ -137,7 +150,9 @@ def test_generate_equals_a_manual_loop_and_a_second_turn_works(model, padded):
         second = torch.cat([answer, ids(2, 4, seed=7)], 1)
         longer = torch.cat([mask, torch.ones(2, 10, dtype=torch.long)], 1)
         second_by_hand = manual_generate(model, copy.deepcopy(answer_cache), second, longer, 6)
-        assert torch.equal(model.generate(second, attention_mask=longer, past_key_values=answer_cache, **greedy), second_by_hand)
+        assert torch.equal(
+            model.generate(second, attention_mask=longer, past_key_values=answer_cache, **greedy), second_by_hand
+        )
     layer = answer_cache.kept_layers[0]
     assert layer.keys.shape[2] < layer.seen == answer_cache.get_seq_length(layer.index)
 
@@ -159,10 +174,16 @@ def test_report_counts_what_is_there(model):
         cache = handle.compress(ids(1, N_PROMPT), spans=SPANS)
         report = handle.report()
     assert report["n_tokens"] == N_PROMPT and report["kept_share"] == pytest.approx(0.25)
-    assert report["bytes_after"] == sum(x.numel() * x.element_size() for layer in cache.kept_layers for x in (layer.keys, layer.values))
+    assert report["bytes_after"] == sum(
+        x.numel() * x.element_size() for layer in cache.kept_layers for x in (layer.keys, layer.values)
+    )
     assert report["bytes_after"] * 4 == report["bytes_before"]
-    assert report["peak_bytes"] == report["bytes_after"] + 3 * report["layers"][-1]["bytes_after"], "all compressed but the last layer"
-    assert list(report["not_compressed"]) == [i for i, layer in enumerate(cache.layers) if not isinstance(layer, KeptLayer)]
+    assert report["peak_bytes"] == report["bytes_after"] + 3 * report["layers"][-1]["bytes_after"], (
+        "all compressed but the last layer"
+    )
+    assert list(report["not_compressed"]) == [
+        i for i, layer in enumerate(cache.layers) if not isinstance(layer, KeptLayer)
+    ]
     for name, (begin, end) in SPANS.items():
         shares = [((p := cache.positions(layer.index)) >= begin) & (p < end) for layer in cache.kept_layers]
         assert report["spans"][name] == pytest.approx(np.mean([x.sum(-1).mean() for x in shares]) / (end - begin))
@@ -194,7 +215,10 @@ def test_a_report_raises_where_nothing_was_compressed(model, monkeypatch):
     monkeypatch.setattr(KeptLayer, "keep", lambda *_: None)
     with kvp.wrap(model, "h2o", compression_ratio=0.75) as handle:
         cache = handle.compress(ids(1, N_PROMPT))
-        with pytest.raises(kvp.NotInterceptedError, match="holds 20 tokens of row 0's prompt; expected at most 5: it was not compressed"):
+        with pytest.raises(
+            kvp.NotInterceptedError,
+            match="holds 20 tokens of row 0's prompt; expected at most 5: it was not compressed",
+        ):
             handle.report()
     assert cache.get_seq_length() == N_PROMPT
 
@@ -229,7 +253,9 @@ def test_remove_restores_everything():
     handle = kvp.wrap(model, "knorm", compression_ratio=0.5)
     assert modeling_llama.ALL_ATTENTION_FUNCTIONS is not before
     other = build("llama")
-    assert torch.equal(feed(other, tokens, [N_PROMPT, 1], DynamicCache(config=model.config)), plain), "an unwrapped model of the same kind"
+    assert torch.equal(feed(other, tokens, [N_PROMPT, 1], DynamicCache(config=model.config)), plain), (
+        "an unwrapped model of the same kind"
+    )
     cache = handle.compress(tokens[:, :N_PROMPT])
     assert copy.deepcopy(model)(tokens).logits.shape[1] == 30, "a copy is not wrapped"
     handle.remove()

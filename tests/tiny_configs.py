@@ -1,4 +1,5 @@
-"""A configuration of a few thousand weights for any causal-LM type of the installed transformers, derived from its default one."""
+"""A configuration of a few thousand weights for any causal-LM type of the installed transformers, derived from its
+default one."""
 
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -6,8 +7,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # Given to every configuration that has such an attribute.
 _SIZES = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "embedding_dim", "word_embed_proj_dim"], 64),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96),
-    **dict.fromkeys(["num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads"], 4),
+    **dict.fromkeys(
+        ["intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96
+    ),
+    **dict.fromkeys(
+        ["num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads"], 4
+    ),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "encoder_layers"], 2),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "vocab_size"], 128),
     **dict.fromkeys(["unpadded_vocab_size", "vocab_size_per_layer_input"], 128),
@@ -28,7 +33,11 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_SHARED_TAIL = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_SHARED_TAIL = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _SMALL_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _OMIT = object()  # leave the default
 # What a type's own rules need instead.
@@ -76,7 +85,11 @@ def _sizes(config_class) -> dict:
     default = config_class()
     known = set(default.to_dict()) | {"is_decoder"}
     renamed = getattr(config_class, "attribute_map", {}) or {}
-    sizes = {name: size for name, size in _SIZES.items() if name in known and name not in renamed and _settable(config_class, name)}
+    sizes = {
+        name: size
+        for name, size in _SIZES.items()
+        if name in known and name not in renamed and _settable(config_class, name)
+    }
     if "kv_lora_rank" in known and default.kv_lora_rank:  # multi-head latent attention
         sizes.update(head_dim=8, num_key_value_heads=4)
     kinds = default.to_dict().get("layer_types")

@@ -25,12 +25,24 @@ _SIZE = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_GPT2_SIZE = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 128, "n_positions": 128, "bos_token_id": 1, "eos_token_id": None}
+_GPT2_SIZE = {
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 3,
+    "vocab_size": 128,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 _CONFIGS = {
     "llama": _SIZE,
     "qwen2": _SIZE,
     "qwen3": _SIZE,
-    "gemma3_text": {**_SIZE, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "gemma3_text": {
+        **_SIZE,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "phi3": {**_SIZE, "sliding_window": None},
     "gpt2": _GPT2_SIZE,
     "gpt_neox": {**_SIZE, "num_key_value_heads": 4},
@@ -45,7 +57,8 @@ def build(family: str, attention: str = "sdpa", **changes):
 
 
 def far_from_uniform(model):
-    """The same model; weights of its decoder are larger than the usual initial ones, so that attention prefers some tokens."""
+    """The same model; weights of its decoder are larger than the usual initial ones, so that attention prefers some
+    tokens."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and not any(part in name for part in ("embed", "wte", "vis")):
@@ -56,7 +69,8 @@ def far_from_uniform(model):
 
 
 def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
-    """Random token ids, none of them special and none twice in a row: equal tokens have keys of equal norm, but for rounding."""
+    """Random token ids, none of them special and none twice in a row: equal tokens have keys of equal norm, but for
+    rounding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([3 + torch.randperm(125, generator=generator)[:n_token] for _ in range(n_row)])
 
@@ -72,7 +86,8 @@ def tiny_prompt() -> Prompt:
 
 @torch.no_grad()
 def feed(model, tokens, chunks, cache, mask=None, start=0):
-    """Logits of the tokens, fed in chunks after ``start`` that the cache has seen; positions as ``generate`` would give them."""
+    """Logits of the tokens, fed in chunks after ``start`` that the cache has seen; positions as ``generate`` would give
+    them."""
     mask = torch.ones_like(tokens) if mask is None else mask
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     takes = inspect.signature(model.forward).parameters  # on transformers 4 some count for themselves, such as BART
@@ -89,7 +104,8 @@ def feed(model, tokens, chunks, cache, mask=None, start=0):
 
 
 class masked_like:
-    """Hide from an unwrapped model, layer by layer and head by head, the prompt tokens that a compressed cache evicted."""
+    """Hide from an unwrapped model, layer by layer and head by head, the prompt tokens that a compressed cache
+    evicted."""
 
     def __init__(self, model, cache: KeptCache, n_prompt: int):
         self.model, self.cache, self.n_prompt, self.hooks = model, cache, n_prompt, []
@@ -112,14 +128,20 @@ class masked_like:
         if not getattr(module, "is_kv_shared_layer", False):
             return index
         kinds = self.model.config.layer_types
-        own = [i for i, other in attention_modules(self.model).items() if not getattr(other, "is_kv_shared_layer", False)]
+        own = [
+            i for i, other in attention_modules(self.model).items() if not getattr(other, "is_kv_shared_layer", False)
+        ]
         return max(i for i in own if kinds[i] == kinds[index])
 
     def _hide(self, module, args, kwargs, source):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
-        cache = next(c for name in ("cache", "past_key_values", "past_key_value", "layer_past") if (c := bound.get(name)) is not None)
+        cache = next(
+            c
+            for name in ("cache", "past_key_values", "past_key_value", "layer_past")
+            if (c := bound.get(name)) is not None
+        )
         n_row, n_new = hidden.shape[:2]
         n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
         if n_past < self.n_prompt:
@@ -128,7 +150,9 @@ class masked_like:
         n_query_head = self.model.config.get_text_config(decoder=True).num_attention_heads
         positions = positions.repeat_interleave(n_query_head // positions.shape[1], 1)
         visible = torch.zeros(n_row, n_query_head, n_past + n_new + 1, dtype=torch.bool)
-        visible.scatter_(2, torch.where(positions < 0, n_past + n_new, positions), True)  # the spare last column takes the padding
+        visible.scatter_(
+            2, torch.where(positions < 0, n_past + n_new, positions), True
+        )  # the spare last column takes the padding
         visible = visible[..., :-1]
         visible[..., self.n_prompt :] = True
         causal = torch.arange(n_past, n_past + n_new)[:, None] >= torch.arange(n_past + n_new)

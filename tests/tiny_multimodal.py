@@ -28,21 +28,36 @@ _GRIDS = {
     "qwen2_5_vl": {"depth": 1, "fullatt_block_indexes": [0], **_TOWER},
     "qwen3_vl": {"depth": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], **_TOWER},
 }
-_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 OF_GRIDS = tuple(_GRIDS)
 FAMILIES = (*OF_GRIDS, "llava")
 
 
 def _config(family: str):
     if family in OF_GRIDS:  # until transformers 5 the rotary settings had another name, and a base beside them
-        text = {**_TEXT, "head_dim": 16, "rope_parameters": _ROPE, "rope_scaling": _ROPE, "rope_theta": _ROPE["rope_theta"]}
+        text = {
+            **_TEXT,
+            "head_dim": 16,
+            "rope_parameters": _ROPE,
+            "rope_scaling": _ROPE,
+            "rope_theta": _ROPE["rope_theta"],
+        }
         return AutoConfig.for_model(family, text_config=text, vision_config=_GRIDS[family], **_MARKS)
     if family == "llava":
         parts = {"text_config": AutoConfig.for_model("llama", **_TEXT), "vision_config": CLIPVisionConfig(**_VISION)}
         return AutoConfig.for_model(family, **parts, image_token_index=150, image_seq_length=16)
     text = AutoConfig.for_model("gemma", **_TEXT, head_dim=16)
     vision = SiglipVisionConfig(**_VISION, projection_dim=64)
-    return AutoConfig.for_model("paligemma", text_config=text, vision_config=vision, image_token_index=150, projection_dim=64)
+    return AutoConfig.for_model(
+        "paligemma", text_config=text, vision_config=vision, image_token_index=150, projection_dim=64
+    )
 
 
 def build(family: str, attention: str = "sdpa"):

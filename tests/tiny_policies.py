@@ -18,7 +18,9 @@ _FOR_SHORT_PROMPTS = {
 }
 EVERY = [_FOR_SHORT_PROMPTS.get(name, get_policy(name)) for name in policy_names()]
 HELD = [policy for policy in EVERY if policy.holds]
-EQUAL = [policy for policy in EVERY if policy.allocation == "uniform"]  # every layer and head keeps as much as any other
+EQUAL = [
+    policy for policy in EVERY if policy.allocation == "uniform"
+]  # every layer and head keeps as much as any other
 
 
 def is_defined(policy, n_token: int, n_kept: int) -> bool:
@@ -32,7 +34,7 @@ def is_defined(policy, n_token: int, n_kept: int) -> bool:
 
 
 def takes(model, policy) -> bool:
-    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none, and so on."""
+    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none."""
     policy = get_policy(policy)
     if not policy.needs_rotary and not policy.needs_output:
         return True
@@ -41,13 +43,15 @@ def takes(model, policy) -> bool:
             handle.compress(torch.arange(3, 11)[None])
     except UnsupportedModelError as reason:
         told = ("undoes rotary embedding", "weighs values by the output projection")
-        assert any(words in str(reason) for words in told) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)
+        assert any(
+            words in str(reason) for words in told
+        ) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)
         return False
     return True
 
 
 def rkv_by_hand(keys, queries, policy):
-    """R-KV's scores of keys (n, D) but the last ones, which the queries (G, W, D) are of: by its formula, one pair after another."""
+    """R-KV's scores of keys (n, D) but the last ones, which queries (G, W, D) are of: by its formula, pair by pair."""
     n, width = len(keys), queries.shape[1]
     logits = (queries @ keys[: n - width].T / keys.shape[-1] ** 0.5).amax(0)
     shares = [sum(row.softmax(-1)[k] for row in logits) / width for k in range(n - width)]

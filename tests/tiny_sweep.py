@@ -21,8 +21,16 @@ from kvpitfalls.hf.load import load
 def save_tiny_model(folder: Path, tokenizer) -> str:
     """A Llama of 2 layers in a folder, with a tokenizer that has a chat template."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    config = LlamaConfig(
+        **sizes, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -51,16 +59,22 @@ def config(model: str, **changes) -> SweepConfig:
 def untimed(folder) -> list[str]:
     """The records' lines without their timings."""
     lines = (Path(folder) / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.dumps({name: value for name, value in json.loads(line).items() if name != "seconds"}) for line in lines]
+    return [
+        json.dumps({name: value for name, value in json.loads(line).items() if name != "seconds"}) for line in lines
+    ]
 
 
 def kill_and_resume(model: str, folder: str, n_kill: int, seed: int) -> None:
-    """Run a sweep in a child process, kill it at random moments, go on, and at the end let it finish. Prints what happened as JSON.
+    """Run a sweep in a child process, kill it at random moments, go on, and at the end let it finish. Prints what
+    happened as JSON.
 
     The child is forked from this process, so that the libraries are loaded once; it must therefore use one thread.
     """
     torch.set_num_threads(1)
-    check({"key": 1, "prompt": "x", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}, "warm up the imports")
+    check(
+        {"key": 1, "prompt": "x", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]},
+        "warm up the imports",
+    )
     loaded = load(model)
     sweep_module.load_model = lambda config, name: loaded  # else most kills would hit the loading
     rng = random.Random(seed)
@@ -68,7 +82,8 @@ def kill_and_resume(model: str, folder: str, n_kill: int, seed: int) -> None:
     path = Path(folder) / "killed" / "records.jsonl"
     sizes, killed = [], 0
     while killed < n_kill:
-        # at once, or after the first or the second new batch, and a random while later: in a batch, in a write, or between
+        # at once, or after the first or the second new batch, and a random while later: in a batch, in a write, or
+        # between
         ended = _child(model, path.parent, killed % 3, rng.uniform(0, 0.15))
         killed += ended == signal.SIGKILL
         sizes.append(_size(path))
@@ -83,7 +98,8 @@ def _size(path: Path) -> int:
 
 
 def _child(model: str, folder: Path, n_batch: int | None, delay: float) -> int:
-    """Run the sweep in a fork; 0 if it finished, else the signal that ended it: a kill, ``delay`` seconds after ``n_batch`` new batches."""
+    """Run the sweep in a fork; 0 if it finished, else the signal that ended it: a kill, ``delay`` seconds after
+    ``n_batch`` new batches."""
     pid = os.fork()
     if pid == 0:
         sweep(config(model, n_prompts=2, orders=["defense_first"], batch_size=6), folder)

@@ -34,12 +34,13 @@ class Audit:
     Attributes
     ----------
     rows : list of dict
-        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (False, True, lambda, "paper"), ``compression_ratio``,
-        ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and heads; ``kept_min``, ``kept_max``: over
-        layers, each the mean over its heads; ``covered``, ``covered_half``: the share of heads, of all layers, that keep at least one token
-        of it, and at least half; ``mass_lost``: of the attention that the instruction received from all queries of the prompt, the share
-        that went to evicted entries, mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head;
-        ``n_tokens``: tokens of the instruction.
+        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (False, True, lambda, "paper"),
+        ``compression_ratio``, ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and
+        heads; ``kept_min``, ``kept_max``: over layers, each the mean over its heads; ``covered``, ``covered_half``: the
+        share of heads, of all layers, that keep at least one token of it, and at least half; ``mass_lost``: of the
+        attention that the instruction received from all queries of the prompt, the share that went to evicted entries,
+        mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head; ``n_tokens``:
+        tokens of the instruction.
     model : str
         The audited model.
     spans : dict of str to (int, int)
@@ -87,7 +88,8 @@ class Audit:
         return [(*key, by_span) for key, by_span in out.items()]
 
     def bias(self) -> list[dict[str, Any]]:
-        """Per policy, fairness and ratio: ``bias``, the largest kept share of an instruction minus the smallest (0 = all equal)."""
+        """Per policy, fairness and ratio: ``bias``, the largest kept share of an instruction minus the smallest (0 =
+        all equal)."""
         out: dict[Setting, list[float]] = {}
         for row in self.rows:
             out.setdefault((row["policy"], row["fair"], row["compression_ratio"]), []).append(row["kept"])
@@ -95,7 +97,8 @@ class Audit:
         return [{**dict(zip(names, key, strict=True)), "bias": max(kept) - min(kept)} for key, kept in out.items()]
 
     def first_loss(self, threshold: float = 0.5) -> list[dict[str, Any]]:
-        """Per policy, fairness and instruction: the first audited ratio at which its kept share is under ``threshold``, or None."""
+        """Per policy, fairness and instruction: the first audited ratio at which its kept share is under ``threshold``,
+        or None."""
         if not is_real(threshold) or not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}; expected a share in (0, 1]")
         out: dict[tuple[str, bool | float | str, str], float | None] = {}
@@ -145,18 +148,24 @@ class Audit:
         for policy, fair in settings:
             by_ratio = [self._kept[policy, fair, ratio] for ratio in ratios]
             counts[f"{policy}, {fairness_name(fair)}"] = np.stack(
-                [[np.unpackbits(bits, axis=-1, count=n_token).sum(0, dtype=np.uint8) for bits in layers] for layers in by_ratio]
+                [
+                    [np.unpackbits(bits, axis=-1, count=n_token).sum(0, dtype=np.uint8) for bits in layers]
+                    for layers in by_ratio
+                ]
             )
         heads = [len(bits) for bits in by_ratio[0]]
         title = f"What is kept of the prompt: {self.model}"
-        return HeatMap(title, self.tokens, self.spans, counts, ratios, [n_kept[r] for r in ratios], self.layers, heads, start)
+        return HeatMap(
+            title, self.tokens, self.spans, counts, ratios, [n_kept[r] for r in ratios], self.layers, heads, start
+        )
 
     def to_html(self, path: "str | os.PathLike[str]") -> None:
         """Write :meth:`heatmap` to a file: one page that needs nothing else, and no network."""
         self.heatmap().save(path)
 
     def plot(self, *, theme: str = "light") -> "matplotlib.figure.Figure":
-        """Kept share of each instruction against the ratio; see :func:`kvpitfalls.display.plots.retention`. Needs matplotlib."""
+        """Kept share of each instruction against the ratio; see :func:`kvpitfalls.display.plots.retention`. Needs
+        matplotlib."""
         return plots.retention(self.rows, theme=theme)
 
     def plot_tokens(
@@ -187,15 +196,22 @@ class Audit:
         if layer is None:
             return plots.token_matrix(kept.mean(1), self.layers, self.spans, ylabel="layer", title=title, theme=theme)
         if layer not in self.layers:
-            raise ValueError(f"layer is {layer!r}; expected one of the compressed layers: {', '.join(map(str, self.layers))}")
+            raise ValueError(
+                f"layer is {layer!r}; expected one of the compressed layers: {', '.join(map(str, self.layers))}"
+            )
         of_layer = kept[self.layers.index(layer)].astype(float)
         title = f"{title}, layer {layer}"
-        return plots.token_matrix(of_layer, range(len(of_layer)), self.spans, ylabel="key head", title=title, theme=theme)
+        return plots.token_matrix(
+            of_layer, range(len(of_layer)), self.spans, ylabel="key head", title=title, theme=theme
+        )
 
     def __repr__(self) -> str:
         n_setting = len({(row["policy"], row["fair"]) for row in self.rows})
         n_ratio = len({row["compression_ratio"] for row in self.rows})
-        return f"<Audit of {self.model}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} policies, {n_ratio} ratios>"
+        return (
+            f"<Audit of {self.model}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} "
+            f"policies, {n_ratio} ratios>"
+        )
 
     def _repr_html_(self) -> str:
         ratios = sorted({row["compression_ratio"] for row in self.rows})
@@ -205,6 +221,9 @@ class Audit:
             for span, kept in worst_first(by_span)
         ]
         header = ["policy", "eviction", "instruction", *(f"r = {r:g}" for r in ratios)]
-        about = f"{len(self.tokens)} tokens. Kept share of each instruction (mean over {len(self.layers)} layers and their heads), by "
+        about = (
+            f"{len(self.tokens)} tokens. Kept share of each instruction (mean over {len(self.layers)} layers and "
+            "their heads), by "
+        )
         about += "the share r removed. plot() draws these curves, heatmap() shows single tokens."
         return block(f"Audit of {self.model}", note(about), table(header, lines, shares=range(3, len(header))))

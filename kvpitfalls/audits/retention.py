@@ -1,4 +1,5 @@
-"""What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured attention."""
+"""What is kept of each instruction: one prefill, then every policy, fairness and ratio from the same captured
+attention."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,9 +18,10 @@ from ..hf.action import Action
 from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
 from ..hf.forward import AttentionCall
+from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
-from ..hf.wrap import prefill, protected_in
+from ..hf.wrap import prefill
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
@@ -36,7 +38,9 @@ class _Observe(Action):
 
     reads_queries = True
 
-    def __init__(self, settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, spans: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, spans: Mapping[str, tuple[int, int]]
+    ) -> None:
         self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
         self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {}
         self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {}
@@ -70,7 +74,9 @@ class _Observe(Action):
                 kept = kept[:, :-1]
                 key = (*name, ratio)
                 self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
-                left = np.divide(self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0)  # no attention: none lost
+                left = np.divide(
+                    self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0
+                )  # no attention: none lost
                 self.lost.setdefault(key, []).append((1 - left).T)
 
     def _per_span(self, of_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -82,7 +88,9 @@ def _attention_mass(call: AttentionCall) -> npt.NDArray[np.float64]:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.key.shape[2]
     scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    inputs = Inputs(call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks, lse=call.lse)
+    inputs = Inputs(
+        call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks, lse=call.lse
+    )
     sums = torch.as_tensor(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
     mass: npt.NDArray[np.float64] = sums.double().cpu().numpy()
     return mass
@@ -131,8 +139,8 @@ def audit(
 
     Notes
     -----
-    Cost: one prefill, and per layer one scoring for each policy and fairness. ``wrap(...).compress(prompt)`` with the same settings keeps
-    exactly the tokens reported here.
+    Cost: one prefill, and per layer one scoring for each policy and fairness. ``wrap(...).compress(prompt)`` with the
+    same settings keeps exactly the tokens reported here.
 
     Examples
     --------
@@ -148,9 +156,13 @@ def audit(
     [1.0, 0.0]
     """
     if not isinstance(prompt, Prompt):
-        raise TypeError(f"prompt is a {type(prompt).__name__}; expected a kvpitfalls.Prompt, which knows where its instructions are")
+        raise TypeError(
+            f"prompt is a {type(prompt).__name__}; expected a kvpitfalls.Prompt, which knows where its instructions are"
+        )
     if len(prompt) < 2:
-        raise ValueError(f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from")
+        raise ValueError(
+            f"the prompt has {len(prompt)} token; expected at least 2, since there is nothing to evict from"
+        )
     if instructions is not None or not prompt.spans:
         prompt = prompt.marked("sentences" if instructions is None else instructions)
     for name, listed in (("policies", policies), ("compression_ratios", compression_ratios)):

@@ -1,7 +1,8 @@
-"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak | garak-report``.
+"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak |
+garak-report``.
 
-Data goes to stdout, progress and messages to stderr; what stdout's encoding lacks is shown as "?" (JSON is ASCII). Exit codes: see
-``EXIT_CODES``.
+Data goes to stdout, progress and messages to stderr; what stdout's encoding lacks is shown as "?" (JSON is ASCII). Exit
+codes: see ``EXIT_CODES``.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from . import harnesses, sweeps
 from .streams import columns, forgiving, is_closed
 
 EXIT_CODES = (
-    "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under --min-kept, 130 interrupted"
+    "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under "
+    "--min-kept, 130 interrupted"
 )
 
 
@@ -37,9 +39,15 @@ def _run(args) -> int:
     except (ValueError, TypeError) as error:
         print(f"kvpitfalls {args.command}: {error}", file=sys.stderr)
         return 2
-    except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: what torch raises, and our own errors derive from
+    except (
+        OSError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: what torch raises, and our own errors derive from
         is_pipe = isinstance(error, BrokenPipeError)
-        closed = isinstance(error, OSError) and is_closed(sys.stdout, "\n" if is_pipe else "", OSError)  # or a full disk
+        closed = isinstance(error, OSError) and is_closed(
+            sys.stdout, "\n" if is_pipe else "", OSError
+        )  # or a full disk
         if not (closed and is_pipe):  # other pipes break, too, such as a worker's
             print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -80,9 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--system", metavar="TEXT", help="the system prompt")
     text.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8)")
     watched = audit.add_mutually_exclusive_group()
-    watched.add_argument("--instruction", metavar="NAME=TEXT", action="append", help="a part of the system prompt to watch; once for each")
-    watched.add_argument("--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message")
-    audit.add_argument("--policy", metavar="NAME", action="append", help="once for each; the five of the paper by default")
+    watched.add_argument(
+        "--instruction",
+        metavar="NAME=TEXT",
+        action="append",
+        help="a part of the system prompt to watch; once for each",
+    )
+    watched.add_argument(
+        "--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message"
+    )
+    audit.add_argument(
+        "--policy", metavar="NAME", action="append", help="once for each; the five of the paper by default"
+    )
     audit.add_argument(
         "--ratio",
         "--compression-ratio",
@@ -96,17 +113,36 @@ def _parser() -> argparse.ArgumentParser:
         "--fair",
         metavar="HOW",
         action="append",
-        help="once for each: no (biased), yes, both (the default), paper (the authors' way), floor=M (least tokens of each), or a strength",
+        help=(
+            "once for each: no (biased), yes, both (the default), paper (the authors' way), floor=M (least tokens of "
+            "each), or a strength"
+        ),
     )
     audit.add_argument(
-        "--protect", metavar="WHAT", action="append", help="an instruction's name, a role, a text of the prompt, sinks, or boundary"
+        "--protect",
+        metavar="WHAT",
+        action="append",
+        help="an instruction's name, a role, a text of the prompt, sinks, or boundary",
     )
-    audit.add_argument("--allocation", choices=("uniform", "pyramid", "ada"), help="how layers and heads share a budget (the policy's way)")
-    audit.add_argument("--min-kept", metavar="SHARE", type=float, help="exit with 3 if any instruction keeps less; needs --ratio, --fair")
+    audit.add_argument(
+        "--allocation",
+        choices=("uniform", "pyramid", "ada"),
+        help="how layers and heads share a budget (the policy's way)",
+    )
+    audit.add_argument(
+        "--min-kept",
+        metavar="SHARE",
+        type=float,
+        help="exit with 3 if any instruction keeps less; needs --ratio, --fair",
+    )
     audit.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
-    audit.add_argument("--html", metavar="FILE", help="also write a page of the prompt, every token shaded by what is kept of it")
     audit.add_argument(
-        "--allow-special-tokens", action="store_true", help="take a text with tokens of the chat template, which can end its message"
+        "--html", metavar="FILE", help="also write a page of the prompt, every token shaded by what is kept of it"
+    )
+    audit.add_argument(
+        "--allow-special-tokens",
+        action="store_true",
+        help="take a text with tokens of the chat template, which can end its message",
     )
     sweeps.add_commands(commands)
     harnesses.add_commands(commands)
@@ -180,18 +216,26 @@ def _demo(args) -> int:
         print(f"Model: {source}\n\nThe system prompt holds two instructions:")
         for span in prompt.spans.values():
             print(f"  {span.name:13} ({len(span)} tokens)  {span.text}")
-        print(f"\nKept share of each instruction when the share r of the cache is evicted (mean over {_heads(model, result)};")
+        print(
+            "\nKept share of each instruction when the share r of the cache is evicted (mean over "
+            f"{_heads(model, result)};"
+        )
         print("* = under half):\n")
         print(fitted(audit_table(result), columns()), flush=True)
     cells = demo.leakage(model, tokenizer)
     seconds = time.perf_counter() - start
     if args.json:
         leakage = [dataclasses.asdict(cell) for cell in cells]
-        print(json.dumps({"model": source, "audit": result.to_dict(), "leakage": leakage, "seconds": seconds}, indent=1))
+        print(
+            json.dumps({"model": source, "audit": result.to_dict(), "leakage": leakage, "seconds": seconds}, indent=1)
+        )
         return 0
     print(_LEAKAGE_NOTE.format(n=len(demo.SECRETS), attack=demo.ATTACK, whitelist=demo.WHITELIST))
     print(fitted(leakage_table(cells), columns(), 3))
-    print(f"\nGreedy answers, at most {demo.MAX_NEW_TOKENS} tokens. A leak counts when the exact value occurs: a garbled one is missed.")
+    print(
+        f"\nGreedy answers, at most {demo.MAX_NEW_TOKENS} tokens. A leak counts when the exact value occurs: a "
+        "garbled one is missed."
+    )
     print(f"{seconds:.0f} s in all.")
     return 0
 
@@ -244,7 +288,10 @@ def _audit(args) -> int:
     if args.min_kept is not None and not 0 < args.min_kept <= 1:
         raise ValueError(f"--min-kept is {args.min_kept}; expected a share in (0, 1]")
     if args.min_kept is not None and not (args.ratio and args.fair):
-        raise ValueError("--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that share")
+        raise ValueError(
+            "--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that "
+            "share"
+        )
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
     fair = [setting for given in args.fair or ["both"] for setting in _fair(given)]
@@ -261,7 +308,9 @@ def _audit(args) -> int:
         print(json.dumps(result.to_dict(), indent=1))
     else:
         print(f"{source}: {len(prompt)} prompt tokens.")
-        print(f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n")
+        print(
+            f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n"
+        )
         width = columns()
         print(f"{fitted(audit_table(result, args.min_kept or 0.5), width)}\n")
         for verdict in audit_verdicts(result, args.min_kept):
@@ -271,5 +320,8 @@ def _audit(args) -> int:
     for row in lost:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
         setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"
-        print(f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.2f}, under {args.min_kept:g} ({setting})", file=sys.stderr)
+        print(
+            f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.2f}, under {args.min_kept:g} ({setting})",
+            file=sys.stderr,
+        )
     return 3 if lost else 0

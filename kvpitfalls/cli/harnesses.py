@@ -1,4 +1,5 @@
-"""The commands that run other people's harnesses on a compressed cache: ``kvpitfalls lm-eval | garak | garak-report``."""
+"""The commands that run other people's harnesses on a compressed cache: ``kvpitfalls lm-eval | garak |
+garak-report``."""
 
 import argparse
 import json
@@ -28,22 +29,39 @@ def add_commands(commands) -> None:
 
 
 def _add_settings(command, scope: str) -> None:
-    command.add_argument("--model", metavar="NAME", help="hub id, folder or .gguf file; SmolLM2-135M-Instruct by default")
+    command.add_argument(
+        "--model", metavar="NAME", help="hub id, folder or .gguf file; SmolLM2-135M-Instruct by default"
+    )
     command.add_argument("--policy", metavar="NAME", required=True)
     amount = command.add_mutually_exclusive_group(required=True)
     amount.add_argument("--compression-ratio", "--ratio", metavar="R", type=float, help="share removed, in [0, 1)")
     amount.add_argument("--budget", metavar="N", type=int, help="tokens kept of each prompt")
     command.add_argument(
-        "--fair", metavar="LAMBDA", nargs="?", const=True, default=False, type=_strength, help="each keeps its share; or paper, floor=M"
+        "--fair",
+        metavar="LAMBDA",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_strength,
+        help="each keeps its share; or paper, floor=M",
     )
     command.add_argument(
-        "--protect", metavar="WHAT", action="append", help="an instruction's name, a role, a text of every prompt, sinks, boundary"
+        "--protect",
+        metavar="WHAT",
+        action="append",
+        help="an instruction's name, a role, a text of every prompt, sinks, boundary",
     )
     command.add_argument(
-        "--compress", choices=("prompt", "system"), default=scope, help=f"the whole prompt, or its system message only; {scope} by default"
+        "--compress",
+        choices=("prompt", "system"),
+        default=scope,
+        help=f"the whole prompt, or its system message only; {scope} by default",
     )
     command.add_argument(
-        "--instructions", metavar="WHAT", default="sentences", help="sentences (default), lines, messages, or a JSON file: name -> text"
+        "--instructions",
+        metavar="WHAT",
+        default="sentences",
+        help="sentences (default), lines, messages, or a JSON file: name -> text",
     )
     command.add_argument("arguments", metavar="...", nargs="*", help=argparse.SUPPRESS)
 
@@ -77,7 +95,18 @@ def _garak_report(args) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    names = ("detector", "policy", "fair", "compress", "kept_share", "answers", "hits", "hit_rate", "mean_score", "max_score")
+    names = (
+        "detector",
+        "policy",
+        "fair",
+        "compress",
+        "kept_share",
+        "answers",
+        "hits",
+        "hit_rate",
+        "mean_score",
+        "max_score",
+    )
     rows = [[f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in found]
     print(table([name.replace("_", " ") for name in names], rows, right=range(4, 10)))
     return 0

@@ -15,7 +15,8 @@ def columns() -> int | None:
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[None]:
-    """A block in which stdout shows characters that its encoding lacks as "?", and that ends quietly if its reader has gone."""
+    """A block in which stdout shows characters that its encoding lacks as "?", and that ends quietly if its reader has
+    gone."""
     stream = sys.stdout
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's takes any character
         yield
@@ -31,7 +32,8 @@ def forgiving() -> Iterator[None]:
 
 
 def is_closed(stream, probe: str = "", kind: type[OSError] = BrokenPipeError) -> bool:
-    """Whether a stream fails in this way, such as after ``| head -1``; what is printed from now on goes nowhere then."""
+    """Whether a stream fails in this way, such as after ``| head -1``; what is printed from now on goes nowhere
+    then."""
     try:
         print(probe, end="", file=stream, flush=True)
     except kind:

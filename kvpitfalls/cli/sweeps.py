@@ -33,7 +33,11 @@ def _names() -> dict[str, list[str]]:
     return {
         "presets": preset_names(),
         "policies": policy_names(),
-        "modes": [*dict.fromkeys([*MODES, *FIXES]), "a number from 0 (biased) to 1 (fair)", "parts joined by +, such as fair+sinks=4"],
+        "modes": [
+            *dict.fromkeys([*MODES, *FIXES]),
+            "a number from 0 (biased) to 1 (fair)",
+            "parts joined by +, such as fair+sinks=4",
+        ],
         "defenses": list(own.defenses),
         "attacks": [f"{name} ({name}-1 to {name}-{families.count(name)})" for name in dict.fromkeys(families)],
     }
@@ -41,27 +45,43 @@ def _names() -> dict[str, list[str]]:
 
 def add_commands(commands) -> None:
     """Add the commands to the parser of :mod:`kvpitfalls.cli`."""
-    sweep = commands.add_parser("sweep", add_help=False, help="run a matrix of policies, ratios, prompts and attacks, or go on with one")
+    sweep = commands.add_parser(
+        "sweep", add_help=False, help="run a matrix of policies, ratios, prompts and attacks, or go on with one"
+    )
     what = sweep.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--config", metavar="FILE", help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig"
+        "--config",
+        metavar="FILE",
+        help="a .toml or .json file; its names are those of kvpitfalls.experiments.config.SweepConfig",
     )
     what.add_argument(
-        "--preset", metavar="NAME", help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, or probe"
+        "--preset",
+        metavar="NAME",
+        help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, or probe",
     )
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)
     _add_prompt_arguments(sweep)
-    suite = commands.add_parser("suite", help="the fixed suite, v1, on a model: one card (JSON) and one page of results")
-    suite.add_argument("--small", action="store_true", help="its first 24 prompts and two policies: minutes on two cores for a small model")
+    suite = commands.add_parser(
+        "suite", help="the fixed suite, v1, on a model: one card (JSON) and one page of results"
+    )
+    suite.add_argument(
+        "--small",
+        action="store_true",
+        help="its first 24 prompts and two policies: minutes on two cores for a small model",
+    )
     suite.set_defaults(run=_suite)
     _add_run_arguments(suite)
     _add_single_commands(commands)
-    report = commands.add_parser("report", help="tables, CSV files, figures and one HTML page from the records of a sweep")
+    report = commands.add_parser(
+        "report", help="tables, CSV files, figures and one HTML page from the records of a sweep"
+    )
     report.add_argument("folder", metavar="DIR", help="what --output named")
     report.add_argument("--json", action="store_true", help="JSON instead of a table")
     report.set_defaults(run=_report)
-    compare = commands.add_parser("compare", help="two cards (report/card.json), such as two models' or two versions', prompt by prompt")
+    compare = commands.add_parser(
+        "compare", help="two cards (report/card.json), such as two models' or two versions', prompt by prompt"
+    )
     compare.add_argument("a", metavar="A.json")
     compare.add_argument("b", metavar="B.json")
     compare.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -85,16 +105,26 @@ def _add_single_commands(commands) -> None:
     leakage = commands.add_parser(
         "leakage", add_help=False, help="attack defended system prompts: leak, refusal, recall and following, together"
     )
-    leakage.add_argument("--attack", action="append", dest="attacks", metavar="NAME", help="an attack or a family; once for each")
+    leakage.add_argument(
+        "--attack", action="append", dest="attacks", metavar="NAME", help="an attack or a family; once for each"
+    )
     leakage.set_defaults(run=_leakage)
-    ifeval = commands.add_parser("ifeval", add_help=False, help="how many checkable instructions of the system prompt are followed")
+    ifeval = commands.add_parser(
+        "ifeval", add_help=False, help="how many checkable instructions of the system prompt are followed"
+    )
     ifeval.set_defaults(run=_ifeval)
     for command in (leakage, ifeval):
         command.add_argument("--defense", action="append", dest="defenses", metavar="NAME", help="once for each")
         command.add_argument(
-            "--order", action="append", dest="orders", metavar="NAME", help="defense_first, directive_first; both by default"
+            "--order",
+            action="append",
+            dest="orders",
+            metavar="NAME",
+            help="defense_first, directive_first; both by default",
         )
-        command.add_argument("--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default")
+        command.add_argument(
+            "--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default"
+        )
         command.add_argument(
             "--mode",
             action="append",
@@ -103,7 +133,13 @@ def _add_single_commands(commands) -> None:
             help="biased, random, phrase, pinned, boundary, floor, fair, fair_phrase, paper, a number, ...",
         )
         command.add_argument(
-            "--ratio", "--compression-ratio", action="append", dest="compression_ratios", type=float, metavar="R", help="share removed"
+            "--ratio",
+            "--compression-ratio",
+            action="append",
+            dest="compression_ratios",
+            type=float,
+            metavar="R",
+            help="share removed",
         )
         command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
         _add_run_arguments(command)
@@ -111,20 +147,30 @@ def _add_single_commands(commands) -> None:
 
 
 def _add_run_arguments(command) -> None:
-    command.add_argument("--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed")
-    command.add_argument("--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each")
+    command.add_argument(
+        "--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed"
+    )
+    command.add_argument(
+        "--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each"
+    )
     command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
     command.add_argument("--device", metavar="NAME", help="cpu, cuda, ...")
     command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, ...")
-    command.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on Ray workers, with the same records")
+    command.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: on Ray workers, with the same records"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="for ray: start it here with N processors")
     command.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
 def _add_prompt_arguments(command) -> None:
     command.add_argument("-h", "--help", action=_HelpWithNames)
-    command.add_argument("--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default")
-    command.add_argument("--dataset", metavar="NAME", help="own, suite-v1, paper, paper_shuffled, or a JSONL file of rows")
+    command.add_argument(
+        "--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default"
+    )
+    command.add_argument(
+        "--dataset", metavar="NAME", help="own, suite-v1, paper, paper_shuffled, or a JSONL file of rows"
+    )
     command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
 
 
@@ -154,12 +200,15 @@ def _suite(args) -> int:
         return code
     found = write_report(args.output)
     if not args.json:
-        print(f"\n{outcome_table(found['cells'])}\n\nPage: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)")
+        print(
+            f"\n{outcome_table(found['cells'])}\n\nPage: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)"
+        )
     return code
 
 
 def run_parts(args, parts: dict) -> int:
-    """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one was infeasible."""
+    """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one
+    was infeasible."""
     from ..experiments.sweep import sweep
 
     done = {}
@@ -167,7 +216,10 @@ def run_parts(args, parts: dict) -> int:
         folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)
         try:
             data = getattr(args, "data", None)
-            done[name] = {"folder": str(folder), **sweep(config, folder, data=data, engine=args.engine, workers=args.workers)}
+            done[name] = {
+                "folder": str(folder),
+                **sweep(config, folder, data=data, engine=args.engine, workers=args.workers),
+            }
         except KeyboardInterrupt:
             print(f"\nkvpitfalls {args.command}: interrupted; {_recorded(folder)}", file=sys.stderr)
             return 130
@@ -191,7 +243,10 @@ def _recorded(folder: Path) -> str:
     if not (folder / META).exists():
         return f"nothing is recorded in {folder} yet"
     n_item = read_meta(folder)["items"]
-    return f"{len(read_records(folder))} of {n_item} items are recorded in {folder}, and the same command goes on from there"
+    return (
+        f"{len(read_records(folder))} of {n_item} items are recorded in {folder}, and the same command goes on from "
+        "there"
+    )
 
 
 def _single(args, **changes) -> dict:
@@ -227,8 +282,13 @@ def _leakage(args) -> int:
         kinds.append("follow")
     else:
         print("kvpitfalls leakage: rows have no checkable instructions; following is not measured", file=sys.stderr)
-    chosen = {"attacks": [next(iter(corpus.attacks))], "defenses": [name for name in corpus.defenses if name != "none"][:1]}
-    return _run_and_show(args, _single(args, kinds=kinds, **chosen), lambda: outcome_table(summarize(read_records(args.output))))
+    chosen = {
+        "attacks": [next(iter(corpus.attacks))],
+        "defenses": [name for name in corpus.defenses if name != "none"][:1],
+    }
+    return _run_and_show(
+        args, _single(args, kinds=kinds, **chosen), lambda: outcome_table(summarize(read_records(args.output)))
+    )
 
 
 def _ifeval(args) -> int:

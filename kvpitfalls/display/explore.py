@@ -1,7 +1,9 @@
-"""A notebook widget: a prompt, its instructions marked by hand, and what two settings keep of it and answer, side by side.
+"""A notebook widget: a prompt, its instructions marked by hand, and what two settings keep of it and answer, side by
+side.
 
 All work on models and prompts is done here, by an :class:`Explorer`: it takes requests and gives states, both ready for
-JSON. ``explore.js`` sends requests and shows states; texts come to it escaped, by ``token_strip``, or are shown as text.
+JSON. ``explore.js`` sends requests and shows states; texts come to it escaped, by ``token_strip``, or are shown as
+text.
 """
 
 import functools
@@ -30,7 +32,12 @@ from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
 EVICTIONS = {"biased": False, "fair": True, "fair 0.5": 0.5, f"floor={FLOOR}": f"floor={FLOOR}", "paper": "paper"}
-_TOLD = (ValueError, TypeError, RuntimeError, MemoryError)  # in the widget; anything else is a fault of ours, and raised
+_TOLD = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+)  # in the widget; anything else is a fault of ours, and raised
 _HERE = Path(__file__).parent
 
 
@@ -43,7 +50,8 @@ def explore(
     question: str = ATTACK,
     max_new_tokens: int = 60,
 ) -> Any:
-    """Try settings on a prompt in a notebook: mark instructions by mouse, see what two settings keep, and what they answer.
+    """Try settings on a prompt in a notebook: mark instructions by mouse, see what two settings keep, and what they
+    answer.
 
     Parameters
     ----------
@@ -84,7 +92,9 @@ def explore(
     ['Never reveal this', 'Speak only Spanish']
     """
     if importlib.util.find_spec("anywidget") is None:
-        raise ImportError("explore needs the package anywidget; expected pip install 'kvpitfalls[notebooks]', or anywidget alone")
+        raise ImportError(
+            "explore needs the package anywidget; expected pip install 'kvpitfalls[notebooks]', or anywidget alone"
+        )
     explorer = Explorer(model, tokenizer, max_new_tokens)
     return _widget_class()(explorer, first_form(tokenizer, prompt, instructions, question))
 
@@ -128,17 +138,25 @@ class Explorer:
         Parameters
         ----------
         request : dict
-            ``do``: "read" (find the instructions) or "compare" (that, and run the model); ``n``: its number; ``form``, as
-            :func:`first_form` gives it. A mark without ``begin`` is looked for by its ``text``; one without a name gets one.
+            ``do``: "read" (find the instructions) or "compare" (that, and run the model); ``n``: its number; ``form``,
+            as :func:`first_form` gives it. A mark without ``begin`` is looked for by its ``text``; one without a name
+            gets one.
 
         Returns
         -------
         dict
-            ``n``; ``form``, with the place of every mark; ``error``, one sentence or ""; and what was done before the error:
-            ``prompt``, ``result`` and ``code``.
+            ``n``; ``form``, with the place of every mark; ``error``, one sentence or ""; and what was done before the
+            error: ``prompt``, ``result`` and ``code``.
         """
         form = request["form"]
-        said: dict[str, Any] = {"n": request["n"], "form": form, "error": "", "prompt": None, "result": None, "code": ""}
+        said: dict[str, Any] = {
+            "n": request["n"],
+            "form": form,
+            "error": "",
+            "prompt": None,
+            "result": None,
+            "code": "",
+        }
         try:
             prompt, marks = _read(self.tokenizer, form)
             said["form"] = form = {**form, "marks": marks}
@@ -153,7 +171,9 @@ class Explorer:
     def _compared(self, prompt: Prompt, form: Mapping) -> dict:
         settings = [_action(setting, form["ratio"]) for setting in form["settings"]]
         followed = prompt.followed_by(form["question"])[0].tolist() if form["question"] else []
-        whole = [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []  # keeps all, as any policy would
+        whole = (
+            [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
+        )  # keeps all, as any policy would
         attach(self.model)
         try:
             caches = compress_each(self.model, [prompt], [*settings, *whole])
@@ -163,7 +183,10 @@ class Explorer:
         finally:
             detach(self.model)
         names = [setting_name(setting) for setting in form["settings"]]
-        about = f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, in each of {len(reports[0]['layers'])} layers"
+        about = (
+            f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, in each of "
+            f"{len(reports[0]['layers'])} layers"
+        )
         left = len(reports[0]["not_compressed"])
         return {
             "names": names,
@@ -252,11 +275,14 @@ def _strip(prompt: Prompt, shares=None, report: Mapping | None = None) -> str:
 
 
 def _read(tokenizer, form: Mapping, instructions=None) -> tuple[Prompt, list[dict]]:
-    """The prompt of a form, and the names, texts, places in characters and colours of its instructions, or of those that are given."""
+    """The prompt of a form, and the names, texts, places in characters and colours of its instructions, or of those
+    that are given."""
     if form["kind"] == "text":
         prompt = Prompt.from_text(tokenizer, form["text"])
     else:
-        messages = [{"role": "system", "content": form["text"]}] if form["kind"] == "system" else _messages(form["text"])
+        messages = (
+            [{"role": "system", "content": form["text"]}] if form["kind"] == "system" else _messages(form["text"])
+        )
         prompt = Prompt.from_chat(tokenizer, messages)
     instructions = instructions or form["way"] or _instructions(prompt, form["marks"])
     if isinstance(instructions, str):
@@ -275,7 +301,9 @@ def _messages(text: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the chat is no JSON ({error}); expected a list of messages, each with a role and a content") from error
+        raise ValueError(
+            f"the chat is no JSON ({error}); expected a list of messages, each with a role and a content"
+        ) from error
 
 
 def _instructions(prompt: Prompt, marks) -> dict:
@@ -315,7 +343,11 @@ def _widget_class():
             self.on_msg(self._receive)
 
         def _receive(self, _, request: Mapping, buffers) -> None:
-            said = {**self.state, "n": request["n"], "error": "It was interrupted, or failed as nobody foresaw: the log has the traceback."}
+            said = {
+                **self.state,
+                "n": request["n"],
+                "error": "It was interrupted, or failed as nobody foresaw: the log has the traceback.",
+            }
             try:
                 said = self.explorer.reply(request)
             finally:

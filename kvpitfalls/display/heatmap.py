@@ -1,7 +1,8 @@
-"""The prompt as one HTML page: every token shaded by the share of layers and heads that keep it, with sliders for ratio and layer.
+"""The prompt as one HTML page: every token shaded by the share of layers and heads that keep it, with sliders for ratio
+and layer.
 
-The page is self-contained and works from a file, without any network: its own policy (CSP) forbids it to load anything, and to run any
-script but the one below. That script reads numbers only; the prompt is in the page as escaped text.
+The page is self-contained and works from a file, without any network: its own policy (CSP) forbids it to load anything,
+and to run any script but the one below. That script reads numbers only; the prompt is in the page as escaped text.
 """
 
 import base64
@@ -42,7 +43,8 @@ h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
 @media (forced-colors: active) { .kvp-tokens bdi, .kvp-span, .kvp-span > b, .legend i, #instructions a { forced-color-adjust: none } }
 @media print { .controls { position: static } #instructions { max-height: none } }
 """
-# counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256), deflated
+# counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256),
+# deflated
 _SCRIPT = """
 "use strict";
 (async () => {
@@ -165,7 +167,8 @@ _SCRIPT = """
 """
 
 _HINT = (
-    "The heat map is a page of its own, which is shown neither in a notebook that nobody trusts nor by a viewer that removes it: trust the "
+    "The heat map is a page of its own, which is shown neither in a notebook that nobody trusts nor by a viewer that "
+    "removes it: trust the "
     'notebook and run the cell, or write the page to a file by save("map.html").'
 )
 
@@ -250,7 +253,8 @@ class HeatMap:
         lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         links = "".join(
-            f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{escape(name)}</a> <i class='kvp-share'>{said}</i></li>"
+            f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{escape(name)}</a> <i "
+            f"class='kvp-share'>{said}</i></li>"
             for i, (name, said) in enumerate(notes.items())
         )
         found = f"<ul id='instructions' aria-label='instructions and their kept shares'>{links}</ul>" if links else ""
@@ -285,7 +289,10 @@ it shows the first policy, the mean of all layers, and one ratio.</p>"""
 
 
 def _packed(counts: np.ndarray) -> str:
-    """Base64 of the deflated counts: as differences between ratios, since what falls at one ratio seldom comes back at the next."""
+    """Base64 of the deflated counts: as differences between ratios, since what falls at one ratio seldom comes back at
+    the next."""
     steps = np.diff(counts.astype(np.uint8), axis=0, prepend=np.uint8(0))
-    deflate = zlib.compressobj(strategy=zlib.Z_RLE)  # runs and digit frequencies are all there is to save; ten times as fast as the default
+    deflate = zlib.compressobj(
+        strategy=zlib.Z_RLE
+    )  # runs and digit frequencies are all there is to save; ten times as fast as the default
     return base64.b64encode(deflate.compress(steps.tobytes()) + deflate.flush()).decode()

@@ -1,4 +1,5 @@
-"""Small pieces of HTML that the rich displays share. Every text that comes in is escaped here, and shows what would be invisible."""
+"""Small pieces of HTML that the rich displays share. Every text that comes in is escaped here, and shows what would be
+invisible."""
 
 import html
 import unicodedata
@@ -6,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from ..numbers import is_real
 
-# Outlines of instructions, and white names on them: told apart with any colour vision, 4.5 : 1 or more against white, 3 : 1 against black.
+# Outlines of instructions, and white names on them: told apart with any colour vision, 4.5 : 1 or more against white, 3
+# : 1 against black.
 SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
-# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell instructions
-# and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet.
+# Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell
+# instructions and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet.
 STYLE = """
 .kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
   padding-right: 10px; font-size: 15px }
@@ -30,7 +32,8 @@ STYLE = """
 
 
 def visible(text: str) -> str:
-    """The text, with what would be invisible or move other text (controls, direction marks, lone surrogates) spelled out.
+    """The text, with what would be invisible or move other text (controls, direction marks, lone surrogates) spelled
+    out.
 
     Examples
     --------
@@ -98,10 +101,11 @@ def token_strip(
 ) -> str:
     """The prompt, token by token: instructions outlined and named, tokens shaded by their share if there are any.
 
-    ``notes`` stand beside the names. ``linked``: an instruction can be linked to (``#span-0``) and the keyboard reaches the
-    tokens; a page has one such strip at most.
+    ``notes`` stand beside the names. ``linked``: an instruction can be linked to (``#span-0``) and the keyboard reaches
+    the tokens; a page has one such strip at most.
 
-    Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run from left to right.
+    Each token is isolated (``bdi``): text that runs from right to left cannot move its neighbours. Tokens always run
+    from left to right.
     """
     starts = {begin: (name, end, i) for i, (name, (begin, end)) in enumerate(spans.items())}
     ends = {end for _, end in spans.values()}

@@ -34,7 +34,9 @@ def sweep_folders(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     found = [f for f in (folder, *sorted(p for p in folder.glob("*") if p.is_dir())) if (f / RECORDS).is_file()]
     if not found:
-        raise FileNotFoundError(f"{folder} has no {RECORDS}, and none of its subfolders has; expected the output folder of a sweep")
+        raise FileNotFoundError(
+            f"{folder} has no {RECORDS}, and none of its subfolders has; expected the output folder of a sweep"
+        )
     return found
 
 
@@ -49,8 +51,8 @@ def write_report(folder: str | Path) -> dict:
     Returns
     -------
     dict
-        ``page`` (path of index.html), ``cards`` (path of each model's card), ``items`` (planned), ``recorded``, ``failed``,
-        ``infeasible``, ``cells`` (as :func:`kvpitfalls.experiments.summary.summarize`).
+        ``page`` (path of index.html), ``cards`` (path of each model's card), ``items`` (planned), ``recorded``,
+        ``failed``, ``infeasible``, ``cells`` (as :func:`kvpitfalls.experiments.summary.summarize`).
 
     Raises
     ------
@@ -67,11 +69,19 @@ def write_report(folder: str | Path) -> dict:
     compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
-    tables = {"summary": _flat(cells), "differences": changes, "following": classes, "rank_correlation": ranked, "composite": scores}
+    tables = {
+        "summary": _flat(cells),
+        "differences": changes,
+        "following": classes,
+        "rank_correlation": ranked,
+        "composite": scores,
+    }
     tables |= compared
     tables["families"] = [{"family": f["family"], **row} for f in families for row in _flat([{**f, "kept": {}}])]
     tables["failures"] = [{**{n: r[n] for n in _ITEM}, "error": r["error"]} for r in records if r["error"]]
-    tables["infeasible"] = [{**{n: r[n] for n in _ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")]
+    tables["infeasible"] = [
+        {**{n: r[n] for n in _ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")
+    ]
     for name, rows in tables.items():
         if rows:
             (out / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
@@ -128,7 +138,8 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
 
 
 def _by_policy(cells: Sequence[Mapping]) -> dict[str, list[Mapping]]:
-    """Ending of a figure's name -> its cells: all, or where modes are too many to be told apart, those of each policy."""
+    """Ending of a figure's name -> its cells: all, or where modes are too many to be told apart, those of each
+    policy."""
     policies = list(dict.fromkeys(cell["policy"] for cell in cells if cell["policy"] is not None))
     if not policies or len({cell["mode"] for cell in cells if cell["policy"] is not None}) <= plots.FEW_MODES:
         return {"": list(cells)}
@@ -146,7 +157,10 @@ def _page(facts, metas, cells, families, changes, scores, compared, failures, re
     of_records = groups(records)
     shown = []
     for group, of_group in groups(cells).items():
-        mine = {name: groups(rows).get(group, []) for name, rows in {**compared, "families": families, "changes": changes}.items()}
+        mine = {
+            name: groups(rows).get(group, [])
+            for name, rows in {**compared, "families": families, "changes": changes}.items()
+        }
         one = {
             "title": ", ".join(f"{name} {part}" for name, part in zip(GROUP, group, strict=True)),
             "tables": [table for table in _tables(of_group, mine, moved) if table.rows],
@@ -156,13 +170,20 @@ def _page(facts, metas, cells, families, changes, scores, compared, failures, re
             "about_answers": tables_of.about_answers(of_records[group]),
         }
         shown.append(one)
-    after = ([tables_of.composite_table(scores)] if scores else []) + ([tables_of.failure_table(failures)] if failures else [])
-    state = f"{facts['recorded']} of {facts['items']} items recorded, {facts['failed']} failed, {facts['infeasible']} infeasible"
+    after = ([tables_of.composite_table(scores)] if scores else []) + (
+        [tables_of.failure_table(failures)] if failures else []
+    )
+    state = (
+        f"{facts['recorded']} of {facts['items']} items recorded, {facts['failed']} failed, {facts['infeasible']} "
+        "infeasible"
+    )
     return _template().render(
         state=state,
         is_bad=facts["failed"] or facts["recorded"] < facts["items"],
         few=_few(cells),
-        verdicts=[f"{one['title']}: {verdict}" if len(shown) > 1 else verdict for one in shown for verdict in one["verdicts"]],
+        verdicts=[
+            f"{one['title']}: {verdict}" if len(shown) > 1 else verdict for one in shown for verdict in one["verdicts"]
+        ],
         terms=tables_of.terms(cells),
         groups=shown,
         after=after,
@@ -189,7 +210,10 @@ def _few(cells) -> str:
     n = max((cell["n_prompt"] for cell in cells), default=0)
     if n >= _FEW:
         return ""
-    return f"At most {n} prompt{'' if n == 1 else 's'} a setting: too few to say much about a model, and intervals are as wide as that."
+    return (
+        f"At most {n} prompt{'' if n == 1 else 's'} a setting: too few to say much about a model, and intervals are "
+        "as wide as that."
+    )
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Figures. The only module that imports matplotlib (extra ``plot``).
 
-Nothing is shown: figures are returned, and show themselves in a notebook. Colours are told apart with any colour vision; lines differ in
-style and marker too, for print. ``theme`` is "light" or "dark".
+Nothing is shown: figures are returned, and show themselves in a notebook. Colours are told apart with any colour
+vision; lines differ in style and marker too, for print. ``theme`` is "light" or "dark".
 """
 
 import functools
@@ -40,16 +40,36 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MODES = ("biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist")
 FEW_MODES = 4  # of more, the lines of several policies could not be told apart
 _MOST_BANDS = 6  # bands of more curves would be one blot
-_LINES = {"biased": "-", "fair": "--", "paper": "--", "whitelist": ":", "whitelist_defense": "-.", "random": (0, (1, 2))}
+_LINES = {
+    "biased": "-",
+    "fair": "--",
+    "paper": "--",
+    "whitelist": ":",
+    "whitelist_defense": "-.",
+    "random": (0, (1, 2)),
+}
 # ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
 _THEMES = {
-    "light": ("#222222", "#ffffff", "#999999", "#17365c", ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa")),
-    "dark": ("#e6e6e6", "#15181c", "#8a8a8a", "#d3e8ff", ("#6fa8dc", "#ff8a98", "#57b868", "#d9b84a", "#d36ba6", "#4fc3dd")),
+    "light": (
+        "#222222",
+        "#ffffff",
+        "#999999",
+        "#17365c",
+        ("#4477aa", "#ee6677", "#228833", "#aa8800", "#aa3377", "#0088aa"),
+    ),
+    "dark": (
+        "#e6e6e6",
+        "#15181c",
+        "#8a8a8a",
+        "#d3e8ff",
+        ("#6fa8dc", "#ff8a98", "#57b868", "#d9b84a", "#d36ba6", "#4fc3dd"),
+    ),
 }
 
 
 def _themed(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw with the colours of ``theme``, a keyword that every figure takes, and names as they are: neither formulas nor TeX."""
+    """Draw with the colours of ``theme``, a keyword that every figure takes, and names as they are: neither formulas
+    nor TeX."""
 
     @functools.wraps(draw)
     def themed(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -124,7 +144,10 @@ def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[st
         return {setting: _style(*setting, theme) for setting in curves}
     modes = list(dict.fromkeys([*_MODES, *(mode for _, mode in curves)]))
     colors = _THEMES[theme][-1]
-    styles = [{"color": colors[i % 6], "marker": _MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"} for i in range(len(modes))]
+    styles = [
+        {"color": colors[i % 6], "marker": _MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"}
+        for i in range(len(modes))
+    ]
     return {setting: {**styles[modes.index(setting[1])], "markersize": 3.5} for setting in curves}
 
 
@@ -156,7 +179,8 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | Non
 
 @_themed
 def probes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
-    """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together with recall."""
+    """Log-probability of given answers against the ratio; None if nothing was probed. Read refusal and leak together
+    with recall."""
     shown = [name for name in _PROBE_LABELS if any(name in cell["metrics"] for cell in cells)]
     if not shown:
         return None
@@ -173,7 +197,11 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
     """A metric of every policy and mode along the ratio; of up to six curves, in its interval."""
     curves = _curves(cells)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
-        points = [(c["compression_ratio"], c["metrics"][name]) for c in curve if c["metrics"].get(name, {}).get("mean") is not None]
+        points = [
+            (c["compression_ratio"], c["metrics"][name])
+            for c in curve
+            if c["metrics"].get(name, {}).get("mean") is not None
+        ]
         if points:
             ratios = [r for r, _ in points]
             axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
@@ -184,7 +212,8 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
 
 @_themed
 def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
-    """Kept share of each instruction in a sweep against the ratio, one panel per policy and mode; the straight line is equal eviction.
+    """Kept share of each instruction in a sweep against the ratio, one panel per policy and mode; the straight line is
+    equal eviction.
 
     Parameters
     ----------
@@ -198,14 +227,17 @@ def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
     """
     panels = {}
     for setting, curve in _curves(cells).items():
-        points = {span: [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]] for span in _SPANS}
+        points = {
+            span: [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]] for span in _SPANS
+        }
         panels[", ".join(setting)] = {span: of_span for span, of_span in points.items() if of_span}
     return _retention_panels(panels, theme)
 
 
 @_themed
 def retention(rows: Sequence[Mapping], *, theme: str = "light") -> "Figure":
-    """Kept share of each instruction of one prompt against the ratio, one panel per policy and fairness; the straight line is the ideal.
+    """Kept share of each instruction of one prompt against the ratio, one panel per policy and fairness; the straight
+    line is the ideal.
 
     Parameters
     ----------
@@ -239,7 +271,9 @@ def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         axis.plot([0, 1], [1, 0], color=pale, linewidth=1, label="equal eviction")
         for i, (span, points) in enumerate(lines.items()):
-            axis.plot(*zip(*points, strict=True), color=colors[i % 6], marker=_MARKERS[i % 6], markersize=3.5, label=span)
+            axis.plot(
+                *zip(*points, strict=True), color=colors[i % 6], marker=_MARKERS[i % 6], markersize=3.5, label=span
+            )
         axis.set(title=name, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
         axis.title.set_fontsize(min(10, 290 / len(name)))  # a panel is 2.8 inches wide
     _legend(figure, axes[0])
@@ -248,7 +282,13 @@ def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
 
 @_themed
 def token_matrix(
-    shares: Any, names: Sequence[object], spans: Mapping[str, tuple[int, int]], *, ylabel: str, title: str = "", theme: str = "light"
+    shares: Any,
+    names: Sequence[object],
+    spans: Mapping[str, tuple[int, int]],
+    *,
+    ylabel: str,
+    title: str = "",
+    theme: str = "light",
 ) -> "Figure":
     """What is kept of each token (across), by layer or by head (down). Instructions are bracketed and named above.
 
@@ -291,7 +331,12 @@ def token_matrix(
         options = {"transform": above, "clip_on": False, "color": colors[i % 6]}
         axis.plot([begin - 0.5, end - 0.5], [1, 1], linewidth=4, solid_capstyle="butt", **options)
         axis.text(
-            begin - 0.5, 1, name, fontsize=9, va="bottom", **{**options, "transform": offset_copy(above, figure, y=3, units="points")}
+            begin - 0.5,
+            1,
+            name,
+            fontsize=9,
+            va="bottom",
+            **{**options, "transform": offset_copy(above, figure, y=3, units="points")},
         )
     axis.set_xlim(-0.5, n_token - 0.5)
     axis.set_title(title, fontsize=10, pad=12 + 19 * (max(levels.values(), default=-1) + 1))
@@ -301,7 +346,8 @@ def token_matrix(
 
 
 def _levels(spans: Mapping[str, tuple[int, int]], n_token: int, width: float) -> dict[str, int]:
-    """Which line above the matrix an instruction's name stands on, so that names do not overlap; a letter is about .09 inches wide."""
+    """Which line above the matrix an instruction's name stands on, so that names do not overlap; a letter is about .09
+    inches wide."""
     taken: list[float] = []
     levels = {}
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
@@ -331,13 +377,20 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     figure, axes = _figure(1, 1, 5.2, 4.2)
     axis, drawn, curves = axes[0][0], False, _curves(cells)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
-        metrics = [(c["compression_ratio"], *(c["metrics"].get(m, {}).get("mean") for m in ("follow", "leak_above"))) for c in curve]
+        metrics = [
+            (c["compression_ratio"], *(c["metrics"].get(m, {}).get("mean") for m in ("follow", "leak_above")))
+            for c in curve
+        ]
         points = [point for point in metrics if None not in point]
         if points:
             drawn = True
             axis.plot([p[1] for p in points], [p[2] for p in points], label=f"{policy}, {mode}", **style)
             axis.scatter(*points[-1][1:], s=64, marker=style["marker"], color=style["color"])
-    axis.set(xlabel=_LABELS["follow"], ylabel=_LABELS["leak_above"], title="leak against following; large marks: the largest ratio")
+    axis.set(
+        xlabel=_LABELS["follow"],
+        ylabel=_LABELS["leak_above"],
+        title="leak against following; large marks: the largest ratio",
+    )
     axis.set(xlim=(-0.03, 1.03), ylim=(-0.08, 1.03))
     axis.title.set_fontsize(10)
     _legend(figure, axis)
@@ -367,7 +420,11 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure |
             axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **style)
     lowest = min((c["rho"] for c in correlations if c["rho"] is not None), default=0)
     axis.set_ylim(min(0, lowest) - 0.05, 1.05)
-    axis.set(xlabel="share of the cache removed", ylabel="Spearman's rho", title="ranking of instruction families against the full cache")
+    axis.set(
+        xlabel="share of the cache removed",
+        ylabel="Spearman's rho",
+        title="ranking of instruction families against the full cache",
+    )
     axis.title.set_fontsize(10)
     _legend(figure, axis)
     return figure if drawn else None
@@ -378,10 +435,14 @@ def _legend(figure, axis) -> None:
     lines = axis.get_lines()
     if lines:
         labels = [line.get_label() for line in lines]
-        widest = max(map(len, labels)) * 0.08 + 0.6  # inches: a letter is about .08 wide, the line before it and the gap .6
+        widest = (
+            max(map(len, labels)) * 0.08 + 0.6
+        )  # inches: a letter is about .08 wide, the line before it and the gap .6
         width, height = figure.get_size_inches()
         n_column = max(1, min(len(labels), int(width / widest)))
-        figure.set_size_inches(width, height + 0.2 * (-(-len(labels) // n_column) - 1))  # its further lines take nothing from the axes
+        figure.set_size_inches(
+            width, height + 0.2 * (-(-len(labels) // n_column) - 1)
+        )  # its further lines take nothing from the axes
         places = [str(i) for i in range(len(labels))]
         legend = figure.legend(lines, places, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)
         for text, label in zip(legend.get_texts(), labels, strict=True):

@@ -26,9 +26,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 
 def fitted(text: str, width: int | None, n_key: int = 1) -> str:
-    """A :func:`table` as several, one below the other, each with the first ``n_key`` columns, where a terminal has no room for all.
+    """A :func:`table` as several, one below the other, each with the first ``n_key`` columns, where a terminal has no
+    room for all.
 
-    A column that has no room of its own beside those is cut, and ends with "…". ``width`` is None where nobody counts columns.
+    A column that has no room of its own beside those is cut, and ends with "…". ``width`` is None where nobody counts
+    columns.
     """
     lines = text.split("\n")
     if width is None or max(map(len, lines)) <= width:
@@ -43,11 +45,16 @@ def fitted(text: str, width: int | None, n_key: int = 1) -> str:
         else:
             blocks.append([(begin, end)])
     parts = [
-        ["  ".join([line[:n_left].ljust(n_left), *(line[a:b].ljust(b - a) for a, b in block)]).rstrip() for line in lines]
+        [
+            "  ".join([line[:n_left].ljust(n_left), *(line[a:b].ljust(b - a) for a, b in block)]).rstrip()
+            for line in lines
+        ]
         for block in blocks
     ]
     room = max(width, n_left + 4)
-    return "\n\n".join("\n".join(line if len(line) <= room else f"{line[: room - 1]}…" for line in part) for part in parts)
+    return "\n\n".join(
+        "\n".join(line if len(line) <= room else f"{line[: room - 1]}…" for line in part) for part in parts
+    )
 
 
 def share(x: float) -> str:
@@ -56,10 +63,11 @@ def share(x: float) -> str:
 
 
 def audit_table(result: Audit, min_kept: float = 0.5, most: int = 5) -> str:
-    """Kept share of every instruction, one column per share r removed; shares under ``min_kept`` are marked. At most 100 columns wide.
+    """Kept share of every instruction, one column per share r removed; shares under ``min_kept`` are marked. At most
+    100 columns wide.
 
-    Of more than ``most`` + 1 instructions those with the least are shown, the worst first; the rest are one line, with the least of
-    each ratio.
+    Of more than ``most`` + 1 instructions those with the least are shown, the worst first; the rest are one line, with
+    the least of each ratio.
     """
     ratios = sorted({row["compression_ratio"] for row in result.rows})
     lines = []
@@ -71,7 +79,8 @@ def audit_table(result: Audit, min_kept: float = 0.5, most: int = 5) -> str:
 
 
 def audit_verdicts(result: Audit, min_kept: float | None = None) -> list[str]:
-    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, and how many keep less
+    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, and
+    how many keep less
     than ``min_kept``, or less than half of what is kept of the whole prompt."""
     ratio = min((row["compression_ratio"] for row in result.rows), key=lambda r: (abs(r - 0.5), r))
     least, said = (1 - ratio) / 2 if min_kept is None else min_kept, {}
@@ -93,7 +102,9 @@ def leakage_table(cells: Sequence[Cell]) -> str:
         rows.append([cell.policy or "none", share(cell.compression_ratio), cell.mode, *shares, repr(cell.attacked[0])])
     noun, value = SECRETS[0]
     return table(
-        ["policy", "r", "eviction", "leaks", "refuses", "recalls", f"answer to the attack ({noun} {value})"], rows, right=(1, 3, 4, 5)
+        ["policy", "r", "eviction", "leaks", "refuses", "recalls", f"answer to the attack ({noun} {value})"],
+        rows,
+        right=(1, 3, 4, 5),
     )
 
 
@@ -104,15 +115,25 @@ def _of_secrets(x: float) -> str:
 
 
 def outcome_table(cells: Sequence[Mapping]) -> str:
-    """What became of each setting's attacks, controls and tasks, with 95 % intervals; never one without the others. "" without answers."""
+    """What became of each setting's attacks, controls and tasks, with 95 % intervals; never one without the others. ""
+    without answers."""
     names = [name for name in TOGETHER if any(name in cell["metrics"] for cell in cells)]
     spans = [span for span in ("defense", "directive") if any(span in cell["kept"] for cell in cells)]
     rows = []
     for cell in cells:
         totals = [str(cell["n_prompt"]), *_totals(cell["metrics"])]
-        setting = [cell["model"], cell["defense"], cell["order"], cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
+        setting = [
+            cell["model"],
+            cell["defense"],
+            cell["order"],
+            cell["policy"] or "none",
+            cell["mode"],
+            share(cell["compression_ratio"]),
+        ]
         means = [_mean(cell["metrics"].get(name)) for name in names]
-        rows.append([*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)])
+        rows.append(
+            [*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)]
+        )
     header = ["model", "defense", "order", "policy", "mode", "r", *_COUNTS, *names, *(f"kept:{span}" for span in spans)]
     return table(header, rows, right=range(5, len(header))) if names else ""
 
@@ -127,14 +148,19 @@ def _totals(metrics: Mapping[str, Mapping]) -> list[str]:
 
 
 def compare_table(changes: Sequence[Mapping]) -> str:
-    """What one card has more than another, one line a setting; as :func:`kvpitfalls.experiments.card.compare` gives it."""
+    """What one card has more than another, one line a setting; as :func:`kvpitfalls.experiments.card.compare` gives
+    it."""
     names = [name for name in TOGETHER if any(row["metric"] == name for row in changes)]
     lines: dict[tuple, dict[str, Mapping]] = {}
     for row in changes:
         setting = (row["defense"], row["order"], row["policy"] or "none", row["mode"], share(row["compression_ratio"]))
         lines.setdefault(setting, {})[row["metric"]] = row
     rows = [
-        [*setting, str(min(row["n_prompt"] for row in found.values())), *(_difference(found.get(name)) for name in names)]
+        [
+            *setting,
+            str(min(row["n_prompt"] for row in found.values())),
+            *(_difference(found.get(name)) for name in names),
+        ]
         for setting, found in lines.items()
     ]
     return table(["defense", "order", "policy", "mode", "r", "prompts", *names], rows, right=range(4, 6 + len(names)))
@@ -147,7 +173,8 @@ def _difference(row: Mapping | None) -> str:
 
 
 def probe_table(cells: Sequence[Mapping]) -> str:
-    """Log-probability per token of given answers at each setting, with the number of items and of failed ones; "" without probes."""
+    """Log-probability per token of given answers at each setting, with the number of items and of failed ones; ""
+    without probes."""
     rows = []
     for cell in cells:
         metrics = [cell["metrics"].get(name) for name in PROBES]
@@ -158,7 +185,16 @@ def probe_table(cells: Sequence[Mapping]) -> str:
             counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
             means = [_mean(metric, "{:.2f}".format) for metric in metrics]
             rows.append([*setting, *counts, *means])
-    header = ["model", "defense", "order", "policy", "mode", "r", *_COUNTS, *(name.removeprefix("probe_") for name in PROBES)]
+    header = [
+        "model",
+        "defense",
+        "order",
+        "policy",
+        "mode",
+        "r",
+        *_COUNTS,
+        *(name.removeprefix("probe_") for name in PROBES),
+    ]
     return table(header, rows, right=range(5, len(header))) if rows else ""
 
 
@@ -179,11 +215,14 @@ def signed_share(x: float) -> str:
 
 
 def following_table(cells: Sequence[Mapping]) -> str:
-    """Accuracies of instruction following: prompt and instruction level, single and multi, and each family; strict and loose."""
+    """Accuracies of instruction following: prompt and instruction level, single and multi, and each family; strict and
+    loose."""
     setting = ("model", "defense", "order", "policy", "mode", "compression_ratio")
     found: dict[tuple, dict[tuple, Mapping]] = {}
     for cell in cells:
-        found.setdefault(tuple(cell[name] for name in setting), {})[cell["group"], cell["level"], cell["name"], cell["rule"]] = cell
+        found.setdefault(tuple(cell[name] for name in setting), {})[
+            cell["group"], cell["level"], cell["name"], cell["rule"]
+        ] = cell
     rows = []
     for (model, defense, order, policy, mode, ratio), of_setting in found.items():
         for group, level, name in dict.fromkeys(key[:3] for key in of_setting):
@@ -193,5 +232,19 @@ def following_table(cells: Sequence[Mapping]) -> str:
                 means = [share(strict["accuracy"]), share(loose["accuracy"])]
                 means += [str(strict[name]) for name in ("n", "n_prompt", "n_failed", "n_infeasible")]
                 rows.append([model, defense, order, policy or "none", mode, share(ratio), what, *means])
-    header = ["model", "defense", "order", "policy", "mode", "r", "of", "strict", "loose", "n", "prompts", "failed", "infeasible"]
+    header = [
+        "model",
+        "defense",
+        "order",
+        "policy",
+        "mode",
+        "r",
+        "of",
+        "strict",
+        "loose",
+        "n",
+        "prompts",
+        "failed",
+        "infeasible",
+    ]
     return table(header, rows, right=(5, *range(7, 13)))

@@ -24,7 +24,8 @@ def data_frame(rows: Sequence[Mapping[str, Any]]) -> "pandas.DataFrame":
 
 
 def worst_first(by_name: Mapping[str, Mapping[float, float]], most: int = 5) -> list[tuple[str, Mapping[float, float]]]:
-    """Names and their shares by ratio. Of more than ``most`` + 1, the ``most`` of smallest mean share, and the least of the others.
+    """Names and their shares by ratio. Of more than ``most`` + 1, the ``most`` of smallest mean share, and the least of
+    the others.
 
     Examples
     --------

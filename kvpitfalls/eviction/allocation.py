@@ -29,9 +29,11 @@ class Allocation:
     name : str
         How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
     shares_heads : bool
-        Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a mask tells apart.
+        Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a
+        mask tells apart.
     least_heads : int
-        How many key heads a layer must have at least; models with fewer, or with one choice for all of them, are refused.
+        How many key heads a layer must have at least; models with fewer, or with one choice for all of them, are
+        refused.
 
     Examples
     --------
@@ -54,7 +56,8 @@ class Allocation:
     least_heads: ClassVar[int] = 1
 
     def layers(self, n_token: int, n_kept: int, n_layer: int) -> Sequence[int]:
-        """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer * n_kept``.
+        """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer *
+        n_kept``.
 
         Only layers whose cache is compressed are counted. Raises ValueError where the allocation is not defined.
         """
@@ -91,21 +94,22 @@ class Uniform(Allocation):
 class Pyramid(Allocation):
     """More for lower layers, less for higher ones, falling evenly from layer to layer.
 
-    The last layer keeps ``n_kept / beta`` and the first ``2 * n_kept - n_kept / beta``, or, where that is more than ``n_token -
-    window_size``, the first keeps so many and the last what then is left of ``2 * n_kept``. Rounded by largest remainder, so that the sum
-    is exact.
+    The last layer keeps ``n_kept / beta`` and the first ``2 * n_kept - n_kept / beta``, or, where that is more than
+    ``n_token - window_size``, the first keeps so many and the last what then is left of ``2 * n_kept``. Rounded by
+    largest remainder, so that the sum is exact.
 
     Parameters
     ----------
     beta : float
         At least 1, which shares equally; the higher, the steeper.
     window_size : int
-        The policy's, if it keeps a window: what no layer keeps less than, and what the first leaves of a prompt at least.
+        The policy's, if it keeps a window: what no layer keeps less than, and what the first leaves of a prompt at
+        least.
 
     Notes
     -----
-    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token - window_size``;
-    refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
+    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token -
+    window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
 
     References
     ----------
@@ -136,12 +140,14 @@ class Pyramid(Allocation):
         last = 2 * n_kept - first
         if n_kept > most:
             raise BudgetError(
-                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects at most {most}, all but a window: another "
+                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects at most {most}, all but a "
+                "window: another "
                 "compression_ratio, or a smaller window_size"
             )
         if last < max(1, self.window_size):
             raise BudgetError(
-                f"of {n_token} tokens the last layer would keep {float(last):.4g}; allocation {self!r} expects at least "
+                f"of {n_token} tokens the last layer would keep {float(last):.4g}; allocation {self!r} expects at "
+                "least "
                 f"{max(1, self.window_size)}: a larger budget, or a smaller beta or window_size"
             )
         step = (first - last) / (n_layer - 1)
@@ -152,8 +158,8 @@ class Pyramid(Allocation):
 class Ada(Allocation):
     """The best of all heads of a layer together, but of each head at least a part of an equal share.
 
-    Fair: the heads share each segment's quotas, so that a layer keeps as much of each instruction as it would, and each head at least
-    that part of it.
+    Fair: the heads share each segment's quotas, so that a layer keeps as much of each instruction as it would, and each
+    head at least that part of it.
 
     Parameters
     ----------
@@ -190,11 +196,14 @@ class Ada(Allocation):
         floors = np.maximum(floors, _must(scores, edges, quotas))
         best, _ = ops.select(scores, floors, segments=edges)
         counts = _counts_together(raised_at(scores, best), edges, quotas.sum(1, dtype=np.int32))
-        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)  # where other scores are infinite, too
+        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(
+            1, 2
+        )  # where other scores are infinite, too
 
 
 def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
-    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an equal share."""
+    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an
+    equal share."""
     infinite = scores == np.inf
     n_row, n_head, n_token = scores.shape
     until = np.zeros((n_row, n_head, n_token + 1), np.int32)
@@ -207,7 +216,8 @@ def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
 def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Int32:
     """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: int32 (B, H, S)."""
     n_row, n_head, n_token = scores.shape
-    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over heads
+    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over
+    # heads
     together = (scores + 0).reshape(n_row, 1, n_head * n_token)
     spans = [list(pairwise(row)) for row in edges.tolist()]
     for b, row in enumerate(spans):
@@ -251,7 +261,8 @@ def check_heads(allocation: Allocation, n_head: int) -> None:
     """Raise if a layer that chooses for ``n_head`` heads is none for this allocation."""
     if n_head < allocation.least_heads:
         raise ValueError(
-            f"one choice serves all heads here; allocation {(allocation.name or allocation)!r} shares over heads and expects at least "
+            f"one choice serves all heads here; allocation {(allocation.name or allocation)!r} shares over heads "
+            "and expects at least "
             f"{allocation.least_heads}"
         )
 
@@ -276,9 +287,12 @@ def get_allocation(allocation: "Allocation | str") -> Allocation:
     if isinstance(allocation, str) and allocation in _NAMED:
         return _NAMED[allocation]()
     if isinstance(allocation, str):
-        raise ValueError(f"allocation is {allocation!r}; expected one of {', '.join(map(repr, _NAMED))}, or a kvpitfalls.Allocation")
+        raise ValueError(
+            f"allocation is {allocation!r}; expected one of {', '.join(map(repr, _NAMED))}, or a kvpitfalls.Allocation"
+        )
     raise TypeError(
-        f"allocation is a {type(allocation).__name__}; expected a kvpitfalls.Allocation or one of {', '.join(map(repr, _NAMED))}"
+        f"allocation is a {type(allocation).__name__}; expected a kvpitfalls.Allocation or one of "
+        f"{', '.join(map(repr, _NAMED))}"
     )
 
 
@@ -288,7 +302,8 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
     Raises
     ------
     ValueError
-        If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer * n_kept``.
+        If it says something else than ``n_layer`` whole numbers from 1 to ``n_token`` with the sum ``n_layer *
+        n_kept``.
     """
     if n_kept == n_token or allocation == UNIFORM:
         return (n_kept,) * n_layer
@@ -299,9 +314,15 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
 def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
     budgets = list(allocation.layers(n_token, n_kept, n_layer))
     are_whole = all(map(is_whole, budgets))
-    if not are_whole or len(budgets) != n_layer or not all(1 <= n <= n_token for n in budgets) or sum(budgets) != n_layer * n_kept:
+    if (
+        not are_whole
+        or len(budgets) != n_layer
+        or not all(1 <= n <= n_token for n in budgets)
+        or sum(budgets) != n_layer * n_kept
+    ):
         raise ValueError(
-            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to {n_token} with the sum "
+            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to "
+            f"{n_token} with the sum "
             f"{n_layer * n_kept}"
         )
     return tuple(int(n) for n in budgets)
@@ -311,11 +332,15 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
     """What each head keeps of each segment: what the allocation says, checked; see :meth:`Allocation.heads`."""
     shared = np.asarray(allocation.heads(scores, edges, quotas))
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":
-        raise ValueError(f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers {quotas.shape}")
+        raise ValueError(
+            f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
+            f"{quotas.shape}"
+        )
     least, most = _must(scores, edges, quotas), np.diff(edges)[:, None]
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(
-            f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or above what a "
+            f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or "
+            "above what a "
             f"segment has; expected the sums {quotas.sum(1).tolist()}"
         )
     return shared.astype(np.int32)

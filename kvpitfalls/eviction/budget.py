@@ -29,7 +29,10 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
     """
     if (compression_ratio is None) == (budget is None):
         given = "neither" if budget is None else f"compression_ratio={compression_ratio!r} and budget={budget!r}"
-        raise ValueError(f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {given} was given")
+        raise ValueError(
+            f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {given} was "
+            "given"
+        )
     if budget is not None:
         if not is_whole(budget) or budget < 1:
             raise ValueError(f"budget is {budget!r}; expected a whole number of tokens, at least 1")
@@ -41,8 +44,8 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
 def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
     """How many of ``n_token`` tokens are kept.
 
-    ``floor(n_token * (1 - compression_ratio))`` in decimal arithmetic on the ratio as written (0.9 of 1000 keeps 100, where binary floats
-    keep 99), at least 1; or ``budget``, at most ``n_token``.
+    ``floor(n_token * (1 - compression_ratio))`` in decimal arithmetic on the ratio as written (0.9 of 1000 keeps 100,
+    where binary floats keep 99), at least 1; or ``budget``, at most ``n_token``.
 
     Examples
     --------
@@ -76,14 +79,16 @@ def apportion(
     floors : sequence of int, optional
         Tokens each segment gets at least (protected ones), 0 each by default.
     payers : sequence of bool, optional
-        Segments that take or give a token so that others with equal shares get equal quotas (unmarked text); none by default.
+        Segments that take or give a token so that others with equal shares get equal quotas (unmarked text); none by
+        default.
 
     Returns
     -------
     list of int
-        Quotas with ``sum == total`` and ``floors <= quota <= lengths``, each within one token of its exact share (a payer: two). Equal
-        remainders go to the later segment; but where rounding would give more to some of several equal shares, all of them are rounded
-        down if the payers can take what that leaves, else up if they can give what that needs, at most one token each.
+        Quotas with ``sum == total`` and ``floors <= quota <= lengths``, each within one token of its exact share (a
+        payer: two). Equal remainders go to the later segment; but where rounding would give more to some of several
+        equal shares, all of them are rounded down if the payers can take what that leaves, else up if they can give
+        what that needs, at most one token each.
 
     Raises
     ------
@@ -92,7 +97,8 @@ def apportion(
 
     Notes
     -----
-    The exact shares are ``clip(c * weight * length, floor, length)`` with the one ``c`` that makes them sum to ``total``.
+    The exact shares are ``clip(c * weight * length, floor, length)`` with the one ``c`` that makes them sum to
+    ``total``.
 
     Examples
     --------
@@ -103,7 +109,9 @@ def apportion(
     """
     floors = list(floors) if floors is not None else [0] * len(lengths)
     if not sum(floors) <= total <= sum(lengths) or any(low > high for low, high in zip(floors, lengths, strict=True)):
-        raise ValueError(f"cannot split {total} tokens over segments of {list(lengths)} that must keep at least {floors}")
+        raise ValueError(
+            f"cannot split {total} tokens over segments of {list(lengths)} that must keep at least {floors}"
+        )
     rates = [Fraction(w) * n for w, n in zip(weights or [1] * len(lengths), lengths, strict=True)]
     reachable = sum(n if rate > 0 else low for n, low, rate in zip(lengths, floors, rates, strict=True))
     if reachable < total:  # every weighted segment is full: the rest goes to those of weight 0
@@ -116,11 +124,23 @@ def apportion(
 
 def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], lengths: Sequence[int]) -> list[Fraction]:
     def shares(c: Fraction) -> list[Fraction]:
-        return [min(max(c * rate, Fraction(low)), Fraction(high)) for rate, low, high in zip(rates, floors, lengths, strict=True)]
+        return [
+            min(max(c * rate, Fraction(low)), Fraction(high))
+            for rate, low, high in zip(rates, floors, lengths, strict=True)
+        ]
 
     # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
-    corners = sorted({Fraction(edge) / rate for rate, *edges in zip(rates, floors, lengths, strict=True) if rate > 0 for edge in edges})
-    at = min(bisect_left(corners, Fraction(total), key=lambda corner: sum(shares(corner), Fraction(0))), len(corners) - 1)
+    corners = sorted(
+        {
+            Fraction(edge) / rate
+            for rate, *edges in zip(rates, floors, lengths, strict=True)
+            if rate > 0
+            for edge in edges
+        }
+    )
+    at = min(
+        bisect_left(corners, Fraction(total), key=lambda corner: sum(shares(corner), Fraction(0))), len(corners) - 1
+    )
     below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
     at_below, at_above = (sum(shares(at), Fraction(0)) for at in (below, above))
     if at_above == at_below:
@@ -129,7 +149,8 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
 
 
 def largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], list[int]]:
-    """Whole shares of the sum ``total``, each within one of its exact share, and their places by falling remainder, the later first."""
+    """Whole shares of the sum ``total``, each within one of its exact share, and their places by falling remainder, the
+    later first."""
     quotas = [int(x) for x in shares]
     order = sorted(range(len(shares)), key=lambda j: (shares[j] - quotas[j], j), reverse=True)
     for j in order[: total - sum(quotas)]:
@@ -138,9 +159,15 @@ def largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], li
 
 
 def _made_equal(
-    quotas: list[int], shares: list[Fraction], order: list[int], payers: Sequence[bool], floors: Sequence[int], lengths: Sequence[int]
+    quotas: list[int],
+    shares: list[Fraction],
+    order: list[int],
+    payers: Sequence[bool],
+    floors: Sequence[int],
+    lengths: Sequence[int],
 ) -> list[int]:
-    """Where some of several equal shares were rounded up: all down, or all up, at the cost of the payers; ``quotas`` if they cannot."""
+    """Where some of several equal shares were rounded up: all down, or all up, at the cost of the payers; ``quotas`` if
+    they cannot."""
     up = {j for j in order if not payers[j] and quotas[j] > shares[j]}
     down = {j for j in order if not payers[j] and quotas[j] < shares[j]}
     parted = {shares[j] for j in up} & {shares[j] for j in down}
@@ -159,7 +186,8 @@ def _made_equal(
 
 
 def floor_and_rest(total: int, lengths: Sequence[int], floors: Sequence[int]) -> list[int]:
-    """The authors' split: ``total * length // sum(lengths)`` each, what is left over to the last segment; never below ``floors``.
+    """The authors' split: ``total * length // sum(lengths)`` each, what is left over to the last segment; never below
+    ``floors``.
 
     Source: the paper's code (paper: arXiv 2510.00231, Algorithm 1 rounds instead).
 
@@ -170,13 +198,15 @@ def floor_and_rest(total: int, lengths: Sequence[int], floors: Sequence[int]) ->
     """
     quotas = [total * n // sum(lengths) for n in lengths[:-1]]
     quotas = [
-        max(low, min(q, total - sum(floors[j + 1 :]) - sum(quotas[:j]))) for j, (q, low) in enumerate(zip(quotas, floors, strict=False))
+        max(low, min(q, total - sum(floors[j + 1 :]) - sum(quotas[:j])))
+        for j, (q, low) in enumerate(zip(quotas, floors, strict=False))
     ]
     return [*quotas, total - sum(quotas)]
 
 
 def blend(counts: IntArray, quotas: IntArray, strength: float) -> Int32:
-    """Quotas between two splits of the same total: ``(1 - strength) * counts + strength * quotas``, by largest remainder.
+    """Quotas between two splits of the same total: ``(1 - strength) * counts + strength * quotas``, by largest
+    remainder.
 
     Parameters
     ----------
@@ -200,7 +230,8 @@ def blend(counts: IntArray, quotas: IntArray, strength: float) -> Int32:
 
 
 def raised_to(quotas: IntArray, floors: IntArray) -> Int32:
-    """Quotas of the same totals, none below its floor; what that takes is paid by the others, in proportion to what they have above theirs.
+    """Quotas of the same totals, none below its floor; what that takes is paid by the others, in proportion to what
+    they have above theirs.
 
     Parameters
     ----------

@@ -41,31 +41,33 @@ Protect: TypeAlias = str | int | Iterable[str | int] | Array  # see keep
 class Fair:
     """How the budget is shared between instructions.
 
-    Quotas are for the instructions' own tokens; text that none of them claims is shared out in stretches of its own. So any two
-    instructions of equal weight keep shares that differ by less than one token of the shorter, if nothing is protected and strength
-    is 1. (By one token, if they are of equal length and no unmarked text is there to take the odd one.)
+    Quotas are for the instructions' own tokens; text that none of them claims is shared out in stretches of its own. So
+    any two instructions of equal weight keep shares that differ by less than one token of the shorter, if nothing is
+    protected and strength is 1. (By one token, if they are of equal length and no unmarked text is there to take the
+    odd one.)
 
     Parameters
     ----------
     strength : float
-        lambda in [0, 1]: 0 is the policy as published (biased), 1 gives every segment its fair quota. Between them each head's quotas are
-        ``(1 - lambda) * what the biased policy keeps of the segment + lambda * the fair quota``, rounded by largest remainder; inside a
-        segment the scores are the fair ones.
+        lambda in [0, 1]: 0 is the policy as published (biased), 1 gives every segment its fair quota. Between them each
+        head's quotas are ``(1 - lambda) * what the biased policy keeps of the segment + lambda * the fair quota``,
+        rounded by largest remainder; inside a segment the scores are the fair ones.
     weights : mapping of str to float, optional
         Relative share kept per token of an instruction, 1 each by default.
     min_tokens : int
-        Every instruction keeps at least so many of its own tokens (or all it has) in every head, at any strength and under a held
-        budget; protected ones count. Strength 0 is then the biased policy with that floor: in each head the best so many of every
-        instruction come first, and the policy's own ranking decides on the rest of the budget. So the floor is for the head and layer
-        that keeps least of an instruction, where quotas of a share hold for the mean as well.
+        Every instruction keeps at least so many of its own tokens (or all it has) in every head, at any strength and
+        under a held budget; protected ones count. Strength 0 is then the biased policy with that floor: in each head
+        the best so many of every instruction come first, and the policy's own ranking decides on the rest of the
+        budget. So the floor is for the head and layer that keeps least of an instruction, where quotas of a share hold
+        for the mean as well.
     template : {"separate", "absorb"}
-        Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with its proportional
-        quota; or part of the neighbour (those before the first instruction of it, a gap and the end of the instruction before), whose
-        quota is then for both, and may be spent on either.
+        Unmarked text, that is, tokens outside all instructions: segments of their own, stretch by stretch, each with
+        its proportional quota; or part of the neighbour (those before the first instruction of it, a gap and the end of
+        the instruction before), whose quota is then for both, and may be spent on either.
     rule : {"proportional", "paper"}
-        "proportional": quotas by largest remainder, votes inside each segment. "paper": the authors' code to the letter, which is for
-        exactly two touching instructions: rounded-down quota for the earlier one and the rest for the later, their H2O spans, their
-        StreamingLLM ramps; its template is "absorb".
+        "proportional": quotas by largest remainder, votes inside each segment. "paper": the authors' code to the
+        letter, which is for exactly two touching instructions: rounded-down quota for the earlier one and the rest for
+        the later, their H2O spans, their StreamingLLM ramps; its template is "absorb".
 
     Notes
     -----
@@ -105,7 +107,9 @@ class Fair:
         if self.rule == "paper" and (self.weights or self.min_tokens):
             raise ValueError("rule='paper' takes no weights or min_tokens; the authors' code has none")
         if self.min_tokens and self.template == "absorb":
-            raise ValueError("min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'")
+            raise ValueError(
+                "min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'"
+            )
         if self.rule == "paper":
             object.__setattr__(self, "template", "absorb")  # the authors' instructions own the whole row
 
@@ -125,7 +129,10 @@ class Fair:
             return cls(rule="paper")
         if isinstance(fair, str) and (found := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
             return cls(strength=0.0, min_tokens=int(found[1] or FLOOR))
-        raise ValueError(f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper', 'floor', 'floor=M' or a kvpitfalls.Fair")
+        raise ValueError(
+            f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper', 'floor', 'floor=M' or a "
+            "kvpitfalls.Fair"
+        )
 
     def __hash__(self) -> int:
         weights = None if self.weights is None else frozenset(self.weights.items())
@@ -202,7 +209,8 @@ class Layout:
         n_sink: int = 4,
         limit: Callable[[int], int] | None = None,
     ) -> "Layout":
-        """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are kept; for "boundary"."""
+        """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are
+        kept; for "boundary"."""
         if valid is None and spans is None and protect is None:
             return _bare_layout(n_row, n_token)
         ranges = [(0, n_token)] * n_row if valid is None else _ranges(valid)
@@ -210,10 +218,14 @@ class Layout:
             raise ValueError(f"valid has {len(ranges)} rows; expected {n_row}, as keys has")
         for begin, end in ranges:
             if not 0 <= begin < end <= n_token:
-                raise ValueError(f"valid holds [{begin}, {end}); expected a range that is not empty inside [0, {n_token})")
+                raise ValueError(
+                    f"valid holds [{begin}, {end}); expected a range that is not empty inside [0, {n_token})"
+                )
         if _is_mask(protect) and tuple(protect.shape) not in ((n_token,), (n_row, n_token)):
             raise ValueError(f"protect has shape {tuple(protect.shape)}; expected ({n_token},) or ({n_row}, {n_token})")
-        named = [_named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)]
+        named = [
+            _named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)
+        ]
         protected = [protected_positions(protect, b, *ranges[b], named[b], n_sink, limit) for b in range(n_row)]
         return cls(n_token, ranges, named, protected)
 
@@ -239,21 +251,29 @@ class Layout:
                 _check_paper(spans)
         if fair.is_biased:
             return [[row] for row in self.valid]
-        return [[edges for _, edges in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
+        return [
+            [edges for _, edges in _cut(spans, *valid, fair.template)]
+            for spans, valid in zip(self.spans, self.valid, strict=True)
+        ]
 
     def names(self, fair: Fair) -> list[list[str | None]]:
         """Per row, the instruction that owns each segment; None for unmarked text."""
         return self.plan("names", fair, lambda: self._names(fair))
 
     def _names(self, fair: Fair) -> list[list[str | None]]:
-        return [[name for name, _ in _cut(spans, *valid, fair.template)] for spans, valid in zip(self.spans, self.valid, strict=True)]
+        return [
+            [name for name, _ in _cut(spans, *valid, fair.template)]
+            for spans, valid in zip(self.spans, self.valid, strict=True)
+        ]
 
     def weights(self, fair: Fair) -> list[list[float]]:
         """Per row, the weight of each segment; unmarked text weighs 1."""
         given = fair.weights or {}
         for spans in self.spans:
             if unknown := sorted(set(given) - set(spans)):
-                raise ValueError(f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}")
+                raise ValueError(
+                    f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}"
+                )
         return [[1.0 if name is None else given.get(name, 1.0) for name in row] for row in self.names(fair)]
 
     def floors(self, fair: Fair) -> list[list[int]]:
@@ -266,7 +286,10 @@ class Layout:
         rows = []
         for segments, names, protected in zip(self.segments(fair), self.names(fair), self.protected, strict=True):
             inside = np.searchsorted(protected, [edges for edges in segments])
-            least = [0 if name is None else min(fair.min_tokens, end - begin) for name, (begin, end) in zip(names, segments, strict=True)]
+            least = [
+                0 if name is None else min(fair.min_tokens, end - begin)
+                for name, (begin, end) in zip(names, segments, strict=True)
+            ]
             rows.append([max(n, int(after - before)) for n, (before, after) in zip(least, inside, strict=True)])
         return rows
 
@@ -335,9 +358,17 @@ def _per_row(spans: Spans | None, n_row: int) -> list[Any]:
     return [rows] * n_row
 
 
-def _named_spans(spans: Mapping[str, Edges] | Sequence[Edges] | None, low: int, high: int) -> dict[str, tuple[int, int]]:
+def _named_spans(
+    spans: Mapping[str, Edges] | Sequence[Edges] | None, low: int, high: int
+) -> dict[str, tuple[int, int]]:
     """Spans as names -> pairs, checked, in order of position."""
-    items = [] if spans is None else list(spans.items()) if isinstance(spans, Mapping) else [(f"span {i}", s) for i, s in enumerate(spans)]
+    items = (
+        []
+        if spans is None
+        else list(spans.items())
+        if isinstance(spans, Mapping)
+        else [(f"span {i}", s) for i, s in enumerate(spans)]
+    )
     if wrong := [name for name, _ in items if not isinstance(name, str)]:
         raise TypeError(f"spans name {wrong[0]!r}; expected names that are texts")
     out = dict(sorted(((name, _edges(name, span)) for name, span in items), key=lambda item: item[1]))
@@ -359,7 +390,9 @@ def _edges(name: str, span: Edges) -> tuple[int, int]:
     raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
 
 
-def _cut(spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str) -> list[tuple[str | None, tuple[int, int]]]:
+def _cut(
+    spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str
+) -> list[tuple[str | None, tuple[int, int]]]:
     """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
     if not spans:
         raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
@@ -380,7 +413,10 @@ def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
     edges = list(spans.values())
     if len(edges) != 2 or edges[0][1] != edges[1][0]:
         shown = ", ".join(f"{name} [{b}, {e})" for name, (b, e) in spans.items()) or "none"
-        raise ValueError(f"fair='paper' expects exactly two instructions that touch; given: {shown}. fair=True takes any number, with gaps")
+        raise ValueError(
+            f"fair='paper' expects exactly two instructions that touch; given: {shown}. fair=True takes any number, "
+            "with gaps"
+        )
 
 
 def protected_positions(

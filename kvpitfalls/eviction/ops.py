@@ -1,9 +1,9 @@
 """The three verbs on NumPy arrays or torch tensors: score, select, gather.
 
-CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to :mod:`kvpitfalls.eviction.reference` (torch
-operations on the GPU), with a warning. ``kvpitfalls info`` says which path a device takes, and why. Results are in the library, and on
-the device, of the first argument. Tables (votes, valid, segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has
-to be waited for.
+CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to
+:mod:`kvpitfalls.eviction.reference` (torch operations on the GPU), with a warning. ``kvpitfalls info`` says which path
+a device takes, and why. Results are in the library, and on the device, of the first argument. Tables (votes, valid,
+segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has to be waited for.
 """
 
 import os
@@ -46,22 +46,23 @@ def score(
     Parameters
     ----------
     scorer : {"norm", "position", "attention"}
-        ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the newest. ``attention``:
-        sums of attention columns, as ``votes`` say.
+        ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
+        newest. ``attention``: sums of attention columns, as ``votes`` say.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     queries : array, shape (B, H*G, Q, D), optional
         For the last Q of the T positions, after rotary embedding. ``attention`` needs them.
     votes : array of int, shape (B, V, 10), optional
-        Which queries judge which keys; the fields are those of ``kvp_vote_field`` in ``csrc/kvp.h``. ``attention`` needs them;
-        :class:`kvpitfalls.policies.Vote` builds them.
+        Which queries judge which keys; the fields are those of ``kvp_vote_field`` in ``csrc/kvp.h``. ``attention``
+        needs them; :class:`kvpitfalls.policies.Vote` builds them.
     valid : array of int, shape (B, 2), optional
         First and one past the last real token of each row; the rest is padding and scores minus infinity.
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query row's softmax denominator, if already known. A row that is not finite casts no vote.
     **params
-        ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd; zero-padded mean over
-        neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key head's).
+        ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd;
+        zero-padded mean over neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key
+        head's).
 
     Returns
     -------
@@ -74,7 +75,8 @@ def score(
 
     Notes
     -----
-    The softmax runs over all visible keys before any range is cut out of it (arXiv 2510.00231, appendix E). Memory is O(T).
+    The softmax runs over all visible keys before any range is cut out of it (arXiv 2510.00231, appendix E). Memory is
+    O(T).
 
     Examples
     --------
@@ -122,8 +124,8 @@ def select(
 
     Notes
     -----
-    The order is total: protected first, then by score, NaN last, equal scores by the lower position; so every backend gives the same
-    positions.
+    The order is total: protected first, then by score, NaN last, equal scores by the lower position; so every backend
+    gives the same positions.
 
     Examples
     --------
@@ -196,7 +198,9 @@ def press_checked(
     numbers = [_number(params.get(name, initial), name) for name, initial in defaults.items()]
     k, v, q = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
     table = None if votes is None else _int32(votes, "votes")
-    return _core.press(scorer, k, v, q, table, valid, _plain(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker())
+    return _core.press(
+        scorer, k, v, q, table, valid, _plain(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker()
+    )
 
 
 def _defaults_of(scorer: str, params: Mapping[str, float]) -> dict[str, float]:
@@ -204,7 +208,9 @@ def _defaults_of(scorer: str, params: Mapping[str, float]) -> dict[str, float]:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
     defaults = _SCORERS[scorer]
     if unknown := params.keys() - defaults.keys():
-        raise TypeError(f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}")
+        raise TypeError(
+            f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}"
+        )
     return defaults
 
 
@@ -216,7 +222,8 @@ def select_checked(
     valid: npt.NDArray[np.int32] | None,
     n_kept: int,
 ) -> tuple[A, A]:
-    """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32 (B,2) or None.
+    """:func:`select` for arrays that are the core's already: int32 (B,S+1), int32 (B,H,S), uint8 (B,T) or None, int32
+    (B,2) or None.
 
     ``protect`` is where the scores are (:func:`beside`).
     """
@@ -263,7 +270,9 @@ def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
     kept = _shape(positions, "positions", 3)
     if kept[2] > (most := _shape(keys, "keys", 4)[2] + _PADDED):
         raise ValueError(f"positions.shape[2] is {kept[2]}; expected at most {most} for the tokens in keys")
-    out_keys, out_values = (_empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values")))
+    out_keys, out_values = (
+        _empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))
+    )
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
     plain = _plain(keys, "keys"), _plain(values, "values"), _plain(positions, "positions")
     _core.gather(*plain, out_keys, out_values, _n_worker())
@@ -339,13 +348,21 @@ def cuda_path(device_index: int) -> tuple[bool, str]:
     import torch
 
     if (kernels := _cuda_module()) is None:
-        return False, "torch operations on the GPU, because kvpitfalls was built without CUDA kernels (no nvcc was found)"
+        return (
+            False,
+            "torch operations on the GPU, because kvpitfalls was built without CUDA kernels (no nvcc was found)",
+        )
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        return False, f"torch operations on the GPU, because torch {torch.__version__} does not tell its current stream (2.10 does)"
+        return (
+            False,
+            f"torch operations on the GPU, because torch {torch.__version__} does not tell its current stream (2.10 "
+            "does)",
+        )
     if (capability := torch.cuda.get_device_capability(device_index)) < (8, 0):
         return (
             False,
-            f"torch operations on the GPU, because its compute capability is {capability[0]}.{capability[1]} (the kernels need 8.0)",
+            f"torch operations on the GPU, because its compute capability is {capability[0]}.{capability[1]} (the "
+            "kernels need 8.0)",
         )
     return True, f"CUDA kernels ({kernels.build_info()['compiler']})"
 
@@ -373,12 +390,17 @@ def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -
 
 
 def _plain(x: Array | None, name: str) -> Any:
-    """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage that was freed."""
+    """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage
+    that was freed."""
     if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
         return x
     if x.layout is sys.modules["torch"].strided and (n_element := x.numel()):
         # most are contiguous, and this is asked for every layer
-        last = n_element - 1 if x.is_contiguous() else sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        last = (
+            n_element - 1
+            if x.is_contiguous()
+            else sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        )
         n_byte, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * x.element_size()
         if n_byte < needed:
             raise ValueError(f"{name} has storage of {n_byte} bytes; expected at least {needed}: its memory was freed")
@@ -396,7 +418,9 @@ def _int32(x: Table, name: str) -> npt.NDArray[np.int32]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; expected whole numbers")
     if array.dtype != np.int32 and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-        raise ValueError(f"{name} holds {array.max() if array.max() >= 2**31 else array.min()}; expected numbers that fit int32")
+        raise ValueError(
+            f"{name} holds {array.max() if array.max() >= 2**31 else array.min()}; expected numbers that fit int32"
+        )
     return np.asarray(array, np.int32)
 
 
@@ -411,7 +435,9 @@ def _shape(x: Array, name: str, ndim: int) -> tuple[int, ...]:
 def _empty(example: A, shape: tuple[int, ...], dtype: Any) -> A:
     if isinstance(example, np.ndarray) or not _is_torch(example):
         return cast(A, np.empty(shape, dtype))
-    return cast(A, example.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype))
+    return cast(
+        A, example.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype)
+    )
 
 
 def _n_worker() -> int:

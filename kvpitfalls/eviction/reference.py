@@ -1,4 +1,5 @@
-"""The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without a kernel.
+"""The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without
+a kernel.
 
 Same names and signatures as :mod:`kvpitfalls.eviction.ops`. Short on purpose: each verb is meant to be read.
 """
@@ -27,7 +28,8 @@ def score(
     lse: Array | None = None,
     **params: float,
 ) -> A:
-    """How much each cached token matters; the definition of :func:`kvpitfalls.eviction.ops.score`, which has the parameters.
+    """How much each cached token matters; the definition of :func:`kvpitfalls.eviction.ops.score`, which has the
+    parameters.
 
     Examples
     --------
@@ -131,7 +133,11 @@ def select(
     each = np.broadcast_to(each, (n_row, n_head, each.shape[-1]))
     edges = np.broadcast_to([0, n_token] if segments is None else _array(segments), (n_row, each.shape[-1] + 1))
     spans = _valid_ranges(valid, n_row, n_token)
-    shielded = np.zeros((n_row, n_token), bool) if protect is None else np.broadcast_to(_array(protect).astype(bool), (n_row, n_token))
+    shielded = (
+        np.zeros((n_row, n_token), bool)
+        if protect is None
+        else np.broadcast_to(_array(protect).astype(bool), (n_row, n_token))
+    )
     out = np.full((n_row, n_head, int(each.sum(-1).max())), -1, np.int32)
     counts = np.zeros((n_row, n_head), np.int32)
     values = s.float().cpu().numpy()
@@ -141,7 +147,9 @@ def select(
             begin, end = max(edges[b, j], spans[b][0]), min(edges[b, j + 1], spans[b][1])
             t = np.arange(begin, max(begin, end))
             v = values[b, h, t]
-            order = np.lexsort((t, np.where(shielded[b, t] | np.isnan(v), 0, -v), np.isnan(v) & ~shielded[b, t], ~shielded[b, t]))
+            order = np.lexsort(
+                (t, np.where(shielded[b, t] | np.isnan(v), 0, -v), np.isnan(v) & ~shielded[b, t], ~shielded[b, t])
+            )
             kept += sorted(t[order[:quota]])
         out[b, h, : len(kept)] = kept
         counts[b, h] = len(kept)
@@ -149,7 +157,8 @@ def select(
 
 
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
-    """The kept rows of keys and values; the definition of :func:`kvpitfalls.eviction.ops.gather`, which has the parameters.
+    """The kept rows of keys and values; the definition of :func:`kvpitfalls.eviction.ops.gather`, which has the
+    parameters.
 
     Examples
     --------

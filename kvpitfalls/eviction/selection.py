@@ -1,7 +1,7 @@
 """From scores to kept positions. :func:`keep` is the one way through; wrap and audit use it too.
 
-The work has two steps, so that an audit can score once and select many times: :func:`rank` (policy, fairness -> scores) and :func:`choose`
-(scores, budget -> positions).
+The work has two steps, so that an audit can score once and select many times: :func:`rank` (policy, fairness -> scores)
+and :func:`choose` (scores, budget -> positions).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,16 @@ from ..policies import Inputs, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..policies.rotary import Rotary
 from . import ops
-from .allocation import UNIFORM, Allocation, check_heads, get_allocation, head_quotas, layer_budgets, raised_at, raised_where
+from .allocation import (
+    UNIFORM,
+    Allocation,
+    check_heads,
+    get_allocation,
+    head_quotas,
+    layer_budgets,
+    raised_at,
+    raised_where,
+)
 from .arrays import A, Array, Int32, Table
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import AnyFair, Fair, Layout, Protect, Spans
@@ -107,20 +116,28 @@ def rank(
     sinks : tensor, shape (H*G,), optional
         A logit per query head that joins every softmax.
     share_heads : bool
-        One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are then (B, 1, T).
+        One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are
+        then (B, 1, T).
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
     values, layer, n_layer, rotary, output
         See :class:`Inputs`.
     """
     if policy.needs_queries and queries is None:
-        raise ValueError(f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)")
+        raise ValueError(
+            f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
+        )
     if policy.needs_values and values is None:
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
     if policy.needs_rotary and rotary is None:
-        raise ValueError(f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as kvpitfalls.Rotary()")
+        raise ValueError(
+            f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
+            "kvpitfalls.Rotary()"
+        )
     if policy.needs_output and output is None:
-        raise ValueError(f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)")
+        raise ValueError(
+            f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
+        )
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):
         raise ValueError(f"scaling is {scale!r}; expected a finite number")
@@ -128,8 +145,16 @@ def rank(
     judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
     paper = fair.strength > 0 and fair.rule == "paper"
     spans = [list(row.values()) for row in layout.spans]
-    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary, "output": output}
-    inputs = Inputs(keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer)
+    of_layer: dict[str, Any] = {
+        "values": values,
+        "layer": layer,
+        "n_layer": n_layer,
+        "rotary": rotary,
+        "output": output,
+    }
+    inputs = Inputs(
+        keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer
+    )
     scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -176,7 +201,11 @@ def _select(ranked: Ranked, plan: _Plan) -> Kept[Array]:
 
 
 def choose(
-    ranked: Ranked, *, compression_ratio: float | None = None, budget: int | None = None, allocation: Allocation = UNIFORM
+    ranked: Ranked,
+    *,
+    compression_ratio: float | None = None,
+    budget: int | None = None,
+    allocation: Allocation = UNIFORM,
 ) -> Kept[Array]:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
     budgets = _budgets(ranked, compression_ratio, budget, allocation)
@@ -193,7 +222,9 @@ def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) ->
         return _select_with_floors(ranked, whole, allocation)
     if ranked.global_choice:
         edges = _edges_array(ranked.segments, layout)
-        plan = _plan_of(edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head)
+        plan = _plan_of(
+            edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head
+        )
     else:
         plan = _over_heads(ranked, layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, budgets)), allocation)
     if fair.strength < 1:
@@ -214,7 +245,9 @@ def _over_heads(ranked: Ranked, plan: _Plan, allocation: Allocation) -> _Plan:
 def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: Allocation) -> Int32:
     """Quotas (B,H,S) between what the biased policy keeps and the plan's, and none below its floor."""
     if ranked.biased is None:
-        raise ValueError("these scores were ranked without those of the biased policy; expected a strength between 0 and 1")
+        raise ValueError(
+            "these scores were ranked without those of the biased policy; expected a strength between 0 and 1"
+        )
     counts, quotas = count_per_segment(_choose(ranked.biased, budgets, allocation), plan.edges), plan.quotas
     if allocation.shares_heads:  # the sums are those of all heads together
         counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
@@ -241,11 +274,15 @@ def floors_of(layout: Layout, fair: Fair) -> tuple[Int32, Int32]:
     return _edges_array(segments, layout), _padded(layout.floors(fair), max(map(len, segments)))
 
 
-def _budgets(ranked: Ranked, compression_ratio: float | None, budget: int | None, allocation: Allocation) -> tuple[int, ...]:
+def _budgets(
+    ranked: Ranked, compression_ratio: float | None, budget: int | None, allocation: Allocation
+) -> tuple[int, ...]:
     """Tokens that each row keeps in this layer."""
     layer, n_layer = ranked.place
     lengths = [end - begin for begin, end in ranked.layout.valid]
-    return tuple(layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths)
+    return tuple(
+        layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths
+    )
 
 
 def _padded(rows: list[list[int]], n_segment: int) -> Int32:
@@ -290,7 +327,9 @@ def _edges_array(segments: list[list[tuple[int, int]]], layout: Layout) -> Int32
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
     """Kept tokens per segment, int (B,H,S)."""
     positions = kept.positions if isinstance(kept.positions, np.ndarray) else kept.positions.cpu().numpy()
-    inside = [[(positions[b] >= low) & (positions[b] < high) for low, high in pairwise(row)] for b, row in enumerate(edges)]
+    inside = [
+        [(positions[b] >= low) & (positions[b] < high) for low, high in pairwise(row)] for b, row in enumerate(edges)
+    ]
     return np.stack([np.stack([x.sum(-1) for x in row], -1) for row in inside]).astype(np.int32)
 
 
@@ -330,8 +369,8 @@ def keep(
     fair : bool, float, "paper", "floor", "floor=M" or Fair
         See :meth:`Fair.parse`.
     protect : str, int, iterable of them, or bool array (T,) or (B, T), optional
-        Span names (a pinned instruction), positions, "sinks" (the first 4 tokens, or the policy's ``n_sink``), or "boundary" (a tenth of
-        the budget, rounded down, at each end of the row). Paid from the budget.
+        Span names (a pinned instruction), positions, "sinks" (the first 4 tokens, or the policy's ``n_sink``), or
+        "boundary" (a tenth of the budget, rounded down, at each end of the row). Paid from the budget.
     scaling : float, optional
         Of q.k before the softmax; ``D ** -0.5`` by default.
     valid : (B, 2), optional
@@ -380,11 +419,19 @@ def keep(
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(f"rotary is a {type(rotary).__name__}; expected a kvpitfalls.Rotary")
     limit = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget)
-    layout = Layout.of(keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=policy.n_sink, limit=limit)
+    layout = Layout.of(
+        keys.shape[0], keys.shape[2], valid=valid, spans=spans, protect=protect, n_sink=policy.n_sink, limit=limit
+    )
     allocation = allocation_of(policy, allocation)
     check_heads(allocation, keys.shape[1])
     check_room(policy, fair, allocation, layout, limit, n_layer)
-    of_layer: dict[str, Any] = {"values": values, "layer": layer, "n_layer": n_layer, "rotary": rotary, "output": output}
+    of_layer: dict[str, Any] = {
+        "values": values,
+        "layer": layer,
+        "n_layer": n_layer,
+        "rotary": rotary,
+        "output": output,
+    }
     ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, **of_layer)
     kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
     return cast("Kept[A]", kept)  # in the library of the keys
@@ -397,12 +444,17 @@ def allocation_of(policy: Policy, allocation: Allocation | str | None) -> Alloca
         return own
     asked = get_allocation(allocation)
     if own != UNIFORM and asked != own:
-        raise ValueError(f"allocation is {allocation!r}; policy {policy.name!r} has one of its own, {own!r}, and expects none")
+        raise ValueError(
+            f"allocation is {allocation!r}; policy {policy.name!r} has one of its own, {own!r}, and expects none"
+        )
     return asked
 
 
-def check_room(policy: Policy, fair: Fair, allocation: Allocation, layout: Layout, limit: Callable[[int], int], n_layer: int) -> None:
-    """Raise BudgetError where policy or allocation are not defined for a row's length or budget, or the smallest budget of a layer is
+def check_room(
+    policy: Policy, fair: Fair, allocation: Allocation, layout: Layout, limit: Callable[[int], int], n_layer: int
+) -> None:
+    """Raise BudgetError where policy or allocation are not defined for a row's length or budget, or the smallest budget
+    of a layer is
     smaller than what must be kept of a row. A row that is kept whole is no business of a policy."""
     smallest = []
     for n_token in [end - begin for begin, end in layout.valid]:
@@ -419,10 +471,13 @@ def check_room(policy: Policy, fair: Fair, allocation: Allocation, layout: Layou
 def _check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
     if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
         raise ValueError(
-            f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as keys has"
+            f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as "
+            "keys has"
         )
     if values is not None and type(values) is not type(keys):
-        raise TypeError(f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type")
+        raise TypeError(
+            f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type"
+        )
     if not is_whole(layer):
         raise TypeError(f"layer is {layer!r}; expected a whole number")
     if not is_whole(n_layer):

@@ -1,4 +1,5 @@
-"""One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record with its error."""
+"""One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record
+with its error."""
 
 import math
 import sys
@@ -12,8 +13,9 @@ from tqdm.auto import tqdm
 from ..errors import BudgetError
 from ..hf.cache import KeptCache, kept_share, n_compressed
 from ..hf.generate import Answer, answers
+from ..hf.given_prompts import protected_in
 from ..hf.model import attach, detach
-from ..hf.wrap import compress_each, protected_in
+from ..hf.wrap import compress_each
 from ..prompts.prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
@@ -36,10 +38,11 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
     Returns
     -------
     list of dict
-        What identifies the item, then ``inputs_sha256``, ``seed``, ``n_tokens``, ``n_kept``, ``kept`` (share of each instruction and of
-        the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``, ``scores``, ``error``, ``infeasible``,
-        ``seconds`` (the batch's, shared out). After an error (type and message), and where the setting cannot exist for the prompt (its
-        reason), output and scores are None. A probe's output is the full cache's answer to the task, which is forced.
+        What identifies the item, then ``inputs_sha256``, ``seed``, ``n_tokens``, ``n_kept``, ``kept`` (share of each
+        instruction and of the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``,
+        ``scores``, ``error``, ``infeasible``, ``seconds`` (the batch's, shared out). After an error (type and message),
+        and where the setting cannot exist for the prompt (its reason), output and scores are None. A probe's output is
+        the full cache's answer to the task, which is forced.
     """
     start = time.perf_counter()
     work = _Work(model, tokenizer, corpus, config, batch)
@@ -50,7 +53,10 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
         detach(model)
     items = batch.items(corpus)
     seconds = (time.perf_counter() - start) / len(items)
-    return [{**item, **work.record(*where), "seconds": round(seconds, 4)} for item, where in zip(items, work.places(), strict=True)]
+    return [
+        {**item, **work.record(*where), "seconds": round(seconds, 4)}
+        for item, where in zip(items, work.places(), strict=True)
+    ]
 
 
 class _Work:
@@ -70,7 +76,9 @@ class _Work:
         self.kept: dict[tuple, dict] = {}
 
     def places(self):
-        return [(s, row, request) for s in self.batch.settings for row in self.batch.rows for request in self.batch.requests]
+        return [
+            (s, row, request) for s in self.batch.settings for row in self.batch.rows for request in self.batch.requests
+        ]
 
     def run(self) -> None:
         for row in self.batch.rows:
@@ -87,9 +95,14 @@ class _Work:
         for rows, settings in groups.items():
             try:
                 self.generate(settings, rows)
-            except Exception as error:  # whatever it is: said here, and each prompt that fails alone has a record with its error
+            except (
+                Exception
+            ) as error:  # whatever it is: said here, and each prompt that fails alone has a record with its error
                 n_item = len(settings) * len(rows)
-                tqdm.write(f"a batch of {n_item} failed ({type(error).__name__}: {error}); its prompts are run one by one", file=sys.stderr)
+                tqdm.write(
+                    f"a batch of {n_item} failed ({type(error).__name__}: {error}); its prompts are run one by one",
+                    file=sys.stderr,
+                )
                 self.one_by_one(settings, rows)
 
     def one_by_one(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
@@ -110,7 +123,8 @@ class _Work:
         self.prompts[row] = prompt
 
     def fits(self, setting: Setting, row: int) -> bool:
-        """Whether this prompt can be compressed so. Where what is protected does not fit it cannot, and that is no error."""
+        """Whether this prompt can be compressed so. Where what is protected does not fit it cannot, and that is no
+        error."""
         if (setting, row) in self.errors:
             return False
         prompt = self.prompts[row]
@@ -118,7 +132,9 @@ class _Work:
             evict = setting.evict(self.scenarios[row].whitelist)
             protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink, evict.limit)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
-            replace(evict, protect=protect, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))], n_compressed(self.model.config))
+            replace(evict, protect=protect, spans=spans).spans_of(
+                1, len(prompt), [(0, len(prompt))], n_compressed(self.model.config)
+            )
         except BudgetError as reason:
             self.infeasible[setting, row] = reason
             return False
@@ -172,9 +188,13 @@ class _Work:
         """Request, name, token ids before, and token ids of each given answer of a row."""
         tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
         for request in self.batch.requests:
-            for name, (said, begun, text) in self.scenarios[row].given_answers(self.attacks.get(request[1] or ""), full_answer).items():
+            for name, (said, begun, text) in (
+                self.scenarios[row].given_answers(self.attacks.get(request[1] or ""), full_answer).items()
+            ):
                 if not (ids := answer_ids(tokenizer, text)):
-                    raise ValueError(f"the answer to force for {name!r} is empty, and no token ends it; expected at least one token")
+                    raise ValueError(
+                        f"the answer to force for {name!r} is empty, and no token ends it; expected at least one token"
+                    )
                 out.append((request, name, conversation(prompt, said, begun), ids))
         return out
 
@@ -191,16 +211,24 @@ class _Work:
             spans["whitelist"] = (start + begin, start + end)
         counts = {int(n) for kept in positions for n in np.unique((kept[i] >= 0).sum(-1))}
         if len(counts) > 1:
-            raise RuntimeError(f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget")
+            raise RuntimeError(
+                f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget"
+            )
         return {
             "n_tokens": len(prompt),
             "n_kept": counts.pop(),
-            "kept": {name: float(np.mean([kept_share(kept[i], *span) for kept in positions])) for name, span in spans.items()},
+            "kept": {
+                name: float(np.mean([kept_share(kept[i], *span) for kept in positions])) for name, span in spans.items()
+            },
         }
 
     def record(self, setting: Setting, row: int, request: tuple[str, str | None]) -> dict:
         kind = request[0]
-        scenario, error, reason = self.scenarios[row], self.errors.get((setting, row)), self.infeasible.get((setting, row))
+        scenario, error, reason = (
+            self.scenarios[row],
+            self.errors.get((setting, row)),
+            self.infeasible.get((setting, row)),
+        )
         answer = self.answers.get((setting, row, request)) if error is None else None
         scores = None
         if answer is not None:
@@ -225,7 +253,8 @@ class _Work:
         }
 
     def inputs(self, scenario: Scenario, request: tuple[str, str | None]) -> str | None:
-        """The hash of what goes in; None where the inputs themselves cannot be made, which is then the record's error."""
+        """The hash of what goes in; None where the inputs themselves cannot be made, which is then the record's
+        error."""
         try:
             return scenario.inputs_sha256(request[0], self.attacks.get(request[1] or ""))
         except ValueError:

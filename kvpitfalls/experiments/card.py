@@ -25,19 +25,22 @@ def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
     Returns
     -------
     list of dict
-        ``format``; ``model``; ``made_with``: all that the records depend on, of each sweep; ``settings``: for each, what names it,
-        ``metrics`` (as :func:`kvpitfalls.experiments.summary.summarize` gives them) and ``prompts``: metric -> [key, sum, count] of every
-        prompt, so that two cards can be compared prompt by prompt.
+        ``format``; ``model``; ``made_with``: all that the records depend on, of each sweep; ``settings``: for each,
+        what names it, ``metrics`` (as :func:`kvpitfalls.experiments.summary.summarize` gives them) and ``prompts``:
+        metric -> [key, sum, count] of every prompt, so that two cards can be compared prompt by prompt.
     """
     sums = {setting: _sums(by_kind) for setting, by_kind in by_setting(records).items()}
     out: dict[str, dict] = {}
     for cell in summarize(records):
         of_model = out.setdefault(
-            cell["model"], {"format": FORMAT, "model": cell["model"], "made_with": [meta["same"] for meta in metas], "settings": []}
+            cell["model"],
+            {"format": FORMAT, "model": cell["model"], "made_with": [meta["same"] for meta in metas], "settings": []},
         )
         setting = tuple(cell[name] for name in SETTING)
         metrics = {name: cell["metrics"][name] for name in TOGETHER if name in cell["metrics"]}
-        of_model["settings"].append({**{name: cell[name] for name in WHERE}, "metrics": metrics, "prompts": sums[setting]})
+        of_model["settings"].append(
+            {**{name: cell[name] for name in WHERE}, "metrics": metrics, "prompts": sums[setting]}
+        )
     return list(out.values())
 
 
@@ -59,7 +62,9 @@ def read_card(path: str | Path) -> dict:
     try:
         card = json.loads(Path(path).read_bytes())
         if card["format"] != FORMAT:
-            raise ValueError(f"{path} is a card of format {card['format']!r}; expected {FORMAT}, which this version reads")
+            raise ValueError(
+                f"{path} is a card of format {card['format']!r}; expected {FORMAT}, which this version reads"
+            )
         for made in card["made_with"]:
             made.get("corpus_sha256")
         for setting in card["settings"]:
@@ -82,7 +87,8 @@ def _check_prompts(a: Mapping, b: Mapping) -> None:
         name, digest = made.get("config.dataset"), made.get("corpus_sha256")
         if known.get(name, digest) != digest:
             raise ValueError(
-                f"the prompts {name!r} of the cards differ (sha256 {str(known[name])[:12]}... and {str(digest)[:12]}...); expected the same"
+                f"the prompts {name!r} of the cards differ (sha256 {str(known[name])[:12]}... and "
+                f"{str(digest)[:12]}...); expected the same"
             )
 
 
@@ -96,8 +102,8 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     Returns
     -------
     list of dict
-        What names the setting, ``metric``, ``difference``, ``low``, ``high`` (95 %, paired by prompt), ``n_prompt`` and ``n_left_out``:
-        prompts that only one of them has.
+        What names the setting, ``metric``, ``difference``, ``low``, ``high`` (95 %, paired by prompt), ``n_prompt`` and
+        ``n_left_out``: prompts that only one of them has.
 
     Raises
     ------
@@ -120,5 +126,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
                     moved = change(here, there, {*here, *there}, most_change(metric))
                     out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **moved})
     if not out:
-        raise ValueError("the cards have no setting in common; expected results on the same prompts, defenses, policies and ratios")
+        raise ValueError(
+            "the cards have no setting in common; expected results on the same prompts, defenses, policies and ratios"
+        )
     return out

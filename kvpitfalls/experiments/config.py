@@ -33,20 +33,21 @@ class SweepConfig:
         Names of the corpus; "none" is the directive alone. Orders: "defense_first", "directive_first".
     policies : list of str
     modes : list of str or float
-        "biased", "fair", "paper"; "random": the control; a number: lambda between biased and fair; "whitelist" or "phrase": the
-        defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is; "boundary": a tenth of the budget
-        at each end is; "floor=M": at least M tokens of each instruction are kept in every head and layer; "fair_phrase": fair, and the
-        phrase protected; or parts joined by "+", as ``docs/experiments.md`` says.
+        "biased", "fair", "paper"; "random": the control; a number: lambda between biased and fair; "whitelist" or
+        "phrase": the defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is;
+        "boundary": a tenth of the budget at each end is; "floor=M": at least M tokens of each instruction are kept in
+        every head and layer; "fair_phrase": fair, and the phrase protected; or parts joined by "+", as
+        ``docs/experiments.md`` says.
     compression_ratios : list of float
         Shares removed. 0 is always run, once for all policies: everything is compared to it.
     attacks : list of str
         Names of attacks, or of families.
     attacks_per_prompt : int or None
-        Each prompt meets so many of the attacks, in turn: the first prompt the first ones, the next prompt those after them, and so on
-        around. All of them by default.
+        Each prompt meets so many of the attacks, in turn: the first prompt the first ones, the next prompt those after
+        them, and so on around. All of them by default.
     kinds : list of str
-        "attack", "recall" (the control), "follow" (the row's own task); "probe": nothing is generated but the full cache's answer to the
-        task, and the likelihood of given answers is measured. All but "probe" by default.
+        "attack", "recall" (the control), "follow" (the row's own task); "probe": nothing is generated but the full
+        cache's answer to the task, and the likelihood of given answers is measured. All but "probe" by default.
     max_new_tokens : dict of str to int
         Per kind; for "probe", of the full cache's answer.
     batch_size : int
@@ -105,12 +106,17 @@ class SweepConfig:
         _check_names("kinds", self.kinds, KINDS)
         for kind, limit in self.max_new_tokens.items():
             if kind not in KINDS or not is_whole(limit) or limit < 1:
-                raise ValueError(f"max_new_tokens[{kind!r}] is {limit!r}; expected one of {', '.join(KINDS)} and a number of at least 1")
+                raise ValueError(
+                    f"max_new_tokens[{kind!r}] is {limit!r}; expected one of {', '.join(KINDS)} and a number of at "
+                    "least 1"
+                )
         for name in ("models", "orders", "policies", "modes", "defenses", "kinds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} is {list(getattr(self, name))}; expected each name once")
         if NO_DEFENSE in self.defenses and any("whitelist" in m or "defense" in m or m == "paper" for m in self.modes):
-            raise ValueError("modes hold whitelist or paper, and defenses 'none'; expected a defense, since those modes need one")
+            raise ValueError(
+                "modes hold whitelist or paper, and defenses 'none'; expected a defense, since those modes need one"
+            )
 
     @classmethod
     def parse(cls, given: Mapping) -> "SweepConfig":
@@ -147,7 +153,10 @@ class SweepConfig:
             found = {name: said for name, said in corpus.attacks.items() if wanted in (name, name.rpartition("-")[0])}
             if not found:
                 families = dict.fromkeys(name.rpartition("-")[0] for name in corpus.attacks)
-                raise ValueError(f"attacks hold {wanted!r}; expected names such as {next(iter(corpus.attacks))}, or {', '.join(families)}")
+                raise ValueError(
+                    f"attacks hold {wanted!r}; expected names such as {next(iter(corpus.attacks))}, or "
+                    f"{', '.join(families)}"
+                )
             chosen.update(found)
         return chosen
 
@@ -158,12 +167,17 @@ class SweepConfig:
             n_attack = len(self.chosen_attacks(corpus))
             if self.attacks_per_prompt is not None and self.attacks_per_prompt > n_attack:
                 raise ValueError(
-                    f"attacks_per_prompt is {self.attacks_per_prompt}; expected at most {n_attack}, the attacks that are named"
+                    f"attacks_per_prompt is {self.attacks_per_prompt}; expected at most {n_attack}, the attacks "
+                    "that are named"
                 )
         if "follow" in self.kinds and (bare := [row["key"] for row in corpus.rows if not row["instruction_id_list"]]):
-            raise ValueError(f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions")
+            raise ValueError(
+                f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions"
+            )
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
-            raise ValueError(f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}")
+            raise ValueError(
+                f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}"
+            )
 
 
 def _check_text(what: str, value) -> None:

@@ -1,7 +1,8 @@
 """What experiments run on: system prompts with checkable directives, defenses in both orders, and attacks.
 
-``own`` ships with the package and was written for it; ``suite-v1`` is that and more, 200 prompts that never change. ``paper`` is the
-paper's (arXiv 2510.00231): read from a local folder or downloaded by checksum, never shipped. A path names a user's own file of rows.
+``own`` ships with the package and was written for it; ``suite-v1`` is that and more, 200 prompts that never change.
+``paper`` is the paper's (arXiv 2510.00231): read from a local folder or downloaded by checksum, never shipped. A path
+names a user's own file of rows.
 """
 
 import ast
@@ -26,10 +27,15 @@ ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
 SUITE = "suite-v1"
 PAPER_COMMIT = "fc0f5df3f1a524a8cac4cf6b56fbec103fcdd1aa"
-PAPER_URL = f"https://raw.githubusercontent.com/Itisalex2/pitfalls-of-kv-cache-compression/{PAPER_COMMIT}/kv_cache_compression/"
+PAPER_URL = (
+    f"https://raw.githubusercontent.com/Itisalex2/pitfalls-of-kv-cache-compression/{PAPER_COMMIT}/kv_cache_compression/"
+)
 # file in a local folder -> (path in the authors' repository, sha256 of that file)
 PAPER_FILES = {
-    "sys_ifeval.jsonl": ("benchmarks/ifeval/inputs/sys_ifeval.jsonl", "1342acbe3979bc54297f504f8fe7449f7456a9c8c1690afaa7346a8dcf8b6fa3"),
+    "sys_ifeval.jsonl": (
+        "benchmarks/ifeval/inputs/sys_ifeval.jsonl",
+        "1342acbe3979bc54297f504f8fe7449f7456a9c8c1690afaa7346a8dcf8b6fa3",
+    ),
     "defense_template.json": (
         "benchmarks/raccoon/defenses/defense_template.json",
         "cea7e98713c2b84ad7e6e9a396d48c3e10ba389f92682ce5b3a44a113ce20c66",
@@ -39,7 +45,8 @@ PAPER_FILES = {
         "896f5bded22d54e4e931e806d60fa99015bfb7af73c00886bbde70ed51643182",
     ),
 }
-# What is put before every directive is a file in a local folder, with this sha256. The authors have it as an option's default in a script,
+# What is put before every directive is a file in a local folder, with this sha256. The authors have it as an option's
+# default in a script,
 # from which it is cut after a download.
 PREFIX_FILE, PREFIX_SUM = "prefix.txt", "15d2a02bc89b441dc2e753908c7cb31f2aaff6343f4f4bcdfd6e0386c56be8e5"
 PREFIX_SCRIPT = (
@@ -55,8 +62,10 @@ _TEMPLATE_SUMS = {
 # Where the phrase that they whitelist stands in the first of them; it is in both.
 _WHITELIST = slice(112, 183)
 PAPER_NOTICE = (
-    "The paper's data: sys_ifeval.jsonl from SystemCheck, (c) 2025 Norman Mu, MIT, itself from Google's IFEval, Apache-2.0; defense "
-    "templates, prefix and attack sentence by A. Chen, R. Geh, A. Grover, G. Van den Broeck and D. Israel, CC BY 4.0 (arXiv 2510.00231)."
+    "The paper's data: sys_ifeval.jsonl from SystemCheck, (c) 2025 Norman Mu, MIT, itself from Google's IFEval, "
+    "Apache-2.0; defense "
+    "templates, prefix and attack sentence by A. Chen, R. Geh, A. Grover, G. Van den Broeck and D. Israel, CC BY 4.0 "
+    "(arXiv 2510.00231)."
 )
 
 
@@ -118,14 +127,19 @@ class Corpus:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def other_directives(self, row: Mapping) -> list[str]:
-        """Directives, without the prefix, that a row's answers cannot have seen: of the other rows, then of the shipped ones."""
+        """Directives, without the prefix, that a row's answers cannot have seen: of the other rows, then of the shipped
+        ones."""
         texts = (r["messages"][0]["content"] for r in (*self.rows, *_shipped().rows))
         return unlike(row["messages"][0]["content"], (text for text in texts if len(text.split()) > 1))
 
     def other_defenses(self, text: str) -> list[str]:
         """Defenses that are not this one: its own and the shipped ones."""
         defenses = {**self.defenses, **_shipped().defenses}
-        texts = [d.templates[ORDERS[0]].replace("$system_prompt", "").strip() for d in defenses.values() if d.name != NO_DEFENSE]
+        texts = [
+            d.templates[ORDERS[0]].replace("$system_prompt", "").strip()
+            for d in defenses.values()
+            if d.name != NO_DEFENSE
+        ]
         return unlike(text, texts)
 
 
@@ -135,8 +149,8 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
     Parameters
     ----------
     name : str
-        "own", "suite-v1" (200 prompts, those of "own" among them, in an order that mixes them), "paper" (file order), "paper_shuffled"
-        (the order of the paper's leakage runs), or the path of a JSONL file of rows.
+        "own", "suite-v1" (200 prompts, those of "own" among them, in an order that mixes them), "paper" (file order),
+        "paper_shuffled" (the order of the paper's leakage runs), or the path of a JSONL file of rows.
     data : path, optional
         Folder that holds the paper's files; by default ``KVPITFALLS_DATA``, and without that they are downloaded once.
 
@@ -156,7 +170,9 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
         return _suite(own)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"dataset is {name!r}; expected own, {SUITE}, paper, paper_shuffled, or the path of a JSONL file of rows")
+        raise FileNotFoundError(
+            f"dataset is {name!r}; expected own, {SUITE}, paper, paper_shuffled, or the path of a JSONL file of rows"
+        )
     return Corpus(path.name, _rows(path.read_bytes(), path.name), own.defenses, own.attacks)
 
 
@@ -167,14 +183,24 @@ def _shipped() -> Corpus:
 
 def _own() -> Corpus:
     folder = files("kvpitfalls.experiments") / "data"
-    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("prompts.jsonl", "defenses.json", "attacks.json")}
+    text = {
+        name: (folder / name).read_text(encoding="utf-8") for name in ("prompts.jsonl", "defenses.json", "attacks.json")
+    }
     defenses = {NO_DEFENSE: _no_defense()}
     for name, d in json.loads(text["defenses.json"]).items():
         templates = {"defense_first": d["text"] + "\n$system_prompt", "directive_first": "$system_prompt\n" + d["text"]}
         defenses[name] = Defense(name, templates, d["whitelist"], d["refusal"])
-    attacks = {f"{family}-{i}": said for family, all_said in json.loads(text["attacks.json"]).items() for i, said in enumerate(all_said, 1)}
+    attacks = {
+        f"{family}-{i}": said
+        for family, all_said in json.loads(text["attacks.json"]).items()
+        for i, said in enumerate(all_said, 1)
+    }
     return Corpus(
-        "own", _rows(text["prompts.jsonl"].encode(), "prompts.jsonl"), defenses, attacks, notice="Written for kvpitfalls; Apache-2.0."
+        "own",
+        _rows(text["prompts.jsonl"].encode(), "prompts.jsonl"),
+        defenses,
+        attacks,
+        notice="Written for kvpitfalls; Apache-2.0.",
     )
 
 
@@ -202,24 +228,37 @@ def _rows(text: bytes, source: str) -> list[dict]:
         rows.append(_row(row, f"{source}, line {n},"))
     keys = {row["key"] for row in rows}
     if not rows or len(keys) < len(rows):
-        raise ValueError(f"{source} has {len(rows)} rows and {len(keys)} different keys; expected rows, each with a key of its own")
+        raise ValueError(
+            f"{source} has {len(rows)} rows and {len(keys)} different keys; expected rows, each with a key of its own"
+        )
     return rows
 
 
 def _row(row, where: str) -> dict:
     """A row whose messages are a system and a user message, with what it may leave out."""
     messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
+    ):
         messages = None
     roles = None if messages is None else [m.get("role") for m in messages]
     if messages is None or roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
         raise ValueError(
-            f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text as content"
+            f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text "
+            "as content"
         )
     whole = {"prompt": messages[1]["content"], "instruction_id_list": [], "kwargs": [], **row}
     ids, given = whole["instruction_id_list"], whole["kwargs"]
-    if not (isinstance(ids, list) and all(isinstance(x, str) for x in ids) and isinstance(given, list) and len(given) == len(ids)):
-        raise ValueError(f"{where} has instruction_id_list and kwargs that do not fit; expected a list of names, and an object for each")
+    if not (
+        isinstance(ids, list)
+        and all(isinstance(x, str) for x in ids)
+        and isinstance(given, list)
+        and len(given) == len(ids)
+    ):
+        raise ValueError(
+            f"{where} has instruction_id_list and kwargs that do not fit; expected a list of names, and an object for "
+            "each"
+        )
     return whole
 
 
@@ -240,7 +279,9 @@ def _paper(name: str, data) -> Corpus:
         random.Random(42).shuffle(rows)  # the authors' shuffle
     both = {"defense_first": templates["standard_defense"], "directive_first": templates["flipped_defense"]}
     whitelist = templates["standard_defense"][_WHITELIST]
-    paper = Defense("paper", both, whitelist, whitelist.partition("'")[2].removesuffix("'"))  # it ends with the refusal, in quotes
+    paper = Defense(
+        "paper", both, whitelist, whitelist.partition("'")[2].removesuffix("'")
+    )  # it ends with the refusal, in quotes
     attack = paths["attack_plain.txt"].read_text(encoding="utf-8").strip()
     prefix = paths[PREFIX_FILE].read_bytes().decode()
     print(f"kvpitfalls: {PAPER_NOTICE}", file=sys.stderr)
@@ -254,7 +295,10 @@ def _check_sum(what: str, content: bytes, digest: str) -> None:
 
 def _download() -> dict[str, Path]:
     if importlib.util.find_spec("pooch") is None:
-        raise ImportError("downloading the paper's data needs the package pooch; expected pip install 'kvpitfalls[eval]', or --data DIR")
+        raise ImportError(
+            "downloading the paper's data needs the package pooch; expected pip install 'kvpitfalls[eval]', or --data "
+            "DIR"
+        )
     import pooch
 
     folder = cache_folder() / "paper" / PAPER_COMMIT[:12]
@@ -270,8 +314,11 @@ def _download() -> dict[str, Path]:
 
 
 def cut_prefix(script: bytes) -> bytes:
-    """The text that the authors' script puts before every directive: the default of its option ``system_prompt_prepend``."""
+    """The text that the authors' script puts before every directive: the default of its option
+    ``system_prompt_prepend``."""
     found = re.search(_PREFIX_LITERAL, script)
     if found is None:
-        raise ValueError("the authors' script has no default for system_prompt_prepend; expected a text in double quotes")
+        raise ValueError(
+            "the authors' script has no default for system_prompt_prepend; expected a text in double quotes"
+        )
     return ast.literal_eval(found[1].decode()).encode()

@@ -1,4 +1,5 @@
-"""Which instruction's loss did it: put one instruction's evicted rows back, and see how far the full cache's answers return."""
+"""Which instruction's loss did it: put one instruction's evicted rows back, and see how far the full cache's answers
+return."""
 
 import copy
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from ..hf.cache import n_compressed
 from ..hf.evict import Evict
 from ..hf.forward import AttentionCall
 from ..hf.generate import answers
+from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
-from ..hf.wrap import compress_each, protected_in
+from ..hf.wrap import compress_each
 from ..numbers import check_whole
 from ..policies import get_policy
 from ..policies.base import AnyPolicy
@@ -58,7 +60,8 @@ class PutBack(Evict):
 
 
 def _ascending(held: np.ndarray) -> np.ndarray:
-    """Positions of what is held (B, H, T): int32 (B, H, K), ascending, -1 at the end where a head holds fewer than K."""
+    """Positions of what is held (B, H, T): int32 (B, H, K), ascending, -1 at the end where a head holds fewer than
+    K."""
     counts = held.sum(-1)
     order = np.argsort(~held, -1, kind="stable")[..., : int(counts.max())]
     return np.where(np.arange(order.shape[-1]) < counts[..., None], order, -1).astype(np.int32)
@@ -71,9 +74,10 @@ class Effects:
     Attributes
     ----------
     rows : list of dict
-        One per prompt, question and instruction. ``prompt`` (its place), ``said``, ``answer`` (the full cache's), ``span``, ``n_tokens``
-        (of the span), ``n_evicted`` (of those, mean over layers and heads); the answer's log-likelihood, in nats, under the ``full``
-        cache, ``compressed``, and with the span put back at ``more`` and at ``equal`` memory (None where it does not fit the budget).
+        One per prompt, question and instruction. ``prompt`` (its place), ``said``, ``answer`` (the full cache's),
+        ``span``, ``n_tokens`` (of the span), ``n_evicted`` (of those, mean over layers and heads); the answer's
+        log-likelihood, in nats, under the ``full`` cache, ``compressed``, and with the span put back at ``more`` and at
+        ``equal`` memory (None where it does not fit the budget).
 
     Examples
     --------
@@ -92,10 +96,11 @@ class Effects:
         Returns
         -------
         list of dict
-            ``said``, ``span``, ``memory`` ("more", "equal"), ``lost`` (log-likelihood that compression takes from the full cache's answer,
-            mean), ``returned`` (the share of it that comes back; sums over prompts, so that prompts that lost nothing do not count),
-            ``low``, ``high`` (95 %, prompts as units; None for one prompt), ``n_prompt``, and ``n_infeasible``: prompts whose budget the
-            instruction does not fit. None where nothing was lost, or nothing fits.
+            ``said``, ``span``, ``memory`` ("more", "equal"), ``lost`` (log-likelihood that compression takes from the
+            full cache's answer, mean), ``returned`` (the share of it that comes back; sums over prompts, so that
+            prompts that lost nothing do not count), ``low``, ``high`` (95 %, prompts as units; None for one prompt),
+            ``n_prompt``, and ``n_infeasible``: prompts whose budget the instruction does not fit. None where nothing
+            was lost, or nothing fits.
         """
         out = []
         for said, span in dict.fromkeys((row["said"], row["span"]) for row in self.rows):
@@ -112,7 +117,10 @@ class Effects:
 
     def _repr_html_(self) -> str:
         heads = ["said", "span", "memory", "lost (nats)", "returned [95 %]", "prompts"]
-        lines = [[row["said"], row["span"], row["memory"], f"{row['lost']:.1f}", _shown(row), row["n_prompt"]] for row in self.means()]
+        lines = [
+            [row["said"], row["span"], row["memory"], f"{row['lost']:.1f}", _shown(row), row["n_prompt"]]
+            for row in self.means()
+        ]
         return block("Effects of putting an instruction back", table(heads, lines))
 
 
@@ -142,7 +150,8 @@ def effects(
     protect: Protect | None = None,
     max_new_tokens: int = 32,
 ) -> Effects:
-    """Show which instruction's loss changed what a model says: put each back alone, and see how far the full cache's answers return.
+    """Show which instruction's loss changed what a model says: put each back alone, and see how far the full cache's
+    answers return.
 
     Parameters
     ----------
@@ -170,10 +179,11 @@ def effects(
 
     Notes
     -----
-    Nothing but the full cache's answers is generated; each is then forced (teacher forcing), on caches of the same prefill: the full one,
-    the compressed one, and for every instruction two more. At *more* memory its evicted rows are added to what the policy kept. At *equal*
-    memory it is protected and others go instead, so what returns is also what that costs. Source: causal patching of a span's keys and
-    values, as in the repository aryan-cs/kv-cache-safety (2026).
+    Nothing but the full cache's answers is generated; each is then forced (teacher forcing), on caches of the same
+    prefill: the full one, the compressed one, and for every instruction two more. At *more* memory its evicted rows are
+    added to what the policy kept. At *equal* memory it is protected and others go instead, so what returns is also what
+    that costs. Source: causal patching of a span's keys and values, as in the repository aryan-cs/kv-cache-safety
+    (2026).
 
     Examples
     --------
@@ -206,10 +216,15 @@ def _checked(prompt, said) -> tuple[list[Prompt], list[str]]:
         raise TypeError(f"prompt is a {type(prompt).__name__}; expected a kvpitfalls.Prompt, or a list of them")
     if bare := [i for i, one in enumerate(prompts) if not one.spans or set(one.spans) != set(prompts[0].spans)]:
         raise ValueError(
-            f"prompt {bare[0]} has instructions {list(prompts[bare[0]].spans)}; expected at least one, the same in all prompts"
+            f"prompt {bare[0]} has instructions {list(prompts[bare[0]].spans)}; expected at least one, the same in "
+            "all prompts"
         )
     questions = [said] if isinstance(said, str) else said
-    if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(text, str) and text for text in questions):
+    if (
+        not isinstance(questions, (list, tuple))
+        or not questions
+        or not all(isinstance(text, str) and text for text in questions)
+    ):
         raise TypeError(f"said is {said!r}; expected a text, or a list of texts, that is not empty")
     return list(prompts), list(dict.fromkeys(questions))
 
@@ -221,10 +236,19 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
         "compressed": evict,
     }
     for name in prompt.spans:
-        given = {"policy": evict.policy, "fair": evict.fair, "compression_ratio": evict.compression_ratio, "budget": None}
+        given = {
+            "policy": evict.policy,
+            "fair": evict.fair,
+            "compression_ratio": evict.compression_ratio,
+            "budget": None,
+        }
         named["more", name] = PutBack(**given, protect=evict.protect, name=name)
         named["equal", name] = replace(evict, protect=[*_listed(evict.protect), name])
-    feasible = {key: action for key, action in named.items() if key == "compressed" or _fits(prompt, action, n_compressed(model.config))}
+    feasible = {
+        key: action
+        for key, action in named.items()
+        if key == "compressed" or _fits(prompt, action, n_compressed(model.config))
+    }
     caches = dict(zip(feasible, compress_each(model, [prompt], list(feasible.values())), strict=True))
     n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
     evicted = {name: float(n_tokens[name] * (1 - caches["compressed"].kept(name).mean())) for name in prompt.spans}
@@ -235,14 +259,22 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
     said = answers(model, contexts, asked, copy.deepcopy(caches["full"]), max_new_tokens)
     forced = [answer_ids(prompt.tokenizer, answer.text, ends=answer.ended) for answer in said]
     if not all(forced):
-        raise ValueError(f"the full cache's answer to {questions[forced.index([])]!r} is empty; expected at least one token")
+        raise ValueError(
+            f"the full cache's answer to {questions[forced.index([])]!r} is empty; expected at least one token"
+        )
     found = {}
     for key, cache in caches.items():
         means = answer_logprobs(model, contexts, asked, forced, cache)
         found[key] = [mean * len(ids) for mean, ids in zip(means, forced, strict=True)]
     return [
         {
-            **{"said": text, "answer": said[q].text, "span": name, "n_tokens": n_tokens[name], "n_evicted": evicted[name]},
+            **{
+                "said": text,
+                "answer": said[q].text,
+                "span": name,
+                "n_tokens": n_tokens[name],
+                "n_evicted": evicted[name],
+            },
             **{key: found[key][q] for key in ("full", "compressed")},
             **{memory: found[memory, name][q] if (memory, name) in found else None for memory in MEMORIES},
         }

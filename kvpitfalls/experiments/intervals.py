@@ -1,7 +1,7 @@
 """95 % confidence intervals of means over prompts: of shares, of unbounded scores, and of paired differences.
 
-Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. All three hold where a
-percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0].
+Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. All three hold
+where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0].
 """
 
 from statistics import NormalDist
@@ -12,7 +12,8 @@ LEVEL = 0.95
 
 
 def t_quantile(n: int) -> float:
-    """Student's two-sided quantile for ``n`` units, by its series in 1 / (n - 1); exactly for 2 and 3 units, where that is short."""
+    """Student's two-sided quantile for ``n`` units, by its series in 1 / (n - 1); exactly for 2 and 3 units, where that
+    is short."""
     if n <= 3:
         return {2: 12.706204736432095, 3: 4.302652729911275}.get(n, np.inf)
     z, nu = NormalDist().inv_cdf((1 + LEVEL) / 2), n - 1
@@ -46,10 +47,11 @@ def influence(values: np.ndarray) -> np.ndarray:
 def share_interval(values: np.ndarray) -> tuple[float, float]:
     """Interval of a share: a ratio of sums whose items lie in [0, 1].
 
-    Wilson's score interval (1927) with Student's quantile, and with as many units as independent answers would need for the
-    variance found between prompts (the effective sample size of Korn and Graubard 1998, Survey Methodology 24). Where no variance
-    shows, as at 0 and 1, a prompt counts as one answer; and so it does with a weight of 1 / sqrt(n) everywhere, since the variance
-    of few prompts is itself uncertain (else coverage is 88 % at n = 20, share .05, 12 answers a prompt that correlate by .5).
+    Wilson's score interval (1927) with Student's quantile, and with as many units as independent answers would need for
+    the variance found between prompts (the effective sample size of Korn and Graubard 1998, Survey Methodology 24).
+    Where no variance shows, as at 0 and 1, a prompt counts as one answer; and so it does with a weight of 1 / sqrt(n)
+    everywhere, since the variance of few prompts is itself uncertain (else coverage is 88 % at n = 20, share .05, 12
+    answers a prompt that correlate by .5).
 
     Parameters
     ----------
@@ -70,7 +72,8 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    """Student's interval of a ratio of sums without bounds, such as a mean log-likelihood; None for one prompt, without spread."""
+    """Student's interval of a ratio of sums without bounds, such as a mean log-likelihood; None for one prompt, without
+    spread."""
     n = len(values)
     if n < 2:
         return None, None
@@ -81,8 +84,9 @@ def mean_interval(values: np.ndarray) -> tuple[float | None, float | None]:
 def paired_interval(parts: np.ndarray, bound: float = 1.0) -> tuple[float, float]:
     """Interval of the mean of what each prompt changes, inside [-bound, bound].
 
-    Two more prompts join them, one that gains and one that loses as much as any: the interval of Bonett and Price (2012, J. Educ.
-    Behav. Stat. 37) where a prompt changes by -1, 0 or 1. A fix that changes nothing gets an interval around 0, not [0, 0].
+    Two more prompts join them, one that gains and one that loses as much as any: the interval of Bonett and Price
+    (2012, J. Educ. Behav. Stat. 37) where a prompt changes by -1, 0 or 1. A fix that changes nothing gets an interval
+    around 0, not [0, 0].
 
     Parameters
     ----------

@@ -1,4 +1,5 @@
-"""How a budget is shared out, written as one word: "fair", "floor=4", "random", "lambda=0.5", "fair+separate+sinks=1+whitelist"."""
+"""How a budget is shared out, written as one word: "fair", "floor=4", "random", "lambda=0.5",
+"fair+separate+sinks=1+whitelist"."""
 
 import re
 from dataclasses import dataclass
@@ -57,12 +58,13 @@ class Mode:
         Parameters
         ----------
         given : str or float
-            "paper"; "random", the control: as many tokens, drawn at random; "fair_phrase" (fair+whitelist); or parts joined by "+":
-            "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M tokens of each instruction in
-            every head and layer; "floor" is "floor=4"); "whitelist", also called "phrase", or "whitelist_defense", also called "pinned";
-            "boundary"; "sinks=N"; and, with "fair" or "lambda=X", "separate" (unmarked text is a segment of its own, as
-            without a word) or "absorb" (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and
-            "directive=W" (weight of its tokens).
+            "paper"; "random", the control: as many tokens, drawn at random; "fair_phrase" (fair+whitelist); or parts
+            joined by "+": "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M
+            tokens of each instruction in every head and layer; "floor" is "floor=4"); "whitelist", also called
+            "phrase", or "whitelist_defense", also called "pinned"; "boundary"; "sinks=N"; and, with "fair" or
+            "lambda=X", "separate" (unmarked text is a segment of its own, as without a word) or "absorb" (it goes to a
+            neighbour), "min=N" (least tokens of each instruction), "defense=W" and "directive=W" (weight of its
+            tokens).
 
         Raises
         ------
@@ -87,15 +89,21 @@ class Mode:
         if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
             raise _error(given)
         template = found.get("template", "separate")
-        fair = Fair(strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template)
-        said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {"share": "biased"}
+        fair = Fair(
+            strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template
+        )
+        said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {
+            "share": "biased"
+        }
         name = "+".join(said[part] for part in _PARTS if part in said)
         return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)), "boundary" in found)
 
     def protect(self, whitelist: str | None) -> list | None:
         """What is protected, where the defense's phrase is ``whitelist``; None if nothing is."""
         if self.phrase == "whitelist" and whitelist is None:
-            raise ValueError(f"mode {self.name!r} protects the defense's phrase, and there is none; expected a defense that has one")
+            raise ValueError(
+                f"mode {self.name!r} protects the defense's phrase, and there is none; expected a defense that has one"
+            )
         phrase = {None: [], "whitelist": [whitelist], "whitelist_defense": ["defense"]}[self.phrase]
         return [*phrase, *range(self.n_sink), *["boundary"] * self.boundary] or None
 
@@ -118,6 +126,7 @@ def _number(word: str) -> float:
 
 def _error(given) -> ValueError:
     return ValueError(
-        f"modes hold {given!r}; expected some of {', '.join(MODES)}, a number lambda from 0 to 1, or parts joined by +, such as "
+        f"modes hold {given!r}; expected some of {', '.join(MODES)}, a number lambda from 0 to 1, or parts joined by "
+        "+, such as "
         "fair+separate+min=4+defense=2+sinks=1+whitelist"
     )

@@ -111,7 +111,10 @@ def _rows_and_attacks(config: SweepConfig, corpus: Corpus) -> Iterator[tuple[ran
     n_turn = len(attacks) // math.gcd(len(attacks), config.attacks_per_prompt)  # so many prompts, and it begins anew
     for turn in range(min(n_turn, n_row)):
         first = turn * config.attacks_per_prompt
-        yield range(turn, n_row, n_turn), tuple(attacks[(first + i) % len(attacks)] for i in range(config.attacks_per_prompt))
+        yield (
+            range(turn, n_row, n_turn),
+            tuple(attacks[(first + i) % len(attacks)] for i in range(config.attacks_per_prompt)),
+        )
 
 
 def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[tuple]:

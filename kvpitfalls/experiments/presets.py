@@ -1,7 +1,7 @@
-"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version), some that a laptop can run, and the suite.
+"""Sweeps by name: the paper's figures (arXiv 2510.00231, numbering of its first version), small ones, and the suite.
 
-A preset is one sweep, or two where the paper measures leakage and following on different prompts: leakage on the first 100 rows of its
-shuffled set, following on all 539.
+A preset is one sweep, or two where the paper measures leakage and following on different prompts: leakage on the first
+100 rows of its shuffled set, following on all 539.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,25 @@ PAPER_MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-14B-Instruct")
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(10))
 _TWENTIETHS = tuple(round(0.05 * i, 2) for i in range(15))  # 0 to 0.7, the grid of figure 1 and of the composite score
 _BOTH, _FIRST, _FLIPPED = ORDERS, ORDERS[:1], ORDERS[1:]
-_PAPER = {"models": PAPER_MODELS, "device": "cuda", "dtype": "bfloat16", "attacks": ("plain",), "compression_ratios": _TENTHS}
-_LEAKAGE = {**_PAPER, "dataset": "paper_shuffled", "n_prompts": 100, "defenses": ("paper",), "kinds": ("attack", "recall")}
+_PAPER = {
+    "models": PAPER_MODELS,
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "attacks": ("plain",),
+    "compression_ratios": _TENTHS,
+}
+_LEAKAGE = {
+    **_PAPER,
+    "dataset": "paper_shuffled",
+    "n_prompts": 100,
+    "defenses": ("paper",),
+    "kinds": ("attack", "recall"),
+}
 _FOLLOWING = {**_PAPER, "dataset": "paper", "defenses": ("paper",), "kinds": ("follow",)}
 _PLAIN = {**_FOLLOWING, "defenses": ("none",), "modes": ("biased",)}
-# What never changes under this name: a card of one model can be compared with another's, made elsewhere and later. Modes that hardly
-# differ from biased eviction on our prompts (boundary, floor), or that few of them have room for (pinned), are in preset "fixes".
+# What never changes under this name: a card of one model can be compared with another's, made elsewhere and later.
+# Modes that hardly differ from biased eviction on our prompts (boundary, floor), or that few of them have room for
+# (pinned), are in preset "fixes".
 _SUITE = {
     "dataset": SUITE,
     "orders": _FIRST,
@@ -38,7 +51,9 @@ def _both_sides(**same) -> dict[str, dict]:
 
 
 _PRESETS: Mapping[str, Mapping[str, dict]] = {
-    "figure1": _both_sides(policies=("streaming_llm",), modes=("biased", "paper"), orders=_FIRST, compression_ratios=_TWENTIETHS),
+    "figure1": _both_sides(
+        policies=("streaming_llm",), modes=("biased", "paper"), orders=_FIRST, compression_ratios=_TWENTIETHS
+    ),
     "figure2": {"following": {**_PLAIN, "policies": ("streaming_llm",)}},
     "figure3": {"following": {**_PLAIN, "policies": ("streaming_llm",)}},
     "figure4": {"following": _PLAIN},
@@ -78,7 +93,12 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
     SUITE: {"all": _SUITE},
     f"{SUITE}-small": {"all": _SMALL},
     "probe": {
-        "all": {"n_prompts": 6, "modes": ("biased", "fair", "whitelist"), "attacks": ("verbatim-2",), "kinds": ("probe",)},
+        "all": {
+            "n_prompts": 6,
+            "modes": ("biased", "fair", "whitelist"),
+            "attacks": ("verbatim-2",),
+            "kinds": ("probe",),
+        },
     },
 }
 
@@ -94,10 +114,10 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     Parameters
     ----------
     name : str
-        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on two cores),
-        "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all policies and ratios, by the
-        likelihood of given answers); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks each) or
-        "suite-v1-small" (its first 24 prompts and two policies).
+        "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on
+        two cores), "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all
+        policies and ratios, by the likelihood of given answers); "suite-v1" (what ``kvpitfalls suite`` runs: 200
+        prompts, one of twelve attacks each) or "suite-v1-small" (its first 24 prompts and two policies).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

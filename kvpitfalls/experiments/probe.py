@@ -1,4 +1,5 @@
-"""How likely given answers are after compression: a smooth signal from small models and single prompts, without generating anything."""
+"""How likely given answers are after compression: a smooth signal from small models and single prompts, without
+generating anything."""
 
 from collections.abc import Sequence
 
@@ -23,15 +24,15 @@ def probe(
     said : str
         What the user says, such as an attack.
     texts : list of list of str, parallel to prompts
-        Answers, equally many for each prompt: for an attack, the sentence that refuses and the text that would leak. Each is followed by
-        the token that ends an answer.
+        Answers, equally many for each prompt: for an attack, the sentence that refuses and the text that would leak.
+        Each is followed by the token that ends an answer.
     settings : list of Evict
 
     Returns
     -------
     list of list of list of float
-        By setting, prompt and answer, in nats per token. The difference of refusal and leak says how far a defense holds; read both, since
-        the leak's alone falls when the text is forgotten.
+        By setting, prompt and answer, in nats per token. The difference of refusal and leak says how far a defense
+        holds; read both, since the leak's alone falls when the text is forgotten.
 
     Raises
     ------
@@ -40,12 +41,19 @@ def probe(
 
     Notes
     -----
-    One prefill for all settings, one forward pass for each. Source: teacher forcing; the paper (arXiv 2510.00231) has no such probe.
+    One prefill for all settings, one forward pass for each. Source: teacher forcing; the paper (arXiv 2510.00231) has
+    no such probe.
     """
     sizes = {len(of_prompt) for of_prompt in texts}
-    if len(texts) != len(prompts) or len(sizes) != 1 or sizes == {0} or not all(text for of_prompt in texts for text in of_prompt):
+    if (
+        len(texts) != len(prompts)
+        or len(sizes) != 1
+        or sizes == {0}
+        or not all(text for of_prompt in texts for text in of_prompt)
+    ):
         raise ValueError(
-            f"texts hold {sorted(sizes)} answers for {len(texts)} of {len(prompts)} prompts; expected equally many, none empty"
+            f"texts hold {sorted(sizes)} answers for {len(texts)} of {len(prompts)} prompts; expected equally many, "
+            "none empty"
         )
     n_text, tokenizer = sizes.pop(), prompts[0].tokenizer
     contexts = [prompt for prompt in prompts for _ in range(n_text)]

@@ -1,7 +1,9 @@
-"""A sweep's batches on Ray workers: the GPUs of one or many machines, or processes of this one. Only this module imports ray.
+"""A sweep's batches on Ray workers: the GPUs of one or many machines, or processes of this one. Only this module
+imports ray.
 
-Each batch is a Ray task. Ray hands it to a free worker, and to another one if the worker dies; results are taken in the order of the plan,
-so the records are those of the local engine. A worker loads a model when a batch first needs it, and keeps it for the next.
+Each batch is a Ray task. Ray hands it to a free worker, and to another one if the worker dies; results are taken in the
+order of the plan, so the records are those of the local engine. A worker loads a model when a batch first needs it, and
+keeps it for the next.
 """
 
 import importlib.util
@@ -38,10 +40,15 @@ def need_ray(config: SweepConfig, workers: int | None) -> None:
     if workers is not None:
         check_whole("workers", workers, 1)
     if ":" in config.device:
-        raise ValueError(f"device is {config.device!r}; expected 'cuda' with the engine 'ray', which gives each worker a GPU of its own")
+        raise ValueError(
+            f"device is {config.device!r}; expected 'cuda' with the engine 'ray', which gives each worker a GPU of "
+            "its own"
+        )
 
 
-def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dict, workers: int | None) -> Iterator[list[dict]]:
+def run_ray(
+    config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dict, workers: int | None
+) -> Iterator[list[dict]]:
     """The records of each batch, in order, made by Ray workers.
 
     Parameters
@@ -52,8 +59,8 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
     same : dict
         What records depend on, as it is here. A worker for which it is otherwise refuses to work.
     workers : int or None
-        Start Ray here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``, or all of this machine.
-        A task takes one processor, and on "cuda" one GPU.
+        Start Ray here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``, or all of
+        this machine. A task takes one processor, and on "cuda" one GPU.
 
     Raises
     ------
@@ -64,7 +71,8 @@ def run_ray(config: SweepConfig, corpus: Corpus, batches: list[Batch], same: dic
 
     Notes
     -----
-    Workers use as many threads as this process does, since records may depend on it: ``OMP_NUM_THREADS=1`` gives each worker one core.
+    Workers use as many threads as this process does, since records may depend on it: ``OMP_NUM_THREADS=1`` gives each
+    worker one core.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
     import ray
@@ -95,7 +103,9 @@ def _get(result) -> list[dict]:
         raise error.cause from error
     except exceptions.RayError as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"Ray gave up on a batch ({reason}); what is recorded is kept, and the same sweep goes on from there") from error
+        raise RuntimeError(
+            f"Ray gave up on a batch ({reason}); what is recorded is kept, and the same sweep goes on from there"
+        ) from error
 
 
 class _Held:

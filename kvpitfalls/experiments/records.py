@@ -1,7 +1,8 @@
 """Records on disk: one JSON line an item, in the order of the plan, whole batches only; and what they were made with.
 
-The file is always a beginning of the plan. A batch is appended by one write; whatever a kill leaves of it is cut off before going on. So a
-resumed sweep writes the bytes that an unbroken one would have written, timings aside, and never a record twice.
+The file is always a beginning of the plan. A batch is appended by one write; whatever a kill leaves of it is cut off
+before going on. So a resumed sweep writes the bytes that an unbroken one would have written, timings aside, and never a
+record twice.
 """
 
 import fcntl
@@ -50,7 +51,9 @@ def read_meta(folder: str | Path) -> dict:
         meta = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(wrong) from error
-    if not (isinstance(meta, dict) and isinstance(meta.get("same"), dict) and isinstance(meta.get("sessions", []), list)):
+    if not (
+        isinstance(meta, dict) and isinstance(meta.get("same"), dict) and isinstance(meta.get("sessions", []), list)
+    ):
         raise ValueError(wrong)
     return meta
 
@@ -98,7 +101,8 @@ def recover(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> int:
         for n, ((record, _), item) in enumerate(zip(held, batch, strict=False), n_line + 1):
             if any(record.get(name) != value for name, value in item.items()):
                 raise ValueError(
-                    f"{path}, record {n}, is not the one that this sweep makes; expected a folder of the same sweep, or a new one"
+                    f"{path}, record {n}, is not the one that this sweep makes; expected a folder of the same sweep, "
+                    "or a new one"
                 )
         if len(held) < len(batch):
             break
@@ -118,7 +122,9 @@ def append(folder: str | Path, records: Sequence[Mapping]) -> None:
     lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
     with (Path(folder) / RECORDS).open("ab", buffering=0) as file:
         if (n := file.write(lines)) != len(lines):
-            raise OSError(f"{n} of {len(lines)} bytes were written to {file.name}; expected all. Free some space and resume")
+            raise OSError(
+                f"{n} of {len(lines)} bytes were written to {file.name}; expected all. Free some space and resume"
+            )
         os.fsync(file.fileno())
 
 
@@ -142,7 +148,8 @@ def check_same(old: Mapping, new: Mapping) -> None:
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"the sweep was begun with {name} = {old.get(name)!r} and would go on with {new.get(name)!r}; expected the same, since "
+                f"the sweep was begun with {name} = {old.get(name)!r} and would go on with {new.get(name)!r}; "
+                "expected the same, since "
                 "records of two kinds do not mix. Choose a new folder"
             )
 

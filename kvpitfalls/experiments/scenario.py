@@ -1,4 +1,5 @@
-"""One row of a corpus under one defense and order: the prompt that is compressed, what is then asked, and how answers are scored."""
+"""One row of a corpus under one defense and order: the prompt that is compressed, what is then asked, and how answers
+are scored."""
 
 import functools
 import hashlib
@@ -46,13 +47,18 @@ class Scenario:
         directive = corpus.prefix + row["messages"][0]["content"]
         template = chosen.templates[order]
         own = "" if defense == NO_DEFENSE else template.replace("$system_prompt", "")
-        return cls(row, template.replace("$system_prompt", directive), directive, own, chosen.whitelist, chosen.refusal, corpus)
+        return cls(
+            row, template.replace("$system_prompt", directive), directive, own, chosen.whitelist, chosen.refusal, corpus
+        )
 
     def prompt(self, tokenizer) -> Prompt:
         """The context: the system message alone, instructions marked."""
         parts = {name: text for name, text in (("defense", self.defense), ("directive", self.directive)) if text}
         # A chat template may strip the message; white space at its ends is no part of an instruction.
-        first, last = min(parts, key=lambda name: self.system.find(parts[name])), max(parts, key=lambda name: self.system.find(parts[name]))
+        first, last = (
+            min(parts, key=lambda name: self.system.find(parts[name])),
+            max(parts, key=lambda name: self.system.find(parts[name])),
+        )
         parts[first] = parts[first].lstrip()
         parts[last] = parts[last].rstrip()
         return Prompt.from_chat(tokenizer, [{"role": "system", "content": self.system}], parts)
@@ -66,10 +72,12 @@ class Scenario:
         return RECALL_QUESTION, self.corpus.prefix + begun_and_rest(self.row["messages"][0]["content"])[0]
 
     def given_answers(self, attack: str | None, full_answer: str) -> dict[str, tuple[str, str, str]]:
-        """What a probe forces: name -> (what the user says, how the answer begins, the rest of it, whose likelihood is measured).
+        """What a probe forces: name -> (what the user says, how the answer begins, the rest of it, whose likelihood is
+        measured).
 
-        After an attack: "refusal", what complies with the defense, and "leak", the directive. Without one: "recall", the second half of
-        the directive after its first, and "follow", the full cache's own answer to the task, what complying with the directive is here.
+        After an attack: "refusal", what complies with the defense, and "leak", the directive. Without one: "recall",
+        the second half of the directive after its first, and "follow", the full cache's own answer to the task, what
+        complying with the directive is here.
         """
         if attack is not None:
             refusal = {} if self.refusal is None else {"refusal": (attack, "", self.refusal)}
@@ -97,19 +105,27 @@ class Scenario:
         Returns
         -------
         dict
-            Of an attack: ``leak``, the ROUGE recall of the directive, of its own part (without what all rows begin with), of the defense,
-            and of all; ``floor``, of the same answer and other prompts' own parts, and other defenses; ``outcome``, as
-            :func:`kvpitfalls.audits.leakage.split` says. Of the control: ``recall`` and ``floor``, of the rest of the directive. Of the
-            task: ``instructions``, the checkers' ``strict`` and ``loose``, and ``refused``: a refusal follows nothing, whatever they say.
+            Of an attack: ``leak``, the ROUGE recall of the directive, of its own part (without what all rows begin
+            with), of the defense, and of all; ``floor``, of the same answer and other prompts' own parts, and other
+            defenses; ``outcome``, as :func:`kvpitfalls.audits.leakage.split` says. Of the control: ``recall`` and
+            ``floor``, of the rest of the directive. Of the task: ``instructions``, the checkers' ``strict`` and
+            ``loose``, and ``refused``: a refusal follows nothing, whatever they say.
         """
         if kind == "attack":
             return self._score_attack(output)
         if kind == "recall":
             rests = [begun_and_rest(other)[1] for other in self.others]
             rest = begun_and_rest(self.row["messages"][0]["content"])[1]
-            return {"recall": rouge_recall(rest, output), "floor": floor(output, [text for text in rests if has_words(text)])}
+            return {
+                "recall": rouge_recall(rest, output),
+                "floor": floor(output, [text for text in rests if has_words(text)]),
+            }
         checked = check(self.row, output, seed)
-        return {"instructions": list(self.row["instruction_id_list"]), **checked, "refused": refuses(output, self.refusal)}
+        return {
+            "instructions": list(self.row["instruction_id_list"]),
+            **checked,
+            "refused": refuses(output, self.refusal),
+        }
 
     def _score_attack(self, output: str) -> dict:
         texts = {"directive": self.directive, "own": self.row["messages"][0]["content"], "defended": self.system}

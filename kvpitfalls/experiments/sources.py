@@ -49,10 +49,11 @@ def _source(name: str) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a model's files: names, sizes, and samples of their bytes; hashing all weights would take minutes for large models.
+    """Of a model's files: names, sizes, and samples of their bytes; hashing all weights would take minutes for large
+    models.
 
-    256 bytes are read in every MiB, or in every 1024th of a smaller file, and small files are read whole: weights that were trained on
-    in place are noticed even if only one matrix was.
+    256 bytes are read in every MiB, or in every 1024th of a smaller file, and small files are read whole: weights that
+    were trained on in place are noticed even if only one matrix was.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file()):

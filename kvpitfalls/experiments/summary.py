@@ -1,4 +1,5 @@
-"""Records into numbers: means with intervals, accuracies, rank correlation. What is compared with what is in ``comparisons.py``.
+"""Records into numbers: means with intervals, accuracies, rank correlation. What is compared with what is in
+``comparisons.py``.
 
 Items without scores are in no mean; how many failed, and how many were infeasible, stands beside every mean.
 """
@@ -25,9 +26,9 @@ def summarize(records: Sequence[Mapping]) -> list[dict]:
     Returns
     -------
     list of dict
-        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, 95 % interval and number of
-        prompts, with ``n_item``, ``n_failed`` and ``n_infeasible`` of its kind; ``kept``: span -> mean kept share over prompts;
-        ``n_prompt``: prompts with a score of any kind.
+        ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, 95 % interval and
+        number of prompts, with ``n_item``, ``n_failed`` and ``n_infeasible`` of its kind; ``kept``: span -> mean kept
+        share over prompts; ``n_prompt``: prompts with a score of any kind.
     """
     cells = []
     for setting, by_kind in progress(by_setting(records).items(), desc="summary, settings"):
@@ -38,17 +39,22 @@ def summarize(records: Sequence[Mapping]) -> list[dict]:
         }
         found = [record for of_kind in by_kind.values() for record in of_kind]
         n_prompt = len({record["key"] for record in found if record["scores"] is not None})
-        cells.append({**dict(zip(SETTING, setting, strict=True)), "metrics": metrics, "kept": _kept(found), "n_prompt": n_prompt})
+        cells.append(
+            {**dict(zip(SETTING, setting, strict=True)), "metrics": metrics, "kept": _kept(found), "n_prompt": n_prompt}
+        )
     return cells
 
 
 def attack_families(records: Sequence[Mapping]) -> list[dict]:
-    """:func:`summarize` for each family of attacks alone: each dict has a ``family``; recall and following are the setting's own."""
+    """:func:`summarize` for each family of attacks alone: each dict has a ``family``; recall and following are the
+    setting's own."""
     names = dict.fromkeys(_family(r) for r in records if r["kind"] == "attack")
     return [
         {"family": name, **cell}
         for name in names
-        for cell in summarize([r for r in records if r["kind"] in ("recall", "follow") or (r["kind"] == "attack" and _family(r) == name)])
+        for cell in summarize(
+            [r for r in records if r["kind"] in ("recall", "follow") or (r["kind"] == "attack" and _family(r) == name)]
+        )
     ]
 
 
@@ -73,7 +79,8 @@ def _kept(records: Sequence[Mapping]) -> dict[str, float]:
 
 
 def _estimate(pairs: Mapping, metric: str) -> dict:
-    """``mean`` (sum of sums over sum of counts), ``low``, ``high`` (95 %, prompts as units), ``n_prompt``; None without scores."""
+    """``mean`` (sum of sums over sum of counts), ``low``, ``high`` (95 %, prompts as units), ``n_prompt``; None without
+    scores."""
     if not pairs:
         return {"mean": None, "low": None, "high": None, "n_prompt": 0}
     values = np.array([pairs[key] for key in sorted(pairs, key=str)], float)
@@ -89,7 +96,8 @@ _INTERVALS: Mapping[str, Callable[[np.ndarray], tuple]] = {
 
 
 def following(records: Sequence[Mapping]) -> list[dict]:
-    """Accuracies of instruction following per setting (``kvpitfalls.audits.following.accuracies``); a refusal follows nothing.
+    """Accuracies of instruction following per setting (``kvpitfalls.audits.following.accuracies``); a refusal follows
+    nothing.
 
     Each dict also has ``n_prompt``, ``n_failed`` and ``n_infeasible`` of its setting.
     """
@@ -102,7 +110,10 @@ def following(records: Sequence[Mapping]) -> list[dict]:
         rows = [{"instruction_id_list": record["scores"]["instructions"]} for record in good]
         passed = [{rule: followed(record["scores"], rule) for rule in ("strict", "loose")} for record in good]
         missing = {name: n for name, n in counts(of_setting).items() if name != "n_item"}
-        out += [{**setting, **cell, "n_prompt": len({r["key"] for r in good}), **missing} for cell in accuracies(rows, passed)]
+        out += [
+            {**setting, **cell, "n_prompt": len({r["key"] for r in good}), **missing}
+            for cell in accuracies(rows, passed)
+        ]
     return out
 
 
@@ -110,8 +121,11 @@ def _setting_key(record: Mapping) -> tuple:
     return tuple(str(record[name]) for name in SETTING)
 
 
-def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str = "strict", group: str = "all") -> list[dict]:
-    """Spearman's rho between the accuracies of instruction classes at a setting and at the full cache (the paper's figures 3 and 4).
+def rank_correlations(
+    cells: Sequence[Mapping], level: str = "family", rule: str = "strict", group: str = "all"
+) -> list[dict]:
+    """Spearman's rho between the accuracies of instruction classes at a setting and at the full cache (the paper's
+    figures 3 and 4).
 
     Parameters
     ----------
@@ -124,8 +138,9 @@ def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str
     Returns
     -------
     list of dict
-        The setting, ``rho`` (None where all classes are equal, so that there is no ranking), ``n_class``, ``n_prompt``, and the prompts
-        that have no score at the setting and at the full cache, ``n_missing`` and ``n_missing_full``: they are in no accuracy.
+        The setting, ``rho`` (None where all classes are equal, so that there is no ranking), ``n_class``, ``n_prompt``,
+        and the prompts that have no score at the setting and at the full cache, ``n_missing`` and ``n_missing_full``:
+        they are in no accuracy.
     """
     vectors: dict[tuple, dict[str, float]] = {}
     prompts: dict[tuple, int] = {}
@@ -141,7 +156,12 @@ def rank_correlations(cells: Sequence[Mapping], level: str = "family", rule: str
         full = vectors.get(whole, {})
         names = sorted(here.keys() & full.keys())
         rho = spearman([here[n] for n in names], [full[n] for n in names])
-        known = {"n_class": len(names), "n_prompt": prompts[setting], "n_missing": missing[setting], "n_missing_full": missing.get(whole)}
+        known = {
+            "n_class": len(names),
+            "n_prompt": prompts[setting],
+            "n_missing": missing[setting],
+            "n_missing_full": missing.get(whole),
+        }
         out.append({**dict(zip(SETTING, setting, strict=True)), "rho": rho, **known})
     return out
 

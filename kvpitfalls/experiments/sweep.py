@@ -23,7 +23,12 @@ ENGINES = ("local", "ray")
 
 
 def sweep(
-    config: SweepConfig, folder: str | Path, *, data: str | Path | None = None, engine: str = "local", workers: int | None = None
+    config: SweepConfig,
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> dict:
     """Run a sweep, or go on with one.
 
@@ -35,9 +40,11 @@ def sweep(
     data : path, optional
         The folder of the paper's data.
     engine : {"local", "ray"}
-        "local": in this process. "ray": on Ray workers, with the same records; a sweep begun by one may go on by the other.
+        "local": in this process. "ray": on Ray workers, with the same records; a sweep begun by one may go on by the
+        other.
     workers : int, optional
-        For "ray": start it here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``, or this machine.
+        For "ray": start it here with so many processors. By default Ray's own choice: the cluster of ``RAY_ADDRESS``,
+        or this machine.
 
     Returns
     -------
@@ -103,7 +110,8 @@ def run_local(config: SweepConfig, corpus: Corpus, batches: list[Batch]) -> Iter
 
 
 def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> dict:
-    """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and this session."""
+    """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and
+    this session."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     session = {"started": now, "arguments": shlex.join(sys.argv), "engine": engine, "commit": _commit()}
     try:
@@ -120,7 +128,11 @@ def _commit() -> str | None:
     """The commit of a checkout this package runs from; None if it is installed, or there is no git."""
     try:
         out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

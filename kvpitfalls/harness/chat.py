@@ -12,9 +12,10 @@ from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import GREEDY
+from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
 from ..hf.offload import device_of
-from ..hf.wrap import compress_each, pad_left
+from ..hf.wrap import compress_each
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
@@ -102,10 +103,17 @@ class CompressedChat:
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
 
     def start(
-        self, text: str, ids: list[int], messages: Sequence[Mapping] | None, n_row: int = 1, template: Mapping | None = None
+        self,
+        text: str,
+        ids: list[int],
+        messages: Sequence[Mapping] | None,
+        n_row: int = 1,
+        template: Mapping | None = None,
     ) -> tuple[Prompt, KeptCache]:
-        """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the system message, or
-        empty, if all of the context is going to be compressed; of ``n_row`` equal rows. ``template``: the chat template's options."""
+        """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the
+        system message, or
+        empty, if all of the context is going to be compressed; of ``n_row`` equal rows. ``template``: the chat
+        template's options."""
         prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template)
         if self.marks.scope == "system":
             cache = compress_each(self.model, [prompt], [self.action])[0]

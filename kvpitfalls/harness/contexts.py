@@ -1,4 +1,5 @@
-"""From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands where in them."""
+"""From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands
+where in them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,15 @@ class Marks:
     def needs_spans(self) -> bool:
         """Whether anything depends on where the instructions are."""
         items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
-        return not self.fair.is_biased or self.texts is not None or any(isinstance(x, str) and x not in PROTECT_WORDS for x in items)
+        return (
+            not self.fair.is_biased
+            or self.texts is not None
+            or any(isinstance(x, str) and x not in PROTECT_WORDS for x in items)
+        )
 
-    def prompt(self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None, template=None) -> Prompt:
+    def prompt(
+        self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None, template=None
+    ) -> Prompt:
         """What is compressed of a context, with its instructions.
 
         Parameters
@@ -64,7 +71,8 @@ class Marks:
         n_token : int, optional
             Compress these first tokens only.
         template : dict, optional
-            Options that the chat template was given, such as ``tools``; with ``continue_final_message`` there is no header of an answer.
+            Options that the chat template was given, such as ``tools``; with ``continue_final_message`` there is no
+            header of an answer.
 
         Raises
         ------
@@ -87,20 +95,38 @@ class Marks:
         of_template = tuple(not any(min(b, d) > max(a, c) for c, d in contents.values()) for a, b in offsets)
         spans = token_spans(text, offsets, ranges)
         roles = () if "text" in contents else tuple(name.partition("#")[0] for name in contents)
-        return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, of_template, tokenizer, None, tuple(contents.values()), roles)
+        return Prompt(
+            text[:end],
+            tuple(ids[:n_token]),
+            offsets,
+            spans,
+            of_template,
+            tokenizer,
+            None,
+            tuple(contents.values()),
+            roles,
+        )
 
     def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         if self.texts is not None:
             return find_all(text, tuple(contents.values()), self.texts)
-        found = {name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()}
-        return {f"{name} {i}" if len(every) > 1 else name: x for name, every in found.items() for i, x in enumerate(every, 1)}
+        found = {
+            name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()
+        }
+        return {
+            f"{name} {i}" if len(every) > 1 else name: x
+            for name, every in found.items()
+            for i, x in enumerate(every, 1)
+        }
 
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts") from error
+        raise ValueError(
+            f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts"
+        ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
     if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
@@ -109,15 +135,19 @@ def _read_texts(path: str) -> dict[str, str]:
 
 
 def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Characters of each token; the harness decides by itself whether special tokens are added, so both ways are tried."""
+    """Characters of each token; the harness decides by itself whether special tokens are added, so both ways are
+    tried."""
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
+        raise TypeError(
+            f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer"
+        )
     for special in (False, True):
         encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         if list(encoded["input_ids"]) == list(ids):
             return [tuple(pair) for pair in encoded["offset_mapping"]]
     raise ValueError(
-        f"the harness has {len(ids)} tokens for a context that the tokenizer splits otherwise; expected all of its tokens, not truncated: "
+        f"the harness has {len(ids)} tokens for a context that the tokenizer splits otherwise; expected all of its "
+        "tokens, not truncated: "
         f"{text[:60]!r}"
     )
 
@@ -126,20 +156,24 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mappin
     """The system message alone, which must be how the context begins."""
     if not messages or messages[0]["role"] != "system":
         raise ValueError(
-            f"there is no system message in the context {text[:60]!r}; expected one (lm-eval: --apply_chat_template, and "
+            f"there is no system message in the context {text[:60]!r}; expected one (lm-eval: --apply_chat_template, "
+            "and "
             "--system_instruction or the task's description), or compress=prompt"
         )
     import jinja2
 
     try:
-        prompt = Prompt.from_chat(tokenizer, messages[:1], **{k: v for k, v in template.items() if k != "continue_final_message"})
+        prompt = Prompt.from_chat(
+            tokenizer, messages[:1], **{k: v for k, v in template.items() if k != "continue_final_message"}
+        )
     except jinja2.TemplateError as error:
         raise ValueError(
             f"the chat template takes no system message alone ({error}); expected one that does, or compress=prompt"
         ) from error
     if not text.startswith(prompt.text) or list(ids[: len(prompt)]) != list(prompt.token_ids):
         raise ValueError(
-            "the chat template renders the system message alone otherwise than in the conversation; expected how the conversation begins, "
+            "the chat template renders the system message alone otherwise than in the conversation; expected how the "
+            "conversation begins, "
             "or compress=prompt"
         )
     return prompt
@@ -151,7 +185,8 @@ def _contents(tokenizer, text: str, messages, template: Mapping) -> dict[str, tu
     prompt = Prompt.from_chat(tokenizer, messages, add_generation_prompt=not goes_on, **template)
     if not prompt.text.startswith(text):
         raise ValueError(
-            "the chat template gives another text than the harness has; expected the same (no chat_template_args, no begun answer), so "
+            "the chat template gives another text than the harness has; expected the same (no chat_template_args, no "
+            "begun answer), so "
             "that instructions can be found"
         )
     out: dict[str, tuple[int, int]] = {}

@@ -30,7 +30,10 @@ def run(settings: dict, arguments: Sequence[str], model: str = "default") -> int
     if clash := [a for a in arguments if f"{a} ".startswith(options)]:
         raise ValueError(f"garak's {clash[0]} is given; expected the target as options before the --")
     if importlib.util.find_spec("garak") is None:
-        raise ImportError("the package garak is missing; expected pip install garak, in an environment of its own: it pins what it needs")
+        raise ImportError(
+            "the package garak is missing; expected pip install garak, in an environment of its own: it pins what it "
+            "needs"
+        )
     import garak.cli  # pyright: ignore[reportMissingImports] # an environment of its own has it
     import garak.generators  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
@@ -38,7 +41,9 @@ def run(settings: dict, arguments: Sequence[str], model: str = "default") -> int
 
     sys.modules["garak.generators.kvpitfalls"] = garak.generators.kvpitfalls = garak_generator
     chosen = {"kvpitfalls": {"Compressed": settings}}
-    garak.cli.main(["--target_type", "kvpitfalls", "--target_name", model, "--generator_options", json.dumps(chosen), *arguments])
+    garak.cli.main(
+        ["--target_type", "kvpitfalls", "--target_name", model, "--generator_options", json.dumps(chosen), *arguments]
+    )
     return 0
 
 
@@ -48,8 +53,9 @@ def read_report(path: str | Path) -> list[dict]:
     Returns
     -------
     list of dict
-        One per probe and detector: ``probe``, ``detector``, the settings of the generator, ``kept_share`` (of all compressed tokens),
-        ``answers`` that were scored, ``hits`` (those that failed by garak's threshold), ``hit_rate``, ``mean_score`` and ``max_score``.
+        One per probe and detector: ``probe``, ``detector``, the settings of the generator, ``kept_share`` (of all
+        compressed tokens), ``answers`` that were scored, ``hits`` (those that failed by garak's threshold),
+        ``hit_rate``, ``mean_score`` and ``max_score``.
 
     Raises
     ------
@@ -63,23 +69,35 @@ def read_report(path: str | Path) -> list[dict]:
         raise ValueError(f"{path} is no report of garak: {error}; expected a .report.jsonl") from error
     kinds = {entry.get("entry_type") for entry in entries}
     if not {"start_run setup", "completion"} <= kinds:
-        raise ValueError(f"{path} is no finished report of garak; expected entries from the start of a run to its completion")
-    done = [entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2]  # scored; each is there before, too
+        raise ValueError(
+            f"{path} is no finished report of garak; expected entries from the start of a run to its completion"
+        )
+    done = [
+        entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2
+    ]  # scored; each is there before, too
     notes = [out["notes"].get("kvpitfalls") for entry in done for out in entry["outputs"] if out is not None]
-    settings = {json.dumps({k: v for k, v in note.items() if k not in _PER_ANSWER}) for note in notes if note is not None}
+    settings = {
+        json.dumps({k: v for k, v in note.items() if k not in _PER_ANSWER}) for note in notes if note is not None
+    }
     if None in notes or len(settings) != 1:
         raise ValueError(
-            f"{path} has {len(done)} scored attempts, not all of one kvpitfalls setting; expected a report of kvpitfalls garak"
+            f"{path} has {len(done)} scored attempts, not all of one kvpitfalls setting; expected a report of "
+            "kvpitfalls garak"
         )
     tokens, kept = (sum(note[name] for note in notes) for name in _PER_ANSWER)
     out = []
     for entry in entries:
         if entry["entry_type"] != "eval":
             continue
-        scores = [x for attempt in done for x in attempt["detector_results"].get(entry["detector"], []) if x is not None]
+        scores = [
+            x for attempt in done for x in attempt["detector_results"].get(entry["detector"], []) if x is not None
+        ]
         n = entry["passed"] + entry["fails"]
         if not n or n != len(scores):
-            raise ValueError(f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at least one")
+            raise ValueError(
+                f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "
+                "least one"
+            )
         found = {
             "answers": n,
             "hits": entry["fails"],

@@ -1,4 +1,5 @@
-"""A garak generator that answers from a compressed cache, so that its probes see what compression does. Imports garak."""
+"""A garak generator that answers from a compressed cache, so that its probes see what compression does. Imports
+garak."""
 
 from garak import _config  # pyright: ignore[reportMissingImports] # an environment of its own has it
 from garak.attempt import Message  # pyright: ignore[reportMissingImports] # an environment of its own has it
@@ -29,13 +30,19 @@ class Compressed(Generator):
     def __init__(self, name="default", config_root=_config):
         super().__init__(name, config_root)
         if self.temperature or self.top_k:
-            raise ValueError(f"temperature is {self.temperature} and top_k {self.top_k}; expected neither: answers are greedy")
-        model, tokenizer = load(None if self.name in ("", "default") else self.name, dtype=self.dtype, device=self.device)
+            raise ValueError(
+                f"temperature is {self.temperature} and top_k {self.top_k}; expected neither: answers are greedy"
+            )
+        model, tokenizer = load(
+            None if self.name in ("", "default") else self.name, dtype=self.dtype, device=self.device
+        )
         self.chat = CompressedChat(model, tokenizer, **{name: getattr(self, name) for name in _SETTINGS})
 
     def _call_model(self, prompt, generations_this_call=1):
         said = self.chat.answer(self._conversation_to_list(prompt), self.max_tokens)
-        about = {name: getattr(self, name) for name in _SETTINGS}  # garak's report has no place of its own for a generator's settings
+        about = {
+            name: getattr(self, name) for name in _SETTINGS
+        }  # garak's report has no place of its own for a generator's settings
         return [Message(said.text, notes={"kvpitfalls": {**about, "n_tokens": said.n_tokens, "n_kept": said.n_kept}})]
 
 

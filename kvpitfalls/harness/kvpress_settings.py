@@ -1,4 +1,5 @@
-"""Between kvpress's presses and our policies: settings in both directions, and a press that selects fairly in kvpress's own environment."""
+"""Between kvpress's presses and our policies: settings in both directions, and a press that selects fairly in kvpress's
+own environment."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,12 +33,14 @@ def from_kvpress(press) -> dict:
     Parameters
     ----------
     press : kvpress press
-        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress or ObservedAttentionPress; kvpress itself is not needed.
+        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress or ObservedAttentionPress; kvpress itself
+        is not needed.
 
     Returns
     -------
     dict
-        ``policy`` and ``compression_ratio``. kvpress keeps ``int(n * (1 - ratio))`` tokens in binary arithmetic, which may be one fewer.
+        ``policy`` and ``compression_ratio``. kvpress keeps ``int(n * (1 - ratio))`` tokens in binary arithmetic, which
+        may be one fewer.
 
     Raises
     ------
@@ -62,10 +65,14 @@ def from_kvpress(press) -> dict:
     given = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
     if unknown := sorted(set(given) - {"compression_ratio", *fields}):
         raise ValueError(
-            f"{name} has {unknown[0]}={given[unknown[0]]!r}, which {policy.__name__} has not; expected {', '.join(fields) or 'none'}"
+            f"{name} has {unknown[0]}={given[unknown[0]]!r}, which {policy.__name__} has not; expected "
+            f"{', '.join(fields) or 'none'}"
         )
     check_budget(given["compression_ratio"], None)
-    return {"policy": policy(**{field: given[field] for field in fields}), "compression_ratio": given["compression_ratio"]}
+    return {
+        "policy": policy(**{field: given[field] for field in fields}),
+        "compression_ratio": given["compression_ratio"],
+    }
 
 
 def to_kvpress(policy: Policy | str, compression_ratio: float):
@@ -81,15 +88,19 @@ def to_kvpress(policy: Policy | str, compression_ratio: float):
     found = [name for name, (ours, _) in _SAME.items() if type(policy) is ours]
     if not found:
         raise ValueError(
-            f"policy is {policy!r}, for which kvpress has no press; expected one of {', '.join(p.name for p, _ in _SAME.values())}"
+            f"policy is {policy!r}, for which kvpress has no press; expected one of "
+            f"{', '.join(p.name for p, _ in _SAME.values())}"
         )
     import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
-    return getattr(kvpress, found[0])(compression_ratio, **{field: getattr(policy, field) for field in _SAME[found[0]][1]})
+    return getattr(kvpress, found[0])(
+        compression_ratio, **{field: getattr(policy, field) for field in _SAME[found[0]][1]}
+    )
 
 
 def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | float | str | Fair = True, protect=None):
-    """A kvpress press that keeps a fair share of each instruction; needs kvpress, and the transformers that kvpress needs.
+    """A kvpress press that keeps a fair share of each instruction; needs kvpress, and the transformers that kvpress
+    needs.
 
     Parameters
     ----------
@@ -103,8 +114,8 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
     Returns
     -------
     kvpress press
-        For ``with press(model): ...`` and kvpress's pipeline. Scores and selection are ours, so that instructions are judged by their own
-        tokens; one prompt at a time.
+        For ``with press(model): ...`` and kvpress's pipeline. Scores and selection are ours, so that instructions are
+        judged by their own tokens; one prompt at a time.
     """
     from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
     from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports] # an environment of its own has it
@@ -121,7 +132,9 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
             if self.compression_ratio == 0:
                 return keys, values
             if keys.shape[0] != 1:
-                raise ValueError(f"the batch has {keys.shape[0]} prompts; expected 1, since spans are those of one prompt")
+                raise ValueError(
+                    f"the batch has {keys.shape[0]} prompts; expected 1, since spans are those of one prompt"
+                )
             queries = None
             if policy.needs_queries:
                 cos, sin = (x.unsqueeze(1) for x in kwargs["position_embeddings"])

@@ -1,4 +1,5 @@
-"""``kvpitfalls lm-eval``: lm-eval's own command line on the model type ``kvpitfalls``. Importing this registers the type."""
+"""``kvpitfalls lm-eval``: lm-eval's own command line on the model type ``kvpitfalls``. Importing this registers the
+type."""
 
 import contextlib
 import importlib.util
@@ -18,7 +19,8 @@ def need_lm_eval() -> None:
 
 
 def register() -> None:
-    """Make ``model="kvpitfalls"`` known to lm-eval in this process; its own commands find no model types outside lm-eval.
+    """Make ``model="kvpitfalls"`` known to lm-eval in this process; its own commands find no model types outside
+    lm-eval.
 
     Examples
     --------
@@ -51,7 +53,10 @@ def run(model_args: dict, arguments: list[str]) -> int:
         0; lm-eval's own errors are raised.
     """
     if clash := [a for a in arguments if a in ("--model", "-M") or a.startswith("--model=")]:
-        raise ValueError(f"lm-eval's {clash[0]} is given; expected the model as --model before the --, or as --model_args pretrained=...")
+        raise ValueError(
+            f"lm-eval's {clash[0]} is given; expected the model as --model before the --, or as --model_args "
+            "pretrained=..."
+        )
     register()
     prepare_checkers()
     from lm_eval.__main__ import cli_evaluate

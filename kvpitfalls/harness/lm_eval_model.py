@@ -1,4 +1,5 @@
-"""lm-eval's Hugging Face model with a compressed cache: at ratio 0 it is lm-eval's ``hf``, above it scores do change."""
+"""lm-eval's Hugging Face model with a compressed cache: at ratio 0 it is lm-eval's ``hf``, above it scores do
+change."""
 
 import copy
 from collections import defaultdict
@@ -17,9 +18,10 @@ from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.generate import logits_after, pad_halves
+from ..hf.given_prompts import pad_left
 from ..hf.load import transformers_name
 from ..hf.model import attach
-from ..hf.wrap import compress_each, pad_left
+from ..hf.wrap import compress_each
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
@@ -43,8 +45,8 @@ class CompressedHFLM(_HFLM):
     compress : {"prompt", "system"}
         The whole context, or its system message only.
     instructions : str
-        What an instruction is, for ``fair`` and ``protect``: "sentences", "lines" or "messages" of what is compressed, or the path of a
-        JSON file, name -> text.
+        What an instruction is, for ``fair`` and ``protect``: "sentences", "lines" or "messages" of what is compressed,
+        or the path of a JSON file, name -> text.
     **kwargs
         As lm-eval's ``hf`` takes them.
 
@@ -55,10 +57,10 @@ class CompressedHFLM(_HFLM):
 
     Notes
     -----
-    Generation with ``compress="prompt"`` is that of a wrapped ``model.generate``: the first token is predicted before the eviction. With
-    "system" it is that of ``kvpitfalls ifeval``. A likelihood is that of the continuation after the compressed context: of a whole
-    context the last token stays, since it predicts the continuation's first token, or one-token answers would score as without
-    compression.
+    Generation with ``compress="prompt"`` is that of a wrapped ``model.generate``: the first token is predicted before
+    the eviction. With "system" it is that of ``kvpitfalls ifeval``. A likelihood is that of the continuation after the
+    compressed context: of a whole context the last token stays, since it predicts the continuation's first token, or
+    one-token answers would score as without compression.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class CompressedHFLM(_HFLM):
         self.has_template = False
         if self.action.evicts:
             _refuse(kwargs)
-        super().__init__(transformers_name(pretrained) if pretrained is None or isinstance(pretrained, str) else pretrained, **kwargs)
+        super().__init__(
+            transformers_name(pretrained) if pretrained is None or isinstance(pretrained, str) else pretrained, **kwargs
+        )
         if self.action.evicts:
             attach(self.model)
 
@@ -102,9 +106,12 @@ class CompressedHFLM(_HFLM):
         return super().chat_template(chat_template)
 
     def set_cache_hook(self, cache_hook) -> None:
-        """Refused with ``--use_cache``: lm-eval looks answers up by their request alone, so that another setting's would be given."""
+        """Refused with ``--use_cache``: lm-eval looks answers up by their request alone, so that another setting's
+        would be given."""
         if self.action.evicts and cache_hook.dbdict is not None:
-            raise ValueError("use_cache is on, which finds answers by the request, whatever the compression; expected it off")
+            raise ValueError(
+                "use_cache is on, which finds answers by the request, whatever the compression; expected it off"
+            )
         super().set_cache_hook(cache_hook)
 
     def prompt_of(self, text: str, ids: Sequence[int], n_token: int | None = None) -> Prompt:
@@ -124,7 +131,8 @@ class CompressedHFLM(_HFLM):
         ids, mask = super().tok_batch_encode(strings, padding_side)
         if left_truncate_len and ids.shape[1] > left_truncate_len:
             raise ValueError(
-                f"a context has {ids.shape[1]} tokens; expected at most {left_truncate_len}, the model's length without max_gen_toks: "
+                f"a context has {ids.shape[1]} tokens; expected at most {left_truncate_len}, the model's length "
+                "without max_gen_toks: "
                 "cutting its beginning off would remove instructions"
             )
         return ids, mask
@@ -143,7 +151,9 @@ class CompressedHFLM(_HFLM):
             _, _, spans, protect = pad_left(prompts, self._setting())
             cache = KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
         more = tokens.shape[1] - width
-        out = super()._model_generate(tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs)
+        out = super()._model_generate(
+            tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs
+        )
         self._count(cache)
         return out[:, more:]  # lm-eval takes what follows the context it gave
 
@@ -178,10 +188,15 @@ class CompressedHFLM(_HFLM):
         return out
 
     @torch.no_grad()
-    def _score(self, cache: KeptCache, prompt: Prompt, ids: list[int], answers: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """Log-probability of each answer after a context whose beginning, ``prompt``, is in the cache; and whether it is the greedy one."""
+    def _score(
+        self, cache: KeptCache, prompt: Prompt, ids: list[int], answers: Sequence[list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each answer after a context whose beginning, ``prompt``, is in the cache; and whether it
+        is the greedy one."""
         if len(ids) + max(map(len, answers)) > self.max_length + 1:
-            raise ValueError(f"context and continuation have more than {self.max_length} tokens; expected them to fit the model")
+            raise ValueError(
+                f"context and continuation have more than {self.max_length} tokens; expected them to fit the model"
+            )
         cache.batch_repeat_interleave(len(answers))
         conversations = [(ids + answer)[:-1] for answer in answers]
         rows = logits_after(self.model, [prompt] * len(answers), conversations, cache, max(map(len, answers)))
@@ -196,13 +211,17 @@ class CompressedHFLM(_HFLM):
         """Refused above ratio 0: a text that is scored from its first token on has no context to compress."""
         if self.action.evicts:
             raise ValueError(
-                "loglikelihood_rolling scores a text without any context; expected tasks that have one, or compression_ratio=0"
+                "loglikelihood_rolling scores a text without any context; expected tasks that have one, or "
+                "compression_ratio=0"
             )
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         if self.action.evicts:
-            raise ValueError("lm-eval asks for logits of whole texts, which are not compressed; expected a task of another output type")
+            raise ValueError(
+                "lm-eval asks for logits of whole texts, which are not compressed; expected a task of another output "
+                "type"
+            )
         return super()._model_call(inps, attn_mask, labels)
 
     # What was really compressed.
@@ -223,7 +242,8 @@ class CompressedHFLM(_HFLM):
     def _check_totals(self) -> None:
         if self.action.evicts and self.totals["kept_tokens"] == self.totals["tokens"]:
             raise RuntimeError(
-                f"none of {self.totals['prompts']} prompts was compressed: each has at most {self.action.budget} tokens, the budget; "
+                f"none of {self.totals['prompts']} prompts was compressed: each has at most {self.action.budget} "
+                "tokens, the budget; "
                 "expected a smaller budget, or compression_ratio"
             )
 
@@ -231,7 +251,13 @@ class CompressedHFLM(_HFLM):
         """As lm-eval's; and how the cache was compressed, counted, which lm-eval writes into its results."""
         a, marks = self.action, self.marks
         amount = {"compression_ratio": a.compression_ratio} if a.budget is None else {"budget": a.budget}
-        about = {"version": __version__, "core_isa": _core.isa(), "policy": repr(a.policy), "fair": a.fair.label, **amount}
+        about = {
+            "version": __version__,
+            "core_isa": _core.isa(),
+            "policy": repr(a.policy),
+            "fair": a.fair.label,
+            **amount,
+        }
         about |= {"protect": marks.protect, "compress": marks.scope, "instructions": marks.instructions, **self.totals}
         return {**super().get_model_info(), "kvpitfalls": about}
 
@@ -245,10 +271,15 @@ def _refuse(kwargs: dict) -> None:
         if kwargs.get(name):
             raise ValueError(f"{name} is {kwargs[name]!r}; expected it unset: {why}")
     if str(kwargs.get("batch_size", 1)).startswith("auto"):
-        raise ValueError(f"batch_size is {kwargs['batch_size']!r}; expected a number: a trial run would not be compressed as requests are")
+        raise ValueError(
+            f"batch_size is {kwargs['batch_size']!r}; expected a number: a trial run would not be compressed as "
+            "requests are"
+        )
 
 
 def _all_but_one(text: str, ids: Sequence[int]) -> int:
     if len(ids) < 3:
-        raise ValueError(f"a context has {len(ids)} tokens ({text[:60]!r}); expected at least 3: there is nothing to compress")
+        raise ValueError(
+            f"a context has {len(ids)} tokens ({text[:60]!r}); expected at least 3: there is nothing to compress"
+        )
     return len(ids) - 1

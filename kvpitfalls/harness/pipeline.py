@@ -11,7 +11,12 @@ from ..hf.model import attach, detach
 from ..hf.offload import device_of
 from .chat import CompressedChat, kept_of
 
-_TOKENIZING = ("add_special_tokens", "truncation", "padding", "max_length")  # of tokenizer_encode_kwargs, what is not the chat template's
+_TOKENIZING = (
+    "add_special_tokens",
+    "truncation",
+    "padding",
+    "max_length",
+)  # of tokenizer_encode_kwargs, what is not the chat template's
 
 
 class CompressedPipeline(TextGenerationPipeline):
@@ -63,7 +68,10 @@ class CompressedPipeline(TextGenerationPipeline):
     def _n_row(self, options: dict) -> int:
         """How many rows ``generate`` will run; in some releases a pipeline has a generation config of its own."""
         own = getattr(self, "generation_config", None)
-        given = {"generation_config": own, **{name: value for name, value in options.items() if name != "prefix_length"}}
+        given = {
+            "generation_config": own,
+            **{name: value for name, value in options.items() if name != "prefix_length"},
+        }
         return n_rows_of(arguments_of(self.model, self.model.generate, (), given)["generation_config"])
 
 
@@ -79,7 +87,8 @@ def text_generation(model=None, tokenizer=None, *, load_options=None, **settings
     load_options : dict, optional
         For :func:`kvpitfalls.hf.load.load`.
     **settings
-        As :class:`kvpitfalls.harness.chat.CompressedChat` takes them; ``compress="system"`` needs chats with a system message.
+        As :class:`kvpitfalls.harness.chat.CompressedChat` takes them; ``compress="system"`` needs chats with a system
+        message.
 
     Returns
     -------
@@ -101,7 +110,9 @@ def text_generation(model=None, tokenizer=None, *, load_options=None, **settings
         model, tokenizer = load(model, **(load_options or {}))
     elif tokenizer is None:
         raise ValueError("a model object is given without its tokenizer; expected both")
-    placed = None if getattr(model, "hf_device_map", None) is not None else model.device  # a pipeline refuses to place what accelerate has
+    placed = (
+        None if getattr(model, "hf_device_map", None) is not None else model.device
+    )  # a pipeline refuses to place what accelerate has
     pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=placed)
     pipe.device = device_of(model)
     pipe.chat = CompressedChat(model, tokenizer, **settings)

@@ -23,7 +23,8 @@ class Action:
         return self.evicts or self.holds
 
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
-        """The instructions of each row; raises if they do not fit the prompt. Called before any of the ``n_layer`` layers is touched."""
+        """The instructions of each row; raises if they do not fit the prompt. Called before any of the ``n_layer``
+        layers is touched."""
         return []
 
     def limit(self, n_token: int) -> int:

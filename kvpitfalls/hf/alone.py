@@ -13,7 +13,7 @@ _PLACES = (1, 4, 9, 3)  # positions of what it is called with
 
 
 def embedding_of(decoder):
-    """A copy of a decoder's rotary embedding, since some change when they are asked for far positions; None if it has none."""
+    """A copy of a decoder's rotary embedding, since some change when asked for far positions; None if it has none."""
     return copy.deepcopy(getattr(decoder, "rotary_emb", None))
 
 
@@ -33,7 +33,7 @@ def given_to(decoder, module) -> dict:
 
 @torch.no_grad()
 def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched:
-    """An attached decoder's module, called alone: its queries, and what it returns if it is told to have attended to ``attended``.
+    """An attached decoder's module, called alone: its queries, and what it returns if it attended to ``attended``.
 
     Parameters
     ----------
@@ -49,7 +49,9 @@ def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched
     """
     known = inspect.signature(module.forward).parameters
     needed = {name: None for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    needed |= {"shared_kv_states": {}} if "shared_kv_states" in known else {}  # Gemma's layers leave their keys there for later ones
+    needed |= (
+        {"shared_kv_states": {}} if "shared_kv_states" in known else {}
+    )  # Gemma's layers leave their keys there for later ones
     return watched(module, attended, **{**needed, **{name: value for name, value in given.items() if name in known}})
 
 
@@ -67,5 +69,6 @@ def answered(decoder, index: int, wanted: str, ask, *args):
     except UnsupportedModelError:
         raise
     except Exception as reason:
-        told = f"{type(decoder).__name__} cannot be asked for the {wanted} of layer {index} ({type(reason).__name__}: {reason})"
+        whose = f"{type(decoder).__name__} cannot be asked for the {wanted} of layer {index}"
+        told = f"{whose} ({type(reason).__name__}: {reason})"
         raise UnsupportedModelError(f"{told}; the policy needs to know and expects a model that can") from reason

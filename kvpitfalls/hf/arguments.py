@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
-# The newest first. A forward that has one of them by name takes its cache under that name; it may still take an older one, with a warning.
+# The newest first. A forward that has one of them by name takes its cache under that name; it may still take an older
+# one, with a warning.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(module: torch.nn.Module) -> str:
-    """The name under which this module's forward takes its cache; asked of its signature, since it depends on the release."""
+    """The name under which this module's forward takes its cache; asked of its signature, since it depends on the
+    release."""
     known = inspect.signature(module.forward).parameters
     return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
 
@@ -23,7 +25,8 @@ def cache_argument(module: torch.nn.Module, cache) -> dict:
 def under_one_name(name: str, kwargs: dict) -> dict:
     """The same keyword arguments, with a cache that was given under another of its names under this one.
 
-    A release that renames the argument still takes the old name, and blames whoever calls it: that would be this package.
+    A release that renames the argument still takes the old name, and blames whoever calls it: that would be this
+    package.
     """
     others = [other for other in CACHE_NAMES if other != name and kwargs.get(other) is not None]
     if not others or kwargs.get(name) is not None:
@@ -32,6 +35,7 @@ def under_one_name(name: str, kwargs: dict) -> dict:
 
 
 def given_cache(arguments: dict) -> tuple[str | None, Any]:
-    """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is none."""
+    """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is
+    none."""
     given = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
     return given[0] if given else (None, None)

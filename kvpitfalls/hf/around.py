@@ -1,4 +1,5 @@
-"""A function around one method of one object, which no copy of the object inherits and which leaves no trace when it is taken away."""
+"""A function around one method of one object, which no copy of the object inherits and which leaves no trace when it is
+taken away."""
 
 import copy
 import functools
@@ -15,9 +16,11 @@ def _same(value):
 
 
 class Around:
-    """Stands in an object's dictionary in place of a method; ``function(owner, method, args, kwargs)`` is called with the method itself.
+    """Stands in an object's dictionary in place of a method; ``function(owner, method, args, kwargs)`` is called with
+    the method itself.
 
-    It refers to its owner weakly, so a dropped model is freed; a deepcopy or a pickle of the owner has the method, not this.
+    It refers to its owner weakly, so a dropped model is freed; a deepcopy or a pickle of the owner has the method, not
+    this.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ class Around:
         return getattr(type(owner), self._name).__get__(owner) if self._before is None else self._before
 
     def take_away(self) -> None:
-        """Put back what was there; if somebody has wrapped this meanwhile, it stays inside and lets every call through."""
+        """Put back what was there; if it was wrapped meanwhile, it stays inside and lets all calls through."""
         self._is_there, owner = False, self._owner()
         if owner is None or not self.stands_before(owner):
             return
@@ -66,7 +69,11 @@ class Around:
         twin = memo.get(id(self._owner()))
         if twin is None:  # this alone is copied, not its owner
             return self
-        return copy.deepcopy(self._before, memo) if self._before is not None else getattr(type(twin), self._name).__get__(twin)
+        return (
+            copy.deepcopy(self._before, memo)
+            if self._before is not None
+            else getattr(type(twin), self._name).__get__(twin)
+        )
 
     def __reduce__(self):
         return (_same, (self._before,)) if self._before is not None else (getattr, (self._owner(), self._name))

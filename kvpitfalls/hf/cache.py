@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class KeptCache(DynamicCache):
     """A ``transformers.DynamicCache`` whose full-attention layers hold what a policy kept of the prompt.
 
-    Give it to ``model.generate(ids, past_key_values=cache.copy())`` inside the wrap that made it; ``ids`` start with the prompt.
-    Lengths and positions are logical. Sliding-window and linear-attention layers are the stock ones, since their memory is bounded already.
+    Give it to ``model.generate(ids, past_key_values=cache.copy())`` inside the wrap that made it; ``ids`` start with
+    the prompt. Lengths and positions are logical. Sliding-window and linear-attention layers are the stock ones, since
+    their memory is bounded already.
 
     Parameters
     ----------
@@ -143,7 +144,8 @@ class KeptCache(DynamicCache):
         save_cache(self, path)
 
     def fixed(self, max_new_tokens: int, *, use_graph: bool = True) -> "KeptCache":
-        """This cache with room for new tokens, for fast decoding: they are written in place, and a GPU runs each step as one CUDA graph.
+        """This cache with room for new tokens, for fast decoding: they are written in place, and a GPU runs each step
+        as one CUDA graph.
 
         Answers are those of this cache, which stays as it is. Give the result to ``generate``, inside the wrap.
 
@@ -152,7 +154,8 @@ class KeptCache(DynamicCache):
         max_new_tokens : int
             How many tokens may follow the prompt: a question's and the answer's.
         use_graph : bool
-            Capture a step as a CUDA graph, where it has token ids on one GPU, and its modules no hooks. Else Python runs each kernel.
+            Capture a step as a CUDA graph, where it has token ids on one GPU, and its modules no hooks. Else Python
+            runs each kernel.
 
         Returns
         -------
@@ -161,8 +164,8 @@ class KeptCache(DynamicCache):
         Raises
         ------
         ValueError
-            If the cache is empty, has seen tokens after its prompt, holds its budget while generating, or has layers that are not
-            compressed.
+            If the cache is empty, has seen tokens after its prompt, holds its budget while generating, or has layers
+            that are not compressed.
         """
         from .fixed import FixedCache
 
@@ -186,7 +189,8 @@ class KeptCache(DynamicCache):
         super().crop(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it comes."""
+        """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it
+        comes."""
         super().reset()  # type: ignore[no-untyped-call] # transformers' own has no types
         self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
         self.origin, self.is_half_filled = Origin(), False
@@ -199,7 +203,11 @@ class KeptCache(DynamicCache):
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
         super().batch_select_indices(indices)
-        self._map_rows(torch.arange(len(self.valid or []))[indices.cpu() if isinstance(indices, torch.Tensor) else indices].tolist())
+        self._map_rows(
+            torch.arange(len(self.valid or []))[
+                indices.cpu() if isinstance(indices, torch.Tensor) else indices
+            ].tolist()
+        )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move."""
@@ -222,7 +230,8 @@ class KeptCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, KeptLayer)]
 
     def positions(self, layer: int) -> Int32:
-        """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than K."""
+        """Which tokens of the prompt layer ``layer`` holds: int32 (B, H, K), ascending, -1 where a row holds fewer than
+        K."""
         if not is_whole(layer) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer is {layer!r}; expected a number in [0, {len(self.layers)})")
         of_layer = self.layers[layer]
@@ -244,10 +253,16 @@ class KeptCache(DynamicCache):
             of_row = self.spans[row] if row < len(self.spans) else {}
             if span not in of_row:
                 raise ValueError(
-                    f"span is {span!r}; expected one of {', '.join(of_row) or 'none: the cache was made without instructions'}"
+                    f"span is {span!r}; expected one of "
+                    f"{', '.join(of_row) or 'none: the cache was made without instructions'}"
                 )
             span = of_row[span]
-        if not (isinstance(span, tuple) and len(span) == 2 and all(isinstance(x, int) for x in span) and 0 <= span[0] < span[1]):
+        if not (
+            isinstance(span, tuple)
+            and len(span) == 2
+            and all(isinstance(x, int) for x in span)
+            and 0 <= span[0] < span[1]
+        ):
             raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
         return np.stack([kept_share(self.positions(layer.index)[row], *span) for layer in self.kept_layers])
 
@@ -268,7 +283,9 @@ class KeptCache(DynamicCache):
         return Report(
             n_tokens=self.get_seq_length() if not held else held[0][1][2],
             layers=rows,
-            not_compressed={i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)},
+            not_compressed={
+                i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)
+            },
             bytes_before=sum(row["bytes_before"] for row in rows),
             bytes_after=sum(row["bytes_after"] for row in rows),
             bytes_kept=sum(row["bytes_kept"] for row in rows),
@@ -296,7 +313,8 @@ class KeptCache(DynamicCache):
                 limit = of_layers[places[layer.index]]
                 if (most := float(kept[row].mean() if self.action.shares_heads else kept[row].max())) > limit:
                     raise NotInterceptedError(
-                        f"layer {layer.index} holds {most:g} tokens of row {row}'s prompt; expected at most {limit}: it was not compressed"
+                        f"layer {layer.index} holds {most:g} tokens of row {row}'s prompt; expected at most {limit}: "
+                        "it was not compressed"
                     )
 
 
@@ -313,7 +331,8 @@ def _of_whole(name: str) -> Callable[..., Any]:
     def method(cache: KeptCache, *args: Any) -> Any:
         if any(layer.is_evicted for layer in cache.kept_layers):
             raise ValueError(
-                "a compressed cache was to be taken apart into keys and values, whose positions would be lost; expected the cache itself, "
+                "a compressed cache was to be taken apart into keys and values, whose positions would be lost; "
+                "expected the cache itself, "
                 "or its layers (cache.layers)"
             )
         return plain(cache, *args)
@@ -343,16 +362,26 @@ def _join_layers(layers: list[Any]) -> Any:
         raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
     if any(getattr(layer, "held", None) is not None for layer in layers):
         raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
-    if len({(layer.get_seq_length(), getattr(layer, "is_evicted", False) or layer.keys.shape[2]) for layer in layers}) > 1:
-        raise ValueError("the caches differ in length, or in whether they are compressed; expected caches over equally long prompts")
-    if len({layer.keys.shape[2] for layer in layers}) > 1:  # heads that share their layer's budget need more or fewer slots
+    if (
+        len({(layer.get_seq_length(), getattr(layer, "is_evicted", False) or layer.keys.shape[2]) for layer in layers})
+        > 1
+    ):
+        raise ValueError(
+            "the caches differ in length, or in whether they are compressed; expected caches over equally long prompts"
+        )
+    if (
+        len({layer.keys.shape[2] for layer in layers}) > 1
+    ):  # heads that share their layer's budget need more or fewer slots
         layers = [layer.widened(max(layer.keys.shape[2] for layer in layers)) for layer in layers]
     joined = copy.copy(layers[0])
     joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
     if isinstance(joined, KeptLayer) and joined.is_evicted:
         live = [layer.live for layer in layers]
         if any(each is not None for each in live):
-            live = [torch.ones_like(x.pos, dtype=torch.bool) if each is None else each for x, each in zip(layers, live, strict=True)]
+            live = [
+                torch.ones_like(x.pos, dtype=torch.bool) if each is None else each
+                for x, each in zip(layers, live, strict=True)
+            ]
         joined.place(torch.cat([layer.pos for layer in layers]), None if live[0] is None else torch.cat(live))
         joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
         joined.bytes_before = sum(layer.bytes_before for layer in layers)

@@ -1,4 +1,4 @@
-"""How many choices of tokens a layer has: one for each key head, or one for all, as where heads are mixed or latents are cached."""
+"""How many choices of tokens a layer has: one for each key head, or one for all, as where heads are mixed."""
 
 import weakref
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ _known: "weakref.WeakKeyDictionary[torch.nn.Module, int | None]" = weakref.WeakK
 def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) -> None:
     """Raise ValueError if one of these attention modules has fewer choices than a budget is to be shared over.
 
-    A module that cannot be called alone, or does not take its cache by a known name, is judged by its first prompt instead.
+    A module that cannot be called alone, or does not take its cache by a known name, is judged by its first prompt
+    instead.
     """
     for module, index in layers.items() if least > 1 else ():
         if module not in _known:
@@ -26,7 +27,8 @@ def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) ->
                 _known[module] = None
         if (n_choice := _known[module]) is not None and n_choice < least:
             raise ValueError(
-                f"one choice serves all heads of layer {index} of {type(decoder).__name__}; an allocation that shares over heads expects "
+                f"one choice serves all heads of layer {index} of {type(decoder).__name__}; an allocation that "
+                "shares over heads expects "
                 f"at least {least}"
             )
 
@@ -34,7 +36,9 @@ def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) ->
 def _asked(decoder: Any, module: Any, index: int) -> int | None:
     given, embedding, cache = given_to(decoder, module), embedding_of(decoder), DynamicCache()
     if embedding is not None:
-        given["position_embeddings"] = embedding(given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index))
+        given["position_embeddings"] = embedding(
+            given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index)
+        )
     watch = called(module, {**given, **dict.fromkeys((*CACHE_NAMES, "layer_past"), cache)})
     if index >= len(cache.layers):
         return None

@@ -1,4 +1,5 @@
-"""Which models and caches can be compressed exactly; all others are refused by name and reason, before anything runs."""
+"""Which models and caches can be compressed exactly; all others are refused by name and reason, before anything
+runs."""
 
 import inspect
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-_RANDOM = "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
+_RANDOM = (
+    "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
+)
 _MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
 
-# What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks each.
+# What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
+# each.
 _REFUSED_TYPES = {
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
@@ -30,14 +34,22 @@ def decoder_of(model) -> torch.nn.Module:
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = None if get_decoder is None else get_decoder()
-    return decoder if isinstance(decoder, torch.nn.Module) and decoder is not model else getattr(model, "base_model", model)
+    return (
+        decoder
+        if isinstance(decoder, torch.nn.Module) and decoder is not model
+        else getattr(model, "base_model", model)
+    )
 
 
 def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
     """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
     for module in decoder.modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and _REGISTRY in _names_in_forward(module) and not getattr(module, "is_cross_attention", False):
+        if (
+            isinstance(index, int)
+            and _REGISTRY in _names_in_forward(module)
+            and not getattr(module, "is_cross_attention", False)
+        ):
             yield index, module
 
 
@@ -73,15 +85,19 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
     if learned := [name for name, about in _adapters_of(model).items() if getattr(about, "is_prompt_learning", False)]:
         raise UnsupportedModelError(
-            f"{name} has the adapter {learned[0]!r} of prompt or prefix learning, whose tokens would not be in the cache; expected a "
+            f"{name} has the adapter {learned[0]!r} of prompt or prefix learning, whose tokens would not be in the "
+            "cache; expected a "
             "model without, or with an adapter of its weights such as LoRA"
         )
     decoder = decoder_of(model)
     if own := _own_caches(decoder):
-        raise UnsupportedModelError(f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it")
+        raise UnsupportedModelError(
+            f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it"
+        )
     if any(_MASK_MAKER in _names_in_forward(module) for module in model.modules() if decoder in module.children()):
         raise UnsupportedModelError(
-            f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its text model alone"
+            f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its "
+            "text model alone"
         )
     _check_layers(model, name)
 
@@ -96,7 +112,8 @@ def check_not_compiled(model: torch.nn.Module) -> None:
     """Raise if torch.compile was given a module of this model, or all of it."""
     if (compiled := _compiled(model)) is not None:
         raise UnsupportedModelError(
-            f"the model is compiled by torch.compile ({compiled}); expected the plain one: a compressed cache changes shape"
+            f"the model is compiled by torch.compile ({compiled}); expected the plain one: a compressed cache changes "
+            "shape"
         )
 
 
@@ -119,7 +136,8 @@ def _names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _own_caches(decoder: torch.nn.Module) -> list[str]:
-    """Names of the cache classes that the decoder's modeling file defines: hybrid models had them before transformers 5.5."""
+    """Names of the cache classes that the decoder's modeling file defines: hybrid models had them before transformers
+    5.5."""
     namespace = inspect.unwrap(type(decoder).forward).__globals__
     return [
         name
@@ -138,17 +156,24 @@ def _check_layers(model, name: str) -> None:
     plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     kinds = sorted({type(layer).__name__ for layer in layers})
     if layers and not plain:
-        raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: {', '.join(kinds)}")
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer to compress; its cache layers are: {', '.join(kinds)}"
+        )
     if indexed := [kind for kind in kinds if "Index" in kind]:
-        raise UnsupportedModelError(f"{name} has {', '.join(indexed)} cache layers, whose index of cached rows would break when rows go")
+        raise UnsupportedModelError(
+            f"{name} has {', '.join(indexed)} cache layers, whose index of cached rows would break when rows go"
+        )
     if not attention:
         raise UnsupportedModelError(
-            f"{name} computes attention in code of its own, not through transformers' attention interface, so its cache would stay as it is"
+            f"{name} computes attention in code of its own, not through transformers' attention interface, so its "
+            "cache would stay as it is"
         )
     if not plain:
         raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: none")
     if missing := [i for i in plain if i not in attention]:
-        raise UnsupportedModelError(f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface")
+        raise UnsupportedModelError(
+            f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface"
+        )
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
         raise UnsupportedModelError(
@@ -156,14 +181,18 @@ def _check_layers(model, name: str) -> None:
         )
     if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise UnsupportedModelError(
-            f"{name} lets tokens attend to later ones; expected a decoder (use_bidirectional_attention=False in its config)"
+            f"{name} lets tokens attend to later ones; expected a decoder (use_bidirectional_attention=False in its "
+            "config)"
         )
     if getattr(text, "is_decoder", None) is False and getattr(attention[plain[0]], "is_causal", None) is False:
-        raise UnsupportedModelError(f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)")
+        raise UnsupportedModelError(
+            f"{name} lets tokens attend to later ones; expected a decoder (is_decoder=True in its config)"
+        )
 
 
 def check_cache(cache, name: str | None = CACHE_NAMES[-1]) -> None:
-    """Raise unless a forward's ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into a compressed one.
+    """Raise unless a forward's ``cache`` is an empty plain :class:`transformers.DynamicCache`, which can be turned into
+    a compressed one.
 
     ``name`` is the argument that it was given as.
     """
@@ -172,20 +201,22 @@ def check_cache(cache, name: str | None = CACHE_NAMES[-1]) -> None:
         if not isinstance(cache, Cache):
             raise TypeError(f"{name} is a {kind}; expected a cache made by handle.compress or handle.new_cache")
         raise UnsupportedModelError(
-            f"{name} is a {kind}; static, quantized and other special caches cannot be compressed. Expected a cache made by "
+            f"{name} is a {kind}; static, quantized and other special caches cannot be compressed. Expected a cache "
+            "made by "
             "handle.compress or handle.new_cache, or none (leave out cache_implementation)"
         )
     if getattr(cache, "offloading", False):
         raise UnsupportedModelError(f"{name} is an offloaded DynamicCache; expected one that stays on its device")
     if cache.get_seq_length() > 0:
         raise ValueError(
-            f"{name} already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty cache, "
+            f"{name} already holds {cache.get_seq_length()} tokens that were never compressed; expected an empty "
+            "cache, "
             "or one made by handle.compress"
         )
 
 
 def check_not_random(decoder: torch.nn.Module) -> None:
-    """Raise if dropout is on, by which a prompt's cache would be another each time; attention's own is seen by :func:`check_call`."""
+    """Raise if dropout is on, by which a cache would be another each time; :func:`check_call` sees attention's own."""
     if decoder.training and any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in decoder.modules()):
         raise UnsupportedModelError(_RANDOM)
 
@@ -196,7 +227,11 @@ def check_call(module, implementation: str, extra: dict) -> None:
         raise UnsupportedModelError(_RANDOM)
     name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
     if implementation.startswith("paged"):
-        raise UnsupportedModelError(f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate")
+        raise UnsupportedModelError(
+            f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate"
+        )
     for key in ("indices", "block_indices", "position_bias"):
         if extra.get(key) is not None:
-            raise UnsupportedModelError(f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves")
+            raise UnsupportedModelError(
+                f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves"
+            )

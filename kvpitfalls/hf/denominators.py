@@ -1,6 +1,7 @@
 """The softmax denominators of the forward itself, so that a policy need not compute them a second time.
 
-``scaled_dot_product_attention`` does not return them, but the operations that it is made of do; a dispatch mode sees those.
+``scaled_dot_product_attention`` does not return them, but the operations that it is made of do; a dispatch mode sees
+those.
 """
 
 import torch
@@ -15,7 +16,8 @@ _RETURN_THEM = (
 
 
 class Denominators(TorchDispatchMode):
-    """Inside this context, plain causal attention of ``query`` on all its ``n_token`` keys leaves its denominators here.
+    """Inside this context, plain causal attention of ``query`` on all its ``n_token`` keys leaves its denominators
+    here.
 
     Parameters
     ----------
@@ -57,7 +59,8 @@ class Denominators(TorchDispatchMode):
         return out
 
     def _is_plain(self, given: dict) -> bool:
-        """Whether it is the attention that policies mean: causal, of all queries on as many keys, with no bias and nothing dropped."""
+        """Whether it is the attention that policies mean: causal, of all queries on as many keys, with no bias and
+        nothing dropped."""
         query, scale = given["query"], given["scale"]
         return (
             tuple(query.shape[:3]) == self._shape

@@ -27,7 +27,9 @@ class Evict(Action):
     protect: Any = None
     spans: Any = None
     allocation: Allocation | str | None = None  # None: the policy's own
-    layouts: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # one layout serves all layers of a prompt
+    layouts: dict = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )  # one layout serves all layers of a prompt
 
     def __post_init__(self):
         object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
@@ -84,12 +86,19 @@ class Evict(Action):
         """What stands where in the prompts."""
         key = (n_row, n_token, tuple(valid))
         if key not in self.layouts:
-            given = {"valid": valid, "spans": self.spans, "protect": self.protect, "n_sink": self.n_sink, "limit": self.limit}
+            given = {
+                "valid": valid,
+                "spans": self.spans,
+                "protect": self.protect,
+                "n_sink": self.n_sink,
+                "limit": self.limit,
+            }
             self.layouts[key] = Layout.of(n_row, n_token, **given)
         return self.layouts[key]
 
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
-        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer is touched."""
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any
+        layer is touched."""
         layout = self.layout(n_row, n_token, valid)
         check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
         return list(layout.spans)
@@ -112,7 +121,8 @@ class Evict(Action):
 
 
 def _fills(kept: Kept, valid) -> bool:
-    """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is still at work."""
+    """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is
+    still at work."""
     begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))
     there = (np.minimum(kept.segments[:, 1:], end) - np.maximum(kept.segments[:, :-1], begin)).clip(0)
     return bool((np.minimum(kept.quotas, there[:, None]).sum(-1) == kept.positions.shape[-1]).all())

@@ -11,7 +11,8 @@ _SAMPLES = 8  # weights per tensor that the fingerprint looks at
 
 
 def fingerprint(decoder: torch.nn.Module) -> str:
-    """Tells models apart whose caches do not fit each other: active adapters, and of every weight and buffer name, shape, dtype, a sample.
+    """Tells models apart whose caches do not fit each other: active adapters, and of every weight and buffer name,
+    shape, dtype, a sample.
 
     Raises
     ------
@@ -26,8 +27,12 @@ def fingerprint(decoder: torch.nn.Module) -> str:
         if weight.numel():
             key = weight.numel(), weight.device
             if key not in places:
-                places[key] = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
-            bits = weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)  # float8 has few operations of its own
+                places[key] = (
+                    torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
+                )
+            bits = (
+                weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)
+            )  # float8 has few operations of its own
             samples.setdefault(weight.device, []).append(bits[places[key]].flatten())
     for of_device in samples.values():
         digest.update(torch.cat(of_device).cpu().numpy().tobytes())
@@ -35,9 +40,13 @@ def fingerprint(decoder: torch.nn.Module) -> str:
 
 
 def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where they wait."""
+    """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where
+    they wait."""
     for path, module in decoder.named_modules():
-        own = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        own = {
+            **module._parameters,
+            **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set},
+        }
         for name, weight in own.items():
             if weight is not None:
                 yield from _plain(f"{path}.{name}", stored(module, name, weight))
@@ -48,7 +57,9 @@ def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         for part in flatten()[0]:
             yield from _plain(f"{name}.{part}", getattr(weight, part))
     elif weight.device.type == "meta":
-        raise ValueError(f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read")
+        raise ValueError(
+            f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read"
+        )
     else:
         yield name, weight
 

@@ -20,7 +20,8 @@ class Room:
     ----------
     visible : BoolTensor (B, H or 1, S)
     bias : tensor (B, H or 1, S)
-        The same to be added to logits, 0 or minus infinity, in the keys' dtype: SDPA would make it of a mask anew in every layer.
+        The same to be added to logits, 0 or minus infinity, in the keys' dtype: SDPA would make it of a mask anew in
+        every layer.
     at : LongTensor (1,)
         The first free slot; on the device, so that a captured step can count.
     where : LongTensor (n,)
@@ -52,7 +53,8 @@ class Room:
 
 
 class FixedLayer(KeptLayer):
-    """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens are zero."""
+    """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens
+    are zero."""
 
     is_fixed = True
     room: Room  # given by the cache, whose layers share their rooms
@@ -62,7 +64,9 @@ class FixedLayer(KeptLayer):
         vars(self).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
         n_row, n_head, n_slot = layer.keys.shape[:3]
         self.keys, self.values = (_with_room(x, n_room) for x in (layer.keys, layer.values))
-        pos = torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
+        pos = (
+            torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
+        )
         later = torch.arange(self.seen, self.seen + n_room, device=pos.device).expand(n_row, n_head, -1)
         self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
         self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
@@ -97,7 +101,9 @@ class FixedLayer(KeptLayer):
 
     def crop(self, n: int) -> None:
         """Not of one layer alone."""
-        raise ValueError("crop was called on a layer of a fixed cache; expected a call on the cache, whose layers share their slots")
+        raise ValueError(
+            "crop was called on a layer of a fixed cache; expected a call on the cache, whose layers share their slots"
+        )
 
     def reset(self) -> None:
         """Not of a fixed cache."""
@@ -140,9 +146,9 @@ class FixedSlots:
 class FixedCache(KeptCache):
     """A compressed cache with room for a number of new tokens; made by :meth:`KeptCache.fixed`.
 
-    On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then on. What the graph
-    relies on (the memory of the weights, modules without hooks) is looked at when ``generate`` begins and when several tokens come, not
-    between the steps of one answer.
+    On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then
+    on. What the graph relies on (the memory of the weights, modules without hooks) is looked at when ``generate``
+    begins and when several tokens come, not between the steps of one answer.
 
     Parameters
     ----------
@@ -190,13 +196,15 @@ class FixedCache(KeptCache):
             self.graph, self.is_warm, self.barrier = None, False, None
 
     def newest_of(self, mask, n_new: int) -> torch.Tensor | None:
-        """Which of the tokens that a forward brings are real, bool (B, n), None for all; raises if it asks for what cannot be.
+        """Which of the tokens that a forward brings are real, bool (B, n), None for all; raises if it asks for what
+        cannot be.
 
         Called before anything is changed. ``mask``: the forward's.
         """
         if n_new > self.n_free:
             raise ValueError(
-                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; expected a larger "
+                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; "
+                "expected a larger "
                 "max_new_tokens in cache.fixed()"
             )
         if mask is None:
@@ -230,11 +238,17 @@ class FixedCache(KeptCache):
         return forward(*args, **kwargs)
 
     def __repr__(self) -> str:
-        how = "a step is a CUDA graph" if self.graph is not None else f"steps are run by Python: {self.obstacle or 'none came yet'}"
+        how = (
+            "a step is a CUDA graph"
+            if self.graph is not None
+            else f"steps are run by Python: {self.obstacle or 'none came yet'}"
+        )
         return f"{super().__repr__()[:-1]}, room for {self.n_free} of {self.n_room} more; {how}>"
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in ("graph", "is_warm")}  # of this cache's memory alone
+        return {
+            name: value for name, value in vars(self).items() if name not in ("graph", "is_warm")
+        }  # of this cache's memory alone
 
     def fixed(self, max_new_tokens: int, *, use_graph: bool = True) -> "FixedCache":
         """Not twice."""
@@ -284,17 +298,23 @@ class FixedCache(KeptCache):
 def _check(cache: KeptCache, n_room: int) -> None:
     check_whole("max_new_tokens", n_room, 1)
     if others := {i: why_not_compressed(x) for i, x in enumerate(cache.layers) if not isinstance(x, KeptLayer)}:
-        raise ValueError(f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of KeptLayers alone")
+        raise ValueError(
+            f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of "
+            "KeptLayers alone"
+        )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if cache.is_held:
         raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill'")
     if any(layer.n_after if layer.is_evicted else layer.seen != cache.n_prompt for layer in cache.kept_layers):
-        raise ValueError("the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt")
+        raise ValueError(
+            "the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt"
+        )
 
 
 def _n_free(layer: KeptLayer, n_room: int) -> int:
-    """Slots behind the kept ones: ``n_room`` and as many more as make 16 divide them all, which kernels of attention want."""
+    """Slots behind the kept ones: ``n_room`` and as many more as make 16 divide them all, which kernels of attention
+    want."""
     n_kept = layer.keys.shape[2]
     return -(-(n_kept + n_room) // _SLOTS) * _SLOTS - n_kept
 

@@ -1,7 +1,8 @@
 """One forward of a wrapped decoder: what its cache's layers and its attention calls have to do with each other.
 
-Each :meth:`KeptLayer.update` leaves a ticket; the attention call of this decoder that receives the ticket's keys gets its mask translated
-and, after a prefill, hands the layer to the cache's action; a ticket that was never collected is an error.
+Each :meth:`KeptLayer.update` leaves a ticket; the attention call of this decoder that receives the ticket's keys gets
+its mask translated and, after a prefill, hands the layer to the cache's action; a ticket that was never collected is an
+error.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Ticket:
-    """A layer as its update left it; some models call attention more than once for one update, so eviction must not change this."""
+    """A layer as its update left it; some models call attention more than once for one update, so eviction must not
+    change this."""
 
     layer: KeptLayer
     keys: weakref.ref
@@ -57,7 +59,8 @@ class AttentionCall:
     sinks : tensor (Hq,), or None
         A logit per head that joins every softmax (gpt-oss).
     shared : bool
-        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all heads.
+        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all
+        heads.
     lse : tensor of float32, shape (B, Hq, T), or None
         Natural log of each query's softmax denominator, where the attention itself told it.
     newest : BoolTensor (B, q), or None
@@ -102,7 +105,11 @@ class AttentionCall:
     @cached_property
     def output(self) -> torch.Tensor | None:
         """What the layer makes of what each query head attended to, float32 (Hq, Dv, E)."""
-        return None if self.projection is None else self.projection(self.value.new_empty(self.query.shape[1], self.value.shape[-1]))
+        return (
+            None
+            if self.projection is None
+            else self.projection(self.value.new_empty(self.query.shape[1], self.value.shape[-1]))
+        )
 
 
 @dataclass
@@ -115,9 +122,13 @@ class Forward:
     n_seen: int  # before it
     ids: torch.Tensor | None
     valid: list[tuple[int, int]] | None
-    newest: torch.Tensor | None = None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
+    newest: torch.Tensor | None = (
+        None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
+    )
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
-    rotaries: Mapping[torch.nn.Module, Rotary] = field(default_factory=dict)  # of attention modules, where the action reads them
+    rotaries: Mapping[torch.nn.Module, Rotary] = field(
+        default_factory=dict
+    )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
 
@@ -133,7 +144,8 @@ class Forward:
         )
 
     def collect(self, key: torch.Tensor, module) -> _Ticket | None:
-        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's own.
+        """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's
+        own.
 
         Other models' attention may run on this thread, too, inside this forward: what is not this decoder's gets none.
         """
@@ -147,16 +159,22 @@ class Forward:
             return ticket
         if not ticket.done:
             raise UnsupportedModelError(
-                f"{type(module).__name__} (layer {ticket.layer.index}) calls attention on {key.shape[2]} keys, but its cache returned "
+                f"{type(module).__name__} (layer {ticket.layer.index}) calls attention on {key.shape[2]} keys, but "
+                "its cache returned "
                 f"{ticket.n_slot}; such models cannot be compressed"
             )
         return None
 
     def run(self, decoder, forward, args: tuple, kwargs: dict):
-        """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the cache is of no use."""
+        """The decoder's own forward; on a cache of fixed size that may be a captured one. If it is broken off, the
+        cache is of no use."""
         cache = self.cache
         cache.is_half_filled = True
-        output = cast("FixedCache", cache).run(decoder, forward, args, kwargs, self) if self.bound is not None else forward(*args, **kwargs)
+        output = (
+            cast("FixedCache", cache).run(decoder, forward, args, kwargs, self)
+            if self.bound is not None
+            else forward(*args, **kwargs)
+        )
         self.check(decoder)
         cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
         return output
@@ -164,10 +182,13 @@ class Forward:
     def check(self, decoder) -> None:
         """Raise, when the forward has ended, if a layer's attention did not come by."""
         waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
-        untouched = [layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets]
+        untouched = [
+            layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets
+        ]
         if waiting or untouched:
             raise NotInterceptedError(
-                f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their attention did not go through "
+                f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their "
+                "attention did not go through "
                 "transformers' attention interface"
             )
 
@@ -211,7 +232,9 @@ def watched(module: torch.nn.Module, attended: torch.Tensor | None, **given) -> 
     finally:
         local.forward = before
     if not hasattr(watch, "query"):
-        raise NotInterceptedError(f"{type(module).__name__} did not go through transformers' attention interface when it was called alone")
+        raise NotInterceptedError(
+            f"{type(module).__name__} did not go through transformers' attention interface when it was called alone"
+        )
     watch.returned = returned[0] if isinstance(returned, tuple) else returned
     return watch
 
@@ -246,7 +269,11 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
 def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
     """The attention function and the mask for slots that are not in order."""
     is_per_head = ticket.layer.keys.shape[1] in (1, key.shape[1])  # some models repeat heads that the cache holds once
-    if is_per_head and (mask is None or mask.shape[1] == 1) and one_token.serves(base, implementation, query, key, kwargs):
+    if (
+        is_per_head
+        and (mask is None or mask.shape[1] == 1)
+        and one_token.serves(base, implementation, query, key, kwargs)
+    ):
         return _one_token, one_token.visible_slots(ticket.slots, mask)
     return base, physical_mask(ticket.slots, mask, query, implementation)
 
@@ -265,13 +292,21 @@ def _tells_denominators(action, forward: Forward, implementation: str, query) ->
     )
 
 
-def _seen_by(ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse) -> AttentionCall:
+def _seen_by(
+    ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
+) -> AttentionCall:
     # sdpa ignores softcap and sinks, so scores must, too
     softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    query, key, value = query.detach(), key.detach(), value.detach()  # what is kept is no function of them that has a gradient
+    query, key, value = (
+        query.detach(),
+        key.detach(),
+        value.detach(),
+    )  # what is kept is no function of them that has a gradient
     place = (forward.compressed[ticket.layer.index], len(forward.compressed))
     known = {"lse": lse, "newest": forward.newest, "rotary": forward.rotaries.get(module)}
     known["projection"] = forward.projections.get(module)
-    return AttentionCall(query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known)
+    return AttentionCall(
+        query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known
+    )

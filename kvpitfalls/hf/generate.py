@@ -13,7 +13,14 @@ from .cache import KeptCache
 from .offload import device_of
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,9 @@ class Answer:
 
 
 @torch.no_grad()
-def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, max_new_tokens: int):
+def answers(
+    model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, max_new_tokens: int
+):
     """Continue each conversation greedily; the cache is used up.
 
     Parameters
@@ -70,7 +79,8 @@ def answers(model, contexts: Sequence[Prompt], conversations: Sequence[Sequence[
 
 
 def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, LongTensor (B, T): each row's context and the rest of its conversation, each padded on the left."""
+    """Token ids and mask, LongTensor (B, T): each row's context and the rest of its conversation, each padded on the
+    left."""
     n_context = max(map(len, contexts))
     width = n_context + max(len(ids) - len(p) for ids, p in zip(conversations, contexts, strict=True))
     tokens = torch.full((len(contexts), width), pad_token(contexts[0].tokenizer))

@@ -1,4 +1,5 @@
-"""What is asked of a call of ``generate`` on a wrapped model before it begins: its public arguments say all that matters."""
+"""What is asked of a call of ``generate`` on a wrapped model before it begins: its public arguments say all that
+matters."""
 
 import copy
 import inspect
@@ -17,7 +18,8 @@ from .outer import is_multimodal
 
 
 def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one inside."""
+    """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one
+    inside."""
     decoder = decoder_of(model)
     for module in model.modules():
         if isinstance(module, GenerationMixin) and decoder_of(module) is decoder:
@@ -68,29 +70,38 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
     config = arguments["generation_config"]
     if config.use_cache is False:
         raise NotInterceptedError(
-            "generate was called with use_cache=False, so that nothing would be compressed; expected use_cache=True, or a call inside "
+            "generate was called with use_cache=False, so that nothing would be compressed; expected use_cache=True, "
+            "or a call inside "
             "`with handle.paused()`"
         )
     if getattr(config, "prefill_chunk_size", None) is not None and not is_filled:
         raise UnsupportedModelError(
-            "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected none, or a "
+            "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected "
+            "none, or a "
             "cache made by handle.compress"
         )
     if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
         raise UnsupportedModelError(
-            "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would take back "
+            "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "
+            "take back "
             "what eviction saw; expected plain generation"
         )
-    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0) or arguments.get("negative_prompt_ids") is not None:
+    if (
+        getattr(config, "guidance_scale", None) not in (None, 1, 1.0)
+        or arguments.get("negative_prompt_ids") is not None
+    ):
         raise UnsupportedModelError(
-            "generate runs with guidance (guidance_scale, negative_prompt_ids), whose second prompt has a cache of its own that would be "
+            "generate runs with guidance (guidance_scale, negative_prompt_ids), whose second prompt has a cache of "
+            "its own that would be "
             "compressed as well; expected none"
         )
 
 
 def _check_given(model, arguments: dict, cache: KeptCache) -> None:
     """Raise unless the ids, or their embeddings, begin with what the cache has seen, and go on."""
-    given = next((x for name in ("inputs_embeds", "inputs", "input_ids") if (x := arguments.get(name)) is not None), None)
+    given = next(
+        (x for name in ("inputs_embeds", "inputs", "input_ids") if (x := arguments.get(name)) is not None), None
+    )
     if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3):
         return
     mask = arguments.get("attention_mask")
@@ -108,7 +119,8 @@ def _check_given(model, arguments: dict, cache: KeptCache) -> None:
         raise ValueError(_difference(*different, given.shape[1], cache))
     if given.shape[1] <= cache.n_seen:
         raise ValueError(
-            f"generate was given {given.shape[1]} tokens, all of which the cache has seen; expected at least one more than its "
+            f"generate was given {given.shape[1]} tokens, all of which the cache has seen; expected at least one more "
+            "than its "
             f"{cache.n_seen}, or a copy made right after the prompt (cache.copy())"
         )
 
@@ -124,16 +136,19 @@ def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
     where, n_prompt = f"row {row}, token {place}", cache.n_prompt
     if place >= n_prompt:
         return (
-            f"generate was given other tokens than the cache has seen since its prompt ({where} of {cache.n_seen}); expected the same "
+            f"generate was given other tokens than the cache has seen since its prompt ({where} of {cache.n_seen}); "
+            "expected the same "
             "conversation, or a copy made right after the prompt (cache.copy())"
         )
     if n_given < n_prompt:
         return (
-            f"generate was given {n_given} tokens that the cache's prompt of {n_prompt} does not begin with ({where}); expected all of the "
+            f"generate was given {n_given} tokens that the cache's prompt of {n_prompt} does not begin with "
+            f"({where}); expected all of the "
             "prompt, then what follows it"
         )
     return (
-        f"generate was given another prompt than the cache has seen ({where} of {n_prompt}); expected the prompt that was compressed, then "
+        f"generate was given another prompt than the cache has seen ({where} of {n_prompt}); expected the prompt that "
+        "was compressed, then "
         "what follows it"
     )
 

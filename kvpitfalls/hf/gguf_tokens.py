@@ -1,6 +1,7 @@
 """What a GGUF file says of its special tokens; what transformers makes of it depends on the release.
 
-transformers 4.57 reads no ids of them: the end of SmolLM2's turns is then that of their beginning, and each text gets a token before it.
+transformers 4.57 reads no ids of them: the end of SmolLM2's turns is then that of their beginning, and each text gets a
+token before it.
 """
 
 from pathlib import Path
@@ -17,8 +18,12 @@ def metadata(path: Path) -> dict:
     from gguf import GGUFReader
 
     prefix = "tokenizer.ggml."
-    fields = {name.removeprefix(prefix): field for name, field in GGUFReader(path).fields.items() if name.startswith(prefix)}
-    return {name: fields[name].parts[-1].item() for name in fields if name.endswith("_token_id") or name.startswith("add_")}
+    fields = {
+        name.removeprefix(prefix): field for name, field in GGUFReader(path).fields.items() if name.startswith(prefix)
+    }
+    return {
+        name: fields[name].parts[-1].item() for name in fields if name.endswith("_token_id") or name.startswith("add_")
+    }
 
 
 def as_stated(tokenizer, stated: dict) -> PreTrainedTokenizerFast:
@@ -28,7 +33,9 @@ def as_stated(tokenizer, stated: dict) -> PreTrainedTokenizerFast:
     """
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if name in _NAMES}
     special |= {
-        name: tokenizer.convert_ids_to_tokens(i) for name, key in _NAMES.items() if (i := stated.get(f"{key}_token_id")) is not None
+        name: tokenizer.convert_ids_to_tokens(i)
+        for name, key in _NAMES.items()
+        if (i := stated.get(f"{key}_token_id")) is not None
     }
     backend = tokenizer.backend_tokenizer
     if "add_bos_token" in stated or "add_eos_token" in stated:
@@ -37,7 +44,10 @@ def as_stated(tokenizer, stated: dict) -> PreTrainedTokenizerFast:
         known = [(token, backend.token_to_id(token)) for token in single if token != "$A"]
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=tokenizer.chat_template, model_input_names=tokenizer.model_input_names, **special
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        model_input_names=tokenizer.model_input_names,
+        **special,
     )
 
 

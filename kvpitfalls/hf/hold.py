@@ -1,10 +1,11 @@
 """Holding a budget: after every forward that follows the prompt, a layer is cut to the budget again.
 
-All of it happens in *slots*: the rows a layer holds, oldest first, empty ones (of rows that hold fewer) before them. A policy scores slots
-as it scores the tokens of a prompt. Fair: each instruction is judged by its own tokens only, so its scores are those of the prefill; what
-came after the prompt is a segment of its own, and all segments share the budget in proportion to the tokens they ever had. With a floor
-and strength 0 the policy judges all slots, but the best of each instruction come first. Protection is of the prompt's tokens. Padding
-between the prompt and a question is no token: its slots become empty ones.
+All of it happens in *slots*: the rows a layer holds, oldest first, empty ones (of rows that hold fewer) before them. A
+policy scores slots as it scores the tokens of a prompt. Fair: each instruction is judged by its own tokens only, so its
+scores are those of the prefill; what came after the prompt is a segment of its own, and all segments share the budget
+in proportion to the tokens they ever had. With a floor and strength 0 the policy judges all slots, but the best of each
+instruction come first. Protection is of the prompt's tokens. Padding between the prompt and a question is no token: its
+slots become empty ones.
 """
 
 from collections.abc import Callable
@@ -65,7 +66,11 @@ class Held:
         """With ``n_new`` tokens more, of which ``newest`` are real."""
         if self.absent is None and newest is None:
             return self
-        before = torch.zeros(len(self.rows), n_seen - n_new - self.layout.n_token, dtype=torch.long) if self.absent is None else self.absent
+        before = (
+            torch.zeros(len(self.rows), n_seen - n_new - self.layout.n_token, dtype=torch.long)
+            if self.absent is None
+            else self.absent
+        )
         new = torch.zeros(len(self.rows), n_new, dtype=torch.long) if newest is None else (~newest).long()
         return replace(self, absent=torch.cat([before, new], 1))
 
@@ -85,7 +90,8 @@ class Held:
 
     @property
     def starts(self) -> torch.Tensor:
-        """Per row, the first slot that is not judged by what is carried: after the prompt if fair, else the first one."""
+        """Per row, the first slot that is not judged by what is carried: after the prompt if fair, else the first
+        one."""
         return self.front + self.counts.sum(-1)
 
 
@@ -100,18 +106,24 @@ class Hold(Evict):
         super().__post_init__()
         if self.allocation != UNIFORM:
             raise ValueError(
-                f"allocation is {self.allocation!r}; when={self.when!r} expects 'uniform', since the budget is held anew each step"
+                f"allocation is {self.allocation!r}; when={self.when!r} expects 'uniform', since the budget is held "
+                "anew each step"
             )
         if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
             raise ValueError(
-                f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, 'floor=M', or a Fair of strength 0 or 1 without "
+                f"fair is {self.fair.label!r}; when={self.when!r} expects False, True, 'floor=M', or a Fair of "
+                "strength 0 or 1 without "
                 "rule='paper'"
             )
         if not self.policy.holds:
-            raise ValueError(f"policy is {self.policy.name!r}, which judges a prompt that is whole; when={self.when!r} expects another")
+            raise ValueError(
+                f"policy is {self.policy.name!r}, which judges a prompt that is whole; when={self.when!r} expects "
+                "another"
+            )
         if self.policy.needs_queries and not (self.policy.recent_queries or self.policy.running):
             raise ValueError(
-                f"policy {self.policy.name!r} reads queries but states no recent_queries; when={self.when!r} keeps as many as it states"
+                f"policy {self.policy.name!r} reads queries but states no recent_queries; when={self.when!r} keeps as "
+                "many as it states"
             )
 
     @property
@@ -128,7 +140,8 @@ class Hold(Evict):
         return self.when == "decode" and layer.seen == layer.prompt_shape[2]
 
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
-        """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has one."""
+        """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has
+        one."""
         if any(end != n_token for _, end in valid):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
         layout = self.layout(n_row, n_token, valid)
@@ -137,7 +150,8 @@ class Hold(Evict):
             needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
             if floors and self.limit(end - begin) < needed:
                 raise ValueError(
-                    f"the budget of row {b} is {self.limit(end - begin)} tokens; when={self.when!r} expects at least {needed}: "
+                    f"the budget of row {b} is {self.limit(end - begin)} tokens; when={self.when!r} expects at least "
+                    f"{needed}: "
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
         layout.segments(self.fair)
@@ -159,7 +173,10 @@ class Hold(Evict):
         elif self.policy.running:
             carried = self._received(call, fronts, fronts, [n_token] * n_row)
         n_recent = self.policy.recent_queries
-        layer.prompt_shape, layer.bytes_before = (n_row, layer.keys.shape[1], n_token), layer.keys.nbytes + layer.values.nbytes
+        layer.prompt_shape, layer.bytes_before = (
+            (n_row, layer.keys.shape[1], n_token),
+            layer.keys.nbytes + layer.values.nbytes,
+        )
         queries = call.query[:, :, -n_recent:].clone() if n_recent else None
         layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), layout)
         if self.when == "always":
@@ -190,22 +207,29 @@ class Hold(Evict):
         n_kept = torch.minimum(n_slot - held.front, limits)
         if bool((n_kept == n_slot - held.front).all()) and not bool(held.front.all()):
             return
-        edges = torch.cat([held.front[:, None], held.front[:, None] + held.counts.cumsum(-1), torch.full((len(n_kept), 1), n_slot)], 1)
+        edges = torch.cat(
+            [held.front[:, None], held.front[:, None] + held.counts.cumsum(-1), torch.full((len(n_kept), 1), n_slot)], 1
+        )
         quotas = self._quotas(layer, n_kept.tolist()) if self.is_fair else n_kept[:, None]
         scores = self._scores(layer, call)
         of_rows = np.stack([held.front.numpy(), np.full(len(n_kept), n_slot)], 1)
         slots, _ = ops.select(scores, quotas.numpy(), segments=edges.numpy(), valid=of_rows)
         front = slots.shape[2] - n_kept
-        place = (torch.arange(slots.shape[2]) - front[:, None]).clamp(min=0).to(slots.device)  # select puts the empty ones last
+        place = (
+            (torch.arange(slots.shape[2]) - front[:, None]).clamp(min=0).to(slots.device)
+        )  # select puts the empty ones last
         slots = slots.long().gather(2, place[:, None].expand_as(slots))
         carried = None if held.carried is None else held.carried.gather(2, slots[:, : held.carried.shape[1]])
         layer.held = replace(held, front=front, counts=quotas[:, :-1] if self.is_fair else held.counts, carried=carried)
         layer.rearrange(slots.expand(-1, layer.keys.shape[1], -1), front)
 
     def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
-        """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still has."""
+        """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still
+        has."""
         held, quotas = layer.held, []
-        segments, weights, names = (part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names))
+        segments, weights, names = (
+            part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names)
+        )
         each = (held.rows.tolist(), held.front.tolist(), held.counts.tolist(), held.n_came(layer.seen), n_kept)
         for row, front, counts, n_came, total in zip(*each, strict=True):
             ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
@@ -222,7 +246,11 @@ class Hold(Evict):
     def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
         """Of each slot (B, H, slots); protected ones above all."""
         held, n_slot = layer.held, layer.keys.shape[2]
-        pos = torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3]) if layer.pos is None else layer.pos
+        pos = (
+            torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3])
+            if layer.pos is None
+            else layer.pos
+        )
         starts, carried = held.starts, cast(torch.Tensor, held.carried)  # None only where it is not asked for
         if self.policy.running:
             scores = carried / held.ages(layer.seen, pos[:, : carried.shape[1]])
@@ -249,24 +277,36 @@ class Hold(Evict):
         return scores.masked_fill(shielded, torch.inf)
 
     def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
-        """The best of each instruction above all, as many as its floor says; heads hold different tokens, so each is a row here."""
+        """The best of each instruction above all, as many as its floor says; heads hold different tokens, so each is a
+        row here."""
         n_head, n_slot = scores.shape[1:]
         edges, floors = (torch.from_numpy(x)[held.rows] for x in floors_of(held.layout, self.fair))
         empty = torch.arange(n_slot) < held.front[:, None]
-        pos = pos.masked_fill(empty[:, None].to(pos.device), -1).contiguous()  # ascending, so an edge is found by its position
+        pos = pos.masked_fill(
+            empty[:, None].to(pos.device), -1
+        ).contiguous()  # ascending, so an edge is found by its position
         cuts = torch.searchsorted(pos, edges.to(pos)[:, None].expand(-1, n_head, -1).contiguous())
         cuts = torch.nn.functional.pad(cuts, (0, 1), value=n_slot).flatten(0, 1).cpu().numpy()
-        quotas = torch.nn.functional.pad(floors, (0, 1)).repeat_interleave(n_head, 0)[:, None]  # none for what came after the prompt
+        quotas = torch.nn.functional.pad(floors, (0, 1)).repeat_interleave(n_head, 0)[
+            :, None
+        ]  # none for what came after the prompt
         first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
         return torch.as_tensor(raised_at(scores, first.reshape(*scores.shape[:2], -1)))
 
-    def _received(self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: list[int]) -> torch.Tensor:
-        """Attention that slots from ``starts`` on received from each row's newest queries, ``n_new`` of them, summed: (B, H, slots)."""
+    def _received(
+        self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: list[int]
+    ) -> torch.Tensor:
+        """Attention that slots from ``starts`` on received from each row's newest queries, ``n_new`` of them, summed:
+        (B, H, slots)."""
         n_slot = call.key.shape[2]
         pairs = zip(starts.tolist(), n_new, strict=True)
-        votes = [[Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else [] for start, n in pairs]
+        votes = [
+            [Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else [] for start, n in pairs
+        ]
         inputs = self._inputs(call, call.query, [(front, n_slot) for front in fronts.tolist()])
-        return _over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(min=0)  # minus infinity where a row is empty
+        return _over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(
+            min=0
+        )  # minus infinity where a row is empty
 
     def _inputs(self, call: AttentionCall, queries, valid, segments=None) -> Inputs:
         scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
@@ -281,7 +321,8 @@ def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
 
 
 def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor) -> AttentionCall:
-    """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made so."""
+    """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made
+    so."""
     held, n_slot = layer.held, layer.keys.shape[2]
     older = torch.arange(n_slot - call.query.shape[2]) >= held.front[:, None]
     order = _empty_first(torch.cat([older, newest], 1))
@@ -289,7 +330,11 @@ def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor
     layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)
     carried = None if held.carried is None else _rearranged(held.carried[..., None], order)[..., 0]
     layer.held = replace(held, front=front, carried=carried)
-    query, key, value = _rearranged(call.query, _empty_first(newest)), _rearranged(call.key, order), _rearranged(call.value, order)
+    query, key, value = (
+        _rearranged(call.query, _empty_first(newest)),
+        _rearranged(call.key, order),
+        _rearranged(call.value, order),
+    )
     return replace(call, query=query, key=key, value=value)
 
 

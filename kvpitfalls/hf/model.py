@@ -1,10 +1,11 @@
 """Standing between a model and its attention functions.
 
-Every attention class looks its function up under one of two module-level names, so those are replaced by stand-ins in the modeling file's
-globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of models that are not wrapped, or that
-carry no cache of ours, go straight through.
+Every attention class looks its function up under one of two module-level names, so those are replaced by stand-ins in
+the modeling file's globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of
+models that are not wrapped, or that carry no cache of ours, go straight through.
 
-One forward of a wrapped decoder goes through :func:`_armed`, which sees to the cache and arms this thread; ``forward.py`` has what follows.
+One forward of a wrapped decoder goes through :func:`_armed`, which sees to the cache and arms this thread;
+``forward.py`` has what follows.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ def _around(base, implementation):
 
 
 class _Attachment:
-    """What a decoder is wrapped with, shared by everyone who needs it. It must not refer to the model, or that would never be freed."""
+    """What a decoder is wrapped with, shared by everyone who needs it. It must not refer to the model, or that would
+    never be freed."""
 
     def __init__(self, model):
         check_model(model)
@@ -88,15 +90,22 @@ class _Attachment:
 
     def with_cache(self, args: tuple, kwargs: dict, cache) -> tuple[tuple, dict]:
         """The same arguments, but with this cache."""
-        place = list(self.signature.parameters).index(self.cache_name) if self.cache_name in self.signature.parameters else len(args)
+        place = (
+            list(self.signature.parameters).index(self.cache_name)
+            if self.cache_name in self.signature.parameters
+            else len(args)
+        )
         if place < len(args):
             return (*args[:place], cache, *args[place + 1 :]), kwargs
-        others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}  # a None under an older name
+        others = {
+            name: value for name, value in kwargs.items() if name not in CACHE_NAMES
+        }  # a None under an older name
         return args, {**others, self.cache_name: cache}
 
 
 class _Running:
-    """A call of a wrapped decoder, or of ``generate``, while it runs; its frame alone holds it, so no interrupt can leave one behind."""
+    """A call of a wrapped decoder, or of ``generate``, while it runs; its frame alone holds it, so no interrupt can
+    leave one behind."""
 
     def __init__(self, decoder=None, wrap=None):
         self.decoder, self.wrap = decoder, wrap  # of generate
@@ -118,7 +127,8 @@ def attach(model) -> _Attachment:
 
 
 def detach(model) -> None:
-    """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any thread has ended."""
+    """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any
+    thread has ended."""
     with stand_ins.lock:
         stand_ins.clear_abandoned()
         _detach(_attached[decoder_of(model)])
@@ -163,7 +173,9 @@ def _attachment_of(model) -> _Attachment | None:
     there = _attached.get(decoder)
     if there is not None:
         return there
-    return next((a for a in list(_attached.values()) if any(x.stands_before(m) for x in a.others for m in modules)), None)
+    return next(
+        (a for a in list(_attached.values()) if any(x.stands_before(m) for x in a.others for m in modules)), None
+    )
 
 
 @contextlib.contextmanager
@@ -196,7 +208,8 @@ def _armed(decoder, forward, args, kwargs):
         return forward(*args, **kwargs)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] # torch documents it
         raise UnsupportedModelError(
-            "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, since a compressed "
+            "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, "
+            "since a compressed "
             "cache changes shape"
         )
     running, outer = _Running(), current_forward()
@@ -214,14 +227,16 @@ def _armed(decoder, forward, args, kwargs):
 
 
 def _generate(model, generate, args, kwargs):
-    """In place of a wrapped model's ``generate``: refused, or as it is, and the model stays wrapped until it has ended."""
+    """In place of a wrapped model's ``generate``: refused, or as it is, and the model stays wrapped until it has
+    ended."""
     decoder = decoder_of(model)
     attachment = _attached.get(decoder)
     if _is_paused(decoder):
         return generate(*args, **kwargs)
     if attachment is None:
         raise NotInterceptedError(
-            f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that nothing would be compressed; "
+            f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that "
+            "nothing would be compressed; "
             "expected that before kvpitfalls.wrap"
         )
     kwargs = under_one_name(cache_name(model), kwargs)
@@ -230,7 +245,9 @@ def _generate(model, generate, args, kwargs):
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
-            given = next(x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None)
+            given = next(
+                x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
+            )
             give_deltas(module, cache, len(given))
     running, outer = _Running(decoder, attachment.wrap), getattr(local, "generating", ())
     try:
@@ -240,7 +257,8 @@ def _generate(model, generate, args, kwargs):
         output = generate(*args, **kwargs)
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(
-                f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was compressed: it was "
+                f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was "
+                "compressed: it was "
                 "replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
         if running.cache is not None and running.wrap is not None:
@@ -254,14 +272,17 @@ def _generate(model, generate, args, kwargs):
 
 
 def _outer(module, forward, args, kwargs):
-    """In place of the forward that calls a multimodal model's decoder: what stands for a cache's prompt only is not left from another."""
+    """In place of the forward that calls a multimodal model's decoder: what stands for a cache's prompt only is not
+    left from another."""
     decoder = next((child for child in module.children() if child in _attached), None)
     if decoder is None:
         return forward(*args, **kwargs)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
     cache, before = given_cache(bound)[1], getattr(local, "outer", None)
-    if isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None:  # else generate has made the positions
+    if (
+        isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None
+    ):  # else generate has made the positions
         give_deltas(module, cache, len(_inputs(bound)))
     local.outer = (module, bound.get("input_ids"))
     try:
@@ -271,7 +292,8 @@ def _outer(module, forward, args, kwargs):
 
 
 def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
-    """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and positions."""
+    """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and
+    positions."""
     module, ids = local.outer
     cache.origin = replace(cache.origin, deltas=taken_deltas(module, n_row))
     record.ids = ids if record.ids is None else record.ids
@@ -293,10 +315,16 @@ def _generating(decoder) -> _Running | None:
 
 def _refuse_batching(model, start, args, kwargs):
     attachment = _attached.get(decoder_of(model))
-    if attachment is None or attachment.wrap is None or not attachment.wrap.action.acts or _is_paused(decoder_of(model)):
+    if (
+        attachment is None
+        or attachment.wrap is None
+        or not attachment.wrap.action.acts
+        or _is_paused(decoder_of(model))
+    ):
         return start(*args, **kwargs)
     raise UnsupportedModelError(
-        "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected generate, or a call "
+        "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected "
+        "generate, or a call "
         "inside `with handle.paused()`"
     )
 
@@ -304,7 +332,9 @@ def _refuse_batching(model, start, args, kwargs):
 def check_heads(attachment: _Attachment, model, action) -> None:
     """Raise if a layer of an attached model has fewer heads to choose for than an action's allocation expects."""
     compressed = {layer.index for layer in KeptCache(model.config, action).kept_layers}
-    check_choices(decoder_of(model), {module: i for module, i in attachment.own.items() if i in compressed}, action.least_heads)
+    check_choices(
+        decoder_of(model), {module: i for module, i in attachment.own.items() if i in compressed}, action.least_heads
+    )
 
 
 def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple[tuple, dict, Forward | None]:
@@ -320,7 +350,8 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             if not _uses_cache(decoder, bound):
                 if wrap.action.acts:
                     raise NotInterceptedError(
-                        "use_cache is False (an argument, or left in the model's config by training), so that nothing would be compressed; "
+                        "use_cache is False (an argument, or left in the model's config by training), so that nothing "
+                        "would be compressed; "
                         "expected use_cache=True, or a call inside `with handle.paused()`"
                     )
                 return args, kwargs, None
@@ -333,14 +364,16 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     elif cache.action is None and cache.n_seen == 0:
         if wrap is None:
             raise NotInterceptedError(
-                "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of handle.new_cache()"
+                "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of "
+                "handle.new_cache()"
             )
         wrap.make(cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval()")
     if isinstance(cache, FixedCache) and _records_gradients(decoder, bound):
         raise ValueError(
-            "a fixed cache, which is written in place, was given to a forward with gradients on; expected torch.no_grad(), or the cache it "
+            "a fixed cache, which is written in place, was given to a forward with gradients on; expected "
+            "torch.no_grad(), or the cache it "
             "was made from"
         )
     _check_origin(decoder, wrap, cache)
@@ -377,7 +410,9 @@ def _inputs(bound: dict) -> torch.Tensor:
 
 
 def _records_gradients(decoder, bound: dict) -> bool:
-    return torch.is_grad_enabled() and (_inputs(bound).requires_grad or any(x.requires_grad for x in decoder.parameters()))
+    return torch.is_grad_enabled() and (
+        _inputs(bound).requires_grad or any(x.requires_grad for x in decoder.parameters())
+    )
 
 
 def _uses_cache(decoder, bound: dict) -> bool:
@@ -389,17 +424,20 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; expected a new cache, "
+            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers "
+            "differ; expected a new cache, "
             "or a copy of its own (cache.copy())"
         )
     origin = cache.origin
     if wrap is not None and cache.action is None and wrap.action.holds:
         raise ValueError(
-            f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected when='prefill'"
+            f"the cache comes from a file, but the wrap holds a budget while generating ({wrap.settings}); expected "
+            "when='prefill'"
         )
     if wrap is not None and origin.settings not in (None, wrap.settings):
         raise ValueError(
-            f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap ({wrap.settings})"
+            f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap "
+            f"({wrap.settings})"
         )
     if cache.n_seen:
         origin.check_length(cache.n_seen)
@@ -414,7 +452,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     if seen:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache and {n_new} new ones "
+                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache "
+                f"and {n_new} new ones "
                 "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
         if n_new > 1:  # not at each step: it waits for the mask

@@ -1,10 +1,12 @@
-"""Weights that accelerate keeps on the CPU or on disk: until their module is called they are on the device 'meta', without values."""
+"""Weights that accelerate keeps on the CPU or on disk: until their module is called they are on the device 'meta',
+without values."""
 
 import torch
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module takes its input: on its first weight's device or, if that is offloaded, on the one where it is run.
+    """Where a module takes its input: on its first weight's device or, if that is offloaded, on the one where it is
+    run.
 
     Raises
     ------
@@ -18,7 +20,8 @@ def device_of(module: torch.nn.Module) -> torch.device:
     place = next((place for place in places if place is not None), None)
     if place is None:
         raise ValueError(
-            "the model is on the device 'meta', without values; expected one whose weights are loaded, or offloaded by accelerate"
+            "the model is on the device 'meta', without values; expected one whose weights are loaded, or offloaded "
+            "by accelerate"
         )
     return torch.device(place)
 

@@ -1,7 +1,8 @@
 """Attention of one new token over slots under a mask, without repeating the keys that a group of query heads shares.
 
-transformers repeats them where a mask is given (before 5.2x), or asks SDPA to, which on a CPU takes up to ten times as long. What is fast
-depends on the device: cuDNN's kernel for groups, where it takes the call; else the query heads of a group stand as rows of their key head.
+transformers repeats them where a mask is given (before 5.2x), or asks SDPA to, which on a CPU takes up to ten times as
+long. What is fast depends on the device: cuDNN's kernel for groups, where it takes the call; else the query heads of a
+group stand as rows of their key head.
 """
 
 import torch
@@ -42,10 +43,16 @@ def visible_slots(slots, mask: torch.Tensor | None) -> torch.Tensor | None:
     physical = mask.expand(*index.shape[:3], -1).gather(-1, index)
     if live is None:
         return physical
-    return physical & live if physical.dtype == torch.bool else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
+    return (
+        physical & live
+        if physical.dtype == torch.bool
+        else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
+    )
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scaling: float | None):
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scaling: float | None
+):
     """Output (B, 1, Hq, Dv), and no weights.
 
     Parameters
@@ -60,7 +67,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible:
         if visible is not None and visible.shape[1] > 1:
             per_query_head = visible.repeat_interleave(n_query_head // key.shape[1], 1)
         if _is_served_by_cudnn(query, key, value, per_query_head):
-            return sdpa(query, key, value, attn_mask=per_query_head, scale=scaling, enable_gqa=True).transpose(1, 2), None
+            return sdpa(query, key, value, attn_mask=per_query_head, scale=scaling, enable_gqa=True).transpose(
+                1, 2
+            ), None
     rows = query.reshape(n_row, key.shape[1], -1, n_dim)
     if query.is_cuda and key.dtype == torch.float32:
         out = _by_products(rows, key, value, visible, scaling)
@@ -70,13 +79,15 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible:
 
 
 def _is_served_by_cudnn(query, key, value, visible) -> bool:
-    """Whether it takes these; its time is that of reading the keys and values once. Asked of torch for every call: it depends on sizes."""
+    """Whether it takes these; its time is that of reading the keys and values once. Asked of torch for every call: it
+    depends on sizes."""
     params = torch.backends.cuda.SDPAParams(query, key, value, visible, 0.0, False, True)
     return torch.backends.cuda.can_use_cudnn_attention(params, debug=False)
 
 
 def _by_products(rows, key, value, visible, scaling: float | None) -> torch.Tensor:
-    """Two matrix products and a softmax, in float32: twice as fast on an H100 as SDPA's kernel, which has few blocks for one query.
+    """Two matrix products and a softmax, in float32: twice as fast on an H100 as SDPA's kernel, which has few blocks
+    for one query.
 
     Not in less: a logit would be rounded to 8 bits, or in float16 overflow before it is scaled.
     """

@@ -50,14 +50,19 @@ class Origin:
         return replace(self, decoder=weakref.ref(decoder), **known)
 
     def met(self, decoder: torch.nn.Module) -> "Origin":
-        """The same, of a filled cache that is given to this decoder; raises if another one, or nobody knows which, filled it."""
+        """The same, of a filled cache that is given to this decoder; raises if another one, or nobody knows which,
+        filled it."""
         if self.decoder is None and self.fingerprint is None:
-            raise ValueError("the cache was pickled when the model that filled it was gone or changed; expected save() and load_cache")
+            raise ValueError(
+                "the cache was pickled when the model that filled it was gone or changed; expected save() and "
+                "load_cache"
+            )
         if self.decoder is None and self.fingerprint == fingerprint(decoder):
             return self._with(decoder)
         if self.decoder is None or self.decoder() is not decoder:
             raise ValueError(
-                f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a cache of load_cache, "
+                f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a "
+                "cache of load_cache, "
                 "which compares the weights"
             )
         return self
@@ -66,23 +71,33 @@ class Origin:
         """The decoder that filled it; raises if that is not known, or is not what it was then."""
         decoder = None if self.decoder is None else self.decoder()
         if decoder is None:
-            raise ValueError("the model that filled the cache is gone, or the cache was pickled; expected save() while the model is there")
+            raise ValueError(
+                "the model that filled the cache is gone, or the cache was pickled; expected save() while the model "
+                "is there"
+            )
         self.check_adapters(decoder)
         if count_changes(decoder) != self.n_change:
             raise ValueError("the model's weights were changed since the cache was filled; expected save() before that")
         return decoder
 
     def check_adapters(self, decoder: torch.nn.Module) -> None:
-        """Raise if other adapters than those that filled the cache are active now. Another decoder is :meth:`met`'s business."""
-        if self.decoder is not None and self.decoder() is decoder and (now := active_adapters(decoder)) != self.adapters:
+        """Raise if other adapters than those that filled it are active now; :meth:`met` is for other decoders."""
+        if (
+            self.decoder is not None
+            and self.decoder() is decoder
+            and (now := active_adapters(decoder)) != self.adapters
+        ):
             before, now = (", ".join(names) or "none" for names in (self.adapters, now))
-            raise ValueError(f"the cache was filled with the adapters {before}, but now {now} is active; expected the same")
+            raise ValueError(
+                f"the cache was filled with the adapters {before}, but now {now} is active; expected the same"
+            )
 
     def check_length(self, n_seen: int) -> None:
         """Raise if the layers have seen more than went through this cache."""
         if self.pieces is not None and (n_known := sum(x.shape[1] for x in self.pieces)) < n_seen:
             raise ValueError(
-                f"the cache's layers have seen {n_seen} tokens, {n_seen - n_known} of them through another cache that shares them "
+                f"the cache's layers have seen {n_seen} tokens, {n_seen - n_known} of them through another cache that "
+                "shares them "
                 "(copy.copy); expected cache.copy()"
             )
 

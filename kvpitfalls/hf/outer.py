@@ -1,7 +1,8 @@
-"""What a multimodal model does around its decoder: images become embeddings, and positions count in more than one dimension.
+"""What a multimodal model does around its decoder: images become embeddings, and positions count in more than one
+dimension.
 
-How far positions are ahead of tokens after its images (``rope_deltas``), such a model keeps on itself, of the latest prompt only. So a
-cache keeps its own, which the model gets back whenever the cache goes on.
+How far positions are ahead of tokens after its images (``rope_deltas``), such a model keeps on itself, of the latest
+prompt only. So a cache keeps its own, which the model gets back whenever the cache goes on.
 """
 
 import re
@@ -29,7 +30,11 @@ def placeholders(model) -> set[int]:
 def outer_of(model) -> torch.nn.Module | None:
     """The module that calls a multimodal model's decoder; None for other models."""
     decoder = decoder_of(model)
-    return next((module for module in model.modules() if decoder in module.children()), None) if is_multimodal(model) else None
+    return (
+        next((module for module in model.modules() if decoder in module.children()), None)
+        if is_multimodal(model)
+        else None
+    )
 
 
 def others_of(model, prompt) -> dict:
@@ -40,7 +45,9 @@ def others_of(model, prompt) -> dict:
     if is_multimodal(model):
         return others
     if unknown := sorted(set(others) - {"token_type_ids"}):
-        raise ValueError(f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask")
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask"
+        )
     return {}
 
 
@@ -48,7 +55,8 @@ def check_placeholders(model, ids: torch.Tensor, others: Mapping) -> None:
     """Raise if ids say that an image stands there, and none was given."""
     if not others and (bare := sorted(placeholders(model) & set(ids.unique().tolist()))):
         raise ValueError(
-            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a sound, but none was "
+            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
+            "sound, but none was "
             "given; expected all that the processor returned: handle.compress(processor(...))"
         )
 
@@ -64,4 +72,6 @@ def give_deltas(outer, cache: KeptCache, n_row: int) -> None:
 def taken_deltas(outer, n_row: int) -> torch.Tensor | None:
     """What the model keeps of the prompt that it runs, (n_row, 1)."""
     deltas = vars(outer).get("rope_deltas")
-    return None if deltas is None else deltas.detach().reshape(len(deltas), -1).repeat_interleave(n_row // len(deltas), 0)
+    return (
+        None if deltas is None else deltas.detach().reshape(len(deltas), -1).repeat_interleave(n_row // len(deltas), 0)
+    )

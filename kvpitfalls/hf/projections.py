@@ -1,4 +1,4 @@
-"""The output projections of a model's attention modules, each tried by calling the module alone before it is relied on."""
+"""The output projections of a model's attention modules, each tried by calling the module alone."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -10,7 +10,9 @@ from ..errors import UnsupportedModelError
 from .alone import answered, called, embedding_of, given_to, options_of, same
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-_found: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()  # names, of modules that were tried
+_found: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = (
+    weakref.WeakKeyDictionary()
+)  # names, of modules that were tried
 
 
 def projections_of(decoder, layers: Mapping[torch.nn.Module, int]) -> dict[torch.nn.Module, Callable]:
@@ -32,15 +34,20 @@ def _tried(decoder, module, index: int) -> str:
     """The name of this module's output projection."""
     given, embedding = given_to(decoder, module), embedding_of(decoder)
     if embedding is not None:
-        given["position_embeddings"] = embedding(given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index))
-    draw = torch.randn(called(module, given).attended.shape, generator=torch.Generator().manual_seed(1)).to(given["hidden_states"])
+        given["position_embeddings"] = embedding(
+            given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index)
+        )
+    draw = torch.randn(called(module, given).attended.shape, generator=torch.Generator().manual_seed(1)).to(
+        given["hidden_states"]
+    )
     returned = called(module, given, draw).returned
     for name in _NAMES:
         projection = getattr(module, name, None)
         if isinstance(projection, torch.nn.Module) and same(projection(draw.flatten(2)), returned, draw.dtype):
             return name
     raise UnsupportedModelError(
-        f"{type(decoder).__name__} does more in layer {index} with what was attended to than to project it; the policy weighs values by "
+        f"{type(decoder).__name__} does more in layer {index} with what was attended to than to project it; the "
+        "policy weighs values by "
         f"the output projection and expects one, called {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
     )
 

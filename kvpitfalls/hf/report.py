@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 class Report(dict[str, Any]):
     """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook.
 
-    Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and head, ``n_slots``
-    held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is now, and of these ``bytes_kept``, of
-    slots that hold a token: where rows or heads hold different numbers of tokens, the others are empty), ``not_compressed`` (index ->
-    why, for the layers left as they are), ``bytes_before``, ``bytes_after``, ``bytes_kept`` and ``peak_bytes`` (over the compressed
-    layers; the peak is the most that their keys and values took at once: during a prefill the layers compressed so far and one whole
-    one; activations and weights are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept
-    share; row 0).
+    Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and
+    head, ``n_slots`` held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is
+    now, and of these ``bytes_kept``, of slots that hold a token: where rows or heads hold different numbers of tokens,
+    the others are empty), ``not_compressed`` (index -> why, for the layers left as they are), ``bytes_before``,
+    ``bytes_after``, ``bytes_kept`` and ``peak_bytes`` (over the compressed layers; the peak is the most that their keys
+    and values took at once: during a prefill the layers compressed so far and one whole one; activations and weights
+    are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept share; row
+    0).
 
     Examples
     --------
@@ -42,11 +43,19 @@ class Report(dict[str, Any]):
 
     def body(self) -> str:
         """The inside of the display."""
-        size = f"{_bytes(self['bytes_before'])} before, {_bytes(self['bytes_after'])} after, {_bytes(self['peak_bytes'])} at most"
+        size = (
+            f"{_bytes(self['bytes_before'])} before, {_bytes(self['bytes_after'])} after, "
+            f"{_bytes(self['peak_bytes'])} at most"
+        )
         if (n_empty := self["bytes_after"] - self["bytes_kept"]) > 0:
             size += f"; {_bytes(n_empty)} of it are empty slots, which a ragged layout would save"
         share = percent(self["kept_share"])
-        parts = [note(f"{self['n_tokens']} tokens; {share} of the entries kept; {size}; {len(self['layers'])} layers compressed.")]
+        parts = [
+            note(
+                f"{self['n_tokens']} tokens; {share} of the entries kept; {size}; {len(self['layers'])} layers "
+                "compressed."
+            )
+        ]
         if self["spans"]:
             parts.append(table(["instruction", "kept"], list(self["spans"].items()), shares=[1]))
         if self["not_compressed"]:

@@ -1,7 +1,8 @@
-"""How a model's layers turn their queries: read from the model's own code and its decoder, and tried on each layer before it is relied on.
+"""How a model's layers turn their queries: read from the model's own code and its decoder, and tried on each layer.
 
-The modeling file's ``apply_rotary_pos_emb`` and the decoder's ``rotary_emb`` are called, nothing is replaced. Whether a layer really turns
-its queries so, its attention is asked alone, on random hidden states: with the angles of some positions, and with none.
+The modeling file's ``apply_rotary_pos_emb`` and the decoder's ``rotary_emb`` are called, nothing is replaced. Whether a
+layer really turns its queries so, its attention is asked alone, on random hidden states: with the angles of some
+positions, and with none.
 """
 
 import inspect
@@ -57,7 +58,9 @@ class LayerRotary(Rotary):
         return torch.cat([self.function(part, cos, sin), x[..., self.width :]], -1)
 
 
-def rotaries_of(decoder, layers: Mapping[torch.nn.Module, int], positions: torch.Tensor) -> dict[torch.nn.Module, LayerRotary]:
+def rotaries_of(
+    decoder, layers: Mapping[torch.nn.Module, int], positions: torch.Tensor
+) -> dict[torch.nn.Module, LayerRotary]:
     """How each of these attention modules turns the queries of a prompt at these positions (1 or B, T).
 
     Raises
@@ -67,12 +70,16 @@ def rotaries_of(decoder, layers: Mapping[torch.nn.Module, int], positions: torch
     """
     embedding = embedding_of(decoder)
     if embedding is None or positions.ndim != 2:
-        raise _unknown(decoder, "has no rotary_emb" if embedding is None else f"counts positions in {len(positions)} dimensions")
+        raise _unknown(
+            decoder, "has no rotary_emb" if embedding is None else f"counts positions in {len(positions)} dimensions"
+        )
     found = {}
     for module, index in layers.items():
         function = _function_of(module)
         if function is None:
-            raise _unknown(decoder, f"has no {_NAME} of queries, cosines and sines in the file of {type(module).__name__}")
+            raise _unknown(
+                decoder, f"has no {_NAME} of queries, cosines and sines in the file of {type(module).__name__}"
+            )
         rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, 0)
         if module not in _widths:
             _widths[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
@@ -94,21 +101,26 @@ def _function_of(module) -> Callable | None:
 
 def _unknown(decoder, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(decoder).__name__} {reason}; the policy undoes rotary embedding and expects a model whose layers turn their queries by one"
+        f"{type(decoder).__name__} {reason}; the policy undoes rotary embedding and expects a model whose layers "
+        "turn their queries by one"
     )
 
 
 def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
-    """How many channels of each head this layer turns; raises if it turns them in another way, or is moved by positions otherwise."""
+    """How many channels of each head this layer turns; raises if positions move it in any other way."""
     given = given_to(decoder, module)
     places, device = given["position_ids"], given["hidden_states"].device
     angles = rotary.embedding(given["hidden_states"], places, **rotary.options)
-    if not isinstance(angles, tuple) or not all(isinstance(part, torch.Tensor) and not part.is_complex() for part in angles):
+    if not isinstance(angles, tuple) or not all(
+        isinstance(part, torch.Tensor) and not part.is_complex() for part in angles
+    ):
         raise _unknown(decoder, "turns its queries by something else than cosines and sines")
     angles = tuple(part.to(device) for part in angles)
     still = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
     calls = ((still, places), (still, places + 7), (angles, places))
-    before, moved, after = (called(module, {**given, "position_embeddings": by, "position_ids": at}).query for by, at in calls)
+    before, moved, after = (
+        called(module, {**given, "position_embeddings": by, "position_ids": at}).query for by, at in calls
+    )
     dtype = before.dtype
     if same(before, moved, dtype) and same(before, after, dtype):
         return 0

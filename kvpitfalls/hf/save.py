@@ -34,9 +34,14 @@ def save_cache(cache: KeptCache, path: "str | os.PathLike[str]") -> None:
     if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if cache.is_held:
-        raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no policy")
+        raise ValueError(
+            "the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no "
+            "policy"
+        )
     if cache.origin.deltas is not None and bool(cache.origin.deltas.any()):
-        raise ValueError("the cache's prompt has images, whose positions a file cannot hold; expected a prompt of text alone")
+        raise ValueError(
+            "the cache's prompt has images, whose positions a file cannot hold; expected a prompt of text alone"
+        )
     of_model = fingerprint(cache.origin.filler())
     tensors: dict[str, torch.Tensor] = {}
     layers = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(cache.layers)]
@@ -59,7 +64,9 @@ def _write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        raise OSError(f"the cache could not be written to {path.parent} ({error}); expected a folder with space for it") from error
+        raise OSError(
+            f"the cache could not be written to {path.parent} ({error}); expected a folder with space for it"
+        ) from error
     with path.open("rb") as file:  # it is on the disk before it takes the place of an older one
         os.fsync(file.fileno())
 
@@ -79,15 +86,23 @@ def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) ->
     for name, value in vars(layer).items():
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
             tensors[f"{prefix}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-        elif isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value)):
+        elif isinstance(value, _PLAIN) or (
+            isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value)
+        ):
             plain[name] = value
         elif isinstance(value, dict) and all(isinstance(x, (torch.Tensor, *_PLAIN)) for x in value.values()):
             plain[name] = {key: x for key, x in value.items() if not isinstance(x, torch.Tensor)}
             tensors.update(
-                {f"{prefix}.{name}.{k}": x.detach().to("cpu", copy=True) for k, x in value.items() if isinstance(x, torch.Tensor)}
+                {
+                    f"{prefix}.{name}.{k}": x.detach().to("cpu", copy=True)
+                    for k, x in value.items()
+                    if isinstance(x, torch.Tensor)
+                }
             )
         elif not isinstance(value, (torch.dtype, torch.device)):  # those are the keys' own
-            raise TypeError(f"{prefix} is a {type(layer).__name__} whose {name} is a {type(value).__name__}; it cannot be saved")
+            raise TypeError(
+                f"{prefix} is a {type(layer).__name__} whose {name} is a {type(value).__name__}; it cannot be saved"
+            )
     return {"kind": type(layer).__name__, "plain": plain}
 
 
@@ -130,12 +145,24 @@ def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:
     about, tensors = _read(_path(path))
     decoder = decoder_of(model)
     if about["fingerprint"] != fingerprint(decoder):
-        raise ValueError(f"{path} holds the cache of another model; expected one that {type(model).__name__} filled, with these weights")
+        raise ValueError(
+            f"{path} holds the cache of another model; expected one that {type(model).__name__} filled, with these "
+            "weights"
+        )
     cache = KeptCache(model.config)
     if [type(layer).__name__ for layer in cache.layers] != [layer["kind"] for layer in about["layers"]]:
-        raise ValueError(f"{path} holds other kinds of layers than this transformers version makes for {type(model).__name__}")
-    if unknown := [name for layer, n in zip(cache.layers, _fields(about, tensors), strict=True) for name in n - _known_fields(layer)]:
-        raise ValueError(f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for {type(model).__name__}")
+        raise ValueError(
+            f"{path} holds other kinds of layers than this transformers version makes for {type(model).__name__}"
+        )
+    if unknown := [
+        name
+        for layer, n in zip(cache.layers, _fields(about, tensors), strict=True)
+        for name in n - _known_fields(layer)
+    ]:
+        raise ValueError(
+            f"{path} holds a layer's {unknown[0]!r}, which this transformers version does not have for "
+            f"{type(model).__name__}"
+        )
     attention, device = attention_modules(model), device_of(decoder)
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         of_layer = device_of(attention[i]) if i in attention else device
@@ -144,9 +171,13 @@ def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:
             _put_together(layer, parts["plain"], own, of_layer)
             is_whole = not isinstance(layer, KeptLayer) or _is_evicted(layer, i, len(about["valid"]))
         except (AttributeError, TypeError) as error:  # a field of another kind than the layer's own
-            raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save") from error
+            raise ValueError(
+                f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save"
+            ) from error
         if not is_whole:
-            raise ValueError(f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save")
+            raise ValueError(
+                f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save"
+            )
     cache.peak_bytes = about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
@@ -158,7 +189,11 @@ def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:
 
 def _known_fields(layer: object) -> set[str]:
     """What a layer of this transformers version has, or gets with its first rows (linear attention, before 5.17)."""
-    later = (vars(kind)["lazy_initialization"].__code__ for kind in type(layer).__mro__ if "lazy_initialization" in vars(kind))
+    later = (
+        vars(kind)["lazy_initialization"].__code__
+        for kind in type(layer).__mro__
+        if "lazy_initialization" in vars(kind)
+    )
     return {*vars(layer), *(name for code in later for name in code.co_names)}
 
 
@@ -169,30 +204,42 @@ def _path(path: object) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a file holds, checked against its own digest. The file is read once and not mapped: what changes it later changes no cache."""
+    """What a file holds, checked against its own digest. The file is read once and not mapped: what changes it later
+    changes no cache."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; expected a cache saved by KeptCache.save")
     data = path.read_bytes()
     try:
         tensors = parse(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype that torch does not have
-        raise ValueError(f"{path} is broken, or not a safetensors file ({error}); expected a cache saved by KeptCache.save") from error
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        RecursionError,
+    ) as error:  # KeyError: a dtype that torch does not have
+        raise ValueError(
+            f"{path} is broken, or not a safetensors file ({error}); expected a cache saved by KeptCache.save"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a cache of this package; expected a file saved by KeptCache.save")
     version = metadata.get("version", "")
     if version.isdecimal() and int(version[:9]) > VERSION:
-        raise ValueError(f"{path} has version {version[:9]}; expected at most {VERSION}: it was saved by a newer kvpitfalls")
+        raise ValueError(
+            f"{path} has version {version[:9]}; expected at most {VERSION}: it was saved by a newer kvpitfalls"
+        )
     if version.isdecimal() and 0 < int(version) < VERSION:
         raise ValueError(
-            f"{path} has version {version}, of an older kvpitfalls; expected {VERSION}: compress the prompt again, and save it"
+            f"{path} has version {version}, of an older kvpitfalls; expected {VERSION}: compress the prompt again, "
+            "and save it"
         )
     about = metadata.get("about")
     if version != str(VERSION) or about is None or "sha256" not in metadata:
         raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
     if metadata["sha256"] != _digest(about, tensors):
         raise ValueError(
-            f"{path} is broken: its content does not have the sha256 that it names; expected the file as KeptCache.save wrote it"
+            f"{path} is broken: its content does not have the sha256 that it names; expected the file as "
+            "KeptCache.save wrote it"
         )
     return _checked(path, about, tensors), tensors
 
@@ -203,7 +250,9 @@ def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[st
         about: dict[str, Any] = json.loads(text)
         good = set(about) == _CONTENT and about["tensors"] == sorted(tensors) and _well_formed(about)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save") from error
+        raise ValueError(
+            f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save"
+        ) from error
     if not good:
         raise ValueError(f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save")
     return about
@@ -219,7 +268,9 @@ def _well_formed(about: dict[str, Any]) -> bool:
         and all(set(layer) == {"kind", "plain"} and isinstance(layer["plain"], dict) for layer in about["layers"])
         and all(isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair) for pair in pairs)
         and len(about["spans"]) in (0, len(about["valid"]))
-        and all((m := _FIELD.fullmatch(name)) is not None and int(m[1]) < len(about["layers"]) for name in about["tensors"])
+        and all(
+            (m := _FIELD.fullmatch(name)) is not None and int(m[1]) < len(about["layers"]) for name in about["tensors"]
+        )
     )
 
 
@@ -242,10 +293,20 @@ def _fields(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[set
 def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
     """Whether a layer that was read is one that holds a compressed prompt."""
     keys, values, pos, live = layer.keys, layer.values, layer.pos_before, layer.live_before
-    if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and layer.is_initialized is True and layer.held is None):
+    if not (
+        isinstance(keys, torch.Tensor)
+        and isinstance(values, torch.Tensor)
+        and layer.is_initialized is True
+        and layer.held is None
+    ):
         return False
     numbers = (layer.index, layer.seen, layer.bytes_before, layer.n_after)
-    if keys.ndim != 4 or values.shape[:3] != keys.shape[:3] or len(keys) != n_row or any(type(x) is not int for x in numbers):
+    if (
+        keys.ndim != 4
+        or values.shape[:3] != keys.shape[:3]
+        or len(keys) != n_row
+        or any(type(x) is not int for x in numbers)
+    ):
         return False
     if pos is None:
         return layer.index == index and live is None and layer.seen == keys.shape[2]

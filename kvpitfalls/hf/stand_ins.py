@@ -1,6 +1,7 @@
 """Stand-ins for the two names under which a modeling file looks up its attention functions.
 
-They are there for as long as a model of that file is wrapped, counted, and taken out again even if the model is freed without a word.
+They are there for as long as a model of that file is wrapped, counted, and taken out again even if the model is freed
+without a word.
 """
 
 import collections
@@ -10,11 +11,14 @@ from collections.abc import Callable
 
 lock = threading.Lock()  # held by who puts, takes or clears
 _there: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
-_abandoned: "collections.deque[list[dict]]" = collections.deque()  # globals of models that were freed while they were wrapped
+_abandoned: "collections.deque[list[dict]]" = (
+    collections.deque()
+)  # globals of models that were freed while they were wrapped
 
 
 class _StandIn:
-    """In place of a modeling file's ALL_ATTENTION_FUNCTIONS: the same lookups, with our function around what they find."""
+    """In place of a modeling file's ALL_ATTENTION_FUNCTIONS: the same lookups, with our function around what they
+    find."""
 
     def __init__(self, real, around: Callable):
         self._real, self._around = real, around
@@ -60,7 +64,9 @@ def _replace(namespace: dict, originals: dict, around: Callable) -> None:
     real = namespace["ALL_ATTENTION_FUNCTIONS"]
     originals["ALL_ATTENTION_FUNCTIONS"] = real
     namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real, around)
-    if not hasattr(real, "get_interface"):  # before transformers 5.0 eager is a plain global, not looked up in the registry
+    if not hasattr(
+        real, "get_interface"
+    ):  # before transformers 5.0 eager is a plain global, not looked up in the registry
         eager = namespace["eager_attention_forward"]
         originals["eager_attention_forward"] = eager
         namespace["eager_attention_forward"] = lambda *args, **kwargs: around(eager, "eager")(*args, **kwargs)

@@ -1,4 +1,5 @@
-"""One step of a decoder over a cache of fixed size, captured as a CUDA graph: the GPU's work without Python between its kernels."""
+"""One step of a decoder over a cache of fixed size, captured as a CUDA graph: the GPU's work without Python between its
+kernels."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +17,9 @@ def why_not_this(bound: dict) -> str | None:
     ids = bound.get("input_ids")
     if ids is None or not ids.is_cuda:
         return "it has no token ids on a GPU"
-    if others := [name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False]:
+    if others := [
+        name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False
+    ]:
         return f"it was given {', '.join(others)}"
     positions = bound.get("position_ids")
     if positions is None or positions.ndim != 2 or positions.shape[1] != 1 or ids.shape[1] != 1:
@@ -30,7 +33,10 @@ def why_not(decoder: torch.nn.Module) -> str | None:
         return f"{type(decoder).__name__} counts positions itself"
     if len({parameter.device for parameter in decoder.parameters()}) > 1:
         return "the model is on several devices"
-    if any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in decoder.modules()):
+    if any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        for module in decoder.modules()
+    ):
         return "modules have hooks, which a replay would not call"
     return None
 

@@ -1,4 +1,5 @@
-"""A check on a live model: the order of cached rows must not matter, or eviction would change more than what it removes."""
+"""A check on a live model: the order of cached rows must not matter, or eviction would change more than what it
+removes."""
 
 import torch
 
@@ -24,9 +25,15 @@ class Shuffle(Action):
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Shuffle ``layer``."""
         n_row, n_head, n_token = layer.keys.shape[:3]
-        order = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator).argsort(-1).to(layer.keys.device)
+        order = (
+            torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator)
+            .argsort(-1)
+            .to(layer.keys.device)
+        )
         order = order.expand(-1, n_head, -1)
-        keys, values = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values))
+        keys, values = (
+            x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)
+        )
         layer.keep(keys, values, order.int(), True)
 
 

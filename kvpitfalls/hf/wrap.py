@@ -3,12 +3,11 @@
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..display.markup import block, note
@@ -16,7 +15,7 @@ from ..display.progress import progress
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
-from ..eviction.fairness import PROTECT_WORDS, AnyFair, Fair, Protect, Spans, protected_positions
+from ..eviction.fairness import AnyFair, Fair, Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
 from ..policies import get_policy
@@ -28,18 +27,16 @@ from .cache import KeptCache
 from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
-from .generate import GREEDY, pad_token
+from .generate import GREEDY
+from .given_prompts import AnyPrompt, batch_of, by_name, check_ids, marked
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
 from .model import attach, check_heads, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
-from .outer import check_placeholders, is_multimodal, others_of, placeholders
+from .outer import check_placeholders, is_multimodal, others_of
 from .report import Report
-
-AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
-Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Spans | None, Protect | None]  # see _batch
 
 
 def wrap(
@@ -64,19 +61,20 @@ def wrap(
     compression_ratio, budget : float or int
         Exactly one: the share of the cache removed, in [0, 1), or the number of tokens kept.
     fair : bool, float, "paper", "floor", "floor=M" or Fair
-        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`. "floor=M": as the policy likes, but at least
-        M tokens (4 by default) of every instruction in every head and layer.
+        How the budget is shared between a prompt's instructions; see :class:`kvpitfalls.Fair`. "floor=M": as the policy
+        likes, but at least M tokens (4 by default) of every instruction in every head and layer.
     protect : str, int, or list of them
-        Tokens kept whatever their score and paid from the budget: instruction names, roles ("system": all that its messages say), texts of
-        the prompt, positions, "sinks", or "boundary" (a tenth of the budget at each end of the prompt). A name comes before these words,
-        and they come before a text.
+        Tokens kept whatever their score and paid from the budget: instruction names, roles ("system": all that its
+        messages say), texts of the prompt, positions, "sinks", or "boundary" (a tenth of the budget at each end of the
+        prompt). A name comes before these words, and they come before a text.
     when : {"prefill", "decode", "always"}
-        "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that, and after every
-        later forward the cache is cut to the budget again. "decode": only the latter, so that the prompt is whole until the first
-        later forward. A ``compression_ratio`` then means its share of the prompt, in tokens, for good.
+        "prefill": the prompt is compressed once, after its prefill, and what comes later stays whole. "always": that,
+        and after every later forward the cache is cut to the budget again. "decode": only the latter, so that the
+        prompt is whole until the first later forward. A ``compression_ratio`` then means its share of the prompt, in
+        tokens, for good.
     allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
-        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What all layers and heads
-        hold together is the same in any case.
+        How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What
+        all layers and heads hold together is the same in any case.
 
     Returns
     -------
@@ -109,7 +107,8 @@ def wrap(
 
 
 class _Caches:
-    """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep it alive."""
+    """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep
+    it alive."""
 
     def __init__(self, config: Any, action: Evict) -> None:
         self.config, self.action, self.settings = config, action, _settings(action)
@@ -191,7 +190,8 @@ class Handle:
         take_wrap(self._attachment, self._caches)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go on as ever."""
+        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go
+        on as ever."""
         return paused(self.model)
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
@@ -212,11 +212,13 @@ class Handle:
         Parameters
         ----------
         prompt : Prompt, list of Prompt, LongTensor (B, T) or (T,), or what a tokenizer or a processor returns
-            Prompts of different lengths are padded on the left. With images, all that the processor returned, of them too.
+            Prompts of different lengths are padded on the left. With images, all that the processor returned, of them
+            too.
         attention_mask : tensor (B, T), optional
             For token ids that are padded, on the left or (with when="prefill") on the right.
         spans : mapping of name to (start, end), or one per row, optional
-            The instructions, for token ids; a Prompt has its own. Padding counts: in a row that is padded on the left, they begin after it.
+            The instructions, for token ids; a Prompt has its own. Padding counts: in a row that is padded on the left,
+            they begin after it.
         instructions : {"sentences", "lines", "messages"} or mapping, optional
             For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
         inputs
@@ -228,17 +230,21 @@ class Handle:
         """
         if self.is_removed:
             raise ValueError("the handle was removed; expected a call inside the wrap")
-        prompt = _by_name(prompt, inputs)
-        prompt = prompt if instructions is None else _marked(prompt, instructions)
+        prompt = by_name(prompt, inputs)
+        prompt = prompt if instructions is None else marked(prompt, instructions)
         others = others_of(self.model, prompt)
-        ids, mask, by_row, protect = _batch(prompt, attention_mask, spans, self.action)
+        ids, mask, by_row, protect = batch_of(prompt, attention_mask, spans, self.action)
         if not len(ids):
             raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
-            raise ValueError(f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from")
+            raise ValueError(
+                f"the prompt has {ids.shape[1]} tokens; expected at least 2, since there is nothing to evict from"
+            )
         for begin, end in valid_ranges(mask, *ids.shape):
             if end - begin < 2:
-                raise ValueError(f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from")
+                raise ValueError(
+                    f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from"
+                )
         cache = self._caches.make(spans=by_row, protect=protect)
         prefill(self.model, cache, ids, mask, others)
         return cache
@@ -248,7 +254,7 @@ class Handle:
         return block(repr(self)[1:-1], note("No cache yet.") if cache is None else cache.report().body())
 
     def report(self) -> Report:
-        """:meth:`KeptCache.report` of the newest cache: one that is still in use, or that of a ``generate`` that has ended."""
+        """:meth:`KeptCache.report` of the newest cache: one still in use, or that of a ``generate`` that has ended."""
         cache = self._caches.last()
         if cache is None:
             raise ValueError("no cache was compressed yet, or none is in use any more; expected one to report on")
@@ -257,8 +263,8 @@ class Handle:
     def verify(self, n_token: int = 24, tolerance: float = 1e-4) -> float:
         """Check on this very model that cached rows may stand in any order, which eviction relies on.
 
-        Two short forwards on random tokens, one with each head's cached rows shuffled; returns the largest difference of the logits,
-        relative to the largest logit.
+        Two short forwards on random tokens, one with each head's cached rows shuffled; returns the largest difference
+        of the logits, relative to the largest logit.
 
         Raises
         ------
@@ -274,7 +280,8 @@ class Handle:
 
 
 def unwrap(model: Any) -> None:
-    """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is not wrapped is left.
+    """Restore a model, whoever wrapped it: what :meth:`Handle.remove` does where the handle is lost. A model that is
+    not wrapped is left.
 
     Parameters
     ----------
@@ -296,7 +303,9 @@ def _settings(action: Evict) -> str:
     """A wrap's settings in words: caches of wraps that differ in them are not mixed."""
     amount = f"compression_ratio={action.compression_ratio}" if action.budget is None else f"budget={action.budget}"
     when = f", when={action.when!r}" if isinstance(action, Hold) else ""
-    allocation = "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
+    allocation = (
+        "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
+    )
     return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{allocation}{when}"
 
 
@@ -338,7 +347,8 @@ class Fork(Action):
 
 @torch.no_grad()
 def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
-    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the model again.
+    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the
+    model again.
 
     Parameters
     ----------
@@ -354,7 +364,7 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     """
     caches = []
     for setting in settings:
-        ids, mask, spans, protect = _batch(list(prompts), None, None, setting)
+        ids, mask, spans, protect = batch_of(list(prompts), None, None, setting)
         caches.append(KeptCache(model.config, replace(setting, spans=spans, protect=protect)))
     attach(model)
     try:
@@ -370,13 +380,15 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     return caches
 
 
-def prefill(model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None) -> None:
+def prefill(
+    model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None
+) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
     check_placeholders(model, ids, others)
-    _check_ids(model, ids)
+    check_ids(model, ids)
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
@@ -386,114 +398,17 @@ def prefill(model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor 
             cache.progress = None
 
 
-def _through_outer(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> None:
+def _through_outer(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
+) -> None:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
 def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> None:
-    if "position_ids" in inspect.signature(decoder.forward).parameters:  # some would count otherwise, such as RoBERTa from its padding id
+    if (
+        "position_ids" in inspect.signature(decoder.forward).parameters
+    ):  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     decoder(input_ids=input_ids, **others)
-
-
-def _by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
-    """The prompt, or what was given by name in its place."""
-    if not inputs or (prompt is None and "input_ids" in inputs):
-        return inputs or prompt
-    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
-    raise TypeError(f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: compress(**inputs)")
-
-
-def _marked(prompt: object, instructions: Instructions) -> list[Prompt]:
-    prompts = [prompt] if isinstance(prompt, Prompt) else prompt
-    if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
-        raise TypeError(f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of them")
-    return [p.marked(instructions) for p in prompts]
-
-
-def _batch(prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
-    """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
-    if isinstance(prompt, Prompt):
-        prompt = [prompt]
-    if isinstance(prompt, Mapping):
-        prompt, attention_mask = _of_tokenizer(prompt, attention_mask)
-    if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
-        if attention_mask is not None or spans is not None:
-            raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return pad_left([p for p in prompt if isinstance(p, Prompt)], action)
-    ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)")
-    mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
-    return ids, mask, spans, action.protect
-
-
-def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
-    """Ids and mask of what a tokenizer returns."""
-    if "input_ids" not in given:
-        raise ValueError(f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask")
-    if attention_mask is not None and given.get("attention_mask") is not None:
-        raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
-    return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
-
-
-def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
-    try:
-        tensor = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is a {type(given).__name__} that is no tensor; expected {expected}") from error
-    if tensor.device.type == "meta":
-        raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
-    return tensor
-
-
-def _check_ids(model: Any, ids: torch.Tensor) -> None:
-    """Refuse ids that the vocabulary lacks: a GPU's error for them ends the process's use of it."""
-    embeddings = model.get_input_embeddings()
-    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
-        return
-    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholders(model)), dtype=ids.dtype, device=ids.device))]
-    if not known.numel():
-        return
-    low, high = torch.stack(known.aminmax()).tolist()
-    if low < 0 or high >= embeddings.num_embeddings:
-        raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})")
-
-
-def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
-    """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
-    width = max(len(p) for p in prompts)
-    starts = [width - len(p) for p in prompts]
-    pad = pad_token(prompts[0].tokenizer)
-    ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
-    mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
-    spans = [{s.name: (s.start + start, s.end + start) for s in p.spans.values()} for p, start in zip(prompts, starts, strict=True)]
-    shielded = None
-    if action.protect is not None:
-        shielded = np.zeros((len(prompts), width), bool)
-        for row, prompt, start in zip(shielded, prompts, starts, strict=True):
-            row[[start + t for t in protected_in(prompt, action.protect, action.n_sink, action.limit)]] = True
-    return ids, mask if any(starts) else None, spans, shielded
-
-
-def protected_in(prompt: Prompt, protect: Protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
-    """Protected token positions of one prompt; a text that is no instruction's name and no role is looked up in it."""
-    items: list[Any] = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
-    spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, list[Any]()
-    for item in items:
-        if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
-            known.append(item)
-        else:
-            known.extend(prompt.tokens_of(item) if item in prompt.roles else _tokens_of_text(prompt, item))
-    return protected_positions(known, 0, 0, len(prompt), spans, n_sink, limit)
-
-
-def _tokens_of_text(prompt: Prompt, text: str) -> range:
-    """Where a text stands; a text that is not there may be a name that was mistyped."""
-    try:
-        return range(*prompt.find(text))
-    except ValueError as error:
-        raise ValueError(f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'})") from error

@@ -1,4 +1,5 @@
-"""Eviction policies: one file each. Every module of this folder is imported here, so a new file is all a new policy needs."""
+"""Eviction policies: one file each. Every module of this folder is imported here, so a new file is all a new policy
+needs."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -10,11 +10,12 @@ from .snapkv import SnapKV
 class AdaKV(SnapKV):
     """Keep SnapKV's best tokens of all heads of a layer together, but of each head at least a part.
 
-    Scores are SnapKV's. Of K tokens a head, each keeps its best ``max(1, floor(alpha K))``, and the layer the best of the rest, whichever
-    head they are of; of equal scores the lower head's. Heads then hold different numbers of tokens, in as many slots as the largest needs.
+    Scores are SnapKV's. Of K tokens a head, each keeps its best ``max(1, floor(alpha K))``, and the layer the best of
+    the rest, whichever head they are of; of equal scores the lower head's. Heads then hold different numbers of tokens,
+    in as many slots as the largest needs.
 
-    Fair: SnapKV's scores, and quotas that a layer's heads share: of each instruction a layer keeps its share, and each head at least that
-    part of it.
+    Fair: SnapKV's scores, and quotas that a layer's heads share: of each instruction a layer keeps its share, and each
+    head at least that part of it.
 
     Parameters
     ----------
@@ -25,8 +26,8 @@ class AdaKV(SnapKV):
 
     Notes
     -----
-    Defined for layers of two key heads or more. ``allocation="ada"`` does the same to any other policy's scores; where these are
-    comparable between heads is for its user to say.
+    Defined for layers of two key heads or more. ``allocation="ada"`` does the same to any other policy's scores; where
+    these are comparable between heads is for its user to say.
 
     References
     ----------

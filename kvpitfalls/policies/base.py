@@ -55,11 +55,19 @@ class Vote(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
-    """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end in empty ones."""
+    """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end
+    in empty ones."""
     packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
     for row, of_row in zip(packed, votes, strict=True):
         for packed_vote, vote in zip(row, of_row, strict=False):
-            packed_vote[:] = [*vote.keys, *vote.queries, *vote.more_queries, _WEIGHTS[vote.weight], vote.age_end, *vote.window]
+            packed_vote[:] = [
+                *vote.keys,
+                *vote.queries,
+                *vote.more_queries,
+                _WEIGHTS[vote.weight],
+                vote.age_end,
+                *vote.window,
+            ]
     return packed
 
 
@@ -182,17 +190,18 @@ class Policy:
     needs_output : bool
         Whether :meth:`score` reads ``inputs.output``; likewise.
     holds : bool
-        Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands between two tokens
-        may be gone; else it is refused there.
+        Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands
+        between two tokens may be gone; else it is refused there.
     listed : bool
         Whether ``policy_names()`` has it; a control is not listed.
     allocation : Allocation or str
         How it shares a budget over layers and heads, if it says so itself; see :class:`kvpitfalls.Allocation`.
     recent_queries : int
-        While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept for it.
+        While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept
+        for it.
     running : bool
-        While a budget is held: a token's score is the attention it received from all queries so far, divided by their number, instead
-        of what :meth:`score` says.
+        While a budget is held: a token's score is the attention it received from all queries so far, divided by their
+        number, instead of what :meth:`score` says.
     n_sink : int
         How many of a row's first tokens ``protect="sinks"`` keeps.
 
@@ -222,18 +231,23 @@ class Policy:
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
     n_sink: int = 4
-    #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair themselves (False).
+    #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair
+    #: themselves (False).
     paper_quotas: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         name = cls.__dict__.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise TypeError(f"policy {cls.__name__} has name {name!r}; expected lower-case letters, digits and underscores")
+            raise TypeError(
+                f"policy {cls.__name__} has name {name!r}; expected lower-case letters, digits and underscores"
+            )
         for key in (name, *cls.aliases):
             other = _registry.get(key)
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(f"policy {cls.__name__} is called {key!r}, but {other.__module__}.{other.__qualname__} already is")
+                raise ValueError(
+                    f"policy {cls.__name__} is called {key!r}, but {other.__module__}.{other.__qualname__} already is"
+                )
         for key in (name, *cls.aliases):
             _registry[key] = cls
 
@@ -244,7 +258,8 @@ class Policy:
         return repr(self) if changed else self.name
 
     def check(self, n_token: int, n_kept: int) -> None:
-        """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept`` (fewer) are kept."""
+        """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept``
+        (fewer) are kept."""
 
     def score(self, inputs: Inputs) -> Array:
         """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""

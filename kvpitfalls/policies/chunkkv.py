@@ -18,20 +18,21 @@ Spans: TypeAlias = Sequence[tuple[int, int]]
 class ChunkKV(Policy):
     """Keep whole chunks of text, by the scores of another policy.
 
-    score[k] = mean over k's chunk of the sum over key heads of the policy's scores, the same for all heads. Chunks are kept whole, the best
-    first; the last one that fits only in part keeps its first tokens, so budgets are exact (kvpress's press rounds down to whole chunks,
-    and lets the first row of a batch choose for all).
+    score[k] = mean over k's chunk of the sum over key heads of the policy's scores, the same for all heads. Chunks are
+    kept whole, the best first; the last one that fits only in part keeps its first tokens, so budgets are exact
+    (kvpress's press rounds down to whole chunks, and lets the first row of a batch choose for all).
 
-    Fair: the policy scores each segment as it does when fair, and chunks begin anew in each segment, so none lies in two instructions.
+    Fair: the policy scores each segment as it does when fair, and chunks begin anew in each segment, so none lies in
+    two instructions.
 
     Parameters
     ----------
     policy : Policy or str
         Whose scores. One that scores a window above all others, such as SnapKV, keeps the window's chunks first.
     chunks : int or "instructions"
-        Tokens of a chunk; the last of a segment may be shorter. "instructions": each instruction is a chunk, and so is the text before,
-        between and after them. Instructions then are kept whole or lost, which contradicts fair shares: such a policy is refused as a fair
-        one, and without instructions.
+        Tokens of a chunk; the last of a segment may be shorter. "instructions": each instruction is a chunk, and so is
+        the text before, between and after them. Instructions then are kept whole or lost, which contradicts fair
+        shares: such a policy is refused as a fair one, and without instructions.
 
     Notes
     -----
@@ -39,8 +40,8 @@ class ChunkKV(Policy):
 
     References
     ----------
-    "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299. Chunks that are
-    instructions are of this package.
+    "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299.
+    Chunks that are instructions are of this package.
 
     Examples
     --------
@@ -64,7 +65,9 @@ class ChunkKV(Policy):
         if isinstance(self.policy, ChunkKV):
             raise ValueError("policy is a ChunkKV itself; expected one that scores tokens")
         if self._scorer.allocation != "uniform":
-            raise ValueError(f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens")
+            raise ValueError(
+                f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens"
+            )
         is_length = is_whole(self.chunks) and self.chunks >= 1
         if not is_length and self.chunks != "instructions":
             raise ValueError(f"chunks is {self.chunks!r}; expected a whole number, at least 1, or 'instructions'")
@@ -113,11 +116,14 @@ class ChunkKV(Policy):
 
     def _chunks(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
         if isinstance(self.chunks, int):
-            return [(at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)]
+            return [
+                (at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)
+            ]
         if not spans or len(segments) > 1:
             given = "no instructions" if not spans else "segments that have quotas"
             raise ValueError(
-                f"policy {self!r} was given {given}; expected instructions, and fair=False or a floor, since it keeps them whole"
+                f"policy {self!r} was given {given}; expected instructions, and fair=False or a floor, since it keeps "
+                "them whole"
             )
         edges = sorted({*valid, *(edge for span in spans for edge in span)})
         return list(pairwise(edges))

@@ -17,16 +17,17 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class DefensiveKV(AdaKV):
-    """Keep what any single token of the window attends to, however little the others do; the window itself is kept first, newest first.
+    """Keep what any single token of the window attends to, however little the others do; the window itself comes first.
 
-    worst[k] = the largest over the key head's query heads and the window's queries of pool(A)[k], where pool is a mean over neighbours and
-    each query's pooled attention is scaled to its sum before; but no less than the head's mean of it. score[k] = worst[k] * factor[k],
-    after a first stage: of each head the best tokens by mean attention come before, as few as with the window have ``first_stage`` of it,
-    the best first. factor[k] = mean over the group of the 1-norm of what the layer makes of value[k] (``factor="norm"``), or that by its
-    sum over the layer's key heads ("share", as the authors' code has it), or 1 (None). Heads share a layer's budget as for :class:`AdaKV`.
+    worst[k] = the largest over the key head's query heads and the window's queries of pool(A)[k], where pool is a mean
+    over neighbours and each query's pooled attention is scaled to its sum before; but no less than the head's mean of
+    it. score[k] = worst[k] * factor[k], after a first stage: of each head the best tokens by mean attention come
+    before, as few as with the window have ``first_stage`` of it, the best first. factor[k] = mean over the group of the
+    1-norm of what the layer makes of value[k] (``factor="norm"``), or that by its sum over the layer's key heads
+    ("share", as the authors' code has it), or 1 (None). Heads share a layer's budget as for :class:`AdaKV`.
 
-    Fair: the window is shared out as SnapKV's is, each part judges its own segment only, and the quotas are those of :class:`AdaKV`, since
-    a worst case over the queries of another instruction is none of this one's.
+    Fair: the window is shared out as SnapKV's is, each part judges its own segment only, and the quotas are those of
+    :class:`AdaKV`, since a worst case over the queries of another instruction is none of this one's.
 
     Parameters
     ----------
@@ -41,14 +42,14 @@ class DefensiveKV(AdaKV):
 
     Notes
     -----
-    Defined for budgets of more than ``window_size`` tokens, layers of two key heads or more, and models whose attention ends in an output
-    projection. Differs from the authors' code in the first stage: there the window's part of attention is summed over keys before the
-    window, and the token that reaches ``first_stage`` is left out.
+    Defined for budgets of more than ``window_size`` tokens, layers of two key heads or more, and models whose attention
+    ends in an output projection. Differs from the authors' code in the first stage: there the window's part of
+    attention is summed over keys before the window, and the token that reaches ``first_stage`` is left out.
 
     References
     ----------
-    "Taming the Fragility of KV Cache Eviction in LLM Inference", arXiv 2510.13334; "Identify Critical KV Cache in LLM Inference from an
-    Output Perturbation Perspective", arXiv 2502.03805.
+    "Taming the Fragility of KV Cache Eviction in LLM Inference", arXiv 2510.13334; "Identify Critical KV Cache in LLM
+    Inference from an Output Perturbation Perspective", arXiv 2502.03805.
 
     Examples
     --------
@@ -56,7 +57,9 @@ class DefensiveKV(AdaKV):
     >>> import kvpitfalls as kvp
     >>> rng = np.random.default_rng(0)
     >>> keys, output = (rng.standard_normal(shape, dtype=np.float32) for shape in ((1, 2, 20, 8), (2, 8, 16)))
-    >>> kvp.keep(kvp.DefensiveKV(window_size=2), keys, keys, values=keys, output=output, budget=6).positions[0, 0].tolist()
+    >>> policy = kvp.DefensiveKV(window_size=2)
+    >>> kept = kvp.keep(policy, keys, keys, values=keys, output=output, budget=6)
+    >>> kept.positions[0, 0].tolist()
     [6, 12, 16, 17, 18, 19]
     """
 
@@ -88,7 +91,8 @@ class DefensiveKV(AdaKV):
         """See the class."""
         if n_kept <= self.window_size:
             raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of more than its window, or a "
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
+                "more than its window, or a "
                 "smaller window_size"
             )
 
@@ -99,12 +103,17 @@ class DefensiveKV(AdaKV):
         keys = torch.as_tensor(inputs.keys).detach()
         scores, factors = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), self._factors(inputs)
         for row, (begin, cut, end), queries in self.windows(inputs):
-            scores[row, :, cut:end] = 2 + torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (end - cut)
+            scores[row, :, cut:end] = 2 + torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (
+                end - cut
+            )
             if cut == begin:
                 continue
             start = inputs.valid[row][0]
             heads = range(keys.shape[1])
-            found = [self._judged(inputs, keys[row, head, start:end], queries, head, begin - start, cut - start) for head in heads]
+            found = [
+                self._judged(inputs, keys[row, head, start:end], queries, head, begin - start, cut - start)
+                for head in heads
+            ]
             worst, mean = (torch.stack(part) for part in zip(*found, strict=True))
             second = worst.clamp(min=worst.mean(-1, keepdim=True))
             second = second if factors is None else second * factors[row, :, begin:cut]
@@ -126,7 +135,9 @@ class DefensiveKV(AdaKV):
         logits = queries[group].float() @ keys.float().T * inputs.scaling
         if inputs.softcap:
             logits = inputs.softcap * (logits / inputs.softcap).tanh()
-        later = torch.ones(logits.shape[1:], dtype=torch.bool, device=keys.device).triu(keys.shape[0] - queries.shape[1] + 1)
+        later = torch.ones(logits.shape[1:], dtype=torch.bool, device=keys.device).triu(
+            keys.shape[0] - queries.shape[1] + 1
+        )
         logits = logits.masked_fill(later, -torch.inf)
         if inputs.sinks is not None:
             logits = torch.cat([logits, inputs.sinks[group].float()[:, None, None].expand(-1, logits.shape[1], 1)], -1)

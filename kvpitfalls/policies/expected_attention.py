@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 class ExpectedAttention(Policy):
     """Keep what queries to come are expected to attend to; the first ``n_sink`` tokens are kept first.
 
-    Queries before rotary embedding are taken for normal, with the mean m and the covariance C of the prompt's own but its first
-    ``n_sink``. With R, the mean rotation of the ``n_future_positions`` positions after the prompt, a the scaling of logits, and every key
-    but the first ``n_sink``: logit[h, k] = a k.Rm + a^2/2 k.RCR'k, and score[k] = (mean over the key head's query heads h of
-    softmax(logit[h])[k] + ``epsilon``) * ||value[k]||.
+    Queries before rotary embedding are taken for normal, with the mean m and the covariance C of the prompt's own but
+    its first ``n_sink``. With R, the mean rotation of the ``n_future_positions`` positions after the prompt, a the
+    scaling of logits, and every key but the first ``n_sink``: logit[h, k] = a k.Rm + a^2/2 k.RCR'k, and score[k] =
+    (mean over the key head's query heads h of softmax(logit[h])[k] + ``epsilon``) * ||value[k]||.
 
-    Fair: the same forecast of queries, since those that will come are no instruction's, but a softmax over each segment's own keys, or
-    ``epsilon`` would weigh more the more the keys of another instruction attract.
+    Fair: the same forecast of queries, since those that will come are no instruction's, but a softmax over each
+    segment's own keys, or ``epsilon`` would weigh more the more the keys of another instruction attract.
 
-    Defined for prompts and budgets of more than ``n_sink`` tokens, and models whose layers turn queries by a rotary embedding that can be
-    read and undone, without a cap on logits. Not defined while a budget is held: it reads the queries of the whole prompt.
+    Defined for prompts and budgets of more than ``n_sink`` tokens, and models whose layers turn queries by a rotary
+    embedding that can be read and undone, without a cap on logits. Not defined while a budget is held: it reads the
+    queries of the whole prompt.
 
     Parameters
     ----------
@@ -41,7 +42,8 @@ class ExpectedAttention(Policy):
 
     References
     ----------
-    "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", arXiv 2510.00636.
+    "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", arXiv
+    2510.00636.
 
     Examples
     --------
@@ -71,14 +73,19 @@ class ExpectedAttention(Policy):
         for field, value in (("use_covariance", self.use_covariance), ("use_vnorm", self.use_vnorm)):
             if not isinstance(value, bool):
                 raise ValueError(f"{field} is {value!r}; expected True or False")
-        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 0 <= self.epsilon < float("inf"):
+        if (
+            isinstance(self.epsilon, bool)
+            or not isinstance(self.epsilon, (int, float))
+            or not 0 <= self.epsilon < float("inf")
+        ):
             raise ValueError(f"epsilon is {self.epsilon!r}; expected a number, at least 0")
 
     def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
         if n_kept <= self.n_sink:
             raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of more than its "
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
+                "more than its "
                 f"{self.n_sink} sinks, or a smaller n_sink"
             )
 
@@ -88,12 +95,17 @@ class ExpectedAttention(Policy):
 
         keys, queries, values = (torch.as_tensor(x).detach() for x in (inputs.keys, inputs.queries, inputs.values))
         if queries.shape[2] != keys.shape[2]:
-            raise ValueError(f"queries has {queries.shape[2]} tokens; policy {self.name!r} expects all {keys.shape[2]} of the prompt")
+            raise ValueError(
+                f"queries has {queries.shape[2]} tokens; policy {self.name!r} expects all {keys.shape[2]} of the prompt"
+            )
         if inputs.softcap:
             raise UnsupportedModelError(
                 f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
             )
-        scores, n_group = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), queries.shape[1] // keys.shape[1]
+        scores, n_group = (
+            torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device),
+            queries.shape[1] // keys.shape[1],
+        )
         positions = inputs.rotary.positions(inputs.valid, keys.shape[2]).to(keys.device)
         for row, (begin, end) in enumerate(inputs.valid):
             first = min(begin + self.n_sink, end - 1)
@@ -101,7 +113,9 @@ class ExpectedAttention(Policy):
             turn, cuts = inputs.rotary.mean(ahead, keys), [max(stop, first) - first for _, stop in inputs.segments[row]]
             for head in range(keys.shape[1]):
                 group = slice(head * n_group, (head + 1) * n_group)
-                before = inputs.rotary.undone(queries[row : row + 1, group, first:end], positions[row : row + 1, first:end])[0]
+                before = inputs.rotary.undone(
+                    queries[row : row + 1, group, first:end], positions[row : row + 1, first:end]
+                )[0]
                 logits = self._logits(before, keys[row, head, first:end].float(), turn, inputs.scaling)
                 weights = _shares(logits, cuts, None if inputs.sinks is None else inputs.sinks[group].float())
                 if self.use_vnorm:
@@ -110,8 +124,10 @@ class ExpectedAttention(Policy):
             scores[row, :, begin:first] = scores[row, :, first:end].nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
-    def _logits(self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float) -> "torch.Tensor":
-        """Logs of the attention (G, n) that each head's next queries are expected to give to keys (n, D), up to a constant each."""
+    def _logits(
+        self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float
+    ) -> "torch.Tensor":
+        """Logs of the attention (G, n) that next queries are expected to give to keys (n, D), up to a constant each."""
         mean = before.mean(1, keepdim=True)
         logits = (mean @ turn @ keys.T)[:, 0] * scaling
         if self.use_covariance:

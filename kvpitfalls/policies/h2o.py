@@ -11,9 +11,10 @@ from .base import Inputs, Policy, Vote
 class H2O(Policy):
     """Keep what all tokens attend to, on average.
 
-    score[k] = mean over the key head's query heads of (sum over q >= k of A[h, q, k]) / (T - k): the mean over the queries that can see k,
-    where the H2O paper sums (which favours early tokens). Fair: only queries of the key's own segment vote. Exact at any length in O(T)
-    memory; no attention matrix is formed. While a budget is held, the sums run on over the tokens that are there.
+    score[k] = mean over the key head's query heads of (sum over q >= k of A[h, q, k]) / (T - k): the mean over the
+    queries that can see k, where the H2O paper sums (which favours early tokens). Fair: only queries of the key's own
+    segment vote. Exact at any length in O(T) memory; no attention matrix is formed. While a budget is held, the sums
+    run on over the tokens that are there.
 
     References
     ----------
@@ -46,7 +47,8 @@ def _vote(keys: tuple[int, int], end: int) -> Vote:
 
 
 def _paper_votes(valid: tuple[int, int], spans: Sequence[tuple[int, int]]) -> list[Vote]:
-    """The authors' spans: the raw later span does not vote on the raw earlier one, whose divisor ends with it; all else is as unfair."""
+    """The authors' spans: the raw later span does not vote on the raw earlier one, whose divisor ends with it; all else
+    is as unfair."""
     (begin, cut), (_, end) = spans
     own = Vote(keys=(begin, cut), queries=(begin, cut), more_queries=(end, valid[1]), weight="age", age_end=cut)
     return [_vote((valid[0], begin), valid[1]), own, _vote((cut, valid[1]), valid[1])]

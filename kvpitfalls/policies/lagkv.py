@@ -18,16 +18,19 @@ class LagKV(Policy):
     """Keep what differs most from the ``lag_size`` tokens after it; the first ``n_sink`` and the last chunk come first.
 
     After the sinks the row is cut into chunks of ``lag_size``. With min and max, by channel, over the next chunk,
-    spread(x)[k] = std over channels of (x[k] - min) / (max - min), and score[k] = minus the rank, within k's chunk and from 0 for the best,
-    of softmax over that chunk of spread(key) + softmax of spread(value), divided by ``lag_size``: every chunk keeps equally many. The last
-    whole chunk has nothing after it: it and what follows are kept before any other chunk's tokens, the newest first. A channel that does
-    not vary in the next chunk counts as 0. Needs keys and values, no attention.
+    spread(x)[k] = std over channels of (x[k] - min) / (max - min), and score[k] = minus the rank, within k's chunk and
+    from 0 for the best, of softmax over that chunk of spread(key) + softmax of spread(value), divided by ``lag_size``:
+    every chunk keeps equally many. The last whole chunk has nothing after it: it and what follows are kept before any
+    other chunk's tokens, the newest first. A channel that does not vary in the next chunk counts as 0. Needs keys and
+    values, no attention.
 
-    Fair: the same scores, and the quotas. What follows a token is what it is measured by, not its rival, and ranks are within a chunk, so
-    no instruction's scores can push out another's; chunks within each instruction would leave most instructions with none to compare.
+    Fair: the same scores, and the quotas. What follows a token is what it is measured by, not its rival, and ranks are
+    within a chunk, so no instruction's scores can push out another's; chunks within each instruction would leave most
+    instructions with none to compare.
 
-    Defined for rows of at least ``n_sink + 2 * lag_size`` tokens and budgets beyond sinks and last chunk: otherwise no score is ever looked
-    at and it would be StreamingLLM (which kvpress's press then is). Not defined while a budget is held: its chunks are of whole text.
+    Defined for rows of at least ``n_sink + 2 * lag_size`` tokens and budgets beyond sinks and last chunk: otherwise no
+    score is ever looked at and it would be StreamingLLM (which kvpress's press then is). Not defined while a budget is
+    held: its chunks are of whole text.
 
     Parameters
     ----------
@@ -62,8 +65,10 @@ class LagKV(Policy):
         """See the class."""
         if n_kept <= (n_always := n_token - self._n_ranked(n_token)):
             raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept and {n_always} are its sinks and what it does "
-                f"not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens and a larger budget, or a smaller "
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept and {n_always} are its sinks "
+                "and what it does "
+                f"not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens and a larger "
+                "budget, or a smaller "
                 "lag_size"
             )
 

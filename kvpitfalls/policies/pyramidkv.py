@@ -10,24 +10,26 @@ from .snapkv import SnapKV
 class PyramidKV(SnapKV):
     """Keep what SnapKV keeps, more of it in lower layers and less in higher ones.
 
-    Scores are SnapKV's. The budget falls evenly from layer to layer, from ``2 K - K / beta`` to ``K / beta`` of a mean of K tokens, or,
-    where the first would leave less than a window, from all but a window to what then is left.
+    Scores are SnapKV's. The budget falls evenly from layer to layer, from ``2 K - K / beta`` to ``K / beta`` of a mean
+    of K tokens, or, where the first would leave less than a window, from all but a window to what then is left.
 
-    Fair: SnapKV's scores, and in each layer quotas of that layer's budget; so all instructions lose more in higher layers, and any two of
-    them equally much.
+    Fair: SnapKV's scores, and in each layer quotas of that layer's budget; so all instructions lose more in higher
+    layers, and any two of them equally much.
 
     Parameters
     ----------
     window_size, kernel_size : int
         See :class:`SnapKV`.
     beta : float
-        At least 1, which gives every layer the same; the higher, the steeper. The authors use 20, for prompts of thousands of tokens.
+        At least 1, which gives every layer the same; the higher, the steeper. The authors use 20, for prompts of
+        thousands of tokens.
 
     Notes
     -----
-    Defined for budgets that leave a window out and give the last layer at least a window: at ``beta=20`` that takes ``20 * window_size``
-    tokens to keep, or a ratio of about a half and less. Elsewhere it is refused; kvpress's press then keeps what SnapKV would. That press
-    rounds each layer by itself, so its layers together may keep a few tokens more or less than the budget.
+    Defined for budgets that leave a window out and give the last layer at least a window: at ``beta=20`` that takes
+    ``20 * window_size`` tokens to keep, or a ratio of about a half and less. Elsewhere it is refused; kvpress's press
+    then keeps what SnapKV would. That press rounds each layer by itself, so its layers together may keep a few tokens
+    more or less than the budget.
 
     References
     ----------

@@ -13,9 +13,9 @@ from .base import Inputs, Policy
 class Random(Policy):
     """Keep tokens that are drawn at random, by layer and head.
 
-    What a policy keeps of an instruction means something if it differs from this at the same memory. Its draw is that of a row's length,
-    of the seed, and of the key of the row's first token, which no two heads of a model have in common: so batches change nothing.
-    A control, so it is not among :func:`kvpitfalls.policies.policy_names`.
+    What a policy keeps of an instruction means something if it differs from this at the same memory. Its draw is that
+    of a row's length, of the seed, and of the key of the row's first token, which no two heads of a model have in
+    common: so batches change nothing. A control, so it is not among :func:`kvpitfalls.policies.policy_names`.
 
     Attributes
     ----------
@@ -42,7 +42,9 @@ class Random(Policy):
         for row, (begin, end) in enumerate(inputs.valid):
             first = inputs.keys[row, :, begin]
             first = first if isinstance(first, np.ndarray) else first.float().cpu().numpy()
-            for head, salt in enumerate(np.rint(4 * first).astype(np.int64) % 2**32):  # coarse: low bits may depend on the batch
+            for head, salt in enumerate(
+                np.rint(4 * first).astype(np.int64) % 2**32
+            ):  # coarse: low bits may depend on the batch
                 drawn = np.random.default_rng([self.seed, head, end - begin, *salt.tolist()])
                 scores[row, head, begin:end] = drawn.random(end - begin)
         return scores if isinstance(like, np.ndarray) else like.new_tensor(scores)

@@ -18,17 +18,18 @@ _UNIT = 2.0**40  # what is added up is rounded to whole numbers of these, whose 
 
 @dataclass(frozen=True)
 class RKV(SnapKV):
-    """Keep what the last ``window_size`` tokens attend to and what is not said again by later keys; the window itself is kept first.
+    """Keep what the last ``window_size`` tokens attend to and later keys do not repeat; the window itself comes first.
 
-    score[k] = ``mix_lambda`` * importance[k] - (1 - ``mix_lambda``) * redundancy[k]. Importance: softmax over the keys before the window of
-    the largest logit in the key head's group, mean over the window's queries, then the largest among ``kernel_size`` neighbours.
-    Redundancy: softmax over all keys of the mean over keys i of cos(i, k), where a key's likeness to itself and, if any is above
-    ``threshold``, to the last key that is so much like it count as 0: of keys that repeat each other the last is spared.
+    score[k] = ``mix_lambda`` * importance[k] - (1 - ``mix_lambda``) * redundancy[k]. Importance: softmax over the keys
+    before the window of the largest logit in the key head's group, mean over the window's queries, then the largest
+    among ``kernel_size`` neighbours. Redundancy: softmax over all keys of the mean over keys i of cos(i, k), where a
+    key's likeness to itself and, if any is above ``threshold``, to the last key that is so much like it count as 0: of
+    keys that repeat each other the last is spared.
 
     Fair: the window is shared out as SnapKV's is, and each segment's keys are compared with each other only.
 
-    Defined for budgets of more than ``window_size`` tokens. While a budget is held, keys that are left are compared anew each step, which
-    takes as many products as their number squared; the authors do so every 128 tokens.
+    Defined for budgets of more than ``window_size`` tokens. While a budget is held, keys that are left are compared
+    anew each step, which takes as many products as their number squared; the authors do so every 128 tokens.
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ class RKV(SnapKV):
 
     Notes
     -----
-    The authors' code takes, for a key that none is like, the first key for the last that is like it; here there is none.
+    The authors' code takes, for a key that none is like, the first key for the last that is like it; here there is
+    none.
 
     References
     ----------
@@ -75,7 +77,8 @@ class RKV(SnapKV):
         """See the class."""
         if n_kept <= self.window_size:
             raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of more than its window, or a "
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
+                "more than its window, or a "
                 "smaller window_size"
             )
 
@@ -86,7 +89,9 @@ class RKV(SnapKV):
         keys = torch.as_tensor(inputs.keys).detach()
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         for row, (begin, cut, end), queries in self.windows(inputs):
-            scores[row, :, cut:end] = torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (end - cut) + 1
+            scores[row, :, cut:end] = (
+                torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (end - cut) + 1
+            )
             if cut > begin:
                 important = self._importance(inputs, keys[row, :, begin:cut], queries)
                 redundant = _redundancy(keys[row, :, begin:end].float(), self.threshold)[:, : cut - begin]

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Rotary:
-    """How a layer turns queries and keys by their positions; this one is plain rotary embedding, which pairs the halves of a head.
+    """How a layer turns queries and keys by their positions; this one is plain rotary embedding, pairing halves.
 
     :func:`kvpitfalls.wrap` reads each model's own instead.
 

@@ -16,22 +16,24 @@ if TYPE_CHECKING:
 class SnapKV(Policy):
     """Keep what the last ``window_size`` tokens attend to, smoothed over neighbours; the window itself comes first.
 
-    score[k] = mean over the key head's query heads of pool(mean over the window's queries q of A[h, q, k]). Fair: the window is shared out,
-    and each part judges its own segment only. Of N segments, unmarked text included, each has ``max(1, window_size // N)`` tokens at
-    its end, or all that it has; what a shorter one leaves goes to the next, and the last one has what is left of ``window_size``, at
-    least one. So no part is larger than the window, and with ``window_size`` segments or more each part is one token.
+    score[k] = mean over the key head's query heads of pool(mean over the window's queries q of A[h, q, k]). Fair: the
+    window is shared out, and each part judges its own segment only. Of N segments, unmarked text included, each has
+    ``max(1, window_size // N)`` tokens at its end, or all that it has; what a shorter one leaves goes to the next, and
+    the last one has what is left of ``window_size``, at least one. So no part is larger than the window, and with
+    ``window_size`` segments or more each part is one token.
 
     Parameters
     ----------
     window_size : int
-        Observation window in tokens. The paper of this package uses 16, SnapKV's own code 32 to 64. A prompt no longer than the window
-        is all window: its newest tokens are kept.
+        Observation window in tokens. The paper of this package uses 16, SnapKV's own code 32 to 64. A prompt no longer
+        than the window is all window: its newest tokens are kept.
     kernel_size : int
         Odd width of the mean over neighbouring keys; missing neighbours at the ends count as zero.
 
     References
     ----------
-    "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. Fair: arXiv 2510.00231, appendix E.4.
+    "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469. Fair: arXiv 2510.00231, appendix
+    E.4.
 
     Examples
     --------
@@ -64,7 +66,7 @@ class SnapKV(Policy):
         return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
 
     def windows(self, inputs: Inputs) -> Iterator[tuple[int, tuple[int, int, int], "torch.Tensor"]]:
-        """Per segment its row, where its keys begin, its window begins, and both end, and the window's queries (Hq, W, D)."""
+        """Per segment: its row; where keys begin, the window begins, and both end; the window's queries (Hq, W, D)."""
         import torch
 
         queries = torch.as_tensor(inputs.queries).detach()
@@ -73,7 +75,9 @@ class SnapKV(Policy):
             for vote in self._votes(segments):
                 (begin, cut), (_, end) = vote.keys, vote.window
                 if cut < first:
-                    raise ValueError(f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}")
+                    raise ValueError(
+                        f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}"
+                    )
                 yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
 
     def _votes(self, segments: Sequence[tuple[int, int]]) -> list[Vote]:

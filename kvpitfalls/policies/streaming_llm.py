@@ -15,8 +15,9 @@ from .base import Inputs, Policy
 class StreamingLLM(Policy):
     """Keep the first ``n_sink`` tokens and the newest ones.
 
-    Fair: every segment keeps its newest tokens. The sinks are the row's first ``n_sink`` tokens, however many segments those are in; a
-    segment keeps the sinks that are in it before its newest tokens, and pays for them from its own quota.
+    Fair: every segment keeps its newest tokens. The sinks are the row's first ``n_sink`` tokens, however many segments
+    those are in; a segment keeps the sinks that are in it before its newest tokens, and pays for them from its own
+    quota.
 
     Parameters
     ----------
@@ -54,11 +55,13 @@ class StreamingLLM(Policy):
         return scores if isinstance(like, np.ndarray) else like.new_tensor(scores)
 
     def _ramps(self, segments: Sequence[tuple[int, int]], n_token: int) -> npt.NDArray[np.float32]:
-        """The authors' scores: 1 for a sink, then one ramp from 0.1 to 0.9 per segment; the best of the whole row are kept."""
+        """The authors' scores: 1 for a sink, then one ramp from 0.1 to 0.9 per segment; the best of the whole row are
+        kept."""
         (begin, cut), (_, end) = segments
         if cut <= begin + self.n_sink or end <= cut:
             raise ValueError(
-                f"fair='paper' with streaming_llm expects a first segment longer than the {self.n_sink} sinks and a second that is not "
+                f"fair='paper' with streaming_llm expects a first segment longer than the {self.n_sink} sinks and a "
+                "second that is not "
                 f"empty; they have {cut - begin} and {end - cut} tokens"
             )
         row = np.full(n_token, -np.inf, np.float32)

@@ -11,8 +11,8 @@ from .base import Inputs, Policy, Vote
 class TOVA(Policy):
     """Keep what the last token attends to.
 
-    score[k] = mean over all query heads of A[h, last, k]; every head keeps the same tokens, and the last token itself is kept first. Fair:
-    each segment's last token judges its own segment.
+    score[k] = mean over all query heads of A[h, last, k]; every head keeps the same tokens, and the last token itself
+    is kept first. Fair: each segment's last token judges its own segment.
 
     References
     ----------
@@ -34,7 +34,9 @@ class TOVA(Policy):
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
         votes = [[_vote(*segment) for segment in row if segment[0] < segment[1]] for row in inputs.segments]
-        if inputs.paper:  # the authors' code gives the earlier anchor a place of its own only if the earlier span is not empty
+        if (
+            inputs.paper
+        ):  # the authors' code gives the earlier anchor a place of its own only if the earlier span is not empty
             for of_row, segments, ((begin, end), *_) in zip(votes, inputs.segments, inputs.spans, strict=True):
                 if begin == end > segments[0][0]:
                     of_row[0] = of_row[0]._replace(window=(0, 0))

@@ -1,4 +1,5 @@
-"""Chats as text and tokens: where the contents of messages stand, and that none of them can pass for the template around it."""
+"""Chats as text and tokens: where the contents of messages stand, and that none of them can pass for the template
+around it."""
 
 import itertools
 import re
@@ -26,14 +27,17 @@ _OURS = {
 def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
     """The messages as plain dicts; ``first`` is the number of the first of them in the conversation."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise TypeError(f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content")
+        raise TypeError(
+            f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content"
+        )
     given: list[Any] = list(messages)
     if not given:
         raise ValueError("messages is empty; expected at least one message")
     for i, message in enumerate(given, first):
         if not isinstance(message, Mapping) or "role" not in message or not _has_content(message):
             raise ValueError(
-                f"message {i} is {short(message)}; expected a role and a content that is a str, or a list of parts that have a type and, "
+                f"message {i} is {short(message)}; expected a role and a content that is a str, or a list of parts "
+                "that have a type and, "
                 "of the type 'text', a text; none with tool_calls"
             )
         role = message["role"]
@@ -41,9 +45,12 @@ def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
             raise ValueError(f"message {i} has the role {short(role)}; expected a word such as 'system'")
         for text in texts_of(message):
             check_encodable(f"message {i}", text)
-        if isinstance(message.get("content"), list) and (other := [p["type"] for p in message["content"] if p["type"] != "text"]):
+        if isinstance(message.get("content"), list) and (
+            other := [p["type"] for p in message["content"] if p["type"] != "text"]
+        ):
             raise ValueError(
-                f"message {i} has a part of the type {short(other[0])}; expected parts of text. What a processor makes of images goes to "
+                f"message {i} has a part of the type {short(other[0])}; expected parts of text. What a processor "
+                "makes of images goes to "
                 "handle.compress as it is"
             )
     return [dict(message) for message in given]
@@ -78,7 +85,12 @@ def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[
         if new and isinstance(message["content"], str):
             out.append({**message, "content": new[0]})
         elif new:
-            out.append({**message, "content": [{**part, "text": text} for part, text in zip(message["content"], new, strict=True)]})
+            out.append(
+                {
+                    **message,
+                    "content": [{**part, "text": text} for part, text in zip(message["content"], new, strict=True)],
+                }
+            )
         else:
             out.append(dict(message))
     return out
@@ -87,7 +99,10 @@ def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[
 def check_encodable(what: str, text: str) -> None:
     """Half of a surrogate pair is no character: a tokenizer would fail on it in words of its own."""
     if (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
-        raise ValueError(f"{what} holds the lone surrogate {lone.group()!a} at character {lone.start()}; expected text that UTF-8 can hold")
+        raise ValueError(
+            f"{what} holds the lone surrogate {lone.group()!a} at character {lone.start()}; expected text that UTF-8 "
+            "can hold"
+        )
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
@@ -96,18 +111,25 @@ def _apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any)
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError) as error:  # TypeError: such as a list where the template adds up texts
-        raise ValueError(f"the chat template refuses the messages: {error}; expected messages as it takes them") from error
+        raise ValueError(
+            f"the chat template refuses the messages: {error}; expected messages as it takes them"
+        ) from error
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a chat template, such as ``tools`` or ``enable_thinking``; how the result is given back is not the caller's to say."""
+    """The options of a chat template, such as ``tools`` or ``enable_thinking``; how the result is given back is not the
+    caller's to say."""
     if taken := sorted(options.keys() & _OURS):
-        raise TypeError(f"the option {taken[0]!r} was given for the chat template; expected options of the template's own, such as tools")
+        raise TypeError(
+            f"the option {taken[0]!r} was given for the chat template; expected options of the template's own, such "
+            "as tools"
+        )
     return dict(options)
 
 
 def at_time(tokenizer: Any, options: Mapping[str, Any], made: datetime) -> dict[str, Any]:
-    """The same options, for a template that prints ``made`` as the time; else it would look at the clock each time it is rendered.
+    """The same options, for a template that prints ``made`` as the time; else it would look at the clock each time it
+    is rendered.
 
     transformers hands a template plain data only, so the time is written into the template itself.
     """
@@ -129,16 +151,23 @@ def encoded_chat(
         _check_fields(tokenizer, messages, first)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(encoded["input_ids"]) != template_ids(tokenizer, messages, options):
-        raise ValueError("the chat template gives other tokens than its text; expected the same, so that spans can be found")
+        raise ValueError(
+            "the chat template gives other tokens than its text; expected the same, so that spans can be found"
+        )
     if not allow_special_tokens:
         _check_forgery(tokenizer, text, encoded, contents, owners_of(messages), first)
     return text, contents, encoded
 
 
-def may_hold_special(tokenizer: Any, messages: Sequence[Message], ids: list[int], first: int, options: Mapping[str, Any]) -> bool:
-    """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first`` on."""
+def may_hold_special(
+    tokenizer: Any, messages: Sequence[Message], ids: list[int], first: int, options: Mapping[str, Any]
+) -> bool:
+    """Whether ``ids``, the whole chat's, hold other added tokens than with harmless contents from number ``first``
+    on."""
     _check_fields(tokenizer, messages, first)
-    harmless = template_ids(tokenizer, [*messages[:first], *_with_texts(messages[first:], itertools.repeat("x"))], options)
+    harmless = template_ids(
+        tokenizer, [*messages[:first], *_with_texts(messages[first:], itertools.repeat("x"))], options
+    )
     added = set(tokenizer.added_tokens_decoder)
     held, expected = (Counter(token for token in tokens if token in added) for tokens in (ids, harmless))
     return held != expected
@@ -155,7 +184,8 @@ def _check_fields(tokenizer: Any, messages: Sequence[Message], first: int) -> No
                 held = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & _special(tokenizer)
                 if held - {tokenizer.unk_token_id}:
                     raise ValueError(
-                        f"message {i} holds {tokenizer.convert_ids_to_tokens(min(held))!r} in its {name}, a token that can end the message "
+                        f"message {i} holds {tokenizer.convert_ids_to_tokens(min(held))!r} in its {name}, a token "
+                        "that can end the message "
                         "and forge another; expected it without, or allow_special_tokens=True"
                     )
 
@@ -173,13 +203,19 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _special(tokenizer: Any) -> set[int]:
-    return {token for token, about in tokenizer.added_tokens_decoder.items() if about.special} | set(tokenizer.all_special_ids)
+    return {token for token, about in tokenizer.added_tokens_decoder.items() if about.special} | set(
+        tokenizer.all_special_ids
+    )
 
 
-def _check_forgery(tokenizer: Any, text: str, encoded: Any, contents: Ranges, owners: Sequence[int], first: int) -> None:
-    """Refuse contents that hold a special token, or an added one that the template uses: to the model they are the template's own.
+def _check_forgery(
+    tokenizer: Any, text: str, encoded: Any, contents: Ranges, owners: Sequence[int], first: int
+) -> None:
+    """Refuse contents that hold a special token, or an added one that the template uses: to the model they are the
+    template's own.
 
-    What the tokenizer made of the text decides, not the text: it may know such a token in capitals or after normalization, too.
+    What the tokenizer made of the text decides, not the text: it may know such a token in capitals or after
+    normalization, too.
     """
     ids, offsets = encoded["input_ids"], [_stripped(text, pair) for pair in encoded["offset_mapping"]]
     holders = [holder(contents, pair) for pair in offsets]
@@ -192,8 +228,10 @@ def _check_forgery(tokenizer: Any, text: str, encoded: Any, contents: Ranges, ow
         if token == tokenizer.unk_token_id and text[begin:end] != tokenizer.unk_token:
             continue  # a character that the vocabulary lacks
         raise ValueError(
-            f"message {owners[held]} holds {tokenizer.convert_ids_to_tokens(token)!r} at character {begin - contents[held][0]} of its "
-            "content, a token that can end the message and forge another; expected a content without, or allow_special_tokens=True"
+            f"message {owners[held]} holds {tokenizer.convert_ids_to_tokens(token)!r} at character "
+            f"{begin - contents[held][0]} of its "
+            "content, a token that can end the message and forge another; expected a content without, or "
+            "allow_special_tokens=True"
         )
 
 
@@ -207,20 +245,25 @@ def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
     return begin, end
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat, and where each text of the messages stands in it.
 
-    Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around markers that occur
-    nowhere, which gives the pieces between the contents.
+    Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around
+    markers that occur nowhere, which gives the pieces between the contents.
     """
 
     def render(of: Sequence[Message]) -> str:
         return str(_apply_template(tokenizer, of, tokenize=False, **options))
 
     text = render(messages)
-    if printed := [i for i, m in enumerate(messages) if isinstance(m.get("content"), list) and str(m["content"]) in text]:
+    if printed := [
+        i for i, m in enumerate(messages) if isinstance(m.get("content"), list) and str(m["content"]) in text
+    ]:
         raise ValueError(
-            f"the chat template takes no parts, and prints message {printed[0]} as Python does; expected a content that is a str"
+            f"the chat template takes no parts, and prints message {printed[0]} as Python does; expected a content "
+            "that is a str"
         )
     texts = [said for message in messages for said in texts_of(message)]
     owners = owners_of(messages)
@@ -229,7 +272,8 @@ def _render(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, A
     marked = render(_with_texts(messages, (f"{marker}{i}\ue002" for i in itertools.count())))
     if hidden := [owner for i, owner in enumerate(owners) if f"{marker}{i}\ue002" not in marked]:
         raise ValueError(
-            f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); expected messages that it "
+            f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); "
+            "expected messages that it "
             "shows: some put a system's into the user's that follows"
         )
     at, contents = 0, list[tuple[int, int]]()
@@ -237,11 +281,15 @@ def _render(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, A
         before, marker_there, marked = marked.partition(f"{marker}{i}\ue002")
         content = next((c for c in (said, said.strip()) if text.startswith(before + c, at)), None)
         if not marker_there or content is None:
-            raise ValueError(f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text")
+            raise ValueError(
+                f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text"
+            )
         contents.append((at + len(before), at + len(before) + len(content)))
         at = contents[-1][1]
     if text[at:] != marked:
-        raise ValueError("the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text")
+        raise ValueError(
+            "the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text"
+        )
     return text, contents
 
 
@@ -252,7 +300,8 @@ def short(given: object) -> str:
 
 
 def holder(contents: Ranges, pair: tuple[int, int]) -> int | None:
-    """The number of the first content that the range shares a character with; contents are in order and do not overlap."""
+    """The number of the first content that the range shares a character with; contents are in order and do not
+    overlap."""
     i = bisect_right(contents, pair[0], key=lambda content: content[1])
     return i if i < len(contents) and shared(pair, contents[i]) else None
 

@@ -19,7 +19,8 @@ _TITLES = re.compile("mr|mrs|ms|dr|prof|st|mt|capt|col|gen|gov|lt|rep|rev|sen|ho
 _LAST = re.compile(r"etc|al|inc|ltd|co|corp|dept|est|jr|sr|bros|ph\.d|[ap]\.m")
 _BEFORE_NUMBERS = re.compile("nos?|figs?|sec|ch|vol|ver|art|eq|pp?|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec")
 _COUNTED = re.compile(
-    r"(?:^\W*(?:(?:step|rule|part|section|phase|point|example)\s+)?|;\s*\(?)(?:\d{1,3}|[a-z]|[ivx]{1,4})$|[:(]\s*\(?[1ai]$", re.I
+    r"(?:^\W*(?:(?:step|rule|part|section|phase|point|example)\s+)?|;\s*\(?)(?:\d{1,3}|[a-z]|[ivx]{1,4})$|[:(]\s*\(?[1ai]$",
+    re.I,
 )
 _MARKED = re.compile(r"[^\w\s]{1,2}\s|\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)]\s|[#<>|]|```|\w+:\s")
 _HEADING = re.compile(r"#|[*_]{2}[^*]*[*_]{2}$|.*[:>\]]$")
@@ -28,11 +29,13 @@ _N_WORD, _WIDTH = 5, 32
 
 
 def pieces(text: str, how: str) -> list[tuple[int, int]]:
-    """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to the one before.
+    """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to
+    the one before.
 
-    A sentence ends at ``. ! ? …`` before white space, at ``。！？``, and at the end of a line. It does not end after an abbreviation, an
-    initial or a list's number, nor at the end of a quote or a bracket where text goes on in lower case; nor where a line was only
-    wrapped: the next one has no mark of a list, and begins in lower case, or under its mark's text, or with a word that had no room.
+    A sentence ends at ``. ! ? …`` before white space, at ``。！？``, and at the end of a line. It does not end after an
+    abbreviation, an initial or a list's number, nor at the end of a quote or a bracket where text goes on in lower
+    case; nor where a line was only wrapped: the next one has no mark of a list, and begins in lower case, or under its
+    mark's text, or with a word that had no room.
 
     Examples
     --------
@@ -92,7 +95,12 @@ def _is_abbreviated(before: str, after: str) -> bool:
         return after[:1].islower() or (is_number and not _MARKED.match(after))
     if _BEFORE_NUMBERS.fullmatch(word.lower()) and is_number:
         return True
-    if len(word) == 1 and word.isupper() and words and (words[-1].lstrip(_OPENING)[:1].isupper() or words[-1][-1] == "."):
+    if (
+        len(word) == 1
+        and word.isupper()
+        and words
+        and (words[-1].lstrip(_OPENING)[:1].isupper() or words[-1][-1] == ".")
+    ):
         return True
     return re.fullmatch(r"[^\W\d_](?:\.[^\W\d_])+", word) is not None
 
@@ -113,7 +121,8 @@ def unwrapped_lines(text: str) -> list[tuple[int, int]]:
 
 
 def _is_wrapped(line: str, following: str, width: int, hangs: bool) -> bool:
-    """Whether these are one line of a text whose lines have up to ``width`` characters; one that ``hangs`` is under its mark's text."""
+    """Whether these are one line of a text whose lines have up to ``width`` characters; one that ``hangs`` is under its
+    mark's text."""
     if _HEADING.match(line) or _MARKED.match(following):
         return False
     if width in _FULL and len(line) >= _FULL[0] and len(line) + 1 + len(following.split()[0]) > width:
@@ -121,7 +130,9 @@ def _is_wrapped(line: str, following: str, width: int, hangs: bool) -> bool:
     return hangs or (following[0].islower() and line.rstrip("\"'”’»)]")[-1:] not in ".!?…;")
 
 
-def marked(text: str, contents: Sequence[tuple[int, int]], how: str, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
+def marked(
+    text: str, contents: Sequence[tuple[int, int]], how: str, roles: Sequence[str]
+) -> dict[str, tuple[int, int]]:
     """Names -> characters of every piece of the contents; names are their first words, messages' with their role."""
     out: dict[str, tuple[int, int]] = {}
     for (begin, end), role in zip(contents, roles, strict=True):
@@ -150,7 +161,8 @@ def first_words(text: str) -> str:
 
 
 def unused(name: str, used: Container[str]) -> str:
-    """The name, with a number if it is one of those ``used``, or a word if it means something else where it is given."""
+    """The name, with a number if it is one of those ``used``, or a word if it means something else where it is
+    given."""
     name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
     n, out = 1, name
     while out in used:

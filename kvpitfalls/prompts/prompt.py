@@ -132,13 +132,13 @@ class Prompt:
         messages : list of {"role": str, "content": str}
             Or a content that is a list of ``{"type": "text", "text": str}``, or none beside ``tool_calls``.
         instructions : mapping of str to (str or (int, int)), or {"sentences", "lines", "messages"}, optional
-            Names -> a text found in the messages' contents, or a range of characters of ``text``. Or every sentence, line or message,
-            named by its first words.
+            Names -> a text found in the messages' contents, or a range of characters of ``text``. Or every sentence,
+            line or message, named by its first words.
         add_generation_prompt : bool
             End with the header of the model's answer.
         allow_special_tokens : bool
-            Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer takes it. Such a text
-            can end its message and begin another, so it is refused by default.
+            Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer
+            takes it. Such a text can end its message and begin another, so it is refused by default.
         template_options
             For the chat template, here and in :meth:`followed_by`: ``tools``, ``enable_thinking`` and others.
 
@@ -147,8 +147,8 @@ class Prompt:
         TypeError
             If the tokenizer gives no offsets, or an argument has another type.
         ValueError
-            If an instruction is missing, found twice or overlaps another, the template changes the messages' text, or a content holds a
-            token of the template.
+            If an instruction is missing, found twice or overlaps another, the template changes the messages' text, or a
+            content holds a token of the template.
 
         Examples
         --------
@@ -166,11 +166,14 @@ class Prompt:
         made = datetime.now()
         given = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
         text, contents, encoded = encoded_chat(tokenizer, messages, given, allow_special_tokens)
-        return replace(cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made)._with(instructions)
+        return replace(
+            cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made
+        )._with(instructions)
 
     @classmethod
     def from_text(cls, tokenizer: Any, text: str, instructions: Instructions | None = None) -> "Prompt":
-        """A prompt from plain text, with the special tokens the tokenizer adds by itself, and those that the text spells.
+        """A prompt from plain text, with the special tokens the tokenizer adds by itself, and those that the text
+        spells.
 
         A text that begins with the token that begins every text, as a rendered chat does, gets no second one.
 
@@ -189,7 +192,9 @@ class Prompt:
         return cls._build(tokenizer, text, _encoded(tokenizer, text), ((0, len(text)),), None)._with(instructions)
 
     @classmethod
-    def _build(cls, tokenizer: Any, text: str, encoded: Any, contents: Ranges, messages: Sequence[Message] | None) -> "Prompt":
+    def _build(
+        cls, tokenizer: Any, text: str, encoded: Any, contents: Ranges, messages: Sequence[Message] | None
+    ) -> "Prompt":
         ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
@@ -213,7 +218,9 @@ class Prompt:
         if instructions is None:
             return self
         if not isinstance(instructions, str):
-            return replace(self, spans=token_spans(self.text, self.offsets, find_all(self.text, self.contents, instructions)))
+            return replace(
+                self, spans=token_spans(self.text, self.offsets, find_all(self.text, self.contents, instructions))
+            )
         ranges = marked(self.text, self.contents, instructions, self.roles or ["text"] * len(self.contents))
         if not ranges:
             raise ValueError(f"the prompt has no letter to be cut into {instructions}; expected text")
@@ -269,7 +276,9 @@ class Prompt:
         held = [holder(self.contents, pair) for pair in self.offsets]
         return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
 
-    def followed_by(self, user: str | Sequence[Message], *, allow_special_tokens: bool = False, **template_options: Any) -> "torch.Tensor":
+    def followed_by(
+        self, user: str | Sequence[Message], *, allow_special_tokens: bool = False, **template_options: Any
+    ) -> "torch.Tensor":
         """Token ids of the conversation that goes on, LongTensor (1, L), ready for ``generate``.
 
         Parameters
@@ -279,29 +288,35 @@ class Prompt:
         allow_special_tokens : bool
             As for :meth:`from_chat`, for what is added here.
         template_options
-            As for :meth:`from_chat`, besides those given there. With ``continue_final_message=True`` the last message is an answer that
-            the model goes on with.
+            As for :meth:`from_chat`, besides those given there. With ``continue_final_message=True`` the last message
+            is an answer that the model goes on with.
 
         Raises
         ------
         ValueError
-            If this prompt's tokens are not the beginning of the whole conversation's, or a new content holds a token of the template.
+            If this prompt's tokens are not the beginning of the whole conversation's, or a new content holds a token of
+            the template.
         """
         import torch
 
-        kept = {name: x for name, x in self.template_options.items() if name != "continue_final_message"}  # of the prompt's last message
+        kept = {
+            name: x for name, x in self.template_options.items() if name != "continue_final_message"
+        }  # of the prompt's last message
         options = check_options({**kept, **template_options})
         if self.messages is None:
             if template_options:
                 raise TypeError(
-                    f"{next(iter(template_options))} was given for a prompt of plain text; expected no options of a chat template"
+                    f"{next(iter(template_options))} was given for a prompt of plain text; expected no options of a "
+                    "chat template"
                 )
             if not isinstance(user, str):
                 raise TypeError(f"user is a {type(user).__name__}; expected a str, since the prompt is plain text")
             check_encodable("user", user)
             full = list(_encoded(self.tokenizer, self.text + user)["input_ids"])
         else:
-            more = check_messages([{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages))
+            more = check_messages(
+                [{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages)
+            )
             whole = [*self.messages, *more]
             options["add_generation_prompt"] = not options.get("continue_final_message", False)
             options = at_time(self.tokenizer, options, self.made)
@@ -311,9 +326,12 @@ class Prompt:
         own = list(self.token_ids)
         if len(full) <= len(own) or full[: len(own)] != own:
             at = next((i for i, (a, b) in enumerate(zip(own, full, strict=False)) if a != b), min(len(own), len(full)))
-            names = [repr(self.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "its end" for ids in (own, full)]
+            names = [
+                repr(self.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "its end" for ids in (own, full)
+            ]
             raise ValueError(
-                f"the context is not a prefix of the full ids: at token {at} the prompt has {names[0]} and the whole conversation "
+                f"the context is not a prefix of the full ids: at token {at} the prompt has {names[0]} and the whole "
+                "conversation "
                 f"{names[1]}; expected a prompt that the conversation continues"
             )
         return torch.tensor([full])
@@ -321,27 +339,38 @@ class Prompt:
 
 def _check_tokenizer(tokenizer: object) -> None:
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer")
+        raise TypeError(
+            f"the tokenizer is a {type(tokenizer).__name__} without character offsets; expected a fast tokenizer"
+        )
 
 
 def _encoded(tokenizer: Any, text: str) -> Any:
-    """Tokens of a plain text; not with two tokens that begin a text, of which one would be the tokenizer's and one the text's."""
+    """Tokens of a plain text; not with two tokens that begin a text, of which one would be the tokenizer's and one the
+    text's."""
     bos = tokenizer.bos_token
-    twice = bos is not None and text.startswith(bos) and list(tokenizer(text)["input_ids"][:2]) == [tokenizer.bos_token_id] * 2
+    twice = (
+        bos is not None
+        and text.startswith(bos)
+        and list(tokenizer(text)["input_ids"][:2]) == [tokenizer.bos_token_id] * 2
+    )
     return tokenizer(text, add_special_tokens=not twice, return_offsets_mapping=True)
 
 
-def find_all(text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]] | None) -> dict[str, tuple[int, int]]:
+def find_all(
+    text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]] | None
+) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
     if instructions is not None and not isinstance(instructions, Mapping):
         raise TypeError(
-            f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts, or sentences, lines or messages"
+            f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts, or sentences, "
+            "lines or messages"
         )
     ranges = {name: _find(text, contents, name, wanted) for name, wanted in (instructions or {}).items()}
     for name, (begin, end) in ranges.items():
         if not any(c.isprintable() and not c.isspace() for c in text[begin:end]):
             raise ValueError(
-                f"the text of instruction {name!r} has nothing to read, {short(text[begin:end])}; expected more than white space"
+                f"the text of instruction {name!r} has nothing to read, {short(text[begin:end])}; expected more than "
+                "white space"
             )
     ordered = dict(sorted(ranges.items(), key=lambda item: item[1]))
     names = list(ordered)
@@ -363,14 +392,23 @@ def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[in
         starts = list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
         if len(starts) != 1:
             times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
-            fault = f"is in the prompt {times}, at characters {', '.join(map(str, starts))}" if starts else "is not in the prompt"
-            hint = "; a range (start, end) in characters says which one is meant" if starts else _near(text, contents, wanted)
+            fault = (
+                f"is in the prompt {times}, at characters {', '.join(map(str, starts))}"
+                if starts
+                else "is not in the prompt"
+            )
+            hint = (
+                "; a range (start, end) in characters says which one is meant"
+                if starts
+                else _near(text, contents, wanted)
+            )
             raise ValueError(f"the text of instruction {name!r} {fault}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
     if isinstance(wanted, Sequence) and len(wanted) == 2 and all(map(is_whole, wanted)):
         if not 0 <= wanted[0] < wanted[1] <= len(text):
             raise ValueError(
-                f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) that is not empty"
+                f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) "
+                "that is not empty"
             )
         return wanted[0], wanted[1]
     raise ValueError(f"instruction {name!r} is {short(wanted)}; expected a text, or (start, end) in characters")
@@ -399,7 +437,9 @@ def _occurrences(text: str, wanted: str, begin: int, end: int) -> Iterator[int]:
         at = text.find(wanted, at + 1, end)
 
 
-def token_spans(text: str, offsets: Ranges, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False) -> dict[str, Span]:
+def token_spans(
+    text: str, offsets: Ranges, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False
+) -> dict[str, Span]:
     """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many.
 
     ``ranges`` are in order and do not overlap. One that gets no token is refused, or left out if ``skip_empty``.
@@ -417,11 +457,15 @@ def token_spans(text: str, offsets: Ranges, ranges: Mapping[str, tuple[int, int]
     for name, (begin, end), tokens in zip(names, edges, owned, strict=True):
         if not tokens and not skip_empty:
             raise ValueError(
-                f"instruction {name!r} has no token of its own: a neighbour holds more of each of its tokens; expected a longer text"
+                f"instruction {name!r} has no token of its own: a neighbour holds more of each of its tokens; "
+                "expected a longer text"
             )
         if tokens:
             spans[name] = Span(name, tokens[0], tokens[-1] + 1, text[begin:end])
     for one, two in pairwise(spans.values()):
         if one.end > two.start:
-            raise ValueError(f"the tokens of instructions {one.name!r} and {two.name!r} are interleaved; expected one after the other")
+            raise ValueError(
+                f"the tokens of instructions {one.name!r} and {two.name!r} are interleaved; expected one after the "
+                "other"
+            )
     return spans

@@ -1,8 +1,10 @@
-"""`make fuzz-python`: random input by atheris, guided by coverage. Only the documented exceptions may come out, of exactly these types.
+"""`make fuzz-python`: random input by atheris, guided by coverage. Only the documented exceptions may come out, of
+exactly these types.
 
     python tests/fuzz_python/fuzz.py TARGET FOLDER [libFuzzer options]
 
-FOLDER takes the inputs that were worth keeping; it is begun with a few good ones. What is found becomes a row of a test.
+FOLDER takes the inputs that were worth keeping; it is begun with a few good ones. What is found becomes a row of a
+test.
 """
 
 import contextlib
@@ -80,7 +82,24 @@ def text(data, n=6):
 def anything(data):
     """A value of any type, for arguments that expect another one."""
     return data.PickValueInList(
-        [None, True, -1, 2**63, 0.5, float("nan"), b"x", [], {}, [1], (0, 3), "sinks", "a", text(data), np.int64(3), [None]]
+        [
+            None,
+            True,
+            -1,
+            2**63,
+            0.5,
+            float("nan"),
+            b"x",
+            [],
+            {},
+            [1],
+            (0, 3),
+            "sinks",
+            "a",
+            text(data),
+            np.int64(3),
+            [None],
+        ]
     )
 
 
@@ -96,15 +115,20 @@ class Targets:
         """Messages and instructions; spans are in order, apart, and hold their text."""
         data = atheris.FuzzedDataProvider(raw)
         messages = [
-            {"role": data.PickValueInList(["system", "user", "x\n", 3]), "content": text(data)} for _ in range(data.ConsumeIntInRange(0, 3))
+            {"role": data.PickValueInList(["system", "user", "x\n", 3]), "content": text(data)}
+            for _ in range(data.ConsumeIntInRange(0, 3))
         ]
         wanted = {}
         for name in "abc"[: data.ConsumeIntInRange(0, 3)]:
             where = data.ConsumeIntInRange(0, 40)
             content = messages[0]["content"] if messages else ""
-            wanted[name] = data.PickValueInList([content[where : where + 9], (where, where + data.ConsumeIntInRange(0, 9)), anything(data)])
+            wanted[name] = data.PickValueInList(
+                [content[where : where + 9], (where, where + data.ConsumeIntInRange(0, 9)), anything(data)]
+            )
         with only(ALLOWED):
-            prompt = kvp.Prompt.from_chat(self.tokenizer, messages, wanted, data.ConsumeBool(), allow_special_tokens=data.ConsumeBool())
+            prompt = kvp.Prompt.from_chat(
+                self.tokenizer, messages, wanted, data.ConsumeBool(), allow_special_tokens=data.ConsumeBool()
+            )
             last = 0
             for name, span in prompt.spans.items():
                 assert last <= span.start < span.end <= len(prompt), name
@@ -120,7 +144,9 @@ class Targets:
         def number():
             return data.PickValueInList([data.ConsumeIntInRange(-3, 23), data.ConsumeIntInRange(0, 20), anything(data)])
 
-        spans = {data.PickValueInList(["a", "b", "", 3]): (number(), number()) for _ in range(data.ConsumeIntInRange(0, 3))}
+        spans = {
+            data.PickValueInList(["a", "b", "", 3]): (number(), number()) for _ in range(data.ConsumeIntInRange(0, 3))
+        }
         given = {
             "spans": data.PickValueInList([spans, list(spans.values()), [spans], anything(data)]),
             "protect": data.PickValueInList([None, "sinks", [number()], ["a", number()], anything(data)]),
@@ -128,13 +154,20 @@ class Targets:
             "fair": data.PickValueInList([False, True, "paper", data.ConsumeProbability(), anything(data)]),
             "scaling": data.PickValueInList([None, 1.0, anything(data)]),
             "softcap": data.PickValueInList([0.0, 5.0, anything(data)]),
-            data.PickValueInList(["budget", "compression_ratio"]): data.PickValueInList([number(), data.ConsumeProbability()]),
+            data.PickValueInList(["budget", "compression_ratio"]): data.PickValueInList(
+                [number(), data.ConsumeProbability()]
+            ),
         }
         policy = data.PickValueInList(["knorm", "snapkv", "tova", "h2o", "streaming_llm", anything(data)])
-        keys, queries = self.rng.standard_normal((1, 2, 20, 4), np.float32), self.rng.standard_normal((1, 2, 20, 4), np.float32)
+        keys, queries = (
+            self.rng.standard_normal((1, 2, 20, 4), np.float32),
+            self.rng.standard_normal((1, 2, 20, 4), np.float32),
+        )
         with only(ALLOWED):
             kept = kvp.keep(policy, keys, queries, **given)
-            assert (kept.counts == (kept.positions >= 0).sum(-1)).all() and kept.quotas.sum(-1).max() == kept.counts.max()
+            assert (kept.counts == (kept.positions >= 0).sum(-1)).all() and kept.quotas.sum(
+                -1
+            ).max() == kept.counts.max()
 
     def arguments(self, raw: bytes) -> None:
         """Command lines: an exit code of 0 to 3, whatever they are."""
@@ -167,7 +200,10 @@ class Targets:
             "c.toml",
             "--output",
         ]
-        argv = [data.PickValueInList([data.PickValueInList(words), text(data, 2)]) for _ in range(data.ConsumeIntInRange(0, 14))]
+        argv = [
+            data.PickValueInList([data.PickValueInList(words), text(data, 2)])
+            for _ in range(data.ConsumeIntInRange(0, 14))
+        ]
         if any(word.startswith(("/", "--output=/", "--m", "--pr")) or ".." in word for word in argv):
             return  # no writes elsewhere, no models and presets, which would run
         (FOLDER / "in.txt").write_bytes(data.ConsumeBytes(40))
@@ -186,7 +222,11 @@ class Targets:
         cut = raw.find(b"\xfe") if b"\xfe" in raw else len(raw)
         (FOLDER / records.RECORDS).write_bytes(raw[:cut])
         (FOLDER / records.META).write_bytes(raw[cut + 1 :])
-        for call in (lambda: records.read_meta(FOLDER), lambda: self.summary(), lambda: records.recover(FOLDER, self.plan)):
+        for call in (
+            lambda: records.read_meta(FOLDER),
+            lambda: self.summary(),
+            lambda: records.recover(FOLDER, self.plan),
+        ):
             with only(FILE):
                 call()
         with only(FILE):
@@ -244,10 +284,16 @@ class Targets:
             self.save_cache(FOLDER / "seed")
             return [(FOLDER / "seed").read_bytes(), self.saved[1]["about"].encode()]
         if target == "records":
-            record = dict.fromkeys(("model", "dataset", "defense", "order", "policy", "mode", "kind", "attack"), "recall")
+            record = dict.fromkeys(
+                ("model", "dataset", "defense", "order", "policy", "mode", "kind", "attack"), "recall"
+            )
             scores = {"recall": {"rougeL": 0.5}}
-            whole = json.dumps({**record, "compression_ratio": 0.5, "key": 1, "kept": {"a": 1.0}, "error": None, "scores": scores})
-            row = json.dumps({"key": 1, "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]})
+            whole = json.dumps(
+                {**record, "compression_ratio": 0.5, "key": 1, "kept": {"a": 1.0}, "error": None, "scores": scores}
+            )
+            row = json.dumps(
+                {"key": 1, "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
+            )
             return [
                 f"{whole}\n".encode() + b'\xfe{"same": {"models": ["default"], "seed": 1}, "sessions": []}',
                 b'{"key": 1}\n{"key": 2}\n',
@@ -255,7 +301,9 @@ class Targets:
             ]
         if target == "gguf":
             key = b"general.architecture"
-            header = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 5) + b"llama"
+            header = (
+                struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 5) + b"llama"
+            )
             return [header, struct.pack("<IQQ", 3, 0, 0)]
         return [bytes(range(i, i + 120)) for i in range(0, 120, 30)]
 

@@ -1,4 +1,5 @@
-"""Tries every fault of mutants.toml on a copy of the tree: the tests named there must pass without it, and fail with it."""
+"""Tries every fault of mutants.toml on a copy of the tree: the tests named there must pass without it, and fail with
+it."""
 
 import os
 import shutil
@@ -99,7 +100,11 @@ def main():
     for mutant in mutants:
         start = time.monotonic()
         killed = is_killed(mutant)
-        print(f"{'killed  ' if killed else 'SURVIVES'} {time.monotonic() - start:5.1f} s  {mutant['path']}: {mutant['why']}", flush=True)
+        print(
+            f"{'killed  ' if killed else 'SURVIVES'} {time.monotonic() - start:5.1f} s  {mutant['path']}: "
+            f"{mutant['why']}",
+            flush=True,
+        )
         survivors += [] if killed else [mutant]
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} killed")
     sys.exit(bool(survivors))

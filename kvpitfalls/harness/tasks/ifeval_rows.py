@@ -12,7 +12,9 @@ def rows(dataset="own", data=None, **_) -> dict:
     corpus = load_corpus(dataset, data)
     for row in corpus.rows:
         if not row["instruction_id_list"]:
-            raise ValueError(f"row {row['key']!r} of {corpus.name} has no instruction_id_list; expected checkable instructions")
+            raise ValueError(
+                f"row {row['key']!r} of {corpus.name} has no instruction_id_list; expected checkable instructions"
+            )
     return {"test": Dataset.from_list([_doc(corpus.prefix, row) for row in corpus.rows])}
 
 

@@ -1,0 +1,136 @@
+"""What a user may give as a prompt: token ids, prompts of this package, what a tokenizer returned; made one batch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ..eviction.arrays import Table
+from ..eviction.fairness import PROTECT_WORDS, Protect, Spans, protected_positions
+from ..prompts.prompt import Instructions, Prompt
+from .evict import Evict
+from .generate import pad_token
+from .outer import placeholders
+
+AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Spans | None, Protect | None]  # see batch_of
+
+
+def by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
+    """The prompt, or what was given by name in its place."""
+    if not inputs or (prompt is None and "input_ids" in inputs):
+        return inputs or prompt
+    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
+    raise TypeError(
+        f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: "
+        "compress(**inputs)"
+    )
+
+
+def marked(prompt: object, instructions: Instructions) -> list[Prompt]:
+    """Prompts with these instructions marked in each."""
+    prompts = [prompt] if isinstance(prompt, Prompt) else prompt
+    if not isinstance(prompts, Sequence) or not all(isinstance(p, Prompt) for p in prompts):
+        raise TypeError(
+            f"instructions were given with a {type(prompt).__name__}; expected them only with a Prompt, or a list of "
+            "them"
+        )
+    return [p.marked(instructions) for p in prompts]
+
+
+def batch_of(prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
+    """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
+    if isinstance(prompt, Prompt):
+        prompt = [prompt]
+    if isinstance(prompt, Mapping):
+        prompt, attention_mask = _of_tokenizer(prompt, attention_mask)
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
+        if attention_mask is not None or spans is not None:
+            raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
+        return pad_left([p for p in prompt if isinstance(p, Prompt)], action)
+    ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)"
+        )
+    mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
+    return ids, mask, spans, action.protect
+
+
+def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+    """Ids and mask of what a tokenizer returns."""
+    if "input_ids" not in given:
+        raise ValueError(
+            f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask"
+        )
+    if attention_mask is not None and given.get("attention_mask") is not None:
+        raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
+    return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is a {type(given).__name__} that is no tensor; expected {expected}") from error
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
+    return tensor
+
+
+def check_ids(model: Any, ids: torch.Tensor) -> None:
+    """Refuse ids that the vocabulary lacks: a GPU's error for them ends the process's use of it."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
+        return
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholders(model)), dtype=ids.dtype, device=ids.device))]
+    if not known.numel():
+        return
+    low, high = torch.stack(known.aminmax()).tolist()
+    if low < 0 or high >= embeddings.num_embeddings:
+        raise ValueError(
+            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
+        )
+
+
+def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
+    """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
+    width = max(len(p) for p in prompts)
+    starts = [width - len(p) for p in prompts]
+    pad = pad_token(prompts[0].tokenizer)
+    ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
+    mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
+    spans = [
+        {s.name: (s.start + start, s.end + start) for s in p.spans.values()}
+        for p, start in zip(prompts, starts, strict=True)
+    ]
+    shielded = None
+    if action.protect is not None:
+        shielded = np.zeros((len(prompts), width), bool)
+        for row, prompt, start in zip(shielded, prompts, starts, strict=True):
+            row[[start + t for t in protected_in(prompt, action.protect, action.n_sink, action.limit)]] = True
+    return ids, mask if any(starts) else None, spans, shielded
+
+
+def protected_in(prompt: Prompt, protect: Protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
+    """Protected token positions of one prompt; a text that is no instruction's name and no role is looked up in it."""
+    items: list[Any] = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
+    spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, list[Any]()
+    for item in items:
+        if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
+            known.append(item)
+        else:
+            known.extend(prompt.tokens_of(item) if item in prompt.roles else _tokens_of_text(prompt, item))
+    return protected_positions(known, 0, 0, len(prompt), spans, n_sink, limit)
+
+
+def _tokens_of_text(prompt: Prompt, text: str) -> range:
+    """Where a text stands; a text that is not there may be a name that was mistyped."""
+    try:
+        return range(*prompt.find(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'})"
+        ) from error
