@@ -255,12 +255,12 @@ def _single(args, **changes) -> dict:
     from ..experiments.scenario import ANSWERED
 
     lists = ("defenses", "orders", "policies", "modes", "compression_ratios", "attacks")
-    given = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
-    if "modes" in given:
-        given["modes"] = [_number(mode) for mode in given["modes"]]
+    options = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
+    if "modes" in options:
+        options["modes"] = [_number(mode) for mode in options["modes"]]
     if args.max_new_tokens is not None:
-        given["max_new_tokens"] = dict.fromkeys(ANSWERED, args.max_new_tokens)
-    return {"all": SweepConfig.parse({**changes, **_changes(args), **given})}
+        options["max_new_tokens"] = dict.fromkeys(ANSWERED, args.max_new_tokens)
+    return {"all": SweepConfig.parse({**changes, **_changes(args), **options})}
 
 
 def _number(text: str) -> str | float:
@@ -311,11 +311,11 @@ def _report(args) -> int:
     from ..display.page import write_report
     from ..display.tables import outcome_table, probe_table
 
-    found = write_report(args.folder)
+    written = write_report(args.folder)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(written, indent=1))
     else:
-        print("\n\n".join(filter(None, [outcome_table(found["cells"]), probe_table(found["cells"])])))
-        states = f"{found['failed']} failed, {found['infeasible']} infeasible"
-        print(f"\n{found['recorded']} of {found['items']} items recorded, {states}. Page: {found['page']}")
+        print("\n\n".join(filter(None, [outcome_table(written["cells"]), probe_table(written["cells"])])))
+        states = f"{written['failed']} failed, {written['infeasible']} infeasible"
+        print(f"\n{written['recorded']} of {written['items']} items recorded, {states}. Page: {written['page']}")
     return 0

@@ -32,12 +32,12 @@ _FIGURES = {
 def sweep_folders(folder: str | Path) -> list[Path]:
     """The folder itself, or its subfolders, that hold records of a sweep."""
     folder = Path(folder)
-    found = [f for f in (folder, *sorted(p for p in folder.glob("*") if p.is_dir())) if (f / RECORDS).is_file()]
-    if not found:
+    folders = [f for f in (folder, *sorted(p for p in folder.glob("*") if p.is_dir())) if (f / RECORDS).is_file()]
+    if not folders:
         raise FileNotFoundError(
             f"{folder} has no {RECORDS}, and none of its subfolders has; expected the output folder of a sweep"
         )
-    return found
+    return folders
 
 
 def write_report(folder: str | Path) -> dict:

@@ -268,13 +268,13 @@ class Layout:
 
     def weights(self, fair: Fair) -> list[list[float]]:
         """Per row, the weight of each segment; unmarked text weighs 1."""
-        given = fair.weights or {}
+        weights = fair.weights or {}
         for spans in self.spans:
-            if unknown := sorted(set(given) - set(spans)):
+            if unknown := sorted(set(weights) - set(spans)):
                 raise ValueError(
                     f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}"
                 )
-        return [[1.0 if name is None else given.get(name, 1.0) for name in row] for row in self.names(fair)]
+        return [[1.0 if name is None else weights.get(name, 1.0) for name in row] for row in self.names(fair)]
 
     def floors(self, fair: Fair) -> list[list[int]]:
         """Per row, the tokens that each segment keeps at least: protected ones, and an instruction's ``min_tokens``."""

@@ -159,30 +159,30 @@ class _Work:
         cache.batch_repeat_interleave(n_request)
         contexts = [self.prompts[row] for _, row in pairs for _ in range(n_request)]
         conversations = [ids for _, row in pairs for ids in self.conversations[row]]
-        found = answers(self.model, contexts, conversations, cache, self.batch.max_new_tokens)
+        replies = answers(self.model, contexts, conversations, cache, self.batch.max_new_tokens)
         for i, pair in enumerate(pairs):
             self.kept[pair] = kept[i]
             for j, request in enumerate(self.batch.requests):
-                self.answers[*pair, request] = found[i * n_request + j]
+                self.answers[*pair, request] = replies[i * n_request + j]
 
     def force(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         """What :meth:`generate` is for answers: the likelihood of given ones."""
         full, _ = self.compress([Setting(None, FULL, 0.0)], rows)
         tasks = [self.conversations[row][0] for row in rows]
         followed = answers(self.model, [self.prompts[row] for row in rows], tasks, full, self.batch.max_new_tokens)
-        given = [self.given(row, answer.text) for row, answer in zip(rows, followed, strict=True)]
+        of_rows = [self.given(row, answer.text) for row, answer in zip(rows, followed, strict=True)]
         cache, kept = self.compress(settings, rows)
-        cache.batch_repeat_interleave(len(given[0]))
-        contexts = [self.prompts[row] for row in rows for _ in given[0]] * len(settings)
-        asked = [ids for of_row in given for *_, ids, _ in of_row] * len(settings)
-        forced = [ids for of_row in given for *_, ids in of_row] * len(settings)
-        found = iter(answer_logprobs(self.model, contexts, asked, forced, cache))
+        cache.batch_repeat_interleave(len(of_rows[0]))
+        contexts = [self.prompts[row] for row in rows for _ in of_rows[0]] * len(settings)
+        asked = [ids for of_row in of_rows for *_, ids, _ in of_row] * len(settings)
+        forced = [ids for of_row in of_rows for *_, ids in of_row] * len(settings)
+        means = iter(answer_logprobs(self.model, contexts, asked, forced, cache))
         for i, setting in enumerate(settings):
             for j, row in enumerate(rows):
                 self.kept[setting, row] = kept[i * len(rows) + j]
-                for request, name, *_ in given[j]:
+                for request, name, *_ in of_rows[j]:
                     self.answers[setting, row, request] = followed[j]
-                    self.likelihoods.setdefault((setting, row, request), {})[name] = next(found)
+                    self.likelihoods.setdefault((setting, row, request), {})[name] = next(means)
 
     def given(self, row: int, full_answer: str) -> list[tuple]:
         """Request, name, token ids before, and token ids of each given answer of a row."""

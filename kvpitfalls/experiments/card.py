@@ -46,8 +46,8 @@ def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
 
 def _sums(by_kind: Mapping[str, list]) -> dict[str, list]:
     kinds = {name: METRICS[name] for name in TOGETHER}
-    found = {name: per_prompt(by_kind[kind], parts) for name, (kind, parts) in kinds.items() if kind in by_kind}
-    return {name: [[key, *pair] for key, pair in pairs.items()] for name, pairs in found.items()}
+    sums = {name: per_prompt(by_kind[kind], parts) for name, (kind, parts) in kinds.items() if kind in by_kind}
+    return {name: [[key, *pair] for key, pair in pairs.items()] for name, pairs in sums.items()}
 
 
 def read_card(path: str | Path) -> dict:

@@ -134,12 +134,12 @@ class SweepConfig:
         path = Path(path)
         text = path.read_bytes()
         try:
-            given = tomllib.loads(text.decode("utf-8-sig")) if path.suffix == ".toml" else json.loads(text)
+            settings = tomllib.loads(text.decode("utf-8-sig")) if path.suffix == ".toml" else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}; expected a .toml or .json file") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path} holds a {type(given).__name__}; expected names and values")
-        return cls.parse(given)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} holds a {type(settings).__name__}; expected names and values")
+        return cls.parse(settings)
 
     def to_dict(self) -> dict:
         """Everything, ready for JSON; :meth:`parse` takes it back."""
@@ -150,14 +150,14 @@ class SweepConfig:
         """Name -> text of the attacks that are meant, families spelled out."""
         chosen: dict[str, str] = {}
         for wanted in self.attacks:
-            found = {name: said for name, said in corpus.attacks.items() if wanted in (name, name.rpartition("-")[0])}
-            if not found:
+            named = {name: said for name, said in corpus.attacks.items() if wanted in (name, name.rpartition("-")[0])}
+            if not named:
                 families = dict.fromkeys(name.rpartition("-")[0] for name in corpus.attacks)
                 raise ValueError(
                     f"attacks hold {wanted!r}; expected names such as {next(iter(corpus.attacks))}, or "
                     f"{', '.join(families)}"
                 )
-            chosen.update(found)
+            chosen.update(named)
         return chosen
 
     def check_corpus(self, corpus: Corpus) -> None:

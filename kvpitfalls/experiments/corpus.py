@@ -316,9 +316,9 @@ def _download() -> dict[str, Path]:
 def cut_prefix(script: bytes) -> bytes:
     """The text that the authors' script puts before every directive: the default of its option
     ``system_prompt_prepend``."""
-    found = re.search(_PREFIX_LITERAL, script)
-    if found is None:
+    literal = re.search(_PREFIX_LITERAL, script)
+    if literal is None:
         raise ValueError(
             "the authors' script has no default for system_prompt_prepend; expected a text in double quotes"
         )
-    return ast.literal_eval(found[1].decode()).encode()
+    return ast.literal_eval(literal[1].decode()).encode()

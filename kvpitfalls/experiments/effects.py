@@ -55,8 +55,8 @@ class PutBack(Evict):
         for row, of_row in enumerate(layout.spans):
             held[row, :, slice(*of_row[self.name])] = True
         positions = _ascending(held[..., :n_token])
-        given = torch.from_numpy(positions).to(layer.keys.device)
-        layer.evict(given, bool((positions >= 0).all()))
+        to_keep = torch.from_numpy(positions).to(layer.keys.device)
+        layer.evict(to_keep, bool((positions >= 0).all()))
 
 
 def _ascending(held: np.ndarray) -> np.ndarray:
@@ -106,10 +106,10 @@ class Effects:
         for said, span in dict.fromkeys((row["said"], row["span"]) for row in self.rows):
             chosen = [row for row in self.rows if (row["said"], row["span"]) == (said, span)]
             for memory in MEMORIES:
-                found = [row for row in chosen if row[memory] is not None]
-                if found:
-                    counts = {"n_prompt": len(found), "n_infeasible": len(chosen) - len(found)}
-                    out.append({"said": said, "span": span, "memory": memory, **_returned(found, memory), **counts})
+                returned = [row for row in chosen if row[memory] is not None]
+                if returned:
+                    counts = {"n_prompt": len(returned), "n_infeasible": len(chosen) - len(returned)}
+                    out.append({"said": said, "span": span, "memory": memory, **_returned(returned, memory), **counts})
         return out
 
     def __repr__(self) -> str:
@@ -236,13 +236,13 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
         "compressed": evict,
     }
     for name in prompt.spans:
-        given = {
+        settings = {
             "policy": evict.policy,
             "fair": evict.fair,
             "compression_ratio": evict.compression_ratio,
             "budget": None,
         }
-        named["more", name] = PutBack(**given, protect=evict.protect, name=name)
+        named["more", name] = PutBack(**settings, protect=evict.protect, name=name)
         named["equal", name] = replace(evict, protect=[*_listed(evict.protect), name])
     feasible = {
         key: action
@@ -262,10 +262,10 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
         raise ValueError(
             f"the full cache's answer to {questions[forced.index([])]!r} is empty; expected at least one token"
         )
-    found = {}
+    sums = {}
     for key, cache in caches.items():
         means = answer_logprobs(model, contexts, asked, forced, cache)
-        found[key] = [mean * len(ids) for mean, ids in zip(means, forced, strict=True)]
+        sums[key] = [mean * len(ids) for mean, ids in zip(means, forced, strict=True)]
     return [
         {
             **{
@@ -275,8 +275,8 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
                 "n_tokens": n_tokens[name],
                 "n_evicted": evicted[name],
             },
-            **{key: found[key][q] for key in ("full", "compressed")},
-            **{memory: found[memory, name][q] if (memory, name) in found else None for memory in MEMORIES},
+            **{key: sums[key][q] for key in ("full", "compressed")},
+            **{memory: sums[memory, name][q] if (memory, name) in sums else None for memory in MEMORIES},
         }
         for q, text in enumerate(questions)
         for name in prompt.spans

@@ -65,8 +65,10 @@ def _probed(name: str, less: str | None = None) -> Callable[[Mapping], Parts]:
     """A likelihood, or by how much it exceeds another; nothing where the record's request has none."""
 
     def parts(record):
-        found = record["scores"]["probe"]
-        return (found[name] - (0.0 if less is None else found[less]), 1) if name in found else (0.0, 0)
+        likelihoods = record["scores"]["probe"]
+        return (
+            (likelihoods[name] - (0.0 if less is None else likelihoods[less]), 1) if name in likelihoods else (0.0, 0)
+        )
 
     return parts
 

@@ -37,10 +37,15 @@ def summarize(records: Sequence[Mapping]) -> list[dict]:
             for name, (kind, parts) in METRICS.items()
             if kind in by_kind
         }
-        found = [record for of_kind in by_kind.values() for record in of_kind]
-        n_prompt = len({record["key"] for record in found if record["scores"] is not None})
+        together = [record for of_kind in by_kind.values() for record in of_kind]
+        n_prompt = len({record["key"] for record in together if record["scores"] is not None})
         cells.append(
-            {**dict(zip(SETTING, setting, strict=True)), "metrics": metrics, "kept": _kept(found), "n_prompt": n_prompt}
+            {
+                **dict(zip(SETTING, setting, strict=True)),
+                "metrics": metrics,
+                "kept": _kept(together),
+                "n_prompt": n_prompt,
+            }
         )
     return cells
 

@@ -86,8 +86,13 @@ def sweep(
             for records in made:
                 append(folder, records)
                 bar.update(len(records))
-        found = counts(read_records(folder))
-    return {"items": n_item, "failed": found["n_failed"], "infeasible": found["n_infeasible"], "resumed_at": held}
+        n_records = counts(read_records(folder))
+    return {
+        "items": n_item,
+        "failed": n_records["n_failed"],
+        "infeasible": n_records["n_infeasible"],
+        "resumed_at": held,
+    }
 
 
 def _check_engine(engine: str, workers: int | None, config: SweepConfig) -> None:

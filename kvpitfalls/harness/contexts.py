@@ -122,16 +122,16 @@ class Marks:
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        texts = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts"
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
-    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
+    if not isinstance(texts, dict) or not texts or not all(isinstance(text, str) for text in texts.values()):
         raise ValueError(f"{path} holds no object of names and texts; expected one that is not empty")
-    return found
+    return texts
 
 
 def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -62,16 +62,16 @@ def from_kvpress(press) -> dict:
     if name not in _SAME or not dataclasses.is_dataclass(press):
         raise ValueError(f"the press is a {name}, which no policy here is; expected one of {', '.join(_SAME)}")
     policy, fields = _SAME[name]
-    given = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
-    if unknown := sorted(set(given) - {"compression_ratio", *fields}):
+    parameters = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
+    if unknown := sorted(set(parameters) - {"compression_ratio", *fields}):
         raise ValueError(
-            f"{name} has {unknown[0]}={given[unknown[0]]!r}, which {policy.__name__} has not; expected "
+            f"{name} has {unknown[0]}={parameters[unknown[0]]!r}, which {policy.__name__} has not; expected "
             f"{', '.join(fields) or 'none'}"
         )
-    check_budget(given["compression_ratio"], None)
+    check_budget(parameters["compression_ratio"], None)
     return {
-        "policy": policy(**{field: given[field] for field in fields}),
-        "compression_ratio": given["compression_ratio"],
+        "policy": policy(**{field: parameters[field] for field in fields}),
+        "compression_ratio": parameters["compression_ratio"],
     }
 
 
@@ -85,16 +85,16 @@ def to_kvpress(policy: Policy | str, compression_ratio: float):
     """
     policy = get_policy(policy)
     check_budget(compression_ratio, None)
-    found = [name for name, (ours, _) in _SAME.items() if type(policy) is ours]
-    if not found:
+    presses = [name for name, (ours, _) in _SAME.items() if type(policy) is ours]
+    if not presses:
         raise ValueError(
             f"policy is {policy!r}, for which kvpress has no press; expected one of "
             f"{', '.join(p.name for p, _ in _SAME.values())}"
         )
     import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
-    return getattr(kvpress, found[0])(
-        compression_ratio, **{field: getattr(policy, field) for field in _SAME[found[0]][1]}
+    return getattr(kvpress, presses[0])(
+        compression_ratio, **{field: getattr(policy, field) for field in _SAME[presses[0]][1]}
     )
 
 

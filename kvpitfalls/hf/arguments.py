@@ -37,5 +37,5 @@ def under_one_name(name: str, kwargs: dict) -> dict:
 def given_cache(arguments: dict) -> tuple[str | None, Any]:
     """The name and the cache among a forward's arguments, under whatever name it was given; (None, None) if there is
     none."""
-    given = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
-    return given[0] if given else (None, None)
+    caches = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
+    return caches[0] if caches else (None, None)

@@ -104,8 +104,8 @@ def check_model(model) -> None:
 
 def _adapters_of(model) -> dict:
     """PEFT's description of each adapter, by name."""
-    found = getattr(model, "peft_config", None)
-    return found if isinstance(found, dict) else {}
+    adapters = getattr(model, "peft_config", None)
+    return adapters if isinstance(adapters, dict) else {}
 
 
 def check_not_compiled(model: torch.nn.Module) -> None:

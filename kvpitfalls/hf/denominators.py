@@ -49,11 +49,11 @@ class Denominators(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if name not in _RETURN_THEM:
             return func(*args, **kwargs)
-        given = _bind(func, args, kwargs)
-        plain = self._is_plain(given)
-        if plain and "compute_log_sumexp" in given:
-            given["compute_log_sumexp"] = True
-        out = func(**given)
+        arguments = _bind(func, args, kwargs)
+        plain = self._is_plain(arguments)
+        if plain and "compute_log_sumexp" in arguments:
+            arguments["compute_log_sumexp"] = True
+        out = func(**arguments)
         if plain:
             self._found.append(out[1].reshape(self._shape))
         return out

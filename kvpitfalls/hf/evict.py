@@ -86,14 +86,14 @@ class Evict(Action):
         """What stands where in the prompts."""
         key = (n_row, n_token, tuple(valid))
         if key not in self.layouts:
-            given = {
+            settings = {
                 "valid": valid,
                 "spans": self.spans,
                 "protect": self.protect,
                 "n_sink": self.n_sink,
                 "limit": self.limit,
             }
-            self.layouts[key] = Layout.of(n_row, n_token, **given)
+            self.layouts[key] = Layout.of(n_row, n_token, **settings)
         return self.layouts[key]
 
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
@@ -124,5 +124,5 @@ def _fills(kept: Kept, valid) -> bool:
     """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is
     still at work."""
     begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))
-    there = (np.minimum(kept.segments[:, 1:], end) - np.maximum(kept.segments[:, :-1], begin)).clip(0)
-    return bool((np.minimum(kept.quotas, there[:, None]).sum(-1) == kept.positions.shape[-1]).all())
+    lengths = (np.minimum(kept.segments[:, 1:], end) - np.maximum(kept.segments[:, :-1], begin)).clip(0)
+    return bool((np.minimum(kept.quotas, lengths[:, None]).sum(-1) == kept.positions.shape[-1]).all())

@@ -29,15 +29,15 @@ def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def arguments_of(model, generate, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call of ``generate`` by name; ``generation_config`` is what they make of the model's own."""
     bound = inspect.signature(generate).bind(*args, **kwargs).arguments
-    found = {**bound, **bound.get("kwargs", {})}
-    config = copy.deepcopy(found.get("generation_config") or GenerationConfig())
+    arguments = {**bound, **bound.get("kwargs", {})}
+    config = copy.deepcopy(arguments.get("generation_config") or GenerationConfig())
     for name, value in vars(model.generation_config).items():
         if getattr(config, name, None) is None:
             setattr(config, name, value)
-    unset = {} if found.get("generation_config") is not None else vars(copy.deepcopy(model.generation_config))
+    unset = {} if arguments.get("generation_config") is not None else vars(copy.deepcopy(model.generation_config))
     for name, value in {**unset, **{k: v for k, v in bound.get("kwargs", {}).items() if hasattr(config, k)}}.items():
         setattr(config, name, value)
-    return {**found, "generation_config": config}
+    return {**arguments, "generation_config": config}
 
 
 def n_rows_of(config: GenerationConfig) -> int:

@@ -82,11 +82,11 @@ class _Attachment:
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
         bound = self.signature.bind_partial(*args, **kwargs)
-        found = dict(bound.arguments)
+        arguments = dict(bound.arguments)
         for name, parameter in self.signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
-                found.update(found.pop(name, {}))
-        return found
+                arguments.update(arguments.pop(name, {}))
+        return arguments
 
     def with_cache(self, args: tuple, kwargs: dict, cache) -> tuple[tuple, dict]:
         """The same arguments, but with this cache."""

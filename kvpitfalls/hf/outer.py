@@ -23,8 +23,8 @@ def is_multimodal(model) -> bool:
 
 def placeholders(model) -> set[int]:
     """The tokens in whose place embeddings of images, videos and sounds are put."""
-    found = (value for name, value in vars(model.config).items() if _PLACEHOLDER.fullmatch(name))
-    return {value for value in found if isinstance(value, int)} if is_multimodal(model) else set()
+    ids = (value for name, value in vars(model.config).items() if _PLACEHOLDER.fullmatch(name))
+    return {value for value in ids if isinstance(value, int)} if is_multimodal(model) else set()
 
 
 def outer_of(model) -> torch.nn.Module | None:

@@ -15,8 +15,8 @@ def described(version: str) -> str:
     >>> described("99.0")
     '99.0, which was not tried: it is newer than 5.24.0; handle.verify() checks a model'
     """
-    given = Version(version)
-    if Version(OLDEST) <= given <= Version(NEWEST):
+    release = Version(version)
+    if Version(OLDEST) <= release <= Version(NEWEST):
         return version
-    how = f"newer than {NEWEST}" if given > Version(NEWEST) else f"older than {OLDEST}"
+    how = f"newer than {NEWEST}" if release > Version(NEWEST) else f"older than {OLDEST}"
     return f"{version}, which was not tried: it is {how}; handle.verify() checks a model"

@@ -47,8 +47,8 @@ class _StandIn:
 
 def globals_of(modules) -> list[dict]:
     """The globals of the modeling files of these modules, each once."""
-    found = (inspect.unwrap(type(module).forward).__globals__ for module in modules)
-    return list({id(namespace): namespace for namespace in found}.values())
+    namespaces = (inspect.unwrap(type(module).forward).__globals__ for module in modules)
+    return list({id(namespace): namespace for namespace in namespaces}.values())
 
 
 def put(namespaces: list[dict], around: Callable) -> None:

@@ -164,8 +164,8 @@ class Prompt:
         messages = check_messages(messages)
         options = check_options(template_options)
         made = datetime.now()
-        given = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
-        text, contents, encoded = encoded_chat(tokenizer, messages, given, allow_special_tokens)
+        dated_options = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
+        text, contents, encoded = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
         return replace(
             cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made
         )._with(instructions)

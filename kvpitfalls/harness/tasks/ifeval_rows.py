@@ -32,9 +32,9 @@ def _doc(prefix: str, row) -> dict:
 
 def results(doc, responses) -> dict:
     """lm-eval's own checks of an answer, made deterministic."""
-    found = check(doc, responses[0])
+    followed = check(doc, responses[0])
     return {
-        f"{level}_level_{rule}_acc": all(found[rule]) if level == "prompt" else found[rule]
+        f"{level}_level_{rule}_acc": all(followed[rule]) if level == "prompt" else followed[rule]
         for level in ("prompt", "inst")
         for rule in ("strict", "loose")
     }
