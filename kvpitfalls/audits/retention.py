@@ -47,15 +47,15 @@ class _Observe(Action):
         self.layers: list[int] = []
 
     @property
-    def least_heads(self) -> int:  # type: ignore[override]
+    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
         return max(allocation.least_heads for _, _, allocation in self.settings)
 
     @property
-    def reads_rotary(self) -> bool:  # type: ignore[override]
+    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         return any(policy.needs_rotary for policy, _, _ in self.settings)
 
     @property
-    def reads_output(self) -> bool:  # type: ignore[override]
+    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         return any(policy.needs_output for policy, _, _ in self.settings)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:

@@ -55,7 +55,7 @@ class Evict(Action):
         return self.sharing.shares_heads
 
     @property
-    def least_heads(self) -> int:  # type: ignore[override]
+    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
         """What the allocation expects."""
         return self.sharing.least_heads if self.acts else 1
 
@@ -65,12 +65,12 @@ class Evict(Action):
         return self.policy.needs_queries
 
     @property
-    def reads_rotary(self) -> bool:  # type: ignore[override]
+    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether the policy does, and is asked."""
         return self.policy.needs_rotary and self.acts
 
     @property
-    def reads_output(self) -> bool:  # type: ignore[override]
+    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether the policy does, and is asked."""
         return self.policy.needs_output and self.acts
 

@@ -320,17 +320,17 @@ class Fork(Action):
         return [cache.action for cache in self.caches if cache.action is not None]
 
     @property
-    def least_heads(self) -> int:  # type: ignore[override]
+    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
         """The most that one of them expects."""
         return max(action.least_heads for action in self._actions)
 
     @property
-    def reads_rotary(self) -> bool:  # type: ignore[override]
+    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether one of them does."""
         return any(action.reads_rotary for action in self._actions)
 
     @property
-    def reads_output(self) -> bool:  # type: ignore[override]
+    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether one of them does."""
         return any(action.reads_output for action in self._actions)
 

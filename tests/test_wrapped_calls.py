@@ -1,0 +1,252 @@
+"""What runs on a wrapped model is compressed or refused by name, and nothing else of the model changes."""
+
+import copy
+import gc
+import inspect
+import io
+import pathlib
+import pickle
+import re
+import types
+
+import pytest
+import torch
+from tiny_models import build, ids, tiny_prompt
+from transformers import BatchEncoding, DynamicCache, GenerationConfig
+
+import kvpitfalls as kvp
+
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+N_PROMPT = 20
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+def generate(model, tokens, **given):
+    return model.generate(tokens, **{"attention_mask": torch.ones_like(tokens), **GREEDY, **given})
+
+
+def in_config(model):
+    model.config.use_cache = False
+    return model(ids())
+
+
+def in_generation_config(model):
+    model.generation_config.use_cache = False
+    return generate(model, ids())
+
+
+def with_config(model):
+    return model.generate(ids(), generation_config=GenerationConfig(use_cache=False, max_new_tokens=2))
+
+
+WITHOUT_CACHE = {
+    "forward": lambda model: model(ids(), use_cache=False),
+    "config": in_config,
+    "generate": lambda model: generate(model, ids(), use_cache=False),
+    "generation_config": in_generation_config,
+    "given config": with_config,
+}
+
+
+@pytest.mark.parametrize("way", WITHOUT_CACHE)
+def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compressed(llama, way):
+    plain = WITHOUT_CACHE[way](copy.deepcopy(llama))
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(
+            kvp.NotInterceptedError, match=r"use_cache.*False.* nothing would be compressed; expected use_cache"
+        ):
+            WITHOUT_CACHE[way](llama)
+        with handle.paused():
+            again = WITHOUT_CACHE[way](llama)
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        whole = WITHOUT_CACHE[way](llama)
+    for given in (again, whole):
+        assert torch.equal(getattr(given, "logits", given), getattr(plain, "logits", plain))
+
+
+def test_continuous_batching_is_refused(llama):
+    assert hasattr(llama, "generate_batch"), "every release that is tried has it"
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="continuous batching"),
+    ):
+        llama.generate_batch(
+            [ids(1)[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=2, pad_token_id=0)
+        )
+    assert "init_continuous_batching" not in vars(llama)
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(llama):
+    mask = torch.ones(2, N_PROMPT, dtype=torch.long)
+    mask[0, :3] = 0
+    given = BatchEncoding({"input_ids": ids(2, N_PROMPT), "attention_mask": mask})
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache, wanted = handle.compress(given), handle.compress(ids(2, N_PROMPT), attention_mask=mask)
+        by_name = handle.compress(**given)
+        assert (
+            all((cache.positions(i) == wanted.positions(i)).all() for i in range(3))
+            and cache.valid == wanted.valid == by_name.valid
+        )
+        assert all((by_name.positions(i) == wanted.positions(i)).all() for i in range(3))
+        with pytest.raises(ValueError, match="attention_mask was given twice"):
+            handle.compress(given, attention_mask=mask)
+        with pytest.raises(
+            ValueError,
+            match="prompt is a BatchEncoding with pixel_values; expected input_ids and at most an attention_mask",
+        ):
+            handle.compress(BatchEncoding({**given, "pixel_values": torch.zeros(1)}))
+
+
+def test_guidance_is_refused(llama):
+    tokens = ids(1)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        for given in ({"guidance_scale": 1.5}, {"guidance_scale": 2, "negative_prompt_ids": ids(1, 8)}):
+            for cache in (handle.new_cache(), handle.compress(tokens[:, :N_PROMPT])):
+                with pytest.raises(
+                    kvp.UnsupportedModelError,
+                    match=r"guidance \(guidance_scale, negative_prompt_ids\), whose second prompt",
+                ):
+                    generate(llama, tokens, past_key_values=cache, **given)
+
+
+def test_an_early_exit_is_refused_before_it_changes_the_model(llama):
+    tokens = ids(1)
+    before = generate(llama, tokens)
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match="assisted generation"),
+    ):
+        generate(llama, tokens, assistant_early_exit=1)
+    assert llama.config.num_hidden_layers == 3 and torch.equal(generate(llama, tokens), before)
+
+
+COMPILED = {
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+    "model": lambda model: model.compile(backend="eager"),
+    "decoder": lambda model: model.model.compile(backend="eager"),
+    "swapped": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
+    "layer": lambda model: model.model.layers[1].compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_models_are_refused_however_they_were_compiled(llama, how):
+    COMPILED[how](llama)
+    with pytest.raises(kvp.UnsupportedModelError, match=r"the model is compiled by torch\.compile"):
+        kvp.wrap(llama, "knorm", compression_ratio=0.5)
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_model_that_is_compiled_inside_a_wrap_is_compressed_or_refused(llama, how):
+    """Around the decoder a compiler leaves our code to Python; in it, shapes that change would be compiled."""
+    tokens = ids(1)
+    torch._dynamo.reset()
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        wanted = generate(llama, tokens)
+        COMPILED[how](llama)
+        if how in ("decoder", "layer"):
+            with pytest.raises(kvp.UnsupportedModelError, match=r"the model is compiled by torch\.compile"):
+                generate(llama, tokens)
+        else:
+            out = generate(llama, tokens, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, wanted) and handle.report()["kept_share"] == 0.5
+
+
+def test_a_wrapped_model_is_neither_traced_nor_exported(llama):
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5):
+        with pytest.raises(kvp.UnsupportedModelError, match="being exported or traced"):
+            torch.jit.trace(lambda tokens: llama(tokens).logits, (ids(1),), check_trace=False)
+        with pytest.raises(kvp.UnsupportedModelError, match="being exported or traced"):
+            torch.export.export(llama, (ids(1),), strict=False)
+
+
+def test_generate_tells_that_a_forward_was_replaced_inside_the_wrap(llama):
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        llama.model.forward = types.MethodType(type(llama.model).forward, llama.model)
+        with pytest.raises(kvp.NotInterceptedError, match="generate ran no forward of LlamaModel that was intercepted"):
+            generate(llama, ids(1))
+        with handle.paused():
+            generate(llama, ids(1))
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize(
+    "end", [lambda handle: handle.remove(), lambda handle: kvp.unwrap(handle.model)], ids=["remove", "unwrap"]
+)
+def test_generate_tells_that_the_decoder_was_replaced_inside_the_wrap(llama, is_kept, end):
+    handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    before, llama.model = llama.model, copy.deepcopy(llama.model)
+    if not is_kept:
+        del before
+        gc.collect()
+    with pytest.raises(
+        kvp.NotInterceptedError, match="the LlamaModel of LlamaForCausalLM was replaced inside the wrap"
+    ):
+        generate(llama, ids(1))
+    with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+        handle.compress(ids(1))
+    with handle.paused():
+        alone = generate(llama, ids(1))
+    end(handle)
+    assert "generate" not in vars(llama) and torch.equal(generate(llama, ids(1)), alone)
+    kvp.wrap(llama, "knorm", compression_ratio=0.5).remove()
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0})]
+)
+def test_dropout_is_refused_also_without_gradients(family, dropout):
+    model = build(family, **dropout).train()
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        for way in (handle.compress, lambda tokens: kvp.audit(model, tiny_prompt())):
+            with pytest.raises(
+                kvp.UnsupportedModelError, match=r"training mode with dropout, .*; expected model\.eval"
+            ):
+                way(ids(1))
+    steady = build(family, attention_dropout=0, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0).train()
+    with kvp.wrap(steady, "knorm", compression_ratio=0.5) as handle:
+        one, two = handle.compress(ids(1)), handle.compress(ids(1))
+        assert torch.equal(one.layers[1].keys, two.layers[1].keys), "training mode alone makes nothing random"
+
+
+def test_a_wrap_of_ratio_0_lets_a_model_be_trained(llama):
+    def gradient():
+        llama.zero_grad()
+        llama(ids(), labels=ids()).loss.backward()
+        return llama.model.layers[1].mlp.up_proj.weight.grad.clone()
+
+    llama.train()
+    alone = gradient()
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        assert torch.equal(gradient(), alone)
+        llama.gradient_checkpointing_enable()
+        assert torch.allclose(gradient(), alone)
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.NotInterceptedError, match="use_cache is False"),
+    ):
+        llama(ids(), use_cache=False)
+
+
+def test_a_wrap_changes_neither_signature_nor_copies_of_the_model(llama):
+    tokens, signature = ids(1), inspect.signature(llama.generate)
+    plain = llama.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5):
+        assert inspect.signature(llama.generate) == signature and llama.generate.__doc__ == type(llama).generate.__doc__
+        file = io.BytesIO()
+        torch.save(llama, file)
+        file.seek(0)
+        twins = [copy.deepcopy(llama), pickle.loads(pickle.dumps(llama)), torch.load(file, weights_only=False)]
+    for twin in (*twins, llama):
+        assert torch.equal(generate(twin, tokens), plain)
+        generate(twin, tokens, past_key_values=DynamicCache(config=twin.config), use_cache=False)
+
+
+def test_nothing_in_hf_looks_at_frames_or_puts_hooks_on_modules():
+    sources = (pathlib.Path(kvp.__file__).parent / "hf").glob("*.py")
+    forbidden = re.compile(r"currentframe|_getframe|f_back|register_\w*hook")
+    assert [path.name for path in sources if forbidden.search(path.read_text())] == []
