@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Evict(Action):
     @property
     def sharing(self) -> Allocation:
         """``allocation``, or the policy's own."""
-        return allocation_of(self.policy, self.allocation)
+        return cast(Allocation, self.allocation)  # since __post_init__
 
     @property
     def n_sink(self) -> int:
