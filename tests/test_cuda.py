@@ -31,7 +31,7 @@ def compress_and_answer(model, policy, fair):
             past_key_values=copy.deepcopy(cache),
             **GREEDY,
         )
-        assert handle.report()["bytes_after"] * 2 == handle.report()["bytes_before"]
+        assert handle.report()["bytes_kept"] * 2 == handle.report()["bytes_before"]
     return [cache.positions(layer.index) for layer in cache.kept_layers], answer.cpu()
 
 

@@ -45,7 +45,7 @@ FAMILIES = not_refused(
 class Weighing(kvp.Policy):
     """Keep the newest, and look at the output projection."""
 
-    name = "weighing"
+    name = "test_weighs"
     listed = False
     needs_output = True
 

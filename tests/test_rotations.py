@@ -49,7 +49,7 @@ MASK[0, :3] = 0
 class Undoing(kvp.Policy):
     """Keep the newest, and undo what was done to the queries."""
 
-    name = "undoing"
+    name = "test_undoes"
     listed = False
     needs_queries = needs_rotary = True
 

@@ -88,7 +88,7 @@ def write_report(folder: str | Path) -> dict:
     of_models = cards(records, list(metas.values()))
     paths = [out / ("card.json" if len(of_models) == 1 else f"card_{n}.json") for n in range(1, len(of_models) + 1)]
     for path, card in zip(paths, of_models, strict=True):
-        path.write_text(json.dumps(card, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(card, separators=(",", ":")), encoding="utf-8")
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}

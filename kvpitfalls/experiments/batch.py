@@ -205,11 +205,11 @@ class _Work:
         """
         prompt, whitelist = self.prompts[row], self.scenarios[row].whitelist
         spans = dict(cache.spans[i])
+        start = cache.n_prompt - len(prompt)  # prompts are padded on their left
         if whitelist is not None:
             begin, end = prompt.find(whitelist)
-            start = cache.n_prompt - len(prompt)  # prompts are padded on their left
             spans["whitelist"] = (start + begin, start + end)
-        counts = {int(n) for kept in positions for n in np.unique((kept[i] >= 0).sum(-1))}
+        counts = {int(n) for kept in positions for n in np.unique((kept[i] >= start).sum(-1))}
         if len(counts) > 1:
             raise RuntimeError(
                 f"layers and heads keep different numbers of tokens, {sorted(counts)}; expected one budget"
