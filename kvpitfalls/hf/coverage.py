@@ -16,7 +16,8 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _RANDOM = (
     "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
 )
-_MASK_MAKER = "create_masks_for_generate"  # in a multimodal model's forward, around its decoder's
+# In a multimodal model's forward, around its decoder's; the second before transformers 5.
+_MASK_MAKERS = {"create_masks_for_generate", "create_causal_mask"}
 
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
 # each.
@@ -94,7 +95,8 @@ def check_model(model) -> None:
         raise UnsupportedModelError(
             f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it"
         )
-    if any(_MASK_MAKER in _names_in_forward(module) for module in model.modules() if decoder in module.children()):
+    around = [module for module in model.modules() if decoder in module.children()]
+    if any(not _MASK_MAKERS.isdisjoint(_names_in_forward(module)) for module in around):
         raise UnsupportedModelError(
             f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its "
             "text model alone"
