@@ -179,7 +179,8 @@ class KeptLayer(DynamicLayer):
         """Hold only the rows at these positions; see :meth:`keep`. Gradients flow through them where the prefill
         recorded any."""
         recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
-        rows = _gathered if recorded else ops.gather
+        # Under autocast transformers 5.24 turns keys to float32 and leaves values as they are; the core takes one type.
+        rows = _gathered if recorded or self.keys.dtype != self.values.dtype else ops.gather
         self.keep(*rows(self.keys, self.values, positions), positions, full)
 
     def widened(self, n_slot: int) -> "KeptLayer":
@@ -296,7 +297,7 @@ def bare(layer: Any) -> Any:
 
 
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`ops.gather` by torch, which can go back through it."""
+    """:func:`ops.gather` by torch, which can go back through it, and takes keys and values of two types."""
     places, empty = positions.long().clamp(min=0)[..., None], (positions < 0)[..., None]
     kept, of_values = (
         x.gather(2, places.expand(*places.shape[:3], x.shape[-1])).masked_fill(empty, 0) for x in (keys, values)
