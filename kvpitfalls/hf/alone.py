@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 
@@ -9,6 +10,8 @@ from ..errors import UnsupportedModelError
 from .forward import Watched, watched
 from .offload import device_of
 
+# What a module says that was not made to be called alone: something is missing, or of another shape or kind.
+COMPLAINTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PLACES = (1, 4, 9, 3)  # positions of what it is called with
 
 
@@ -48,10 +51,10 @@ def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched
     Watched
     """
     known = inspect.signature(module.forward).parameters
-    needed = {name: None for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    needed |= (
-        {"shared_kv_states": {}} if "shared_kv_states" in known else {}
-    )  # Gemma's layers leave their keys there for later ones
+    required = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed: dict[str, Any] = dict.fromkeys(required)
+    if "shared_kv_states" in known:  # Gemma's layers leave their keys there for later ones
+        needed["shared_kv_states"] = {}
     return watched(module, attended, **{**needed, **{name: value for name, value in given.items() if name in known}})
 
 
@@ -66,9 +69,9 @@ def answered(decoder, index: int, wanted: str, ask, *args):
     """What ``ask(*args)`` returns; whatever a module says that was not made to be called alone refuses the model."""
     try:
         return ask(*args)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
-    except Exception as reason:
+    except COMPLAINTS as reason:
         whose = f"{type(decoder).__name__} cannot be asked for the {wanted} of layer {index}"
         told = f"{whose} ({type(reason).__name__}: {reason})"
         raise UnsupportedModelError(f"{told}; the policy needs to know and expects a model that can") from reason

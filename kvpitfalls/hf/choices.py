@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .alone import called, embedding_of, given_to, options_of
+from .alone import COMPLAINTS, called, embedding_of, given_to, options_of
 from .arguments import CACHE_NAMES
 
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, int | None]" = weakref.WeakKeyDictionary()
@@ -23,13 +23,12 @@ def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) ->
         if module not in _known:
             try:
                 _known[module] = _asked(decoder, module, index)
-            except Exception:  # whatever a module says that was not made to be called alone; its first prompt tells
+            except COMPLAINTS:  # it was not made to be called alone; its first prompt tells
                 _known[module] = None
         if (n_choice := _known[module]) is not None and n_choice < least:
             raise ValueError(
                 f"one choice serves all heads of layer {index} of {type(decoder).__name__}; an allocation that "
-                "shares over heads expects "
-                f"at least {least}"
+                f"shares over heads expects at least {least}"
             )
 
 

@@ -163,7 +163,7 @@ class Handle:
         self._attachment = put_wrap(model, self._caches)
         try:
             check_heads(self._attachment, model, action)
-        except BaseException:
+        except BaseException:  # an interrupt, too: the model is left as it was
             self.remove()
             raise
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..eviction.arrays import Array
+from ..numbers import is_real
 from .adakv import AdaKV
 from .base import Inputs
 
@@ -71,9 +72,8 @@ class DefensiveKV(AdaKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.first_stage
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
-            raise ValueError(f"first_stage is {given!r}; expected a number in [0, 1]")
+        if not is_real(self.first_stage) or not 0 <= self.first_stage <= 1:
+            raise ValueError(f"first_stage is {self.first_stage!r}; expected a number in [0, 1]")
         if self.factor not in ("share", "norm", None):
             raise ValueError(f"factor is {self.factor!r}; expected 'share', 'norm' or None")
 
@@ -89,12 +89,7 @@ class DefensiveKV(AdaKV):
 
     def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
-        if n_kept <= self.window_size:
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                "more than its window, or a "
-                "smaller window_size"
-            )
+        self._check_room_beside_window(n_token, n_kept)
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

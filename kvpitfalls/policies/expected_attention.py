@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from ..eviction.arrays import Array
+from ..numbers import check_whole, is_real
 from .base import Inputs, Policy
 
 if TYPE_CHECKING:
@@ -68,16 +69,11 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         for field, value, least in (("n_future_positions", self.n_future_positions, 1), ("n_sink", self.n_sink, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field} is {value!r}; expected a whole number, at least {least}")
+            check_whole(field, value, least)
         for field, value in (("use_covariance", self.use_covariance), ("use_vnorm", self.use_vnorm)):
             if not isinstance(value, bool):
                 raise ValueError(f"{field} is {value!r}; expected True or False")
-        if (
-            isinstance(self.epsilon, bool)
-            or not isinstance(self.epsilon, (int, float))
-            or not 0 <= self.epsilon < float("inf")
-        ):
+        if not is_real(self.epsilon) or not 0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon is {self.epsilon!r}; expected a number, at least 0")
 
     def check(self, n_token: int, n_kept: int) -> None:
@@ -85,8 +81,7 @@ class ExpectedAttention(Policy):
         if n_kept <= self.n_sink:
             raise ValueError(
                 f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                "more than its "
-                f"{self.n_sink} sinks, or a smaller n_sink"
+                f"more than its {self.n_sink} sinks, or a smaller n_sink"
             )
 
     def score(self, inputs: Inputs) -> Array:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..eviction.arrays import Array
+from ..numbers import is_real
 from .base import Inputs
 from .snapkv import SnapKV
 
@@ -70,17 +71,12 @@ class RKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field, value, least in (("mix_lambda", self.mix_lambda, 0), ("threshold", self.threshold, -1)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
+            if not is_real(value) or not least <= value <= 1:
                 raise ValueError(f"{field} is {value!r}; expected a number in [{least}, 1]")
 
     def check(self, n_token: int, n_kept: int) -> None:
         """See the class."""
-        if n_kept <= self.window_size:
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                "more than its window, or a "
-                "smaller window_size"
-            )
+        self._check_room_beside_window(n_token, n_kept)
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..numbers import is_real
+
 
 class Rotary:
     """How a layer turns queries and keys by their positions; this one is plain rotary embedding, pairing halves.
@@ -28,7 +30,7 @@ class Rotary:
     """
 
     def __init__(self, theta: float = 10000.0):
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+        if not is_real(theta) or not 0 < theta < float("inf"):
             raise ValueError(f"theta is {theta!r}; expected a positive number")
         self.theta = theta
 

@@ -80,6 +80,13 @@ class SnapKV(Policy):
                     )
                 yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
 
+    def _check_room_beside_window(self, n_token: int, n_kept: int) -> None:
+        if n_kept <= self.window_size:
+            raise ValueError(
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
+                "more than its window, or a smaller window_size"
+            )
+
     def _votes(self, segments: Sequence[tuple[int, int]]) -> list[Vote]:
         share, unused, votes = max(1, self.window_size // len(segments)), 0, []
         for i, (begin, end) in enumerate(segments):
