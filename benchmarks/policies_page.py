@@ -22,7 +22,10 @@ def row(name: str) -> str:
     """One line of the table."""
     policy = get_policy(name)
     text = " ".join(policy.__doc__.split())
-    reads = ["keys", *(what for what in ("queries", "values", "rotary", "output") if getattr(policy, f"needs_{what}"))]
+    reads = [
+        "keys",
+        *(what for what in ("queries", "values", "rotary", "output", "again") if getattr(policy, f"needs_{what}")),
+    ]
     columns = [
         f"`{name}`",
         policy.__doc__.splitlines()[0].removesuffix("."),

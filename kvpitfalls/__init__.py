@@ -22,6 +22,7 @@ _HOME = {
     "H2O": "policies.h2o",
     "Handle": "hf.wrap",
     "KNorm": "policies.knorm",
+    "KVzip": "policies.kvzip",
     "KeyDiff": "policies.keydiff",
     "Kept": "eviction.selection",
     "KeptCache": "hf.cache",

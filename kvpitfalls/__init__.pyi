@@ -29,6 +29,7 @@ from .policies.expected_attention import ExpectedAttention as ExpectedAttention
 from .policies.h2o import H2O as H2O
 from .policies.keydiff import KeyDiff as KeyDiff
 from .policies.knorm import KNorm as KNorm
+from .policies.kvzip import KVzip as KVzip
 from .policies.lagkv import LagKV as LagKV
 from .policies.pyramidkv import PyramidKV as PyramidKV
 from .policies.rkv import RKV as RKV

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model_sweep import build as build_any
 from model_sweep import not_refused
 from tiny_models import build, tiny_prompt
-from tiny_policies import EQUAL, EVERY
+from tiny_policies import EQUAL, EVERY, kept_by
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.allocation import Ada, Pyramid, layer_budgets
@@ -43,7 +43,7 @@ LAYERS = list(layers_of())
 def kept_of(policy, allocation=None, layers=LAYERS, **settings):
     """What each layer keeps."""
     return [
-        kvp.keep(
+        kept_by(
             policy,
             keys,
             queries,

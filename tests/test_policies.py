@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
-from tiny_policies import EQUAL, EVERY, is_defined, rkv_by_hand
+from tiny_policies import EQUAL, EVERY, is_defined, kept_by, read_after, rkv_by_hand
 
 import kvpitfalls as kvp
 from kvpitfalls.policies import get_policy, policy_names, rkv
@@ -42,16 +42,16 @@ def test_every_policy_keeps_its_contract(policy):
         "rotary": kvp.Rotary(),
         "output": OUTPUT,
     }  # the middle one: no pyramid gives it more or less
-    kept = kvp.keep(policy, KEYS, QUERIES, values=VALUES, **given)
+    kept = kept_by(policy, KEYS, QUERIES, values=VALUES, **given)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
     assert (kept.counts.sum(1) == 60).all() and (policy not in EQUAL or (kept.counts == 20).all())
-    again = kvp.keep(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
+    again = kept_by(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
     assert torch.equal(kept.positions, again.positions)
-    one = kvp.keep(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
+    one = kept_by(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
     assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(
         kept.counts[1:], one.counts
     )
-    numpy = kvp.keep(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
+    numpy = kept_by(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
 
@@ -66,6 +66,7 @@ def test_a_policy_says_exactly_what_it_reads(policy):
         "output": OUTPUT,
         "layer": 1,
         "n_layer": 3,
+        "again": read_after(policy, KEYS, QUERIES),
     }
     whole = kvp.keep(policy, KEYS, **given).positions
     for name, what in (
@@ -73,6 +74,7 @@ def test_a_policy_says_exactly_what_it_reads(policy):
         ("values", "values"),
         ("rotary", "the rotary embedding"),
         ("output", "the output projection"),
+        ("again", "the queries and keys of that"),
     ):
         without = {key: value for key, value in given.items() if key != name}
         if getattr(policy, f"needs_{name}"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_policies import EQUAL as POLICIES
-from tiny_policies import is_defined
+from tiny_policies import is_defined, kept_by
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import apportion, blend, floor_and_rest, kept_tokens
@@ -119,7 +119,7 @@ def test_blended_quotas_lie_between_both(split, strength):
 
 def keep(policy, keys, queries, **given):
     """With values, which are made from the keys."""
-    return kvp.keep(policy, keys, queries, values=np.ascontiguousarray(keys[..., ::-1]), rotary=kvp.Rotary(), **given)
+    return kept_by(policy, keys, queries, values=np.ascontiguousarray(keys[..., ::-1]), rotary=kvp.Rotary(), **given)
 
 
 def are_defined(policy, rows, ratio) -> bool:

@@ -1,8 +1,20 @@
 """Every listed policy, made for prompts of a few tokens; a new policy is among them without a word here."""
 
+import numpy as np
 import torch
 
-from kvpitfalls import RKV, ChunkKV, DefensiveKV, ExpectedAttention, LagKV, PyramidKV, UnsupportedModelError, wrap
+from kvpitfalls import (
+    RKV,
+    ChunkKV,
+    DefensiveKV,
+    ExpectedAttention,
+    KVzip,
+    LagKV,
+    PyramidKV,
+    UnsupportedModelError,
+    keep,
+    wrap,
+)
 from kvpitfalls.policies import get_policy, policy_names
 
 _FOR_SHORT_PROMPTS = {
@@ -14,6 +26,7 @@ _FOR_SHORT_PROMPTS = {
         ExpectedAttention(n_future_positions=16, n_sink=0),
         RKV(window_size=1, kernel_size=3),
         DefensiveKV(window_size=2, kernel_size=3),
+        KVzip(chunk_size=11, n_overlap=2, n_sink=0),
     )
 }
 EVERY = [_FOR_SHORT_PROMPTS.get(name, get_policy(name)) for name in policy_names()]
@@ -21,6 +34,29 @@ HELD = [policy for policy in EVERY if policy.holds]
 EQUAL = [
     policy for policy in EVERY if policy.allocation == "uniform"
 ]  # every layer and head keeps as much as any other
+
+
+def read_after(policy, keys, queries, valid=None):
+    """What a policy reads after each row, as if a token read again had its own query and key: for ``again=``."""
+    if not policy.needs_again:
+        return None
+    valid = [(0, keys.shape[2])] * len(keys) if valid is None else valid
+    rows = [[[begin + t for t in turn] for turn in policy.again(range(end - begin))] for begin, end in valid]
+    turns = []
+    for i in range(max(map(len, rows))):
+        width = max(len(row[i]) for row in rows if i < len(row))
+        picked = [(row[i] if i < len(row) else []) for row in rows]
+        padded = [row + [0] * (width - len(row)) for row in picked]
+        library = torch if isinstance(keys, torch.Tensor) else np
+        turns.append(tuple(library.stack([x[b][:, row] for b, row in enumerate(padded)]) for x in (queries, keys)))
+    return turns
+
+
+def kept_by(policy, keys, queries=None, **given):
+    """``kvp.keep``, with what the policy reads after the prompt."""
+    policy = get_policy(policy)
+    voters = keys if queries is None else queries
+    return keep(policy, keys, queries, again=read_after(policy, keys, voters, given.get("valid")), **given)
 
 
 def is_defined(policy, n_token: int, n_kept: int) -> bool:
@@ -34,15 +70,16 @@ def is_defined(policy, n_token: int, n_kept: int) -> bool:
 
 
 def takes(model, policy) -> bool:
-    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none."""
+    """Whether a policy is defined for a model: one that reads how queries are turned refuses models that turn none,
+    and one that has the model read on refuses linear attention."""
     policy = get_policy(policy)
-    if not policy.needs_rotary and not policy.needs_output:
+    if not policy.needs_rotary and not policy.needs_output and not policy.needs_again:
         return True
     try:
         with wrap(model, policy, budget=4) as handle:
             handle.compress(torch.arange(3, 11)[None])
     except UnsupportedModelError as reason:
-        told = ("undoes rotary embedding", "weighs values by the output projection")
+        told = ("undoes rotary embedding", "weighs values by the output projection", "then forget that")
         assert any(
             words in str(reason) for words in told
         ) or f"policy {policy.name!r} is not defined for capped logits" in str(reason)

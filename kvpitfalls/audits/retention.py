@@ -13,7 +13,7 @@ from ..errors import BudgetError
 from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import AnyFair, Fair, Layout, Protect
-from ..eviction.selection import allocation_of, check_room, choose, rank
+from ..eviction.selection import Ranked, allocation_of, check_room, choose, rank
 from ..hf.action import Action
 from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
@@ -22,7 +22,7 @@ from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill
-from ..policies import PAPER, Inputs, Policy, Vote, get_policy
+from ..policies import PAPER, Again, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
 from .audit import Audit, Setting
@@ -42,9 +42,12 @@ class _Observe(Action):
         self, settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, spans: Mapping[str, tuple[int, int]]
     ) -> None:
         self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
-        self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {}
-        self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {}
+        named = [(policy.label, fair.label, ratio) for policy, fair, _ in settings for ratio in ratios]
+        self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {key: [] for key in named}
+        self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {key: [] for key in named}
         self.layers: list[int] = []
+        self.mass: dict[int, npt.NDArray[np.float64]] = {}  # of layers that wait for what is read after the prompt
+        self.judged: dict[tuple[int, int], Ranked] = {}  # by layer and setting, so far
 
     @property
     def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
@@ -60,24 +63,48 @@ class _Observe(Action):
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)
-        n_head, n_token = call.key.shape[1:3]
-        mass, heads = _attention_mass(call), np.arange(n_head)[:, None]
+        mass = _attention_mass(call)
+        if self.asks(call.valid):
+            self.mass[layer.index] = mass
+        for setting in self.settings:
+            policy, fair, _ = setting
+            if not policy.needs_again:
+                layout = self.layout_of(policy, self.ratios[0])
+                self._record(setting, rank(policy, fair, layout, call.key, call.query, **call.known), mass)
+
+    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
+        asked = [policy for policy, _, _ in self.settings if policy.needs_again]
+        return [policy for i, policy in enumerate(asked) if policy not in asked[:i]]
+
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+        for i, (of_setting, fair, _) in enumerate(self.settings):
+            if of_setting == policy:
+                layout, key = self.layout_of(policy, self.ratios[0]), (layer.index, i)
+                known = {**call.known, "again": again, "before": self.judged.get(key)}
+                self.judged[key] = rank(policy, fair, layout, call.key, None, **known)
+
+    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
+        for i, setting in enumerate(self.settings):
+            if (ranked := self.judged.pop((layer.index, i), None)) is not None:
+                self._record(setting, ranked, self.mass[layer.index])
+
+    def _record(self, setting: tuple[Policy, Fair, Allocation], ranked: Ranked, mass: npt.NDArray[np.float64]) -> None:
+        """What a setting keeps of a layer at each ratio, and the attention that goes with the rest."""
+        policy, fair, allocation = setting
+        n_head, n_token = mass.shape
         total = self._per_span(mass)
-        for policy, fair, allocation in self.settings:
-            ranked = rank(policy, fair, self.layout_of(policy, self.ratios[0]), call.key, call.query, **call.known)
-            name = (policy.label, fair.label)
-            for ratio in self.ratios:
-                ranked = ranked.on(self.layout_of(policy, ratio))
-                positions = torch.as_tensor(choose(ranked, compression_ratio=ratio, allocation=allocation).positions)
-                kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
-                kept[heads, positions[0].cpu().numpy()] = True
-                kept = kept[:, :-1]
-                key = (*name, ratio)
-                self.kept.setdefault(key, []).append(np.packbits(kept, axis=-1))
-                left = np.divide(
-                    self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0
-                )  # no attention: none lost
-                self.lost.setdefault(key, []).append((1 - left).T)
+        for ratio in self.ratios:
+            ranked = ranked.on(self.layout_of(policy, ratio))
+            positions = torch.as_tensor(choose(ranked, compression_ratio=ratio, allocation=allocation).positions)
+            kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
+            kept[np.arange(n_head)[:, None], positions[0].cpu().numpy()] = True
+            kept = kept[:, :-1]
+            key = (policy.label, fair.label, ratio)
+            self.kept[key].append(np.packbits(kept, axis=-1))
+            left = np.divide(
+                self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0
+            )  # no attention: none lost
+            self.lost[key].append((1 - left).T)
 
     def _per_span(self, of_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sums over each instruction's tokens, (H, S)."""

@@ -4,7 +4,7 @@ The work has two steps, so that an audit can score once and select many times: :
 and :func:`choose` (scores, budget -> positions).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
 import numpy as np
 
 from ..errors import BudgetError
-from ..numbers import is_real, is_whole
-from ..policies import Inputs, Policy, get_policy
+from ..numbers import is_real
+from ..policies import Again, Inputs, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..policies.rotary import Rotary
 from . import ops
@@ -32,6 +32,7 @@ from .allocation import (
 from .arrays import A, Array, Int32, Table
 from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
 from .fairness import AnyFair, Fair, Layout, Protect, Spans
+from .needed import check_layer, check_needed, turns_of
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,7 @@ class Ranked:
     place: tuple[int, int]  # which layer it is, of how many
     global_choice: bool = False
     biased: "Ranked | None" = None
+    of_heads: Array | None = None  # the scores before one choice was made for all heads
 
     def on(self, layout: Layout) -> "Ranked":
         """The same scores, with the protection of another layout of the same spans."""
@@ -103,6 +105,8 @@ def rank(
     n_layer: int = 1,
     rotary: Rotary | None = None,
     output: Array | None = None,
+    again: Again | None = None,
+    before: Ranked | None = None,
 ) -> Ranked:
     """Score one layer.
 
@@ -120,24 +124,12 @@ def rank(
         then (B, 1, T).
     lse : array of float32, shape (B, H*G, Q), optional
         Natural log of each query's softmax denominator, without sinks, if it is already known.
-    values, layer, n_layer, rotary, output
+    values, layer, n_layer, rotary, output, again
         See :class:`Inputs`.
+    before : Ranked, optional
+        What this returned for the turn before, of a policy that has the model read on.
     """
-    if policy.needs_queries and queries is None:
-        raise ValueError(
-            f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
-        )
-    if policy.needs_values and values is None:
-        raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    if policy.needs_rotary and rotary is None:
-        raise ValueError(
-            f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
-            "kvpitfalls.Rotary()"
-        )
-    if policy.needs_output and output is None:
-        raise ValueError(
-            f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
-        )
+    check_needed(policy, queries, values, rotary, output, again)
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):
         raise ValueError(f"scaling is {scale!r}; expected a finite number")
@@ -155,7 +147,9 @@ def rank(
     inputs = Inputs(
         keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer
     )
-    scores = policy.score(inputs)
+    if again is not None:
+        inputs = replace(inputs, again=again._replace(before=None if before is None else before.of_heads))
+    scores = of_heads = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
@@ -165,9 +159,12 @@ def rank(
         scores = _mean_over_heads(scores)
     unfair = Fair.parse(False)
     call = (keys, queries, scaling, softcap, sinks, share_heads, lse)
-    is_between = 0 < fair.strength < 1
-    biased = rank(policy, unfair, layout, *call, **of_layer) if is_between else None
-    return Ranked(scores, layout, fair, segments, (layer, n_layer), paper and not policy.paper_quotas, biased)
+    biased = None
+    if 0 < fair.strength < 1:
+        earlier = None if before is None else before.biased
+        biased = rank(policy, unfair, layout, *call, **of_layer, again=again, before=earlier)
+    of_heads = None if again is None else of_heads
+    return Ranked(scores, layout, fair, segments, (layer, n_layer), paper and not policy.paper_quotas, biased, of_heads)
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -352,6 +349,7 @@ def keep(
     allocation: Allocation | str | None = None,
     rotary: Rotary | None = None,
     output: A | None = None,
+    again: Sequence[tuple[A, ...] | Again] | None = None,
 ) -> Kept[A]:
     """The tokens a policy keeps of bare keys and queries; no model needed.
 
@@ -387,6 +385,9 @@ def keep(
         How queries and keys were turned by their positions, for a policy that undoes it.
     output : array, shape (H*G, Dv, E), optional
         The output projection of each query head, for a policy that weighs values by it.
+    again : list of (queries, keys) or (queries, keys, values), optional
+        For a policy that has the model read on after the prompt: what each such forward gave, arrays (B, H*G, n, D),
+        (B, H, n, D) and (B, H, n, Dv).
 
     Returns
     -------
@@ -415,7 +416,7 @@ def keep(
     for name, value in (("scaling", scaling), ("softcap", softcap)):
         if value is not None and not is_real(value):
             raise TypeError(f"{name} is {value!r}; expected a number")
-    _check_layer(keys, values, layer, n_layer)
+    check_layer(keys, values, layer, n_layer)
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(f"rotary is a {type(rotary).__name__}; expected a kvpitfalls.Rotary")
     limit = partial(kept_tokens, compression_ratio=compression_ratio, budget=budget)
@@ -432,7 +433,10 @@ def keep(
         "rotary": rotary,
         "output": output,
     }
-    ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, **of_layer)
+    turns = turns_of(policy, layout, keys, again) if policy.needs_again else [None]
+    ranked = None
+    for turn in turns or [None]:
+        ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, **of_layer, again=turn, before=ranked)
     kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
     return cast("Kept[A]", kept)  # in the library of the keys
 
@@ -466,21 +470,3 @@ def check_room(
                 raise BudgetError(str(reason)) from reason
         smallest.append(min(layer_budgets(allocation, n_token, n_kept, n_layer)))
     layout.check_room(fair, smallest)
-
-
-def _check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
-    if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
-        raise ValueError(
-            f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as "
-            "keys has"
-        )
-    if values is not None and type(values) is not type(keys):
-        raise TypeError(
-            f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type"
-        )
-    if not is_whole(layer):
-        raise TypeError(f"layer is {layer!r}; expected a whole number")
-    if not is_whole(n_layer):
-        raise TypeError(f"n_layer is {n_layer!r}; expected a whole number")
-    if not 0 <= layer < n_layer:
-        raise ValueError(f"layer is {layer} of {n_layer}; expected one in [0, {n_layer})")

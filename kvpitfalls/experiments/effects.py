@@ -14,9 +14,9 @@ from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair, Protect
+from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict
-from ..hf.forward import AttentionCall
 from ..hf.generate import answers
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
@@ -44,10 +44,9 @@ class PutBack(Evict):
 
     name: str = ""
 
-    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
-        """Evict from ``layer``."""
-        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        kept = self.chosen(call)
+    def evict(self, layer: KeptLayer, kept: Kept, valid: Sequence[tuple[int, int]]) -> None:
+        """Hold what is kept, and the instruction."""
+        layout = self.layout(layer.keys.shape[0], layer.keys.shape[2], valid)
         n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)

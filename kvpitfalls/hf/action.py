@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..policies import Again, Policy
 from .forward import AttentionCall
 from .layer import KeptLayer
 
@@ -41,6 +42,17 @@ class Action:
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """``layer`` has seen a prompt."""
+
+    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
+        """The policies that have the model read on after these prompts, before they are judged; see ``again.py``."""
+        return []
+
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+        """``layer``, which still has its prompt alone, has seen what this ``policy`` had the model read; ``call`` is
+        the prompt's, without its queries."""
+
+    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
+        """``layer`` has seen all of it."""
 
     def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """``layer`` has seen what follows it; only of an action that ``holds``."""

@@ -10,7 +10,7 @@ from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
-from ..policies import Policy
+from ..policies import Again, Policy
 from .action import Action
 from .forward import AttentionCall
 from .layer import KeptLayer
@@ -109,15 +109,37 @@ class Evict(Action):
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
         return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.sharing)
 
+    def _keeps_all(self, valid: Sequence[tuple[int, int]]) -> bool:
+        return all(self.limit(end - begin) == end - begin for begin, end in valid)
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Evict from ``layer``, unless the policy has the model read on."""
+        if not self._keeps_all(call.valid) and not self.policy.needs_again:
+            self.evict(layer, self.chosen(call), call.valid)
+
+    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
+        """The policy, if it does."""
+        return [self.policy] if self.policy.needs_again and not self._keeps_all(valid) else []
+
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+        """Judge the prompt by what was read."""
+        if policy == self.policy:
+            layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+            known = {**call.known, "again": again, "before": layer.judged}
+            layer.judged = rank(self.policy, self.fair, layout, call.key, None, **known)
+
+    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """Evict from ``layer``."""
-        lengths = [end - begin for begin, end in call.valid]
-        if all(self.limit(n) == n for n in lengths):
-            return
-        kept = self.chosen(call)
+        if (ranked := layer.judged) is not None:
+            settings = {"compression_ratio": self.compression_ratio, "budget": self.budget}
+            self.evict(layer, choose(ranked, **settings, allocation=self.sharing), valid)
+            layer.judged = None
+
+    def evict(self, layer: KeptLayer, kept: Kept, valid: Sequence[tuple[int, int]]) -> None:
+        """Hold only what is kept."""
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, n_head, -1).contiguous()
-        layer.evict(positions, _fills(kept, call.valid))
+        layer.evict(positions, _fills(kept, valid))
 
 
 def _fills(kept: Kept, valid) -> bool:

@@ -131,6 +131,7 @@ class Forward:
     )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
+    afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
 
     @cached_property
     def compressed(self) -> dict[int, int]:
@@ -176,6 +177,8 @@ class Forward:
             else forward(*args, **kwargs)
         )
         self.check(decoder)
+        if self.afterwards is not None:
+            self.afterwards(decoder, forward, self)
         cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
         return output
 

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
+from .again import plan
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
@@ -403,6 +404,8 @@ def _ask_layers(decoder, record: Forward, bound: dict) -> None:
         record.rotaries = rotaries_of(decoder, modules, positions)
     if action is not None and action.reads_output:
         record.projections = projections_of(decoder, modules)
+    if action is not None and (policies := action.asks(record.valid or [])):
+        record.afterwards = plan(decoder, record, policies, bound)
 
 
 def _inputs(bound: dict) -> torch.Tensor:

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair, Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
-from ..policies import get_policy
+from ..policies import Again, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
 from .action import Action
@@ -343,6 +343,25 @@ class Fork(Action):
             cache.spans = action.spans_of(call.key.shape[0], call.key.shape[2], call.valid, call.n_layer)
             cache.note_peak()
             action.after_prefill(twin, call)
+
+    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
+        """Whatever one of them does, once."""
+        asked = [policy for action in self._actions for policy in action.asks(valid)]
+        return [policy for i, policy in enumerate(asked) if policy not in asked[:i]]
+
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+        """Let every cache judge."""
+        for cache, action in self._asking(call.valid):
+            action.after_turn(cast(KeptLayer, cache.layers[layer.index]), call, policy, again)
+
+    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
+        """Let every cache evict."""
+        for cache, action in self._asking(valid):
+            action.after_turns(cast(KeptLayer, cache.layers[layer.index]), valid)
+
+    def _asking(self, valid: Sequence[tuple[int, int]]) -> list[tuple[KeptCache, Action]]:
+        both = [(cache, cache.action) for cache in self.caches if cache.action is not None]
+        return [(cache, action) for cache, action in both if action.asks(valid)]
 
 
 @torch.no_grad()

@@ -53,6 +53,37 @@ class Vote(NamedTuple):
     window: tuple[int, int] = (0, 0)
 
 
+class Again(NamedTuple):
+    """What one layer saw when the model read on after the prompt, as a policy's :meth:`Policy.again` had it do.
+
+    Shorter rows are padded on the right; of a row that read nothing there is padding alone.
+
+    Parameters
+    ----------
+    queries : array, shape (B, H*G, n, D)
+        Of the ``n`` tokens read.
+    keys : array, shape (B, H, n, D)
+        Theirs; each query sees the prompt, and of these the keys up to its own.
+    values : array, shape (B, H, n, Dv), or None
+    turn : int
+        Which of the forwards after the prompt it was, from 0.
+    before : array of float32, shape (B, H, T), or None
+        What ``score`` returned for the turn before; None at the first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Again(np.zeros((1, 4, 3, 8)), np.zeros((1, 2, 3, 8))).turn
+    0
+    """
+
+    queries: Array
+    keys: Array
+    values: Array | None = None
+    turn: int = 0
+    before: Array | None = None
+
+
 @lru_cache(maxsize=256)
 def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
     """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end
@@ -102,6 +133,8 @@ class Inputs:
         How the layer turned queries and keys by their positions.
     output : array, shape (H*G, Dv, E), or None
         What the layer adds to the hidden state for each head's attention-weighted value.
+    again : Again, or None
+        What was read after the prompt.
 
     Examples
     --------
@@ -126,6 +159,7 @@ class Inputs:
     n_layer: int = 1
     rotary: Any = None
     output: Any = None
+    again: Again | None = None
 
     @property
     def n_token(self) -> int:
@@ -189,6 +223,9 @@ class Policy:
         Whether :meth:`score` reads ``inputs.rotary``; models where it cannot be told are then refused.
     needs_output : bool
         Whether :meth:`score` reads ``inputs.output``; likewise.
+    needs_again : bool
+        Whether the model is to read on after the prompt, as :meth:`again` says, before anything is evicted.
+        :meth:`score` is then called after each such forward, with ``inputs.again`` and without the prompt's queries.
     holds : bool
         Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands
         between two tokens may be gone; else it is refused there.
@@ -225,6 +262,7 @@ class Policy:
     needs_values: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     needs_output: ClassVar[bool] = False
+    needs_again: ClassVar[bool] = False
     holds: ClassVar[bool] = True
     listed: ClassVar[bool] = True
     allocation: ClassVar[Allocation | str] = "uniform"
@@ -260,6 +298,11 @@ class Policy:
     def check(self, n_token: int, n_kept: int) -> None:
         """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept``
         (fewer) are kept."""
+
+    def again(self, tokens: Sequence[int]) -> list[list[int]]:
+        """The ids that the model reads after a prompt of these ``tokens``: one list a forward, each right after the
+        prompt. How many there are, and how long, depends on the number of tokens alone."""
+        return []
 
     def score(self, inputs: Inputs) -> Array:
         """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""

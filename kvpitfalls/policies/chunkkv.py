@@ -68,6 +68,11 @@ class ChunkKV(Policy):
             raise ValueError(
                 f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens"
             )
+        if self._scorer.needs_again:
+            raise ValueError(
+                f"policy is {self.policy!r}, which judges part by part what the model reads after the prompt; expected "
+                "one that scores all tokens at once"
+            )
         is_length = is_whole(self.chunks) and self.chunks >= 1
         if not is_length and self.chunks != "instructions":
             raise ValueError(f"chunks is {self.chunks!r}; expected a whole number, at least 1, or 'instructions'")

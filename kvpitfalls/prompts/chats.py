@@ -105,7 +105,8 @@ def check_encodable(what: str, text: str) -> None:
         )
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+def apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+    """Messages by the tokenizer's chat template; if it refuses them, in a sentence of ours."""
     from jinja2 import TemplateError
 
     try:
@@ -139,7 +140,7 @@ def at_time(tokenizer: Any, options: Mapping[str, Any], made: datetime) -> dict[
 
 def template_ids(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
     """The whole chat's token ids."""
-    return list(_apply_template(tokenizer, messages, tokenize=True, return_dict=False, **options))
+    return list(apply_template(tokenizer, messages, tokenize=True, return_dict=False, **options))
 
 
 def encoded_chat(
@@ -255,7 +256,7 @@ def _render(
     """
 
     def render(of: Sequence[Message]) -> str:
-        return str(_apply_template(tokenizer, of, tokenize=False, **options))
+        return str(apply_template(tokenizer, of, tokenize=False, **options))
 
     text = render(messages)
     if printed := [

@@ -1,0 +1,86 @@
+"""What a policy needs of a layer beside its keys, and what of it was given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..numbers import is_whole
+from ..policies import Again, Policy
+from ..policies.rotary import Rotary
+from .arrays import Array
+from .fairness import Layout
+
+
+def check_needed(
+    policy: Policy,
+    queries: Array | None,
+    values: Array | None,
+    rotary: Rotary | None,
+    output: Array | None,
+    again: Again | None,
+) -> None:
+    if policy.needs_queries and queries is None:
+        raise ValueError(
+            f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
+        )
+    if policy.needs_values and values is None:
+        raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
+    if policy.needs_rotary and rotary is None:
+        raise ValueError(
+            f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
+            "kvpitfalls.Rotary()"
+        )
+    if policy.needs_output and output is None:
+        raise ValueError(
+            f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
+        )
+    if policy.needs_again and again is None:
+        raise ValueError(
+            f"again is None; policy {policy.name!r} judges by what the model reads after the prompt and needs the "
+            "queries and keys of that, one pair a forward"
+        )
+
+
+def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequence[Again]:
+    """What was read after the prompt, forward by forward; raises if it is not what the policy has the model read."""
+    if again is None:
+        return []
+    if (
+        isinstance(again, (str, bytes))
+        or not isinstance(again, Sequence)
+        or not all(isinstance(x, tuple) for x in again)
+    ):
+        raise TypeError(f"again is a {type(again).__name__}; expected a list of tuples (queries, keys), one a forward")
+    rows = [[len(turn) for turn in policy.again(range(end - begin))] for begin, end in layout.valid]
+    lengths = [max(row[i] for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    if len(again) != len(lengths) or not all(2 <= len(turn) <= 5 for turn in again):
+        raise ValueError(f"again has {len(again)} tuples; expected {len(lengths)} of (queries, keys), one a forward")
+    turns = [Again(*turn[:3], turn=i) for i, turn in enumerate(again)]
+    for n_fed, turn in zip(lengths, turns, strict=True):
+        for name, x in (("queries", turn.queries), ("keys", turn.keys)):
+            n_head = keys.shape[1]
+            fits = type(x) is type(keys) and len(x.shape) == 4 and x.shape[1] % n_head == 0
+            if not fits or (x.shape[0], *x.shape[2:]) != (keys.shape[0], n_fed, keys.shape[3]):
+                shape = tuple(getattr(x, "shape", ()))
+                raise ValueError(
+                    f"{name} of again[{turn.turn}] is a {type(x).__name__} of shape {shape}; expected a "
+                    f"{type(keys).__name__} ({keys.shape[0]}, a multiple of {n_head}, {n_fed}, {keys.shape[3]})"
+                )
+    return turns
+
+
+def check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
+    if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as "
+            "keys has"
+        )
+    if values is not None and type(values) is not type(keys):
+        raise TypeError(
+            f"values is a {type(values).__name__} and keys is a {type(keys).__name__}; expected the same type"
+        )
+    if not is_whole(layer):
+        raise TypeError(f"layer is {layer!r}; expected a whole number")
+    if not is_whole(n_layer):
+        raise TypeError(f"n_layer is {n_layer!r}; expected a whole number")
+    if not 0 <= layer < n_layer:
+        raise ValueError(f"layer is {layer} of {n_layer}; expected one in [0, {n_layer})")

@@ -1,0 +1,167 @@
+"""What a policy has the model read after a prompt, before anything of the prompt is evicted.
+
+The decoder's own forward is called once more for each turn, with a cache that is lent: its layers share the prompt's
+keys and values, so that what is read leaves nothing behind. Each layer's attention then hands queries, keys and values
+of what was read to the action of the prompt's cache, and when all was read, each layer is evicted from.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from ..errors import UnsupportedModelError
+from ..policies import Again, Policy
+from .action import Action
+from .arguments import cache_argument
+from .cache import KeptCache, why_not_compressed
+from .forward import AttentionCall, Forward
+from .layer import KeptLayer
+from .threads import local
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One forward after the prompt.
+
+    Attributes
+    ----------
+    policy : Policy
+        Which asked for it.
+    number : int
+        Of the policy's turns.
+    ids, real : tensor (B, n)
+        Padded on the right; ``real`` is False there.
+    """
+
+    policy: Policy
+    number: int
+    ids: torch.Tensor
+    real: torch.Tensor
+
+
+class _Read(Action):
+    """The lent cache's action: tell the prompt's cache what was read."""
+
+    holds = True  # acts after a forward that is no prefill
+
+    def __init__(self, cache: KeptCache, turn: _Turn, n_token: int) -> None:
+        self.cache, self.turn, self.n_token = cache, turn, n_token
+
+    def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
+        cache, cut, own = self.cache, self.n_token, self.cache.layers[layer.index]
+        grown = sum(x.nbytes for x in (layer.keys, layer.values))
+        cache.peak_bytes = max(cache.peak_bytes, cache.held_bytes + grown)
+        again = Again(call.query, call.key[:, :, cut:], call.value[:, :, cut:], self.turn.number)
+        prompt = replace(call, query=call.query[:, :, :0], key=call.key[:, :, :cut], value=call.value[:, :, :cut])
+        if cache.action is not None and isinstance(own, KeptLayer):
+            cache.action.after_turn(own, prompt, self.turn.policy, again)
+            layer.keys, layer.values = own.keys, own.values  # one layer at a time is longer than the prompt
+
+
+def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> Callable:
+    """What is to be read after a prompt's forward, as a function (decoder, forward, record); raises, before any layer
+    is touched, if that is not possible."""
+    ids, asking = bound.get("input_ids"), ", ".join(repr(policy.name) for policy in policies)
+    if ids is None:
+        raise UnsupportedModelError(
+            f"policy {asking} has the model read the prompt again, and {type(decoder).__name__} was given embeddings, "
+            "as of a multimodal model; expected token ids"
+        )
+    for i, layer in enumerate(record.cache.layers):
+        if not (isinstance(layer, KeptLayer) or getattr(layer, "is_sliding", False) or _holds_nothing(layer)):
+            raise UnsupportedModelError(
+                f"policy {asking} has the model read on after the prompt and then forget that, which layer {i} of "
+                f"{type(decoder).__name__} cannot ({why_not_compressed(layer)}); expected another policy"
+            )
+    positions = bound.get("position_ids")
+    if positions is not None and positions.ndim != 2:
+        raise UnsupportedModelError(
+            f"policy {asking} has the model read on after the prompt, whose positions have shape "
+            f"{tuple(positions.shape)}; expected (B, T)"
+        )
+    turns = [turn for policy in policies for turn in _turns_of(policy, ids, record.valid or [])]
+    _check_ids(decoder, turns)
+    _check_positions(decoder, turns, record.valid or [])
+    return partial(_read, turns, positions)
+
+
+def _holds_nothing(layer) -> bool:
+    return type(layer).__name__ == "DummyLayer"
+
+
+def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:
+    """What a policy asks for, the rows padded on the right to the longest."""
+    rows = [policy.again(ids[row, begin:end].tolist()) for row, (begin, end) in enumerate(valid)]
+    turns = []
+    for number in range(max(map(len, rows))):
+        texts = [row[number] if number < len(row) else [] for row in rows]
+        width = max(map(len, texts))
+        padded = [[*text, *[int(ids[row, valid[row][0]])] * (width - len(text))] for row, text in enumerate(texts)]
+        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
+        real = torch.arange(width, device=ids.device) < lengths[:, None]
+        turns.append(_Turn(policy, number, torch.tensor(padded, device=ids.device, dtype=ids.dtype), real))
+    if not turns or not all(turn.ids.shape[1] for turn in turns):
+        raise ValueError(f"policy {policy.name!r} has the model read nothing after the prompt; expected some tokens")
+    return turns
+
+
+def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
+    """A GPU's error for ids that the vocabulary lacks ends the process's use of it."""
+    n_known = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
+    for turn in turns:
+        low, high = torch.stack(turn.ids.aminmax()).tolist()
+        if n_known is not None and (low < 0 or high >= n_known):
+            raise ValueError(
+                f"policy {turn.policy.name!r} has the model read token {low if low < 0 else high} after the prompt; "
+                f"expected ids in [0, {n_known})"
+            )
+
+
+def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int, int]]) -> None:
+    limit = getattr(decoder.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for turn in turns if isinstance(limit, int) and limit > 0 else ():
+        for (begin, end), n_read in zip(valid, turn.real.sum(1).tolist(), strict=True):
+            if end - begin + n_read > limit:
+                raise ValueError(
+                    f"policy {turn.policy.name!r} has {type(decoder).__name__} read {n_read} tokens after a prompt of "
+                    f"{end - begin}; expected at most its {limit} positions together"
+                )
+
+
+@torch.no_grad()
+def _read(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forward, record: Forward) -> None:
+    """Read all turns, then evict from each layer."""
+    cache, valid, outer = record.cache, record.valid or [], local.forward
+    try:
+        for turn in turns:
+            n_token = cache.n_seen
+            lent = copy.copy(cache)
+            lent.layers, lent.action = [copy.copy(layer) for layer in cache.layers], _Read(cache, turn, n_token)
+            lent.progress = None
+            inner = Forward(lent, record.own, prefill=False, n_seen=n_token, ids=None, valid=record.valid)
+            inner.rotaries, inner.projections = record.rotaries, record.projections
+            local.forward = inner
+            given = {"input_ids": turn.ids, "use_cache": True, **cache_argument(decoder, lent)}
+            if not bool(turn.real.all()) or any(row != (0, n_token) for row in valid):
+                given["attention_mask"] = torch.cat([_real_of(valid, n_token, turn.ids.device), turn.real], 1).long()
+            if positions is not None:
+                last = torch.tensor([end - 1 for _, end in valid], device=positions.device)[:, None]
+                steps = torch.arange(1, 1 + turn.ids.shape[1], device=positions.device)
+                given["position_ids"] = positions.expand(len(valid), -1).gather(1, last) + steps
+            forward(**given)
+            inner.check(decoder)
+    finally:
+        local.forward = outer
+    for layer in cache.kept_layers:
+        if cache.action is not None:
+            cache.action.after_turns(layer, valid)
+
+
+def _real_of(valid: Sequence[tuple[int, int]], n_token: int, device: torch.device) -> torch.Tensor:
+    """Which of a prompt's tokens are no padding, bool (B, T)."""
+    begin, end = (torch.tensor(column, device=device)[:, None] for column in zip(*valid, strict=True))
+    places = torch.arange(n_token, device=device)
+    return (places >= begin) & (places < end)

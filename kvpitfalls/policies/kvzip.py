@@ -1,0 +1,248 @@
+"""KVzip."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..eviction.arrays import Array
+from ..numbers import check_whole, is_whole
+from ..prompts.chats import apply_template
+from .base import Inputs, Policy
+
+if TYPE_CHECKING:
+    import torch
+
+_TILE = 2**24  # logits at once, 64 MiB
+
+
+class _Part(NamedTuple):
+    """Tokens [begin, end) of a prompt, which one forward repeats, after ``n_lead`` tokens that ask for them."""
+
+    begin: int
+    end: int
+    n_lead: int
+
+
+@dataclass(frozen=True)
+class KVzip(Policy):
+    """Keep what the model attends to when it repeats the prompt; the first ``n_sink`` tokens are kept first.
+
+    After the prompt, the model reads a request to repeat it and then the prompt's own tokens, by parts of
+    ``chunk_size``, each right after the whole prompt; of this nothing stays in the cache. score[k] = max over all that
+    was read with k's part, queries q and the key head's query heads h of A[h, q, k], where A is the softmax over the
+    row's first ``n_sink`` keys, the part's, and those read up to q. A later part's request ends with the ``n_overlap``
+    tokens before the part.
+
+    Fair: a segment's keys are judged only by the repeat of the segment's own tokens, in the same softmax. Else the
+    repeat of one instruction, or the request, could lift what it attends to in another: an instruction would be kept
+    for what others need of it. Where there is one segment, the request judges, too.
+
+    Defined for budgets of more than ``n_sink`` tokens, prompts given as token ids, of at most half of the positions
+    that the model knows (less the request), and models whose layers can go on from a prompt and then be left as they
+    were, which linear attention cannot. Not defined while a budget is held: it has the model repeat a prompt that is
+    whole.
+
+    kvpress's KVzipPress is this with ``allocation=Ada(0)`` where it is ``layerwise``; else it cuts at one score for all
+    layers, which no allocation here does. It never repeats a chat template's beginning, which therefore goes first; the
+    authors keep all of the system prompt, which here is for ``protect="system"`` to say.
+
+    Parameters
+    ----------
+    repeat_ids : tuple of int
+        The request, as token ids. By default there is none, and the prompt is read twice: a policy knows no tokenizer.
+        :meth:`for_tokenizer` has a sentence.
+    part_ids : tuple of int, optional
+        The request for a later part; ``repeat_ids`` by default.
+    answer_ids : tuple of int
+        What stands between a request and the repeat, such as a chat template's beginning of an answer.
+    chunk_size : int
+        Tokens of a part.
+    n_overlap : int
+    n_sink : int
+
+    References
+    ----------
+    "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kvpitfalls as kvp
+    >>> keys = np.random.default_rng(0).standard_normal((1, 2, 10, 8), dtype=np.float32)
+    >>> kvp.keep(kvp.KVzip(n_sink=1), keys, again=[(keys, keys)], budget=4).positions[0].tolist()
+    [[0, 2, 3, 7], [0, 5, 6, 8]]
+    """
+
+    repeat_ids: tuple[int, ...] = ()
+    part_ids: tuple[int, ...] | None = None
+    answer_ids: tuple[int, ...] = ()
+    chunk_size: int = 2048
+    n_overlap: int = 8
+    n_sink: int = 4
+    name = "kvzip"
+    needs_again = True
+    holds = False
+
+    def __post_init__(self) -> None:
+        for field in ("repeat_ids", "part_ids", "answer_ids"):
+            ids = getattr(self, field)
+            if field == "part_ids" and ids is None:
+                continue
+            if not isinstance(ids, (list, tuple)) or not all(is_whole(x) and x >= 0 for x in ids):
+                raise ValueError(f"{field} is {ids!r}; expected a list of token ids")
+            object.__setattr__(self, field, tuple(map(int, ids)))
+        check_whole("chunk_size", self.chunk_size, 1)
+        check_whole("n_overlap", self.n_overlap, 0)
+        check_whole("n_sink", self.n_sink, 0)
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        tokenizer: Any,
+        repeat: str = "Write down all of the text above once more, word for word.",
+        part: str = "Write down the text above once more, word for word, from where it says:",
+        **settings: Any,
+    ) -> "KVzip":
+        """With a request in words: as a user's message where the tokenizer has a chat template, else on a line of its
+        own.
+
+        Parameters
+        ----------
+        tokenizer : transformers tokenizer
+        repeat, part : str
+            The request for the beginning of the prompt, and for a later part of it.
+        settings
+            The class's other parameters.
+
+        Raises
+        ------
+        ValueError
+            If the chat template does not put a user's message, as it is, after what came before.
+
+        Examples
+        --------
+        >>> import kvpitfalls as kvp
+        >>> from kvpitfalls.hf.load import load
+        >>> model, tokenizer = load()
+        >>> tokenizer.decode(kvp.KVzip.for_tokenizer(tokenizer, "Once more:").repeat_ids)
+        '<|im_start|>user\\nOnce more:'
+        """
+        (before, after), (before_part, _) = (_around(tokenizer, text) for text in (repeat, part))
+        texts = {"repeat_ids": before + repeat, "part_ids": before_part + part, "answer_ids": after}
+        ids = {name: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in texts.items()}
+        return cls(**ids, **settings)
+
+    def check(self, n_token: int, n_kept: int) -> None:
+        """See the class."""
+        if n_kept <= self.n_sink:
+            raise ValueError(
+                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
+                f"more than its {self.n_sink} sinks, or a smaller n_sink"
+            )
+
+    def again(self, tokens: Sequence[int]) -> list[list[int]]:
+        """See the class."""
+        later = self.repeat_ids if self.part_ids is None else self.part_ids
+        turns = []
+        for begin, end, _ in self._parts(len(tokens)):
+            request = self.repeat_ids if begin == 0 else [*later, *tokens[self._overlap(begin) : begin]]
+            turns.append([*request, *self.answer_ids, *tokens[begin:end]])
+        return turns
+
+    def _overlap(self, begin: int) -> int:
+        """Where what is said of the part before begins."""
+        return max(begin - self.n_overlap, begin - self.chunk_size)
+
+    def _parts(self, n_token: int) -> list[_Part]:
+        later = self.repeat_ids if self.part_ids is None else self.part_ids
+        parts = []
+        for begin in range(0, n_token, self.chunk_size):
+            n_asked = len(self.repeat_ids) if begin == 0 else len(later) + begin - self._overlap(begin)
+            end = min(begin + self.chunk_size, n_token)
+            parts.append(_Part(begin, end, n_asked + len(self.answer_ids)))
+        return parts
+
+    def score(self, inputs: Inputs) -> Array:
+        """See the class."""
+        import torch
+
+        again: Any = inputs.again
+        keys, queries, read = (torch.as_tensor(x).detach() for x in (inputs.keys, again.queries, again.keys))
+        n_row, n_head, n_token, _ = keys.shape
+        if again.before is None:
+            scores = torch.zeros(n_row, n_head, n_token, dtype=torch.float32, device=keys.device)
+        else:
+            scores = torch.as_tensor(again.before).clone()
+        for row, (begin, end) in enumerate(inputs.valid):
+            parts = self._parts(end - begin)
+            if again.turn >= len(parts):
+                continue
+            part = parts[again.turn]
+            first, last, sink = begin + part.begin, begin + part.end, begin + min(self.n_sink, part.begin)
+            n_read = part.n_lead + last - first
+            seen = torch.cat([keys[row, :, begin:sink], keys[row, :, first:last], read[row, :, :n_read]], 1).float()
+            grouped = queries[row, :, :n_read].unflatten(0, (n_head, -1)).float()
+            shift = sink - begin - first  # from a key's position to its place in ``seen``
+            for low, high, by in _judges(inputs.segments[row], first, last, part.n_lead):
+                judged = slice(low + shift, high + shift)
+                scores[row, :, low:high] = _most(inputs, grouped, seen, n_read, by, judged)
+            scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
+        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+
+def _judges(
+    segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: int
+) -> Iterator[tuple[int, int, range]]:
+    """Per segment of a part [first, last): its keys there, and which of the tokens read judge them."""
+    for begin, end in segments:
+        low, high = max(begin, first), min(end, last)
+        if low < high:
+            own = range(n_lead + low - first, n_lead + high - first)
+            yield low, high, range(n_lead + last - first) if len(segments) == 1 else own
+
+
+def _most(
+    inputs: Inputs, queries: "torch.Tensor", seen: "torch.Tensor", n_read: int, by: range, judged: slice
+) -> "torch.Tensor":
+    """The most attention that keys ``judged`` of ``seen`` (H, n, D) get from queries ``by`` of those read (H, G, n, D):
+    float32 (H, n). The last ``n_read`` keys are those read."""
+    import torch
+
+    n_head, n_group, _, n_dim = queries.shape
+    sinks = None if inputs.sinks is None else inputs.sinks.to(seen.device).float().view(n_head, n_group, 1, 1)
+    n_old, most = seen.shape[1] - n_read, seen.new_zeros(n_head, judged.stop - judged.start)
+    step = max(1, _TILE // (n_head * n_group * seen.shape[1]))
+    places = torch.arange(n_read, device=seen.device)
+    for start in range(by.start, by.stop, step):
+        stop = min(start + step, by.stop)
+        tile = queries[:, :, start:stop]
+        logits = (tile.reshape(n_head, -1, n_dim) @ seen[:, : n_old + stop].mT) * inputs.scaling
+        if inputs.softcap:
+            logits = inputs.softcap * (logits / inputs.softcap).tanh()
+        logits = logits.view(n_head, n_group, stop - start, -1)
+        logits[..., n_old:].masked_fill_(places[:stop] > places[start:stop, None], -torch.inf)
+        total = logits.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks)
+        most = torch.maximum(most, (logits[..., judged] - total).exp().amax((1, 2)))
+    return most
+
+
+def _around(tokenizer: Any, text: str) -> tuple[str, str]:
+    """What stands before a request that follows a prompt, and between it and its answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n", "\n"
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+    asked = [*turns, {"role": "user", "content": text}]
+    earlier = apply_template(tokenizer, turns, tokenize=False)
+    whole = apply_template(tokenizer, asked, tokenize=False, add_generation_prompt=True)
+    message = whole.removeprefix(earlier)
+    if message == whole or message.count(text) != 1:
+        raise ValueError(
+            f"the chat template does not put {text!r} after the messages before; expected repeat_ids and answer_ids "
+            "themselves, as token ids: KVzip(repeat_ids=...)"
+        )
+    before, after = message.split(text)
+    return before, after
