@@ -35,3 +35,14 @@ def tiny_model_loaded_once(tiny_model_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "load_model", lambda config, name: loaded)
         yield
+
+
+@pytest.fixture
+def registry():
+    """Policies that a test defines are known to that test alone."""
+    from kvpitfalls.policies.base import _registry
+
+    before = dict(_registry)
+    yield
+    _registry.clear()
+    _registry.update(before)

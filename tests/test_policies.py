@@ -11,7 +11,6 @@ from tiny_policies import EQUAL, EVERY, is_defined, kept_by, read_after, rkv_by_
 
 import kvpitfalls as kvp
 from kvpitfalls.policies import get_policy, policy_names, rkv
-from kvpitfalls.policies.base import _registry
 from kvpitfalls.policies.random import Random
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
@@ -382,14 +381,6 @@ def test_tova_keeps_the_same_tokens_in_all_heads():
 
 def test_streaming_llm_below_its_sinks_keeps_the_first_tokens():
     assert kvp.keep("streaming_llm", KEYS, budget=3).positions[0, 0].tolist() == [0, 1, 2]
-
-
-@pytest.fixture
-def registry():
-    before = dict(_registry)
-    yield
-    _registry.clear()
-    _registry.update(before)
 
 
 def test_a_policy_is_ten_lines(registry, smollm2):

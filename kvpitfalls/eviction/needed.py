@@ -54,7 +54,7 @@ def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequenc
     lengths = [max(row[i] for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     if len(again) != len(lengths) or not all(2 <= len(turn) <= 5 for turn in again):
         raise ValueError(f"again has {len(again)} tuples; expected {len(lengths)} of (queries, keys), one a forward")
-    turns = [Again(*turn[:3], turn=i) for i, turn in enumerate(again)]
+    turns = [Again(turn[0], turn[1], turn[2] if len(turn) > 2 else None, i) for i, turn in enumerate(again)]
     for n_fed, turn in zip(lengths, turns, strict=True):
         for name, x in (("queries", turn.queries), ("keys", turn.keys)):
             n_head = keys.shape[1]

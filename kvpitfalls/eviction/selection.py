@@ -149,12 +149,13 @@ def rank(
     )
     if again is not None:
         inputs = replace(inputs, again=again._replace(before=None if before is None else before.of_heads))
-    scores = of_heads = policy.score(inputs)
+    scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
             f"expected float32 {tuple(keys.shape[:3])}"
         )
+    of_heads = None if again is None else scores
     if share_heads:
         scores = _mean_over_heads(scores)
     unfair = Fair.parse(False)
@@ -163,7 +164,6 @@ def rank(
     if 0 < fair.strength < 1:
         earlier = None if before is None else before.biased
         biased = rank(policy, unfair, layout, *call, **of_layer, again=again, before=earlier)
-    of_heads = None if again is None else of_heads
     return Ranked(scores, layout, fair, segments, (layer, n_layer), paper and not policy.paper_quotas, biased, of_heads)
 
 
@@ -433,10 +433,11 @@ def keep(
         "rotary": rotary,
         "output": output,
     }
-    turns = turns_of(policy, layout, keys, again) if policy.needs_again else [None]
-    ranked = None
-    for turn in turns or [None]:
-        ranked = rank(policy, fair, layout, keys, queries, scaling, softcap, **of_layer, again=turn, before=ranked)
+    turns = turns_of(policy, layout, keys, again) if policy.needs_again else []
+    call = (policy, fair, layout, keys, queries, scaling, softcap)
+    ranked = rank(*call, **of_layer, again=turns[0] if turns else None)
+    for turn in turns[1:]:
+        ranked = rank(*call, **of_layer, again=turn, before=ranked)
     kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
     return cast("Kept[A]", kept)  # in the library of the keys
 

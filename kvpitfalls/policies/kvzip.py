@@ -131,7 +131,9 @@ class KVzip(Policy):
         """
         (before, after), (before_part, _) = (_around(tokenizer, text) for text in (repeat, part))
         texts = {"repeat_ids": before + repeat, "part_ids": before_part + part, "answer_ids": after}
-        ids = {name: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in texts.items()}
+        ids: dict[str, Any] = {
+            name: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in texts.items()
+        }
         return cls(**ids, **settings)
 
     def check(self, n_token: int, n_kept: int) -> None:
