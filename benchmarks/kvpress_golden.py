@@ -16,6 +16,7 @@ from kvpress import (
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVzipPress,
     LagKVPress,
     PyramidKVPress,
 )
@@ -99,6 +100,19 @@ EXPECTED_CASES = [
         )
     )
 ]
+# (seed, layers, heads, query heads of each, tokens, dimension, share removed, kind of keys, tokens of a part); heads of
+# a layer share its budget
+KVZIP_CASES = [
+    (600 + seed, 40, 8, 2, n_token, 16, ratio, kind, chunk_size)
+    for seed, (n_token, ratio, kind, chunk_size) in enumerate(
+        (n_token, ratio, kind, chunk_size)
+        for n_token in (40, 120)
+        for ratio in (0.25, 0.75)
+        for kind in ("normal", "biased")
+        for chunk_size in (16, 2048)
+    )
+]
+KVZIP_REQUESTS = (5, 3, 2)  # tokens of the first request and of a later one, and of the part before that end the latter
 THETA = 10000.0
 
 
@@ -230,6 +244,51 @@ def kept_by_expected(case) -> np.ndarray:
     return np.packbits(kept, axis=-1)
 
 
+def kvzip_of(case, layer: int) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Keys (1, H, T, D) of a layer, and of each part queries (1, H * G, n, D) and keys (1, H, n, D) of what is read."""
+    seed, _, n_head, n_group, n_token, n_dim, _, kind, chunk_size = case
+    first, later, n_overlap = KVZIP_REQUESTS
+    turns = []
+    for begin in range(0, n_token, chunk_size):
+        n_read = (first if begin == 0 else later + n_overlap) + min(chunk_size, n_token - begin)
+        at = 10000 * seed + 100 * layer + 2 * len(turns)
+        turns.append(
+            (
+                keys_of(at + 1, n_head * n_group, n_read, n_dim, "normal"),
+                keys_of(at + 2, n_head, n_read, n_dim, "normal"),
+            )
+        )
+    return keys_of(10000 * seed + 100 * layer, n_head, n_token, n_dim, kind), turns
+
+
+def kept_by_kvzip(case) -> np.ndarray:
+    """Which tokens, as bits of (layers, H, T)."""
+    _, n_layer, n_head, n_group, n_token, n_dim, ratio, _, chunk_size = case
+    press = KVzipPress(ratio, layerwise=True, chunk_size=chunk_size)
+    press.context_length = n_token
+    press.score_val = torch.zeros(n_layer, 1, n_head, n_token)
+    config = SimpleNamespace(
+        num_attention_heads=n_head * n_group, num_key_value_heads=n_head, _attn_implementation="sdpa"
+    )
+    modules = []
+    for layer in range(n_layer):
+        module = SimpleNamespace(config=config, head_dim=n_dim, layer_idx=layer, q_proj=lambda hidden: hidden)
+        keys, turns = kvzip_of(case, layer)
+        for i, (queries, read) in enumerate(turns):
+            press.start_idx, press.end_idx = i * chunk_size, min((i + 1) * chunk_size, n_token)
+            hidden = torch.from_numpy(queries).transpose(1, 2).flatten(2)
+            unturned = (torch.ones(1, hidden.shape[1], n_dim), torch.zeros(1, hidden.shape[1], n_dim))
+            both = torch.from_numpy(np.concatenate([keys, read], 2))
+            press.score_kvzip(module, hidden, both, both, None, {"position_embeddings": unturned})
+        modules.append(module)
+    press.compress_post(SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(self_attn=m) for m in modules])))
+    kept = np.ones((n_layer, n_head, n_token), bool)
+    for of_layer, module in zip(kept, modules, strict=True):
+        _, heads, tokens = module.masked_key_indices
+        of_layer[heads, tokens] = False
+    return np.packbits(kept, axis=-1)
+
+
 if __name__ == "__main__":
     kept = {f"keydiff_{case[0]}": kept_by(KeyDiffPress(), keys_of(*case[:4], case[5]), case[4]) for case in CASES}
     kept |= {f"lagkv_{case[0]}": kept_by_lagkv(case) for case in LAGKV_CASES}
@@ -237,5 +296,6 @@ if __name__ == "__main__":
     kept |= {f"adakv_{case[0]}": kept_by_adakv(case) for case in ADAKV_CASES}
     kept |= {f"pyramidkv_{case[0]}": kept_by_pyramidkv(case) for case in PYRAMIDKV_CASES}
     kept |= {f"expected_{case[0]}": kept_by_expected(case) for case in EXPECTED_CASES}
+    kept |= {f"kvzip_{case[0]}": kept_by_kvzip(case) for case in KVZIP_CASES}
     np.savez_compressed(Path(sys.argv[1]), **kept)
     print(f"{sum(len(x) for x in kept.values())} heads of {len(kept)} cases")

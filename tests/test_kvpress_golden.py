@@ -173,3 +173,21 @@ def test_expected_attention_keeps_what_kvpress_keeps():
         n_head, n_tie = n_head + case[1], n_tie + is_tie.sum()
         assert (is_tie | (in_mask(ours) == theirs).all(-1)).all(), case
     assert n_head >= 2000 and n_tie <= n_head / 500
+
+
+def test_kvzip_keeps_what_kvpress_keeps():
+    """Layer by layer, of prompts without a template's beginning, which the press never repeats."""
+    first, later, n_overlap = SCRIPT.KVZIP_REQUESTS
+    n_head, n_tie = 0, 0
+    for case in SCRIPT.KVZIP_CASES:
+        theirs = masks(f"kvzip_{case[0]}", case[4])
+        policy = kvp.KVzip((0,) * first, (0,) * later, chunk_size=case[8], n_overlap=n_overlap)
+        for layer, of_layer in enumerate(theirs):
+            keys, turns = SCRIPT.kvzip_of(case, layer)
+            ours = kvp.keep(policy, keys, again=turns, compression_ratio=case[6], allocation=Ada(0))
+            places = np.argwhere(in_mask(ours) ^ of_layer)
+            n_head, n_tie = n_head + case[2], n_tie + (len(places) > 0)
+            if len(places):  # then one token changed places with another of the same score
+                of_places = [ours.scores[0, h, t] for h, t in places]
+                assert len(places) == 2 and np.ptp(of_places) <= NEAR_TIE * max(of_places), case
+    assert n_head >= 2000 and n_tie <= n_head / 500

@@ -5,13 +5,16 @@ import dataclasses
 from collections.abc import Mapping
 
 from ..eviction import ops
+from ..eviction.allocation import Ada
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
 from ..eviction.selection import keep
 from ..policies import Policy, get_policy
+from ..policies.expected_attention import ExpectedAttention
 from ..policies.h2o import H2O
 from ..policies.keydiff import KeyDiff
 from ..policies.knorm import KNorm
+from ..policies.kvzip import KVzip
 from ..policies.snapkv import SnapKV
 from ..policies.streaming_llm import StreamingLLM
 from ..policies.tova import TOVA
@@ -24,7 +27,15 @@ _SAME = {
     "KnormPress": (KNorm, ()),
     "KeyDiffPress": (KeyDiff, ()),
     "ObservedAttentionPress": (H2O, ()),
+    "ExpectedAttentionPress": (
+        ExpectedAttention,
+        ("n_future_positions", "n_sink", "use_covariance", "use_vnorm", "epsilon"),
+    ),
 }
+# The same, but in one direction: its press asks for the repeat in words of its own. What a field must be, and what
+# that means here.
+_KVZIP = ("chunk_size", "n_sink")
+_KVZIP_MUST = {"layerwise": True, "kvzip_plus_normalization": False}
 
 
 def from_kvpress(press) -> dict:
@@ -33,14 +44,15 @@ def from_kvpress(press) -> dict:
     Parameters
     ----------
     press : kvpress press
-        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress or ObservedAttentionPress; kvpress itself
-        is not needed.
+        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress, ObservedAttentionPress,
+        ExpectedAttentionPress, or a KVzipPress that is layerwise; kvpress itself is not needed.
 
     Returns
     -------
     dict
-        ``policy`` and ``compression_ratio``. kvpress keeps ``int(n * (1 - ratio))`` tokens in binary arithmetic, which
-        may be one fewer.
+        ``policy`` and ``compression_ratio``, and of a KVzipPress ``allocation``. kvpress keeps ``int(n * (1 - ratio))``
+        tokens in binary arithmetic, which may be one fewer. A KVzipPress asks for the repeat in its own words, by the
+        model's tokenizer; the policy asks for it in none, unless :meth:`kvpitfalls.KVzip.for_tokenizer` makes it.
 
     Raises
     ------
@@ -59,8 +71,12 @@ def from_kvpress(press) -> dict:
     {'policy': SnapKV(window_size=64, kernel_size=5), 'compression_ratio': 0.5}
     """
     name = type(press).__name__
+    if name == "KVzipPress" and dataclasses.is_dataclass(press):
+        return _from_kvzip(press)
     if name not in _SAME or not dataclasses.is_dataclass(press):
-        raise ValueError(f"the press is a {name}, which no policy here is; expected one of {', '.join(_SAME)}")
+        raise ValueError(
+            f"the press is a {name}, which no policy here is; expected one of {', '.join([*_SAME, 'KVzipPress'])}"
+        )
     policy, fields = _SAME[name]
     parameters = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
     if unknown := sorted(set(parameters) - {"compression_ratio", *fields}):
@@ -73,6 +89,17 @@ def from_kvpress(press) -> dict:
         "policy": policy(**{field: parameters[field] for field in fields}),
         "compression_ratio": parameters["compression_ratio"],
     }
+
+
+def _from_kvzip(press) -> dict:
+    parameters = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
+    for name, value in parameters.items():
+        if name not in ("compression_ratio", *_KVZIP) and (name not in _KVZIP_MUST or value != _KVZIP_MUST[name]):
+            expected = f"{name}={_KVZIP_MUST[name]}" if name in _KVZIP_MUST else f"{', '.join(_KVZIP)} alone"
+            raise ValueError(f"KVzipPress has {name}={value!r}, which KVzip has not; expected {expected}")
+    check_budget(parameters["compression_ratio"], None)
+    policy = KVzip(**{field: parameters[field] for field in _KVZIP if field in parameters})
+    return {"policy": policy, "compression_ratio": parameters["compression_ratio"], "allocation": Ada(0)}
 
 
 def to_kvpress(policy: Policy | str, compression_ratio: float):
@@ -123,6 +150,11 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
 
     settings = from_kvpress(press)
     policy, chosen = settings["policy"], Fair.parse(fair)
+    if policy.needs_rotary or policy.needs_again:
+        raise ValueError(
+            f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press; "
+            "expected kvpitfalls.wrap for it"
+        )
 
     @dataclasses.dataclass
     class FairPress(BasePress):
