@@ -12,6 +12,7 @@ import kvpitfalls as kvp
 from kvpitfalls import cli
 from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.garak_command import read_report
+from kvpitfalls.eviction.allocation import Ada
 from kvpitfalls.harness.kvpress_settings import from_kvpress, to_kvpress
 from kvpitfalls.harness.pipeline import text_generation
 
@@ -92,10 +93,32 @@ def press(name, **fields):
         ("KnormPress", {}, kvp.KNorm()),
         ("KeyDiffPress", {}, kvp.KeyDiff()),
         ("ObservedAttentionPress", {}, kvp.H2O()),
+        (
+            "ExpectedAttentionPress",
+            {"n_future_positions": 64, "n_sink": 2, "use_covariance": False, "use_vnorm": True, "epsilon": 0.0},
+            kvp.ExpectedAttention(64, 2, use_covariance=False, epsilon=0.0),
+        ),
     ],
 )
 def test_settings_of_presses(name, fields, policy):
     assert from_kvpress(press(name, compression_ratio=0.3, **fields)) == {"policy": policy, "compression_ratio": 0.3}
+
+
+def test_a_kvzip_press_is_taken_where_each_layer_has_its_budget():
+    fields = {"layerwise": True, "n_sink": 2, "kvzip_plus_normalization": False, "chunk_size": 99}
+    taken = from_kvpress(press("KVzipPress", compression_ratio=0.3, **fields))
+    assert taken == {"policy": kvp.KVzip(chunk_size=99, n_sink=2), "compression_ratio": 0.3, "allocation": Ada(0)}
+    for name, value, expected in (
+        ("layerwise", False, "layerwise=True"),
+        ("kvzip_plus_normalization", True, "kvzip_plus_normalization=False"),
+        ("other", 1, "chunk_size, n_sink alone"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^KVzipPress has {name}={value}, which KVzip has not; expected {expected}"
+        ):
+            from_kvpress(press("KVzipPress", compression_ratio=0.3, **{**fields, name: value}))
+    with pytest.raises(ValueError, match=r"^policy is KVzip\(.*, for which kvpress has no press"):
+        to_kvpress("kvzip", 0.5)
 
 
 def test_presses_that_no_policy_is():

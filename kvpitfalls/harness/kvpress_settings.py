@@ -32,8 +32,8 @@ _SAME = {
         ("n_future_positions", "n_sink", "use_covariance", "use_vnorm", "epsilon"),
     ),
 }
-# The same, but in one direction: its press asks for the repeat in words of its own. What a field must be, and what
-# that means here.
+# KVzipPress in one direction only, since it asks for the repeat in words of its own: the fields that both have, and
+# what its others must be.
 _KVZIP = ("chunk_size", "n_sink")
 _KVZIP_MUST = {"layerwise": True, "kvzip_plus_normalization": False}
 
