@@ -10,9 +10,9 @@ import pytest
 
 import kvpitfalls as kvp
 from kvpitfalls import cli
+from kvpitfalls.eviction.allocation import Ada
 from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.garak_command import read_report
-from kvpitfalls.eviction.allocation import Ada
 from kvpitfalls.harness.kvpress_settings import from_kvpress, to_kvpress
 from kvpitfalls.harness.pipeline import text_generation
 
