@@ -131,9 +131,16 @@ def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int,
                 )
 
 
-@torch.no_grad()
 def _read(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forward, record: Forward) -> None:
-    """Read all turns, then evict from each layer."""
+    """Read all turns, then evict from each layer, whose kept rows keep their gradients."""
+    with torch.no_grad():
+        _read_turns(turns, positions, decoder, forward, record)
+    for layer in record.cache.kept_layers:
+        if record.cache.action is not None:
+            record.cache.action.after_turns(layer, record.valid or [])
+
+
+def _read_turns(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forward, record: Forward) -> None:
     cache, valid, outer = record.cache, record.valid or [], local.forward
     try:
         for turn in turns:
@@ -155,9 +162,6 @@ def _read(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forwa
             inner.check(decoder)
     finally:
         local.forward = outer
-    for layer in cache.kept_layers:
-        if cache.action is not None:
-            cache.action.after_turns(layer, valid)
 
 
 def _real_of(valid: Sequence[tuple[int, int]], n_token: int, device: torch.device) -> torch.Tensor:
