@@ -297,12 +297,13 @@ def test_config_files(tmp_path):
         SweepConfig.read(path)
 
 
-def test_fixes_and_control_hold_equal_memory(model, tmp_path):
-    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects; and batches change
-    none."""
+@pytest.mark.parametrize("policy", ["snapkv", "adakv"])
+def test_fixes_and_control_hold_equal_memory(model, tmp_path, policy):
+    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects and however layers and heads
+    share them; and batches change none."""
     same = {
         "modes": list(FIXES),
-        "policies": ["snapkv"],
+        "policies": [policy],
         "compression_ratios": [0.3],
         "orders": ["defense_first"],
         "kinds": ["recall"],
@@ -311,7 +312,7 @@ def test_fixes_and_control_hold_equal_memory(model, tmp_path):
     sweep(tiny_sweep.config(model, n_prompts=3, batch_size=1, **same), tmp_path / "alone")
     found = records.read_records(tmp_path / "together")
     assert sorted(tiny_sweep.untimed(tmp_path / "together")) == sorted(tiny_sweep.untimed(tmp_path / "alone"))
-    whole = {r["key"]: r["n_tokens"] for r in found}
+    whole = {r["key"]: r["n_tokens"] for r in found if r["scores"] is not None}
     done = [r for r in found if r["scores"] is not None and r["compression_ratio"] == 0.3]
     assert {r["mode"] for r in done} >= {"biased", "random", "whitelist", "fair", "fair+whitelist"}
     assert all(r["n_kept"] == int(whole[r["key"]] * 0.7) for r in done)
