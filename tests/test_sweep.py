@@ -299,8 +299,8 @@ def test_config_files(tmp_path):
 
 @pytest.mark.parametrize("policy", ["snapkv", "adakv"])
 def test_fixes_and_control_hold_equal_memory(model, tmp_path, policy):
-    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects and however layers and heads
-    share them; and batches change none."""
+    """Every mode of the side by side keeps as many tokens of a prompt, whatever it protects and however layers and
+    heads share them; and batches change none."""
     same = {
         "modes": list(FIXES),
         "policies": [policy],
