@@ -54,7 +54,7 @@ class Vote(NamedTuple):
 
 
 class Again(NamedTuple):
-    """What one layer saw when the model read on after the prompt, as a policy's :meth:`Policy.again` had it do.
+    """What one layer saw when the model read on after the prompt, as a policy's ``Policy.again`` had it do.
 
     Shorter rows are padded on the right; of a row that read nothing there is padding alone.
 
