@@ -14,7 +14,6 @@ from numpydoc.docscrape import FunctionDoc
 import kvpitfalls
 from kvpitfalls import cli
 from kvpitfalls.policies import get_policy, policy_names
-from kvpitfalls.policies.base import _registry
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {}
@@ -41,15 +40,6 @@ MORE = [
 ]  # modules with examples that are not public names
 
 
-@pytest.fixture
-def same_policies():
-    """Policies that an example registers are gone afterwards."""
-    before = dict(_registry)
-    yield
-    _registry.clear()
-    _registry.update(before)
-
-
 def run_examples(value, name):
     """How many examples there were, and how many failed; of a class, those of its methods too."""
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
@@ -61,14 +51,14 @@ def run_examples(value, name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_has_an_example_that_runs(name, same_policies):
+def test_every_public_name_has_an_example_that_runs(name, registry):
     assert "Examples" in [section for section, text in FunctionDoc(PUBLIC[name])._parsed_data.items() if text]
     tries, failures = run_examples(PUBLIC[name], name)
     assert tries > 0 and failures == 0
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_docstring_examples(name, same_policies):
+def test_docstring_examples(name, registry):
     tries, failures = run_examples(import_module(f"kvpitfalls.{name}"), name)
     assert tries > 0 and failures == 0
 

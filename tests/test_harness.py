@@ -13,7 +13,7 @@ from kvpitfalls import cli
 from kvpitfalls.eviction.allocation import Ada
 from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.garak_command import read_report
-from kvpitfalls.harness.kvpress_settings import from_kvpress, to_kvpress
+from kvpitfalls.harness.kvpress_settings import fair_press, from_kvpress, to_kvpress
 from kvpitfalls.harness.pipeline import text_generation
 
 MESSAGES = [
@@ -119,6 +119,21 @@ def test_a_kvzip_press_is_taken_where_each_layer_has_its_budget():
             from_kvpress(press("KVzipPress", compression_ratio=0.3, **{**fields, name: value}))
     with pytest.raises(ValueError, match=r"^policy is KVzip\(.*, for which kvpress has no press"):
         to_kvpress("kvzip", 0.5)
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        (
+            "ExpectedAttentionPress",
+            {"n_future_positions": 64, "n_sink": 2, "use_covariance": True, "use_vnorm": True, "epsilon": 0.0},
+        ),
+        ("KVzipPress", {"layerwise": True}),
+    ],
+)
+def test_a_press_that_needs_more_than_kvpress_hands_out_is_not_made_fair(name, fields):
+    with pytest.raises(ValueError, match=rf"^the press is a {name}, which needs more of the model .* kvpitfalls.wrap"):
+        fair_press(press(name, compression_ratio=0.3, **fields), {"a": (0, 2)})
 
 
 def test_presses_that_no_policy_is():

@@ -14,7 +14,7 @@ from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import AnyFair, Fair, Layout, Protect
 from ..eviction.selection import Ranked, allocation_of, check_room, choose, rank
-from ..hf.action import Action
+from ..hf.action import Action, each_once
 from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
 from ..hf.forward import AttentionCall
@@ -73,8 +73,7 @@ class _Observe(Action):
                 self._record(setting, rank(policy, fair, layout, call.key, call.query, **call.known), mass)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
-        asked = [policy for policy, _, _ in self.settings if policy.needs_again]
-        return [policy for i, policy in enumerate(asked) if policy not in asked[:i]]
+        return each_once(policy for policy, _, _ in self.settings if policy.needs_again)
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
         for i, (of_setting, fair, _) in enumerate(self.settings):

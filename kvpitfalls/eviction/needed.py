@@ -18,6 +18,7 @@ def check_needed(
     output: Array | None,
     again: Again | None,
 ) -> None:
+    """Raise, by name, for what is missing."""
     if policy.needs_queries and queries is None:
         raise ValueError(
             f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
@@ -69,6 +70,7 @@ def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequenc
 
 
 def check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
+    """Raise for values that are not the keys', and for a layer that there is not."""
     if values is not None and tuple(values.shape[:-1]) != tuple(keys.shape[:-1]):
         raise ValueError(
             f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape[:-1])} before the last dimension, as "

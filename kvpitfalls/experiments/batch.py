@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import BudgetError
+from ..eviction.budget import kept_tokens
 from ..hf.cache import KeptCache, kept_share, n_compressed
 from ..hf.generate import Answer, answers
 from ..hf.given_prompts import protected_in
@@ -209,13 +210,11 @@ class _Work:
         if whitelist is not None:
             begin, end = prompt.find(whitelist)
             spans["whitelist"] = (start + begin, start + end)
-        # allocations may give layers and heads different numbers, of the same mean
+        # allocations may give layers and heads different numbers, of the same sum
+        n_kept = kept_tokens(len(prompt), self.batch.settings[0].compression_ratio)
         counts = np.concatenate([(kept[i] >= start).sum(-1).ravel() for kept in positions])
-        n_kept = round(counts.mean())
-        if n_kept * len(counts) != counts.sum():
-            raise RuntimeError(
-                f"layers and heads keep {counts.mean()} tokens in the mean; expected the budget, a whole number"
-            )
+        if counts.sum() != n_kept * len(counts):
+            raise RuntimeError(f"layers and heads keep {counts.mean()} tokens in the mean; expected {n_kept}")
         return {
             "n_tokens": len(prompt),
             "n_kept": n_kept,

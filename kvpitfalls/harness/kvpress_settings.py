@@ -144,10 +144,6 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
         For ``with press(model): ...`` and kvpress's pipeline. Scores and selection are ours, so that instructions are
         judged by their own tokens; one prompt at a time.
     """
-    from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
-    from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports] # an environment of its own has it
-    from transformers.models.llama.modeling_llama import rotate_half
-
     settings = from_kvpress(press)
     policy, chosen = settings["policy"], Fair.parse(fair)
     if policy.needs_rotary or policy.needs_again:
@@ -155,6 +151,9 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
             f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press; "
             "expected kvpitfalls.wrap for it"
         )
+    from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    from transformers.models.llama.modeling_llama import rotate_half
 
     @dataclasses.dataclass
     class FairPress(BasePress):

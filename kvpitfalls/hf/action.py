@@ -1,10 +1,19 @@
 """What is done to a cache's layers: after a prompt's prefill and, where a budget is held, after every later forward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..policies import Again, Policy
 from .forward import AttentionCall
 from .layer import KeptLayer
+
+
+def each_once(policies: Iterable[Policy]) -> list[Policy]:
+    """Equal policies once; a policy need not be hashable."""
+    once: list[Policy] = []
+    for policy in policies:
+        if policy not in once:
+            once.append(policy)
+    return once
 
 
 class Action:

@@ -32,14 +32,25 @@ class _Turn:
         Which asked for it.
     number : int
         Of the policy's turns.
-    ids, real : tensor (B, n)
-        Padded on the right; ``real`` is False there.
+    texts : list of list of int
+        The ids of each row.
     """
 
     policy: Policy
     number: int
-    ids: torch.Tensor
-    real: torch.Tensor
+    texts: list[list[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(text) for text in self.texts]
+
+    def padded(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, n), padded on the right, of ``like``'s type and device; and which of them are no padding, bool."""
+        width, some = max(self.lengths), next(text[0] for text in self.texts if text)
+        ids = [[*text, *[some] * (width - len(text))] for text in self.texts]
+        real = [[True] * len(text) + [False] * (width - len(text)) for text in self.texts]
+        return torch.tensor(ids, device=like.device, dtype=like.dtype), torch.tensor(real, device=like.device)
 
 
 class _Read(Action):
@@ -85,7 +96,7 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
     turns = [turn for policy in policies for turn in _turns_of(policy, ids, record.valid or [])]
     _check_ids(decoder, turns)
     _check_positions(decoder, turns, record.valid or [])
-    return partial(_read, turns, positions)
+    return partial(_read, turns, ids, positions)
 
 
 def _holds_nothing(layer) -> bool:
@@ -93,17 +104,11 @@ def _holds_nothing(layer) -> bool:
 
 
 def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:
-    """What a policy asks for, the rows padded on the right to the longest."""
-    rows = [policy.again(ids[row, begin:end].tolist()) for row, (begin, end) in enumerate(valid)]
-    turns = []
-    for number in range(max(map(len, rows))):
-        texts = [row[number] if number < len(row) else [] for row in rows]
-        width = max(map(len, texts))
-        padded = [[*text, *[int(ids[row, valid[row][0]])] * (width - len(text))] for row, text in enumerate(texts)]
-        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
-        real = torch.arange(width, device=ids.device) < lengths[:, None]
-        turns.append(_Turn(policy, number, torch.tensor(padded, device=ids.device, dtype=ids.dtype), real))
-    if not turns or not all(turn.ids.shape[1] for turn in turns):
+    """What a policy asks for."""
+    rows = [policy.again(row[begin:end]) for row, (begin, end) in zip(ids.tolist(), valid, strict=True)]
+    numbers = range(max(map(len, rows)))
+    turns = [_Turn(policy, i, [row[i] if i < len(row) else [] for row in rows]) for i in numbers]
+    if not turns or not all(any(turn.texts) for turn in turns):
         raise ValueError(f"policy {policy.name!r} has the model read nothing after the prompt; expected some tokens")
     return turns
 
@@ -111,11 +116,10 @@ def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]
 def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
     """A GPU's error for ids that the vocabulary lacks ends the process's use of it."""
     n_known = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
-    for turn in turns:
-        low, high = torch.stack(turn.ids.aminmax()).tolist()
-        if n_known is not None and (low < 0 or high >= n_known):
+    for turn in turns if n_known is not None else ():
+        if unknown := [x for text in turn.texts for x in text if not 0 <= x < n_known]:
             raise ValueError(
-                f"policy {turn.policy.name!r} has the model read token {low if low < 0 else high} after the prompt; "
+                f"policy {turn.policy.name!r} has the model read token {unknown[0]} after the prompt; "
                 f"expected ids in [0, {n_known})"
             )
 
@@ -123,7 +127,7 @@ def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
 def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int, int]]) -> None:
     limit = getattr(decoder.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for turn in turns if isinstance(limit, int) and limit > 0 else ():
-        for (begin, end), n_read in zip(valid, turn.real.sum(1).tolist(), strict=True):
+        for (begin, end), n_read in zip(valid, turn.lengths, strict=True):
             if end - begin + n_read > limit:
                 raise ValueError(
                     f"policy {turn.policy.name!r} has {type(decoder).__name__} read {n_read} tokens after a prompt of "
@@ -131,16 +135,21 @@ def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int,
                 )
 
 
-def _read(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forward, record: Forward) -> None:
-    """Read all turns, then evict from each layer, whose kept rows keep their gradients."""
+def _read(
+    turns: Sequence[_Turn], like: torch.Tensor, positions: torch.Tensor | None, decoder, forward, record: Forward
+) -> None:
+    """Read all turns, as ids ``like`` the prompt's, then evict from each layer, whose kept rows keep their
+    gradients."""
     with torch.no_grad():
-        _read_turns(turns, positions, decoder, forward, record)
+        _read_turns(turns, like, positions, decoder, forward, record)
     for layer in record.cache.kept_layers:
         if record.cache.action is not None:
             record.cache.action.after_turns(layer, record.valid or [])
 
 
-def _read_turns(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder, forward, record: Forward) -> None:
+def _read_turns(
+    turns: Sequence[_Turn], like: torch.Tensor, positions: torch.Tensor | None, decoder, forward, record: Forward
+) -> None:
     cache, valid, outer = record.cache, record.valid or [], local.forward
     try:
         for turn in turns:
@@ -151,12 +160,13 @@ def _read_turns(turns: Sequence[_Turn], positions: torch.Tensor | None, decoder,
             inner = Forward(lent, record.own, prefill=False, n_seen=n_token, ids=None, valid=record.valid)
             inner.rotaries, inner.projections = record.rotaries, record.projections
             local.forward = inner
-            given = {"input_ids": turn.ids, "use_cache": True, **cache_argument(decoder, lent)}
-            if not bool(turn.real.all()) or any(row != (0, n_token) for row in valid):
-                given["attention_mask"] = torch.cat([_real_of(valid, n_token, turn.ids.device), turn.real], 1).long()
+            ids, real = turn.padded(like)
+            given = {"input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
+            if len(set(turn.lengths)) > 1 or any(row != (0, n_token) for row in valid):
+                given["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
             if positions is not None:
                 last = torch.tensor([end - 1 for _, end in valid], device=positions.device)[:, None]
-                steps = torch.arange(1, 1 + turn.ids.shape[1], device=positions.device)
+                steps = torch.arange(1, 1 + ids.shape[1], device=positions.device)
                 given["position_ids"] = positions.expand(len(valid), -1).gather(1, last) + steps
             forward(**given)
             inner.check(decoder)

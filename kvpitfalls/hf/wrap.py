@@ -21,7 +21,7 @@ from ..numbers import check_whole, is_real
 from ..policies import Again, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
-from .action import Action
+from .action import Action, each_once
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import check_model, decoder_of
@@ -346,8 +346,7 @@ class Fork(Action):
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """Whatever one of them does, once."""
-        asked = [policy for action in self._actions for policy in action.asks(valid)]
-        return [policy for i, policy in enumerate(asked) if policy not in asked[:i]]
+        return each_once(policy for action in self._actions for policy in action.asks(valid))
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
         """Let every cache judge."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 _TILE = 2**24  # logits at once, 64 MiB
-
-
-class _Part(NamedTuple):
-    """Tokens [begin, end) of a prompt, which one forward repeats, after ``n_lead`` tokens that ask for them."""
-
-    begin: int
-    end: int
-    n_lead: int
 
 
 @dataclass(frozen=True)
@@ -146,25 +138,16 @@ class KVzip(Policy):
 
     def again(self, tokens: Sequence[int]) -> list[list[int]]:
         """See the class."""
-        later = self.repeat_ids if self.part_ids is None else self.part_ids
-        turns = []
-        for begin, end, _ in self._parts(len(tokens)):
-            request = self.repeat_ids if begin == 0 else [*later, *tokens[self._overlap(begin) : begin]]
-            turns.append([*request, *self.answer_ids, *tokens[begin:end]])
-        return turns
+        begins = range(0, len(tokens), self.chunk_size)
+        return [[*self._lead(tokens, begin), *tokens[begin : begin + self.chunk_size]] for begin in begins]
 
-    def _overlap(self, begin: int) -> int:
-        """Where what is said of the part before begins."""
-        return max(begin - self.n_overlap, begin - self.chunk_size)
-
-    def _parts(self, n_token: int) -> list[_Part]:
+    def _lead(self, tokens: Sequence[int], begin: int) -> list[int]:
+        """What is read before the part that begins there."""
+        if begin == 0:
+            return [*self.repeat_ids, *self.answer_ids]
         later = self.repeat_ids if self.part_ids is None else self.part_ids
-        parts = []
-        for begin in range(0, n_token, self.chunk_size):
-            n_asked = len(self.repeat_ids) if begin == 0 else len(later) + begin - self._overlap(begin)
-            end = min(begin + self.chunk_size, n_token)
-            parts.append(_Part(begin, end, n_asked + len(self.answer_ids)))
-        return parts
+        overlap = tokens[begin - min(self.n_overlap, self.chunk_size) : begin]
+        return [*later, *overlap, *self.answer_ids]
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
@@ -178,16 +161,16 @@ class KVzip(Policy):
         else:
             scores = torch.as_tensor(again.before).clone()
         for row, (begin, end) in enumerate(inputs.valid):
-            parts = self._parts(end - begin)
-            if again.turn >= len(parts):
+            start = again.turn * self.chunk_size
+            if start >= end - begin:
                 continue
-            part = parts[again.turn]
-            first, last, sink = begin + part.begin, begin + part.end, begin + min(self.n_sink, part.begin)
-            n_read = part.n_lead + last - first
+            first, last = begin + start, min(begin + start + self.chunk_size, end)
+            n_lead, sink = len(self._lead(range(end - begin), start)), begin + min(self.n_sink, start)
+            n_read = n_lead + last - first
             seen = torch.cat([keys[row, :, begin:sink], keys[row, :, first:last], read[row, :, :n_read]], 1).float()
             grouped = queries[row, :, :n_read].unflatten(0, (n_head, -1)).float()
             shift = sink - begin - first  # from a key's position to its place in ``seen``
-            for low, high, by in _judges(inputs.segments[row], first, last, part.n_lead):
+            for low, high, by in _judges(inputs.segments[row], first, last, n_lead):
                 judged = slice(low + shift, high + shift)
                 scores[row, :, low:high] = _most(inputs, grouped, seen, n_read, by, judged)
             scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
