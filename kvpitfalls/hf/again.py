@@ -116,7 +116,9 @@ def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]
 def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
     """A GPU's error for ids that the vocabulary lacks ends the process's use of it."""
     n_known = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
-    for turn in turns if n_known is not None else ():
+    if n_known is None:
+        return
+    for turn in turns:
         if unknown := [x for text in turn.texts for x in text if not 0 <= x < n_known]:
             raise ValueError(
                 f"policy {turn.policy.name!r} has the model read token {unknown[0]} after the prompt; "
@@ -126,7 +128,9 @@ def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
 
 def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int, int]]) -> None:
     limit = getattr(decoder.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for turn in turns if isinstance(limit, int) and limit > 0 else ():
+    if not isinstance(limit, int) or limit <= 0:
+        return
+    for turn in turns:
         for (begin, end), n_read in zip(valid, turn.lengths, strict=True):
             if end - begin + n_read > limit:
                 raise ValueError(
