@@ -150,7 +150,8 @@ class _Work:
         prompts = [self.prompts[row] for row in rows]
         cache = KeptCache.join(compress_each(self.model, prompts, [s.evict(whitelist) for s in settings]))
         positions = [cache.positions(layer.index) for layer in cache.kept_layers]  # once: each table waits for the GPU
-        return cache, [self.kept_of(cache, positions, i, row) for i, row in enumerate([*rows] * len(settings))]
+        made = ((setting, row) for setting in settings for row in rows)
+        return cache, [self.kept_of(cache, positions, i, *each) for i, each in enumerate(made)]
 
     def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         if self.probes:
@@ -199,8 +200,9 @@ class _Work:
                 out.append((request, name, conversation(prompt, said, begun), ids))
         return out
 
-    def kept_of(self, cache: KeptCache, positions: Sequence[np.ndarray], i: int, row: int) -> dict:
-        """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache.
+    def kept_of(self, cache: KeptCache, positions: Sequence[np.ndarray], i: int, setting: Setting, row: int) -> dict:
+        """Tokens, kept tokens, and kept share of each instruction and of the whitelisted phrase, in row i of the cache,
+        which holds the prompt of row ``row`` under ``setting``.
 
         ``positions``: of each compressed layer, what :meth:`KeptCache.positions` gives.
         """
@@ -211,7 +213,7 @@ class _Work:
             begin, end = prompt.find(whitelist)
             spans["whitelist"] = (start + begin, start + end)
         # allocations may give layers and heads different numbers, of the same sum
-        n_kept = kept_tokens(len(prompt), self.batch.settings[0].compression_ratio)
+        n_kept = kept_tokens(len(prompt), setting.compression_ratio)
         counts = np.concatenate([(kept[i] >= start).sum(-1).ravel() for kept in positions])
         if counts.sum() != n_kept * len(counts):
             raise RuntimeError(f"layers and heads keep {counts.mean()} tokens in the mean; expected {n_kept}")
