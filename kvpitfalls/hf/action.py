@@ -42,5 +42,8 @@ class Action:
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """``layer`` has seen a prompt."""
 
+    def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """``layer`` has seen a part of a prompt, or its last one; see ``call.coming``."""
+
     def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """``layer`` has seen what follows it; only of an action that ``holds``."""

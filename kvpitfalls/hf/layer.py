@@ -14,6 +14,7 @@ from ..eviction import ops
 from .threads import current_forward
 
 if TYPE_CHECKING:
+    from .chunks import Partial
     from .forward import Forward
     from .hold import Held
 
@@ -74,6 +75,7 @@ class KeptLayer(DynamicLayer):
     pos_before: torch.Tensor  # None while nothing was evicted
     prompt_shape: tuple[int, int, int]  # (B, H, T) of a prompt that was evicted, or whose budget is held; else None
     held: "Held"  # None while no budget is held
+    partial: "Partial | None"  # what it remembers between the chunks of a prompt
 
     is_compileable = False
     is_fixed = False  # see FixedLayer
@@ -92,6 +94,7 @@ class KeptLayer(DynamicLayer):
         self.bytes_before = 0
         self.shared = False
         self.held = None  # type: ignore[assignment] # see the class
+        self.partial = None
 
     def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
