@@ -231,7 +231,7 @@ def test_generate_in_chunks_is_compress_in_chunks(llama, padded, given):
     n_run = max(given.get("num_beams", 1), given.get("num_return_sequences", 1))
     with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
         cache = handle.compress(tokens, attention_mask=mask, prefill_chunk_size=SIZE)
-        if padded and not SPLITS_ALL:
+        if padded and not SPLITS_ALL and "num_beams" not in given:  # a beam search is not split there
             with pytest.raises(ValueError, match="positions that count padding"):
                 llama.generate(tokens, prefill_chunk_size=SIZE, **options)
             return
@@ -249,14 +249,14 @@ def test_generate_in_chunks_is_compress_in_chunks(llama, padded, given):
 
 
 def test_generate_goes_on_as_a_cache_of_the_same_chunks_does(llama):
-    tokens = ids(2, 30)
+    tokens, n = ids(2, 29), 4 * SIZE + 1  # so that transformers 4 makes the same chunks
     with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
         new = handle.new_cache(spans=SPANS)
-        options = {"attention_mask": torch.ones_like(tokens[:, :28]), **GREEDY}
-        answer = llama.generate(tokens[:, :28], prefill_chunk_size=SIZE, **cache_argument(llama, new), **options)
-        cache = handle.compress(tokens[:, :28], spans=SPANS, prefill_chunk_size=SIZE)
-        wanted = feed(llama, answer, [1, 1, 1], cache, start=28).argmax(-1)
-        assert torch.equal(answer[:, 29:], wanted)
+        options = {"attention_mask": torch.ones_like(tokens), **GREEDY}
+        answer = llama.generate(tokens, prefill_chunk_size=SIZE, **cache_argument(llama, new), **options)
+        cache = handle.compress(tokens, spans=SPANS, prefill_chunk_size=SIZE)
+        wanted = feed(llama, answer, [1, 1, 1], cache, start=n).argmax(-1)
+        assert torch.equal(answer[:, n + 1 :], wanted)
         assert new.report()["spans"].keys() == SPANS.keys()
         more = llama.generate(answer, **cache_argument(llama, new), **GREEDY)  # a second turn
     assert more.shape[1] == answer.shape[1] + 4

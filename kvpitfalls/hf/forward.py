@@ -7,7 +7,7 @@ error.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -81,7 +81,7 @@ class AttentionCall:
     n_layer: int
     scaling: float | None
     softcap: float
-    valid: list[tuple[int, int]]
+    valid: Sequence[tuple[int, int]]
     sinks: torch.Tensor | None = None
     shared: bool = False
     lse: torch.Tensor | None = None
@@ -125,12 +125,12 @@ class Forward:
     prefill: bool
     n_seen: int  # before it
     ids: torch.Tensor | None
-    valid: list[tuple[int, int]] | None
+    valid: Sequence[tuple[int, int]] | None
     newest: torch.Tensor | None = (
         None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     )
-    coming: Coming | None = None  # the prompt that this is a chunk of
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
+    coming: Coming | None = None  # the prompt that this is a chunk of
     rotaries: Mapping[torch.nn.Module, Rotary] = field(
         default_factory=dict
     )  # of attention modules, where the action reads them
