@@ -195,10 +195,6 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
     ends = {"eos_token_id": 2, **GREEDY}  # transformers 4 looks up prompts only where there is an end token
     plain = llama.generate(tokens, attention_mask=mask, **ends)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
-        with pytest.raises(kvp.UnsupportedModelError, match="generate runs with prefill_chunk_size"):
-            llama.generate(
-                tokens, attention_mask=mask, past_key_values=handle.new_cache(), prefill_chunk_size=7, **GREEDY
-            )
         for given in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": build("llama")}):
             with pytest.raises(
                 kvp.UnsupportedModelError, match=r"assisted generation .* puts drafts behind the prompt"

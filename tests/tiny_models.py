@@ -144,17 +144,9 @@ class masked_like:
         )
         n_row, n_new = hidden.shape[:2]
         n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
-        if n_past < self.n_prompt:
+        if (visible := self._visible(source, n_row, n_past, n_new)) is None:
             return None
-        positions = torch.from_numpy(self.cache.positions(source).copy()).long()
-        n_query_head = self.model.config.get_text_config(decoder=True).num_attention_heads
-        positions = positions.repeat_interleave(n_query_head // positions.shape[1], 1)
-        visible = torch.zeros(n_row, n_query_head, n_past + n_new + 1, dtype=torch.bool)
-        visible.scatter_(
-            2, torch.where(positions < 0, n_past + n_new, positions), True
-        )  # the spare last column takes the padding
-        visible = visible[..., :-1]
-        visible[..., self.n_prompt :] = True
+        n_query_head = visible.shape[1]
         causal = torch.arange(n_past, n_past + n_new)[:, None] >= torch.arange(n_past + n_new)
         mask = torch.zeros(n_row, n_query_head, n_new, n_past + n_new).masked_fill(
             ~(visible[:, :, None] & causal), torch.finfo(torch.float32).min
@@ -164,3 +156,21 @@ class masked_like:
             return (*args[:place], mask, *args[place + 1 :]), kwargs
         kwargs["attention_mask"] = mask
         return args, kwargs
+
+    def _visible(self, source, n_row, n_past, n_new):
+        """Bool (B, Hq, T): the tokens that a layer did not evict; None before any was."""
+        if n_past < self.n_prompt:
+            return None
+        return self._seen_at(self.cache.positions(source), n_row, self.n_prompt, n_past + n_new)
+
+    def _seen_at(self, held, n_row, n_prompt, n_token):
+        positions = torch.from_numpy(held.copy()).long()
+        n_query_head = self.model.config.get_text_config(decoder=True).num_attention_heads
+        positions = positions.repeat_interleave(n_query_head // positions.shape[1], 1)
+        visible = torch.zeros(n_row, n_query_head, n_token + 1, dtype=torch.bool)
+        visible.scatter_(
+            2, torch.where(positions < 0, n_token, positions), True
+        )  # the spare last column takes the padding
+        visible = visible[..., :-1]
+        visible[..., n_prompt:] = True
+        return visible

@@ -293,11 +293,11 @@ def _whole_plan(layout: Layout, fair: Fair, n_head: int, budgets: tuple[int, ...
 
 
 def _fair_plan(ranked: Ranked, budgets: tuple[int, ...]) -> _Plan:
-    quotas = _fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
+    quotas = fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
     return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
 
 
-def _fair_quotas(layout: Layout, fair: Fair, segments: list[list[tuple[int, int]]], budgets: tuple[int, ...]) -> Int32:
+def fair_quotas(layout: Layout, fair: Fair, segments: list[list[tuple[int, int]]], budgets: tuple[int, ...]) -> Int32:
     """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
     quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
     for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):

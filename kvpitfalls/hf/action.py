@@ -63,5 +63,8 @@ class Action:
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """``layer`` has seen all of it."""
 
+    def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """``layer`` has seen a part of a prompt, or its last one; see ``call.coming``."""
+
     def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """``layer`` has seen what follows it; only of an action that ``holds``."""

@@ -16,6 +16,7 @@ from ..display.markup import block
 from ..errors import NotInterceptedError
 from ..eviction.arrays import Int32
 from ..numbers import is_whole
+from .coming import Coming
 from .layer import KeptLayer, bare
 from .origin import Origin
 from .report import Report
@@ -64,6 +65,7 @@ class KeptCache(DynamicCache):
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
     is_half_filled = False  # a forward on it was broken off
+    coming: Coming | None = None  # the prompt, until the last of its chunks has come
     peak_bytes = 0  # the most that note_peak saw
 
     def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
@@ -76,7 +78,7 @@ class KeptCache(DynamicCache):
         self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
         self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
-        self.origin, self.is_half_filled = Origin(), False
+        self.origin, self.is_half_filled, self.coming = Origin(), False, None
         return self
 
     @property
@@ -193,7 +195,7 @@ class KeptCache(DynamicCache):
         comes."""
         super().reset()  # type: ignore[no-untyped-call] # transformers' own has no types
         self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
-        self.origin, self.is_half_filled = Origin(), False
+        self.origin, self.is_half_filled, self.coming = Origin(), False, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""

@@ -12,6 +12,8 @@ from ..eviction.fairness import Fair, Layout
 from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
 from ..policies import Again, Policy
 from .action import Action
+from .chunks import check_chunks, cut
+from .coming import Coming
 from .forward import AttentionCall
 from .layer import KeptLayer
 
@@ -140,6 +142,20 @@ class Evict(Action):
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, n_head, -1).contiguous()
         layer.evict(positions, _fills(kept, valid))
+
+    def check_chunks(self) -> None:
+        """Raise if what is kept cannot be told before the whole prompt has come."""
+        if self.acts:
+            check_chunks(self.policy, self.fair, self.sharing)
+
+    def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """Evict from ``layer`` what a chunk leaves too much."""
+        coming = cast(Coming, call.coming)
+        lengths = [end - begin for begin, end in coming.valid]
+        budgets = tuple(self.limits(n, call.n_layer)[call.layer] for n in lengths)
+        if budgets != tuple(lengths):
+            layout = self.layout(len(lengths), coming.n_token, coming.valid)
+            cut(layer, call, self.policy, self.fair, layout, budgets)
 
 
 def _fills(kept: Kept, valid) -> bool:

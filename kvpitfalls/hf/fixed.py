@@ -61,7 +61,9 @@ class FixedLayer(KeptLayer):
 
     def __init__(self, layer: KeptLayer, n_room: int):
         super().__init__(layer.index)
-        vars(self).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
+        vars(self).update(
+            {name: value for name, value in vars(layer).items() if name not in ("keys", "values", "spare")}
+        )
         n_row, n_head, n_slot = layer.keys.shape[:3]
         self.keys, self.values = (_with_room(x, n_room) for x in (layer.keys, layer.values))
         pos = (

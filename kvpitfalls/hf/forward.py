@@ -7,7 +7,7 @@ error.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from ..policies.rotary import Rotary
 from . import one_token
 from .cache import KeptCache
+from .coming import Coming
 from .coverage import check_call
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
@@ -69,6 +70,8 @@ class AttentionCall:
         How the layer turned queries and keys; only of a prompt, for an action that reads it.
     projection : callable, or None
         Gives the output projection of each head; see ``projections.py``. As ``rotary``.
+    coming : Coming, or None
+        The prompt, if it comes in chunks; ``query`` is then of the newest one, and the others of the slots.
     """
 
     query: torch.Tensor
@@ -78,13 +81,14 @@ class AttentionCall:
     n_layer: int
     scaling: float | None
     softcap: float
-    valid: list[tuple[int, int]]
+    valid: Sequence[tuple[int, int]]
     sinks: torch.Tensor | None = None
     shared: bool = False
     lse: torch.Tensor | None = None
     newest: torch.Tensor | None = None
     rotary: Rotary | None = None
     projection: Callable | None = None
+    coming: Coming | None = None
 
     @property
     def known(self) -> dict[str, Any]:
@@ -121,11 +125,12 @@ class Forward:
     prefill: bool
     n_seen: int  # before it
     ids: torch.Tensor | None
-    valid: list[tuple[int, int]] | None
+    valid: Sequence[tuple[int, int]] | None
     newest: torch.Tensor | None = (
         None  # bool (B, n), for a fixed cache or a held budget: False where a new token is padding; None: nowhere
     )
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
+    coming: Coming | None = None  # the prompt that this is a chunk of
     rotaries: Mapping[torch.nn.Module, Rotary] = field(
         default_factory=dict
     )  # of attention modules, where the action reads them
@@ -180,6 +185,8 @@ class Forward:
         if self.afterwards is not None:
             self.afterwards(decoder, forward, self)
         cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
+        if cache.coming is not None and cache.n_seen >= cache.coming.n_token:
+            cache.coming = None
         return output
 
     def check(self, decoder) -> None:
@@ -261,12 +268,18 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
         forward.cache.note_peak()
-        act = action.after_prefill if forward.prefill else action.after_step
+        act = _act_of(action, forward)
         lse = None if seen is None else seen.lse
         act(ticket.layer, _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse))
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
+
+
+def _act_of(action, forward: Forward) -> Callable:
+    if forward.coming is not None:
+        return action.after_chunk
+    return action.after_prefill if forward.prefill else action.after_step
 
 
 def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
@@ -289,6 +302,7 @@ def _tells_denominators(action, forward: Forward, implementation: str, query) ->
     """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
     return (
         query.is_cuda
+        and forward.coming is None
         and implementation == "sdpa"
         and action.reads_queries
         and all(row == (0, query.shape[2]) for row in forward.valid or ())
@@ -309,7 +323,7 @@ def _seen_by(
     )  # what is kept is no function of them that has a gradient
     place = (forward.compressed[ticket.layer.index], len(forward.compressed))
     known = {"lse": lse, "newest": forward.newest, "rotary": forward.rotaries.get(module)}
-    known["projection"] = forward.projections.get(module)
+    known |= {"projection": forward.projections.get(module), "coming": forward.coming}
     return AttentionCall(
         query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known
     )

@@ -10,10 +10,12 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from ..errors import NotInterceptedError, UnsupportedModelError
+from ..numbers import check_whole
 from .arguments import given_cache
 from .cache import KeptCache
+from .coming import Coming
 from .coverage import decoder_of
-from .masks import check_padding
+from .masks import check_padding, valid_ranges
 from .outer import is_multimodal
 
 
@@ -66,6 +68,49 @@ def check_generate(model, arguments: dict, action) -> None:
         _check_given(model, arguments, cache)
 
 
+def chunks_of(model, arguments: dict, action) -> Coming | None:
+    """The prompt of a call of ``generate`` with ``prefill_chunk_size``, if a cache of ours is to be filled by it.
+
+    Raises
+    ------
+    ValueError, UnsupportedModelError
+        If it cannot be compressed in chunks.
+    """
+    config, cache = arguments["generation_config"], given_cache(arguments)[1]
+    size = getattr(config, "prefill_chunk_size", None)
+    action = (cache.action or action) if isinstance(cache, KeptCache) else action
+    is_filled = cache is not None and cache.get_seq_length() > 0
+    if size is None or is_filled or action is None:
+        return None
+    check_whole("prefill_chunk_size", size, 1)
+    ids = next((x for name in ("inputs", "input_ids") if (x := arguments.get(name)) is not None), None)
+    if arguments.get("inputs_embeds") is not None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        raise UnsupportedModelError("generate runs with prefill_chunk_size; expected token ids (B, T) with it")
+    mask = arguments.get("attention_mask")
+    if mask is None and (pad := config.pad_token_id) is not None and bool((ids == pad).any()):
+        raise ValueError(
+            "generate runs with prefill_chunk_size on ids that hold the padding token; expected an attention_mask, "
+            "which says where padding is"
+        )
+    return chunked(model, ids.repeat_interleave(n_rows_of(config), 0), _of_rows(mask, n_rows_of(config)), size, action)
+
+
+def _of_rows(mask, n: int):
+    return None if mask is None else mask.repeat_interleave(n, 0)
+
+
+def chunked(model, ids: torch.Tensor, mask, size: int, action) -> Coming | None:
+    """A prompt (B, T) that is to come in chunks of ``size``; None if it is no longer than one."""
+    if is_multimodal(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is multimodal, and prefill_chunk_size was given; expected none, since its prompts "
+            "go through the model as a whole"
+        )
+    action.check_chunks()
+    n_row, n_token = ids.shape
+    return None if n_token <= size else Coming(decoder_of(model), n_token, valid_ranges(mask, n_row, n_token))
+
+
 def _check_mode(arguments: dict, is_filled: bool) -> None:
     config = arguments["generation_config"]
     if config.use_cache is False:
@@ -73,12 +118,6 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
             "generate was called with use_cache=False, so that nothing would be compressed; expected use_cache=True, "
             "or a call inside "
             "`with handle.paused()`"
-        )
-    if getattr(config, "prefill_chunk_size", None) is not None and not is_filled:
-        raise UnsupportedModelError(
-            "generate runs with prefill_chunk_size, so that the first chunk would be taken for the prompt; expected "
-            "none, or a "
-            "cache made by handle.compress"
         )
     if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
         raise UnsupportedModelError(

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from ..eviction import ops
-from ..eviction.allocation import UNIFORM, raised_at
+from ..eviction.allocation import UNIFORM
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.fairness import Layout
 from ..eviction.selection import check_room, floors_of, rank
-from ..policies import Inputs, Vote
+from ..policies import Vote
 from .evict import Evict
 from .forward import AttentionCall
 from .layer import KeptLayer
+from .slot_scores import best_first, inputs_of, over_heads, received
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,13 @@ class Hold(Evict):
         """True for when="decode" until a later forward."""
         return self.when == "decode" and layer.seen == layer.prompt_shape[2]
 
+    def check_chunks(self) -> None:
+        """Not of a held budget."""
+        raise ValueError(
+            f"prefill_chunk_size was given, but when={self.when!r} takes a prompt as a whole; expected none, or "
+            "when='prefill'"
+        )
+
     def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
         """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has
         one."""
@@ -171,7 +179,7 @@ class Hold(Evict):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
             carried = torch.as_tensor(rank(self.policy, self.fair, layout, call.key, call.query, **call.known).scores)
         elif self.policy.running:
-            carried = self._received(call, fronts, fronts, [n_token] * n_row)
+            carried = received(call, fronts, _votes_on(fronts, [n_token] * n_row, n_token))
         n_recent = self.policy.recent_queries
         layer.prompt_shape, layer.bytes_before = (
             (n_row, layer.keys.shape[1], n_token),
@@ -196,7 +204,8 @@ class Hold(Evict):
             call = _without_padding(layer, call, call.newest)
         held = layer.held
         if self.policy.running and held.carried is not None:
-            layer.held = replace(held, carried=held.carried + self._received(call, held.front, held.starts, n_real))
+            votes = _votes_on(held.starts, n_real, layer.keys.shape[2])
+            layer.held = replace(held, carried=held.carried + received(call, held.front, votes))
         self._cut(layer, call)
 
     def _cut(self, layer: KeptLayer, call: AttentionCall) -> None:
@@ -259,8 +268,8 @@ class Hold(Evict):
         else:
             valid = [(front, n_slot) for front in held.front.tolist()]
             queries = None if held.queries is None else held.queries[:, :, -n_slot:]
-            inputs = self._inputs(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
-            scores = _over_heads(torch.as_tensor(self.policy.score(inputs)), call)
+            inputs = inputs_of(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
+            scores = over_heads(torch.as_tensor(self.policy.score(inputs)), call)
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
             scores = torch.where(of_prompt, carried, scores)
@@ -277,47 +286,17 @@ class Hold(Evict):
         return scores.masked_fill(shielded, torch.inf)
 
     def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
-        """The best of each instruction above all, as many as its floor says; heads hold different tokens, so each is a
-        row here."""
-        n_head, n_slot = scores.shape[1:]
+        """The best of each instruction above all, as many as its floor says."""
         edges, floors = (torch.from_numpy(x)[held.rows] for x in floors_of(held.layout, self.fair))
-        empty = torch.arange(n_slot) < held.front[:, None]
-        pos = pos.masked_fill(
-            empty[:, None].to(pos.device), -1
-        ).contiguous()  # ascending, so an edge is found by its position
-        cuts = torch.searchsorted(pos, edges.to(pos)[:, None].expand(-1, n_head, -1).contiguous())
-        cuts = torch.nn.functional.pad(cuts, (0, 1), value=n_slot).flatten(0, 1).cpu().numpy()
-        quotas = torch.nn.functional.pad(floors, (0, 1)).repeat_interleave(n_head, 0)[
-            :, None
-        ]  # none for what came after the prompt
-        first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
-        return torch.as_tensor(raised_at(scores, first.reshape(*scores.shape[:2], -1)))
-
-    def _received(
-        self, call: AttentionCall, fronts: torch.Tensor, starts: torch.Tensor, n_new: list[int]
-    ) -> torch.Tensor:
-        """Attention that slots from ``starts`` on received from each row's newest queries, ``n_new`` of them, summed:
-        (B, H, slots)."""
-        n_slot = call.key.shape[2]
-        pairs = zip(starts.tolist(), n_new, strict=True)
-        votes = [
-            [Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else [] for start, n in pairs
-        ]
-        inputs = self._inputs(call, call.query, [(front, n_slot) for front in fronts.tolist()])
-        return _over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(
-            min=0
-        )  # minus infinity where a row is empty
-
-    def _inputs(self, call: AttentionCall, queries, valid, segments=None) -> Inputs:
-        scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        segments = [[row] for row in valid] if segments is None else segments
-        known = {"sinks": call.sinks, "values": call.value, "layer": call.layer, "n_layer": call.n_layer}
-        return Inputs(call.key, queries, scaling, call.softcap, valid, segments, [[] for _ in valid], **known)
+        return best_first(scores, pos, held.front, edges, floors)
 
 
-def _over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """One score for all heads where one choice must serve them."""
-    return scores.double().mean(1, keepdim=True).float() if call.shared else scores
+def _votes_on(starts: torch.Tensor, n_new: list[int], n_slot: int) -> list[list[Vote]]:
+    """Each row's newest queries, ``n_new`` of them, on the slots from ``starts`` on."""
+    return [
+        [Vote(keys=(start, n_slot), queries=(n_slot - n, n_slot), weight="sum")] if n else []
+        for start, n in zip(starts.tolist(), n_new, strict=True)
+    ]
 
 
 def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor) -> AttentionCall:

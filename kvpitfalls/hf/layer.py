@@ -15,8 +15,12 @@ from .threads import current_forward
 
 if TYPE_CHECKING:
     from ..eviction.selection import Ranked
+    from .chunks import Partial
     from .forward import Forward
     from .hold import Held
+
+SPARE = 64  # tokens that a layer takes room for where it pays; 0: none, and every step copies the layer
+_SMALL = 2**16  # bytes of keys below which a copy takes no longer than what saves it
 
 _LAZY_TAKES_VALUES = len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
 
@@ -51,6 +55,33 @@ class Slots:
         return torch.cat([self.live_before, self.live_before.new_ones(*self.live_before.shape[:2], self.n_after)], -1)
 
 
+class Spare:
+    """Memory that holds a layer's rows and has room for more: a step then writes one row instead of copying all.
+
+    Attributes
+    ----------
+    keys, values : tensor (B, H, S + SPARE, D or Dv)
+    of : tensor
+        The layer's keys, the beginning of these; whatever else a layer holds is not here.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = (_with_spare(x) for x in (keys, values))
+        self.of = keys
+
+    @property
+    def is_writable(self) -> bool:
+        """torch refuses to write to tensors of ``inference_mode`` outside of it."""
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
+
+def _with_spare(x: torch.Tensor) -> torch.Tensor:
+    n_row, n_head, n_slot, n_dim = x.shape
+    out = x.new_empty(n_row, n_head, n_slot + SPARE, n_dim)
+    out[:, :, :n_slot] = x
+    return out
+
+
 class KeptLayer(DynamicLayer):
     """One layer's keys and values after eviction.
 
@@ -76,6 +107,8 @@ class KeptLayer(DynamicLayer):
     prompt_shape: tuple[int, int, int]  # (B, H, T) of a prompt that was evicted, or whose budget is held; else None
     held: "Held"  # None while no budget is held
     judged: "Ranked | None"  # so far, while the model reads on after a prompt; else None
+    partial: "Partial | None"  # what it remembers between the chunks of a prompt
+    spare: "Spare | None"  # where there is room behind its rows
 
     is_compileable = False
     is_fixed = False  # see FixedLayer
@@ -95,6 +128,7 @@ class KeptLayer(DynamicLayer):
         self.shared = False
         self.held = None  # type: ignore[assignment] # see the class
         self.judged = None
+        self.partial = self.spare = None
 
     def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
@@ -116,12 +150,35 @@ class KeptLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
         n_new = key_states.shape[-2]
-        self.keys = torch.cat([self.keys, key_states], -2)
-        self.values = torch.cat([self.values, value_states], -2)
+        if n_new != 1 or not self._written(key_states, value_states):
+            self.keys = torch.cat([self.keys, key_states], -2)
+            self.values = torch.cat([self.values, value_states], -2)
         self.seen += n_new
         self.n_after += n_new
         forward.expect(self, n_new)
         return self.keys, self.values
+
+    def _written(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Write one token's rows behind the others, instead of copying all of them; False where that cannot be, or does
+        not pay."""
+        if not SPARE or self.keys.nbytes < _SMALL or torch.is_grad_enabled() or self.held is not None:
+            return False
+        n, spare = self.keys.shape[2], self.spare
+        if spare is None or spare.of is not self.keys or n == spare.keys.shape[2] or not spare.is_writable:
+            if self.keys.dtype != key_states.dtype or self.values.dtype != value_states.dtype:
+                return False
+            spare = self.spare = Spare(self.keys, self.values)
+        spare.keys[:, :, n] = key_states[:, :, 0]
+        spare.values[:, :, n] = value_states[:, :, 0]
+        self.keys = spare.of = spare.keys[:, :, : n + 1]
+        self.values = spare.values[:, :, : n + 1]
+        return True
+
+    def __copy__(self) -> "KeptLayer":
+        """A layer of its own, though of the same tensors: what comes to one is not written beside the other."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self), spare=None)
+        return twin
 
     @property
     def slots(self) -> Slots | None:
@@ -292,7 +349,7 @@ class KeptLayer(DynamicLayer):
 
 def bare(layer: Any) -> Any:
     """A cache's layer whose keys and values have shapes alone; for a layer of another class, neither."""
-    twin = copy.copy(layer)
+    twin = copy.copy(layer)  # without its spare room
     for name, x in vars(layer).items():
         if isinstance(x, torch.Tensor) and (name in ("keys", "values") or not isinstance(layer, KeptLayer)):
             setattr(twin, name, torch.empty_like(x, device="meta"))

@@ -25,10 +25,11 @@ from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
 from .around import Around
 from .cache import KeptCache
 from .choices import check_choices
+from .coming import Coming, coming_to
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
 from .forward import Forward, attention
-from .generating import arguments_of, check_generate, generators_of
+from .generating import arguments_of, check_generate, chunks_of, generators_of
 from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
@@ -242,7 +243,9 @@ def _generate(model, generate, args, kwargs):
         )
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
-    check_generate(model, arguments, None if attachment.wrap is None else attachment.wrap.action)
+    action = None if attachment.wrap is None else attachment.wrap.action
+    check_generate(model, arguments, action)
+    coming = chunks_of(model, arguments, action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
@@ -255,7 +258,8 @@ def _generate(model, generate, args, kwargs):
         with stand_ins.lock:
             attachment.running.add(running)
         local.generating = (*outer, running)
-        output = generate(*args, **kwargs)
+        with contextlib.nullcontext() if coming is None else coming.here():
+            output = generate(*args, **kwargs)
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(
                 f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was "
@@ -382,10 +386,12 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         cache.check_decoder(decoder)
         check_not_compiled(decoder)
         check_not_random(decoder)
-    record = _begin(attachment, cache, bound)
+    coming = coming_to(cache, decoder)
+    record = _begin(attachment, cache, bound) if coming is None else _begin_chunk(attachment, cache, bound, coming)
     if record.prefill:
         _ask_layers(decoder, record, bound)
-        cache.origin = cache.origin.filled_by(decoder)
+        if not record.n_seen:
+            cache.origin = cache.origin.filled_by(decoder)
         if (call := _generating(decoder)) is not None:
             call.cache = cache
     if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
@@ -471,7 +477,20 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
         raise UnsupportedModelError(
             "attention_mask is not a padding mask (B, T); expected one, since policies recompute plain causal attention"
         )
-    cache.valid = valid_ranges(mask, n_row, n_new)
-    if cache.action is not None:
-        cache.spans = cache.action.spans_of(n_row, n_new, cache.valid, len(cache.kept_layers))
+    _note_prompt(cache, n_new, valid_ranges(mask, n_row, n_new))
     return Forward(cache, attachment.own, True, 0, ids, cache.valid)
+
+
+def _begin_chunk(attachment: _Attachment, cache: KeptCache, bound: dict, coming: Coming) -> Forward:
+    """The same of a chunk of a prompt."""
+    n_row, n_new = _inputs(bound).shape[:2]
+    coming.check_chunk(n_row, cache.n_seen, n_new, bound.get("position_ids"))
+    if not cache.n_seen:
+        _note_prompt(cache, coming.n_token, coming.valid)
+    return Forward(cache, attachment.own, True, cache.n_seen, bound.get("input_ids"), cache.valid, coming=coming)
+
+
+def _note_prompt(cache: KeptCache, n_token: int, valid: list[tuple[int, int]]) -> None:
+    cache.valid = valid
+    if cache.action is not None:
+        cache.spans = cache.action.spans_of(len(valid), n_token, valid, len(cache.kept_layers))

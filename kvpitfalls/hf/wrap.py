@@ -1,11 +1,13 @@
 """Wrapping a model: one call, and its prompts are compressed."""
 
+import contextlib
 import copy
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
 from .generate import GREEDY
+from .generating import chunked
 from .given_prompts import AnyPrompt, batch_of, by_name, check_ids, marked
 from .hold import Hold
 from .layer import KeptLayer
@@ -205,6 +208,7 @@ class Handle:
         attention_mask: Table | None = None,
         spans: Spans | None = None,
         instructions: Instructions | None = None,
+        prefill_chunk_size: int | None = None,
         **inputs: Any,
     ) -> KeptCache:
         """Prefill a prompt and evict.
@@ -221,6 +225,10 @@ class Handle:
             they begin after it.
         instructions : {"sentences", "lines", "messages"} or mapping, optional
             For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
+        prefill_chunk_size : int, optional
+            Run the model over so many tokens at a time and evict after each, so that no layer ever holds the whole
+            prompt. What is kept has the sizes that it has without; which tokens these are may differ, since what is
+            gone after a chunk does not come back. Padding is on the left then.
         inputs
             Instead of ``prompt``, what a tokenizer or a processor returned, by name: ``compress(**processor(...))``.
 
@@ -245,8 +253,12 @@ class Handle:
                 raise ValueError(
                     f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from"
                 )
+        size = ids.shape[1] if prefill_chunk_size is None else prefill_chunk_size
+        check_whole("prefill_chunk_size", size, 1)
+        coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, size, self.action)
         cache = self._caches.make(spans=by_row, protect=protect)
-        prefill(self.model, cache, ids, mask, others)
+        with contextlib.nullcontext() if coming is None else coming.here():
+            prefill(self.model, cache, ids, mask, others, size)
         return cache
 
     def _repr_html_(self) -> str:
@@ -399,7 +411,12 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
 
 
 def prefill(
-    model: Any, cache: KeptCache, ids: torch.Tensor, mask: torch.Tensor | None, others: Mapping[str, Any] | None = None
+    model: Any,
+    cache: KeptCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    others: Mapping[str, Any] | None = None,
+    chunk_size: int | None = None,
 ) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
@@ -409,7 +426,10 @@ def prefill(
     check_ids(model, ids)
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    with progress(total=len(cache.kept_layers), desc="prefill, layers") as cache.progress:
+    if run is _through_decoder:
+        run = partial(run, chunk_size=chunk_size or ids.shape[1])
+    n_pass = -(-ids.shape[1] // (chunk_size or ids.shape[1]))
+    with progress(total=len(cache.kept_layers) * n_pass, desc="prefill, layers") as cache.progress:
         try:
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
@@ -423,10 +443,15 @@ def _through_outer(
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
-def _through_decoder(decoder: Any, input_ids: torch.Tensor, **others: Any) -> None:
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, chunk_size: int, **others: Any) -> None:
     if (
         "position_ids" in inspect.signature(decoder.forward).parameters
     ):  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
-    decoder(input_ids=input_ids, **others)
+    mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
+    for begin in range(0, input_ids.shape[1], chunk_size):
+        end = begin + chunk_size
+        given = {} if mask is None else {"attention_mask": mask[:, :end]}
+        given |= {} if positions is None else {"position_ids": positions[:, begin:end]}
+        decoder(input_ids=input_ids[:, begin:end], **given, **others)

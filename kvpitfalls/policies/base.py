@@ -229,16 +229,19 @@ class Policy:
     holds : bool
         Whether its scores mean something while a budget is held (``when="decode"`` or ``"always"``), where what stands
         between two tokens may be gone; else it is refused there.
+    in_chunks : bool
+        Whether its scores mean something after each chunk of a prompt (``prefill_chunk_size``), of what is left of the
+        chunks before; else it is refused there. By default as ``holds``.
     listed : bool
         Whether ``policy_names()`` has it; a control is not listed.
     allocation : Allocation or str
         How it shares a budget over layers and heads, if it says so itself; see :class:`kvpitfalls.Allocation`.
     recent_queries : int
-        While a budget is held (``when="decode"``): how many of the newest queries :meth:`score` reads. They are kept
-        for it.
+        While a budget is held (``when="decode"``), or a prompt comes in chunks: how many of the newest queries
+        :meth:`score` reads. They are kept for it.
     running : bool
-        While a budget is held: a token's score is the attention it received from all queries so far, divided by their
-        number, instead of what :meth:`score` says.
+        While a budget is held, or a prompt comes in chunks: a token's score is the attention it received from all
+        queries so far, divided by their number, instead of what :meth:`score` says.
     n_sink : int
         How many of a row's first tokens ``protect="sinks"`` keeps.
 
@@ -288,6 +291,11 @@ class Policy:
                 )
         for key in (name, *cls.aliases):
             _registry[key] = cls
+
+    @property
+    def in_chunks(self) -> bool:
+        """See the class."""
+        return self.holds
 
     @property
     def label(self) -> str:

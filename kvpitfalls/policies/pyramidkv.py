@@ -55,6 +55,11 @@ class PyramidKV(SnapKV):
         self.allocation  # noqa: B018 - a beta that it refuses
 
     @property
+    def in_chunks(self) -> bool:
+        """Yes: the shares of its layers are known before the first chunk."""
+        return True
+
+    @property
     def allocation(self) -> Pyramid:  # type: ignore[override] # read only, as whoever asks takes it
         """See the class."""
         return Pyramid(self.beta, self.window_size)

@@ -1,0 +1,78 @@
+"""A prompt that comes in chunks: what is known of it before the first one."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .threads import local
+
+if TYPE_CHECKING:
+    from .cache import KeptCache
+
+
+class Coming:
+    """One prefill in chunks.
+
+    Attributes
+    ----------
+    n_token : int
+        Of the whole prompt, padding included.
+    valid : list of (int, int)
+        Per row, the range of its real tokens.
+    """
+
+    def __init__(self, decoder: torch.nn.Module, n_token: int, valid: Sequence[tuple[int, int]]) -> None:
+        self.decoder, self.n_token, self.valid = weakref.ref(decoder), n_token, list(valid)
+        self.is_taken = False  # by the cache that it fills
+        for row, (_, end) in enumerate(valid):
+            if end != n_token:
+                raise ValueError(
+                    f"row {row} of the prompt is padded on the right; prefill_chunk_size expects padding on the left, "
+                    "so that each row's last token is in the last chunk"
+                )
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """A block in which this thread's forwards of the decoder bring its chunks."""
+        before, local.coming = getattr(local, "coming", None), self
+        try:
+            yield
+        finally:
+            local.coming = before
+
+    def check_chunk(self, n_row: int, n_seen: int, n_new: int, position_ids: object) -> None:
+        """Raise if a forward brings no chunk of it."""
+        if n_row != len(self.valid) or n_seen + n_new > self.n_token:
+            raise ValueError(
+                f"a chunk of {n_new} tokens in {n_row} rows came after {n_seen}; expected chunks of a prompt of "
+                f"{self.n_token} tokens in {len(self.valid)} rows"
+            )
+        begins = torch.tensor([begin for begin, _ in self.valid])
+        if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or not bool(begins.any()):
+            return
+        place = torch.arange(n_seen, n_seen + n_new) - begins[:, None]
+        given = position_ids.cpu().expand(n_row, -1)
+        if bool(((given != place) & (place >= 0)).any()):
+            raise ValueError(
+                "a chunk came with positions that count padding, as generate of transformers 4 gives them with "
+                "prefill_chunk_size; expected prompts of one length, or "
+                "handle.compress(..., prefill_chunk_size=...)"
+            )
+
+
+def coming_to(cache: "KeptCache", decoder: torch.nn.Module) -> Coming | None:
+    """The prompt that this thread brings to a cache in chunks; raises if a prompt came to it in part and was broken
+    off."""
+    here: Coming | None = getattr(local, "coming", None)
+    is_free = here is not None and not here.is_taken and here.decoder() is decoder
+    if here is not None and is_free and cache.coming is None and not cache.n_seen:
+        here.is_taken, cache.coming = True, here
+    if cache.coming is not None and cache.coming is not here:
+        raise ValueError(
+            f"the cache holds {cache.n_seen} of the {cache.coming.n_token} tokens of a prompt whose prefill in chunks "
+            "was broken off; expected a new cache"
+        )
+    return cache.coming

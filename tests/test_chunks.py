@@ -1,0 +1,347 @@
+"""Evicting between the chunks of a prompt: against a model that is shown the same chunks and has each one's evicted
+tokens hidden from it, and against one prefill."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import parse as release
+from tiny_models import build, feed, ids, masked_like
+from tiny_policies import EVERY
+from transformers import DynamicCache
+
+import kvpitfalls as kvp
+from kvpitfalls.hf.arguments import cache_argument
+from kvpitfalls.hf.coverage import decoder_of
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+N_PROMPT, SIZE, AFTER = 26, 7, [1, 3, 1]
+SPANS = {"first": (2, 9), "second": (9, 21)}
+TAKEN = [policy for policy in EVERY if policy.in_chunks]
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+SPLITS_ALL = release(transformers.__version__) >= release("5")  # before, generate leaves the last token for a step
+
+
+@pytest.fixture(scope="module", params=[("llama", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "eager")], ids="-".join)
+def model(request):
+    return build(*request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def left_pad(n_token=30, n=10):
+    mask = torch.ones(2, n_token, dtype=torch.long)
+    mask[0, :n] = 0
+    return mask
+
+
+def in_chunks(model, handle, tokens, **given):
+    """The cache, and after each chunk how many tokens had come and what each layer held of them."""
+    stages, seen = [], {}
+    make = handle._caches.make
+
+    def note(module, args, output):
+        cache = seen["cache"]
+        stages.append((cache.get_seq_length(), {x.index: held_in(x) for x in cache.kept_layers}))
+
+    handle._caches.make = lambda *a, **changes: seen.setdefault("cache", make(*a, **changes))
+    hook = decoder_of(model).register_forward_hook(note)
+    try:
+        return handle.compress(tokens, prefill_chunk_size=SIZE, **given), stages
+    finally:
+        hook.remove()
+        del handle._caches.make
+
+
+def held_in(layer):
+    """Tokens (B, H, K), -1 where a row holds fewer."""
+    if layer.pos is None:
+        return np.broadcast_to(np.arange(layer.seen), (*layer.keys.shape[:2], layer.seen))
+    return (layer.pos if layer.live is None else layer.pos.masked_fill(~layer.live, -1)).numpy()
+
+
+class masked_at(masked_like):
+    """Hide, in each later forward, what was gone after the chunk before it; and padding."""
+
+    def __init__(self, model, cache, stages, mask):
+        super().__init__(model, cache, stages[-1][0])
+        self.stages, self.mask = stages, mask
+
+    def _visible(self, source, n_row, n_past, n_new):
+        before = [stage for stage in self.stages if stage[0] <= n_past]
+        n_seen, held = before[-1] if before else (0, {source: np.full((n_row, 1, 0), -1)})
+        visible = self._seen_at(held[source], n_row, n_seen, n_past + n_new)
+        real = self.mask[:, None, : n_past + n_new].bool()
+        return visible & (real | ~real.any(-1, keepdim=True))  # a row of padding alone sees something
+
+
+def settings(policy, fair):
+    return {"policy": policy, "fair": fair, "compression_ratio": 0.5}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("fair", [False, True, "floor=2"])
+@pytest.mark.parametrize("policy", TAKEN, ids=str)
+def test_evicting_between_chunks_equals_masking_in_the_same_chunks(model, policy, fair, padded):
+    tokens, mask = ids(), left_pad() if padded else torch.ones(2, 30, dtype=torch.long)
+    tokens = torch.cat([tokens, tokens[:, :3]], 1)
+    mask = torch.cat([mask, mask[:, -3:]], 1)
+    spans = [{"first": (12, 16), "second": (16, 25)}, SPANS] if padded else SPANS
+    given = {"attention_mask": mask[:, :N_PROMPT], "spans": spans}
+    with kvp.wrap(model, **settings(policy, fair)) as handle:
+        cache, stages = in_chunks(model, handle, tokens[:, :N_PROMPT], **given)
+        assert [n for n, _ in stages] == [7, 14, 21, 26]
+        evicted = feed(model, tokens, AFTER, cache.copy(), mask, start=N_PROMPT)
+    plain = DynamicCache(config=model.config)
+    with masked_at(model, cache, stages, mask):
+        feed(model, tokens, [7, 7, 7, 5], plain, mask)
+        hidden = feed(model, tokens, AFTER, plain, mask, start=N_PROMPT)
+    torch.testing.assert_close(evicted, hidden, **CLOSE)
+    whole = feed(model, tokens, [N_PROMPT, *AFTER], DynamicCache(config=model.config), mask)[:, N_PROMPT:]
+    assert not torch.allclose(evicted, whole, atol=1e-3), "eviction changed nothing, so the comparison says nothing"
+
+
+@pytest.mark.parametrize("protect", [None, "sinks", "second"])
+@pytest.mark.parametrize("amount", [{"compression_ratio": 0.5}, {"budget": 14}], ids=str)
+@pytest.mark.parametrize("fair", [False, True, kvp.Fair(weights={"second": 2.0}), "floor=2"])
+def test_the_last_chunk_leaves_what_one_prefill_leaves(llama, fair, amount, protect):
+    tokens, mask = ids(2, N_PROMPT), left_pad(N_PROMPT)
+    spans = [{"first": (12, 16), "second": (16, 22)}, {"first": (2, 9), "second": (9, 15)}]
+    for policy in TAKEN:
+        if policy.allocation != "uniform" and protect:
+            continue  # its upper layers have no room for them
+        with kvp.wrap(llama, policy, fair=fair, protect=protect, **amount) as handle:
+            given = {"attention_mask": mask, "spans": spans}
+            try:
+                once = handle.compress(tokens, **given)
+            except kvp.BudgetError:
+                with pytest.raises(kvp.BudgetError):
+                    handle.compress(tokens, prefill_chunk_size=SIZE, **given)
+                continue
+            cache, stages = in_chunks(llama, handle, tokens, **given)
+        said, wanted = cache.report(), once.report()
+        assert [x["kept"] for x in said["layers"]] == [x["kept"] for x in wanted["layers"]], policy
+        for what in ("n_tokens", "bytes_before", "bytes_after", "bytes_kept", "kept_share"):
+            assert said[what] == wanted[what], (policy, what)
+        assert said["peak_bytes"] < wanted["peak_bytes"] and all(x.partial is None for x in cache.layers)
+        for row, of_row in enumerate(spans):
+            for name in of_row:
+                if fair not in (False, "floor=2"):
+                    assert np.array_equal(cache.kept(name, row), once.kept(name, row)), (policy, name)
+                if name == protect:
+                    assert (cache.kept(name, row) == 1).all()
+                    assert all(
+                        np.isin(range(of_row[name][0], min(n, of_row[name][1])), head).all()
+                        for n, held in stages
+                        for layer in held.values()
+                        for head in layer[row]
+                    ), "a protected token went between chunks"
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_a_policy_of_positions_keeps_the_tokens_that_one_prefill_keeps(llama, fair):
+    tokens, spans = ids(2, N_PROMPT), {"first": (0, 11), "second": (11, 21)}  # the sinks fit the first one's quota
+    with kvp.wrap(llama, "streaming_llm", compression_ratio=0.5, fair=fair) as handle:
+        once = handle.compress(tokens, spans=spans)
+        cache = handle.compress(tokens, spans=spans, prefill_chunk_size=SIZE)
+    for layer in range(len(cache.layers)):
+        assert np.array_equal(cache.positions(layer), once.positions(layer))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+def test_a_layer_never_holds_more_than_its_share_and_one_chunk(llama, ratio):
+    tokens = ids(1, N_PROMPT)
+    row = 2 * 4 * llama.config.num_key_value_heads * llama.config.hidden_size // llama.config.num_attention_heads
+    with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
+        cache, stages = in_chunks(llama, handle, tokens)
+    n_kept = [{x.shape[2] for x in held.values()} for _, held in stages]
+    shares = [math.ceil(math.floor(N_PROMPT * (1 - ratio) + 1e-9) * n / N_PROMPT) for n, _ in stages]
+    assert n_kept == [{n} for n in shares]
+    assert all(n <= math.ceil((1 - ratio) * came) for n, (came, _) in zip(shares, stages, strict=True))
+    before = [0, *shares]
+    sizes = [n + came - past for n, came, past in zip(before, (7, 14, 21, 26), (0, 7, 14, 21), strict=False)]
+    n_layer = len(cache.layers)
+    # the last layer is cut last: the others have been by then
+    most = max((n_layer - 1) * max(after, size) + size for after, size in zip(shares, sizes, strict=True))
+    assert cache.report()["peak_bytes"] <= most * row
+
+
+@pytest.mark.parametrize("policy", ["h2o", "knorm", "tova"])
+def test_who_is_kept_after_each_chunk(policy):
+    """By the attention weights of a model that has the evicted tokens hidden from it."""
+    model = build("llama", "eager")
+    tokens, mask = ids(1, N_PROMPT), torch.ones(1, N_PROMPT, dtype=torch.long)
+    with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
+        cache, stages = in_chunks(model, handle, tokens)
+    plain, start = DynamicCache(config=model.config), 0
+    n_layer, n_head = len(cache.layers), model.config.num_key_value_heads
+    sums = torch.zeros(n_layer, n_head, N_PROMPT, dtype=torch.float64)
+    held = [[set() for _ in range(n_head)] for _ in range(n_layer)]
+    with masked_at(model, cache, stages, mask), torch.no_grad():
+        for n, now in stages:
+            out = model(tokens[:, start:n], use_cache=True, output_attentions=True, **cache_argument(model, plain))
+            for i, weights in enumerate(out.attentions):
+                grouped = weights[0].double().unflatten(0, (n_head, -1)).mean(1)
+                sums[i, :, :n] += grouped.sum(1)
+                ages = n - torch.arange(n)
+                scores = {
+                    "h2o": sums[i, :, :n] / ages,
+                    "tova": grouped[:, -1].mean(0, keepdim=True).expand(n_head, -1).clone(),
+                    "knorm": -plain.layers[i].keys[0].norm(dim=-1),
+                }[policy]
+                if policy == "tova":
+                    scores[:, n - 1] = 2
+                for head in range(n_head):
+                    there = sorted(held[i][head] | set(range(start, n)))
+                    best = sorted(there, key=lambda t, s=scores[head]: -float(s[t]))[: now[i].shape[2]]
+                    held[i][head] = set(best)
+                    assert sorted(best) == now[i][0, head].tolist(), (n, i, head)
+            start = n
+
+
+def test_a_row_that_is_padded_by_whole_chunks_is_the_row_alone(llama):
+    tokens, mask = ids(2, 28), left_pad(28, 2 * SIZE)
+    spans = [{"a": (15, 20)}, {"a": (3, 20)}]
+    for policy in TAKEN:
+        for fair in (False, True):
+            with kvp.wrap(
+                llama, policy, budget=8, fair=fair, protect="a" if policy.name == "knorm" else None
+            ) as handle:
+                try:
+                    both = handle.compress(tokens, attention_mask=mask, spans=spans, prefill_chunk_size=SIZE)
+                except kvp.BudgetError:
+                    continue
+                alone = handle.compress(tokens[:1, 14:], spans={"a": (1, 6)}, prefill_chunk_size=SIZE)
+            for layer in range(len(both.layers)):
+                of_row = both.positions(layer)[0]
+                of_row = of_row[of_row >= 0].reshape(len(of_row), -1) - 14
+                assert np.array_equal(of_row, alone.positions(layer)[0]), (policy, fair)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_in_chunks_is_compress_in_chunks(llama, padded, given):
+    tokens, mask = ids(2, N_PROMPT), left_pad(N_PROMPT) if padded else torch.ones(2, N_PROMPT, dtype=torch.long)
+    options = {"attention_mask": mask, **GREEDY, **given, "return_dict_in_generate": True, "output_logits": True}
+    n_run = max(given.get("num_beams", 1), given.get("num_return_sequences", 1))
+    with kvp.wrap(llama, "snapkv", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens, attention_mask=mask, prefill_chunk_size=SIZE)
+        if padded and not SPLITS_ALL and "num_beams" not in given:  # a beam search is not split there
+            with pytest.raises(ValueError, match="positions that count padding"):
+                llama.generate(tokens, prefill_chunk_size=SIZE, **options)
+            return
+        torch.manual_seed(0)
+        answer = llama.generate(tokens, prefill_chunk_size=SIZE, **options)
+        made = answer.past_key_values
+        again = handle.report()
+    assert isinstance(made, kvp.KeptCache) and made.coming is None
+    assert made.get_seq_length() == N_PROMPT + 3 and again["kept_share"] == cache.report()["kept_share"]
+    if SPLITS_ALL:
+        cache.batch_repeat_interleave(n_run)
+        if "num_beams" not in given:
+            for layer in range(len(cache.layers)):
+                assert np.array_equal(made.positions(layer), cache.positions(layer))
+
+
+def test_generate_goes_on_as_a_cache_of_the_same_chunks_does(llama):
+    tokens, n = ids(2, 29), 4 * SIZE + 1  # so that transformers 4 makes the same chunks
+    with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
+        new = handle.new_cache(spans=SPANS)
+        options = {"attention_mask": torch.ones_like(tokens), **GREEDY}
+        answer = llama.generate(tokens, prefill_chunk_size=SIZE, **cache_argument(llama, new), **options)
+        cache = handle.compress(tokens, spans=SPANS, prefill_chunk_size=SIZE)
+        wanted = feed(llama, answer, [1, 1, 1], cache, start=n).argmax(-1)
+        assert torch.equal(answer[:, n + 1 :], wanted)
+        assert new.report()["spans"].keys() == SPANS.keys()
+        more = llama.generate(answer, **cache_argument(llama, new), **GREEDY)  # a second turn
+    assert more.shape[1] == answer.shape[1] + 4
+
+
+def test_a_prompt_of_one_chunk_is_as_without(llama):
+    tokens = ids(2, N_PROMPT)
+    for policy in ("snapkv", "h2o"):
+        with kvp.wrap(llama, policy, compression_ratio=0.5) as handle:
+            once, chunk = handle.compress(tokens), handle.compress(tokens, prefill_chunk_size=N_PROMPT)
+        assert all(np.array_equal(once.positions(i), chunk.positions(i)) for i in range(len(once.layers)))
+
+
+def test_nothing_is_evicted_where_all_may_stay(llama):
+    tokens, mask = ids(2, N_PROMPT), left_pad(N_PROMPT)
+    for amount in ({"compression_ratio": 0}, {"budget": 100}):
+        with kvp.wrap(llama, "lagkv" if "budget" not in amount else "knorm", **amount) as handle:
+            cache = handle.compress(tokens, attention_mask=mask, prefill_chunk_size=SIZE)
+        assert not any(layer.is_evicted for layer in cache.layers) and cache.valid == [(10, 26), (0, 26)]
+        assert cache.report()["kept_share"] == 1
+
+
+def test_a_cache_of_chunks_is_saved_and_laid_out(llama, tmp_path):
+    tokens, mask = ids(2, 30), left_pad()
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], attention_mask=mask[:, :N_PROMPT], prefill_chunk_size=SIZE)
+        cache.save(tmp_path / "cache.safetensors")
+        wanted = feed(llama, tokens, [1, 2, 1], cache.copy(), mask, start=N_PROMPT)
+        for other in (cache.fixed(8), kvp.load_cache(tmp_path / "cache.safetensors", llama)):
+            torch.testing.assert_close(feed(llama, tokens, [1, 2, 1], other, mask, start=N_PROMPT), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["compress", "generate"])
+@pytest.mark.parametrize(
+    ("wrapped", "error", "message"),
+    [
+        ({"policy": "lagkv"}, ValueError, "policy is 'lagkv', which judges a prompt that is whole; prefill_chunk_size"),
+        ({"policy": "expected_attention"}, ValueError, "policy is 'expected_attention', which judges a prompt that is"),
+        ({"policy": "snapkv", "allocation": "ada"}, ValueError, "whose shares depend on the whole prompt"),
+        ({"policy": "snapkv", "fair": 0.5}, ValueError, "fair is .*, whose quotas depend on the whole prompt"),
+        ({"policy": "snapkv", "fair": "paper"}, ValueError, "fair is 'paper', whose quotas depend on the whole prompt"),
+        ({"policy": "snapkv", "when": "always"}, ValueError, "when='always' takes a prompt as a whole"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_right_is_refused_by_name(llama, wrapped, error, message, how):
+    tokens = ids(1, N_PROMPT)
+    with kvp.wrap(llama, compression_ratio=0.5, **wrapped) as handle, pytest.raises(error, match=message):
+        if how == "compress":
+            handle.compress(tokens, spans={"a": (0, 9), "b": (9, 20)}, prefill_chunk_size=SIZE)
+        else:
+            llama.generate(tokens, prefill_chunk_size=SIZE, **GREEDY)
+
+
+def test_bad_sizes_padding_and_inputs_are_refused(llama):
+    tokens, mask = ids(2, N_PROMPT), left_pad(N_PROMPT)
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        for size in (0, -3, 2.0, True, "7"):
+            with pytest.raises(ValueError, match=r"prefill_chunk_size is .*; expected a whole number, at least 1"):
+                handle.compress(tokens, prefill_chunk_size=size)
+        with pytest.raises(ValueError, match=r"row 0 of the prompt is padded on the right; prefill_chunk_size expects"):
+            handle.compress(tokens, attention_mask=mask.flip(1), prefill_chunk_size=SIZE)
+        with pytest.raises(kvp.UnsupportedModelError, match=r"expected token ids \(B, T\) with it"):
+            llama.generate(inputs_embeds=llama.get_input_embeddings()(tokens), prefill_chunk_size=SIZE, **GREEDY)
+        with pytest.raises(ValueError, match="on ids that hold the padding token; expected an attention_mask"):
+            llama.generate(tokens, pad_token_id=int(tokens[0, 0]), prefill_chunk_size=SIZE, **GREEDY)
+
+
+def test_a_prefill_that_is_broken_off_between_chunks_leaves_no_cache_to_go_on_with(llama):
+    tokens, calls = ids(1, N_PROMPT), []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.new_cache()
+        hook = decoder_of(llama).register_forward_pre_hook(stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                llama.generate(tokens, prefill_chunk_size=SIZE, **cache_argument(llama, cache), **GREEDY)
+        finally:
+            hook.remove()
+        assert cache.get_seq_length() == 14
+        with pytest.raises(ValueError, match="14 of the 26 tokens of a prompt whose prefill in chunks was broken off"):
+            llama.generate(tokens, **cache_argument(llama, cache), **GREEDY)
+        assert handle.compress(tokens).report()["kept_share"] == 0.5  # the thread is as before
