@@ -7,8 +7,10 @@
  */
 #include "internal.h"
 
+/* Of a tensor that is not given nothing was checked, its rank neither. */
 static size_t bytes_of(const kvp_tensor *t) {
-    size_t count = t->data ? 1 : 0;
+    size_t count = 1;
+    if (!t->data) return 0;
     for (int d = 0; d < t->ndim; d++) count *= (size_t)t->shape[d];
     return kvpi_round_up_64(count * sizeof(int32_t));
 }
