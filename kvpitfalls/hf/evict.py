@@ -9,6 +9,7 @@ import numpy as np
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
+from ..eviction.press import Pressed, press
 from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
 from ..policies import Policy
 from .action import Action
@@ -109,10 +110,30 @@ class Evict(Action):
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
         return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.sharing)
 
+    def pressed(self, call: AttentionCall) -> Pressed | None:
+        """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
+        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+        known = {name: value for name, value in call.known.items() if name not in ("share_heads", "values")}
+        return press(
+            self.policy,
+            self.fair,
+            layout,
+            call.key,
+            call.value,
+            call.query,
+            compression_ratio=self.compression_ratio,
+            budget=self.budget,
+            allocation=self.sharing,
+            **known,
+        )
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``."""
         lengths = [end - begin for begin, end in call.valid]
         if all(self.limit(n) == n for n in lengths):
+            return
+        if not call.shared and layer.has_plain_rows and (pressed := self.pressed(call)) is not None:
+            layer.keep(pressed.keys, pressed.values, pressed.positions, _fills(pressed, call.valid))
             return
         kept = self.chosen(call)
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
@@ -120,7 +141,7 @@ class Evict(Action):
         layer.evict(positions, _fills(kept, call.valid))
 
 
-def _fills(kept: Kept, valid) -> bool:
+def _fills(kept: Kept | Pressed, valid) -> bool:
     """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is
     still at work."""
     begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))
