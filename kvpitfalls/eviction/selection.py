@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from .allocation import (
     raised_where,
 )
 from .arrays import A, Array, Int32, Table
-from .budget import apportion, blend, check_budget, floor_and_rest, kept_tokens, raised_to
+from .budget import blend, check_budget, kept_tokens, raised_to
 from .fairness import AnyFair, Fair, Layout, Protect, Spans
 from .needed import check_layer, check_needed, turns_of
+from .plans import Plan, edges_array, fair_plan, floors_of, padded, plan_of, whole_plan
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,6 @@ class Ranked:
     scores: Array
     layout: Layout
     fair: Fair
-    segments: list[list[tuple[int, int]]]
     place: tuple[int, int]  # which layer it is, of how many
     global_choice: bool = False
     biased: "Ranked | None" = None
@@ -129,27 +129,17 @@ def rank(
     before : Ranked, optional
         What this returned for the turn before, of a policy that has the model read on.
     """
-    check_needed(policy, queries, values, rotary, output, again)
-    scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
-    if not isfinite(scale):
-        raise ValueError(f"scaling is {scale!r}; expected a finite number")
-    segments = layout.segments(fair)
-    judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
-    paper = fair.strength > 0 and fair.rule == "paper"
-    spans = [list(row.values()) for row in layout.spans]
     of_layer: dict[str, Any] = {
         "values": values,
         "layer": layer,
         "n_layer": n_layer,
         "rotary": rotary,
         "output": output,
+        "again": again,
     }
-    inputs = Inputs(
-        keys, queries, float(scale), float(softcap or 0.0), layout.valid, judged, spans, paper, sinks, lse, **of_layer
-    )
     if again is not None:
-        inputs = replace(inputs, again=again._replace(before=None if before is None else before.of_heads))
-    scores = policy.score(inputs)
+        of_layer["again"] = again._replace(before=None if before is None else before.of_heads)
+    scores = policy.score(inputs_of(policy, fair, layout, keys, queries, scaling, softcap, sinks, lse, **of_layer))
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
@@ -163,8 +153,44 @@ def rank(
     biased = None
     if 0 < fair.strength < 1:
         earlier = None if before is None else before.biased
-        biased = rank(policy, unfair, layout, *call, **of_layer, again=again, before=earlier)
-    return Ranked(scores, layout, fair, segments, (layer, n_layer), paper and not policy.paper_quotas, biased, of_heads)
+        biased = rank(policy, unfair, layout, *call, **of_layer, before=earlier)
+    by_whole = is_paper(fair) and not policy.paper_quotas
+    return Ranked(scores, layout, fair, (layer, n_layer), by_whole, biased, of_heads)
+
+
+def inputs_of(
+    policy: Policy,
+    fair: Fair,
+    layout: Layout,
+    keys: Array,
+    queries: Array | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: "torch.Tensor | None",
+    lse: Array | None,
+    *,
+    values: Array | None,
+    rotary: Rotary | None,
+    output: Array | None,
+    again: Again | None = None,
+    **place: int,
+) -> Inputs:
+    """What the policy is given; raises where it needs what is missing."""
+    check_needed(policy, queries, values, rotary, output, again)
+    scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
+    if not isfinite(scale):
+        raise ValueError(f"scaling is {scale!r}; expected a finite number")
+    segments = layout.segments(fair)
+    judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
+    spans = [list(row.values()) for row in layout.spans]
+    known: dict[str, Any] = {"values": values, "rotary": rotary, "output": output, "again": again, **place}
+    cap = float(softcap or 0.0)
+    return Inputs(keys, queries, float(scale), cap, layout.valid, judged, spans, is_paper(fair), sinks, lse, **known)
+
+
+def is_paper(fair: Fair) -> bool:
+    """Whether scores, too, are those of the authors' code."""
+    return fair.strength > 0 and fair.rule == "paper"
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -174,22 +200,7 @@ def _mean_over_heads(scores: Array) -> Array:
     return scores.double().mean(1, keepdim=True).float()
 
 
-class _Plan(NamedTuple):
-    """What a selection needs beside the scores, as the core takes it."""
-
-    edges: Int32  # int32 (B,S+1)
-    quotas: Int32  # int32 (B,H,S)
-    n_kept: int  # the largest sum of quotas
-
-
-def _plan_of(edges: Int32, quotas: Int32, n_head: int) -> _Plan:
-    shaped = quotas if quotas.ndim == 3 else np.broadcast_to(quotas[:, None], (len(quotas), n_head, quotas.shape[-1]))
-    quotas = np.array(shaped, np.int32)
-    quotas.flags.writeable = edges.flags.writeable = False  # shared by all layers
-    return _Plan(edges, quotas, int(quotas.sum(-1).max()))
-
-
-def _select(ranked: Ranked, plan: _Plan) -> Kept[Array]:
+def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:
     layout = ranked.layout
     positions, counts = ops.select_checked(
         ranked.scores, plan.edges, plan.quotas, layout.mask_beside(ranked.scores), layout.valid_array, plan.n_kept
@@ -205,41 +216,38 @@ def choose(
     allocation: Allocation = UNIFORM,
 ) -> Kept[Array]:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
-    budgets = _budgets(ranked, compression_ratio, budget, allocation)
+    budgets = budgets_of(ranked.layout, ranked.place, compression_ratio, budget, allocation)
     return _choose(ranked, budgets, allocation)
 
 
 def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept[Array]:
     layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
-    key = (n_head, budgets)
-    whole = layout.plan(("whole", *key), fair, lambda: _whole_plan(layout, fair, n_head, budgets))
+    whole = whole_plan(layout, fair, n_head, budgets)
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, _over_heads(ranked, whole, allocation))
     if fair.strength == 0:
         return _select_with_floors(ranked, whole, allocation)
     if ranked.global_choice:
-        edges = _edges_array(ranked.segments, layout)
-        plan = _plan_of(
-            edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head
-        )
+        edges = edges_array(layout.segments(fair), layout)
+        plan = plan_of(edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head)
     else:
-        plan = _over_heads(ranked, layout.plan(("fair", *key), fair, lambda: _fair_plan(ranked, budgets)), allocation)
+        plan = _over_heads(ranked, fair_plan(layout, fair, n_head, budgets), allocation)
     if fair.strength < 1:
-        plan = _plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
+        plan = plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)
 
 
-def _over_heads(ranked: Ranked, plan: _Plan, allocation: Allocation) -> _Plan:
+def _over_heads(ranked: Ranked, plan: Plan, allocation: Allocation) -> Plan:
     """The plan with what the allocation gives to each head."""
     if not allocation.shares_heads:
         return plan
     scores, mask = ranked.scores, ranked.layout.mask_beside(ranked.scores)
     if mask is not None:
         scores = raised_where(scores, mask)
-    return _plan_of(plan.edges, head_quotas(allocation, scores, plan.edges, plan.quotas), scores.shape[1])
+    return plan_of(plan.edges, head_quotas(allocation, scores, plan.edges, plan.quotas), scores.shape[1])
 
 
-def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: Allocation) -> Int32:
+def _blended(ranked: Ranked, plan: Plan, budgets: tuple[int, ...], allocation: Allocation) -> Int32:
     """Quotas (B,H,S) between what the biased policy keeps and the plan's, and none below its floor."""
     if ranked.biased is None:
         raise ValueError(
@@ -249,7 +257,7 @@ def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: 
     if allocation.shares_heads:  # the sums are those of all heads together
         counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
     quotas = np.reshape(blend(counts, quotas, ranked.fair.strength), plan.quotas.shape)
-    floors: Int32 = _padded(ranked.layout.floors(ranked.fair), plan.quotas.shape[-1])[:, None]
+    floors: Int32 = padded(ranked.layout.floors(ranked.fair), plan.quotas.shape[-1])[:, None]
     if not ranked.fair.min_tokens:
         return quotas
     if not allocation.shares_heads:
@@ -258,67 +266,22 @@ def _blended(ranked: Ranked, plan: _Plan, budgets: tuple[int, ...], allocation: 
     return raised_to(quotas.reshape(flat.shape), flat).reshape(quotas.shape)
 
 
-def _select_with_floors(ranked: Ranked, whole: _Plan, allocation: Allocation) -> Kept[Array]:
+def _select_with_floors(ranked: Ranked, whole: Plan, allocation: Allocation) -> Kept[Array]:
     """The best of the whole row, but first those that must be kept of each segment."""
-    first = _select(ranked, _plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
+    first = _select(ranked, plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
     raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
     return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
 
 
-def floors_of(layout: Layout, fair: Fair) -> tuple[Int32, Int32]:
-    """The segments' edges (B,S+1), and how many tokens of each are kept at least (B,S)."""
-    segments = layout.segments(fair)
-    return _edges_array(segments, layout), _padded(layout.floors(fair), max(map(len, segments)))
-
-
-def _budgets(
-    ranked: Ranked, compression_ratio: float | None, budget: int | None, allocation: Allocation
+def budgets_of(
+    layout: Layout, place: tuple[int, int], compression_ratio: float | None, budget: int | None, allocation: Allocation
 ) -> tuple[int, ...]:
-    """Tokens that each row keeps in this layer."""
-    layer, n_layer = ranked.place
-    lengths = [end - begin for begin, end in ranked.layout.valid]
+    """Tokens that each row keeps in the layer of this place."""
+    layer, n_layer = place
+    lengths = [end - begin for begin, end in layout.valid]
     return tuple(
         layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths
     )
-
-
-def _padded(rows: list[list[int]], n_segment: int) -> Int32:
-    """Rows (B,S), zeros at the end of the shorter ones."""
-    return np.array([row + [0] * (n_segment - len(row)) for row in rows], np.int32)
-
-
-def _whole_plan(layout: Layout, fair: Fair, n_head: int, budgets: tuple[int, ...]) -> _Plan:
-    layout.check_room(fair, budgets)
-    return _plan_of(_edges_array([[row] for row in layout.valid], layout), np.array(budgets, np.int32)[:, None], n_head)
-
-
-def _fair_plan(ranked: Ranked, budgets: tuple[int, ...]) -> _Plan:
-    quotas = fair_quotas(ranked.layout, ranked.fair, ranked.segments, budgets)
-    return _plan_of(_edges_array(ranked.segments, ranked.layout), quotas, ranked.scores.shape[1])
-
-
-def fair_quotas(layout: Layout, fair: Fair, segments: list[list[tuple[int, int]]], budgets: tuple[int, ...]) -> Int32:
-    """Quotas (B,S), before any blending; rows with fewer segments have zeros at the end."""
-    quotas = np.zeros((len(budgets), max(map(len, segments))), np.int32)
-    for b, (of_row, weights, names) in enumerate(zip(segments, layout.weights(fair), layout.names(fair), strict=True)):
-        lengths = [end - begin for begin, end in of_row]
-        floors = layout.floors(fair)[b]
-        if fair.rule == "paper":
-            quotas[b, : len(of_row)] = floor_and_rest(budgets[b], lengths, floors)
-        else:
-            quotas[b, : len(of_row)] = apportion(budgets[b], lengths, weights, floors, [name is None for name in names])
-    return quotas
-
-
-def _edges_array(segments: list[list[tuple[int, int]]], layout: Layout) -> Int32:
-    """Segments as edges (B,S+1); rows with fewer segments end in empty ones."""
-    n_segment = max(map(len, segments))
-    edges = np.empty((len(segments), n_segment + 1), np.int32)
-    for row, of_row in zip(edges, segments, strict=True):
-        row[0] = of_row[0][0]
-        row[1:] = of_row[-1][1]
-        row[1 : len(of_row) + 1] = [end for _, end in of_row]
-    return edges
 
 
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:

@@ -19,7 +19,7 @@ import torch
 from ..eviction import ops
 from ..eviction.allocation import Allocation
 from ..eviction.fairness import Fair, Layout
-from ..eviction.selection import fair_quotas, floors_of
+from ..eviction.plans import fair_quotas, floors_of
 from ..policies import Policy, Vote
 from .forward import AttentionCall
 from .layer import KeptLayer
@@ -116,7 +116,7 @@ def _stage_at(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int)
 
 def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> _Stage:
     segments = _shared_out(layout, fair)
-    quotas = np.array(budgets)[:, None] if not fair.strength else fair_quotas(layout, fair, segments, budgets)
+    quotas = np.array(budgets)[:, None] if not fair.strength else fair_quotas(layout, fair, budgets)
     came, held = np.zeros(quotas.shape, np.int32), np.zeros(quotas.shape, np.int32)
     for row, (of_row, least) in enumerate(zip(segments, _least(layout, fair, n_seen), strict=True)):
         for i, (begin, end) in enumerate(of_row):

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair, Layout
+from ..eviction.press import Pressed, press
 from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
 from ..policies import Again, Policy
 from .action import Action
@@ -111,13 +113,34 @@ class Evict(Action):
         ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
         return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.sharing)
 
+    def pressed(self, call: AttentionCall) -> Pressed[torch.Tensor] | None:
+        """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
+        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
+        known = {name: value for name, value in call.known.items() if name not in ("share_heads", "values")}
+        return press(
+            self.policy,
+            self.fair,
+            layout,
+            call.key,
+            call.value,
+            call.query,
+            compression_ratio=self.compression_ratio,
+            budget=self.budget,
+            allocation=self.sharing,
+            **known,
+        )
+
     def _keeps_all(self, valid: Sequence[tuple[int, int]]) -> bool:
         return all(self.limit(end - begin) == end - begin for begin, end in valid)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
-        if not self._keeps_all(call.valid) and not self.policy.needs_again:
-            self.evict(layer, self.chosen(call), call.valid)
+        if self._keeps_all(call.valid) or self.policy.needs_again:
+            return
+        if not call.shared and layer.has_plain_rows and (pressed := self.pressed(call)) is not None:
+            layer.keep(pressed.keys, pressed.values, pressed.positions, _fills(pressed, call.valid))
+            return
+        self.evict(layer, self.chosen(call), call.valid)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """The policy, if it does."""
@@ -158,7 +181,7 @@ class Evict(Action):
             cut(layer, call, self.policy, self.fair, layout, budgets)
 
 
-def _fills(kept: Kept, valid) -> bool:
+def _fills(kept: Kept | Pressed, valid) -> bool:
     """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is
     still at work."""
     begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))

@@ -20,7 +20,8 @@ from ..eviction import ops
 from ..eviction.allocation import UNIFORM
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.fairness import Layout
-from ..eviction.selection import check_room, floors_of, rank
+from ..eviction.plans import floors_of
+from ..eviction.selection import check_room, rank
 from ..policies import Vote
 from .evict import Evict
 from .forward import AttentionCall

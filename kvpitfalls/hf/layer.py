@@ -235,12 +235,17 @@ class KeptLayer(DynamicLayer):
         self.keys, self.values = keys, values
         self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
 
+    @property
+    def has_plain_rows(self) -> bool:
+        """Whether the core can copy rows: nobody records gradients through them, and keys and values are of one type.
+        Under autocast transformers 5.24 turns keys to float32 and leaves values as they are."""
+        recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
+        return not recorded and self.keys.dtype == self.values.dtype
+
     def evict(self, positions: torch.Tensor, full: bool) -> None:
         """Hold only the rows at these positions; see :meth:`keep`. Gradients flow through them where the prefill
         recorded any."""
-        recorded = torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad)
-        # Under autocast transformers 5.24 turns keys to float32 and leaves values as they are; the core takes one type.
-        rows = _gathered if recorded or self.keys.dtype != self.values.dtype else ops.gather
+        rows = ops.gather if self.has_plain_rows else _gathered
         self.keep(*rows(self.keys, self.values, positions), positions, full)
 
     def widened(self, n_slot: int) -> "KeptLayer":

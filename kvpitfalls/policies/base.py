@@ -2,17 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import Array
+from ..eviction.arrays import A, Array, Int32
 from .attention_sinks import denominators_with_sinks
 
 if TYPE_CHECKING:
@@ -103,6 +103,52 @@ def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a scorer of the core, which is still to be made: for its scores, or for a press by them, in which
+    nobody sees them.
+
+    Attributes
+    ----------
+    inputs : Inputs
+    scorer : str
+    params : mapping of str to float
+    votes : array of int32, shape (B, V, 10), or None
+    lse : array of float32, shape (B, H*G, Q), or None
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32)
+    >>> call = Inputs(keys, None, 1.0, 0.0, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).call("norm")
+    >>> call.scores()
+    array([[[-5., -1.]]], dtype=float32)
+    >>> call.press(keys, np.array([[0, 2]], np.int32), np.array([[[1]]], np.int32), None, 1)[0]
+    array([[[1]]], dtype=int32)
+    """
+
+    inputs: "Inputs"
+    scorer: str
+    params: Mapping[str, float]
+    votes: Int32 | None = None
+    lse: Array | None = None
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        x = self.inputs
+        queries = None if self.votes is None else x.queries
+        return {"queries": queries, "votes": self.votes, "valid": x.valid_array, "lse": self.lse, **self.params}
+
+    def scores(self) -> Array:
+        """Float32 (B, H, T)."""
+        return ops.score(self.scorer, self.inputs.keys, **self._given)
+
+    def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
+        """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""
+        plan: dict[str, Any] = {"segments": segments, "quotas": quotas, "protect": protect, "n_kept": n_kept}
+        return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._given)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a policy scores: the arrays of one layer, and where things are in each batch row.
 
@@ -173,7 +219,11 @@ class Inputs:
 
     def score(self, scorer: str, **params: float) -> Array:
         """A scorer of the core that needs keys only: ``norm`` or ``position``."""
-        return ops.score(scorer, self.keys, valid=self.valid_array, **params)  # type: ignore[arg-type] # parameters are numbers
+        return self.call(scorer, **params).scores()
+
+    def call(self, scorer: str, **params: float) -> Call:
+        """The call that :meth:`score` makes."""
+        return Call(self, scorer, params)
 
     def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Array:
         """Scores from attention, float32 (B, H, T).
@@ -187,21 +237,16 @@ class Inputs:
         share_heads : bool
             Mean over all query heads instead of each key head's own.
         """
+        return self.attention(votes, kernel_size=kernel_size, share_heads=share_heads).scores()
+
+    def attention(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Call:
+        """The call that :meth:`attend` makes."""
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
         packed = _pack(tuple(map(tuple, votes)))
-        return ops.score(
-            "attention",
-            self.keys,
-            queries=self.queries,
-            votes=packed,
-            valid=self.valid_array,
-            lse=self.lse if self.sinks is None else denominators_with_sinks(self, packed),
-            scaling=self.scaling,
-            softcap=self.softcap,
-            kernel_size=kernel_size,
-            share_heads=int(share_heads),
-        )
+        params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
+        lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
+        return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse)
 
 
 class Policy:
@@ -275,9 +320,13 @@ class Policy:
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair
     #: themselves (False).
     paper_quotas: ClassVar[bool] = True
+    #: Whether :meth:`call`, where it is one, gives what :meth:`score` gives; so if one class defines both, or no score.
+    scores_by_call: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "score" in vars(cls) or "call" in vars(cls):
+            cls.scores_by_call = "call" in vars(cls)  # the call of a parent gives the parent's scores
         name = cls.__dict__.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise TypeError(
@@ -314,7 +363,14 @@ class Policy:
 
     def score(self, inputs: Inputs) -> Array:
         """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""
-        raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
+        if (call := self.call(inputs)) is None:
+            raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
+        return call.scores()
+
+    def call(self, inputs: Inputs) -> Call | None:
+        """The one call of a scorer that gives what :meth:`score` gives, for policies that are no more than that; None:
+        there is more to do. Where nobody asks for the scores, a wrap scores, selects and gathers by it at once."""
+        return None
 
 
 #: What is taken for a policy.

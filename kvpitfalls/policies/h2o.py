@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..eviction.arrays import Array
-from .base import Inputs, Policy, Vote
+from .base import Call, Inputs, Policy, Vote
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class H2O(Policy):
     needs_queries = True
     running = True
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
         if inputs.paper:
-            return inputs.attend([_paper_votes(*row) for row in zip(inputs.valid, inputs.spans, strict=True)])
-        return inputs.attend([[_vote((begin, end), end) for begin, end in row] for row in inputs.segments])
+            return inputs.attention([_paper_votes(*row) for row in zip(inputs.valid, inputs.spans, strict=True)])
+        return inputs.attention([[_vote((begin, end), end) for begin, end in row] for row in inputs.segments])
 
 
 def _vote(keys: tuple[int, int], end: int) -> Vote:

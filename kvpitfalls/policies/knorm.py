@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..eviction.arrays import Array
-from .base import Inputs, Policy
+from .base import Call, Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,6 @@ class KNorm(Policy):
 
     name = "knorm"
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        return inputs.score("norm")
+        return inputs.call("norm")

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..eviction.arrays import Array
 from ..numbers import check_whole
-from .base import Inputs, Policy, Vote
+from .base import Call, Inputs, Policy, Vote
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +60,9 @@ class SnapKV(Policy):
         """The window."""
         return self.window_size
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        return inputs.attend([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
+        return inputs.attention([self._votes(row) for row in inputs.segments], kernel_size=self.kernel_size)
 
     def windows(self, inputs: Inputs) -> Iterator[tuple[int, tuple[int, int, int], "torch.Tensor"]]:
         """Per segment: its row; where keys begin, the window begins, and both end; the window's queries (Hq, W, D)."""

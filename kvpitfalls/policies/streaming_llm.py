@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from ..eviction.arrays import Array
 from ..numbers import check_whole
-from .base import Inputs, Policy
+from .base import Call, Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,15 @@ class StreamingLLM(Policy):
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
         if not inputs.paper:
-            return inputs.score("position", n_sink=self.n_sink)
+            return super().score(inputs)
         like = inputs.score("position", n_sink=0)
         ramps = np.stack([self._ramps(row, inputs.n_token) for row in inputs.segments])
         scores = np.repeat(ramps[:, None], like.shape[1], axis=1)
         return scores if isinstance(like, np.ndarray) else like.new_tensor(scores)
+
+    def call(self, inputs: Inputs) -> Call | None:
+        """See the class. The paper's scores are no scorer of the core."""
+        return None if inputs.paper else inputs.call("position", n_sink=self.n_sink)
 
     def _ramps(self, segments: Sequence[tuple[int, int]], n_token: int) -> npt.NDArray[np.float32]:
         """The authors' scores: 1 for a sink, then one ramp from 0.1 to 0.9 per segment; the best of the whole row are

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..eviction.arrays import Array
-from .base import Inputs, Policy, Vote
+from .base import Call, Inputs, Policy, Vote
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TOVA(Policy):
     needs_queries = True
     recent_queries: ClassVar[int] = 1
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
         votes = [[_vote(*segment) for segment in row if segment[0] < segment[1]] for row in inputs.segments]
         if (
@@ -40,7 +39,7 @@ class TOVA(Policy):
             for of_row, segments, ((begin, end), *_) in zip(votes, inputs.segments, inputs.spans, strict=True):
                 if begin == end > segments[0][0]:
                     of_row[0] = of_row[0]._replace(window=(0, 0))
-        return inputs.attend(votes, share_heads=True)
+        return inputs.attention(votes, share_heads=True)
 
 
 def _vote(begin: int, end: int) -> Vote:

@@ -1,0 +1,115 @@
+"""A press by one call of the core keeps, to the bit, what scoring, selecting and gathering keep."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build, ids
+
+import kvpitfalls as kvp
+from kvpitfalls.eviction import ops
+from kvpitfalls.eviction.allocation import get_allocation
+from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.press import press
+from kvpitfalls.eviction.selection import choose, rank
+from kvpitfalls.hf.evict import Evict
+from kvpitfalls.policies import get_policy
+
+N_TOKEN, SPANS = 40, {"a": (8, 19), "b": (19, 33)}
+BY_ONE_CALL = {"streaming_llm", "snapkv", "tova", "h2o", "knorm", "adakv", "pyramidkv"}
+FAIR = [False, True, "paper", 0.5, "floor=2"]
+
+
+def arrays(dtype, library):
+    generator = torch.Generator().manual_seed(3)
+    keys, values, queries = (
+        torch.randn(2, n_head, N_TOKEN, n_dim, generator=generator).to(dtype)
+        for n_head, n_dim in ((3, 16), (3, 24), (6, 16))
+    )
+    return [x.numpy() for x in (keys, values, queries)] if library == "numpy" else [keys, values, queries]
+
+
+@pytest.mark.parametrize("protect", [None, ["a", 34]], ids=["free", "protected"])
+@pytest.mark.parametrize("valid", [None, [(0, 40), (5, 40)]], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("dtype", "library"),
+    [(torch.float32, "numpy"), (torch.float32, "torch"), (torch.float16, "torch"), (torch.bfloat16, "torch")],
+)
+@pytest.mark.parametrize("name", sorted(BY_ONE_CALL))
+def test_a_press_keeps_what_three_calls_keep(name, dtype, library, valid, protect):
+    policy = (
+        kvp.SnapKV(8, 3) if name == "snapkv" else kvp.PyramidKV(2, 3, 4) if name == "pyramidkv" else get_policy(name)
+    )
+    keys, values, queries = arrays(dtype, library)
+    for label in FAIR:
+        fair = Fair.parse(label)
+        settings = {"valid": valid, "spans": SPANS, "protect": protect, "n_sink": policy.n_sink}
+        layout = Layout.of(2, N_TOKEN, **settings, limit=lambda n: 18)
+        allocation = get_allocation(policy.allocation)
+        pressed = press(
+            policy, fair, layout, keys, values, queries, budget=18, allocation=allocation, layer=1, n_layer=3
+        )
+        is_plain = label in (False, True) or (label == "paper" and policy.paper_quotas)
+        assert (pressed is not None) == (is_plain and not allocation.shares_heads)
+        if pressed is None:
+            continue
+        ranked = rank(policy, fair, layout, keys, queries, values=values, layer=1, n_layer=3)
+        kept = choose(ranked, budget=18, allocation=allocation)
+        rows = ops.gather(keys, values, kept.positions)
+        expected = kept.positions, kept.counts, *rows, kept.quotas, kept.segments
+        for ours, theirs in zip(pressed, expected, strict=True):
+            assert type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            assert bool((ours == theirs).all())
+
+
+def test_every_policy_says_whether_it_is_one_call():
+    keys, values, queries = arrays(torch.float32, "torch")
+    layout, found = Layout.of(2, N_TOKEN), set()
+    for name in kvp.policies.policy_names():
+        policy = get_policy(name)
+        if not (policy.needs_rotary or policy.needs_output or policy.needs_again):
+            ask = {"budget": 20, "layer": 0, "n_layer": 1}
+            if press(policy, Fair.parse(False), layout, keys, values, queries, **ask) is not None:
+                found.add(name)
+    assert found == BY_ONE_CALL
+
+
+def test_a_policy_that_scores_anew_is_not_pressed_by_its_parents_call():
+    try:
+
+        class Opposite(kvp.KNorm):
+            """The keys of largest norm."""
+
+            name = "opposite"
+
+            def score(self, inputs):
+                return -super().score(inputs)
+
+        keys, values, _ = arrays(torch.float32, "torch")
+        assert press(Opposite(), Fair.parse(False), Layout.of(2, N_TOKEN), keys, values, None, budget=9) is None
+        ours, theirs = (kvp.keep(policy, keys, budget=9).scores for policy in (Opposite(), kvp.KNorm()))
+        assert torch.equal(ours, -theirs)
+    finally:
+        kvp.policies.base._registry.pop("opposite", None)
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", ["knorm", "snapkv", "streaming_llm"])
+def test_a_wrap_presses_and_holds_what_it_held_by_three_calls(policy, fair, monkeypatch):
+    model, tokens, spans = build("llama"), ids(2, 30), {"a": (3, 12), "b": (14, 25)}
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    presses, calls = [], ops.press_checked
+    monkeypatch.setattr(ops, "press_checked", lambda *args, **kwargs: presses.append(1) or calls(*args, **kwargs))
+
+    def cache():
+        with kvp.wrap(model, policy, budget=12, fair=fair) as handle:
+            return handle.compress(tokens, attention_mask=mask, spans=[spans, {"b": (14, 25), "c": (26, 29)}])
+
+    ours = cache()
+    assert len(presses) == model.config.num_hidden_layers
+    monkeypatch.setattr(Evict, "pressed", lambda self, call: None)
+    theirs = cache()
+    assert len(presses) == model.config.num_hidden_layers
+    for a, b in zip(ours.kept_layers, theirs.kept_layers, strict=True):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+        assert np.array_equal(a.kept_positions, b.kept_positions) and np.array_equal(a.kept_counts, b.kept_counts)
