@@ -15,6 +15,7 @@ from tiny_models import build, ids, tiny_prompt
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
+from kvpitfalls.hf.arguments import cache_argument
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 N_PROMPT = 20
@@ -250,3 +251,18 @@ def test_nothing_in_hf_looks_at_frames_or_puts_hooks_on_modules():
     sources = (pathlib.Path(kvp.__file__).parent / "hf").glob("*.py")
     forbidden = re.compile(r"currentframe|_getframe|f_back|register_\w*hook")
     assert [path.name for path in sources if forbidden.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_attention_is_the_models_own_where_nothing_was_evicted_and_nothing_is_done(llama, ratio, monkeypatch):
+    """A prompt's is always seen, a later step's only if a layer has lost something."""
+    seen, tokens = [], ids(1, N_PROMPT)
+    own = kvp.hf.model.attention
+    monkeypatch.setattr(kvp.hf.model, "attention", lambda *args, **given: seen.append(args) or own(*args, **given))
+    n_layer = llama.config.num_hidden_layers
+    with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
+        cache = handle.compress(tokens)
+        assert len(seen) == n_layer
+        for step in range(1, 3):
+            llama(tokens[:, -1:], use_cache=True, **cache_argument(llama, cache))
+            assert len(seen) == n_layer * (1 + (step if ratio else 0))

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -143,8 +143,15 @@ class Forward:
         """The layers whose cache is compressed, and which of them each is."""
         return {layer.index: place for place, layer in enumerate(self.cache.kept_layers)}
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether attention is the model's own: nothing was evicted before it, and nothing is done after it."""
+        return not self.prefill and not self.cache.is_held and all(x.slots is None for x in self.cache.kept_layers)
+
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""
+        if self.is_plain:
+            return
         self.tickets[layer.index] = _Ticket(
             layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new, layer.keys.shape[2], layer.slots
         )
@@ -209,6 +216,8 @@ class Watched:
 
     Attributes
     ----------
+    is_plain : bool
+        As a forward's.
     told : tensor (B, n, Hq, Dv), or None
         What attention is to give; zeros if it is not said.
     attended : tensor (B, n, Hq, Dv)
@@ -219,6 +228,7 @@ class Watched:
         What the module made of what it attended to.
     """
 
+    is_plain: ClassVar[bool] = False
     told: torch.Tensor | None
     attended: torch.Tensor = field(init=False)
     query: torch.Tensor = field(init=False)

@@ -40,7 +40,10 @@ _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.W
 
 
 def _around(base, implementation):
-    return functools.partial(attention, base, implementation or "eager") if current_forward() is not None else base
+    forward = current_forward()
+    if forward is None or forward.is_plain:
+        return base
+    return functools.partial(attention, base, implementation or "eager")
 
 
 class _Attachment:
