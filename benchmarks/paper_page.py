@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import results_page
 from results_page import signed, value
+from small_card import FULL, changes, fixes, kept, made_with, rounded, settings, sums_of
 
-from kvpitfalls.experiments.comparisons import change
-from kvpitfalls.experiments.intervals import influence, paired_interval, share_interval
-from kvpitfalls.experiments.metrics import METRICS, by_setting, per_prompt
+from kvpitfalls.experiments.intervals import influence, paired_interval
+from kvpitfalls.experiments.metrics import METRICS
 from kvpitfalls.experiments.records import read_meta, read_records
 
 FOLDER = results_page.CARDS / "paper_figures"
@@ -42,7 +42,7 @@ MEASURED = {
     "accuracy": ("follow", lambda r: (sum(r["scores"]["strict"]), len(r["scores"]["strict"]))),
     "refused_task": METRICS["refused_task"],
     "capped": METRICS["capped_follow"],
-    **{f"kept_{x}": ("attack", lambda r, x=x: (r["kept"][x], 1)) for x in ("defense", "directive", "whitelist")},
+    **{f"kept_{span}": kept(span) for span in ("defense", "directive", "whitelist")},
 }
 NAMES = {
     "leak": "leakage",
@@ -81,47 +81,19 @@ def card(folder: Path) -> dict:
     records = [record for part in parts for record in read_records(part)]
     if missing := sum(record["scores"] is None for record in records):
         raise ValueError(f"{missing} of {len(records)} answers have no scores; expected all of them")
-    sums = {}
-    for (*_, policy, mode, ratio), kinds in by_setting(records).items():
-        sums[policy, mode, ratio] = {name: per_prompt(kinds[kind], of) for name, (kind, of) in MEASURED.items()}
-    metas = [{**read_meta(part)["same"]} for part in parts]
-    for meta in metas:
-        meta["config.models"] = [Path(model).name for model in meta["config.models"]]
-        meta["model_sources"] = [Path(source).name for source in meta["model_sources"]]
-    return {
-        "model": metas[0]["config.models"][0],
-        "made_with": metas,
-        "minutes": _rounded(sum(record["seconds"] for record in records) / 60),
-        "settings": [
-            {"policy": policy, "mode": mode, "compression_ratio": ratio, "metrics": _rounded(map_means(of_setting))}
-            for (policy, mode, ratio), of_setting in sums.items()
-        ],
-        "changes": [_rounded(row) for row in changes(sums)],
-        "composites": [_rounded(composite_of(sums, p, mode)) for p in POLICIES for mode in FIXES],
-    }
-
-
-def map_means(of_setting: Mapping[str, Mapping]) -> dict[str, dict]:
-    """Metric -> its mean over prompts, 95 % interval and number of prompts."""
-    out = {}
-    for name, pairs in of_setting.items():
-        values = np.array(list(pairs.values()), float)
-        low, high = share_interval(values)
-        mean = float(values[:, 0].sum() / values[:, 1].sum())
-        out[name] = {"mean": mean, "low": low, "high": high, "n_prompt": len(values)}
-    return out
-
-
-def changes(sums: Mapping[tuple, Mapping]) -> list[dict]:
-    """Biased less full cache, and each fix less biased, paired by prompt."""
-    out = []
-    for (policy, mode, ratio), here in sums.items():
-        if policy is not None:
-            than = "full" if mode == "biased" else "biased"
-            there = sums[(None, "full", 0.0) if than == "full" else (policy, than, ratio)]
-            where = {"policy": policy, "mode": mode, "than": than, "compression_ratio": ratio}
-            out += [{**where, "metric": n, **change(here[n], there[n], {*here[n], *there[n]})} for n in NAMES]
-    return out
+    sums = sums_of(records, MEASURED)
+    metas = [made_with(read_meta(part)) for part in parts]
+    biased = [(setting, FULL) for setting in sums if setting[1] == "biased"]
+    return rounded(
+        {
+            "model": metas[0]["config.models"][0],
+            "made_with": metas,
+            "minutes": sum(record["seconds"] for record in records) / 60,
+            "settings": settings(sums),
+            "changes": changes(sums, NAMES, [*biased, *fixes(sums)]),
+            "composites": [composite_of(sums, p, mode) for p in POLICIES for mode in FIXES],
+        }
+    )
 
 
 def composite_of(sums: Mapping[tuple, Mapping], policy: str, mode: str) -> dict:
@@ -146,12 +118,6 @@ def composite_of(sums: Mapping[tuple, Mapping], policy: str, mode: str) -> dict:
     found = {"composite": mean, "std": std, "low": mean - float(down), "high": mean + float(up)}
     halves = {"accuracy": float(gains[0].mean()), "leak": float(-gains[1].mean())}
     return {"policy": policy, "mode": mode, **found, **halves, "n_accuracy": n[0], "n_leak": n[1]}
-
-
-def _rounded(x):
-    if isinstance(x, dict):
-        return {name: _rounded(y) for name, y in x.items()}
-    return round(x, 4) if isinstance(x, float) else x
 
 
 class Card:
@@ -224,7 +190,7 @@ def figure_1(found: Card) -> list[str]:
     return out
 
 
-def kept(found: Card) -> list[str]:
+def kept_shares(found: Card) -> list[str]:
     """Kept shares of defense and directive."""
     head = ["kept of", "policy", *(f"{r:g}" for r in RATIOS)]
     rows = []
@@ -365,7 +331,7 @@ def page(found: Card) -> str:
     lines += ["and SnapKV, and falls at the end, where the directive itself is forgotten.", ""]
     for metric, name in NAMES.items():
         lines += curves(found, metric, name)
-    lines += ["## Figure 8: what is kept, biased", "", "Means over prompts, layers and heads.", "", *kept(found)]
+    lines += ["## Figure 8: what is kept, biased", "", "Means over prompts, layers and heads.", "", *kept_shares(found)]
     read = {
         "whitelist": "leakage lower at equal r, accuracy nearly unchanged",
         "paper": "leakage lower, at a small cost of accuracy",
