@@ -251,13 +251,16 @@ The same, less the full cache, paired by prompt:
 def goal_table(found: dict, n: int) -> list[str]:
     """The full cache and the settings that come closest, with how far they are from the goal in each metric."""
     full = results_page.settings_of(found, policy=None)[0]["metrics"]
-    head = ["policy", "mode", "short by", "in", *NAMES.values(), "leaked", "kept: defense", "kept: directive"]
-    shown = [*NAMES, "leaked", "kept_defense", "kept_directive"]
+    head = ["policy", "mode", "short by", "in", *NAMES.values(), "leaked", "keeps of the defense", "of the directive"]
+    shown = [*NAMES, "leaked"]
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    out.append(f"| full cache | | | | {' | '.join(value(full[name]) for name in shown)} |")
+    out.append(f"| full cache | | | | {' | '.join(value(full[name]) for name in shown)} | | |")
     for short, worst, setting in ranked(found)[:n]:
         cells = [setting["policy"], named(setting["mode"]), f"{max(short, 0):.2f}"]
         cells += [NAMES[worst] if short > 0 else "", *(value(setting["metrics"][name]) for name in shown)]
+        cells += [
+            f"{setting['metrics'][name]['mean']:.2f}".replace("0.", ".") for name in ("kept_defense", "kept_directive")
+        ]
         out.append(f"| {' | '.join(cells)} |")
     return out
 

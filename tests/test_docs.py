@@ -122,6 +122,16 @@ def test_pages_of_results_are_what_their_cards_say(command, page):
     assert ran.stdout == (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
+def test_the_part_of_a_page_on_the_search_is_what_its_cards_say(tmp_path):
+    written = (ROOT / "docs" / "safe.md").read_text(encoding="utf-8")
+    begin, end = "<!-- made by benchmarks/safe_search.py page -->", "<!-- end of what it made -->"
+    before, rest = written.split(begin)
+    copy = tmp_path / "safe.md"
+    copy.write_text(f"{before}{begin}another{end}{rest.split(end)[1]}", encoding="utf-8")
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "safe_search.py"), "page", str(copy)], check=True)
+    assert copy.read_text(encoding="utf-8") == written
+
+
 def test_the_page_of_policies_is_what_their_docstrings_say():
     ran = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "policies_page.py")], capture_output=True, text=True, check=True
