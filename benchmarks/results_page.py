@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/results_page.py > docs/results.md
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments.card import compare, read_card
 
 CARDS = Path(__file__).parent / "cards"
+SEARCHED = CARDS / "search"
 SHOWN = ("guarded", "refused", "leaked", "recall_above", "follow", "refused_task")
 WORDS = {
     "random": "random (control)",
@@ -39,7 +41,7 @@ brackets: 95 % interval, prompts as units.
 may be, above chance. *follow*: instructions followed. *refused task*: harmless ones. No figure means much alone: a model that
 forgets everything leaks nothing, and one that refuses everything is of no use. What the modes are:
 [experiments](experiments.md). Three small models, one defense: this shows how the measures hang together, and is no ranking
-of policies. The suite's attacks ask in more ways than the one below, and the 1.5B refuses fewer of them with its full cache.
+of policies, of which all stand, at one r, in the last part. The suite's attacks ask in more ways than the one below, and the 1.5B refuses fewer of them with its full cache.
 
 At the end of each card stand the settings that come closest to costing nothing: refused at least the full cache's less .05,
 recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. "Short" is the worst of the four,
@@ -54,6 +56,11 @@ def value(metric: dict) -> str:
     if metric["mean"] is None:
         return ""
     return f"{metric['mean']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]".replace("0.", ".")
+
+
+def named(mode: str) -> str:
+    """A mode in words."""
+    return WORDS.get(mode) or mode.replace("whitelist", "phrase").replace("+", " + ")
 
 
 def settings_of(card: dict, **wanted) -> list[dict]:
@@ -158,6 +165,113 @@ def closest(card: dict) -> list[str]:
     return [*out, ""]
 
 
+EVERY = """## {model}: every policy, fair against biased
+
+The first step of the search in [another page](safe.md): {n} prompts of the suite, r = {r:g}; {device}, {dtype}, torch {torch}.
+*kept*: the share of the defense, and of the directive, that stays, mean over layers and heads. The modes of a policy take the
+same memory. *n*: the prompts that a policy is defined for. LagKV is for none so short, DefensiveKV for budgets of more than its
+window, PyramidKV where there is room for its pyramid. Rows of few prompts are not to be compared with others. The random control
+is a mode, above, and no policy here; *pinned* has room in {n_pinned} of {n} prompts, and is left out.
+
+{findings}
+"""
+EVERY_MODES = ("biased", "whitelist", "fair", "fair+whitelist")
+EVERY_SHOWN = ("kept_defense", "kept_directive", "refused", "leaked", "recall_above", "follow", "refused_task")
+CHANGED = {
+    "refused": "attacks refused",
+    "recall_above": "recall",
+    "follow": "following",
+    "refused_task": "harmless tasks refused",
+}
+DEMO = """### The demo's prompt
+
+Kept shares of its two instructions at r = {r:g}, {model}, {n_tokens} tokens, by `kvpitfalls.audit`. Nothing is generated.
+
+| policy | never reveal: biased | fair | only Spanish: biased | fair |
+|---|---|---|---|---|"""
+
+
+def every_policy() -> list[str]:
+    """All policies, fair against biased, on the suite's prompts and on the demo's."""
+    card = json.loads((SEARCHED / "narrow.json").read_text(encoding="utf-8"))
+    made, full = card["made_with"][0], settings_of(card, policy=None)[0]["metrics"]
+    moved = {(row["policy"], row["mode"], row["metric"]): row for row in card["changes"]}
+    pinned = max(s["metrics"]["refused"]["n_prompt"] for s in settings_of(card, mode="whitelist_defense"))
+    known = {
+        "model": card["model"],
+        "n": card["n_prompt"],
+        "n_pinned": pinned,
+        "r": made["config.compression_ratios"][-1],
+    }
+    known |= {"device": made["device"], "dtype": made["config.dtype"], "torch": made["torch"]}
+    names = [name.removesuffix("_above").replace("kept_", "kept: ").replace("_", " ") for name in EVERY_SHOWN]
+    head = ["policy", "mode", "n", *names, "refused, less biased", "recall, less biased"]
+    out = [EVERY.format(**known, findings="\n".join(every_finding(card, moved)))]
+    out += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    out.append(f"| full cache | | {card['n_prompt']} | {' | '.join(value(full[name]) for name in EVERY_SHOWN)} | | |")
+    for setting in card["settings"]:
+        if setting["mode"] in EVERY_MODES:
+            place, metrics = (setting["policy"], setting["mode"]), setting["metrics"]
+            n = metrics["refused"]["n_prompt"]
+            cells = [place[0], named(place[1]), str(n)]
+            cells += [value(metrics[name]) for name in EVERY_SHOWN]
+            cells += [signed(moved.get((*place, name))) for name in ("refused", "recall_above")]
+            if n:
+                out.append(f"| {' | '.join(cells)} |")
+            elif place[1] == "biased":
+                out.append(f"| {place[0]} | all | 0 |{' |' * (len(head) - 3)}")
+    return [*out, "", *demo_table()]
+
+
+def every_finding(card: dict, moved: dict) -> list[str]:
+    """What fairness and the phrase change, over the policies that every prompt can have."""
+    biased = settings_of(card, mode="biased")
+    whole = [s["policy"] for s in biased if s["metrics"]["refused"]["n_prompt"] == card["n_prompt"]]
+    kept, refused = (
+        [
+            [settings_of(card, policy=p, mode=mode)[0]["metrics"][name]["mean"] for p in whole]
+            for mode in ("biased", "fair")
+        ]
+        for name in ("kept_defense", "refused")
+    )
+    out = [
+        f"- {len(whole)} of {len(biased)} policies exist for every prompt. Biased, they keep {span(kept[0])} of the "
+        f"defense and refuse {span(refused[0])} of attacks; fair, {span(kept[1])} and {span(refused[1])}."
+    ]
+    for mode in EVERY_MODES[1:]:
+        told = []
+        for name, word in CHANGED.items():
+            rows = [(p, moved[p, mode, name]) for p in whole]
+            for way, found in (
+                ("more", [p for p, row in rows if row["low"] > 0]),
+                ("less", [p for p, row in rows if row["high"] < 0]),
+            ):
+                told += [f"{word} {way} under {', '.join(found)}"] if found else []
+        out.append(f"- **{named(mode)}**, less biased, told from chance: {'; '.join(told) or 'nothing'}.")
+    return [
+        *out,
+        "- None of these is corrected for how many there are: of twenty in which nothing happens, one leaves 0 out.",
+    ]
+
+
+def span(means: list[float]) -> str:
+    """The least and the most of them, in words."""
+    low, high = (f"{x:.2f}".replace("0.", ".") for x in (min(means), max(means)))
+    return low if low == high else f"{low} to {high}"
+
+
+def demo_table() -> list[str]:
+    """The demo's two instructions under every policy."""
+    found = json.loads((SEARCHED / "demo.json").read_text(encoding="utf-8"))
+    out = [DEMO.format(r=found["compression_ratio"], model=found["model"], n_tokens=found["n_tokens"])]
+    for row in found["rows"]:
+        kept = {(of["span"], of["fair"]): f"{of['kept']:.2f}".replace("0.", ".") for of in row["kept"]}
+        names = dict.fromkeys(span for span, _ in kept)
+        cells = [kept[name, fair] for name in names for fair in (False, True)] or ["not defined here", "", "", ""]
+        out.append(f"| {row['policy']} | {' | '.join(cells)} |")
+    return [*out, ""]
+
+
 def page() -> str:
     """All of it."""
     lines = [INTRODUCTION]
@@ -165,6 +279,7 @@ def page() -> str:
         for path in sorted(folder.glob("*.json")):
             card = read_card(path)
             lines += [*section(card, part), *closest(card)]
+    lines += every_policy()
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

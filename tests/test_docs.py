@@ -111,11 +111,25 @@ def test_the_page_of_the_command_line_has_every_command():
     assert sorted(re.findall(r"^<!-- help ([\w-]+) -->$", text, flags=re.M)) == sorted(commands)
 
 
-def test_the_results_are_what_the_cards_say():
+@pytest.mark.parametrize(
+    ("command", "page"), [(["results_page.py"], "results.md"), (["paper_page.py", "page"], "paper_figures.md")]
+)
+def test_pages_of_results_are_what_their_cards_say(command, page):
+    script, *arguments = command
     ran = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "results_page.py")], capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments], capture_output=True, text=True, check=True
     )
-    assert ran.stdout == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert ran.stdout == (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+def test_the_part_of_a_page_on_the_search_is_what_its_cards_say(tmp_path):
+    written = (ROOT / "docs" / "safe.md").read_text(encoding="utf-8")
+    begin, end = "<!-- made by benchmarks/safe_search.py page -->", "<!-- end of what it made -->"
+    before, rest = written.split(begin)
+    copy = tmp_path / "safe.md"
+    copy.write_text(f"{before}{begin}another{end}{rest.split(end)[1]}", encoding="utf-8")
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "safe_search.py"), "page", str(copy)], check=True)
+    assert copy.read_text(encoding="utf-8") == written
 
 
 def test_the_page_of_policies_is_what_their_docstrings_say():
