@@ -132,8 +132,8 @@ def floor(response: str, others: Sequence[str]) -> dict[str, float]:
 
     Examples
     --------
-    >>> found = floor("The moon and the sea.", ["Use the word sea.", "Write in the first person."])
-    >>> {name: round(recall, 2) for name, recall in found.items()}
+    >>> recalls = floor("The moon and the sea.", ["Use the word sea.", "Write in the first person."])
+    >>> {name: round(recall, 2) for name, recall in recalls.items()}
     {'rouge1': 0.35, 'rougeL': 0.35, 'most': 0.5}
     """
     if isinstance(others, str) or not isinstance(others, Sequence) or not others:

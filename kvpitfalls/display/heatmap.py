@@ -257,8 +257,8 @@ class HeatMap:
             f"class='kvp-share'>{said}</i></li>"
             for i, (name, said) in enumerate(notes.items())
         )
-        found = f"<ul id='instructions' aria-label='instructions and their kept shares'>{links}</ul>" if links else ""
-        return f"<main id='heatmap' {data}>{self._controls(r)}{found}<div id='strips'>{strip}</div></main>"
+        index = f"<ul id='instructions' aria-label='instructions and their kept shares'>{links}</ul>" if links else ""
+        return f"<main id='heatmap' {data}>{self._controls(r)}{index}<div id='strips'>{strip}</div></main>"
 
     def _controls(self, r: int) -> str:
         options = "".join(f"<option>{escape(name)}</option>" for name in self.counts)

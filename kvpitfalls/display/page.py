@@ -102,7 +102,7 @@ def _flat(cells: Sequence[Mapping]) -> list[dict]:
     rows = []
     for cell in cells:
         setting = {name: cell[name] for name in SETTING}
-        rows += [{**setting, "metric": name, **found} for name, found in cell["metrics"].items()]
+        rows += [{**setting, "metric": name, **summary} for name, summary in cell["metrics"].items()]
         empty = dict.fromkeys(("n_item", "n_failed", "n_infeasible", "low", "high", "n_prompt"))
         rows += [{**setting, "metric": f"kept_{span}", **empty, "mean": share} for span, share in cell["kept"].items()]
     return rows

@@ -123,8 +123,8 @@ def _curves(cells: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     """(policy, mode) -> its cells by rising ratio, the full cache first."""
     full = [cell for cell in cells if cell["policy"] is None]
     named = dict.fromkeys((cell["policy"], cell["mode"]) for cell in cells if cell["policy"] is not None)
-    rise = {key: [c for c in cells if (c["policy"], c["mode"]) == key] for key in named}
-    return {key: [*full, *sorted(found, key=lambda c: c["compression_ratio"])] for key, found in rise.items()}
+    curves = {key: [c for c in cells if (c["policy"], c["mode"]) == key] for key in named}
+    return {key: [*full, *sorted(curve, key=lambda c: c["compression_ratio"])] for key, curve in curves.items()}
 
 
 def _style(policy: str, mode: str, theme: str) -> dict:

@@ -127,8 +127,8 @@ class Fair:
             return cls(strength=float(str(fair)))
         if fair == "paper":
             return cls(rule="paper")
-        if isinstance(fair, str) and (found := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
-            return cls(strength=0.0, min_tokens=int(found[1] or FLOOR))
+        if isinstance(fair, str) and (floor := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
+            return cls(strength=0.0, min_tokens=int(floor[1] or FLOOR))
         raise ValueError(
             f"fair is {fair!r}; expected False, True, a number in [0, 1], 'paper', 'floor', 'floor=M' or a "
             "kvpitfalls.Fair"

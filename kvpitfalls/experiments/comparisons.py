@@ -195,9 +195,9 @@ def _flips_of(paired: Sequence[tuple]) -> list[dict]:
         for now in known:
             if now != was and of_state:
                 pairs: dict = {}
-                for key, found in of_state:
+                for key, state in of_state:
                     turned, n = pairs.get(key, (0, 0))
-                    pairs[key] = (turned + (found == now), n + 1)
+                    pairs[key] = (turned + (state == now), n + 1)
                 values = np.array(list(pairs.values()), float)
                 low, high = share_interval(values)
                 turned = {"n": int(values[:, 0].sum()), "of": int(values[:, 1].sum()), "share": _mean(values)}
@@ -287,16 +287,16 @@ def _composite_of(fix: Sequence[Mapping], base: Sequence[Mapping]) -> dict:
     missing = {r["key"] for r in of_both if r["scores"] is None}
     known = [set(of_kind) for side in pairs for of_ratio in side for of_kind in of_ratio]
     keys = sorted(set.intersection(*known) - missing, key=str)
-    found = {"n_prompt": len(keys), "n_left_out": len(missing.union(*known)) - len(keys)}
+    numbers = {"n_prompt": len(keys), "n_left_out": len(missing.union(*known)) - len(keys)}
     if not keys:
-        return {**dict.fromkeys(("composite", "std", "low", "high", "as_published")), **found}
+        return {**dict.fromkeys(("composite", "std", "low", "high", "as_published")), **numbers}
     parts = np.array(
         [[[influence(_table(of_kind, keys)) for of_kind in of_ratio] for of_ratio in side] for side in pairs]
     )
     mean, std = _score(parts, 1)
     gains = (parts[0, :, 0] - parts[1, :, 0] + parts[1, :, 1] - parts[0, :, 1]).mean(0) / 2
     low, high = paired_interval(gains, 1.5)  # a share and a leak above its floor, halved
-    return {"composite": mean, "std": std, "low": low, "high": high, "as_published": _score(parts, 2)[0], **found}
+    return {"composite": mean, "std": std, "low": low, "high": high, "as_published": _score(parts, 2)[0], **numbers}
 
 
 def _score(parts: np.ndarray, leak: int) -> tuple[float, float]:

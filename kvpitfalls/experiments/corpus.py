@@ -289,8 +289,8 @@ def _paper(name: str, data) -> Corpus:
 
 
 def _check_sum(what: str, content: bytes, digest: str) -> None:
-    if (found := hashlib.sha256(content).hexdigest()) != digest:
-        raise ValueError(f"{what} has sha256 {found[:16]}...; expected the paper's, {digest[:16]}...")
+    if (own := hashlib.sha256(content).hexdigest()) != digest:
+        raise ValueError(f"{what} has sha256 {own[:16]}...; expected the paper's, {digest[:16]}...")
 
 
 def _download() -> dict[str, Path]:

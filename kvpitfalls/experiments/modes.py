@@ -80,23 +80,23 @@ class Mode:
             return cls("paper", Fair.parse("paper"))
         if given == "random":
             return cls("random", Fair(strength=0.0), is_control=True)
-        found = _parts(given)
-        share = found.get("share", "biased")
+        parts = _parts(given)
+        share = parts.get("share", "biased")
         floor = int(_number(share)) if share.startswith("floor=") else 0
         strength = 0.0 if floor else {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
-        options = {part: _number(found[part]) for part in ("min", "defense", "directive", "sinks") if part in found}
+        options = {part: _number(parts[part]) for part in ("min", "defense", "directive", "sinks") if part in parts}
         weights = {name: options[name] for name in ("defense", "directive") if name in options}
-        if strength > 1 or (strength == 0 and (weights or "min" in found or "template" in found)):
+        if strength > 1 or (strength == 0 and (weights or "min" in parts or "template" in parts)):
             raise _error(given)
-        template = found.get("template", "separate")
+        template = parts.get("template", "separate")
         fair = Fair(
             strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template
         )
-        said = {part: word for part, word in found.items() if (part, word) != ("share", "biased")} or {
+        said = {part: word for part, word in parts.items() if (part, word) != ("share", "biased")} or {
             "share": "biased"
         }
         name = "+".join(said[part] for part in _PARTS if part in said)
-        return cls(name, fair, found.get("phrase"), int(options.get("sinks", 0)), "boundary" in found)
+        return cls(name, fair, parts.get("phrase"), int(options.get("sinks", 0)), "boundary" in parts)
 
     def protect(self, whitelist: str | None) -> list | None:
         """What is protected, where the defense's phrase is ``whitelist``; None if nothing is."""
@@ -110,14 +110,14 @@ class Mode:
 
 def _parts(given) -> dict[str, str]:
     """What each part of a mode's name decides."""
-    found: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for word in given.split("+") if isinstance(given, str) else [""]:
         word = _SYNONYMS.get(word, word)
         part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
-        if part is None or part in found:
+        if part is None or part in parts:
             raise _error(given)
-        found[part] = word if "=" not in word else f"{word.partition('=')[0]}={_number(word):g}"
-    return found
+        parts[part] = word if "=" not in word else f"{word.partition('=')[0]}={_number(word):g}"
+    return parts
 
 
 def _number(word: str) -> float:

@@ -56,10 +56,10 @@ def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Mo
 
 def attention_modules(model) -> dict[int, torch.nn.Module]:
     """Layer index -> attention module that calls transformers' attention interface."""
-    found: dict[int, torch.nn.Module] = {}
+    modules: dict[int, torch.nn.Module] = {}
     for index, module in attention_calls(decoder_of(model)):
-        found.setdefault(index, module)  # self-attention stands before cross-attention
-    return found
+        modules.setdefault(index, module)  # self-attention stands before cross-attention
+    return modules
 
 
 def check_model(model) -> None:

@@ -71,9 +71,9 @@ def count_changes(decoder: torch.nn.Module) -> int:
 
 def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
     """Names of the adapters (LoRA and others) that the decoder's modules use now, sorted."""
-    found: set[str] = set()
+    active: set[str] = set()
     for module in decoder.modules():
         names = getattr(module, "active_adapters", None)
         if isinstance(names, (list, tuple)) and not getattr(module, "disable_adapters", False):
-            found.update(map(str, names))
-    return tuple(sorted(found))
+            active.update(map(str, names))
+    return tuple(sorted(active))

@@ -175,9 +175,8 @@ def release(model) -> None:
 def _attachment_of(model) -> _Attachment | None:
     """What a model is wrapped with; also where its decoder was replaced since."""
     decoder, modules = decoder_of(model), list(model.modules())
-    there = _attached.get(decoder)
-    if there is not None:
-        return there
+    if (attachment := _attached.get(decoder)) is not None:
+        return attachment
     return next(
         (a for a in list(_attached.values()) if any(x.stands_before(m) for x in a.others for m in modules)), None
     )

@@ -73,7 +73,7 @@ def rotaries_of(
         raise _unknown(
             decoder, "has no rotary_emb" if embedding is None else f"counts positions in {len(positions)} dimensions"
         )
-    found = {}
+    rotaries = {}
     for module, index in layers.items():
         function = _function_of(module)
         if function is None:
@@ -84,8 +84,8 @@ def rotaries_of(
         if module not in _widths:
             _widths[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
         rotary.width = _widths[module]
-        found[module] = rotary
-    return found
+        rotaries[module] = rotary
+    return rotaries
 
 
 def _function_of(module) -> Callable | None:

@@ -105,11 +105,11 @@ class DefensiveKV(AdaKV):
                 continue
             start = inputs.valid[row][0]
             heads = range(keys.shape[1])
-            found = [
+            of_heads = [
                 self._judged(inputs, keys[row, head, start:end], queries, head, begin - start, cut - start)
                 for head in heads
             ]
-            worst, mean = (torch.stack(part) for part in zip(*found, strict=True))
+            worst, mean = (torch.stack(part) for part in zip(*of_heads, strict=True))
             second = worst.clamp(min=worst.mean(-1, keepdim=True))
             second = second if factors is None else second * factors[row, :, begin:cut]
             second = second / second.max().clamp(min=_SMALLEST)  # below all of the first stage
