@@ -3,10 +3,12 @@ nothing behind."""
 
 import subprocess
 import sys
+import threading
 from _testcapi import remove_mem_hooks, set_nomemory
 
 import numpy as np
 import pytest
+from tqdm import TMonitor
 
 from kvpitfalls import _core
 
@@ -91,6 +93,14 @@ REFUSED = {
 }
 ROUNDS = 20
 QUIET = 25  # so many calls in a row that met no failing allocation: none is left to fail
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Allocations fail in the whole process; a thread that watches other tests' progress bars would meet some."""
+    for thread in threading.enumerate():
+        if isinstance(thread, TMonitor):
+            thread.exit()
 
 
 def count_failures(call, refusal=None):
