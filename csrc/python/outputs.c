@@ -53,15 +53,13 @@ static void set_error(void *context, const char *kind, const char *message) {
 
 static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like,
                                  kvp_tensor *tensor) {
-    static const uint8_t codes[] = {KVPB_DL_FLOAT, KVPB_DL_FLOAT, KVPB_DL_BFLOAT, KVPB_DL_INT, KVPB_DL_UINT},
-                         bits[] = {32, 16, 16, 32, 8};
     int64_t shape[4];
     memcpy(shape, wanted->shape, sizeof shape);
     const kvpb_dl_tensor prototype = {.device_type = like->device,
                                       .device_index = like->device_index,
                                       .ndim = wanted->ndim,
-                                      .type_code = codes[wanted->dtype],
-                                      .type_bits = bits[wanted->dtype],
+                                      .type_code = kvpb_dl_types[wanted->dtype].code,
+                                      .type_bits = kvpb_dl_types[wanted->dtype].bits,
                                       .type_lanes = 1,
                                       .shape = shape};
     kvpb_dl_versioned *managed = NULL;

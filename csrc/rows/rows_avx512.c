@@ -210,27 +210,26 @@ static bool is_available(void) {
 
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }
 
-#define SHARED_FUNCTIONS                                                                                  \
-    .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .cap = cap, .soften = soften,       \
-    .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, \
-    .end_stream = end_stream
+#define SHARED_FUNCTIONS                                                                                          \
+    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .cap = cap, .soften = soften, .add_columns = add_columns, \
+    .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
 
 const kvpi_rows kvpi_rows_avx512 = {
     .name = "avx512",
     .is_available = is_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
-    .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .pack_keys = OF_EACH_DTYPE(pack_keys),
+    .pack_queries = OF_EACH_DTYPE(pack_queries),
+    .multiply = FOR_ALL_DTYPES(multiply_floats),
 };
 
 const kvpi_rows kvpi_rows_avx512_bf16 = {
     .name = "avx512_bf16",
     .is_available = is_bf16_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_key_pairs},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_pairs},
-    .multiply = {multiply_floats, multiply_floats, multiply_pairs},
+    .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_pairs},
+    .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_pairs},
+    .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_pairs},
 };
 
 #ifdef KVPI_HAS_AMX
@@ -349,9 +348,9 @@ const kvpi_rows kvpi_rows_amx = {
     .name = "amx",
     .is_available = is_amx_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_key_tiles},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_tiles},
-    .multiply = {multiply_floats, multiply_floats, multiply_tiles},
+    .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_tiles},
+    .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_tiles},
+    .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_tiles},
 };
 #endif
 #endif

@@ -5,7 +5,8 @@
  *     LANES, vec                      how many floats a vector holds (at most 16), and its type
  *     TARGET                          attributes of every function (the instruction set)
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
- *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
+ *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose, and v_from_NAME
+ *                                     for each element type behind float32
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
  * second argument where the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
@@ -153,17 +154,19 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
     for (int64_t i = 0; i < n_column; i++) v_store(out + i * step, rows[i]);
 }
 
+/* In the tables: a function of each element type; one function for all of them. */
+#define OF_EACH_DTYPE(x) {[KVP_F32] = x##_f32, [KVP_F16] = x##_f16, [KVP_BF16] = x##_bf16}
+#define FOR_ALL_DTYPES(x) {[KVP_F32] = x, [KVP_F16] = x, [KVP_BF16] = x}
+
+#define v_from_f32 v_load
 #define ROW_NAME(x) x##_f32
 #define ROW_TYPE float
-#define ROW_LOAD v_load
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_f16
 #define ROW_TYPE uint16_t
-#define ROW_LOAD v_from_f16
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_bf16
 #define ROW_TYPE uint16_t
-#define ROW_LOAD v_from_bf16
 #include "rows_by_dtype.h"

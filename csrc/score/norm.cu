@@ -97,9 +97,6 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     j.n_stay = n_stay < j.n_token ? (int)n_stay : j.n_token;
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
     const bool wide = kvpg_has_wide_rows(&args->keys);
-    switch (args->keys.dtype) {
-    case KVP_F32: return launch<float>(j, wide, ctx);
-    case KVP_F16: return launch<__half>(j, wide, ctx);
-    default: return launch<__nv_bfloat16>(j, wide, ctx);
-    }
+    return kvpg_with_type(args->keys.dtype, ctx,
+                          [&](auto t) { return launch<typename decltype(t)::type>(j, wide, ctx); });
 }

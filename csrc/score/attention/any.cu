@@ -126,9 +126,5 @@ template <typename T> static kvp_status launch(int sweep, const kvpg_attention *
 }
 
 kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    switch (dtype) {
-    case KVP_F32: return launch<float>(sweep, p, ctx);
-    case KVP_F16: return launch<__half>(sweep, p, ctx);
-    default: return launch<__nv_bfloat16>(sweep, p, ctx);
-    }
+    return kvpg_with_type(dtype, ctx, [&](auto t) { return launch<typename decltype(t)::type>(sweep, p, ctx); });
 }

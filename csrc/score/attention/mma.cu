@@ -376,13 +376,13 @@ template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attenti
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    if (dtype == KVP_F16)
-        return sweep == KVPG_SUM ? launch_dim<__half, KVPG_SUM>(p, ctx) : launch_dim<__half, KVPG_LSE>(p, ctx);
-    return sweep == KVPG_SUM ? launch_dim<__nv_bfloat16, KVPG_SUM>(p, ctx)
-                             : launch_dim<__nv_bfloat16, KVPG_LSE>(p, ctx);
+    return kvpg_with_tensor_type(dtype, ctx, [&](auto t) {
+        using T = typename decltype(t)::type;
+        return sweep == KVPG_SUM ? launch_dim<T, KVPG_SUM>(p, ctx) : launch_dim<T, KVPG_LSE>(p, ctx);
+    });
 }
 
 bool kvpg_can_mma(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
+    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
            kvpg_has_wide_rows(&args->queries);
 }

@@ -78,7 +78,7 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, u
  */
 template <typename T>
 __device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds);
-#define KVPG_WGMMA(type, name)                                                                                         \
+#define KVPG_WGMMA(dtype, type, name, map)                                                                             \
     template <>                                                                                                        \
     __device__ __forceinline__ void multiply_16<type>(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds) {  \
         asm volatile("{\n.reg .pred p;\n.reg .b64 q;\nsetp.ne.b32 p, %69, 0;\nmov.b64 q, {%68, 0x40000040};\n"         \
@@ -91,8 +91,8 @@ __device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[
                      : D16(0), D16(16), D16(32), D16(48)                                                               \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(adds));                                 \
     }
-KVPG_WGMMA(__nv_bfloat16, "bf16")
-KVPG_WGMMA(__half, "f16")
+KVPG_TENSOR_TYPES(KVPG_WGMMA)
+#undef KVPG_WGMMA
 
 template <typename T> __device__ __forceinline__ void
 multiply_tile(float (&products)[64], const uint32_t (&rows)[DIM / 16][4], uint32_t tile) {
@@ -408,8 +408,16 @@ typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
+template <typename T> struct map_type;
+#define KVPG_MAP_TYPE(dtype, type, name, map)             \
+    template <> struct map_type<type> {                   \
+        static constexpr CUtensorMapDataType value = map; \
+    };
+KVPG_TENSOR_TYPES(KVPG_MAP_TYPE)
+#undef KVPG_MAP_TYPE
+
 /* Where to find `box` rows of x at a time; rows past the end come as zeros. */
-static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
+template <typename T> static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
     void *encode = NULL;
     cudaDriverEntryPointQueryResult found;
     KVPG_TRY("look up cuTensorMapEncodeTiled",
@@ -425,10 +433,9 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
     strides[2] = 2 * (cuuint64_t)(n[1] > 1 ? x->stride[1] : compact);
     strides[3] = 2 * (cuuint64_t)(n[0] > 1 ? x->stride[0] : compact);
     const cuuint32_t boxes[5] = {HALF, (cuuint32_t)box, DIM / HALF, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-    const CUresult result = ((encode_fn)encode)(
-        map, x->dtype == KVP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, x->data, dims,
-        strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = ((encode_fn)encode)(map, map_type<T>::value, 5, x->data, dims, strides, boxes, steps,
+                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS
                ? KVP_OK
                : kvpi_fail(ctx, KVP_ERR_CUDA, "cuTensorMapEncodeTiled failed with CUresult %d", (int)result);
@@ -437,8 +444,8 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
 template <typename T, int SWEEP>
 static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
     CUtensorMap keys, queries;
-    KVPI_TRY(make_map(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
-    KVPI_TRY(make_map(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
+    KVPI_TRY(make_map<T>(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
+    KVPI_TRY(make_map<T>(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
     int n_block;
     KVPG_TRY("count multiprocessors",
              cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
@@ -456,10 +463,10 @@ static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kv
 }
 
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
-    if (args->keys.dtype == KVP_F16)
-        return sweep == KVPG_SUM ? launch<__half, KVPG_SUM>(p, args, ctx) : launch<__half, KVPG_LSE>(p, args, ctx);
-    return sweep == KVPG_SUM ? launch<__nv_bfloat16, KVPG_SUM>(p, args, ctx)
-                             : launch<__nv_bfloat16, KVPG_LSE>(p, args, ctx);
+    return kvpg_with_tensor_type(args->keys.dtype, ctx, [&](auto t) {
+        using T = typename decltype(t)::type;
+        return sweep == KVPG_SUM ? launch<T, KVPG_SUM>(p, args, ctx) : launch<T, KVPG_LSE>(p, args, ctx);
+    });
 }
 
 /* The copy engine takes no stride of 0, as broadcasting has; the LSE sweep compares products before they are scaled, so
@@ -471,6 +478,7 @@ static bool can_map(const kvp_tensor *x) {
 }
 
 bool kvpg_can_sm90(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[KVPI_PARAM_attention_scaling] > 0 &&
-           args->param[KVPI_PARAM_attention_softcap] == 0 && can_map(&args->keys) && can_map(&args->queries);
+    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] == DIM &&
+           args->param[KVPI_PARAM_attention_scaling] > 0 && args->param[KVPI_PARAM_attention_softcap] == 0 &&
+           can_map(&args->keys) && can_map(&args->queries);
 }
