@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * New arrays, of the library and on the device of one that was given: NumPy's by its C API, others by the allocator of
- * their exchange table.
+ * their exchange table (torch's begin at a multiple of 64 bytes).
  */
 #include "binding.h"
 #include "dlpack_abi.h"
@@ -13,11 +13,11 @@
 
 #include <string.h>
 
-/* Arrays of this size begin at a multiple of 64, so that rows are written past the caches a line at a time; NumPy's own
- * begin at one of 16. */
-enum { LARGE = 1 << 16, LINE = 64 };
+/* NumPy's own arrays begin at a multiple of 16; these at one of 64, so that rows are written past the caches a line at
+ * a time. */
+enum { LINE = 64 };
 
-static PyObject *new_large(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
+static PyObject *new_aligned(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
     npy_intp room = n_byte + LINE - 1;
     PyObject *memory = PyArray_SimpleNew(1, &room, NPY_UINT8);
     if (!memory) {
@@ -40,8 +40,7 @@ static PyObject *new_numpy(const kvpb_new *wanted, PyArrayObject *like) {
     if (wanted->dtype != KVP_I32) Py_INCREF((PyObject *)descr);
     n_byte = PyDataType_ELSIZE(descr);
     for (int d = 0; d < wanted->ndim; d++) n_byte *= shape[d] = (npy_intp)wanted->shape[d];
-    if (n_byte >= LARGE) return new_large(descr, wanted->ndim, shape, n_byte);
-    return PyArray_NewFromDescr(&PyArray_Type, descr, wanted->ndim, shape, NULL, NULL, 0, NULL);
+    return new_aligned(descr, wanted->ndim, shape, n_byte);
 }
 
 /* What the library's allocator calls when it cannot. */
