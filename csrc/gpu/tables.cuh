@@ -21,7 +21,7 @@ typedef struct kvpg_table {
 } kvpg_table;
 
 /* Numbers of a table from some place on. Not a pointer, because near numbers are read as what they are, constants: a
- * pointer to them would be followed through memory, for half a microsecond each time. */
+ * pointer to them would be followed through memory each time. */
 typedef struct kvpg_numbers {
     const kvpg_table *table;
     int at;

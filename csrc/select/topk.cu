@@ -353,7 +353,7 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     const bool has_clusters = kvpg_ptx_version((const void *)select_held<CLUSTER, HELD>, &error) >= KVPG_HOPPER,
                side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
     if (side_by_side &&
-        longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
+        longest <= (has_clusters ? 8192 : HELD * THREADS)) /* starting a cluster takes time, which pays from there */
         return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         return launch_held<CLUSTER>(j, longest, n_problem, ctx);
