@@ -8,6 +8,10 @@
  *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose, and v_from_NAME
  *                                     for each element type behind float32
  *
+ *     HAS_MASKS                       where it can load less than a vector: then also v_part_NAME for each element type
+ *                                     (n elements, and zeros behind them) and move_part (n bytes, fewer than a
+ * vector's)
+ *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
  * second argument where the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
  * and v_highest add and compare the lanes of one vector in a fixed order; v_transpose makes columns of LANES rows, in
@@ -100,6 +104,10 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     }
 }
 
+#ifndef HAS_MASKS
+static inline void move_part(char *target, const char *source, size_t n) { memmove(target, source, n); }
+#endif
+
 /* Bytes move as floats, which keep their bits in a register. In place a row may be its own source, and is copied onto
  * itself. */
 TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step,
@@ -109,7 +117,7 @@ TARGET static void copy_rows(char *target, int64_t target_step, const char *sour
         const char *row = source + kvpi_position(positions + i, n_token) * source_step;
         for (size_t at = 0; at < whole; at += LANES * sizeof(float))
             v_store((float *)(void *)(target + at), v_load((const float *)(const void *)(row + at)));
-        if (whole < n) memmove(target + whole, row + whole, n - whole);
+        if (whole < n) move_part(target + whole, row + whole, n - whole);
     }
 }
 
