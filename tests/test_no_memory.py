@@ -22,7 +22,7 @@ KEPT = np.tile(np.arange(K, dtype=np.int32), (B, H, 1))
 LARGE, LARGE_SEGMENTS = (
     np.ones((B, H, 1024, 32), np.float32),
     np.array([[0, 1024]], np.int32),
-)  # outputs are aligned by hand
+)
 OUT = [np.zeros((B, H, K, D), np.float32) for _ in range(2)]
 
 

@@ -372,3 +372,20 @@ def check_press(library, n_token, scorer, dtype, device):
         assert library == "numpy" or ours.device == theirs.device
         assert bool((ours == theirs).all())
     assert int(counts.sum()) == 2 * 3 * 12
+
+
+@pytest.mark.parametrize("n_token", [3, 50, 2000])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_every_output_begins_at_a_multiple_of_64_bytes(library, n_token):
+    """Whatever its size, so that rows are written past the caches a line at a time."""
+    convert = torch.from_numpy if library == "torch" else np.asarray
+    held = []  # so that no memory is given out twice
+    for n_dim in (1, 5, 16):
+        keys = convert(np.random.default_rng(n_dim).standard_normal((1, 3, n_token, n_dim), np.float32))
+        scores = ops.score("norm", keys)
+        quotas, segments = np.full((1, 3, 1), 2, np.int32), np.array([[0, n_token]], np.int32)
+        chosen = ops.select(scores, quotas)
+        made = _core.press("norm", keys, keys, None, None, None, None, segments, quotas, None, None, 2, 1)
+        held += [scores, *chosen, *ops.gather(keys, keys, chosen[0]), *made]
+    address = {"numpy": lambda x: x.ctypes.data, "torch": lambda x: x.data_ptr()}[library]
+    assert len(held) == 3 * 9 and not [x.shape for x in held if address(x) % 64]

@@ -10,7 +10,17 @@
 #include <math.h>
 #include <string.h>
 
-enum { FLOATS = 1 << KVP_F32 | 1 << KVP_F16 | 1 << KVP_BF16, F32 = 1 << KVP_F32, I32 = 1 << KVP_I32, U8 = 1 << KVP_U8 };
+enum {
+    F32 = 1 << KVP_F32,
+    I32 = 1 << KVP_I32,
+    U8 = 1 << KVP_U8,
+    FLOATS = 0
+#define KVP_FLOAT(constant, name, kind, bits) | 1 << KVP_##constant
+#define KVP_DTYPE(constant, name, kind, bits)
+#include "../dtypes.def"
+#undef KVP_FLOAT
+#undef KVP_DTYPE
+};
 
 typedef struct rule {
     const char *name;
@@ -31,7 +41,7 @@ typedef struct binding {
 static kvp_status check_dtype(const rule *r, kvp_context *ctx) {
     const kvp_tensor *t = r->tensor;
     if (kvpi_dtype_size(t->dtype) && (r->dtypes >> t->dtype & 1)) return KVP_OK;
-    const char *expected = r->dtypes == FLOATS ? "float32, float16 or bfloat16"
+    const char *expected = r->dtypes == FLOATS ? KVP_FLOAT_NAMES
                            : r->dtypes == F32  ? "float32"
                            : r->dtypes == I32  ? "int32"
                                                : "uint8";

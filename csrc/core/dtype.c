@@ -7,9 +7,13 @@
 static const struct {
     const char *name;
     size_t size;
+    bool is_float;
 } dtypes[] = {
-    [KVP_F32] = {"float32", 4}, [KVP_F16] = {"float16", 2}, [KVP_BF16] = {"bfloat16", 2},
-    [KVP_I32] = {"int32", 4},   [KVP_U8] = {"uint8", 1},
+#define KVP_FLOAT(constant, name, kind, bits) [KVP_##constant] = {name, (bits) / 8, true},
+#define KVP_DTYPE(constant, name, kind, bits) [KVP_##constant] = {name, (bits) / 8, false},
+#include "../dtypes.def"
+#undef KVP_FLOAT
+#undef KVP_DTYPE
 };
 
 static bool known(int32_t dtype) { return dtype >= 0 && dtype < (int32_t)(sizeof dtypes / sizeof dtypes[0]); }
@@ -17,3 +21,5 @@ static bool known(int32_t dtype) { return dtype >= 0 && dtype < (int32_t)(sizeof
 const char *kvpi_dtype_name(int32_t dtype) { return known(dtype) ? dtypes[dtype].name : "unknown"; }
 
 size_t kvpi_dtype_size(int32_t dtype) { return known(dtype) ? dtypes[dtype].size : 0; }
+
+bool kvpi_is_float(int32_t dtype) { return known(dtype) && dtypes[dtype].is_float; }

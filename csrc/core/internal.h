@@ -28,6 +28,7 @@ kvp_status kvpi_fail(kvp_context *ctx, kvp_status status, const char *format, ..
 /* dtype.c */
 const char *kvpi_dtype_name(int32_t dtype);
 size_t kvpi_dtype_size(int32_t dtype); /* 0 for an unknown one */
+bool kvpi_is_float(int32_t dtype);     /* what keys may be */
 
 /* backend.c */
 /* What a scorer's own file knows of it, beside how to score; either may be NULL. */

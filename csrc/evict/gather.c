@@ -19,8 +19,7 @@ enum {
     AHEAD = 4096, /* bytes */
 };
 
-/* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first (3.5
- * to 2.7 ms). */
+/* Outputs of this size go past the caches: they would not stay there, and written lines need not be read first. */
 #define STREAM_BYTES ((int64_t)4 << 20)
 
 static void copy_row(const kvp_tensor *in, const char *source, const kvp_tensor *out, char *target) {

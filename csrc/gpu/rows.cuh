@@ -143,6 +143,36 @@ __device__ __forceinline__ const char *kvpg_row(const kvpg_rows &x, int64_t b, i
     return x.data + b * x.b + h * x.h + t * x.t;
 }
 
+/* Element types: a DO(dtype, type) for each, and for those that tensor cores multiply a DO(dtype, type, its name in
+ * PTX, its name for the copy engine). */
+#define KVPG_TENSOR_TYPES(DO)                                   \
+    DO(KVP_F16, __half, "f16", CU_TENSOR_MAP_DATA_TYPE_FLOAT16) \
+    DO(KVP_BF16, __nv_bfloat16, "bf16", CU_TENSOR_MAP_DATA_TYPE_BFLOAT16)
+#define KVPG_TYPES(DO) DO(KVP_F32, float, , ) KVPG_TENSOR_TYPES(DO)
+
+template <typename T> struct kvpg_type {
+    using type = T;
+};
+
+/* f(kvpg_type<the type of dtype>()). */
+#define KVPG_CASE(dtype, type, ...) \
+    case dtype: return f(kvpg_type<type>());
+template <typename F> static inline kvp_status kvpg_with_type(int32_t dtype, kvp_context *ctx, F f) {
+    switch (dtype) { KVPG_TYPES(KVPG_CASE) }
+    return kvpi_fail(ctx, KVP_ERR_INTERNAL, "a kernel was asked for %s", kvpi_dtype_name(dtype));
+}
+template <typename F> static inline kvp_status kvpg_with_tensor_type(int32_t dtype, kvp_context *ctx, F f) {
+    switch (dtype) { KVPG_TENSOR_TYPES(KVPG_CASE) }
+    return kvpi_fail(ctx, KVP_ERR_INTERNAL, "a kernel for tensor cores was asked for %s", kvpi_dtype_name(dtype));
+}
+#undef KVPG_CASE
+
+static inline bool kvpg_is_tensor_type(int32_t dtype) {
+#define KVPG_IS(known, ...) || dtype == known
+    return false KVPG_TENSOR_TYPES(KVPG_IS);
+#undef KVPG_IS
+}
+
 __device__ __forceinline__ float kvpg_float(float x) { return x; }
 __device__ __forceinline__ float kvpg_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float kvpg_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -185,7 +215,7 @@ __device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t addr
 /* d += a b: 16x16 by 16x8, sums in float32. */
 template <typename T>
 __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define KVPG_MMA(type, name)                                                                               \
+#define KVPG_MMA(dtype, type, name, map)                                                                   \
     template <> __device__ __forceinline__ void kvpg_multiply<type>(float (&d)[4], const uint32_t (&a)[4], \
                                                                     uint32_t b0, uint32_t b1) {            \
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                \
@@ -194,8 +224,7 @@ __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
     }
-KVPG_MMA(__nv_bfloat16, "bf16")
-KVPG_MMA(__half, "f16")
+KVPG_TENSOR_TYPES(KVPG_MMA)
 #undef KVPG_MMA
 
 #endif

@@ -11,22 +11,22 @@
 
 /* Numbers that travel with a launch, whose parameters should be few, and with a launch that does nothing else: 4096
  * bytes fit on every GPU. */
-enum { KVPG_NEAR = 128, KVPG_PIECE = 960 };
+enum { KVPG_IN_PARAMETERS = 128, KVPG_PIECE = 960 };
 
 /* Rows of `stride` numbers, one for each batch row. A kernel must take it as __grid_constant__. */
 typedef struct kvpg_table {
-    const int32_t *far; /* NULL: the numbers are near */
-    int32_t stride;     /* 0: there is no table */
-    int32_t near[KVPG_NEAR];
+    const int32_t *in_memory; /* NULL: the numbers are in the parameters of the kernel */
+    int32_t stride;           /* 0: there is no table */
+    int32_t in_parameters[KVPG_IN_PARAMETERS];
 } kvpg_table;
 
-/* Numbers of a table from some place on. Not a pointer, because near numbers are read as what they are, constants: a
- * pointer to them would be followed through memory, for half a microsecond each time. */
+/* Numbers of a table from some place on. Not a pointer, because numbers in the parameters are read as what they are,
+ * constants: a pointer to them would be followed through memory each time. */
 typedef struct kvpg_numbers {
     const kvpg_table *table;
     int at;
     __device__ __forceinline__ int operator[](int i) const {
-        return table->far ? table->far[at + i] : table->near[at + i];
+        return table->in_memory ? table->in_memory[at + i] : table->in_parameters[at + i];
     }
     __device__ __forceinline__ kvpg_numbers operator+(int i) const { return {table, at + i}; }
 } kvpg_numbers;
@@ -37,7 +37,7 @@ __device__ __forceinline__ kvpg_numbers kvpg_table_row(const kvpg_table &table, 
 
 /* Bytes of workspace that a table needs. */
 static inline size_t kvpg_table_bytes(int64_t n_row, int64_t stride) {
-    return n_row * stride <= KVPG_NEAR ? 0 : kvpi_round_up_64((size_t)(n_row * stride) * sizeof(int32_t));
+    return n_row * stride <= KVPG_IN_PARAMETERS ? 0 : kvpi_round_up_64((size_t)(n_row * stride) * sizeof(int32_t));
 }
 
 typedef struct kvpg_piece {
@@ -54,7 +54,7 @@ typedef struct kvpg_writer {
     kvpg_table *table;
     kvp_context *ctx;
     kvp_status status;
-    int32_t *to; /* in the workspace; NULL: near */
+    int32_t *to; /* in the workspace; NULL: in the parameters */
     int n;       /* in the piece at hand */
     kvpg_piece piece;
 } kvpg_writer;
@@ -67,7 +67,7 @@ static inline void kvpg_start_table(kvpg_writer *w, kvpg_table *table, int64_t n
     w->status = KVP_OK;
     w->to = kvpg_table_bytes(n_row, stride) ? (int32_t *)workspace : NULL;
     w->n = 0;
-    table->far = w->to;
+    table->in_memory = w->to;
     table->stride = (int32_t)stride;
 }
 
@@ -86,7 +86,7 @@ static inline kvp_status kvpg_end_table(kvpg_writer *w) {
 
 static inline void kvpg_put(kvpg_writer *w, int64_t number) {
     if (w->to && w->n == KVPG_PIECE) kvpg_flush(w);
-    (w->to ? w->piece.number : w->table->near)[w->n++] = (int32_t)number;
+    (w->to ? w->piece.number : w->table->in_parameters)[w->n++] = (int32_t)number;
 }
 
 /* The table of valid ranges: none where all tokens are. */

@@ -59,6 +59,10 @@ typedef struct kvpb_loans {
 int kvpb_import_numpy(void);
 int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans);
 void kvpb_return_loans(kvpb_loans *loans);
+typedef struct kvpb_dl_type {
+    uint8_t code, bits;
+} kvpb_dl_type;
+extern const kvpb_dl_type kvpb_dl_types[]; /* by dtype */
 struct kvpb_dl_api;
 struct kvpb_dl_tensor;
 int kvpb_view_dlpack(const kvpb_slot *slot, const struct kvpb_dl_tensor *dl, kvp_tensor *tensor);

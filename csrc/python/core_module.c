@@ -35,7 +35,13 @@ static PyObject *list_scorers(PyObject *module, PyObject *unused) {
 static PyObject *tell_support(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     static const char *const devices[] = {[KVP_CPU] = "cpu", [KVP_CUDA] = "cuda"};
     static const char *const dtypes[] = {
-        [KVP_F32] = "float32", [KVP_F16] = "float16", [KVP_BF16] = "bfloat16", [KVP_I32] = "int32", [KVP_U8] = "uint8"};
+#define KVP_FLOAT(constant, text, kind, bits) [KVP_##constant] = text,
+#define KVP_DTYPE KVP_FLOAT
+#include "../dtypes.def"
+#undef KVP_FLOAT
+#undef KVP_DTYPE
+    };
+    enum { N_DTYPE = sizeof dtypes / sizeof dtypes[0] };
     const char *scorer, *device, *dtype;
     (void)module;
     if (kvpb_check_count("supports", n_object, 3) < 0) return NULL;
@@ -43,7 +49,7 @@ static PyObject *tell_support(PyObject *module, PyObject *const *objects, Py_ssi
         !(dtype = kvpb_read_text(objects[2], "dtype")))
         return NULL;
     for (int32_t d = KVP_CPU; d <= KVP_CUDA; d++)
-        for (int32_t t = KVP_F32; t <= KVP_U8; t++)
+        for (int32_t t = 0; t < N_DTYPE; t++)
             if (strcmp(device, devices[d]) == 0 && strcmp(dtype, dtypes[t]) == 0)
                 return PyBool_FromLong(kvp_supports(kvp_scorer_find(scorer), d, t));
     return Py_NewRef(Py_False);

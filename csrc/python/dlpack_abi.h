@@ -12,7 +12,7 @@
 /* A change of the major number changes the layout below; a minor one only adds type and device codes. */
 #define KVPB_DL_MAJOR 1
 
-enum { KVPB_DL_INT = 0, KVPB_DL_UINT = 1, KVPB_DL_FLOAT = 2, KVPB_DL_BFLOAT = 4, KVPB_DL_BOOL = 6 };
+enum { KVPB_DL_INT = 0, KVPB_DL_UINT = 1, KVPB_DL_FLOAT = 2, KVPB_DL_BOOL = 6 };
 enum { KVPB_DL_READ_ONLY = 1, KVPB_DL_IS_COPIED = 2 };
 
 typedef struct kvpb_dl_version {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * New arrays, of the library and on the device of one that was given: NumPy's by its C API, others by the allocator of
- * their exchange table.
+ * their exchange table (torch's begin at a multiple of 64 bytes).
  */
 #include "binding.h"
 #include "dlpack_abi.h"
@@ -13,11 +13,11 @@
 
 #include <string.h>
 
-/* Arrays of this size begin at a multiple of 64, so that rows are written past the caches a line at a time; NumPy's own
- * begin at one of 16. */
-enum { LARGE = 1 << 16, LINE = 64 };
+/* NumPy's own arrays begin at a multiple of 16; these at one of 64, so that rows are written past the caches a line at
+ * a time. */
+enum { LINE = 64 };
 
-static PyObject *new_large(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
+static PyObject *new_aligned(PyArray_Descr *descr, int ndim, npy_intp *shape, npy_intp n_byte) {
     npy_intp room = n_byte + LINE - 1;
     PyObject *memory = PyArray_SimpleNew(1, &room, NPY_UINT8);
     if (!memory) {
@@ -40,8 +40,7 @@ static PyObject *new_numpy(const kvpb_new *wanted, PyArrayObject *like) {
     if (wanted->dtype != KVP_I32) Py_INCREF((PyObject *)descr);
     n_byte = PyDataType_ELSIZE(descr);
     for (int d = 0; d < wanted->ndim; d++) n_byte *= shape[d] = (npy_intp)wanted->shape[d];
-    if (n_byte >= LARGE) return new_large(descr, wanted->ndim, shape, n_byte);
-    return PyArray_NewFromDescr(&PyArray_Type, descr, wanted->ndim, shape, NULL, NULL, 0, NULL);
+    return new_aligned(descr, wanted->ndim, shape, n_byte);
 }
 
 /* What the library's allocator calls when it cannot. */
@@ -53,15 +52,13 @@ static void set_error(void *context, const char *kind, const char *message) {
 
 static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like,
                                  kvp_tensor *tensor) {
-    static const uint8_t codes[] = {KVPB_DL_FLOAT, KVPB_DL_FLOAT, KVPB_DL_BFLOAT, KVPB_DL_INT, KVPB_DL_UINT},
-                         bits[] = {32, 16, 16, 32, 8};
     int64_t shape[4];
     memcpy(shape, wanted->shape, sizeof shape);
     const kvpb_dl_tensor prototype = {.device_type = like->device,
                                       .device_index = like->device_index,
                                       .ndim = wanted->ndim,
-                                      .type_code = codes[wanted->dtype],
-                                      .type_bits = bits[wanted->dtype],
+                                      .type_code = kvpb_dl_types[wanted->dtype].code,
+                                      .type_bits = kvpb_dl_types[wanted->dtype].bits,
                                       .type_lanes = 1,
                                       .shape = shape};
     kvpb_dl_versioned *managed = NULL;

@@ -10,7 +10,11 @@
 /* More threads than any machine has would make OpenMP end the process. */
 enum { MAX_WORKER = 1024, MAX_TENSOR = KVPB_MAX_CAPSULE - 1 };
 
-#define FLOATS "float32, float16 or bfloat16"
+#define KVP_FLOAT(constant, name, kind, bits)
+#define KVP_DTYPE KVP_FLOAT
+#include "../dtypes.def" /* for KVP_FLOAT_NAMES */
+#undef KVP_FLOAT
+#undef KVP_DTYPE
 
 typedef union verb_args {
     kvp_score_args score;
@@ -30,8 +34,8 @@ static const verb_spec score_spec = {
     "score",
     KVP_SCORE,
     6,
-    {{"keys", FLOATS, offsetof(kvp_score_args, keys), false, false},
-     {"queries", FLOATS, offsetof(kvp_score_args, queries), true, false},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_score_args, keys), false, false},
+     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_score_args, queries), true, false},
      {"votes", "int32", offsetof(kvp_score_args, votes), true, false},
      {"valid", "int32", offsetof(kvp_score_args, valid), true, false},
      {"lse", "float32", offsetof(kvp_score_args, lse), true, false},
@@ -55,11 +59,11 @@ static const verb_spec gather_spec = {
     "gather",
     KVP_GATHER,
     5,
-    {{"keys", FLOATS, offsetof(kvp_gather_args, keys), false, false},
-     {"values", FLOATS, offsetof(kvp_gather_args, values), false, false},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, keys), false, false},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, values), false, false},
      {"positions", "int32", offsetof(kvp_gather_args, positions), false, false},
-     {"out_keys", FLOATS, offsetof(kvp_gather_args, out_keys), false, true},
-     {"out_values", FLOATS, offsetof(kvp_gather_args, out_values), false, true}},
+     {"out_keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_keys), false, true},
+     {"out_values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_values), false, true}},
 };
 
 /* Its outputs are made here, and so they are no arguments. */
@@ -67,9 +71,9 @@ static const verb_spec press_spec = {
     "press",
     KVP_PRESS,
     9,
-    {{"keys", FLOATS, offsetof(kvp_press_args, keys), false, false},
-     {"values", FLOATS, offsetof(kvp_press_args, values), false, false},
-     {"queries", FLOATS, offsetof(kvp_press_args, queries), true, false},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_press_args, keys), false, false},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_press_args, values), false, false},
+     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_press_args, queries), true, false},
      {"votes", "int32", offsetof(kvp_press_args, votes), true, false},
      {"valid", "int32", offsetof(kvp_press_args, valid), true, false},
      {"lse", "float32", offsetof(kvp_press_args, lse), true, false},

@@ -81,13 +81,27 @@ static int set_data(const kvpb_slot *slot, kvp_tensor *tensor, void *data, uint6
     return -1;
 }
 
+const kvpb_dl_type kvpb_dl_types[] = {
+#define KVP_FLOAT(constant, name, kind, bits) [KVP_##constant] = {kind, bits},
+#define KVP_DTYPE KVP_FLOAT
+#include "../dtypes.def"
+#undef KVP_FLOAT
+#undef KVP_DTYPE
+};
+
+/* The dtype of a kind of DLPack's; -1 if there is none. */
+static int find_dtype(int code, int64_t bits) {
+    if (code == KVPB_DL_BOOL) code = KVPB_DL_UINT;
+    for (int i = 0; i < (int)(sizeof kvpb_dl_types / sizeof kvpb_dl_types[0]); i++)
+        if (code == kvpb_dl_types[i].code && bits == kvpb_dl_types[i].bits) return i;
+    return -1;
+}
+
 static int numpy_dtype(PyArrayObject *array) {
-    const char kind = PyArray_DESCR(array)->kind;
-    const npy_intp size = PyArray_ITEMSIZE(array);
-    if (kind == 'f' && size == 4) return KVP_F32;
-    if (kind == 'f' && size == 2) return KVP_F16;
-    if (kind == 'i' && size == 4) return KVP_I32;
-    if ((kind == 'u' || kind == 'b') && size == 1) return KVP_U8;
+    static const char kinds[] = {
+        [KVPB_DL_INT] = 'i', [KVPB_DL_UINT] = 'u', [KVPB_DL_FLOAT] = 'f', [KVPB_DL_BOOL] = 'b'};
+    for (int code = 0; code < (int)sizeof kinds; code++)
+        if (kinds[code] == PyArray_DESCR(array)->kind) return find_dtype(code, 8 * (int64_t)PyArray_ITEMSIZE(array));
     return -1;
 }
 
@@ -117,20 +131,6 @@ static int view_numpy(const kvpb_slot *slot, PyArrayObject *array, kvp_tensor *t
     return set_data(slot, tensor, PyArray_DATA(array), 0);
 }
 
-static int dlpack_dtype(const kvpb_dl_tensor *dl) {
-    static const struct {
-        uint8_t code, bits;
-        int8_t dtype;
-    } known[] = {
-        {KVPB_DL_FLOAT, 32, KVP_F32}, {KVPB_DL_FLOAT, 16, KVP_F16}, {KVPB_DL_BFLOAT, 16, KVP_BF16},
-        {KVPB_DL_INT, 32, KVP_I32},   {KVPB_DL_UINT, 8, KVP_U8},    {KVPB_DL_BOOL, 8, KVP_U8},
-    };
-    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (dl->type_code == known[i].code && dl->type_bits == known[i].bits && dl->type_lanes == 1)
-            return known[i].dtype;
-    return -1;
-}
-
 static int refuse_dlpack_dtype(const kvpb_slot *slot, const kvpb_dl_tensor *dl) {
     static const char *const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
     if (dl->type_code < sizeof kinds / sizeof kinds[0] && dl->type_lanes == 1) {
@@ -145,7 +145,8 @@ static int refuse_dlpack_dtype(const kvpb_slot *slot, const kvpb_dl_tensor *dl) 
 
 int kvpb_view_dlpack(const kvpb_slot *slot, const kvpb_dl_tensor *dl, kvp_tensor *tensor) {
     if (check_rank(slot, dl->ndim) < 0) return -1;
-    *tensor = (kvp_tensor){.dtype = dlpack_dtype(dl), .device = dl->device_type, .ndim = dl->ndim};
+    *tensor = (kvp_tensor){.device = dl->device_type, .ndim = dl->ndim};
+    tensor->dtype = dl->type_lanes == 1 ? find_dtype(dl->type_code, dl->type_bits) : -1;
     if (tensor->dtype < 0) return refuse_dlpack_dtype(slot, dl);
     if (dl->device_type != KVP_CPU) tensor->device_index = dl->device_index; /* some producers number CPUs */
     int64_t compact = 1;

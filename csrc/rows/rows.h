@@ -21,7 +21,14 @@
 
 #include <stdbool.h>
 
-enum { KVPI_FLOAT_DTYPES = 3 }; /* KVP_F32, KVP_F16, KVP_BF16 */
+enum {
+    KVPI_DTYPES = 0 /* functions by dtype are there for floats only */
+#define KVP_FLOAT(constant, name, kind, bits) +1
+#define KVP_DTYPE KVP_FLOAT
+#include "../dtypes.def"
+#undef KVP_FLOAT
+#undef KVP_DTYPE
+};
 
 enum {
     KVPI_STRIP = 16,  /* query rows whose logits are kept at a time: 16 x 8192 of them are half of a 1 MiB cache */
@@ -41,17 +48,17 @@ typedef struct kvpi_rows {
     int32_t panel; /* keys per packed panel */
 
     /* out[r * out_stride] = the Euclidean norm of row r. */
-    void (*norms[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride);
+    void (*norms[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride);
 
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
-    void (*pack_keys[KVPI_FLOAT_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
+    void (*pack_keys[KVPI_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
     /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is
      * scale * q.k. */
-    float (*pack_queries[KVPI_FLOAT_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
-                                             float scale, void *out);
+    float (*pack_queries[KVPI_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
+                                       float scale, void *out);
     /* logits[r * stride + k] = q.k for n_row and n_key rounded up to whole panels. */
-    void (*multiply[KVPI_FLOAT_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key,
-                                        int64_t n_dim, float *logits, int64_t stride);
+    void (*multiply[KVPI_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim,
+                                  float *logits, int64_t stride);
     /* row[k] = height * tanh(factor * row[k]), to about 4e-7 of it, for k < n rounded up to whole panels. */
     void (*cap)(float *row, int64_t n, float factor, float height);
     /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width.

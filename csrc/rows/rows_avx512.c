@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The row primitives for x86-64 processors with AVX-512 (F, BW, DQ, VL), and a second table for those that also
- * multiply bfloat16 (AMD since Zen 4, Intel since Cooper Lake), which is twice as fast as float32 on AMD's, and slower
+ * multiply bfloat16 (AMD since Zen 4, Intel since Cooper Lake), which is faster than float32 on AMD's, and slower
  * on Intel's (cpu_features.c), and a third for those that multiply tiles of it (AMX, Intel since Sapphire Rapids): H2O
- * of 2048 tokens, 32/8/128, takes 40 ms by tiles, 119 by avx512 and 172 by avx512_bf16 (an Intel Xeon, one core).
+ * of 2048 tokens, 32/8/128, takes 40 ms by tiles, 119 by avx512 and 172 by avx512_bf16 (an Intel Xeon with AMX, one
+ * core).
  */
 #define _DEFAULT_SOURCE /* for syscall */
 #include "rows.h"
@@ -36,6 +37,24 @@ TARGET static inline vec v_from_f16(const uint16_t *x) {
 TARGET static inline vec v_from_bf16(const uint16_t *x) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* The first n of LANES elements; a masked load reads no others. */
+#define HAS_MASKS
+TARGET static inline __mmask16 first_of(int64_t n) { return (__mmask16)((1u << n) - 1); }
+TARGET static inline vec v_part_f32(const float *x, int64_t n) { return _mm512_maskz_loadu_ps(first_of(n), x); }
+TARGET static inline vec v_part_f16(const uint16_t *x, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_of(n), x));
+}
+
+TARGET static inline vec v_part_bf16(const uint16_t *x, int64_t n) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(n), x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+TARGET static inline void move_part(char *target, const char *source, size_t n) {
+    const __mmask64 first = ((__mmask64)1 << n) - 1;
+    _mm512_mask_storeu_epi8(target, first, _mm512_maskz_loadu_epi8(first, source));
 }
 
 /* x = whole + rest with rest in [0, 1), which vreduceps gives in one step; a polynomial for 2^rest, and vscalefps for
@@ -136,8 +155,10 @@ TARGET __attribute__((noinline)) static vec gather_pairs(const uint16_t *row, in
 }
 
 TARGET static inline vec load_pairs(const uint16_t *row, int64_t stride, int64_t pair, int64_t n_dim) {
-    return stride == 1 && 2 * (pair + LANES) <= n_dim ? _mm512_loadu_ps(row + 2 * pair)
-                                                      : gather_pairs(row, stride, pair, n_dim);
+    const int64_t n = n_dim - 2 * pair; /* elements that are left */
+    if (stride != 1) return gather_pairs(row, stride, pair, n_dim);
+    if (n >= 2 * LANES) return _mm512_loadu_ps(row + 2 * pair);
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), row + 2 * pair));
 }
 
 TARGET static void pack_key_pairs(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
@@ -210,27 +231,26 @@ static bool is_available(void) {
 
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }
 
-#define SHARED_FUNCTIONS                                                                                  \
-    .panel = PANEL_KEYS, .norms = {norms_f32, norms_f16, norms_bf16}, .cap = cap, .soften = soften,       \
-    .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, \
-    .end_stream = end_stream
+#define SHARED_FUNCTIONS                                                                                          \
+    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .cap = cap, .soften = soften, .add_columns = add_columns, \
+    .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
 
 const kvpi_rows kvpi_rows_avx512 = {
     .name = "avx512",
     .is_available = is_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_keys_bf16},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_queries_bf16},
-    .multiply = {multiply_floats, multiply_floats, multiply_floats},
+    .pack_keys = OF_EACH_DTYPE(pack_keys),
+    .pack_queries = OF_EACH_DTYPE(pack_queries),
+    .multiply = FOR_ALL_DTYPES(multiply_floats),
 };
 
 const kvpi_rows kvpi_rows_avx512_bf16 = {
     .name = "avx512_bf16",
     .is_available = is_bf16_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_key_pairs},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_pairs},
-    .multiply = {multiply_floats, multiply_floats, multiply_pairs},
+    .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_pairs},
+    .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_pairs},
+    .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_pairs},
 };
 
 #ifdef KVPI_HAS_AMX
@@ -349,9 +369,9 @@ const kvpi_rows kvpi_rows_amx = {
     .name = "amx",
     .is_available = is_amx_available,
     SHARED_FUNCTIONS,
-    .pack_keys = {pack_keys_f32, pack_keys_f16, pack_key_tiles},
-    .pack_queries = {pack_queries_f32, pack_queries_f16, pack_query_tiles},
-    .multiply = {multiply_floats, multiply_floats, multiply_tiles},
+    .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_tiles},
+    .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_tiles},
+    .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_tiles},
 };
 #endif
 #endif

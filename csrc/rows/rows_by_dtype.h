@@ -1,24 +1,30 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What rows_template.h needs once per element type, with ROW_NAME(x), ROW_TYPE and ROW_LOAD(address of LANES elements)
- * defined. Elements that are not side by side are gathered first, so that a row gives the same bits whatever its
- * stride.
+ * What rows_template.h needs once per element type, with ROW_NAME(x) and ROW_TYPE defined. Elements that are not side
+ * by side are gathered first, so that a row gives the same bits whatever its stride.
  */
 
-/* LANES elements of a row from dimension d on, which is one of the row's; zero behind the last. Apart from load_part,
- * so that the usual case stays in registers. */
+#ifndef HAS_MASKS
+/* n elements, fewer than LANES, and zeros behind them. */
+TARGET __attribute__((noinline)) static vec ROW_NAME(v_part)(const ROW_TYPE *x, int64_t n) {
+    ROW_TYPE part[LANES] = {0};
+    memcpy(part, x, (size_t)n * sizeof part[0]);
+    return ROW_NAME(v_from)(part);
+}
+#endif
+
+/* Apart from load_part, so that the usual case stays in registers. */
 TARGET __attribute__((noinline)) static vec ROW_NAME(gather_part)(const ROW_TYPE *row, int64_t stride, int64_t d,
                                                                   int64_t n_dim) {
     ROW_TYPE part[LANES] = {0};
-    if (stride == 1)
-        memcpy(part, row + d, (size_t)(n_dim - d) * sizeof part[0]);
-    else
-        for (int64_t i = 0; i < LANES && d + i < n_dim; i++) part[i] = row[(d + i) * stride];
-    return ROW_LOAD(part);
+    for (int64_t i = 0; i < LANES && d + i < n_dim; i++) part[i] = row[(d + i) * stride];
+    return ROW_NAME(v_from)(part);
 }
 
+/* LANES elements of a row from dimension d on, which is one of the row's; zero behind the last. */
 TARGET static inline vec ROW_NAME(load_part)(const ROW_TYPE *row, int64_t stride, int64_t d, int64_t n_dim) {
-    return stride == 1 && d + LANES <= n_dim ? ROW_LOAD(row + d) : ROW_NAME(gather_part)(row, stride, d, n_dim);
+    if (stride != 1) return ROW_NAME(gather_part)(row, stride, d, n_dim);
+    return d + LANES <= n_dim ? ROW_NAME(v_from)(row + d) : ROW_NAME(v_part)(row + d, n_dim - d);
 }
 
 TARGET static void ROW_NAME(norms)(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride) {
@@ -77,4 +83,3 @@ TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_
 
 #undef ROW_NAME
 #undef ROW_TYPE
-#undef ROW_LOAD

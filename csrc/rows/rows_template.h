@@ -5,7 +5,12 @@
  *     LANES, vec                      how many floats a vector holds (at most 16), and its type
  *     TARGET                          attributes of every function (the instruction set)
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
- *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose v_from_f16 v_from_bf16
+ *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose, and v_from_NAME
+ *                                     for each element type behind float32
+ *
+ *     HAS_MASKS                       where it can load less than a vector: then also v_part_NAME for each element type
+ *                                     (n elements, and zeros behind them) and move_part (n bytes, fewer than a
+ * vector's)
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
  * second argument where the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
@@ -99,6 +104,10 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     }
 }
 
+#ifndef HAS_MASKS
+static inline void move_part(char *target, const char *source, size_t n) { memmove(target, source, n); }
+#endif
+
 /* Bytes move as floats, which keep their bits in a register. In place a row may be its own source, and is copied onto
  * itself. */
 TARGET static void copy_rows(char *target, int64_t target_step, const char *source, int64_t source_step,
@@ -108,7 +117,7 @@ TARGET static void copy_rows(char *target, int64_t target_step, const char *sour
         const char *row = source + kvpi_position(positions + i, n_token) * source_step;
         for (size_t at = 0; at < whole; at += LANES * sizeof(float))
             v_store((float *)(void *)(target + at), v_load((const float *)(const void *)(row + at)));
-        if (whole < n) memmove(target + whole, row + whole, n - whole);
+        if (whole < n) move_part(target + whole, row + whole, n - whole);
     }
 }
 
@@ -153,17 +162,19 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
     for (int64_t i = 0; i < n_column; i++) v_store(out + i * step, rows[i]);
 }
 
+/* In the tables: a function of each element type; one function for all of them. */
+#define OF_EACH_DTYPE(x) {[KVP_F32] = x##_f32, [KVP_F16] = x##_f16, [KVP_BF16] = x##_bf16}
+#define FOR_ALL_DTYPES(x) {[KVP_F32] = x, [KVP_F16] = x, [KVP_BF16] = x}
+
+#define v_from_f32 v_load
 #define ROW_NAME(x) x##_f32
 #define ROW_TYPE float
-#define ROW_LOAD v_load
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_f16
 #define ROW_TYPE uint16_t
-#define ROW_LOAD v_from_f16
 #include "rows_by_dtype.h"
 
 #define ROW_NAME(x) x##_bf16
 #define ROW_TYPE uint16_t
-#define ROW_LOAD v_from_bf16
 #include "rows_by_dtype.h"

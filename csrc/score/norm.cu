@@ -15,7 +15,7 @@ enum { THREADS = 256, IN_FLIGHT = 4 };
 typedef struct norm_job {
     kvpg_rows keys, scores;
     int n_row, n_head, n_token, n_dim; /* n_row: batch rows times heads */
-    int n_stay;                        /* tokens that are left in the cache */
+    int n_cached;                      /* tokens that are left in the cache */
     kvpg_table valid;
 } norm_job;
 
@@ -32,7 +32,7 @@ template <typename T, int LANES> __global__ void __launch_bounds__(THREADS)
     const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES,
               n_chunk = j.n_dim * (int)sizeof(T) / 16;
     const int first = ((gridDim.x - 1 - blockIdx.x) / j.n_row * (THREADS / LANES) + threadIdx.x / LANES) * IN_FLIGHT;
-    const bool stays = first < j.n_stay;
+    const bool is_cached = first < j.n_cached;
     const char *keys = kvpg_row(j.keys, b, h, first);
     float sum[IN_FLIGHT] = {};
     for (int chunk = lane; chunk < n_chunk; chunk += LANES) {
@@ -40,7 +40,7 @@ template <typename T, int LANES> __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) {
             const uint4 *from = (const uint4 *)(keys + i * j.keys.t) + chunk;
-            v[i] = first + i >= j.n_token ? make_uint4(0, 0, 0, 0) : stays ? __ldcg(from) : __ldcs(from);
+            v[i] = first + i >= j.n_token ? make_uint4(0, 0, 0, 0) : is_cached ? __ldcg(from) : __ldcs(from);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) sum[i] += kvpg_square_sum<T>(v[i]);
@@ -93,13 +93,10 @@ extern "C" kvp_status kvpi_score_norm_cuda(const kvp_score_args *args, kvp_conte
     KVPG_TRY("tell the size of the cache",
              cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, args->keys.device_index));
     const int64_t token_bytes = (int64_t)j.n_row * j.n_dim * (int64_t)kvpi_dtype_size(args->keys.dtype);
-    const int64_t n_stay = cache_bytes / 2 / token_bytes; /* half: the other has what is written */
-    j.n_stay = n_stay < j.n_token ? (int)n_stay : j.n_token;
+    const int64_t n_cached = cache_bytes / 2 / token_bytes; /* half: the other has what is written */
+    j.n_cached = n_cached < j.n_token ? (int)n_cached : j.n_token;
     KVPI_TRY(kvpg_table_of_valid(&args->valid, ctx, &j.valid));
     const bool wide = kvpg_has_wide_rows(&args->keys);
-    switch (args->keys.dtype) {
-    case KVP_F32: return launch<float>(j, wide, ctx);
-    case KVP_F16: return launch<__half>(j, wide, ctx);
-    default: return launch<__nv_bfloat16>(j, wide, ctx);
-    }
+    return kvpg_with_type(args->keys.dtype, ctx,
+                          [&](auto t) { return launch<typename decltype(t)::type>(j, wide, ctx); });
 }

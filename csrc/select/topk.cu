@@ -157,20 +157,21 @@ __device__ __forceinline__ void sum_coarse(histogram *h) {
 }
 
 /* Where a warp's kept positions go: above the threshold, and equal to it, before this warp. */
-typedef struct place {
+typedef struct output_offsets {
     uint32_t above, equal;
-} place;
+} output_offsets;
 
 /* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
 __device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties,
-                                     place &at) {
+                                     output_offsets &offsets) {
     const uint32_t before = (1u << threadIdx.x % 32) - 1;
     const bool is_above = rank > threshold, is_equal = rank == threshold && i < p.n;
     const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
-    const uint32_t above = at.above + __popc(all_above & before), equal = at.equal + __popc(all_equal & before);
+    const uint32_t above = offsets.above + __popc(all_above & before),
+                   equal = offsets.equal + __popc(all_equal & before);
     if (is_above || (is_equal && equal < ties)) p.out[(above + min(equal, ties)) * p.step] = p.begin + i;
-    at.above += __popc(all_above);
-    at.equal += __popc(all_equal);
+    offsets.above += __popc(all_above);
+    offsets.equal += __popc(all_equal);
 }
 
 /*
@@ -184,7 +185,7 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
 #endif
     __shared__ __align__(16) histogram h[DIGITS];
     __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
-    __shared__ [[maybe_unused]] place of_blocks[BLOCKS];
+    __shared__ [[maybe_unused]] output_offsets of_blocks[BLOCKS];
     __shared__ [[maybe_unused]] uint2 found[DIGITS];
     const int block = BLOCKS > 1 ? blockIdx.x % BLOCKS : 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
@@ -235,18 +236,19 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
     if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
     __syncthreads();
     const uint32_t scanned_above = scan_warp(above_of[lane]), scanned_equal = scan_warp(equal_of[lane]);
-    place at = {__shfl_sync(~0u, scanned_above, warp) - above, __shfl_sync(~0u, scanned_equal, warp) - equal};
+    output_offsets offsets = {__shfl_sync(~0u, scanned_above, warp) - above,
+                              __shfl_sync(~0u, scanned_equal, warp) - equal};
 #if __CUDA_ARCH__ >= 900
     if constexpr (BLOCKS > 1) { /* each tells all, so that nobody reads from a block that may have left */
         if (threadIdx.x == 31)
             for (int c = 0; c < BLOCKS; c++)
-                cg::this_cluster().map_shared_rank(of_blocks, c)[block] = place{scanned_above, scanned_equal};
+                cg::this_cluster().map_shared_rank(of_blocks, c)[block] = output_offsets{scanned_above, scanned_equal};
         cg::this_cluster().sync();
-        for (int c = 0; c < block; c++) at.above += of_blocks[c].above, at.equal += of_blocks[c].equal;
+        for (int c = 0; c < block; c++) offsets.above += of_blocks[c].above, offsets.equal += of_blocks[c].equal;
     }
 #endif
 #pragma unroll
-    for (int i = 0; i < N_HELD; i++) take(p, rank[i], first + i * 32, prefix, need, at);
+    for (int i = 0; i < N_HELD; i++) take(p, rank[i], first + i * 32, prefix, need, offsets);
 }
 
 /* Ranks read again for each digit: one block a problem, each warp a stretch of it. */
@@ -285,9 +287,9 @@ static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_co
     equal = __reduce_add_sync(~0u, equal);
     if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
     __syncthreads();
-    place at = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above,
-                __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
-    for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, at);
+    output_offsets offsets = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above,
+                              __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
+    for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, offsets);
 }
 
 template <int BLOCKS>
@@ -353,7 +355,7 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
     const bool has_clusters = kvpg_ptx_version((const void *)select_held<CLUSTER, HELD>, &error) >= KVPG_HOPPER,
                side_by_side = args->scores.stride[2] == 1 || shape[2] == 1;
     if (side_by_side &&
-        longest <= (has_clusters ? 8192 : HELD * THREADS)) /* a cluster costs 2 us, which pays from there */
+        longest <= (has_clusters ? 8192 : HELD * THREADS)) /* starting a cluster takes time, which pays from there */
         return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         return launch_held<CLUSTER>(j, longest, n_problem, ctx);

@@ -57,16 +57,16 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2)
     const int n_row = SWEEP == KVPG_SUM ? p.n_token : table[KVPG_N_VOTER] * p.group, begin = tile * TILE,
               end = min(begin + TILE, n_row);
     if (table[KVPG_ON_SM90] || begin >= n_row || (SWEEP == KVPG_LSE && (int)blockIdx.y >= table[KVPG_N_SPLIT])) return;
-    kvpg_tally tally[SIDE];
+    kvpg_partial partial[SIDE];
     float sum[SIDE] = {};
-    for (int i = 0; i < SIDE; i++) tally[i] = {KVPG_LOWEST, 0};
+    for (int i = 0; i < SIDE; i++) partial[i] = {KVPG_LOWEST, 0};
     for (int s = 0; s < (SWEEP == KVPG_SUM ? 2 : 1); s++) {
         kvpg_cover cover = kvpg_cover_of<SWEEP>(p, table, s, begin, end);
         if (SWEEP == KVPG_LSE) kvpg_cut_split(cover, table, blockIdx.y);
-        kvpg_interval taken[SIDE];
+        kvpg_interval mask[SIDE];
         for (int i = 0; i < SIDE; i++) {
             const int row = begin + LANES * i + threadIdx.x / LANES;
-            taken[i] = row < end ? kvpg_interval_of<SWEEP>(p, table, s, row) : kvpg_interval{0, 0};
+            mask[i] = row < end ? kvpg_interval_of<SWEEP>(p, table, s, row) : kvpg_interval{0, 0};
         }
         for (int first = cover.lo; first < cover.hi; first += TILE) {
             float a[SIDE][SIDE] = {};
@@ -93,25 +93,25 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2)
                 float x[SIDE], top = -INFINITY;
                 for (int j = 0; j < SIDE; j++) {
                     const int column = first + LANES * j + threadIdx.x % LANES;
-                    x[j] = column >= taken[i].lo && column < taken[i].hi && !kvpg_is_mute(exponent[j])
+                    x[j] = column >= mask[i].lo && column < mask[i].hi && !kvpg_is_masked(exponent[j])
                                ? kvpg_logit(p, a[i][j]) + exponent[j]
                                : -INFINITY;
                     top = fmaxf(top, x[j]);
                 }
-                if (SWEEP == KVPG_LSE) kvpg_raise(tally[i], top);
+                if (SWEEP == KVPG_LSE) kvpg_raise_max(partial[i], top);
                 for (int j = 0; j < SIDE; j++)
-                    (SWEEP == KVPG_LSE ? tally[i].sum : sum[i]) +=
-                        kvpg_exp2(SWEEP == KVPG_LSE ? x[j] - tally[i].top : x[j]);
+                    (SWEEP == KVPG_LSE ? partial[i].sum : sum[i]) +=
+                        kvpg_exp2(SWEEP == KVPG_LSE ? x[j] - partial[i].max : x[j]);
             }
         }
     }
     for (int i = 0; i < SIDE; i++) {
         const int row = begin + LANES * i + threadIdx.x / LANES;
-        const kvpg_tally t = kvpg_join_lanes<LANES>(tally[i]);
+        const kvpg_partial t = kvpg_merge_lanes<LANES>(partial[i]);
         const float total = kvpg_sum_lanes<LANES>(sum[i]);
         if (threadIdx.x % LANES || row >= end) continue;
         if (SWEEP == KVPG_LSE)
-            kvpg_put_tally(p, table, b, h, row, blockIdx.y, t);
+            kvpg_store_partial(p, table, b, h, row, blockIdx.y, t);
         else
             kvpg_sums_of(p, b, head)[row] = total;
     }
@@ -126,9 +126,5 @@ template <typename T> static kvp_status launch(int sweep, const kvpg_attention *
 }
 
 kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    switch (dtype) {
-    case KVP_F32: return launch<float>(sweep, p, ctx);
-    case KVP_F16: return launch<__half>(sweep, p, ctx);
-    default: return launch<__nv_bfloat16>(sweep, p, ctx);
-    }
+    return kvpg_with_type(dtype, ctx, [&](auto t) { return launch<typename decltype(t)::type>(sweep, p, ctx); });
 }

@@ -162,9 +162,9 @@ static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_const
         if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = -INFINITY;
     } else if (n_split > 1) {
         const float2 *split = kvpg_splits_of(p, b, query_head) + (int64_t)(voter + position - ranges[2 * r]) * n_split;
-        kvpg_tally t = {KVPG_LOWEST, 0};
-        for (int s = lane; s < n_split; s += 32) t = kvpg_join(t, kvpg_tally{split[s].x, split[s].y});
-        t = kvpg_join_lanes<32>(t);
+        kvpg_partial t = {KVPG_LOWEST, 0};
+        for (int s = lane; s < n_split; s += 32) t = kvpg_merge(t, kvpg_partial{split[s].x, split[s].y});
+        t = kvpg_merge_lanes<32>(t);
         if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = kvpg_exponent(t);
     }
 }
@@ -297,7 +297,7 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->cap = (float)(softcap * log2e);
     p->kernel_size = (int)args->param[KVPI_PARAM_attention_kernel_size];
     p->share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0;
-    p->has_mute = args->lse.data != NULL;
+    p->has_masked = args->lse.data != NULL;
 }
 
 static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {

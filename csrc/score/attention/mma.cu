@@ -23,7 +23,7 @@ template <int DIM> struct shape {
 };
 
 /* What a block works on. */
-template <int SWEEP> struct unit {
+template <int SWEEP> struct work_unit {
     kvpg_numbers table;
     int b, h, head, n_head; /* query heads head to head + n_head - 1 of the group (SUM) */
     int begin, end, split;
@@ -33,7 +33,7 @@ template <int SWEEP> struct unit {
  * second-level cache. Where a key has few voters all tiles are short; then the newest keys are first, which the other
  * sweep read last, and gathering will begin with the oldest. */
 template <int DIM, int SWEEP>
-__device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_once, unit<SWEEP> &u) {
+__device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, int heads_at_once, work_unit<SWEEP> &u) {
     const bool ascending = SWEEP == KVPG_SUM && p.max_hull > p.n_token / 4;
     const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part,
               at = blockIdx.x / n_unit;
@@ -51,22 +51,22 @@ __device__ __forceinline__ bool find_unit(const kvpg_attention &p, int heads_at_
 }
 
 /* The tiles of columns, in order: for each head those of interval 0, then those of interval 1. */
-struct course {
+struct tile_sequence {
     kvpg_cover cover[2];
     int n_first, n; /* tiles of interval 0, of both */
 };
 
-/* A place on the course. */
-struct stop {
+/* A place in the sequence. */
+struct tile_position {
     int head, s, column;
 };
 
-__device__ __forceinline__ stop first_stop(const course &c) {
-    return c.n_first > 0 ? stop{0, 0, c.cover[0].lo} : stop{0, 1, c.cover[1].lo};
+__device__ __forceinline__ tile_position first_position(const tile_sequence &c) {
+    return c.n_first > 0 ? tile_position{0, 0, c.cover[0].lo} : tile_position{0, 1, c.cover[1].lo};
 }
 
 /* Goes on by a tile; returns whether that was the last of a head. */
-__device__ __forceinline__ bool go_on(const course &c, stop &at) {
+__device__ __forceinline__ bool advance(const tile_sequence &c, tile_position &at) {
     at.column += COLUMNS;
     if (at.column < (at.s ? c.cover[1].hi : c.cover[0].hi)) return false;
     if (at.s == 0 && c.n > c.n_first) {
@@ -74,12 +74,13 @@ __device__ __forceinline__ bool go_on(const course &c, stop &at) {
         at.column = c.cover[1].lo;
         return false;
     }
-    at = {at.head + 1, first_stop(c).s, first_stop(c).column};
+    at = {at.head + 1, first_position(c).s, first_position(c).column};
     return true;
 }
 
-template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_attention &p, const unit<SWEEP> &u) {
-    course c;
+template <int SWEEP>
+__device__ __forceinline__ tile_sequence tile_sequence_of(const kvpg_attention &p, const work_unit<SWEEP> &u) {
+    tile_sequence c;
     for (int s = 0; s < 2; s++) c.cover[s] = kvpg_cover_of<SWEEP>(p, u.table, s, u.begin, u.end);
     if (SWEEP == KVPG_LSE) kvpg_cut_split(c.cover[0], u.table, u.split);
     c.n_first = max(0, c.cover[0].hi - c.cover[0].lo + COLUMNS - 1) / COLUMNS;
@@ -87,25 +88,25 @@ template <int SWEEP> __device__ __forceinline__ course find_course(const kvpg_at
     return c;
 }
 
-/* Copies rows, 16 bytes at a time. Those from n_there on, and what is behind a row's last element, become zeros. */
-template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_there, const char *from,
+/* Copies rows, 16 bytes at a time. Those from n_in_bounds on, and what is behind a row's last element, become zeros. */
+template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_in_bounds, const char *from,
                                                              int64_t step, int n_dim) {
-    constexpr int PIECES = DIM / 8;
+    constexpr int CHUNKS = DIM / 8;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n_row * PIECES; i += THREADS) {
-        const int row = i / PIECES, piece = i % PIECES;
-        const bool there = row < n_there && piece * 8 < n_dim;
-        kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + row * step + piece * 16 : from,
-                        there ? 16 : 0);
+    for (int i = threadIdx.x; i < n_row * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS, chunk = i % CHUNKS;
+        const bool in_bounds = row < n_in_bounds && chunk * 8 < n_dim;
+        kvpg_copy_async(to + row * shape<DIM>::PITCH + chunk * 16, in_bounds ? from + row * step + chunk * 16 : from,
+                        in_bounds ? 16 : 0);
     }
 }
 
 template <int SWEEP, int M> struct results;
 template <int M> struct results<KVPG_LSE, M> {
-    kvpg_tally tally[2 * M];
+    kvpg_partial partial[2 * M];
     __device__ void clear() {
 #pragma unroll
-        for (int i = 0; i < 2 * M; i++) tally[i] = {KVPG_LOWEST, 0};
+        for (int i = 0; i < 2 * M; i++) partial[i] = {KVPG_LOWEST, 0};
     }
 };
 template <int M> struct results<KVPG_SUM, M> {
@@ -117,14 +118,14 @@ template <int M> struct results<KVPG_SUM, M> {
 };
 
 /* Whether a row takes columns column and column + 1. */
-__device__ __forceinline__ void mask_pair(kvpg_interval taken, int column, float &x, float &y, float nothing) {
-    if (column < taken.lo || column >= taken.hi) x = nothing;
-    if (column + 1 < taken.lo || column + 1 >= taken.hi) y = nothing;
+__device__ __forceinline__ void mask_pair(kvpg_interval mask, int column, float &x, float &y, float masked_value) {
+    if (column < mask.lo || column >= mask.hi) x = masked_value;
+    if (column + 1 < mask.lo || column + 1 >= mask.hi) y = masked_value;
 }
 
 /* Reduces 16 columns: a[m][j] are those of fragments m and columns 8 j to 8 j + 7. */
 template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
-                                                                     const kvpg_interval *taken, int column,
+                                                                     const kvpg_interval *mask, int column,
                                                                      const float *, results<KVPG_LSE, M> &r) {
     const bool ready =
         p.cap > 0 ||
@@ -140,20 +141,20 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
 #pragma unroll
         for (int j = 0; j < 4; j++) x[j] = a[i / 2][j / 2][i % 2 * 2 + j % 2];
         if (MASKED) {
-            const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
+            const kvpg_interval t = mask[i / 2 * 16 + i % 2 * 8];
             mask_pair(t, column, x[0], x[1], -INFINITY);
             mask_pair(t, column + 8, x[2], x[3], -INFINITY);
         }
-        kvpg_tally &tally = r.tally[i];
-        kvpg_raise(tally, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) * scale);
+        kvpg_partial &partial = r.partial[i];
+        kvpg_raise_max(partial, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) * scale);
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = kvpg_exp2(fmaf(x[j], scale, -tally.top));
-        tally.sum += (x[0] + x[1]) + (x[2] + x[3]);
+        for (int j = 0; j < 4; j++) x[j] = kvpg_exp2(fmaf(x[j], scale, -partial.max));
+        partial.sum += (x[0] + x[1]) + (x[2] + x[3]);
     }
 }
 
 template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
-                                                                     const kvpg_interval *taken, int column,
+                                                                     const kvpg_interval *mask, int column,
                                                                      const float *exponents, results<KVPG_SUM, M> &r) {
     const float2 e[2] = {*(const float2 *)exponents, *(const float2 *)(exponents + 8)};
     const float scale = p.cap > 0 ? 1 : p.scale;
@@ -168,10 +169,10 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
         for (int j = 0; j < 4; j++) {
             const float exponent = j % 2 ? e[j / 2].y : e[j / 2].x;
             x[j] = kvpg_exp2(fmaf(a[i / 2][j / 2][i % 2 * 2 + j % 2], scale, exponent));
-            if (MASKED && kvpg_is_mute(exponent)) x[j] = 0;
+            if (MASKED && kvpg_is_masked(exponent)) x[j] = 0;
         }
         if (MASKED) {
-            const kvpg_interval t = taken[i / 2 * 16 + i % 2 * 8];
+            const kvpg_interval t = mask[i / 2 * 16 + i % 2 * 8];
             mask_pair(t, column, x[0], x[1], 0);
             mask_pair(t, column + 8, x[2], x[3], 0);
         }
@@ -182,7 +183,7 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
 /* One tile of columns: 16 from `first` on, and again each `step`. */
 template <typename T, int DIM, int SWEEP, bool MASKED>
 __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4],
-                                           uint32_t tile, const kvpg_interval *taken, int column, int end,
+                                           uint32_t tile, const kvpg_interval *mask, int column, int end,
                                            const float *exponents, int first, int step,
                                            results<SWEEP, shape<DIM>::M> &r) {
     constexpr int M = shape<DIM>::M;
@@ -201,22 +202,23 @@ __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32
                 kvpg_multiply<T>(a[m][1], rows[m][k], b[2], b[3]);
             }
         }
-        reduce<M, MASKED>(p, a, taken, column + first + of_pair, exponents + first + of_pair, r);
+        reduce<M, MASKED>(p, a, mask, column + first + of_pair, exponents + first + of_pair, r);
     }
 }
 
-template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_LSE> &u, int,
-                                                               int row, results<KVPG_LSE, shape<DIM>::M> &r) {
+template <int DIM> __device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_LSE> &u,
+                                                                 int, int row, results<KVPG_LSE, shape<DIM>::M> &r) {
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
-        const kvpg_tally t = kvpg_join_lanes<4>(r.tally[i]);
+        const kvpg_partial t = kvpg_merge_lanes<4>(r.partial[i]);
         const int at = row + i / 2 * 16 + i % 2 * 8;
-        if (threadIdx.x % 4 == 0 && at < u.end) kvpg_put_tally(p, u.table, u.b, u.h, at, u.split, t);
+        if (threadIdx.x % 4 == 0 && at < u.end) kvpg_store_partial(p, u.table, u.b, u.h, at, u.split, t);
     }
 }
 
-template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attention &p, const unit<KVPG_SUM> &u,
-                                                               int head, int row, results<KVPG_SUM, shape<DIM>::M> &r) {
+template <int DIM> __device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_SUM> &u,
+                                                                 int head, int row,
+                                                                 results<KVPG_SUM, shape<DIM>::M> &r) {
     float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
@@ -227,28 +229,28 @@ template <int DIM> __device__ __forceinline__ void put_results(const kvpg_attent
 }
 
 template <int DIM>
-__device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_SUM> &u, uint32_t to) {
+__device__ __forceinline__ void load_rows(const kvpg_attention &p, const work_unit<KVPG_SUM> &u, uint32_t to) {
     copy_rows<DIM>(to, shape<DIM>::ROWS, u.end - u.begin, kvpg_row(p.keys, u.b, u.h, u.begin), p.keys.t, p.n_dim);
 }
 
 /* Voters need not follow each other. A lane finds the address of a row, and eight copy it. */
 template <int DIM>
-__device__ __forceinline__ void load_rows(const kvpg_attention &p, const unit<KVPG_LSE> &u, uint32_t to) {
+__device__ __forceinline__ void load_rows(const kvpg_attention &p, const work_unit<KVPG_LSE> &u, uint32_t to) {
     constexpr int LANES = 8;
     for (int row = threadIdx.x / LANES; row < shape<DIM>::ROWS; row += THREADS / LANES) {
         const char *from = kvpg_query_of_row(p, u.table, u.b, u.h, min(u.begin + row, u.end - 1));
-        for (int piece = threadIdx.x % LANES; piece < DIM / 8; piece += LANES) {
-            const bool there = u.begin + row < u.end && piece * 8 < p.n_dim;
-            kvpg_copy_async(to + row * shape<DIM>::PITCH + piece * 16, there ? from + piece * 16 : from,
-                            there ? 16 : 0);
+        for (int chunk = threadIdx.x % LANES; chunk < DIM / 8; chunk += LANES) {
+            const bool in_bounds = u.begin + row < u.end && chunk * 8 < p.n_dim;
+            kvpg_copy_async(to + row * shape<DIM>::PITCH + chunk * 16, in_bounds ? from + chunk * 16 : from,
+                            in_bounds ? 16 : 0);
         }
     }
 }
 
 /* A tile of columns, and for sums their exponents. */
 template <int DIM, int SWEEP>
-__device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit<SWEEP> &u, const course &c,
-                                             const stop &at, uint32_t to, uint32_t exponents) {
+__device__ __forceinline__ void load_columns(const kvpg_attention &p, const work_unit<SWEEP> &u, const tile_sequence &c,
+                                             const tile_position &at, uint32_t to, uint32_t exponents) {
     const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column),
               n_row = (n_column + 15) / 16 * 16;
     if (SWEEP == KVPG_LSE) {
@@ -263,21 +265,21 @@ __device__ __forceinline__ void load_columns(const kvpg_attention &p, const unit
                               kvpg_exponent_at(p, u.b, query_head, at.column + threadIdx.x));
 }
 
-/* Where tile t of the columns goes: the rows have the other places until they are in registers. */
-template <int DIM> __device__ __forceinline__ int place_of(int t) {
+/* The stage of the ring that tile t of the columns goes to: the rows have the others until they are in registers. */
+template <int DIM> __device__ __forceinline__ int stage_of(int t) {
     return (t + shape<DIM>::STAGES - 1) % shape<DIM>::STAGES;
 }
 
-/* The first warp's tallies become all warps', joined in order. */
+/* The first warp's partial softmaxes become all warps', merged in order. */
 template <int M>
-__device__ __forceinline__ void join_warps(results<KVPG_LSE, M> &r, kvpg_tally (*of_warps)[32][2 * M]) {
+__device__ __forceinline__ void merge_warps(results<KVPG_LSE, M> &r, kvpg_partial (*of_warps)[32][2 * M]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     kvpg_wait<0>();
     __syncthreads(); /* the ring's memory is free */
-    for (int i = 0; i < 2 * M; i++) of_warps[warp][lane][i] = r.tally[i];
+    for (int i = 0; i < 2 * M; i++) of_warps[warp][lane][i] = r.partial[i];
     __syncthreads();
     for (int w = 1; w < THREADS / 32 && warp == 0; w++)
-        for (int i = 0; i < 2 * M; i++) r.tally[i] = kvpg_join(r.tally[i], of_warps[w][lane][i]);
+        for (int i = 0; i < 2 * M; i++) r.partial[i] = kvpg_merge(r.partial[i], of_warps[w][lane][i]);
 }
 
 template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3)
@@ -286,33 +288,33 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
     kvpg_follow();
     extern __shared__ __align__(128) char shared[];
     float *const exponents = (float *)(shared + STAGES * TILE);
-    kvpg_interval *const intervals = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
+    kvpg_interval *const masks = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unit<SWEEP> u;
-    if (!find_unit<DIM>(p, heads_at_once, u)) return;
+    work_unit<SWEEP> u;
+    if (!find_work_unit<DIM>(p, heads_at_once, u)) return;
     const bool shares = SWEEP == KVPG_LSE &&
                         u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
     const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0,
               column_step = shares ? COLUMNS : 16;
-    const course c = find_course(p, u);
+    const tile_sequence c = tile_sequence_of(p, u);
     const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
-    stop coming = first_stop(c), at = coming;
-    const auto start =
+    tile_position to_load = first_position(c), to_compute = to_load;
+    const auto prefetch =
         [&](int t) { /* tile t is on its way */
                      if (t < n_tile) {
-                         load_columns<DIM>(p, u, c, coming, ring + place_of<DIM>(t) * TILE,
+                         load_columns<DIM>(p, u, c, to_load, ring + stage_of<DIM>(t) * TILE,
                                            (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
-                         go_on(c, coming);
+                         advance(c, to_load);
                      }
                      kvpg_commit();
         };
     load_rows<DIM>(p, u, ring);
     kvpg_commit();
-    start(0);
+    prefetch(0);
     for (int i = threadIdx.x; i < (c.n > c.n_first ? 2 : 1) * ROWS; i += THREADS)
-        intervals[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS)
-                                                  : kvpg_interval{0, 0};
+        masks[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS)
+                                              : kvpg_interval{0, 0};
     kvpg_wait<1>();
     __syncthreads();
     uint32_t rows[M][DIM / 16][4];
@@ -323,38 +325,39 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
             kvpg_load_matrix(rows[m][k],
                              ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
     __syncthreads();
-    for (int t = 1; t < STAGES - 1; t++) start(t);
+    for (int t = 1; t < STAGES - 1; t++) prefetch(t);
     results<SWEEP, M> total;
     total.clear();
 #pragma unroll 1
     for (int t = 0; t < n_tile; t++) {
         kvpg_wait<STAGES - 2>();
         __syncthreads();
-        start(t + STAGES - 1);
-        const stop here = at;
-        const bool is_last = go_on(c, at);
+        prefetch(t + STAGES - 1);
+        const tile_position current = to_compute;
+        const bool is_last = advance(c, to_compute);
         if (u.begin + first_row >= u.end) continue; /* none of this warp's rows exist */
-        const kvpg_cover cover = here.s ? c.cover[1] : c.cover[0];
-        const uint32_t tile = ring + place_of<DIM>(t) * TILE;
+        const kvpg_cover cover = current.s ? c.cover[1] : c.cover[0];
+        const uint32_t tile = ring + stage_of<DIM>(t) * TILE;
         const float *e = exponents + t % STAGES * COLUMNS;
-        const kvpg_interval *taken = intervals + here.s * ROWS + first_row + lane / 4;
-        if (!p.has_mute && here.column >= cover.full_lo && here.column + COLUMNS <= min(cover.full_hi, cover.hi))
-            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step,
-                                             total);
+        const kvpg_interval *mask = masks + current.s * ROWS + first_row + lane / 4;
+        if (!p.has_masked && current.column >= cover.full_lo &&
+            current.column + COLUMNS <= min(cover.full_hi, cover.hi))
+            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
+                                             column_step, total);
         else
-            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, taken, here.column, cover.hi, e, first_column, column_step,
+            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, mask, current.column, cover.hi, e, first_column, column_step,
                                             total);
         if (SWEEP == KVPG_SUM && is_last) {
-            put_results<DIM>(p, u, here.head, row, total);
+            store_results<DIM>(p, u, current.head, row, total);
             total.clear();
         }
     }
     if constexpr (SWEEP == KVPG_LSE) {
-        if (shares) join_warps(total, (kvpg_tally(*)[32][2 * M]) shared);
-        if (!shares || warp == 0) put_results<DIM>(p, u, 0, row, total);
+        if (shares) merge_warps(total, (kvpg_partial(*)[32][2 * M]) shared);
+        if (!shares || warp == 0) store_results<DIM>(p, u, 0, row, total);
     }
     if (SWEEP == KVPG_SUM && c.n == 0)
-        for (int head = 0; head < u.n_head; head++) put_results<DIM>(p, u, head, row, total);
+        for (int head = 0; head < u.n_head; head++) store_results<DIM>(p, u, head, row, total);
 }
 
 template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
@@ -376,13 +379,13 @@ template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attenti
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    if (dtype == KVP_F16)
-        return sweep == KVPG_SUM ? launch_dim<__half, KVPG_SUM>(p, ctx) : launch_dim<__half, KVPG_LSE>(p, ctx);
-    return sweep == KVPG_SUM ? launch_dim<__nv_bfloat16, KVPG_SUM>(p, ctx)
-                             : launch_dim<__nv_bfloat16, KVPG_LSE>(p, ctx);
+    return kvpg_with_tensor_type(dtype, ctx, [&](auto t) {
+        using T = typename decltype(t)::type;
+        return sweep == KVPG_SUM ? launch_dim<T, KVPG_SUM>(p, ctx) : launch_dim<T, KVPG_LSE>(p, ctx);
+    });
 }
 
 bool kvpg_can_mma(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
+    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
            kvpg_has_wide_rows(&args->queries);
 }

@@ -37,12 +37,12 @@ typedef struct schedule {
     int n_tile, n_head, n_unit, heads_at_once, tiles_at_once;
 } schedule;
 
-typedef struct unit {
+typedef struct work_unit {
     int b, query_head, begin, end; /* begin >= end: nothing */
     kvpg_numbers table;
     kvpg_cover cover[2];
     int n_first, n; /* tiles of columns of interval 0, of both */
-} unit;
+} work_unit;
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
@@ -78,7 +78,7 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, u
  */
 template <typename T>
 __device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds);
-#define KVPG_WGMMA(type, name)                                                                                         \
+#define KVPG_WGMMA(dtype, type, name, map)                                                                             \
     template <>                                                                                                        \
     __device__ __forceinline__ void multiply_16<type>(float (&d)[64], const uint32_t (&a)[4], uint32_t b, int adds) {  \
         asm volatile("{\n.reg .pred p;\n.reg .b64 q;\nsetp.ne.b32 p, %69, 0;\nmov.b64 q, {%68, 0x40000040};\n"         \
@@ -91,8 +91,8 @@ __device__ __forceinline__ void multiply_16(float (&d)[64], const uint32_t (&a)[
                      : D16(0), D16(16), D16(32), D16(48)                                                               \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(adds));                                 \
     }
-KVPG_WGMMA(__nv_bfloat16, "bf16")
-KVPG_WGMMA(__half, "f16")
+KVPG_TENSOR_TYPES(KVPG_WGMMA)
+#undef KVPG_WGMMA
 
 template <typename T> __device__ __forceinline__ void
 multiply_tile(float (&products)[64], const uint32_t (&rows)[DIM / 16][4], uint32_t tile) {
@@ -126,15 +126,15 @@ template <int SWEEP> __device__ __forceinline__ kvpg_interval interval_of(const 
 
 /* The unit of round j of this block; false after the last. */
 template <int SWEEP>
-__device__ __forceinline__ bool find_unit(const kvpg_attention &p, const schedule &plan, int j, unit &u) {
+__device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, const schedule &plan, int j, work_unit &u) {
     const int i = j * gridDim.x + (j % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     if (i >= plan.n_unit) return false;
     const int round = i / (plan.tiles_at_once * plan.n_head), in_round = i % (plan.tiles_at_once * plan.n_head);
     const int n_tile = min(plan.tiles_at_once, plan.n_tile - round * plan.tiles_at_once);
     const int part = in_round / (n_tile * plan.heads_at_once), in_part = in_round % (n_tile * plan.heads_at_once);
     const int head = part * plan.heads_at_once + in_part % plan.heads_at_once,
-              place = round * plan.tiles_at_once + in_part / plan.heads_at_once;
-    const int tile = SWEEP == KVPG_SUM ? place : plan.n_tile - 1 - place;
+              tile_rank = round * plan.tiles_at_once + in_part / plan.heads_at_once;
+    const int tile = SWEEP == KVPG_SUM ? tile_rank : plan.n_tile - 1 - tile_rank;
     u.b = head / (p.n_head * p.group);
     u.query_head = head % (p.n_head * p.group);
     u.table = kvpg_table_row(p.table, u.b);
@@ -149,7 +149,7 @@ __device__ __forceinline__ bool find_unit(const kvpg_attention &p, const schedul
     return true;
 }
 
-__device__ __forceinline__ int column_of(const unit &u, int t) {
+__device__ __forceinline__ int column_of(const work_unit &u, int t) {
     return t < u.n_first ? u.cover[0].lo + t * COLUMNS : u.cover[1].lo + (t - u.n_first) * COLUMNS;
 }
 
@@ -157,7 +157,7 @@ __device__ __forceinline__ int column_of(const unit &u, int t) {
  * exponents are in an order that gives those of two j in one load. Two levels of sums: an error grows with the tiles,
  * not with the columns. */
 template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&x)[64], const float4 *exponents,
-                                                                  float scale, const kvpg_interval (&taken)[2],
+                                                                  float scale, const kvpg_interval (&mask)[2],
                                                                   int column, float (&sum)[2]) {
     float part[4] = {};
 #pragma unroll
@@ -168,7 +168,7 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
         for (int i = 0; i < 4; i++) {
             float power = kvpg_exp2(fmaf(x[4 * j + i], scale, e[i % 2]));
             const int at = column + 8 * j + i % 2;
-            if (MASKED) power = at >= taken[i / 2].lo && at < taken[i / 2].hi && !kvpg_is_mute(e[i % 2]) ? power : 0;
+            if (MASKED) power = at >= mask[i / 2].lo && at < mask[i / 2].hi && !kvpg_is_masked(e[i % 2]) ? power : 0;
             part[i] += power;
         }
     }
@@ -176,9 +176,9 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
     sum[1] += part[2] + part[3];
 }
 
-/* The same for the tallies of the LSE sweep; scale > 0. */
+/* The same for the partial softmaxes of the LSE sweep; scale > 0. */
 template <bool MASKED> __device__ __forceinline__ void
-add_to_tallies(float (&x)[64], float scale, const kvpg_interval (&taken)[2], int column, kvpg_tally (&tally)[2]) {
+add_to_partials(float (&x)[64], float scale, const kvpg_interval (&mask)[2], int column, kvpg_partial (&partial)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float top[2] = {-INFINITY, -INFINITY}, part[2] = {};
@@ -188,66 +188,66 @@ add_to_tallies(float (&x)[64], float scale, const kvpg_interval (&taken)[2], int
             for (int i = 0; i < 2; i++) {
                 float &product = x[4 * j + 2 * r + i];
                 const int at = column + 8 * j + i;
-                if (MASKED) product = at >= taken[r].lo && at < taken[r].hi ? product : -INFINITY;
+                if (MASKED) product = at >= mask[r].lo && at < mask[r].hi ? product : -INFINITY;
                 top[i] = fmaxf(top[i], product);
             }
-        kvpg_raise(tally[r], fmaxf(top[0], top[1]) * scale);
+        kvpg_raise_max(partial[r], fmaxf(top[0], top[1]) * scale);
 #pragma unroll
         for (int j = 0; j < 16; j++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) part[i] += kvpg_exp2(fmaf(x[4 * j + 2 * r + i], scale, -tally[r].top));
-        tally[r].sum += part[0] + part[1];
+            for (int i = 0; i < 2; i++) part[i] += kvpg_exp2(fmaf(x[4 * j + 2 * r + i], scale, -partial[r].max));
+        partial[r].sum += part[0] + part[1];
     }
 }
 
 /* Addresses in shared memory. */
-typedef struct places {
+typedef struct shared_addresses {
     uint32_t ring, rows, full, empty, rows_full, rows_empty;
     float *exponents;
-} places;
+} shared_addresses;
 
 /* Which stage of the ring is next, and which pass through it. */
-typedef struct turn {
+typedef struct pipeline_state {
     int stage;
     uint32_t phase;
     __device__ __forceinline__ void next() {
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
-} turn;
+} pipeline_state;
 
 template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, const schedule &plan,
                                                    const CUtensorMap *rows, const CUtensorMap *columns,
-                                                   const places &at) {
+                                                   const shared_addresses &smem) {
     const int first_query = p.n_token - p.n_query;
-    turn ring = {0, 0};
+    pipeline_state pipeline = {0, 0};
     uint32_t phase = 0;
-    unit u;
-    for (int j = 0; find_unit<SWEEP>(p, plan, j, u); j++) {
+    work_unit u;
+    for (int j = 0; find_work_unit<SWEEP>(p, plan, j, u); j++) {
         if (u.n == 0) continue;
         const int key_head = u.query_head / p.group;
-        barrier_wait(at.rows_empty, phase ^ 1);
+        barrier_wait(smem.rows_empty, phase ^ 1);
         phase ^= 1;
-        barrier_expect(at.rows_full, ROW_BYTES); /* they come while the last tiles of the unit before are worked on */
-        copy_tile(at.rows, rows, at.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query,
+        barrier_expect(smem.rows_full, ROW_BYTES); /* they come while the last tiles of the unit before are worked on */
+        copy_tile(smem.rows, rows, smem.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query,
                   SWEEP == KVPG_SUM ? key_head : u.query_head, u.b);
         for (int t = 0; t < u.n; t++) {
-            const uint32_t full = at.full + BARRIER_BYTES * ring.stage;
-            barrier_wait(at.empty + BARRIER_BYTES * ring.stage, ring.phase ^ 1);
+            const uint32_t full = smem.full + BARRIER_BYTES * pipeline.stage;
+            barrier_wait(smem.empty + BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
             barrier_expect(full, TILE_BYTES);
-            copy_tile(at.ring + ring.stage * TILE_BYTES, columns, full,
+            copy_tile(smem.ring + pipeline.stage * TILE_BYTES, columns, full,
                       SWEEP == KVPG_SUM ? column_of(u, t) - first_query : column_of(u, t),
                       SWEEP == KVPG_SUM ? u.query_head : key_head, u.b);
-            ring.next();
+            pipeline.next();
         }
     }
 }
 
 /* The exponents of a tile's columns, one tile ahead of their use; see add_powers for their order. */
-__device__ void produce_exponents(const kvpg_attention &p, const schedule &plan, const places &at) {
-    const int lane = threadIdx.x % 32, place = lane / 16 * 16 + lane / 2 % 4 * 4 + lane / 8 % 2 * 2 + lane % 2;
-    turn ring = {0, 0};
-    unit u;
-    for (int j = 0; find_unit<KVPG_SUM>(p, plan, j, u); j++) {
+__device__ void produce_exponents(const kvpg_attention &p, const schedule &plan, const shared_addresses &smem) {
+    const int lane = threadIdx.x % 32, slot = lane / 16 * 16 + lane / 2 % 4 * 4 + lane / 8 % 2 * 2 + lane % 2;
+    pipeline_state pipeline = {0, 0};
+    work_unit u;
+    for (int j = 0; find_work_unit<KVPG_SUM>(p, plan, j, u); j++) {
         float next[4];
         const auto load = [&](int t) {
 #pragma unroll
@@ -264,12 +264,12 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 #pragma unroll
             for (int i = 0; i < 4; i++) now[i] = next[i];
             if (t + 1 < u.n) load(t + 1);
-            barrier_wait(at.empty + BARRIER_BYTES * ring.stage, ring.phase ^ 1);
+            barrier_wait(smem.empty + BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
 #pragma unroll
-            for (int i = 0; i < 4; i++) at.exponents[ring.stage * COLUMNS + i * 32 + place] = now[i];
+            for (int i = 0; i < 4; i++) smem.exponents[pipeline.stage * COLUMNS + i * 32 + slot] = now[i];
             __syncwarp();
-            barrier_arrive(at.full + BARRIER_BYTES * ring.stage);
-            ring.next();
+            barrier_arrive(smem.full + BARRIER_BYTES * pipeline.stage);
+            pipeline.next();
         }
     }
 }
@@ -278,71 +278,72 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 __device__ __forceinline__ int tiles_before(int lo, int column, int n) { return min(n, max(0, lo - column) / COLUMNS); }
 
 /* A warp is done with a stage. */
-__device__ __forceinline__ void release(const places &at, turn &ring) {
+__device__ __forceinline__ void release(const shared_addresses &smem, pipeline_state &pipeline) {
     __syncwarp();
-    barrier_arrive(at.empty + BARRIER_BYTES * ring.stage);
-    ring.next();
+    barrier_arrive(smem.empty + BARRIER_BYTES * pipeline.stage);
+    pipeline.next();
 }
 
-template <typename T, int SWEEP>
-__device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan, const places &at, int group) {
+template <typename T, int SWEEP> __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan,
+                                                                         const shared_addresses &smem, int group) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     uint32_t rows[DIM / 16][4], phase = 0;
     float x[64];
-    turn ring = {0, 0};
-    unit u;
-    for (int j = 0; find_unit<SWEEP>(p, plan, j, u); j++) {
+    pipeline_state pipeline = {0, 0};
+    work_unit u;
+    for (int j = 0; find_work_unit<SWEEP>(p, plan, j, u); j++) {
         const int first = u.begin + group * 64, row = first + warp * 16 + lane / 4, own_end = min(first + 64, u.end);
-        kvpg_tally tally[2] = {{KVPG_LOWEST, 0}, {KVPG_LOWEST, 0}};
+        kvpg_partial partial[2] = {{KVPG_LOWEST, 0}, {KVPG_LOWEST, 0}};
         float sum[2] = {};
         if (u.n > 0) {
-            barrier_wait(at.rows_full, phase);
+            barrier_wait(smem.rows_full, phase);
             phase ^= 1;
 #pragma unroll
             for (int k = 0; k < DIM / 16; k++) {
-                const int r = group * 64 + warp * 16 + lane % 16, piece = k % 4 * 2 + lane / 16;
-                kvpg_load_matrix(rows[k], at.rows + k / 4 * (ROWS * 128) + r * 128 + ((piece ^ (r & 7)) << 4));
+                const int r = group * 64 + warp * 16 + lane % 16, chunk = k % 4 * 2 + lane / 16;
+                kvpg_load_matrix(rows[k], smem.rows + k / 4 * (ROWS * 128) + r * 128 + ((chunk ^ (r & 7)) << 4));
             }
             /* The rows were read as ordinary memory and are overwritten by the copy engine: without this fence, rarely,
              * too early. */
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             __syncwarp();
-            if (lane == 0) barrier_arrive(at.rows_empty);
+            if (lane == 0) barrier_arrive(smem.rows_empty);
         }
         for (int s = 0, t = 0; s < 2; s++) {
             const int n = s ? u.n : u.n_first;
             if (t == n) continue;
             const kvpg_cover own = cover_of<SWEEP>(p, u.table, s, first, own_end);
-            kvpg_interval taken[2];
+            kvpg_interval mask[2];
 #pragma unroll
-            for (int r = 0; r < 2; r++) taken[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, own_end);
+            for (int r = 0; r < 2; r++) mask[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, own_end);
             /* tiles on the other side of the diagonal, tiles that it crosses, whole ones, and again */
             const int column = column_of(u, t), end = n - t, full_hi = min(own.full_hi, own.hi);
             const int begin_own = own.lo < own.hi ? tiles_before(own.lo, column, end) : end;
             const int end_own = own.lo < own.hi ? min(end, (own.hi - column + COLUMNS - 1) / COLUMNS) : end;
             const int begin_full =
-                SWEEP == KVPG_SUM && p.has_mute
+                SWEEP == KVPG_SUM && p.has_masked
                     ? end_own
                     : min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
             const int end_full = max(begin_full, min(end_own, (full_hi - column) / COLUMNS));
             const auto run = [&](int from, int to, auto masked) {
 #pragma unroll 1
                 for (int i = from; i < to; i++) {
-                    const int mine = column + i * COLUMNS + 2 * (lane % 4);
-                    barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
-                    multiply_tile<T>(x, rows, ((at.ring + ring.stage * TILE_BYTES) >> 4) | 0x10000u);
+                    const int first_column = column + i * COLUMNS + 2 * (lane % 4);
+                    barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
+                    multiply_tile<T>(x, rows, ((smem.ring + pipeline.stage * TILE_BYTES) >> 4) | 0x10000u);
                     if constexpr (SWEEP == KVPG_SUM)
-                        add_powers<masked.value>(x, (const float4 *)(at.exponents + ring.stage * COLUMNS) + lane % 4,
-                                                 p.scale, taken, mine, sum);
+                        add_powers<masked.value>(x,
+                                                 (const float4 *)(smem.exponents + pipeline.stage * COLUMNS) + lane % 4,
+                                                 p.scale, mask, first_column, sum);
                     else
-                        add_to_tallies<masked.value>(x, p.scale, taken, mine, tally);
-                    release(at, ring);
+                        add_to_partials<masked.value>(x, p.scale, mask, first_column, partial);
+                    release(smem, pipeline);
                 }
             };
             const auto skip = [&](int from, int to) {
                 for (int i = from; i < to; i++) {
-                    barrier_wait(at.full + BARRIER_BYTES * ring.stage, ring.phase);
-                    release(at, ring);
+                    barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
+                    release(smem, pipeline);
                 }
             };
             skip(0, begin_own);
@@ -358,7 +359,7 @@ __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule 
                 const float total = kvpg_sum_lanes<4>(sum[r]);
                 if (lane % 4 == 0 && row + 8 * r < own_end) kvpg_sums_of(p, u.b, u.query_head)[row + 8 * r] = total;
             } else {
-                const kvpg_tally total = kvpg_join_lanes<4>(tally[r]);
+                const kvpg_partial total = kvpg_merge_lanes<4>(partial[r]);
                 if (lane % 4 == 0 && row + 8 * r < own_end)
                     *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(total);
             }
@@ -373,34 +374,34 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
     kvpg_follow();
     extern __shared__ __align__(1024) uint8_t shared[];
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* the same for a warp, and the compiler knows it */
-    places at;
-    at.ring = (uint32_t)__cvta_generic_to_shared(shared);
-    at.rows = at.ring + STAGES * TILE_BYTES;
-    at.exponents = (float *)(shared + STAGES * TILE_BYTES + ROW_BYTES);
-    at.full = at.rows + ROW_BYTES + STAGES * COLUMNS * 4;
-    at.empty = at.full + STAGES * BARRIER_BYTES;
-    at.rows_full = at.empty + STAGES * BARRIER_BYTES;
-    at.rows_empty = at.rows_full + BARRIER_BYTES;
+    shared_addresses smem;
+    smem.ring = (uint32_t)__cvta_generic_to_shared(shared);
+    smem.rows = smem.ring + STAGES * TILE_BYTES;
+    smem.exponents = (float *)(shared + STAGES * TILE_BYTES + ROW_BYTES);
+    smem.full = smem.rows + ROW_BYTES + STAGES * COLUMNS * 4;
+    smem.empty = smem.full + STAGES * BARRIER_BYTES;
+    smem.rows_full = smem.empty + STAGES * BARRIER_BYTES;
+    smem.rows_empty = smem.rows_full + BARRIER_BYTES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(at.full + BARRIER_BYTES * i,
+            barrier_init(smem.full + BARRIER_BYTES * i,
                          SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
-            barrier_init(at.empty + BARRIER_BYTES * i, 128 * GROUPS);
+            barrier_init(smem.empty + BARRIER_BYTES * i, 128 * GROUPS);
         }
-        barrier_init(at.rows_full, 1);
-        barrier_init(at.rows_empty, 4 * GROUPS);
+        barrier_init(smem.rows_full, 1);
+        barrier_init(smem.rows_empty, 4 * GROUPS);
         asm volatile("fence.mbarrier_init.release.cluster;");
     }
     __syncthreads();
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PRODUCER_REGISTERS));
         if (threadIdx.x == 0)
-            produce_tiles<SWEEP>(p, plan, &rows, &columns, at);
+            produce_tiles<SWEEP>(p, plan, &rows, &columns, smem);
         else if (SWEEP == KVPG_SUM && threadIdx.x / 32 == 1)
-            produce_exponents(p, plan, at);
+            produce_exponents(p, plan, smem);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)CONSUMER_REGISTERS));
-        consume<T, SWEEP>(p, plan, at, group - 1);
+        consume<T, SWEEP>(p, plan, smem, group - 1);
     }
 }
 
@@ -408,8 +409,16 @@ typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
+template <typename T> struct map_type;
+#define KVPG_MAP_TYPE(dtype, type, name, map)             \
+    template <> struct map_type<type> {                   \
+        static constexpr CUtensorMapDataType value = map; \
+    };
+KVPG_TENSOR_TYPES(KVPG_MAP_TYPE)
+#undef KVPG_MAP_TYPE
+
 /* Where to find `box` rows of x at a time; rows past the end come as zeros. */
-static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
+template <typename T> static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
     void *encode = NULL;
     cudaDriverEntryPointQueryResult found;
     KVPG_TRY("look up cuTensorMapEncodeTiled",
@@ -425,10 +434,9 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
     strides[2] = 2 * (cuuint64_t)(n[1] > 1 ? x->stride[1] : compact);
     strides[3] = 2 * (cuuint64_t)(n[0] > 1 ? x->stride[0] : compact);
     const cuuint32_t boxes[5] = {HALF, (cuuint32_t)box, DIM / HALF, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-    const CUresult result = ((encode_fn)encode)(
-        map, x->dtype == KVP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, x->data, dims,
-        strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = ((encode_fn)encode)(map, map_type<T>::value, 5, x->data, dims, strides, boxes, steps,
+                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS
                ? KVP_OK
                : kvpi_fail(ctx, KVP_ERR_CUDA, "cuTensorMapEncodeTiled failed with CUresult %d", (int)result);
@@ -437,8 +445,8 @@ static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_c
 template <typename T, int SWEEP>
 static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
     CUtensorMap keys, queries;
-    KVPI_TRY(make_map(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
-    KVPI_TRY(make_map(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
+    KVPI_TRY(make_map<T>(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
+    KVPI_TRY(make_map<T>(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
     int n_block;
     KVPG_TRY("count multiprocessors",
              cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
@@ -456,10 +464,10 @@ static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kv
 }
 
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
-    if (args->keys.dtype == KVP_F16)
-        return sweep == KVPG_SUM ? launch<__half, KVPG_SUM>(p, args, ctx) : launch<__half, KVPG_LSE>(p, args, ctx);
-    return sweep == KVPG_SUM ? launch<__nv_bfloat16, KVPG_SUM>(p, args, ctx)
-                             : launch<__nv_bfloat16, KVPG_LSE>(p, args, ctx);
+    return kvpg_with_tensor_type(args->keys.dtype, ctx, [&](auto t) {
+        using T = typename decltype(t)::type;
+        return sweep == KVPG_SUM ? launch<T, KVPG_SUM>(p, args, ctx) : launch<T, KVPG_LSE>(p, args, ctx);
+    });
 }
 
 /* The copy engine takes no stride of 0, as broadcasting has; the LSE sweep compares products before they are scaled, so
@@ -471,6 +479,7 @@ static bool can_map(const kvp_tensor *x) {
 }
 
 bool kvpg_can_sm90(const kvp_score_args *args) {
-    return args->keys.dtype != KVP_F32 && args->keys.shape[3] == DIM && args->param[KVPI_PARAM_attention_scaling] > 0 &&
-           args->param[KVPI_PARAM_attention_softcap] == 0 && can_map(&args->keys) && can_map(&args->queries);
+    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] == DIM &&
+           args->param[KVPI_PARAM_attention_scaling] > 0 && args->param[KVPI_PARAM_attention_softcap] == 0 &&
+           can_map(&args->keys) && can_map(&args->queries);
 }

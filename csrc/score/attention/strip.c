@@ -83,8 +83,8 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
 }
 
 /* Asks for rows in order of address, which the processor's look-ahead follows; packing goes across rows, and would not
- * wake it. Each row is asked for twice, since a processor drops what it is asked for too fast (5.9 to 4 ms for the one
- * query of TOVA, 8192 keys, 8 heads of 128 float32). */
+ * wake it. Each row is asked for twice, since a processor drops what it is asked for too fast. It shows where there are
+ * many keys for one query, as TOVA's. */
 static void ask_for(kvpi_head head, int64_t first, int64_t n_row, size_t n_byte, size_t size) {
     for (int64_t r = first; r < first + n_row; r++) {
         const char *row = (const char *)head.first + r * head.row_stride * (int64_t)size;

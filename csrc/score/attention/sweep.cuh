@@ -50,7 +50,7 @@ typedef struct kvpg_attention {
     kvpg_rows keys, queries, scores;
     float *exponents; /* (B,Hq,Q): minus the log2 of each query row's denominator; -infinity = no vote, NaN = it has
                          none */
-    float2 *splits;   /* (B,Hq,split_room): of a voter, the tally of each split */
+    float2 *splits;   /* (B,Hq,split_room): of a voter, the partial softmax of each split */
     float *sums;      /* (B,Hq,T) */
     int64_t split_room;
     int n_batch, n_head, group, n_token, n_query, n_dim, n_vote, n_range;
@@ -58,7 +58,7 @@ typedef struct kvpg_attention {
         max_hull;     /* the most of any batch row; hull: positions from the first voter to the last */
     float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
     int kernel_size, share_heads;
-    int has_mute; /* some exponents may be minus infinity: then every column is looked at */
+    int has_masked; /* some exponents may be minus infinity: then every column is looked at */
     kvpg_table table;
 } kvpg_attention;
 
@@ -134,39 +134,39 @@ __device__ __forceinline__ void kvpg_cut_split(kvpg_cover &c, kvpg_numbers table
 }
 
 /* Minus infinity is the exponent of a query that casts no vote, whatever its logit is: NaN and infinity, too. */
-__device__ __forceinline__ bool kvpg_is_mute(float exponent) { return exponent == -INFINITY; }
+__device__ __forceinline__ bool kvpg_is_masked(float exponent) { return exponent == -INFINITY; }
 
 /* The logit of a row and a column, in powers of 2; see kvpg_attention. */
 __device__ __forceinline__ float kvpg_logit(const kvpg_attention &p, float product) {
     return p.cap > 0 ? p.cap * tanhf(product * p.scale) : product * p.scale;
 }
 
-/* The greatest exponent of a row so far and the sum of powers above it. Starts far below any logit instead of at
- * -infinity, whose difference to itself would be NaN. */
-typedef struct kvpg_tally {
-    float top, sum;
-} kvpg_tally;
+/* The softmax of a row so far: its greatest exponent, and the sum of powers relative to it. Starts far below any logit
+ * instead of at -infinity, whose difference to itself would be NaN. */
+typedef struct kvpg_partial {
+    float max, sum;
+} kvpg_partial;
 
 #define KVPG_LOWEST (-1e30f)
 
-__device__ __forceinline__ void kvpg_raise(kvpg_tally &t, float top) {
-    if (top > t.top) {
-        t.sum *= kvpg_exp2(t.top - top);
-        t.top = top;
+__device__ __forceinline__ void kvpg_raise_max(kvpg_partial &t, float top) {
+    if (top > t.max) {
+        t.sum *= kvpg_exp2(t.max - top);
+        t.max = top;
     }
 }
 
-__device__ __forceinline__ kvpg_tally kvpg_join(kvpg_tally x, kvpg_tally y) {
-    kvpg_raise(x, y.top);
-    x.sum += y.sum * kvpg_exp2(y.top - x.top);
+__device__ __forceinline__ kvpg_partial kvpg_merge(kvpg_partial x, kvpg_partial y) {
+    kvpg_raise_max(x, y.max);
+    x.sum += y.sum * kvpg_exp2(y.max - x.max);
     return x;
 }
 
 /* Over the lanes whose numbers differ in the bits below n. */
-template <int N> __device__ __forceinline__ kvpg_tally kvpg_join_lanes(kvpg_tally t) {
+template <int N> __device__ __forceinline__ kvpg_partial kvpg_merge_lanes(kvpg_partial t) {
 #pragma unroll
     for (int o = 1; o < N; o *= 2)
-        t = kvpg_join(t, kvpg_tally{__shfl_xor_sync(~0u, t.top, o), __shfl_xor_sync(~0u, t.sum, o)});
+        t = kvpg_merge(t, kvpg_partial{__shfl_xor_sync(~0u, t.max, o), __shfl_xor_sync(~0u, t.sum, o)});
     return t;
 }
 
@@ -177,8 +177,8 @@ template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
 }
 
 /* A row whose logits have no softmax makes the keys that it votes on NaN. (Minus infinity would be: casts no vote.) */
-__device__ __forceinline__ float kvpg_exponent(kvpg_tally t) {
-    const float exponent = -(t.top + log2f(t.sum));
+__device__ __forceinline__ float kvpg_exponent(kvpg_partial t) {
+    const float exponent = -(t.max + log2f(t.sum));
     return fabsf(exponent) < INFINITY ? exponent : NAN;
 }
 
@@ -191,14 +191,14 @@ __device__ __forceinline__ float2 *kvpg_splits_of(const kvpg_attention &p, int b
     return p.splits + ((int64_t)b * p.n_head * p.group + query_head) * p.split_room;
 }
 
-/* A row's tally, where it belongs: finished, or among the splits. */
-__device__ __forceinline__ void kvpg_put_tally(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row,
-                                               int split, kvpg_tally t) {
+/* A row's partial softmax, where it belongs: finished, or among the splits. */
+__device__ __forceinline__ void kvpg_store_partial(const kvpg_attention &p, kvpg_numbers table, int b, int h, int row,
+                                                   int split, kvpg_partial t) {
     const int n_voter = table[KVPG_N_VOTER], query_head = h * p.group + row / n_voter, i = row % n_voter;
     if (table[KVPG_N_SPLIT] == 1)
         *kvpg_exponent_at(p, b, query_head, kvpg_voter_at(table, i)) = kvpg_exponent(t);
     else
-        kvpg_splits_of(p, b, query_head)[(int64_t)i * table[KVPG_N_SPLIT] + split] = make_float2(t.top, t.sum);
+        kvpg_splits_of(p, b, query_head)[(int64_t)i * table[KVPG_N_SPLIT] + split] = make_float2(t.max, t.sum);
 }
 
 /* The query of a row of the LSE sweep. */
