@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, make_dataclass
 from types import SimpleNamespace
 
 import pytest
+from narrow_tables import rows_of, terminal
 
 import kvpitfalls as kvp
 from kvpitfalls import cli
@@ -235,7 +236,7 @@ def report(tmp_path, scores, fails, notes=None, done=True):
     return path
 
 
-def test_garak_reports_are_read(tmp_path, capsys):
+def test_garak_reports_are_read(tmp_path, capsys, monkeypatch):
     path = report(tmp_path, [0.9, 0.1, 0.5, 0.2], 2)
     (row,) = read_report(path)
     assert (
@@ -251,6 +252,10 @@ def test_garak_reports_are_read(tmp_path, capsys):
     assert (
         len(lines) == 4 and lines[2] == lines[3] and lines[2].split()[-6:] == ["0.50", "4", "2", "0.50", "0.42", "0.90"]
     )
+    terminal(monkeypatch, 60)
+    assert cli.main(["garak-report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60 and rows_of(shown) == rows_of("\n".join(lines[:3]))
     assert cli.main(["garak-report", str(path), "--json"]) == 0 and json.loads(capsys.readouterr().out) == [row]
 
 
