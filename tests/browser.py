@@ -16,6 +16,7 @@ import pytest
 
 # No host resolves but this machine itself: what a page wants from the network fails.
 _RULES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+SCHEMES = ("dark", "light")  # in Chromium's order
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", _RULES, "--virtual-time-budget=8000")
 
 
@@ -56,8 +57,11 @@ def served(folder: Path, answer):
             thread.join()
 
 
-def serious_findings(page: Path, folder: Path, script: str = "", address: str | None = None) -> list[str]:
-    """What axe-core finds serious or critical on a page, after a script of :func:`run_beside` has run.
+def serious_findings(
+    page: Path, folder: Path, script: str = "", address: str | None = None, *, scheme: str
+) -> list[str]:
+    """What axe-core finds serious or critical on a page, after a script of :func:`run_beside` has run; for a reader
+    whose system is "light" or "dark".
 
     It looks at a copy without the page's policy, which would not let it in.
     """
@@ -71,19 +75,21 @@ def serious_findings(page: Path, folder: Path, script: str = "", address: str | 
     check = """
       const {passes, violations} = await doc.defaultView.axe.run(doc);
       const worst = violations.filter(({impact}) => impact === "serious" || impact === "critical");
-      return [passes.length, worst.map(({id, nodes}) => id + ": " + nodes.map((node) => node.html.slice(0, 300)).join(" "))];
+      const isDark = doc.defaultView.matchMedia("(prefers-color-scheme: dark)").matches;
+      return [passes.length, isDark, worst.map(({id, nodes}) => id + ": " + nodes.map((node) => node.html.slice(0, 300)).join(" "))];
     """
-    n_passed, found = json.loads(run_beside(copy, script + check, folder, address))
-    assert n_passed > 10, "axe did not look"
+    preferred = f"--blink-settings=preferredColorScheme={SCHEMES.index(scheme)}"
+    n_passed, is_dark, found = json.loads(run_beside(copy, script + check, folder, address, preferred))
+    assert n_passed > 10 and is_dark == (scheme == "dark"), "axe did not look"
     return found
 
 
-def run_beside(page: Path, script: str, folder: Path, address: str | None = None) -> str:
+def run_beside(page: Path, script: str, folder: Path, address: str | None = None, *flags: str) -> str:
     """Open a page in a frame of another one, run a script there, and give what it returned as text.
 
     The script is the body of an async function of ``doc``, the page's document. The page itself stays as it is: its own
     policy would not let a script be added to it. ``address``: where :func:`served` serves the folder, if the page needs
-    that.
+    that. ``flags``: more of Chromium's.
     """
     outer, source = folder / "outer.html", page.name if address else page.as_uri()
     outer.write_text(
@@ -102,6 +108,7 @@ frame.onload = async () => {{
     command = [
         chromium(),
         *_FLAGS,
+        *flags,
         "--allow-file-access-from-files",
         f"--user-data-dir={folder / 'profile'}",
         "--dump-dom",

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import needs_chromium, run_beside, serious_findings, served
+from browser import SCHEMES, needs_chromium, run_beside, serious_findings, served
 from chat_tokenizers import byte_level
 from test_heatmap import HOSTILE, Page
 from tiny_models import build
@@ -404,6 +404,7 @@ def test_errors_overtaken_answers_and_a_second_view_in_a_browser(tiny, page, tmp
 
 
 @needs_chromium
-def test_the_widget_has_no_serious_fault_for_who_cannot_see_it(page, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_widget_has_no_serious_fault_for_who_cannot_see_it(page, tmp_path, scheme):
     compared = "by('Compare').click(); await idle(); cell.querySelector('summary').click();"
-    assert serious_findings(page[0], tmp_path, SCRIPT + compared, page[1]) == []
+    assert serious_findings(page[0], tmp_path, SCRIPT + compared, page[1], scheme=scheme) == []
