@@ -44,6 +44,10 @@ def served(folder: Path, answer):
             self.end_headers()
             self.wfile.write(said)
 
+        def end_headers(self):
+            self.send_header("Access-Control-Allow-Origin", "*")  # a sandboxed frame is of no origin
+            super().end_headers()
+
         def log_message(self, *args):
             pass
 
@@ -105,6 +109,36 @@ frame.onload = async () => {{
 </script>""",
         encoding="utf-8",
     )
+    return _dumped(outer, folder, address, *flags)
+
+
+def run_sandboxed(page: Path, script: str, folder: Path, address: str) -> str:
+    """As :func:`run_beside`, in a frame that may run scripts and nothing else: of no origin, so that the script is put
+    into a copy of the page, and what it returned comes as a message."""
+    outer, inner = folder / "outer.html", folder / "sandboxed.html"
+    inner.write_text(
+        page.read_text("utf-8")
+        + f"""<script>
+const wait = async (holds) => {{ while (!holds()) await new Promise((done) => setTimeout(done, 20)); }};
+(async () => {{
+  const doc = document, say = (text) => parent.postMessage(text, "*");
+  try {{ say(JSON.stringify(await (async () => {{ {script} }})())); }} catch (error) {{ say("error: " + error); }}
+}})();
+</script>""",
+        encoding="utf-8",
+    )
+    outer.write_text(
+        f"""<!doctype html><meta charset="utf-8"><pre id="result">nothing came back</pre>
+<script>onmessage = ({{data}}) => {{ document.getElementById("result").textContent = data; }};</script>
+<iframe sandbox="allow-scripts" src="{inner.name}" style="width:800px;height:600px"></iframe>""",
+        encoding="utf-8",
+    )
+    # In a process of its own the frame would not be waited for.
+    return _dumped(outer, folder, address, "--disable-features=IsolateSandboxedIframes")
+
+
+def _dumped(outer: Path, folder: Path, address: str | None, *flags: str) -> str:
+    """What stands in a page's ``result`` in the end."""
     command = [
         chromium(),
         *_FLAGS,
