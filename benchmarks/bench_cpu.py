@@ -8,6 +8,7 @@ how to read it.
 import argparse
 import ctypes
 import json
+import logging
 import platform
 import resource
 import statistics
@@ -15,19 +16,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import kvpress
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
 
 import kvpitfalls as kvp
 from kvpitfalls import _core, ops
+from kvpitfalls.eviction.allocation import Ada
+
+try:
+    import kvpress
+except ModuleNotFoundError:
+    sys.exit("kvpress is not installed here; expected the environment that `make bench` makes")
 
 SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
 LENGTHS = (256, 2048, 8192)
 RATIO = 0.5
 WINDOW = 64
+LAYER, N_LAYER = 16, 32  # where a pyramid over layers keeps about as much as without one
+PART = 2048  # tokens that KVzip has the model repeat at once
 CACHE_BYTES = 256e6  # more than any cache: inputs rotate through so much memory, so that every call reads it from there
 FOLDER = Path(__file__).parent
 
@@ -96,9 +105,11 @@ class Case:
             num_attention_heads=heads,
             num_key_value_heads=key_heads,
             head_dim=dim,
+            num_hidden_layers=N_LAYER,
             attn_implementation="eager",
         )
-        self.module = LlamaAttention(config, layer_idx=0).to(dtype).eval()
+        self.module = LlamaAttention(config, layer_idx=LAYER).to(dtype).eval()
+        self.module.rotary_emb = LlamaRotaryEmbedding(config)
         self.hidden = torch.randn(1, length, 64, generator=make).to(dtype)
         angle = torch.randn(1, length, dim, generator=make)
         self.rotation = {"position_embeddings": (angle.cos().to(dtype), angle.sin().to(dtype))}
@@ -109,14 +120,15 @@ class Case:
         self.turn = (self.turn + 1) % len(self.keys)
         return self.keys[self.turn], self.values[self.turn]
 
-    def ours(self, policy, n_query: int):
+    def ours(self, policy, n_query: int, **given):
         """Score, select and gather."""
         queries = self.queries[:, :, self.length - n_query :] if n_query else None
         policy = kvp.policies.get_policy(policy)
+        given |= {"layer": LAYER, "n_layer": N_LAYER}
 
         def press():
             keys, values = self.next()
-            kept = kvp.keep(policy, keys, queries, compression_ratio=RATIO)
+            kept = kvp.keep(policy, keys, queries, compression_ratio=RATIO, values=values, **given)
             return ops.gather(keys, values, kept.positions)
 
         return press
@@ -127,6 +139,43 @@ class Case:
         def compress():
             keys, values = self.next()
             return press.compress(self.module, self.hidden, keys, values, None, self.rotation)
+
+        return compress
+
+    def their_adakv(self):
+        """Score and choice: the press masks what it evicts, and gathers nothing. It refuses eager attention, which it
+        does not run."""
+        press, config = kvpress.AdaKVPress(kvpress.SnapKVPress(RATIO, window_size=WINDOW)), self.module.config
+
+        def compress():
+            keys, values = self.next()
+            config._attn_implementation = "sdpa"
+            try:
+                press.compress(self.module, self.hidden, keys, values, None, self.rotation)
+            finally:
+                config._attn_implementation = "eager"
+
+        return compress
+
+    def their_kvzip(self):
+        """Scores of one layer from what was read, the prompt's own tokens, and its choice; like AdaKVPress it gathers
+        nothing."""
+        n_head = self.keys[0].shape[1]
+        config = SimpleNamespace(
+            num_attention_heads=self.heads, num_key_value_heads=n_head, _attn_implementation="sdpa"
+        )
+        module = SimpleNamespace(config=config, head_dim=self.dim, layer_idx=0, q_proj=lambda hidden: hidden)
+        model = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(self_attn=module)]))
+        press = kvpress.KVzipPress(RATIO, layerwise=True, chunk_size=PART)
+        press.context_length = press.end_idx = self.length
+        both = torch.cat([self.keys[0], self.keys[0]], 2)  # as they stand in the cache after it was read
+        hidden = self.queries.transpose(1, 2).flatten(2)
+        ones, zeros = (make(1, self.length, self.dim, dtype=self.dtype) for make in (torch.ones, torch.zeros))
+
+        def compress():
+            press.score_val = torch.zeros(1, 1, n_head, self.length, dtype=self.dtype)
+            press.score_kvzip(module, hidden, both, both, None, {"position_embeddings": (ones, zeros)})
+            press.compress_post(model)
 
         return compress
 
@@ -148,16 +197,37 @@ class Case:
 
 
 def presses(case: Case) -> dict:
-    """Name -> (ours, theirs or None, seconds that theirs takes at least)."""
+    """Name -> (ours, theirs or None)."""
+    snap = {"window_size": WINDOW}
     out = {
         "knorm": (case.ours("knorm", 0), case.theirs(kvpress.KnormPress(RATIO))),
         "streaming_llm": (case.ours("streaming_llm", 0), case.theirs(kvpress.StreamingLLMPress(RATIO))),
-        "snapkv": (
-            case.ours(kvp.SnapKV(window_size=WINDOW), WINDOW),
-            case.theirs(kvpress.SnapKVPress(RATIO, window_size=WINDOW)),
-        ),
+        "snapkv": (case.ours(kvp.SnapKV(**snap), WINDOW), case.theirs(kvpress.SnapKVPress(RATIO, **snap))),
         "tova": (case.ours("tova", 1), case.theirs(kvpress.TOVAPress(RATIO))),
+        "random": (case.ours("random", 0), case.theirs(kvpress.RandomPress(RATIO, seed=0))),
+        "keydiff": (case.ours("keydiff", 0), case.theirs(kvpress.KeyDiffPress(RATIO))),
+        "lagkv": (case.ours("lagkv", 0), case.theirs(kvpress.LagKVPress(RATIO))),
+        "chunkkv": (
+            case.ours(kvp.ChunkKV(kvp.SnapKV(**snap)), WINDOW),
+            case.theirs(kvpress.ChunkKVPress(kvpress.SnapKVPress(RATIO, **snap))),
+        ),
+        "pyramidkv": (case.ours(kvp.PyramidKV(**snap), WINDOW), case.theirs(kvpress.PyramidKVPress(RATIO, **snap))),
+        "adakv": (case.ours(kvp.AdaKV(**snap), WINDOW), case.their_adakv()),
+        "expected_attention": (
+            case.ours("expected_attention", case.length, rotary=kvp.Rotary()),
+            case.theirs(kvpress.ExpectedAttentionPress(RATIO)),
+        ),
+        "kvzip": (
+            case.ours(kvp.KVzip(chunk_size=PART), 0, again=[(case.queries, case.keys[0])], allocation=Ada(0)),
+            case.their_kvzip(),
+        ),
     }
+    try:
+        kvp.LagKV().check(case.length, int(case.length * (1 - RATIO)))
+    except ValueError:  # not defined there, and kvpress's press keeps what StreamingLLM would
+        del out["lagkv"]
+    if case.length > PART:  # as many parts more, each as long, and each of seconds
+        del out["kvzip"]
     # Eager attention holds the weights, and their softmax in float32: 8.6 GB and more at 32 heads and 8192 tokens.
     fits = case.heads * case.length**2 * 4 <= 3e9
     out["h2o"] = (case.ours("h2o", case.length), case.their_h2o() if fits else None)
@@ -167,7 +237,7 @@ def presses(case: Case) -> dict:
 def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
     rows = []
     for name, (ours, theirs) in presses(case).items():
-        slow = name == "h2o" and case.length > 2048
+        slow = (name == "h2o" and case.length > 2048) or (name == "kvzip" and case.length > 256)
         mine, spread = (Timer(0, 3) if slow else timer)(ours)
         row = {**base, "measure": f"press {name}", "ours_ms": mine * 1e3, "spread": spread}
         if theirs is not None:
@@ -242,6 +312,12 @@ def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
     return rows
 
 
+def reads_no_more_than_queries(name: str) -> bool:
+    """Whether keys and queries are all that a policy reads."""
+    policy = kvp.policies.get_policy(name)
+    return not (policy.needs_values or policy.needs_rotary or policy.needs_output or policy.needs_again)
+
+
 def extra_memory(shape, length: int) -> list[dict]:
     """What a process that scores once needs at most, over what it holds before, in MB; Linux only."""
     heads, key_heads, dim = shape
@@ -256,7 +332,7 @@ def extra_memory(shape, length: int) -> list[dict]:
         f"score({length}); print((memory('VmHWM') - before) / 1e3)"
     )
     rows = []
-    for policy in (name for name in kvp.policies.policy_names() if not kvp.policies.get_policy(name).needs_values):
+    for policy in filter(reads_no_more_than_queries, kvp.policies.policy_names()):
         out = subprocess.run([sys.executable, "-c", code, policy], capture_output=True, text=True, check=True).stdout
         rows.append(
             {
@@ -294,8 +370,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seconds", type=float, default=0.7, help="at most so long for each measurement")
+    parser.add_argument("--presses", action="store_true", help="whole presses alone, without the verbs and the memory")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzipPress says at each making that it is slow
     c, machines, rows = build_ceilings(), {}, []
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -314,14 +392,16 @@ def main() -> None:
                         "dtype": str(dtype)[6:],
                         "threads": threads,
                     }
-                    new = bench_verbs(case, Timer(args.seconds, 200), base, c)
-                    new += bench_presses(case, Timer(args.seconds, 200), base)
-                    new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
+                    new = bench_presses(case, Timer(args.seconds, 200), base)
+                    if not args.presses:
+                        new = bench_verbs(case, Timer(args.seconds, 200), base, c) + new
+                        new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
                     show(new)
                     rows += new
-    new = extra_memory(SHAPES[0], max(args.lengths))
-    show(new)
-    rows += new
+    if not args.presses:
+        new = extra_memory(SHAPES[0], max(args.lengths))
+        show(new)
+        rows += new
     about = {"cpu": platform.processor() or platform.machine(), "isa": _core.isa(), "torch": torch.__version__, "kvpress": "0.5.5",
              "transformers": transformers.__version__, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}  # fmt: skip
     if args.json:

@@ -6,7 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from kvpress import KnormPress, ObservedAttentionPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import (
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    KVzipPress,
+    ObservedAttentionPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
@@ -22,6 +31,12 @@ PRESSES = (
     TOVAPress(0.5),
     KnormPress(0.5),
     ObservedAttentionPress(0.5),
+    KeyDiffPress(0.5),
+)
+# These need more of the model than kvpress hands to a press: their settings alone.
+OTHERS = (
+    ExpectedAttentionPress(0.5, n_future_positions=64, n_sink=2, use_covariance=False, epsilon=0.02),
+    KVzipPress(0.5, layerwise=True, n_sink=2, chunk_size=99),
 )
 
 
@@ -61,6 +76,10 @@ def main() -> int:
             shares,
         )
         wrong += not (back and same and differs)
+    for press in OTHERS:
+        back = to_kvpress(**from_kvpress(press)) == press
+        print(f"{type(press).__name__:22}  {'ok' if back else 'WRONG'}")
+        wrong += not back
     print(f"kvpress {version('kvpress')}, transformers {version('transformers')}")
     return 1 if wrong else 0
 

@@ -16,6 +16,7 @@ import pytest
 
 # No host resolves but this machine itself: what a page wants from the network fails.
 _RULES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+SCHEMES = ("dark", "light")  # in Chromium's order
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", _RULES, "--virtual-time-budget=8000")
 
 
@@ -43,6 +44,10 @@ def served(folder: Path, answer):
             self.end_headers()
             self.wfile.write(said)
 
+        def end_headers(self):
+            self.send_header("Access-Control-Allow-Origin", "*")  # a sandboxed frame is of no origin
+            super().end_headers()
+
         def log_message(self, *args):
             pass
 
@@ -56,8 +61,11 @@ def served(folder: Path, answer):
             thread.join()
 
 
-def serious_findings(page: Path, folder: Path, script: str = "", address: str | None = None) -> list[str]:
-    """What axe-core finds serious or critical on a page, after a script of :func:`run_beside` has run.
+def serious_findings(
+    page: Path, folder: Path, script: str = "", address: str | None = None, *, scheme: str
+) -> list[str]:
+    """What axe-core finds serious or critical on a page, after a script of :func:`run_beside` has run; for a reader
+    whose system is "light" or "dark".
 
     It looks at a copy without the page's policy, which would not let it in.
     """
@@ -71,19 +79,21 @@ def serious_findings(page: Path, folder: Path, script: str = "", address: str | 
     check = """
       const {passes, violations} = await doc.defaultView.axe.run(doc);
       const worst = violations.filter(({impact}) => impact === "serious" || impact === "critical");
-      return [passes.length, worst.map(({id, nodes}) => id + ": " + nodes.map((node) => node.html.slice(0, 300)).join(" "))];
+      const isDark = doc.defaultView.matchMedia("(prefers-color-scheme: dark)").matches;
+      return [passes.length, isDark, worst.map(({id, nodes}) => id + ": " + nodes.map((node) => node.html.slice(0, 300)).join(" "))];
     """
-    n_passed, found = json.loads(run_beside(copy, script + check, folder, address))
-    assert n_passed > 10, "axe did not look"
+    preferred = f"--blink-settings=preferredColorScheme={SCHEMES.index(scheme)}"
+    n_passed, is_dark, found = json.loads(run_beside(copy, script + check, folder, address, preferred))
+    assert n_passed > 10 and is_dark == (scheme == "dark"), "axe did not look"
     return found
 
 
-def run_beside(page: Path, script: str, folder: Path, address: str | None = None) -> str:
+def run_beside(page: Path, script: str, folder: Path, address: str | None = None, *flags: str) -> str:
     """Open a page in a frame of another one, run a script there, and give what it returned as text.
 
     The script is the body of an async function of ``doc``, the page's document. The page itself stays as it is: its own
     policy would not let a script be added to it. ``address``: where :func:`served` serves the folder, if the page needs
-    that.
+    that. ``flags``: more of Chromium's.
     """
     outer, source = folder / "outer.html", page.name if address else page.as_uri()
     outer.write_text(
@@ -99,9 +109,40 @@ frame.onload = async () => {{
 </script>""",
         encoding="utf-8",
     )
+    return _dumped(outer, folder, address, *flags)
+
+
+def run_sandboxed(page: Path, script: str, folder: Path, address: str) -> str:
+    """As :func:`run_beside`, in a frame that may run scripts and nothing else: of no origin, so that the script is put
+    into a copy of the page, and what it returned comes as a message."""
+    outer, inner = folder / "outer.html", folder / "sandboxed.html"
+    inner.write_text(
+        page.read_text("utf-8")
+        + f"""<script>
+const wait = async (holds) => {{ while (!holds()) await new Promise((done) => setTimeout(done, 20)); }};
+(async () => {{
+  const doc = document, say = (text) => parent.postMessage(text, "*");
+  try {{ say(JSON.stringify(await (async () => {{ {script} }})())); }} catch (error) {{ say("error: " + error); }}
+}})();
+</script>""",
+        encoding="utf-8",
+    )
+    outer.write_text(
+        f"""<!doctype html><meta charset="utf-8"><pre id="result">nothing came back</pre>
+<script>onmessage = ({{data}}) => {{ document.getElementById("result").textContent = data; }};</script>
+<iframe sandbox="allow-scripts" src="{inner.name}" style="width:800px;height:600px"></iframe>""",
+        encoding="utf-8",
+    )
+    # In a process of its own the frame would not be waited for.
+    return _dumped(outer, folder, address, "--disable-features=IsolateSandboxedIframes")
+
+
+def _dumped(outer: Path, folder: Path, address: str | None, *flags: str) -> str:
+    """What stands in a page's ``result`` in the end."""
     command = [
         chromium(),
         *_FLAGS,
+        *flags,
         "--allow-file-access-from-files",
         f"--user-data-dir={folder / 'profile'}",
         "--dump-dom",

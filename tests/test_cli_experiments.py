@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny_sweep
+from narrow_tables import rows_of, terminal
 
 from kvpitfalls import cli
 from kvpitfalls.experiments import presets
@@ -120,7 +121,17 @@ def test_bad_usage_exits_with_2(run, argv, message):
     assert code == 2 and message in err and not out
 
 
-def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
+def same_in_a_narrow_terminal(run, monkeypatch, whole, *argv):
+    """What is at hand is shown again at 60 columns: nothing but a said path is wider, and every cell is there."""
+    terminal(monkeypatch, 60)
+    code, shown, _ = run(*argv)
+    whole, shown = whole[whole.index("model ") :], shown[shown.index("model: ") :]
+    tables = [line for line in shown.splitlines() if not line.startswith("model: ") and " recorded, " not in line]
+    assert code == 0 and max(map(len, tables)) <= 60 < max(map(len, whole.splitlines()))
+    assert rows_of(shown) == rows_of(whole)
+
+
+def test_a_sweep_of_probes_is_reported(run, model, tmp_path, monkeypatch):
     path = tmp_path / "sweep.json"
     config = tiny_sweep.config(
         model, n_prompts=2, kinds=["probe"], modes=["fair"], compression_ratios=[0.5], orders=["defense_first"]
@@ -134,9 +145,10 @@ def test_a_sweep_of_probes_is_reported(run, model, tmp_path):
         [p, "fair", ".50"] for p in config.policies
     ]
     assert "Likelihood of given answers" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
+    same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path / "out")
 
 
-def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
+def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path, monkeypatch):
     flags = [
         "--model",
         model,
@@ -151,7 +163,8 @@ def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
         "--max-new-tokens",
         4,
     ]
-    code, out, _ = run("leakage", *flags, "--attack", "role_play", "--order", "directive_first", "--output", tmp_path)
+    command = ["leakage", *flags, "--attack", "role_play", "--order", "directive_first", "--output", tmp_path]
+    code, out, _ = run(*command)
     header = next(line for line in out.splitlines() if line.startswith("model")).split()
     together = ["guarded", "refused", "leaked", "complied", "leak_above", "recall_above", "follow", "refused_task"]
     assert code == 0 and header[-10:] == [*together, "kept:defense", "kept:directive"]
@@ -167,6 +180,8 @@ def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path):
         and "20 of 20 items recorded, 0 failed, 0 infeasible" in out
         and (tmp_path / "report" / "index.html").is_file()
     )
+    same_in_a_narrow_terminal(run, monkeypatch, out, *command)
+    same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path)
 
 
 def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
@@ -188,7 +203,7 @@ def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model,
     assert code == 0 and "following is not measured" in err and "recall_above" in out and "refused_task" not in out
 
 
-def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):
+def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path, monkeypatch):
     given = [
         "--model",
         model,
@@ -210,6 +225,7 @@ def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path):
     assert {r["defense"] for r in read_records(tmp_path)} == {"none"} and {
         r["kind"] for r in read_records(tmp_path)
     } == {"follow"}
+    same_in_a_narrow_terminal(run, monkeypatch, out, "ifeval", *given)
 
 
 def test_a_report_on_nothing_exits_with_1(run, tmp_path):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import needs_chromium, run_beside, serious_findings, served
+from browser import SCHEMES, needs_chromium, run_beside, run_sandboxed, serious_findings, served
 from chat_tokenizers import byte_level
 from test_heatmap import HOSTILE, Page
 from tiny_models import build
@@ -368,6 +368,30 @@ def test_hostile_prompts_stay_text_in_a_browser(tiny, page, tmp_path):
 
 
 @needs_chromium
+def test_the_widget_works_in_a_frame_that_may_run_scripts_alone(tiny, page, tmp_path):
+    """As notebooks on the web show it: of no origin, without a clipboard."""
+    script = """
+      pick(21, 0, 27, 1);
+      await wait(() => chosen() === 7);
+      by("Mark what is selected").click();
+      await idle();
+      by("Compare").click();
+      await idle();
+      cell.querySelector("summary").click();
+      by("Copy").click();
+      const said = cell.querySelector("details span"), answers = all(".kvp-answers > div p").map((one) => one.textContent);
+      await wait(() => said.textContent);
+      const copied = [said.textContent, doc.getSelection().toString().trim() === cell.querySelector("pre").textContent.trim()];
+      return [self.origin, copied, names(), answers, doc.sent.at(-1)];
+    """
+    origin, copied, names, answers, last = json.loads(run_sandboxed(page[0], SCRIPT + script, tmp_path, page[1]))
+    state = Explorer(*tiny, max_new_tokens=3).reply(last)
+    assert origin == "null" and copied == ["selected: press Ctrl+C", True]
+    assert names == [mark["name"] for mark in state["form"]["marks"]] and len(names) == 2
+    assert last["do"] == "compare" and answers == [answer for _, answer in state["result"]["answers"]]
+
+
+@needs_chromium
 def test_errors_overtaken_answers_and_a_second_view_in_a_browser(tiny, page, tmp_path):
     script = """
       const out = [];
@@ -404,6 +428,7 @@ def test_errors_overtaken_answers_and_a_second_view_in_a_browser(tiny, page, tmp
 
 
 @needs_chromium
-def test_the_widget_has_no_serious_fault_for_who_cannot_see_it(page, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_widget_has_no_serious_fault_for_who_cannot_see_it(page, tmp_path, scheme):
     compared = "by('Compare').click(); await idle(); cell.querySelector('summary').click();"
-    assert serious_findings(page[0], tmp_path, SCRIPT + compared, page[1]) == []
+    assert serious_findings(page[0], tmp_path, SCRIPT + compared, page[1], scheme=scheme) == []

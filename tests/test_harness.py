@@ -4,9 +4,12 @@ make kvpress."""
 
 import copy
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field, make_dataclass
+from types import SimpleNamespace
 
 import pytest
+from narrow_tables import rows_of, terminal
 
 import kvpitfalls as kvp
 from kvpitfalls import cli
@@ -78,10 +81,27 @@ def test_what_pipelines_refuse(smollm2):
 
 def press(name, **fields):
     """What kvpress has: a dataclass of this name and these fields."""
-    made = dataclass(
-        type(name, (), {"__annotations__": {field: type(value) for field, value in fields.items()}, **fields})
-    )
+    made = dataclass(type(name, (), {"__annotations__": {of: type(value) for of, value in fields.items()}, **fields}))
     return made()
+
+
+# The presses that a policy is, and their fields as kvpress 0.5.5 has them (make kvpress tries the presses themselves).
+PRESSES = {
+    "SnapKVPress": {"window_size": 64, "kernel_size": 5},
+    "StreamingLLMPress": {"n_sink": 4},
+    "TOVAPress": {},
+    "KnormPress": {},
+    "KeyDiffPress": {},
+    "ObservedAttentionPress": {},
+    "ExpectedAttentionPress": {
+        "n_future_positions": 512,
+        "n_sink": 4,
+        "use_covariance": True,
+        "use_vnorm": True,
+        "epsilon": 0.0,
+    },
+    "KVzipPress": {"layerwise": True, "n_sink": 4, "kvzip_plus_normalization": False, "chunk_size": 2048},
+}
 
 
 @pytest.mark.parametrize(
@@ -117,8 +137,48 @@ def test_a_kvzip_press_is_taken_where_each_layer_has_its_budget():
             ValueError, match=rf"^KVzipPress has {name}={value}, which KVzip has not; expected {expected}"
         ):
             from_kvpress(press("KVzipPress", compression_ratio=0.3, **{**fields, name: value}))
-    with pytest.raises(ValueError, match=r"^policy is KVzip\(.*, for which kvpress has no press"):
-        to_kvpress("kvzip", 0.5)
+
+
+@pytest.fixture
+def kvpress(monkeypatch):
+    """Presses of kvpress's names, which are equal where their fields are."""
+    made = SimpleNamespace()
+    for name, fields in PRESSES.items():
+        defaults = [(of, type(value), field(default=value)) for of, value in fields.items()]
+        setattr(made, name, make_dataclass(name, [("compression_ratio", float, 0.0), *defaults]))
+    monkeypatch.setitem(sys.modules, "kvpress", made)
+    return made
+
+
+@pytest.mark.parametrize("name", PRESSES)
+def test_settings_go_to_kvpress_and_come_back(kvpress, name):
+    numbers = {of: value + 2 for of, value in PRESSES[name].items() if type(value) in (int, float)}
+    press = getattr(kvpress, name)(0.3, **PRESSES[name] | numbers)
+    settings = from_kvpress(press)
+    back = to_kvpress(**settings)
+    assert back == press and from_kvpress(back) == settings
+
+
+@pytest.mark.parametrize(
+    "policy, allocation, message",
+    [
+        (
+            kvp.KVzip((1, 2)),
+            Ada(0),
+            r"policy has repeat_ids=\(1, 2\), which KVzipPress has not; expected \(\): the press",
+        ),
+        (kvp.KVzip(part_ids=(3,)), Ada(0), r"policy has part_ids=\(3,\), which KVzipPress has not; expected None"),
+        (kvp.KVzip(answer_ids=(4,)), Ada(0), r"policy has answer_ids=\(4,\), which KVzipPress has not; expected \(\)"),
+        (kvp.KVzip(n_overlap=3), Ada(0), "policy has n_overlap=3, which KVzipPress has not; expected 8"),
+        ("kvzip", None, r"allocation is Uniform\(\), which KVzipPress has not; expected Ada\(alpha=0\): heads"),
+        ("kvzip", Ada(0.2), r"allocation is Ada\(alpha=0.2\), which KVzipPress has not; expected Ada\(alpha=0\)"),
+        ("snapkv", "ada", r"allocation is Ada\(alpha=0.2\), which SnapKVPress has not; expected none"),
+        ("adakv", None, r"policy is AdaKV\(.*, for which kvpress has no press; expected one of snapkv, .*, kvzip$"),
+    ],
+)
+def test_settings_that_kvpress_cannot_say(policy, allocation, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        to_kvpress(policy, 0.5, allocation)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +236,7 @@ def report(tmp_path, scores, fails, notes=None, done=True):
     return path
 
 
-def test_garak_reports_are_read(tmp_path, capsys):
+def test_garak_reports_are_read(tmp_path, capsys, monkeypatch):
     path = report(tmp_path, [0.9, 0.1, 0.5, 0.2], 2)
     (row,) = read_report(path)
     assert (
@@ -192,6 +252,10 @@ def test_garak_reports_are_read(tmp_path, capsys):
     assert (
         len(lines) == 4 and lines[2] == lines[3] and lines[2].split()[-6:] == ["0.50", "4", "2", "0.50", "0.42", "0.90"]
     )
+    terminal(monkeypatch, 60)
+    assert cli.main(["garak-report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60 and rows_of(shown) == rows_of("\n".join(lines[:3]))
     assert cli.main(["garak-report", str(path), "--json"]) == 0 and json.loads(capsys.readouterr().out) == [row]
 
 

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from browser import needs_chromium, run_beside, serious_findings
+from browser import SCHEMES, needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
@@ -305,7 +305,8 @@ def test_what_tells_instructions_apart_needs_no_style_sheet():
 
 
 @needs_chromium
-def test_the_page_has_no_serious_fault_for_who_cannot_see_it(tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_page_has_no_serious_fault_for_who_cannot_see_it(tmp_path, scheme):
     shown = hostile_map()
     shown.save(tmp_path / "map.html")
     script = """
@@ -314,4 +315,4 @@ def test_the_page_has_no_serious_fault_for_who_cannot_see_it(tmp_path):
       doc.getElementById("beside").dispatchEvent(new doc.defaultView.Event("input"));
       await new Promise((done) => setTimeout(done, 50));
     """
-    assert serious_findings(tmp_path / "map.html", tmp_path, script) == []
+    assert serious_findings(tmp_path / "map.html", tmp_path, script, scheme=scheme) == []

@@ -176,3 +176,11 @@ def test_code_of_others_is_never_trusted():
         assert all(isinstance(value, ast.Constant) and value.value is False for value in given), path
         loaders = sum(isinstance(n, ast.Attribute) and n.attr == "from_pretrained" for n in ast.walk(tree))
         assert bool(loaders) == bool(given), path
+
+
+@pytest.mark.parametrize(
+    ("n_byte", "said"),
+    [(10**6, "10 seconds"), (98 * 10**6, "30 seconds"), (10**9, "5 minutes"), (10**10, "50 minutes")],
+)
+def test_how_long_converting_takes_is_a_matter_of_size(n_byte, said):
+    assert loading._about(n_byte) == f"about {said}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_sweep
-from browser import needs_chromium, serious_findings
+from browser import SCHEMES, needs_chromium, serious_findings
 
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
@@ -323,6 +323,7 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
 
 
 @needs_chromium
-def test_the_page_has_no_serious_fault_for_who_cannot_see_it(written, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_page_has_no_serious_fault_for_who_cannot_see_it(written, tmp_path, scheme):
     opened = "for (const one of doc.querySelectorAll('details')) one.open = true;"
-    assert serious_findings(Path(written["page"]), tmp_path, opened) == []
+    assert serious_findings(Path(written["page"]), tmp_path, opened, scheme=scheme) == []

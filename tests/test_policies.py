@@ -1,7 +1,12 @@
 """What every registered policy must do, and that a new one takes ten lines."""
 
+import ast
+import importlib
+import io
+import tokenize
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,6 +386,34 @@ def test_tova_keeps_the_same_tokens_in_all_heads():
 
 def test_streaming_llm_below_its_sinks_keeps_the_first_tokens():
     assert kvp.keep("streaming_llm", KEYS, budget=3).positions[0, 0].tolist() == [0, 1, 2]
+
+
+def code_lines(source: str) -> set[int]:
+    """The lines that hold code: no comment, no docstring, no import."""
+    tree = ast.parse(source)
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {at for token in tokens if token.type not in skipped for at in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(tree):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if is_docstring or is_import or is_for_types:
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def test_lines_of_code_are_counted():
+    source = (
+        '"""Doc.\n\nMore."""\nimport os\n\n# a comment\nx = (\n    1,\n)\n\ndef f():\n    """Doc."""\n    return x\n'
+    )
+    assert code_lines(source) == {7, 8, 9, 11, 13}
+
+
+@pytest.mark.parametrize("name", ["random", "keydiff", "knorm", "adakv", "pyramidkv"])
+def test_a_plain_policy_is_at_most_fifteen_lines(name):
+    source = Path(importlib.import_module(f"kvpitfalls.policies.{name}").__file__).read_text("utf-8")
+    assert 0 < len(code_lines(source)) <= 15
 
 
 def test_a_policy_is_ten_lines(registry, smollm2):

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from chat_tokenizers import byte_level
+from narrow_tables import rows_of, terminal
 from tiny_models import build
 
 from kvpitfalls import cli
@@ -123,8 +125,7 @@ def test_a_narrow_terminal_gets_the_table_in_parts(loaded, monkeypatch, width):
     wide = console(monkeypatch, encoding="utf-8")
     assert cli.main(audit) == 0
     narrow = console(monkeypatch, encoding="utf-8")
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    terminal(monkeypatch, width)
     assert cli.main(audit) == 0
     tables = [shown.getvalue().decode().split("\n\n", 1)[1] for shown in (wide, narrow)]
     assert max(map(len, tables[1].splitlines())) <= width
@@ -140,3 +141,32 @@ def test_a_column_without_room_is_cut():
     text = table(["policy", "answer"], [["snapkv", "a" * 40], ["none", "b"]])
     assert fitted(text, 20).splitlines()[2:] == [f"snapkv  {'a' * 11}…", "none    b"]
     assert fitted(text, None) == fitted(text, 48) == text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_what_all_rows_have_in_common_is_said_once_in_a_narrow_terminal(width):
+    header = ["model", "policy", "mode", "r", *(f"share {i}" for i in range(9))]
+    rows = [
+        ["Qwen2.5-Coder-1.5B-Instruct", policy, mode, ".50", *(f".{i}" for i in range(9))]
+        for policy in ("streaming_llm", "snapkv")
+        for mode in ("biased", "whitelist_defense")
+    ]
+    whole = table(header, rows, right=range(3, 13))
+    shown = fitted(whole, width, 4)
+    assert max(map(len, whole.splitlines())) > 80 and max(map(len, shown.splitlines())) <= width
+    assert shown.startswith("model: Qwen2.5-Coder-1.5B-Instruct\nr: .50\n\npolicy  ")
+    assert rows_of(shown) == rows_of(whole) and len(rows_of(whole)) == 4
+    one = table(header, rows[:1], right=range(3, 13))
+    assert rows_of(fitted(one, width, 4)) == rows_of(one), "a row that has all with itself in common keeps a name"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_two_cards_are_compared_in_a_narrow_terminal(monkeypatch, capsys, width):
+    cards = sorted(map(str, (Path(__file__).parent.parent / "benchmarks" / "cards").glob("qwen*.json")))
+    assert cli.main(["compare", *cards]) == 0
+    whole = capsys.readouterr().out.split("\n\n", 1)[1]
+    terminal(monkeypatch, width)
+    assert cli.main(["compare", *cards]) == 0
+    shown = capsys.readouterr().out.split("\n\n", 1)[1]
+    assert max(map(len, whole.splitlines())) > 80 and max(map(len, shown.splitlines())) <= width
+    assert rows_of(shown) == rows_of(whole)

@@ -4,6 +4,8 @@ garak-report``."""
 import argparse
 import json
 
+from .streams import columns
+
 _LM_EVAL = """\
 kvpitfalls lm-eval --policy snapkv --compression-ratio 0.5 [--fair] [...] -- --tasks ifeval --apply_chat_template [lm-eval's own options]
 
@@ -88,7 +90,7 @@ def _garak(args) -> int:
 
 
 def _garak_report(args) -> int:
-    from ..display.tables import table
+    from ..display.tables import fitted, table
     from ..harness.garak_command import read_report
 
     found = [row for path in args.files for row in read_report(path)]
@@ -108,5 +110,6 @@ def _garak_report(args) -> int:
         "max_score",
     )
     rows = [[f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in found]
-    print(table([name.replace("_", " ") for name in names], rows, right=range(4, 10)))
+    shown = table([name.replace("_", " ") for name in names], rows, right=range(4, 10))
+    print(fitted(shown, columns(), n_key=4))
     return 0

@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from .streams import columns
+
 
 class _HelpWithNames(argparse.Action):
     """``--help``, and after it the names that the arguments take; they are read when somebody asks."""
@@ -89,7 +91,7 @@ def add_commands(commands) -> None:
 
 
 def _compare(args) -> int:
-    from ..display.tables import compare_table
+    from ..display.tables import N_COMPARED, compare_table, fitted
     from ..experiments.card import compare, read_card
 
     a, b = read_card(args.a), read_card(args.b)
@@ -97,7 +99,8 @@ def _compare(args) -> int:
     if args.json:
         print(json.dumps(changes, indent=1))
     else:
-        print(f"What {b['model']} has more than {a['model']}; 95 %, paired by prompt:\n\n{compare_table(changes)}")
+        shown = fitted(compare_table(changes), columns(), N_COMPARED)
+        print(f"What {b['model']} has more than {a['model']}; 95 %, paired by prompt:\n\n{shown}")
     return 0
 
 
@@ -191,7 +194,7 @@ def _sweep(args) -> int:
 
 def _suite(args) -> int:
     from ..display.page import write_report
-    from ..display.tables import outcome_table
+    from ..display.tables import N_SETTING, fitted, outcome_table
     from ..experiments.corpus import SUITE
     from ..experiments.presets import preset
 
@@ -200,9 +203,8 @@ def _suite(args) -> int:
         return code
     found = write_report(args.output)
     if not args.json:
-        print(
-            f"\n{outcome_table(found['cells'])}\n\nPage: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)"
-        )
+        print(f"\n{fitted(outcome_table(found['cells']), columns(), N_SETTING)}\n")
+        print(f"Page: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)")
     return code
 
 
@@ -271,7 +273,7 @@ def _number(text: str) -> str | float:
 
 
 def _leakage(args) -> int:
-    from ..display.tables import outcome_table
+    from ..display.tables import N_SETTING, outcome_table
     from ..experiments.corpus import load_corpus
     from ..experiments.records import read_records
     from ..experiments.summary import summarize
@@ -286,36 +288,38 @@ def _leakage(args) -> int:
         "attacks": [next(iter(corpus.attacks))],
         "defenses": [name for name in corpus.defenses if name != "none"][:1],
     }
-    return _run_and_show(
-        args, _single(args, kinds=kinds, **chosen), lambda: outcome_table(summarize(read_records(args.output)))
-    )
+    parts = _single(args, kinds=kinds, **chosen)
+    return _run_and_show(args, parts, lambda: outcome_table(summarize(read_records(args.output))), N_SETTING)
 
 
 def _ifeval(args) -> int:
-    from ..display.tables import following_table
+    from ..display.tables import N_FOLLOWING, following_table
     from ..experiments.records import read_records
     from ..experiments.summary import following
 
     parts = _single(args, kinds=["follow"], defenses=["none"], modes=["biased"])
-    return _run_and_show(args, parts, lambda: following_table(following(read_records(args.output))))
+    return _run_and_show(args, parts, lambda: following_table(following(read_records(args.output))), N_FOLLOWING)
 
 
-def _run_and_show(args, parts: dict, text) -> int:
+def _run_and_show(args, parts: dict, text, n_key: int) -> int:
+    from ..display.tables import fitted
+
     code = run_parts(args, parts)
     if not args.json and code != 130:
-        print(f"\n{text()}")
+        print(f"\n{fitted(text(), columns(), n_key)}")
     return code
 
 
 def _report(args) -> int:
     from ..display.page import write_report
-    from ..display.tables import outcome_table, probe_table
+    from ..display.tables import N_SETTING, fitted, outcome_table, probe_table
 
     written = write_report(args.folder)
     if args.json:
         print(json.dumps(written, indent=1))
     else:
-        print("\n\n".join(filter(None, [outcome_table(written["cells"]), probe_table(written["cells"])])))
+        tables = filter(None, (of(written["cells"]) for of in (outcome_table, probe_table)))
+        print("\n\n".join(fitted(text, columns(), N_SETTING) for text in tables))
         states = f"{written['failed']} failed, {written['infeasible']} infeasible"
         print(f"\n{written['recorded']} of {written['items']} items recorded, {states}. Page: {written['page']}")
     return 0

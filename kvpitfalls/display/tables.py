@@ -29,32 +29,34 @@ def fitted(text: str, width: int | None, n_key: int = 1) -> str:
     """A :func:`table` as several, one below the other, each with the first ``n_key`` columns, where a terminal has no
     room for all.
 
-    A column that has no room of its own beside those is cut, and ends with "…". ``width`` is None where nobody counts
-    columns.
+    Of several such columns, those in which all rows are the same are said once, above. A column that has no room of its
+    own beside the others is cut, and ends with "…". ``width`` is None where nobody counts columns.
     """
     lines = text.split("\n")
     if width is None or max(map(len, lines)) <= width:
         return text
     edges = [match.span() for match in re.finditer("-+", lines[1])]
     edges[-1] = (edges[-1][0], max(map(len, lines)))
-    n_left = edges[n_key - 1][1]
-    blocks: list[list[tuple[int, int]]] = []
-    for begin, end in edges[n_key:]:
-        if blocks and n_left + sum(b - a + 2 for a, b in blocks[-1]) + 2 + end - begin <= width:
-            blocks[-1].append((begin, end))
+    found = [[line[begin:end].ljust(end - begin) for line in lines] for begin, end in edges]
+    same = [column for column in found[:n_key] if len(set(column[2:])) == 1][: n_key - 1]
+    keys = [column for column in found[:n_key] if column not in same]
+    n_left = _width(keys)
+    blocks: list[list[list[str]]] = []
+    for column in found[n_key:]:
+        if blocks and n_left + 2 + _width([*blocks[-1], column]) <= width:
+            blocks[-1].append(column)
         else:
-            blocks.append([(begin, end)])
-    parts = [
-        [
-            "  ".join([line[:n_left].ljust(n_left), *(line[a:b].ljust(b - a) for a, b in block)]).rstrip()
-            for line in lines
-        ]
-        for block in blocks
-    ]
+            blocks.append([column])
     room = max(width, n_left + 4)
-    return "\n\n".join(
-        "\n".join(line if len(line) <= room else f"{line[: room - 1]}…" for line in part) for part in parts
-    )
+    parts = [[f"{column[0].strip()}: {column[2].strip()}" for column in same]] if same else []
+    for block in blocks:
+        rows = ("  ".join(cells).rstrip() for cells in zip(*keys, *block, strict=True))
+        parts.append([row if len(row) <= room else f"{row[: room - 1]}…" for row in rows])
+    return "\n\n".join(map("\n".join, parts))
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(len(column[0]) + 2 for column in columns) - 2
 
 
 def share(x: float) -> str:
@@ -139,6 +141,9 @@ def outcome_table(cells: Sequence[Mapping]) -> str:
 
 
 _COUNTS = ("prompts", "items", "failed", "infeasible")
+#: How many columns of :func:`outcome_table` and :func:`probe_table` say which setting it is; of :func:`compare_table`;
+#: and of :func:`following_table`, with what is counted.
+N_SETTING, N_COMPARED, N_FOLLOWING = 6, 5, 7
 
 
 def _totals(metrics: Mapping[str, Mapping]) -> list[str]:

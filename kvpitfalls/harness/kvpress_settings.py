@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from ..eviction import ops
-from ..eviction.allocation import Ada
+from ..eviction.allocation import UNIFORM, Ada, Allocation
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
-from ..eviction.selection import keep
+from ..eviction.selection import allocation_of, keep
 from ..policies import Policy, get_policy
 from ..policies.expected_attention import ExpectedAttention
 from ..policies.h2o import H2O
@@ -32,10 +32,12 @@ _SAME = {
         ("n_future_positions", "n_sink", "use_covariance", "use_vnorm", "epsilon"),
     ),
 }
-# KVzipPress in one direction only, since it asks for the repeat in words of its own: the fields that both have, and
-# what its others must be.
+# KVzipPress asks for the repeat in words of its own and its layers share over their heads: the fields that both have,
+# what its others must be, and what it has no field for.
 _KVZIP = ("chunk_size", "n_sink")
 _KVZIP_MUST = {"layerwise": True, "kvzip_plus_normalization": False}
+_KVZIP_FIXED = {"repeat_ids": (), "part_ids": None, "answer_ids": (), "n_overlap": 8}
+_KVZIP_HEADS = Ada(0)
 
 
 def from_kvpress(press) -> dict:
@@ -99,30 +101,64 @@ def _from_kvzip(press) -> dict:
             raise ValueError(f"KVzipPress has {name}={value!r}, which KVzip has not; expected {expected}")
     check_budget(parameters["compression_ratio"], None)
     policy = KVzip(**{field: parameters[field] for field in _KVZIP if field in parameters})
-    return {"policy": policy, "compression_ratio": parameters["compression_ratio"], "allocation": Ada(0)}
+    return {"policy": policy, "compression_ratio": parameters["compression_ratio"], "allocation": _KVZIP_HEADS}
 
 
-def to_kvpress(policy: Policy | str, compression_ratio: float):
+def to_kvpress(policy: Policy | str, compression_ratio: float, allocation: Allocation | str | None = None):
     """The kvpress press of a policy; needs kvpress.
+
+    Parameters
+    ----------
+    policy, compression_ratio, allocation
+        As :func:`from_kvpress` gives them, and :func:`kvpitfalls.wrap` takes them. A KVzip must have
+        ``allocation=Ada(0)`` and no request, since the press makes its own.
 
     Raises
     ------
     ValueError
-        If kvpress has no such press.
+        If kvpress has no such press, or none of these settings.
     """
     policy = get_policy(policy)
     check_budget(compression_ratio, None)
-    presses = [name for name, (ours, _) in _SAME.items() if type(policy) is ours]
-    if not presses:
-        raise ValueError(
-            f"policy is {policy!r}, for which kvpress has no press; expected one of "
-            f"{', '.join(p.name for p, _ in _SAME.values())}"
-        )
+    shared = allocation_of(policy, allocation)
+    if type(policy) is KVzip:
+        name, fields, must = "KVzipPress", _KVZIP, _KVZIP_MUST
+        _check_kvzip(policy, shared)
+    else:
+        name, fields, must = *_same_press(policy, shared), {}
     import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
 
-    return getattr(kvpress, presses[0])(
-        compression_ratio, **{field: getattr(policy, field) for field in _SAME[presses[0]][1]}
+    return getattr(kvpress, name)(compression_ratio, **{field: getattr(policy, field) for field in fields}, **must)
+
+
+def _same_press(policy: Policy, allocation: Allocation) -> tuple[str, tuple[str, ...]]:
+    """The name of a policy's press, and the fields that both have."""
+    for name, (ours, fields) in _SAME.items():
+        if type(policy) is ours and allocation == UNIFORM:
+            return name, fields
+        if type(policy) is ours:
+            raise ValueError(
+                f"allocation is {allocation!r}, which {name} has not; expected none, the same for every layer and head"
+            )
+    raise ValueError(
+        f"policy is {policy!r}, for which kvpress has no press; expected one of "
+        f"{', '.join([*(p.name for p, _ in _SAME.values()), KVzip.name])}"
     )
+
+
+def _check_kvzip(policy: KVzip, allocation: Allocation) -> None:
+    """Raise if KVzipPress has not these settings."""
+    for field, fixed in _KVZIP_FIXED.items():
+        if getattr(policy, field) != fixed:
+            raise ValueError(
+                f"policy has {field}={getattr(policy, field)!r}, which KVzipPress has not; expected {fixed!r}: the "
+                "press makes its own request"
+            )
+    if allocation != _KVZIP_HEADS:
+        raise ValueError(
+            f"allocation is {allocation!r}, which KVzipPress has not; expected {_KVZIP_HEADS!r}: heads of a layer "
+            "share its budget there"
+        )
 
 
 def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | float | str | Fair = True, protect=None):

@@ -59,7 +59,7 @@ def load(
 
     Notes
     -----
-    Reading a GGUF file takes transformers half a minute, so it is converted once, to float32, and kept under
+    Reading a GGUF file takes transformers half a minute or more, so it is converted once, to float32, and kept under
     ``KVPITFALLS_CACHE`` (default: ``~/.cache/kvpitfalls``).
 
     Examples
@@ -250,7 +250,7 @@ def _converted(path: Path) -> Path:
         raise ImportError(
             f"reading {path.name} needs the package {missing[0]}; expected pip install 'kvpitfalls[gguf]'"
         )
-    print(f"kvpitfalls: converting {path.name} once, to {folder} (about half a minute)", file=sys.stderr)
+    print(f"kvpitfalls: converting {path.name} once, to {folder} ({_about(path.stat().st_size)})", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
     try:
@@ -263,6 +263,13 @@ def _converted(path: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _about(n_byte: int) -> str:
+    """How long converting so large a GGUF file takes, in words: on two cores half a minute for 100 MB, 5 minutes for
+    1 GB."""
+    minutes = n_byte / 2e8
+    return f"about {minutes:.0f} minutes" if minutes >= 1.5 else f"about {max(1, round(minutes * 6)) * 10} seconds"
 
 
 def _convert(path: Path, folder: Path) -> None:

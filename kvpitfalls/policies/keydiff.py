@@ -7,6 +7,7 @@ import numpy as np
 
 from ..eviction.arrays import Array
 from .base import Inputs, Policy
+from .ranges import by_range
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +44,16 @@ class KeyDiff(Policy):
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
-        import torch
+        return by_range(inputs, inputs.segments, _unlike_their_mean)
 
-        keys = torch.as_tensor(inputs.keys).detach()
-        scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-        for row, segments in enumerate(inputs.segments):
-            for begin, end in (segment for segment in segments if segment[1] - segment[0] > 2):
-                units = _units(keys[row, :, begin:end].float())
-                scores[row, :, begin:end] = -(
-                    units * _units(units.mean(1, keepdim=True, dtype=torch.float64).float())
-                ).sum(-1)
-        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+def _unlike_their_mean(keys: "torch.Tensor") -> "torch.Tensor":
+    """Of keys (H, n, D), (H, n)."""
+    import torch
+
+    units = _units(keys.float())
+    mean = _units(units.mean(1, keepdim=True, dtype=torch.float64).float())
+    return -(units * mean).sum(-1) if keys.shape[1] > 2 else units.new_zeros(())
 
 
 def _units(vectors: "torch.Tensor") -> "torch.Tensor":

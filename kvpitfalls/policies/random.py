@@ -1,12 +1,16 @@
 """The control: tokens drawn at random."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ..eviction.arrays import Array
 from .base import Inputs, Policy
+from .ranges import by_range
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,12 @@ class Random(Policy):
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
-        like = inputs.score("position", n_sink=0)
-        scores = np.zeros(tuple(like.shape), np.float32)
-        for row, (begin, end) in enumerate(inputs.valid):
-            first = inputs.keys[row, :, begin]
-            first = first if isinstance(first, np.ndarray) else first.float().cpu().numpy()
-            for head, salt in enumerate(
-                np.rint(4 * first).astype(np.int64) % 2**32
-            ):  # coarse: low bits may depend on the batch
-                drawn = np.random.default_rng([self.seed, head, end - begin, *salt.tolist()])
-                scores[row, head, begin:end] = drawn.random(end - begin)
-        return scores if isinstance(like, np.ndarray) else like.new_tensor(scores)
+        return by_range(inputs, [[row] for row in inputs.valid], self._draw)
+
+    def _draw(self, keys: "torch.Tensor") -> "torch.Tensor":
+        """A row's scores (H, n): of each head's first key coarsely, since low bits may depend on the batch."""
+        import torch
+
+        salts = (4 * keys[:, 0].float().cpu()).round().long() % 2**32
+        seeds = [[self.seed, head, keys.shape[1], *salt] for head, salt in enumerate(salts.tolist())]
+        return torch.tensor(np.stack([np.random.default_rng(seed).random(keys.shape[1]) for seed in seeds]))
