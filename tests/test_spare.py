@@ -139,6 +139,41 @@ def test_memory_of_inference_mode_is_not_written_outside_of_it(llama):
         assert cache.layers[0].spare is not before and all(written(cache))
 
 
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_a_step_of_another_type_or_of_other_rows_is_not_written(model, ratio, monkeypatch):
+    """Copying promotes to the wider type and refuses other rows; writing would round, and repeat a row."""
+
+    def logits(n_spare):
+        monkeypatch.setattr(layers, "SPARE", n_spare)
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = handle.compress(tokens[:, :N_PROMPT])
+            feed(model, tokens, [1, 1], cache, start=N_PROMPT)
+        out = feed(model, tokens, [1, 1, 1], cache, start=N_PROMPT + 2)
+        assert all(written(cache)) == bool(n_spare)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            feed(model, tokens[:1], [1], cache, start=N_PROMPT + 5)
+        return out
+
+    tokens = ids(2, 40)
+    with kvp.wrap(model, "knorm", compression_ratio=ratio) as handle:
+        assert torch.equal(logits(16), logits(0))
+
+
+def test_a_cache_with_room_is_saved_without(model, tmp_path):
+    tokens = ids(2, 30)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT])
+        feed(model, tokens, [1, 1], cache, start=N_PROMPT)
+        assert all(written(cache))
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = kvp.load_cache(tmp_path / "cache.safetensors", model)
+        assert all(x.spare is None for x in loaded.kept_layers) and all(written(cache))
+        assert torch.equal(
+            feed(model, tokens, [1, 2, 1], loaded, start=N_PROMPT + 2),
+            feed(model, tokens, [1, 2, 1], cache, start=N_PROMPT + 2),
+        )
+
+
 def test_no_room_under_gradients_or_a_held_budget_or_where_a_copy_is_small(llama, monkeypatch):
     tokens = ids(2, 40)
     with kvp.wrap(llama, "knorm", budget=10, when="always") as handle:

@@ -163,10 +163,11 @@ class KeptLayer(DynamicLayer):
         not pay."""
         if not SPARE or self.keys.nbytes < _SMALL or torch.is_grad_enabled() or self.held is not None:
             return False
+        both = ((self.keys, key_states), (self.values, value_states))
+        if any(x.dtype != new.dtype or x.shape[:2] != new.shape[:2] for x, new in both):
+            return False  # writing would round to the older type, or repeat a row, where copying promotes or refuses
         n, spare = self.keys.shape[2], self.spare
         if spare is None or spare.of is not self.keys or n == spare.keys.shape[2] or not spare.is_writable:
-            if self.keys.dtype != key_states.dtype or self.values.dtype != value_states.dtype:
-                return False
             spare = self.spare = Spare(self.keys, self.values)
         spare.keys[:, :, n] = key_states[:, :, 0]
         spare.values[:, :, n] = value_states[:, :, 0]

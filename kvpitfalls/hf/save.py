@@ -1,5 +1,6 @@
 """Caches on disk: one safetensors file, with what is needed to refuse it where it does not belong."""
 
+import copy
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
 def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A layer's plain fields; its tensors go to ``tensors``."""
     plain: dict[str, Any] = {}
-    for name, value in vars(layer).items():
+    for name, value in vars(copy.copy(layer)).items():  # without its spare room
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
             tensors[f"{prefix}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         elif isinstance(value, _PLAIN) or (
