@@ -17,6 +17,7 @@ from ..eviction.fairness import AnyFair, Fair, Protect
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict
+from ..hf.forward import AttentionCall
 from ..hf.generate import answers
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
@@ -43,6 +44,9 @@ class PutBack(Evict):
     """
 
     name: str = ""
+
+    def pressed(self, call: AttentionCall) -> None:
+        """None: rows are chosen after those that the policy keeps."""
 
     def evict(self, layer: KeptLayer, kept: Kept, valid: Sequence[tuple[int, int]]) -> None:
         """Hold what is kept, and the instruction."""
