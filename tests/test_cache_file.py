@@ -185,3 +185,27 @@ def test_a_fingerprint_is_taken_when_a_cache_is_saved_or_loaded_and_at_no_other_
         assert taken == []
         cache.save(tmp_path / "prompt")
         assert taken == [model.model]
+
+
+@pytest.mark.parametrize("size", [None, 7])
+@pytest.mark.parametrize("ratio", [0, 0.5])
+def test_a_cache_whose_prefill_was_broken_off_is_not_saved(ratio, size, tmp_path):
+    """It would be loaded as one of a shorter prompt."""
+    model, calls = build_type("llama"), []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == (1 if size is None else 3):
+            raise KeyboardInterrupt
+
+    with kvp.wrap(model, "knorm", compression_ratio=ratio) as handle:
+        cache = handle.new_cache()
+        hook = (model.model.norm if size is None else model.model).register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            chunks = {} if size is None else {"prefill_chunk_size": size}
+            model.generate(ids(1, N_PROMPT), past_key_values=cache, max_new_tokens=2, **chunks)
+        hook.remove()
+        assert cache.n_seen and (cache.is_half_filled if size is None else cache.coming is not None)
+        with pytest.raises(ValueError, match="was broken off; expected a cache as a whole"):
+            cache.save(tmp_path / "cache.safetensors")
+    assert not os.listdir(tmp_path)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from model_sweep import build as build_type
+from model_sweep import not_refused
 from packaging.version import parse as release
 from tiny_models import build, feed, ids, masked_like
 from tiny_policies import EVERY
@@ -309,6 +311,33 @@ def test_what_cannot_be_right_is_refused_by_name(llama, wrapped, error, message,
             handle.compress(tokens, spans={"a": (0, 9), "b": (9, 20)}, prefill_chunk_size=SIZE)
         else:
             llama.generate(tokens, prefill_chunk_size=SIZE, **GREEDY)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", [1, SIZE])
+@pytest.mark.parametrize("family", not_refused("llama", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h"))
+def test_linear_attention_makes_of_chunks_what_it_makes_of_the_whole_or_is_refused(family, size, padded):
+    model, tokens = build_type(family), ids()
+    mask = left_pad() if padded else torch.ones_like(tokens)
+    given = {"attention_mask": mask[:, :N_PROMPT]}
+    with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
+        if family != "llama" and size == 1 and padded:
+            with pytest.raises(ValueError, match="takes a token that comes alone for a real one, so expected at least"):
+                handle.compress(tokens[:, :N_PROMPT], **given, prefill_chunk_size=size)
+            return
+        cache = handle.compress(tokens[:, :N_PROMPT], **given, prefill_chunk_size=size)
+        once = handle.compress(tokens[:, :N_PROMPT], **given)
+        one, other = (feed(model, tokens, [1, 1], x, mask, start=N_PROMPT) for x in (cache, once))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", not_refused("jamba"))
+def test_a_model_that_forgets_between_chunks_is_refused(family):
+    model, tokens = build_type(family), ids()
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(kvp.UnsupportedModelError, match="forgets what came before a forward of several tokens"):
+            handle.compress(tokens, prefill_chunk_size=SIZE)
+        assert handle.compress(tokens, prefill_chunk_size=30).report()["kept_share"] == 0.5  # comes as a whole
 
 
 def test_bad_sizes_padding_and_inputs_are_refused(llama):

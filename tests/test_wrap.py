@@ -333,3 +333,16 @@ def test_crop_takes_back_only_what_came_after_eviction(number, fixed):
         assert torch.equal(feed(model, tokens, [5], cache, start=N_PROMPT), once)
         with pytest.raises(ValueError, match="only the newest 5 came after eviction"):
             cache.crop(-6)
+
+
+def test_a_crop_that_a_sliding_layer_cannot_follow_leaves_the_layers_before_it_as_they_are():
+    model = build("gemma3_text", num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    tokens = ids()
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :24])
+        feed(model, tokens, [1, 1, 1], cache, start=24)
+        wanted = feed(model, tokens, [1, 1], cache.copy(), start=27)
+        with pytest.raises((ValueError, RuntimeError), match="crop"):
+            cache.crop(-2)
+        assert [layer.get_seq_length() for layer in cache.layers] == [27, 27]
+        assert torch.equal(feed(model, tokens, [1, 1], cache, start=27), wanted)

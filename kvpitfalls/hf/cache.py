@@ -188,7 +188,13 @@ class KeptCache(DynamicCache):
         """Drop the newest tokens of every layer, or, if one cannot, raise and leave all as they are."""
         for layer in self.kept_layers:
             layer.check_crop(*args, **kwargs)
-        super().crop(*args, **kwargs)
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            super().crop(*args, **kwargs)
+        except BaseException:  # a sliding layer that has lost what stood before its window, behind layers that had not
+            for layer, fields in zip(self.layers, before, strict=True):
+                vars(layer).update(fields)
+            raise
 
     def reset(self) -> None:
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it

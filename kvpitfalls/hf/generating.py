@@ -18,6 +18,8 @@ from .coverage import decoder_of
 from .masks import check_padding, valid_ranges
 from .outer import is_multimodal
 
+_FORGETFUL = {"jamba"}  # model types
+
 
 def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one
@@ -108,7 +110,29 @@ def chunked(model, ids: torch.Tensor, mask, size: int, action) -> Coming | None:
         )
     action.check_chunks()
     n_row, n_token = ids.shape
-    return None if n_token <= size else Coming(decoder_of(model), n_token, valid_ranges(mask, n_row, n_token))
+    if n_token <= size:
+        return None
+    coming = Coming(decoder_of(model), n_token, valid_ranges(mask, n_row, n_token))
+    _check_linear_attention(model, size, coming)
+    return coming
+
+
+def _check_linear_attention(model, size: int, coming: Coming) -> None:
+    """Raise where a model's layers of linear attention make something else of chunks than of the whole prompt, be it
+    wrapped or not."""
+    if not any("LinearAttention" in type(layer).__name__ for layer in KeptCache(model.config).layers):
+        return
+    name = type(model).__name__
+    if model.config.model_type in _FORGETFUL:
+        raise UnsupportedModelError(
+            f"the linear attention of {name} forgets what came before a forward of several tokens, and "
+            "prefill_chunk_size was given; expected none"
+        )
+    if size == 1 and any(begin for begin, _ in coming.valid):
+        raise ValueError(
+            f"prefill_chunk_size is 1, and prompts are padded; the linear attention of {name} takes a token that comes "
+            "alone for a real one, so expected at least 2"
+        )
 
 
 def _check_mode(arguments: dict, is_filled: bool) -> None:

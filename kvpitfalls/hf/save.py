@@ -34,6 +34,10 @@ def save_cache(cache: KeptCache, path: "str | os.PathLike[str]") -> None:
     """See :meth:`kvpitfalls.KeptCache.save`."""
     if not cache.n_seen:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
+    if cache.is_half_filled or cache.coming is not None:
+        raise ValueError(
+            "a forward on the cache, or its prefill in chunks, was broken off; expected a cache as a whole"
+        )
     if cache.is_held:
         raise ValueError(
             "the cache holds its budget while generating; expected one of a wrap with when='prefill', which needs no "
