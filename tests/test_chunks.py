@@ -297,6 +297,7 @@ def test_a_cache_of_chunks_is_saved_and_laid_out(llama, tmp_path):
     [
         ({"policy": "lagkv"}, ValueError, "policy is 'lagkv', which judges a prompt that is whole; prefill_chunk_size"),
         ({"policy": "expected_attention"}, ValueError, "policy is 'expected_attention', which judges a prompt that is"),
+        ({"policy": "kvzip"}, ValueError, "policy is 'kvzip', which judges a prompt that is whole; prefill_chunk_size"),
         ({"policy": "snapkv", "allocation": "ada"}, ValueError, "whose shares depend on the whole prompt"),
         ({"policy": "snapkv", "fair": 0.5}, ValueError, "fair is .*, whose quotas depend on the whole prompt"),
         ({"policy": "snapkv", "fair": "paper"}, ValueError, "fair is 'paper', whose quotas depend on the whole prompt"),
