@@ -153,6 +153,7 @@ class KeptLayer(DynamicLayer):
         if n_new != 1 or not self._written(key_states, value_states):
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
+            self.spare = None
         self.seen += n_new
         self.n_after += n_new
         forward.expect(self, n_new)
