@@ -192,8 +192,8 @@ class KeptCache(DynamicCache):
         try:
             super().crop(*args, **kwargs)
         except BaseException:  # a sliding layer that has lost what stood before its window, behind layers that had not
-            for layer, fields in zip(self.layers, before, strict=True):
-                vars(layer).update(fields)
+            for each, fields in zip(self.layers, before, strict=True):
+                vars(each).update(fields)
             raise
 
     def reset(self) -> None:

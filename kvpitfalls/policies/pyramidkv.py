@@ -1,6 +1,7 @@
 """PyramidKV."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..eviction.allocation import Pyramid
 from .snapkv import SnapKV
@@ -49,15 +50,11 @@ class PyramidKV(SnapKV):
     name = "pyramidkv"
     aliases = ("pyramid",)
     holds = False
+    in_chunks: ClassVar[bool] = True  # the shares of its layers are known before the first chunk
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.allocation  # noqa: B018 - a beta that it refuses
-
-    @property
-    def in_chunks(self) -> bool:
-        """Yes: the shares of its layers are known before the first chunk."""
-        return True
 
     @property
     def allocation(self) -> Pyramid:  # type: ignore[override] # read only, as whoever asks takes it
