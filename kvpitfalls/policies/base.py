@@ -320,7 +320,7 @@ class Policy:
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair
     #: themselves (False).
     paper_quotas: ClassVar[bool] = True
-    #: Whether :meth:`call`, where it is one, gives what :meth:`score` gives; so if one class defines both, or no score.
+    # Whether `call`, where it is one, gives what `score` gives; so if one class defines both, or no score.
     scores_by_call: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
