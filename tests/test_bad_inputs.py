@@ -5,7 +5,10 @@ import gc
 import re
 import warnings
 
+import bad_calls
 import bad_inputs
+import bad_keeps
+import bad_models
 import bad_sweeps
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ from kvpitfalls import cli, ops, reference
 ROWS = [
     pytest.param(*row, id=f"{name.lower()}-{i}-{row[2][:40]}")
     for table, names in (
-        (bad_inputs, ("OPS", "KEEP", "PARAMETERS", "PROMPTS", "MODELS", "TEXTS")),
+        (bad_calls, ("OPS",)),
+        (bad_keeps, ("KEEP", "PARAMETERS")),
+        (bad_models, ("PROMPTS", "MODELS", "TEXTS")),
         (bad_sweeps, ("EXPERIMENTS",)),
     )
     for name in names

@@ -18,6 +18,7 @@ from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments import comparisons, records, summary
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.sweep import sweep
+from kvpitfalls.policies import policy_names
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,18 @@ def test_many_modes_have_a_figure_for_each_policy():
     assert sorted(looks) == sorted(modes) and len(set(looks.values())) == 8 and not axis.collections
     assert _looks(plots.ranks(_ranked(modes[2:])).axes[0]) == {mode: looks[mode] for mode in modes[2:]}
     assert len(plots.outcomes(few).axes[0].collections) == 2
+
+
+def test_no_two_curves_of_a_figure_look_alike():
+    """Whatever policies and modes stand in it, a user's own, too."""
+    policies, modes = [*policy_names(), "mine", "another"], ["boundary", "floor=4", "fair+min=3", "paper"]
+    for settings in ([(name, "fair") for name in policies], [("kvzip", mode) for mode in modes]):
+        looks = plots._styles(dict.fromkeys(settings, []), "light")
+        assert list(looks) == settings and len(set(map(str, looks.values()))) == len(settings)
+        cells = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(*setting, 0.5) for setting in settings)]
+        assert [x.get_marker() for x in plots.outcomes(cells).axes[0].get_lines()] == [
+            look["marker"] for look in looks.values()
+        ]
 
 
 def _looks(axis):

@@ -93,9 +93,9 @@ def _garak_report(args) -> int:
     from ..display.tables import fitted, table
     from ..harness.garak_command import read_report
 
-    found = [row for path in args.files for row in read_report(path)]
+    results = [row for path in args.files for row in read_report(path)]
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(results, indent=1))
         return 0
     names = (
         "detector",
@@ -109,7 +109,9 @@ def _garak_report(args) -> int:
         "mean_score",
         "max_score",
     )
-    rows = [[f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in found]
+    rows = [
+        [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in results
+    ]
     shown = table([name.replace("_", " ") for name in names], rows, right=range(4, 10))
     print(fitted(shown, columns(), n_key=4))
     return 0

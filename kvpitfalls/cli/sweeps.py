@@ -201,10 +201,10 @@ def _suite(args) -> int:
     code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)))
     if code == 130:
         return code
-    found = write_report(args.output)
+    written = write_report(args.output)
     if not args.json:
-        print(f"\n{fitted(outcome_table(found['cells']), columns(), N_SETTING)}\n")
-        print(f"Page: {found['page']}\nCard: {', '.join(found['cards'])} (see kvpitfalls compare)")
+        print(f"\n{fitted(outcome_table(written['cells']), columns(), N_SETTING)}\n")
+        print(f"Page: {written['page']}\nCard: {', '.join(written['cards'])} (see kvpitfalls compare)")
     return code
 
 

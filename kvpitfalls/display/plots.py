@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 
 from ..eviction.fairness import fairness_name
+from ..policies import policy_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,18 +37,23 @@ _PROBE_LABELS = {
 }
 _POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 _SPANS = ("defense", "directive", "whitelist")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d", "8")
 _MODES = ("biased", "random", "whitelist", "whitelist_defense", "boundary", "floor=4", "fair", "fair+whitelist")
 FEW_MODES = 4  # of more, the lines of several policies could not be told apart
 _MOST_BANDS = 6  # bands of more curves would be one blot
-_LINES = {
-    "biased": "-",
-    "fair": "--",
-    "paper": "--",
-    "whitelist": ":",
-    "whitelist_defense": "-.",
-    "random": (0, (1, 2)),
-}
+# of the modes, in their order, and two for others
+_LINES = (
+    "-",
+    (0, (1, 2)),
+    ":",
+    "-.",
+    (0, (3, 1, 1, 1)),
+    (0, (5, 1)),
+    "--",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+    (0, (2, 4)),
+)
 # ink, paper, pale ink, the colour of "all kept", and lines that stand out at least 3 : 1 from the paper
 _THEMES = {
     "light": (
@@ -127,28 +133,21 @@ def _curves(cells: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     return {key: [*full, *sorted(curve, key=lambda c: c["compression_ratio"])] for key, curve in curves.items()}
 
 
-def _style(policy: str, mode: str, theme: str) -> dict:
-    ink, colors = _THEMES[theme][0], _THEMES[theme][-1]
-    known = policy in _POLICIES
-    return {
-        "color": colors[_POLICIES.index(policy)] if known else ink,
-        "marker": _MARKERS[_POLICIES.index(policy)] if known else "x",
-        "linestyle": _LINES.get(mode, (0, (3, 1, 1, 1))),
-        "markersize": 3.5,
-    }
-
-
 def _styles(curves: Mapping[tuple[str, str], list], theme: str) -> dict[tuple[str, str], dict]:
-    """Colours say which policy; those of many modes of a single policy, which mode."""
-    if len(curves) <= FEW_MODES or len({policy for policy, _ in curves}) > 1:
-        return {setting: _style(*setting, theme) for setting in curves}
+    """Colours and markers say which policy, lines which mode; of many modes of a single policy, colours and markers say
+    which. The same name looks the same in every figure, but for those of a user's own, which come last."""
+    policies = list(dict.fromkeys([*_POLICIES, *policy_names(), *(policy for policy, _ in curves)]))
     modes = list(dict.fromkeys([*_MODES, *(mode for _, mode in curves)]))
     colors = _THEMES[theme][-1]
-    styles = [
-        {"color": colors[i % 6], "marker": _MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"}
-        for i in range(len(modes))
-    ]
-    return {setting: {**styles[modes.index(setting[1])], "markersize": 3.5} for setting in curves}
+    by_mode = len(curves) > FEW_MODES and len({policy for policy, _ in curves}) == 1
+    styles = {}
+    for policy, mode in curves:
+        i, line = policies.index(policy), _LINES[modes.index(mode) % len(_LINES)]
+        if by_mode:
+            i = modes.index(mode)
+            line = "-" if i < 6 else "--"
+        styles[policy, mode] = {"color": colors[i % 6], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": line}
+    return {setting: {**style, "markersize": 3.5} for setting, style in styles.items()}
 
 
 @_themed

@@ -37,12 +37,12 @@ def fitted(text: str, width: int | None, n_key: int = 1) -> str:
         return text
     edges = [match.span() for match in re.finditer("-+", lines[1])]
     edges[-1] = (edges[-1][0], max(map(len, lines)))
-    found = [[line[begin:end].ljust(end - begin) for line in lines] for begin, end in edges]
-    same = [column for column in found[:n_key] if len(set(column[2:])) == 1][: n_key - 1]
-    keys = [column for column in found[:n_key] if column not in same]
+    columns = [[line[begin:end].ljust(end - begin) for line in lines] for begin, end in edges]
+    same = [column for column in columns[:n_key] if len(set(column[2:])) == 1][: n_key - 1]
+    keys = [column for column in columns[:n_key] if column not in same]
     n_left = _width(keys)
     blocks: list[list[list[str]]] = []
-    for column in found[n_key:]:
+    for column in columns[n_key:]:
         if blocks and n_left + 2 + _width([*blocks[-1], column]) <= width:
             blocks[-1].append(column)
         else:
@@ -163,10 +163,10 @@ def compare_table(changes: Sequence[Mapping]) -> str:
     rows = [
         [
             *setting,
-            str(min(row["n_prompt"] for row in found.values())),
-            *(_difference(found.get(name)) for name in names),
+            str(min(row["n_prompt"] for row in of_setting.values())),
+            *(_difference(of_setting.get(name)) for name in names),
         ]
-        for setting, found in lines.items()
+        for setting, of_setting in lines.items()
     ]
     return table(["defense", "order", "policy", "mode", "r", "prompts", *names], rows, right=range(4, 6 + len(names)))
 
@@ -223,13 +223,13 @@ def following_table(cells: Sequence[Mapping]) -> str:
     """Accuracies of instruction following: prompt and instruction level, single and multi, and each family; strict and
     loose."""
     setting = ("model", "defense", "order", "policy", "mode", "compression_ratio")
-    found: dict[tuple, dict[tuple, Mapping]] = {}
+    settings: dict[tuple, dict[tuple, Mapping]] = {}
     for cell in cells:
-        found.setdefault(tuple(cell[name] for name in setting), {})[
+        settings.setdefault(tuple(cell[name] for name in setting), {})[
             cell["group"], cell["level"], cell["name"], cell["rule"]
         ] = cell
     rows = []
-    for (model, defense, order, policy, mode, ratio), of_setting in found.items():
+    for (model, defense, order, policy, mode, ratio), of_setting in settings.items():
         for group, level, name in dict.fromkeys(key[:3] for key in of_setting):
             if level in ("prompt", "instruction") or (level == "family" and group == "all"):
                 strict, loose = (of_setting[group, level, name, rule] for rule in ("strict", "loose"))

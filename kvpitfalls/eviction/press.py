@@ -1,18 +1,14 @@
 """From keys to kept rows by one call of the core."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 from ..policies import Policy
-from ..policies.rotary import Rotary
 from .allocation import UNIFORM, Allocation
 from .arrays import A, Int32
 from .fairness import Fair, Layout
 from .plans import fair_plan, whole_plan
 from .selection import budgets_of, inputs_of, is_paper
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -38,30 +34,19 @@ def press(
     compression_ratio: float | None = None,
     budget: int | None = None,
     allocation: Allocation = UNIFORM,
-    scaling: float | None = None,
-    softcap: float | None = 0.0,
-    sinks: "torch.Tensor | None" = None,
-    lse: A | None = None,
     layer: int = 0,
     n_layer: int = 1,
-    rotary: Rotary | None = None,
-    output: A | None = None,
+    **known: Any,
 ) -> Pressed[A] | None:
     """``rank``, ``choose`` and the gathering of the kept rows by one call of the core, to the same bits; for
     those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
-    heads share, or quotas that depend on scores."""
+    heads share, or quotas that depend on scores. ``known``: what :func:`rank` takes beside these."""
     paper_whole = is_paper(fair) and not policy.paper_quotas
-    if allocation.shares_heads or paper_whole or not (fair.is_biased or fair.strength == 1):
+    is_plain = fair.is_biased or fair.strength == 1
+    if not policy.scores_by_call or allocation.shares_heads or paper_whole or not is_plain:
         return None
-    of_layer: dict[str, Any] = {
-        "values": values,
-        "layer": layer,
-        "n_layer": n_layer,
-        "rotary": rotary,
-        "output": output,
-    }
-    inputs = inputs_of(policy, fair, layout, keys, queries, scaling, softcap, sinks, lse, **of_layer)
-    if (call := policy.call(inputs) if policy.scores_by_call else None) is None:
+    inputs = inputs_of(policy, fair, layout, keys, queries, values=values, layer=layer, n_layer=n_layer, **known)
+    if (call := policy.call(inputs)) is None:
         return None
     budgets, n_head = budgets_of(layout, (layer, n_layer), compression_ratio, budget, allocation), keys.shape[1]
     whole = whole_plan(layout, fair, n_head, budgets)  # raises where there is no room

@@ -164,18 +164,18 @@ def inputs_of(
     layout: Layout,
     keys: Array,
     queries: Array | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: "torch.Tensor | None",
-    lse: Array | None,
+    scaling: float | None = None,
+    softcap: float | None = 0.0,
+    sinks: "torch.Tensor | None" = None,
+    lse: Array | None = None,
     *,
-    values: Array | None,
-    rotary: Rotary | None,
-    output: Array | None,
+    values: Array | None = None,
+    rotary: Rotary | None = None,
+    output: Array | None = None,
     again: Again | None = None,
     **place: int,
 ) -> Inputs:
-    """What the policy is given; raises where it needs what is missing."""
+    """What the policy is given, by the arguments of :func:`rank`; raises where it needs what is missing."""
     check_needed(policy, queries, values, rotary, output, again)
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):

@@ -110,12 +110,12 @@ class Marks:
     def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         if self.texts is not None:
             return find_all(text, tuple(contents.values()), self.texts)
-        found = {
+        ranges = {
             name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()
         }
         return {
             f"{name} {i}" if len(every) > 1 else name: x
-            for name, every in found.items()
+            for name, every in ranges.items()
             for i, x in enumerate(every, 1)
         }
 

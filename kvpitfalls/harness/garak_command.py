@@ -98,7 +98,7 @@ def read_report(path: str | Path) -> list[dict]:
                 f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "
                 "least one"
             )
-        found = {
+        rates = {
             "answers": n,
             "hits": entry["fails"],
             "hit_rate": entry["fails"] / n,
@@ -106,5 +106,5 @@ def read_report(path: str | Path) -> list[dict]:
             "max_score": max(scores),
         }
         named = {"probe": entry["probe"], "detector": entry["detector"], **json.loads(settings.copy().pop())}
-        out.append({**named, "kept_share": kept / tokens, **found})
+        out.append({**named, "kept_share": kept / tokens, **rates})
     return out

@@ -404,7 +404,7 @@ def get_policy(policy: AnyPolicy) -> Policy:
     key = policy.lower().replace("-", "_")
     if key in _registry:
         return _registry[key]()
-    near = difflib.get_close_matches(key, _registry, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(key, policy_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(policy_names())}"
     raise ValueError(f"policy is {policy!r}, which is not known; {hint}")
 
