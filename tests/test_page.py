@@ -228,7 +228,7 @@ def test_no_two_curves_of_a_figure_look_alike():
     """Whatever policies and modes stand in it, a user's own, too."""
     policies, modes = [*policy_names(), "mine", "another"], ["boundary", "floor=4", "fair+min=3", "paper"]
     for settings in ([(name, "fair") for name in policies], [("kvzip", mode) for mode in modes]):
-        looks = plots._styles(dict.fromkeys(settings, []), "light")
+        looks = plots._styles({key: [] for key in settings}, "light")
         assert list(looks) == settings and len(set(map(str, looks.values()))) == len(settings)
         cells = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(*setting, 0.5) for setting in settings)]
         assert [x.get_marker() for x in plots.outcomes(cells).axes[0].get_lines()] == [
