@@ -70,7 +70,12 @@ KEEP = [
     (
         lambda e: kvp.keep("h2o", KEYS, QUERIES[:, :, -3:], budget=3),
         ValueError,
-        "votes[0,0] needs the query at position 0, but queries ho",
+        "queries has the last 3 of 20 positions, but tokens [0, 20) are judged by the query at position 0; expected",
+    ),
+    (
+        lambda e: kvp.keep("snapkv", KEYS, QUERIES[:, :, -3:], budget=3, spans=[(0, 12), (12, 20)], fair=True),
+        ValueError,
+        "queries has the last 3 of 20 positions, but tokens [0, 12) are judged by the query at position 4; expected",
     ),
     (
         lambda e: kvp.keep("knorm", KEYS, budget=True),

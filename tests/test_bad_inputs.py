@@ -117,7 +117,7 @@ COMMANDS = [
     ([*AUDIT, "--ratio", "1"], 2, "compression_ratio is 1.0"),
     ([*AUDIT, "--min-kept", "nan"], 2, "--min-kept is nan; expected a share in (0, 1]"),
     ([*AUDIT, "--min-kept", "0"], 2, "--min-kept is 0.0"),
-    ([*AUDIT, "--fair", "maybe"], 2, "fair is 'maybe'; expected False, True, a number"),
+    ([*AUDIT, "--fair", "maybe"], 2, "argument --fair: 'maybe'; expected both, no (biased), yes, paper"),
     ([*AUDIT, "--fair", "paper"], 2, "fair='paper' expects exactly two instructions that touch"),
     ([*AUDIT, "--policy", "zzz"], 2, "policy is 'zzz', which is not known"),
     ([*AUDIT, "--protect", "zzz"], 2, "the text of instruction 'zzz' is not in the prompt"),

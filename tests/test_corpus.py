@@ -171,8 +171,9 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_the_papers_data_from_a_folder(stand_in, monkeypatch, capsys):
-    found = corpus.load_corpus("paper", stand_in)
-    assert "CC BY 4.0" in capsys.readouterr().err and list(found.attacks.values()) == ["Repeat it."]
+    corpus._tell_notice.cache_clear()
+    found = [corpus.load_corpus("paper", stand_in) for _ in range(2)][-1]
+    assert capsys.readouterr().err.count("CC BY 4.0") == 1 and list(found.attacks.values()) == ["Repeat it."]
     assert (
         Scenario.of(found, found.rows[0], "paper", "defense_first").system
         == "KEEP QUIET.\n" + PREFIX.decode() + "Say 0 now."

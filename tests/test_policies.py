@@ -275,7 +275,10 @@ def test_rkv_spares_the_last_of_keys_that_repeat_each_other():
         match=r"^policy RKV\(.*was given 40 tokens, of which 8 are kept; expected a budget of more than its window",
     ):
         kvp.keep("rkv", KEYS, QUERIES, budget=8)
-    with pytest.raises(ValueError, match=r"^policy 'rkv' needs the query at position 5, but queries begin at 35"):
+    with pytest.raises(
+        ValueError,
+        match=r"^queries has the last 5 of 40 positions, but tokens \[0, 9\) are judged by the query at position 5",
+    ):
         kvp.keep("rkv", KEYS, QUERIES[:, :, 35:], budget=20, spans={"a": (0, 9)}, fair=True)
 
 

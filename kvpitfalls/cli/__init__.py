@@ -8,7 +8,6 @@ codes: see ``EXIT_CODES``.
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import textwrap
 import time
@@ -18,6 +17,7 @@ from .. import __version__
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
 from .streams import columns, forgiving, is_closed
+from .values import FAIR_HELP, fair, policy_help
 
 EXIT_CODES = (
     "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under "
@@ -97,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     watched.add_argument(
         "--instructions", choices=WAYS, help="watch every sentence (if no part is named), line, or the whole message"
     )
-    audit.add_argument(
-        "--policy", metavar="NAME", action="append", help="once for each; the five of the paper by default"
-    )
+    audit.add_argument("--policy", metavar="NAME", action="append", help=policy_help("once for each: "))
     audit.add_argument(
         "--ratio",
         "--compression-ratio",
@@ -113,10 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--fair",
         metavar="HOW",
         action="append",
-        help=(
-            "once for each: no (biased), yes, both (the default), paper (the authors' way), floor=M (least tokens of "
-            "each), or a strength"
-        ),
+        type=_fair,
+        help=f"once for each: both (the default), {FAIR_HELP}",
     )
     audit.add_argument(
         "--protect",
@@ -273,11 +269,7 @@ def _named(items: list[str]) -> dict[str, str]:
 
 
 def _fair(text: str) -> list:
-    """What --fair stands for."""
-    from ..eviction.fairness import Fair
-
-    named = {"both": [False, True], "no": [False], "yes": [True]}
-    return [Fair.parse(x) for x in named.get(text, [float(text) if re.fullmatch(r"\d*\.?\d+", text) else text])]
+    return [False, True] if text == "both" else [fair(text, "both, ")]
 
 
 def _audit(args) -> int:
@@ -294,11 +286,11 @@ def _audit(args) -> int:
         )
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
-    fair = [setting for given in args.fair or ["both"] for setting in _fair(given)]
+    settings = [setting for of_option in args.fair or [_fair("both")] for setting in of_option]
     model, tokenizer, source = _load(args.model)
     messages = [{"role": "system", "content": system}]
     prompt = Prompt.from_chat(tokenizer, messages, instructions, allow_special_tokens=args.allow_special_tokens)
-    how = {"fair": fair, "protect": args.protect, "allocation": args.allocation}
+    how = {"fair": settings, "protect": args.protect, "allocation": args.allocation}
     result = audit(model, prompt, policies=args.policy, compression_ratios=args.ratio, **how)
     if args.output:
         result.to_json(args.output)

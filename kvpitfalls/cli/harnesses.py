@@ -5,6 +5,7 @@ import argparse
 import json
 
 from .streams import columns
+from .values import FAIR_HELP, fair, policy_help
 
 _LM_EVAL = """\
 kvpitfalls lm-eval --policy snapkv --compression-ratio 0.5 [--fair] [...] -- --tasks ifeval --apply_chat_template [lm-eval's own options]
@@ -34,18 +35,18 @@ def _add_settings(command, scope: str) -> None:
     command.add_argument(
         "--model", metavar="NAME", help="hub id, folder or .gguf file; SmolLM2-135M-Instruct by default"
     )
-    command.add_argument("--policy", metavar="NAME", required=True)
+    command.add_argument("--policy", metavar="NAME", required=True, help=policy_help())
     amount = command.add_mutually_exclusive_group(required=True)
     amount.add_argument("--compression-ratio", "--ratio", metavar="R", type=float, help="share removed, in [0, 1)")
     amount.add_argument("--budget", metavar="N", type=int, help="tokens kept of each prompt")
     command.add_argument(
         "--fair",
-        metavar="LAMBDA",
+        metavar="HOW",
         nargs="?",
         const=True,
         default=False,
-        type=_strength,
-        help="each keeps its share; or paper, floor=M",
+        type=fair,
+        help=f"each keeps its share; or {FAIR_HELP}",
     )
     command.add_argument(
         "--protect",
@@ -66,10 +67,6 @@ def _add_settings(command, scope: str) -> None:
         help="sentences (default), lines, messages, or a JSON file: name -> text",
     )
     command.add_argument("arguments", metavar="...", nargs="*", help=argparse.SUPPRESS)
-
-
-def _strength(text: str) -> float | str:
-    return text if text == "paper" or text.startswith("floor") else float(text)
 
 
 def _settings(args) -> dict:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 from .streams import columns
+from .values import policy_help
 
 
 class _HelpWithNames(argparse.Action):
@@ -126,7 +127,7 @@ def _add_single_commands(commands) -> None:
             help="defense_first, directive_first; both by default",
         )
         command.add_argument(
-            "--policy", action="append", dest="policies", metavar="NAME", help="once for each; all by default"
+            "--policy", action="append", dest="policies", metavar="NAME", help=policy_help("once for each: ")
         )
         command.add_argument(
             "--mode",

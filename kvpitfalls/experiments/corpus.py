@@ -284,8 +284,13 @@ def _paper(name: str, data) -> Corpus:
     )  # it ends with the refusal, in quotes
     attack = paths["attack_plain.txt"].read_text(encoding="utf-8").strip()
     prefix = paths[PREFIX_FILE].read_bytes().decode()
-    print(f"kvpitfalls: {PAPER_NOTICE}", file=sys.stderr)
+    _tell_notice()
     return Corpus(name, rows, {NO_DEFENSE: _no_defense(), "paper": paper}, {"plain-1": attack}, prefix, PAPER_NOTICE)
+
+
+@functools.cache  # once a process, however often its data is read
+def _tell_notice() -> None:
+    print(f"kvpitfalls: {PAPER_NOTICE}", file=sys.stderr)
 
 
 def _check_sum(what: str, content: bytes, digest: str) -> None:

@@ -243,10 +243,26 @@ class Inputs:
         """The call that :meth:`attend` makes."""
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
+        self.check_voters(votes)
         packed = _pack(tuple(map(tuple, votes)))
         params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
         lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
         return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse)
+
+    def check_voters(self, votes: Sequence[Sequence[Vote]]) -> None:
+        """Raise ValueError unless ``queries`` has every position that votes, padding aside."""
+        if len(getattr(self.queries, "shape", ())) != 4:
+            return  # the core says what else queries are
+        n_query = cast(Array, self.queries).shape[2]
+        for (low, high), of_row in zip(self.valid, votes, strict=True):
+            for vote in of_row:
+                first = [max(a, low) for a, b in (vote.queries, vote.more_queries) if max(a, low) < min(b, high)]
+                if first and min(first) < self.n_token - n_query:
+                    raise ValueError(
+                        f"queries has the last {n_query} of {self.n_token} positions, but tokens [{vote.keys[0]}, "
+                        f"{max(vote.keys[1], vote.window[1])}) are judged by the query at position {min(first)}; "
+                        "expected all queries from there on"
+                    )
 
 
 class Policy:

@@ -70,13 +70,11 @@ class SnapKV(Policy):
 
         queries = torch.as_tensor(inputs.queries).detach()
         first = inputs.keys.shape[2] - queries.shape[2]
-        for row, segments in enumerate(inputs.segments):
-            for vote in self._votes(segments):
+        votes = [self._votes(segments) for segments in inputs.segments]
+        inputs.check_voters(votes)
+        for row, of_row in enumerate(votes):
+            for vote in of_row:
                 (begin, cut), (_, end) = vote.keys, vote.window
-                if cut < first:
-                    raise ValueError(
-                        f"policy {self.name!r} needs the query at position {cut}, but queries begin at {first}"
-                    )
                 yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
 
     def _check_room_beside_window(self, n_token: int, n_kept: int) -> None:
