@@ -97,12 +97,15 @@ def test_readme_lists_the_policies():
     assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in policy_names()]
 
 
-def test_readmes_python_prints_what_stands_below_it(smollm2, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", text, flags=re.S).groups()
+@pytest.mark.parametrize("page", ["README.md", "docs/howto_chats.md"])
+def test_python_of_a_page_runs_and_prints_what_stands_below_it(page, smollm2, monkeypatch, capsys):
+    text, names = (ROOT / page).read_text(encoding="utf-8"), {}
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, flags=re.S)
     monkeypatch.setattr("kvpitfalls.hf.load.load", lambda: smollm2)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == printed
+    assert any(printed for _, printed in blocks)
+    for code, printed in blocks:
+        exec(compile(code, page, "exec"), names)
+        assert capsys.readouterr().out == printed or not printed
 
 
 def test_the_page_of_the_command_line_has_every_command():

@@ -189,6 +189,17 @@ def test_report_counts_what_is_there(model):
         assert report["spans"][name] == pytest.approx(np.mean([x.sum(-1).mean() for x in shares]) / (end - begin))
 
 
+def test_a_report_tells_of_every_instruction_of_every_row(model):
+    spans = [{"a": (2, 9), "b": (9, 18)}, {"c": (0, 5)}, {}]
+    with kvp.wrap(model, "tova", compression_ratio=0.5) as handle:
+        cache = handle.compress(ids(3, N_PROMPT), spans=spans)
+    report = cache.report()
+    shares = [{name: cache.kept(name, row).mean() for name in of_row} for row, of_row in enumerate(spans)]
+    assert report["spans_by_row"] == shares and report["spans"] == shares[0]
+    shown = report._repr_html_()
+    assert all(f"<bdi>{name}</bdi>" in shown or f">{name}<" in shown for name in "abc")
+
+
 @pytest.mark.parametrize("when", ["prefill", "always"])
 def test_a_report_outlives_the_cache_of_generate(model, when):
     tokens, spans = ids(1, N_PROMPT), {"a": (2, 9), "b": (9, 18)}

@@ -288,6 +288,8 @@ class KeptCache(DynamicCache):
         rows = [_layer_report(layer, kept) for layer, kept in zip(seen, counts, strict=True)]
         held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.is_evicted]
         real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
+        spans = self.spans if rows else []
+        shares = [{name: float(self.kept(name, row).mean()) for name in of_row} for row, of_row in enumerate(spans)]
         return Report(
             n_tokens=self.get_seq_length() if not held else held[0][1][2],
             layers=rows,
@@ -299,7 +301,8 @@ class KeptCache(DynamicCache):
             bytes_kept=sum(row["bytes_kept"] for row in rows),
             peak_bytes=max(self.peak_bytes, self.held_bytes),
             kept_share=float(sum(c.sum() for c, _ in held) / sum(real)) if held else 1.0,
-            spans={name: float(self.kept(name).mean()) for name in (self.spans[0] if self.spans and rows else {})},
+            spans=shares[0] if shares else {},
+            spans_by_row=shares,
         )
 
     def __repr__(self) -> str:

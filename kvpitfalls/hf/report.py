@@ -18,8 +18,8 @@ class Report(dict[str, Any]):
     the others are empty), ``not_compressed`` (index -> why, for the layers left as they are), ``bytes_before``,
     ``bytes_after``, ``bytes_kept`` and ``peak_bytes`` (over the compressed layers; the peak is the most that their keys
     and values took at once: during a prefill the layers compressed so far and one whole one; activations and weights
-    are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans`` (name -> mean kept share; row
-    0).
+    are not counted), ``kept_share`` (of the prompt: rows held over rows seen), ``spans_by_row`` (per row of the batch:
+    name of an instruction -> mean kept share) and ``spans`` (the first row's).
 
     Examples
     --------
@@ -56,7 +56,10 @@ class Report(dict[str, Any]):
                 "compressed."
             )
         ]
-        if self["spans"]:
+        if len(self["spans_by_row"]) > 1:
+            shares = [(row, *kept) for row, of_row in enumerate(self["spans_by_row"]) for kept in of_row.items()]
+            parts.append(table(["row", "instruction", "kept"], shares, shares=[2]))
+        elif self["spans"]:
             parts.append(table(["instruction", "kept"], list(self["spans"].items()), shares=[1]))
         if self["not_compressed"]:
             parts.append(table(["layer", "left as it is"], list(self["not_compressed"].items())))
