@@ -14,7 +14,8 @@ from .base import Inputs, Policy
 if TYPE_CHECKING:
     import torch
 
-_TILE = 2**24  # logits at once, 64 MiB
+_TILE = {"cpu": 2**20}  # logits at once, by device: what a processor's caches hold
+_LARGE_TILE = 2**24  # elsewhere: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -196,22 +197,21 @@ def _most(
     import torch
 
     n_head, n_group, _, n_dim = queries.shape
-    sinks = None if inputs.sinks is None else inputs.sinks.to(seen.device).float().view(n_head, n_group, 1, 1)
     n_old, most = seen.shape[1] - n_read, seen.new_zeros(n_head, judged.stop - judged.start)
-    step = max(1, _TILE // (n_head * n_group * seen.shape[1]))
+    step = max(1, _TILE.get(seen.device.type, _LARGE_TILE) // (n_head * n_group * seen.shape[1]))
     places = torch.arange(n_read, device=seen.device)
     for start in range(by.start, by.stop, step):
         stop = min(start + step, by.stop)
-        tile = queries[:, :, start:stop]
-        logits = (tile.reshape(n_head, -1, n_dim) @ seen[:, : n_old + stop].mT) * inputs.scaling
+        tile = queries[:, :, start:stop] * inputs.scaling
+        logits = tile.reshape(n_head, -1, n_dim) @ seen[:, : n_old + stop].mT
         if inputs.softcap:
             logits = inputs.softcap * (logits / inputs.softcap).tanh()
         logits = logits.view(n_head, n_group, stop - start, -1)
         logits[..., n_old:].masked_fill_(places[:stop] > places[start:stop, None], -torch.inf)
-        total = logits.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            total = torch.logaddexp(total, sinks)
-        most = torch.maximum(most, (logits[..., judged] - total).exp().amax((1, 2)))
+        if inputs.sinks is not None:
+            sinks = inputs.sinks.to(logits).view(n_head, n_group, 1, 1)
+            logits = torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1)
+        most = torch.maximum(most, logits.softmax(-1)[..., judged].amax((1, 2)))
     return most
 
 
