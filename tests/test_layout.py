@@ -39,7 +39,7 @@ PYTHON_LAYERS = [
     ["display.report_tables"],
     ["display.page"],
     ["harness"],
-    ["cli.streams"],
+    ["cli.streams", "cli.values"],
     ["cli.sweeps", "cli.harnesses"],
     ["cli"],
     ["__main__"],
