@@ -139,11 +139,19 @@ enum kvp_vote_field {
 enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
 
 /*
+ * A scorer that needs votes and no queries reads the key ranges alone: keys are judged by those of their range. All
+ * other fields must be 0.
+ *
  * Scorers (csrc/scorers.def lists names and parameters):
  *   norm       minus the Euclidean norm of the key, in float32 (K-norm: a small key is an important one, arXiv
  * 2406.11430). position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest
  * (StreamingLLM, arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart. attention votes,
  * see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
+ *   keydiff    minus the cosine of the key and the mean of the unit vectors of its range (KeyDiff, arXiv 2504.15364). A
+ * key of length zero scores 0 and takes no part in the mean. All score 0 where a range has two keys or fewer, of which
+ * each is as like their mean as the other, or where unit vectors cancel each other out, their mean being shorter than
+ * 2^-18. Lengths are no matter, to the ends of float32's exponents. A key that is NaN or infinite makes its range NaN.
+ * On the CPU only.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */

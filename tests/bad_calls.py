@@ -361,6 +361,12 @@ OPS = [
         "queries is missing; expected a tensor (BNQD)",
     ),
     (lambda e: ops.score("attention", KEYS, queries=QUERIES), ValueError, "votes is missing; expected a tensor (BVF)"),
+    (lambda e: ops.score("keydiff", KEYS), ValueError, "votes is missing; expected a tensor (BVF)"),
+    (
+        lambda e: ops.score("keydiff", KEYS, votes=[[[0, 20, 0, 20, *[0] * 6]]]),
+        ValueError,
+        'votes[0,0,3] is 20; expected 0, since the scorer "keydiff" reads key ranges only',
+    ),
     (
         lambda e: ops.score("attention", KEYS, queries=QUERIES[:, :3], votes=np.zeros((1, 1, 10), int)),
         ValueError,

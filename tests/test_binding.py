@@ -422,7 +422,7 @@ def test_workspace_sizes_are_refused_in_the_words_of_the_verb():
 
 def test_what_the_core_says_about_itself():
     assert _core.scorers()[:2] == (("norm", 0, ()), ("position", 0, (("n_sink", 4.0),)))
-    assert _core.scorers()[2][:2] == ("attention", 3)
+    assert _core.scorers()[2][:2] == ("attention", 3) and _core.scorers()[3] == ("keydiff", 2, ())
     cases = [
         (s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")
     ]

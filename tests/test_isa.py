@@ -59,7 +59,7 @@ def test_kept_sets_are_the_same_on_every_instruction_set(isa, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("scorer", ["norm", "attention"])
+@pytest.mark.parametrize("scorer", ["norm", "attention", "keydiff"])
 def test_errors_against_float64(isa, scorer, dtype):
     """Relative 2-norm at most 5e-5 on the same inputs, at a length of several blocks and a head dimension that fills no
     vector."""
@@ -69,11 +69,11 @@ def test_errors_against_float64(isa, scorer, dtype):
 
     make = torch.Generator().manual_seed(0)
     keys, queries = (torch.randn(1, n, 700, 72, generator=make).to(getattr(torch, dtype)) for n in (2, 6))
-    given = (
-        {"queries": queries, "votes": np.array([[[0, 700, 0, 700, 0, 0, 2, 700, 0, 0]]]), "scaling": 0.3}
-        if scorer == "attention"
-        else {}
-    )
+    given = {
+        "norm": {},
+        "attention": {"queries": queries, "votes": np.array([[[0, 700, 0, 700, 0, 0, 2, 700, 0, 0]]]), "scaling": 0.3},
+        "keydiff": {"votes": np.array([[[0, 700, 0, 0, 0, 0, 0, 0, 0, 0]]])},
+    }[scorer]
     exact = reference.score(scorer, keys, **given).double()
     for chosen in available():
         isa(chosen)

@@ -102,6 +102,32 @@ def test_tokens_in_another_order_have_their_own_norms(dtype, device, every_isa):
         assert torch.equal(ops.score("norm", keys[:, :, tokens]), ops.score("norm", keys)[:, :, tokens]), isa
 
 
+@of_each_dtype
+def test_a_range_of_keydiff_is_judged_by_its_directions_alone(dtype, every_isa):  # noqa: F811
+    """Not a bit depends on other heads, rows, ranges or padding, on lengths, or on the number of threads."""
+    keys, _ = draw("cpu", dtype)
+    ranges = [[0, 70, *[0] * 8], [70, 201, *[0] * 8], [201, N_TOKEN, *[0] * 8]]
+    heads, rows, before = order(N_HEAD, "cpu"), order(N_ROW, "cpu"), torch.get_num_threads()
+
+    def judge(keys, ranges, **given):
+        return ops.score("keydiff", keys, votes=np.array([ranges] * len(keys)), **given)
+
+    for isa in every_isa("cpu"):
+        whole = judge(keys, ranges)
+        assert torch.equal(judge(keys[rows][:, heads], ranges[::-1]), whole[rows][:, heads]), isa
+        lengths = 2.0 ** torch.randint(0, 7, keys.shape[:3], generator=torch.Generator().manual_seed(2))
+        assert torch.equal(judge((keys * lengths[..., None]).to(dtype), ranges), whole), isa
+        for begin, end in ((0, 70), (70, 201)):
+            alone = judge(keys[1:2, :, begin:end], [[0, end - begin, *[0] * 8]])
+            assert torch.equal(alone[0], whole[1, :, begin:end]), isa
+            padded = judge(keys, [[0, N_TOKEN, *[0] * 8]], valid=np.array([[begin, end]] * N_ROW))
+            assert torch.equal(padded[..., begin:end], whole[..., begin:end]), isa
+        for n_thread in (1, 3):
+            torch.set_num_threads(n_thread)
+            assert torch.equal(judge(keys, ranges), whole), (isa, n_thread)
+        torch.set_num_threads(before)
+
+
 @on_every_device
 @of_each_dtype
 @of_each_kind

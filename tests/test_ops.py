@@ -247,6 +247,50 @@ def test_norm_and_position_scores(dtype, layout, device):
     )
 
 
+def of_keys(*ranges):
+    """Votes (V,10) that name key ranges alone."""
+    return [[begin, end, *[0] * 8] for begin, end in ranges]
+
+
+RANGES = np.array([of_keys((0, 20), (22, 40), (40, 41)), of_keys((30, 60), (0, 30), (60, 62)), of_keys(*[(0, 0)] * 3)])
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_keydiff_scores(dtype, layout, device):
+    """Of ranges that padding cuts, of keys of any length, of zeros, and of keys under no vote."""
+    keys, _ = tensors((3, 3, 1, 64, 80), dtype, layout, device)
+    keys[0, :, 7] = 0
+    if dtype != torch.float16:
+        keys[1, :, 3] *= 1e30
+        keys[1, :, 4] *= 1e-35
+    valid = np.array([[5, 33], [0, 64], [0, 64]])
+    scores = ops.score("keydiff", keys, votes=RANGES, valid=valid)
+    torch.testing.assert_close(
+        scores, reference.score("keydiff", keys, votes=RANGES, valid=valid), rtol=1e-6, atol=1e-6
+    )
+    assert (scores[0, :, 7] == 0).all() and (scores[0, :, 20:22] == 0).all() and (scores[1, :, 60:] == 0).all()
+    assert (scores[2] == 0).all() and (scores[0, :, 33:] == -torch.inf).all() and scores[1, :, :60].abs().max() <= 1.001
+
+
+def test_a_scorer_without_a_kernel_is_its_definition_on_a_gpu(monkeypatch):
+    """By score and by press; whether a GPU is there or not."""
+    keys, _ = tensors((1, 2, 1, 40, 16), torch.float32)
+    votes, seen, own = np.array([of_keys((0, 40))], np.int32), [], reference.score
+    monkeypatch.setattr(ops, "_on_cuda", lambda x: True)
+    monkeypatch.setattr(ops, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(_core, "supports", lambda scorer, device, dtype: (scorer, device) != ("keydiff", "cuda"))
+    monkeypatch.setattr(reference, "score", lambda *args, **given: seen.append(args[0]) or own(*args, **given))
+    scores = ops.score("keydiff", keys, votes=votes)
+    edges, quotas = np.array([[0, 40]], np.int32), np.full((1, 2, 1), 6, np.int32)
+    pressed = ops.press_checked("keydiff", keys, keys, None, votes, None, None, edges, quotas, None, 6)
+    assert seen == ["keydiff"] * 2 and torch.equal(scores, own("keydiff", keys, votes=votes))
+    assert torch.equal(pressed[0], ops.select(scores, 6)[0])
+    ops.score("norm", keys)
+    assert seen == ["keydiff"] * 2
+
+
 def test_numpy_and_torch_agree_bit_for_bit():
     keys, queries = tensors((2, 2, 2, 40, 16), torch.float32)
     packed = np.array([[[0, 40, 0, 40, 0, 0, 2, 40, 0, 0]]] * 2)
@@ -320,7 +364,7 @@ def test_bits_do_not_depend_on_threads_or_batch(n_thread):
 
 @on_every_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
     """The same bits, in the same library and on the same device."""
@@ -328,7 +372,7 @@ def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_of_numpy_is_the_three_verbs(n_token, scorer, dtype):
     check_press("numpy", n_token, scorer, dtype, "cpu")
@@ -344,12 +388,12 @@ def check_press(library, n_token, scorer, dtype, device):
     votes = np.array([[[0, n_token, 3, n_token, 0, 0, 1, 0, 0, 0]]] * 2, np.int32)
     edges, quotas = np.array([[0, 9, n_token]] * 2, np.int32), np.full((2, 3, 2), 6, np.int32)
     protect = ops.beside(np.array([[t == 8 for t in range(n_token)]] * 2, np.uint8), keys)
-    params = {"attention": {"scaling": 0.2, "kernel_size": 3}, "position": {"n_sink": 2}, "norm": {}}[scorer]
-    given = (
-        {"queries": queries, "votes": votes, "lse": lse}
-        if scorer == "attention"
-        else {"queries": None, "votes": None, "lse": None}
-    )
+    params = {"attention": {"scaling": 0.2, "kernel_size": 3}, "position": {"n_sink": 2}}.get(scorer, {})
+    given = {"queries": None, "votes": None, "lse": None}
+    if scorer == "attention":
+        given = {"queries": queries, "votes": votes, "lse": lse}
+    elif scorer == "keydiff":
+        given["votes"] = np.array([of_keys((0, 9), (9, n_token))] * 2, np.int32)
     scores = ops.score(scorer, keys, **given, valid=valid, **params)
     positions, counts = ops.select(scores, quotas, segments=edges, protect=protect, valid=valid)
     expected = positions, counts, *ops.gather(keys, values, positions)

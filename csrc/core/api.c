@@ -162,10 +162,12 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     kvp_context scratch = {0};
     const kvp_backend *backend;
     const kvp_tensor *first;
+    int32_t scorer = -1; /* none */
     switch (verb) {
     case KVP_SCORE:
         KVPI_TRY(kvpi_check_score(args, &scratch));
         first = &((const kvp_score_args *)args)->keys;
+        scorer = ((const kvp_score_args *)args)->scorer;
         break;
     case KVP_SELECT:
         KVPI_TRY(kvpi_check_select(args, &scratch));
@@ -178,10 +180,12 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     case KVP_PRESS:
         KVPI_TRY(kvpi_check_press(args, &scratch));
         first = &((const kvp_press_args *)args)->keys;
+        scorer = ((const kvp_press_args *)args)->scorer;
         break;
     default: return KVP_ERR_VALUE;
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
+    if (scorer >= 0) KVPI_TRY(find_scorer(backend, scorer, &scratch));
     KVPI_TRY(check_worker_count(n_worker, &scratch));
     *bytes = workspace_of(backend, verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;

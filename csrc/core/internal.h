@@ -88,6 +88,8 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
+/* The range of a vote that stands from "field" on, cut by the row's valid range; its end is never below its begin. */
+void kvpi_vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field, int64_t *range);
 
 /* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread.
  */

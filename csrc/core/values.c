@@ -16,6 +16,16 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
     return KVP_OK;
 }
 
+void kvpi_vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field, int64_t *range) {
+    int64_t begin, end;
+    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &begin, &end);
+    range[0] = kvpi_i32(&args->votes, b, v, field);
+    range[1] = kvpi_i32(&args->votes, b, v, field + 1);
+    if (range[0] < begin) range[0] = begin;
+    if (range[1] > end) range[1] = end;
+    if (range[1] < range[0]) range[1] = range[0];
+}
+
 static kvp_status check_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const char *what,
                               int64_t n_token, kvp_context *ctx) {
     const int64_t begin = kvpi_i32(votes, b, v, field), end = kvpi_i32(votes, b, v, field + 1);
@@ -41,13 +51,7 @@ static kvp_status check_voters(const kvp_score_args *args, int64_t b, int64_t v,
 
 /* Range i of a batch row's votes, cut by the valid range: key ranges and windows by turns. */
 static void read_owned(const kvp_score_args *args, int64_t b, int64_t i, int64_t *range) {
-    const int field = i % 2 ? KVP_VOTE_WINDOW_BEGIN : KVP_VOTE_KEY_BEGIN;
-    int64_t low, high;
-    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &low, &high);
-    range[0] = kvpi_i32(&args->votes, b, i / 2, field);
-    range[1] = kvpi_i32(&args->votes, b, i / 2, field + 1);
-    range[0] = range[0] > low ? range[0] : low;
-    range[1] = range[1] < high ? range[1] : high;
+    kvpi_vote_range(args, b, i / 2, i % 2 ? KVP_VOTE_WINDOW_BEGIN : KVP_VOTE_KEY_BEGIN, range);
 }
 
 /* Range i of batch row b may share no key with those before it. */
@@ -82,22 +86,38 @@ static kvp_status check_disjoint(const kvp_score_args *args, int64_t b, kvp_cont
     return KVP_OK;
 }
 
-kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) {
+static kvp_status check_vote_of_queries(const kvp_score_args *args, int64_t b, int64_t v, kvp_context *ctx) {
     const kvp_tensor *votes = &args->votes;
     const int64_t n_token = args->keys.shape[2];
-    for (int64_t b = 0; b < votes->shape[0]; b++) {
-        for (int64_t v = 0; v < votes->shape[1]; v++) {
-            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_KEY_BEGIN, "key", n_token, ctx));
-            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_A_BEGIN, "first query", n_token, ctx));
-            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_B_BEGIN, "second query", n_token, ctx));
-            KVPI_TRY(check_range(votes, b, v, KVP_VOTE_WINDOW_BEGIN, "window", n_token, ctx));
-            KVPI_TRY(check_voters(args, b, v, KVP_VOTE_A_BEGIN, ctx));
-            KVPI_TRY(check_voters(args, b, v, KVP_VOTE_B_BEGIN, ctx));
-            const int32_t weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT);
-            if (weight < KVP_WEIGHT_SUM || weight > KVP_WEIGHT_AGE)
-                return kvpi_fail(ctx, KVP_ERR_VALUE,
-                                 "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)", (long long)b,
-                                 (long long)v, (int)weight);
+    const int32_t weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT);
+    KVPI_TRY(check_range(votes, b, v, KVP_VOTE_A_BEGIN, "first query", n_token, ctx));
+    KVPI_TRY(check_range(votes, b, v, KVP_VOTE_B_BEGIN, "second query", n_token, ctx));
+    KVPI_TRY(check_range(votes, b, v, KVP_VOTE_WINDOW_BEGIN, "window", n_token, ctx));
+    KVPI_TRY(check_voters(args, b, v, KVP_VOTE_A_BEGIN, ctx));
+    KVPI_TRY(check_voters(args, b, v, KVP_VOTE_B_BEGIN, ctx));
+    if (weight >= KVP_WEIGHT_SUM && weight <= KVP_WEIGHT_AGE) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)",
+                     (long long)b, (long long)v, (int)weight);
+}
+
+/* Of a scorer that needs no queries: what it would not read must not be there. */
+static kvp_status check_vote_of_keys(const kvp_score_args *args, int64_t b, int64_t v, kvp_context *ctx) {
+    for (int field = KVP_VOTE_KEY_END + 1; field < KVP_VOTE_FIELDS; field++) {
+        const int32_t number = kvpi_i32(&args->votes, b, v, field);
+        if (number)
+            return kvpi_fail(ctx, KVP_ERR_VALUE,
+                             "votes[%lld,%lld,%d] is %d; expected 0, since the scorer \"%s\" reads key ranges only",
+                             (long long)b, (long long)v, field, (int)number, kvp_scorer_name(args->scorer));
+    }
+    return KVP_OK;
+}
+
+kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) {
+    const bool has_queries = kvp_scorer_needs(args->scorer) & KVP_NEEDS_QUERIES;
+    for (int64_t b = 0; b < args->votes.shape[0]; b++) {
+        for (int64_t v = 0; v < args->votes.shape[1]; v++) {
+            KVPI_TRY(check_range(&args->votes, b, v, KVP_VOTE_KEY_BEGIN, "key", args->keys.shape[2], ctx));
+            KVPI_TRY((has_queries ? check_vote_of_queries : check_vote_of_keys)(args, b, v, ctx));
         }
         KVPI_TRY(check_disjoint(args, b, ctx));
     }

@@ -50,6 +50,12 @@ typedef struct kvpi_rows {
     /* out[r * out_stride] = the Euclidean norm of row r. */
     void (*norms[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride);
 
+    /* out[r] = row r times the vector. "vector" has zeros behind its n_dim elements, KVPI_SLACK of them. */
+    void (*products[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *vector, float *out);
+    /* out[d] += sum over r of weight[r] * row r, one row after the other: the same bits by one call as by many. Of the
+     * KVPI_SLACK elements behind the n_dim, zeros stay zeros. */
+    void (*add_rows[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *weight, float *out);
+
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
     void (*pack_keys[KVPI_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
     /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is

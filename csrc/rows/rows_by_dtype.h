@@ -27,25 +27,55 @@ TARGET static inline vec ROW_NAME(load_part)(const ROW_TYPE *row, int64_t stride
     return d + LANES <= n_dim ? ROW_NAME(v_from)(row + d) : ROW_NAME(v_part)(row + d, n_dim - d);
 }
 
-TARGET static void ROW_NAME(norms)(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride) {
-    for (int64_t r = 0; r < n_row; r++) {
-        const ROW_TYPE *row = (const ROW_TYPE *)head.first + r * head.row_stride;
-        vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
-        int64_t d = 0;
-        for (; d + 4 * LANES <= n_dim; d += 4 * LANES) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
-                sum[i] = v_fma(part, part, sum[i]);
-            }
-        }
+/* The product of a row with a vector, or with itself where that is NULL. */
+TARGET static inline float ROW_NAME(product)(const ROW_TYPE *row, int64_t stride, int64_t n_dim, const float *vector) {
+    vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
+    int64_t d = 0;
+    for (; d + 4 * LANES <= n_dim; d += 4 * LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            if (d + i * LANES >= n_dim) continue;
-            const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
-            sum[i] = v_fma(part, part, sum[i]);
+            const vec part = ROW_NAME(load_part)(row, stride, d + i * LANES, n_dim);
+            sum[i] = v_fma(part, vector ? v_load(vector + d + i * LANES) : part, sum[i]);
         }
-        out[r * out_stride] = sqrtf(v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]))));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        if (d + i * LANES >= n_dim) continue;
+        const vec part = ROW_NAME(load_part)(row, stride, d + i * LANES, n_dim);
+        sum[i] = v_fma(part, vector ? v_load(vector + d + i * LANES) : part, sum[i]);
+    }
+    return v_sum(v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3])));
+}
+
+TARGET static void ROW_NAME(norms)(kvpi_head head, int64_t n_row, int64_t n_dim, float *out, int64_t out_stride) {
+    const ROW_TYPE *row = head.first;
+    for (int64_t r = 0; r < n_row; r++, row += head.row_stride)
+        out[r * out_stride] = sqrtf(ROW_NAME(product)(row, head.dim_stride, n_dim, NULL));
+}
+
+TARGET static void ROW_NAME(products)(kvpi_head head, int64_t n_row, int64_t n_dim, const float *vector, float *out) {
+    const ROW_TYPE *row = head.first;
+    for (int64_t r = 0; r < n_row; r++, row += head.row_stride)
+        out[r] = ROW_NAME(product)(row, head.dim_stride, n_dim, vector);
+}
+
+TARGET static void ROW_NAME(add_rows)(kvpi_head head, int64_t n_row, int64_t n_dim, const float *weight, float *out) {
+    for (int64_t d = 0; d < n_dim; d += 4 * LANES) {
+        const ROW_TYPE *row = head.first;
+        vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            if (d + i * LANES < n_dim) sum[i] = v_load(out + d + i * LANES);
+        for (int64_t r = 0; r < n_row; r++, row += head.row_stride) {
+            const vec w = v_fill(weight[r]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                if (d + i * LANES < n_dim)
+                    sum[i] = v_fma(w, ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim), sum[i]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            if (d + i * LANES < n_dim) v_store(out + d + i * LANES, sum[i]);
     }
 }
 

@@ -2,8 +2,9 @@
 
 CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to
 :mod:`kvpitfalls.eviction.reference` (torch operations on the GPU), with a warning. ``kvpitfalls info`` says which path
-a device takes, and why. Results are in the library, and on the device, of the first argument. Tables (votes, valid,
-segments, quotas) are read on the host: give them as NumPy arrays, or a GPU has to be waited for.
+a device takes, and why. The scorer ``keydiff`` has no CUDA kernel: on a GPU it is always those torch operations.
+Results are in the library, and on the device, of the first argument. Tables (votes, valid, segments, quotas) are read
+on the host: give them as NumPy arrays, or a GPU has to be waited for.
 """
 
 import math
@@ -46,16 +47,18 @@ def score(
 
     Parameters
     ----------
-    scorer : {"norm", "position", "attention"}
+    scorer : {"norm", "position", "attention", "keydiff"}
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
-        newest. ``attention``: sums of attention columns, as ``votes`` say.
+        newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
+        and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
+        fields 0); a key in no range scores 0. On a GPU it runs as torch operations, in float64.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     queries : array, shape (B, H*G, Q, D), optional
         For the last Q of the T positions, after rotary embedding. ``attention`` needs them.
     votes : array of int, shape (B, V, 10), optional
         Which queries judge which keys; the fields are those of ``kvp_vote_field`` in ``csrc/kvp.h``. ``attention``
-        needs them; :class:`kvpitfalls.policies.Vote` builds them.
+        and ``keydiff`` need them; :class:`kvpitfalls.policies.Vote` builds them.
     valid : array of int, shape (B, 2), optional
         First and one past the last real token of each row; the rest is padding and scores minus infinity.
     lse : array of float32, shape (B, H*G, Q), optional
@@ -87,7 +90,7 @@ def score(
     array([[[-5., -1.]]], dtype=float32)
     """
     defaults = _defaults_of(scorer, params)
-    if not _has_kernels(keys):
+    if not _has_kernels(keys) or not _has_kernel_of(scorer, keys):
         from . import reference
 
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
@@ -192,7 +195,8 @@ def press_checked(
     array([[[1, 2]]], dtype=int32)
     """
     defaults, n_kept = _defaults_of(scorer, params), max(1, n_kept)
-    if not _has_kernels(keys) or not (isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")):
+    is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
+    if not (is_lent and _has_kernels(keys) and _has_kernel_of(scorer, keys)):
         scores = score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
@@ -380,6 +384,11 @@ def _has_kernels(x: object) -> bool:
     if not runs:
         _warn_once(reason)
     return runs
+
+
+def _has_kernel_of(scorer: str, x: object) -> bool:
+    """Whether the scorer runs where ``x`` is, if any does."""
+    return not _on_cuda(x) or _core.supports(scorer, "cuda", "float32")
 
 
 def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -> "torch.Tensor | None":

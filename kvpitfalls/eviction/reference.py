@@ -16,6 +16,8 @@ __all__ = ["gather", "score", "select"]
 _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), never O(T * T)
 _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
 _SUM, _MEAN, _AGE = 0, 1, 2
+_SMALLEST = float(np.finfo(np.float64).tiny)
+_NO_MEAN = 2.0**-18  # a mean of unit vectors that is shorter is what rounding left of those that cancel each other out
 
 
 def score(
@@ -51,8 +53,12 @@ def score(
         how: dict[str, Any] = {**params}
         heads = [_attention_row(b, k, _tensor(queries), _array(votes)[b], spans[b], lse, **how) for b in range(n_row)]
         out = torch.stack(heads)
+    elif scorer == "keydiff":
+        if votes is None:
+            raise ValueError("votes is None; scorer 'keydiff' needs them")
+        out = torch.stack([_unlike_the_mean(k[b], _array(votes)[b], spans[b]) for b in range(n_row)])
     else:
-        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position' or 'attention'")
+        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position', 'attention' or 'keydiff'")
     for b, (begin, end) in enumerate(spans):
         out[b, :, :begin] = out[b, :, end:] = -torch.inf
     return _like(out.float(), keys)
@@ -104,6 +110,21 @@ def _attention_row(
         out = torch.where(key, pooled, out)
         window = _within(position, vote, "window") & inside
         out = torch.where(window, 2.0 + position - max(int(vote[8]), valid[0]), out)
+    return out
+
+
+def _unlike_the_mean(keys: torch.Tensor, votes: npt.NDArray[Any], valid: tuple[int, int]) -> torch.Tensor:
+    """The scores (H,T) of one batch row by "keydiff", of keys (H,T,D)."""
+    out = torch.zeros(keys.shape[:2], dtype=torch.float64, device=keys.device)
+    for vote in votes:
+        begin, end = max(int(vote[0]), valid[0]), min(int(vote[1]), valid[1])
+        if end - begin <= 2:  # each as like their mean as the other
+            continue
+        units = torch.nn.functional.normalize(keys[:, begin:end].double(), dim=-1, eps=_SMALLEST)
+        mean = units.mean(1, keepdim=True)
+        length = mean.norm(dim=-1, keepdim=True)
+        mean = torch.where(length < _NO_MEAN, 0.0, mean / length)
+        out[:, begin:end] = 0.0 - (units * mean).sum(-1)
     return out
 
 

@@ -84,11 +84,15 @@ class Again(NamedTuple):
     before: Array | None = None
 
 
+def _of_keys(keys: tuple[int, int]) -> Vote:
+    return Vote(keys, queries=(0, 0), weight="sum")
+
+
 @lru_cache(maxsize=256)
 def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
     """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end
     in empty ones."""
-    packed = np.zeros((len(votes), max(map(len, votes)), 10), np.int32)
+    packed = np.zeros((len(votes), max(1, *map(len, votes)), 10), np.int32)
     for row, of_row in zip(packed, votes, strict=True):
         for packed_vote, vote in zip(row, of_row, strict=False):
             packed_vote[:] = [
@@ -114,6 +118,7 @@ class Call:
     params : mapping of str to float
     votes : array of int32, shape (B, V, 10), or None
     lse : array of float32, shape (B, H*G, Q), or None
+    queries : array, shape (B, H*G, Q, D), or None
 
     Examples
     --------
@@ -131,12 +136,12 @@ class Call:
     params: Mapping[str, float]
     votes: Int32 | None = None
     lse: Array | None = None
+    queries: Array | None = None
 
     @property
     def _given(self) -> dict[str, Any]:
-        x = self.inputs
-        queries = None if self.votes is None else x.queries
-        return {"queries": queries, "votes": self.votes, "valid": x.valid_array, "lse": self.lse, **self.params}
+        given = {"queries": self.queries, "votes": self.votes, "lse": self.lse, **self.params}
+        return {**given, "valid": self.inputs.valid_array}
 
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
@@ -225,6 +230,10 @@ class Inputs:
         """The call that :meth:`score` makes."""
         return Call(self, scorer, params)
 
+    def apart(self, scorer: str) -> Call:
+        """The call of a scorer of the core that judges each segment's keys by those of the segment: ``keydiff``."""
+        return Call(self, scorer, {}, _pack(tuple(tuple(map(_of_keys, row)) for row in self.segments)))
+
     def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Array:
         """Scores from attention, float32 (B, H, T).
 
@@ -247,7 +256,7 @@ class Inputs:
         packed = _pack(tuple(map(tuple, votes)))
         params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
         lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
-        return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse)
+        return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse, self.queries)
 
     def check_voters(self, votes: Sequence[Sequence[Vote]]) -> None:
         """Raise ValueError unless ``queries`` has every position that votes, padding aside."""

@@ -1,18 +1,8 @@
 """KeyDiff."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..eviction.arrays import Array
-from .base import Inputs, Policy
-from .ranges import by_range
-
-if TYPE_CHECKING:
-    import torch
-
-_SMALLEST = float(np.finfo(np.float32).tiny)
+from .base import Call, Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -42,23 +32,6 @@ class KeyDiff(Policy):
 
     name = "keydiff"
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        return by_range(inputs, inputs.segments, _unlike_their_mean)
-
-
-def _unlike_their_mean(keys: "torch.Tensor") -> "torch.Tensor":
-    """Of keys (H, n, D), (H, n)."""
-    import torch
-
-    units = _units(keys.float())
-    mean = _units(units.mean(1, keepdim=True, dtype=torch.float64).float())
-    return -(units * mean).sum(-1) if keys.shape[1] > 2 else units.new_zeros(())
-
-
-def _units(vectors: "torch.Tensor") -> "torch.Tensor":
-    """Vectors (..., D) of length 1, whatever their length was: float32's largest and smallest included; those of length
-    0 stay."""
-    scaled = vectors / vectors.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
-    units: torch.Tensor = scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
-    return units
+        return inputs.apart("keydiff")

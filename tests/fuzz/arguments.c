@@ -28,11 +28,15 @@ static argument output_of(const char *name, const char *letters, kvp_tensor *ten
     return a;
 }
 
-int list_score_arguments(kvp_score_args *args, bool attends, argument *out) {
+/* Of a scorer that is none: nothing. */
+int32_t needs_of(int32_t scorer) { return kvp_scorer_needs(scorer) < 0 ? 0 : kvp_scorer_needs(scorer); }
+
+int list_score_arguments(kvp_score_args *args, argument *out) {
+    const bool queries = needs_of(args->scorer) & KVP_NEEDS_QUERIES, votes = needs_of(args->scorer) & KVP_NEEDS_VOTES;
     const argument list[] = {
         input_of("keys", "BHTD", &args->keys, ALLOW_FLOATS, true),
-        input_of("queries", "BNQD", &args->queries, ALLOW_FLOATS, attends),
-        table_of("votes", "BVF", &args->votes, attends),
+        input_of("queries", "BNQD", &args->queries, ALLOW_FLOATS, queries),
+        table_of("votes", "BVF", &args->votes, votes),
         table_of("valid", "BR", &args->valid, false),
         input_of("lse", "BNQ", &args->lse, ALLOW_F32, false),
         output_of("scores", "BHT", &args->scores, ALLOW_F32, UNSHARED),

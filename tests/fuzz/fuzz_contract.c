@@ -51,14 +51,13 @@ static void check_tensors(call *c, int64_t *sizes) {
 }
 
 static void check_score(input *in, int64_t *sizes) {
-    kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = (int32_t)take(in, 3)};
-    const bool attends = args.scorer == kvp_scorer_find("attention");
+    kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = (int32_t)take(in, kvp_scorer_count())};
     for (int32_t p = 0; kvp_scorer_param(args.scorer, p); p++) args.param[p] = kvp_scorer_param_default(args.scorer, p);
     argument arguments[MAX_ARGUMENTS];
     call c = {.verb = KVP_SCORE,
               .args = &args,
               .arguments = arguments,
-              .n_argument = list_score_arguments(&args, attends, arguments),
+              .n_argument = list_score_arguments(&args, arguments),
               .in = in};
     check_tensors(&c, sizes);
 }

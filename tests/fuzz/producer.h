@@ -52,11 +52,11 @@ typedef struct call {
     input *in;
 } call;
 
-/* arguments.c: the tensors of a verb, in the order of kvp.h, into room for MAX_ARGUMENTS; how many they are. "attends":
- * the scorer asks for queries and votes. */
-int list_score_arguments(kvp_score_args *args, bool attends, argument *out);
+/* arguments.c: the tensors of a verb, in the order of kvp.h, into room for MAX_ARGUMENTS; how many they are. */
+int list_score_arguments(kvp_score_args *args, argument *out);
 int list_select_arguments(kvp_select_args *args, argument *out);
 int list_gather_arguments(kvp_gather_args *args, argument *out);
+int32_t needs_of(int32_t scorer); /* kvp_scorer_needs, and 0 for one that is none */
 
 /* Shapes from the sizes of letters (by character), strides of any order with gaps and (inputs) zeros. */
 void draw_tensors(call *c, const int64_t *size);

@@ -34,6 +34,7 @@ static void run(const char *name, void (*test)(void)) {
 static void run_on_rows(void) {
     run("norm", test_norm);
     run("position", test_position);
+    run("keydiff", test_keydiff);
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("attention shifts", test_shifts);

@@ -13,11 +13,13 @@
 
 #include "harness.h"
 
-/* Scores of norm and attention, in order (B,H,T). */
+/* Scores of norm, attention and keydiff, in order (B,H,T). */
 void exact_norm(const kvp_score_args *args, double *scores);
 void naive_norm(const kvp_score_args *args, float *scores);
 void exact_attention(const kvp_score_args *args, double *scores);
 void naive_attention(const kvp_score_args *args, float *scores);
+void exact_keydiff(const kvp_score_args *args, double *scores);
+void naive_keydiff(const kvp_score_args *args, float *scores);
 
 /* Natural log of the softmax denominator of each query row (Q) of one query head. */
 void exact_lse(const kvp_score_args *args, int64_t b, int64_t n, double *out);

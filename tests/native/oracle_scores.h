@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The scorers norm and attention in one arithmetic. oracle.c includes this file twice, with NAME(x), REAL and its EXP,
- * TANH and SQRT defined: in double it is the exact answer, in float the naive one.
+ * The scorers norm, attention and keydiff in one arithmetic. oracle.c includes this file twice, with NAME(x), REAL and
+ * its EXP, TANH and SQRT defined: in double it is the exact answer, in float the naive one.
  */
 
 void NAME(norm)(const kvp_score_args *args, REAL *scores) {
@@ -128,6 +128,52 @@ void NAME(attention)(const kvp_score_args *args, REAL *scores) {
     }
     free(matrix);
     free(per_head);
+}
+
+/* The row without its length, which no number is too small or too large for: largest element first. */
+static void NAME(unit)(REAL *row, int64_t n_dim) {
+    REAL largest = 0, square = 0;
+    for (int64_t d = 0; d < n_dim; d++) largest = row[d] > largest ? row[d] : -row[d] > largest ? -row[d] : largest;
+    for (int64_t d = 0; d < n_dim && largest > 0; d++) row[d] /= largest;
+    for (int64_t d = 0; d < n_dim; d++) square += row[d] * row[d];
+    for (int64_t d = 0; d < n_dim && largest > 0; d++) row[d] /= SQRT(square);
+}
+
+/* One range of n keys: units (n,D), which are keys before. */
+static void NAME(differ)(REAL *units, int64_t n, int64_t n_dim, REAL *scores) {
+    REAL *mean = allocate((size_t)n_dim * sizeof *mean), square = 0;
+    memset(mean, 0, (size_t)n_dim * sizeof *mean);
+    for (int64_t k = 0; k < n; k++) NAME(unit)(units + k * n_dim, n_dim);
+    for (int64_t i = 0; i < n * n_dim; i++) mean[i % n_dim] += units[i];
+    for (int64_t d = 0; d < n_dim; d++) {
+        mean[d] /= (REAL)n;
+        square += mean[d] * mean[d];
+    }
+    NAME(unit)(mean, n_dim);
+    for (int64_t k = 0; k < n; k++) {
+        REAL product = 0;
+        for (int64_t d = 0; d < n_dim; d++) product += units[k * n_dim + d] * mean[d];
+        scores[k] = SQRT(square) < (REAL)0x1p-18 ? 0 : -product;
+    }
+    free(mean);
+}
+
+void NAME(keydiff)(const kvp_score_args *args, REAL *scores) {
+    const int64_t n_token = args->keys.shape[2], n_dim = args->keys.shape[3];
+    for (int64_t b = 0; b < args->keys.shape[0]; b++) {
+        int64_t begin, end;
+        read_valid(&args->valid, b, n_token, &begin, &end);
+        for (int64_t h = 0; h < args->keys.shape[1]; h++, scores += n_token) {
+            REAL *keys = NAME(load)(&args->keys, b, h);
+            for (int64_t t = 0; t < n_token; t++) scores[t] = t >= begin && t < end ? 0 : -(REAL)INFINITY;
+            for (int64_t v = 0; v < args->votes.shape[1]; v++) {
+                const cut_vote vote = read_vote(args, b, v);
+                const int64_t from = vote.key_begin, n = vote.key_end - from;
+                if (n > 2) NAME(differ)(keys + from * n_dim, n, n_dim, scores + from);
+            }
+            free(keys);
+        }
+    }
 }
 
 #undef NAME

@@ -52,6 +52,7 @@ void test_introspection(void) {
     CHECK(kvp_scorer_needs(kvp_scorer_find("norm")) == 0, "norm needs nothing but keys");
     CHECK(kvp_scorer_needs(kvp_scorer_find("attention")) == (KVP_NEEDS_QUERIES | KVP_NEEDS_VOTES),
           "attention needs queries and votes");
+    CHECK(kvp_scorer_needs(kvp_scorer_find("keydiff")) == KVP_NEEDS_VOTES, "keydiff needs votes alone");
     check_param("position", 0, "n_sink", 4);
     check_param("attention", 0, "scaling", 1);
     check_param("attention", 1, "softcap", 0);
@@ -104,6 +105,7 @@ static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
 
 void test_register_backend(void) {
     kvp_context ctx = {0};
+    size_t bytes;
     const kvp_tensor keys = imagine(KVP_F32, 4, 4);
     const kvp_score_args score = {.size = sizeof(kvp_score_args),
                                   .scorer = kvp_scorer_find("norm"),
@@ -125,6 +127,7 @@ void test_register_backend(void) {
     CHECK(kvp_supports(score.scorer, KVP_CUDA, KVP_F32) == 0, "a scorer that is not in the table is supported");
     CHECK(kvp_score(&score, &ctx) == KVP_ERR_UNSUPPORTED && ctx.error[0],
           "a scorer that is not in the table was called");
+    CHECK(kvp_workspace(KVP_SCORE, &score, 1, &bytes) == KVP_ERR_UNSUPPORTED, "it was asked for its scratch");
     CHECK(kvp_select(&select, &ctx) == KVP_ERR_WORKSPACE && n_select == 0,
           "the backend was called without its scratch");
     block scratch = new_block(128);

@@ -49,7 +49,7 @@ static press_case new_press_case(const char *scorer, const attention_shape *s, i
         for (int64_t t = 0; t < s->n_token; t++) set(&c.protect.view, b, t, 0, 0, random_below(8) == 0);
     }
     const kvp_score_args *a = &c.score.args;
-    const bool attends = scorer[0] == 'a';
+    const bool attends = strcmp(scorer, "attention") == 0;
     c.args = (kvp_press_args){.size = sizeof(kvp_press_args),
                               .scorer = kvp_scorer_find(scorer),
                               .keys = a->keys,
@@ -57,7 +57,11 @@ static press_case new_press_case(const char *scorer, const attention_shape *s, i
                               .valid = a->valid,
                               .segments = c.segments.view,
                               .quotas = c.quotas.view};
-    if (attends) c.args.queries = a->queries, c.args.votes = a->votes, c.args.lse = a->lse;
+    if (attends) c.args.queries = a->queries, c.args.lse = a->lse;
+    if (kvp_scorer_needs(c.args.scorer) & KVP_NEEDS_VOTES) c.args.votes = a->votes;
+    for (int64_t i = 0; !attends && i < s->n_batch * a->votes.shape[1]; i++) /* key ranges only */
+        for (int f = KVP_VOTE_KEY_END + 1; f < KVP_VOTE_FIELDS; f++)
+            set(&a->votes, i / a->votes.shape[1], i % a->votes.shape[1], f, 0, 0);
     if (random_below(2)) c.args.protect = c.protect.view;
     for (int i = 0; i < KVP_MAX_PARAMS; i++) c.args.param[i] = attends ? a->param[i] : 0;
     return c;
@@ -159,8 +163,8 @@ static void overlap(press_case *c) { c->args.out_keys.data = c->args.out_values.
 static void no_scorer(press_case *c) { c->args.scorer = 17; }
 
 void test_press(void) {
-    static const char *const scorers[] = {"norm", "position", "attention"};
-    for (int i = 0; i < 90; i++) {
+    static const char *const scorers[] = {"norm", "position", "attention", "keydiff"};
+    for (int i = 0; i < 120; i++) {
         const attention_shape shape = {.n_batch = 1 + i % 3,
                                        .n_head = 2,
                                        .group = 1 + i % 2,
@@ -168,7 +172,7 @@ void test_press(void) {
                                        .n_dim = 1 + random_below(40),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = (voting)(i % VOTING_COUNT)};
-        press_once(scorers[i / 3 % 3], &shape);
+        press_once(scorers[i / 3 % 4], &shape);
     }
     refuse("sizeof(kvp_press_args)", forget_size);
     refuse("queries is missing", forget_queries);

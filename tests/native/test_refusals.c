@@ -116,6 +116,13 @@ static void free_calls(calls *c) {
 
 /* Ways to spoil a call, beyond one assignment. */
 
+static void judge_ranges(calls *c) {
+    c->score.scorer = kvp_scorer_find("keydiff");
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t v = 0; v < V; v++)
+            for (int f = KVP_VOTE_KEY_END + 1; f < KVP_VOTE_FIELDS; f++) set(&c->votes.view, b, v, f, 0, 0);
+}
+
 #define SET_VOTE(field, value) set(&c->votes.view, 1, 0, KVP_VOTE_##field, 0, (value))
 
 static void make_huge(kvp_tensor *t, int64_t stride) {

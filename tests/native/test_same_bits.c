@@ -113,6 +113,31 @@ static void score_norm(void) {
     free_array(&scores);
 }
 
+/* Ranges of several pieces, and more units than are worked on at a time. */
+static void score_keydiff(void) {
+    const int64_t shape[4] = {3, 2, 9000, 67};
+    array keys = new_array(KVP_F32, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape),
+          votes = new_array(KVP_I32, CONTIGUOUS, 3, (int64_t[3]){3, 2, KVP_VOTE_FIELDS});
+    fill_normal(&keys.view);
+    for (int64_t b = 0; b < 3; b++) {
+        const double edges[3] = {0, 6000 - 500 * (double)b, 9000};
+        for (int64_t v = 0; v < 2; v++)
+            for (int f = 0; f < KVP_VOTE_FIELDS; f++)
+                set(&votes.view, b, v, f, 0, f > KVP_VOTE_KEY_END ? 0 : edges[v + f]);
+    }
+    const kvp_score_args args = {.size = sizeof(kvp_score_args),
+                                 .scorer = kvp_scorer_find("keydiff"),
+                                 .keys = keys.view,
+                                 .votes = votes.view,
+                                 .scores = scores.view};
+    name_case("same bits: keydiff");
+    call_verb(KVP_SCORE, &args, (calling){0});
+    score_every_way(args, "keydiff");
+    free_array(&keys);
+    free_array(&scores);
+    free_array(&votes);
+}
+
 /* Long enough rows that the core asks for threads. */
 static void select_and_gather(void) {
     enum { T = 3000, K = 700 };
@@ -243,6 +268,7 @@ void test_same_bits(void) {
     atomic_store(&n_pool, 0);
     for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
     score_norm();
+    score_keydiff();
     select_and_gather();
     score_concurrently();
     CHECK(atomic_load(&n_pool) > 0, "the core never asked for threads, so these tests say nothing");

@@ -100,24 +100,14 @@ static kvp_status check_params(const double *param, int64_t n_token, kvp_context
     return kvpi_check_whole(param[KVPI_PARAM_attention_share_heads], "share_heads", 0, 1, ctx);
 }
 
-static void read_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const int64_t *valid, int64_t *range) {
-    range[0] = kvpi_i32(votes, b, v, field);
-    range[1] = kvpi_i32(votes, b, v, field + 1);
-    if (range[0] < valid[0]) range[0] = valid[0];
-    if (range[1] > valid[1]) range[1] = valid[1];
-    if (range[1] < range[0]) range[1] = range[0];
-}
-
 kvpi_vote kvpi_read_vote(const kvpi_attention *j, int64_t b, int64_t v) {
     const kvp_tensor *votes = &j->args->votes;
     kvpi_vote out = {.weight = kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT),
                      .age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END)};
-    int64_t valid[2];
-    kvpi_valid_range(&j->args->valid, b, j->n_token, &valid[0], &valid[1]);
-    read_range(votes, b, v, KVP_VOTE_KEY_BEGIN, valid, out.key);
-    read_range(votes, b, v, KVP_VOTE_A_BEGIN, valid, out.a);
-    read_range(votes, b, v, KVP_VOTE_B_BEGIN, valid, out.b);
-    read_range(votes, b, v, KVP_VOTE_WINDOW_BEGIN, valid, out.window);
+    kvpi_vote_range(j->args, b, v, KVP_VOTE_KEY_BEGIN, out.key);
+    kvpi_vote_range(j->args, b, v, KVP_VOTE_A_BEGIN, out.a);
+    kvpi_vote_range(j->args, b, v, KVP_VOTE_B_BEGIN, out.b);
+    kvpi_vote_range(j->args, b, v, KVP_VOTE_WINDOW_BEGIN, out.window);
     return out;
 }
 
