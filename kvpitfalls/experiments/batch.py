@@ -197,7 +197,7 @@ class _Work:
     def talk(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         """What :meth:`generate` is for answers: conversations, and what they leave after each turn."""
         (request,) = self.batch.requests
-        said, limit = self.attacks[request[1]], self.batch.max_new_tokens
+        said, limit = self.attacks[request[1] or ""], self.batch.max_new_tokens
         for row in rows:
             talk, scenario = self.conversed[row], self.scenarios[row]
             evicts, n_token = [setting.evict(scenario.whitelist) for setting in settings], len(talk.prompts[-1])

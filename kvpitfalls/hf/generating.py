@@ -113,7 +113,8 @@ def chunk_sizes(size: int | Sequence[int], n_token: int) -> list[int]:
     """
     if isinstance(size, str) or not isinstance(size, Sequence):
         check_whole("prefill_chunk_size", size, 1)
-        return [min(size, n_token - begin) for begin in range(0, n_token, size)]
+        step = int(size)
+        return [min(step, n_token - begin) for begin in range(0, n_token, step)]
     if wrong := [n for n in size if not is_whole(n) or n < 1]:
         raise ValueError(f"prefill_chunk_size holds {wrong[0]!r}; expected whole numbers, at least 1")
     if sum(size) != n_token:
