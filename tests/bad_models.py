@@ -138,6 +138,16 @@ MODELS = [
         "prefill_chunk_size is 0; expected a whole number, at least 1",
     ),
     (
+        lambda e: e.handle.compress(e.prompt, prefill_chunk_size=[0, len(e.prompt)]),
+        ValueError,
+        "prefill_chunk_size holds 0; expected whole numbers, at least 1",
+    ),
+    (
+        lambda e: e.handle.compress(e.prompt, prefill_chunk_size=[len(e.prompt), 1]),
+        ValueError,
+        "prefill_chunk_size holds 2 chunks of ",
+    ),
+    (
         lambda e: e.handle.compress(None),
         TypeError,
         "prompt is a NoneType that is no tensor; expected a Prompt, a list of them, or token i",

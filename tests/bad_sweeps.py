@@ -64,7 +64,17 @@ EXPERIMENTS = [
     (
         lambda e: SweepConfig(kinds=["zz"]),
         ValueError,
-        "kinds hold 'zz'; expected some of attack, recall, follow, probe",
+        "kinds hold 'zz'; expected some of attack, recall, follow, probe, turns",
+    ),
+    (
+        lambda e: SweepConfig(kinds=["turns"]),
+        ValueError,
+        "kinds hold 'turns', and modes hold 'fair'; expected biased or random",
+    ),
+    (
+        lambda e: SweepConfig(kinds=["turns"], modes=["biased"], policies=["lagkv"]),
+        ValueError,
+        "kinds hold 'turns', which come in chunks, and policy is 'lagkv', which judges a prompt",
     ),
     (lambda e: SweepConfig(attacks=[]), ValueError, "attacks is []; expected a list that is not empty"),
     (lambda e: SweepConfig(attacks=[3]), TypeError, "attacks hold 3; expected a str that is not empty"),

@@ -42,7 +42,7 @@ def left_pad(n_token=30, n=10):
     return mask
 
 
-def in_chunks(model, handle, tokens, **given):
+def in_chunks(model, handle, tokens, size=SIZE, **given):
     """The cache, and after each chunk how many tokens had come and what each layer held of them."""
     stages, seen = [], {}
     make = handle._caches.make
@@ -54,7 +54,7 @@ def in_chunks(model, handle, tokens, **given):
     handle._caches.make = lambda *a, **changes: seen.setdefault("cache", make(*a, **changes))
     hook = decoder_of(model).register_forward_hook(note)
     try:
-        return handle.compress(tokens, prefill_chunk_size=SIZE, **given), stages
+        return handle.compress(tokens, prefill_chunk_size=size, **given), stages
     finally:
         hook.remove()
         del handle._caches.make
@@ -272,6 +272,35 @@ def test_a_prompt_of_one_chunk_is_as_without(llama):
         assert all(np.array_equal(once.positions(i), chunk.positions(i)) for i in range(len(once.layers)))
 
 
+def test_chunks_of_one_size_are_the_same_told_one_by_one(llama):
+    tokens = ids(2, N_PROMPT)
+    for policy in TAKEN:
+        with kvp.wrap(llama, policy, compression_ratio=0.5) as handle:
+            told, said = (handle.compress(tokens, prefill_chunk_size=size) for size in ([7, 7, 7, 5], 7))
+        assert all(np.array_equal(told.positions(i), said.positions(i)) for i in range(len(told.layers))), policy
+
+
+@pytest.mark.parametrize("sizes", [[1, 25], [25, 1], [3, 11, 2, 10], [1] * N_PROMPT], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("fair", [False, True, "floor=2"])
+def test_chunks_of_any_sizes_keep_what_masking_keeps_and_as_much_as_one_prefill(llama, fair, padded, sizes):
+    tokens, mask = ids(2, 30), left_pad() if padded else torch.ones(2, 30, dtype=torch.long)
+    given = {"attention_mask": mask[:, :N_PROMPT]}
+    given["spans"] = [{"first": (12, 16), "second": (16, 22)}, SPANS] if padded else SPANS
+    for policy in ("h2o", "streaming_llm"):
+        with kvp.wrap(llama, **settings(policy, fair)) as handle:
+            cache, stages = in_chunks(llama, handle, tokens[:, :N_PROMPT], sizes, **given)
+            once = handle.compress(tokens[:, :N_PROMPT], **given)
+            evicted = feed(llama, tokens, [1, 3], cache.copy(), mask, start=N_PROMPT)
+        assert [n for n, _ in stages] == np.cumsum(sizes).tolist()
+        assert [x["kept"] for x in cache.report()["layers"]] == [x["kept"] for x in once.report()["layers"]]
+        plain = DynamicCache(config=llama.config)
+        with masked_at(llama, cache, stages, mask):
+            feed(llama, tokens, sizes, plain, mask)
+            hidden = feed(llama, tokens, [1, 3], plain, mask, start=N_PROMPT)
+        torch.testing.assert_close(evicted, hidden, **CLOSE)
+
+
 def test_nothing_is_evicted_where_all_may_stay(llama):
     tokens, mask = ids(2, N_PROMPT), left_pad(N_PROMPT)
     for amount in ({"compression_ratio": 0}, {"budget": 100}):
@@ -315,14 +344,14 @@ def test_what_cannot_be_right_is_refused_by_name(llama, wrapped, error, message,
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("size", [1, SIZE])
+@pytest.mark.parametrize("size", [1, SIZE, [1, 24, 1], [24, 1, 1]], ids=str)
 @pytest.mark.parametrize("family", not_refused("llama", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h"))
 def test_linear_attention_makes_of_chunks_what_it_makes_of_the_whole_or_is_refused(family, size, padded):
     model, tokens = build_type(family), ids()
     mask = left_pad() if padded else torch.ones_like(tokens)
     given = {"attention_mask": mask[:, :N_PROMPT]}
     with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
-        if family != "llama" and size == 1 and padded:
+        if family != "llama" and size in (1, [1, 24, 1]) and padded:
             with pytest.raises(ValueError, match="takes a token that comes alone for a real one, so expected at least"):
                 handle.compress(tokens[:, :N_PROMPT], **given, prefill_chunk_size=size)
             return
@@ -347,6 +376,16 @@ def test_bad_sizes_padding_and_inputs_are_refused(llama):
         for size in (0, -3, 2.0, True, "7"):
             with pytest.raises(ValueError, match=r"prefill_chunk_size is .*; expected a whole number, at least 1"):
                 handle.compress(tokens, prefill_chunk_size=size)
+        for sizes, message in (
+            ([20, 0, 6], "prefill_chunk_size holds 0; expected whole numbers, at least 1"),
+            ([20, 6.0], "prefill_chunk_size holds 6.0; expected whole numbers, at least 1"),
+            ([20, True, 5], "prefill_chunk_size holds True; expected whole numbers, at least 1"),
+            (["26"], "prefill_chunk_size holds '26'; expected whole numbers, at least 1"),
+            ([20, 5], "holds 2 chunks of 25 tokens together; expected 26, as the prompt has, padding included"),
+            ([], "holds 0 chunks of 0 tokens together; expected 26, as the prompt has, padding included"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                handle.compress(tokens, prefill_chunk_size=sizes)
         with pytest.raises(ValueError, match=r"row 0 of the prompt is padded on the right; prefill_chunk_size expects"):
             handle.compress(tokens, attention_mask=mask.flip(1), prefill_chunk_size=SIZE)
         with pytest.raises(kvp.UnsupportedModelError, match=r"expected token ids \(B, T\) with it"):

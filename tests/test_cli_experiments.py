@@ -1,5 +1,6 @@
 """The experiment commands as a user runs them."""
 
+import csv
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from narrow_tables import rows_of, terminal
 from kvpitfalls import cli
 from kvpitfalls.experiments import presets
 from kvpitfalls.experiments.card import read_card
+from kvpitfalls.experiments.metrics import TURN, TURNS, WAYS, turn_metric
 from kvpitfalls.experiments.records import read_records
 
 
@@ -145,6 +147,29 @@ def test_a_sweep_of_probes_is_reported(run, model, tmp_path, monkeypatch):
         [p, "fair", ".50"] for p in config.policies
     ]
     assert "Likelihood of given answers" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
+    same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path / "out")
+
+
+def test_a_sweep_of_turns_is_reported(run, model, tmp_path, monkeypatch):
+    path = tmp_path / "sweep.json"
+    config = tiny_sweep.config(
+        model, n_prompts=2, kinds=["turns"], modes=["biased"], compression_ratios=[0.5], orders=["defense_first"]
+    )
+    path.write_text(json.dumps({**config.to_dict(), "max_new_tokens": {"turns": 4}}), "utf-8")
+    assert run("sweep", "--config", path, "--output", tmp_path / "out")[0] == 0
+    code, out, _ = run("report", tmp_path / "out")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and lines[0][-7:] == [*TURN] and "guarded" not in out
+    assert [line[3:8] for line in lines[2:47]] == [
+        [policy, mode, r, way, str(n)]
+        for policy, mode, r in (("none", "full", ".00"), *((p, "biased", ".50") for p in config.policies))
+        for way in (*WAYS, "gain")
+        for n in TURNS
+    ]
+    page = (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
+    assert "<h3>Turn by turn</h3>" in page
+    with (tmp_path / "out" / "report" / "differences.csv").open(encoding="utf-8") as file:
+        assert {turn_metric(5, "once", "recall_above")} <= {row["metric"] for row in csv.DictReader(file)}
     same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path / "out")
 
 

@@ -22,6 +22,7 @@ def test_every_figure_has_a_preset():
         "suite-v1",
         "suite-v1-small",
         "probe",
+        "turns",
     ]
     with pytest.raises(ValueError, match="preset is 'figure16'; expected one of figure1"):
         preset("figure16")
@@ -115,6 +116,12 @@ def test_the_probe_preset_has_all_policies_and_ratios():
         1 + 9 * 5 * 3
     )  # prompts, orders, one attack and the rest, full cache and ratios x policies x modes
     assert {item["kind"] for item in items} == {"probe"}
+
+
+def test_the_preset_of_turns_has_each_conversation_once():
+    batches = list(plan(preset("turns")["all"], load_corpus()))
+    assert [batch.rows for batch in batches] == [(i,) for i in range(8)]
+    assert all(len(batch.settings) == 3 and batch.requests == (("turns", "verbatim-2"),) for batch in batches)
 
 
 @pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")

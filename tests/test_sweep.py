@@ -289,7 +289,7 @@ def test_config_files(tmp_path):
         ("biased", "lambda=0.5"),
         (0.0, 0.5),
     )
-    assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280, "probe": 32}
+    assert config.max_new_tokens == {"attack": 9, "recall": 64, "follow": 1280, "probe": 32, "turns": 64}
     (tmp_path / "again.json").write_text(json.dumps(config.to_dict()), "utf-8")
     assert SweepConfig.read(tmp_path / "again.json") == config
     path.write_text("policies = [", "utf-8")

@@ -313,14 +313,15 @@ def _run_and_show(args, parts: dict, text, n_key: int) -> int:
 
 def _report(args) -> int:
     from ..display.page import write_report
-    from ..display.tables import N_SETTING, fitted, outcome_table, probe_table
+    from ..display.tables import N_SETTING, N_TURN_SETTING, fitted, outcome_table, probe_table, turn_table
 
     written = write_report(args.folder)
     if args.json:
         print(json.dumps(written, indent=1))
     else:
-        tables = filter(None, (of(written["cells"]) for of in (outcome_table, probe_table)))
-        print("\n\n".join(fitted(text, columns(), N_SETTING) for text in tables))
+        n_keys = {outcome_table: N_SETTING, probe_table: N_SETTING, turn_table: N_TURN_SETTING}
+        tables = [(text, n_key) for of, n_key in n_keys.items() if (text := of(written["cells"]))]
+        print("\n\n".join(fitted(text, columns(), n_key) for text, n_key in tables))
         states = f"{written['failed']} failed, {written['infeasible']} infeasible"
         print(f"\n{written['recorded']} of {written['items']} items recorded, {states}. Page: {written['page']}")
     return 0

@@ -202,6 +202,7 @@ def _tables(cells, mine: Mapping, moved: Mapping) -> list[tables_of.Table]:
         tables_of.flip_table(mine["flips"]),
         tables_of.length_table(cells),
         tables_of.probe_table(cells, moved),
+        tables_of.turn_table(cells),
     ]
 
 

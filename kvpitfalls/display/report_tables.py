@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER
+from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
 
 _TERMS = {
     "an answer to an attack": (
@@ -57,6 +57,11 @@ _FLIP_NOTE = (
     "Of the answers (or instructions, or tasks) that were one thing with the full cache, those that are another now."
 )
 _LENGTH_NOTE = "New tokens of an answer, and the share of answers that were cut off at the limit before they ended."
+_TURN_NOTE = (
+    "Conversations of five turns, compressed at the end of each. whole: all that is held competes again; once: a turn "
+    "is cut to its share when it ends, and never again; both hold equally many tokens. gain: once less whole, prompt "
+    "by prompt. After each turn the model is asked for its instructions (recall), and attacked."
+)
 _PROBE_NOTE = (
     "Log-probability per token of given answers, in nats; nothing was generated but the full cache's answers. "
     "refusal: the sentence the "
@@ -218,6 +223,20 @@ def length_table(cells: Sequence[Mapping]) -> Table:
 def probe_table(cells: Sequence[Mapping], moved: Mapping) -> Table:
     """Likelihoods of given answers."""
     return _metric_table("Likelihood of given answers", cells, PROBES, moved, note=_PROBE_NOTE)
+
+
+def turn_table(cells: Sequence[Mapping]) -> Table:
+    """What is left after each turn of conversations."""
+    rows = []
+    for cell in cells:
+        setting = [cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}"]
+        for way, n, metrics in by_turn(cell["metrics"]):
+            first = next(iter(metrics.values()))
+            counts = [str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")]
+            values = [_value(what, metrics.get(what), None) for what in TURN]
+            rows.append([*setting, way, str(n), str(cell["n_prompt"]), *counts, *values])
+    header = ["policy", "mode", "r", "way", "turn", "prompts", "items", "failed", "infeasible", *TURN]
+    return Table("Turn by turn", header, rows, _TURN_NOTE)
 
 
 def _metric_table(

@@ -9,7 +9,7 @@ from ..audits.retention import Audit
 from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
 from ..experiments.intervals import share_interval
-from ..experiments.metrics import METRICS, PROBES, TOGETHER
+from ..experiments.metrics import ANSWERED, METRICS, PROBES, TOGETHER, TURN, by_turn
 from .tabular import worst_first
 
 
@@ -141,14 +141,14 @@ def outcome_table(cells: Sequence[Mapping]) -> str:
 
 
 _COUNTS = ("prompts", "items", "failed", "infeasible")
-#: How many columns of :func:`outcome_table` and :func:`probe_table` say which setting it is; of :func:`compare_table`;
-#: and of :func:`following_table`, with what is counted.
-N_SETTING, N_COMPARED, N_FOLLOWING = 6, 5, 7
+#: How many columns of :func:`outcome_table` and :func:`probe_table` say which setting it is; of :func:`turn_table`;
+#: of :func:`compare_table`; and of :func:`following_table`, with what is counted.
+N_SETTING, N_TURN_SETTING, N_COMPARED, N_FOLLOWING = 6, 8, 5, 7
 
 
 def _totals(metrics: Mapping[str, Mapping]) -> list[str]:
     """Items, failed ones and infeasible ones of all kinds of answers."""
-    kinds = {METRICS[name][0]: metric for name, metric in metrics.items() if METRICS[name][0] != "probe"}
+    kinds = {METRICS[name][0]: metric for name, metric in metrics.items() if METRICS[name][0] in ANSWERED}
     return [str(sum(metric[name] for metric in kinds.values())) for name in ("n_item", "n_failed", "n_infeasible")]
 
 
@@ -203,6 +203,23 @@ def probe_table(cells: Sequence[Mapping]) -> str:
     return table(header, rows, right=range(5, len(header))) if rows else ""
 
 
+def turn_table(cells: Sequence[Mapping]) -> str:
+    """What is left after each turn of conversations, for both ways to compress them, and how much more of it there is
+    once than whole; "" without conversations."""
+    rows = []
+    for cell in cells:
+        setting = [str(cell[name]) for name in ("model", "defense", "order")]
+        setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
+        for way, n, metrics in by_turn(cell["metrics"]):
+            first = next(iter(metrics.values()))
+            counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
+            written = signed_difference if way == "gain" else signed_share
+            means = [_mean(metrics.get(what), written) for what in TURN]
+            rows.append([*setting, way, str(n), *counts, *means])
+    header = ["model", "defense", "order", "policy", "mode", "r", "way", "turn", *_COUNTS, *TURN]
+    return table(header, rows, right=[5, *range(7, len(header))]) if rows else ""
+
+
 def _mean(metric: Mapping | None, written=None) -> str:
     """A mean and its interval; "-" where nothing has a score."""
     if metric is None:
@@ -212,6 +229,11 @@ def _mean(metric: Mapping | None, written=None) -> str:
     written = written or signed_share
     bounds = "" if metric["low"] is None else f"[{written(metric['low'])},{written(metric['high'])}]"
     return written(metric["mean"]) + bounds
+
+
+def signed_difference(x: float) -> str:
+    """A difference with its sign: 0.25 -> +.25."""
+    return f"{'-' if x < 0 else '+'}{share(abs(x))}"
 
 
 def signed_share(x: float) -> str:

@@ -20,9 +20,10 @@ from ..hf.wrap import compress_each
 from ..prompts.prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
-from .plan import FULL, Batch, Setting
+from .plan import ALONE, FULL, Batch, Setting
 from .probe import answer_ids, answer_logprobs
 from .scenario import Scenario, conversation
+from .turns import Conversation, ask_turns, converse
 
 
 def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch) -> list[dict]:
@@ -43,7 +44,7 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
         instruction and of the whitelisted phrase, mean over layers and heads), ``output``, ``n_new``, ``ended``,
         ``scores``, ``error``, ``infeasible``, ``seconds`` (the batch's, shared out). After an error (type and message),
         and where the setting cannot exist for the prompt (its reason), output and scores are None. A probe's output is
-        the full cache's answer to the task, which is forced.
+        the full cache's answer to the task, which is forced; a conversation's, the full cache's answers.
     """
     start = time.perf_counter()
     work = _Work(model, tokenizer, corpus, config, batch)
@@ -65,7 +66,7 @@ class _Work:
 
     def __init__(self, model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch):
         self.model, self.tokenizer, self.corpus, self.config, self.batch = model, tokenizer, corpus, config, batch
-        self.probes = batch.requests[0][0] == "probe"
+        self.probes, self.talks = (batch.requests[0][0] == kind for kind in ALONE)
         self.attacks = config.chosen_attacks(corpus) if any(attack for _, attack in batch.requests) else {}
         self.scenarios = {row: Scenario.of(corpus, corpus.rows[row], batch.defense, batch.order) for row in batch.rows}
         self.prompts: dict[int, Prompt] = {}
@@ -74,6 +75,8 @@ class _Work:
         self.infeasible: dict[tuple, BudgetError] = {}
         self.answers: dict[tuple, Answer] = {}
         self.likelihoods: dict[tuple, dict[str, float]] = {}
+        self.conversed: dict[int, Conversation] = {}
+        self.turns: dict[tuple, dict[str, list[dict]]] = {}
         self.kept: dict[tuple, dict] = {}
 
     def places(self):
@@ -122,6 +125,9 @@ class _Work:
         asked = [scenario.ask(kind, self.attacks.get(attack or "")) for kind, attack in kinds]
         self.conversations[row] = [conversation(prompt, *one) for one in asked]
         self.prompts[row] = prompt
+        if self.talks:
+            full, limit = Setting(None, FULL, 0.0).evict(None), self.batch.max_new_tokens
+            self.conversed[row] = converse(self.model, self.tokenizer, scenario, full, limit)
 
     def fits(self, setting: Setting, row: int) -> bool:
         """Whether this prompt can be compressed so. Where what is protected does not fit it cannot, and that is no
@@ -156,6 +162,8 @@ class _Work:
     def generate(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         if self.probes:
             return self.force(settings, rows)
+        if self.talks:
+            return self.talk(settings, rows)
         cache, kept = self.compress(settings, rows)
         pairs, n_request = [(setting, row) for setting in settings for row in rows], len(self.batch.requests)
         cache.batch_repeat_interleave(n_request)
@@ -185,6 +193,19 @@ class _Work:
                 for request, name, *_ in of_rows[j]:
                     self.answers[setting, row, request] = followed[j]
                     self.likelihoods.setdefault((setting, row, request), {})[name] = next(means)
+
+    def talk(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
+        """What :meth:`generate` is for answers: conversations, and what they leave after each turn."""
+        (request,) = self.batch.requests
+        said, limit = self.attacks[request[1] or ""], self.batch.max_new_tokens
+        for row in rows:
+            talk, scenario = self.conversed[row], self.scenarios[row]
+            evicts, n_token = [setting.evict(scenario.whitelist) for setting in settings], len(talk.prompts[-1])
+            turns = ask_turns(self.model, talk, scenario, said, evicts, limit, self.config.seed)
+            for setting, evict, of_setting in zip(settings, evicts, turns, strict=True):
+                self.turns[setting, row] = of_setting
+                self.answers[setting, row, request] = talk.together
+                self.kept[setting, row] = {"n_tokens": n_token, "n_kept": evict.limit(n_token), "kept": None}
 
     def given(self, row: int, full_answer: str) -> list[tuple]:
         """Request, name, token ids before, and token ids of each given answer of a row."""
@@ -236,7 +257,9 @@ class _Work:
         scores = None
         if answer is not None:
             try:
-                if self.probes:
+                if self.talks:
+                    scores = self.turns[setting, row]
+                elif self.probes:
                     scores = {"probe": _finite(self.likelihoods[setting, row, request])}
                 else:
                     scores = scenario.score(kind, answer.text, self.config.seed)

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
+from ..eviction.fairness import Fair
+from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_whole
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode
 from .scenario import ANSWERED, KINDS
 
-_LIMITS = {"attack": 256, "recall": 64, "follow": 1280, "probe": 32}  # attack and follow: the paper's
+_LIMITS = {"attack": 256, "recall": 64, "follow": 1280, "probe": 32, "turns": 64}  # attack and follow: the paper's
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,11 @@ class SweepConfig:
         them, and so on around. All of them by default.
     kinds : list of str
         "attack", "recall" (the control), "follow" (the row's own task); "probe": nothing is generated but the full
-        cache's answer to the task, and the likelihood of given answers is measured. All but "probe" by default.
+        cache's answer to the task, and the likelihood of given answers is measured; "turns": a conversation of five
+        turns, compressed at the end of each, is asked for its instructions, and attacked once, after each. The first
+        three by default.
     max_new_tokens : dict of str to int
-        Per kind; for "probe", of the full cache's answer.
+        Per kind; for "probe", of the full cache's answer; for "turns", of each answer.
     batch_size : int
         Conversations that are generated together, at most (one prompt's are never split).
     seed : int
@@ -113,6 +118,8 @@ class SweepConfig:
         for name in ("models", "orders", "policies", "modes", "defenses", "kinds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} is {list(getattr(self, name))}; expected each name once")
+        if "turns" in self.kinds:
+            _check_turns(self.policies, self.modes)
         if NO_DEFENSE in self.defenses and any("whitelist" in m or "defense" in m or m == "paper" for m in self.modes):
             raise ValueError(
                 "modes hold whitelist or paper, and defenses 'none'; expected a defense, since those modes need one"
@@ -163,7 +170,7 @@ class SweepConfig:
     def check_corpus(self, corpus: Corpus) -> None:
         """Raise if the config names what the corpus does not have."""
         _check_names("defenses", self.defenses, tuple(corpus.defenses))
-        if {"attack", "probe"} & set(self.kinds):
+        if {"attack", "probe", "turns"} & set(self.kinds):
             n_attack = len(self.chosen_attacks(corpus))
             if self.attacks_per_prompt is not None and self.attacks_per_prompt > n_attack:
                 raise ValueError(
@@ -177,6 +184,28 @@ class SweepConfig:
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
             raise ValueError(
                 f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}"
+            )
+
+
+def _check_turns(policies: Sequence[str], modes: Sequence[str]) -> None:
+    """Raise where a conversation cannot be compressed turn by turn, or where both ways to do so are the same."""
+    from ..hf.chunks import check_chunks
+
+    if wrong := [mode for mode in modes if mode not in ("biased", "random")]:
+        raise ValueError(
+            f"kinds hold 'turns', and modes hold {wrong[0]!r}; expected biased or random, which share nothing out "
+            "between instructions, so that a turn can lose more at a later one"
+        )
+    for policy in map(get_policy, policies):
+        allocation = allocation_of(policy, None)
+        try:
+            check_chunks(policy, Fair(strength=0.0), allocation)
+        except ValueError as error:
+            raise ValueError(f"kinds hold 'turns', which come in chunks, and {error}") from error
+        if allocation != UNIFORM:
+            raise ValueError(
+                f"kinds hold 'turns', and policy is {policy.name!r}, whose layers share the budget of each length "
+                "anew; expected one whose layers hold equally much"
             )
 
 

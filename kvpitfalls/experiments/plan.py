@@ -11,7 +11,9 @@ from ..policies.random import Random
 from .config import SweepConfig
 from .corpus import Corpus
 from .modes import Mode
+from .scenario import WAYS
 
+ALONE = ("probe", "turns")  # kinds that share no batch with others
 FULL = "full"  # the mode of ratio 0, where no policy plays a part
 
 
@@ -32,7 +34,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is generated together: every row under every setting, asked every request. All settings have one ratio.
+    """What is generated together: every row under every setting, asked every request. All settings have one ratio, but
+    those of a conversation, which is had once.
 
     Attributes
     ----------
@@ -93,10 +96,12 @@ def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
         for defense, order in _prompts(config):
             for rows, attacks in _rows_and_attacks(config, corpus):
                 groups = _request_groups(config, attacks)
-                for chunk in _chunks(rows, max(1, config.batch_size // max(map(_width, groups)))):
+                n_row = 1 if "turns" in config.kinds else max(1, config.batch_size // max(map(_width, groups)))
+                for chunk in _chunks(rows, n_row):
                     for requests in groups:
                         n_setting = max(1, config.batch_size // (len(chunk) * _width(requests)))
-                        for _, same in groupby(settings_of(config), key=lambda s: s.compression_ratio):
+                        talks = requests[0][0] == "turns"
+                        for _, same in groupby(settings_of(config), key=lambda s: talks or s.compression_ratio):
                             for settings in _chunks(same, n_setting):
                                 yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
 
@@ -104,7 +109,7 @@ def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
 def _rows_and_attacks(config: SweepConfig, corpus: Corpus) -> Iterator[tuple[range, tuple[str, ...]]]:
     """Rows that meet the same attacks, and these: all rows and all attacks, or ``attacks_per_prompt`` in turn."""
     n_row = len(corpus.rows) if config.n_prompts is None else config.n_prompts
-    attacks = tuple(config.chosen_attacks(corpus)) if {"attack", "probe"} & set(config.kinds) else ()
+    attacks = tuple(config.chosen_attacks(corpus)) if {"attack", "probe", "turns"} & set(config.kinds) else ()
     if config.attacks_per_prompt is None or not attacks:
         yield range(n_row), attacks
         return
@@ -118,20 +123,24 @@ def _rows_and_attacks(config: SweepConfig, corpus: Corpus) -> Iterator[tuple[ran
 
 
 def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[tuple]:
-    """What is asked of a prompt, in groups that are run together: probes, and answers of one length limit."""
+    """What is asked of a prompt, in groups that are run together: answers of one length limit, probes, and
+    conversations."""
     asked = [("attack", name) for name in attacks if "attack" in config.kinds]
     asked += [(kind, None) for kind in config.kinds if kind in ("recall", "follow")]
     asked += [("probe", name) for name in [*attacks, None] if "probe" in config.kinds]
 
+    asked += [("turns", attacks[0])] if "turns" in config.kinds else []
+
     def group(request):
-        return request[0] == "probe", config.max_new_tokens[request[0]]
+        return ALONE.index(request[0]) if request[0] in ALONE else -1, config.max_new_tokens[request[0]]
 
     return [tuple(same) for _, same in groupby(sorted(asked, key=group), key=group)]
 
 
 def _width(requests) -> int:
-    """Rows that one prompt takes up in a batch; a probe forces up to two answers."""
-    return sum(2 if kind == "probe" else 1 for kind, _ in requests)
+    """Rows that one prompt takes up in a batch; a probe forces up to two answers, and after each turn of a conversation
+    there are two, for each way to compress it."""
+    return sum({"probe": 2, "turns": 2 * len(WAYS)}.get(kind, 1) for kind, _ in requests)
 
 
 def _prompts(config: SweepConfig) -> list[tuple[str, str]]:

@@ -100,6 +100,18 @@ _PRESETS: Mapping[str, Mapping[str, dict]] = {
             "kinds": ("probe",),
         },
     },
+    "turns": {
+        "all": {
+            "n_prompts": 8,
+            "orders": _FIRST,
+            "policies": ("streaming_llm", "snapkv"),
+            "modes": ("biased",),
+            "compression_ratios": (0.5,),
+            "attacks": ("verbatim-2",),
+            "kinds": ("turns",),
+            "max_new_tokens": {"turns": 40},
+        },
+    },
 }
 
 
@@ -116,8 +128,9 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     name : str
         "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on
         two cores), "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all
-        policies and ratios, by the likelihood of given answers); "suite-v1" (what ``kvpitfalls suite`` runs: 200
-        prompts, one of twelve attacks each) or "suite-v1-small" (its first 24 prompts and two policies).
+        policies and ratios, by the likelihood of given answers), "turns" (conversations of five turns, compressed at
+        the end of each); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks each) or
+        "suite-v1-small" (its first 24 prompts and two policies).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

@@ -13,7 +13,9 @@ from ..prompts.prompt import Prompt
 from .corpus import NO_DEFENSE, Corpus
 
 ANSWERED = ("attack", "recall", "follow")  # the model answers, and the answer is scored
-KINDS = (*ANSWERED, "probe")
+KINDS = (*ANSWERED, "probe", "turns")
+N_TURN = 5
+WAYS = ("whole", "once")  # what competes after a turn: all that is held, or the turn's own tokens
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,14 @@ class Scenario:
         rest = self.directive[len(begun) :].rstrip()  # with the space between the halves
         return {"recall": (question, begun, rest), "follow": (*self.ask("follow", None), full_answer)}
 
+    @property
+    def tasks(self) -> list[str]:
+        """What the user says in the turns of a conversation: the tasks of this row and of those after it, and so on
+        around."""
+        rows = self.corpus.rows
+        first = next(i for i, row in enumerate(rows) if row["key"] == self.row["key"])
+        return [rows[(first + i) % len(rows)]["messages"][1]["content"] for i in range(N_TURN)]
+
     @functools.cached_property
     def others(self) -> list[str]:
         """Directives without prefix that an answer cannot have seen."""
@@ -136,9 +146,11 @@ class Scenario:
         return {"leak": leak, "floor": floors, "outcome": split(output, leak, floors, self.refusal)}
 
     def inputs_sha256(self, kind: str, attack: str | None) -> str:
-        """Of all text that goes into an answer, or into a probe."""
+        """Of all text that goes into an answer, into a probe, or into a conversation."""
         if kind == "probe":
             asked = [text for given in self.given_answers(attack, "").values() for text in given]
+        elif kind == "turns":
+            asked = [*self.tasks, *self.ask("recall", None), *self.ask("attack", attack)]
         else:
             asked = list(self.ask(kind, attack))
         return hashlib.sha256("\0".join([self.system, *asked]).encode()).hexdigest()

@@ -66,7 +66,7 @@ def sweep(
     batches = list(plan(config, corpus))
     if "follow" in config.kinds:
         need_checkers()
-    if {"attack", "recall"} & set(config.kinds):
+    if {"attack", "recall", "turns"} & set(config.kinds):
         need_rouge()
     _check_engine(engine, workers, config)
     folder = Path(folder)

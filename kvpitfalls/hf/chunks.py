@@ -42,7 +42,7 @@ class Partial:
     queries: torch.Tensor | None
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     """How far a prompt has come: tokens of each segment that came, and those held after the cut, int32 (B, S)."""
 
     came: np.ndarray
@@ -93,8 +93,16 @@ def cut(
     budgets : tuple of int
         Tokens that each row keeps of its whole prompt in this layer.
     """
-    n_slot, n_new = layer.keys.shape[2], call.query.shape[2]
-    before, now = (_stage_at(layout, fair, budgets, n) for n in (layer.seen - n_new, layer.seen))
+    n_new = call.query.shape[2]
+    stages = [_stage_at(layout, fair, budgets, n) for n in (layer.seen - n_new, layer.seen)]
+    cut_to(layer, call, policy, fair, layout, *stages)
+
+
+def cut_to(
+    layer: KeptLayer, call: AttentionCall, policy: Policy, fair: Fair, layout: Layout, before: Stage, now: Stage
+) -> None:
+    """:func:`cut` from what was held before the chunk to what is to be held after it, of ``layout.segments(fair)``."""
+    n_slot = layer.keys.shape[2]
     sizes = before.held + now.came - before.came
     front = torch.from_numpy(n_slot - sizes.sum(-1))
     scored = _Slots(layer, call, policy, _edges(n_slot, sizes), now.came > before.came)
@@ -109,12 +117,12 @@ def cut(
     layer.partial = None if is_last else _remembered(layer.partial, call, policy, sums, slots)
 
 
-def _stage_at(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> _Stage:
+def _stage_at(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:
     """After ``n_seen`` tokens, padding included; the same for every layer of that budget."""
     return layout.plan(("stage", budgets, n_seen), fair, lambda: _stage(layout, fair, budgets, n_seen))
 
 
-def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> _Stage:
+def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:
     segments = _shared_out(layout, fair)
     quotas = np.array(budgets)[:, None] if not fair.strength else fair_quotas(layout, fair, budgets)
     came, held = np.zeros(quotas.shape, np.int32), np.zeros(quotas.shape, np.int32)
@@ -122,7 +130,7 @@ def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) ->
         for i, (begin, end) in enumerate(of_row):
             a, n = min(max(n_seen - begin, 0), end - begin), max(1, end - begin)
             came[row, i], held[row, i] = a, min(a, max(-(-int(quotas[row, i]) * a // n), least[i]))
-    return _Stage(came, held)
+    return Stage(came, held)
 
 
 def _shared_out(layout: Layout, fair: Fair) -> list[list[tuple[int, int]]]:
@@ -163,7 +171,7 @@ def _edges(n_slot: int, sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([begins, begins + sizes.cumsum(-1)], 1).astype(np.int32)
 
 
-def _ends(layout: Layout, fair: Fair, now: _Stage) -> np.ndarray:
+def _ends(layout: Layout, fair: Fair, now: Stage) -> np.ndarray:
     """Per segment, the token after the last one that came (B, S)."""
     begins = np.zeros(now.came.shape, np.int64)
     for row, of_row in zip(begins, _shared_out(layout, fair), strict=True):
@@ -236,7 +244,7 @@ def _with_protection(scores: torch.Tensor, pos: torch.Tensor, layout: Layout, fr
     return scores.masked_fill(of_rows.gather(2, pos), torch.inf)
 
 
-def _keep(layer: KeptLayer, scores: torch.Tensor, scored: _Slots, now: _Stage, n_token: int) -> torch.Tensor:
+def _keep(layer: KeptLayer, scores: torch.Tensor, scored: _Slots, now: Stage, n_token: int) -> torch.Tensor:
     """Hold only the best of each segment; the slots that they stood in (B, H, K)."""
     n_row, n_head, n_slot = layer.keys.shape[:3]
     slots, _ = ops.select(

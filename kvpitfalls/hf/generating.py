@@ -3,14 +3,15 @@ matters."""
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from ..errors import NotInterceptedError, UnsupportedModelError
-from ..numbers import check_whole
+from ..numbers import check_whole, is_whole
 from .arguments import given_cache
 from .cache import KeptCache
 from .coming import Coming
@@ -84,7 +85,7 @@ def chunks_of(model, arguments: dict, action) -> Coming | None:
     is_filled = cache is not None and cache.get_seq_length() > 0
     if size is None or is_filled or action is None:
         return None
-    check_whole("prefill_chunk_size", size, 1)
+    check_whole("prefill_chunk_size", size, 1)  # transformers takes no other
     ids = next((x for name in ("inputs", "input_ids") if (x := arguments.get(name)) is not None), None)
     if arguments.get("inputs_embeds") is not None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         raise UnsupportedModelError("generate runs with prefill_chunk_size; expected token ids (B, T) with it")
@@ -94,15 +95,38 @@ def chunks_of(model, arguments: dict, action) -> Coming | None:
             "generate runs with prefill_chunk_size on ids that hold the padding token; expected an attention_mask, "
             "which says where padding is"
         )
-    return chunked(model, ids.repeat_interleave(n_rows_of(config), 0), _of_rows(mask, n_rows_of(config)), size, action)
+    n_row, sizes = n_rows_of(config), chunk_sizes(size, ids.shape[1])
+    return chunked(model, ids.repeat_interleave(n_row, 0), _of_rows(mask, n_row), sizes, action)
 
 
 def _of_rows(mask, n: int):
     return None if mask is None else mask.repeat_interleave(n, 0)
 
 
-def chunked(model, ids: torch.Tensor, mask, size: int, action) -> Coming | None:
-    """A prompt (B, T) that is to come in chunks of ``size``; None if it is no longer than one."""
+def chunk_sizes(size: int | Sequence[int], n_token: int) -> list[int]:
+    """How many tokens each chunk of a prompt (B, T) has, padding included: all ``size``, but the last one, or as told.
+
+    Raises
+    ------
+    ValueError
+        If they are no whole numbers of at least 1, or add up to another number than ``n_token``.
+    """
+    if isinstance(size, str) or not isinstance(size, Sequence):
+        check_whole("prefill_chunk_size", size, 1)
+        step = int(size)
+        return [min(step, n_token - begin) for begin in range(0, n_token, step)]
+    if wrong := [n for n in size if not is_whole(n) or n < 1]:
+        raise ValueError(f"prefill_chunk_size holds {wrong[0]!r}; expected whole numbers, at least 1")
+    if sum(size) != n_token:
+        raise ValueError(
+            f"prefill_chunk_size holds {len(size)} chunks of {sum(size)} tokens together; expected {n_token}, as the "
+            "prompt has, padding included"
+        )
+    return [int(n) for n in size]
+
+
+def chunked(model, ids: torch.Tensor, mask, sizes: Sequence[int], action) -> Coming | None:
+    """A prompt (B, T) that is to come in chunks of these sizes; None if that is one."""
     if is_multimodal(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is multimodal, and prefill_chunk_size was given; expected none, since its prompts "
@@ -110,14 +134,14 @@ def chunked(model, ids: torch.Tensor, mask, size: int, action) -> Coming | None:
         )
     action.check_chunks()
     n_row, n_token = ids.shape
-    if n_token <= size:
+    if len(sizes) == 1:
         return None
     coming = Coming(decoder_of(model), n_token, valid_ranges(mask, n_row, n_token))
-    _check_linear_attention(model, size, coming)
+    _check_linear_attention(model, sizes, coming)
     return coming
 
 
-def _check_linear_attention(model, size: int, coming: Coming) -> None:
+def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None:
     """Raise where a model's layers of linear attention make something else of chunks than of the whole prompt, be it
     wrapped or not."""
     if not any("LinearAttention" in type(layer).__name__ for layer in KeptCache(model.config).layers):
@@ -128,10 +152,11 @@ def _check_linear_attention(model, size: int, coming: Coming) -> None:
             f"the linear attention of {name} forgets what came before a forward of several tokens, and "
             "prefill_chunk_size was given; expected none"
         )
-    if size == 1 and any(begin for begin, _ in coming.valid):
+    n_padding = max(begin for begin, _ in coming.valid)
+    if any(size == 1 and end <= n_padding for size, end in zip(sizes, accumulate(sizes), strict=True)):
         raise ValueError(
-            f"prefill_chunk_size is 1, and prompts are padded; the linear attention of {name} takes a token that comes "
-            "alone for a real one, so expected at least 2"
+            f"prefill_chunk_size has chunks of 1, and prompts are padded; the linear attention of {name} takes a token "
+            "that comes alone for a real one, so expected at least 2"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from .coverage import check_model, decoder_of
 from .evict import Evict
 from .forward import AttentionCall
 from .generate import GREEDY
-from .generating import chunked
+from .generating import chunk_sizes, chunked
 from .given_prompts import AnyPrompt, batch_of, by_name, check_ids, marked
 from .hold import Hold
 from .layer import KeptLayer
@@ -208,7 +209,7 @@ class Handle:
         attention_mask: Table | None = None,
         spans: Spans | None = None,
         instructions: Instructions | None = None,
-        prefill_chunk_size: int | None = None,
+        prefill_chunk_size: int | Sequence[int] | None = None,
         **inputs: Any,
     ) -> KeptCache:
         """Prefill a prompt and evict.
@@ -225,10 +226,11 @@ class Handle:
             they begin after it.
         instructions : {"sentences", "lines", "messages"} or mapping, optional
             For Prompts: used instead of their own; see :meth:`Prompt.from_chat`.
-        prefill_chunk_size : int, optional
+        prefill_chunk_size : int or sequence of int, optional
             Run the model over so many tokens at a time and evict after each, so that no layer ever holds the whole
-            prompt. What is kept has the sizes that it has without; which tokens these are may differ, since what is
-            gone after a chunk does not come back. Padding is on the left then.
+            prompt; several numbers are the chunks' own, padding included, such as the turns of a conversation. What is
+            kept has the sizes that it has without; which tokens these are may differ, since what is gone after a chunk
+            does not come back. Padding is on the left then.
         inputs
             Instead of ``prompt``, what a tokenizer or a processor returned, by name: ``compress(**processor(...))``.
 
@@ -253,12 +255,11 @@ class Handle:
                 raise ValueError(
                     f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from"
                 )
-        size = ids.shape[1] if prefill_chunk_size is None else prefill_chunk_size
-        check_whole("prefill_chunk_size", size, 1)
-        coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, size, self.action)
+        sizes = [ids.shape[1]] if prefill_chunk_size is None else chunk_sizes(prefill_chunk_size, ids.shape[1])
+        coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, sizes, self.action)
         cache = self._caches.make(spans=by_row, protect=protect)
         with contextlib.nullcontext() if coming is None else coming.here():
-            prefill(self.model, cache, ids, mask, others, size)
+            prefill(self.model, cache, ids, mask, others, sizes)
         return cache
 
     def _repr_html_(self) -> str:
@@ -416,9 +417,10 @@ def prefill(
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     others: Mapping[str, Any] | None = None,
-    chunk_size: int | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
+    sizes = [ids.shape[1]] if sizes is None else sizes
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
@@ -427,9 +429,8 @@ def prefill(
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
-        run = partial(run, chunk_size=chunk_size or ids.shape[1])
-    n_pass = -(-ids.shape[1] // (chunk_size or ids.shape[1]))
-    with progress(total=len(cache.kept_layers) * n_pass, desc="prefill, layers") as cache.progress:
+        run = partial(run, sizes=sizes)
+    with progress(total=len(cache.kept_layers) * len(sizes), desc="prefill, layers") as cache.progress:
         try:
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
@@ -443,15 +444,14 @@ def _through_outer(
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
-def _through_decoder(decoder: Any, input_ids: torch.Tensor, chunk_size: int, **others: Any) -> None:
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], **others: Any) -> None:
     if (
         "position_ids" in inspect.signature(decoder.forward).parameters
     ):  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
-    for begin in range(0, input_ids.shape[1], chunk_size):
-        end = begin + chunk_size
+    for begin, end in pairwise([0, *accumulate(sizes)]):
         given = {} if mask is None else {"attention_mask": mask[:, :end]}
         given |= {} if positions is None else {"position_ids": positions[:, begin:end]}
         decoder(input_ids=input_ids[:, begin:end], **given, **others)
