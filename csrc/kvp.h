@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 2
+#define KVP_ABI_VERSION 3
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536

@@ -53,7 +53,7 @@ typedef struct kvpi_rows {
     /* out[r] = row r times the vector. "vector" has zeros behind its n_dim elements, KVPI_SLACK of them. */
     void (*products[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *vector, float *out);
     /* out[d] += sum over r of weight[r] * row r, one row after the other: the same bits by one call as by many. Of the
-     * KVPI_SLACK elements behind the n_dim, zeros stay zeros. */
+     * KVPI_SLACK elements behind the n_dim, zeros stay zeros if weights are finite. */
     void (*add_rows[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *weight, float *out);
 
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
