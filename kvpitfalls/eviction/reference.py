@@ -120,11 +120,12 @@ def _unlike_the_mean(keys: torch.Tensor, votes: npt.NDArray[Any], valid: tuple[i
         begin, end = max(int(vote[0]), valid[0]), min(int(vote[1]), valid[1])
         if end - begin <= 2:  # each as like their mean as the other
             continue
-        units = torch.nn.functional.normalize(keys[:, begin:end].double(), dim=-1, eps=_SMALLEST)
+        units = keys[:, begin:end].to(torch.float64, copy=True)  # the only copy: a long prompt's is large
+        units /= units.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
         mean = units.mean(1, keepdim=True)
         length = mean.norm(dim=-1, keepdim=True)
         mean = torch.where(length < _NO_MEAN, 0.0, mean / length)
-        out[:, begin:end] = 0.0 - (units * mean).sum(-1)
+        out[:, begin:end] = 0.0 - (units @ mean.mT)[..., 0]
     return out
 
 
