@@ -231,18 +231,11 @@ static bool is_available(void) {
 
 static bool is_bf16_available(void) { return is_available() && __builtin_cpu_supports("avx512bf16"); }
 
-#define SHARED_FUNCTIONS                                                                                         \
-    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                     \
-    .add_rows = OF_EACH_DTYPE(add_rows), .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, \
-    .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
-
 const kvpi_rows kvpi_rows_avx512 = {
     .name = "avx512",
     .is_available = is_available,
     SHARED_FUNCTIONS,
-    .pack_keys = OF_EACH_DTYPE(pack_keys),
-    .pack_queries = OF_EACH_DTYPE(pack_queries),
-    .multiply = FOR_ALL_DTYPES(multiply_floats),
+    FLOAT_FUNCTIONS,
 };
 
 const kvpi_rows kvpi_rows_avx512_bf16 = {

@@ -70,20 +70,7 @@ static void end_stream(void) {}
 const kvpi_rows kvpi_rows_neon = {
     .name = "neon",
     .is_available = is_available,
-    .panel = PANEL_KEYS,
-    .norms = OF_EACH_DTYPE(norms),
-    .products = OF_EACH_DTYPE(products),
-    .add_rows = OF_EACH_DTYPE(add_rows),
-    .pack_keys = OF_EACH_DTYPE(pack_keys),
-    .pack_queries = OF_EACH_DTYPE(pack_queries),
-    .multiply = FOR_ALL_DTYPES(multiply_floats),
-    .cap = cap,
-    .soften = soften,
-    .add_columns = add_columns,
-    .list = list,
-    .filter = filter,
-    .copy_rows = copy_rows,
-    .stream = stream,
-    .end_stream = end_stream,
+    SHARED_FUNCTIONS,
+    FLOAT_FUNCTIONS,
 };
 #endif
