@@ -160,12 +160,9 @@ def test_a_sweep_of_turns_is_reported(run, model, tmp_path, monkeypatch):
     code, out, _ = run("report", tmp_path / "out")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0 and lines[0][-7:] == [*TURN] and "guarded" not in out
-    assert [line[3:8] for line in lines[2:47]] == [
-        [policy, mode, r, way, str(n)]
-        for policy, mode, r in (("none", "full", ".00"), *((p, "biased", ".50") for p in config.policies))
-        for way in (*WAYS, "gain")
-        for n in TURNS
-    ]
+    settings = [(p, "biased", ".50", way) for p in config.policies for way in (*WAYS, "gain")]
+    rows = [[*setting, str(n)] for setting in [("none", "full", ".00", "both"), *settings] for n in TURNS]
+    assert [line[3:8] for line in lines[2 : 2 + len(rows)]] == rows
     page = (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
     assert "<h3>Turn by turn</h3>" in page
     with (tmp_path / "out" / "report" / "differences.csv").open(encoding="utf-8") as file:

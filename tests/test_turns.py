@@ -195,7 +195,7 @@ def test_a_conversation_that_fails_is_counted_and_in_no_mean(model, tmp_path):
             metric = cell["metrics"][name]
             assert (metric["n_item"], metric["n_failed"], metric["n_prompt"]) == (2, 1, 1)
     lines = turn_table(summarize(found)).splitlines()
-    assert len(lines) == 2 + 2 * 3 * N_TURN and all("  2       1           0" in line for line in lines[2:])
+    assert len(lines) == 2 + (1 + 3) * N_TURN and all("  2       1           0" in line for line in lines[2:])
 
 
 def turns_of(answer, recalled):

@@ -230,7 +230,7 @@ def turn_table(cells: Sequence[Mapping]) -> Table:
     rows = []
     for cell in cells:
         setting = [cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}"]
-        for way, n, metrics in by_turn(cell["metrics"]):
+        for way, n, metrics in by_turn(cell):
             first = next(iter(metrics.values()))
             counts = [str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")]
             values = [_value(what, metrics.get(what), None) for what in TURN]

@@ -210,7 +210,7 @@ def turn_table(cells: Sequence[Mapping]) -> str:
     for cell in cells:
         setting = [str(cell[name]) for name in ("model", "defense", "order")]
         setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
-        for way, n, metrics in by_turn(cell["metrics"]):
+        for way, n, metrics in by_turn(cell):
             first = next(iter(metrics.values()))
             counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
             written = signed_difference if way == "gain" else signed_share

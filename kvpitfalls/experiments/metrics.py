@@ -81,15 +81,18 @@ def turn_metric(n_turn: int, way: str, what: str) -> str:
     return f"turn{n_turn}_{way}_{what}"
 
 
-def by_turn(metrics: Mapping[str, Mapping]) -> list[tuple[str, int, dict[str, Mapping]]]:
+def by_turn(cell: Mapping) -> list[tuple[str, int, dict[str, Mapping]]]:
     """(way, turn, its metrics by the names of :data:`TURN`) of what a setting's conversations are summarized to, the
-    gain last; none where there were no conversations."""
+    gain last; none where there were no conversations, and one way, "both", where nothing is evicted."""
+    ways = {**{way: (way, TURN) for way in WAYS}, "gain": ("gain", GAINS)}
+    if cell["compression_ratio"] == 0:
+        ways = {"both": (WAYS[0], TURN)}
     out = []
-    for way, whats in (*((way, TURN) for way in WAYS), ("gain", GAINS)):
+    for shown, (way, whats) in ways.items():
         for n in TURNS:
             names = {what: turn_metric(n, way, what) for what in whats}
-            of_turn = {what: metrics[name] for what, name in names.items() if name in metrics}
-            out += [(way, n, of_turn)] if of_turn else []
+            of_turn = {what: cell["metrics"][name] for what, name in names.items() if name in cell["metrics"]}
+            out += [(shown, n, of_turn)] if of_turn else []
     return out
 
 
