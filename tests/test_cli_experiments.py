@@ -164,7 +164,7 @@ def test_a_sweep_of_turns_is_reported(run, model, tmp_path, monkeypatch):
     rows = [[*setting, str(n)] for setting in [("none", "full", ".00", "both"), *settings] for n in TURNS]
     assert [line[3:8] for line in lines[2 : 2 + len(rows)]] == rows
     page = (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
-    assert "<h3>Turn by turn</h3>" in page
+    assert "<h3>Turn by turn</h3>" in page and "<svg" not in page, "a figure without a line"
     with (tmp_path / "out" / "report" / "differences.csv").open(encoding="utf-8") as file:
         assert {turn_metric(5, "once", "recall_above")} <= {row["metric"] for row in csv.DictReader(file)}
     same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path / "out")

@@ -210,7 +210,7 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
 
 
 @_themed
-def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
+def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
     """Kept share of each instruction in a sweep against the ratio, one panel per policy and mode; the straight line is
     equal eviction.
 
@@ -222,7 +222,8 @@ def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
 
     Returns
     -------
-    matplotlib.figure.Figure
+    matplotlib.figure.Figure or None
+        None where no setting says what it kept, as of conversations.
     """
     panels = {}
     for setting, curve in _curves(cells).items():
@@ -230,7 +231,7 @@ def kept(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure":
             span: [(c["compression_ratio"], c["kept"][span]) for c in curve if span in c["kept"]] for span in _SPANS
         }
         panels[", ".join(setting)] = {span: of_span for span, of_span in points.items() if of_span}
-    return _retention_panels(panels, theme)
+    return _retention_panels(panels, theme) if any(panels.values()) else None
 
 
 @_themed

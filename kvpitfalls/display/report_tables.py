@@ -59,8 +59,9 @@ _FLIP_NOTE = (
 _LENGTH_NOTE = "New tokens of an answer, and the share of answers that were cut off at the limit before they ended."
 _TURN_NOTE = (
     "Conversations of five turns, compressed at the end of each. whole: all that is held competes again; once: a turn "
-    "is cut to its share when it ends, and never again; both hold equally many tokens. gain: once less whole, prompt "
-    "by prompt. After each turn the model is asked for its instructions (recall), and attacked."
+    "is cut to its share when it ends, and never again; they hold equally many tokens. both: nothing is evicted. "
+    "gain: once less whole, prompt by prompt. After each turn the model is asked for its instructions (recall), and "
+    "attacked."
 )
 _PROBE_NOTE = (
     "Log-probability per token of given answers, in nats; nothing was generated but the full cache's answers. "
