@@ -262,7 +262,8 @@ class Inputs:
         """Raise ValueError unless ``queries`` has every position that votes, padding aside."""
         if len(getattr(self.queries, "shape", ())) != 4:
             return  # the core says what else queries are
-        n_query = cast(Array, self.queries).shape[2]
+        if (n_query := cast(Array, self.queries).shape[2]) == self.n_token:
+            return
         for (low, high), of_row in zip(self.valid, votes, strict=True):
             for vote in of_row:
                 first = [max(a, low) for a, b in (vote.queries, vote.more_queries) if max(a, low) < min(b, high)]
