@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
@@ -89,7 +90,7 @@ def _of_keys(keys: tuple[int, int]) -> Vote:
 
 
 @lru_cache(maxsize=256)
-def _pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
+def pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
     """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end
     in empty ones."""
     packed = np.zeros((len(votes), max(1, *map(len, votes)), 10), np.int32)
@@ -145,12 +146,24 @@ class Call:
 
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
-        return ops.score(self.scorer, self.inputs.keys, **self._given)
+        with self._in_words_of_the_inputs():
+            return ops.score(self.scorer, self.inputs.keys, **self._given)
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
         """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""
         plan: dict[str, Any] = {"segments": segments, "quotas": quotas, "protect": protect, "n_kept": n_kept}
-        return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._given)
+        with self._in_words_of_the_inputs():
+            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._given)
+
+    @contextmanager
+    def _in_words_of_the_inputs(self) -> Iterator[None]:
+        """The core speaks of its table of votes, which whoever hands out too few queries never saw."""
+        try:
+            yield
+        except ValueError:
+            if self.queries is not None and self.votes is not None and len(self.queries.shape) == 4:
+                self.inputs.check_voters(self.votes)
+            raise
 
 
 @dataclass(frozen=True)
@@ -232,7 +245,7 @@ class Inputs:
 
     def apart(self, scorer: str) -> Call:
         """The call of a scorer of the core that judges each segment's keys by those of the segment: ``keydiff``."""
-        return Call(self, scorer, {}, _pack(tuple(tuple(map(_of_keys, row)) for row in self.segments)))
+        return Call(self, scorer, {}, pack(tuple(tuple(map(_of_keys, row)) for row in self.segments)))
 
     def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Array:
         """Scores from attention, float32 (B, H, T).
@@ -252,26 +265,22 @@ class Inputs:
         """The call that :meth:`attend` makes."""
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
-        self.check_voters(votes)
-        packed = _pack(tuple(map(tuple, votes)))
+        packed = pack(tuple(map(tuple, votes)))
         params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
         lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
         return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse, self.queries)
 
-    def check_voters(self, votes: Sequence[Sequence[Vote]]) -> None:
-        """Raise ValueError unless ``queries`` has every position that votes, padding aside."""
-        if len(getattr(self.queries, "shape", ())) != 4:
-            return  # the core says what else queries are
-        if (n_query := cast(Array, self.queries).shape[2]) == self.n_token:
-            return
-        for (low, high), of_row in zip(self.valid, votes, strict=True):
-            for vote in of_row:
-                first = [max(a, low) for a, b in (vote.queries, vote.more_queries) if max(a, low) < min(b, high)]
+    def check_voters(self, votes: npt.NDArray[np.int32]) -> None:
+        """Raise ValueError unless ``queries`` has every position that votes (B, V, 10), padding aside."""
+        n_query = 0 if self.queries is None else self.queries.shape[2]
+        for (low, high), of_row in zip(self.valid, votes.tolist(), strict=True):
+            for begin, end, *voters, _, _, _, window_end in of_row:
+                first = [max(a, low) for a, b in (voters[:2], voters[2:]) if max(a, low) < min(b, high)]
                 if first and min(first) < self.n_token - n_query:
                     raise ValueError(
-                        f"queries has the last {n_query} of {self.n_token} positions, but tokens [{vote.keys[0]}, "
-                        f"{max(vote.keys[1], vote.window[1])}) are judged by the query at position {min(first)}; "
-                        "expected all queries from there on"
+                        f"queries has the last {n_query} of {self.n_token} positions, but tokens [{begin}, "
+                        f"{max(end, window_end)}) are judged by the query at position {min(first)}; expected all "
+                        "queries from there on"
                     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..numbers import check_whole
-from .base import Call, Inputs, Policy, Vote
+from .base import Call, Inputs, Policy, Vote, pack
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class SnapKV(Policy):
         queries = torch.as_tensor(inputs.queries).detach()
         first = inputs.keys.shape[2] - queries.shape[2]
         votes = [self._votes(segments) for segments in inputs.segments]
-        inputs.check_voters(votes)
+        inputs.check_voters(pack(tuple(map(tuple, votes))))
         for row, of_row in enumerate(votes):
             for vote in of_row:
                 (begin, cut), (_, end) = vote.keys, vote.window
