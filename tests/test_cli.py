@@ -139,6 +139,13 @@ def test_help_names_every_policy_that_an_option_takes(run, command):
     assert code == 0 and all(re.search(rf"\b{name}\b", out) for name in policy_names())
 
 
+@pytest.mark.parametrize("argv", [["info"], ["--help"], ["audit", "--system", SYSTEM]])
+def test_a_core_that_does_not_load_is_one_sentence(run, monkeypatch, argv):
+    monkeypatch.setitem(sys.modules, "kvpitfalls.policies", None)
+    code, out, err = run(*argv)
+    assert code == 1 and not out and err.startswith("kvpitfalls") and err.count("\n") == 1
+
+
 def test_a_failure_exits_with_1(run, tmp_path):
     code, out, err = run("audit", "--system-file", str(tmp_path / "none.txt"), *PARTS)
     assert code == 1 and "FileNotFoundError" in err and not out

@@ -15,7 +15,7 @@ from tiny_models import build, ids
 from tiny_policies import EQUAL, EVERY, is_defined, kept_by, read_after, rkv_by_hand
 
 import kvpitfalls as kvp
-from kvpitfalls.policies import get_policy, policy_names, rkv
+from kvpitfalls.policies import get_policy, lagkv, policy_names, rkv
 from kvpitfalls.policies.random import Random
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
@@ -145,6 +145,18 @@ def test_lagkv_is_refused_exactly_where_no_score_would_be_looked_at(n_sink, lag_
         ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"
     ):
         kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5, when="always")
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-25, 1e-12, 1, 1e12, 1e18])
+def test_lagkv_keeps_what_float64_keeps_however_narrow_or_wide_a_chunk_is(factor):
+    keys = KEYS.clone()
+    keys[:, :, 16:24] *= factor  # the third chunk of eight
+    policy, given = kvp.LagKV(n_sink=0, lag_size=8), {"values": KEYS, "budget": 28}
+    kept = kvp.keep(policy, keys, **given).positions
+    weights = [lagkv._weights(x[0].double().unflatten(1, (-1, 8))) for x in (keys, KEYS)]
+    best = (weights[0] + weights[1]).argsort(dim=-1, descending=True, stable=True)[..., :5].sort(-1).values
+    first = (best + 8 * torch.arange(4)[:, None]).flatten(1)
+    assert kept[0].tolist() == [[*row, *range(32, 40)] for row in first.tolist()]
 
 
 def test_lagkv_survives_channels_that_do_not_vary():

@@ -28,16 +28,19 @@ EXIT_CODES = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with forgiving():
-        return _run(_parser().parse_args(argv))
+        return _run(argv)
 
 
-def _run(args) -> int:
+def _run(argv: list[str] | None) -> int:
+    name = "kvpitfalls"
     try:
+        args = _parser().parse_args(argv)  # its help names the policies, so a core that does not load is met here
+        name = f"kvpitfalls {args.command}"
         code = args.run(args)
         print(end="", flush=True)
         return code
     except (ValueError, TypeError) as error:
-        print(f"kvpitfalls {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except (
         OSError,
@@ -49,10 +52,10 @@ def _run(args) -> int:
             sys.stdout, "\n" if is_pipe else "", OSError
         )  # or a full disk
         if not (closed and is_pipe):  # other pipes break, too, such as a worker's
-            print(f"kvpitfalls {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"kvpitfalls {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -128,7 +128,6 @@ def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[tuple
     asked = [("attack", name) for name in attacks if "attack" in config.kinds]
     asked += [(kind, None) for kind in config.kinds if kind in ("recall", "follow")]
     asked += [("probe", name) for name in [*attacks, None] if "probe" in config.kinds]
-
     asked += [("turns", attacks[0])] if "turns" in config.kinds else []
 
     def group(request):

@@ -289,7 +289,11 @@ class KeptCache(DynamicCache):
         held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.is_evicted]
         real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
         spans = self.spans if rows else []
-        shares = [{name: float(self.kept(name, row).mean()) for name in of_row} for row, of_row in enumerate(spans)]
+        held_by = [self.positions(layer.index) for layer in seen] if any(spans) else []  # a GPU is waited for
+        shares = [
+            {name: float(np.mean([kept_share(p[row], *span) for p in held_by])) for name, span in of_row.items()}
+            for row, of_row in enumerate(spans)
+        ]
         return Report(
             n_tokens=self.get_seq_length() if not held else held[0][1][2],
             layers=rows,

@@ -100,6 +100,7 @@ def _weights(x: "torch.Tensor") -> "torch.Tensor":
     low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
     scaled = (x[:, :-1] - low).div_((high - low).masked_fill_(high == low, torch.inf))
     scaled -= scaled.mean(-1, keepdim=True)
-    # torch's std over the last dimension takes several times as long
-    spread = torch.linalg.vector_norm(scaled, dim=-1) / (x.shape[-1] - 1) ** 0.5
+    # torch's std over the last dimension takes several times as long; squares must not overflow after a narrow chunk
+    largest = torch.linalg.vector_norm(scaled, ord=torch.inf, dim=(-2, -1), keepdim=True).clamp_(min=1)
+    spread = torch.linalg.vector_norm(scaled.div_(largest), dim=-1) * (largest[..., 0] / (x.shape[-1] - 1) ** 0.5)
     return cast("torch.Tensor", spread.softmax(-1))
