@@ -11,53 +11,18 @@ import json
 import logging
 import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
+from bench_presses import LENGTHS, SHAPES, Case, Timer, bench_presses, show
 
 import kvpitfalls as kvp
 from kvpitfalls import _core, ops
-from kvpitfalls.eviction.allocation import Ada
 
-try:
-    import kvpress
-except ModuleNotFoundError:
-    sys.exit("kvpress is not installed here; expected the environment that `make bench` makes")
-
-SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
-LENGTHS = (256, 2048, 8192)
-RATIO = 0.5
-WINDOW = 64
-LAYER, N_LAYER = 16, 32  # where a pyramid over layers keeps about as much as without one
-PART = 2048  # tokens that KVzip has the model repeat at once
-CACHE_BYTES = 256e6  # more than any cache: inputs rotate through so much memory, so that every call reads it from there
 FOLDER = Path(__file__).parent
-
-
-class Timer:
-    """Medians and spreads of interleaved calls, in seconds."""
-
-    def __init__(self, seconds: float, repeats: int):
-        self.seconds, self.repeats = seconds, repeats
-
-    def __call__(self, function) -> tuple[float, float]:
-        """The median, and the distance between the quartiles over it."""
-        function()
-        times = []
-        until = time.perf_counter() + self.seconds
-        while len(times) < 3 or (len(times) < self.repeats and time.perf_counter() < until):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        low, middle, high = statistics.quantiles(times, n=4)
-        return middle, (high - low) / middle
 
 
 def build_ceilings() -> ctypes.CDLL:
@@ -86,165 +51,6 @@ def arithmetic(c: ctypes.CDLL, threads: int) -> dict[str, float]:
 def address(x: torch.Tensor) -> ctypes.c_void_p:
     """For C."""
     return ctypes.c_void_p(x.data_ptr())
-
-
-class Case:
-    """One shape, length and dtype: tensors that rotate, and kvpress's module around them."""
-
-    def __init__(self, heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype):
-        make = torch.Generator().manual_seed(0)
-        one = key_heads * length * dim * dtype.itemsize
-        n_copy = 1 + int(CACHE_BYTES / one) if length > 256 else 1  # short prompts are in the cache after their prefill
-        self.heads, self.length, self.dim, self.dtype = heads, length, dim, dtype
-        self.keys = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
-        self.values = [torch.randn(1, key_heads, length, dim, generator=make).to(dtype) for _ in range(n_copy)]
-        self.queries = torch.randn(1, heads, length, dim, generator=make).to(dtype)
-        # A hidden size of 64 makes the query projection, which kvpress repeats and we do not, cost next to nothing.
-        config = transformers.LlamaConfig(
-            hidden_size=64,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            head_dim=dim,
-            num_hidden_layers=N_LAYER,
-            attn_implementation="eager",
-        )
-        self.module = LlamaAttention(config, layer_idx=LAYER).to(dtype).eval()
-        self.module.rotary_emb = LlamaRotaryEmbedding(config)
-        self.hidden = torch.randn(1, length, 64, generator=make).to(dtype)
-        angle = torch.randn(1, length, dim, generator=make)
-        self.rotation = {"position_embeddings": (angle.cos().to(dtype), angle.sin().to(dtype))}
-        self.turn = 0
-
-    def next(self):
-        """Keys and values that were not used just before."""
-        self.turn = (self.turn + 1) % len(self.keys)
-        return self.keys[self.turn], self.values[self.turn]
-
-    def ours(self, policy, n_query: int, **given):
-        """Score, select and gather."""
-        queries = self.queries[:, :, self.length - n_query :] if n_query else None
-        policy = kvp.policies.get_policy(policy)
-        given |= {"layer": LAYER, "n_layer": N_LAYER}
-
-        def press():
-            keys, values = self.next()
-            kept = kvp.keep(policy, keys, queries, compression_ratio=RATIO, values=values, **given)
-            return ops.gather(keys, values, kept.positions)
-
-        return press
-
-    def theirs(self, press):
-        """kvpress's score, topk and gather."""
-
-        def compress():
-            keys, values = self.next()
-            return press.compress(self.module, self.hidden, keys, values, None, self.rotation)
-
-        return compress
-
-    def their_adakv(self):
-        """Score and choice: the press masks what it evicts, and gathers nothing. It refuses eager attention, which it
-        does not run."""
-        press, config = kvpress.AdaKVPress(kvpress.SnapKVPress(RATIO, window_size=WINDOW)), self.module.config
-
-        def compress():
-            keys, values = self.next()
-            config._attn_implementation = "sdpa"
-            try:
-                press.compress(self.module, self.hidden, keys, values, None, self.rotation)
-            finally:
-                config._attn_implementation = "eager"
-
-        return compress
-
-    def their_kvzip(self):
-        """Scores of one layer from what was read, the prompt's own tokens, and its choice; like AdaKVPress it gathers
-        nothing."""
-        n_head = self.keys[0].shape[1]
-        config = SimpleNamespace(
-            num_attention_heads=self.heads, num_key_value_heads=n_head, _attn_implementation="sdpa"
-        )
-        module = SimpleNamespace(config=config, head_dim=self.dim, layer_idx=0, q_proj=lambda hidden: hidden)
-        model = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(self_attn=module)]))
-        press = kvpress.KVzipPress(RATIO, layerwise=True, chunk_size=PART)
-        press.context_length = press.end_idx = self.length
-        both = torch.cat([self.keys[0], self.keys[0]], 2)  # as they stand in the cache after it was read
-        hidden = self.queries.transpose(1, 2).flatten(2)
-        ones, zeros = (make(1, self.length, self.dim, dtype=self.dtype) for make in (torch.ones, torch.zeros))
-
-        def compress():
-            press.score_val = torch.zeros(1, 1, n_head, self.length, dtype=self.dtype)
-            press.score_kvzip(module, hidden, both, both, None, {"position_embeddings": (ones, zeros)})
-            press.compress_post(model)
-
-        return compress
-
-    def their_h2o(self):
-        """Eager attention, which H2O needs there, and the press."""
-        press = kvpress.ObservedAttentionPress(RATIO)
-        causal = torch.full((self.length, self.length), torch.finfo(self.dtype).min, dtype=self.dtype).triu(1)[
-            None, None
-        ]
-
-        def compress():
-            keys, values = self.next()
-            _, attentions = eager_attention_forward(
-                self.module, self.queries, keys, values, causal, scaling=self.dim**-0.5
-            )
-            return press.compress(self.module, self.hidden, keys, values, attentions, {})
-
-        return compress
-
-
-def presses(case: Case) -> dict:
-    """Name -> (ours, theirs or None)."""
-    snap = {"window_size": WINDOW}
-    out = {
-        "knorm": (case.ours("knorm", 0), case.theirs(kvpress.KnormPress(RATIO))),
-        "streaming_llm": (case.ours("streaming_llm", 0), case.theirs(kvpress.StreamingLLMPress(RATIO))),
-        "snapkv": (case.ours(kvp.SnapKV(**snap), WINDOW), case.theirs(kvpress.SnapKVPress(RATIO, **snap))),
-        "tova": (case.ours("tova", 1), case.theirs(kvpress.TOVAPress(RATIO))),
-        "random": (case.ours("random", 0), case.theirs(kvpress.RandomPress(RATIO, seed=0))),
-        "keydiff": (case.ours("keydiff", 0), case.theirs(kvpress.KeyDiffPress(RATIO))),
-        "lagkv": (case.ours("lagkv", 0), case.theirs(kvpress.LagKVPress(RATIO))),
-        "chunkkv": (
-            case.ours(kvp.ChunkKV(kvp.SnapKV(**snap)), WINDOW),
-            case.theirs(kvpress.ChunkKVPress(kvpress.SnapKVPress(RATIO, **snap))),
-        ),
-        "pyramidkv": (case.ours(kvp.PyramidKV(**snap), WINDOW), case.theirs(kvpress.PyramidKVPress(RATIO, **snap))),
-        "adakv": (case.ours(kvp.AdaKV(**snap), WINDOW), case.their_adakv()),
-        "expected_attention": (
-            case.ours("expected_attention", case.length, rotary=kvp.Rotary()),
-            case.theirs(kvpress.ExpectedAttentionPress(RATIO)),
-        ),
-        "kvzip": (
-            case.ours(kvp.KVzip(chunk_size=PART), 0, again=[(case.queries, case.keys[0])], allocation=Ada(0)),
-            case.their_kvzip(),
-        ),
-    }
-    try:
-        kvp.LagKV().check(case.length, int(case.length * (1 - RATIO)))
-    except ValueError:  # not defined there, and kvpress's press keeps what StreamingLLM would
-        del out["lagkv"]
-    if case.length > PART:  # as many parts more, each as long, and each of seconds
-        del out["kvzip"]
-    # Eager attention holds the weights, and their softmax in float32: 8.6 GB and more at 32 heads and 8192 tokens.
-    fits = case.heads * case.length**2 * 4 <= 3e9
-    out["h2o"] = (case.ours("h2o", case.length), case.their_h2o() if fits else None)
-    return out
-
-
-def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
-    rows = []
-    for name, (ours, theirs) in presses(case).items():
-        slow = (name == "h2o" and case.length > 2048) or (name == "kvzip" and case.length > 256)
-        mine, spread = (Timer(0, 3) if slow else timer)(ours)
-        row = {**base, "measure": f"press {name}", "ours_ms": mine * 1e3, "spread": spread}
-        if theirs is not None:
-            other, spread_of_other = (Timer(0, 3) if slow else timer)(theirs)
-            row |= {"kvpress_ms": other * 1e3, "kvpress_spread": spread_of_other, "times_faster": other / mine}
-        rows.append(row)
-    return rows
 
 
 def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[dict]:
@@ -345,24 +151,6 @@ def extra_memory(shape, length: int) -> list[dict]:
     return rows
 
 
-def show(rows: list[dict]) -> None:
-    """One line a measurement."""
-    for row in rows:
-        where = f"{row['shape']:9} n={row['length']:<5} {row.get('dtype', ''):8} {row.get('threads', ''):>1}"
-        parts = [f"{where}  {row['measure']:33}"]
-        parts += [f"{row['ours_ms']:10.3f} ms (+-{50 * row['spread']:.0f}%)"] if "ours_ms" in row else []
-        parts += [f"kvpress {row['kvpress_ms']:9.3f} ms"] if "kvpress_ms" in row else []
-        parts += [f"{row['times_faster']:6.1f}x faster"] if "times_faster" in row else []
-        parts += [f"ratio {row['ratio']:.2f}"] if "ratio" in row else []
-        parts += (
-            [f"(read {row['read_gb_per_s']:.1f}, copy {row['copy_gb_per_s']:.1f} GB/s)"]
-            if "read_gb_per_s" in row
-            else []
-        )
-        parts += [f"{row['mb']:.1f} MB"] if "mb" in row else []
-        print("  ".join(parts), flush=True)
-
-
 def main() -> None:
     """Measure everything, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -370,7 +158,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seconds", type=float, default=0.7, help="at most so long for each measurement")
-    parser.add_argument("--presses", action="store_true", help="whole presses alone, without the verbs and the memory")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzipPress says at each making that it is slow
@@ -393,15 +180,13 @@ def main() -> None:
                         "threads": threads,
                     }
                     new = bench_presses(case, Timer(args.seconds, 200), base)
-                    if not args.presses:
-                        new = bench_verbs(case, Timer(args.seconds, 200), base, c) + new
-                        new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
+                    new = bench_verbs(case, Timer(args.seconds, 200), base, c) + new
+                    new += bench_h2o(case, base, machines[threads]) if length == max(args.lengths) else []
                     show(new)
                     rows += new
-    if not args.presses:
-        new = extra_memory(SHAPES[0], max(args.lengths))
-        show(new)
-        rows += new
+    new = extra_memory(SHAPES[0], max(args.lengths))
+    show(new)
+    rows += new
     about = {"cpu": platform.processor() or platform.machine(), "isa": _core.isa(), "torch": torch.__version__, "kvpress": "0.5.5",
              "transformers": transformers.__version__, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}  # fmt: skip
     if args.json:

@@ -150,10 +150,14 @@ def best(card: dict, n: int) -> list[tuple[str, str]]:
     return [(setting["policy"], setting["mode"]) for _, _, setting in ranked(card)[:n]]
 
 
-def search(folder: Path, where: dict) -> None:
-    """Narrow, finalists, held out."""
-    pairs = [(policy, mode) for policy in policy_names() for mode in MODES]
-    finalists = best(run(folder, "narrow", "train", N_NARROW, pairs, where), N_FINALISTS)
+def search(folder: Path, narrow: Path | None, where: dict) -> None:
+    """Narrow, finalists, held out. ``narrow``: the card of a first step that was run before."""
+    if narrow is None:
+        pairs = [(policy, mode) for policy in policy_names() for mode in MODES]
+        first = run(folder, "narrow", "train", N_NARROW, pairs, where)
+    else:
+        first = json.loads(narrow.read_text(encoding="utf-8"))
+    finalists = best(first, N_FINALISTS)
     chosen = best(run(folder, "finalists", "train", None, finalists, where), N_HELD_OUT)
     usual = [(policy, mode) for policy, _ in chosen for mode in USUAL]
     run(folder, "held_out", "held_out", None, list(dict.fromkeys([*chosen, *usual])), where)
@@ -349,6 +353,8 @@ def main() -> None:
         of_step.add_argument("--device", default="cpu")
         of_step.add_argument("--dtype", default="float32")
         of_step.add_argument("--batch-size", type=int, default=64)
+        if step == "search":
+            of_step.add_argument("--narrow", type=Path, metavar="CARD", help="of a first step that was run before")
     for step in ("card", "page"):
         steps.add_parser(step).add_argument("path", type=Path)
     steps.add_parser("demo")
@@ -361,7 +367,10 @@ def main() -> None:
         args.path.mkdir(parents=True, exist_ok=True)
         write_halves(args.path)
         where = {"models": [args.model], "device": args.device, "dtype": args.dtype, "batch_size": args.batch_size}
-        {"search": search, "causes": causes}[args.step](args.path, where)
+        if args.step == "search":
+            search(args.path, args.narrow, where)
+        else:
+            causes(args.path, where)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,28 @@ def test_padding_between_turns_is_no_token_on_a_gpu_either(policy, fair, when):
     assert all(torch.equal(a, b) for a, b in zip(held, also, strict=True))
 
 
+def after_chunks(model, policy, fair):
+    """Logits of turns after a padded prompt that came in chunks, and the positions that are held."""
+    tokens, mask = ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :3] = 0
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    with kvp.wrap(model, policy, compression_ratio=0.5, fair=fair) as handle:
+        spans = [{"first": (4, 9), "second": (9, 18)}, SPANS]
+        cache = handle.compress(tokens[:, :26], mask[:, :26], spans, prefill_chunk_size=7)
+        logits = feed(model, tokens, [1, 3], cache, mask, start=26)
+    return logits.cpu(), [layer.pos.cpu() for layer in cache.kept_layers]
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("policy", [policy for policy in EVERY if policy.in_chunks], ids=str)
+def test_chunks_on_a_gpu_keep_what_they_keep_on_the_cpu(policy, fair):
+    (on_cpu, held), (on_gpu, also) = (
+        after_chunks(build("llama").to(device), policy, fair) for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(held, also, strict=True))
+
+
 @pytest.mark.parametrize("policy", EVERY, ids=str)
 def test_gradients_through_a_gpus_cache_are_the_cpus(policy):
     found, tokens = [], ids(2, 24)

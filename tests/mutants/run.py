@@ -1,5 +1,8 @@
-"""Tries every fault of mutants.toml on a copy of the tree: the tests named there must pass without it, and fail with
-it."""
+"""Tries the faults of mutants.toml on a copy of the tree: the tests named there must pass without one, and fail with
+it.
+
+    python tests/mutants/run.py [FILE ...]     # the faults of these files alone
+"""
 
 import os
 import shutil
@@ -16,8 +19,20 @@ NATIVE_TESTS = TREE / "native-tests"
 LIMITS = {"native": 60, "pytest": 600}  # seconds: a fault that makes a test run for ever is noticed, too
 
 
-def read_mutants():
-    return tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text())["mutant"]
+def read_mutants(paths):
+    mutants = tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text())["mutant"]
+    if unknown := set(paths) - {mutant["path"] for mutant in mutants}:
+        sys.exit(f"mutants.toml has no fault of {', '.join(sorted(unknown))}")
+    return [mutant for mutant in mutants if not paths or mutant["path"] in paths]
+
+
+def runs_here(mutant):
+    """Whether this processor has the instruction set that the fault is in."""
+    environment = {**os.environ, "PYTHONPATH": str(TREE)}
+    if "isa" in mutant:
+        environment["KVP_ISA"] = mutant["isa"]
+    command = [sys.executable, "-P", "-c", "import kvpitfalls._core"]
+    return subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
 
 def mutate(mutant):
@@ -90,9 +105,13 @@ def is_killed(mutant):
 
 
 def main():
-    mutants = read_mutants()
+    listed = read_mutants(sys.argv[1:])
     copy_tree()
     build_native()
+    mutants = [mutant for mutant in listed if runs_here(mutant)]
+    if len(mutants) < len(listed):
+        missing = sorted({mutant["isa"] for mutant in listed if mutant not in mutants})
+        print(f"{len(listed) - len(mutants)} not tried: this processor lacks {', '.join(missing)}", flush=True)
     for command in {tuple(commands_of(mutant)) for mutant in mutants}:
         if not passes(command):
             sys.exit(f"without any fault these fail: {' '.join(command)}")
