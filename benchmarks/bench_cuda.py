@@ -17,6 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -217,6 +218,9 @@ def measure_copies(n):
     rate = 2 * bytes_of_keys / graph_time(rotated(n, copy))
     scored = (bytes_of_keys + 4 * N_HEAD * n) / graph_time(rotated(n, lambda k, v: ops.score("norm", k), 1))
     yield "K-norm scores, bytes a second over a copy's", n, scored / rate, f"{scored / 1e6:.2f} / {rate / 1e6:.2f} TB/s"
+    whole = np.array([[[0, n, *[0] * 8]]])
+    unlike = bytes_of_keys / graph_time(rotated(n, lambda k, v: ops.score("keydiff", k, votes=whole), 1))
+    yield "KeyDiff scores, keys a second over a copy's", n, unlike / rate, f"{unlike / 1e6:.2f} / {rate / 1e6:.2f} TB/s"
     positions = torch.stack([torch.randperm(n, device="cuda")[: n // 2].sort().values.int() for _ in range(N_HEAD)])[
         None
     ].contiguous()

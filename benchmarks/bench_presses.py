@@ -22,6 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 import kvpitfalls as kvp
 from kvpitfalls import ops
 from kvpitfalls.eviction.allocation import Ada
+from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.needed import turns_of
+from kvpitfalls.eviction.press import press
+from kvpitfalls.eviction.selection import allocation_of, choose, rank
 
 try:
     import kvpress
@@ -31,6 +35,7 @@ except ModuleNotFoundError:
 SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
 LENGTHS = (256, 2048, 8192)
 RATIO = 0.5
+BIASED = Fair.parse(False)
 WINDOW = 64
 LAYER, N_LAYER = 16, 32  # where a pyramid over layers keeps about as much as without one
 PART = 2048  # tokens that KVzip has the model repeat at once
@@ -97,17 +102,32 @@ class Case:
         return self.keys[self.turn], self.values[self.turn]
 
     def ours(self, policy, n_query: int, **given):
-        """Score, select and gather."""
+        """Score, select and gather, as a wrapped layer does: by one call of the core where the policy permits."""
         queries = self.queries[:, :, self.length - n_query :] if n_query else None
-        policy = kvp.policies.get_policy(policy)
+        policy, layout = kvp.policies.get_policy(policy), Layout.of(1, self.length)
+        allocation = allocation_of(policy, given.pop("allocation", None))
+        budget = {"compression_ratio": RATIO, "allocation": allocation}
         given |= {"layer": LAYER, "n_layer": N_LAYER}
 
-        def press():
-            keys, values = self.next()
-            kept = kvp.keep(policy, keys, queries, compression_ratio=RATIO, values=values, **given)
-            return ops.gather(keys, values, kept.positions)
+        def judge(keys, values, **more):
+            return rank(policy, BIASED, layout, keys, queries, values=values, **given, **more)
 
-        return press
+        def evict():
+            keys, values = self.next()
+            if (made := press(policy, BIASED, layout, keys, values, queries, **budget, **given)) is not None:
+                return made.keys, made.values
+            ranked = judge(keys, values)
+            return ops.gather(keys, values, choose(ranked, **budget).positions)
+
+        def evict_after_reading():
+            keys, values = self.next()
+            ranked = None
+            for turn in turns_of(policy, layout, keys, again):
+                ranked = judge(keys, values, again=turn, before=ranked)
+            return ops.gather(keys, values, choose(ranked, **budget).positions)
+
+        again = given.pop("again", None)
+        return evict if again is None else evict_after_reading
 
     def theirs(self, press):
         """kvpress's score, topk and gather."""

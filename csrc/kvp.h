@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 3
+#define KVP_ABI_VERSION 4
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -151,7 +151,6 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
  * key of length zero scores 0 and takes no part in the mean. All score 0 where a range has two keys or fewer, of which
  * each is as like their mean as the other, or where unit vectors cancel each other out, their mean being shorter than
  * 2^-18. Lengths are no matter, to the ends of float32's exponents. A key that is NaN or infinite makes its range NaN.
- * On the CPU only.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */

@@ -89,6 +89,47 @@ def test_errors_against_float64(n_dim, dtype):
                 assert error(attend(keys, queries, [of_row] * 2), exact) <= 2e-6, (n_token, group, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_dim", [1, 7, 40, 64, 80, 96, 128, 192, 256, 512, 576])
+def test_keydiff_against_float64(n_dim, dtype):
+    """Keys of any length, of none, and under no vote; rows of a batch that differ in all of that."""
+    for n_token in (1, 2, 3, 5, 255, 257, 1024, 2500, 40000):
+        keys, _ = tensors(2, 3, 1, n_token, n_dim, dtype)
+        keys[0, :, n_token // 2] = 0
+        if dtype != torch.float16:
+            keys[1, :, n_token // 3] *= 1e30
+            keys[1, :, n_token // 4] *= 1e-38
+        cut, late = n_token // 3, n_token - n_token // 5
+        ranges = [[(0, cut), (cut, late), (late, n_token)], [(0, n_token), (0, 0), (0, 0)]]
+        votes = np.array([[[*range_, *[0] * 8] for range_ in of_row] for of_row in ranges])
+        for valid in (None, [(0, n_token), (n_token // 10, n_token - n_token // 20)]):
+            ours = ops.score("keydiff", keys, votes=votes, valid=valid)
+            exact = reference.score("keydiff", keys, votes=votes, valid=valid)
+            finite = exact.isfinite()
+            assert torch.equal(ours[~finite], exact[~finite])
+            assert ((ours - exact)[finite].abs() <= 2e-6).all(), (n_token, valid)
+            for b in range(2):
+                of_one = None if valid is None else valid[b : b + 1]
+                alone = ops.score("keydiff", keys[b : b + 1], votes=votes[b : b + 1], valid=of_one)
+                assert torch.equal(alone, ours[b : b + 1])
+
+
+def test_keydiff_of_broken_keys_and_of_strides():
+    """A key that is no number breaks its own range alone; strides change nothing."""
+    keys, _ = tensors(1, 2, 1, 600, 72)
+    votes = np.array([[[0, 300, *[0] * 8], [300, 600, *[0] * 8]]])
+    plain = ops.score("keydiff", keys, votes=votes)
+    apart = torch.empty(1, 2, 600, 145, device="cuda", dtype=keys.dtype)[..., 1::2]
+    apart.copy_(keys)
+    torch.testing.assert_close(ops.score("keydiff", apart, votes=votes), plain, rtol=0, atol=2e-6)
+    for number in (torch.nan, torch.inf, -torch.inf):
+        broken = keys.clone()
+        broken[0, 0, 7, 3] = number
+        scores = ops.score("keydiff", broken, votes=votes)
+        assert scores[0, 0, :300].isnan().all() and torch.equal(scores[0, 0, 300:], plain[0, 0, 300:])
+        assert torch.equal(scores[0, 1], plain[0, 1])
+
+
 @pytest.mark.parametrize("n_dim", [64, 128])
 def test_windows_pooling_and_shared_heads(n_dim):
     for n_token, w in ((100, 16), (1500, 64), (5000, 64), (5000, 1), (5001, 100)):

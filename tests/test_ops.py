@@ -274,23 +274,6 @@ def test_keydiff_scores(dtype, layout, device):
     assert (scores[2] == 0).all() and (scores[0, :, 33:] == -torch.inf).all() and scores[1, :, :60].abs().max() <= 1.001
 
 
-def test_a_scorer_without_a_kernel_is_its_definition_on_a_gpu(monkeypatch):
-    """By score and by press; whether a GPU is there or not."""
-    keys, _ = tensors((1, 2, 1, 40, 16), torch.float32)
-    votes, seen, own = np.array([of_keys((0, 40))], np.int32), [], reference.score
-    monkeypatch.setattr(ops, "_on_cuda", lambda x: True)
-    monkeypatch.setattr(ops, "_has_kernels", lambda x: True)
-    monkeypatch.setattr(_core, "supports", lambda scorer, device, dtype: (scorer, device) != ("keydiff", "cuda"))
-    monkeypatch.setattr(reference, "score", lambda *args, **given: seen.append(args[0]) or own(*args, **given))
-    scores = ops.score("keydiff", keys, votes=votes)
-    edges, quotas = np.array([[0, 40]], np.int32), np.full((1, 2, 1), 6, np.int32)
-    pressed = ops.press_checked("keydiff", keys, keys, None, votes, None, None, edges, quotas, None, 6)
-    assert seen == ["keydiff"] * 2 and torch.equal(scores, own("keydiff", keys, votes=votes))
-    assert torch.equal(pressed[0], ops.select(scores, 6)[0])
-    ops.score("norm", keys)
-    assert seen == ["keydiff"] * 2
-
-
 def test_numpy_and_torch_agree_bit_for_bit():
     keys, queries = tensors((2, 2, 2, 40, 16), torch.float32)
     packed = np.array([[[0, 40, 0, 40, 0, 0, 2, 40, 0, 0]]] * 2)

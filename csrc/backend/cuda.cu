@@ -35,14 +35,12 @@ static kvp_status on_its_device(const ARGS *args, kvp_context *ctx) {
 /* Every KVP_SCORER of scorers.def must name a function here, or the module does not link. */
 static kvp_status (*const score_table[KVPI_SCORER_COUNT])(const kvp_score_args *, kvp_context *) = {
 #define KVP_PARAM(scorer, name, initial)
-#define KVP_CPU_SCORER(name, needs, params) NULL,
 #define KVP_SCORER(name, needs, params) on_its_device<kvp_score_args, kvpi_score_##name##_cuda>,
 #include "../scorers.def"
 #undef KVP_SCORER
 };
 
 static size_t (*const score_workspace_table[KVPI_SCORER_COUNT])(const kvp_score_args *) = {
-#define KVP_CPU_SCORER(name, needs, params) NULL,
 #define KVP_SCORER(name, needs, params) kvpi_score_##name##_cuda_workspace,
 #include "../scorers.def"
 #undef KVP_SCORER

@@ -88,8 +88,6 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
-/* The range of a vote that stands from "field" on, cut by the row's valid range; its end is never below its begin. */
-void kvpi_vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field, int64_t *range);
 
 /* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread.
  */
@@ -115,6 +113,17 @@ static inline int32_t kvpi_i32(const kvp_tensor *t, int64_t i, int64_t j, int64_
 static inline void kvpi_valid_range(const kvp_tensor *valid, int64_t b, int64_t n_token, int64_t *begin, int64_t *end) {
     *begin = valid->data ? kvpi_i32(valid, b, 0, 0) : 0;
     *end = valid->data ? kvpi_i32(valid, b, 1, 0) : n_token;
+}
+
+/* The range of a vote that stands from "field" on, cut by the row's valid range; its end is never below its begin. */
+static inline void kvpi_vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field, int64_t *range) {
+    int64_t begin, end;
+    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &begin, &end);
+    range[0] = kvpi_i32(&args->votes, b, v, field);
+    range[1] = kvpi_i32(&args->votes, b, v, field + 1);
+    if (range[0] < begin) range[0] = begin;
+    if (range[1] > end) range[1] = end;
+    if (range[1] < range[0]) range[1] = range[0];
 }
 
 #endif

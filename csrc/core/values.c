@@ -16,16 +16,6 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
     return KVP_OK;
 }
 
-void kvpi_vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field, int64_t *range) {
-    int64_t begin, end;
-    kvpi_valid_range(&args->valid, b, args->keys.shape[2], &begin, &end);
-    range[0] = kvpi_i32(&args->votes, b, v, field);
-    range[1] = kvpi_i32(&args->votes, b, v, field + 1);
-    if (range[0] < begin) range[0] = begin;
-    if (range[1] > end) range[1] = end;
-    if (range[1] < range[0]) range[1] = range[0];
-}
-
 static kvp_status check_range(const kvp_tensor *votes, int64_t b, int64_t v, int field, const char *what,
                               int64_t n_token, kvp_context *ctx) {
     const int64_t begin = kvpi_i32(votes, b, v, field), end = kvpi_i32(votes, b, v, field + 1);

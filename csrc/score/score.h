@@ -9,10 +9,8 @@
 #include "../core/internal.h"
 
 #define KVP_PARAM(scorer, name, initial)
-#define KVP_CPU_SCORER(name, needs, params) \
-    kvp_status kvpi_score_##name##_cpu(const kvp_score_args *args, kvp_context *ctx);
 #define KVP_SCORER(name, needs, params)                                                \
-    KVP_CPU_SCORER(name, needs, params)                                                \
+    kvp_status kvpi_score_##name##_cpu(const kvp_score_args *args, kvp_context *ctx);  \
     kvp_status kvpi_score_##name##_cuda(const kvp_score_args *args, kvp_context *ctx); \
     size_t kvpi_score_##name##_cuda_workspace(const kvp_score_args *args);
 #include "../scorers.def"

@@ -204,12 +204,16 @@ class Ada(Allocation):
 def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
     """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an
     equal share."""
-    infinite = scores == np.inf
     n_row, n_head, n_token = scores.shape
-    until = np.zeros((n_row, n_head, n_token + 1), np.int32)
-    until[..., 1:] = (infinite if isinstance(infinite, np.ndarray) else infinite.cpu().numpy()).cumsum(-1)
-    at_edges = np.take_along_axis(until, np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1])), axis=-1)
-    must: Int32 = np.minimum(np.diff(at_edges, axis=-1), quotas)
+    ends = np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1]))
+    if isinstance(scores, np.ndarray):
+        until = np.zeros((n_row, n_head, n_token + 1), np.int32)
+        until[..., 1:] = (scores == np.inf).cumsum(-1)
+        at_edges = np.take_along_axis(until, ends, axis=-1)
+    else:  # what comes from a GPU is a number an edge
+        sums = (scores == np.inf).cumsum(-1).gather(-1, scores.new_tensor(np.maximum(ends - 1, 0)).long())
+        at_edges = np.where(ends > 0, sums.cpu().numpy(), 0)
+    must: Int32 = np.minimum(np.diff(at_edges, axis=-1), quotas).astype(np.int32)
     return must
 
 
@@ -219,17 +223,31 @@ def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Int32:
     # segment by segment, and in each head by head: then the core's selection from one long row is the selection over
     # heads
     together = (scores + 0).reshape(n_row, 1, n_head * n_token)
-    spans = [list(pairwise(row)) for row in edges.tolist()]
-    for b, row in enumerate(spans):
-        for low, high in row:
-            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
+    for b, row in enumerate(edges.tolist()):
+        for low, high in pairwise(row):
+            if high - low < n_token:  # else it stands so already
+                together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
     best, _ = ops.select(together, totals[:, None], segments=edges * n_head)
-    best = (best if isinstance(best, np.ndarray) else best.cpu().numpy())[:, 0]
-    counts = np.zeros((n_row, n_head, edges.shape[1] - 1), np.int32)
-    for b, row in enumerate(spans):
-        for s, (low, high) in enumerate(row):
-            mine = best[b, (best[b] >= n_head * low) & (best[b] < n_head * high)] - n_head * low
-            counts[b, :, s] = np.bincount(mine // max(high - low, 1), minlength=n_head)
+    widths = np.diff(edges)[..., None] * np.arange(n_head)  # where each head begins in its segment
+    begins = (edges[:, :-1, None] * n_head + widths).reshape(n_row, -1)
+    return (
+        _counts_between(best[:, 0], np.concatenate([begins, edges[:, -1:] * n_head], 1))
+        .reshape(n_row, -1, n_head)
+        .swapaxes(1, 2)
+    )
+
+
+def _counts_between(positions: Array, edges: Int32) -> Int32:
+    """How many of a row's rising positions (B, N), with -1 for none behind them, lie between its edges (B, E)."""
+    if isinstance(positions, np.ndarray):
+        kept = [row[row >= 0] for row in positions]
+        until = np.stack([np.searchsorted(row, of_row) for row, of_row in zip(kept, edges, strict=True)])
+    else:
+        import torch
+
+        rising = cast("torch.Tensor", positions).masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+        until = torch.searchsorted(rising, rising.new_tensor(edges)).cpu().numpy()
+    counts: Int32 = np.diff(until, axis=-1).astype(np.int32)
     return counts
 
 

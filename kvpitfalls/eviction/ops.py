@@ -2,7 +2,7 @@
 
 CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to
 :mod:`kvpitfalls.eviction.reference` (torch operations on the GPU), with a warning. ``kvpitfalls info`` says which path
-a device takes, and why. The scorer ``keydiff`` has no CUDA kernel: on a GPU it is always those torch operations.
+a device takes, and why.
 Results are in the library, and on the device, of the first argument. Tables (votes, valid, segments, quotas) are read
 on the host: give them as NumPy arrays, or a GPU has to be waited for.
 """
@@ -51,7 +51,7 @@ def score(
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
         newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
         and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
-        fields 0); a key in no range scores 0. On a GPU it runs as torch operations, in float64.
+        fields 0); a key in no range scores 0.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     queries : array, shape (B, H*G, Q, D), optional
@@ -90,7 +90,7 @@ def score(
     array([[[-5., -1.]]], dtype=float32)
     """
     defaults = _defaults_of(scorer, params)
-    if not _has_kernels(keys) or not _has_kernel_of(scorer, keys):
+    if not _has_kernels(keys):
         from . import reference
 
         return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
@@ -196,7 +196,7 @@ def press_checked(
     """
     defaults, n_kept = _defaults_of(scorer, params), max(1, n_kept)
     is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
-    if not (is_lent and _has_kernels(keys) and _has_kernel_of(scorer, keys)):
+    if not (is_lent and _has_kernels(keys)):
         scores = score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
@@ -384,11 +384,6 @@ def _has_kernels(x: object) -> bool:
     if not runs:
         _warn_once(reason)
     return runs
-
-
-def _has_kernel_of(scorer: str, x: object) -> bool:
-    """Whether the scorer runs where ``x`` is, if any does."""
-    return not _on_cuda(x) or _core.supports(scorer, "cuda", "float32")
 
 
 def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -> "torch.Tensor | None":

@@ -1,6 +1,6 @@
 """ChunkKV."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -112,18 +112,30 @@ class ChunkKV(Policy):
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
+        import torch
+
         scores: Array = self._scorer.score(inputs) + 0  # its own may be a view
-        of_all = scores.sum(1)
+        tokens = torch.as_tensor(scores)
+        of_all = tokens.sum(1)
         for row, segments in enumerate(inputs.segments):
-            for begin, end in self._chunks(segments, inputs.spans[row], inputs.valid[row]):
-                scores[row, :, begin:end] = of_all[row, begin:end].mean()
+            for begin, end, n in self._alike(segments, inputs.spans[row], inputs.valid[row]):
+                means = of_all[row, begin:end].unflatten(0, (-1, n)).mean(-1)
+                tokens[row, :, begin:end] = means.repeat_interleave(n)
         return scores
 
-    def _chunks(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
-        if isinstance(self.chunks, int):
-            return [
-                (at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)
-            ]
+    def _alike(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+        """Ranges that are whole chunks of n tokens each."""
+        if not isinstance(self.chunks, int):
+            yield from ((begin, end, end - begin) for begin, end in self._instructions(segments, spans, valid))
+            return
+        for begin, end in segments:
+            last = end - (end - begin) % self.chunks
+            if begin < last:
+                yield begin, last, self.chunks
+            if last < end:
+                yield last, end, end - last
+
+    def _instructions(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
         if not spans or len(segments) > 1:
             given = "no instructions" if not spans else "segments that have quotas"
             raise ValueError(

@@ -1,7 +1,8 @@
 """Expected Attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,38 +107,49 @@ class ExpectedAttention(Policy):
             first = min(begin + self.n_sink, end - 1)
             ahead = positions[row, end - 1] + torch.arange(1, 1 + self.n_future_positions, device=keys.device)
             turn, cuts = inputs.rotary.mean(ahead, keys), [max(stop, first) - first for _, stop in inputs.segments[row]]
-            for head in range(keys.shape[1]):
-                group = slice(head * n_group, (head + 1) * n_group)
-                before = inputs.rotary.undone(
-                    queries[row : row + 1, group, first:end], positions[row : row + 1, first:end]
-                )[0]
-                logits = self._logits(before, keys[row, head, first:end].float(), turn, inputs.scaling)
-                weights = _shares(logits, cuts, None if inputs.sinks is None else inputs.sinks[group].float())
+            undone = partial(inputs.rotary.undone, positions=positions[row : row + 1, first:end])
+            for heads in _blocks(queries[row, :, first:end], n_group):
+                group = slice(heads.start * n_group, heads.stop * n_group)
+                before = undone(queries[row : row + 1, group, first:end])[0].unflatten(0, (-1, n_group))
+                logits = self._logits(before, keys[row, heads, None, first:end].float(), turn, inputs.scaling)
+                sinks = None if inputs.sinks is None else inputs.sinks[group].float().unflatten(0, (-1, n_group))
+                weights = _shares(logits, cuts, sinks)
                 if self.use_vnorm:
-                    weights = (weights + self.epsilon) * values[row, head, first:end].float().norm(dim=-1)
-                scores[row, head, first:end] = weights
+                    weights = (weights + self.epsilon) * values[row, heads, first:end].float().norm(dim=-1)
+                scores[row, heads, first:end] = weights
             scores[row, :, begin:first] = scores[row, :, first:end].nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
     def _logits(
         self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float
     ) -> "torch.Tensor":
-        """Logs of the attention (G, n) that next queries are expected to give to keys (n, D), up to a constant each."""
-        mean = before.mean(1, keepdim=True)
-        logits = (mean @ turn @ keys.T)[:, 0] * scaling
+        """Logs of the attention (H, G, n) that next queries are expected to give to keys (H, 1, n, D), up to a constant
+        each. ``before`` (H, G, n, D) is changed."""
+        mean = before.mean(2, keepdim=True)
+        logits = (mean @ turn @ keys.mT)[:, :, 0] * scaling
         if self.use_covariance:
-            apart = before - mean
-            spread = turn.T @ (apart.mT @ apart / before.shape[1]) @ turn
-            logits = logits + (keys @ spread * keys).sum(-1) * (scaling**2 / 2)
+            before -= mean
+            spread = turn.T @ (before.mT @ before / before.shape[2]) @ turn
+            logits += (keys @ spread).mul_(keys).sum(-1) * (scaling**2 / 2)
         return logits
 
 
+_BLOCK = {"cpu": 2**22, "cuda": 2**28}  # bytes: what a processor's cache holds, and what a GPU is busy with
+
+
+def _blocks(queries: "torch.Tensor", n_group: int) -> Iterator[slice]:
+    """Key heads that are judged together, of queries (H*G, n, D)."""
+    n_head = len(queries) // n_group
+    n = max(1, _BLOCK.get(queries.device.type, 2**22) // (4 * n_group * queries[0].numel()))
+    return (slice(at, min(at + n, n_head)) for at in range(0, n_head, n))
+
+
 def _shares(logits: "torch.Tensor", cuts: Sequence[int], sinks: "torch.Tensor | None") -> "torch.Tensor":
-    """Softmax (G, n) of each segment's own logits, mean over the group; ``sinks`` (G,) join each."""
+    """Softmax (H, G, n) of each segment's own logits, mean over the group; ``sinks`` (H, G) join each."""
     import torch
 
     shares = []
     for begin, end in zip([0, *cuts], cuts, strict=False):
-        own = logits[:, begin:end] if sinks is None else torch.cat([logits[:, begin:end], sinks[:, None]], 1)
-        shares.append(own.softmax(-1)[:, : end - begin])
-    return torch.cat(shares, 1).mean(0)
+        own = logits[..., begin:end] if sinks is None else torch.cat([logits[..., begin:end], sinks[..., None]], -1)
+        shares.append(own.softmax(-1)[..., : end - begin])
+    return torch.cat(shares, -1).mean(1)

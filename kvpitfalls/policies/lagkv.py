@@ -79,8 +79,8 @@ class LagKV(Policy):
         """See the class."""
         import torch
 
-        both = [torch.as_tensor(x).detach().float() for x in (inputs.keys, inputs.values)]
-        scores = both[0].new_zeros(both[0].shape[:3])
+        both = [torch.as_tensor(x).detach() for x in (inputs.keys, inputs.values)]
+        scores = torch.zeros(both[0].shape[:3], dtype=torch.float32, device=both[0].device)
         for row, (begin, end) in enumerate(inputs.valid):
             first, last = begin + self.n_sink, begin + self.n_sink + self._n_ranked(end - begin)
             scores[row, :, begin:end] = torch.linspace(1, 2, end - begin, dtype=scores.dtype, device=scores.device)
@@ -89,7 +89,10 @@ class LagKV(Policy):
                 chunks = (x[row, :, first : last + self.lag_size].unflatten(1, (-1, self.lag_size)) for x in both)
                 by_keys, by_values = map(_weights, chunks)
                 order = (by_keys + by_values).argsort(dim=-1, descending=True, stable=True)
-                scores[row, :, first:last] = -order.argsort(-1).flatten(1) / self.lag_size
+                ranks = torch.arange(self.lag_size, dtype=scores.dtype, device=scores.device) / -self.lag_size
+                scores[row, :, first:last] = (
+                    torch.empty_like(by_keys).scatter_(-1, order, ranks.expand_as(order)).flatten(1)
+                )
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
 
@@ -97,10 +100,16 @@ def _weights(x: "torch.Tensor") -> "torch.Tensor":
     """Of the tokens (H, C, L, D) of all chunks but the last, (H, C-1, L): each by the chunk after its own."""
     import torch
 
-    low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
-    scaled = (x[:, :-1] - low).div_((high - low).masked_fill_(high == low, torch.inf))
-    scaled -= scaled.mean(-1, keepdim=True)
-    # torch's std over the last dimension takes several times as long; squares must not overflow after a narrow chunk
-    largest = torch.linalg.vector_norm(scaled, ord=torch.inf, dim=(-2, -1), keepdim=True).clamp_(min=1)
-    spread = torch.linalg.vector_norm(scaled.div_(largest), dim=-1) * (largest[..., 0] / (x.shape[-1] - 1) ** 0.5)
-    return cast("torch.Tensor", spread.softmax(-1))
+    low, high = (bound.float() for bound in x.aminmax(dim=2, keepdim=True))
+    width = (high - low)[:, 1:]
+    width.masked_fill_(width == 0, torch.inf)
+    # Squares must not overflow after a narrow chunk: what a token is at most, by its own chunk's least and most.
+    furthest = torch.maximum(high[:, :-1] - low[:, 1:], low[:, 1:] - low[:, :-1]) / width
+    largest = furthest.amax(-1, keepdim=True).clamp_(min=1)
+    scaled = (x[:, :-1] - low[:, 1:]).div_(width * largest)
+    if x.is_cuda:
+        spread = scaled.std(-1)
+    else:  # torch's std over the last dimension takes several times as long there
+        scaled -= scaled.mean(-1, keepdim=True)
+        spread = torch.linalg.vector_norm(scaled, dim=-1) / (x.shape[-1] - 1) ** 0.5
+    return cast("torch.Tensor", (spread * largest[..., 0]).softmax(-1))

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from ..eviction.arrays import Array
 from .base import Inputs, Policy
+from .bits import STEP, mixed
 from .ranges import by_range
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ class Random(Policy):
         """A row's scores (H, n): of each head's first key coarsely, since low bits may depend on the batch."""
         import torch
 
-        salts = (4 * keys[:, 0].float().cpu()).round().long() % 2**32
-        seeds = [[self.seed, head, keys.shape[1], *salt] for head, salt in enumerate(salts.tolist())]
-        return torch.tensor(np.stack([np.random.default_rng(seed).random(keys.shape[1]) for seed in seeds]))
+        (n_head, n_token, n_dim), whole = keys.shape, {"dtype": torch.int64, "device": keys.device}
+        salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
+        salts = mixed(salts + torch.arange(1, n_dim + 1, **whole) * STEP).sum(-1)
+        of_head = mixed(mixed(salts + torch.arange(n_head, **whole)) + (self.seed + STEP * n_token) % 2**62)
+        return (mixed(of_head[:, None] + torch.arange(n_token, **whole) * STEP) & 0xFFFFFF) * 2.0**-24
