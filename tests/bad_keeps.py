@@ -38,6 +38,11 @@ KEEP = [
         "keys have 7 channels; rotary embedding turns pairs of them, and expects an even number",
     ),
     (
+        lambda e: kvp.keep("knorm", KEYS, budget=3, spans=SPANS, fair=np.array([0.0, 1.0])),
+        ValueError,
+        "fair is array([0., 1.]); expected False, True, a number in [0, 1]",
+    ),
+    (
         lambda e: kvp.keep("knorm", KEYS, budget=3, spans={"a": range(4, 6)}),
         ValueError,
         "span 'a' is range(4, 6); expected (start, end) in tokens",

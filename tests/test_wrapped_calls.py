@@ -9,6 +9,7 @@ import pickle
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids, tiny_prompt
@@ -280,3 +281,15 @@ def test_what_can_be_read_once_holds_for_every_prompt_row_and_ratio(llama):
     settings = {"policies": ["knorm"], "compression_ratios": [0.2, 0.5], "fair": [False, True]}
     first, second = (kvp.audit(llama, prompt, protect=way(["a"]), **settings).rows for way in ways)
     assert first == second
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
+def test_wraps_that_protect_other_tokens_have_other_settings(llama, library):
+    """However long the mask is; their caches are not mixed."""
+    settings = []
+    for position in (1500, 1501, 1500):
+        mask = np.zeros(3000, bool)
+        mask[position] = True
+        with kvp.wrap(llama, "knorm", budget=6, protect=library(mask)) as handle:
+            settings.append(handle.new_cache().origin.settings)
+    assert settings[0] == settings[2] != settings[1]

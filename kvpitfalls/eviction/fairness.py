@@ -128,7 +128,7 @@ class Fair:
             return _FAIR if fair else _BIASED
         if isinstance(fair, (bool, int, float, np.floating)):
             return cls(strength=float(as_written(fair)))
-        if fair == "paper":
+        if isinstance(fair, str) and fair == "paper":
             return cls(rule="paper")
         if isinstance(fair, str) and (floor := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
             return cls(strength=0.0, min_tokens=int(floor[1] or FLOOR))
