@@ -15,6 +15,11 @@ def is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def as_written(number: float) -> float:
+    """A number of Python's that is written in decimal as this one is: NumPy's 32-bit 0.1 is 0.1."""
+    return number if type(number) in (int, float) else float(str(number))
+
+
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise ValueError unless it is a whole number of Python's, at least ``least``: settings are hashed, printed and
     written to files."""

@@ -1,5 +1,7 @@
 """The table of bad inputs of ``keep`` and of policies; see bad_inputs.py."""
 
+import re
+
 import numpy as np
 from bad_inputs import HUGE, KEYS, QUERIES, SPANS, expected, torched
 
@@ -27,6 +29,28 @@ KEEP = [
         lambda e: kvp.keep("knorm", KEYS, budget=3, rotary=1e4),
         TypeError,
         "rotary is a float; expected a kvpitfalls.Rotary",
+    ),
+    (
+        lambda e: kvp.keep(
+            "expected_attention", KEYS[..., :7], QUERIES[..., :7], values=KEYS, rotary=kvp.Rotary(), budget=8
+        ),
+        ValueError,
+        "keys have 7 channels; rotary embedding turns pairs of them, and expects an even number",
+    ),
+    (
+        lambda e: kvp.keep("knorm", KEYS, budget=3, spans=SPANS, fair=np.array([0.0, 1.0])),
+        ValueError,
+        "fair is array([0., 1.]); expected False, True, a number in [0, 1]",
+    ),
+    (
+        lambda e: kvp.keep("knorm", KEYS, budget=3, spans={"a": range(4, 6)}),
+        ValueError,
+        "span 'a' is range(4, 6); expected (start, end) in tokens",
+    ),
+    (
+        lambda e: kvp.keep("knorm", KEYS, budget=3, spans={"a": re.search("b", "abc")}),
+        ValueError,
+        "span 'a' is <re.Match object; span=(1, 2), match='b'>; expected (start, end) in tokens",
     ),
     (lambda e: kvp.Rotary(0), ValueError, "theta is 0; expected a positive number"),
     (lambda e: kvp.ExpectedAttention(0), ValueError, "n_future_positions is 0; expected a whole number, at least 1"),

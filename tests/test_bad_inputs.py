@@ -72,7 +72,7 @@ def run(capsys, monkeypatch, tmp_path):
     (tmp_path / "broken" / "records.jsonl").write_text("3\n")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "records.jsonl").write_text('{"key": 1}\n')
-    (tmp_path / "foreign" / "run_meta.json").write_text('{"same": {}}')
+    (tmp_path / "foreign" / "run_meta.json").write_text('{"same": {}, "items": 1}')
 
     def call(argv):
         try:

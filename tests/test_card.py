@@ -77,6 +77,32 @@ def test_prompts_of_one_name_and_another_text_are_no_pair(two):
     assert compare(a, b) == compare(*two)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "what"),
+    [
+        ("config.attacks", (["verbatim"], ["translate"]), "attacks"),
+        ("config.attacks_per_prompt", (1, None), "attacks_per_prompt"),
+        ("config.max_new_tokens", ({"attack": 256}, {"attack": 64}), "max_new_tokens of kind 'attack'"),
+        ("scores", (1, 2), "version of the scores"),
+    ],
+)
+def test_answers_to_other_questions_are_no_pair(two, name, values, what):
+    """What the answers depend on beside the model is the same on both sides, or there is no comparison."""
+    a, b = (copy.deepcopy(card) for card in two)
+    made = {"config.dataset": "own", "config.kinds": ["attack", "recall"], "config.max_new_tokens": {"attack": 256}}
+    for card, value in zip((a, b), values, strict=True):
+        card["made_with"] = [{**made, name: value}]
+    with pytest.raises(
+        ValueError, match=rf"the {what} of the cards differ .*, on the prompts 'own'\); expected the same"
+    ):
+        compare(a, b)
+    b["made_with"] = [{**made, name: values[1], "config.dataset": "mine.jsonl"}]
+    assert compare(a, b) == compare(*two)
+    a["made_with"].append({**made, name: values[1]})  # one card of several sweeps
+    b["made_with"] = [{**made, name: values[1]}]
+    assert compare(a, b) == compare(*two)
+
+
 def test_the_command(two, tmp_path, capsys):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, card in zip(paths, two, strict=True):

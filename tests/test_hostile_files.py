@@ -310,10 +310,10 @@ def test_a_full_disk_leaves_the_earlier_records(tmp_path):
     assert records.read_records(tmp_path) == one
     assert records.recover(tmp_path, [[{"key": 1}, {"key": 2}], [{"key": 3}]]) == 1
     assert (tmp_path / records.RECORDS).read_bytes() == before
-    records.write_meta(tmp_path, {"same": {}})
+    records.write_meta(tmp_path, {"same": {}, "items": 1})
     with no_file_over(3), pytest.raises(OSError):
-        records.write_meta(tmp_path, {"same": {}, "more": "x" * 100})
-    assert records.read_meta(tmp_path) == {"same": {}} and len(os.listdir(tmp_path)) == 2
+        records.write_meta(tmp_path, {"same": {}, "items": 1, "more": "x" * 100})
+    assert records.read_meta(tmp_path) == {"same": {}, "items": 1} and len(os.listdir(tmp_path)) == 2
 
 
 BAD_LINES = [
@@ -342,7 +342,18 @@ def test_records_that_are_no_objects_are_refused(tmp_path, line):
 
 @pytest.mark.parametrize(
     "text",
-    [b"3", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"", b"{}", b'{"same": []}', b'{"same": {}, "sessions": 3}'],
+    [
+        b"3",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 5000,
+        b"",
+        b"{}",
+        b'{"same": []}',
+        b'{"same": {}, "items": 1, "sessions": 3}',
+        b'{"same": {}}',
+    ],
 )
 def test_a_description_of_a_sweep_that_is_none(tmp_path, text):
     (tmp_path / records.META).write_bytes(text)

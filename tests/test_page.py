@@ -256,6 +256,32 @@ def test_the_page_says_what_its_modes_are_and_aligns_signed_numbers(folder, writ
     assert "pinned" not in page and '<td class="n">+0.00 [' in page
 
 
+def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, tmp_path):
+    """A copy of a sweep beside it changes no number; what another setting, such as a dtype, made of an item does not
+    join it."""
+    for name in ("first", "second"):
+        shutil.copytree(folder, tmp_path / "both" / name, ignore=shutil.ignore_patterns("report"))
+    assert write_report(tmp_path / "both")["cells"] == written["cells"]
+    path = tmp_path / "both" / "second" / "records.jsonl"
+    found = records.read_records(path.parent)
+    path.write_text("".join(json.dumps({**record, "seconds": 9.0}) + "\n" for record in found), "utf-8")
+    assert write_report(tmp_path / "both")["cells"] == written["cells"]
+    found[-1]["n_new"] += 1
+    path.write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    with pytest.raises(ValueError, match=r"'first' and 'second' hold other results of the same item \(.*probe\)"):
+        write_report(tmp_path / "both")
+
+
+@pytest.mark.parametrize("changes", [{"kind": "other"}, {"kind": "attack", "attack": None}])
+def test_records_of_a_kind_that_no_table_has_are_refused(folder, tmp_path, changes):
+    copied = shutil.copytree(folder, tmp_path / "sweep")
+    found = records.read_records(copied)
+    next(record for record in found if record["kind"] == "attack" and record["scores"] is not None).update(changes)
+    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    with pytest.raises(ValueError, match=r"record \d+ is not a sweep's; expected records that a sweep wrote"):
+        write_report(copied)
+
+
 def test_a_folder_without_records_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no records\.jsonl, and none of its subfolders has"):
         write_report(tmp_path)

@@ -1,5 +1,6 @@
 """What must hold for every policy, fairness and protection, on bare arrays."""
 
+from decimal import localcontext
 from fractions import Fraction
 from itertools import combinations, pairwise
 
@@ -32,10 +33,16 @@ QUERIES = 2 * RNG.standard_normal((1, 6, 64, 16), dtype=np.float32)
         (7, np.float32(0.6), 2),
         (100, 0.29, 71),
         (1000, 1e-9, 999),
+        (1000, 1e-300, 999),
     ],
 )
 def test_kept_tokens_are_exact_in_decimal(n_token, ratio, kept):
     assert kept_tokens(n_token, ratio) == kept
+
+
+def test_kept_tokens_do_not_depend_on_the_precision_of_others():
+    with localcontext(prec=2):  # a program may have set it for its own sums
+        assert kept_tokens(12347, 0.5) == 6173
 
 
 def test_a_budget_above_the_length_keeps_all():
@@ -460,3 +467,22 @@ def test_blending_is_exact_for_any_strength(strength):
     rest = sorted(range(3), key=lambda j: (exact[j] - int(exact[j]), j), reverse=True)
     expected = [int(x) + (j in rest[: 12001 - sum(map(int, exact))]) for j, x in enumerate(exact)]
     assert blend(counts, quotas, strength)[0].tolist() == expected and sum(expected) == 12001
+
+
+def test_what_can_be_read_once_is_read_once():
+    """An iterator of spans or of what is protected is for all rows of a batch, not for the first one."""
+    keys, settings = KEYS.repeat(3, 0), {"budget": 9, "fair": True}
+    listed = kvp.keep("knorm", keys, spans=[(0, 9), (9, 30)], protect=[40, 41], **settings)
+    once = kvp.keep("knorm", keys, spans=iter([(0, 9), (9, 30)]), protect=iter([40, 41]), **settings)
+    assert np.array_equal(once.positions, listed.positions)
+    assert (np.isin(once.positions, [40, 41]).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_are_those_of_python(number):
+    """... as they are written in decimal, wherever fairness takes one."""
+    assert Fair(strength=number(0.1)) == Fair.parse(number(0.1)) == Fair(strength=0.1)
+    assert Fair(strength=number(0.1)).label == 0.1 and type(Fair(strength=number(0.1)).label) is float
+    weighted = [Fair(weights={"span 0": kind(0.3)}) for kind in (number, float)]
+    first, second = (kvp.keep("knorm", KEYS, budget=20, spans=[(0, 30), (30, 64)], fair=fair) for fair in weighted)
+    assert weighted[0] == weighted[1] and np.array_equal(first.positions, second.positions)

@@ -48,7 +48,7 @@ def record(key, kind, scores, ratio=0.5, mode="biased", error=None, kept=0.5):
         **where,
         "policy": None if full else "snapkv",
         "mode": "full" if full else mode,
-        "attack": None,
+        "attack": "verbatim-1" if kind == "attack" else None,
         "scores": scores,
         "n_new": 5,
         "ended": True,

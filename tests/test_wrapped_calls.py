@@ -9,6 +9,7 @@ import pickle
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids, tiny_prompt
@@ -266,3 +267,29 @@ def test_attention_is_the_models_own_where_nothing_was_evicted_and_nothing_is_do
         for step in range(1, 3):
             llama(tokens[:, -1:], use_cache=True, **cache_argument(llama, cache))
             assert len(seen) == n_layer * (1 + (step if ratio else 0))
+
+
+def test_what_can_be_read_once_holds_for_every_prompt_row_and_ratio(llama):
+    """An iterator of what is protected, or of spans, is no other setting than its list."""
+    prompt, tokens, ways = tiny_prompt(), ids(), (list, iter)
+    for way in ways:
+        with kvp.wrap(llama, "knorm", budget=15, protect=way(["a"])) as handle:
+            assert [handle.compress(prompt).report()["spans"]["a"] for _ in range(2)] == [1.0, 1.0]
+        with kvp.wrap(llama, "knorm", budget=9, protect=way([3, 4])) as handle:
+            caches = [handle.compress(tokens, spans=way([(5, 20)])).copy() for _ in range(2)]
+        assert all({3, 4} <= set(head) for c in caches for row in c.positions(1).tolist() for head in row)
+    settings = {"policies": ["knorm"], "compression_ratios": [0.2, 0.5], "fair": [False, True]}
+    first, second = (kvp.audit(llama, prompt, protect=way(["a"]), **settings).rows for way in ways)
+    assert first == second
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
+def test_wraps_that_protect_other_tokens_have_other_settings(llama, library):
+    """However long the mask is; their caches are not mixed."""
+    settings = []
+    for position in (1500, 1501, 1500):
+        mask = np.zeros(3000, bool)
+        mask[position] = True
+        with kvp.wrap(llama, "knorm", budget=6, protect=library(mask)) as handle:
+            settings.append(handle.new_cache().origin.settings)
+    assert settings[0] == settings[2] != settings[1]

@@ -12,7 +12,7 @@ import torch
 from ..errors import BudgetError
 from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
-from ..eviction.fairness import AnyFair, Fair, Layout, Protect
+from ..eviction.fairness import AnyFair, Fair, Layout, Protect, read_once
 from ..eviction.selection import Ranked, allocation_of, check_room, choose, rank
 from ..hf.action import Action, each_once
 from ..hf.cache import KeptCache, n_compressed
@@ -201,7 +201,7 @@ def audit(
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [cast(AnyFair, fair)])]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())
-    spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
+    spans, protect = {s.name: (s.start, s.end) for s in prompt.spans.values()}, read_once(protect)
 
     @functools.cache
     def layout_with(n_sink: int, ratio: float) -> Layout:

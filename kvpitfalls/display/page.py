@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..experiments.card import cards
 from ..experiments.comparisons import composites, differences, fixes, flips, losses
-from ..experiments.metrics import GROUP, SETTING, check_records
+from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once
 from ..experiments.records import META, RECORDS, read_meta, read_records
 from ..experiments.summary import attack_families, following, groups, rank_correlations, summarize
 from . import plots
@@ -59,10 +59,12 @@ def write_report(folder: str | Path) -> dict:
     FileNotFoundError, ValueError, ImportError
     """
     parts = sweep_folders(folder)
-    records = [record for part in parts for record in read_records(part)]
-    if not records:
+    read = {part.name: read_records(part) for part in parts}
+    if not any(read.values()):
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
-    check_records(records)
+    for of_part in read.values():
+        check_records(of_part)
+    records = each_once(read)
     metas = {part.name: read_meta(part) for part in parts}
     cells, changes, classes = summarize(records), differences(records), following(records)
     ranked, scores, families = rank_correlations(classes), composites(records), attack_families(records)
@@ -78,9 +80,9 @@ def write_report(folder: str | Path) -> dict:
     }
     tables |= compared
     tables["families"] = [{"family": f["family"], **row} for f in families for row in _flat([{**f, "kept": {}}])]
-    tables["failures"] = [{**{n: r[n] for n in _ITEM}, "error": r["error"]} for r in records if r["error"]]
+    tables["failures"] = [{**{n: r[n] for n in ITEM}, "error": r["error"]} for r in records if r["error"]]
     tables["infeasible"] = [
-        {**{n: r[n] for n in _ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")
+        {**{n: r[n] for n in ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")
     ]
     for name, rows in tables.items():
         if rows:
@@ -221,6 +223,3 @@ def _few(cells) -> str:
 def _template() -> jinja2.Template:
     text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
-
-
-_ITEM = (*SETTING, "key", "kind", "attack")

@@ -5,9 +5,9 @@ All rounding of this package happens here, in exact arithmetic.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
 from functools import lru_cache
+from math import floor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,8 +44,8 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
 def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
     """How many of ``n_token`` tokens are kept.
 
-    ``floor(n_token * (1 - compression_ratio))`` in decimal arithmetic on the ratio as written (0.9 of 1000 keeps 100,
-    where binary floats keep 99), at least 1; or ``budget``, at most ``n_token``.
+    ``floor(n_token * (1 - compression_ratio))`` in exact arithmetic on the ratio as written in decimal (0.9 of 1000
+    keeps 100, where binary floats keep 99), at least 1; or ``budget``, at most ``n_token``.
 
     Examples
     --------
@@ -55,8 +55,7 @@ def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: in
     check_budget(compression_ratio, budget)
     if budget is not None:
         return min(int(budget), n_token)
-    exact = n_token * (1 - Decimal(str(compression_ratio)))
-    return max(1, int(exact.to_integral_value(rounding=ROUND_FLOOR)))
+    return max(1, floor(n_token * (1 - Fraction(str(compression_ratio)))))
 
 
 def apportion(

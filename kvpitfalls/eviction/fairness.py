@@ -1,7 +1,7 @@
 """Where instructions stand in a batch, and how the budget is shared between them."""
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError
-from ..numbers import check_whole, is_real, is_whole
+from ..numbers import as_written, check_whole, is_real, is_whole
 from . import ops
 from .arrays import Array, Int32, Table
 
@@ -110,6 +110,9 @@ class Fair:
             raise ValueError(
                 "min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'"
             )
+        object.__setattr__(self, "strength", as_written(self.strength))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", {name: as_written(x) for name, x in self.weights.items()})
         if self.rule == "paper":
             object.__setattr__(self, "template", "absorb")  # the authors' instructions own the whole row
 
@@ -124,8 +127,8 @@ class Fair:
         if fair is False or fair is True:
             return _FAIR if fair else _BIASED
         if isinstance(fair, (bool, int, float, np.floating)):
-            return cls(strength=float(str(fair)))
-        if fair == "paper":
+            return cls(strength=float(as_written(fair)))
+        if isinstance(fair, str) and fair == "paper":
             return cls(rule="paper")
         if isinstance(fair, str) and (floor := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):
             return cls(strength=0.0, min_tokens=int(floor[1] or FLOOR))
@@ -163,7 +166,7 @@ def fairness_name(label: bool | float | str) -> str:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not is_real(value) or not low <= value <= high:
+    if not is_real(value) or not low <= as_written(value) <= high:
         raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
 
 
@@ -211,6 +214,7 @@ class Layout:
     ) -> "Layout":
         """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are
         kept; for "boundary"."""
+        protect = read_once(protect)
         if valid is None and spans is None and protect is None:
             return _bare_layout(n_row, n_token)
         ranges = [(0, n_token)] * n_row if valid is None else _ranges(valid)
@@ -383,10 +387,9 @@ def _named_spans(
 
 
 def _edges(name: str, span: Edges) -> tuple[int, int]:
-    if isinstance(span, HasEdges):
-        return span.start, span.end
-    if isinstance(span, Sequence) and len(span) == 2 and all(map(is_whole, span)):
-        return int(span[0]), int(span[1])
+    pair = (span.start, span.end) if isinstance(span, HasEdges) else span
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair)):  # a range of two is none
+        return int(pair[0]), int(pair[1])
     raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
 
 
@@ -419,6 +422,18 @@ def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
         )
 
 
+def read_once(given: Any) -> Any:
+    """What an iterator gives, as a list, since whoever asks it again gets nothing; anything else as it is."""
+    return list(given) if isinstance(given, Iterator) else given
+
+
+def listed(protect: Protect | None) -> list[Any]:
+    """The items of what ``protect`` accepts."""
+    if protect is None:
+        return []
+    return [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else list(protect)
+
+
 def protected_positions(
     protect: Protect | None,
     b: int,
@@ -440,8 +455,7 @@ def protected_positions(
         mask = np.asarray(protect)
         return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
     positions: set[int] = set()
-    items: Iterable[object] = [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else protect
-    for item in items:
+    for item in listed(protect):
         if isinstance(item, str):
             if item in spans:
                 positions.update(range(*spans[item]))

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .comparisons import change
 from .metrics import METRICS, SETTING, TOGETHER, by_setting, most_change, per_prompt
+from .scenario import ANSWERED
 from .summary import summarize
 
 FORMAT = 1
@@ -67,6 +69,7 @@ def read_card(path: str | Path) -> dict:
             )
         for made in card["made_with"]:
             made.get("corpus_sha256")
+            _asked(made)
         for setting in card["settings"]:
             _place(setting)
             for pairs in setting["prompts"].values():
@@ -92,6 +95,33 @@ def _check_prompts(a: Mapping, b: Mapping) -> None:
             )
 
 
+def _asked(made: Mapping) -> dict[str, Any]:
+    """What a sweep's answers depend on beside its model, machine and prompts."""
+    kinds, limits = set(made.get("config.kinds") or ()), made.get("config.max_new_tokens") or {}
+    asked = {"version of the scores": made.get("scores")}
+    asked |= {f"max_new_tokens of kind {kind!r}": limits.get(kind) for kind in ANSWERED if kind in kinds}
+    if "attack" in kinds:
+        asked |= {name: made.get(f"config.{name}") for name in ("attacks", "attacks_per_prompt")}
+    return asked
+
+
+def _check_asked(a: Mapping, b: Mapping) -> None:
+    """Raise if no sweep of one card, on the prompts of a name, was asked as any of the other: what differs is then not
+    the model's."""
+    known: list[dict[tuple, list]] = [{}, {}]
+    for side, card in zip(known, (a, b), strict=True):
+        for made in card["made_with"]:
+            for what, value in _asked(made).items():
+                side.setdefault((made.get("config.dataset"), what), []).append(value)
+    for place in known[0].keys() & known[1].keys():
+        mine, theirs = (side[place] for side in known)
+        if not any(value in theirs for value in mine):
+            raise ValueError(
+                f"the {place[1]} of the cards differ ({mine[0]!r} and {theirs[0]!r}, on the prompts {place[0]!r}); "
+                "expected the same, else it is not the models that differ"
+            )
+
+
 def _place(setting: Mapping) -> tuple:
     return tuple(setting[name] for name in WHERE)
 
@@ -108,9 +138,11 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     Raises
     ------
     ValueError
-        If they have no setting in common, or their prompts are called the same and are not the same.
+        If they have no setting in common, their prompts are called the same and are not the same, or they were made
+        with other attacks, limits of length, or rules of scoring.
     """
     _check_prompts(a, b)
+    _check_asked(a, b)
     theirs = {_place(setting): setting["prompts"] for setting in a["settings"]}
     out = []
     for setting in b["settings"]:

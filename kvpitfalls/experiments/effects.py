@@ -13,7 +13,7 @@ from ..display.markup import block, table
 from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
-from ..eviction.fairness import AnyFair, Fair, Protect
+from ..eviction.fairness import AnyFair, Fair, Protect, listed
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict
@@ -246,7 +246,7 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
             "budget": None,
         }
         named["more", name] = PutBack(**settings, protect=evict.protect, name=name)
-        named["equal", name] = replace(evict, protect=[*_listed(evict.protect), name])
+        named["equal", name] = replace(evict, protect=[*listed(evict.protect), name])
     feasible = {
         key: action
         for key, action in named.items()
@@ -284,10 +284,6 @@ def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], ma
         for q, text in enumerate(questions)
         for name in prompt.spans
     ]
-
-
-def _listed(protect) -> list:
-    return [] if protect is None else list(protect) if isinstance(protect, (list, tuple)) else [protect]
 
 
 def _fits(prompt: Prompt, action: Evict, n_layer: int) -> bool:

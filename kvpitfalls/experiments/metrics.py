@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ..audits.leakage import OUTCOMES
-from .scenario import ANSWERED, N_TURN, WAYS
+from .scenario import ANSWERED, KINDS, N_TURN, WAYS
 
 GROUP = ("model", "dataset", "defense", "order")
 SETTING = (*GROUP, "policy", "mode", "compression_ratio")
@@ -19,6 +19,7 @@ LENGTHS = tuple(f"{what}_{kind}" for kind in ANSWERED for what in ("length", "ca
 TURN = ("recall", "recall_above", *OUTCOMES, "kept_defense", "kept_directive")  # of each turn and way
 GAINS = ("recall", *OUTCOMES)  # of a turn: how much more there is of it "once" than "whole"
 TURNS = range(1, N_TURN + 1)
+ITEM = (*SETTING, "key", "kind", "attack")  # what names a record
 PROBES = ("probe_refusal", "probe_leak", "probe_margin", "probe_recall", "probe_follow")
 
 Parts = tuple[float, int]
@@ -193,6 +194,34 @@ def counts(records: Sequence[Mapping]) -> dict[str, int]:
     return {"n_item": len(records), "n_failed": failed, "n_infeasible": infeasible}
 
 
+def each_once(parts: Mapping[str, Sequence[Mapping]]) -> list[Mapping]:
+    """The :func:`check_records` records of several sweeps, each item once.
+
+    Parameters
+    ----------
+    parts : mapping of str to list of dict
+        Records by the name of their sweep.
+
+    Raises
+    ------
+    ValueError
+        If two sweeps have an item of one name and two results, such as those of two dtypes: their mean would be
+        neither's.
+    """
+    known: dict[tuple, tuple[str, Mapping]] = {}
+    for part, records in parts.items():
+        for record in records:
+            item = tuple(record[name] for name in ITEM)
+            before, first = known.setdefault(item, (part, record))
+            if {**first, "seconds": None} != {**record, "seconds": None}:
+                shown = ", ".join(str(x) for x in item if x is not None)
+                raise ValueError(
+                    f"{before!r} and {part!r} hold other results of the same item ({shown}); expected the parts of one "
+                    "sweep, or a report of each folder alone"
+                )
+    return [record for _, record in known.values()]
+
+
 def check_records(records: Sequence[Mapping]) -> None:
     """Raise unless every record is one that a sweep writes: a file may hold objects of any kind.
 
@@ -217,7 +246,8 @@ def _is_whole(record: Mapping) -> bool:
     texts += [x for name in ("policy", "attack", "error") if (x := record[name]) is not None]
     numbers = [record["compression_ratio"], *(record["kept"] or {}).values()]
     texts += [] if record.get("infeasible") is None else [record["infeasible"]]
-    good = isinstance(record["key"], (str, int))
+    good = isinstance(record["key"], (str, int)) and record["kind"] in KINDS
+    good = good and (record["kind"] != "attack" or record["attack"] is not None)
     if record["scores"] is None:
         good = good and (record["error"] is not None or record.get("infeasible") is not None)
     else:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import whole
+from ..numbers import is_whole
 
 RECORDS, META = "records.jsonl", "run_meta.json"
 
@@ -52,7 +53,10 @@ def read_meta(folder: str | Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(wrong) from error
     if not (
-        isinstance(meta, dict) and isinstance(meta.get("same"), dict) and isinstance(meta.get("sessions", []), list)
+        isinstance(meta, dict)
+        and isinstance(meta.get("same"), dict)
+        and isinstance(meta.get("sessions", []), list)
+        and is_whole(meta.get("items"))
     ):
         raise ValueError(wrong)
     return meta

@@ -74,7 +74,7 @@ class CompressedChat:
         fair = Fair.parse(fair)
         self.model, self.tokenizer = model, tokenizer
         self.action = Evict(get_policy(policy), fair, compression_ratio, budget, protect)
-        self.marks = Marks(compress, instructions, fair, protect)
+        self.marks = Marks(compress, instructions, fair, self.action.protect)
 
     @torch.no_grad()
     def answer(self, messages: Sequence[Mapping], max_new_tokens: int) -> Said:

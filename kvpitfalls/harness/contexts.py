@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..eviction.fairness import PROTECT_WORDS, Fair
+from ..eviction.fairness import PROTECT_WORDS, Fair, listed
 from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt, find_all, token_spans
 
@@ -46,11 +46,10 @@ class Marks:
     @property
     def needs_spans(self) -> bool:
         """Whether anything depends on where the instructions are."""
-        items = [self.protect] if isinstance(self.protect, (str, int)) else self.protect or []
         return (
             not self.fair.is_biased
             or self.texts is not None
-            or any(isinstance(x, str) and x not in PROTECT_WORDS for x in items)
+            or any(isinstance(x, str) and x not in PROTECT_WORDS for x in listed(self.protect))
         )
 
     def prompt(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..eviction import ops
 from ..eviction.allocation import UNIFORM, Ada, Allocation
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair
+from ..eviction.fairness import Fair, read_once
 from ..eviction.selection import allocation_of, keep
 from ..policies import Policy, get_policy
 from ..policies.expected_attention import ExpectedAttention
@@ -181,7 +181,7 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
         judged by their own tokens; one prompt at a time.
     """
     settings = from_kvpress(press)
-    policy, chosen = settings["policy"], Fair.parse(fair)
+    policy, chosen, protect = settings["policy"], Fair.parse(fair), read_once(protect)
     if policy.needs_rotary or policy.needs_again:
         raise ValueError(
             f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press; "

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__, _core
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair
+from ..eviction.fairness import Fair, read_once
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
@@ -79,7 +79,7 @@ class CompressedHFLM(_HFLM):
         check_budget(compression_ratio, budget)
         fair = Fair.parse(fair)
         self.action = Evict(get_policy(policy), fair, compression_ratio, budget)
-        self.marks = Marks(compress, str(instructions), fair, protect)
+        self.marks = Marks(compress, str(instructions), fair, read_once(protect))
         self.totals = {"prompts": 0, "prompts_within_budget": 0, "tokens": 0, "kept_tokens": 0}
         self.chats: dict[str, list[dict]] = {}
         self.texts: list[str] = []

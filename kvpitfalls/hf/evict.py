@@ -9,7 +9,7 @@ import torch
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
-from ..eviction.fairness import Fair, Layout
+from ..eviction.fairness import Fair, Layout, read_once
 from ..eviction.press import Pressed, press
 from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
 from ..policies import Again, Policy
@@ -36,6 +36,8 @@ class Evict(Action):
     )  # one layout serves all layers of a prompt
 
     def __post_init__(self):
+        for name in ("protect", "spans"):
+            object.__setattr__(self, name, read_once(getattr(self, name)))
         object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
 
     @property

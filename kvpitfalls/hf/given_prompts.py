@@ -1,13 +1,13 @@
 """What a user may give as a prompt: token ids, prompts of this package, what a tokenizer returned; made one batch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from ..eviction.arrays import Table
-from ..eviction.fairness import PROTECT_WORDS, Protect, Spans, protected_positions
+from ..eviction.fairness import PROTECT_WORDS, Protect, Spans, listed, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
 from .generate import pad_token
@@ -116,9 +116,8 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
 
 def protected_in(prompt: Prompt, protect: Protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:
     """Protected token positions of one prompt; a text that is no instruction's name and no role is looked up in it."""
-    items: list[Any] = list(protect) if isinstance(protect, Iterable) and not isinstance(protect, str) else [protect]
     spans, known = {s.name: (s.start, s.end) for s in prompt.spans.values()}, list[Any]()
-    for item in items:
+    for item in listed(protect):
         if not isinstance(item, str) or item in spans or item in PROTECT_WORDS:
             known.append(item)
         else:

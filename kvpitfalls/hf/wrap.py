@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from ..display.markup import block, note
@@ -319,7 +321,18 @@ def _settings(action: Evict) -> str:
     allocation = (
         "" if action.allocation == allocation_of(action.policy, None) else f", allocation={action.allocation!r}"
     )
-    return f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={action.protect!r}{allocation}{when}"
+    return (
+        f"{action.policy!r}, {amount}, fair={action.fair.label!r}, protect={_shown(action.protect)}{allocation}{when}"
+    )
+
+
+def _shown(protect: Protect | None) -> str:
+    """What is protected, told apart from anything else: in words NumPy and torch leave out the middle of a large
+    mask."""
+    if not hasattr(protect, "dtype"):
+        return repr(protect)
+    array = np.asarray(torch.as_tensor(protect).cpu())
+    return f"{array.dtype} {array.shape} of sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
 
 
 class Fork(Action):

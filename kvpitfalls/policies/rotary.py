@@ -46,6 +46,10 @@ class Rotary:
         import torch
 
         n_dim = x.shape[-1]
+        if n_dim % 2:
+            raise ValueError(
+                f"keys have {n_dim} channels; rotary embedding turns pairs of them, and expects an even number"
+            )
         rates = self.theta ** (-torch.arange(0, n_dim, 2, dtype=torch.float32, device=positions.device) / n_dim)
         angles = (positions[..., None] * rates).repeat(1, 1, 2)
         return angles.cos(), angles.sin()
