@@ -310,8 +310,7 @@ def _audit(args) -> int:
         print(f"{fitted(audit_table(result, args.min_kept or 0.5), width)}\n")
         for verdict in audit_verdicts(result, args.min_kept):
             print(textwrap.fill(verdict, min(100, width or 100), subsequent_indent="  "))
-    least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
-    lost = [row for row in result.rows if row["kept"] < least]
+    lost = [row for row in result.rows if row["kept"] < (args.min_kept or 0)]
     for row in lost:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
         setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"
