@@ -14,18 +14,31 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(of_user or "~/.cache").expanduser() / "kvpitfalls"
 
 
-@contextlib.contextmanager
-def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
-    """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails.
+def place_of(path: "str | os.PathLike[str]") -> Path:
+    """The path, if a file can have it.
 
     Raises
     ------
     TypeError
         If ``path`` is none.
+    IsADirectoryError, FileNotFoundError
+        If it is a folder's, or in none.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path is a {type(path).__name__}; expected the path of a file")
-    path = Path(path)
+    place = Path(path)
+    if place.is_dir():
+        raise IsADirectoryError(f"{place} is a folder; expected the path of a file")
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{place} cannot be written: {place.parent} is no folder; expected one that exists")
+    return place
+
+
+@contextlib.contextmanager
+def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
+    """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails. Raises what
+    :func:`place_of` does."""
+    path = place_of(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary

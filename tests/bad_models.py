@@ -83,7 +83,7 @@ PROMPTS = [
     (
         lambda e: e.text.find("zz"),
         ValueError,
-        "the text of instruction 'zz' is not in the prompt; expected it once: 'zz'",
+        "the text is not in the prompt; expected it once: 'zz'",
     ),
     (lambda e: e.text.followed_by(3), TypeError, "user is a int; expected a str, since the prompt is plain text"),
     (
@@ -334,7 +334,7 @@ MODELS = [
     (
         lambda e: kvp.audit(e.model, e.prompt, protect="zzz"),
         ValueError,
-        "the text of instruction 'zzz' is not in the prompt; expected it ",
+        "the text is not in the prompt; expected it once: 'zzz'; or the name ",
     ),
     (
         lambda e: kvp.audit(e.model, e.prompt, protect=[99]),

@@ -12,7 +12,9 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 # No host resolves but this machine itself: what a page wants from the network fails.
 _RULES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -86,6 +88,14 @@ def serious_findings(
     n_passed, is_dark, found = json.loads(run_beside(copy, script + check, folder, address, preferred))
     assert n_passed > 10 and is_dark == (scheme == "dark"), "axe did not look"
     return found
+
+
+def picture(page: Path, folder: Path, width: int, *, scheme: str) -> np.ndarray:
+    """What a reader whose system is "light" or "dark" sees of a page: (600, width, 3), 0 to 1."""
+    flags = (f"--blink-settings=preferredColorScheme={SCHEMES.index(scheme)}", f"--window-size={width},600")
+    shot = [f"--screenshot={folder / 'picture.png'}", f"--user-data-dir={folder / 'profile'}", page.as_uri()]
+    subprocess.run([chromium(), *_FLAGS, *flags, *shot], capture_output=True, timeout=120, check=True)
+    return imread(folder / "picture.png")[..., :3]
 
 
 def run_beside(page: Path, script: str, folder: Path, address: str | None = None, *flags: str) -> str:

@@ -57,6 +57,19 @@ def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, fair):
                     )
 
 
+def test_what_all_heads_keep_alike_is_that_share_to_the_bit(smollm2, prompt):
+    """`row["kept"] >= 0.6` holds of 3 tokens of 5: of a mean that rounds on its way, it may not."""
+    model, _ = smollm2
+    n_token = {name: len(span) for name, span in prompt.spans.items()}
+    for row in kvp.audit(model, prompt, policies=["snapkv"], fair=True).rows:
+        n = n_token[row["span"]]
+        n_kept = round(row["kept"] * n)
+        assert row["kept"] == row["kept_min"] == row["kept_max"] == n_kept / n
+        with kvp.wrap(model, "snapkv", compression_ratio=row["compression_ratio"], fair=True) as handle:
+            report = handle.compress([prompt, prompt]).report()
+        assert [spans[row["span"]] for spans in report["spans_by_row"]] == [n_kept / n] * 2
+
+
 def test_the_authors_fairness_and_protection(smollm2, prompt):
     model, both = smollm2[0], touching(prompt)
     settings = {"policies": ["snapkv"], "compression_ratios": [0.5], "fair": ["paper"]}

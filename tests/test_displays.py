@@ -1,6 +1,7 @@
 """How results show themselves: the numbers are the results' own, texts are escaped, and what is missing is one
 sentence."""
 
+import copy
 import html.parser
 import json
 import re
@@ -51,6 +52,12 @@ def audited(smollm2, prompt):
     return kvp.audit(smollm2[0], prompt, policies=["snapkv", "knorm"], compression_ratios=[0.3, 0.6])
 
 
+def test_results_that_hold_arrays_are_compared_and_hashed_as_objects(audited):
+    kept = kvp.keep("knorm", np.ones((1, 1, 8, 4), np.float32), compression_ratio=0.5)
+    for one in (audited, audited.heatmap(), kept):
+        assert one == one and one != copy.deepcopy(one) and one in {one}
+
+
 def test_an_audits_table(audited):
     shown = Cells(audited._repr_html_())
     assert shown.rows[0] == ["policy", "eviction", "instruction", "r = 0.3", "r = 0.6"]
@@ -61,7 +68,7 @@ def test_an_audits_table(audited):
     assert len(shown.rows) - 1 == len(kept) / 2 == 8
     for policy, fair, span, *shares in shown.rows[1:]:
         assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
-    assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 policies, 2 ratios" in repr(audited)
+    assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 settings, 2 ratios" in repr(audited)
 
 
 def test_a_cache_its_report_and_its_handle(smollm2, prompt):
@@ -141,6 +148,9 @@ def test_token_matrices(audited):
     assert np.array_equal(by_layer, kept.mean(1))
     by_head = audited.plot_tokens("snapkv", 0.3, layer=4, theme="dark").axes[0].get_images()[0].get_array()
     assert np.array_equal(by_head, kept[4])
+    figure = audited.plot_tokens("snapkv", 0.3)
+    figure.axes[0].set_xlim(-0.5, 19.5)  # of a short prompt
+    assert len(figure.axes[0].get_xticks()) > 3 and all(tick == int(tick) for tick in figure.axes[0].get_xticks())
     with pytest.raises(ValueError, match="layer is 30; expected one of the compressed layers: 0, 1, "):
         audited.plot_tokens("snapkv", 0.3, layer=30)
     with pytest.raises(ValueError, match="theme is 'blue'; expected 'light' or 'dark'"):

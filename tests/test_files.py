@@ -21,6 +21,21 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("where", "kind", "fault"),
+    [
+        ("none/page.html", FileNotFoundError, "none/page.html cannot be written: .*none is no folder; expected one"),
+        ("file/page.html", FileNotFoundError, "file/page.html cannot be written: .*file is no folder; expected one"),
+        ("", IsADirectoryError, "is a folder; expected the path of a file"),
+    ],
+)
+def test_a_place_where_no_file_can_be_is_named_as_it_was_given(tmp_path, where, kind, fault):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(kind, match=fault) as raised, whole(tmp_path / where):
+        raise AssertionError("it was tried")
+    assert "/." not in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_others_may_read_what_the_user_lets_them(tmp_path, mask):
     before = os.umask(mask)

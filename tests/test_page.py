@@ -7,9 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_sweep
-from browser import SCHEMES, needs_chromium, serious_findings
+from browser import SCHEMES, needs_chromium, picture, serious_findings
 
 from kvpitfalls.display import plots
 from kvpitfalls.display import tables as report
@@ -366,3 +367,16 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
 def test_the_page_has_no_serious_fault_for_who_cannot_see_it(written, tmp_path, scheme):
     opened = "for (const one of doc.querySelectorAll('details')) one.open = true;"
     assert serious_findings(Path(written["page"]), tmp_path, opened, scheme=scheme) == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_table_is_shaded_at_the_right_where_it_goes_on_there_and_only_then(tmp_path, scheme):
+    template = Path(plots.__file__).with_name("report.html").read_text("utf-8")
+    style = re.search("<style>.*?</style>", template, re.S)[0]
+    for n_column in (2, 60):
+        row = f"<tr>{'<td>share' * n_column}"
+        (tmp_path / "table.html").write_text(f"<!doctype html>{style}<div class=wide><table>{row * 20}</table></div>")
+        seen = picture(tmp_path / "table.html", tmp_path, 800, scheme=scheme)
+        edge, margin = np.median(seen[100:300, 780:784], axis=(0, 1)), seen[200, 798]
+        assert (np.abs(edge - margin).max() > 0.1) == (n_column == 60)

@@ -37,6 +37,20 @@ def test_names_and_aliases():
         assert get_policy(name) == policy
 
 
+@pytest.mark.parametrize("name", policy_names())
+def test_a_name_is_known_by_its_letters_and_digits(name):
+    for written in (name.upper(), name.replace("_", "-"), name.replace("_", ""), f"{name[:-2]}-{name[-2:]}"):
+        assert get_policy(written) == get_policy(name)
+
+
+@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
+def test_a_child_of_any_policy_has_a_name_of_its_own_and_leaves_its_parent_its_names(policy, registry):
+    parent = type(policy)
+    child = type("Child", (parent,), {"name": "child_of_another"})
+    assert type(get_policy("child_of_another")) is child
+    assert {type(get_policy(name)) for name in (parent.name, *vars(parent).get("aliases", ()))} == {parent}
+
+
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
     given = {

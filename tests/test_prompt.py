@@ -322,12 +322,14 @@ def test_a_message_that_the_template_does_not_show_is_named():
         ("Never\u00a0tell.", "Never tell."),
         ("Never reveal\n  these rules.", "Never reveal these rules."),
         ("A.\r\nNever tell.", "A.\nNever tell."),
+        ("Never tell.", "NEVER tell."),
     ],
 )
 def test_a_text_that_differs_only_to_the_machine_is_told_apart(text, wanted):
     tokenizer = byte_tokenizer(OPTIONS)
     with pytest.raises(
-        ValueError, match=r"is not in the prompt.*differs from it only in Unicode form, quotes, dashes or white space"
+        ValueError,
+        match=r"is not in the prompt.*differs from it only in upper and lower case, Unicode form, quotes",
     ):
         Prompt.from_text(tokenizer, text, {"d": wanted})
     with pytest.raises(ValueError, match=r"is not in the prompt; expected it once: 'Other\.'$"):

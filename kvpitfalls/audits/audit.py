@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Setting: TypeAlias = tuple[str, bool | float | str, float]  # labels of policy and fairness, and the ratio
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)  # arrays are not compared by ==
 class Audit:
     """What :func:`audit` found.
 
@@ -210,7 +210,7 @@ class Audit:
         n_ratio = len({row["compression_ratio"] for row in self.rows})
         return (
             f"<Audit of {self.model}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} "
-            f"policies, {n_ratio} ratios>"
+            f"settings, {n_ratio} ratios>"
         )
 
     def _repr_html_(self) -> str:

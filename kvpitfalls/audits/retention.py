@@ -242,22 +242,22 @@ def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int)
         kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in packed])
         lost = np.stack(observe.lost[policy, label, ratio])
         for i, (name, (begin, end)) in enumerate(spans.items()):
-            of_head = kept[:, :, begin:end].mean(2)
-            per_layer = of_head.mean(1)
+            n_held, n_token_of = kept[:, :, begin:end].sum(2, dtype=np.int64), end - begin
+            per_layer = n_held.sum(1) / (n_held.shape[1] * n_token_of)
             rows.append(
                 {
                     "policy": policy,
                     "fair": label,
                     "compression_ratio": ratio,
                     "span": name,
-                    "kept": float(per_layer.mean()),
+                    "kept": int(n_held.sum()) / (n_held.size * n_token_of),  # one division: 3 of 5 are 0.6 to the bit
                     "kept_min": float(per_layer.min()),
                     "kept_max": float(per_layer.max()),
-                    "covered": float((of_head > 0).mean()),
-                    "covered_half": float((of_head >= 0.5).mean()),
+                    "covered": float((n_held > 0).mean()),
+                    "covered_half": float((2 * n_held >= n_token_of).mean()),
                     "mass_lost": float(lost[:, i].mean()),
                     "n_kept": kept_tokens(n_token, ratio),
-                    "n_tokens": end - begin,
+                    "n_tokens": n_token_of,
                 }
             )
     return rows

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from .. import __version__
+from ..files import place_of
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
 from .streams import columns, forgiving, is_closed
@@ -287,6 +288,9 @@ def _audit(args) -> int:
             "--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that "
             "share"
         )
+    for path in (args.output, args.html):
+        if path is not None:
+            place_of(path)  # before the audit, not after it
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
     settings = [setting for of_option in args.fair or [_fair("both")] for setting in of_option]
@@ -310,8 +314,7 @@ def _audit(args) -> int:
         print(f"{fitted(audit_table(result, args.min_kept or 0.5), width)}\n")
         for verdict in audit_verdicts(result, args.min_kept):
             print(textwrap.fill(verdict, min(100, width or 100), subsequent_indent="  "))
-    least = (args.min_kept or 0) - 1e-9  # a mean of shares that are all .4 may be a little less
-    lost = [row for row in result.rows if row["kept"] < least]
+    lost = [row for row in result.rows if row["kept"] < (args.min_kept or 0)]
     for row in lost:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
         setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"

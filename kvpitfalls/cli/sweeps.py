@@ -60,7 +60,7 @@ def add_commands(commands) -> None:
     what.add_argument(
         "--preset",
         metavar="NAME",
-        help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, or probe",
+        help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, suite-v1-small, probe, or turns",
     )
     sweep.set_defaults(run=_sweep)
     _add_run_arguments(sweep)

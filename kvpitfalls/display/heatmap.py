@@ -173,7 +173,7 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays are not compared by ==
 class HeatMap:
     """A prompt, its instructions, and what each setting keeps of each token. Shows itself in a notebook.
 

@@ -325,6 +325,7 @@ def token_matrix(
     shown = sorted({round(i) for i in np.linspace(0, n_row - 1, min(n_row, 7))})
     axis.set_yticks(shown, [str(names[i]) for i in shown])
     axis.set(xlabel="token", ylabel=ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # there is no token 2.5
     levels = _levels(spans, n_token, figure.get_size_inches()[0])
     for i, (name, (begin, end)) in enumerate(spans.items()):
         above = offset_copy(axis.get_xaxis_transform(), figure, y=5 + 19 * levels[name], units="points")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays are not compared by ==
 class Kept(Generic[A]):
     """What :func:`keep` keeps.
 

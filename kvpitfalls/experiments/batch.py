@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import BudgetError
 from ..eviction.budget import kept_tokens
-from ..hf.cache import KeptCache, kept_share, n_compressed
+from ..hf.cache import KeptCache, mean_kept_share, n_compressed
 from ..hf.generate import Answer, answers
 from ..hf.given_prompts import protected_in
 from ..hf.model import attach, detach
@@ -241,9 +241,7 @@ class _Work:
         return {
             "n_tokens": len(prompt),
             "n_kept": n_kept,
-            "kept": {
-                name: float(np.mean([kept_share(kept[i], *span) for kept in positions])) for name, span in spans.items()
-            },
+            "kept": {name: mean_kept_share([kept[i] for kept in positions], *span) for name, span in spans.items()},
         }
 
     def record(self, setting: Setting, row: int, request: tuple[str, str | None]) -> dict:

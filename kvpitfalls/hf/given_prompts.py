@@ -130,6 +130,7 @@ def _tokens_of_text(prompt: Prompt, text: str) -> range:
     try:
         return range(*prompt.find(text))
     except ValueError as error:
+        roles = f", or a role ({', '.join(dict.fromkeys(prompt.roles))})" if prompt.roles else ""
         raise ValueError(
-            f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'})"
+            f"{error}; or the name of an instruction ({', '.join(prompt.spans) or 'there is none'}){roles}"
         ) from error

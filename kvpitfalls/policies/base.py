@@ -367,14 +367,15 @@ class Policy:
             raise TypeError(
                 f"policy {cls.__name__} has name {name!r}; expected lower-case letters, digits and underscores"
             )
-        for key in (name, *cls.aliases):
-            other = _registry.get(key)
+        names = (name, *cls.__dict__.get("aliases", ()))  # a parent's are the parent's
+        for key in names:
+            other = _registry.get(_plain(key))
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(
                     f"policy {cls.__name__} is called {key!r}, but {other.__module__}.{other.__qualname__} already is"
                 )
-        for key in (name, *cls.aliases):
-            _registry[key] = cls
+        for key in names:
+            _registry[_plain(key)] = cls
 
     @property
     def in_chunks(self) -> bool:
@@ -410,7 +411,12 @@ class Policy:
 
 #: What is taken for a policy.
 AnyPolicy: TypeAlias = Policy | type[Policy] | str
-_registry: dict[str, type[Policy]] = {}
+_registry: dict[str, type[Policy]] = {}  # by _plain of its name and of each alias
+
+
+def _plain(name: str) -> str:
+    """A name as it is looked up: "Streaming-LLM", "StreamingLLM" and "streaming_llm" are one."""
+    return re.sub("[-_ ]", "", name.lower())
 
 
 def get_policy(policy: AnyPolicy) -> Policy:
@@ -419,6 +425,7 @@ def get_policy(policy: AnyPolicy) -> Policy:
     Parameters
     ----------
     policy : Policy, subclass of Policy, or str
+        A name in upper or lower case, with or without hyphens and underscores.
 
     Raises
     ------
@@ -436,10 +443,9 @@ def get_policy(policy: AnyPolicy) -> Policy:
         return policy()
     if not isinstance(policy, str):
         raise TypeError(f"policy is a {type(policy).__name__}; expected a Policy or one of {', '.join(policy_names())}")
-    key = policy.lower().replace("-", "_")
-    if key in _registry:
-        return _registry[key]()
-    near = difflib.get_close_matches(key, policy_names(), n=3, cutoff=0.5)
+    if (cls := _registry.get(_plain(policy))) is not None:
+        return cls()
+    near = difflib.get_close_matches(policy.lower(), policy_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(policy_names())}"
     raise ValueError(f"policy is {policy!r}, which is not known; {hint}")
 

@@ -66,7 +66,6 @@ class RKV(SnapKV):
     mix_lambda: float = 0.07
     threshold: float = 0.5
     name = "rkv"
-    aliases = ("r_kv",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,6 @@ class StreamingLLM(Policy):
 
     n_sink: int = 4
     name = "streaming_llm"
-    aliases = ("streamingllm",)
     paper_quotas = False
 
     def __post_init__(self) -> None:

@@ -402,7 +402,8 @@ def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[in
                 if starts
                 else _near(text, contents, wanted)
             )
-            raise ValueError(f"the text of instruction {name!r} {fault}; expected it once: {short(wanted)}{hint}")
+            what = "the text" if name == wanted else f"the text of instruction {name!r}"
+            raise ValueError(f"{what} {fault}; expected it once: {short(wanted)}{hint}")
         return starts[0], starts[0] + len(wanted)
     if isinstance(wanted, Sequence) and len(wanted) == 2 and all(map(is_whole, wanted)):
         if not 0 <= wanted[0] < wanted[1] <= len(text):
@@ -422,12 +423,12 @@ def _near(text: str, contents: Ranges, wanted: str) -> str:
     """A hint, where a text that is not there would be but for what the eye does not see."""
 
     def plain(part: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", part).translate(_QUOTES).split())
+        return " ".join(unicodedata.normalize("NFKC", part.casefold()).translate(_QUOTES).split())
 
     seen = plain(wanted)
     if not seen or not any(seen in plain(text[begin:end]) for begin, end in contents):
         return ""
-    return "; a text there differs from it only in Unicode form, quotes, dashes or white space"
+    return "; a text there differs from it only in upper and lower case, Unicode form, quotes, dashes or white space"
 
 
 def _occurrences(text: str, wanted: str, begin: int, end: int) -> Iterator[int]:
