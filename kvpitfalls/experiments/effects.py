@@ -13,7 +13,8 @@ from ..display.markup import block, table
 from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
-from ..eviction.fairness import AnyFair, Fair, Protect
+from ..eviction.fairness import AnyFair, Fair
+from ..eviction.layout import Protect
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..eviction.arrays import Table
-from ..eviction.fairness import PROTECT_WORDS, Protect, Spans, protected_positions
+from ..eviction.layout import PROTECT_WORDS, Protect, Spans, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
 from .generate import pad_token

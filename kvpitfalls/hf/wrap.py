@@ -18,7 +18,8 @@ from ..display.progress import progress
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
-from ..eviction.fairness import AnyFair, Fair, Protect, Spans
+from ..eviction.fairness import AnyFair, Fair
+from ..eviction.layout import Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
 from ..policies import Again, Policy, get_policy
