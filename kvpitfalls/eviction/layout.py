@@ -168,6 +168,17 @@ class Split:
             return [[row] for row in self.valid]
         return [[edges for _, edges in row] for row in self._named]
 
+    @property
+    def is_paper(self) -> bool:
+        """Whether scores, too, are those of the authors' code."""
+        return self.fair.strength > 0 and self.fair.rule == "paper"
+
+    @cached_property
+    def judged(self) -> list[list[tuple[int, int]]]:
+        """Per row, what is scored apart: the segments, or the whole row where fairness is no more than a floor."""
+        segments = self.segments  # raises where fairness has none to give
+        return segments if self.fair.strength > 0 else [[row] for row in self.valid]
+
     @cached_property
     def names(self) -> list[list[str | None]]:
         """Per row, the instruction that owns each segment; None for unmarked text."""
@@ -248,6 +259,11 @@ class Split:
             return plan_of(np.array(self.valid, np.int32), np.array(budgets, np.int32)[:, None], n_head)
 
         return self.once(("whole", n_head, budgets), make)
+
+    def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
+        """The one that needs no scores: the policy's as published, or that of fair shares."""
+        whole = self.whole_plan(n_head, budgets)  # raises where there is no room
+        return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
 
     def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """A quota for each segment."""

@@ -32,7 +32,7 @@ from .allocation import (
 from .arrays import A, Array, Int32, Table
 from .budget import blend, check_budget, kept_tokens, raised_to
 from .fairness import AnyFair, Fair
-from .layout import Layout, Plan, Protect, Spans, plan_of
+from .layout import Layout, Plan, Protect, Spans, Split, plan_of
 from .needed import check_layer, check_needed, turns_of
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ def rank(
     }
     if again is not None:
         of_layer["again"] = again._replace(before=None if before is None else before.of_heads)
-    scores = policy.score(_inputs_of(policy, fair, layout, keys, queries, scaling, softcap, sinks, lse, **of_layer))
+    inputs = _inputs_of(policy, layout.split(fair), keys, queries, scaling, softcap, sinks, lse, **of_layer)
+    scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
@@ -166,14 +167,13 @@ def rank(
     if 0 < fair.strength < 1:
         earlier = None if before is None else before.biased
         biased = rank(policy, unfair, layout, *call, **of_layer, before=earlier)
-    by_whole = _is_paper(fair) and not policy.paper_quotas
+    by_whole = inputs.paper and not policy.paper_quotas
     return Ranked(scores, layout, fair, (layer, n_layer), by_whole, biased, of_heads)
 
 
 def _inputs_of(
     policy: Policy,
-    fair: Fair,
-    layout: Layout,
+    split: Split,
     keys: Array,
     queries: Array | None,
     scaling: float | None = None,
@@ -192,17 +192,10 @@ def _inputs_of(
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):
         raise ValueError(f"scaling is {scale!r}; expected a finite number")
-    segments = layout.split(fair).segments
-    judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
-    spans = [list(row.values()) for row in layout.spans]
+    judged, spans = split.judged, [list(row.values()) for row in split.spans]
     known: dict[str, Any] = {"values": values, "rotary": rotary, "output": output, "again": again, **place}
     cap = float(softcap or 0.0)
-    return Inputs(keys, queries, float(scale), cap, layout.valid, judged, spans, _is_paper(fair), sinks, lse, **known)
-
-
-def _is_paper(fair: Fair) -> bool:
-    """Whether scores, too, are those of the authors' code."""
-    return fair.strength > 0 and fair.rule == "paper"
+    return Inputs(keys, queries, float(scale), cap, split.valid, judged, spans, split.is_paper, sinks, lse, **known)
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -230,17 +223,16 @@ def press(
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
     those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
     heads share, or quotas that depend on scores. ``known``: what :func:`rank` takes beside these."""
-    paper_whole = _is_paper(fair) and not policy.paper_quotas
+    split = layout.split(fair)
+    paper_whole = split.is_paper and not policy.paper_quotas
     is_plain = fair.is_biased or fair.strength == 1
     if not policy.scores_by_call or allocation.shares_heads or paper_whole or not is_plain:
         return None
-    inputs = _inputs_of(policy, fair, layout, keys, queries, values=values, layer=layer, n_layer=n_layer, **known)
+    inputs = _inputs_of(policy, split, keys, queries, values=values, layer=layer, n_layer=n_layer, **known)
     if (call := policy.call(inputs)) is None:
         return None
-    budgets, n_head = _budgets_of(layout, (layer, n_layer), compression_ratio, budget, allocation), keys.shape[1]
-    split = layout.split(fair)
-    whole = split.whole_plan(n_head, budgets)  # raises where there is no room
-    plan = whole if fair.is_biased else split.fair_plan(n_head, budgets)
+    budgets = _budgets_of(layout, (layer, n_layer), compression_ratio, budget, allocation)
+    plan = split.plan(keys.shape[1], budgets)
     made = call.press(values, plan.edges, plan.quotas, layout.mask_beside(keys), plan.n_kept)
     return Pressed(*made, plan.quotas, plan.edges)
 

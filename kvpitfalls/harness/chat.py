@@ -120,8 +120,8 @@ class CompressedChat:
             if n_row > 1:
                 cache.batch_repeat_interleave(n_row)
             return prompt, cache
-        _, _, spans, protect = pad_left([prompt] * n_row, self.action)
-        return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
+        batch = pad_left([prompt] * n_row, self.action)
+        return prompt, KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
 
 
 def kept_of(cache: KeptCache) -> int:

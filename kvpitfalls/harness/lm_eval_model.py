@@ -148,8 +148,8 @@ class CompressedHFLM(_HFLM):
             cache = compress_each(self.model, prompts, [self._setting()])[0]
             tokens, mask = (x.to(self.device) for x in pad_halves(prompts, rows))
         else:
-            _, _, spans, protect = pad_left(prompts, self._setting())
-            cache = KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
+            batch = pad_left(prompts, self._setting())
+            cache = KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
         more = tokens.shape[1] - width
         out = super()._model_generate(
             tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs

@@ -37,7 +37,7 @@ class Coming:
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
         """A block in which this thread's forwards of the decoder bring its chunks."""
-        before, local.coming = getattr(local, "coming", None), self
+        before, local.coming = local.coming, self
         try:
             yield
         finally:
@@ -66,7 +66,7 @@ class Coming:
 def coming_to(cache: "KeptCache", decoder: torch.nn.Module) -> Coming | None:
     """The prompt that this thread brings to a cache in chunks; raises if a prompt came to it in part and was broken
     off."""
-    here: Coming | None = getattr(local, "coming", None)
+    here = local.coming
     is_free = here is not None and not here.is_taken and here.decoder() is decoder
     if here is not None and is_free and cache.coming is None and not cache.n_seen:
         here.is_taken, cache.coming = True, here

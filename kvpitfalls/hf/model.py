@@ -9,7 +9,6 @@ One forward of a wrapped decoder goes through :func:`_armed`, which sees to the 
 """
 
 import contextlib
-import functools
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -28,22 +27,15 @@ from .choices import check_choices
 from .coming import Coming, coming_to
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
-from .forward import Forward, attention
+from .forward import Forward, attention_around
 from .generating import arguments_of, check_generate, chunks_of, generators_of
 from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
-from .threads import current_forward, local
+from .threads import local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
-
-
-def _around(base, implementation):
-    forward = current_forward()
-    if forward is None or forward.is_plain:
-        return base
-    return functools.partial(attention, base, implementation or "eager")
 
 
 class _Attachment:
@@ -62,7 +54,7 @@ class _Attachment:
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
         self.namespaces = stand_ins.globals_of(self.own)
         self.around = Around(decoder, "forward", _armed)
-        stand_ins.put(self.namespaces, _around)
+        stand_ins.put(self.namespaces, attention_around)
         self.finalizer = weakref.finalize(decoder, stand_ins.abandon, self.namespaces)
         self.finalizer.atexit = False
 
@@ -185,7 +177,7 @@ def _attachment_of(model) -> _Attachment | None:
 @contextlib.contextmanager
 def paused(model) -> Iterator[None]:
     """Let this thread run a wrapped model as if it were not."""
-    before = getattr(local, "paused", ())
+    before = local.paused
     local.paused = (*before, decoder_of(model))
     try:
         yield
@@ -194,7 +186,7 @@ def paused(model) -> Iterator[None]:
 
 
 def _is_paused(decoder) -> bool:
-    return any(other is decoder for other in getattr(local, "paused", ()))
+    return any(other is decoder for other in local.paused)
 
 
 def _close_if_idle(attachment: _Attachment) -> None:
@@ -216,7 +208,7 @@ def _armed(decoder, forward, args, kwargs):
             "since a compressed "
             "cache changes shape"
         )
-    running, outer = _Running(), current_forward()
+    running, outer = _Running(), local.forward
     try:
         with stand_ins.lock:
             attachment.running.add(running)
@@ -255,7 +247,7 @@ def _generate(model, generate, args, kwargs):
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
             )
             give_deltas(module, cache, len(given))
-    running, outer = _Running(decoder, attachment.wrap), getattr(local, "generating", ())
+    running, outer = _Running(decoder, attachment.wrap), local.generating
     try:
         with stand_ins.lock:
             attachment.running.add(running)
@@ -286,7 +278,7 @@ def _outer(module, forward, args, kwargs):
         return forward(*args, **kwargs)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
-    cache, before = given_cache(bound)[1], getattr(local, "outer", None)
+    cache, before = given_cache(bound)[1], local.outer
     if (
         isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None
     ):  # else generate has made the positions
@@ -317,7 +309,7 @@ def _wrap_for(decoder, attachment: _Attachment):
 
 def _generating(decoder) -> _Running | None:
     """The innermost call of ``generate`` on this thread that runs a decoder."""
-    return next((call for call in reversed(getattr(local, "generating", ())) if call.decoder is decoder), None)
+    return next((call for call in reversed(local.generating) if call.decoder is decoder), None)
 
 
 def _refuse_batching(model, start, args, kwargs):
@@ -396,7 +388,7 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             cache.origin = cache.origin.filled_by(decoder)
         if (call := _generating(decoder)) is not None:
             call.cache = cache
-    if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
+    if local.outer is not None and decoder in local.outer[0].children():
         _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
 

@@ -40,7 +40,7 @@ from .masks import valid_ranges
 from .model import attach, check_heads, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
-from .outer import check_placeholders, is_multimodal, others_of
+from .outer import is_multimodal
 from .report import Report
 
 
@@ -243,8 +243,7 @@ class Handle:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = by_name(prompt, inputs)
         prompt = prompt if instructions is None else marked(prompt, instructions)
-        others = others_of(self.model, prompt)
-        ids, mask, by_row, protect = batch_of(prompt, attention_mask, spans, self.action)
+        ids, mask, by_row, protect, others = batch_of(self.model, prompt, attention_mask, spans, self.action)
         if not len(ids):
             raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
@@ -396,12 +395,12 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     """
     caches = []
     for setting in settings:
-        ids, mask, spans, protect = batch_of(list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, replace(setting, spans=spans, protect=protect)))
+        batch = batch_of(model, list(prompts), None, None, setting)
+        caches.append(KeptCache(model.config, replace(setting, spans=batch.spans, protect=batch.protect)))
     attach(model)
     try:
         trunk = KeptCache(model.config, Fork(caches))
-        prefill(model, trunk, ids, mask)
+        prefill(model, trunk, batch.ids, batch.mask)
     finally:
         detach(model)
     for cache in caches:
@@ -425,8 +424,7 @@ def prefill(
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
-    check_placeholders(model, ids, others)
-    check_ids(model, ids)
+    check_ids(model, ids, others)
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
