@@ -287,8 +287,8 @@ def _bare_layout(n_row: int, n_token: int) -> Layout:
 
 def _ranges(valid: Table) -> list[tuple[int, int]]:
     """Rows (begin, end) of whole numbers."""
-    given: Any = valid
-    rows = given.tolist() if hasattr(given, "tolist") else given
+    rows: Any = valid
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
     out = []

@@ -92,10 +92,14 @@ class CompressedChat:
         attach(self.model)
         try:
             prompt, cache = self.start(text, ids, messages)
-            given = torch.tensor([ids], device=device_of(self.model))
-            mask = torch.ones_like(given)
+            tokens = torch.tensor([ids], device=device_of(self.model))
+            mask = torch.ones_like(tokens)
             out = self.model.generate(
-                given, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(self.model, cache), **GREEDY
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                **cache_argument(self.model, cache),
+                **GREEDY,
             )
         finally:
             detach(self.model)

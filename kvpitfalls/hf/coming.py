@@ -54,8 +54,8 @@ class Coming:
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or not bool(begins.any()):
             return
         place = torch.arange(n_seen, n_seen + n_new) - begins[:, None]
-        given = position_ids.cpu().expand(n_row, -1)
-        if bool(((given != place) & (place >= 0)).any()):
+        positions = position_ids.cpu().expand(n_row, -1)
+        if bool(((positions != place) & (place >= 0)).any()):
             raise ValueError(
                 "a chunk came with positions that count padding, as generate of transformers 4 gives them with "
                 "prefill_chunk_size; expected prompts of one length, or "

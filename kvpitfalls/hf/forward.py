@@ -244,11 +244,11 @@ class Watched:
         return self.attended, None
 
 
-def watched(module: torch.nn.Module, attended: torch.Tensor | None, **given) -> Watched:
+def watched(module: torch.nn.Module, attended: torch.Tensor | None, **arguments) -> Watched:
     """What an attached decoder's attention module asks and returns if it is called so."""
     before, local.forward = local.forward, (watch := Watched(attended))
     try:
-        returned = module(**given)
+        returned = module(**arguments)
     finally:
         local.forward = before
     if not hasattr(watch, "query"):

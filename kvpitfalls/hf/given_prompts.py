@@ -41,9 +41,9 @@ def by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
     """The prompt, or what was given by name in its place."""
     if not inputs or (prompt is None and "input_ids" in inputs):
         return inputs or prompt
-    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
+    prompts = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
     raise TypeError(
-        f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: "
+        f"compress was given {prompts}; expected a prompt, or all that a tokenizer or a processor returned: "
         "compress(**inputs)"
     )
 
@@ -81,22 +81,22 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
     return Batch(ids, mask, spans, action.protect, others)
 
 
-def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+def _of_tokenizer(encoding: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns."""
-    if "input_ids" not in given:
+    if "input_ids" not in encoding:
         raise ValueError(
-            f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask"
+            f"prompt is a {type(encoding).__name__} with no input_ids; expected input_ids and at most an attention_mask"
         )
-    if attention_mask is not None and given.get("attention_mask") is not None:
+    if attention_mask is not None and encoding.get("attention_mask") is not None:
         raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
-    return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
+    return encoding["input_ids"], encoding.get("attention_mask") if attention_mask is None else attention_mask
 
 
-def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
+def _tensor(value: Any, name: str, expected: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(given)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is a {type(given).__name__} that is no tensor; expected {expected}") from error
+        raise TypeError(f"{name} is a {type(value).__name__} that is no tensor; expected {expected}") from error
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
     return tensor
@@ -105,17 +105,16 @@ def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
 def check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any]) -> None:
     """Refuse ids that say that an image stands there, where none was given, and ids that the vocabulary lacks: a GPU's
     error for them ends the process's use of it."""
-    in_place = placeholders(model)
-    if not others and (bare := sorted(in_place & set(ids.unique().tolist()))):
+    placeholder_ids = placeholders(model)
+    if not others and (bare := sorted(placeholder_ids & set(ids.unique().tolist()))):
         raise ValueError(
             f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
-            "sound, but none was "
-            "given; expected all that the processor returned: handle.compress(processor(...))"
+            "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
         )
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
         return
-    known = ids[~torch.isin(ids, torch.tensor(sorted(in_place), dtype=ids.dtype, device=ids.device))]
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
     if not known.numel():
         return
     low, high = torch.stack(known.aminmax()).tolist()

@@ -243,10 +243,10 @@ def _generate(model, generate, args, kwargs):
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
-            given = next(
+            tokens = next(
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
             )
-            give_deltas(module, cache, len(given))
+            give_deltas(module, cache, len(tokens))
     running, outer = _Running(decoder, attachment.wrap), local.generating
     try:
         with stand_ins.lock:
@@ -340,33 +340,11 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     kwargs = under_one_name(attachment.cache_name, kwargs)
     bound = attachment.bind(args, kwargs)
-    name, cache = given_cache(bound)
     wrap = _wrap_for(decoder, attachment)
-    if not isinstance(cache, KeptCache):
-        if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
-            return args, kwargs, None
-        if cache is None:
-            if not _uses_cache(decoder, bound):
-                if wrap.action.acts:
-                    raise NotInterceptedError(
-                        "use_cache is False (an argument, or left in the model's config by training), so that nothing "
-                        "would be compressed; "
-                        "expected use_cache=True, or a call inside `with handle.paused()`"
-                    )
-                return args, kwargs, None
-            cache = wrap.make()
-            args, kwargs = attachment.with_cache(args, kwargs, cache)
-        else:
-            check_cache(cache, name)
-            cache.__class__ = KeptCache
-            wrap.make(cache)
-    elif cache.action is None and cache.n_seen == 0:
-        if wrap is None:
-            raise NotInterceptedError(
-                "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of "
-                "handle.new_cache()"
-            )
-        wrap.make(cache)
+    if (cache := _ours(decoder, wrap, bound)) is None:
+        return args, kwargs, None
+    if given_cache(bound)[1] is None:
+        args, kwargs = attachment.with_cache(args, kwargs, cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval()")
     if isinstance(cache, FixedCache) and _records_gradients(decoder, bound):
@@ -393,14 +371,43 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     return args, kwargs, record
 
 
+def _ours(decoder, wrap, bound: dict) -> KeptCache | None:
+    """The cache of a forward: the given one, made ours if it is not, or a new one; None if the forward is none of
+    ours."""
+    name, cache = given_cache(bound)
+    if isinstance(cache, KeptCache):
+        if cache.action is None and cache.n_seen == 0:
+            if wrap is None:
+                raise NotInterceptedError(
+                    "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of "
+                    "handle.new_cache()"
+                )
+            wrap.make(cache)
+        return cache
+    if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
+        return None
+    if cache is not None:
+        check_cache(cache, name)
+        cache.__class__ = KeptCache
+        return wrap.make(cache)
+    if _uses_cache(decoder, bound):
+        return wrap.make()
+    if wrap.action.acts:
+        raise NotInterceptedError(
+            "use_cache is False (an argument, or left in the model's config by training), so that nothing would be "
+            "compressed; expected use_cache=True, or a call inside `with handle.paused()`"
+        )
+    return None
+
+
 def _ask_layers(decoder, record: Forward, bound: dict) -> None:
     """Note what a cache's action wants to know of each compressed layer; refused before any layer is touched."""
     action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
     check_choices(decoder, modules, 1 if action is None else action.least_heads)
     if action is not None and action.reads_rotary:
-        given, positions = _inputs(bound), bound.get("position_ids")
+        tokens, positions = _inputs(bound), bound.get("position_ids")
         if positions is None:
-            positions = torch.arange(given.shape[1], device=given.device)[None]
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         record.rotaries = rotaries_of(decoder, modules, positions)
     if action is not None and action.reads_output:
         record.projections = projections_of(decoder, modules)

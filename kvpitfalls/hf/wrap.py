@@ -451,6 +451,6 @@ def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int]
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
     for begin, end in pairwise([0, *accumulate(sizes)]):
-        given = {} if mask is None else {"attention_mask": mask[:, :end]}
-        given |= {} if positions is None else {"position_ids": positions[:, begin:end]}
-        decoder(input_ids=input_ids[:, begin:end], **given, **others)
+        options = {} if mask is None else {"attention_mask": mask[:, :end]}
+        options |= {} if positions is None else {"position_ids": positions[:, begin:end]}
+        decoder(input_ids=input_ids[:, begin:end], **options, **others)

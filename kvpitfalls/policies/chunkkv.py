@@ -125,9 +125,9 @@ class ChunkKV(Policy):
                 (at, min(at + self.chunks, end)) for begin, end in segments for at in range(begin, end, self.chunks)
             ]
         if not spans or len(segments) > 1:
-            given = "no instructions" if not spans else "segments that have quotas"
+            marked = "no instructions" if not spans else "segments that have quotas"
             raise ValueError(
-                f"policy {self!r} was given {given}; expected instructions, and fair=False or a floor, since it keeps "
+                f"policy {self!r} was given {marked}; expected instructions, and fair=False or a floor, since it keeps "
                 "them whole"
             )
         edges = sorted({*valid, *(edge for span in spans for edge in span)})
