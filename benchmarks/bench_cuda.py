@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvpitfalls import H2O, TOVA, Fair, KNorm, SnapKV, ops
-from kvpitfalls.eviction.fairness import Layout
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import choose, rank
 from kvpitfalls.policies import Inputs
 

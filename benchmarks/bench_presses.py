@@ -22,10 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 import kvpitfalls as kvp
 from kvpitfalls import ops
 from kvpitfalls.eviction.allocation import Ada
-from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.needed import turns_of
-from kvpitfalls.eviction.press import press
-from kvpitfalls.eviction.selection import allocation_of, choose, rank
+from kvpitfalls.eviction.selection import allocation_of, choose, press, rank
 
 try:
     import kvpress

@@ -10,7 +10,8 @@ from tiny_models import build, feed, ids
 from tiny_policies import EVERY, HELD, takes
 
 import kvpitfalls as kvp
-from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import choose, rank
 
 SPANS = {"first": (2, 9), "second": (9, 18)}

@@ -26,7 +26,7 @@ from transformers import TextStreamer, pipeline
 import kvpitfalls as kvp
 from kvpitfalls.hf import layer as kept_layer
 from kvpitfalls.hf.arguments import cache_argument
-from kvpitfalls.hf.threads import current_forward
+from kvpitfalls.hf.threads import local
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
@@ -316,7 +316,7 @@ def test_a_forward_that_is_broken_off_leaves_nothing_behind_on_its_thread(llama,
             with pytest.raises(error, match="broken off"):
                 llama(tokens[:, 20:21], past_key_values=copy.deepcopy(cache))
             hook.remove()
-            assert current_forward() is None
+            assert local.forward is None
             assert all(
                 torch.equal(other(tokens[:, :n]).logits, before) for n, before in zip(lengths, wanted, strict=True)
             )

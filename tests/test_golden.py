@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import choose, count_per_segment, rank
 from kvpitfalls.policies import get_policy
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 import kvpitfalls as kvp
-from kvpitfalls.eviction.fairness import Layout
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.hf.hold import Held, Hold
 from kvpitfalls.policies import base
 
@@ -173,7 +173,7 @@ def test_held_quotas_follow_the_law_of_fair_shares_at_every_step(data):
         rows.append(((low, n_token), {f"s{i}": pair for i, pair in enumerate(pairs)}))
     layout = Layout.of(len(rows), n_token, valid=[row for row, _ in rows], spans=[spans for _, spans in rows])
     hold = Hold(kvp.KNorm(), kvp.Fair(), None, data.draw(st.integers(2, 40)), when="always")
-    segments, names = layout.segments(hold.fair), layout.names(hold.fair)
+    segments, names = layout.split(hold.fair).segments, layout.split(hold.fair).names
     n_segment = max(map(len, segments))
     counts = [[end - begin for begin, end in row] + [0] * (n_segment - len(row)) for row in segments]
     newer, seen = [0] * len(rows), n_token

@@ -8,9 +8,9 @@ from tiny_models import build, ids
 import kvpitfalls as kvp
 from kvpitfalls.eviction import ops
 from kvpitfalls.eviction.allocation import get_allocation
-from kvpitfalls.eviction.fairness import Fair, Layout
-from kvpitfalls.eviction.press import press
-from kvpitfalls.eviction.selection import choose, rank
+from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layout import Layout
+from kvpitfalls.eviction.selection import choose, press, rank
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.policies import get_policy
 

@@ -11,7 +11,7 @@ from tiny_policies import takes
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.coverage import attention_modules, decoder_of
-from kvpitfalls.hf.forward import current_forward
+from kvpitfalls.hf.threads import local
 
 FAMILIES = not_refused(
     *(
@@ -203,7 +203,7 @@ def test_a_layer_that_turns_its_queries_otherwise_is_noticed_before_any_layer_is
                 match=r"^LlamaModel turns the queries of layer 0 in another way than its apply",
             ):
                 model(ids(1, 12), past_key_values=cache, use_cache=True)
-            assert cache.get_seq_length() == 0 and not cache.is_half_filled and current_forward() is None
+            assert cache.get_seq_length() == 0 and not cache.is_half_filled and local.forward is None
         assert handle.compress(ids(1, 12)).report()["kept_share"] == 1 / 3
 
 

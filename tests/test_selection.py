@@ -14,7 +14,8 @@ from tiny_policies import is_defined, kept_by
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import apportion, blend, floor_and_rest, kept_tokens
-from kvpitfalls.eviction.fairness import Fair, Layout
+from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import count_per_segment, rank
 from kvpitfalls.policies import get_policy
 
@@ -429,7 +430,7 @@ def test_strength_0_with_least_tokens_is_the_biased_policy_with_a_floor(policy):
 def test_equal_settings_share_their_plans():
     layout = Layout.of(1, 64, spans={"a": (0, 9)})
     fairs = [Fair(weights={"a": 2.0}), Fair(weights={"a": 2.0})]
-    assert layout.segments(fairs[0]) is layout.segments(fairs[1]) and len(set(fairs)) == 1
+    assert layout.split(fairs[0]) is layout.split(fairs[1]) and len(set(fairs)) == 1
 
 
 def test_unmarked_text_gets_segments_of_its_own():

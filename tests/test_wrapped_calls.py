@@ -258,8 +258,8 @@ def test_nothing_in_hf_looks_at_frames_or_puts_hooks_on_modules():
 def test_attention_is_the_models_own_where_nothing_was_evicted_and_nothing_is_done(llama, ratio, monkeypatch):
     """A prompt's is always seen, a later step's only if a layer has lost something."""
     seen, tokens = [], ids(1, N_PROMPT)
-    own = kvp.hf.model.attention
-    monkeypatch.setattr(kvp.hf.model, "attention", lambda *args, **given: seen.append(args) or own(*args, **given))
+    own = kvp.hf.forward.attention
+    monkeypatch.setattr(kvp.hf.forward, "attention", lambda *args, **given: seen.append(args) or own(*args, **given))
     n_layer = llama.config.num_hidden_layers
     with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
         cache = handle.compress(tokens)

@@ -61,13 +61,13 @@ def rouge_recall(reference: str, response: str) -> dict[str, float]:
     tokenize = _tokenize()
     from rapidfuzz.distance import LCSseq
 
-    wanted, given = tokenize(reference), tokenize(response)
+    wanted, said = tokenize(reference), tokenize(response)
     if not has_words(reference):
         raise ValueError(
             f"the reference is {reference!r}; expected text with a letter a-z or a digit, since ROUGE sees nothing else"
         )
-    n_same = (Counter(wanted) & Counter(given)).total()
-    return {"rouge1": n_same / len(wanted), "rougeL": LCSseq.similarity(wanted, given) / len(wanted)}
+    n_same = (Counter(wanted) & Counter(said)).total()
+    return {"rouge1": n_same / len(wanted), "rougeL": LCSseq.similarity(wanted, said) / len(wanted)}
 
 
 def leakage(response: str, references: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -99,8 +99,8 @@ def has_words(text: str) -> bool:
     return re.search(r"[a-z0-9]", text.lower()) is not None
 
 
-def _check_texts(**given: object) -> None:
-    for name, text in given.items():
+def _check_texts(**texts: object) -> None:
+    for name, text in texts.items():
         if not isinstance(text, str):
             raise TypeError(f"{name} is a {type(text).__name__}; expected a str")
 

@@ -12,7 +12,8 @@ import torch
 from ..errors import BudgetError
 from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
-from ..eviction.fairness import AnyFair, Fair, Layout, Protect, read_once
+from ..eviction.fairness import AnyFair, Fair
+from ..eviction.layout import Layout, Protect, read_once
 from ..eviction.selection import Ranked, allocation_of, check_room, choose, rank
 from ..hf.action import Action, each_once
 from ..hf.cache import KeptCache, n_compressed

@@ -86,7 +86,20 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="which instruction is lost, and what leaks, on SmolLM2-135M-Instruct (about a minute on 2 cores)"
     )
     demo.set_defaults(run=_demo)
-    audit = commands.add_parser("audit", help="what each policy keeps of each instruction of your system prompt")
+    audit = _add_audit(commands)
+    sweeps.add_commands(commands)
+    harnesses.add_commands(commands)
+    for command in (demo, audit):
+        command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
+    for command in (info, demo, audit):
+        command.add_argument("--json", action="store_true", help="JSON instead of tables")
+    return parser
+
+
+def _add_audit(commands) -> argparse.ArgumentParser:
+    audit: argparse.ArgumentParser = commands.add_parser(
+        "audit", help="what each policy keeps of each instruction of your system prompt"
+    )
     audit.set_defaults(run=_audit)
     text = audit.add_mutually_exclusive_group(required=True)
     text.add_argument("--system", metavar="TEXT", help="the system prompt")
@@ -144,13 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take a text with tokens of the chat template, which can end its message",
     )
-    sweeps.add_commands(commands)
-    harnesses.add_commands(commands)
-    for command in (demo, audit):
-        command.add_argument("--model", help="hub id, local folder, or .gguf file; SmolLM2-135M-Instruct by default")
-    for command in (info, demo, audit):
-        command.add_argument("--json", action="store_true", help="JSON instead of tables")
-    return parser
+    return audit
 
 
 def _info(args) -> int:

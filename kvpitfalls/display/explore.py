@@ -217,13 +217,13 @@ def code_of(prompt: Prompt, form: Mapping, max_new_tokens: int) -> str:
     """Python that does what a form says, where there are ``model`` and ``tokenizer``."""
     marks = {mark["name"]: _shortest(prompt, mark) for mark in form["marks"]}
     what, maker = ("messages", "from_chat") if prompt.messages is not None else ("text", "from_text")
-    given = prompt.text if prompt.messages is None else list(prompt.messages)
+    source = prompt.text if prompt.messages is None else list(prompt.messages)
     greedy = {"max_new_tokens": max_new_tokens, **{name: value for name, value in GREEDY.items() if value is not None}}
     asks = bool(form["question"])
     lines = [
         "import kvpitfalls as kvp",
         "",
-        f"{what} = {_literal(given)}",
+        f"{what} = {_literal(source)}",
         f"instructions = {_literal(form['way'] or marks)}",
         f"settings = {_literal([_arguments(setting) for setting in form['settings']])}",
         f"prompt = kvp.Prompt.{maker}(tokenizer, {what}, instructions)",
@@ -265,8 +265,8 @@ def _arguments(setting: Mapping) -> dict:
 
 def _action(setting: Mapping, ratio: float) -> Evict:
     check_budget(ratio, None)
-    given = _arguments(setting)
-    return Evict(get_policy(given["policy"]), Fair.parse(given["fair"]), ratio, None, given.get("protect"))
+    arguments = _arguments(setting)
+    return Evict(get_policy(arguments["policy"]), Fair.parse(arguments["fair"]), ratio, None, arguments.get("protect"))
 
 
 def _strip(prompt: Prompt, shares=None, report: Mapping | None = None) -> str:

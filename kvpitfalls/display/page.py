@@ -94,7 +94,8 @@ def write_report(folder: str | Path) -> dict:
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
-    page = _page(facts, metas, cells, families, changes, scores, compared, tables["failures"], records, drawn)
+    of_groups = {**compared, "families": families, "changes": changes}
+    page = _page(facts, metas, cells, of_groups, tables, records, drawn)
     (out / "index.html").write_text(page, encoding="utf-8")
     return {"page": str(out / "index.html"), "cards": [str(path) for path in paths], **facts, "cells": cells}
 
@@ -154,15 +155,13 @@ def _title(figure: str) -> str:
     return _FIGURES[name] + (f", {policy}" if policy else "")
 
 
-def _page(facts, metas, cells, families, changes, scores, compared, failures, records, drawn) -> str:
-    moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in changes}
+def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, drawn) -> str:
+    """The page; ``of_groups`` are shown group by group, and of ``tables`` those that are of all groups together."""
+    moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in of_groups["changes"]}
     of_records = groups(records)
     shown = []
     for group, of_group in groups(cells).items():
-        mine = {
-            name: groups(rows).get(group, [])
-            for name, rows in {**compared, "families": families, "changes": changes}.items()
-        }
+        mine = {name: groups(rows).get(group, []) for name, rows in of_groups.items()}
         one = {
             "title": ", ".join(f"{name} {part}" for name, part in zip(GROUP, group, strict=True)),
             "tables": [table for table in _tables(of_group, mine, moved) if table.rows],
@@ -172,9 +171,8 @@ def _page(facts, metas, cells, families, changes, scores, compared, failures, re
             "about_answers": tables_of.about_answers(of_records[group]),
         }
         shown.append(one)
-    after = ([tables_of.composite_table(scores)] if scores else []) + (
-        [tables_of.failure_table(failures)] if failures else []
-    )
+    after = [tables_of.composite_table(tables["composite"])] if tables["composite"] else []
+    after += [tables_of.failure_table(tables["failures"])] if tables["failures"] else []
     state = (
         f"{facts['recorded']} of {facts['items']} items recorded, {facts['failed']} failed, {facts['infeasible']} "
         "infeasible"

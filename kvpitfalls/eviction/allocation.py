@@ -245,7 +245,7 @@ def _counts_between(positions: Array, edges: Int32) -> Int32:
     else:
         import torch
 
-        rising = cast("torch.Tensor", positions).masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+        rising = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
         until = torch.searchsorted(rising, rising.new_tensor(edges)).cpu().numpy()
     counts: Int32 = np.diff(until, axis=-1).astype(np.int32)
     return counts

@@ -28,9 +28,9 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
         If both or none is given, the ratio is outside [0, 1), or the budget is not a whole number of at least 1.
     """
     if (compression_ratio is None) == (budget is None):
-        given = "neither" if budget is None else f"compression_ratio={compression_ratio!r} and budget={budget!r}"
+        amounts = "neither" if budget is None else f"compression_ratio={compression_ratio!r} and budget={budget!r}"
         raise ValueError(
-            f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {given} was "
+            f"exactly one of compression_ratio (the share removed) and budget (tokens kept) is expected; {amounts} was "
             "given"
         )
     if budget is not None:

@@ -7,7 +7,7 @@ from ..numbers import is_whole
 from ..policies import Again, Policy
 from ..policies.rotary import Rotary
 from .arrays import Array
-from .fairness import Layout
+from .layout import Layout
 
 
 def check_needed(

@@ -31,9 +31,9 @@ from .allocation import (
 )
 from .arrays import A, Array, Int32, Table
 from .budget import blend, check_budget, kept_tokens, raised_to
-from .fairness import AnyFair, Fair, Layout, Protect, Spans
+from .fairness import AnyFair, Fair
+from .layout import Layout, Plan, Protect, Spans, Split, plan_of
 from .needed import check_layer, check_needed, turns_of
-from .plans import Plan, edges_array, fair_plan, floors_of, padded, plan_of, whole_plan
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,18 @@ class Kept(Generic[A]):
     positions: A
     counts: A
     scores: A
+    quotas: Int32
+    segments: Int32
+
+
+@dataclass(frozen=True)
+class Pressed(Generic[A]):
+    """What :func:`press` leaves: :class:`Kept` without the scores, and the kept rows (B,H,K,D) and (B,H,K,Dv)."""
+
+    positions: A
+    counts: A
+    keys: A
+    values: A
     quotas: Int32
     segments: Int32
 
@@ -139,7 +151,8 @@ def rank(
     }
     if again is not None:
         of_layer["again"] = again._replace(before=None if before is None else before.of_heads)
-    scores = policy.score(inputs_of(policy, fair, layout, keys, queries, scaling, softcap, sinks, lse, **of_layer))
+    inputs = _inputs_of(policy, layout.split(fair), keys, queries, scaling, softcap, sinks, lse, **of_layer)
+    scores = policy.score(inputs)
     if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
@@ -154,14 +167,13 @@ def rank(
     if 0 < fair.strength < 1:
         earlier = None if before is None else before.biased
         biased = rank(policy, unfair, layout, *call, **of_layer, before=earlier)
-    by_whole = is_paper(fair) and not policy.paper_quotas
+    by_whole = inputs.paper and not policy.paper_quotas
     return Ranked(scores, layout, fair, (layer, n_layer), by_whole, biased, of_heads)
 
 
-def inputs_of(
+def _inputs_of(
     policy: Policy,
-    fair: Fair,
-    layout: Layout,
+    split: Split,
     keys: Array,
     queries: Array | None,
     scaling: float | None = None,
@@ -180,17 +192,10 @@ def inputs_of(
     scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
     if not isfinite(scale):
         raise ValueError(f"scaling is {scale!r}; expected a finite number")
-    segments = layout.segments(fair)
-    judged = segments if fair.strength > 0 else [[row] for row in layout.valid]
-    spans = [list(row.values()) for row in layout.spans]
+    judged, spans = split.judged, [list(row.values()) for row in split.spans]
     known: dict[str, Any] = {"values": values, "rotary": rotary, "output": output, "again": again, **place}
     cap = float(softcap or 0.0)
-    return Inputs(keys, queries, float(scale), cap, layout.valid, judged, spans, is_paper(fair), sinks, lse, **known)
-
-
-def is_paper(fair: Fair) -> bool:
-    """Whether scores, too, are those of the authors' code."""
-    return fair.strength > 0 and fair.rule == "paper"
+    return Inputs(keys, queries, float(scale), cap, split.valid, judged, spans, split.is_paper, sinks, lse, **known)
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -198,6 +203,38 @@ def _mean_over_heads(scores: Array) -> Array:
     if isinstance(scores, np.ndarray):
         return np.asarray(scores.mean(1, dtype=np.float64, keepdims=True), np.float32)
     return scores.double().mean(1, keepdim=True).float()
+
+
+def press(
+    policy: Policy,
+    fair: Fair,
+    layout: Layout,
+    keys: A,
+    values: A,
+    queries: A | None,
+    *,
+    compression_ratio: float | None = None,
+    budget: int | None = None,
+    allocation: Allocation = UNIFORM,
+    layer: int = 0,
+    n_layer: int = 1,
+    **known: Any,
+) -> Pressed[A] | None:
+    """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
+    those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
+    heads share, or quotas that depend on scores. ``known``: what :func:`rank` takes beside these."""
+    split = layout.split(fair)
+    paper_whole = split.is_paper and not policy.paper_quotas
+    is_plain = fair.is_biased or fair.strength == 1
+    if not policy.scores_by_call or allocation.shares_heads or paper_whole or not is_plain:
+        return None
+    inputs = _inputs_of(policy, split, keys, queries, values=values, layer=layer, n_layer=n_layer, **known)
+    if (call := policy.call(inputs)) is None:
+        return None
+    budgets = _budgets_of(layout, (layer, n_layer), compression_ratio, budget, allocation)
+    plan = split.plan(keys.shape[1], budgets)
+    made = call.press(values, plan.edges, plan.quotas, layout.mask_beside(keys), plan.n_kept)
+    return Pressed(*made, plan.quotas, plan.edges)
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:
@@ -216,22 +253,23 @@ def choose(
     allocation: Allocation = UNIFORM,
 ) -> Kept[Array]:
     """Select from what was ranked. Each row's budget counts its real tokens only."""
-    budgets = budgets_of(ranked.layout, ranked.place, compression_ratio, budget, allocation)
+    budgets = _budgets_of(ranked.layout, ranked.place, compression_ratio, budget, allocation)
     return _choose(ranked, budgets, allocation)
 
 
 def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept[Array]:
-    layout, fair, n_head = ranked.layout, ranked.fair, ranked.scores.shape[1]
-    whole = whole_plan(layout, fair, n_head, budgets)
+    fair, n_head = ranked.fair, ranked.scores.shape[1]
+    split = ranked.layout.split(fair)
+    whole = split.whole_plan(n_head, budgets)
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, _over_heads(ranked, whole, allocation))
     if fair.strength == 0:
         return _select_with_floors(ranked, whole, allocation)
     if ranked.global_choice:
-        edges = edges_array(layout.segments(fair), layout)
-        plan = plan_of(edges, count_per_segment(_select(ranked, _over_heads(ranked, whole, allocation)), edges), n_head)
+        kept = _select(ranked, _over_heads(ranked, whole, allocation))
+        plan = plan_of(split.edges, count_per_segment(kept, split.edges), n_head)
     else:
-        plan = _over_heads(ranked, fair_plan(layout, fair, n_head, budgets), allocation)
+        plan = _over_heads(ranked, split.fair_plan(n_head, budgets), allocation)
     if fair.strength < 1:
         plan = plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)
@@ -257,7 +295,7 @@ def _blended(ranked: Ranked, plan: Plan, budgets: tuple[int, ...], allocation: A
     if allocation.shares_heads:  # the sums are those of all heads together
         counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
     quotas = np.reshape(blend(counts, quotas, ranked.fair.strength), plan.quotas.shape)
-    floors: Int32 = padded(ranked.layout.floors(ranked.fair), plan.quotas.shape[-1])[:, None]
+    floors: Int32 = ranked.layout.split(ranked.fair).floors_array[:, None]
     if not ranked.fair.min_tokens:
         return quotas
     if not allocation.shares_heads:
@@ -268,12 +306,13 @@ def _blended(ranked: Ranked, plan: Plan, budgets: tuple[int, ...], allocation: A
 
 def _select_with_floors(ranked: Ranked, whole: Plan, allocation: Allocation) -> Kept[Array]:
     """The best of the whole row, but first those that must be kept of each segment."""
-    first = _select(ranked, plan_of(*floors_of(ranked.layout, ranked.fair), ranked.scores.shape[1]))
+    split = ranked.layout.split(ranked.fair)
+    first = _select(ranked, plan_of(split.edges, split.floors_array, ranked.scores.shape[1]))
     raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
     return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
 
 
-def budgets_of(
+def _budgets_of(
     layout: Layout, place: tuple[int, int], compression_ratio: float | None, budget: int | None, allocation: Allocation
 ) -> tuple[int, ...]:
     """Tokens that each row keeps in the layer of this place."""
@@ -433,4 +472,4 @@ def check_room(
             except ValueError as reason:
                 raise BudgetError(str(reason)) from reason
         smallest.append(min(layer_budgets(allocation, n_token, n_kept, n_layer)))
-    layout.check_room(fair, smallest)
+    layout.split(fair).check_room(smallest)

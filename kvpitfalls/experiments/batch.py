@@ -180,7 +180,7 @@ class _Work:
         full, _ = self.compress([Setting(None, FULL, 0.0)], rows)
         tasks = [self.conversations[row][0] for row in rows]
         followed = answers(self.model, [self.prompts[row] for row in rows], tasks, full, self.batch.max_new_tokens)
-        of_rows = [self.given(row, answer.text) for row, answer in zip(rows, followed, strict=True)]
+        of_rows = [self.to_force(row, answer.text) for row, answer in zip(rows, followed, strict=True)]
         cache, kept = self.compress(settings, rows)
         cache.batch_repeat_interleave(len(of_rows[0]))
         contexts = [self.prompts[row] for row in rows for _ in of_rows[0]] * len(settings)
@@ -207,7 +207,7 @@ class _Work:
                 self.answers[setting, row, request] = talk.together
                 self.kept[setting, row] = {"n_tokens": n_token, "n_kept": evict.limit(n_token), "kept": None}
 
-    def given(self, row: int, full_answer: str) -> list[tuple]:
+    def to_force(self, row: int, full_answer: str) -> list[tuple]:
         """Request, name, token ids before, and token ids of each given answer of a row."""
         tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
         for request in self.batch.requests:

@@ -154,8 +154,8 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
                     if metric in side
                 ]
                 if len(sides) == 2:
-                    here, there = sides
-                    moved = change(here, there, {*here, *there}, most_change(metric))
+                    one, other = sides
+                    moved = change(one, other, {*one, *other}, most_change(metric))
                     out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **moved})
     if not out:
         raise ValueError(

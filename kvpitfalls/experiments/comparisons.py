@@ -55,11 +55,11 @@ def fixes(records: Sequence[Mapping]) -> list[dict]:
     out = []
     for (*where, policy, ratio), of_policy in modes.items():
         for than, mode in combinations(sorted(of_policy, key=lambda mode: mode != "biased"), 2):
-            here, there = (named[(*where, policy, m, ratio)] for m in (mode, than))
+            one, other = (named[(*where, policy, m, ratio)] for m in (mode, than))
             setting = dict(zip(SETTING, (*where, policy, mode, ratio), strict=True))
             out += [
                 {**setting, "than": than, "metric": metric, **change}
-                for metric, change in _changes(here, there, TOGETHER)
+                for metric, change in _changes(one, other, TOGETHER)
             ]
     return out
 
@@ -68,28 +68,28 @@ def _full(setting: tuple) -> tuple:
     return (*setting[: len(GROUP)], None, "full", 0.0)
 
 
-def _changes(here: Mapping, there: Mapping, metrics) -> list[tuple[str, dict]]:
+def _changes(one: Mapping, other: Mapping, metrics) -> list[tuple[str, dict]]:
     """(metric, its change) of a setting's records by kind against another's."""
     out = []
     for metric in metrics:
         kind, parts = METRICS[metric]
-        if kind in here and kind in there:
-            ours, theirs = (per_prompt(side[kind], parts) for side in (here, there))
+        if kind in one and kind in other:
+            ours, theirs = (per_prompt(side[kind], parts) for side in (one, other))
             everyone = {
-                record["key"] for side in (here, there) for record in side[kind] if record["scores"] is None
+                record["key"] for side in (one, other) for record in side[kind] if record["scores"] is None
             }.union(ours, theirs)
             out.append((metric, change(ours, theirs, everyone, most_change(metric))))
     return out
 
 
-def change(here: Pairs, there: Pairs, everyone: set, bound: float = 1.0) -> dict:
+def change(one: Pairs, other: Pairs, everyone: set, bound: float = 1.0) -> dict:
     """``difference``, ``low``, ``high`` and ``n_prompt`` of one side's sums and counts less another's; ``n_left_out``
     of ``everyone``."""
-    keys = sorted(here.keys() & there.keys(), key=str)
+    keys = sorted(one.keys() & other.keys(), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:
         return {**dict.fromkeys(("difference", "low", "high")), **known}
-    values = [_table(side, keys) for side in (here, there)]
+    values = [_table(side, keys) for side in (one, other)]
     low, high = paired_interval(influence(values[0]) - influence(values[1]), bound)
     return {"difference": _mean(values[0]) - _mean(values[1]), "low": low, "high": high, **known}
 

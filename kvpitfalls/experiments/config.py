@@ -219,6 +219,6 @@ def _check_list(name: str, value) -> None:
         raise ValueError(f"{name} is {value!r}; expected a list that is not empty")
 
 
-def _check_names(name: str, given, known) -> None:
-    if unknown := [x for x in given if x not in known]:
+def _check_names(name: str, names, known) -> None:
+    if unknown := [x for x in names if x not in known]:
         raise ValueError(f"{name} hold {unknown[0]!r}; expected some of {', '.join(known)}")

@@ -248,12 +248,12 @@ def _row(row, where: str) -> dict:
             "as content"
         )
     whole = {"prompt": messages[1]["content"], "instruction_id_list": [], "kwargs": [], **row}
-    ids, given = whole["instruction_id_list"], whole["kwargs"]
+    ids, arguments = whole["instruction_id_list"], whole["kwargs"]
     if not (
         isinstance(ids, list)
         and all(isinstance(x, str) for x in ids)
-        and isinstance(given, list)
-        and len(given) == len(ids)
+        and isinstance(arguments, list)
+        and len(arguments) == len(ids)
     ):
         raise ValueError(
             f"{where} has instruction_id_list and kwargs that do not fit; expected a list of names, and an object for "

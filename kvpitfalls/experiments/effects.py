@@ -13,7 +13,8 @@ from ..display.markup import block, table
 from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
-from ..eviction.fairness import AnyFair, Fair, Protect, listed
+from ..eviction.fairness import AnyFair, Fair
+from ..eviction.layout import Protect, listed
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict
@@ -232,27 +233,25 @@ def _checked(prompt, said) -> tuple[list[Prompt], list[str]]:
     return list(prompts), list(dict.fromkeys(questions))
 
 
-def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], max_new_tokens: int) -> list[dict]:
-    """The rows of one prompt: every setting from one prefill."""
+def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[str | tuple[str, str], Evict]:
+    """The full cache, the compressed one, and each instruction put back into that, at more memory and at equal; what
+    fits the budget."""
     named: dict[str | tuple[str, str], Evict] = {
         "full": replace(evict, fair=Fair(strength=0.0), compression_ratio=0.0, protect=None),
         "compressed": evict,
     }
     for name in prompt.spans:
-        settings = {
-            "policy": evict.policy,
-            "fair": evict.fair,
-            "compression_ratio": evict.compression_ratio,
-            "budget": None,
-        }
-        named["more", name] = PutBack(**settings, protect=evict.protect, name=name)
+        named["more", name] = PutBack(
+            evict.policy, evict.fair, evict.compression_ratio, None, protect=evict.protect, name=name
+        )
         named["equal", name] = replace(evict, protect=[*listed(evict.protect), name])
-    feasible = {
-        key: action
-        for key, action in named.items()
-        if key == "compressed" or _fits(prompt, action, n_compressed(model.config))
-    }
-    caches = dict(zip(feasible, compress_each(model, [prompt], list(feasible.values())), strict=True))
+    return {key: action for key, action in named.items() if key == "compressed" or _fits(prompt, action, n_layer)}
+
+
+def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], max_new_tokens: int) -> list[dict]:
+    """The rows of one prompt: every setting from one prefill."""
+    settings = _settings(prompt, evict, n_compressed(model.config))
+    caches = dict(zip(settings, compress_each(model, [prompt], list(settings.values())), strict=True))
     n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
     evicted = {name: float(n_tokens[name] * (1 - caches["compressed"].kept(name).mean())) for name in prompt.spans}
     asked = [prompt.followed_by(text)[0].tolist() for text in questions]

@@ -108,14 +108,14 @@ class Mode:
         return [*phrase, *range(self.n_sink), *["boundary"] * self.boundary] or None
 
 
-def _parts(given) -> dict[str, str]:
+def _parts(name) -> dict[str, str]:
     """What each part of a mode's name decides."""
     parts: dict[str, str] = {}
-    for word in given.split("+") if isinstance(given, str) else [""]:
+    for word in name.split("+") if isinstance(name, str) else [""]:
         word = _SYNONYMS.get(word, word)
         part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
         if part is None or part in parts:
-            raise _error(given)
+            raise _error(name)
         parts[part] = word if "=" not in word else f"{word.partition('=')[0]}={_number(word):g}"
     return parts
 
@@ -124,9 +124,9 @@ def _number(word: str) -> float:
     return float(word.partition("=")[2] or 0)
 
 
-def _error(given) -> ValueError:
+def _error(mode) -> ValueError:
     return ValueError(
-        f"modes hold {given!r}; expected some of {', '.join(MODES)}, a number lambda from 0 to 1, or parts joined by "
+        f"modes hold {mode!r}; expected some of {', '.join(MODES)}, a number lambda from 0 to 1, or parts joined by "
         "+, such as "
         "fair+separate+min=4+defense=2+sinks=1+whitelist"
     )

@@ -148,7 +148,7 @@ class Scenario:
     def inputs_sha256(self, kind: str, attack: str | None) -> str:
         """Of all text that goes into an answer, into a probe, or into a conversation."""
         if kind == "probe":
-            asked = [text for given in self.given_answers(attack, "").values() for text in given]
+            asked = [text for answer in self.given_answers(attack, "").values() for text in answer]
         elif kind == "turns":
             asked = [*self.tasks, *self.ask("recall", None), *self.ask("attack", attack)]
         else:

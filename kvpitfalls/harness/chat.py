@@ -92,10 +92,14 @@ class CompressedChat:
         attach(self.model)
         try:
             prompt, cache = self.start(text, ids, messages)
-            given = torch.tensor([ids], device=device_of(self.model))
-            mask = torch.ones_like(given)
+            tokens = torch.tensor([ids], device=device_of(self.model))
+            mask = torch.ones_like(tokens)
             out = self.model.generate(
-                given, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(self.model, cache), **GREEDY
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                **cache_argument(self.model, cache),
+                **GREEDY,
             )
         finally:
             detach(self.model)
@@ -120,8 +124,8 @@ class CompressedChat:
             if n_row > 1:
                 cache.batch_repeat_interleave(n_row)
             return prompt, cache
-        _, _, spans, protect = pad_left([prompt] * n_row, self.action)
-        return prompt, KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
+        batch = pad_left([prompt] * n_row, self.action)
+        return prompt, KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
 
 
 def kept_of(cache: KeptCache) -> int:

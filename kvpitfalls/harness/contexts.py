@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..eviction.fairness import PROTECT_WORDS, Fair, listed
+from ..eviction.fairness import Fair
+from ..eviction.layout import PROTECT_WORDS, listed
 from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt, find_all, token_spans
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from ..eviction import ops
 from ..eviction.allocation import UNIFORM, Ada, Allocation
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair, read_once
+from ..eviction.fairness import Fair
+from ..eviction.layout import read_once
 from ..eviction.selection import allocation_of, keep
 from ..policies import Policy, get_policy
 from ..policies.expected_attention import ExpectedAttention

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from .. import __version__, _core
 from ..eviction.budget import check_budget
-from ..eviction.fairness import Fair, read_once
+from ..eviction.fairness import Fair
+from ..eviction.layout import read_once
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
@@ -148,8 +149,8 @@ class CompressedHFLM(_HFLM):
             cache = compress_each(self.model, prompts, [self._setting()])[0]
             tokens, mask = (x.to(self.device) for x in pad_halves(prompts, rows))
         else:
-            _, _, spans, protect = pad_left(prompts, self._setting())
-            cache = KeptCache(self.model.config, replace(self.action, spans=spans, protect=protect))
+            batch = pad_left(prompts, self._setting())
+            cache = KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
         more = tokens.shape[1] - width
         out = super()._model_generate(
             tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs

@@ -68,11 +68,11 @@ class CompressedPipeline(TextGenerationPipeline):
     def _n_row(self, options: dict) -> int:
         """How many rows ``generate`` will run; in some releases a pipeline has a generation config of its own."""
         own = getattr(self, "generation_config", None)
-        given = {
+        arguments = {
             "generation_config": own,
             **{name: value for name, value in options.items() if name != "prefix_length"},
         }
-        return n_rows_of(arguments_of(self.model, self.model.generate, (), given)["generation_config"])
+        return n_rows_of(arguments_of(self.model, self.model.generate, (), arguments)["generation_config"])
 
 
 def text_generation(model=None, tokenizer=None, *, load_options=None, **settings) -> CompressedPipeline:

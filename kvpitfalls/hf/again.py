@@ -165,14 +165,14 @@ def _read_turns(
             inner.rotaries, inner.projections = record.rotaries, record.projections
             local.forward = inner
             ids, real = turn.padded(like)
-            given = {"input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
+            arguments = {"input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
             if len(set(turn.lengths)) > 1 or any(row != (0, n_token) for row in valid):
-                given["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
+                arguments["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
             if positions is not None:
                 last = torch.tensor([end - 1 for _, end in valid], device=positions.device)[:, None]
                 steps = torch.arange(1, 1 + ids.shape[1], device=positions.device)
-                given["position_ids"] = positions.expand(len(valid), -1).gather(1, last) + steps
-            forward(**given)
+                arguments["position_ids"] = positions.expand(len(valid), -1).gather(1, last) + steps
+            forward(**arguments)
             inner.check(decoder)
     finally:
         local.forward = outer

@@ -26,7 +26,7 @@ def options_of(decoder, embedding, index: int) -> dict:
     return {"layer_type": decoder.config.layer_types[index]} if by_kind else {}
 
 
-def given_to(decoder, module) -> dict:
+def arguments_for(decoder, module) -> dict:
     """Hidden states (1, n, E) of a few tokens and their positions, where this module takes them."""
     weight = next((x for x in decoder.get_input_embeddings().parameters() if x.is_floating_point()), None)
     dtype, device = torch.float32 if weight is None else weight.dtype, device_of(module)
@@ -35,13 +35,13 @@ def given_to(decoder, module) -> dict:
 
 
 @torch.no_grad()
-def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched:
+def called(module, arguments: dict, attended: torch.Tensor | None = None) -> Watched:
     """An attached decoder's module, called alone: its queries, and what it returns if it attended to ``attended``.
 
     Parameters
     ----------
     module : torch.nn.Module
-    given : dict
+    arguments : dict
         Arguments; those that its forward does not take by name are left out.
     attended : tensor (1, n, Hq, Dv), optional
         Zeros by default.
@@ -55,7 +55,8 @@ def called(module, given: dict, attended: torch.Tensor | None = None) -> Watched
     needed: dict[str, Any] = dict.fromkeys(required)
     if "shared_kv_states" in known:  # Gemma's layers leave their keys there for later ones
         needed["shared_kv_states"] = {}
-    return watched(module, attended, **{**needed, **{name: value for name, value in given.items() if name in known}})
+    taken = {name: value for name, value in arguments.items() if name in known}
+    return watched(module, attended, **{**needed, **taken})
 
 
 def same(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -33,7 +33,7 @@ class Around:
 
     def __init__(self, owner: torch.nn.Module, name: str, function: Callable):
         self._owner, self._name, self._function = weakref.ref(owner), name, function
-        self._is_there = True
+        self._is_put = True
         self._before = vars(owner).get(name)  # the object's own, such as accelerate puts there
         method = getattr(owner, name)
         twin: Any = self
@@ -46,7 +46,7 @@ class Around:
     def __call__(self, *args, **kwargs):
         owner = self._owner()
         method = self._method(owner)
-        return self._function(owner, method, args, kwargs) if self._is_there else method(*args, **kwargs)
+        return self._function(owner, method, args, kwargs) if self._is_put else method(*args, **kwargs)
 
     def stands_before(self, owner: torch.nn.Module) -> bool:
         """Whether it is in this object's dictionary."""
@@ -57,7 +57,7 @@ class Around:
 
     def take_away(self) -> None:
         """Put back what was there; if it was wrapped meanwhile, it stays inside and lets all calls through."""
-        self._is_there, owner = False, self._owner()
+        self._is_put, owner = False, self._owner()
         if owner is None or not self.stands_before(owner):
             return
         if self._before is None:

@@ -18,8 +18,8 @@ import torch
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
-from ..eviction.fairness import Fair, Layout
-from ..eviction.plans import fair_quotas, floors_of
+from ..eviction.fairness import Fair
+from ..eviction.layout import Layout
 from ..policies import Policy, Vote
 from .forward import AttentionCall
 from .layer import KeptLayer
@@ -101,7 +101,8 @@ def cut(
 def cut_to(
     layer: KeptLayer, call: AttentionCall, policy: Policy, fair: Fair, layout: Layout, before: Stage, now: Stage
 ) -> None:
-    """:func:`cut` from what was held before the chunk to what is to be held after it, of ``layout.segments(fair)``."""
+    """:func:`cut` from what was held before the chunk to what is to be held after it, of the segments that
+    have quotas."""
     n_slot = layer.keys.shape[2]
     sizes = before.held + now.came - before.came
     front = torch.from_numpy(n_slot - sizes.sum(-1))
@@ -119,12 +120,12 @@ def cut_to(
 
 def _stage_at(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:
     """After ``n_seen`` tokens, padding included; the same for every layer of that budget."""
-    return layout.plan(("stage", budgets, n_seen), fair, lambda: _stage(layout, fair, budgets, n_seen))
+    return layout.split(fair).once(("stage", budgets, n_seen), lambda: _stage(layout, fair, budgets, n_seen))
 
 
 def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:
     segments = _shared_out(layout, fair)
-    quotas = np.array(budgets)[:, None] if not fair.strength else fair_quotas(layout, fair, budgets)
+    quotas = np.array(budgets)[:, None] if not fair.strength else layout.split(fair).quotas(budgets)
     came, held = np.zeros(quotas.shape, np.int32), np.zeros(quotas.shape, np.int32)
     for row, (of_row, least) in enumerate(zip(segments, _least(layout, fair, n_seen), strict=True)):
         for i, (begin, end) in enumerate(of_row):
@@ -135,7 +136,7 @@ def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) ->
 
 def _shared_out(layout: Layout, fair: Fair) -> list[list[tuple[int, int]]]:
     """Per row, the segments that have quotas; one without fairness, or where it is a floor."""
-    return layout.segments(fair) if fair.strength else [[row] for row in layout.valid]
+    return layout.split(fair).segments if fair.strength else [[row] for row in layout.valid]
 
 
 def _least(layout: Layout, fair: Fair, n_seen: int) -> list[list[int]]:
@@ -154,15 +155,15 @@ def _least(layout: Layout, fair: Fair, n_seen: int) -> list[list[int]]:
 def _floors_at(layout: Layout, fair: Fair, n_seen: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Edges (B, S+1) of the instructions that have floors, in tokens, and how many of each must be held after
     ``n_seen`` (B, S)."""
-    edges, _ = floors_of(layout, fair)
-    named = [[name is not None for name in row] for row in layout.names(fair)]
+    edges = layout.split(fair).edges
+    named = [[name is not None for name in row] for row in layout.split(fair).names]
     floors = torch.zeros(len(edges), edges.shape[1] - 1, dtype=torch.int32)
     for b, (row, protected) in enumerate(zip(named, layout.protected, strict=True)):
         for i, is_named in enumerate(row):
             begin, end = int(edges[b, i]), max(int(edges[b, i]), min(int(edges[b, i + 1]), n_seen))
             shielded = int(np.diff(np.searchsorted(protected, [begin, end]))[0])
             floors[b, i] = max(shielded, min(fair.min_tokens, end - begin) if is_named else 0)
-    return torch.from_numpy(edges), floors
+    return torch.tensor(edges), floors
 
 
 def _edges(n_slot: int, sizes: np.ndarray) -> np.ndarray:

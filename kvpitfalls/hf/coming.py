@@ -37,7 +37,7 @@ class Coming:
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
         """A block in which this thread's forwards of the decoder bring its chunks."""
-        before, local.coming = getattr(local, "coming", None), self
+        before, local.coming = local.coming, self
         try:
             yield
         finally:
@@ -54,8 +54,8 @@ class Coming:
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or not bool(begins.any()):
             return
         place = torch.arange(n_seen, n_seen + n_new) - begins[:, None]
-        given = position_ids.cpu().expand(n_row, -1)
-        if bool(((given != place) & (place >= 0)).any()):
+        positions = position_ids.cpu().expand(n_row, -1)
+        if bool(((positions != place) & (place >= 0)).any()):
             raise ValueError(
                 "a chunk came with positions that count padding, as generate of transformers 4 gives them with "
                 "prefill_chunk_size; expected prompts of one length, or "
@@ -66,7 +66,7 @@ class Coming:
 def coming_to(cache: "KeptCache", decoder: torch.nn.Module) -> Coming | None:
     """The prompt that this thread brings to a cache in chunks; raises if a prompt came to it in part and was broken
     off."""
-    here: Coming | None = getattr(local, "coming", None)
+    here = local.coming
     is_free = here is not None and not here.is_taken and here.decoder() is decoder
     if here is not None and is_free and cache.coming is None and not cache.n_seen:
         here.is_taken, cache.coming = True, here

@@ -35,11 +35,11 @@ class Denominators(TorchDispatchMode):
         super().__init__()
         self._shape = tuple(query.shape[:3])
         self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._found: list[torch.Tensor] = []
+        self._returned: list[torch.Tensor] = []
 
     @property
     def lse(self) -> torch.Tensor | None:
-        return self._found[0] if len(self._found) == 1 else None
+        return self._returned[0] if len(self._returned) == 1 else None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -55,20 +55,20 @@ class Denominators(TorchDispatchMode):
             arguments["compute_log_sumexp"] = True
         out = func(**arguments)
         if plain:
-            self._found.append(out[1].reshape(self._shape))
+            self._returned.append(out[1].reshape(self._shape))
         return out
 
-    def _is_plain(self, given: dict) -> bool:
+    def _is_plain(self, arguments: dict) -> bool:
         """Whether it is the attention that policies mean: causal, of all queries on as many keys, with no bias and
         nothing dropped."""
-        query, scale = given["query"], given["scale"]
+        query, scale = arguments["query"], arguments["scale"]
         return (
             tuple(query.shape[:3]) == self._shape
-            and given["key"].shape[2] == self._shape[2]
-            and given["is_causal"]
-            and given["dropout_p"] == 0
-            and given.get("attn_bias") is None
-            and given.get("attn_mask") is None
+            and arguments["key"].shape[2] == self._shape[2]
+            and arguments["is_causal"]
+            and arguments["dropout_p"] == 0
+            and arguments.get("attn_bias") is None
+            and arguments.get("attn_mask") is None
             and (query.shape[-1] ** -0.5 if scale is None else scale) == self._scaling
         )
 

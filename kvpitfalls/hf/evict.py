@@ -9,9 +9,9 @@ import torch
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
-from ..eviction.fairness import Fair, Layout, read_once
-from ..eviction.press import Pressed, press
-from ..eviction.selection import Kept, allocation_of, check_room, choose, rank
+from ..eviction.fairness import Fair
+from ..eviction.layout import Layout, read_once
+from ..eviction.selection import Kept, Pressed, allocation_of, check_room, choose, press, rank
 from ..policies import Again, Policy
 from .action import Action
 from .chunks import check_chunks, cut

@@ -9,7 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -23,7 +23,7 @@ from .coverage import check_call
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
 from .masks import physical_mask
-from .threads import current_forward, local
+from .threads import local
 
 if TYPE_CHECKING:
     from .fixed import FixedCache
@@ -244,11 +244,11 @@ class Watched:
         return self.attended, None
 
 
-def watched(module: torch.nn.Module, attended: torch.Tensor | None, **given) -> Watched:
+def watched(module: torch.nn.Module, attended: torch.Tensor | None, **arguments) -> Watched:
     """What an attached decoder's attention module asks and returns if it is called so."""
-    before, local.forward = current_forward(), (watch := Watched(attended))
+    before, local.forward = local.forward, (watch := Watched(attended))
     try:
-        returned = module(**given)
+        returned = module(**arguments)
     finally:
         local.forward = before
     if not hasattr(watch, "query"):
@@ -259,8 +259,17 @@ def watched(module: torch.nn.Module, attended: torch.Tensor | None, **given) -> 
     return watch
 
 
+def attention_around(base: Callable, implementation: str | None) -> Callable:
+    """What this thread calls in place of an attention function: that itself, where there is nothing to do before or
+    after it."""
+    forward = local.forward
+    if forward is None or forward.is_plain:
+        return base
+    return partial(attention, base, implementation or "eager")
+
+
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
-    forward = current_forward()
+    forward = local.forward
     if isinstance(forward, Watched):
         return forward.attend(query, key, value)
     ticket = forward.collect(key, module) if forward is not None else None

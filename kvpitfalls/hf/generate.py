@@ -10,6 +10,7 @@ import torch
 from ..prompts.prompt import Prompt
 from .arguments import cache_argument
 from .cache import KeptCache
+from .given_prompts import pad_token
 from .offload import device_of
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
@@ -89,11 +90,6 @@ def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]
         for part, end in ((ids[: len(prompt)], n_context), (ids[len(prompt) :], width)):
             row[end - len(part) : end], seen[end - len(part) : end] = torch.as_tensor(part), 1
     return tokens, mask
-
-
-def pad_token(tokenizer: Any) -> int:
-    """What stands where a row has no token: nothing sees it, so any id of the vocabulary will do."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def check_generate(model, arguments: dict, action) -> None:
     if is_filled or (action is not None and action.acts):
         _check_mode(arguments, is_filled)
     if isinstance(cache, KeptCache) and is_filled:
-        _check_given(model, arguments, cache)
+        _check_goes_on(model, arguments, cache)
 
 
 def chunks_of(model, arguments: dict, action) -> Coming | None:
@@ -185,29 +185,29 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
         )
 
 
-def _check_given(model, arguments: dict, cache: KeptCache) -> None:
+def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
     """Raise unless the ids, or their embeddings, begin with what the cache has seen, and go on."""
-    given = next(
+    tokens = next(
         (x for name in ("inputs_embeds", "inputs", "input_ids") if (x := arguments.get(name)) is not None), None
     )
-    if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3):
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim not in (2, 3):
         return
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + given.shape[1]:
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == cache.n_seen + tokens.shape[1]:
         return  # new tokens alone: the mask says that they follow what the cache has seen
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) != len(given):
-        raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(given)}, as the ids have")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) != len(tokens):
+        raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(tokens)}, as the ids have")
     check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
-    _check_rows(len(given) * n_rows_of(config), len(cache.valid or ()))
-    if given.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
-        known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(given)
-    different = None if known is None else _first_difference(given, known, mask, cache.valid)
+    _check_rows(len(tokens) * n_rows_of(config), len(cache.valid or ()))
+    if tokens.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
+        known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(tokens)
+    different = None if known is None else _first_difference(tokens, known, mask, cache.valid)
     if different is not None:
-        raise ValueError(_difference(*different, given.shape[1], cache))
-    if given.shape[1] <= cache.n_seen:
+        raise ValueError(_difference(*different, tokens.shape[1], cache))
+    if tokens.shape[1] <= cache.n_seen:
         raise ValueError(
-            f"generate was given {given.shape[1]} tokens, all of which the cache has seen; expected at least one more "
+            f"generate was given {tokens.shape[1]} tokens, all of which the cache has seen; expected at least one more "
             "than its "
             f"{cache.n_seen}, or a copy made right after the prompt (cache.copy())"
         )
@@ -241,11 +241,11 @@ def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
     )
 
 
-def _first_difference(given, known, mask, valid) -> tuple[int, int] | None:
+def _first_difference(tokens, known, mask, valid) -> tuple[int, int] | None:
     """Row and place of the first token, or embedding, that is not the cache's; padding counts for none."""
-    n = min(given.shape[1], known.shape[1])
-    given = given[:, :n].to(known.device).repeat_interleave(len(known) // len(given), 0)
-    differs = given != known[:, :n]
+    n = min(tokens.shape[1], known.shape[1])
+    tokens = tokens[:, :n].to(known.device).repeat_interleave(len(known) // len(tokens), 0)
+    differs = tokens != known[:, :n]
     differs = differs.any(-1) if differs.ndim == 3 else differs
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         differs &= mask[:, :n].to(differs.device).bool().repeat_interleave(len(known) // len(mask), 0)

@@ -1,29 +1,49 @@
 """What a user may give as a prompt: token ids, prompts of this package, what a tokenizer returned; made one batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from ..eviction.arrays import Table
-from ..eviction.fairness import PROTECT_WORDS, Protect, Spans, listed, protected_positions
+from ..eviction.layout import PROTECT_WORDS, Protect, Spans, listed, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
-from .generate import pad_token
-from .outer import placeholders
+from .outer import others_of, placeholders
 
 AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
-Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Spans | None, Protect | None]  # see batch_of
+
+
+class Batch(NamedTuple):
+    """Prompts as a model takes them.
+
+    Attributes
+    ----------
+    ids : LongTensor (B, T)
+    mask : tensor (B, T), or None
+    spans : mapping, list of mappings, or None
+        Per row, the instructions.
+    protect : Protect, or None
+        As it applies to these rows.
+    others : mapping
+        What a processor returned beside ids and their mask.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    spans: Spans | None
+    protect: Protect | None
+    others: Mapping[str, Any] = {}
 
 
 def by_name(prompt: AnyPrompt | None, inputs: Mapping[str, Any]) -> Any:
     """The prompt, or what was given by name in its place."""
     if not inputs or (prompt is None and "input_ids" in inputs):
         return inputs or prompt
-    given = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
+    prompts = "no prompt" if prompt is None else f"a prompt and {sorted(inputs)[0]}"
     raise TypeError(
-        f"compress was given {given}; expected a prompt, or all that a tokenizer or a processor returned: "
+        f"compress was given {prompts}; expected a prompt, or all that a tokenizer or a processor returned: "
         "compress(**inputs)"
     )
 
@@ -39,11 +59,13 @@ def marked(prompt: object, instructions: Instructions) -> list[Prompt]:
     return [p.marked(instructions) for p in prompts]
 
 
-def batch_of(prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
-    """Token ids (B,T), mask, spans per row, and protection as it applies to them."""
+def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
+    """What a user gives as a prompt, made one batch."""
+    others: Mapping[str, Any] = {}
     if isinstance(prompt, Prompt):
         prompt = [prompt]
     if isinstance(prompt, Mapping):
+        others = others_of(model, prompt)
         prompt, attention_mask = _of_tokenizer(prompt, attention_mask)
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
@@ -56,36 +78,43 @@ def batch_of(prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None,
             f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)"
         )
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
-    return ids, mask, spans, action.protect
+    return Batch(ids, mask, spans, action.protect, others)
 
 
-def _of_tokenizer(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+def _of_tokenizer(encoding: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
     """Ids and mask of what a tokenizer returns."""
-    if "input_ids" not in given:
+    if "input_ids" not in encoding:
         raise ValueError(
-            f"prompt is a {type(given).__name__} with no input_ids; expected input_ids and at most an attention_mask"
+            f"prompt is a {type(encoding).__name__} with no input_ids; expected input_ids and at most an attention_mask"
         )
-    if attention_mask is not None and given.get("attention_mask") is not None:
+    if attention_mask is not None and encoding.get("attention_mask") is not None:
         raise ValueError("attention_mask was given twice, once in the prompt; expected it once")
-    return given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
+    return encoding["input_ids"], encoding.get("attention_mask") if attention_mask is None else attention_mask
 
 
-def _tensor(given: Any, name: str, expected: str) -> torch.Tensor:
+def _tensor(value: Any, name: str, expected: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(given)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is a {type(given).__name__} that is no tensor; expected {expected}") from error
+        raise TypeError(f"{name} is a {type(value).__name__} that is no tensor; expected {expected}") from error
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
     return tensor
 
 
-def check_ids(model: Any, ids: torch.Tensor) -> None:
-    """Refuse ids that the vocabulary lacks: a GPU's error for them ends the process's use of it."""
+def check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any]) -> None:
+    """Refuse ids that say that an image stands there, where none was given, and ids that the vocabulary lacks: a GPU's
+    error for them ends the process's use of it."""
+    placeholder_ids = placeholders(model)
+    if not others and (bare := sorted(placeholder_ids & set(ids.unique().tolist()))):
+        raise ValueError(
+            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
+            "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
+        )
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
         return
-    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholders(model)), dtype=ids.dtype, device=ids.device))]
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
     if not known.numel():
         return
     low, high = torch.stack(known.aminmax()).tolist()
@@ -97,11 +126,11 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
 
 def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
-    width = max(len(p) for p in prompts)
-    starts = [width - len(p) for p in prompts]
-    pad = pad_token(prompts[0].tokenizer)
-    ids = torch.tensor([[pad] * start + list(p.token_ids) for p, start in zip(prompts, starts, strict=True)])
-    mask = torch.tensor([[0] * start + [1] * len(p) for p, start in zip(prompts, starts, strict=True)])
+    rows, pad = [list(p.token_ids) for p in prompts], pad_token(prompts[0].tokenizer)
+    width = max(map(len, rows))
+    starts = [width - len(row) for row in rows]
+    ids = torch.tensor([[pad] * start + row for row, start in zip(rows, starts, strict=True)])
+    mask = torch.tensor([[0] * start + [1] * len(row) for row, start in zip(rows, starts, strict=True)])
     spans = [
         {s.name: (s.start + start, s.end + start) for s in p.spans.values()}
         for p, start in zip(prompts, starts, strict=True)
@@ -111,7 +140,12 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
         shielded = np.zeros((len(prompts), width), bool)
         for row, prompt, start in zip(shielded, prompts, starts, strict=True):
             row[[start + t for t in protected_in(prompt, action.protect, action.n_sink, action.limit)]] = True
-    return ids, mask if any(starts) else None, spans, shielded
+    return Batch(ids, mask if any(starts) else None, spans, shielded)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What stands where a row has no token: nothing sees it, so any id of the vocabulary will do."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
 def protected_in(prompt: Prompt, protect: Protect, n_sink: int, limit: Callable[[int], int]) -> list[int]:

@@ -19,8 +19,7 @@ import torch
 from ..eviction import ops
 from ..eviction.allocation import UNIFORM
 from ..eviction.budget import apportion, kept_tokens
-from ..eviction.fairness import Layout
-from ..eviction.plans import floors_of
+from ..eviction.layout import Layout
 from ..eviction.selection import check_room, rank
 from ..policies import Vote
 from .evict import Evict
@@ -154,8 +153,9 @@ class Hold(Evict):
         if any(end != n_token for _, end in valid):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
         layout = self.layout(n_row, n_token, valid)
+        split = layout.split(self.fair)
         for b, (begin, end) in enumerate(valid):
-            floors = sum(layout.floors(self.fair)[b])
+            floors = sum(split.floors[b])
             needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
             if floors and self.limit(end - begin) < needed:
                 raise ValueError(
@@ -163,7 +163,7 @@ class Hold(Evict):
                     f"{needed}: "
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
-        layout.segments(self.fair)
+        _ = split.segments  # raises where fairness has none to give
         check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
         return list(layout.spans)
 
@@ -174,7 +174,7 @@ class Hold(Evict):
         fronts = torch.tensor([begin for begin, _ in call.valid])
         counts, carried = torch.zeros(n_row, 0, dtype=torch.long), None
         if self.is_fair:
-            segments = layout.segments(self.fair)
+            segments = layout.split(self.fair).segments
             counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
             for b, row in enumerate(segments):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
@@ -237,9 +237,8 @@ class Hold(Evict):
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still
         has."""
         held, quotas = layer.held, []
-        segments, weights, names = (
-            part(self.fair) for part in (held.layout.segments, held.layout.weights, held.layout.names)
-        )
+        split = held.layout.split(self.fair)
+        segments, weights, names = split.segments, split.weights, split.names
         each = (held.rows.tolist(), held.front.tolist(), held.counts.tolist(), held.n_came(layer.seen), n_kept)
         for row, front, counts, n_came, total in zip(*each, strict=True):
             ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
@@ -249,7 +248,7 @@ class Hold(Evict):
             share = [*weights[row], *[0] * n_absent, 1]
             unmarked = [*[name is None for name in names[row]], *[False] * n_absent, True]
             rates = [Fraction(w) * n / have if have else 0 for w, n, have in zip(share, ever, now, strict=True)]
-            floors = [*held.layout.floors(self.fair)[row], *[0] * n_absent, min(1, now[-1])]  # the newest token stays
+            floors = [*split.floors[row], *[0] * n_absent, min(1, now[-1])]  # the newest token stays
             quotas.append(apportion(total, now, rates, floors, unmarked))
         return torch.tensor(quotas)
 
@@ -288,7 +287,8 @@ class Hold(Evict):
 
     def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
         """The best of each instruction above all, as many as its floor says."""
-        edges, floors = (torch.from_numpy(x)[held.rows] for x in floors_of(held.layout, self.fair))
+        split = held.layout.split(self.fair)
+        edges, floors = (torch.tensor(x)[held.rows] for x in (split.edges, split.floors_array))
         return best_first(scores, pos, held.front, edges, floors)
 
 

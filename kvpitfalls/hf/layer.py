@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import NotInterceptedError
 from ..eviction import ops
-from .threads import current_forward
+from .threads import local
 
 if TYPE_CHECKING:
     from ..eviction.selection import Ranked
@@ -132,7 +132,7 @@ class KeptLayer(DynamicLayer):
 
     def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
-        forward = current_forward()
+        forward = local.forward
         if forward is None or not forward.cache.holds(self):
             raise NotInterceptedError(
                 "a KeptCache was given to a model that is not wrapped; expected a call inside `with "

@@ -9,7 +9,6 @@ One forward of a wrapped decoder goes through :func:`_armed`, which sees to the 
 """
 
 import contextlib
-import functools
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -28,22 +27,15 @@ from .choices import check_choices
 from .coming import Coming, coming_to
 from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
 from .fixed import FixedCache
-from .forward import Forward, attention
+from .forward import Forward, attention_around
 from .generating import arguments_of, check_generate, chunks_of, generators_of
 from .masks import check_padding, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
-from .threads import current_forward, local
+from .threads import local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
-
-
-def _around(base, implementation):
-    forward = current_forward()
-    if forward is None or forward.is_plain:
-        return base
-    return functools.partial(attention, base, implementation or "eager")
 
 
 class _Attachment:
@@ -62,7 +54,7 @@ class _Attachment:
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
         self.namespaces = stand_ins.globals_of(self.own)
         self.around = Around(decoder, "forward", _armed)
-        stand_ins.put(self.namespaces, _around)
+        stand_ins.put(self.namespaces, attention_around)
         self.finalizer = weakref.finalize(decoder, stand_ins.abandon, self.namespaces)
         self.finalizer.atexit = False
 
@@ -185,7 +177,7 @@ def _attachment_of(model) -> _Attachment | None:
 @contextlib.contextmanager
 def paused(model) -> Iterator[None]:
     """Let this thread run a wrapped model as if it were not."""
-    before = getattr(local, "paused", ())
+    before = local.paused
     local.paused = (*before, decoder_of(model))
     try:
         yield
@@ -194,7 +186,7 @@ def paused(model) -> Iterator[None]:
 
 
 def _is_paused(decoder) -> bool:
-    return any(other is decoder for other in getattr(local, "paused", ()))
+    return any(other is decoder for other in local.paused)
 
 
 def _close_if_idle(attachment: _Attachment) -> None:
@@ -216,7 +208,7 @@ def _armed(decoder, forward, args, kwargs):
             "since a compressed "
             "cache changes shape"
         )
-    running, outer = _Running(), current_forward()
+    running, outer = _Running(), local.forward
     try:
         with stand_ins.lock:
             attachment.running.add(running)
@@ -251,11 +243,11 @@ def _generate(model, generate, args, kwargs):
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
         if cache.n_seen and (module := outer_of(model)) is not None:
-            given = next(
+            tokens = next(
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
             )
-            give_deltas(module, cache, len(given))
-    running, outer = _Running(decoder, attachment.wrap), getattr(local, "generating", ())
+            give_deltas(module, cache, len(tokens))
+    running, outer = _Running(decoder, attachment.wrap), local.generating
     try:
         with stand_ins.lock:
             attachment.running.add(running)
@@ -286,7 +278,7 @@ def _outer(module, forward, args, kwargs):
         return forward(*args, **kwargs)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     bound = {**bound, **bound.get("kwargs", {})}
-    cache, before = given_cache(bound)[1], getattr(local, "outer", None)
+    cache, before = given_cache(bound)[1], local.outer
     if (
         isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None
     ):  # else generate has made the positions
@@ -317,7 +309,7 @@ def _wrap_for(decoder, attachment: _Attachment):
 
 def _generating(decoder) -> _Running | None:
     """The innermost call of ``generate`` on this thread that runs a decoder."""
-    return next((call for call in reversed(getattr(local, "generating", ())) if call.decoder is decoder), None)
+    return next((call for call in reversed(local.generating) if call.decoder is decoder), None)
 
 
 def _refuse_batching(model, start, args, kwargs):
@@ -348,33 +340,11 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
     """The arguments, with our cache among them, and the forward's record; None if it is none of ours."""
     kwargs = under_one_name(attachment.cache_name, kwargs)
     bound = attachment.bind(args, kwargs)
-    name, cache = given_cache(bound)
     wrap = _wrap_for(decoder, attachment)
-    if not isinstance(cache, KeptCache):
-        if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
-            return args, kwargs, None
-        if cache is None:
-            if not _uses_cache(decoder, bound):
-                if wrap.action.acts:
-                    raise NotInterceptedError(
-                        "use_cache is False (an argument, or left in the model's config by training), so that nothing "
-                        "would be compressed; "
-                        "expected use_cache=True, or a call inside `with handle.paused()`"
-                    )
-                return args, kwargs, None
-            cache = wrap.make()
-            args, kwargs = attachment.with_cache(args, kwargs, cache)
-        else:
-            check_cache(cache, name)
-            cache.__class__ = KeptCache
-            wrap.make(cache)
-    elif cache.action is None and cache.n_seen == 0:
-        if wrap is None:
-            raise NotInterceptedError(
-                "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of "
-                "handle.new_cache()"
-            )
-        wrap.make(cache)
+    if (cache := _ours(decoder, wrap, bound)) is None:
+        return args, kwargs, None
+    if given_cache(bound)[1] is None:
+        args, kwargs = attachment.with_cache(args, kwargs, cache)
     if decoder.training and torch.is_grad_enabled():
         raise UnsupportedModelError("the model is in training mode with gradients on; expected model.eval()")
     if isinstance(cache, FixedCache) and _records_gradients(decoder, bound):
@@ -396,9 +366,38 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             cache.origin = cache.origin.filled_by(decoder)
         if (call := _generating(decoder)) is not None:
             call.cache = cache
-    if getattr(local, "outer", None) is not None and decoder in local.outer[0].children():
+    if local.outer is not None and decoder in local.outer[0].children():
         _note_outer(cache, record, len(_inputs(bound)))
     return args, kwargs, record
+
+
+def _ours(decoder, wrap, bound: dict) -> KeptCache | None:
+    """The cache of a forward: the given one, made ours if it is not, or a new one; None if the forward is none of
+    ours."""
+    name, cache = given_cache(bound)
+    if isinstance(cache, KeptCache):
+        if cache.action is None and cache.n_seen == 0:
+            if wrap is None:
+                raise NotInterceptedError(
+                    "the cache is empty and belongs to no wrap, so that nothing would be compressed; expected one of "
+                    "handle.new_cache()"
+                )
+            wrap.make(cache)
+        return cache
+    if wrap is None or _is_paused(decoder) or (decoder.training and not wrap.action.acts):
+        return None
+    if cache is not None:
+        check_cache(cache, name)
+        cache.__class__ = KeptCache
+        return wrap.make(cache)
+    if _uses_cache(decoder, bound):
+        return wrap.make()
+    if wrap.action.acts:
+        raise NotInterceptedError(
+            "use_cache is False (an argument, or left in the model's config by training), so that nothing would be "
+            "compressed; expected use_cache=True, or a call inside `with handle.paused()`"
+        )
+    return None
 
 
 def _ask_layers(decoder, record: Forward, bound: dict) -> None:
@@ -406,9 +405,9 @@ def _ask_layers(decoder, record: Forward, bound: dict) -> None:
     action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
     check_choices(decoder, modules, 1 if action is None else action.least_heads)
     if action is not None and action.reads_rotary:
-        given, positions = _inputs(bound), bound.get("position_ids")
+        tokens, positions = _inputs(bound), bound.get("position_ids")
         if positions is None:
-            positions = torch.arange(given.shape[1], device=given.device)[None]
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         record.rotaries = rotaries_of(decoder, modules, positions)
     if action is not None and action.reads_output:
         record.projections = projections_of(decoder, modules)

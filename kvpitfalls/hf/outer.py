@@ -37,10 +37,8 @@ def outer_of(model) -> torch.nn.Module | None:
     )
 
 
-def others_of(model, prompt) -> dict:
+def others_of(model, prompt: Mapping) -> dict:
     """What a processor returned beside ids and their mask, such as an image; raises if the model has no use for it."""
-    if not isinstance(prompt, Mapping):
-        return {}
     others = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}
     if is_multimodal(model):
         return others
@@ -49,16 +47,6 @@ def others_of(model, prompt) -> dict:
             f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask"
         )
     return {}
-
-
-def check_placeholders(model, ids: torch.Tensor, others: Mapping) -> None:
-    """Raise if ids say that an image stands there, and none was given."""
-    if not others and (bare := sorted(placeholders(model) & set(ids.unique().tolist()))):
-        raise ValueError(
-            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
-            "sound, but none was "
-            "given; expected all that the processor returned: handle.compress(processor(...))"
-        )
 
 
 def give_deltas(outer, cache: KeptCache, n_row: int) -> None:

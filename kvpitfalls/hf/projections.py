@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from ..errors import UnsupportedModelError
-from .alone import answered, called, embedding_of, given_to, options_of, same
+from .alone import answered, arguments_for, called, embedding_of, options_of, same
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-_found: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = (
+_known: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = (
     weakref.WeakKeyDictionary()
 )  # names, of modules that were tried
 
@@ -24,23 +24,23 @@ def projections_of(decoder, layers: Mapping[torch.nn.Module, int]) -> dict[torch
         If a module does something else with what it attended to than to project it.
     """
     for module, index in layers.items():
-        if module not in _found:
-            _found[module] = answered(decoder, index, "output projection", _tried, decoder, module, index)
-    return {module: partial(_by_head, getattr(module, _found[module])) for module in layers}
+        if module not in _known:
+            _known[module] = answered(decoder, index, "output projection", _tried, decoder, module, index)
+    return {module: partial(_by_head, getattr(module, _known[module])) for module in layers}
 
 
 @torch.no_grad()
 def _tried(decoder, module, index: int) -> str:
     """The name of this module's output projection."""
-    given, embedding = given_to(decoder, module), embedding_of(decoder)
+    arguments, embedding = arguments_for(decoder, module), embedding_of(decoder)
     if embedding is not None:
-        given["position_embeddings"] = embedding(
-            given["hidden_states"], given["position_ids"], **options_of(decoder, embedding, index)
+        arguments["position_embeddings"] = embedding(
+            arguments["hidden_states"], arguments["position_ids"], **options_of(decoder, embedding, index)
         )
-    draw = torch.randn(called(module, given).attended.shape, generator=torch.Generator().manual_seed(1)).to(
-        given["hidden_states"]
+    draw = torch.randn(called(module, arguments).attended.shape, generator=torch.Generator().manual_seed(1)).to(
+        arguments["hidden_states"]
     )
-    returned = called(module, given, draw).returned
+    returned = called(module, arguments, draw).returned
     for name in _NAMES:
         projection = getattr(module, name, None)
         if isinstance(projection, torch.nn.Module) and same(projection(draw.flatten(2)), returned, draw.dtype):

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..policies.rotary import Rotary
-from .alone import answered, called, embedding_of, given_to, options_of, same
+from .alone import answered, arguments_for, called, embedding_of, options_of, same
 
 _NAME = "apply_rotary_pos_emb"
 _widths: "weakref.WeakKeyDictionary[torch.nn.Module, int]" = weakref.WeakKeyDictionary()  # of layers that were tried
@@ -47,8 +47,8 @@ class LayerRotary(Rotary):
 
     def angles(self, positions, x):
         """See :class:`Rotary`; rounded as the model rounds them for an x of this type."""
-        given = x.reshape(1, -1, x.shape[-1])[:, :1]
-        return tuple(part.float().to(x.device) for part in self.embedding(given, positions, **self.options))
+        one_row = x.reshape(1, -1, x.shape[-1])[:, :1]
+        return tuple(part.float().to(x.device) for part in self.embedding(one_row, positions, **self.options))
 
     def turned(self, x, cos, sin):
         """See :class:`Rotary`."""
@@ -108,9 +108,9 @@ def _unknown(decoder, reason: str) -> UnsupportedModelError:
 
 def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
     """How many channels of each head this layer turns; raises if positions move it in any other way."""
-    given = given_to(decoder, module)
-    places, device = given["position_ids"], given["hidden_states"].device
-    angles = rotary.embedding(given["hidden_states"], places, **rotary.options)
+    arguments = arguments_for(decoder, module)
+    places, device = arguments["position_ids"], arguments["hidden_states"].device
+    angles = rotary.embedding(arguments["hidden_states"], places, **rotary.options)
     if not isinstance(angles, tuple) or not all(
         isinstance(part, torch.Tensor) and not part.is_complex() for part in angles
     ):
@@ -119,7 +119,7 @@ def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
     still = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
     calls = ((still, places), (still, places + 7), (angles, places))
     before, moved, after = (
-        called(module, {**given, "position_embeddings": by, "position_ids": at}).query for by, at in calls
+        called(module, {**arguments, "position_embeddings": by, "position_ids": at}).query for by, at in calls
     )
     dtype = before.dtype
     if same(before, moved, dtype) and same(before, after, dtype):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 lock = threading.Lock()  # held by who puts, takes or clears
-_there: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
+_replaced: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
 _abandoned: "collections.deque[list[dict]]" = (
     collections.deque()
 )  # globals of models that were freed while they were wrapped
@@ -54,7 +54,7 @@ def globals_of(modules) -> list[dict]:
 def put(namespaces: list[dict], around: Callable) -> None:
     """Put stand-ins in; ``around(function, implementation)`` is called with what each lookup finds."""
     for namespace in namespaces:
-        entry = _there.setdefault(id(namespace), [namespace, 0, {}])
+        entry = _replaced.setdefault(id(namespace), [namespace, 0, {}])
         entry[1] += 1
         if entry[1] == 1:
             _replace(namespace, entry[2], around)
@@ -75,11 +75,11 @@ def _replace(namespace: dict, originals: dict, around: Callable) -> None:
 def take(namespaces: list[dict]) -> None:
     """Undo one :func:`put`; the last one restores the originals."""
     for namespace in namespaces:
-        entry = _there[id(namespace)]
+        entry = _replaced[id(namespace)]
         entry[1] -= 1
         if entry[1] == 0:
             namespace.update(entry[2])
-            del _there[id(namespace)]
+            del _replaced[id(namespace)]
 
 
 def abandon(namespaces: list[dict]) -> None:

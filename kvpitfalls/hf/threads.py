@@ -1,14 +1,20 @@
 """What each thread is doing with wrapped models."""
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .forward import Forward
-
-local = threading.local()  # forward: the one that this thread is in; paused, outer and generating: see model.py
+    from .coming import Coming
 
 
-def current_forward() -> "Forward | None":
-    """The forward that this thread is in, if its decoder is wrapped and its cache is ours."""
-    return getattr(local, "forward", None)
+class _Local(threading.local):
+    """What a thread begins with; what sets it is in ``model.py``, but for ``coming``."""
+
+    forward: Any = None  # the Forward that it is in, if its decoder is wrapped and its cache is ours; or a Watched
+    coming: "Coming | None" = None  # the prompt that it brings to a cache in chunks
+    paused: tuple[Any, ...] = ()  # decoders that it runs as if they were not wrapped
+    generating: tuple[Any, ...] = ()  # calls of generate, the innermost last
+    outer: Any = None  # the module around a decoder whose forward it is in, and the ids that it was given
+
+
+local = _Local()

@@ -20,7 +20,8 @@ from ..display.progress import progress
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
-from ..eviction.fairness import AnyFair, Fair, Protect, Spans
+from ..eviction.fairness import AnyFair, Fair
+from ..eviction.layout import Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
 from ..policies import Again, Policy, get_policy
@@ -41,7 +42,7 @@ from .masks import valid_ranges
 from .model import attach, check_heads, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
-from .outer import check_placeholders, is_multimodal, others_of
+from .outer import is_multimodal
 from .report import Report
 
 
@@ -244,8 +245,7 @@ class Handle:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = by_name(prompt, inputs)
         prompt = prompt if instructions is None else marked(prompt, instructions)
-        others = others_of(self.model, prompt)
-        ids, mask, by_row, protect = batch_of(prompt, attention_mask, spans, self.action)
+        ids, mask, by_row, protect, others = batch_of(self.model, prompt, attention_mask, spans, self.action)
         if not len(ids):
             raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
@@ -408,12 +408,12 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     """
     caches = []
     for setting in settings:
-        ids, mask, spans, protect = batch_of(list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, replace(setting, spans=spans, protect=protect)))
+        batch = batch_of(model, list(prompts), None, None, setting)
+        caches.append(KeptCache(model.config, replace(setting, spans=batch.spans, protect=batch.protect)))
     attach(model)
     try:
         trunk = KeptCache(model.config, Fork(caches))
-        prefill(model, trunk, ids, mask)
+        prefill(model, trunk, batch.ids, batch.mask)
     finally:
         detach(model)
     for cache in caches:
@@ -437,8 +437,7 @@ def prefill(
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
-    check_placeholders(model, ids, others)
-    check_ids(model, ids)
+    check_ids(model, ids, others)
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
@@ -465,6 +464,6 @@ def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int]
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
     for begin, end in pairwise([0, *accumulate(sizes)]):
-        given = {} if mask is None else {"attention_mask": mask[:, :end]}
-        given |= {} if positions is None else {"position_ids": positions[:, begin:end]}
-        decoder(input_ids=input_ids[:, begin:end], **given, **others)
+        options = {} if mask is None else {"attention_mask": mask[:, :end]}
+        options |= {} if positions is None else {"position_ids": positions[:, begin:end]}
+        decoder(input_ids=input_ids[:, begin:end], **options, **others)

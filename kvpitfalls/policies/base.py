@@ -140,20 +140,20 @@ class Call:
     queries: Array | None = None
 
     @property
-    def _given(self) -> dict[str, Any]:
-        given = {"queries": self.queries, "votes": self.votes, "lse": self.lse, **self.params}
-        return {**given, "valid": self.inputs.valid_array}
+    def _arguments(self) -> dict[str, Any]:
+        arrays = {"queries": self.queries, "votes": self.votes, "lse": self.lse, "valid": self.inputs.valid_array}
+        return {**arrays, **self.params}
 
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
         with self._in_words_of_the_inputs():
-            return ops.score(self.scorer, self.inputs.keys, **self._given)
+            return ops.score(self.scorer, self.inputs.keys, **self._arguments)
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
         """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""
         plan: dict[str, Any] = {"segments": segments, "quotas": quotas, "protect": protect, "n_kept": n_kept}
         with self._in_words_of_the_inputs():
-            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._given)
+            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._arguments)
 
     @contextmanager
     def _in_words_of_the_inputs(self) -> Iterator[None]:

@@ -137,9 +137,9 @@ class ChunkKV(Policy):
 
     def _instructions(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
         if not spans or len(segments) > 1:
-            given = "no instructions" if not spans else "segments that have quotas"
+            marked = "no instructions" if not spans else "segments that have quotas"
             raise ValueError(
-                f"policy {self!r} was given {given}; expected instructions, and fair=False or a floor, since it keeps "
+                f"policy {self!r} was given {marked}; expected instructions, and fair=False or a floor, since it keeps "
                 "them whole"
             )
         edges = sorted({*valid, *(edge for span in spans for edge in span)})

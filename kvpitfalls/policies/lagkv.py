@@ -1,7 +1,7 @@
 """LagKV."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,4 +112,4 @@ def _weights(x: "torch.Tensor") -> "torch.Tensor":
     else:  # torch's std over the last dimension takes several times as long there
         scaled -= scaled.mean(-1, keepdim=True)
         spread = torch.linalg.vector_norm(scaled, dim=-1) / (x.shape[-1] - 1) ** 0.5
-    return cast("torch.Tensor", (spread * largest[..., 0]).softmax(-1))
+    return (spread * largest[..., 0]).softmax(-1)

@@ -46,8 +46,8 @@ class Random(Policy):
         """A row's scores (H, n): of each head's first key coarsely, since low bits may depend on the batch."""
         import torch
 
-        (n_head, n_token, n_dim), whole = keys.shape, {"dtype": torch.int64, "device": keys.device}
+        of_heads, of_tokens, of_dims = (torch.arange(n, device=keys.device) for n in keys.shape)
         salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
-        salts = mixed(salts + torch.arange(1, n_dim + 1, **whole) * STEP).sum(-1)
-        of_head = mixed(mixed(salts + torch.arange(n_head, **whole)) + (self.seed + STEP * n_token) % 2**62)
-        return (mixed(of_head[:, None] + torch.arange(n_token, **whole) * STEP) & 0xFFFFFF) * 2.0**-24
+        salts = mixed(salts + of_dims * STEP).sum(-1)
+        of_head = mixed(mixed(salts + of_heads) + (self.seed + STEP * keys.shape[1]) % 2**62)
+        return (mixed(of_head[:, None] + of_tokens * STEP) & 0xFFFFFF) * 2.0**-24

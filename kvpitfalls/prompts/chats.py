@@ -30,10 +30,10 @@ def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
         raise TypeError(
             f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content"
         )
-    given: list[Any] = list(messages)
-    if not given:
+    listed: list[Any] = list(messages)
+    if not listed:
         raise ValueError("messages is empty; expected at least one message")
-    for i, message in enumerate(given, first):
+    for i, message in enumerate(listed, first):
         if not isinstance(message, Mapping) or "role" not in message or not _has_content(message):
             raise ValueError(
                 f"message {i} is {short(message)}; expected a role and a content that is a str, or a list of parts "
@@ -53,7 +53,7 @@ def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
                 "makes of images goes to "
                 "handle.compress as it is"
             )
-    return [dict(message) for message in given]
+    return [dict(message) for message in listed]
 
 
 def _has_content(message: Message) -> bool:
@@ -294,9 +294,9 @@ def _render(
     return text, contents
 
 
-def short(given: object) -> str:
+def short(value: object) -> str:
     """What was given, on one line of bounded length."""
-    shown = repr(given if not isinstance(given, str) else given[:61])
+    shown = repr(value if not isinstance(value, str) else value[:61])
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 

@@ -1,0 +1,434 @@
+"""Where instructions stand in a batch, and what follows from it for every layer alike: segments, floors and quotas."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BudgetError
+from ..numbers import is_whole
+from . import ops
+from .arrays import Array, Int32, Table
+from .budget import apportion, floor_and_rest
+from .fairness import Fair
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class HasEdges(Protocol):
+    """A span, as a prompt has it."""
+
+    @property
+    def start(self) -> int:
+        """Its first token."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """One past its last token."""
+        ...
+
+
+Edges: TypeAlias = Sequence[int] | HasEdges
+Spans: TypeAlias = Mapping[str, Edges] | Iterable[Edges] | Sequence[Mapping[str, Edges] | None]  # see keep
+Protect: TypeAlias = str | int | Iterable[str | int] | Array  # see keep
+PROTECT_WORDS = ("sinks", "boundary")  # what ``protect`` knows beside names, texts and positions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in each row of a batch: the same for all layers, policies and budgets.
+
+    Attributes
+    ----------
+    n_token : int
+        T, padding included.
+    valid : list of (int, int)
+        Per row, the range of real tokens.
+    spans : list of dict of str to (int, int)
+        Per row, the instructions in order of position.
+    protected : list of list of int
+        Per row, the positions that are kept whatever their score.
+    splits, masks : dict
+        What was derived from this layout and is the same for every layer; filled as it is used.
+    """
+
+    n_token: int
+    valid: Sequence[tuple[int, int]]
+    spans: Sequence[Mapping[str, tuple[int, int]]]
+    protected: Sequence[Sequence[int]]
+    splits: dict[Fair, "Split"] = field(default_factory=dict, compare=False, repr=False)
+    masks: dict[str, Array | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        n_row: int,
+        n_token: int,
+        *,
+        valid: Table | None = None,
+        spans: Spans | None = None,
+        protect: Protect | None = None,
+        n_sink: int = 4,
+        limit: Callable[[int], int] | None = None,
+    ) -> "Layout":
+        """Check and complete what a caller gives; see :func:`keep`. ``limit``: of a row's real tokens, so many are
+        kept; for "boundary"."""
+        protect = read_once(protect)
+        if valid is None and spans is None and protect is None:
+            return _bare_layout(n_row, n_token)
+        ranges = [(0, n_token)] * n_row if valid is None else _ranges(valid)
+        if len(ranges) != n_row:
+            raise ValueError(f"valid has {len(ranges)} rows; expected {n_row}, as keys has")
+        for begin, end in ranges:
+            if not 0 <= begin < end <= n_token:
+                raise ValueError(
+                    f"valid holds [{begin}, {end}); expected a range that is not empty inside [0, {n_token})"
+                )
+        if _is_mask(protect) and tuple(protect.shape) not in ((n_token,), (n_row, n_token)):
+            raise ValueError(f"protect has shape {tuple(protect.shape)}; expected ({n_token},) or ({n_row}, {n_token})")
+        named = [
+            _named_spans(of_row, *of_valid) for of_row, of_valid in zip(_per_row(spans, n_row), ranges, strict=True)
+        ]
+        protected = [protected_positions(protect, b, *ranges[b], named[b], n_sink, limit) for b in range(n_row)]
+        return cls(n_token, ranges, named, protected)
+
+    @cached_property
+    def valid_array(self) -> Int32 | None:
+        """``valid`` as int32 (B, 2); None if all tokens are real."""
+        return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
+
+    def split(self, fair: Fair) -> "Split":
+        """The rows as this fairness cuts them; the same for equal ones."""
+        if fair not in self.splits:
+            self.splits[fair] = Split(fair, self.valid, self.spans, self.protected)
+        return self.splits[fair]
+
+    @cached_property
+    def mask(self) -> npt.NDArray[np.uint8] | None:
+        """The protected positions as uint8 (B,T); None if there are none."""
+        if not any(self.protected):
+            return None
+        mask = np.zeros((len(self.valid), self.n_token), np.uint8)
+        for row, positions in zip(mask, self.protected, strict=True):
+            row[list(positions)] = 1
+        return mask
+
+    def mask_beside(self, scores: Array) -> Array | None:
+        """:attr:`mask` where the scores are; copied to each GPU once, not at every layer."""
+        device = str(getattr(scores, "device", "cpu"))
+        if device not in self.masks:
+            self.masks[device] = None if self.mask is None else ops.beside(self.mask, scores)
+        return self.masks[device]
+
+
+class Plan(NamedTuple):
+    """Segments and quotas, as the core takes them."""
+
+    edges: Int32  # int32 (B,S+1)
+    quotas: Int32  # int32 (B,H,S)
+    n_kept: int  # the largest sum of quotas
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The rows of a layout, cut into the segments that one fairness gives quotas for: the same for all layers.
+
+    Attributes
+    ----------
+    fair : Fair
+    valid, spans, protected
+        See :class:`Layout`.
+    made : dict
+        What :meth:`once` made.
+    """
+
+    fair: Fair
+    valid: Sequence[tuple[int, int]]
+    spans: Sequence[Mapping[str, tuple[int, int]]]
+    protected: Sequence[Sequence[int]]
+    made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, or what it gave before for the same key."""
+        if key not in self.made:
+            self.made[key] = make()
+        return cast(T, self.made[key])
+
+    @cached_property
+    def segments(self) -> list[list[tuple[int, int]]]:
+        """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
+        if self.fair.rule == "paper":
+            for spans in self.spans:
+                _check_paper(spans)
+        if self.fair.is_biased:
+            return [[row] for row in self.valid]
+        return [[edges for _, edges in row] for row in self._named]
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether scores, too, are those of the authors' code."""
+        return self.fair.strength > 0 and self.fair.rule == "paper"
+
+    @cached_property
+    def judged(self) -> list[list[tuple[int, int]]]:
+        """Per row, what is scored apart: the segments, or the whole row where fairness is no more than a floor."""
+        segments = self.segments  # raises where fairness has none to give
+        return segments if self.fair.strength > 0 else [[row] for row in self.valid]
+
+    @cached_property
+    def names(self) -> list[list[str | None]]:
+        """Per row, the instruction that owns each segment; None for unmarked text."""
+        return [[name for name, _ in row] for row in self._named]
+
+    @cached_property
+    def _named(self) -> list[list[tuple[str | None, tuple[int, int]]]]:
+        return [_cut(spans, *valid, self.fair.template) for spans, valid in zip(self.spans, self.valid, strict=True)]
+
+    @cached_property
+    def weights(self) -> list[list[float]]:
+        """Per row, the weight of each segment; unmarked text weighs 1."""
+        weights = self.fair.weights or {}
+        for spans in self.spans:
+            if unknown := sorted(set(weights) - set(spans)):
+                raise ValueError(
+                    f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}"
+                )
+        return [[1.0 if name is None else weights.get(name, 1.0) for name in row] for row in self.names]
+
+    @cached_property
+    def floors(self) -> list[list[int]]:
+        """Per row, the tokens that each segment keeps at least: protected ones, and an instruction's ``min_tokens``."""
+        if self.fair.is_biased:
+            return [[len(of_row)] for of_row in self.protected]
+        rows = []
+        for segments, names, protected in zip(self.segments, self.names, self.protected, strict=True):
+            inside = np.searchsorted(protected, [edges for edges in segments])
+            least = [
+                0 if name is None else min(self.fair.min_tokens, end - begin)
+                for name, (begin, end) in zip(names, segments, strict=True)
+            ]
+            rows.append([max(n, int(after - before)) for n, (before, after) in zip(least, inside, strict=True)])
+        return rows
+
+    @cached_property
+    def edges(self) -> Int32:
+        """The segments as edges (B,S+1); rows with fewer segments end in empty ones."""
+        edges = np.empty((len(self.segments), max(map(len, self.segments)) + 1), np.int32)
+        for row, of_row in zip(edges, self.segments, strict=True):
+            row[0] = of_row[0][0]
+            row[1:] = of_row[-1][1]
+            row[1 : len(of_row) + 1] = [end for _, end in of_row]
+        return edges
+
+    @cached_property
+    def floors_array(self) -> Int32:
+        """``floors`` (B,S); rows with fewer segments have zeros at the end."""
+        n_segment = max(map(len, self.segments))
+        return np.array([row + [0] * (n_segment - len(row)) for row in self.floors], np.int32)
+
+    def check_room(self, budgets: Sequence[int]) -> None:
+        """Raise where a row's budget is smaller than what must be kept of it."""
+        for b, (n_kept, floors) in enumerate(zip(budgets, self.floors, strict=True)):
+            if sum(floors) > n_kept:
+                needed = f"min_tokens={self.fair.min_tokens} and protection need {sum(floors)}"
+                needed = needed if self.fair.min_tokens else f"{sum(floors)} are protected"
+                raise BudgetError(f"the budget of row {b} is {n_kept} tokens, but {needed}; expected at least that")
+
+    def quotas(self, budgets: Sequence[int]) -> Int32:
+        """Quotas (B,S) of fair shares, before any blending; rows with fewer segments have zeros at the end."""
+        quotas = np.zeros((len(budgets), max(map(len, self.segments))), np.int32)
+        rows = zip(self.segments, self.weights, self.names, self.floors, strict=True)
+        for b, (segments, weights, names, floors) in enumerate(rows):
+            lengths = [end - begin for begin, end in segments]
+            quotas[b, : len(segments)] = (
+                floor_and_rest(budgets[b], lengths, floors)
+                if self.fair.rule == "paper"
+                else apportion(budgets[b], lengths, weights, floors, [name is None for name in names])
+            )
+        return quotas
+
+    def whole_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
+        """The best of each row, wherever they are; raises where a budget has no room for what must be kept."""
+
+        def make() -> Plan:
+            self.check_room(budgets)
+            return plan_of(np.array(self.valid, np.int32), np.array(budgets, np.int32)[:, None], n_head)
+
+        return self.once(("whole", n_head, budgets), make)
+
+    def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
+        """The one that needs no scores: the policy's as published, or that of fair shares."""
+        whole = self.whole_plan(n_head, budgets)  # raises where there is no room
+        return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+
+    def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
+        """A quota for each segment."""
+        return self.once(("fair", n_head, budgets), lambda: plan_of(self.edges, self.quotas(budgets), n_head))
+
+
+def plan_of(edges: Int32, quotas: Int32, n_head: int) -> Plan:
+    """The plan of quotas (B,H,S), or (B,S) for every head."""
+    shaped = quotas if quotas.ndim == 3 else np.broadcast_to(quotas[:, None], (len(quotas), n_head, quotas.shape[-1]))
+    quotas = np.array(shaped, np.int32)
+    quotas.flags.writeable = edges.flags.writeable = False  # shared by all layers
+    return Plan(edges, quotas, int(quotas.sum(-1).max()))
+
+
+@lru_cache(maxsize=64)
+def _bare_layout(n_row: int, n_token: int) -> Layout:
+    if n_row < 1 or n_token < 1:
+        raise ValueError(f"keys hold {n_row} rows of {n_token} tokens; expected at least one of each")
+    return Layout(n_token, [(0, n_token)] * n_row, [{}] * n_row, [[]] * n_row)
+
+
+def _ranges(valid: Table) -> list[tuple[int, int]]:
+    """Rows (begin, end) of whole numbers."""
+    rows: Any = valid
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
+    out = []
+    for row in rows:
+        pair = tuple(row) if isinstance(row, Iterable) and not isinstance(row, (str, bytes)) else (row,)
+        if len(pair) != 2 or not all(map(is_whole, pair)):
+            raise TypeError(f"valid holds {row!r}; expected (begin, end), whole numbers")
+        out.append((int(pair[0]), int(pair[1])))
+    return out
+
+
+def _is_mask(protect: object) -> TypeGuard[Array]:
+    return "bool" in str(getattr(protect, "dtype", ""))
+
+
+def _per_row(spans: Spans | None, n_row: int) -> list[Any]:
+    if spans is None or isinstance(spans, Mapping):
+        return [spans] * n_row
+    if isinstance(spans, (str, bytes)) or not isinstance(spans, Iterable):
+        raise TypeError(f"spans is {spans!r}; expected (start, end) pairs, by name or in a list")
+    rows = list(spans)
+    if all(row is None or isinstance(row, Mapping) for row in rows) and rows:
+        if len(rows) != n_row:
+            raise ValueError(f"spans has {len(rows)} rows; expected {n_row}, as keys has")
+        return rows
+    return [rows] * n_row
+
+
+def _named_spans(
+    spans: Mapping[str, Edges] | Sequence[Edges] | None, low: int, high: int
+) -> dict[str, tuple[int, int]]:
+    """Spans as names -> pairs, checked, in order of position."""
+    items = (
+        []
+        if spans is None
+        else list(spans.items())
+        if isinstance(spans, Mapping)
+        else [(f"span {i}", s) for i, s in enumerate(spans)]
+    )
+    if wrong := [name for name, _ in items if not isinstance(name, str)]:
+        raise TypeError(f"spans name {wrong[0]!r}; expected names that are texts")
+    out = dict(sorted(((name, _edges(name, span)) for name, span in items), key=lambda item: item[1]))
+    last_name, last_end = None, low
+    for name, (begin, end) in out.items():
+        if not low <= begin <= end <= high:
+            raise ValueError(f"span {name!r} is [{begin}, {end}); expected a range inside [{low}, {high})")
+        if begin < last_end:
+            raise ValueError(f"span {name!r} starts at {begin}, inside span {last_name!r}, which ends at {last_end}")
+        last_name, last_end = name, end
+    return out
+
+
+def _edges(name: str, span: Edges) -> tuple[int, int]:
+    pair = (span.start, span.end) if isinstance(span, HasEdges) else span
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair)):  # a range of two is none
+        return int(pair[0]), int(pair[1])
+    raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
+
+
+def _cut(
+    spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str
+) -> list[tuple[str | None, tuple[int, int]]]:
+    """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
+    if not spans:
+        raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
+    names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]
+    if template == "absorb":
+        return [(name, (b, e)) for name, b, e in zip(names, [low, *starts[1:]], [*starts[1:], high], strict=True)]
+    pieces: list[tuple[str | None, tuple[int, int]]] = []
+    for name, begin, end in zip([*names, None], [*starts, high], [*ends, high], strict=True):
+        if low < begin:
+            pieces.append((None, (low, begin)))
+        if name is not None:
+            pieces.append((name, (begin, end)))
+        low = end
+    return pieces
+
+
+def _check_paper(spans: Mapping[str, tuple[int, int]]) -> None:
+    edges = list(spans.values())
+    if len(edges) != 2 or edges[0][1] != edges[1][0]:
+        shown = ", ".join(f"{name} [{b}, {e})" for name, (b, e) in spans.items()) or "none"
+        raise ValueError(
+            f"fair='paper' expects exactly two instructions that touch; given: {shown}. fair=True takes any number, "
+            "with gaps"
+        )
+
+
+def read_once(items: Any) -> Any:
+    """What an iterator gives, as a list, since whoever asks it again gets nothing; anything else as it is."""
+    return list(items) if isinstance(items, Iterator) else items
+
+
+def listed(protect: Protect | None) -> list[Any]:
+    """The items of what ``protect`` accepts."""
+    if protect is None:
+        return []
+    return [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else list(protect)
+
+
+def protected_positions(
+    protect: Protect | None,
+    b: int,
+    low: int,
+    high: int,
+    spans: Mapping[str, tuple[int, int]],
+    n_sink: int,
+    limit: Callable[[int], int] | None,
+) -> list[int]:
+    """Protected positions of row b: "sinks", "boundary", span names, positions, or a bool mask (T,) or (B,T).
+
+    Notes
+    -----
+    "boundary", a tenth of the budget at each end of the row: arXiv 2605.18053.
+    """
+    if protect is None:
+        return []
+    if _is_mask(protect):
+        mask = np.asarray(protect)
+        return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
+    positions: set[int] = set()
+    for item in listed(protect):
+        if isinstance(item, str):
+            if item in spans:
+                positions.update(range(*spans[item]))
+            elif item == "sinks":
+                positions.update(range(low, min(low + n_sink, high)))
+            elif item == "boundary" and limit is not None:
+                n_end = limit(high - low) // 10
+                positions.update(range(low, min(low + n_end, high)), range(max(high - n_end, low), high))
+            else:
+                raise ValueError(
+                    f"protect names {item!r}; expected 'sinks', 'boundary', a position, or one of the spans: "
+                    f"{', '.join(spans) or 'none given'}"
+                )
+        elif is_whole(item):
+            if not low <= item < high:
+                raise ValueError(f"protect holds position {item}; expected one inside [{low}, {high})")
+            positions.add(int(item))
+        else:
+            raise ValueError(f"protect holds {item!r}; expected 'sinks', 'boundary', span names or positions")
+    return sorted(positions)
