@@ -8,6 +8,7 @@ what two and four rows take at their peak says how many should, and so many are 
 """
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def whole(model, n_token: int) -> int:
 
 def peak(model, n_row: int, n_token: int, ratio: float, policy: str) -> int | None:
     """Bytes at the peak of a prefill in chunks, the weights included; None if they are not there."""
+    gc.collect()  # what the run before left in circles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
@@ -80,7 +82,7 @@ def main() -> None:
             + ", ".join(f"{name} {of / 1e9:.2f} GB" for name, of in peaks.items()),
             flush=True,
         )
-        for ratio in (0.0, args.ratio):
+        for ratio in (args.ratio, 0.0):
             out[f"rows at {ratio}"] = fit = rows_that_fit(model, args.tokens, ratio, args.policy)
             print(f"rows of {args.tokens} at ratio {ratio}: {fit}", flush=True)
     if args.json:

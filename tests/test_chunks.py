@@ -12,11 +12,14 @@ from model_sweep import not_refused
 from packaging.version import parse as release
 from tiny_models import build, feed, ids, masked_like
 from tiny_policies import EVERY
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import kvpitfalls as kvp
+from kvpitfalls.hf import masks
 from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.coverage import decoder_of
+from kvpitfalls.hf.layer import Slots
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 N_PROMPT, SIZE, AFTER = 26, 7, [1, 3, 1]
@@ -106,6 +109,65 @@ def test_evicting_between_chunks_equals_masking_in_the_same_chunks(model, policy
     torch.testing.assert_close(evicted, hidden, **CLOSE)
     whole = feed(model, tokens, [N_PROMPT, *AFTER], DynamicCache(config=model.config), mask)[:, N_PROMPT:]
     assert not torch.allclose(evicted, whole, atol=1e-3), "eviction changed nothing, so the comparison says nothing"
+
+
+class Sizes(TorchDispatchMode):
+    """Shapes that were gathered from."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathered = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.gather.default:
+            self.gathered.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_large_chunk_has_one_mask_for_all_heads(name, implementation, padded, monkeypatch):
+    """Which is the mask that each head's would be, so answers are the same."""
+    model, tokens, caches, gathered = build(name, implementation), ids(2, 30), [], []
+    mask = left_pad() if padded else torch.ones(2, 30, dtype=torch.long)
+    for large in (math.inf, 0):
+        monkeypatch.setattr(masks, "_LARGE", large)
+        with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle, Sizes() as sizes:
+            cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], prefill_chunk_size=SIZE)
+            caches.append((cache, feed(model, tokens, [4], cache.copy(), mask, start=N_PROMPT)))
+        gathered.append(sum(shape[2] > 1 and len(shape) == 4 and shape[3] > 16 for shape in sizes.gathered))
+    assert torch.equal(*(logits for _, logits in caches))
+    for one, other in zip(*(cache.kept_layers for cache, _ in caches), strict=True):
+        assert torch.equal(one.pos, other.pos) and torch.equal(one.keys, other.keys)
+    assert gathered[0] > 0 == gathered[1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_a_mask_for_all_heads_is_each_heads_own(kind, seed, monkeypatch):
+    """Also where a token is hidden from some of a chunk, where windows slide, and where heads hold unequally many."""
+    generator, n_new, n_old = torch.Generator().manual_seed(seed), 5, 12
+    pos = torch.stack([torch.randperm(n_old, generator=generator)[:7] for _ in range(6)]).reshape(2, 3, 7)
+    lives = [
+        None,
+        torch.ones(2, 3, 7, dtype=torch.bool),
+        torch.rand(2, 1, 7, generator=generator).expand(2, 3, 7) < 0.7,
+    ]
+    lives.append(torch.rand(2, 3, 7, generator=generator) < 0.7)
+    query = torch.zeros(2, 6, n_new, 4)
+    causal = torch.ones(n_new, n_old + n_new).tril(n_old).bool()
+    hidden = causal & (torch.rand(2, 1, n_new, n_old + n_new, generator=generator) < 0.9)
+    for visible in [causal[None, None], causal.triu(n_old - 6)[None, None], hidden]:
+        bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        mask = {"none": None, "bool": visible, "additive": bias}[kind]
+        for live in lives:
+            slots = Slots(pos, live, n_new, n_old + n_new)
+            made = []
+            for large in (math.inf, 0):
+                monkeypatch.setattr(masks, "_LARGE", large)
+                made.append(masks.physical_mask(slots, mask, query, "eager" if kind == "additive" else "sdpa"))
+            assert torch.equal(made[1].expand_as(made[0]), made[0])
 
 
 @pytest.mark.parametrize("protect", [None, "sinks", "second"])
