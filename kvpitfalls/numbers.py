@@ -1,8 +1,11 @@
 """Numbers that callers give, looked at in one way everywhere. True and False are none."""
 
+import sys
 from typing import TypeGuard
 
 import numpy as np
+
+MOST, _LARGEST = 2**63 - 1, sys.float_info.max
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -11,8 +14,10 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether it is a number, Python's or NumPy's; it may be infinite or NaN."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    """Whether it is a number, Python's or NumPy's; it may be infinite or NaN, but no whole number beyond all floats."""
+    if isinstance(value, (float, np.floating)):
+        return True
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) <= _LARGEST
 
 
 def as_written(number: float) -> float:
@@ -23,5 +28,10 @@ def as_written(number: float) -> float:
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise ValueError unless it is a whole number of Python's, at least ``least``: settings are hashed, printed and
     written to files."""
-    if not is_whole(value) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+    if not is_whole(value) or not isinstance(value, int) or not least <= value <= MOST:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}{beyond(value)}")
+
+
+def beyond(value: object) -> str:
+    """For a sentence's end, where a whole number is refused for its size."""
+    return f" and at most {MOST}" if isinstance(value, int) and value > MOST else ""

@@ -8,7 +8,29 @@ from bad_inputs import HUGE, KEYS, QUERIES, SPANS, expected, torched
 import kvpitfalls as kvp
 from kvpitfalls import BudgetError
 
+BEYOND = 2**70 + 1  # more than any machine counts
+
 KEEP = [
+    (
+        lambda e: kvp.keep("knorm", KEYS, budget=BEYOND),
+        ValueError,
+        f"budget is {BEYOND}; expected a whole number of tokens, at least 1 and at most {2**63 - 1}",
+    ),
+    (
+        lambda e: kvp.SnapKV(window_size=BEYOND),
+        ValueError,
+        f"window_size is {BEYOND}; expected a whole number, at least 1 and at most {2**63 - 1}",
+    ),
+    (
+        lambda e: kvp.keep("snapkv", KEYS, QUERIES, budget=3, scaling=10**400),
+        TypeError,
+        f"scaling is {10**400}; expected a",
+    ),
+    (
+        lambda e: kvp.keep("snapkv", KEYS, QUERIES, budget=3, softcap=10**400),
+        TypeError,
+        f"softcap is {10**400}; expected a",
+    ),
     (
         lambda e: kvp.keep("knorm", None, budget=3),
         TypeError,

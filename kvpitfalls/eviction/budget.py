@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..numbers import is_real, is_whole
+from ..numbers import MOST, beyond, is_real, is_whole
 from .arrays import Int32
 
 IntArray: TypeAlias = npt.NDArray[Any]  # whole numbers; of Python's where NumPy's are too small
@@ -34,8 +34,8 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
             "given"
         )
     if budget is not None:
-        if not is_whole(budget) or budget < 1:
-            raise ValueError(f"budget is {budget!r}; expected a whole number of tokens, at least 1")
+        if not is_whole(budget) or not 1 <= budget <= MOST:
+            raise ValueError(f"budget is {budget!r}; expected a whole number of tokens, at least 1{beyond(budget)}")
     elif not is_real(compression_ratio) or not 0 <= compression_ratio < 1:
         raise ValueError(f"compression_ratio is {compression_ratio!r}; expected the share removed, a number in [0, 1)")
 
