@@ -7,6 +7,7 @@ import io
 import pathlib
 import pickle
 import re
+import sys
 import types
 
 import numpy as np
@@ -293,3 +294,45 @@ def test_wraps_that_protect_other_tokens_have_other_settings(llama, library):
         with kvp.wrap(llama, "knorm", budget=6, protect=library(mask)) as handle:
             settings.append(handle.new_cache().origin.settings)
     assert settings[0] == settings[2] != settings[1]
+
+
+class Interrupt:
+    """Ctrl-C at the n-th line that the package runs."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, frame, event, argument):
+        if "kvpitfalls" not in frame.f_code.co_filename or self.left < 0:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("start", [0, 11, 23])
+def test_an_interrupt_while_a_wrap_is_put_on_leaves_a_model_that_answers_and_can_be_wrapped(llama, start):
+    """At whatever line: the answers are the plain model's, and the next wrap compresses as one of a new model."""
+    tokens, n, n_struck = ids(1, N_PROMPT), start, 0
+    plain = llama(tokens).logits
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        kept = [layer.pos for layer in handle.compress(tokens).kept_layers]
+    while True:
+        sys.settrace(Interrupt(n))
+        try:
+            handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+        except KeyboardInterrupt:
+            n_struck += 1
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        assert torch.equal(llama(tokens).logits, plain), n
+        with kvp.wrap(llama, "knorm", compression_ratio=0.5) as again:
+            held = again.compress(tokens).kept_layers
+            assert all(torch.equal(layer.pos, of_layer) for layer, of_layer in zip(held, kept, strict=True)), n
+        n += 37
+    handle.remove()
+    assert n_struck > 20

@@ -62,5 +62,5 @@ kvp_status kvp_register_backend(const kvp_backend *backend) {
 
 int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype) {
     const kvp_backend *backend = kvpi_backend_for(device);
-    return backend && kvpi_is_float(dtype) && kvpi_scorer_at(scorer);
+    return backend && kvpi_is_float(dtype) && kvpi_scorer_at(scorer) && backend->score[scorer] != NULL;
 }

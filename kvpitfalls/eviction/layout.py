@@ -354,7 +354,10 @@ def _cut(
 ) -> list[tuple[str | None, tuple[int, int]]]:
     """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
     if not spans:
-        raise ValueError("fair eviction needs the instructions' places; expected spans, or a Prompt with instructions")
+        raise ValueError(
+            "fair eviction needs the instructions' places; expected spans, or a Prompt with instructions, as keep and "
+            "a wrap's compress take them"
+        )
     names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]
     if template == "absorb":
         return [(name, (b, e)) for name, b, e in zip(names, [low, *starts[1:]], [*starts[1:], high], strict=True)]

@@ -5,7 +5,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,15 @@ import torch
 
 def _same(value):
     return value
+
+
+def take_away_all(model: torch.nn.Module, but: Sequence["Around"] = ()) -> None:
+    """Take away what stands on a model's modules and nobody knows any more: an interrupt may have come before it was
+    noted. ``but``: those that are known."""
+    known = {id(around) for around in but}
+    for around in [x for module in model.modules() for x in vars(module).values() if isinstance(x, Around)]:
+        if id(around) not in known:
+            around.take_away()
 
 
 class Around:

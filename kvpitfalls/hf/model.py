@@ -21,7 +21,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
 from .again import plan
 from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
-from .around import Around
+from .around import Around, take_away_all
 from .cache import KeptCache
 from .choices import check_choices
 from .coming import Coming, coming_to
@@ -117,6 +117,7 @@ def attach(model) -> _Attachment:
         decoder = decoder_of(model)
         attachment = _attached.get(decoder)
         if attachment is None:
+            take_away_all(model, but=[x for other in list(_attached.values()) for x in (other.around, *other.others)])
             attachment = _attached[decoder] = _Attachment(model)
         attachment.override(model)
         attachment.count += 1
@@ -157,14 +158,13 @@ def take_wrap(attachment: _Attachment | None, wrap=None) -> None:
 
 def release(model) -> None:
     """Take away whatever wraps a model."""
-    attachment = _attachment_of(model)
+    attachment = attachment_of(model)
     take_wrap(attachment)
     if attachment is None:  # or what is left of it, where its decoder was replaced and freed
-        for around in [x for module in model.modules() for x in vars(module).values() if isinstance(x, Around)]:
-            around.take_away()
+        take_away_all(model)
 
 
-def _attachment_of(model) -> _Attachment | None:
+def attachment_of(model) -> _Attachment | None:
     """What a model is wrapped with; also where its decoder was replaced since."""
     decoder, modules = decoder_of(model), list(model.modules())
     if (attachment := _attached.get(decoder)) is not None:

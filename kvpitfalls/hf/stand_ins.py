@@ -52,23 +52,25 @@ def globals_of(modules) -> list[dict]:
 
 
 def put(namespaces: list[dict], around: Callable) -> None:
-    """Put stand-ins in; ``around(function, implementation)`` is called with what each lookup finds."""
+    """Put stand-ins in; ``around(function, implementation)`` is called with what each lookup finds.
+
+    They are counted once they are there, and put again where an interrupt came between: what it leaves is a stand-in
+    more, which lets all calls through, and never a count without one.
+    """
     for namespace in namespaces:
         entry = _replaced.setdefault(id(namespace), [namespace, 0, {}])
-        entry[1] += 1
-        if entry[1] == 1:
+        if entry[1] == 0:
             _replace(namespace, entry[2], around)
+        entry[1] += 1
 
 
 def _replace(namespace: dict, originals: dict, around: Callable) -> None:
-    real = namespace["ALL_ATTENTION_FUNCTIONS"]
-    originals["ALL_ATTENTION_FUNCTIONS"] = real
+    real = originals.setdefault("ALL_ATTENTION_FUNCTIONS", namespace["ALL_ATTENTION_FUNCTIONS"])
     namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real, around)
     if not hasattr(
         real, "get_interface"
     ):  # before transformers 5.0 eager is a plain global, not looked up in the registry
-        eager = namespace["eager_attention_forward"]
-        originals["eager_attention_forward"] = eager
+        eager = originals.setdefault("eager_attention_forward", namespace["eager_attention_forward"])
         namespace["eager_attention_forward"] = lambda *args, **kwargs: around(eager, "eager")(*args, **kwargs)
 
 

@@ -39,7 +39,7 @@ from .given_prompts import AnyPrompt, batch_of, by_name, check_ids, marked
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import attach, check_heads, detach, paused, put_wrap, release, take_wrap
+from .model import attach, attachment_of, check_heads, detach, paused, put_wrap, release, take_wrap
 from .offload import device_of
 from .origin import Origin
 from .outer import is_multimodal
@@ -167,11 +167,11 @@ class Handle:
     def __init__(self, model: Any, action: Evict) -> None:
         check_model(model)
         self.model, self.action, self._caches = model, action, _Caches(model.config, action)
-        self._attachment = put_wrap(model, self._caches)
         try:
+            self._attachment = put_wrap(model, self._caches)
             check_heads(self._attachment, model, action)
         except BaseException:  # an interrupt, too: the model is left as it was
-            self.remove()
+            take_wrap(attachment_of(model), self._caches)
             raise
 
     def __enter__(self) -> "Handle":
