@@ -19,7 +19,7 @@ NATIVE_TESTS = TREE / "native-tests"
 LIMITS = {"native": 60, "pytest": 600}  # seconds: a fault that makes a test run for ever is noticed, too
 
 
-def read_mutants(paths):
+def read_mutants(paths=()):
     mutants = tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text())["mutant"]
     if unknown := set(paths) - {mutant["path"] for mutant in mutants}:
         sys.exit(f"mutants.toml has no fault of {', '.join(sorted(unknown))}")
@@ -66,11 +66,21 @@ def link():
     subprocess.run(["cc", *(TREE / "objects").glob("*.o"), "-lm", "-lpthread", "-o", NATIVE_TESTS], check=True)
 
 
-def build_native():
-    (TREE / "objects").mkdir()
+def native_sources():
     core = [path for path in sorted((TREE / "csrc").rglob("*.c")) if path.parent.name not in ("python", "examples")]
     tests = [*sorted((TREE / "tests/native").glob("*.c")), *sorted((TREE / "tests/fuzz").glob("*.c"))]
-    for source in [*core, *(path for path in tests if path.name != "libfuzzer.c")]:
+    return [*core, *(path for path in tests if path.name != "libfuzzer.c")]
+
+
+def compile_after(path):
+    """What a change of this file changes: a header may be anybody's."""
+    for source in native_sources() if path.suffix == ".h" else [path] if path.suffix == ".c" else []:
+        compile_one(source)
+
+
+def build_native():
+    (TREE / "objects").mkdir()
+    for source in native_sources():
         compile_one(source)
     link()
 
@@ -94,14 +104,13 @@ def is_killed(mutant):
     path = TREE / mutant["path"]
     path.write_text(mutate(mutant))
     try:
-        if path.suffix == ".c":
-            compile_one(path)
+        if path.suffix in (".c", ".h"):
+            compile_after(path)
             link()
         return not passes(commands_of(mutant))
     finally:
         shutil.copy(ROOT / mutant["path"], path)
-        if path.suffix == ".c":
-            compile_one(path)
+        compile_after(path)
 
 
 def main():
