@@ -10,7 +10,8 @@ do not choose for themselves.
 `search` runs, or resumes, three steps on the suite's 200 prompts, every second one for each half. Narrow: every policy
 under every mode of MODES, on the first prompts of the train half. Finalists: the best of those, on the whole train half.
 Held out: the best of these, on the other half, once. What a setting is judged by is its worst shortfall of the goal in
-results_page.py, over refused, recall, follow and refused task. `causes` puts one instruction's evicted rows back, on held-out
+results_page.py, over refused, recall, follow and refused task. `--narrow benchmarks/cards/search/narrow.json` begins with
+the second step, by what the first one found. `causes` puts one instruction's evicted rows back, on held-out
 prompts, and measures how far the full cache's answers return. Both write JSON into DIR. `page` tells of the first two steps:
 nobody has run the third on a model that obeys.
 """
