@@ -119,7 +119,7 @@ def test_caches_and_modes_are_refused(llama):
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 29\); expected \(2, 30\)"):
             handle.compress(ids(), attention_mask=torch.ones(2, 29))
         for n_token in (0, 1):
-            with pytest.raises(ValueError, match=rf"the prompt has {n_token} tokens; expected at least 2"):
+            with pytest.raises(ValueError, match=rf"the prompt has {n_token} tokens?; expected at least 2"):
                 handle.compress(ids(1, n_token))
         with pytest.raises(ValueError, match="a prompt has 1 token"):
             handle.compress(ids(2, 5), attention_mask=torch.tensor([[0, 0, 0, 0, 1], [1] * 5]))

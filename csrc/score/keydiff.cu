@@ -12,7 +12,7 @@ extern "C" {
 #include "score.h"
 }
 
-enum { THREADS = 256, IN_FLIGHT = 4 };
+enum { THREADS = 256 };
 enum { LEAST_PIECE = 256, MOST_PIECES = 128 }; /* tokens; pieces of a range of all tokens */
 enum { SHORTEST = 3 };                         /* as in keydiff.c, and so are these: */
 #define LOW_NORM 0x1p-30f
@@ -79,6 +79,7 @@ template <int LANES> __device__ __forceinline__ float sum_of_lanes(float x) {
 /* CHUNKS times 16 bytes a lane of one key: lane, lane + LANES, ... */
 template <typename T, int LANES, int CHUNKS> struct wide_key {
     enum { EACH = 16 / sizeof(T) };
+    enum { AT_ONCE = CHUNKS > 2 ? 2 : 4 }; /* such keys in flight, as many as registers hold */
     uint4 chunk[CHUNKS];
     __device__ __forceinline__ void load(const keydiff_job &j, const place &at, int t, int lane) {
         const uint4 *from = (const uint4 *)kvpg_row(j.keys, at.b, at.h, t);
@@ -110,18 +111,18 @@ template <typename T, int LANES, int CHUNKS> __global__ void __launch_bounds__(T
     sum_wide(const __grid_constant__ keydiff_job j) {
     kvpg_follow();
     typedef wide_key<T, LANES, CHUNKS> key_type;
-    enum { WIDTH = CHUNKS * key_type::EACH, KEYS = THREADS / LANES };
+    enum { WIDTH = CHUNKS * key_type::EACH, KEYS = THREADS / LANES, AT_ONCE = key_type::AT_ONCE };
     __shared__ float parts[KEYS][WIDTH * LANES];
     const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES;
     place at;
     if (!find_place(j, &at)) return;
     float sum[WIDTH] = {};
-    for (int first = at.begin; first < at.end; first += KEYS * IN_FLIGHT) {
-        key_type key[IN_FLIGHT];
+    for (int first = at.begin; first < at.end; first += KEYS * AT_ONCE) {
+        key_type key[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) key[i].load(j, at, first + i * KEYS + own, lane);
+        for (int i = 0; i < AT_ONCE; i++) key[i].load(j, at, first + i * KEYS + own, lane);
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
+        for (int i = 0; i < AT_ONCE; i++) {
             float factor;
             const float weight = key[i].weight(&factor);
 #pragma unroll
@@ -143,7 +144,7 @@ template <typename T, int LANES, int CHUNKS> __global__ void __launch_bounds__(T
     compare_wide(const __grid_constant__ keydiff_job j) {
     kvpg_follow();
     typedef wide_key<T, LANES, CHUNKS> key_type;
-    enum { WIDTH = CHUNKS * key_type::EACH, KEYS = THREADS / LANES };
+    enum { WIDTH = CHUNKS * key_type::EACH, KEYS = THREADS / LANES, AT_ONCE = key_type::AT_ONCE };
     const int lane = threadIdx.x % LANES, own = threadIdx.x / LANES;
     place at;
     if (!find_place(j, &at)) return;
@@ -154,12 +155,12 @@ template <typename T, int LANES, int CHUNKS> __global__ void __launch_bounds__(T
         const int d = (lane + e / key_type::EACH * LANES) * key_type::EACH + e % key_type::EACH;
         mean[e] = d < j.n_dim ? __ldcg(from + d) : 0;
     }
-    for (int first = at.begin; first < at.end; first += KEYS * IN_FLIGHT) {
-        key_type key[IN_FLIGHT];
+    for (int first = at.begin; first < at.end; first += KEYS * AT_ONCE) {
+        key_type key[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) key[i].load(j, at, first + i * KEYS + own, lane);
+        for (int i = 0; i < AT_ONCE; i++) key[i].load(j, at, first + i * KEYS + own, lane);
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
+        for (int i = 0; i < AT_ONCE; i++) {
             const int t = first + i * KEYS + own;
             float factor, product = 0;
             const float weight = key[i].weight(&factor);

@@ -250,7 +250,8 @@ class Handle:
             raise ValueError("the prompt has no rows; expected at least one")
         if ids.shape[1] < 2:
             raise ValueError(
-                f"the prompt has {ids.shape[1]} token; expected at least 2, since there is nothing to evict from"
+                f"the prompt has {ids.shape[1]} token{'s' * (not ids.shape[1])}; expected at least 2, since there is "
+                "nothing to evict from"
             )
         for begin, end in valid_ranges(mask, *ids.shape):
             if end - begin < 2:
