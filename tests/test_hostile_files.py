@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_the_old_cache(model, saved, tmp_path):
 def test_folders_that_are_not_there_or_not_ours(model, tmp_path):
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(ids())
-    with pytest.raises(FileNotFoundError, match="cannot be written: .*none is no folder; expected one"):
+    with pytest.raises(FileNotFoundError, match=r"cannot be written: .*none is no folder; expected one"):
         cache.save(tmp_path / "none" / "prompt.safetensors")
     with read_only_folder() as folder:
         with pytest.raises(OSError, match="could not be written to"):
