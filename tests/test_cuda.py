@@ -13,6 +13,7 @@ import kvpitfalls as kvp
 from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import choose, rank
+from kvpitfalls.policies.random import Random
 
 SPANS = {"first": (2, 9), "second": (9, 18)}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -46,6 +47,13 @@ def test_a_gpu_keeps_and_answers_what_the_cpu_does(family, policy, fair):
     on_gpu = compress_and_answer(build(family).to("cuda"), policy, fair)
     assert all(np.array_equal(a, b) for a, b in zip(on_cpu[0], on_gpu[0], strict=True))
     assert torch.equal(on_cpu[1], on_gpu[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_random_control_draws_the_same_on_a_gpu(dtype):
+    keys = torch.randn(3, 4, 5000, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+    on_cpu, on_gpu = (kvp.keep(Random(), x, compression_ratio=0.5) for x in (keys, keys.cuda()))
+    assert torch.equal(on_gpu.scores.cpu(), on_cpu.scores) and torch.equal(on_gpu.positions.cpu(), on_cpu.positions)
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=str)

@@ -492,3 +492,18 @@ def test_the_random_control_is_fair_in_the_long_run_and_depends_on_nothing_but_i
     padded = np.concatenate([np.ones((1, 2, 3, 8), np.float32), keys[7:8]], 2)
     assert (kvp.keep(Random(), padded, budget=6, valid=[(3, 15)]).positions == kept[7] + 3).all()
     assert (np.asarray(kvp.keep(Random(seed=1), given, budget=6).positions) != kept).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_random_control_draws_the_same_whatever_torchs_default_dtype(dtype):
+    """And draws finely: scores that round would be ties, which the first tokens win."""
+    keys = torch.randn(2, 3, 3000, 8, generator=torch.Generator().manual_seed(5))
+    wanted = kvp.keep(Random(), keys, compression_ratio=0.5)
+    torch.set_default_dtype(dtype)
+    try:
+        kept = kvp.keep(Random(), keys, compression_ratio=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(kept.positions, wanted.positions) and torch.equal(kept.scores, wanted.scores)
+    assert all(len(scores.unique()) > 2990 for of_row in kept.scores for scores in of_row)
+    assert abs(float(kept.positions.double().mean()) - 1500) < 30  # 6 standard deviations

@@ -211,7 +211,10 @@ def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
         until[..., 1:] = (scores == np.inf).cumsum(-1)
         at_edges = np.take_along_axis(until, ends, axis=-1)
     else:  # what comes from a GPU is a number an edge
-        sums = (scores == np.inf).cumsum(-1).gather(-1, scores.new_tensor(np.maximum(ends - 1, 0)).long())
+        import torch
+
+        last = torch.tensor(np.maximum(ends - 1, 0), dtype=torch.int64, device=scores.device)
+        sums = (scores == np.inf).cumsum(-1).gather(-1, last)
         at_edges = np.where(ends > 0, sums.cpu().numpy(), 0)
     must: Int32 = np.minimum(np.diff(at_edges, axis=-1), quotas).astype(np.int32)
     return must

@@ -130,9 +130,7 @@ class ExpectedAttention(Policy):
         if self.use_covariance:
             before -= mean
             spread = turn.T @ (before.mT @ before / before.shape[2]) @ turn
-            spread = spread.transpose(1, 2).flatten(
-                2
-            )  # (H, D, G*D): one wide product, instead of one for each query head
+            spread = spread.transpose(1, 2).flatten(2)  # (H, D, G*D): one product for all query heads
             along = (keys[:, 0] @ spread).unflatten(-1, (-1, keys.shape[-1])).mul_(keys.transpose(1, 2)).sum(-1)
             logits += along.mT * (scaling**2 / 2)
         return logits

@@ -50,4 +50,4 @@ class Random(Policy):
         salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
         salts = mixed(salts + of_dims * STEP).sum(-1)
         of_head = mixed(mixed(salts + of_heads) + (self.seed + STEP * keys.shape[1]) % 2**62)
-        return (mixed(of_head[:, None] + of_tokens * STEP) & 0xFFFFFF) * 2.0**-24
+        return (mixed(of_head[:, None] + of_tokens * STEP) & 0xFFFFFF).float() * 2.0**-24
