@@ -69,7 +69,7 @@ def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[di
     calls = {
         "read": lambda: c.time_read(address(case.next()[0]), n_byte, threads),
         "copy": lambda: c.time_copy(address(out), address(case.next()[0]), n_byte, threads),
-        "norm / read": lambda: _core.score("norm", case.next()[0], None, None, None, None, scores, None, None, threads),
+        "norm / read": lambda: _core.score("norm", case.next()[0], *[None] * 5, scores, None, None, threads),
         "gather, random half / copy": lambda: _core.gather(*case.next(), positions, out[0], out[1], threads),
         "gather, first half / copy": lambda: _core.gather(*case.next(), first, out[0], out[1], threads),
         "topk": lambda: row.topk(n_kept),

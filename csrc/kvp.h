@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 4
+#define KVP_ABI_VERSION 5
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -103,7 +103,7 @@ typedef struct kvp_context {
 /*
  * Which optional tensors a scorer needs.
  */
-enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2 };
+enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2, KVP_NEEDS_VALUES = 4 };
 
 /*
  * A vote says which queries judge which keys. Votes are an int32 tensor (B,V,KVP_VOTE_FIELDS); positions are those of
@@ -151,11 +151,19 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
  * key of length zero scores 0 and takes no part in the mean. All score 0 where a range has two keys or fewer, of which
  * each is as like their mean as the other, or where unit vectors cancel each other out, their mean being shorter than
  * 2^-18. Lengths are no matter, to the ends of float32's exponents. A key that is NaN or infinite makes its range NaN.
+ *   lagkv      behind the first n_sink valid tokens come chunks of lag_size. Of a tensor x and a token k of a chunk,
+ * let spread be the standard deviation (divisor D - 1) over d of (x[k,d] - low[d]) / (high[d] - low[d]), with the least
+ * and the most of the next chunk (0 for a d where these are equal), and weight the softmax of spread over k's chunk.
+ * Tokens score minus their rank by the sum of their weights of keys and of values within their chunk, from 0 for the
+ * best and by position where equal. What has no whole chunk behind it scores 1 and up, the newest
+ * most, and the first n_sink tokens T + 1 (LagKV, arXiv 2504.04704). A chunk with a number that is no number or
+ * infinite is NaN, and one before an infinite one may be. T must be at most 2^23.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */
     int32_t scorer;
     kvp_tensor keys;    /* (B,H,T,D) F32, F16 or BF16 */
+    kvp_tensor values;  /* (B,H,T,Dv), dtype of keys */
     kvp_tensor queries; /* (B,H*G,Q,D), dtype of keys; query i stands at position T - Q + i */
     kvp_tensor votes;   /* (B,V,KVP_VOTE_FIELDS) I32 */
     kvp_tensor valid;   /* (B,2) I32: first and one past the last valid position; not given = all T */

@@ -13,6 +13,7 @@ class BuildInfo(TypedDict):
 def score(
     scorer: str,
     keys: Array,
+    values: Array | None,
     queries: Array | None,
     votes: Array | None,
     valid: Array | None,
@@ -57,6 +58,7 @@ def press(
 def score_workspace(
     scorer: str,
     keys: Array,
+    values: Array | None,
     queries: Array | None,
     votes: Array | None,
     valid: Array | None,

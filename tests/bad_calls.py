@@ -362,6 +362,12 @@ OPS = [
     ),
     (lambda e: ops.score("attention", KEYS, queries=QUERIES), ValueError, "votes is missing; expected a tensor (BVF)"),
     (lambda e: ops.score("keydiff", KEYS), ValueError, "votes is missing; expected a tensor (BVF)"),
+    (lambda e: ops.score("lagkv", KEYS), ValueError, "values is missing; expected a tensor (BHTC)"),
+    (
+        lambda e: ops.score("lagkv", KEYS, values=KEYS, lag_size=1),
+        ValueError,
+        "lag_size is 1; expected a whole number from 2 to 2147483647",
+    ),
     (
         lambda e: ops.score("keydiff", KEYS, votes=[[[0, 20, 0, 20, *[0] * 6]]]),
         ValueError,

@@ -29,9 +29,10 @@ def call_everything(dtype, lend, n_worker):
     keys, values = (lend(rng.normal(size=(B, H, T, D)).astype(dtype)) for _ in range(2))
     scores, valid = np.empty((B, H, T), np.float32), np.array([[0, T], [3, T - 2]], np.int32)
     votes = np.array([[[0, T - 8, T - 8, T, 0, 0, 1, 0, T - 8, T]]] * B, np.int32)
-    _core.score("norm", keys, None, None, valid, None, scores, None, None, n_worker)
-    _core.score("position", keys, None, None, valid, None, scores, (4,), None, n_worker)
-    _core.score("attention", keys, keys, votes, valid, None, scores, (0.3, 0, 3, 0), None, n_worker)
+    _core.score("norm", keys, None, None, None, valid, None, scores, None, None, n_worker)
+    _core.score("position", keys, None, None, None, valid, None, scores, (4,), None, n_worker)
+    _core.score("attention", keys, None, keys, votes, valid, None, scores, (0.3, 0, 3, 0), None, n_worker)
+    _core.score("lagkv", keys, values, None, None, valid, None, scores, (2, 9), None, n_worker)
     assert np.isfinite(scores[0]).all() and np.isneginf(scores[1, :, :3]).all()
     positions, counts = np.empty((B, H, K), np.int32), np.empty((B, H), np.int32)
     segments, quotas = np.array([[0, 30, T]] * B, np.int32), np.full((B, H, 2), K // 2, np.int32)
@@ -57,7 +58,7 @@ def call_badly():
     arguments += [np.zeros((1, 1, 0, 1), np.float32), np.zeros((1, 2, 3, 4, 5), np.float32)]
     n_refused = 0
     for verb, n_argument in [
-        (_core.score, 10),
+        (_core.score, 11),
         (_core.select, 9),
         (_core.gather, 6),
         (_core.press, 13),

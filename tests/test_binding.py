@@ -36,7 +36,7 @@ class OnlyDLPack:
 
 def norm(keys, scores=None, workspace=None, n_worker=1, params=None, valid=None):
     scores = np.full(keys.shape[:3], np.nan, np.float32) if scores is None else scores
-    _core.score("norm", keys, None, None, valid, None, scores, params, workspace, n_worker)
+    _core.score("norm", keys, None, None, None, valid, None, scores, params, workspace, n_worker)
     return scores
 
 
@@ -58,7 +58,7 @@ def attention(n_token=T, n_worker=1, workspace=None):
         np.array([[[0, n_token - 8, n_token - 8, n_token, 0, 0, 1, 0, n_token - 8, n_token]]], np.int32), (B, 1, 1)
     )
     scores = np.full((B, H, n_token), np.nan, np.float32)
-    return ["attention", keys, queries, votes, None, None, scores, [D**-0.5], workspace, n_worker]
+    return ["attention", keys, None, queries, votes, None, None, scores, [D**-0.5], workspace, n_worker]
 
 
 def selection():
@@ -223,12 +223,12 @@ REFUSED = {
     "missing": (
         ValueError,
         "queries is missing; expected a tensor",
-        lambda: _core.score(*attention()[:2], *[None] * 4, *attention()[6:]),
+        lambda: _core.score(*attention()[:2], *[None] * 5, *attention()[7:]),
     ),
     "scorer": (
         ValueError,
         'scorer is "nrom"; expected one of norm, position, attention',
-        lambda: _core.score("nrom", *[None] * 9),
+        lambda: _core.score("nrom", *[None] * 10),
     ),
     "argument count": (TypeError, "gather takes 6 positional arguments; 1 were given", lambda: _core.gather(KEYS)),
     "isa": (ValueError, 'isa is "mmx"; expected one of ', lambda: _core.isa_set("mmx")),
@@ -354,14 +354,14 @@ def test_what_a_scorer_cannot_do_is_not_implemented():
     with pytest.raises(
         NotImplementedError, match='T is 8388609 in keys; the scorer "position" tells at most 8388608 apart'
     ):
-        _core.score("position", keys, None, None, None, None, scores, None, None, 1)
+        _core.score("position", keys, None, None, None, None, None, scores, None, None, 1)
 
 
 def test_parameters_are_read_in_order_and_default():
     scores = np.empty((1, 1, T), np.float32)
 
     def position(params):
-        _core.score("position", KEYS[:1, :1], None, None, None, None, scores, params, None, 1)
+        _core.score("position", KEYS[:1, :1], None, None, None, None, None, scores, params, None, 1)
         return int((scores[0, 0] > T).sum())
 
     assert [position(params) for params in (None, [], (7,), np.array([2.0]))] == [4, 4, 7, 2]
@@ -374,14 +374,14 @@ def aligned(n_byte, offset=0):
 
 
 def test_workspaces():
-    n_byte, of_two = (_core.score_workspace(*attention()[:8], n_worker) for n_worker in (1, 2))
+    n_byte, of_two = (_core.score_workspace(*attention()[:9], n_worker) for n_worker in (1, 2))
     assert 0 < n_byte < of_two and n_byte % 64 == of_two % 64 == 0
     expected = attention()
     _core.score(*expected)
     for n_worker, workspace in ((1, aligned(n_byte)), (2, aligned(of_two)), (2, torch.from_numpy(aligned(of_two)))):
         given = attention(n_worker=n_worker, workspace=workspace)
         _core.score(*given)
-        assert np.array_equal(given[6], expected[6])
+        assert np.array_equal(given[7], expected[7])
     read_only = aligned(n_byte)
     read_only.flags.writeable = False
     for exception, sentence, n_worker, workspace in (
@@ -417,12 +417,13 @@ def test_workspace_sizes_are_refused_in_the_words_of_the_verb():
     with pytest.raises(TypeError, match="positions has dtype float32; expected int32"):
         _core.select_workspace(*arguments[:7], 1)
     with pytest.raises(ValueError, match="scores has 1 dimension;"):
-        _core.score_workspace("norm", KEYS, None, None, None, None, np.zeros(3, np.float32), None, 1)
+        _core.score_workspace("norm", KEYS, None, None, None, None, None, np.zeros(3, np.float32), None, 1)
 
 
 def test_what_the_core_says_about_itself():
     assert _core.scorers()[:2] == (("norm", 0, ()), ("position", 0, (("n_sink", 4.0),)))
     assert _core.scorers()[2][:2] == ("attention", 3) and _core.scorers()[3] == ("keydiff", 2, ())
+    assert _core.scorers()[4] == ("lagkv", 4, (("n_sink", 4.0), ("lag_size", 128.0)))
     cases = [
         (s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")
     ]

@@ -48,7 +48,7 @@ def all_results(n_worker):
     n_token = 4000
     scored = attention(n_token, n_worker)
     _core.score(*scored)
-    keys, scores = scored[1], scored[6]
+    keys, scores = scored[1], scored[7]
     segments, quotas = np.array([[0, 10, n_token]] * B, np.int32), np.full((B, H, 2), [4, 900], np.int32)
     positions, counts = np.empty((B, H, 904), np.int32), np.empty((B, H), np.int32)
     _core.select(scores, segments, quotas, None, None, positions, counts, None, n_worker)
@@ -77,7 +77,7 @@ keys = np.random.default_rng(0).standard_normal((4, 8, 2000, 32), dtype=np.float
 scores = np.empty(keys.shape[:3], np.float32)
 def call():
     scores[:] = 0
-    _core.score("norm", keys, None, None, None, None, scores, None, None, 4)
+    _core.score("norm", keys, None, None, None, None, None, scores, None, None, 4)
     return scores.tobytes()
 n_thread = lambda: len(os.listdir("/proc/self/task"))
 alone = n_thread()
@@ -120,7 +120,7 @@ out, scores = [np.empty((1, H, K, D), np.float32) for _ in range(2)], np.zeros((
 kept, counts = np.empty((1, H, K), np.int32), np.empty((1, H), np.int32)
 table, call = {
     "positions": (positions, lambda: _core.gather(keys, keys, positions, *out, 1)),
-    "valid": (valid, lambda: _core.score("attention", keys, queries, votes, valid, None, scores, None, None, 1)),
+    "valid": (valid, lambda: _core.score("attention", keys, None, queries, votes, valid, None, scores, None, None, 1)),
     "segments": (segments, lambda: _core.select(scores, segments, quotas, None, None, kept, counts, None, 1)),
 }[sys.argv[1]]
 flat, good, stop = table.reshape(-1), int(table.reshape(-1)[-1]), time.monotonic() + 3

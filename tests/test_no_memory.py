@@ -49,7 +49,7 @@ class OldDLPack(OnlyDLPack):
 LENT, LENT_OLD = OnlyDLPack(KEYS), OldDLPack(KEYS)
 # A call takes one such tuple as it is; to build it of parts would allocate, too, and CPython 3.11 leaks a part where
 # that fails.
-ATTENTION = ("attention", KEYS, KEYS, VOTES, None, None, SCORES, (1.0, 0.0, 3.0, 0.0))
+ATTENTION = ("attention", KEYS, None, KEYS, VOTES, None, None, SCORES, (1.0, 0.0, 3.0, 0.0))
 SELECT = (SCORES, SEGMENTS, QUOTAS, None, None, POSITIONS, COUNTS)
 SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (
     (*ATTENTION, None, 1),
@@ -66,8 +66,8 @@ BAD_TYPE, BAD_RANK, BAD_SHAPE = (("keys", *GATHER_CALL[1:]), (KEPT, *GATHER_CALL
 
 WORKING = {
     "score": lambda: _core.score(*SCORE_CALL),
-    "score from DLPack": lambda: _core.score("norm", LENT, None, None, None, None, SCORES, None, None, 1),
-    "score from old DLPack": lambda: _core.score("norm", LENT_OLD, None, None, None, None, SCORES, None, None, 1),
+    "score from DLPack": lambda: _core.score("norm", LENT, None, None, None, None, None, SCORES, None, None, 1),
+    "score from old DLPack": lambda: _core.score("norm", LENT_OLD, None, None, None, None, None, SCORES, None, None, 1),
     "select": lambda: _core.select(*SELECT_CALL),
     "gather": lambda: _core.gather(*GATHER_CALL),
     "press": lambda: _core.press(*PRESS_CALL),
@@ -80,7 +80,10 @@ WORKING = {
     "build_info": _core.build_info,
 }
 REFUSED = {
-    "unknown scorer": (ValueError, lambda: _core.score("nothing", KEYS, None, None, None, None, SCORES, None, None, 1)),
+    "unknown scorer": (
+        ValueError,
+        lambda: _core.score("nothing", KEYS, None, None, None, None, None, SCORES, None, None, 1),
+    ),
     "unknown isa": (ValueError, lambda: _core.isa_set("abacus")),
     "text": (TypeError, lambda: _core.isa_set(7)),
     "count": (TypeError, lambda: _core.select(KEYS)),

@@ -347,7 +347,7 @@ def test_bits_do_not_depend_on_threads_or_batch(n_thread):
 
 @on_every_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
     """The same bits, in the same library and on the same device."""
@@ -355,7 +355,7 @@ def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_of_numpy_is_the_three_verbs(n_token, scorer, dtype):
     check_press("numpy", n_token, scorer, dtype, "cpu")
@@ -371,13 +371,18 @@ def check_press(library, n_token, scorer, dtype, device):
     votes = np.array([[[0, n_token, 3, n_token, 0, 0, 1, 0, 0, 0]]] * 2, np.int32)
     edges, quotas = np.array([[0, 9, n_token]] * 2, np.int32), np.full((2, 3, 2), 6, np.int32)
     protect = ops.beside(np.array([[t == 8 for t in range(n_token)]] * 2, np.uint8), keys)
-    params = {"attention": {"scaling": 0.2, "kernel_size": 3}, "position": {"n_sink": 2}}.get(scorer, {})
+    params = {
+        "attention": {"scaling": 0.2, "kernel_size": 3},
+        "position": {"n_sink": 2},
+        "lagkv": {"n_sink": 2, "lag_size": 6},
+    }.get(scorer, {})
     given = {"queries": None, "votes": None, "lse": None}
     if scorer == "attention":
         given = {"queries": queries, "votes": votes, "lse": lse}
     elif scorer == "keydiff":
         given["votes"] = np.array([of_keys((0, 9), (9, n_token))] * 2, np.int32)
-    scores = ops.score(scorer, keys, **given, valid=valid, **params)
+    read = {"values": values} if scorer == "lagkv" else given
+    scores = ops.score(scorer, keys, **read, valid=valid, **params)
     positions, counts = ops.select(scores, quotas, segments=edges, protect=protect, valid=valid)
     expected = positions, counts, *ops.gather(keys, values, positions)
     pressed = ops.press_checked(

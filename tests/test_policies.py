@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
-from tiny_policies import EQUAL, EVERY, is_defined, kept_by, read_after, rkv_by_hand
+from tiny_policies import EQUAL, EVERY, kept_by, read_after, rkv_by_hand
 
 import kvpitfalls as kvp
-from kvpitfalls.policies import get_policy, lagkv, policy_names, rkv
+from kvpitfalls.policies import get_policy, policy_names, rkv
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
@@ -136,48 +136,6 @@ def test_a_policy_is_told_its_layer_and_its_values(registry):
     for layer, (*_, values) in zip(cache.kept_layers, seen, strict=True):
         places = layer.pos[..., None].expand_as(layer.values)
         assert torch.equal(values.gather(2, places), layer.values)
-
-
-@pytest.mark.parametrize("lag_size", [2, 5, 9])
-@pytest.mark.parametrize("n_sink", [0, 3])
-def test_lagkv_is_refused_exactly_where_no_score_would_be_looked_at(n_sink, lag_size):
-    policy = kvp.LagKV(n_sink, lag_size)
-    for n_token in range(2, 40):
-        for budget in range(1, n_token):
-            always = n_token - max(0, (n_token - n_sink) // lag_size - 1) * lag_size
-            assert is_defined(policy, n_token, budget) == (budget > always)
-    assert not any(is_defined(policy, n_sink + 2 * lag_size - 1, k) for k in range(1, n_sink + 2 * lag_size - 1))
-    with pytest.raises(
-        ValueError, match=rf"^policy LagKV\(n_sink={n_sink}, .*given 40 tokens, of which 1 are kept.*a larger budget"
-    ):
-        kvp.keep(policy, KEYS, values=VALUES, budget=1)
-    told = pytest.raises(ValueError, match="expected a prompt of at least 260 tokens")
-    with kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5) as handle, told:
-        handle.compress(ids(1, 20))
-    with pytest.raises(
-        ValueError, match=r"^policy is 'lagkv', which judges a prompt that is whole; when='always' expects another"
-    ):
-        kvp.wrap(build("llama"), kvp.LagKV(), compression_ratio=0.5, when="always")
-
-
-@pytest.mark.parametrize("factor", [1e-30, 1e-25, 1e-12, 1, 1e12, 1e18])
-def test_lagkv_keeps_what_float64_keeps_however_narrow_or_wide_a_chunk_is(factor):
-    keys = KEYS.clone()
-    keys[:, :, 16:24] *= factor  # the third chunk of eight
-    policy, given = kvp.LagKV(n_sink=0, lag_size=8), {"values": KEYS, "budget": 28}
-    kept = kvp.keep(policy, keys, **given).positions
-    weights = [lagkv._weights(x[0].double().unflatten(1, (-1, 8))) for x in (keys, KEYS)]
-    best = (weights[0] + weights[1]).argsort(dim=-1, descending=True, stable=True)[..., :5].sort(-1).values
-    first = (best + 8 * torch.arange(4)[:, None]).flatten(1)
-    assert kept[0].tolist() == [[*row, *range(32, 40)] for row in first.tolist()]
-
-
-def test_lagkv_survives_channels_that_do_not_vary():
-    keys = KEYS.clone()
-    keys[..., ::2] = 1
-    for same in (keys, torch.ones_like(KEYS)):
-        kept = kvp.keep(kvp.LagKV(2, 4), same, values=same, budget=20)
-        assert kept.scores.isfinite().all() and (kept.counts == 20).all()
 
 
 def test_chunkkv_keeps_whole_chunks_and_no_chunk_lies_in_two_instructions():

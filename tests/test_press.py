@@ -15,7 +15,7 @@ from kvpitfalls.hf.evict import Evict
 from kvpitfalls.policies import get_policy
 
 N_TOKEN, SPANS = 40, {"a": (8, 19), "b": (19, 33)}
-BY_ONE_CALL = {"streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff", "adakv", "pyramidkv"}
+BY_ONE_CALL = {"streaming_llm", "snapkv", "tova", "h2o", "knorm", "keydiff", "lagkv", "adakv", "pyramidkv"}
 FAIR = [False, True, "paper", 0.5, "floor=2"]
 
 

@@ -33,7 +33,7 @@ static press_parts split_press(const kvp_press_args *a) {
         scores.stride[d] = step;
     }
     press_parts p = {
-        .score = {sizeof p.score, a->scorer, a->keys, a->queries, a->votes, a->valid, a->lse, scores, {0}},
+        .score = {sizeof p.score, a->scorer, a->keys, a->values, a->queries, a->votes, a->valid, a->lse, scores, {0}},
         .select = {sizeof p.select, scores, a->segments, a->quotas, a->protect, a->valid, a->positions, a->counts},
         .gather = {sizeof p.gather, a->keys, a->values, a->positions, a->out_keys, a->out_values},
         .score_bytes = kvpi_round_up_64((size_t)step * sizeof(float)),

@@ -290,6 +290,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
         {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
+        {"values", &args->values, "BHTC", FLOATS, (scorer->needs & KVP_NEEDS_VALUES) != 0, false, false},
         {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
         {"votes", &args->votes, "BVF", I32, votes, false, true},
         {"valid", &args->valid, "BR", I32, false, false, true},
@@ -298,6 +299,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    if (args->values.data) KVPI_TRY(check_one_dtype(rules, 1, 1, &args->keys, ctx));
     KVPI_TRY(check_scorer(scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
     return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
 }

@@ -105,9 +105,10 @@ static PyObject *tell_build(PyObject *module, PyObject *unused) {
 /* By way of a plain function pointer, which C allows to hold any other. */
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
-PyDoc_STRVAR(score_doc,
-             "score($module, scorer, keys, queries, votes, valid, lse, scores, params, workspace, n_worker, /)\n--\n\n"
-             "Write how much each cached token matters into scores. The contract is in csrc/kvp.h.");
+PyDoc_STRVAR(
+    score_doc,
+    "score($module, scorer, keys, values, queries, votes, valid, lse, scores, params, workspace, n_worker, /)\n--\n\n"
+    "Write how much each cached token matters into scores. The contract is in csrc/kvp.h.");
 PyDoc_STRVAR(
     select_doc,
     "select($module, scores, segments, quotas, protect, valid, positions, counts, workspace, n_worker, /)\n--\n\n"
@@ -118,9 +119,10 @@ PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, va
                         "params, n_kept, n_worker, /)\n--\n\n"
                         "Score, select and gather: positions and counts of n_kept places a head, and the keys and "
                         "values that are kept, in new arrays.");
-PyDoc_STRVAR(score_workspace_doc,
-             "score_workspace($module, scorer, keys, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
-             "Bytes of scratch that score needs for so many workers.");
+PyDoc_STRVAR(
+    score_workspace_doc,
+    "score_workspace($module, scorer, keys, values, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
+    "Bytes of scratch that score needs for so many workers.");
 PyDoc_STRVAR(
     select_workspace_doc,
     "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"

@@ -33,8 +33,9 @@ typedef struct verb_spec {
 static const verb_spec score_spec = {
     "score",
     KVP_SCORE,
-    6,
+    7,
     {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_score_args, keys), false, false},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_score_args, values), true, false},
      {"queries", KVP_FLOAT_NAMES, offsetof(kvp_score_args, queries), true, false},
      {"votes", "int32", offsetof(kvp_score_args, votes), true, false},
      {"valid", "int32", offsetof(kvp_score_args, valid), true, false},
@@ -302,10 +303,10 @@ static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_ar
 
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
-    if (kvpb_check_count("score", n_object, 10) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
-        read_params(objects[7], args.score.scorer, args.score.param) < 0)
+    if (kvpb_check_count("score", n_object, 11) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
+        read_params(objects[8], args.score.scorer, args.score.param) < 0)
         return NULL;
-    return call_verb(module, &score_spec, &args, objects + 1, objects[8], objects[9]);
+    return call_verb(module, &score_spec, &args, objects + 1, objects[9], objects[10]);
 }
 
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
@@ -322,10 +323,10 @@ PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_o
 
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
-    if (kvpb_check_count("score_workspace", n_object, 9) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
-        read_params(objects[7], args.score.scorer, args.score.param) < 0)
+    if (kvpb_check_count("score_workspace", n_object, 10) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
+        read_params(objects[8], args.score.scorer, args.score.param) < 0)
         return NULL;
-    return size_workspace(module, &score_spec, &args, objects + 1, objects[8]);
+    return size_workspace(module, &score_spec, &args, objects + 1, objects[9]);
 }
 
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {

@@ -56,6 +56,14 @@ typedef struct kvpi_rows {
      * KVPI_SLACK elements behind the n_dim, zeros stay zeros if weights are finite. */
     void (*add_rows[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *weight, float *out);
 
+    /* The least and the most of each dimension over the rows; NaN is none of them. low, high: as vector, and zero
+     * behind the n_dim. */
+    void (*bounds[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, float *low, float *high);
+    /* out[r] = the standard deviation, with divisor n_dim - 1, of (row r + offset) * factor, in two passes. offset,
+     * factor: as vector; line: room for one. */
+    void (*spreads[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *offset, const float *factor,
+                                 float *line, float *out);
+
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
     void (*pack_keys[KVPI_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
     /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is

@@ -79,6 +79,52 @@ TARGET static void ROW_NAME(add_rows)(kvpi_head head, int64_t n_row, int64_t n_d
     }
 }
 
+TARGET static void ROW_NAME(bounds)(kvpi_head head, int64_t n_row, int64_t n_dim, float *low, float *high) {
+    const vec minus = v_fill(-1);
+    for (int64_t d = 0; d < n_dim; d += 4 * LANES) {
+        const ROW_TYPE *row = head.first;
+        vec least[4], most[4]; /* of minus the rows, and of the rows */
+        for (int i = 0; i < 4; i++) least[i] = most[i] = v_fill(-INFINITY);
+        for (int64_t r = 0; r < n_row; r++, row += head.row_stride) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                if (d + i * LANES >= n_dim) continue;
+                const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
+                least[i] = v_max(v_mul(minus, part), least[i]);
+                most[i] = v_max(part, most[i]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            if (d + i * LANES >= n_dim) continue;
+            v_store(low + d + i * LANES, v_mul(minus, least[i]));
+            v_store(high + d + i * LANES, most[i]);
+        }
+    }
+}
+
+TARGET static void ROW_NAME(spreads)(kvpi_head head, int64_t n_row, int64_t n_dim, const float *offset,
+                                     const float *factor, float *line, float *out) {
+    const ROW_TYPE *row = head.first;
+    for (int64_t r = 0; r < n_row; r++, row += head.row_stride) {
+        vec sum[2] = {v_fill(0), v_fill(0)}, square[2] = {v_fill(0), v_fill(0)};
+        for (int64_t d = 0; d < n_dim; d += LANES) {
+            const vec part = v_add(ROW_NAME(load_part)(row, head.dim_stride, d, n_dim), v_load(offset + d));
+            const vec scaled = v_mul(part, v_load(factor + d));
+            v_store(line + d, scaled);
+            sum[d / LANES % 2] = v_add(sum[d / LANES % 2], scaled);
+        }
+        const float mean = v_sum(v_add(sum[0], sum[1])) / (float)n_dim;
+        for (int64_t d = n_dim; d % LANES; d++) line[d] = mean; /* which adds nothing */
+        const vec minus_mean = v_fill(-mean);
+        for (int64_t d = 0; d < n_dim; d += LANES) {
+            const vec rest = v_add(v_load(line + d), minus_mean);
+            square[d / LANES % 2] = v_fma(rest, rest, square[d / LANES % 2]);
+        }
+        out[r] = sqrtf(v_sum(v_add(square[0], square[1])) / (float)(n_dim > 1 ? n_dim - 1 : 1));
+    }
+}
+
 TARGET static void ROW_NAME(pack_keys)(kvpi_head head, int64_t n_key, int64_t n_dim, void *out) {
     const ROW_TYPE *first = head.first;
     for (int64_t key = 0; key < n_key; key += LANES) {

@@ -167,10 +167,11 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
 #define FOR_ALL_DTYPES(x) {[KVP_F32] = x, [KVP_F16] = x, [KVP_BF16] = x}
 
 /* Of a table: what no instruction set has otherwise, and what those that multiply floats have. */
-#define SHARED_FUNCTIONS                                                                                         \
-    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                     \
-    .add_rows = OF_EACH_DTYPE(add_rows), .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, \
-    .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
+#define SHARED_FUNCTIONS                                                                                              \
+    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                          \
+    .add_rows = OF_EACH_DTYPE(add_rows), .bounds = OF_EACH_DTYPE(bounds), .spreads = OF_EACH_DTYPE(spreads),          \
+    .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, \
+    .stream = stream, .end_stream = end_stream
 #define FLOAT_FUNCTIONS                                                                 \
     .pack_keys = OF_EACH_DTYPE(pack_keys), .pack_queries = OF_EACH_DTYPE(pack_queries), \
     .multiply = FOR_ALL_DTYPES(multiply_floats)

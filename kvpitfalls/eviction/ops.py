@@ -37,6 +37,7 @@ def score(
     scorer: str,
     keys: A,
     *,
+    values: Array | None = None,
     queries: Array | None = None,
     votes: Table | None = None,
     valid: Table | None = None,
@@ -47,13 +48,16 @@ def score(
 
     Parameters
     ----------
-    scorer : {"norm", "position", "attention", "keydiff"}
+    scorer : {"norm", "position", "attention", "keydiff", "lagkv"}
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
         newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
         and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
-        fields 0); a key in no range scores 0.
+        fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much a token's key
+        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
+    values : array, shape (B, H, T, Dv), optional
+        ``lagkv`` needs them.
     queries : array, shape (B, H*G, Q, D), optional
         For the last Q of the T positions, after rotary embedding. ``attention`` needs them.
     votes : array of int, shape (B, V, 10), optional
@@ -66,7 +70,7 @@ def score(
     **params
         ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd;
         zero-padded mean over neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key
-        head's).
+        head's). ``lagkv``: ``n_sink=4``, ``lag_size=128``.
 
     Returns
     -------
@@ -93,12 +97,14 @@ def score(
     if not _has_kernels(keys):
         from . import reference
 
-        return reference.score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
+        arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
+        return reference.score(scorer, keys, **arrays, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
-    values = [_number(x, name) for name, x in {**defaults, **params}.items()]
+    numbers = [_number(x, name) for name, x in {**defaults, **params}.items()]
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
     denominators = _plain(lse, "lse")
-    arguments = scorer, _plain(keys, "keys"), _plain(queries, "queries"), *tables, denominators, out, values
+    plain = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
+    arguments = scorer, *plain, *tables, denominators, out, numbers
     _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
 
@@ -197,7 +203,8 @@ def press_checked(
     defaults, n_kept = _defaults_of(scorer, params), max(1, n_kept)
     is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
     if not (is_lent and _has_kernels(keys)):
-        scores = score(scorer, keys, queries=queries, votes=votes, valid=valid, lse=lse, **params)
+        arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
+        scores = score(scorer, keys, **arrays, **params)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
     numbers = [_number(params.get(name, initial), name) for name, initial in defaults.items()]

@@ -24,6 +24,7 @@ def score(
     scorer: str,
     keys: A,
     *,
+    values: Array | None = None,
     queries: Array | None = None,
     votes: Table | None = None,
     valid: Table | None = None,
@@ -57,8 +58,13 @@ def score(
         if votes is None:
             raise ValueError("votes is None; scorer 'keydiff' needs them")
         out = torch.stack([_unlike_the_mean(k[b], _array(votes)[b], spans[b]) for b in range(n_row)])
+    elif scorer == "lagkv":
+        if values is None:
+            raise ValueError("values is None; scorer 'lagkv' needs them")
+        both = k, _tensor(values)
+        out = torch.stack([_unlike_the_next_chunk([x[b] for x in both], spans[b], **params) for b in range(n_row)])
     else:
-        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position', 'attention' or 'keydiff'")
+        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position', 'attention', 'keydiff' or 'lagkv'")
     for b, (begin, end) in enumerate(spans):
         out[b, :, :begin] = out[b, :, end:] = -torch.inf
     return _like(out.float(), keys)
@@ -127,6 +133,32 @@ def _unlike_the_mean(keys: torch.Tensor, votes: npt.NDArray[Any], valid: tuple[i
         mean = torch.where(length < _NO_MEAN, 0.0, mean / length)
         out[:, begin:end] = 0.0 - (units @ mean.mT)[..., 0]
     return out
+
+
+def _unlike_the_next_chunk(
+    both: list[torch.Tensor], valid: tuple[int, int], n_sink: float = 4, lag_size: float = 128
+) -> torch.Tensor:
+    """The scores (H,T) of one batch row by "lagkv", of its keys (H,T,D) and values (H,T,Dv)."""
+    (begin, end), n, n_token = valid, int(lag_size), both[0].shape[1]
+    first = min(begin + int(n_sink), end)
+    last = first + max(0, (end - first) // n - 1) * n
+    out = torch.arange(1 - last, n_token - last + 1, dtype=torch.float64, device=both[0].device)
+    out[begin:first] = n_token + 1
+    out = out.repeat(both[0].shape[0], 1)
+    if first < last:
+        weights = sum(_lag_weights(x[:, first : last + n].double().unflatten(1, (-1, n))) for x in both)
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        ranks = order.argsort(dim=-1).double().masked_fill(weights.isnan(), torch.nan)
+        out[:, first:last] = 0 - ranks.flatten(1)
+    return out
+
+
+def _lag_weights(x: torch.Tensor) -> torch.Tensor:
+    """Of the tokens (H,C,L,D) of all chunks but the last, (H,C-1,L): each by the chunk after its own."""
+    low, high = (bound[:, 1:] for bound in x.aminmax(dim=2, keepdim=True))
+    width = high - low
+    spread = ((x[:, :-1] - low) / width.masked_fill(width == 0, torch.inf)).std(-1, correction=min(1, x.shape[-1] - 1))
+    return spread.softmax(-1)
 
 
 def _within(position: torch.Tensor, vote: npt.NDArray[Any], what: str) -> torch.Tensor:

@@ -120,6 +120,8 @@ class Call:
     votes : array of int32, shape (B, V, 10), or None
     lse : array of float32, shape (B, H*G, Q), or None
     queries : array, shape (B, H*G, Q, D), or None
+    reads_values : bool
+        Whether the scorer takes ``inputs.values``.
 
     Examples
     --------
@@ -138,6 +140,7 @@ class Call:
     votes: Int32 | None = None
     lse: Array | None = None
     queries: Array | None = None
+    reads_values: bool = False
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -146,8 +149,9 @@ class Call:
 
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
+        values = self.inputs.values if self.reads_values else None
         with self._in_words_of_the_inputs():
-            return ops.score(self.scorer, self.inputs.keys, **self._arguments)
+            return ops.score(self.scorer, self.inputs.keys, values=values, **self._arguments)
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
         """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""

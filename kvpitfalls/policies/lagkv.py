@@ -1,16 +1,9 @@
 """LagKV."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..eviction.arrays import Array
 from ..numbers import check_whole
-from .base import Inputs, Policy
-
-if TYPE_CHECKING:
-    import torch
+from .base import Call, Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -19,8 +12,8 @@ class LagKV(Policy):
 
     After the sinks the row is cut into chunks of ``lag_size``. With min and max, by channel, over the next chunk,
     spread(x)[k] = std over channels of (x[k] - min) / (max - min), and score[k] = minus the rank, within k's chunk and
-    from 0 for the best, of softmax over that chunk of spread(key) + softmax of spread(value), divided by ``lag_size``:
-    every chunk keeps equally many. The last whole chunk has nothing after it: it and what follows are kept before any
+    from 0 for the best, of softmax over that chunk of spread(key) + softmax of spread(value): every chunk keeps equally
+    many. The last whole chunk has nothing after it: it and what follows are kept before any
     other chunk's tokens, the newest first. A channel that does not vary in the next chunk counts as 0. Needs keys and
     values, no attention.
 
@@ -66,50 +59,13 @@ class LagKV(Policy):
         if n_kept <= (n_always := n_token - self._n_ranked(n_token)):
             raise ValueError(
                 f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept and {n_always} are its sinks "
-                "and what it does "
-                f"not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens and a larger "
-                "budget, or a smaller "
-                "lag_size"
+                f"and what it does not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens "
+                "and a larger budget, or a smaller lag_size"
             )
 
     def _n_ranked(self, n_token: int) -> int:
         return max(0, (n_token - self.n_sink) // self.lag_size - 1) * self.lag_size
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        import torch
-
-        both = [torch.as_tensor(x).detach() for x in (inputs.keys, inputs.values)]
-        scores = torch.zeros(both[0].shape[:3], dtype=torch.float32, device=both[0].device)
-        for row, (begin, end) in enumerate(inputs.valid):
-            first, last = begin + self.n_sink, begin + self.n_sink + self._n_ranked(end - begin)
-            scores[row, :, begin:end] = torch.linspace(1, 2, end - begin, dtype=scores.dtype, device=scores.device)
-            scores[row, :, begin:first] = 3
-            if first < last:
-                chunks = (x[row, :, first : last + self.lag_size].unflatten(1, (-1, self.lag_size)) for x in both)
-                by_keys, by_values = map(_weights, chunks)
-                order = (by_keys + by_values).argsort(dim=-1, descending=True, stable=True)
-                ranks = torch.arange(self.lag_size, dtype=scores.dtype, device=scores.device) / -self.lag_size
-                scores[row, :, first:last] = (
-                    torch.empty_like(by_keys).scatter_(-1, order, ranks.expand_as(order)).flatten(1)
-                )
-        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
-
-
-def _weights(x: "torch.Tensor") -> "torch.Tensor":
-    """Of the tokens (H, C, L, D) of all chunks but the last, (H, C-1, L): each by the chunk after its own."""
-    import torch
-
-    low, high = (bound.float() for bound in x.aminmax(dim=2, keepdim=True))
-    width = (high - low)[:, 1:]
-    width.masked_fill_(width == 0, torch.inf)
-    # Squares must not overflow after a narrow chunk: what a token is at most, by its own chunk's least and most.
-    furthest = torch.maximum(high[:, :-1] - low[:, 1:], low[:, 1:] - low[:, :-1]) / width
-    largest = furthest.amax(-1, keepdim=True).clamp_(min=1)
-    scaled = (x[:, :-1] - low[:, 1:]).div_(width * largest)
-    if x.is_cuda:
-        spread = scaled.std(-1)
-    else:  # torch's std over the last dimension takes several times as long there
-        scaled -= scaled.mean(-1, keepdim=True)
-        spread = torch.linalg.vector_norm(scaled, dim=-1) / (x.shape[-1] - 1) ** 0.5
-    return (spread * largest[..., 0]).softmax(-1)
+        return Call(inputs, "lagkv", {"n_sink": self.n_sink, "lag_size": self.lag_size}, reads_values=True)

@@ -35,6 +35,7 @@ int list_score_arguments(kvp_score_args *args, argument *out) {
     const bool queries = needs_of(args->scorer) & KVP_NEEDS_QUERIES, votes = needs_of(args->scorer) & KVP_NEEDS_VOTES;
     const argument list[] = {
         input_of("keys", "BHTD", &args->keys, ALLOW_FLOATS, true),
+        input_of("values", "BHTC", &args->values, ALLOW_FLOATS, (needs_of(args->scorer) & KVP_NEEDS_VALUES) != 0),
         input_of("queries", "BNQD", &args->queries, ALLOW_FLOATS, queries),
         table_of("votes", "BVF", &args->votes, votes),
         table_of("valid", "BR", &args->valid, false),

@@ -9,10 +9,10 @@
 #include <math.h>
 #include <string.h>
 
-enum { KEYS, QUERIES, VOTES, VALID, LSE, SCORES };
+enum { KEYS, VALUES, QUERIES, VOTES, VALID, LSE, SCORES };
 
-static const int32_t SCORERS[4] = {2, 1, 0, 3}; /* an order that the corpus knows */
-static bool is_wild, is_odd_param;              /* of the call at hand */
+static const int32_t SCORERS[5] = {2, 1, 0, 3, 4}; /* an order that the corpus knows */
+static bool is_wild, is_odd_param;                 /* of the call at hand */
 
 /* Each key may be under one vote and in one window at most; the core does not look, and what comes of it has no
  * meaning. */
@@ -129,6 +129,10 @@ static void draw_params(call *c, double *param, int32_t scorer, int64_t n_dim) {
     static const double odd[] = {NAN, INFINITY, -1, 0.5, 1e300, 0, 2, 1 << 20};
     static const double scalings[] = {1, -0.5, 0.25, 0}, softcaps[] = {0, 0, 2, 30}, kernels[] = {1, 3, 5, 1001};
     if (scorer == kvp_scorer_find("position")) param[0] = (double)take(c->in, 40);
+    if (scorer == kvp_scorer_find("lagkv")) {
+        param[0] = (double)take(c->in, 4);
+        param[1] = 2 + (double)take(c->in, 5);
+    }
     if (scorer == kvp_scorer_find("attention")) {
         param[0] = scalings[take(c->in, 4)] / sqrt((double)n_dim);
         param[1] = softcaps[take(c->in, 4)];
@@ -157,6 +161,7 @@ static void fill(call *c, int64_t n_token, int64_t n_query) {
     if (is_usable(&a[LSE])) fill_lse(c, a[LSE].tensor);
     is_wild = take(c->in, 4) == 3;
     fill_values(c, KEYS, is_wild);
+    fill_values(c, VALUES, is_wild);
     fill_values(c, QUERIES, is_wild);
 }
 
@@ -168,6 +173,7 @@ static void draw_sizes(input *in, int64_t *sizes) {
     sizes['T'] = 1 + (is_long ? take(in, 600) : take(in, 24));
     sizes['D'] = 1 + (!is_long && take(in, 8) == 0 ? take(in, 40) : take(in, 7));
     sizes['Q'] = take(in, 2) ? sizes['T'] : 1 + take(in, sizes['T']);
+    sizes['C'] = 1 + take(in, 7);
     sizes['V'] = 1 + take(in, 4);
     sizes['F'] = KVP_VOTE_FIELDS;
     sizes['R'] = 2;
@@ -177,7 +183,7 @@ int fuzz_score(const uint8_t *data, size_t size) {
     input in = {data, size};
     kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = 0};
     seed_random((uint64_t)take(&in, 1 << 16));
-    args.scorer = (int32_t)take(&in, 32) ? SCORERS[take(&in, 4)] : (int32_t)take(&in, 8) - 2;
+    args.scorer = (int32_t)take(&in, 32) ? SCORERS[take(&in, 5)] : (int32_t)take(&in, 8) - 2;
     const bool votes = needs_of(args.scorer) & KVP_NEEDS_VOTES;
     argument arguments[MAX_ARGUMENTS];
     call c = {.verb = KVP_SCORE,

@@ -35,6 +35,7 @@ static void run_on_rows(void) {
     run("norm", test_norm);
     run("position", test_position);
     run("keydiff", test_keydiff);
+    run("lagkv", test_lagkv);
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("attention shifts", test_shifts);

@@ -53,6 +53,7 @@ void test_introspection(void) {
     CHECK(kvp_scorer_needs(kvp_scorer_find("attention")) == (KVP_NEEDS_QUERIES | KVP_NEEDS_VOTES),
           "attention needs queries and votes");
     CHECK(kvp_scorer_needs(kvp_scorer_find("keydiff")) == KVP_NEEDS_VOTES, "keydiff needs votes alone");
+    CHECK(kvp_scorer_needs(kvp_scorer_find("lagkv")) == KVP_NEEDS_VALUES, "lagkv needs values");
     check_param("position", 0, "n_sink", 4);
     check_param("attention", 0, "scaling", 1);
     check_param("attention", 1, "softcap", 0);

@@ -63,7 +63,8 @@ static press_case new_press_case(const char *scorer, const attention_shape *s, i
         for (int f = KVP_VOTE_KEY_END + 1; f < KVP_VOTE_FIELDS; f++)
             set(&a->votes, i / a->votes.shape[1], i % a->votes.shape[1], f, 0, 0);
     if (random_below(2)) c.args.protect = c.protect.view;
-    for (int i = 0; i < KVP_MAX_PARAMS; i++) c.args.param[i] = attends ? a->param[i] : 0;
+    for (int i = 0; i < KVP_MAX_PARAMS; i++)
+        c.args.param[i] = attends ? a->param[i] : i == 1 && strcmp(scorer, "lagkv") == 0 ? 5 : 0;
     return c;
 }
 
@@ -76,6 +77,7 @@ static void free_press_case(press_case *c) {
 static void run_three(const press_case *c, const outputs *out) {
     kvp_score_args score = c->score.args;
     score.scorer = c->args.scorer;
+    score.values = c->args.values;
     for (int i = 0; i < KVP_MAX_PARAMS; i++) score.param[i] = c->args.param[i];
     const kvp_select_args select = {.size = sizeof select,
                                     .scores = score.scores,
@@ -163,7 +165,7 @@ static void overlap(press_case *c) { c->args.out_keys.data = c->args.out_values.
 static void no_scorer(press_case *c) { c->args.scorer = 17; }
 
 void test_press(void) {
-    static const char *const scorers[] = {"norm", "position", "attention", "keydiff"};
+    static const char *const scorers[] = {"norm", "position", "attention", "keydiff", "lagkv"};
     for (int i = 0; i < 120; i++) {
         const attention_shape shape = {.n_batch = 1 + i % 3,
                                        .n_head = 2,
@@ -172,7 +174,7 @@ void test_press(void) {
                                        .n_dim = 1 + random_below(40),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = (voting)(i % VOTING_COUNT)};
-        press_once(scorers[i / 3 % 4], &shape);
+        press_once(scorers[i / 3 % 5], &shape);
     }
     refuse("sizeof(kvp_press_args)", forget_size);
     refuse("queries is missing", forget_queries);

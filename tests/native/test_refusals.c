@@ -43,15 +43,11 @@ static void make_score_call(calls *c) {
     c->valid = new_filled(KVP_I32, 2, (int64_t[2]){B, 2}, valid, 2);
     c->lse = new_filled(KVP_F32, 3, (int64_t[3]){B, H * G, Q}, NULL, 0);
     c->scores = new_filled(KVP_F32, 3, (int64_t[3]){B, H, T}, NULL, 0);
-    c->score = (kvp_score_args){sizeof(kvp_score_args),
-                                kvp_scorer_find("attention"),
-                                c->keys.view,
-                                c->queries.view,
-                                c->votes.view,
-                                c->valid.view,
-                                c->lse.view,
-                                c->scores.view,
-                                {0.5, 0, 3, 0}};
+    c->score = (kvp_score_args){sizeof(kvp_score_args), kvp_scorer_find("attention"),
+                                c->keys.view,           {0},
+                                c->queries.view,        c->votes.view,
+                                c->valid.view,          c->lse.view,
+                                c->scores.view,         {0.5, 0, 3, 0}};
 }
 
 static void make_select_call(calls *c) {
@@ -115,6 +111,13 @@ static void free_calls(calls *c) {
 }
 
 /* Ways to spoil a call, beyond one assignment. */
+
+static void judge_by_values(calls *c) {
+    c->score.scorer = kvp_scorer_find("lagkv");
+    c->score.values = c->keys.view;
+    c->score.param[0] = 1;
+    c->score.param[1] = 2;
+}
 
 static void judge_ranges(calls *c) {
     c->score.scorer = kvp_scorer_find("keydiff");

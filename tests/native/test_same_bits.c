@@ -74,6 +74,7 @@ static void score_every_way(kvp_score_args args, const char *what) {
         const kvp_tensor expected = batch_row(&first, b);
         array row = new_array(KVP_F32, CONTIGUOUS, 3, expected.shape);
         alone.keys = batch_row(&args.keys, b);
+        alone.values = batch_row(&args.values, b);
         alone.queries = batch_row(&args.queries, b);
         alone.votes = batch_row(&args.votes, b);
         alone.valid = batch_row(&args.valid, b);
@@ -263,12 +264,34 @@ static void score_long(void) {
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
+/* Several tasks a unit, and what is left of a row. */
+static void score_lagkv(void) {
+    const int64_t shape[4] = {3, 2, 1900, 33};
+    array keys = new_array(KVP_BF16, HEADS_INSIDE, 4, shape), values = new_array(KVP_BF16, CONTIGUOUS, 4, shape),
+          scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
+    fill_normal(&keys.view);
+    fill_normal(&values.view);
+    const kvp_score_args args = {.size = sizeof(kvp_score_args),
+                                 .scorer = kvp_scorer_find("lagkv"),
+                                 .keys = keys.view,
+                                 .values = values.view,
+                                 .scores = scores.view,
+                                 .param = {4, 50}};
+    name_case("same bits: lagkv");
+    call_verb(KVP_SCORE, &args, (calling){0});
+    score_every_way(args, "lagkv");
+    free_array(&keys);
+    free_array(&values);
+    free_array(&scores);
+}
+
 void test_same_bits(void) {
     score_long();
     atomic_store(&n_pool, 0);
     for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
     score_norm();
     score_keydiff();
+    score_lagkv();
     select_and_gather();
     score_concurrently();
     CHECK(atomic_load(&n_pool) > 0, "the core never asked for threads, so these tests say nothing");

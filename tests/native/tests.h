@@ -9,6 +9,7 @@
 void test_norm(void);
 void test_position(void);
 void test_keydiff(void);
+void test_lagkv(void);
 void test_attention(void);
 void test_attention_sums(void);
 void test_shifts(void);
