@@ -82,7 +82,7 @@ WORKING = {
 REFUSED = {
     "unknown scorer": (
         ValueError,
-        lambda: _core.score("nothing", KEYS, None, None, None, None, None, SCORES, None, None, 1),
+        lambda: _core.score("nothing", KEYS, *[None] * 5, SCORES, None, None, 1),
     ),
     "unknown isa": (ValueError, lambda: _core.isa_set("abacus")),
     "text": (TypeError, lambda: _core.isa_set(7)),
