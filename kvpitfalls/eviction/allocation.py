@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -193,74 +193,79 @@ class Ada(Allocation):
         share = Fraction(str(self.alpha))
         least = quotas.astype(np.int64) * share.numerator // share.denominator
         floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
-        floors = np.maximum(floors, _must(scores, edges, quotas))
         best, _ = ops.select(scores, floors, segments=edges)
-        counts = _counts_together(raised_at(scores, best), edges, quotas.sum(1, dtype=np.int32))
-        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(
-            1, 2
-        )  # where other scores are infinite, too
+        n_best = floors.sum(-1)
+        raised = raised_at(scores, best, padded=n_best.min() < max(1, n_best.max()))
+        counts, infinite = _counts_together(raised, edges, quotas.sum(1, dtype=np.int32)), _n_infinite(scores, edges)
+        counts, infinite = (counts, infinite) if isinstance(scores, np.ndarray) else _to_host(counts, infinite)
+        floors = np.maximum(floors, np.minimum(infinite, quotas))  # which are of a policy's own, too
+        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _must(scores: Array, edges: Int32, quotas: Int32) -> Int32:
-    """How many infinite scores each head has in each segment, int32 (B, H, S); of a policy's own no more than fit an
-    equal share."""
+def _to_host(*counts: "torch.Tensor") -> list[Int32]:
+    """Tensors of one shape by one copy, for which a GPU is waited for."""
+    import torch
+
+    return list(torch.stack(counts).cpu().numpy().astype(np.int32))
+
+
+def _n_infinite(scores: Array, edges: Int32) -> Any:
+    """How many infinite scores each head has in each segment, (B, H, S), where the scores are."""
+    infinite = scores == np.inf
+    if edges.shape[1] == 2 and (edges == (0, scores.shape[2])).all():
+        return infinite.sum(-1)[..., None]
     n_row, n_head, n_token = scores.shape
     ends = np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1]))
-    if isinstance(scores, np.ndarray):
+    if isinstance(infinite, np.ndarray):
         until = np.zeros((n_row, n_head, n_token + 1), np.int32)
-        until[..., 1:] = (scores == np.inf).cumsum(-1)
-        at_edges = np.take_along_axis(until, ends, axis=-1)
-    else:  # what comes from a GPU is a number an edge
-        import torch
+        until[..., 1:] = infinite.cumsum(-1)
+        return np.diff(np.take_along_axis(until, ends, axis=-1), axis=-1)
+    import torch
 
-        last = torch.tensor(np.maximum(ends - 1, 0), dtype=torch.int64, device=scores.device)
-        sums = (scores == np.inf).cumsum(-1).gather(-1, last)
-        at_edges = np.where(ends > 0, sums.cpu().numpy(), 0)
-    must: Int32 = np.minimum(np.diff(at_edges, axis=-1), quotas).astype(np.int32)
-    return must
+    last, some = (torch.tensor(x, device=scores.device) for x in (np.maximum(ends - 1, 0).astype(np.int64), ends > 0))
+    return (infinite.cumsum(-1).gather(-1, last) * some).diff(dim=-1)
 
 
-def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Int32:
-    """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: int32 (B, H, S)."""
+def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Any:
+    """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: (B, H, S), where the
+    scores are."""
     n_row, n_head, n_token = scores.shape
     # segment by segment, and in each head by head: then the core's selection from one long row is the selection over
     # heads
-    together = (scores + 0).reshape(n_row, 1, n_head * n_token)
+    is_whole = edges.shape[1] == 2 and (np.diff(edges) == n_token).all()
+    together = (scores if is_whole else scores + 0).reshape(n_row, 1, n_head * n_token)
     for b, row in enumerate(edges.tolist()):
         for low, high in pairwise(row):
-            if high - low < n_token:  # else it stands so already
+            if high - low < n_token:
                 together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
     best, _ = ops.select(together, totals[:, None], segments=edges * n_head)
     widths = np.diff(edges)[..., None] * np.arange(n_head)  # where each head begins in its segment
     begins = (edges[:, :-1, None] * n_head + widths).reshape(n_row, -1)
-    return (
-        _counts_between(best[:, 0], np.concatenate([begins, edges[:, -1:] * n_head], 1))
-        .reshape(n_row, -1, n_head)
-        .swapaxes(1, 2)
-    )
+    counts = _counts_between(best[:, 0], np.concatenate([begins, edges[:, -1:] * n_head], 1))
+    return counts.reshape(n_row, -1, n_head).swapaxes(1, 2)
 
 
-def _counts_between(positions: Array, edges: Int32) -> Int32:
+def _counts_between(positions: Array, edges: Int32) -> Any:
     """How many of a row's rising positions (B, N), with -1 for none behind them, lie between its edges (B, E)."""
     if isinstance(positions, np.ndarray):
         kept = [row[row >= 0] for row in positions]
         until = np.stack([np.searchsorted(row, of_row) for row, of_row in zip(kept, edges, strict=True)])
-    else:
-        import torch
+        return np.diff(until, axis=-1).astype(np.int32)
+    import torch
 
-        rising = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
-        until = torch.searchsorted(rising, rising.new_tensor(edges)).cpu().numpy()
-    counts: Int32 = np.diff(until, axis=-1).astype(np.int32)
-    return counts
+    rising = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+    return torch.searchsorted(rising, rising.new_tensor(edges)).diff(dim=-1)
 
 
-def raised_at(scores: Array, positions: Array) -> Array:
-    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
+def raised_at(scores: Array, positions: Array, padded: bool = True) -> Array:
+    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1, if ``padded``, is none."""
     if isinstance(scores, np.ndarray):
-        padded = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
-        np.put_along_axis(padded, np.asarray(positions), np.inf, axis=-1)
-        return np.ascontiguousarray(padded[..., :-1])
+        wide = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
+        np.put_along_axis(wide, np.asarray(positions), np.inf, axis=-1)
+        return np.ascontiguousarray(wide[..., :-1])
     at = cast("torch.Tensor", positions)
+    if not padded:
+        return scores.scatter(2, at.long(), np.inf)
     raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
     raised[..., :-1] = scores
     return raised.scatter_(2, at.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
@@ -357,7 +362,11 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
             f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
             f"{quotas.shape}"
         )
-    least, most = _must(scores, edges, quotas), np.diff(edges)[:, None]
+    if type(allocation).heads is Ada.heads:  # whose sums and bounds hold by how they come about; a GPU is waited for
+        return shared.astype(np.int32)
+    infinite = _n_infinite(scores, edges)
+    infinite = infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0]
+    least, most = np.minimum(infinite, quotas), np.diff(edges)[:, None]
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(
             f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or "
