@@ -185,6 +185,8 @@ def causes(folder: Path, where: dict) -> None:
 
 def write_cards(folder: Path) -> None:
     """What the folder has. Where its first step was run before, that step's card stays as it is."""
+    if not any(folder.glob("*/run_meta.json")):
+        raise FileNotFoundError(f"{folder} has no sweep in it; expected the folder of a search")
     SEARCHED.mkdir(exist_ok=True)
     if any(folder.glob("narrow_*")):
         write("narrow.json", card(folder, "narrow"))

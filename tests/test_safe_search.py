@@ -139,6 +139,11 @@ def test_a_first_step_on_other_prompts_is_refused(search, copied):
         search.first_prompts(copied)
 
 
+def test_a_folder_of_no_search_has_no_cards(search, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no sweep in it; expected the folder of a search"):
+        search.write_cards(tmp_path)
+
+
 @pytest.mark.usefixtures("whole")
 def test_the_page_says_who_reaches_the_goal_and_what_moved(search):
     text = importlib.import_module("safe_page").about()
