@@ -127,11 +127,11 @@ def test_pages_of_results_are_what_their_cards_say(command, page):
 
 def test_the_part_of_a_page_on_the_search_is_what_its_cards_say(tmp_path):
     written = (ROOT / "docs" / "safe.md").read_text(encoding="utf-8")
-    begin, end = "<!-- made by benchmarks/safe_search.py page -->", "<!-- end of what it made -->"
+    begin, end = "<!-- made by benchmarks/safe_page.py -->", "<!-- end of what it made -->"
     before, rest = written.split(begin)
     copy = tmp_path / "safe.md"
     copy.write_text(f"{before}{begin}another{end}{rest.split(end)[1]}", encoding="utf-8")
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "safe_search.py"), "page", str(copy)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "safe_page.py"), str(copy)], check=True)
     assert copy.read_text(encoding="utf-8") == written
 
 
