@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -69,6 +70,71 @@ def test_an_audits_table(audited):
     for policy, fair, span, *shares in shown.rows[1:]:
         assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
     assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 settings, 2 ratios" in repr(audited)
+
+
+SCRIPTS = ["reveal ", "守秘義務", "لا تكشف", "नियम ", "e\u0301", "\n", "\t\x1b[31m", "\u202e", "👩👧", "\ud800", "_"]
+
+
+def columns_of(line):
+    """How many columns a terminal gives a line."""
+    wide = {"W": 2, "F": 2}
+    marks = ("Mn", "Me", "Cf")
+    return sum(0 if unicodedata.category(c) in marks else wide.get(unicodedata.east_asian_width(c), 1) for c in line)
+
+
+def made(rng, n_span, settings, ratios):
+    """An audit of instructions whose names are of any script and length."""
+    names = [f"{i}{''.join(rng.choice(SCRIPTS, rng.integers(0, 40)))}" for i in range(n_span)]
+    rows = [
+        {"policy": policy, "fair": fair, "compression_ratio": ratio, "span": name, "kept": float(kept)}
+        for policy, fair in settings
+        for ratio in ratios
+        for name, kept in zip(names, rng.random(n_span).round(3), strict=True)
+    ]
+    spans = {name: (i, i + 1) for i, name in enumerate(names)}
+    return kvp.Audit(rows, str(rng.choice(SCRIPTS)) * 50, spans, names, [0, 1])
+
+
+MANY = [(f"snapkv(window_size={i})" * 5, fair) for i in range(9) for fair in (False, 0.5, True, "floor=4", "paper")]
+
+
+@pytest.mark.parametrize("n_span", [1, 2, 4, 5, 200])
+@pytest.mark.parametrize("settings", [[("knorm", False)], MANY])
+@pytest.mark.parametrize("ratios", [[0.5], [0.9, 0.1], [r / 100 for r in range(100)]])
+def test_a_printed_audit_is_short_and_narrow_and_says_what_it_leaves_out(n_span, settings, ratios):
+    audited = made(np.random.default_rng([n_span, len(settings), len(ratios)]), n_span, settings, ratios)
+    shown = str(audited)
+    lines = shown.split("\n")
+    assert max(map(columns_of, lines)) <= 120 and len(lines) <= 120
+    assert not {unicodedata.category(c) for line in [*lines, repr(audited)] for c in line} & {"Cc", "Cs", "Zl", "Zp"}
+    assert lines[0].rstrip("…") in repr(audited)
+    head, verdict, note, table, *left = shown.split("\n\n")
+    n_said = {"setting": min(len(settings), 10), "ratio": min(len(ratios), 9)}
+    n_left = {"setting": len(settings) - n_said["setting"], "ratio": len(ratios) - n_said["ratio"]}
+    more = {what: int(n) for n, what in re.findall(r"(\d+) more (setting|ratio)s?\b", " ".join(left))}
+    assert more == {what: n for what, n in n_left.items() if n}
+    blocks = re.split(r"\n(?! )", table)[2:]
+    assert len(blocks) == n_said["setting"]
+    for block, (_, _, by_span) in zip(blocks, audited.settings(), strict=False):
+        kept = [[float(x.rstrip("*")) for x in row.split()[-n_said["ratio"] :]] for row in block.split("\n")[1:]]
+        means = sorted(np.mean(list(of_span.values())) for of_span in by_span.values())
+        if n_span > 4:
+            assert re.search(rf"^  {n_span - 3} more, each at least ", block, re.MULTILINE) and len(kept) == 4
+            if len(ratios) == n_said["ratio"]:
+                assert [np.mean(row) for row in kept[:3]] == pytest.approx(means[:3], abs=0.006)
+        else:
+            assert len(kept) == n_span
+    assert verdict.count("keeps") == n_said["setting"] and "instruction" in note and head == lines[0]
+
+
+def test_a_printed_audit_marks_what_is_under_half(audited):
+    for row in audited.rows:
+        policy = f"{row['policy']}, {'fair' if row['fair'] else 'biased'}"
+        of_setting = str(audited).split(f"\n{policy}\n", 1)[1]
+        shares = re.search(rf"^  {row['span']} +(\S+) +(\S+)", of_setting, re.MULTILINE).groups()
+        shown = shares[[0.3, 0.6].index(row["compression_ratio"])]
+        assert float(shown.rstrip("*")) == pytest.approx(row["kept"], abs=0.006)
+        assert shown.endswith("*") == (row["kept"] < 0.5)
 
 
 def test_a_cache_its_report_and_its_handle(smollm2, prompt):
