@@ -10,6 +10,8 @@ import unicodedata
 
 import numpy as np
 import pytest
+import torch
+from tiny_models import build, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.display import plots
@@ -162,6 +164,60 @@ def test_a_cache_its_report_and_its_handle(smollm2, prompt):
         )
     frame = report.to_pandas()
     assert list(frame["kept"]) == [26.0] * 30 and frame["bytes_after"].sum() == report["bytes_after"]
+
+
+SAID = re.compile(
+    r"<KeptCache: (\d+) of (\d+) layers compressed, batch of (\d+), (\d+)(?: to (\d+))? of (\d+)(?: to (\d+))? prompt "
+    r"tokens kept in each head \(r = (-?\d\.\d\d)\)(?:, (\d+) later)?, (\d+\.\d [kM]B) of (\d+\.\d [kM]B)>"
+)
+
+
+def check_what_a_cache_says(cache, n_later=0):
+    """Each number of a cache's repr is the one that its report gives."""
+    report, rows = cache.report(), cache.valid
+    n_compressed, n_layer, n_row, *ranges, ratio, later, now, before = SAID.fullmatch(repr(cache)).groups()
+    assert (int(n_compressed), int(n_layer)) == (len(report["layers"]), len(cache.layers))
+    assert int(n_compressed) + len(report["not_compressed"]) == int(n_layer)
+    kept = [n for layer in report["layers"] for of_row in layer["kept"] for n in of_row]
+    real = [end - begin for begin, end in rows]
+    for (low, high), numbers in zip([ranges[:2], ranges[2:]], [kept, real], strict=True):
+        assert (int(low), int(high or low)) == (min(numbers), max(numbers)) and low != high
+    assert int(n_row) == len(rows) and all(len(layer["kept"]) == len(rows) for layer in report["layers"])
+    assert float(ratio) == pytest.approx(1 - report["kept_share"], abs=0.0051) and int(later or 0) == n_later
+    for text, n in ((now, report["bytes_after"]), (before, report["bytes_before"])):
+        size, unit = text.split()
+        assert float(size) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(n, abs={"kB": 51, "MB": 5.1e4}[unit])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("policy", ["adakv", kvp.PyramidKV(window_size=1, beta=2), "streaming_llm"], ids=repr)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
+def test_a_caches_repr_is_its_report_in_a_line(family, policy, ratio):
+    """Heads that differ, layers that differ, rows that are padded, layers that stay as they are, nothing evicted; as a
+    copy, as one row of it, with later tokens, and by what is left of it."""
+    model, tokens = build(family), ids(3, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with kvp.wrap(model, policy, compression_ratio=ratio) as handle:
+        assert "no tokens seen" in repr(handle.new_cache())
+        cache = handle.compress(tokens, attention_mask=mask)
+        for each in (cache, cache.copy(), cache.outline()):
+            check_what_a_cache_says(each)
+        longer = {"attention_mask": torch.cat([mask, mask[:, -1:]], -1), "max_new_tokens": 3, "do_sample": False}
+        model.generate(torch.cat([tokens, tokens[:, :1]], -1), past_key_values=(answered := cache.copy()), **longer)
+        check_what_a_cache_says(answered, 3)
+        cache.batch_select_indices(torch.tensor([1]))
+        check_what_a_cache_says(cache)
+
+
+@pytest.mark.parametrize("when", ["always", "decode"])
+def test_a_held_caches_repr_is_its_report_in_a_line(when):
+    model, tokens = build("llama"), ids(2, 40)
+    with kvp.wrap(model, "streaming_llm", compression_ratio=0.5, when=when) as handle:
+        check_what_a_cache_says(cache := handle.compress(tokens))
+        longer = torch.cat([tokens, tokens[:, :1]], -1)
+        model.generate(longer, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        check_what_a_cache_says(cache, 6)
 
 
 def test_a_prompt_shows_its_tokens(prompt):
