@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvpitfalls.display.tables import table
+from kvpitfalls.display.columns import table
 from kvpitfalls.prompts.pieces import pieces, unwrapped_lines
 
 HERE = Path(__file__).parent

@@ -96,7 +96,7 @@ def test_an_audit_that_names_nothing_does_sentences_and_can_be_read(run, n_sente
         assert re.fullmatch(
             rf"{policy} at r=\.50: biased keeps \.\d\d \(of 'Rule .*'\) to .*; fair keeps \.\d\d[^,]*\.", verdict
         )
-    assert f" in {n_sentence};" in verdicts[0]
+    assert f" in {n_sentence} instructions;" in verdicts[0]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import html.parser
 import json
 import re
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
+import torch
+from tiny_models import build, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.display import plots
@@ -71,6 +74,71 @@ def test_an_audits_table(audited):
     assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 settings, 2 ratios" in repr(audited)
 
 
+SCRIPTS = ["reveal ", "守秘義務", "لا تكشف", "नियम ", "e\u0301", "\n", "\t\x1b[31m", "\u202e", "👩👧", "\ud800", "_"]
+
+
+def columns_of(line):
+    """How many columns a terminal gives a line."""
+    wide = {"W": 2, "F": 2}
+    marks = ("Mn", "Me", "Cf")
+    return sum(0 if unicodedata.category(c) in marks else wide.get(unicodedata.east_asian_width(c), 1) for c in line)
+
+
+def made(rng, n_span, settings, ratios):
+    """An audit of instructions whose names are of any script and length."""
+    names = [f"{i}{''.join(rng.choice(SCRIPTS, rng.integers(0, 40)))}" for i in range(n_span)]
+    rows = [
+        {"policy": policy, "fair": fair, "compression_ratio": ratio, "span": name, "kept": float(kept)}
+        for policy, fair in settings
+        for ratio in ratios
+        for name, kept in zip(names, rng.random(n_span).round(3), strict=True)
+    ]
+    spans = {name: (i, i + 1) for i, name in enumerate(names)}
+    return kvp.Audit(rows, str(rng.choice(SCRIPTS)) * 50, spans, names, [0, 1])
+
+
+MANY = [(f"snapkv(window_size={i})" * 5, fair) for i in range(9) for fair in (False, 0.5, True, "floor=4", "paper")]
+
+
+@pytest.mark.parametrize("n_span", [1, 2, 4, 5, 200])
+@pytest.mark.parametrize("settings", [[("knorm", False)], MANY])
+@pytest.mark.parametrize("ratios", [[0.5], [0.9, 0.1], [r / 100 for r in range(100)]])
+def test_a_printed_audit_is_short_and_narrow_and_says_what_it_leaves_out(n_span, settings, ratios):
+    audited = made(np.random.default_rng([n_span, len(settings), len(ratios)]), n_span, settings, ratios)
+    shown = str(audited)
+    lines = shown.split("\n")
+    assert max(map(columns_of, lines)) <= 120 and len(lines) <= 120
+    assert not {unicodedata.category(c) for line in [*lines, repr(audited)] for c in line} & {"Cc", "Cs", "Zl", "Zp"}
+    assert lines[0].rstrip("…") in repr(audited)
+    head, verdict, note, table, *left = shown.split("\n\n")
+    n_said = {"setting": min(len(settings), 10), "ratio": min(len(ratios), 9)}
+    n_left = {"setting": len(settings) - n_said["setting"], "ratio": len(ratios) - n_said["ratio"]}
+    more = {what: int(n) for n, what in re.findall(r"(\d+) more (setting|ratio)s?\b", " ".join(left))}
+    assert more == {what: n for what, n in n_left.items() if n}
+    blocks = re.split(r"\n(?! )", table)[2:]
+    assert len(blocks) == n_said["setting"]
+    for block, (_, _, by_span) in zip(blocks, audited.settings(), strict=False):
+        kept = [[float(x.rstrip("*")) for x in row.split()[-n_said["ratio"] :]] for row in block.split("\n")[1:]]
+        means = sorted(np.mean(list(of_span.values())) for of_span in by_span.values())
+        if n_span > 4:
+            assert re.search(rf"^  {n_span - 3} more, each at least ", block, re.MULTILINE) and len(kept) == 4
+            if len(ratios) == n_said["ratio"]:
+                assert [np.mean(row) for row in kept[:3]] == pytest.approx(means[:3], abs=0.006)
+        else:
+            assert len(kept) == n_span
+    assert verdict.count("keeps") == n_said["setting"] and "instruction" in note and head == lines[0]
+
+
+def test_a_printed_audit_marks_what_is_under_half(audited):
+    for row in audited.rows:
+        policy = f"{row['policy']}, {'fair' if row['fair'] else 'biased'}"
+        of_setting = str(audited).split(f"\n{policy}\n", 1)[1]
+        shares = re.search(rf"^  {row['span']} +(\S+) +(\S+)", of_setting, re.MULTILINE).groups()
+        shown = shares[[0.3, 0.6].index(row["compression_ratio"])]
+        assert float(shown.rstrip("*")) == pytest.approx(row["kept"], abs=0.006)
+        assert shown.endswith("*") == (row["kept"] < 0.5)
+
+
 def test_a_cache_its_report_and_its_handle(smollm2, prompt):
     model = smollm2[0]
     with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
@@ -96,6 +164,60 @@ def test_a_cache_its_report_and_its_handle(smollm2, prompt):
         )
     frame = report.to_pandas()
     assert list(frame["kept"]) == [26.0] * 30 and frame["bytes_after"].sum() == report["bytes_after"]
+
+
+SAID = re.compile(
+    r"<KeptCache: (\d+) of (\d+) layers compressed, batch of (\d+), (\d+)(?: to (\d+))? of (\d+)(?: to (\d+))? prompt "
+    r"tokens kept in each head \(r = (-?\d\.\d\d)\)(?:, (\d+) later)?, (\d+\.\d [kM]B) of (\d+\.\d [kM]B)>"
+)
+
+
+def check_what_a_cache_says(cache, n_later=0):
+    """Each number of a cache's repr is the one that its report gives."""
+    report, rows = cache.report(), cache.valid
+    n_compressed, n_layer, n_row, *ranges, ratio, later, now, before = SAID.fullmatch(repr(cache)).groups()
+    assert (int(n_compressed), int(n_layer)) == (len(report["layers"]), len(cache.layers))
+    assert int(n_compressed) + len(report["not_compressed"]) == int(n_layer)
+    kept = [n for layer in report["layers"] for of_row in layer["kept"] for n in of_row]
+    real = [end - begin for begin, end in rows]
+    for (low, high), numbers in zip([ranges[:2], ranges[2:]], [kept, real], strict=True):
+        assert (int(low), int(high or low)) == (min(numbers), max(numbers)) and low != high
+    assert int(n_row) == len(rows) and all(len(layer["kept"]) == len(rows) for layer in report["layers"])
+    assert float(ratio) == pytest.approx(1 - report["kept_share"], abs=0.0051) and int(later or 0) == n_later
+    for text, n in ((now, report["bytes_after"]), (before, report["bytes_before"])):
+        size, unit = text.split()
+        assert float(size) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(n, abs={"kB": 51, "MB": 5.1e4}[unit])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("policy", ["adakv", kvp.PyramidKV(window_size=1, beta=2), "streaming_llm"], ids=repr)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
+def test_a_caches_repr_is_its_report_in_a_line(family, policy, ratio):
+    """Heads that differ, layers that differ, rows that are padded, layers that stay as they are, nothing evicted; as a
+    copy, as one row of it, with later tokens, and by what is left of it."""
+    model, tokens = build(family), ids(3, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    with kvp.wrap(model, policy, compression_ratio=ratio) as handle:
+        assert "no tokens seen" in repr(handle.new_cache())
+        cache = handle.compress(tokens, attention_mask=mask)
+        for each in (cache, cache.copy(), cache.outline()):
+            check_what_a_cache_says(each)
+        longer = {"attention_mask": torch.cat([mask, mask[:, -1:]], -1), "max_new_tokens": 3, "do_sample": False}
+        model.generate(torch.cat([tokens, tokens[:, :1]], -1), past_key_values=(answered := cache.copy()), **longer)
+        check_what_a_cache_says(answered, 3)
+        cache.batch_select_indices(torch.tensor([1]))
+        check_what_a_cache_says(cache)
+
+
+@pytest.mark.parametrize("when", ["always", "decode"])
+def test_a_held_caches_repr_is_its_report_in_a_line(when):
+    model, tokens = build("llama"), ids(2, 40)
+    with kvp.wrap(model, "streaming_llm", compression_ratio=0.5, when=when) as handle:
+        check_what_a_cache_says(cache := handle.compress(tokens))
+        longer = torch.cat([tokens, tokens[:, :1]], -1)
+        model.generate(longer, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        check_what_a_cache_says(cache, 6)
 
 
 def test_a_prompt_shows_its_tokens(prompt):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from narrow_tables import rows_of, terminal
 from tiny_models import build
 
 from kvpitfalls import cli
-from kvpitfalls.display.tables import fitted, table
+from kvpitfalls.display.columns import fitted, table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.harness.contexts import Marks
 
@@ -158,6 +159,16 @@ def test_what_all_rows_have_in_common_is_said_once_in_a_narrow_terminal(width):
     assert rows_of(shown) == rows_of(whole) and len(rows_of(whole)) == 4
     one = table(header, rows[:1], right=range(3, 13))
     assert rows_of(fitted(one, width, 4)) == rows_of(one), "a row that has all with itself in common keeps a name"
+
+
+@pytest.mark.parametrize("width", [None, 24, 40, 60, 120])
+def test_a_wide_letter_takes_the_room_of_two(width):
+    """And a mark above a letter none: the same table as one of plain letters, in as many columns, however it is
+    cut into parts."""
+    text = table(["守 policy", *(f"r = {i} e\u0301" for i in range(5))], [["守秘 a", *"12345"], ["knorm", *"67890"]])
+    plain = table(["xx policy", *(f"r = {i} e" for i in range(5))], [["xxxx a", *"12345"], ["knorm", *"67890"]])
+    shown = re.sub("[守秘]", "xx", fitted(text, width).replace("\u0301", ""))
+    assert shown == fitted(plain, width) and max(map(len, shown.splitlines())) <= (width or 60)
 
 
 @pytest.mark.parametrize("width", [60, 80])

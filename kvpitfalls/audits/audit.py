@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from .. import __version__
 from ..display import plots
+from ..display.columns import cut, one_line, wrapped
 from ..display.heatmap import HeatMap
 from ..display.markup import block, note, table
 from ..display.tabular import data_frame, worst_first
+from ..display.verdicts import audited_ratios, kept_table, verdicts
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair, fairness_name
 from ..files import whole
@@ -24,12 +26,16 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import pandas
 
+_WIDTH, _SETTINGS, _RATIOS, _INSTRUCTIONS = 120, 10, 9, 3  # what print() shows at most; columns
 Setting: TypeAlias = tuple[str, bool | float | str, float]  # labels of policy and fairness, and the ratio
 
 
 @dataclass(frozen=True, repr=False, eq=False)  # arrays are not compared by ==
 class Audit:
     """What :func:`audit` found.
+
+    ``print`` shows a verdict on each policy, and the kept share of each instruction; of many settings, ratios and
+    instructions it shows some, and says how many more there are.
 
     Attributes
     ----------
@@ -209,9 +215,25 @@ class Audit:
         n_setting = len({(row["policy"], row["fair"]) for row in self.rows})
         n_ratio = len({row["compression_ratio"] for row in self.rows})
         return (
-            f"<Audit of {self.model}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} "
+            f"<Audit of {one_line(self.model)}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} "
             f"settings, {n_ratio} ratios>"
         )
+
+    def __str__(self) -> str:
+        settings = self.settings()
+        ratios, shown = audited_ratios(settings), settings[:_SETTINGS]
+        spread = np.linspace(0, len(ratios) - 1, min(len(ratios), _RATIOS)).round().astype(int)
+        left = {"setting": len(settings) - len(shown), "ratio": len(ratios) - len(spread)}
+        parts = [
+            cut(repr(self)[1:-1], _WIDTH),
+            "\n".join(wrapped(verdict, _WIDTH) for verdict in verdicts(shown)),
+            f"Kept share of each instruction (mean over {len(self.layers)} layers and their heads; * = under half):",
+            kept_table(shown, most=_INSTRUCTIONS, ratios=[ratios[i] for i in spread]),
+        ]
+        if any(left.values()):
+            more = " and ".join(f"{n} more {what}{'s' * (n > 1)}" for what, n in left.items() if n)
+            parts.append(f"{more}: rows, to_pandas() and heatmap() have all.")
+        return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
         ratios = sorted({row["compression_ratio"] for row in self.rows})

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -212,7 +211,9 @@ def _load(name: str | None):
 
 def _demo(args) -> int:
     from ..audits.retention import audit
-    from ..display.tables import audit_table, fitted, leakage_table
+    from ..display.columns import fitted
+    from ..display.tables import leakage_table
+    from ..display.verdicts import kept_table
     from ..experiments import demo
 
     start = time.perf_counter()
@@ -228,7 +229,7 @@ def _demo(args) -> int:
             f"{_heads(model, result)};"
         )
         print("* = under half):\n")
-        print(fitted(audit_table(result), columns()), flush=True)
+        print(fitted(kept_table(result.settings()), columns()), flush=True)
     cells = demo.leakage(model, tokenizer)
     seconds = time.perf_counter() - start
     if args.json:
@@ -285,7 +286,8 @@ def _fair(text: str) -> list:
 
 def _audit(args) -> int:
     from ..audits.retention import audit
-    from ..display.tables import audit_table, audit_verdicts, fitted
+    from ..display.columns import fitted, wrapped
+    from ..display.verdicts import kept_table, verdicts
     from ..prompts.prompt import Prompt
 
     if args.min_kept is not None and not 0 < args.min_kept <= 1:
@@ -318,9 +320,9 @@ def _audit(args) -> int:
             f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n"
         )
         width = columns()
-        print(f"{fitted(audit_table(result, args.min_kept or 0.5), width)}\n")
-        for verdict in audit_verdicts(result, args.min_kept):
-            print(textwrap.fill(verdict, min(100, width or 100), subsequent_indent="  "))
+        print(f"{fitted(kept_table(result.settings(), args.min_kept or 0.5), width)}\n")
+        for verdict in verdicts(result.settings(), args.min_kept):
+            print(wrapped(verdict, min(100, width or 100)))
     lost = [row for row in result.rows if row["kept"] < (args.min_kept or 0)]
     for row in lost:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"

@@ -87,7 +87,7 @@ def _garak(args) -> int:
 
 
 def _garak_report(args) -> int:
-    from ..display.tables import fitted, table
+    from ..display.columns import fitted, table
     from ..harness.garak_command import read_report
 
     results = [row for path in args.files for row in read_report(path)]

@@ -92,7 +92,8 @@ def add_commands(commands) -> None:
 
 
 def _compare(args) -> int:
-    from ..display.tables import N_COMPARED, compare_table, fitted
+    from ..display.columns import fitted
+    from ..display.tables import N_COMPARED, compare_table
     from ..experiments.card import compare, read_card
 
     a, b = read_card(args.a), read_card(args.b)
@@ -194,8 +195,9 @@ def _sweep(args) -> int:
 
 
 def _suite(args) -> int:
+    from ..display.columns import fitted
     from ..display.page import write_report
-    from ..display.tables import N_SETTING, fitted, outcome_table
+    from ..display.tables import N_SETTING, outcome_table
     from ..experiments.corpus import SUITE
     from ..experiments.presets import preset
 
@@ -303,7 +305,7 @@ def _ifeval(args) -> int:
 
 
 def _run_and_show(args, parts: dict, text, n_key: int) -> int:
-    from ..display.tables import fitted
+    from ..display.columns import fitted
 
     code = run_parts(args, parts)
     if not args.json and code != 130:
@@ -312,8 +314,9 @@ def _run_and_show(args, parts: dict, text, n_key: int) -> int:
 
 
 def _report(args) -> int:
+    from ..display.columns import fitted
     from ..display.page import write_report
-    from ..display.tables import N_SETTING, N_TURN_SETTING, fitted, outcome_table, probe_table, turn_table
+    from ..display.tables import N_SETTING, N_TURN_SETTING, outcome_table, probe_table, turn_table
 
     written = write_report(args.folder)
     if args.json:

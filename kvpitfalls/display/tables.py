@@ -1,99 +1,13 @@
 """Results as text tables."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..audits.retention import Audit
-from ..eviction.fairness import fairness_name
 from ..experiments.demo import SECRETS, Cell
 from ..experiments.intervals import share_interval
 from ..experiments.metrics import ANSWERED, METRICS, PROBES, TOGETHER, TURN, by_turn
-from .tabular import worst_first
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns of equal width; those in ``right`` are aligned to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row):
-        return "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
-
-
-def fitted(text: str, width: int | None, n_key: int = 1) -> str:
-    """A :func:`table` as several, one below the other, each with the first ``n_key`` columns, where a terminal has no
-    room for all.
-
-    Of several such columns, those in which all rows are the same are said once, above. A column that has no room of its
-    own beside the others is cut, and ends with "…". ``width`` is None where nobody counts columns.
-    """
-    lines = text.split("\n")
-    if width is None or max(map(len, lines)) <= width:
-        return text
-    edges = [match.span() for match in re.finditer("-+", lines[1])]
-    edges[-1] = (edges[-1][0], max(map(len, lines)))
-    columns = [[line[begin:end].ljust(end - begin) for line in lines] for begin, end in edges]
-    same = [column for column in columns[:n_key] if len(set(column[2:])) == 1][: n_key - 1]
-    keys = [column for column in columns[:n_key] if column not in same]
-    n_left = _width(keys)
-    blocks: list[list[list[str]]] = []
-    for column in columns[n_key:]:
-        if blocks and n_left + 2 + _width([*blocks[-1], column]) <= width:
-            blocks[-1].append(column)
-        else:
-            blocks.append([column])
-    room = max(width, n_left + 4)
-    parts = [[f"{column[0].strip()}: {column[2].strip()}" for column in same]] if same else []
-    for block in blocks:
-        rows = ("  ".join(cells).rstrip() for cells in zip(*keys, *block, strict=True))
-        parts.append([row if len(row) <= room else f"{row[: room - 1]}…" for row in rows])
-    return "\n\n".join(map("\n".join, parts))
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(len(column[0]) + 2 for column in columns) - 2
-
-
-def share(x: float) -> str:
-    """A share with two digits: 0 -> .00, 1 -> 1.0."""
-    return "1.0" if x >= 0.995 else f"{x:.2f}".lstrip("0")
-
-
-def audit_table(result: Audit, min_kept: float = 0.5, most: int = 5) -> str:
-    """Kept share of every instruction, one column per share r removed; shares under ``min_kept`` are marked. At most
-    100 columns wide.
-
-    Of more than ``most`` + 1 instructions those with the least are shown, the worst first; the rest are one line, with
-    the least of each ratio.
-    """
-    ratios = sorted({row["compression_ratio"] for row in result.rows})
-    lines = []
-    for policy, fair, by_span in result.settings():
-        lines.append([f"{policy}, {fairness_name(fair)}", *[""] * len(ratios)])
-        for span, kept in worst_first(by_span, most):
-            lines.append([f"  {span}", *(share(kept[r]) + ("*" if kept[r] < min_kept else " ") for r in ratios)])
-    return table(["r, the share removed", *(f"{share(r)} " for r in ratios)], lines, right=range(1, 1 + len(ratios)))
-
-
-def audit_verdicts(result: Audit, min_kept: float | None = None) -> list[str]:
-    """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, and
-    how many keep less
-    than ``min_kept``, or less than half of what is kept of the whole prompt."""
-    ratio = min((row["compression_ratio"] for row in result.rows), key=lambda r: (abs(r - 0.5), r))
-    least, said = (1 - ratio) / 2 if min_kept is None else min_kept, {}
-    for policy, fair, by_span in result.settings():
-        kept = {span: of_span[ratio] for span, of_span in by_span.items()}
-        worst, under = min(kept, key=kept.__getitem__), sum(x < least for x in kept.values())
-        low, high = share(kept[worst]), share(max(kept.values()))
-        about = f"{fairness_name(fair)} keeps {low}" + (f" (of {worst!r}) to {high}" if low != high else "")
-        about += f", and less than {share(least)} of {under} in {len(kept)}" if under and len(kept) > 1 else ""
-        said.setdefault(policy, []).append(about)
-    return [f"{policy} at r={share(ratio)}: {'; '.join(parts)}." for policy, parts in said.items()]
+from .columns import share, table
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:

@@ -19,7 +19,7 @@ from ..numbers import is_whole
 from .coming import Coming
 from .layer import KeptLayer, bare
 from .origin import Origin
-from .report import Report
+from .report import Report, in_bytes, in_range
 
 if TYPE_CHECKING:
     from .action import Action
@@ -127,7 +127,7 @@ class KeptCache(DynamicCache):
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values that the compressed layers hold now."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kept_layers if layer.is_initialized)
+        return sum(size_of(layer) for layer in self.kept_layers if layer.is_initialized)
 
     def note_peak(self) -> None:
         """Called before each eviction: nothing but an eviction makes a cache smaller."""
@@ -288,8 +288,7 @@ class KeptCache(DynamicCache):
         counts = [_kept_counts(layer, self.valid) for layer in seen]
         self._check_counts(seen, counts)
         rows = [_layer_report(layer, kept) for layer, kept in zip(seen, counts, strict=True)]
-        held = [(kept, layer.prompt_shape) for layer, kept in zip(seen, counts, strict=True) if layer.is_evicted]
-        real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
+        held = [layer for layer in seen if layer.is_evicted]
         spans = self.spans if rows else []
         held_by = [self.positions(layer.index) for layer in seen] if any(spans) else []  # a GPU is waited for
         shares = [
@@ -297,7 +296,7 @@ class KeptCache(DynamicCache):
             for row, of_row in enumerate(spans)
         ]
         return Report(
-            n_tokens=self.get_seq_length() if not held else held[0][1][2],
+            n_tokens=self.get_seq_length() if not held else held[0].prompt_shape[2],
             layers=rows,
             not_compressed={
                 i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)
@@ -306,14 +305,32 @@ class KeptCache(DynamicCache):
             bytes_after=sum(row["bytes_after"] for row in rows),
             bytes_kept=sum(row["bytes_kept"] for row in rows),
             peak_bytes=max(self.peak_bytes, self.held_bytes),
-            kept_share=float(sum(c.sum() for c, _ in held) / sum(real)) if held else 1.0,
+            kept_share=self._kept_share(seen, counts),
             spans=shares[0] if shares else {},
             spans_by_row=shares,
         )
 
+    def _kept_share(self, layers: Sequence[KeptLayer], counts: Sequence[Int32]) -> float:
+        """Of the prompt's rows that the evicted layers have seen, the share that they hold; 1 if nothing was
+        evicted."""
+        held = [(kept, layer.prompt_shape) for layer, kept in zip(layers, counts, strict=True) if layer.is_evicted]
+        real = [sum(end - begin for begin, end in self.valid or [(0, s[2])] * s[0]) * s[1] for _, s in held]
+        return float(sum(kept.sum() for kept, _ in held) / sum(real)) if held else 1.0
+
     def __repr__(self) -> str:
-        seen = max((layer.seen for layer in self.kept_layers), default=0)
-        return f"<KeptCache: {len(self.kept_layers)} of {len(self.layers)} layers compressed, {seen} tokens seen>"
+        layers = f"{len(self.kept_layers)} of {len(self.layers)} layers compressed"
+        seen = [layer for layer in self.kept_layers if layer.seen]
+        if not seen:
+            return f"<KeptCache: {layers}, no tokens seen>"
+        counts = [_kept_counts(layer, self.valid) for layer in seen]
+        lengths = [end - begin for begin, end in self.valid or [(0, seen[0].seen)]]
+        kept = in_range([n for of_layer in counts for n in (of_layer.min(), of_layer.max())])
+        later = f", {n} later" if (n := self.n_seen - (self.n_prompt or self.n_seen)) else ""
+        before, now = sum(layer.bytes_before or size_of(layer) for layer in seen), sum(map(size_of, seen))
+        return (
+            f"<KeptCache: {layers}, batch of {len(seen[0].keys)}, {kept} of {in_range(lengths)} prompt tokens kept in "
+            f"each head (r = {1 - self._kept_share(seen, counts):.2f}){later}, {in_bytes(now)} of {in_bytes(before)}>"
+        )
 
     def _repr_html_(self) -> str:
         return block(repr(self)[1:-1], self.report().body())
@@ -428,8 +445,13 @@ def _kept_counts(layer: KeptLayer, valid: Sequence[tuple[int, int]] | None) -> I
     return np.broadcast_to(np.array(whole)[:, None], layer.keys.shape[:2])
 
 
+def size_of(layer: KeptLayer) -> int:
+    """Bytes of a layer's keys and values."""
+    return layer.keys.nbytes + layer.values.nbytes
+
+
 def _layer_report(layer: KeptLayer, kept: Int32) -> dict[str, Any]:
-    after = layer.keys.nbytes + layer.values.nbytes
+    after = size_of(layer)
     return {
         "index": layer.index,
         "kept": kept.tolist(),

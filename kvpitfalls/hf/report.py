@@ -1,5 +1,6 @@
 """What eviction really did, as numbers that show themselves."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..display.markup import block, note, percent, table
@@ -44,11 +45,11 @@ class Report(dict[str, Any]):
     def body(self) -> str:
         """The inside of the display."""
         size = (
-            f"{_bytes(self['bytes_before'])} before, {_bytes(self['bytes_after'])} after, "
-            f"{_bytes(self['peak_bytes'])} at most"
+            f"{in_bytes(self['bytes_before'])} before, {in_bytes(self['bytes_after'])} after, "
+            f"{in_bytes(self['peak_bytes'])} at most"
         )
         if (n_empty := self["bytes_after"] - self["bytes_kept"]) > 0:
-            size += f"; {_bytes(n_empty)} of it are empty slots, which a ragged layout would save"
+            size += f"; {in_bytes(n_empty)} of it are empty slots, which a ragged layout would save"
         share = percent(self["kept_share"])
         parts = [
             note(
@@ -71,5 +72,12 @@ def _mean(kept: list[list[int]]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _bytes(n: int) -> str:
+def in_range(numbers: Sequence[int]) -> str:
+    """The least and the largest of some numbers: "26", or "13 to 39"."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def in_bytes(n: int) -> str:
+    """A size for people."""
     return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n / 1e3:.1f} kB"
