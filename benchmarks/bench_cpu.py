@@ -91,9 +91,8 @@ def bench_verbs(case: Case, timer: Timer, base: dict, c: ctypes.CDLL) -> list[di
 def bench_h2o(case: Case, base: dict, machine: dict) -> list[dict]:
     """Exact H2O against the multiply-adds that QK^T alone needs (causal half), and against a whole forward of torch's
     attention."""
-    inputs = kvp.policies.Inputs(
-        case.keys[0], case.queries, case.dim**-0.5, 0.0, [(0, case.length)], [[(0, case.length)]], [[]]
-    )
+    rows = {"valid": [(0, case.length)], "segments": [[(0, case.length)]], "spans": [[]]}
+    inputs = kvp.policies.Inputs(case.keys[0], case.queries, **rows)
     policy, few = kvp.H2O(), Timer(0, 3)
     mine, spread = few(lambda: policy.score(inputs))
     operations = case.heads * case.dim * case.length * (case.length + 1)
@@ -133,7 +132,7 @@ def extra_memory(shape, length: int) -> list[dict]:
         f"{length}, {dim})\n"
         "def memory(name): return int(re.search(name + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
         "def score(n): return get_policy(sys.argv[1]).score(\n"
-        "    kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], 0.1, 0.0, [(0, n)], [[(0, n)]], [[]]))\n"
+        "    kvp.policies.Inputs(k[:, :, :n], q[:, :, :n], valid=[(0, n)], segments=[[(0, n)]], spans=[[]]))\n"
         "score(64); open('/proc/self/clear_refs', 'w').write('5'); before = memory('VmRSS')\n"
         f"score({length}); print((memory('VmHWM') - before) / 1e3)"
     )

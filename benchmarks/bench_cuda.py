@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvpitfalls import H2O, TOVA, Fair, KNorm, SnapKV, ops
+from kvpitfalls.eviction.budget import kept_tokens
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import choose, rank
+from kvpitfalls.eviction.selection import budgets_of, choose, rank
 from kvpitfalls.policies import Inputs
 
 N_QUERY_HEAD, N_HEAD, N_DIM, RATIO, WINDOW = 32, 8, 128, 0.5, 64
@@ -97,7 +99,7 @@ def extra_memory(call):
 
 def inputs_of(policy, keys, queries, lse=None):
     n = keys.shape[2]
-    given = Inputs(keys, queries, N_DIM**-0.5, 0.0, [(0, n)], [[(0, n)]], [[(0, n)]])
+    given = Inputs(keys, queries, valid=[(0, n)], segments=[[(0, n)]], spans=[[(0, n)]])
     if lse is None:
         return policy.score(given)
     votes = [[0, n, 0, n, 0, 0, 2, n, 0, 0]]
@@ -160,8 +162,10 @@ def eager_sums(keys, queries):
 
 
 def our_press(policy, keys, values, queries, lse=None):
-    ranked = rank(policy, BIASED, Layout.of(1, keys.shape[2]), keys, queries, lse=lse)
-    return ops.gather(keys, values, choose(ranked, compression_ratio=RATIO).positions)
+    layout = Layout.of(1, keys.shape[2])
+    ranked = rank(policy, layout.split(BIASED), LayerInputs(keys, queries, values, lse=lse))
+    budgets = budgets_of(layout, partial(kept_tokens, compression_ratio=RATIO))
+    return ops.gather(keys, values, choose(ranked, budgets).positions)
 
 
 # Measures: (name, n, value, unit, in words)

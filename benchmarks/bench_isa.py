@@ -27,7 +27,7 @@ def inputs(heads: int, key_heads: int, dim: int, length: int, dtype: torch.dtype
     """One row without instructions."""
     make = torch.Generator().manual_seed(0)
     keys, queries = (torch.randn(1, n, length, dim, generator=make).to(dtype) for n in (key_heads, heads))
-    return Inputs(keys, queries, dim**-0.5, 0.0, [(0, length)], [[(0, length)]], [[]])
+    return Inputs(keys, queries, valid=[(0, length)], segments=[[(0, length)]], spans=[[]])
 
 
 def is_here(isa: str) -> bool:

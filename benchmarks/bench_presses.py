@@ -12,6 +12,7 @@ import logging
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +23,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 import kvpitfalls as kvp
 from kvpitfalls import ops
 from kvpitfalls.eviction.allocation import Ada
+from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.needed import turns_of
-from kvpitfalls.eviction.selection import allocation_of, choose, press, rank
+from kvpitfalls.eviction.selection import allocation_of, budgets_of, choose, press, rank
 
 try:
     import kvpress
@@ -106,27 +109,24 @@ class Case:
         queries = self.queries[:, :, self.length - n_query :] if n_query else None
         policy, layout = kvp.policies.get_policy(policy), Layout.of(1, self.length)
         allocation = allocation_of(policy, given.pop("allocation", None))
-        budget = {"compression_ratio": RATIO, "allocation": allocation}
-        given |= {"layer": LAYER, "n_layer": N_LAYER}
-
-        def judge(keys, values, **more):
-            return rank(policy, BIASED, layout, keys, queries, values=values, **given, **more)
+        budgets = budgets_of(layout, partial(kept_tokens, compression_ratio=RATIO), allocation, N_LAYER)
+        split, again = layout.split(BIASED), given.pop("again", None)
 
         def evict():
             keys, values = self.next()
-            if (made := press(policy, BIASED, layout, keys, values, queries, **budget, **given)) is not None:
+            layer = LayerInputs(keys, queries, values, layer=LAYER, n_layer=N_LAYER, **given)
+            if (made := press(policy, split, layer, budgets, allocation)) is not None:
                 return made.keys, made.values
-            ranked = judge(keys, values)
-            return ops.gather(keys, values, choose(ranked, **budget).positions)
+            return ops.gather(keys, values, choose(rank(policy, split, layer), budgets, allocation).positions)
 
         def evict_after_reading():
             keys, values = self.next()
             ranked = None
             for turn in turns_of(policy, layout, keys, again):
-                ranked = judge(keys, values, again=turn, before=ranked)
-            return ops.gather(keys, values, choose(ranked, **budget).positions)
+                layer = LayerInputs(keys, queries, values, layer=LAYER, n_layer=N_LAYER, again=turn, **given)
+                ranked = rank(policy, split, layer, ranked)
+            return ops.gather(keys, values, choose(ranked, budgets, allocation).positions)
 
-        again = given.pop("again", None)
         return evict if again is None else evict_after_reading
 
     def theirs(self, press):

@@ -1,6 +1,7 @@
 """Numbers that callers give, looked at in one way everywhere. True and False are none."""
 
 import sys
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import numpy as np
@@ -23,6 +24,13 @@ def is_real(value: object) -> TypeGuard[float]:
 def as_written(number: float) -> float:
     """A number of Python's that is written in decimal as this one is: NumPy's 32-bit 0.1 is 0.1."""
     return number if type(number) in (int, float) else float(str(number))
+
+
+def check_real(named: Mapping[str, object]) -> None:
+    """Raise TypeError unless all of them are numbers."""
+    for name, value in named.items():
+        if not is_real(value):
+            raise TypeError(f"{name} is {value!r}; expected a number")
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -96,7 +96,7 @@ class Ragged(Action):
     def after_prefill(self, layer, call):
         n_row, n_head, n_token = layer.keys.shape[:3]
         draw = torch.Generator().manual_seed(layer.index)
-        scores = torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=draw)
+        scores = torch.rand(n_row, 1 if call.share_heads else n_head, n_token, generator=draw)
         counts = torch.randint(3, 9, scores.shape[:2], generator=draw)
         kept = (scores.argsort(-1).argsort(-1) < counts[..., None]).expand(-1, n_head, -1)
         places = torch.where(kept, torch.arange(n_token), n_token).sort(-1).values[..., : int(counts.max())]
@@ -350,7 +350,7 @@ def test_the_probe_notices_a_choice_per_head_where_heads_are_mixed(monkeypatch):
         monkeypatch.setattr(
             AttentionCall,
             "__getattribute__",
-            lambda call, name: name != "shared" and object.__getattribute__(call, name),
+            lambda call, name: name != "share_heads" and object.__getattribute__(call, name),
         )
         with pytest.raises(kvp.UnsupportedModelError, match="shuffling cached rows changes its logits"):
             handle.verify()

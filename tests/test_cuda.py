@@ -11,8 +11,9 @@ from tiny_policies import EVERY, HELD, takes
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import choose, rank
+from kvpitfalls.eviction.selection import budgets_of, choose, rank
 from kvpitfalls.policies.random import Random
 
 SPANS = {"first": (2, 9), "second": (9, 18)}
@@ -140,7 +141,8 @@ def test_a_layer_after_the_first_waits_for_nothing():
     fair = Fair.parse(True)
 
     def compress():
-        kept = choose(rank(kvp.SnapKV(), fair, layout, keys, keys), compression_ratio=0.5)
+        ranked = rank(kvp.SnapKV(), layout.split(fair), LayerInputs(keys, keys))
+        kept = choose(ranked, budgets_of(layout, lambda n: n // 2))
         return kvp.ops.gather(keys, keys, kept.positions)[0]
 
     first = compress()

@@ -32,7 +32,7 @@ def tensors(n_row, n_head, group, n_token, n_dim, dtype=torch.bfloat16, n_query=
 
 def attend(keys, queries, votes, valid=None, verb=ops.score, **params):
     n_token = keys.shape[2]
-    inputs = Inputs(keys, queries, keys.shape[-1] ** -0.5, 0.0, valid or [(0, n_token)] * len(keys), [], [])
+    inputs = Inputs(keys, queries, valid=valid or [(0, n_token)] * len(keys), segments=[], spans=[])
     packed = pack(tuple(map(tuple, votes)))
     return verb(
         "attention", keys, queries=queries, votes=packed, valid=inputs.valid_array, scaling=inputs.scaling, **params

@@ -50,6 +50,12 @@ def run_examples(value, name):
     return runner.tries, runner.failures
 
 
+def described_by(value):
+    """The parameters and attributes that a docstring describes."""
+    doc = FunctionDoc(value)
+    return [part for entry in (*doc["Parameters"], *doc["Attributes"]) for part in re.split(r",\s*", entry.name)]
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_has_an_example_that_runs(name, registry):
     assert "Examples" in [section for section, text in FunctionDoc(PUBLIC[name])._parsed_data.items() if text]
@@ -71,7 +77,10 @@ def test_every_public_name_has_a_numpydoc_docstring(name):
     doc = FunctionDoc(value)
     assert len(doc["Summary"]) == 1 or not inspect.isclass(value), doc["Summary"]
     assert " ".join(doc["Summary"]).endswith("."), doc["Summary"]
-    described = [part for entry in (*doc["Parameters"], *doc["Attributes"]) for part in re.split(r",\s*", entry.name)]
+    described = described_by(value)
+    for parent in value.__mro__[1:] if inspect.isclass(value) else ():
+        if f"see :class:`{parent.__name__}`" in value.__doc__:  # whose parameters come first
+            described = [*described_by(parent), *described]
     of_python = inspect.isclass(value) and issubclass(value, (BaseException, dict))  # they take what Python's own take
     parameters = [] if of_python else inspect.signature(value).parameters.values()
     taken = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import choose, count_per_segment, rank
+from kvpitfalls.eviction.selection import budgets_of, choose, count_per_segment, rank
 from kvpitfalls.policies import get_policy
 
 FOLDER = Path(__file__).parent / "data" / "golden"
@@ -56,11 +58,13 @@ class Case:
         key = (policy, fair, str(spans), str(protect))
         if key not in self._ranked:
             layout = Layout.of(len(self.data["k"]), self.n_token, spans=spans, protect=protect)
-            self._ranked[key] = rank(policy, fair, layout, self.data["k"], self.data["q"], self.case["scaling"])
+            layer = LayerInputs(self.data["k"], self.data["q"], scaling=self.case["scaling"])
+            self._ranked[key] = rank(policy, layout.split(fair), layer)
         return self._ranked[key]
 
     def kept(self, run):
-        return choose(self.ranked(run), budget=run["n_kept"])
+        ranked = self.ranked(run)
+        return choose(ranked, budgets_of(ranked.split.layout, functools.partial(kept_tokens, budget=run["n_kept"])))
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -20,6 +20,7 @@ C_FILES = sorted(path for pattern in ("*.c", "*.h", "*.cu", "*.cuh") for path in
 PYTHON_LAYERS = [
     ["errors", "files", "numbers"],
     ["eviction.arrays"],
+    ["eviction.layer_inputs"],
     ["eviction.reference"],
     ["_core", "_cuda", "eviction.ops"],
     ["display.markup", "display.tabular", "display.progress", "display.columns"],

@@ -35,7 +35,8 @@ def draw(device, dtype, seed=0):
 def attend(keys, queries, votes, valid=None, scaling=0.125, **params):
     """Scores by attention; the same votes for all rows, or a list for each."""
     of_rows = votes if isinstance(votes[0], list) else [votes] * len(keys)
-    inputs = Inputs(keys, queries, scaling, 0.0, valid or [(0, keys.shape[2])] * len(keys), [], [])
+    valid = valid or [(0, keys.shape[2])] * len(keys)
+    inputs = Inputs(keys, queries, scaling=scaling, valid=valid, segments=[], spans=[])
     return inputs.attend(of_rows, **params)
 
 

@@ -97,7 +97,7 @@ def test_attention_scores(shape, dtype, layout, device):
     """At most twice the error of the same mathematics done naively in the low precision, against float64."""
     keys, queries = tensors(shape, dtype, layout, device)
     n_row, n_token = shape[0], shape[3]
-    inputs = Inputs(keys, queries, shape[4] ** -0.5, 0.0, [(0, n_token)] * n_row, [], [])
+    inputs = Inputs(keys, queries, valid=[(0, n_token)] * n_row, segments=[], spans=[])
     for name, of_row in votes(n_token).items():
         for kernel_size, share_heads in [(1, False), (5, False), (1, True)]:
             ours = inputs.attend([of_row] * n_row, kernel_size=kernel_size, share_heads=share_heads)
@@ -189,7 +189,7 @@ def test_moving_all_logits_together_changes_nothing(n_token, fair, policy, dtype
         scores = {}
         for shift in (0, -1000, -150, 150, 1000):
             keys[..., 0] = 2 * shift  # exact in every dtype
-            inputs = Inputs(keys, queries, 0.5, 0.0, [(0, n_token)], [], [])
+            inputs = Inputs(keys, queries, scaling=0.5, valid=[(0, n_token)], segments=[], spans=[])
             scores[shift] = inputs.attend(cast, share_heads=policy == "tova").cpu()
             torch.testing.assert_close(
                 scores[shift], scores[0], rtol=5e-3, atol=1e-7

@@ -9,8 +9,9 @@ import kvpitfalls as kvp
 from kvpitfalls.eviction import ops
 from kvpitfalls.eviction.allocation import get_allocation
 from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import choose, press, rank
+from kvpitfalls.eviction.selection import budgets_of, choose, press, rank
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.policies import get_policy
 
@@ -45,18 +46,20 @@ def test_a_press_keeps_what_three_calls_keep(name, dtype, library, valid, protec
         settings = {"valid": valid, "spans": SPANS, "protect": protect, "n_sink": policy.n_sink}
         layout = Layout.of(2, N_TOKEN, **settings, limit=lambda n: 18)
         allocation = get_allocation(policy.allocation)
-        pressed = press(
-            policy, fair, layout, keys, values, queries, budget=18, allocation=allocation, layer=1, n_layer=3
-        )
+        split, layer = layout.split(fair), LayerInputs(keys, queries, values, layer=1, n_layer=3)
+        budgets = budgets_of(layout, lambda n: 18, allocation, 3)
+        pressed = press(policy, split, layer, budgets, allocation)
         is_plain = label in (False, True) or (label == "paper" and policy.paper_quotas)
         assert (pressed is not None) == (is_plain and not allocation.shares_heads)
         if pressed is None:
             continue
-        ranked = rank(policy, fair, layout, keys, queries, values=values, layer=1, n_layer=3)
-        kept = choose(ranked, budget=18, allocation=allocation)
+        kept = choose(rank(policy, split, layer), budgets, allocation)
         rows = ops.gather(keys, values, kept.positions)
-        expected = kept.positions, kept.counts, *rows, kept.quotas, kept.segments
-        for ours, theirs in zip(vars(pressed).values(), expected, strict=True):
+        ours_all = pressed.positions, pressed.counts, pressed.keys, pressed.values
+        expected = kept.positions, kept.counts, *rows
+        assert pressed.plan.is_full == bool((kept.counts == kept.positions.shape[-1]).all())
+        plans = [(plan.quotas, plan.edges) for plan in (pressed.plan, kept.plan)]
+        for ours, theirs in zip((*ours_all, *plans[0]), (*expected, *plans[1]), strict=True):
             assert type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
             assert bool((ours == theirs).all())
 
@@ -67,8 +70,8 @@ def test_every_policy_says_whether_it_is_one_call():
     for name in kvp.policies.policy_names():
         policy = get_policy(name)
         if not (policy.needs_rotary or policy.needs_output or policy.needs_again):
-            ask = {"budget": 20, "layer": 0, "n_layer": 1}
-            if press(policy, Fair.parse(False), layout, keys, values, queries, **ask) is not None:
+            layer = LayerInputs(keys, queries, values)
+            if press(policy, layout.split(Fair.parse(False)), layer, [(20, 20)]) is not None:
                 found.add(name)
     assert found == BY_ONE_CALL
 
@@ -85,7 +88,8 @@ def test_a_policy_that_scores_anew_is_not_pressed_by_its_parents_call():
                 return -super().score(inputs)
 
         keys, values, _ = arrays(torch.float32, "torch")
-        assert press(Opposite(), Fair.parse(False), Layout.of(2, N_TOKEN), keys, values, None, budget=9) is None
+        split = Layout.of(2, N_TOKEN).split(Fair.parse(False))
+        assert press(Opposite(), split, LayerInputs(keys, None, values), [(9, 9)]) is None
         ours, theirs = (kvp.keep(policy, keys, budget=9).scores for policy in (Opposite(), kvp.KNorm()))
         assert torch.equal(ours, -theirs)
     finally:
@@ -107,7 +111,7 @@ def test_a_wrap_presses_and_holds_what_it_held_by_three_calls(policy, fair, monk
 
     ours = cache()
     assert len(presses) == model.config.num_hidden_layers
-    monkeypatch.setattr(Evict, "pressed", lambda self, call: None)
+    monkeypatch.setattr(Evict, "pressed", lambda self, call, task: None)
     theirs = cache()
     assert len(presses) == model.config.num_hidden_layers
     for a, b in zip(ours.kept_layers, theirs.kept_layers, strict=True):

@@ -15,6 +15,7 @@ from tiny_policies import is_defined, kept_by
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import apportion, blend, floor_and_rest, kept_tokens
 from kvpitfalls.eviction.fairness import Fair
+from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import count_per_segment, rank
 from kvpitfalls.policies import get_policy
@@ -83,9 +84,8 @@ def test_an_instruction_is_judged_by_its_own_queries_only(policy):
 
 
 def test_shared_heads_go_by_the_mean_of_their_scores():
-    shared = rank(
-        get_policy("knorm"), Fair.parse(False), Layout.of(1, 64), torch.from_numpy(KEYS), None, share_heads=True
-    ).scores
+    layer = LayerInputs(torch.from_numpy(KEYS), share_heads=True)
+    shared = rank(get_policy("knorm"), Layout.of(1, 64).split(Fair.parse(False)), layer).scores
     np.testing.assert_allclose(shared, -np.linalg.norm(KEYS.astype(float), axis=-1).mean(1, keepdims=True), rtol=1e-6)
 
 

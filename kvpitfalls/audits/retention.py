@@ -14,7 +14,7 @@ from ..eviction.allocation import Allocation
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Layout, Protect, read_once
-from ..eviction.selection import Ranked, allocation_of, check_room, choose, rank
+from ..eviction.selection import Budgets, Ranked, allocation_of, budgets_of, check_room, choose, rank
 from ..hf.action import Action, each_once
 from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
@@ -23,7 +23,7 @@ from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.wrap import prefill
-from ..policies import PAPER, Again, Inputs, Policy, Vote, get_policy
+from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
 from .audit import Audit, Setting
@@ -40,9 +40,14 @@ class _Observe(Action):
     reads_queries = True
 
     def __init__(
-        self, settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, spans: Mapping[str, tuple[int, int]]
+        self,
+        settings: Settings,
+        budgets: Mapping[tuple[Allocation, float], Budgets],
+        layout_of: LayoutOf,
+        spans: Mapping[str, tuple[int, int]],
     ) -> None:
-        self.settings, self.ratios, self.layout_of, self.spans = settings, ratios, layout_of, spans
+        self.settings, self.budgets, self.layout_of, self.spans = settings, budgets, layout_of, spans
+        ratios = self.ratios = list(dict.fromkeys(ratio for _, ratio in budgets))
         named = [(policy.label, fair.label, ratio) for policy, fair, _ in settings for ratio in ratios]
         self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {key: [] for key in named}
         self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {key: [] for key in named}
@@ -71,17 +76,16 @@ class _Observe(Action):
             policy, fair, _ = setting
             if not policy.needs_again:
                 layout = self.layout_of(policy, self.ratios[0])
-                self._record(setting, rank(policy, fair, layout, call.key, call.query, **call.known), mass)
+                self._record(setting, rank(policy, layout.split(fair), call), mass)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         return each_once(policy for policy, _, _ in self.settings if policy.needs_again)
 
-    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         for i, (of_setting, fair, _) in enumerate(self.settings):
             if of_setting == policy:
                 layout, key = self.layout_of(policy, self.ratios[0]), (layer.index, i)
-                known = {**call.known, "again": again, "before": self.judged.get(key)}
-                self.judged[key] = rank(policy, fair, layout, call.key, None, **known)
+                self.judged[key] = rank(policy, layout.split(fair), call, self.judged.get(key))
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         for i, setting in enumerate(self.settings):
@@ -95,7 +99,7 @@ class _Observe(Action):
         total = self._per_span(mass)
         for ratio in self.ratios:
             ranked = ranked.on(self.layout_of(policy, ratio))
-            positions = torch.as_tensor(choose(ranked, compression_ratio=ratio, allocation=allocation).positions)
+            positions = torch.as_tensor(choose(ranked, self.budgets[allocation, ratio], allocation).positions)
             kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
             kept[np.arange(n_head)[:, None], positions[0].cpu().numpy()] = True
             kept = kept[:, :-1]
@@ -113,11 +117,8 @@ class _Observe(Action):
 
 def _attention_mass(call: AttentionCall) -> npt.NDArray[np.float64]:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
-    n_token = call.key.shape[2]
-    scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    inputs = Inputs(
-        call.key, call.query, scaling, call.softcap, call.valid, [[(0, n_token)]], [[]], sinks=call.sinks, lse=call.lse
-    )
+    n_token = call.keys.shape[2]
+    inputs = Inputs.of(call, valid=call.valid, segments=[[(0, n_token)]], spans=[[]])
     sums = torch.as_tensor(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
     mass: npt.NDArray[np.float64] = sums.double().cpu().numpy()
     return mass
@@ -214,10 +215,10 @@ def audit(
         return layout_with(policy.n_sink, ratio)
 
     check_model(model)
-    _check_settings(settings, ratios, layout_of, n_compressed(model.config))
+    budgets = _budgets(settings, ratios, layout_of, n_compressed(model.config))
     attach(model)
     try:
-        observe = _Observe(settings, ratios, layout_of, spans)
+        observe = _Observe(settings, budgets, layout_of, spans)
         prefill(model, KeptCache(model.config, observe), prompt.input_ids, None)
     finally:
         detach(model)
@@ -225,16 +226,23 @@ def audit(
     return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, observe.kept)
 
 
-def _check_settings(settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, n_layer: int) -> None:
+def _budgets(
+    settings: Settings, ratios: Sequence[float], layout_of: LayoutOf, n_layer: int
+) -> dict[tuple[Allocation, float], Budgets]:
+    """What each layer keeps at each ratio; raises where a setting has no room for what must be kept."""
     if not settings or not ratios:
         raise ValueError("nothing to audit; expected at least one policy, one fairness and one compression ratio")
+    budgets: dict[tuple[Allocation, float], Budgets] = {}
     for ratio in ratios:
         limit = functools.partial(kept_tokens, compression_ratio=ratio)
         for policy, fair, allocation in settings:
+            layout = layout_of(policy, ratio)
             try:
-                check_room(policy, fair, allocation, layout_of(policy, ratio), limit, n_layer)
+                budgets[allocation, ratio] = budgets_of(layout, limit, allocation, n_layer)
+                check_room(policy, layout.split(fair), budgets[allocation, ratio])
             except BudgetError as reason:
                 raise BudgetError(f"at compression_ratio {ratio}: {reason}") from reason
+    return budgets
 
 
 def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int) -> list[dict[str, Any]]:

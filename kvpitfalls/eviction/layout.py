@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class Layout:
     spans: Sequence[Mapping[str, tuple[int, int]]]
     protected: Sequence[Sequence[int]]
     splits: dict[Fair, "Split"] = field(default_factory=dict, compare=False, repr=False)
-    masks: dict[str, Array | None] = field(default_factory=dict, compare=False, repr=False)
+    masks: dict[Hashable, Array | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -98,6 +98,11 @@ class Layout:
         return cls(n_token, ranges, named, protected)
 
     @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Per row, how many tokens are real."""
+        return tuple(end - begin for begin, end in self.valid)
+
+    @cached_property
     def valid_array(self) -> Int32 | None:
         """``valid`` as int32 (B, 2); None if all tokens are real."""
         return None if all(row == (0, self.n_token) for row in self.valid) else np.array(self.valid, np.int32)
@@ -105,7 +110,7 @@ class Layout:
     def split(self, fair: Fair) -> "Split":
         """The rows as this fairness cuts them; the same for equal ones."""
         if fair not in self.splits:
-            self.splits[fair] = Split(fair, self.valid, self.spans, self.protected)
+            self.splits[fair] = Split(fair, self)
         return self.splits[fair]
 
     @cached_property
@@ -120,18 +125,34 @@ class Layout:
 
     def mask_beside(self, scores: Array) -> Array | None:
         """:attr:`mask` where the scores are; copied to each GPU once, not at every layer."""
-        device = str(getattr(scores, "device", "cpu"))
+        device = getattr(scores, "device", None)
         if device not in self.masks:
             self.masks[device] = None if self.mask is None else ops.beside(self.mask, scores)
         return self.masks[device]
 
 
-class Plan(NamedTuple):
-    """Segments and quotas, as the core takes them."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Segments and quotas, as the core takes them.
 
-    edges: Int32  # int32 (B,S+1)
-    quotas: Int32  # int32 (B,H,S)
-    n_kept: int  # the largest sum of quotas
+    Attributes
+    ----------
+    edges : ndarray of int32, shape (B, S+1)
+    quotas : ndarray of int32, shape (B, H, S)
+    n_kept : int
+        The largest sum of quotas.
+    """
+
+    edges: Int32
+    quotas: Int32
+    n_kept: int
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether every row keeps as many tokens as there are places; by the quotas, since what is kept may be on a GPU
+        that is still at work."""
+        kept = np.minimum(self.quotas, np.diff(self.edges)[:, None]).sum(-1)
+        return bool((kept == max(1, self.n_kept)).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +162,13 @@ class Split:
     Attributes
     ----------
     fair : Fair
-    valid, spans, protected
-        See :class:`Layout`.
+    layout : Layout
     made : dict
         What :meth:`once` made.
     """
 
     fair: Fair
-    valid: Sequence[tuple[int, int]]
-    spans: Sequence[Mapping[str, tuple[int, int]]]
-    protected: Sequence[Sequence[int]]
+    layout: Layout
     made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -163,13 +181,18 @@ class Split:
     def segments(self) -> list[list[tuple[int, int]]]:
         """Per row, the segments that quotas are given for; one, the whole row, if there is no fairness."""
         if self.fair.rule == "paper":
-            for spans in self.spans:
+            for spans in self.layout.spans:
                 _check_paper(spans)
         if self.fair.is_biased:
-            return [[row] for row in self.valid]
+            return [[row] for row in self.layout.valid]
         return [[edges for _, edges in row] for row in self._named]
 
-    @property
+    @cached_property
+    def asks_scores(self) -> bool:
+        """Whether quotas depend on what scores say."""
+        return not self.fair.is_biased and self.fair.strength < 1
+
+    @cached_property
     def is_paper(self) -> bool:
         """Whether scores, too, are those of the authors' code."""
         return self.fair.strength > 0 and self.fair.rule == "paper"
@@ -178,7 +201,13 @@ class Split:
     def judged(self) -> list[list[tuple[int, int]]]:
         """Per row, what is scored apart: the segments, or the whole row where fairness is no more than a floor."""
         segments = self.segments  # raises where fairness has none to give
-        return segments if self.fair.strength > 0 else [[row] for row in self.valid]
+        return segments if self.fair.strength > 0 else [[row] for row in self.layout.valid]
+
+    @cached_property
+    def of_inputs(self) -> dict[str, Any]:
+        """What a policy is told of the rows, by the names of its inputs."""
+        spans = [list(row.values()) for row in self.layout.spans]
+        return {"valid": self.layout.valid, "segments": self.judged, "spans": spans, "paper": self.is_paper}
 
     @cached_property
     def names(self) -> list[list[str | None]]:
@@ -187,13 +216,14 @@ class Split:
 
     @cached_property
     def _named(self) -> list[list[tuple[str | None, tuple[int, int]]]]:
-        return [_cut(spans, *valid, self.fair.template) for spans, valid in zip(self.spans, self.valid, strict=True)]
+        rows = zip(self.layout.spans, self.layout.valid, strict=True)
+        return [_cut(spans, *valid, self.fair.template) for spans, valid in rows]
 
     @cached_property
     def weights(self) -> list[list[float]]:
         """Per row, the weight of each segment; unmarked text weighs 1."""
         weights = self.fair.weights or {}
-        for spans in self.spans:
+        for spans in self.layout.spans:
             if unknown := sorted(set(weights) - set(spans)):
                 raise ValueError(
                     f"weights name {unknown[0]!r}; expected names of the prompt's instructions: {', '.join(spans)}"
@@ -204,9 +234,9 @@ class Split:
     def floors(self) -> list[list[int]]:
         """Per row, the tokens that each segment keeps at least: protected ones, and an instruction's ``min_tokens``."""
         if self.fair.is_biased:
-            return [[len(of_row)] for of_row in self.protected]
+            return [[len(of_row)] for of_row in self.layout.protected]
         rows = []
-        for segments, names, protected in zip(self.segments, self.names, self.protected, strict=True):
+        for segments, names, protected in zip(self.segments, self.names, self.layout.protected, strict=True):
             inside = np.searchsorted(protected, [edges for edges in segments])
             least = [
                 0 if name is None else min(self.fair.min_tokens, end - begin)
@@ -257,14 +287,18 @@ class Split:
 
         def make() -> Plan:
             self.check_room(budgets)
-            return plan_of(np.array(self.valid, np.int32), np.array(budgets, np.int32)[:, None], n_head)
+            return plan_of(np.array(self.layout.valid, np.int32), np.array(budgets, np.int32)[:, None], n_head)
 
         return self.once(("whole", n_head, budgets), make)
 
     def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """The one that needs no scores: the policy's as published, or that of fair shares."""
-        whole = self.whole_plan(n_head, budgets)  # raises where there is no room
-        return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+
+        def make() -> Plan:
+            whole = self.whole_plan(n_head, budgets)  # raises where there is no room
+            return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+
+        return self.once(("plan", n_head, budgets), make)
 
     def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """A quota for each segment."""

@@ -5,36 +5,29 @@ from typing import Any
 
 from ..numbers import is_whole
 from ..policies import Again, Policy
-from ..policies.rotary import Rotary
 from .arrays import Array
+from .layer_inputs import LayerInputs
 from .layout import Layout
 
 
-def check_needed(
-    policy: Policy,
-    queries: Array | None,
-    values: Array | None,
-    rotary: Rotary | None,
-    output: Array | None,
-    again: Again | None,
-) -> None:
+def check_needed(policy: Policy, layer: LayerInputs) -> None:
     """Raise, by name, for what is missing."""
-    if policy.needs_queries and queries is None:
+    if policy.needs_queries and layer.queries is None:
         raise ValueError(
             f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
         )
-    if policy.needs_values and values is None:
+    if policy.needs_values and layer.values is None:
         raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    if policy.needs_rotary and rotary is None:
+    if policy.needs_rotary and layer.rotary is None:
         raise ValueError(
             f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
             "kvpitfalls.Rotary()"
         )
-    if policy.needs_output and output is None:
+    if policy.needs_output and layer.output is None:
         raise ValueError(
             f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
         )
-    if policy.needs_again and again is None:
+    if policy.needs_again and layer.again is None:
         raise ValueError(
             f"again is None; policy {policy.name!r} judges by what the model reads after the prompt and needs the "
             "queries and keys of that, one pair a forward"

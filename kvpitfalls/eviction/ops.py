@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..numbers import is_real
+from ..numbers import check_real
 from .arrays import A, Array, Table
 
 if TYPE_CHECKING:
@@ -93,14 +93,13 @@ def score(
     >>> score("norm", keys)
     array([[[-5., -1.]]], dtype=float32)
     """
-    defaults = _defaults_of(scorer, params)
+    numbers = _numbers(scorer, params)
     if not _has_kernels(keys):
         from . import reference
 
         arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
         return reference.score(scorer, keys, **arrays, **params)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
-    numbers = [_number(x, name) for name, x in {**defaults, **params}.items()]
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
     denominators = _plain(lse, "lse")
     plain = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
@@ -200,14 +199,13 @@ def press_checked(
     >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2)[0]
     array([[[1, 2]]], dtype=int32)
     """
-    defaults, n_kept = _defaults_of(scorer, params), max(1, n_kept)
+    numbers, n_kept = _numbers(scorer, params), max(1, n_kept)
     is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
     if not (is_lent and _has_kernels(keys)):
         arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
         scores = score(scorer, keys, **arrays, **params)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
-    numbers = [_number(params.get(name, initial), name) for name, initial in defaults.items()]
     k, v, q = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
     table = None if votes is None else _int32(votes, "votes")
     return _core.press(
@@ -215,7 +213,8 @@ def press_checked(
     )
 
 
-def _defaults_of(scorer: str, params: Mapping[str, float]) -> dict[str, float]:
+def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
+    """All parameters of a scorer, in the core's order. True is a number only where the parameter is a choice."""
     if not isinstance(scorer, str) or scorer not in _SCORERS:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
     defaults = _SCORERS[scorer]
@@ -223,7 +222,8 @@ def _defaults_of(scorer: str, params: Mapping[str, float]) -> dict[str, float]:
         raise TypeError(
             f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}"
         )
-    return defaults
+    check_real({name: x for name, x in params.items() if name != "share_heads" or not isinstance(x, bool)})
+    return [float(params.get(name, initial)) for name, initial in defaults.items()]
 
 
 def select_checked(
@@ -317,13 +317,6 @@ def _expanded(array: npt.NDArray[D], shape: tuple[int, ...], name: str) -> npt.N
     out = np.empty(shape, array.dtype)
     out[...] = array
     return out
-
-
-def _number(x: object, name: str) -> float:
-    """A scorer's parameter; True is one only where the parameter is a choice."""
-    if is_real(x) or (isinstance(x, bool) and name == "share_heads"):
-        return float(x)
-    raise TypeError(f"{name} is {x!r}; expected a number")
 
 
 def _is_torch(x: object) -> TypeGuard["torch.Tensor"]:

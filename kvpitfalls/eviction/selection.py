@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from math import isfinite
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import Any, Generic, TypeAlias, cast
 
 import numpy as np
 
 from ..errors import BudgetError
-from ..numbers import is_real
+from ..numbers import check_real
 from ..policies import Again, Inputs, Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..policies.rotary import Rotary
@@ -32,11 +31,12 @@ from .allocation import (
 from .arrays import A, Array, Int32, Table
 from .budget import blend, check_budget, kept_tokens, raised_to
 from .fairness import AnyFair, Fair
+from .layer_inputs import LayerInputs
 from .layout import Layout, Plan, Protect, Spans, Split, plan_of
 from .needed import check_layer, check_needed, turns_of
 
-if TYPE_CHECKING:
-    import torch
+#: Per layer, the tokens that each row keeps: the same for all that happens to a batch of prompts.
+Budgets: TypeAlias = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)  # arrays are not compared by ==
@@ -49,6 +49,8 @@ class Kept(Generic[A]):
         Ascending, then -1 where a row keeps fewer than K.
     counts : array of int32, shape (B, H)
     scores : array of float32, shape (B, H, T)
+    plan : Plan
+        The two that follow, as one.
     quotas : ndarray of int32, shape (B, H, S)
         Tokens per segment; S = 1 when biased.
     segments : ndarray of int32, shape (B, S+1)
@@ -67,11 +69,20 @@ class Kept(Generic[A]):
     positions: A
     counts: A
     scores: A
-    quotas: Int32
-    segments: Int32
+    plan: Plan
+
+    @property
+    def quotas(self) -> Int32:
+        """See the class."""
+        return self.plan.quotas
+
+    @property
+    def segments(self) -> Int32:
+        """See the class."""
+        return self.plan.edges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pressed(Generic[A]):
     """What :func:`press` leaves: :class:`Kept` without the scores, and the kept rows (B,H,K,D) and (B,H,K,Dv)."""
 
@@ -79,123 +90,69 @@ class Pressed(Generic[A]):
     counts: A
     keys: A
     values: A
-    quotas: Int32
-    segments: Int32
+    plan: Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranked:
     """Scores of one layer under one policy and fairness, before any budget: what :func:`choose` selects from."""
 
     scores: Array
-    layout: Layout
-    fair: Fair
-    place: tuple[int, int]  # which layer it is, of how many
+    split: Split
+    layer: int  # which it is, of n_layer
+    n_layer: int
     global_choice: bool = False
     biased: "Ranked | None" = None
     of_heads: Array | None = None  # the scores before one choice was made for all heads
 
     def on(self, layout: Layout) -> "Ranked":
         """The same scores, with the protection of another layout of the same spans."""
-        return replace(self, layout=layout, biased=None if self.biased is None else self.biased.on(layout))
+        biased = None if self.biased is None else self.biased.on(layout)
+        return replace(self, split=layout.split(self.split.fair), biased=biased)
 
 
-def rank(
-    policy: Policy,
-    fair: Fair,
-    layout: Layout,
-    keys: Array,
-    queries: Array | None,
-    scaling: float | None = None,
-    softcap: float | None = 0.0,
-    sinks: "torch.Tensor | None" = None,
-    share_heads: bool = False,
-    lse: Array | None = None,
-    *,
-    values: Array | None = None,
-    layer: int = 0,
-    n_layer: int = 1,
-    rotary: Rotary | None = None,
-    output: Array | None = None,
-    again: Again | None = None,
-    before: Ranked | None = None,
-) -> Ranked:
+def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None = None) -> Ranked:
     """Score one layer.
 
     Parameters
     ----------
-    policy, fair, layout
-    keys, queries : array, shape (B, H, T, D) and (B, H*G, Q, D)
-    scaling : float, optional
-        ``D ** -0.5`` by default.
-    softcap : float
-    sinks : tensor, shape (H*G,), optional
-        A logit per query head that joins every softmax.
-    share_heads : bool
-        One choice for all heads, by the mean of their scores: for models that mix heads after the cache. Scores are
-        then (B, 1, T).
-    lse : array of float32, shape (B, H*G, Q), optional
-        Natural log of each query's softmax denominator, without sinks, if it is already known.
-    values, layer, n_layer, rotary, output, again
-        See :class:`Inputs`.
+    policy : Policy
+    split : Split
+        The layout of the rows under a fairness: ``layout.split(fair)``.
+    layer : LayerInputs
+        What a wrapped layer, an audit or a caller gives. With ``share_heads`` scores are (B, 1, T).
     before : Ranked, optional
         What this returned for the turn before, of a policy that has the model read on.
+
+    Raises
+    ------
+    ValueError
+        If the policy needs what the layer does not give, or returns something else than scores.
     """
-    of_layer: dict[str, Any] = {
-        "values": values,
-        "layer": layer,
-        "n_layer": n_layer,
-        "rotary": rotary,
-        "output": output,
-        "again": again,
-    }
-    if again is not None:
-        of_layer["again"] = again._replace(before=None if before is None else before.of_heads)
-    inputs = _inputs_of(policy, layout.split(fair), keys, queries, scaling, softcap, sinks, lse, **of_layer)
-    scores = policy.score(inputs)
-    if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
+    fair, read_on = split.fair, layer.again is not None
+    if layer.again is not None:
+        layer = replace(layer, again=layer.again._replace(before=None if before is None else before.of_heads))
+    check_needed(policy, layer)
+    scores = policy.score(Inputs.of(layer, **split.of_inputs))
+    if scores.shape != layer.keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
-            f"expected float32 {tuple(keys.shape[:3])}"
+            f"expected float32 {tuple(layer.keys.shape[:3])}"
         )
-    of_heads = None if again is None else scores
-    if share_heads:
+    of_heads = scores if read_on else None
+    if layer.share_heads:
         scores = _mean_over_heads(scores)
-    unfair = Fair.parse(False)
-    call = (keys, queries, scaling, softcap, sinks, share_heads, lse)
     biased = None
     if 0 < fair.strength < 1:
-        earlier = None if before is None else before.biased
-        biased = rank(policy, unfair, layout, *call, **of_layer, before=earlier)
-    by_whole = inputs.paper and not policy.paper_quotas
-    return Ranked(scores, layout, fair, (layer, n_layer), by_whole, biased, of_heads)
+        unfair = split.layout.split(Fair.parse(False))
+        biased = rank(policy, unfair, layer, None if before is None else before.biased)
+    is_global = _is_over_rows(policy, split)
+    return Ranked(scores, split, layer.layer, layer.n_layer, is_global, biased, of_heads)
 
 
-def _inputs_of(
-    policy: Policy,
-    split: Split,
-    keys: Array,
-    queries: Array | None,
-    scaling: float | None = None,
-    softcap: float | None = 0.0,
-    sinks: "torch.Tensor | None" = None,
-    lse: Array | None = None,
-    *,
-    values: Array | None = None,
-    rotary: Rotary | None = None,
-    output: Array | None = None,
-    again: Again | None = None,
-    **place: int,
-) -> Inputs:
-    """What the policy is given, by the arguments of :func:`rank`; raises where it needs what is missing."""
-    check_needed(policy, queries, values, rotary, output, again)
-    scale = float(keys.shape[-1]) ** -0.5 if scaling is None else scaling
-    if not isfinite(scale):
-        raise ValueError(f"scaling is {scale!r}; expected a finite number")
-    judged, spans = split.judged, [list(row.values()) for row in split.spans]
-    known: dict[str, Any] = {"values": values, "rotary": rotary, "output": output, "again": again, **place}
-    cap = float(softcap or 0.0)
-    return Inputs(keys, queries, float(scale), cap, split.valid, judged, spans, split.is_paper, sinks, lse, **known)
+def _is_over_rows(policy: Policy, split: Split) -> bool:
+    """Whether scores that are fair themselves make one choice over the whole row."""
+    return split.is_paper and not policy.paper_quotas
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -206,61 +163,44 @@ def _mean_over_heads(scores: Array) -> Array:
 
 
 def press(
-    policy: Policy,
-    fair: Fair,
-    layout: Layout,
-    keys: A,
-    values: A,
-    queries: A | None,
-    *,
-    compression_ratio: float | None = None,
-    budget: int | None = None,
-    allocation: Allocation = UNIFORM,
-    layer: int = 0,
-    n_layer: int = 1,
-    **known: Any,
-) -> Pressed[A] | None:
+    policy: Policy, split: Split, layer: LayerInputs, budgets: Budgets, allocation: Allocation = UNIFORM
+) -> Pressed[Array] | None:
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
     those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
-    heads share, or quotas that depend on scores. ``known``: what :func:`rank` takes beside these."""
-    split = layout.split(fair)
-    paper_whole = split.is_paper and not policy.paper_quotas
-    is_plain = fair.is_biased or fair.strength == 1
-    if not policy.scores_by_call or allocation.shares_heads or paper_whole or not is_plain:
+    heads share, one choice for all heads, or quotas that depend on scores."""
+    needs_scores = split.asks_scores or _is_over_rows(policy, split)
+    if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or needs_scores:
         return None
-    inputs = _inputs_of(policy, split, keys, queries, values=values, layer=layer, n_layer=n_layer, **known)
-    if (call := policy.call(inputs)) is None:
+    check_needed(policy, layer)
+    if layer.values is None or (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
-    budgets = _budgets_of(layout, (layer, n_layer), compression_ratio, budget, allocation)
-    plan = split.plan(keys.shape[1], budgets)
-    made = call.press(values, plan.edges, plan.quotas, layout.mask_beside(keys), plan.n_kept)
-    return Pressed(*made, plan.quotas, plan.edges)
+    plan = split.plan(layer.keys.shape[1], budgets[layer.layer])
+    mask = split.layout.mask_beside(layer.keys)
+    return Pressed(*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan)
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:
-    layout = ranked.layout
+    layout, scores = ranked.split.layout, ranked.scores
     positions, counts = ops.select_checked(
-        ranked.scores, plan.edges, plan.quotas, layout.mask_beside(ranked.scores), layout.valid_array, plan.n_kept
+        scores, plan.edges, plan.quotas, layout.mask_beside(scores), layout.valid_array, plan.n_kept
     )
-    return Kept(positions, counts, ranked.scores, plan.quotas, plan.edges)
+    return Kept(positions, counts, scores, plan)
 
 
-def choose(
-    ranked: Ranked,
-    *,
-    compression_ratio: float | None = None,
-    budget: int | None = None,
-    allocation: Allocation = UNIFORM,
-) -> Kept[Array]:
-    """Select from what was ranked. Each row's budget counts its real tokens only."""
-    budgets = _budgets_of(ranked.layout, ranked.place, compression_ratio, budget, allocation)
-    return _choose(ranked, budgets, allocation)
+def budgets_of(
+    layout: Layout, limit: Callable[[int], int], allocation: Allocation = UNIFORM, n_layer: int = 1
+) -> Budgets:
+    """What each layer keeps of each row; ``limit``: of a row's real tokens so many are kept, mean over layers and
+    heads."""
+    return list(zip(*(layer_budgets(allocation, n, limit(n), n_layer) for n in layout.lengths), strict=True))
 
 
-def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) -> Kept[Array]:
-    fair, n_head = ranked.fair, ranked.scores.shape[1]
-    split = ranked.layout.split(fair)
-    whole = split.whole_plan(n_head, budgets)
+def choose(ranked: Ranked, budgets: Budgets, allocation: Allocation = UNIFORM) -> Kept[Array]:
+    """Select from what was ranked as many tokens of each row as its layer keeps; see :func:`budgets_of`."""
+    split, n_head = ranked.split, ranked.scores.shape[1]
+    fair = split.fair
+    of_rows = budgets[ranked.layer]
+    whole = split.whole_plan(n_head, of_rows)
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, _over_heads(ranked, whole, allocation))
     if fair.strength == 0:
@@ -269,7 +209,7 @@ def _choose(ranked: Ranked, budgets: tuple[int, ...], allocation: Allocation) ->
         kept = _select(ranked, _over_heads(ranked, whole, allocation))
         plan = plan_of(split.edges, count_per_segment(kept, split.edges), n_head)
     else:
-        plan = _over_heads(ranked, split.fair_plan(n_head, budgets), allocation)
+        plan = _over_heads(ranked, split.fair_plan(n_head, of_rows), allocation)
     if fair.strength < 1:
         plan = plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)
@@ -279,24 +219,24 @@ def _over_heads(ranked: Ranked, plan: Plan, allocation: Allocation) -> Plan:
     """The plan with what the allocation gives to each head."""
     if not allocation.shares_heads:
         return plan
-    scores, mask = ranked.scores, ranked.layout.mask_beside(ranked.scores)
+    scores, mask = ranked.scores, ranked.split.layout.mask_beside(ranked.scores)
     if mask is not None:
         scores = raised_where(scores, mask)
     return plan_of(plan.edges, head_quotas(allocation, scores, plan.edges, plan.quotas), scores.shape[1])
 
 
-def _blended(ranked: Ranked, plan: Plan, budgets: tuple[int, ...], allocation: Allocation) -> Int32:
+def _blended(ranked: Ranked, plan: Plan, budgets: Budgets, allocation: Allocation) -> Int32:
     """Quotas (B,H,S) between what the biased policy keeps and the plan's, and none below its floor."""
     if ranked.biased is None:
         raise ValueError(
             "these scores were ranked without those of the biased policy; expected a strength between 0 and 1"
         )
-    counts, quotas = count_per_segment(_choose(ranked.biased, budgets, allocation), plan.edges), plan.quotas
+    counts, quotas = count_per_segment(choose(ranked.biased, budgets, allocation), plan.edges), plan.quotas
     if allocation.shares_heads:  # the sums are those of all heads together
         counts, quotas = (x.reshape(len(x), 1, -1) for x in (counts, quotas))
-    quotas = np.reshape(blend(counts, quotas, ranked.fair.strength), plan.quotas.shape)
-    floors: Int32 = ranked.layout.split(ranked.fair).floors_array[:, None]
-    if not ranked.fair.min_tokens:
+    quotas = np.reshape(blend(counts, quotas, ranked.split.fair.strength), plan.quotas.shape)
+    floors: Int32 = ranked.split.floors_array[:, None]
+    if not ranked.split.fair.min_tokens:
         return quotas
     if not allocation.shares_heads:
         return raised_to(quotas, floors)
@@ -306,21 +246,10 @@ def _blended(ranked: Ranked, plan: Plan, budgets: tuple[int, ...], allocation: A
 
 def _select_with_floors(ranked: Ranked, whole: Plan, allocation: Allocation) -> Kept[Array]:
     """The best of the whole row, but first those that must be kept of each segment."""
-    split = ranked.layout.split(ranked.fair)
+    split = ranked.split
     first = _select(ranked, plan_of(split.edges, split.floors_array, ranked.scores.shape[1]))
     raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
     return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
-
-
-def _budgets_of(
-    layout: Layout, place: tuple[int, int], compression_ratio: float | None, budget: int | None, allocation: Allocation
-) -> tuple[int, ...]:
-    """Tokens that each row keeps in the layer of this place."""
-    layer, n_layer = place
-    lengths = [end - begin for begin, end in layout.valid]
-    return tuple(
-        layer_budgets(allocation, n, kept_tokens(n, compression_ratio, budget), n_layer)[layer] for n in lengths
-    )
 
 
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
@@ -415,9 +344,7 @@ def keep(
         raise TypeError(f"keys is a {type(keys).__name__}; expected a NumPy array or a torch tensor")
     if len(keys.shape) != 4:
         raise ValueError(f"keys has shape {tuple(keys.shape)}; expected (B, H, T, D)")
-    for name, value in (("scaling", scaling), ("softcap", softcap)):
-        if value is not None and not is_real(value):
-            raise TypeError(f"{name} is {value!r}; expected a number")
+    check_real({name: x for name, x in (("scaling", scaling), ("softcap", softcap)) if x is not None})
     check_layer(keys, values, layer, n_layer)
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(f"rotary is a {type(rotary).__name__}; expected a kvpitfalls.Rotary")
@@ -427,21 +354,15 @@ def keep(
     )
     allocation = allocation_of(policy, allocation)
     check_heads(allocation, keys.shape[1])
-    check_room(policy, fair, allocation, layout, limit, n_layer)
-    of_layer: dict[str, Any] = {
-        "values": values,
-        "layer": layer,
-        "n_layer": n_layer,
-        "rotary": rotary,
-        "output": output,
-    }
+    split, budgets = layout.split(fair), budgets_of(layout, limit, allocation, n_layer)
+    check_room(policy, split, budgets)
+    attention: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "rotary": rotary, "output": output}
+    inputs = LayerInputs(keys, queries, values, layer=layer, n_layer=n_layer, **attention)
     turns = turns_of(policy, layout, keys, again) if policy.needs_again else []
-    call = (policy, fair, layout, keys, queries, scaling, softcap)
-    ranked = rank(*call, **of_layer, again=turns[0] if turns else None)
+    ranked = rank(policy, split, replace(inputs, again=turns[0] if turns else None))
     for turn in turns[1:]:
-        ranked = rank(*call, **of_layer, again=turn, before=ranked)
-    kept = choose(ranked, compression_ratio=compression_ratio, budget=budget, allocation=allocation)
-    return cast("Kept[A]", kept)  # in the library of the keys
+        ranked = rank(policy, split, replace(inputs, again=turn), ranked)
+    return cast("Kept[A]", choose(ranked, budgets, allocation))  # in the library of the keys
 
 
 def allocation_of(policy: Policy, allocation: Allocation | str | None) -> Allocation:
@@ -457,19 +378,14 @@ def allocation_of(policy: Policy, allocation: Allocation | str | None) -> Alloca
     return asked
 
 
-def check_room(
-    policy: Policy, fair: Fair, allocation: Allocation, layout: Layout, limit: Callable[[int], int], n_layer: int
-) -> None:
-    """Raise BudgetError where policy or allocation are not defined for a row's length or budget, or the smallest budget
-    of a layer is
-    smaller than what must be kept of a row. A row that is kept whole is no business of a policy."""
-    smallest = []
-    for n_token in [end - begin for begin, end in layout.valid]:
-        n_kept = limit(n_token)
-        if n_kept < n_token:
+def check_room(policy: Policy, split: Split, budgets: Budgets) -> None:
+    """Raise BudgetError where a policy is not defined for a row's length or budget, or the smallest budget of a layer
+    is smaller than what must be kept of a row. A row that is kept whole is no business of a policy."""
+    of_rows = list(zip(*budgets, strict=True))
+    for n_token, of_layers in zip(split.layout.lengths, of_rows, strict=True):
+        if (n_kept := sum(of_layers) // len(of_layers)) < n_token:  # the mean is what was asked for
             try:
                 policy.check(n_token, n_kept)
             except ValueError as reason:
                 raise BudgetError(str(reason)) from reason
-        smallest.append(min(layer_budgets(allocation, n_token, n_kept, n_layer)))
-    layout.split(fair).check_room(smallest)
+    split.check_room([min(of_layers) for of_layers in of_rows])

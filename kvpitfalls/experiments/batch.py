@@ -140,7 +140,7 @@ class _Work:
             protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink, evict.limit)
             spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
             replace(evict, protect=protect, spans=spans).spans_of(
-                1, len(prompt), [(0, len(prompt))], n_compressed(self.model.config)
+                len(prompt), [(0, len(prompt))], n_compressed(self.model.config)
             )
         except BudgetError as reason:
             self.infeasible[setting, row] = reason

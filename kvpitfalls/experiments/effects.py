@@ -14,10 +14,10 @@ from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
-from ..eviction.layout import Protect, listed
+from ..eviction.layout import Layout, Protect, listed
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
-from ..hf.evict import Evict
+from ..hf.evict import Evict, Task
 from ..hf.forward import AttentionCall
 from ..hf.generate import answers
 from ..hf.given_prompts import protected_in
@@ -46,12 +46,11 @@ class PutBack(Evict):
 
     name: str = ""
 
-    def pressed(self, call: AttentionCall) -> None:
+    def pressed(self, call: AttentionCall, task: Task) -> None:
         """None: rows are chosen after those that the policy keeps."""
 
-    def evict(self, layer: KeptLayer, kept: Kept, valid: Sequence[tuple[int, int]]) -> None:
+    def evict(self, layer: KeptLayer, kept: Kept, layout: Layout) -> None:
         """Hold what is kept, and the instruction."""
-        layout = self.layout(layer.keys.shape[0], layer.keys.shape[2], valid)
         n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)
@@ -290,7 +289,7 @@ def _fits(prompt: Prompt, action: Evict, n_layer: int) -> bool:
     protected = None if action.protect is None else protected_in(prompt, action.protect, action.n_sink, action.limit)
     spans = {span.name: (span.start, span.end) for span in prompt.spans.values()}
     try:
-        replace(action, protect=protected, spans=spans).spans_of(1, len(prompt), [(0, len(prompt))], n_layer)
+        replace(action, protect=protected, spans=spans).spans_of(len(prompt), [(0, len(prompt))], n_layer)
     except BudgetError:
         return False
     return True

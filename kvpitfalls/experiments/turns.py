@@ -41,8 +41,8 @@ class TurnByTurn(Evict):
     def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer`` after a turn."""
         if self.acts:
-            layout = self.layout(1, self.ends[-1], [(0, self.ends[-1])])
-            before, now = (self.stage(n) for n in (layer.seen - call.query.shape[2], layer.seen))
+            layout = self.task(self.ends[-1], [(0, self.ends[-1])], call.n_layer).split.layout
+            before, now = (self.stage(n) for n in (layer.seen - call.queries.shape[2], layer.seen))
             cut_to(layer, call, self.policy, self.fair, layout, before, now)
 
     def stage(self, n_seen: int) -> Stage:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..policies import Again, Policy
+from ..policies import Policy
 from .forward import AttentionCall
 from .layer import KeptLayer
 
@@ -32,7 +32,7 @@ class Action:
         """Whether it takes anything from a cache."""
         return self.evicts or self.holds
 
-    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
+    def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
         """The instructions of each row; raises if they do not fit the prompt. Called before any of the ``n_layer``
         layers is touched."""
         return []
@@ -56,9 +56,9 @@ class Action:
         """The policies that have the model read on after these prompts, before they are judged; see ``again.py``."""
         return []
 
-    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
-        """``layer``, which still has its prompt alone, has seen what this ``policy`` had the model read; ``call`` is
-        the prompt's, without its queries."""
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
+        """``layer``, which still has its prompt alone, has seen what this ``policy`` had the model read, which is
+        ``call.again``; the rest of ``call`` is the prompt's, without its queries."""
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """``layer`` has seen all of it."""

@@ -65,10 +65,10 @@ class _Read(Action):
         cache, cut, own = self.cache, self.n_token, self.cache.layers[layer.index]
         grown = sum(x.nbytes for x in (layer.keys, layer.values))
         cache.peak_bytes = max(cache.peak_bytes, cache.held_bytes + grown)
-        again = Again(call.query, call.key[:, :, cut:], call.value[:, :, cut:], self.turn.number)
-        prompt = replace(call, query=call.query[:, :, :0], key=call.key[:, :, :cut], value=call.value[:, :, :cut])
+        again = Again(call.queries, call.keys[:, :, cut:], call.values[:, :, cut:], self.turn.number)
+        prompt = replace(call, keys=call.keys[:, :, :cut], queries=None, values=call.values[:, :, :cut], again=again)
         if cache.action is not None and isinstance(own, KeptLayer):
-            cache.action.after_turn(own, prompt, self.turn.policy, again)
+            cache.action.after_turn(own, prompt, self.turn.policy)
             layer.keys, layer.values = own.keys, own.values  # one layer at a time is longer than the prompt
 
 

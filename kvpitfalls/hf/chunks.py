@@ -10,7 +10,7 @@ the segments that have tokens in the chunk: these alone can lose any.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -93,7 +93,7 @@ def cut(
     budgets : tuple of int
         Tokens that each row keeps of its whole prompt in this layer.
     """
-    n_new = call.query.shape[2]
+    n_new = call.queries.shape[2]
     stages = [_stage_at(layout, fair, budgets, n) for n in (layer.seen - n_new, layer.seen)]
     cut_to(layer, call, policy, fair, layout, *stages)
 
@@ -202,7 +202,7 @@ class _Slots:
             for row, of_row in zip(edges, is_open, strict=True)
         ]
         pos = layer.pos
-        self.pos = torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3]) if pos is None else pos
+        self.pos = torch.arange(n_slot, device=call.keys.device).expand(*layer.keys.shape[:3]) if pos is None else pos
 
     def judged(self, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores (B, H, slots) and, of a running policy, the sums that they come from; ``ends``: see _ends."""
@@ -210,14 +210,14 @@ class _Slots:
             sums = self._received()
             pos = self.pos[:, : sums.shape[1]]
             return sums / (self._per_slot(ends).to(pos.device)[:, None] - pos).clamp(min=1), sums
-        queries = self.call.query
+        queries = self.call.queries
         if self.partial is not None and self.partial.queries is not None:
             queries = torch.cat([self.partial.queries, queries], 2)[:, :, -self.n_slot :]
-        inputs = replace(inputs_of(self.call, queries, self.valid, self.segments), output=self.call.output)
+        inputs = inputs_of(self.call, queries, self.valid, self.segments)
         return over_heads(torch.as_tensor(self.policy.score(inputs)), self.call), None
 
     def _received(self) -> torch.Tensor:
-        first = self.n_slot - self.call.query.shape[2]
+        first = self.n_slot - self.call.queries.shape[2]
         votes = [
             [Vote(keys=segment, queries=(max(segment[0], first), segment[1]), weight="sum") for segment in row]
             for row in self.segments
@@ -273,5 +273,5 @@ def _remembered(
     n_recent, queries = policy.recent_queries, None
     if n_recent:
         older: Sequence[torch.Tensor] = () if before is None or before.queries is None else (before.queries,)
-        queries = torch.cat([*older, call.query], 2)[:, :, -n_recent:].clone()
+        queries = torch.cat([*older, call.queries], 2)[:, :, -n_recent:].clone()
     return Partial(sums, queries)

@@ -2,22 +2,51 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
-
-import numpy as np
-import torch
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair
-from ..eviction.layout import Layout, read_once
-from ..eviction.selection import Kept, Pressed, allocation_of, check_room, choose, press, rank
-from ..policies import Again, Policy
+from ..eviction.layout import Layout, Split, read_once
+from ..eviction.selection import (
+    Budgets,
+    Kept,
+    Pressed,
+    allocation_of,
+    budgets_of,
+    check_room,
+    choose,
+    press,
+    rank,
+)
+from ..policies import Policy
 from .action import Action
 from .chunks import check_chunks, cut
 from .coming import Coming
 from .forward import AttentionCall
 from .layer import KeptLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be done to every layer of a batch of prompts.
+
+    Attributes
+    ----------
+    split : Split
+        The prompts under the action's fairness.
+    budgets : list of tuple of int
+        Per layer, the tokens that each row keeps.
+    """
+
+    split: Split
+    budgets: Budgets
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether nothing of any prompt goes."""
+        return all(of_layer == self.split.layout.lengths for of_layer in self.budgets)
 
 
 @dataclass(frozen=True)
@@ -31,9 +60,9 @@ class Evict(Action):
     protect: Any = None
     spans: Any = None
     allocation: Allocation | str | None = None  # None: the policy's own
-    layouts: dict = field(
+    tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
-    )  # one layout serves all layers of a prompt
+    )  # one serves all layers of a prompt
 
     def __post_init__(self):
         for name in ("protect", "spans"):
@@ -88,85 +117,61 @@ class Evict(Action):
         """The same of each layer, mean over heads."""
         return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
 
-    def layout(self, n_row: int, n_token: int, valid) -> Layout:
-        """What stands where in the prompts."""
-        key = (n_row, n_token, tuple(valid))
-        if key not in self.layouts:
-            settings = {
-                "valid": valid,
-                "spans": self.spans,
-                "protect": self.protect,
-                "n_sink": self.n_sink,
-                "limit": self.limit,
-            }
-            self.layouts[key] = Layout.of(n_row, n_token, **settings)
-        return self.layouts[key]
+    def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
+        """What is to be done to each layer of prompts of ``n_token`` tokens, padding included."""
+        key = (n_token, tuple(valid), n_layer)
+        if key not in self.tasks:
+            where = {"valid": valid, "spans": self.spans, "protect": self.protect}
+            layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
+            self.tasks[key] = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+        return self.tasks[key]
 
-    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
+    def _task_of(self, call: AttentionCall) -> Task:
+        return self.task(call.keys.shape[2], call.valid, call.n_layer)
+
+    def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any
         layer is touched."""
-        layout = self.layout(n_row, n_token, valid)
-        check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
-        return list(layout.spans)
+        task = self.task(n_token, valid, n_layer)
+        check_room(self.policy, task.split, task.budgets)
+        return list(task.split.layout.spans)
 
-    def chosen(self, call: AttentionCall) -> Kept:
-        """What is kept of a layer's prompt."""
-        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        ranked = rank(self.policy, self.fair, layout, call.key, call.query, **call.known)
-        return choose(ranked, compression_ratio=self.compression_ratio, budget=self.budget, allocation=self.sharing)
-
-    def pressed(self, call: AttentionCall) -> Pressed[torch.Tensor] | None:
+    def pressed(self, call: AttentionCall, task: Task) -> Pressed | None:
         """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
-        layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-        known = {name: value for name, value in call.known.items() if name not in ("share_heads", "values")}
-        return press(
-            self.policy,
-            self.fair,
-            layout,
-            call.key,
-            call.value,
-            call.query,
-            compression_ratio=self.compression_ratio,
-            budget=self.budget,
-            allocation=self.sharing,
-            **known,
-        )
-
-    def _keeps_all(self, valid: Sequence[tuple[int, int]]) -> bool:
-        return all(self.limit(end - begin) == end - begin for begin, end in valid)
+        return press(self.policy, task.split, call, task.budgets, self.sharing)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
-        if self._keeps_all(call.valid) or self.policy.needs_again:
+        task = self._task_of(call)
+        if self.policy.needs_again or task.is_whole:
             return
-        if not call.shared and layer.has_plain_rows and (pressed := self.pressed(call)) is not None:
-            layer.keep(pressed.keys, pressed.values, pressed.positions, _fills(pressed, call.valid))
+        if layer.has_plain_rows and (pressed := self.pressed(call, task)) is not None:
+            layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
-        self.evict(layer, self.chosen(call), call.valid)
+        kept = choose(rank(self.policy, task.split, call), task.budgets, self.sharing)
+        self.evict(layer, kept, task.split.layout)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """The policy, if it does."""
-        return [self.policy] if self.policy.needs_again and not self._keeps_all(valid) else []
+        is_whole = all(self.limit(end - begin) == end - begin for begin, end in valid)
+        return [self.policy] if self.policy.needs_again and not is_whole else []
 
-    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         """Judge the prompt by what was read."""
         if policy == self.policy:
-            layout = self.layout(call.key.shape[0], call.key.shape[2], call.valid)
-            known = {**call.known, "again": again, "before": layer.judged}
-            layer.judged = rank(self.policy, self.fair, layout, call.key, None, **known)
+            layer.judged = rank(self.policy, self._task_of(call).split, call, layer.judged)
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """Evict from ``layer``."""
         if (ranked := layer.judged) is not None:
-            settings = {"compression_ratio": self.compression_ratio, "budget": self.budget}
-            self.evict(layer, choose(ranked, **settings, allocation=self.sharing), valid)
+            task = self.task(ranked.split.layout.n_token, valid, ranked.n_layer)
+            self.evict(layer, choose(ranked, task.budgets, self.sharing), task.split.layout)
             layer.judged = None
 
-    def evict(self, layer: KeptLayer, kept: Kept, valid: Sequence[tuple[int, int]]) -> None:
-        """Hold only what is kept."""
+    def evict(self, layer: KeptLayer, kept: Kept, layout: Layout) -> None:
+        """Hold only what is kept of prompts of this layout."""
         n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
-        positions = kept.positions.expand(-1, n_head, -1).contiguous()
-        layer.evict(positions, _fills(kept, valid))
+        layer.evict(kept.positions.expand(-1, n_head, -1).contiguous(), kept.plan.is_full)
 
     def check_chunks(self) -> None:
         """Raise if what is kept cannot be told before the whole prompt has come."""
@@ -176,16 +181,7 @@ class Evict(Action):
     def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer`` what a chunk leaves too much."""
         coming = cast(Coming, call.coming)
-        lengths = [end - begin for begin, end in coming.valid]
-        budgets = tuple(self.limits(n, call.n_layer)[call.layer] for n in lengths)
-        if budgets != tuple(lengths):
-            layout = self.layout(len(lengths), coming.n_token, coming.valid)
-            cut(layer, call, self.policy, self.fair, layout, budgets)
-
-
-def _fills(kept: Kept | Pressed, valid) -> bool:
-    """Whether every row keeps as many tokens as there are places, by the quotas: the counts may be on a GPU that is
-    still at work."""
-    begin, end = (np.array(column)[:, None] for column in zip(*valid, strict=True))
-    lengths = (np.minimum(kept.segments[:, 1:], end) - np.maximum(kept.segments[:, :-1], begin)).clip(0)
-    return bool((np.minimum(kept.quotas, lengths[:, None]).sum(-1) == kept.positions.shape[-1]).all())
+        task = self.task(coming.n_token, coming.valid, call.n_layer)
+        budgets = task.budgets[call.layer]
+        if budgets != task.split.layout.lengths:
+            cut(layer, call, self.policy, self.fair, task.split.layout, budgets)

@@ -8,13 +8,14 @@ error.
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
+from ..eviction.layer_inputs import LayerInputs
 from ..policies.rotary import Rotary
 from . import one_token
 from .cache import KeptCache
@@ -44,76 +45,40 @@ class _Ticket:
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """What a cache's action sees of one layer's attention: q and k after rotary embedding, as attention used them.
+class AttentionCall(LayerInputs):
+    """What a cache's action sees of one layer's attention: what any layer gives, here queries and keys after rotary
+    embedding as attention used them, and what of the forward goes with it.
 
     Attributes
     ----------
-    query : tensor (B, Hq, q, D)
-    key : tensor (B, H, T, D)
-    value : tensor (B, H, T, Dv)
+    keys, values : tensor (B, H, T, D) and (B, H, T, Dv)
+        With ``share_heads`` made from the cache's rows, not the rows themselves (latents, mixed heads).
+    queries : tensor (B, Hq, q, D)
     layer, n_layer : int
-        Of the cache: which one this is, and how many it has, compressed or not.
-    scaling, softcap : float
+        Of the cache: which of the compressed layers this is, and how many there are.
+    sinks : tensor (Hq,), or None
+        As of gpt-oss.
+    lse : tensor of float32, shape (B, Hq, T), or None
+        Where the attention itself told it.
+    rotary : Rotary, or None
+        Only of a prompt, for an action that reads it.
+    output : tensor of float32, shape (Hq, Dv, E), or None
+        As ``rotary``; see ``projections.py``.
     valid : list of (int, int)
         Per row, the range of real tokens of a prompt; after it, all slots.
-    sinks : tensor (Hq,), or None
-        A logit per head that joins every softmax (gpt-oss).
-    shared : bool
-        ``key`` is made from the cache's rows, not the rows themselves (latents, mixed heads): one choice must serve all
-        heads.
-    lse : tensor of float32, shape (B, Hq, T), or None
-        Natural log of each query's softmax denominator, where the attention itself told it.
     newest : BoolTensor (B, q), or None
         After a prompt, where a budget is held: False where a new token is padding. None: nowhere.
-    rotary : Rotary, or None
-        How the layer turned queries and keys; only of a prompt, for an action that reads it.
-    projection : callable, or None
-        Gives the output projection of each head; see ``projections.py``. As ``rotary``.
     coming : Coming, or None
-        The prompt, if it comes in chunks; ``query`` is then of the newest one, and the others of the slots.
+        The prompt, if it comes in chunks; ``queries`` are then of the newest one, and the others of the slots.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    layer: int
-    n_layer: int
-    scaling: float | None
-    softcap: float
+    keys: torch.Tensor
+    queries: torch.Tensor  # pyright: ignore[reportGeneralTypeIssues] # no default: attention has them all
+    values: torch.Tensor  # pyright: ignore[reportGeneralTypeIssues] # see above
+    _: KW_ONLY
     valid: Sequence[tuple[int, int]]
-    sinks: torch.Tensor | None = None
-    shared: bool = False
-    lse: torch.Tensor | None = None
     newest: torch.Tensor | None = None
-    rotary: Rotary | None = None
-    projection: Callable | None = None
     coming: Coming | None = None
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """What is known of the layer beside keys and queries, for :func:`kvpitfalls.eviction.selection.rank`."""
-        return {
-            "scaling": self.scaling,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "share_heads": self.shared,
-            "lse": self.lse,
-            "values": self.value,
-            "layer": self.layer,
-            "n_layer": self.n_layer,
-            "rotary": self.rotary,
-            "output": self.output,
-        }
-
-    @cached_property
-    def output(self) -> torch.Tensor | None:
-        """What the layer makes of what each query head attended to, float32 (Hq, Dv, E)."""
-        return (
-            None
-            if self.projection is None
-            else self.projection(self.value.new_empty(self.query.shape[1], self.value.shape[-1]))
-        )
 
 
 @dataclass
@@ -332,17 +297,24 @@ def _seen_by(
     ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
 ) -> AttentionCall:
     # sdpa ignores softcap and sinks, so scores must, too
-    softcap, sinks = (0.0, None) if implementation == "sdpa" else (kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
+    if implementation != "sdpa":
+        others |= {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
-    query, key, value = (
-        query.detach(),
-        key.detach(),
-        value.detach(),
-    )  # what is kept is no function of them that has a gradient
-    place = (forward.compressed[ticket.layer.index], len(forward.compressed))
-    known = {"lse": lse, "newest": forward.newest, "rotary": forward.rotaries.get(module)}
-    known |= {"projection": forward.projections.get(module), "coming": forward.coming}
+    projection = forward.projections.get(module)
     return AttentionCall(
-        query, key, value, *place, kwargs.get("scaling"), softcap, valid, sinks, ticket.layer.shared, **known
+        key.detach(),  # what is kept is no function of them that has a gradient
+        query.detach(),
+        value.detach(),
+        lse=lse,
+        layer=forward.compressed[ticket.layer.index],
+        n_layer=len(forward.compressed),
+        rotary=forward.rotaries.get(module),
+        output=None if projection is None else projection(value.new_empty(query.shape[1], value.shape[-1])),
+        share_heads=ticket.layer.shared,
+        valid=valid,
+        newest=forward.newest,
+        coming=forward.coming,
+        **others,
     )

@@ -8,7 +8,7 @@ instruction come first. Protection is of the prompt's tokens. Padding between th
 slots become empty ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import cast
@@ -147,13 +147,13 @@ class Hold(Evict):
             "when='prefill'"
         )
 
-    def spans_of(self, n_row: int, n_token: int, valid, n_layer: int) -> list:
+    def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
         """As for :class:`Evict`; there must also be room for the newest token, and for the window of a policy that has
         one."""
         if any(end != n_token for _, end in valid):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
-        layout = self.layout(n_row, n_token, valid)
-        split = layout.split(self.fair)
+        task = self.task(n_token, valid, n_layer)
+        split = task.split
         for b, (begin, end) in enumerate(valid):
             floors = sum(split.floors[b])
             needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
@@ -164,21 +164,21 @@ class Hold(Evict):
                     f"{floors} that must be kept, and {needed - floors} newest"
                 )
         _ = split.segments  # raises where fairness has none to give
-        check_room(self.policy, self.fair, self.sharing, layout, self.limit, n_layer)
-        return list(layout.spans)
+        check_room(self.policy, split, task.budgets)
+        return list(split.layout.spans)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After the prompt's prefill."""
-        n_row, _, n_token = call.key.shape[:3]
-        layout = self.layout(n_row, n_token, call.valid)
+        n_row, _, n_token = call.keys.shape[:3]
+        split = self.task(n_token, call.valid, call.n_layer).split
         fronts = torch.tensor([begin for begin, _ in call.valid])
         counts, carried = torch.zeros(n_row, 0, dtype=torch.long), None
         if self.is_fair:
-            segments = layout.split(self.fair).segments
+            segments = split.segments
             counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
             for b, row in enumerate(segments):
                 counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
-            carried = torch.as_tensor(rank(self.policy, self.fair, layout, call.key, call.query, **call.known).scores)
+            carried = torch.as_tensor(rank(self.policy, split, call).scores)
         elif self.policy.running:
             carried = received(call, fronts, _votes_on(fronts, [n_token] * n_row, n_token))
         n_recent = self.policy.recent_queries
@@ -186,14 +186,14 @@ class Hold(Evict):
             (n_row, layer.keys.shape[1], n_token),
             layer.keys.nbytes + layer.values.nbytes,
         )
-        queries = call.query[:, :, -n_recent:].clone() if n_recent else None
-        layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), layout)
+        queries = call.queries[:, :, -n_recent:].clone() if n_recent else None
+        layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), split.layout)
         if self.when == "always":
             self._cut(layer, call)
 
     def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After a later forward."""
-        n_new = call.query.shape[2]
+        n_new = call.queries.shape[2]
         held = layer.held.then(layer.seen, n_new, call.newest)
         if held.carried is not None:
             held = replace(held, carried=torch.nn.functional.pad(held.carried, (0, n_new)))
@@ -256,7 +256,7 @@ class Hold(Evict):
         """Of each slot (B, H, slots); protected ones above all."""
         held, n_slot = layer.held, layer.keys.shape[2]
         pos = (
-            torch.arange(n_slot, device=call.key.device).expand(*layer.keys.shape[:3])
+            torch.arange(n_slot, device=call.keys.device).expand(*layer.keys.shape[:3])
             if layer.pos is None
             else layer.pos
         )
@@ -304,23 +304,19 @@ def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor
     """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made
     so."""
     held, n_slot = layer.held, layer.keys.shape[2]
-    older = torch.arange(n_slot - call.query.shape[2]) >= held.front[:, None]
+    older = torch.arange(n_slot - call.queries.shape[2]) >= held.front[:, None]
     order = _empty_first(torch.cat([older, newest], 1))
     front = held.front + (~newest).sum(1)
     layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)
     carried = None if held.carried is None else _rearranged(held.carried[..., None], order)[..., 0]
     layer.held = replace(held, front=front, carried=carried)
-    query, key, value = (
-        _rearranged(call.query, _empty_first(newest)),
-        _rearranged(call.key, order),
-        _rearranged(call.value, order),
-    )
-    return replace(call, query=query, key=key, value=value)
+    of_slots = {"keys": _rearranged(call.keys, order), "values": _rearranged(call.values, order)}
+    return replace(call, **of_slots, queries=_rearranged(call.queries, _empty_first(newest)))
 
 
 def _newest_queries(queries: torch.Tensor, call: AttentionCall, n_recent: int) -> torch.Tensor:
     """The newest ``n_recent`` of those before and the call's; padding counts as older than any."""
-    both = torch.cat([queries, call.query], 2)
+    both = torch.cat([queries, call.queries], 2)
     if call.newest is not None:
         both = _rearranged(both, _empty_first(torch.nn.functional.pad(call.newest, (queries.shape[2], 0), value=True)))
     return both[:, :, -n_recent:]

@@ -353,16 +353,20 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
             "torch.no_grad(), or the cache it "
             "was made from"
         )
-    _check_origin(decoder, wrap, cache)
+    n_seen = cache.n_seen
+    _check_origin(decoder, wrap, cache, n_seen)
     if _inputs(bound).shape[1] > 1:  # not at each step: each takes a look at every module
         cache.check_decoder(decoder)
         check_not_compiled(decoder)
         check_not_random(decoder)
     coming = coming_to(cache, decoder)
-    record = _begin(attachment, cache, bound) if coming is None else _begin_chunk(attachment, cache, bound, coming)
+    if coming is None:
+        record = _begin(attachment, cache, bound, n_seen)
+    else:
+        record = _begin_chunk(attachment, cache, bound, n_seen, coming)
     if record.prefill:
         _ask_layers(decoder, record, bound)
-        if not record.n_seen:
+        if not n_seen:
             cache.origin = cache.origin.filled_by(decoder)
         if (call := _generating(decoder)) is not None:
             call.cache = cache
@@ -430,7 +434,7 @@ def _uses_cache(decoder, bound: dict) -> bool:
     return bool(getattr(decoder.config, "use_cache", True) if wanted is None else wanted)
 
 
-def _check_origin(decoder, wrap, cache: KeptCache) -> None:
+def _check_origin(decoder, wrap, cache: KeptCache, n_seen: int) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
@@ -449,29 +453,27 @@ def _check_origin(decoder, wrap, cache: KeptCache) -> None:
             f"the cache was made by a wrap with other settings ({origin.settings}); expected one of this wrap "
             f"({wrap.settings})"
         )
-    if cache.n_seen:
-        origin.check_length(cache.n_seen)
+    if n_seen:
+        origin.check_length(n_seen)
         cache.origin = origin.met(decoder)
 
 
-def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
+def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) -> Forward:
     """The forward's record; on a prefill, what is padding."""
     n_row, n_new = _inputs(bound).shape[:2]
-    seen, ids = cache.n_seen, bound.get("input_ids")
-    mask = bound.get("attention_mask")
-    if seen:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < seen + n_new:
+    ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+    if n_seen:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < n_seen + n_new:
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {seen + n_new}, for {seen} tokens in the cache "
-                f"and {n_new} new ones "
-                "(prefill_chunk_size of transformers 4 gives the mask of the chunk)"
+                f"attention_mask has {mask.shape[1]} columns; expected {n_seen + n_new}, for {n_seen} tokens in the "
+                f"cache and {n_new} new ones (prefill_chunk_size of transformers 4 gives the mask of the chunk)"
             )
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)
         if isinstance(cache, FixedCache):
-            return Forward(cache, attachment.own, False, seen, ids, None, cache.newest_of(mask, n_new), bound)
+            return Forward(cache, attachment.own, False, n_seen, ids, None, cache.newest_of(mask, n_new), bound)
         newest = real_newest(mask, n_new) if cache.is_held else None
-        return Forward(cache, attachment.own, False, seen, ids, None, newest)
+        return Forward(cache, attachment.own, False, n_seen, ids, None, newest)
     if n_new < 2 and cache.action is not None and cache.action.evicts:
         raise ValueError(f"the prompt has {n_new} token; expected at least 2, since there is nothing to evict from")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
@@ -482,16 +484,16 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict) -> Forward:
     return Forward(cache, attachment.own, True, 0, ids, cache.valid)
 
 
-def _begin_chunk(attachment: _Attachment, cache: KeptCache, bound: dict, coming: Coming) -> Forward:
+def _begin_chunk(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int, coming: Coming) -> Forward:
     """The same of a chunk of a prompt."""
     n_row, n_new = _inputs(bound).shape[:2]
-    coming.check_chunk(n_row, cache.n_seen, n_new, bound.get("position_ids"))
-    if not cache.n_seen:
+    coming.check_chunk(n_row, n_seen, n_new, bound.get("position_ids"))
+    if not n_seen:
         _note_prompt(cache, coming.n_token, coming.valid)
-    return Forward(cache, attachment.own, True, cache.n_seen, bound.get("input_ids"), cache.valid, coming=coming)
+    return Forward(cache, attachment.own, True, n_seen, bound.get("input_ids"), cache.valid, coming=coming)
 
 
 def _note_prompt(cache: KeptCache, n_token: int, valid: list[tuple[int, int]]) -> None:
     cache.valid = valid
     if cache.action is not None:
-        cache.spans = cache.action.spans_of(len(valid), n_token, valid, len(cache.kept_layers))
+        cache.spans = cache.action.spans_of(n_token, valid, len(cache.kept_layers))

@@ -24,10 +24,10 @@ def inputs_of(call: AttentionCall, queries, valid, segments=None) -> Inputs:
     segments : list of list of (int, int), optional
         Per row, the slots that are judged apart; all of them by default.
     """
-    scaling = call.key.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     segments = [[row] for row in valid] if segments is None else segments
-    known = {"sinks": call.sinks, "values": call.value, "layer": call.layer, "n_layer": call.n_layer}
-    return Inputs(call.key, queries, scaling, call.softcap, valid, segments, [[] for _ in valid], **known)
+    spans: list[list[tuple[int, int]]] = [[] for _ in valid]
+    # denominators that attention told are of the prompt's queries, not of these
+    return Inputs.of(call, queries=queries, lse=None, valid=valid, segments=segments, spans=spans)
 
 
 def received(call: AttentionCall, fronts: torch.Tensor, votes: list[list[Vote]]) -> torch.Tensor:
@@ -35,14 +35,14 @@ def received(call: AttentionCall, fronts: torch.Tensor, votes: list[list[Vote]])
 
     ``fronts``: empty slots at the start of each row.
     """
-    n_slot = call.key.shape[2]
-    inputs = inputs_of(call, call.query, [(min(front, n_slot - 1), n_slot) for front in fronts.tolist()])
+    n_slot = call.keys.shape[2]
+    inputs = inputs_of(call, call.queries, [(min(front, n_slot - 1), n_slot) for front in fronts.tolist()])
     return over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(min=0)  # minus infinity where a row is empty
 
 
 def over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """One score for all heads where one choice must serve them."""
-    return scores.double().mean(1, keepdim=True).float() if call.shared else scores
+    return scores.double().mean(1, keepdim=True).float() if call.share_heads else scores
 
 
 def best_first(

@@ -26,7 +26,7 @@ class Shuffle(Action):
         """Shuffle ``layer``."""
         n_row, n_head, n_token = layer.keys.shape[:3]
         order = (
-            torch.rand(n_row, 1 if call.shared else n_head, n_token, generator=self.generator)
+            torch.rand(n_row, 1 if call.share_heads else n_head, n_token, generator=self.generator)
             .argsort(-1)
             .to(layer.keys.device)
         )

@@ -24,7 +24,7 @@ from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
-from ..policies import Again, Policy, get_policy
+from ..policies import Policy, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
 from .action import Action, each_once
@@ -367,7 +367,7 @@ class Fork(Action):
             twin = cache.layers[layer.index] = copy.copy(layer)
             cache.valid = call.valid
             action = cache.action or Action()
-            cache.spans = action.spans_of(call.key.shape[0], call.key.shape[2], call.valid, call.n_layer)
+            cache.spans = action.spans_of(call.keys.shape[2], call.valid, call.n_layer)
             cache.note_peak()
             action.after_prefill(twin, call)
 
@@ -375,10 +375,10 @@ class Fork(Action):
         """Whatever one of them does, once."""
         return each_once(policy for action in self._actions for policy in action.asks(valid))
 
-    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy, again: Again) -> None:
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         """Let every cache judge."""
         for cache, action in self._asking(call.valid):
-            action.after_turn(cast(KeptLayer, cache.layers[layer.index]), call, policy, again)
+            action.after_turn(cast(KeptLayer, cache.layers[layer.index]), call, policy)
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """Let every cache evict."""

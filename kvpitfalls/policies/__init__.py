@@ -4,7 +4,8 @@ needs."""
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import Again, Inputs, Policy, Vote, get_policy, policy_names
+from ..eviction.layer_inputs import Again, LayerInputs
+from .base import Inputs, Policy, Vote, get_policy, policy_names
 
 #: The policies of "The Pitfalls of KV Cache Compression", which audits show by default.
 PAPER = ("h2o", "knorm", "snapkv", "streaming_llm", "tova")
@@ -12,4 +13,4 @@ PAPER = ("h2o", "knorm", "snapkv", "streaming_llm", "tova")
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Again", "Inputs", "Policy", "Vote", "get_policy", "policy_names"]
+__all__ = ["Again", "Inputs", "LayerInputs", "Policy", "Vote", "get_policy", "policy_names"]

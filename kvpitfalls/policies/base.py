@@ -2,11 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +13,11 @@ import numpy.typing as npt
 from ..eviction import ops
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import A, Array, Int32
+from ..eviction.layer_inputs import LayerInputs
 from .attention_sinks import denominators_with_sinks
 
-if TYPE_CHECKING:
-    import torch
-
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
+_OF_LAYER = tuple(f.name for f in fields(LayerInputs))
 
 
 class Vote(NamedTuple):
@@ -52,37 +50,6 @@ class Vote(NamedTuple):
     weight: str = "mean"
     age_end: int = 0
     window: tuple[int, int] = (0, 0)
-
-
-class Again(NamedTuple):
-    """What one layer saw when the model read on after the prompt, as a policy's ``Policy.again`` had it do.
-
-    Shorter rows are padded on the right; of a row that read nothing there is padding alone.
-
-    Parameters
-    ----------
-    queries : array, shape (B, H*G, n, D)
-        Of the ``n`` tokens read.
-    keys : array, shape (B, H, n, D)
-        Theirs; each query sees the prompt, and of these the keys up to its own.
-    values : array, shape (B, H, n, Dv), or None
-    turn : int
-        Which of the forwards after the prompt it was, from 0.
-    before : array of float32, shape (B, H, T), or None
-        What ``score`` returned for the turn before; None at the first.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> Again(np.zeros((1, 4, 3, 8)), np.zeros((1, 2, 3, 8))).turn
-    0
-    """
-
-    queries: Array
-    keys: Array
-    values: Array | None = None
-    turn: int = 0
-    before: Array | None = None
 
 
 def _of_keys(keys: tuple[int, int]) -> Vote:
@@ -127,7 +94,7 @@ class Call:
     --------
     >>> import numpy as np
     >>> keys = np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32)
-    >>> call = Inputs(keys, None, 1.0, 0.0, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).call("norm")
+    >>> call = Inputs(keys, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).call("norm")
     >>> call.scores()
     array([[[-5., -1.]]], dtype=float32)
     >>> call.press(keys, np.array([[0, 2]], np.int32), np.array([[[1]]], np.int32), None, 1)[0]
@@ -150,37 +117,34 @@ class Call:
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
         values = self.inputs.values if self.reads_values else None
-        with self._in_words_of_the_inputs():
+        try:
             return ops.score(self.scorer, self.inputs.keys, values=values, **self._arguments)
+        except ValueError:
+            self._check_voters()
+            raise
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
         """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""
         plan: dict[str, Any] = {"segments": segments, "quotas": quotas, "protect": protect, "n_kept": n_kept}
-        with self._in_words_of_the_inputs():
-            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._arguments)
-
-    @contextmanager
-    def _in_words_of_the_inputs(self) -> Iterator[None]:
-        """The core speaks of its table of votes, which whoever hands out too few queries never saw."""
         try:
-            yield
+            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._arguments)
         except ValueError:
-            if self.queries is not None and self.votes is not None and len(self.queries.shape) == 4:
-                self.inputs.check_voters(self.votes)
+            self._check_voters()
             raise
 
+    def _check_voters(self) -> None:
+        """The core speaks of its table of votes, which whoever hands out too few queries never saw: in words of the
+        inputs."""
+        if self.queries is not None and self.votes is not None and len(self.queries.shape) == 4:
+            self.inputs.check_voters(self.votes)
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a policy scores: the arrays of one layer, and where things are in each batch row.
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(LayerInputs):
+    """What a policy scores: what one layer gives, see :class:`LayerInputs`, and where things are in each batch row.
 
     Attributes
     ----------
-    keys : array, shape (B, H, T, D)
-    queries : array, shape (B, H*G, Q, D), or None
-        For the last Q of the T positions.
-    scaling, softcap : float
-        Of the attention logits; ``softcap`` 0 is none.
     valid : list of (int, int)
         Per row, the range of real tokens.
     segments : list of list of (int, int)
@@ -189,45 +153,24 @@ class Inputs:
         Per row, the instructions as given, in order of position.
     paper : bool
         Follow the authors' code to the letter (``fair="paper"``).
-    sinks : tensor, shape (H*G,), or None
-        A logit per query head that joins the denominator of every softmax.
-    lse : array of float32, shape (B, H*G, Q), optional
-        Natural log of each query's softmax denominator, if it is already known.
-    values : array, shape (B, H, T, Dv), or None
-        As they stand in the cache.
-    layer, n_layer : int
-        Which of the model's layers that are compressed it is, and how many there are.
-    rotary : Rotary, or None
-        How the layer turned queries and keys by their positions.
-    output : array, shape (H*G, Dv, E), or None
-        What the layer adds to the hidden state for each head's attention-weighted value.
-    again : Again, or None
-        What was read after the prompt.
 
     Examples
     --------
     >>> import numpy as np
     >>> keys = np.array([[[[3.0, 4.0], [0.0, 1.0]]]], dtype=np.float32)
-    >>> Inputs(keys, None, 1.0, 0.0, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).score("norm")
+    >>> Inputs(keys, valid=[(0, 2)], segments=[[(0, 2)]], spans=[[]]).score("norm")
     array([[[-5., -1.]]], dtype=float32)
     """
 
-    keys: Array
-    queries: Array | None
-    scaling: float
-    softcap: float
     valid: Sequence[tuple[int, int]]
     segments: Sequence[Sequence[tuple[int, int]]]
     spans: Sequence[Sequence[tuple[int, int]]]
     paper: bool = False
-    sinks: "torch.Tensor | None" = None
-    lse: Array | None = None
-    values: Array | None = None
-    layer: int = 0
-    n_layer: int = 1
-    rotary: Any = None
-    output: Any = None
-    again: Again | None = None
+
+    @classmethod
+    def of(cls, layer: LayerInputs, **others: Any) -> "Inputs":
+        """Of what a layer gives, and ``others``: the attributes of this class, and those of the layer that differ."""
+        return cls(**{**{name: getattr(layer, name) for name in _OF_LAYER}, **others})
 
     @property
     def n_token(self) -> int:

@@ -219,11 +219,11 @@ def _check_forgery(
     normalization, too.
     """
     ids, offsets = encoded["input_ids"], [_stripped(text, pair) for pair in encoded["offset_mapping"]]
-    holders = [holder(contents, pair) for pair in offsets]
+    held_by = holders(contents, offsets)
     added = tokenizer.added_tokens_decoder
-    watched = {token for token, held in zip(ids, holders, strict=True) if held is None and token in added}
+    watched = {token for token, held in zip(ids, held_by, strict=True) if held is None and token in added}
     watched |= _special(tokenizer)
-    for token, (begin, end), held in zip(ids, offsets, holders, strict=True):
+    for token, (begin, end), held in zip(ids, offsets, held_by, strict=True):
         if held is None or owners[held] < first or token not in watched:
             continue
         if token == tokenizer.unk_token_id and text[begin:end] != tokenizer.unk_token:
@@ -300,11 +300,12 @@ def short(value: object) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def holder(contents: Ranges, pair: tuple[int, int]) -> int | None:
-    """The number of the first content that the range shares a character with; contents are in order and do not
+def holders(contents: Ranges, pairs: Ranges) -> list[int | None]:
+    """Of each range the number of the first content that it shares a character with; contents are in order and do not
     overlap."""
-    i = bisect_right(contents, pair[0], key=lambda content: content[1])
-    return i if i < len(contents) and shared(pair, contents[i]) else None
+    ends = [end for _, end in contents]
+    firsts = [bisect_right(ends, begin) for begin, _ in pairs]
+    return [i if i < len(ends) and shared(pair, contents[i]) else None for i, pair in zip(firsts, pairs, strict=True)]
 
 
 def shared(one: tuple[int, int], two: tuple[int, int]) -> int:

@@ -19,7 +19,7 @@ from .chats import (
     check_messages,
     check_options,
     encoded_chat,
-    holder,
+    holders,
     may_hold_special,
     owners_of,
     shared,
@@ -198,7 +198,7 @@ class Prompt:
         ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        is_template = tuple(holder(contents, pair) is None for pair in offsets)
+        is_template = tuple(content is None for content in holders(contents, offsets))
         roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
         return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents), roles)
 
@@ -273,7 +273,7 @@ class Prompt:
         >>> Prompt.from_chat(tokenizer, messages).tokens_of("system")
         [3, 4, 5, 6]
         """
-        held = [holder(self.contents, pair) for pair in self.offsets]
+        held = holders(self.contents, self.offsets)
         return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
 
     def followed_by(
