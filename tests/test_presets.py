@@ -1,6 +1,7 @@
 """Presets run what the paper ran, as far as it is known."""
 
 import dataclasses
+import math
 import os
 from collections import Counter
 
@@ -107,6 +108,13 @@ def test_attacks_go_round_the_prompts(n_prompt, n_each, n_family, batch_size):
         every == attack_items(dataclasses.replace(config, attacks_per_prompt=3 * n_family))
         and met.keys() <= every.keys()
     )
+    batches = list(plan(config, own))
+    sizes = [[len(b.rows), len(b.settings), len(b.requests[0])] for b in batches]
+    assert all(math.prod(size) <= batch_size or size[:2] == [1, 1] for size in sizes)
+    alike = dataclasses.replace(config, attacks=list(config.chosen_attacks(own))[:n_each], attacks_per_prompt=None)
+    assert sizes == [[len(b.rows), len(b.settings), len(b.requests[0])] for b in plan(alike, own)], (
+        "who meets different attacks shares batches as who meets the same"
+    )
 
 
 def test_the_probe_preset_has_all_policies_and_ratios():
@@ -121,7 +129,7 @@ def test_the_probe_preset_has_all_policies_and_ratios():
 def test_the_preset_of_turns_has_each_conversation_once():
     batches = list(plan(preset("turns")["all"], load_corpus()))
     assert [batch.rows for batch in batches] == [(i,) for i in range(8)]
-    assert all(len(batch.settings) == 3 and batch.requests == (("turns", "verbatim-2"),) for batch in batches)
+    assert all(len(batch.settings) == 3 and batch.requests == ((("turns", "verbatim-2"),),) for batch in batches)
 
 
 @pytest.mark.skipif("KVPITFALLS_DATA" not in os.environ, reason="KVPITFALLS_DATA names no folder with the paper's data")

@@ -87,6 +87,15 @@ def test_batches_change_nothing(unbroken, model, tmp_path, batch_size):
     assert sorted(tiny_sweep.untimed(tmp_path)) == sorted(same)
 
 
+def test_prompts_that_meet_different_attacks_share_batches_and_nothing_else(unbroken, model, tmp_path):
+    """Their records are those of the sweep in which all meet all."""
+    sweep(tiny_sweep.config(model, attacks_per_prompt=1), tmp_path)
+    found, every = tiny_sweep.untimed(tmp_path), tiny_sweep.untimed(unbroken)
+    assert set(found) < set(every) and len(found) == len(set(found)) == len(every) * 3 // 4
+    met = {(r["key"], r["attack"]) for r in map(json.loads, found) if r["attack"] is not None}
+    assert len(met) == 4 and len({attack for _, attack in met}) == 2
+
+
 def test_ten_kills_leave_no_trace(model, tmp_path):
     script = Path(tiny_sweep.__file__)
     out = subprocess.run(

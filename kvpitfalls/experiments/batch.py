@@ -66,8 +66,10 @@ class _Work:
 
     def __init__(self, model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batch):
         self.model, self.tokenizer, self.corpus, self.config, self.batch = model, tokenizer, corpus, config, batch
-        self.probes, self.talks = (batch.requests[0][0] == kind for kind in ALONE)
-        self.attacks = config.chosen_attacks(corpus) if any(attack for _, attack in batch.requests) else {}
+        self.requests = dict(zip(batch.rows, batch.requests, strict=True))
+        self.probes, self.talks = (batch.requests[0][0][0] == kind for kind in ALONE)
+        is_attacked = any(attack for of_row in batch.requests for _, attack in of_row)
+        self.attacks = config.chosen_attacks(corpus) if is_attacked else {}
         self.scenarios = {row: Scenario.of(corpus, corpus.rows[row], batch.defense, batch.order) for row in batch.rows}
         self.prompts: dict[int, Prompt] = {}
         self.conversations: dict[int, list[list[int]]] = {}
@@ -81,7 +83,7 @@ class _Work:
 
     def places(self):
         return [
-            (s, row, request) for s in self.batch.settings for row in self.batch.rows for request in self.batch.requests
+            (s, row, request) for s in self.batch.settings for row in self.batch.rows for request in self.requests[row]
         ]
 
     def run(self) -> None:
@@ -121,7 +123,7 @@ class _Work:
     def prepare(self, row: int) -> None:
         scenario = self.scenarios[row]
         prompt = scenario.prompt(self.tokenizer)
-        kinds = [("follow", None)] if self.probes else self.batch.requests
+        kinds = [("follow", None)] if self.probes else self.requests[row]
         asked = [scenario.ask(kind, self.attacks.get(attack or "")) for kind, attack in kinds]
         self.conversations[row] = [conversation(prompt, *one) for one in asked]
         self.prompts[row] = prompt
@@ -165,14 +167,14 @@ class _Work:
         if self.talks:
             return self.talk(settings, rows)
         cache, kept = self.compress(settings, rows)
-        pairs, n_request = [(setting, row) for setting in settings for row in rows], len(self.batch.requests)
+        pairs, n_request = [(setting, row) for setting in settings for row in rows], len(self.batch.requests[0])
         cache.batch_repeat_interleave(n_request)
         contexts = [self.prompts[row] for _, row in pairs for _ in range(n_request)]
         conversations = [ids for _, row in pairs for ids in self.conversations[row]]
         replies = answers(self.model, contexts, conversations, cache, self.batch.max_new_tokens)
         for i, pair in enumerate(pairs):
             self.kept[pair] = kept[i]
-            for j, request in enumerate(self.batch.requests):
+            for j, request in enumerate(self.requests[pair[1]]):
                 self.answers[*pair, request] = replies[i * n_request + j]
 
     def force(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
@@ -196,9 +198,10 @@ class _Work:
 
     def talk(self, settings: Sequence[Setting], rows: Sequence[int]) -> None:
         """What :meth:`generate` is for answers: conversations, and what they leave after each turn."""
-        (request,) = self.batch.requests
-        said, limit = self.attacks[request[1] or ""], self.batch.max_new_tokens
+        limit = self.batch.max_new_tokens
         for row in rows:
+            (request,) = self.requests[row]
+            said = self.attacks[request[1] or ""]
             talk, scenario = self.conversed[row], self.scenarios[row]
             evicts, n_token = [setting.evict(scenario.whitelist) for setting in settings], len(talk.prompts[-1])
             turns = ask_turns(self.model, talk, scenario, said, evicts, limit, self.config.seed)
@@ -210,7 +213,7 @@ class _Work:
     def to_force(self, row: int, full_answer: str) -> list[tuple]:
         """Request, name, token ids before, and token ids of each given answer of a row."""
         tokenizer, prompt, out = self.tokenizer, self.prompts[row], []
-        for request in self.batch.requests:
+        for request in self.requests[row]:
             for name, (said, begun, text) in (
                 self.scenarios[row].given_answers(self.attacks.get(request[1] or ""), full_answer).items()
             ):

@@ -1,9 +1,10 @@
 """The batches of a sweep, in order. The plan depends on config and corpus only, so a resumed sweep has the same one."""
 
-import math
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeAlias
 
 from ..hf.wrap import Evict
 from ..policies import get_policy
@@ -14,6 +15,7 @@ from .modes import Mode
 from .scenario import WAYS
 
 ALONE = ("probe", "turns")  # kinds that share no batch with others
+Requests: TypeAlias = tuple[tuple[str, str | None], ...]  # kind, and the name of the attack
 FULL = "full"  # the mode of ratio 0, where no policy plays a part
 
 
@@ -34,8 +36,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is generated together: every row under every setting, asked every request. All settings have one ratio, but
-    those of a conversation, which is had once.
+    """What is generated together: every row under every setting, asked each of its requests. All settings have one
+    ratio, but those of a conversation, which is had once.
 
     Attributes
     ----------
@@ -43,8 +45,8 @@ class Batch:
     rows : tuple of int
         Indices into the corpus.
     settings : tuple of Setting
-    requests : tuple of (str, str or None)
-        Kind, and the name of the attack.
+    requests : tuple of tuple of (str, str or None)
+        Of each row, kind and the name of the attack. All rows have the same kinds.
     max_new_tokens : int
     """
 
@@ -53,7 +55,7 @@ class Batch:
     order: str
     rows: tuple[int, ...]
     settings: tuple[Setting, ...]
-    requests: tuple[tuple[str, str | None], ...]
+    requests: tuple[Requests, ...]
     max_new_tokens: int
 
     def items(self, corpus: Corpus) -> list[dict]:
@@ -72,8 +74,8 @@ class Batch:
                 "attack": attack,
             }
             for setting in self.settings
-            for row in self.rows
-            for kind, attack in self.requests
+            for row, requests in zip(self.rows, self.requests, strict=True)
+            for kind, attack in requests
         ]
 
 
@@ -89,40 +91,49 @@ def settings_of(config: SweepConfig) -> list[Setting]:
 
 
 def plan(config: SweepConfig, corpus: Corpus) -> Iterator[Batch]:
-    """The batches, in the order in which they are run and recorded."""
+    """The batches, in the order in which they are run and recorded.
+
+    A step of generating costs much for its first row and little for each further one, and a prefill serves all
+    settings: rows that meet different attacks share batches, and all settings of a few rows come before more rows.
+    """
     config.check_corpus(corpus)
-    limit = config.max_new_tokens
     for model in config.models:
         for defense, order in _prompts(config):
-            for rows, attacks in _rows_and_attacks(config, corpus):
-                groups = _request_groups(config, attacks)
-                n_row = 1 if "turns" in config.kinds else max(1, config.batch_size // max(map(_width, groups)))
-                for chunk in _chunks(rows, n_row):
-                    for requests in groups:
-                        n_setting = max(1, config.batch_size // (len(chunk) * _width(requests)))
-                        talks = requests[0][0] == "turns"
-                        for _, same in groupby(settings_of(config), key=lambda s: talks or s.compression_ratio):
-                            for settings in _chunks(same, n_setting):
-                                yield Batch(model, defense, order, chunk, settings, requests, limit[requests[0][0]])
+            asked = _requests_of_rows(config, corpus)
+            for chunk in _chunks(range(len(asked)), _n_row(config, asked)):
+                for n_group in range(len(asked[0])):
+                    yield from _batches(config, (model, defense, order), chunk, [of_row[n_group] for of_row in asked])
 
 
-def _rows_and_attacks(config: SweepConfig, corpus: Corpus) -> Iterator[tuple[range, tuple[str, ...]]]:
-    """Rows that meet the same attacks, and these: all rows and all attacks, or ``attacks_per_prompt`` in turn."""
+def _n_row(config: SweepConfig, asked: Sequence[Sequence[Requests]]) -> int:
+    """How many prompts come before others; a conversation goes alone."""
+    return 1 if "turns" in config.kinds else max(1, config.batch_size // max(map(_width, asked[0])))
+
+
+def _batches(
+    config: SweepConfig, place: tuple[str, str, str], rows: Sequence[int], asked: Sequence[Requests]
+) -> Iterator[Batch]:
+    """Some rows under all settings; ``asked`` is what each row of the corpus is asked."""
+    kind, width = asked[rows[0]][0][0], _width(asked[rows[0]])
+    for _, of_ratio in groupby(settings_of(config), key=lambda s: kind == "turns" or s.compression_ratio):
+        same = tuple(of_ratio)
+        for few in _chunks(rows, max(1, config.batch_size // (width * len(same)))):
+            for settings in _chunks(same, max(1, config.batch_size // (width * len(few)))):
+                requests = tuple(asked[row] for row in few)
+                yield Batch(*place, few, settings, requests, config.max_new_tokens[kind])
+
+
+def _requests_of_rows(config: SweepConfig, corpus: Corpus) -> list[list[Requests]]:
+    """What each row is asked, in :func:`_request_groups`: all attacks, or ``attacks_per_prompt`` in turn."""
     n_row = len(corpus.rows) if config.n_prompts is None else config.n_prompts
     attacks = tuple(config.chosen_attacks(corpus)) if {"attack", "probe", "turns"} & set(config.kinds) else ()
     if config.attacks_per_prompt is None or not attacks:
-        yield range(n_row), attacks
-        return
-    n_turn = len(attacks) // math.gcd(len(attacks), config.attacks_per_prompt)  # so many prompts, and it begins anew
-    for turn in range(min(n_turn, n_row)):
-        first = turn * config.attacks_per_prompt
-        yield (
-            range(turn, n_row, n_turn),
-            tuple(attacks[(first + i) % len(attacks)] for i in range(config.attacks_per_prompt)),
-        )
+        return [_request_groups(config, attacks)] * n_row
+    n_each, around = config.attacks_per_prompt, itertools.cycle(attacks)
+    return [_request_groups(config, tuple(itertools.islice(around, n_each))) for _ in range(n_row)]
 
 
-def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[tuple]:
+def _request_groups(config: SweepConfig, attacks: tuple[str, ...]) -> list[Requests]:
     """What is asked of a prompt, in groups that are run together: answers of one length limit, probes, and
     conversations."""
     asked = [("attack", name) for name in attacks if "attack" in config.kinds]
