@@ -97,8 +97,8 @@ def score(
     if not _has_kernels(keys):
         from . import reference
 
-        arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
-        return reference.score(scorer, keys, **arrays, **params)
+        known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
+        return reference.score(scorer, keys, values=values, **known)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
     denominators = _plain(lse, "lse")
@@ -202,8 +202,8 @@ def press_checked(
     numbers, n_kept = _numbers(scorer, params), max(1, n_kept)
     is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
     if not (is_lent and _has_kernels(keys)):
-        arrays: dict[str, Any] = {"values": values, "queries": queries, "votes": votes, "valid": valid, "lse": lse}
-        scores = score(scorer, keys, **arrays, **params)
+        known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
+        scores = score(scorer, keys, values=values, **known)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
     k, v, q = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")

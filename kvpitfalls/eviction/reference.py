@@ -146,7 +146,8 @@ def _unlike_the_next_chunk(
     out[begin:first] = n_token + 1
     out = out.repeat(both[0].shape[0], 1)
     if first < last:
-        weights = sum(_lag_weights(x[:, first : last + n].double().unflatten(1, (-1, n))) for x in both)
+        chunks = [x[:, first : last + n].double().unflatten(1, (-1, n)) for x in both]
+        weights = _lag_weights(chunks[0]) + _lag_weights(chunks[1])
         order = weights.argsort(dim=-1, descending=True, stable=True)
         ranks = order.argsort(dim=-1).double().masked_fill(weights.isnan(), torch.nan)
         out[:, first:last] = 0 - ranks.flatten(1)
