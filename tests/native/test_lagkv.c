@@ -41,29 +41,41 @@ static void free_case(lagkv_case *c) {
     for (size_t i = 0; i < COUNT(all); i++) free_array(all[i]);
 }
 
+/* The row of token t, moved and scaled so that the bounds are 0 and 1. */
+static void place(const kvp_tensor *x, int64_t b, int64_t h, int64_t t, const double *low, const double *high,
+                  double *row) {
+    for (int64_t d = 0; d < x->shape[3]; d++)
+        row[d] = high[d] == low[d] ? 0 : (get(x, b, h, t, d) - low[d]) / (high[d] - low[d]);
+}
+
+static double deviation(const double *row, int64_t n) {
+    double mean = 0, square = 0;
+    for (int64_t d = 0; d < n; d++) mean += row[d] / (double)n;
+    for (int64_t d = 0; d < n; d++) square += (row[d] - mean) * (row[d] - mean);
+    return sqrt(square / (double)(n > 1 ? n - 1 : 1));
+}
+
 /* Adds the softmax of the spreads of n tokens from t on, with the bounds of as many behind them. */
 static void add_weights(const kvp_tensor *x, int64_t b, int64_t h, int64_t t, int64_t n, double *weights) {
     const int64_t n_dim = x->shape[3];
-    double *spread = malloc((size_t)n * sizeof *spread), most = -INFINITY, sum = 0;
+    double *low = malloc((size_t)(3 * n_dim + n) * sizeof *low), *high = low + n_dim, *row = high + n_dim;
+    double *spread = row + n_dim, most = -INFINITY, sum = 0;
+    for (int64_t d = 0; d < n_dim; d++) {
+        low[d] = INFINITY;
+        high[d] = -INFINITY;
+        for (int64_t k = t + n; k < t + 2 * n; k++) {
+            low[d] = fmin(low[d], get(x, b, h, k, d));
+            high[d] = fmax(high[d], get(x, b, h, k, d));
+        }
+    }
     for (int64_t i = 0; i < n; i++) {
-        double mean = 0, square = 0;
-        for (int pass = 0; pass < 2; pass++)
-            for (int64_t d = 0; d < n_dim; d++) {
-                double low = INFINITY, high = -INFINITY;
-                for (int64_t k = t + n; k < t + 2 * n; k++) {
-                    low = fmin(low, get(x, b, h, k, d));
-                    high = fmax(high, get(x, b, h, k, d));
-                }
-                const double z = high == low ? 0 : (get(x, b, h, t + i, d) - low) / (high - low);
-                if (pass) square += (z - mean / (double)n_dim) * (z - mean / (double)n_dim);
-                if (!pass) mean += z;
-            }
-        spread[i] = sqrt(square / (double)(n_dim > 1 ? n_dim - 1 : 1));
+        place(x, b, h, t + i, low, high, row);
+        spread[i] = deviation(row, n_dim);
         most = fmax(most, spread[i]);
     }
     for (int64_t i = 0; i < n; i++) sum += exp(spread[i] - most);
     for (int64_t i = 0; i < n; i++) weights[i] += exp(spread[i] - most) / sum;
-    free(spread);
+    free(low);
 }
 
 /* Pairs whose weights differ by more than rounding stand in that order, and the ranks are all whole numbers. */
