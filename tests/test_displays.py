@@ -15,8 +15,10 @@ from tiny_models import build, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.display import plots
+from kvpitfalls.display.columns import width
 from kvpitfalls.display.progress import progress, progress_or_lines
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
+from kvpitfalls.hf.report import Report
 
 
 class Cells(html.parser.HTMLParser):
@@ -164,6 +166,32 @@ def test_a_cache_its_report_and_its_handle(smollm2, prompt):
         )
     frame = report.to_pandas()
     assert list(frame["kept"]) == [26.0] * 30 and frame["bytes_after"].sum() == report["bytes_after"]
+
+
+@pytest.mark.parametrize("n_row", [1, 3])
+@pytest.mark.parametrize("n_span", [0, 1, 7, 200])
+@pytest.mark.parametrize("name", ["never reveal", "守秘" * 40, "a\nline\tbreak \x1b[31m", "x" * 300])
+def test_a_printed_report_says_what_its_keys_say(n_row, n_span, name):
+    """Whatever names and however many: sizes, then a line a share as far as there is room, and how many more."""
+    shares = [{f"{i} {name}": (row + i) % 101 / 100 for i in range(n_span)} for row in range(n_row)]
+    sizes = {"bytes_before": 4000, "bytes_after": 3000, "bytes_kept": 2000, "peak_bytes": 5000, "kept_share": 0.5}
+    left = {3: "it slides", 5: "it slides"}
+    layers = [{"index": 0, "kept": [[4]]}]
+    where = {"spans_by_row": shares, "spans": shares[0], "not_compressed": left}
+    report = Report({"n_tokens": 8, "layers": layers, **where, **sizes})
+    said = str(report)
+    first, *rest = said.split("\n\n")
+    assert first.startswith(
+        "8 tokens; 50 % of the entries kept; 4.0 kB before, 3.0 kB after, 5.0 kB at most; 1.0 kB of"
+    )
+    assert rest[-1] == "2 layers left as they are: it slides."
+    n_shown = min(30, n_row * n_span)
+    lines = rest[0].split("\n")[2:] if n_span else []
+    assert len(lines) == n_shown and all(width(line) <= 120 for line in said.split("\n")[1:])
+    in_order = [share for of_row in shares for share in of_row.values()][:n_shown]
+    assert [float(line.split()[-1]) for line in lines] == in_order
+    assert (f"{n_row * n_span - 30} more instructions" in said) == (n_row * n_span > 30)
+    assert repr(report) == repr(dict(report))
 
 
 SAID = re.compile(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..display import columns
 from ..display.markup import block, note, percent, table
 from ..display.tabular import data_frame
 
@@ -10,8 +11,12 @@ if TYPE_CHECKING:
     import pandas
 
 
+_ROWS, _NAME = 30, 60  # of a printed table, and columns of a name in it
+
+
 class Report(dict[str, Any]):
-    """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook.
+    """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook, and says the same where
+    it is printed.
 
     Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and
     head, ``n_slots`` held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is
@@ -42,21 +47,35 @@ class Report(dict[str, Any]):
     def _repr_html_(self) -> str:
         return block("What eviction kept", self.body())
 
-    def body(self) -> str:
-        """The inside of the display."""
+    def __str__(self) -> str:
+        rows = [(str(row), *kept) for row, of_row in enumerate(self["spans_by_row"]) for kept in of_row.items()]
+        lines = [[row, columns.cut(columns.one_line(name), _NAME), columns.share(kept)] for row, name, kept in rows]
+        shown, parts = lines[:_ROWS], [self.sizes()]
+        if len(self["spans_by_row"]) > 1 and shown:
+            parts.append(columns.table(["row", "instruction", "kept"], shown, right=[0, 2]))
+        elif shown:
+            parts.append(columns.table(["instruction", "kept"], [line[1:] for line in shown], right=[1]))
+        if len(lines) > len(shown):
+            parts.append(f"{len(lines) - len(shown)} more instructions: spans_by_row has all.")
+        if self["not_compressed"]:
+            reasons = sorted(set(self["not_compressed"].values()))
+            parts.append(f"{len(self['not_compressed'])} layers left as they are: {'; '.join(reasons)}.")
+        return "\n\n".join(parts)
+
+    def sizes(self) -> str:
+        """One sentence on tokens, entries and bytes."""
         size = (
             f"{in_bytes(self['bytes_before'])} before, {in_bytes(self['bytes_after'])} after, "
             f"{in_bytes(self['peak_bytes'])} at most"
         )
         if (n_empty := self["bytes_after"] - self["bytes_kept"]) > 0:
             size += f"; {in_bytes(n_empty)} of it are empty slots, which a ragged layout would save"
-        share = percent(self["kept_share"])
-        parts = [
-            note(
-                f"{self['n_tokens']} tokens; {share} of the entries kept; {size}; {len(self['layers'])} layers "
-                "compressed."
-            )
-        ]
+        n_token, share = self["n_tokens"], percent(self["kept_share"])
+        return f"{n_token} tokens; {share} of the entries kept; {size}; {len(self['layers'])} layers compressed."
+
+    def body(self) -> str:
+        """The inside of the display."""
+        parts = [note(self.sizes())]
         if len(self["spans_by_row"]) > 1:
             shares = [(row, *kept) for row, of_row in enumerate(self["spans_by_row"]) for kept in of_row.items()]
             parts.append(table(["row", "instruction", "kept"], shares, shares=[2]))
