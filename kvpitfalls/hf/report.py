@@ -15,8 +15,7 @@ _ROWS, _NAME = 30, 60  # of a printed table, and columns of a name in it
 
 
 class Report(dict[str, Any]):
-    """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself in a notebook, and says the same where
-    it is printed.
+    """What :meth:`kvpitfalls.KeptCache.report` tells: a dict that shows itself, in a notebook and where it is printed.
 
     Keys: ``n_tokens`` (prompt length), ``layers`` (list of dict: ``index``, ``kept`` tokens of the prompt per row and
     head, ``n_slots`` held now, with what came after the prompt, ``bytes_before`` eviction and ``bytes_after``, which is
@@ -50,7 +49,7 @@ class Report(dict[str, Any]):
     def __str__(self) -> str:
         rows = [(str(row), *kept) for row, of_row in enumerate(self["spans_by_row"]) for kept in of_row.items()]
         lines = [[row, columns.cut(columns.one_line(name), _NAME), columns.share(kept)] for row, name, kept in rows]
-        shown, parts = lines[:_ROWS], [self.sizes()]
+        shown, parts = lines[:_ROWS], [self._sizes()]
         if len(self["spans_by_row"]) > 1 and shown:
             parts.append(columns.table(["row", "instruction", "kept"], shown, right=[0, 2]))
         elif shown:
@@ -62,7 +61,7 @@ class Report(dict[str, Any]):
             parts.append(f"{len(self['not_compressed'])} layers left as they are: {'; '.join(reasons)}.")
         return "\n\n".join(parts)
 
-    def sizes(self) -> str:
+    def _sizes(self) -> str:
         """One sentence on tokens, entries and bytes."""
         size = (
             f"{in_bytes(self['bytes_before'])} before, {in_bytes(self['bytes_after'])} after, "
@@ -75,7 +74,7 @@ class Report(dict[str, Any]):
 
     def body(self) -> str:
         """The inside of the display."""
-        parts = [note(self.sizes())]
+        parts = [note(self._sizes())]
         if len(self["spans_by_row"]) > 1:
             shares = [(row, *kept) for row, of_row in enumerate(self["spans_by_row"]) for kept in of_row.items()]
             parts.append(table(["row", "instruction", "kept"], shares, shares=[2]))
