@@ -98,6 +98,16 @@ def test_a_token_that_is_no_number_breaks_its_own_chunk_alone(device):
         assert torch.equal(scores, plain)
 
 
+def test_keys_and_values_of_two_dtypes_are_judged_as_they_are():
+    """As autocast leaves them; what float32 does not hold is refused."""
+    policy, halves = kvp.LagKV(0, 8), VALUES.bfloat16()
+    for keys, values in ((KEYS, halves), (halves, KEYS), (halves, VALUES.half())):
+        kept = kvp.keep(policy, keys, values=values, budget=28)
+        assert torch.equal(kept.scores, score(keys.float(), values.float()))
+    with pytest.raises(TypeError, match="values has dtype float64; expected float32, float16 or bfloat16"):
+        kvp.keep(policy, KEYS, values=VALUES.double(), budget=28)
+
+
 @on_every_device
 def test_channels_that_do_not_vary_leave_the_order_of_positions(device):
     keys = KEYS.to(device).clone()

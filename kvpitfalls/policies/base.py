@@ -74,6 +74,14 @@ def pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
     return packed
 
 
+def _of_one_dtype(keys: Array, values: Array) -> tuple[Array, Array]:
+    """Tensors that autocast left with two dtypes, as float32, which holds them exactly; all others as they are."""
+    if isinstance(keys, np.ndarray) or isinstance(values, np.ndarray) or keys.dtype == values.dtype:
+        return keys, values
+    is_held = all(x.is_floating_point() and x.dtype.itemsize <= 4 for x in (keys, values))
+    return (keys.float(), values.float()) if is_held else (keys, values)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a scorer of the core, which is still to be made: for its scores, or for a press by them, in which
@@ -116,9 +124,11 @@ class Call:
 
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
-        values = self.inputs.values if self.reads_values else None
+        keys, values = self.inputs.keys, self.inputs.values if self.reads_values else None
+        if values is not None:
+            keys, values = _of_one_dtype(keys, values)
         try:
-            return ops.score(self.scorer, self.inputs.keys, values=values, **self._arguments)
+            return ops.score(self.scorer, keys, values=values, **self._arguments)
         except ValueError:
             self._check_voters()
             raise
