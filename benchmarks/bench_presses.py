@@ -230,9 +230,11 @@ def presses(case: Case) -> dict:
     return out
 
 
-def bench_presses(case: Case, timer: Timer, base: dict) -> list[dict]:
+def bench_presses(case: Case, timer: Timer, base: dict, only=None) -> list[dict]:
     rows = []
     for name, (ours, theirs) in presses(case).items():
+        if only and name not in only:
+            continue
         slow = (name == "h2o" and case.length > 2048) or (name == "kvzip" and case.length > 256)
         mine, spread = (Timer(0, 3) if slow else timer)(ours)
         row = {**base, "measure": f"press {name}", "ours_ms": mine * 1e3, "spread": spread}
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these presses; all by default")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--seconds", type=float, default=0.7, help="at most so long for each measurement")
     args = parser.parse_args()
@@ -280,7 +283,7 @@ def main() -> None:
             for dtype in args.dtypes:
                 case = Case(*shape, length, getattr(torch, dtype), args.device)
                 base = {"shape": "/".join(map(str, shape)), "length": length, "dtype": dtype, "device": args.device}
-                rows += (new := bench_presses(case, Timer(args.seconds, 200), base))
+                rows += (new := bench_presses(case, Timer(args.seconds, 200), base, args.only))
                 show(new)
                 del case
     if args.json:
