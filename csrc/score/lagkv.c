@@ -7,7 +7,6 @@
 #include "../rows/rows.h"
 #include "score.h"
 
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -93,10 +92,10 @@ static kvpi_head rows_at(const kvp_tensor *x, int64_t b, int64_t h, int64_t t) {
 static float wide_spread(const job *j, int32_t dtype, kvpi_head row, int64_t n_dim, const scratch *s) {
     const float one = 1;
     double sum = 0, square = 0;
+    memset(s->line, 0, (size_t)(n_dim + KVPI_SLACK) * sizeof(float));
+    j->rows->add_rows[dtype](row, 1, n_dim, &one, s->line);
     for (int pass = 0; pass < 2; pass++) {
         const double mean = sum / (double)n_dim;
-        memset(s->line, 0, (size_t)(n_dim + KVPI_SLACK) * sizeof(float));
-        j->rows->add_rows[dtype](row, 1, n_dim, &one, s->line);
         for (int64_t d = 0; d < n_dim; d++) {
             const double low = -(double)s->minus_low[d], width = (double)s->high[d] - low;
             const double z = width == 0 ? 0 : ((double)s->line[d] - low) / width;

@@ -362,11 +362,11 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
             f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
             f"{quotas.shape}"
         )
-    if type(allocation).heads is Ada.heads:  # whose sums and bounds hold by how they come about; a GPU is waited for
-        return shared.astype(np.int32)
-    infinite = _n_infinite(scores, edges)
-    infinite = infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0]
-    least, most = np.minimum(infinite, quotas), np.diff(edges)[:, None]
+    least, most = np.zeros_like(quotas), np.diff(edges)[:, None]
+    if type(allocation).heads is not Ada.heads or not getattr(scores, "is_cuda", False):  # Ada has waited for it once
+        infinite = _n_infinite(scores, edges)
+        on_host = infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0]
+        least = np.minimum(on_host, quotas)
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(
             f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or "
