@@ -18,8 +18,12 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 demo: $(VENV)-demo/ready
 	$(VENV)-demo/bin/kvpitfalls demo
 
+# Whole files of tests share the cores, since what a file sets up it sets up once. JOBS=0 is one process, for a debugger.
+JOBS ?= auto
+IN_PARALLEL := -n $(JOBS) --maxprocesses=8 --dist=loadfile
+
 test: $(VENV)/model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
@@ -31,14 +35,14 @@ MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py t
 
 # Also on the newest release that the package index has today: a daily workflow (STRICT_NEWEST=--strict) and the gate do it.
 test-transformers-newest: $(VENV)/model
-	$(BIN)/python tests/newest_transformers.py $(STRICT_NEWEST) $(MATRIX_TESTS)
+	$(BIN)/python tests/newest_transformers.py $(STRICT_NEWEST) -- $(IN_PARALLEL) $(MATRIX_TESTS)
 
 .SECONDARY: $(MATRIX:%=build/matrix/%/installed)
 test-matrix: $(MATRIX:%=test-transformers-%)
 
 test-transformers-%: build/matrix/%/installed $(VENV)/model
 	PYTHONPATH=build/matrix/$* $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$*", transformers.__version__'
-	PYTHONPATH=build/matrix/$* $(BIN)/python -m pytest -p no:cacheprovider $(MATRIX_TESTS)
+	PYTHONPATH=build/matrix/$* $(BIN)/python -m pytest -p no:cacheprovider $(IN_PARALLEL) $(MATRIX_TESTS)
 
 build/matrix/%/installed: tests/matrix.txt $(VENV)/packages
 	rm -rf build/matrix/$*

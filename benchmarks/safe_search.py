@@ -33,6 +33,7 @@ from kvpitfalls.experiments.effects import effects
 from kvpitfalls.experiments.metrics import METRICS, TOGETHER, by_setting, counts
 from kvpitfalls.experiments.records import read_meta, read_records
 from kvpitfalls.experiments.scenario import Scenario
+from kvpitfalls.experiments.sources import load_model
 from kvpitfalls.experiments.sweep import sweep
 from kvpitfalls.hf.load import load
 from kvpitfalls.policies import policy_names
@@ -172,7 +173,7 @@ def search(folder: Path, narrow: Path | None, where: dict) -> None:
 def causes(folder: Path, where: dict) -> None:
     """Which instruction's loss changes the answers, for the policies of the held-out settings."""
     corpus = load_corpus(str(folder / "held_out.jsonl"))
-    model, tokenizer = load(where["models"][0], device=where["device"], dtype=where["dtype"])
+    model, tokenizer = load_model(SweepConfig(**where), where["models"][0])
     rows = corpus.rows[:N_CAUSES]
     prompts = [Scenario.of(corpus, row, "refuse", "defense_first").prompt(tokenizer) for row in rows]
     said = [corpus.attacks["verbatim-2"], RECALL_QUESTION]

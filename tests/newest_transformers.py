@@ -31,12 +31,12 @@ def asked() -> dict[str, str]:
     return {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report)["install"]}
 
 
-def run(packages: dict[str, str], tests: list[str]) -> int:
+def run(packages: dict[str, str], arguments: list[str]) -> int:
     """Exit status of the tests with these packages."""
     folder = ROOT / "build/matrix" / packages["transformers"]
     wanted = [f"{name}=={version}" for name, version in packages.items()]
     subprocess.run([*PIP, "--no-deps", "--upgrade", "--target", str(folder), *wanted], check=True)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder)}).returncode
 
 
@@ -46,14 +46,14 @@ def main() -> int:
     parser.add_argument(
         "--strict", action="store_true", help="a failure on a release that is newer than tests/matrix.txt fails, too"
     )
-    parser.add_argument("tests", nargs="+")
+    parser.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="of pytest")
     args = parser.parse_args()
     packages = asked()
     newest = packages.get("transformers")
     if newest is None or Version(newest) <= Version(known()):
         print(f"the newest release is known: {known()}", flush=True)
         return subprocess.run(["make", f"test-transformers-{known()}"], cwd=ROOT).returncode
-    status = run(packages, args.tests)
+    status = run(packages, args.arguments)
     rule = "!" * 100
     outcome = "the tests pass on it: tests/matrix.txt can name it" if status == 0 else "TESTS FAIL ON IT, see above"
     print(f"{rule}\ntransformers {newest} is newer than {known()}, the newest in tests/matrix.txt; {outcome}\n{rule}")

@@ -290,6 +290,9 @@ class Wrong(kvp.Allocation):
     def __init__(self, layers=None, heads=None):
         self.of_layers, self.of_heads = layers, heads
 
+    def __repr__(self):  # a test's name, the same in every process
+        return f"Wrong({self.of_layers}, {self.of_heads})"
+
     def layers(self, n_token, n_kept, n_layer):
         return [n_kept] * n_layer if self.of_layers is None else self.of_layers
 

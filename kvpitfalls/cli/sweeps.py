@@ -71,7 +71,7 @@ def add_commands(commands) -> None:
     suite.add_argument(
         "--small",
         action="store_true",
-        help="its first 24 prompts and two policies, 1512 answers: for a small model on a CPU",
+        help="its first 24 prompts, two policies, three modes, r = .5: 504 answers, for a small model on a CPU",
     )
     suite.set_defaults(run=_suite)
     _add_run_arguments(suite)

@@ -43,7 +43,13 @@ _SUITE = {
     "attacks_per_prompt": 1,
     "max_new_tokens": {"attack": 64, "recall": 64, "follow": 96},
 }
-_SMALL = {**_SUITE, "n_prompts": 24, "policies": ("streaming_llm", "snapkv")}  # 24: each attack twice
+_SMALL = {
+    **_SUITE,
+    "n_prompts": 24,  # each attack twice
+    "policies": ("streaming_llm", "snapkv"),
+    "modes": ("biased", "phrase", "fair"),
+    "compression_ratios": (0.5,),
+}
 
 
 def _both_sides(**same) -> dict[str, dict]:
@@ -130,7 +136,7 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
         two cores), "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all
         policies and ratios, by the likelihood of given answers), "turns" (conversations of five turns, compressed at
         the end of each); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks each) or
-        "suite-v1-small" (its first 24 prompts and two policies).
+        "suite-v1-small" (its first 24 prompts, two policies, three modes, r = .5).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 
