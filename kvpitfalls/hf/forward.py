@@ -111,7 +111,7 @@ class Forward:
     @cached_property
     def is_plain(self) -> bool:
         """Whether attention is the model's own: nothing was evicted before it, and nothing is done after it."""
-        return not self.prefill and not self.cache.is_held and all(x.slots is None for x in self.cache.kept_layers)
+        return not self.prefill and not self.cache.is_held and not any(x.is_evicted for x in self.cache.kept_layers)
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""

@@ -52,6 +52,7 @@ class _Attachment:
         self.others: list[Around] = []
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
+        self.takes_more = any(x.kind is x.VAR_KEYWORD for x in self.signature.parameters.values())
         self.namespaces = stand_ins.globals_of(self.own)
         self.around = Around(decoder, "forward", _armed)
         stand_ins.put(self.namespaces, attention_around)
@@ -78,6 +79,8 @@ class _Attachment:
 
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
+        if not args and self.takes_more:
+            return dict(kwargs)
         bound = self.signature.bind_partial(*args, **kwargs)
         arguments = dict(bound.arguments)
         for name, parameter in self.signature.parameters.items():

@@ -8,7 +8,7 @@ import torch
 
 from .fingerprint import active_adapters, count_changes, fingerprint
 
-_MANY = 64  # pieces of a conversation, after which they are joined
+_MANY = 16  # pieces of a conversation, after which they are joined: each step counts their tokens
 
 
 @dataclass(frozen=True)
