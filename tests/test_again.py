@@ -16,7 +16,7 @@ import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
-from kvpitfalls.hf.wrap import compress_each
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.policies import Again
 
 REQUEST = (7, 8, 9)

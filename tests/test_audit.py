@@ -11,7 +11,8 @@ from tiny_policies import EVERY
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
-from kvpitfalls.hf.wrap import Evict, compress_each
+from kvpitfalls.hf.evict import Evict
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.policies import PAPER, get_policy
 
 RATIOS = [0.1, 0.5, 0.9]

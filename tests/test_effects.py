@@ -7,9 +7,9 @@ import kvpitfalls as kvp
 from kvpitfalls import Fair
 from kvpitfalls.experiments.effects import Effects, PutBack
 from kvpitfalls.hf.evict import Evict
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.hf.load import load
 from kvpitfalls.hf.model import attach, detach
-from kvpitfalls.hf.wrap import compress_each
 from kvpitfalls.policies import get_policy
 
 PARTS = {

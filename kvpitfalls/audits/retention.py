@@ -22,7 +22,7 @@ from ..hf.forward import AttentionCall
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
-from ..hf.wrap import prefill
+from ..hf.prefill import prefill
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
