@@ -37,7 +37,7 @@ COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(eq=False)
 class _Record:
-    """What a setting does to each layer so far."""
+    """What a setting keeps and loses of each layer, in the order in which layers were seen."""
 
     kept: list[npt.NDArray[np.uint8]] = field(default_factory=list)  # bits, (H, T)
     lost: list[npt.NDArray[np.float64]] = field(default_factory=list)  # attention, (S, H)

@@ -259,7 +259,7 @@ def _shortest(prompt: Prompt, mark: Mapping) -> str | tuple[int, int]:
 
 
 def _arguments(setting: Mapping) -> dict:
-    """For ``wrap``."""
+    """The arguments that ``wrap`` takes for a setting of the form."""
     protect = {"protect": list(setting["protect"])} if setting["protect"] else {}
     return {"policy": setting["policy"], "fair": EVICTIONS[setting["eviction"]], **protect}
 

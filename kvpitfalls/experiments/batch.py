@@ -162,7 +162,7 @@ class _Work:
         return cache, [_kept_of(item, cache, positions, i) for i, item in enumerate(items)]
 
     def generate(self, items: Sequence[_Item]) -> None:
-        """Whatever is asked of some rows under some settings, all under each."""
+        """Answers, of rows that all have the same settings; of probes and conversations, what takes their place."""
         if self.probes:
             return self.force(items)
         if self.talks:
@@ -302,7 +302,7 @@ def _kept_of(item: _Item, cache: KeptCache, positions: Sequence[np.ndarray], i: 
 
 
 def _finite(likelihoods: dict[str, float]) -> dict[str, float]:
-    """The same; raises where one is no number, as after an overflow in half precision."""
+    """These likelihoods; raises where one is no finite number, as after an overflow in half precision."""
     for name, value in likelihoods.items():
         if not math.isfinite(value):
             raise ValueError(f"the log-probability of {name!r} is {value}; expected a finite number, try dtype float32")

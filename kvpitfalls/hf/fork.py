@@ -55,7 +55,7 @@ class Fork(Action):
             action.after_prefill(twin, call)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
-        """Whatever one of them does, once."""
+        """What any of the caches has the model read, each policy once."""
         return each_once(policy for action in self._actions for policy in action.asks(valid))
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
