@@ -205,7 +205,7 @@ def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(
             "min_new_tokens": n_new,
             "pad_token_id": 0,
         }
-        found = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **options)
+        answers = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **options)
         prompt = handle.new_cache()
         first = feed(model, tokens, [N_PROMPT], prompt)[:, -1]
         beams = [(0.0, tokens)]
@@ -221,7 +221,7 @@ def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(
                 best = chances.topk(n_beam)
                 longer += [(score + float(c), torch.cat([text, t.view(1, 1)], 1)) for c, t in zip(*best, strict=True)]
             beams = sorted(longer, key=lambda beam: -beam[0])[:n_beam]
-    assert torch.equal(found, torch.cat([text for _, text in beams]))
+    assert torch.equal(answers, torch.cat([text for _, text in beams]))
 
 
 def test_copies_rows_and_what_comes_after(model):
