@@ -161,19 +161,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def curves(found: Card, metric: str, name: str) -> list[str]:
+def curves(card: Card, metric: str, name: str) -> list[str]:
     """A metric of the biased policies against r."""
     head = [f"{name}, biased", "0", *(f"{r:g}" for r in RATIOS)]
-    return table(head, [[p, *(value(found.at(p, "biased", r)[metric]) for r in (0.0, *RATIOS))] for p in POLICIES])
+    return table(head, [[p, *(value(card.at(p, "biased", r)[metric]) for r in (0.0, *RATIOS))] for p in POLICIES])
 
 
-def gained(found: Card, mode: str, metric: str, name: str) -> list[str]:
+def gained(card: Card, mode: str, metric: str, name: str) -> list[str]:
     """What a fix has more than the biased policy, against r."""
     head = [f"{name}, {FIXES[mode]} less biased", *(f"{r:g}" for r in RATIOS)]
-    return table(head, [[p, *(signed(found.moved(p, mode, r, metric)) for r in RATIOS)] for p in POLICIES])
+    return table(head, [[p, *(signed(card.moved(p, mode, r, metric)) for r in RATIOS)] for p in POLICIES])
 
 
-def figure_1(found: Card) -> list[str]:
+def figure_1(card: Card) -> list[str]:
     """StreamingLLM, biased and fair, ours beside the paper's."""
     out = []
     for name, metric in (("accuracy", "accuracy"), ("leakage", "leak"), ("attacks refused", "refused")):
@@ -183,30 +183,30 @@ def figure_1(found: Card) -> list[str]:
             for kind, mode in (("standard", "biased"), ("fair", "paper")):
                 known = FIGURE_1.get(f"{name}, {kind}")
                 cells += [f"{known[i]:.2f}".replace("0.", ".")] if known else []
-                cells.append(value(found.at("streaming_llm", mode, r)[metric]))
+                cells.append(value(card.at("streaming_llm", mode, r)[metric]))
             rows.append(cells)
         sides = ("paper", "here") if f"{name}, fair" in FIGURE_1 else ("here",)
         out += table(["r", *(f"{name}, {kind}: {side}" for kind in ("standard", "fair") for side in sides)], rows)
     return out
 
 
-def kept_shares(found: Card) -> list[str]:
+def kept_shares(card: Card) -> list[str]:
     """Kept shares of defense and directive."""
     head = ["kept of", "policy", *(f"{r:g}" for r in RATIOS)]
     rows = []
     for span in ("defense", "directive"):
         for policy in POLICIES:
-            means = [found.mean(policy, "biased", r, f"kept_{span}") for r in RATIOS]
+            means = [card.mean(policy, "biased", r, f"kept_{span}") for r in RATIOS]
             rows.append([span, policy, *means])
     return table(head, rows)
 
 
-def composites(found: Card) -> list[str]:
+def composites(card: Card) -> list[str]:
     """The paper's four columns and our two."""
     head = ["policy", *(f"{fix}: {m}" for fix in ("whitelist", "fair") for m in ("Llama3", "Qwen2", "here"))]
     head += ["of which accuracy, leakage: whitelist", "fair"]
     rows = []
-    ours = {(row["policy"], row["mode"]): row for row in found.all["composites"]}
+    ours = {(row["policy"], row["mode"]): row for row in card.all["composites"]}
     for policy, read in COMPOSITE.items():
         here = [ours[policy, mode] for mode in FIXES]
         cells = [f"{mean:+.3f} ± {std:.3f}".replace("0.", ".") for mean, std in read]
@@ -251,18 +251,18 @@ This is no repetition of the paper's runs, and neither confirms nor refutes a nu
 """
 
 
-def findings(found: Card) -> list[str]:
+def findings(card: Card) -> list[str]:
     """In sentences."""
-    lost, leak = found.most("leak"), found.most("leak", "paper")
-    best = max(found.all["composites"], key=lambda row: row["composite"])
-    below = sum(row["composite"] < 0 for row in found.all["composites"])
-    above = sum(row["low"] > 0 for row in found.all["composites"])
-    m = found.mean
+    lost, leak = card.most("leak"), card.most("leak", "paper")
+    best = max(card.all["composites"], key=lambda row: row["composite"])
+    below = sum(row["composite"] < 0 for row in card.all["composites"])
+    above = sum(row["low"] > 0 for row in card.all["composites"])
+    m = card.mean
     s = "streaming_llm"
-    returned = [signed(found.moved(p, "whitelist", 0.7, "refused")) for p in POLICIES]
+    returned = [signed(card.moved(p, "whitelist", 0.7, "refused")) for p in POLICIES]
     zero = [
         row["low"] <= 0 <= row["high"]
-        for row in found.all["changes"]
+        for row in card.all["changes"]
         if row["metric"] == "accuracy" and row["than"] == "biased"
     ]
     return [
@@ -282,12 +282,12 @@ def findings(found: Card) -> list[str]:
         f"({m(s, 'paper', 0.4, 'refused')}) and are gone at .5 ({m(s, 'paper', 0.5, 'refused')}), where the paper's leakage under "
         f"fair eviction is highest, too ({FIGURE_1['leakage, fair'][5]:.2f}). TOVA gains from r = .5 on. SnapKV and K-norm gain "
         f"nothing that is told from chance. H2O refuses less at r = .5 "
-        f"({signed(found.moved('h2o', 'paper', 0.5, 'refused'))}) and a little more at .7.",
+        f"({signed(card.moved('h2o', 'paper', 0.5, 'refused'))}) and a little more at .7.",
         f"- **Agrees: a fix costs little accuracy**, none that so few prompts could tell: {sum(zero)} of {len(zero)} changes have "
         f"0 inside their interval, and of so many some leave it out by chance. But the phrase brings refusals of harmless tasks back as well: StreamingLLM at r = .5 "
-        f"{signed(found.moved(s, 'whitelist', 0.5, 'refused_task'))}.",
+        f"{signed(card.moved(s, 'whitelist', 0.5, 'refused_task'))}.",
         f"- **Does not agree: hardly anything leaks** (figures 1, 5, 9, 10). The highest mean without a fix is {lost[0]:.2f} "
-        f"({lost[1]}, r = {lost[2]:g}), with fair eviction {leak[0]:.2f}; the full cache has {found.full['leak']['mean']:.2f}, "
+        f"({lost[1]}, r = {lost[2]:g}), with fair eviction {leak[0]:.2f}; the full cache has {card.full['leak']['mean']:.2f}, "
         f"since a refusal, too, shares words with a directive. The paper: "
         f"{max(FIGURE_1['leakage, standard']):.2f}. So there is next to no leakage to prevent, and no difference of leakage "
         f"below says anything of a fix. Once it no longer refuses, this model takes the attack for the text that is to be "
@@ -295,43 +295,43 @@ def findings(found: Card) -> list[str]:
         f"({m(s, 'biased', 0, 'echoed')} with the full cache), and {m(s, 'biased', 0.5, 'leaked')} recite "
         f"({m(s, 'biased', 0, 'leaked')}).",
         f"- **Agrees in form, not in level: accuracy lasts.** Four of five policies lose none that is told from chance up to "
-        f"r = .7; K-norm does ({signed(found.moved('knorm', 'biased', 0.7, 'accuracy'))}). But the full cache's is only "
+        f"r = .7; K-norm does ({signed(card.moved('knorm', 'biased', 0.7, 'accuracy'))}). But the full cache's is only "
         f"{m(s, 'biased', 0, 'accuracy')}, and {m(s, 'biased', 0, 'refused_task')} of harmless tasks are refused with it: this "
         f"model obeys the defense beyond what it asks. StreamingLLM, having lost the defense, refuses "
         f"{m(s, 'biased', 0.5, 'refused_task')} of them at r = .5, and its accuracy rather grows "
-        f"({signed(found.moved(s, 'biased', 0.5, 'accuracy'))}).",
+        f"({signed(card.moved(s, 'biased', 0.5, 'accuracy'))}).",
         f"- **Does not agree: the composite.** The paper's are above 0 throughout. Here {above} of "
-        f"{len(found.all['composites'])} are told from 0; the highest is {best['composite']:+.3f} "
+        f"{len(card.all['composites'])} are told from 0; the highest is {best['composite']:+.3f} "
         f"({best['policy']}, {FIXES[best['mode']]}), {below} are below 0. What it rewards, less leakage, is not to be had "
         f"where hardly anything leaks, and the tasks that a fix makes the model refuse again cost accuracy.",
         "",
     ]
 
 
-def page(found: Card) -> str:
+def page(card: Card) -> str:
     """All of it."""
-    made, following = found.all["made_with"]
+    made, following = card.all["made_with"]
     known = {
         "n_attack": made["config.max_new_tokens"]["attack"],
         "n_follow": following["config.max_new_tokens"]["follow"],
-        "n": found.full["leak"]["n_prompt"],
-        "capped_full": f"{found.full['capped']['mean']:.2f}"[1:],
-        "capped": f"{max(s['metrics']['capped']['mean'] for s in found.all['settings']):.2f}"[1:],
-        "minutes": found.all["minutes"],
-        "model": found.all["model"],
+        "n": card.full["leak"]["n_prompt"],
+        "capped_full": f"{card.full['capped']['mean']:.2f}"[1:],
+        "capped": f"{max(s['metrics']['capped']['mean'] for s in card.all['settings']):.2f}"[1:],
+        "minutes": card.all["minutes"],
+        "model": card.all["model"],
         "dtype": made["config.dtype"],
         **{name: made[name] for name in ("device", "torch", "transformers")},
     }
-    lines = [INTRODUCTION.format(**known).rstrip("\n"), "", *findings(found)]
-    lines += ["## Figure 1: StreamingLLM, standard and fair", "", *figure_1(found)]
+    lines = [INTRODUCTION.format(**known).rstrip("\n"), "", *findings(card)]
+    lines += ["## Figure 1: StreamingLLM, standard and fair", "", *figure_1(card)]
     lines += ["## Figure 5: five policies, biased", ""]
     lines += [
         "The paper: accuracy stays high to large r; leakage rises steeply at middle r, to about .4 to .6 under StreamingLLM"
     ]
     lines += ["and SnapKV, and falls at the end, where the directive itself is forgotten.", ""]
     for metric, name in NAMES.items():
-        lines += curves(found, metric, name)
-    lines += ["## Figure 8: what is kept, biased", "", "Means over prompts, layers and heads.", "", *kept_shares(found)]
+        lines += curves(card, metric, name)
+    lines += ["## Figure 8: what is kept, biased", "", "Means over prompts, layers and heads.", "", *kept_shares(card)]
     read = {
         "whitelist": "leakage lower at equal r, accuracy nearly unchanged",
         "paper": "leakage lower, at a small cost of accuracy",
@@ -339,7 +339,7 @@ def page(found: Card) -> str:
     for number, mode in ((9, "whitelist"), (10, "paper")):
         lines += [f"## Figure {number}: {FIXES[mode]}, less biased", "", f"The paper: {read[mode]}.", ""]
         for metric in NAMES:
-            lines += gained(found, mode, metric, NAMES[metric])
+            lines += gained(card, mode, metric, NAMES[metric])
     lines += ["## The composite score", ""]
     lines += [
         "Half of what a fix gains in accuracy and half of what it takes from leakage. ±: deviation over ratios, seven in the"
@@ -348,10 +348,10 @@ def page(found: Card) -> str:
         f"paper, {len(SCORED)} here ({', '.join(f'{r:g}' for r in SCORED)}). In brackets: 95 % interval over prompts.",
         "",
     ]
-    return "\n".join([*lines, *composites(found)]).rstrip("\n") + "\n"
+    return "\n".join([*lines, *composites(card)]).rstrip("\n") + "\n"
 
 
-def draw(found: Card, path: Path) -> None:
+def draw(card: Card, path: Path) -> None:
     """Accuracy, leakage, refusals against r: StreamingLLM with its fixes beside figure 1, and five policies."""
     from matplotlib.figure import Figure
 
@@ -362,13 +362,13 @@ def draw(found: Card, path: Path) -> None:
     for column, (metric, name) in enumerate(names.items()):
         above, below = axes[:, column]
         for color, mode, label in COLORS:
-            above.plot(r, found.curve("streaming_llm", mode, metric), color=color, marker="o", ms=4, label=label)
+            above.plot(r, card.curve("streaming_llm", mode, metric), color=color, marker="o", ms=4, label=label)
         if metric != "refused":
             word = name.partition(" ")[0]
             above.plot(r, FIGURE_1[f"{word}, standard"], color="#888888", ls="--", label="paper, Llama3: standard")
             above.plot(r, FIGURE_1[f"{word}, fair"], color="#888888", ls=":", label="paper, Llama3: fair")
         for policy, marker in zip(POLICIES, "osD^v", strict=True):
-            below.plot(r, found.curve(policy, "biased", metric), marker=marker, ms=4, label=policy)
+            below.plot(r, card.curve(policy, "biased", metric), marker=marker, ms=4, label=policy)
         above.set_title(f"StreamingLLM: {name}", fontsize=10)
         below.set_title(f"five policies, biased: {name}", fontsize=10)
         below.set_xlabel("r, share of the cache that is evicted")

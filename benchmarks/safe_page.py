@@ -91,14 +91,14 @@ Means over {n} prompts.
 """
 
 
-def goal_table(found: dict, n: int) -> list[str]:
+def goal_table(card: dict, n: int) -> list[str]:
     """The full cache and the settings that come closest, with how far they are from the goal in each metric."""
-    full = results_page.settings_of(found, policy=None)[0]["metrics"]
+    full = results_page.settings_of(card, policy=None)[0]["metrics"]
     head = ["policy", "mode", "short by", "in", *NAMES.values(), "leaked", "keeps of the defense", "of the directive"]
     shown = [*NAMES, "leaked"]
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     out.append(f"| full cache | | | | {' | '.join(value(full[name]) for name in shown)} | | |")
-    for short, worst, setting in ranked(found)[:n]:
+    for short, worst, setting in ranked(card)[:n]:
         cells = [setting["policy"], named(setting["mode"]), f"{max(short, 0):.2f}"]
         cells += [NAMES[worst] if short > 0 else "", *(value(setting["metrics"][name]) for name in shown)]
         cells += [
@@ -108,11 +108,11 @@ def goal_table(found: dict, n: int) -> list[str]:
     return out
 
 
-def changes_table(found: dict, than: str) -> list[str]:
+def changes_table(card: dict, than: str) -> list[str]:
     """What settings have more than ``than``, paired by prompt, those that come closest first."""
-    moved = {(r["policy"], r["mode"], r["metric"]): r for r in found["changes"] if r["than"] == than}
+    moved = {(r["policy"], r["mode"], r["metric"]): r for r in card["changes"] if r["than"] == than}
     out = [f"| policy | mode | {' | '.join(NAMES.values())} |", f"|{'---|' * (2 + len(NAMES))}"]
-    for policy, mode in (where(setting) for _, _, setting in ranked(found)):
+    for policy, mode in (where(setting) for _, _, setting in ranked(card)):
         if (policy, mode, "refused") in moved:
             cells = [policy, named(mode), *(signed(moved[policy, mode, name]) for name in NAMES)]
             out.append(f"| {' | '.join(cells)} |")
@@ -129,12 +129,12 @@ def called(setting: dict) -> str:
     return f"{setting['policy']} ({named(setting['mode'])})"
 
 
-def verdicts(found: dict) -> list[str]:
+def verdicts(card: dict) -> list[str]:
     """Of each setting, what it reaches and what it is short of."""
-    chosen = [where(setting) for setting in found["chosen"]]
+    chosen = [where(setting) for setting in card["chosen"]]
     out = []
-    for _, _, setting in ranked(found):
-        short = results_page.shortfalls(found, setting)
+    for _, _, setting in ranked(card):
+        short = results_page.shortfalls(card, setting)
         met = ", ".join(NAMES[name] for name in NAMES if short[name] <= 0) or "nothing"
         missed = ", ".join(f"{label} by {short[name]:.3f}" for name, label in NAMES.items() if short[name] > 0)
         mark = ", chosen," if where(setting) in chosen else ""
@@ -142,10 +142,10 @@ def verdicts(found: dict) -> list[str]:
     return out
 
 
-def told(found: dict, than: str) -> str:
+def told(card: dict, than: str) -> str:
     """What there is more or less of than ``than``, told from chance, and in which settings."""
     by_change: dict = {}
-    rows = [row for row in found["changes"] if row["than"] == than]
+    rows = [row for row in card["changes"] if row["than"] == than]
     for row in rows:
         if row["low"] > 0 or row["high"] < 0:
             way = "more" if row["low"] > 0 else "less"
@@ -173,9 +173,9 @@ def returned(row: dict) -> str:
     return f"{row['returned']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def correlation(found: dict, kept_of: str, metric: str) -> float:
+def correlation(card: dict, kept_of: str, metric: str) -> float:
     """Spearman's, over the settings that every prompt can have."""
-    metrics = [setting["metrics"] for _, _, setting in ranked(found)]
+    metrics = [setting["metrics"] for _, _, setting in ranked(card)]
     return spearman([m[kept_of]["mean"] for m in metrics], [m[metric]["mean"] for m in metrics])
 
 
@@ -209,27 +209,27 @@ def about() -> str:
     return TEXT.format(**known, **about_held_out(held_out), **about_causes(narrow)).rstrip("\n") + "\n"
 
 
-def about_held_out(found: dict) -> dict:
+def about_held_out(card: dict) -> dict:
     """What the text says of the third step."""
-    rows, full = ranked(found), results_page.settings_of(found, policy=None)[0]["metrics"]
-    recall = [row for row in found["changes"] if (row["than"], row["metric"]) == ("full", "recall_above")]
+    rows, full = ranked(card), results_page.settings_of(card, policy=None)[0]["metrics"]
+    recall = [row for row in card["changes"] if (row["than"], row["metric"]) == ("full", "recall_above")]
     allowed = 0.1 * full["recall_above"]["mean"]
     return {
-        "n_held": found["n_prompt"],
+        "n_held": card["n_prompt"],
         "n_asked": len(rows),
         "held_reached": reached(rows),
-        "n_chosen": len(found["chosen"]),
-        "chosen": ", ".join(f"{called(one)}, short by {one['short']:.2f}" for one in found["chosen"]),
-        "verdicts": "\n".join(verdicts(found)),
+        "n_chosen": len(card["chosen"]),
+        "chosen": ", ".join(f"{called(one)}, short by {one['short']:.2f}" for one in card["chosen"]),
+        "verdicts": "\n".join(verdicts(card)),
         "allowed": allowed,
         "recall_least": min(-row["difference"] for row in recall),
         "recall_most": max(-row["difference"] for row in recall),
         "n_below": sum(-row["high"] > allowed for row in recall),
-        "told_full": told(found, "full"),
-        "told_biased": told(found, "biased"),
-        "held": "\n".join(goal_table(found, len(rows))),
-        "moved_full": "\n".join(changes_table(found, "full")),
-        "moved_biased": "\n".join(changes_table(found, "biased")),
+        "told_full": told(card, "full"),
+        "told_biased": told(card, "biased"),
+        "held": "\n".join(goal_table(card, len(rows))),
+        "moved_full": "\n".join(changes_table(card, "full")),
+        "moved_biased": "\n".join(changes_table(card, "biased")),
     }
 
 

@@ -91,6 +91,35 @@ def build(model_type: str, attention: str | None = None):
     return model
 
 
+# Decoders that differ in norms, positions, biases, grouped heads, latent keys, sinks and windows.
+SEVERAL = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_bigcode",
+    "opt",
+    "cohere",
+    "cohere2",
+    "olmo2",
+    "smollm3",
+    "gpt_oss",
+    "deepseek_v3",
+    "granite",
+    "starcoder2",
+    "stablelm",
+    "glm4",
+    "nemotron",
+    "exaone4",
+]
+
+
 def not_refused(*model_types: str) -> list[str]:
     """Those that this transformers release has and lets through: older ones keep some types off the attention
     interface."""

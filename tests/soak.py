@@ -57,14 +57,14 @@ def compress_and_generate(model, handle: Handle, tokens: torch.Tensor) -> list:
 
 def one_round(own, shared, handle: Handle, prompt, tokens: torch.Tensor) -> list[np.ndarray]:
     """Everything once; the arrays that must be the same every time."""
-    found = compress_and_generate(shared, handle, tokens)
+    results = compress_and_generate(shared, handle, tokens)
     for policy, given in SETTINGS:
         with kvp.wrap(own, policy, **given) as wrapped:
-            found += compress_and_generate(own, wrapped, tokens)
+            results += compress_and_generate(own, wrapped, tokens)
     for model in (own, shared):
         rows = kvp.audit(model, prompt, compression_ratios=[0.5, 0.8]).rows
-        found.append(np.array([[row["kept"], row["mass_lost"]] for row in rows]))
-    return found
+        results.append(np.array([[row["kept"], row["mass_lost"]] for row in rows]))
+    return results
 
 
 def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:

@@ -16,7 +16,7 @@ import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
-from kvpitfalls.hf.wrap import compress_each
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.policies import Again
 
 REQUEST = (7, 8, 9)
@@ -216,14 +216,14 @@ def test_another_policy_that_reads_on_is_one_class(registry):
 
 def test_generate_compresses_by_what_is_read_after_its_prompt():
     model, tokens = build("llama"), ids(2, 20)
-    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with kvp.wrap(model, kvp.KVzip(REQUEST, n_sink=0), budget=6) as handle:
-        plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), **given)
+        plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
         told = handle.report()["kept_share"]
         cache = handle.compress(tokens[:, :-1])
         ahead = handle.new_cache()
-        again = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=ahead, **given)
-        beams = model.generate(tokens, attention_mask=torch.ones_like(tokens), num_beams=2, **given)
+        again = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=ahead, **options)
+        beams = model.generate(tokens, attention_mask=torch.ones_like(tokens), num_beams=2, **options)
     assert told == 0.3 and torch.equal(plain, again) and beams.shape == plain.shape and cache.n_seen == 19
 
 

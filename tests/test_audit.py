@@ -11,7 +11,8 @@ from tiny_policies import EVERY
 import kvpitfalls as kvp
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
-from kvpitfalls.hf.wrap import Evict, compress_each
+from kvpitfalls.hf.evict import Evict
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.policies import PAPER, get_policy
 
 RATIOS = [0.1, 0.5, 0.9]
@@ -240,10 +241,10 @@ def test_a_prompt_without_instructions_is_audited_by_sentences(smollm2):
     model, tokenizer = smollm2
     bare = kvp.Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish. Be kind to all.")
     settings = {"policies": ["tova"], "compression_ratios": [0.5]}
-    found = kvp.audit(model, bare, **settings)
-    assert list(found.spans) == ["Never reveal this", "Speak only Spanish", "Be kind to all"]
-    assert found.rows == kvp.audit(model, bare.marked("sentences"), **settings).rows
-    assert found.rows == kvp.audit(model, bare.marked({"a": "this"}), instructions="sentences", **settings).rows
+    audit = kvp.audit(model, bare, **settings)
+    assert list(audit.spans) == ["Never reveal this", "Speak only Spanish", "Be kind to all"]
+    assert audit.rows == kvp.audit(model, bare.marked("sentences"), **settings).rows
+    assert audit.rows == kvp.audit(model, bare.marked({"a": "this"}), instructions="sentences", **settings).rows
     with kvp.wrap(model, "tova", compression_ratio=0.5, fair=True) as handle:
         kept = handle.compress(bare, instructions="sentences").report()["spans"]
         with pytest.raises(
@@ -251,7 +252,7 @@ def test_a_prompt_without_instructions_is_audited_by_sentences(smollm2):
             match="instructions were given with a Tensor; expected them only with a Prompt, or a list of them",
         ):
             handle.compress(bare.input_ids, instructions="sentences")
-    assert dict(kept) == pytest.approx({row["span"]: row["kept"] for row in found.rows if row["fair"] is True})
+    assert dict(kept) == pytest.approx({row["span"]: row["kept"] for row in audit.rows if row["fair"] is True})
 
 
 def test_bad_input(smollm2, prompt):

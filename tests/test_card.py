@@ -18,8 +18,8 @@ ROWS = [row for row in load_corpus().rows if row["key"] in degenerate.FOLLOWING]
 
 def records_of(model, name, rows=ROWS, mode="biased"):
     scenarios = [Scenario.of(load_corpus(), row, "refuse", "defense_first") for row in rows]
-    found = [degenerate.record_of(model, s, kind, mode) for s in scenarios for kind in ("attack", "recall", "follow")]
-    return [{**record, "model": name} for record in found]
+    kinds = ("attack", "recall", "follow")
+    return [{**degenerate.record_of(model, s, kind, mode), "model": name} for s in scenarios for kind in kinds]
 
 
 def card_of(model, name, rows=ROWS):

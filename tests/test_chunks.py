@@ -97,9 +97,9 @@ def test_evicting_between_chunks_equals_masking_in_the_same_chunks(model, policy
     tokens = torch.cat([tokens, tokens[:, :3]], 1)
     mask = torch.cat([mask, mask[:, -3:]], 1)
     spans = [{"first": (12, 16), "second": (16, 25)}, SPANS] if padded else SPANS
-    given = {"attention_mask": mask[:, :N_PROMPT], "spans": spans}
+    options = {"attention_mask": mask[:, :N_PROMPT], "spans": spans}
     with kvp.wrap(model, **settings(policy, fair)) as handle:
-        cache, stages = in_chunks(model, handle, tokens[:, :N_PROMPT], **given)
+        cache, stages = in_chunks(model, handle, tokens[:, :N_PROMPT], **options)
         assert [n for n, _ in stages] == [7, 14, 21, 26]
         evicted = feed(model, tokens, AFTER, cache.copy(), mask, start=N_PROMPT)
     plain = DynamicCache(config=model.config)
@@ -180,14 +180,14 @@ def test_the_last_chunk_leaves_what_one_prefill_leaves(llama, fair, amount, prot
         if policy.allocation != "uniform" and protect:
             continue  # its upper layers have no room for them
         with kvp.wrap(llama, policy, fair=fair, protect=protect, **amount) as handle:
-            given = {"attention_mask": mask, "spans": spans}
+            options = {"attention_mask": mask, "spans": spans}
             try:
-                once = handle.compress(tokens, **given)
+                once = handle.compress(tokens, **options)
             except kvp.BudgetError:
                 with pytest.raises(kvp.BudgetError):
-                    handle.compress(tokens, prefill_chunk_size=SIZE, **given)
+                    handle.compress(tokens, prefill_chunk_size=SIZE, **options)
                 continue
-            cache, stages = in_chunks(llama, handle, tokens, **given)
+            cache, stages = in_chunks(llama, handle, tokens, **options)
         said, wanted = cache.report(), once.report()
         assert [x["kept"] for x in said["layers"]] == [x["kept"] for x in wanted["layers"]], policy
         for what in ("n_tokens", "bytes_before", "bytes_after", "bytes_kept", "kept_share"):
@@ -347,12 +347,12 @@ def test_chunks_of_one_size_are_the_same_told_one_by_one(llama):
 @pytest.mark.parametrize("fair", [False, True, "floor=2"])
 def test_chunks_of_any_sizes_keep_what_masking_keeps_and_as_much_as_one_prefill(llama, fair, padded, sizes):
     tokens, mask = ids(2, 30), left_pad() if padded else torch.ones(2, 30, dtype=torch.long)
-    given = {"attention_mask": mask[:, :N_PROMPT]}
-    given["spans"] = [{"first": (12, 16), "second": (16, 22)}, SPANS] if padded else SPANS
+    options = {"attention_mask": mask[:, :N_PROMPT]}
+    options["spans"] = [{"first": (12, 16), "second": (16, 22)}, SPANS] if padded else SPANS
     for policy in ("h2o", "streaming_llm"):
         with kvp.wrap(llama, **settings(policy, fair)) as handle:
-            cache, stages = in_chunks(llama, handle, tokens[:, :N_PROMPT], sizes, **given)
-            once = handle.compress(tokens[:, :N_PROMPT], **given)
+            cache, stages = in_chunks(llama, handle, tokens[:, :N_PROMPT], sizes, **options)
+            once = handle.compress(tokens[:, :N_PROMPT], **options)
             evicted = feed(llama, tokens, [1, 3], cache.copy(), mask, start=N_PROMPT)
         assert [n for n, _ in stages] == np.cumsum(sizes).tolist()
         assert [x["kept"] for x in cache.report()["layers"]] == [x["kept"] for x in once.report()["layers"]]
@@ -411,14 +411,14 @@ def test_what_cannot_be_right_is_refused_by_name(llama, wrapped, error, message,
 def test_linear_attention_makes_of_chunks_what_it_makes_of_the_whole_or_is_refused(family, size, padded):
     model, tokens = build_type(family), ids()
     mask = left_pad() if padded else torch.ones_like(tokens)
-    given = {"attention_mask": mask[:, :N_PROMPT]}
+    options = {"attention_mask": mask[:, :N_PROMPT]}
     with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
         if family != "llama" and size in (1, [1, 24, 1]) and padded:
             with pytest.raises(ValueError, match="takes a token that comes alone for a real one, so expected at least"):
-                handle.compress(tokens[:, :N_PROMPT], **given, prefill_chunk_size=size)
+                handle.compress(tokens[:, :N_PROMPT], **options, prefill_chunk_size=size)
             return
-        cache = handle.compress(tokens[:, :N_PROMPT], **given, prefill_chunk_size=size)
-        once = handle.compress(tokens[:, :N_PROMPT], **given)
+        cache = handle.compress(tokens[:, :N_PROMPT], **options, prefill_chunk_size=size)
+        once = handle.compress(tokens[:, :N_PROMPT], **options)
         one, other = (feed(model, tokens, [1, 1], x, mask, start=N_PROMPT) for x in (cache, once))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

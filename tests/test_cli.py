@@ -49,8 +49,8 @@ def test_audit_prints_a_table(run):
 def test_audit_json_is_all_there_is_on_stdout(run, tmp_path):
     file = tmp_path / "system.txt"
     file.write_text(SYSTEM, encoding="utf-8")
-    given = ["--system-file", str(file), *PARTS, "--policy", "tova", "--ratio", "0.5", "--fair", "yes", "--json"]
-    code, out, _ = run("audit", *given, "--output", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html"))
+    argv = ["--system-file", str(file), *PARTS, "--policy", "tova", "--ratio", "0.5", "--fair", "yes", "--json"]
+    code, out, _ = run("audit", *argv, "--output", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html"))
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "<title>" in page and "<option>tova, fair" in page and "spanish" in page
     written = json.loads(out)
@@ -62,17 +62,17 @@ def test_audit_json_is_all_there_is_on_stdout(run, tmp_path):
 
 
 def test_an_instruction_under_min_kept_exits_with_3(run):
-    given = ["audit", "--system", SYSTEM, *PARTS, "--policy", "streaming_llm", "--ratio", "0.5"]
-    code, out, err = run(*given, "--fair", "no", "--min-kept", "0.5")
+    argv = ["audit", "--system", SYSTEM, *PARTS, "--policy", "streaming_llm", "--ratio", "0.5"]
+    code, out, err = run(*argv, "--fair", "no", "--min-kept", "0.5")
     assert (
         code == 3
         and "'never' keeps" in err
         and "under 0.5 (streaming_llm, biased, r=0.5)" in err
         and "streaming_llm" in out
     )
-    assert run(*given, "--fair", "yes", "--min-kept", "0.2")[0] == 0
+    assert run(*argv, "--fair", "yes", "--min-kept", "0.2")[0] == 0
     kinds = ["--fair", "floor=3", "--fair", "no", "--fair", "0.5", "--fair", "yes"]
-    out = run(*given, *kinds, "--protect", "boundary", "--json")[1]
+    out = run(*argv, *kinds, "--protect", "boundary", "--json")[1]
     rows = json.loads(out)["rows"]
     assert [row["fair"] for row in rows[::2]] == ["floor=3", False, 0.5, True]
     assert all(row["kept_min"] * row["n_tokens"] >= 3 for row in rows if row["fair"] == "floor=3")

@@ -59,8 +59,8 @@ def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
         "max_new_tokens": {"attack": 3, "recall": 3, "follow": 3},
     }
     monkeypatch.setitem(presets._PRESETS, "suite-v1-small", {"all": short})
-    given = ["--model", model, "--output", tmp_path / "suite"]
-    code, out, _ = run("suite", "--small", *given)
+    argv = ["--model", model, "--output", tmp_path / "suite"]
+    code, out, _ = run("suite", "--small", *argv)
     card = read_card(tmp_path / "suite" / "report" / "card.json")
     assert (
         code == 0
@@ -71,9 +71,9 @@ def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
     run("report", tmp_path / "by_hand")
     by_hand = read_card(tmp_path / "by_hand" / "report" / "card.json")
     assert card == by_hand and {made["config.dataset"] for made in card["made_with"]} == {"suite-v1"}
-    code, out, _ = run("suite", "--small", *given, "--json")
+    code, out, _ = run("suite", "--small", *argv, "--json")
     assert code == 0 and json.loads(out)["all"]["resumed_at"] == 2 * 3 * 7
-    code, _, err = run("suite", *given)
+    code, _, err = run("suite", *argv)
     assert code == 2 and "the sweep was begun with" in err, "the whole suite is another sweep"
 
 
@@ -90,7 +90,7 @@ def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
 def test_failed_items_exit_with_1(run, model, tmp_path):
     row = {"key": 1, "messages": [{"role": "system", "content": "Silence!"}, {"role": "user", "content": "Hello"}]}
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    given = [
+    argv = [
         "--dataset",
         tmp_path / "mine.jsonl",
         "--model",
@@ -102,7 +102,7 @@ def test_failed_items_exit_with_1(run, model, tmp_path):
         "--max-new-tokens",
         3,
     ]
-    code, _, err = run("leakage", *given, "--output", tmp_path / "out")
+    code, _, err = run("leakage", *argv, "--output", tmp_path / "out")
     assert code == 1 and "items failed; their records hold the error" in err
 
 
@@ -208,7 +208,7 @@ def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path, monkey
 def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
     messages = [{"role": "system", "content": "Be brief and kind."}, {"role": "user", "content": "Hello"}]
     (tmp_path / "mine.jsonl").write_text(json.dumps({"key": 1, "messages": messages}) + "\n", "utf-8")
-    given = [
+    argv = [
         "--dataset",
         tmp_path / "mine.jsonl",
         "--model",
@@ -220,12 +220,12 @@ def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model,
         "--max-new-tokens",
         3,
     ]
-    code, out, err = run("leakage", *given, "--output", tmp_path / "out")
+    code, out, err = run("leakage", *argv, "--output", tmp_path / "out")
     assert code == 0 and "following is not measured" in err and "recall_above" in out and "refused_task" not in out
 
 
 def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path, monkeypatch):
-    given = [
+    argv = [
         "--model",
         model,
         "--n-prompts",
@@ -239,14 +239,14 @@ def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path, monkeypatch):
         "--output",
         tmp_path,
     ]
-    code, out, _ = run("ifeval", *given)
+    code, out, _ = run("ifeval", *argv)
     assert code == 0 and "strict" in out and "loose" in out
     for what in ("prompts, all", "instructions, all", "prompts, single", "instructions, single"):
         assert out.count(what) == 2  # the full cache, and SnapKV
     assert {r["defense"] for r in read_records(tmp_path)} == {"none"} and {
         r["kind"] for r in read_records(tmp_path)
     } == {"follow"}
-    same_in_a_narrow_terminal(run, monkeypatch, out, "ifeval", *given)
+    same_in_a_narrow_terminal(run, monkeypatch, out, "ifeval", *argv)
 
 
 def test_a_report_on_nothing_exits_with_1(run, tmp_path):

@@ -94,8 +94,8 @@ def test_prompts_of_both_orders(smollm2, name, order):
 def test_no_defense_has_one_instruction(smollm2):
     scenario = Scenario.of(OWN, OWN.rows[0], corpus.NO_DEFENSE, "defense_first")
     assert list(scenario.prompt(smollm2[1]).spans) == ["directive"]
-    found = scenario.score("attack", "text", 0)
-    assert "defense" not in found["leak"] and "defense" not in found["floor"]
+    scores = scenario.score("attack", "text", 0)
+    assert "defense" not in scores["leak"] and "defense" not in scores["floor"]
 
 
 def test_a_users_file(tmp_path):

@@ -379,7 +379,7 @@ def test_a_prefill_counts_its_layers(smollm2, prompt, monkeypatch):
         made.append(progress(**options))
         return made[-1]
 
-    monkeypatch.setattr("kvpitfalls.hf.wrap.progress", recorded)
+    monkeypatch.setattr("kvpitfalls.hf.prefill.progress", recorded)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with kvp.wrap(smollm2[0], "knorm", compression_ratio=0.5) as handle:
         cache = handle.compress(prompt)

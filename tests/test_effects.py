@@ -7,9 +7,9 @@ import kvpitfalls as kvp
 from kvpitfalls import Fair
 from kvpitfalls.experiments.effects import Effects, PutBack
 from kvpitfalls.hf.evict import Evict
+from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.hf.load import load
 from kvpitfalls.hf.model import attach, detach
-from kvpitfalls.hf.wrap import compress_each
 from kvpitfalls.policies import get_policy
 
 PARTS = {
@@ -62,9 +62,9 @@ def forced(model, prompt, said, answer, **settings):
 def test_the_likelihoods_are_those_of_plain_calls(loaded):
     model, tokenizer = loaded
     prompt = prompt_of(tokenizer)
-    found = kvp.effects(model, prompt, "snapkv", said=SAID, compression_ratio=0.3, max_new_tokens=5)
-    assert [(row["said"], row["span"]) for row in found.rows] == [(said, span) for said in SAID for span in PARTS]
-    for row in found.rows:
+    effects = kvp.effects(model, prompt, "snapkv", said=SAID, compression_ratio=0.3, max_new_tokens=5)
+    assert [(row["said"], row["span"]) for row in effects.rows] == [(said, span) for said in SAID for span in PARTS]
+    for row in effects.rows:
         answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
         ways = {"full": (0.0, None), "compressed": (0.3, None), "equal": (0.3, [row["span"]])}
         for name, (ratio, protect) in ways.items():
@@ -87,10 +87,10 @@ def test_what_covers_everything_brings_everything_back(loaded):
 
 def test_where_nothing_is_removed_nothing_returns(loaded):
     model, tokenizer = loaded
-    found = kvp.effects(
+    effects = kvp.effects(
         model, [prompt_of(tokenizer)] * 2, "snapkv", said=SAID[0], compression_ratio=0.0, max_new_tokens=3
     )
-    assert all(abs(row["full"] - row["compressed"]) < 1e-4 and row["n_evicted"] == 0 for row in found.rows)
+    assert all(abs(row["full"] - row["compressed"]) < 1e-4 and row["n_evicted"] == 0 for row in effects.rows)
 
 
 def test_means_are_ratios_of_sums_with_intervals():

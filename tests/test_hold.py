@@ -391,15 +391,15 @@ def test_padding_between_turns_is_no_token(family, policy, fair, when):
         start += n
     tokens = ids(3, mask.shape[1])
     spans = [{"a": (4, 7), "b": (9, 13)}, {"a": (1, 6), "b": (7, 12)}, {"a": (2, 5), "b": (6, 13)}]
-    given = {"budget": 11, "fair": fair, "when": when}
-    with kvp.wrap(model, WINDOW.get(policy, policy), **given) as handle:
+    settings = {"budget": 11, "fair": fair, "when": when}
+    with kvp.wrap(model, WINDOW.get(policy, policy), **settings) as handle:
         cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT], spans)
         together = feed(model, tokens, chunks, cache, mask, start=N_PROMPT)
     assert {layer.keys.shape[2] for layer in cache.kept_layers} == {11}
     for row, real in enumerate(mask.bool()):
         n_pad = 3 if row == 0 else 0
         own = {name: (begin - n_pad, end - n_pad) for name, (begin, end) in spans[row].items()}
-        with kvp.wrap(model, WINDOW.get(policy, policy), **given) as handle:
+        with kvp.wrap(model, WINDOW.get(policy, policy), **settings) as handle:
             alone = handle.compress(tokens[row : row + 1, n_pad:N_PROMPT], spans=own)
             lengths = [n for _, of_turn in turns if (n := of_turn[row])]
             logits = feed(model, tokens[row : row + 1, real], lengths, alone, start=N_PROMPT - n_pad)

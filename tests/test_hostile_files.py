@@ -370,8 +370,8 @@ def test_records_cut_anywhere_give_a_beginning(tmp_path):
     data = (tmp_path / records.RECORDS).read_bytes()
     for n in range(len(data) + 1):
         (tmp_path / records.RECORDS).write_bytes(data[:n])
-        found = records.read_records(tmp_path)
-        assert found == whole[: len(found)] and len(found) == data[:n].count(b"\n")
+        recorded = records.read_records(tmp_path)
+        assert recorded == whole[: len(recorded)] and len(recorded) == data[:n].count(b"\n")
 
 
 def test_gguf_files_that_are_broken(tmp_path, monkeypatch):

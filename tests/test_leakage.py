@@ -41,12 +41,12 @@ def test_recall_equals_rouge_score_and_the_definition():
     for r in RESPONSES:
         scenario = Scenario.of(load_corpus(), ROWS[r["key"]], "refuse", "directive_first")
         texts = {"directive": scenario.directive, "defended": scenario.system, "defense": scenario.defense}
-        found = leakage.leakage(r["response"], texts)
+        measured = leakage.leakage(r["response"], texts)
         for name, text in texts.items():
             theirs = own.score(text, r["response"])
-            assert found[name] == {"rouge1": theirs["rouge1"].recall, "rougeL": theirs["rougeL"].recall}
+            assert measured[name] == {"rouge1": theirs["rouge1"].recall, "rougeL": theirs["rougeL"].recall}
             wanted, said = (tokenize.tokenize(t, stemmer) for t in (text, r["response"]))
-            assert found[name]["rougeL"] == pytest.approx(common(wanted, said) / len(wanted))
+            assert measured[name]["rougeL"] == pytest.approx(common(wanted, said) / len(wanted))
 
 
 WORDS = st.lists(
@@ -74,8 +74,8 @@ def test_a_floor_is_the_recall_of_other_texts():
     others = ["Use the word sea.", "Write in the first person.", "No commas!"]
     for response in ("The moon and the sea.", "", "Write the word sea in the first person, no commas"):
         recalls = [leakage.rouge_recall(text, response) for text in others]
-        found = leakage.floor(response, others)
-        assert found["rougeL"] == pytest.approx(sum(r["rougeL"] for r in recalls) / 3) and found["most"] == max(
+        measured = leakage.floor(response, others)
+        assert measured["rougeL"] == pytest.approx(sum(r["rougeL"] for r in recalls) / 3) and measured["most"] == max(
             r["rougeL"] for r in recalls
         )
     for wrong in ([], "text"):

@@ -79,13 +79,13 @@ def test_ratio_0_is_lm_evals_own_model(folder, ours):
 def test_a_whole_prompt_generates_what_a_wrapped_model_does(ours, policy):
     lm = ours(policy=policy)
     requests = generation(lm)
-    found = lm.generate_until(requests)
+    answers = lm.generate_until(requests)
     with kvp.wrap(lm.model, policy, compression_ratio=0.5):
-        for request, text in zip(requests, found, strict=True):
+        for request, text in zip(requests, answers, strict=True):
             ids = lm.tokenizer(request.args[0], return_tensors="pt", add_special_tokens=False).input_ids
             out = lm.model.generate(ids, max_new_tokens=8, do_sample=False)
             assert lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
-    assert lm.generate_until(requests) == found, "a second call must not depend on the first"
+    assert lm.generate_until(requests) == answers, "a second call must not depend on the first"
 
 
 def test_a_batch_generates_what_its_rows_do_alone(ours):
@@ -113,8 +113,8 @@ def test_a_system_prompt_generates_what_the_experiments_do(ours, fair):
 def test_likelihoods_equal_those_of_single_steps(ours, folder, scope, policy):
     """A second way: the compressed context, then one token after another."""
     lm, options = ours(policy=policy, compress=scope, batch_size=2), ("Yes", "No, never", " A")
-    found = lm.loglikelihood(choices(lm, options=options))
-    assert len({score for score, _ in found}) == len(found)
+    answers = lm.loglikelihood(choices(lm, options=options))
+    assert len({score for score, _ in answers}) == len(answers)
     expected = []
     with kvp.wrap(lm.model, policy, compression_ratio=0.5) as handle, torch.no_grad():
         for chat in CHATS:
@@ -134,11 +134,11 @@ def test_likelihoods_equal_those_of_single_steps(ours, folder, scope, policy):
                         logprob += float(step.double().log_softmax(-1)[whole[at + 1]])
                         greedy &= int(step.argmax()) == whole[at + 1]
                 expected.append((logprob, greedy))
-    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert [is_greedy for _, is_greedy in answers] == [is_greedy for _, is_greedy in expected]
+    assert [score for score, _ in answers] == pytest.approx([score for score, _ in expected], rel=1e-5)
     hf = HFLM(folder, device="cpu")
     full = hf.loglikelihood(choices(hf, options=options))
-    assert all(abs(a - b) > 1e-4 for (a, _), (b, _) in zip(found, full, strict=True)), (
+    assert all(abs(a - b) > 1e-4 for (a, _), (b, _) in zip(answers, full, strict=True)), (
         "compressed, but the scores did not change"
     )
 
@@ -331,7 +331,7 @@ def test_what_lm_eval_is_told(monkeypatch):
     """Commas and spaces arrive whole, our tasks are found, and the process's own command line is put back."""
     told, before = [], sys.argv
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: told.extend(sys.argv))
-    given = [
+    argv = [
         "lm-eval",
         "--model",
         "m",
@@ -348,7 +348,7 @@ def test_what_lm_eval_is_told(monkeypatch):
         "--limit",
         "2",
     ]
-    assert cli.main(given) == 0 and sys.argv is before
+    assert cli.main(argv) == 0 and sys.argv is before
     assert told[:5] == ["lm-eval", "run", "--model", "kvpitfalls", "--model_args"] and told[6:8] == [
         "--include_path",
         str(TASKS),
@@ -365,8 +365,8 @@ def test_what_lm_eval_is_told(monkeypatch):
 
 
 def test_the_command_refuses_what_it_decides(capsys):
-    given = ["lm-eval", "--policy", "snapkv", "--compression-ratio", "0.5", "--"]
-    assert cli.main([*given, "--tasks", "ifeval", "--model", "hf"]) == 2
+    argv = ["lm-eval", "--policy", "snapkv", "--compression-ratio", "0.5", "--"]
+    assert cli.main([*argv, "--tasks", "ifeval", "--model", "hf"]) == 2
     assert "lm-eval's --model is given; expected the model as --model before the --" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["lm-eval", "--policy", "snapkv", "--", "--tasks", "ifeval"])

@@ -52,35 +52,35 @@ def other_prompts(model, family, handle):
 
 def test_with_nothing_evicted_an_image_prompt_is_answered_as_by_the_model_alone(case):
     model, family = case
-    given = image_prompt(model, family)
-    longer = followed_by(given, QUESTION)
+    inputs = image_prompt(model, family)
+    longer = followed_by(inputs, QUESTION)
     tokens = longer.pop("input_ids")
     wanted = answer(model, tokens, **longer)
     with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
         assert torch.allclose(answer(model, tokens, **longer), wanted, **CLOSE)
-        cache = handle.compress(BatchFeature(given))
+        cache = handle.compress(BatchFeature(inputs))
         other_prompts(model, family, handle)
         ours = answer(model, tokens, cache)
     # in two steps, too: transformers 5.2 (Qwen2-VL) and 5.5 (Qwen2.5-VL) count positions after an image otherwise when
     # they come in one
-    assert torch.allclose(ours, answer(model, tokens, after(model, given)), **CLOSE)
+    assert torch.allclose(ours, answer(model, tokens, after(model, inputs)), **CLOSE)
 
 
 @pytest.mark.parametrize("policy", ["knorm", "snapkv"])
 def test_an_evicted_image_prompt_is_answered_as_under_a_mask(case, policy):
     model, family = case
-    given = image_prompt(model, family)
-    tokens = torch.cat([given["input_ids"], QUESTION], 1)
+    inputs = image_prompt(model, family)
+    tokens = torch.cat([inputs["input_ids"], QUESTION], 1)
     with kvp.wrap(model, policy, compression_ratio=0.5, fair=True) as handle:
-        cache = handle.compress(**given, spans={"image": (6, 22), "text": (23, 32)})
+        cache = handle.compress(**inputs, spans={"image": (6, 22), "text": (23, 32)})
         kept = copy.deepcopy(cache)
-        assert cache.report()["kept_share"] == 0.5 and torch.equal(cache.tokens, given["input_ids"])
+        assert cache.report()["kept_share"] == 0.5 and torch.equal(cache.tokens, inputs["input_ids"])
         other_prompts(model, family, handle)
         ours = answer(model, tokens, cache)
-    with masked_like(model, kept, given["input_ids"].shape[1]):
-        wanted = answer(model, tokens, after(model, given))
+    with masked_like(model, kept, inputs["input_ids"].shape[1]):
+        wanted = answer(model, tokens, after(model, inputs))
     assert torch.allclose(ours, wanted, **CLOSE)
-    assert not torch.allclose(ours, answer(model, **_tokens(followed_by(given, QUESTION))), **CLOSE), (
+    assert not torch.allclose(ours, answer(model, **_tokens(followed_by(inputs, QUESTION))), **CLOSE), (
         "eviction changes something"
     )
 
@@ -92,13 +92,13 @@ def _tokens(given: dict) -> dict:
 @pytest.mark.parametrize("prompt", ["text", "image"])
 def test_a_forward_by_hand_goes_on_at_the_positions_of_its_own_prompt(case, prompt):
     model, family = case
-    given = image_prompt(model, family) if prompt == "image" else {"input_ids": ids(1, 20)}
-    n_prompt = given["input_ids"].shape[1]
+    inputs = image_prompt(model, family) if prompt == "image" else {"input_ids": ids(1, 20)}
+    n_prompt = inputs["input_ids"].shape[1]
     place = {"cache_position": torch.arange(n_prompt, n_prompt + 4)}  # transformers 4 counts from 0 without it
     place = {name: x for name, x in place.items() if name in inspect.signature(model.forward).parameters}
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle, torch.no_grad():
-        cache = handle.compress(given)
-        by_generate = answer(model, torch.cat([given["input_ids"], QUESTION], 1), cache.copy())[:, 0]
+        cache = handle.compress(inputs)
+        by_generate = answer(model, torch.cat([inputs["input_ids"], QUESTION], 1), cache.copy())[:, 0]
         other_prompts(model, family, handle)
         by_hand = model(QUESTION, **place, **cache_argument(model, cache)).logits[:, -1]
     assert torch.allclose(by_hand, by_generate, **CLOSE)
@@ -124,10 +124,10 @@ def test_padded_texts_are_answered_as_each_alone(case):
 
 def test_rows_of_images_are_those_of_each_alone(case):
     model, family = case
-    given = image_prompt(model, family, n_row=2)
-    tokens = torch.cat([given["input_ids"], QUESTION.expand(2, -1)], 1)
+    inputs = image_prompt(model, family, n_row=2)
+    tokens = torch.cat([inputs["input_ids"], QUESTION.expand(2, -1)], 1)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
-        cache = handle.compress(given)
+        cache = handle.compress(inputs)
         both = answer(model, tokens, cache.copy())
         one = cache.copy()
         one.batch_select_indices(torch.tensor([1]))
@@ -142,13 +142,13 @@ def test_rows_of_images_are_those_of_each_alone(case):
 
 def test_what_stands_for_an_image_needs_the_image(case, tmp_path):
     model, family = case
-    given = image_prompt(model, family)
+    inputs = image_prompt(model, family)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         with pytest.raises(
             ValueError, match=r"holds token 150, in whose place .* puts an image, .* expected all that the processor"
         ):
-            handle.compress(given["input_ids"])
-        cache = handle.compress(given)
+            handle.compress(inputs["input_ids"])
+        cache = handle.compress(inputs)
         other = ids(1, 40, 7)
         with pytest.raises(ValueError, match="generate was given another prompt than the cache has seen"):
             answer(model, other, cache.copy())
@@ -159,7 +159,7 @@ def test_what_stands_for_an_image_needs_the_image(case, tmp_path):
         text.save(tmp_path / "text.safetensors")
         longer = torch.cat([ids(1, 20), QUESTION], 1)
         wanted = answer(model, longer, text)
-        handle.compress(given)
+        handle.compress(inputs)
         assert torch.equal(answer(model, longer, kvp.load_cache(tmp_path / "text.safetensors", model)), wanted)
 
 

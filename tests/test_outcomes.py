@@ -52,10 +52,10 @@ def test_a_recital_is_never_a_refusal(defense):
 
 
 def test_a_novel_leaks_nothing_and_an_answer_alike_for_all_has_no_recall_above_chance():
-    found = [scenario.score("attack", degenerate.NOVEL, 42) for scenario in scenarios(CORPUS.rows)]
-    assert len(degenerate.NOVEL.split()) >= 200 and {s["outcome"] for s in found} == {"complied"}
-    raw = [s["leak"]["own"]["rougeL"] for s in found]
-    above = [s["leak"]["own"]["rougeL"] - s["floor"]["own"]["rougeL"] for s in found]
+    scores = [scenario.score("attack", degenerate.NOVEL, 42) for scenario in scenarios(CORPUS.rows)]
+    assert len(degenerate.NOVEL.split()) >= 200 and {s["outcome"] for s in scores} == {"complied"}
+    raw = [s["leak"]["own"]["rougeL"] for s in scores]
+    above = [s["leak"]["own"]["rougeL"] - s["floor"]["own"]["rougeL"] for s in scores]
     assert sum(raw) / len(raw) > 0.2 and abs(sum(above)) / len(above) < 0.02, (
         "the plain recall of a long answer is all floor"
     )
@@ -66,8 +66,8 @@ def test_a_novel_leaks_nothing_and_an_answer_alike_for_all_has_no_recall_above_c
 def test_the_directive_of_another_prompt_is_no_leak():
     all_of_them = scenarios(CORPUS.rows)
     others = all_of_them[17:] + all_of_them[:17]
-    found = [s.score("attack", other.directive, 42)["outcome"] for s, other in zip(all_of_them, others, strict=True)]
-    assert found.count("leaked") <= 2, "chance allows one in 65"
+    scores = [s.score("attack", other.directive, 42)["outcome"] for s, other in zip(all_of_them, others, strict=True)]
+    assert scores.count("leaked") <= 2, "chance allows one in 65"
 
 
 def test_a_fix_that_refuses_everything_has_the_lowest_composite():

@@ -81,9 +81,9 @@ def test_the_page_needs_nothing_else(written):
 
 
 def test_every_table_counts_the_failures(folder, written):
-    found = records.read_records(folder)
-    n_failed = sum(r["error"] is not None for r in found)
-    assert written["failed"] == n_failed == len(found) / 4
+    recorded = records.read_records(folder)
+    n_failed = sum(r["error"] is not None for r in recorded)
+    assert written["failed"] == n_failed == len(recorded) / 4
     page = Links()
     page.feed(Path(written["page"]).read_text("utf-8"))
     tables = {
@@ -97,11 +97,11 @@ def test_every_table_counts_the_failures(folder, written):
                 sums[0] += sum(int(row[header.index("items")]) for row in rows)
                 sums[1] += sum(int(row[header.index("failed")]) for row in rows)
     kinds = [
-        sum(r["kind"] in kinds for r in found) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))
+        sum(r["kind"] in kinds for r in recorded) for kinds in (("attack", "recall", "follow"), ("probe",), ("attack",))
     ]
     # the two families share the recalls and follows of their settings
     wanted = [kinds[0], kinds[1], kinds[2] + 2 * (kinds[0] - kinds[2])]
-    assert list(tables.values()) == [[n, n / 4] for n in wanted] and sum(kinds[:2]) == len(found)
+    assert list(tables.values()) == [[n, n / 4] for n in wanted] and sum(kinds[:2]) == len(recorded)
     texts = [report.outcome_table(written["cells"]), report.probe_table(written["cells"])]
     columns = [text.splitlines()[0].split() for text in texts]
     for text, names, n in zip(texts, columns, kinds, strict=False):
@@ -110,7 +110,7 @@ def test_every_table_counts_the_failures(folder, written):
         "leak is never shown alone"
     )
     assert {"leak", "refusal", "margin", "recall", "follow"} <= set(columns[1])
-    following = report.following_table(summary.following(found)).splitlines()
+    following = report.following_table(summary.following(recorded)).splitlines()
     assert all(line.split()[-3:] == ["3", "1", "0"] for line in following[2:]), "prompts, failed, infeasible"
 
 
@@ -146,14 +146,14 @@ def tables_of(rows):
 
 
 def test_the_csv_holds_the_plain_means(folder, written):
-    found = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
+    recorded = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
     with open(folder / "report" / "summary.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "leak"]
     assert len(rows) == 2 * (1 + 2 * 2 * 2)
     for row in rows:
         same = [
             r["scores"]["leak"]["directive"]["rougeL"]
-            for r in found
+            for r in recorded
             if (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"]))
             == (row["order"], row["policy"], row["mode"], row["compression_ratio"])
         ]
@@ -163,7 +163,7 @@ def test_the_csv_holds_the_plain_means(folder, written):
 
 
 def test_the_families_are_means_over_their_own_attacks(folder, written):
-    found = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
+    recorded = [r for r in records.read_records(folder) if r["kind"] == "attack" and r["error"] is None]
     with open(folder / "report" / "families.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "leak_rouge1"]
     assert len(rows) == 2 * 2 * (1 + 2 * 2 * 2) and {row["family"] for row in rows} == {"verbatim", "formatting"}
@@ -171,7 +171,7 @@ def test_the_families_are_means_over_their_own_attacks(folder, written):
         setting = (row["order"], row["policy"], row["mode"], row["compression_ratio"])
         same = [
             r["scores"]["leak"]["directive"]["rouge1"]
-            for r in found
+            for r in recorded
             if r["attack"].startswith(row["family"])
             and (r["order"], r["policy"] or "", r["mode"], str(r["compression_ratio"])) == setting
         ]
@@ -264,11 +264,11 @@ def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, t
         shutil.copytree(folder, tmp_path / "both" / name, ignore=shutil.ignore_patterns("report"))
     assert write_report(tmp_path / "both")["cells"] == written["cells"]
     path = tmp_path / "both" / "second" / "records.jsonl"
-    found = records.read_records(path.parent)
-    path.write_text("".join(json.dumps({**record, "seconds": 9.0}) + "\n" for record in found), "utf-8")
+    recorded = records.read_records(path.parent)
+    path.write_text("".join(json.dumps({**record, "seconds": 9.0}) + "\n" for record in recorded), "utf-8")
     assert write_report(tmp_path / "both")["cells"] == written["cells"]
-    found[-1]["n_new"] += 1
-    path.write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    recorded[-1]["n_new"] += 1
+    path.write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     with pytest.raises(ValueError, match=r"'first' and 'second' hold other results of the same item \(.*probe\)"):
         write_report(tmp_path / "both")
 
@@ -276,9 +276,9 @@ def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, t
 @pytest.mark.parametrize("changes", [{"kind": "other"}, {"kind": "attack", "attack": None}])
 def test_records_of_a_kind_that_no_table_has_are_refused(folder, tmp_path, changes):
     copied = shutil.copytree(folder, tmp_path / "sweep")
-    found = records.read_records(copied)
-    next(record for record in found if record["kind"] == "attack" and record["scores"] is not None).update(changes)
-    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    recorded = records.read_records(copied)
+    next(record for record in recorded if record["kind"] == "attack" and record["scores"] is not None).update(changes)
+    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     with pytest.raises(ValueError, match=r"record \d+ is not a sweep's; expected records that a sweep wrote"):
         write_report(copied)
 
@@ -309,12 +309,12 @@ def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
     """The full cache's first; markup in a model's answer stays text."""
     copied = tmp_path / "sweep"
     shutil.copytree(folder, copied)
-    found = records.read_records(copied)
+    recorded = records.read_records(copied)
     hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}"
-    for record in found:
+    for record in recorded:
         if record["output"] is not None:
             record["output"] = hostile + record["output"]
-    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), "utf-8")
+    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     text = Path(write_report(copied)["page"]).read_text("utf-8")
     page = Links()
     page.feed(text)

@@ -52,30 +52,30 @@ def test_a_child_of_any_policy_has_a_name_of_its_own_and_leaves_its_parent_its_n
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy_keeps_its_contract(policy):
-    given = {
+    settings = {
         "compression_ratio": 0.5,
         "layer": 1,
         "n_layer": 3,
         "rotary": kvp.Rotary(),
         "output": OUTPUT,
     }  # the middle one: no pyramid gives it more or less
-    kept = kept_by(policy, KEYS, QUERIES, values=VALUES, **given)
+    kept = kept_by(policy, KEYS, QUERIES, values=VALUES, **settings)
     assert kept.scores.shape == (2, 3, 40) and kept.scores.dtype == torch.float32 and kept.scores.isfinite().all()
     assert (kept.counts.sum(1) == 60).all() and (policy not in EQUAL or (kept.counts == 20).all())
-    again = kept_by(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **given)
+    again = kept_by(policy, KEYS.transpose(1, 2).contiguous().transpose(1, 2), QUERIES, values=VALUES, **settings)
     assert torch.equal(kept.positions, again.positions)
-    one = kept_by(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **given)
+    one = kept_by(policy, KEYS[1:], QUERIES[1:], values=VALUES[1:], **settings)
     assert torch.equal(kept.positions[1:, :, : one.positions.shape[2]], one.positions) and torch.equal(
         kept.counts[1:], one.counts
     )
-    numpy = kept_by(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **given)
+    numpy = kept_by(policy, KEYS.numpy(), QUERIES.numpy(), values=VALUES.numpy(), **settings)
     assert np.array_equal(numpy.positions, kept.positions.numpy())
     assert eval(repr(policy), {name: getattr(kvp, name) for name in kvp.__all__}) == policy
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_a_policy_says_exactly_what_it_reads(policy):
-    given = {
+    settings = {
         "compression_ratio": 0.5,
         "queries": QUERIES,
         "values": VALUES,
@@ -85,7 +85,7 @@ def test_a_policy_says_exactly_what_it_reads(policy):
         "n_layer": 3,
         "again": read_after(policy, KEYS, QUERIES),
     }
-    whole = kvp.keep(policy, KEYS, **given).positions
+    whole = kvp.keep(policy, KEYS, **settings).positions
     for name, what in (
         ("queries", "the queries"),
         ("values", "values"),
@@ -93,7 +93,7 @@ def test_a_policy_says_exactly_what_it_reads(policy):
         ("output", "the output projection"),
         ("again", "the queries and keys of that"),
     ):
-        without = {key: value for key, value in given.items() if key != name}
+        without = {key: value for key, value in settings.items() if key != name}
         if getattr(policy, f"needs_{name}"):
             with pytest.raises(ValueError, match=f"^{name} is None; policy '{policy.name}' .* needs {what}"):
                 kvp.keep(policy, KEYS, **without)
@@ -102,18 +102,18 @@ def test_a_policy_says_exactly_what_it_reads(policy):
 
 
 def test_values_and_layers_that_do_not_fit_are_refused():
-    given = {"compression_ratio": 0.5}
+    settings = {"compression_ratio": 0.5}
     with pytest.raises(
         ValueError,
         match=r"^values has shape \(2, 3, 39, 24\); expected \(2, 3, 40\) before the last dimension, as keys has",
     ):
-        kvp.keep("knorm", KEYS, values=VALUES[:, :, :39], **given)
+        kvp.keep("knorm", KEYS, values=VALUES[:, :, :39], **settings)
     with pytest.raises(TypeError, match=r"^values is a ndarray and keys is a Tensor; expected the same type"):
-        kvp.keep("knorm", KEYS, values=VALUES.numpy(), **given)
+        kvp.keep("knorm", KEYS, values=VALUES.numpy(), **settings)
     with pytest.raises(TypeError, match=r"^layer is 0.5; expected a whole number"):
-        kvp.keep("knorm", KEYS, layer=0.5, **given)
+        kvp.keep("knorm", KEYS, layer=0.5, **settings)
     with pytest.raises(ValueError, match=r"^layer is 2 of 2; expected one in \[0, 2\)"):
-        kvp.keep("knorm", KEYS, layer=2, n_layer=2, **given)
+        kvp.keep("knorm", KEYS, layer=2, n_layer=2, **settings)
 
 
 def test_a_policy_is_told_its_layer_and_its_values(registry):
@@ -227,8 +227,8 @@ def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
     policy, spans = kvp.RKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}
     keys = KEYS.clone()
     keys[:, :, ::5] = keys[:, :, :1] + 0.3 * keys[:, :, ::5]  # some are alike
-    given = {"budget": 20, "spans": spans, "fair": fair}
-    kept = kvp.keep(policy, keys, QUERIES, **given)
+    settings = {"budget": 20, "spans": spans, "fair": fair}
+    kept = kvp.keep(policy, keys, QUERIES, **settings)
     segments = list(pairwise([0, 3, 14, 30, 40])) if fair else [(0, 40)]
     for row in range(2):
         for begin, end in segments:
@@ -244,7 +244,7 @@ def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
             ).all()
     for tile in (1, 3 * 40 * 33):  # tiles of 32 and 33 keys of 40
         monkeypatch.setattr(rkv, "_TILE", tile)
-        assert torch.equal(kvp.keep(policy, keys, QUERIES, **given).positions, kept.positions)
+        assert torch.equal(kvp.keep(policy, keys, QUERIES, **settings).positions, kept.positions)
 
 
 def test_rkv_spares_the_last_of_keys_that_repeat_each_other():

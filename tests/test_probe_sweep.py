@@ -25,14 +25,14 @@ def model(tiny_model_folder, tiny_model_loaded_once):
 
 
 def probing(model, **changes):
-    given = {
+    settings = {
         "kinds": ["recall", "probe"],
         "n_prompts": 3,
         "orders": ["directive_first"],
         "modes": ["biased", "fair+sinks=1+whitelist"],
     }
     return tiny_sweep.config(
-        model, **{**given, "max_new_tokens": {"probe": 5, "recall": 4}, "batch_size": 30, **changes}
+        model, **{**settings, "max_new_tokens": {"probe": 5, "recall": 4}, "batch_size": 30, **changes}
     )
 
 
@@ -111,12 +111,16 @@ def test_means_are_plain_means_and_failures_are_counted(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     config = probing(model, dataset=str(tmp_path / "rows.jsonl"), n_prompts=None, kinds=["probe"])
     done = sweep(config, tmp_path / "out")
-    found = records.read_records(tmp_path / "out")
-    assert done["failed"] == len(found) / 3 == sum(r["error"] is not None and r["key"] == rows[1]["key"] for r in found)
-    for cell in summarize(found):
+    recorded = records.read_records(tmp_path / "out")
+    assert (
+        done["failed"]
+        == len(recorded) / 3
+        == sum(r["error"] is not None and r["key"] == rows[1]["key"] for r in recorded)
+    )
+    for cell in summarize(recorded):
         same = [
             r
-            for r in found
+            for r in recorded
             if (r["policy"], r["mode"], r["compression_ratio"])
             == tuple(cell[n] for n in ("policy", "mode", "compression_ratio"))
         ]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_sweep import build, not_refused
+from model_sweep import SEVERAL, build, not_refused
 from tiny_models import build as build_tiny
 from tiny_models import ids
 from tiny_policies import takes
@@ -10,36 +10,7 @@ from tiny_policies import takes
 import kvpitfalls as kvp
 from kvpitfalls.hf.coverage import attention_modules, decoder_of
 
-FAMILIES = not_refused(
-    *(
-        "llama",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "gpt2",
-        "gpt_neox",
-        "opt",
-        "cohere",
-        "cohere2",
-    ),
-    *(
-        "olmo2",
-        "smollm3",
-        "gpt_oss",
-        "deepseek_v3",
-        "granite",
-        "starcoder2",
-        "stablelm",
-        "glm4",
-        "nemotron",
-        "exaone4",
-        "gpt_bigcode",
-    ),
-)
+FAMILIES = not_refused(*SEVERAL)
 
 
 class Weighing(kvp.Policy):

@@ -210,8 +210,8 @@ def test_where_the_rows_are_is_looked_at_in_each_step(llama):
     tokens = ids(2, N_PROMPT + 1)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
         kept = handle.compress(tokens[:, :N_PROMPT])
-        given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
-        wanted = llama.generate(tokens, **given, **cache_argument(llama, kept.copy()))
+        options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+        wanted = llama.generate(tokens, **options, **cache_argument(llama, kept.copy()))
         cache = kept.copy()
-        given["stopping_criteria"] = StoppingCriteriaList([Swap()])
-        assert torch.equal(llama.generate(tokens, **given, **cache_argument(llama, cache)), wanted)
+        options["stopping_criteria"] = StoppingCriteriaList([Swap()])
+        assert torch.equal(llama.generate(tokens, **options, **cache_argument(llama, cache)), wanted)

@@ -69,9 +69,14 @@ def folder_of(tiny_model_folder, tmp_path_factory):
     model, tokenizer = load(tiny_model_folder)
 
     def run(says, **changes):
-        given = {"dataset": str(data), "n_prompts": None, "orders": ["defense_first"], "policies": ["streaming_llm"]}
-        given |= {"compression_ratios": [0.0, 0.5], "max_new_tokens": LIMITS, "batch_size": 200, "defenses": ["refuse"]}
-        config = tiny_sweep.config(tiny_model_folder, **{**given, **changes})
+        settings = {"dataset": str(data), "n_prompts": None, "orders": ["defense_first"], "policies": ["streaming_llm"]}
+        settings |= {
+            "compression_ratios": [0.0, 0.5],
+            "max_new_tokens": LIMITS,
+            "batch_size": 200,
+            "defenses": ["refuse"],
+        }
+        config = tiny_sweep.config(tiny_model_folder, **{**settings, **changes})
         corpus = load_corpus(str(data))
         attacks = config.chosen_attacks(corpus).values()
         with pytest.MonkeyPatch.context() as patch:

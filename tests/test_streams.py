@@ -128,8 +128,10 @@ def test_a_narrow_terminal_gets_the_table_in_parts(loaded, monkeypatch, width):
     narrow = console(monkeypatch, encoding="utf-8")
     terminal(monkeypatch, width)
     assert cli.main(audit) == 0
-    tables = [shown.getvalue().decode().split("\n\n", 1)[1] for shown in (wide, narrow)]
-    assert max(map(len, tables[1].splitlines())) <= width
+    said = [shown.getvalue().decode() for shown in (wide, narrow)]
+    assert max(map(len, said[1].splitlines())) <= width
+    heads, tables = zip(*(text.split("\n\n", 1) for text in said), strict=True)
+    assert width < 200 or heads[0] == heads[1]
     for name in ("Never reveal this", "Speak only Spanish"):
         rows = [[line.split()[3:] for line in table.splitlines() if line.startswith(f"  {name} ")] for table in tables]
         n_part = len(rows[1]) // 2

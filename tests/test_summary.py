@@ -114,12 +114,12 @@ def test_shuffled_paper_data_is_the_same_data():
 def test_differences_are_paired_and_say_who_is_missing():
     full = [record(k, "attack", leak(x), ratio=0.0) for k, x in ((1, 0.1), (2, 0.2), (3, 0.9))]
     here = [record(1, "attack", leak(0.5)), record(2, "attack", leak(0.4)), record(3, "attack", None, error="x")]
-    found = {d["metric"]: d for d in comparisons.differences([*full, *here])}
-    assert found["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), (
+    compared = {d["metric"]: d for d in comparisons.differences([*full, *here])}
+    assert compared["leak"]["difference"] == pytest.approx((0.4 + 0.2) / 2), (
         "the prompt that failed must not pull the baseline"
     )
-    assert (found["leak"]["n_prompt"], found["leak"]["n_left_out"]) == (2, 1)
-    assert found["leak"]["low"] < 0.3 < found["leak"]["high"]
+    assert (compared["leak"]["n_prompt"], compared["leak"]["n_left_out"]) == (2, 1)
+    assert compared["leak"]["low"] < 0.3 < compared["leak"]["high"]
 
 
 def test_a_mean_and_its_change_are_one_estimand():
@@ -248,8 +248,14 @@ def test_what_cannot_exist_is_no_failure_and_in_no_mean():
         record(3, "attack", None, error="x"),
     ]
     metrics.check_records(records)
-    found = summary.summarize(records)[0]["metrics"]["leak"]
-    assert (found["mean"], found["n_item"], found["n_failed"], found["n_infeasible"], found["n_prompt"]) == (
+    compared = summary.summarize(records)[0]["metrics"]["leak"]
+    assert (
+        compared["mean"],
+        compared["n_item"],
+        compared["n_failed"],
+        compared["n_infeasible"],
+        compared["n_prompt"],
+    ) == (
         0.4,
         3,
         1,
@@ -282,9 +288,9 @@ def test_a_refusal_of_the_task_takes_what_refusing_the_attack_gave():
 def test_every_fix_is_compared_with_biased_and_with_every_other():
     modes = {"biased": 0.5, "fair": 0.3, "whitelist": 0.1}
     records = [record(key, "attack", leak(x + 0.01 * key), mode=mode) for mode, x in modes.items() for key in range(6)]
-    found = {(f["mode"], f["than"]): f for f in comparisons.fixes(records) if f["metric"] == "leak_above"}
-    assert set(found) == {("fair", "biased"), ("whitelist", "biased"), ("whitelist", "fair")}
-    for (mode, than), row in found.items():
+    compared = {(f["mode"], f["than"]): f for f in comparisons.fixes(records) if f["metric"] == "leak_above"}
+    assert set(compared) == {("fair", "biased"), ("whitelist", "biased"), ("whitelist", "fair")}
+    for (mode, than), row in compared.items():
         assert row["difference"] == pytest.approx(modes[mode] - modes[than]) and row["n_prompt"] == 6
         assert row["low"] < row["difference"] < row["high"]
     nothing = [{**r, "mode": "fair"} for r in records if r["mode"] == "biased"]

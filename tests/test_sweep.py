@@ -42,17 +42,17 @@ def unbroken(tmp_path_factory, model):
 
 def test_the_records_are_the_plan(unbroken, model):
     config = tiny_sweep.config(model)
-    found = records.read_records(unbroken)
+    recorded = records.read_records(unbroken)
     identities = {
         json.dumps([r[n] for n in ("order", "policy", "mode", "compression_ratio", "key", "kind", "attack")])
-        for r in found
+        for r in recorded
     }
     # orders x prompts x (full + ratios x policies x modes) x (2 attacks, recall, follow)
-    assert len(found) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
+    assert len(recorded) == len(identities) == 2 * 4 * (1 + 2 * 2 * 2) * 4
     planned = [item for batch in plan(config, load_corpus()) for item in batch.items(load_corpus())]
-    assert [{name: r[name] for name in item} for item, r in zip(planned, found, strict=True)] == planned
+    assert [{name: r[name] for name in item} for item, r in zip(planned, recorded, strict=True)] == planned
     meta = records.read_meta(unbroken)
-    assert meta["items"] == len(found) and meta["same"]["torch"] == torch.__version__ and len(meta["sessions"]) == 1
+    assert meta["items"] == len(recorded) and meta["same"]["torch"] == torch.__version__ and len(meta["sessions"]) == 1
 
 
 def test_a_record_is_what_one_plain_call_gives(unbroken, model):
@@ -215,8 +215,8 @@ def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_p
         model, modes=["biased", "whitelist", "whitelist_defense"], compression_ratios=[0.8], policies=["snapkv"]
     )
     done = sweep(config, tmp_path)
-    found = records.read_records(tmp_path)
-    missing = [r for r in found if r["infeasible"]]
+    recorded = records.read_records(tmp_path)
+    missing = [r for r in recorded if r["infeasible"]]
     assert (
         0 < len(missing) == done["infeasible"]
         and {r["mode"] for r in missing} >= {"whitelist_defense"}
@@ -224,8 +224,8 @@ def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_p
     )
     assert all("are protected; expected at least that" in r["infeasible"] for r in missing)
     assert all(r["error"] is None and r["output"] is None and r["scores"] is None for r in missing)
-    assert all(r["infeasible"] is None and r["output"] is not None for r in found if r["mode"] in ("biased", "full"))
-    kept = [r["kept"]["whitelist"] for r in found if r["mode"] == "whitelist" and not r["infeasible"]]
+    assert all(r["infeasible"] is None and r["output"] is not None for r in recorded if r["mode"] in ("biased", "full"))
+    kept = [r["kept"]["whitelist"] for r in recorded if r["mode"] == "whitelist" and not r["infeasible"]]
     assert all(share == 1 for share in kept)
 
 
@@ -241,9 +241,9 @@ def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeyp
 
     monkeypatch.setattr(batch_module, "answers", failing)
     done = sweep(tiny_sweep.config(model, orders=["defense_first"]), tmp_path)
-    found = records.read_records(tmp_path)
-    assert done["failed"] == len(found) / 4 and {r["key"] for r in found if r["error"]} == {victim["key"]}
-    assert {r["error"] for r in found if r["error"]} == {"RuntimeError: out of memory"}
+    recorded = records.read_records(tmp_path)
+    assert done["failed"] == len(recorded) / 4 and {r["key"] for r in recorded if r["error"]} == {victim["key"]}
+    assert {r["error"] for r in recorded if r["error"]} == {"RuntimeError: out of memory"}
     said = capsys.readouterr()
     assert "failed (RuntimeError: out of memory); its prompts are run one by one" in said.err and not said.out
 
@@ -319,10 +319,10 @@ def test_fixes_and_control_hold_equal_memory(model, tmp_path, policy):
     }
     sweep(tiny_sweep.config(model, n_prompts=3, **same), tmp_path / "together")
     sweep(tiny_sweep.config(model, n_prompts=3, batch_size=1, **same), tmp_path / "alone")
-    found = records.read_records(tmp_path / "together")
+    recorded = records.read_records(tmp_path / "together")
     assert sorted(tiny_sweep.untimed(tmp_path / "together")) == sorted(tiny_sweep.untimed(tmp_path / "alone"))
-    whole = {r["key"]: r["n_tokens"] for r in found if r["scores"] is not None}
-    done = [r for r in found if r["scores"] is not None and r["compression_ratio"] == 0.3]
+    whole = {r["key"]: r["n_tokens"] for r in recorded if r["scores"] is not None}
+    done = [r for r in recorded if r["scores"] is not None and r["compression_ratio"] == 0.3]
     assert {r["mode"] for r in done} >= {"biased", "random", "whitelist", "fair", "fair+whitelist"}
     assert all(r["n_kept"] == int(whole[r["key"]] * 0.7) for r in done)
     key = next(r["key"] for r in done if r["mode"] == "biased")  # a pyramid is not defined for the shorter prompts

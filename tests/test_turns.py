@@ -71,9 +71,9 @@ def held(model, prompts, policy, ratio, way):
 
 
 def talking(model, **changes):
-    given = {"kinds": ["turns"], "modes": ["biased"], "n_prompts": 2, "orders": ["directive_first"]}
-    given |= {"compression_ratios": [0.5], "max_new_tokens": {"turns": LIMIT}}
-    return tiny_sweep.config(model, **{**given, **changes})
+    settings = {"kinds": ["turns"], "modes": ["biased"], "n_prompts": 2, "orders": ["directive_first"]}
+    settings |= {"compression_ratios": [0.5], "max_new_tokens": {"turns": LIMIT}}
+    return tiny_sweep.config(model, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +187,14 @@ def test_a_conversation_that_fails_is_counted_and_in_no_mean(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     config = talking(model, dataset=str(tmp_path / "rows.jsonl"), n_prompts=None, policies=["knorm"])
     done = sweep(config, tmp_path / "out")
-    found = records.read_records(tmp_path / "out")
-    check_records(found)
-    assert done["failed"] == 2 and [r["error"] is None for r in found] == [False, False, True, True]
-    for cell in summarize(found):
+    recorded = records.read_records(tmp_path / "out")
+    check_records(recorded)
+    assert done["failed"] == 2 and [r["error"] is None for r in recorded] == [False, False, True, True]
+    for cell in summarize(recorded):
         for name in (turn_metric(n, way, what) for n in TURNS for way in WAYS for what in TURN):
             metric = cell["metrics"][name]
             assert (metric["n_item"], metric["n_failed"], metric["n_prompt"]) == (2, 1, 1)
-    lines = turn_table(summarize(found)).splitlines()
+    lines = turn_table(summarize(recorded)).splitlines()
     assert len(lines) == 2 + (1 + 3) * N_TURN and all("  2       1           0" in line for line in lines[2:])
 
 
@@ -222,9 +222,9 @@ def test_a_model_that_refuses_everything_has_no_recall(talked):
 
 
 def test_the_gain_is_once_less_whole_prompt_by_prompt(talked):
-    found = records.read_records(talked)
-    check_records(found)
-    for cell in summarize(found):
+    recorded = records.read_records(talked)
+    check_records(recorded)
+    for cell in summarize(recorded):
         for n in TURNS:
             for what in GAINS:
                 whole, once, gain = (cell["metrics"][turn_metric(n, way, what)] for way in (*WAYS, "gain"))

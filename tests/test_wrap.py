@@ -204,15 +204,15 @@ def test_a_report_tells_of_every_instruction_of_every_row(model):
 @pytest.mark.parametrize("when", ["prefill", "always"])
 def test_a_report_outlives_the_cache_of_generate(model, when):
     tokens, spans = ids(1, N_PROMPT), {"a": (2, 9), "b": (9, 18)}
-    given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with kvp.wrap(model, "h2o", compression_ratio=0.5, when=when) as handle:
         older = handle.compress(ids(1, 12, seed=3))
-        out = model.generate(tokens, return_dict_in_generate=True, **given)
+        out = model.generate(tokens, return_dict_in_generate=True, **options)
         wanted = dict(out.past_key_values.report())
         del out
         gc.collect()
         assert dict(handle.report()) == wanted and wanted["n_tokens"] == N_PROMPT, "not of the older cache"
-        model.generate(tokens, **given)
+        model.generate(tokens, **options)
         assert dict(handle.report()) == wanted and "No cache yet" not in handle._repr_html_()
         layers = handle._caches.last().layers
         assert all(layer.keys.device.type == layer.values.device.type == "meta" for layer in layers), "it holds no keys"

@@ -75,14 +75,14 @@ def image_prompt(model, family: str, seed: int = 4, side: int = 8, n_row: int = 
     marks = [torch.full((n_row, 1), token) for token in (152, 153)]
     tokens = torch.cat([before, marks[0], image, marks[1], after], 1)
     noise = torch.Generator().manual_seed(seed)
-    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    options = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if not is_grid:
-        return given | {"pixel_values": torch.randn(n_row, 3, 16, 16, generator=noise)}
-    given["pixel_values"] = torch.randn(n_row * side * side, 3 * 2 * 4 * 4, generator=noise)
-    given["image_grid_thw"] = torch.tensor([[1, side, side]] * n_row)
+        return options | {"pixel_values": torch.randn(n_row, 3, 16, 16, generator=noise)}
+    options["pixel_values"] = torch.randn(n_row * side * side, 3 * 2 * 4 * 4, generator=noise)
+    options["image_grid_thw"] = torch.tensor([[1, side, side]] * n_row)
     if "mm_token_type_ids" in inspect.signature(model.model.get_rope_index).parameters:
-        given["mm_token_type_ids"] = (tokens == 150).int()
-    return given
+        options["mm_token_type_ids"] = (tokens == 150).int()
+    return options
 
 
 def followed_by(given: dict, question: torch.Tensor) -> dict:

@@ -43,7 +43,7 @@ def save_tiny_model(folder: Path, tokenizer) -> str:
 
 def config(model: str, **changes) -> SweepConfig:
     """2 policies x 2 modes x 2 ratios, both orders, 4 prompts."""
-    given = {
+    options = {
         "models": [model],
         "n_prompts": 4,
         "policies": ["streaming_llm", "snapkv"],
@@ -53,7 +53,7 @@ def config(model: str, **changes) -> SweepConfig:
         "max_new_tokens": {"attack": 6, "recall": 4, "follow": 5},
         "batch_size": 20,
     }
-    return SweepConfig(**{**given, **changes})
+    return SweepConfig(**{**options, **changes})
 
 
 def untimed(folder) -> list[str]:

@@ -3,6 +3,7 @@ attention."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -22,16 +23,24 @@ from ..hf.forward import AttentionCall
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
-from ..hf.wrap import prefill
+from ..hf.prefill import prefill
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
 from .audit import Audit, Setting
 
 Settings: TypeAlias = Sequence[tuple[Policy, Fair, Allocation]]
-LayoutOf: TypeAlias = Callable[[Policy, float], Layout]
+LayoutOf: TypeAlias = Callable[[int, float], Layout]  # of the sinks that a policy keeps, and a ratio
 
 COMPRESSION_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(eq=False)
+class _Record:
+    """What a setting keeps and loses of each layer, in the order in which layers were seen."""
+
+    kept: list[npt.NDArray[np.uint8]] = field(default_factory=list)  # bits, (H, T)
+    lost: list[npt.NDArray[np.float64]] = field(default_factory=list)  # attention, (S, H)
 
 
 class _Observe(Action):
@@ -48,9 +57,9 @@ class _Observe(Action):
     ) -> None:
         self.settings, self.budgets, self.layout_of, self.spans = settings, budgets, layout_of, spans
         ratios = self.ratios = list(dict.fromkeys(ratio for _, ratio in budgets))
-        named = [(policy.label, fair.label, ratio) for policy, fair, _ in settings for ratio in ratios]
-        self.kept: dict[Setting, list[npt.NDArray[np.uint8]]] = {key: [] for key in named}
-        self.lost: dict[Setting, list[npt.NDArray[np.float64]]] = {key: [] for key in named}
+        self.records: dict[Setting, _Record] = {
+            (policy.label, fair.label, ratio): _Record() for policy, fair, _ in settings for ratio in ratios
+        }
         self.layers: list[int] = []
         self.mass: dict[int, npt.NDArray[np.float64]] = {}  # of layers that wait for what is read after the prompt
         self.judged: dict[tuple[int, int], Ranked] = {}  # by layer and setting, so far
@@ -75,7 +84,7 @@ class _Observe(Action):
         for setting in self.settings:
             policy, fair, _ = setting
             if not policy.needs_again:
-                layout = self.layout_of(policy, self.ratios[0])
+                layout = self.layout_of(policy.n_sink, self.ratios[0])
                 self._record(setting, rank(policy, layout.split(fair), call), mass)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
@@ -84,7 +93,7 @@ class _Observe(Action):
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         for i, (of_setting, fair, _) in enumerate(self.settings):
             if of_setting == policy:
-                layout, key = self.layout_of(policy, self.ratios[0]), (layer.index, i)
+                layout, key = self.layout_of(policy.n_sink, self.ratios[0]), (layer.index, i)
                 self.judged[key] = rank(policy, layout.split(fair), call, self.judged.get(key))
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
@@ -98,17 +107,17 @@ class _Observe(Action):
         n_head, n_token = mass.shape
         total = self._per_span(mass)
         for ratio in self.ratios:
-            ranked = ranked.on(self.layout_of(policy, ratio))
+            ranked = ranked.on(self.layout_of(policy.n_sink, ratio))
             positions = torch.as_tensor(choose(ranked, self.budgets[allocation, ratio], allocation).positions)
             kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
             kept[np.arange(n_head)[:, None], positions[0].cpu().numpy()] = True
             kept = kept[:, :-1]
-            key = (policy.label, fair.label, ratio)
-            self.kept[key].append(np.packbits(kept, axis=-1))
+            record = self.records[policy.label, fair.label, ratio]
+            record.kept.append(np.packbits(kept, axis=-1))
             left = np.divide(
                 self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0
             )  # no attention: none lost
-            self.lost[key].append((1 - left).T)
+            record.lost.append((1 - left).T)
 
     def _per_span(self, of_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sums over each instruction's tokens, (H, S)."""
@@ -206,13 +215,10 @@ def audit(
     spans, protect = {s.name: (s.start, s.end) for s in prompt.spans.values()}, read_once(protect)
 
     @functools.cache
-    def layout_with(n_sink: int, ratio: float) -> Layout:
+    def layout_of(n_sink: int, ratio: float) -> Layout:
         limit = functools.partial(kept_tokens, compression_ratio=ratio)
         protected = None if protect is None else protected_in(prompt, protect, n_sink, limit)
         return Layout.of(1, len(prompt), spans=spans, protect=protected, n_sink=n_sink)
-
-    def layout_of(policy: Policy, ratio: float) -> Layout:
-        return layout_with(policy.n_sink, ratio)
 
     check_model(model)
     budgets = _budgets(settings, ratios, layout_of, n_compressed(model.config))
@@ -222,8 +228,9 @@ def audit(
         prefill(model, KeptCache(model.config, observe), prompt.input_ids, None)
     finally:
         detach(model)
+    kept = {setting: record.kept for setting, record in observe.records.items()}
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, observe.kept)
+    return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, kept)
 
 
 def _budgets(
@@ -236,7 +243,7 @@ def _budgets(
     for ratio in ratios:
         limit = functools.partial(kept_tokens, compression_ratio=ratio)
         for policy, fair, allocation in settings:
-            layout = layout_of(policy, ratio)
+            layout = layout_of(policy.n_sink, ratio)
             try:
                 budgets[allocation, ratio] = budgets_of(layout, limit, allocation, n_layer)
                 check_room(policy, layout.split(fair), budgets[allocation, ratio])
@@ -247,9 +254,9 @@ def _budgets(
 
 def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int) -> list[dict[str, Any]]:
     rows = []
-    for (policy, label, ratio), packed in observe.kept.items():
-        kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in packed])
-        lost = np.stack(observe.lost[policy, label, ratio])
+    for (policy, label, ratio), record in observe.records.items():
+        kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in record.kept])
+        lost = np.stack(record.lost)
         for i, (name, (begin, end)) in enumerate(spans.items()):
             n_held, n_token_of = kept[:, :, begin:end].sum(2, dtype=np.int64), end - begin
             per_layer = n_held.sum(1) / (n_held.shape[1] * n_token_of)

@@ -315,12 +315,11 @@ def _audit(args) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        print(f"{source}: {len(prompt)} prompt tokens.")
-        print(
-            f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {args.min_kept or 0.5:g}):\n"
-        )
-        width = columns()
-        print(f"{fitted(kept_table(result.settings(), args.min_kept or 0.5), width)}\n")
+        width, least = columns(), args.min_kept or 0.5
+        print(wrapped(f"{source}: {len(prompt)} prompt tokens.", width))
+        explained = f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {least:g}):"
+        print(f"{wrapped(explained, width)}\n")
+        print(f"{fitted(kept_table(result.settings(), least), width)}\n")
         for verdict in verdicts(result.settings(), args.min_kept):
             print(wrapped(verdict, min(100, width or 100)))
     lost = [row for row in result.rows if row["kept"] < (args.min_kept or 0)]

@@ -52,8 +52,10 @@ def cut(text: str, room: int) -> str:
     return f"{''.join(places[:begin])}…"
 
 
-def wrapped(text: str, room: int) -> str:
-    """A sentence in lines of at most ``room`` columns; all but the first are indented."""
+def wrapped(text: str, room: int | None) -> str:
+    """A sentence in lines of at most ``room`` columns; all but the first are indented. With None it is one line."""
+    if room is None:
+        return one_line(text)
     lines = [""]
     for word in one_line(text).split(" "):
         word = cut(word, room - 2)

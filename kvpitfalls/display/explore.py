@@ -20,9 +20,10 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import FLOOR, Fair
 from ..experiments.demo import ATTACK, DEFENSE, SECRETS
 from ..hf.cache import KeptCache
+from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.generate import GREEDY, answers
 from ..hf.model import attach, detach
-from ..hf.wrap import Evict, compress_each
 from ..numbers import check_whole
 from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
@@ -258,7 +259,7 @@ def _shortest(prompt: Prompt, mark: Mapping) -> str | tuple[int, int]:
 
 
 def _arguments(setting: Mapping) -> dict:
-    """For ``wrap``."""
+    """The arguments that ``wrap`` takes for a setting of the form."""
     protect = {"protect": list(setting["protect"])} if setting["protect"] else {}
     return {"policy": setting["policy"], "fair": EVICTIONS[setting["eviction"]], **protect}
 

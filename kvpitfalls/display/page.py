@@ -150,7 +150,7 @@ def _by_policy(cells: Sequence[Mapping]) -> dict[str, list[Mapping]]:
 
 
 def _title(figure: str) -> str:
-    """In words, from a figure's name."""
+    """A figure's title in words, from its name."""
     name, _, policy = figure.partition("_")
     return _FIGURES[name] + (f", {policy}" if policy else "")
 
@@ -207,7 +207,7 @@ def _tables(cells, mine: Mapping, moved: Mapping) -> list[tables_of.Table]:
 
 
 def _few(cells) -> str:
-    """A word where there are too few prompts for anything."""
+    """A sentence where there are too few prompts to say much; empty where there are enough."""
     n = max((cell["n_prompt"] for cell in cells), default=0)
     if n >= _FEW:
         return ""

@@ -18,6 +18,8 @@ from .modes import Mode
 from .scenario import ANSWERED, KINDS
 
 _LIMITS = {"attack": 256, "recall": 64, "follow": 1280, "probe": 32, "turns": 64}  # attack and follow: the paper's
+_TEXTS = ("models", "defenses", "orders", "attacks", "kinds")  # lists of texts
+_LISTS = (*_TEXTS, "policies", "modes", "compression_ratios")
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,15 @@ class SweepConfig:
     attn_implementation: str | None = None
 
     def __post_init__(self):
-        for name in ("models", "defenses", "orders", "policies", "modes", "compression_ratios", "attacks", "kinds"):
+        self._check_types()
+        for name, value in self._in_one_way().items():
+            object.__setattr__(self, name, value)
+        self._check_values()
+
+    def _check_types(self) -> None:
+        for name in _LISTS:
             _check_list(name, getattr(self, name))
-        for name in ("models", "defenses", "orders", "attacks", "kinds"):
+        for name in _TEXTS:
             for value in getattr(self, name):
                 _check_text(f"{name} hold", value)
         for name in ("dataset", "device", "dtype"):
@@ -93,20 +101,25 @@ class SweepConfig:
             _check_text("attn_implementation is", self.attn_implementation)
         if not isinstance(self.max_new_tokens, Mapping):
             raise TypeError(f"max_new_tokens is {self.max_new_tokens!r}; expected a mapping of kinds to numbers")
-        lowest = {"n_prompts": 1, "attacks_per_prompt": 1, "batch_size": 1, "seed": 0}
-        for name, low in lowest.items():
+        for name, low in {"n_prompts": 1, "attacks_per_prompt": 1, "batch_size": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None or name not in ("n_prompts", "attacks_per_prompt"):
                 check_whole(name, value, low)
         for ratio in self.compression_ratios:
             check_budget(ratio, None)
-        # lambda as a name, ratio 0 first: what records hold is written in one way only
-        for name in ("models", "defenses", "orders", "attacks", "kinds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "modes", tuple(Mode.parse(mode).name for mode in self.modes))
-        object.__setattr__(self, "compression_ratios", tuple(sorted({0.0, *map(float, self.compression_ratios)})))
-        object.__setattr__(self, "policies", tuple(get_policy(name).name for name in self.policies))
-        object.__setattr__(self, "max_new_tokens", {**_LIMITS, **self.max_new_tokens})
+
+    def _in_one_way(self) -> dict[str, object]:
+        """The fields that can be written in several ways, as records hold them: lambda as a name, ratio 0 first, every
+        kind with its limit."""
+        return {
+            **{name: tuple(getattr(self, name)) for name in _TEXTS},
+            "modes": tuple(Mode.parse(mode).name for mode in self.modes),
+            "compression_ratios": tuple(sorted({0.0, *map(float, self.compression_ratios)})),
+            "policies": tuple(get_policy(name).name for name in self.policies),
+            "max_new_tokens": {**_LIMITS, **self.max_new_tokens},
+        }
+
+    def _check_values(self) -> None:
         _check_names("orders", self.orders, ORDERS)
         _check_names("kinds", self.kinds, KINDS)
         for kind, limit in self.max_new_tokens.items():
@@ -126,14 +139,14 @@ class SweepConfig:
             )
 
     @classmethod
-    def parse(cls, given: Mapping) -> "SweepConfig":
+    def parse(cls, settings: Mapping) -> "SweepConfig":
         """A config from what a file holds; names that mean nothing are refused."""
-        if not isinstance(given, Mapping):
-            raise TypeError(f"the config is a {type(given).__name__}; expected names and values")
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"the config is a {type(settings).__name__}; expected names and values")
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(given) - set(known), key=str):
+        if unknown := sorted(set(settings) - set(known), key=str):
             raise ValueError(f"the config holds {unknown[0]!r}; expected some of {', '.join(known)}")
-        return cls(**given)
+        return cls(**settings)
 
     @classmethod
     def read(cls, path: str | Path) -> "SweepConfig":

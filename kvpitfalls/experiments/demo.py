@@ -11,9 +11,10 @@ from ..audits.refusal import refuses
 from ..display.progress import progress
 from ..eviction.fairness import Fair
 from ..hf.cache import KeptCache
+from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.generate import answers
 from ..hf.model import attach, detach
-from ..hf.wrap import Evict, compress_each
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 

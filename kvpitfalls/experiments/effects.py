@@ -18,12 +18,12 @@ from ..eviction.layout import Layout, Protect, listed
 from ..eviction.selection import Kept
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict, Task
+from ..hf.fork import compress_each
 from ..hf.forward import AttentionCall
 from ..hf.generate import answers
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
-from ..hf.wrap import compress_each
 from ..numbers import check_whole
 from ..policies import get_policy
 from ..policies.base import AnyPolicy

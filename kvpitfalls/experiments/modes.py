@@ -52,12 +52,12 @@ class Mode:
     is_control: bool = False
 
     @classmethod
-    def parse(cls, given: str | float) -> "Mode":
+    def parse(cls, mode: str | float) -> "Mode":
         """A mode from its name, or from a number lambda.
 
         Parameters
         ----------
-        given : str or float
+        mode : str or float
             "paper"; "random", the control: as many tokens, drawn at random; "fair_phrase" (fair+whitelist); or parts
             joined by "+": "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M
             tokens of each instruction in every head and layer; "floor" is "floor=4"); "whitelist", also called
@@ -71,23 +71,23 @@ class Mode:
         ValueError
             For anything else.
         """
-        if is_real(given):
-            if not 0 <= given <= 1:
-                raise _error(given)
-            given = f"lambda={float(given):g}"
-        given = "fair+whitelist" if given == "fair_phrase" else given
-        if given == "paper":
+        if is_real(mode):
+            if not 0 <= mode <= 1:
+                raise _error(mode)
+            mode = f"lambda={float(mode):g}"
+        mode = "fair+whitelist" if mode == "fair_phrase" else mode
+        if mode == "paper":
             return cls("paper", Fair.parse("paper"))
-        if given == "random":
+        if mode == "random":
             return cls("random", Fair(strength=0.0), is_control=True)
-        parts = _parts(given)
+        parts = _parts(mode)
         share = parts.get("share", "biased")
         floor = int(_number(share)) if share.startswith("floor=") else 0
         strength = 0.0 if floor else {"biased": 0.0, "fair": 1.0}.get(share, _number(share))
         options = {part: _number(parts[part]) for part in ("min", "defense", "directive", "sinks") if part in parts}
         weights = {name: options[name] for name in ("defense", "directive") if name in options}
         if strength > 1 or (strength == 0 and (weights or "min" in parts or "template" in parts)):
-            raise _error(given)
+            raise _error(mode)
         template = parts.get("template", "separate")
         fair = Fair(
             strength=strength, weights=weights or None, min_tokens=int(options.get("min", floor)), template=template

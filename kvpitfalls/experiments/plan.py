@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
-from ..hf.wrap import Evict
+from ..hf.evict import Evict
 from ..policies import get_policy
 from ..policies.random import Random
 from .config import SweepConfig
@@ -15,7 +15,8 @@ from .modes import Mode
 from .scenario import WAYS
 
 ALONE = ("probe", "turns")  # kinds that share no batch with others
-Requests: TypeAlias = tuple[tuple[str, str | None], ...]  # kind, and the name of the attack
+Request: TypeAlias = tuple[str, str | None]  # kind, and the name of the attack
+Requests: TypeAlias = tuple[Request, ...]
 FULL = "full"  # the mode of ratio 0, where no policy plays a part
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from ..hf.cache import KeptCache
+from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.generate import logits_after
 from ..hf.model import attach, detach
-from ..hf.wrap import Evict, compress_each
 from ..prompts.prompt import Prompt
 
 

@@ -14,10 +14,11 @@ from ..eviction.fairness import Fair
 from ..hf.cache import KeptCache, mean_kept_share
 from ..hf.chunks import Stage, cut_to
 from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.forward import AttentionCall
 from ..hf.generate import Answer, answers
 from ..hf.layer import KeptLayer
-from ..hf.wrap import Handle, compress_each
+from ..hf.wrap import Handle
 from ..prompts.prompt import Prompt, Span
 from .scenario import WAYS, Scenario, conversation
 

@@ -11,11 +11,11 @@ from ..eviction.fairness import Fair
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.generate import GREEDY
 from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
 from ..hf.offload import device_of
-from ..hf.wrap import compress_each
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks

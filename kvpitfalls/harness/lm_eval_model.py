@@ -18,11 +18,11 @@ from ..eviction.layout import read_once
 from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
+from ..hf.fork import compress_each
 from ..hf.generate import logits_after, pad_halves
 from ..hf.given_prompts import pad_left
 from ..hf.load import transformers_name
 from ..hf.model import attach
-from ..hf.wrap import compress_each
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks

@@ -42,7 +42,7 @@ class Action:
         return n_token
 
     def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
-        """The same of each layer, mean over heads."""
+        """What :meth:`limit` says, of each layer; mean over heads."""
         return [self.limit(n_token)] * n_layer
 
     def waits(self, layer: KeptLayer) -> bool:

@@ -114,7 +114,7 @@ class Evict(Action):
         return kept_tokens(n_token, self.compression_ratio, self.budget)
 
     def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
-        """The same of each layer, mean over heads."""
+        """What :meth:`limit` says, of each layer; mean over heads."""
         return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:

@@ -220,7 +220,7 @@ def _check_rows(n_run: int, n_held: int) -> None:
 
 
 def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
-    """What is wrong with ids that differ from the cache's there."""
+    """The sentence on ids whose row ``row`` differs from what the cache has seen first at ``place``."""
     where, n_prompt = f"row {row}, token {place}", cache.n_prompt
     if place >= n_prompt:
         return (

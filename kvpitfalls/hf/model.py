@@ -488,7 +488,7 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) 
 
 
 def _begin_chunk(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int, coming: Coming) -> Forward:
-    """The same of a chunk of a prompt."""
+    """The record of a forward over a chunk of a prompt; with the first chunk the cache learns what is coming."""
     n_row, n_new = _inputs(bound).shape[:2]
     coming.check_chunk(n_row, n_seen, n_new, bound.get("position_ids"))
     if not n_seen:

@@ -42,7 +42,7 @@ class Origin:
     deltas: torch.Tensor | None = None
 
     def filled_by(self, decoder: torch.nn.Module) -> "Origin":
-        """The same, of a cache that this decoder begins to fill."""
+        """This origin with ``decoder`` as the one that begins to fill the cache."""
         return replace(self._with(decoder), pieces=(), deltas=None)
 
     def _with(self, decoder: torch.nn.Module) -> "Origin":
@@ -50,7 +50,7 @@ class Origin:
         return replace(self, decoder=weakref.ref(decoder), **known)
 
     def met(self, decoder: torch.nn.Module) -> "Origin":
-        """The same, of a filled cache that is given to this decoder; raises if another one, or nobody knows which,
+        """This origin, once the filled cache is given to ``decoder``; raises if another decoder, or nobody knows which,
         filled it."""
         if self.decoder is None and self.fingerprint is None:
             raise ValueError(
@@ -108,7 +108,7 @@ class Origin:
         return torch.cat(self.pieces, 1)[:, :n_seen]
 
     def then(self, ids: torch.Tensor | None, n_seen: int) -> "Origin":
-        """The same, of a cache that had seen ``n_seen`` tokens and now has seen these, too."""
+        """This origin after ``ids``, where the cache had seen ``n_seen`` tokens before them."""
         if self.pieces is None or ids is None:
             return replace(self, pieces=None)
         pieces = self.pieces
@@ -120,7 +120,7 @@ class Origin:
         return replace(self, pieces=(*pieces, ids.detach().clone()))
 
     def rows(self, rows: list[int]) -> "Origin":
-        """The same, of a cache of these rows."""
+        """This origin for a cache of these rows of the batch."""
         moved = {}
         if self.pieces:
             whole = torch.cat(self.pieces, 1)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,8 @@ from .offload import device_of
 from .origin import Origin
 
 FORMAT, VERSION = "kvpitfalls.cache", 2  # 1: without tokens, and with fingerprints of other kinds
-_CONTENT = {"fingerprint", "layers", "spans", "valid", "peak_bytes", "tokens", "tensors"}
-_FIELD = re.compile(
-    r"layers\.(\d{1,6})\.(\w+)(\.\w+)?"
-)  # the name of a tensor: a layer's number, its field, and the key where that is a dict
+# The name of a tensor: a layer's number, its field, and the key where that is a dict.
+_FIELD = re.compile(r"layers\.(\d{1,6})\.(\w+)(\.\w+)?")
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -253,7 +252,11 @@ def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[st
     """The description of a file that is whole; it may still be none that :func:`save_cache` would write."""
     try:
         about: dict[str, Any] = json.loads(text)
-        good = set(about) == _CONTENT and about["tensors"] == sorted(tensors) and _well_formed(about)
+        good = (
+            set(about) == set(_CONTENT)
+            and about["tensors"] == sorted(tensors)
+            and all(is_good(about[field], about) for field, is_good in _CONTENT.items())
+        )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} has the tag of a cache but not its content; expected a file saved by KeptCache.save"
@@ -263,20 +266,8 @@ def _checked(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> dict[st
     return about
 
 
-def _well_formed(about: dict[str, Any]) -> bool:
-    """Whether the description has the parts, of the types, that :func:`save_cache` writes."""
-    pairs = [*about["valid"], *(span for row in about["spans"] for span in row.values())]
-    return (
-        isinstance(about["fingerprint"], str)
-        and type(about["peak_bytes"]) is int
-        and (about["tokens"] is None or _are_tokens(about["tokens"], len(about["valid"])))
-        and all(set(layer) == {"kind", "plain"} and isinstance(layer["plain"], dict) for layer in about["layers"])
-        and all(isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair) for pair in pairs)
-        and len(about["spans"]) in (0, len(about["valid"]))
-        and all(
-            (m := _FIELD.fullmatch(name)) is not None and int(m[1]) < len(about["layers"]) for name in about["tensors"]
-        )
-    )
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
 
 
 def _are_tokens(rows: object, n_row: int) -> bool:
@@ -284,6 +275,30 @@ def _are_tokens(rows: object, n_row: int) -> bool:
     if not isinstance(rows, list) or len(rows) != n_row or not all(isinstance(row, list) for row in rows):
         return False
     return len({len(row) for row in rows}) <= 1 and all(type(x) is int and 0 <= x < 2**63 for row in rows for x in row)
+
+
+def _are_layers(layers: list[dict[str, Any]]) -> bool:
+    return all(set(layer) == {"kind", "plain"} and isinstance(layer["plain"], dict) for layer in layers)
+
+
+def _are_names(names: list[str], n_layer: int) -> bool:
+    """Whether these name tensors of so many layers."""
+    matches = [_FIELD.fullmatch(name) for name in names]
+    return all(match is not None and int(match[1]) < n_layer for match in matches)
+
+
+# Field of the description -> whether it is what save_cache writes there, in this description.
+_CONTENT: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
+    "fingerprint": lambda text, about: isinstance(text, str),
+    "layers": lambda layers, about: _are_layers(layers),
+    "spans": lambda rows, about: (
+        len(rows) in (0, len(about["valid"])) and all(_is_pair(span) for row in rows for span in row.values())
+    ),
+    "valid": lambda pairs, about: all(map(_is_pair, pairs)),
+    "peak_bytes": lambda n_byte, about: type(n_byte) is int,
+    "tokens": lambda rows, about: rows is None or _are_tokens(rows, len(about["valid"])),
+    "tensors": lambda names, about: _are_names(names, len(about["layers"])),
+}
 
 
 def _fields(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[set[str]]:
@@ -297,38 +312,40 @@ def _fields(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[set
 
 def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
     """Whether a layer that was read is one that holds a compressed prompt."""
-    keys, values, pos, live = layer.keys, layer.values, layer.pos_before, layer.live_before
-    if not (
-        isinstance(keys, torch.Tensor)
-        and isinstance(values, torch.Tensor)
-        and layer.is_initialized is True
-        and layer.held is None
-    ):
+    keys, values = layer.keys, layer.values
+    if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and layer.is_initialized is True):
         return False
-    numbers = (layer.index, layer.seen, layer.bytes_before, layer.n_after)
-    if (
-        keys.ndim != 4
-        or values.shape[:3] != keys.shape[:3]
-        or len(keys) != n_row
-        or any(type(x) is not int for x in numbers)
-    ):
+    if any(type(x) is not int for x in (layer.index, layer.seen, layer.bytes_before, layer.n_after)):
         return False
-    if pos is None:
-        return layer.index == index and live is None and layer.seen == keys.shape[2]
-    prompt = layer.prompt_shape
-    return (
-        layer.index == index
-        and isinstance(prompt, tuple)
-        and len(prompt) == 3
-        and prompt[:2] == tuple(keys.shape[:2])
-        and all(type(x) is int for x in prompt)
-        and isinstance(pos, torch.Tensor)
-        and pos.dtype == torch.int64
-        and 0 <= layer.n_after <= min(keys.shape[2], layer.seen)
-        and tuple(pos.shape) == (*keys.shape[:2], keys.shape[2] - layer.n_after)
-        and (not pos.numel() or (int(pos.min()) >= 0 and int(pos.max()) < layer.seen - layer.n_after))
-        and (live is None or (isinstance(live, torch.Tensor) and live.dtype == torch.bool and live.shape == pos.shape))
-    )
+    if keys.ndim != 4 or values.shape[:3] != keys.shape[:3] or len(keys) != n_row:
+        return False
+    if layer.index != index or layer.held is not None:
+        return False
+    if layer.pos_before is None:
+        return layer.live_before is None and layer.seen == keys.shape[2]
+    return _has_prompt(layer) and _has_positions(layer)
+
+
+def _has_prompt(layer: KeptLayer) -> bool:
+    """Whether the layer says what shape its prompt had."""
+    shape = layer.prompt_shape
+    if not isinstance(shape, tuple) or len(shape) != 3 or any(type(x) is not int for x in shape):
+        return False
+    return shape[:2] == tuple(layer.keys.shape[:2])
+
+
+def _has_positions(layer: KeptLayer) -> bool:
+    """Whether each slot of the prompt has the position of a token of it, and is live or empty."""
+    pos, live, n_slot = layer.pos_before, layer.live_before, layer.keys.shape[2]
+    if not isinstance(pos, torch.Tensor) or pos.dtype != torch.int64:
+        return False
+    if not 0 <= layer.n_after <= min(n_slot, layer.seen):
+        return False
+    if tuple(pos.shape) != (*layer.keys.shape[:2], n_slot - layer.n_after):
+        return False
+    if pos.numel() and not (int(pos.min()) >= 0 and int(pos.max()) < layer.seen - layer.n_after):
+        return False
+    return live is None or (isinstance(live, torch.Tensor) and live.dtype == torch.bool and live.shape == pos.shape)
 
 
 def _put_together(layer: Any, plain: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> None:

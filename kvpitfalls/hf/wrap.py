@@ -1,22 +1,17 @@
 """Wrapping a model: one call, and its prompts are compressed."""
 
 import contextlib
-import copy
 import hashlib
-import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..display.markup import block, note
-from ..display.progress import progress
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
@@ -24,25 +19,19 @@ from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
-from ..policies import Policy, get_policy
+from ..policies import get_policy
 from ..policies.base import AnyPolicy
-from ..prompts.prompt import Instructions, Prompt
-from .action import Action, each_once
-from .arguments import cache_argument
+from ..prompts.prompt import Instructions
 from .cache import KeptCache
-from .coverage import check_model, decoder_of
+from .coverage import check_model
 from .evict import Evict
-from .forward import AttentionCall
-from .generate import GREEDY
 from .generating import chunk_sizes, chunked
-from .given_prompts import AnyPrompt, batch_of, by_name, check_ids, marked
+from .given_prompts import AnyPrompt, batch_of, by_name, marked
 from .hold import Hold
-from .layer import KeptLayer
 from .masks import valid_ranges
-from .model import attach, attachment_of, check_heads, detach, paused, put_wrap, release, take_wrap
-from .offload import device_of
+from .model import attachment_of, check_heads, paused, put_wrap, release, take_wrap
 from .origin import Origin
-from .outer import is_multimodal
+from .prefill import prefill
 from .report import Report
 
 
@@ -334,137 +323,3 @@ def _shown(protect: Protect | None) -> str:
         return repr(protect)
     array = np.asarray(torch.as_tensor(protect).cpu())
     return f"{array.dtype} {array.shape} of sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
-
-
-class Fork(Action):
-    """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
-
-    def __init__(self, caches: Sequence[KeptCache]) -> None:
-        self.caches = caches
-
-    @property
-    def _actions(self) -> list[Action]:
-        return [cache.action for cache in self.caches if cache.action is not None]
-
-    @property
-    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
-        """The most that one of them expects."""
-        return max(action.least_heads for action in self._actions)
-
-    @property
-    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        """Whether one of them does."""
-        return any(action.reads_rotary for action in self._actions)
-
-    @property
-    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        """Whether one of them does."""
-        return any(action.reads_output for action in self._actions)
-
-    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
-        """Give every cache this layer and its own eviction."""
-        for cache in self.caches:
-            twin = cache.layers[layer.index] = copy.copy(layer)
-            cache.valid = call.valid
-            action = cache.action or Action()
-            cache.spans = action.spans_of(call.keys.shape[2], call.valid, call.n_layer)
-            cache.note_peak()
-            action.after_prefill(twin, call)
-
-    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
-        """Whatever one of them does, once."""
-        return each_once(policy for action in self._actions for policy in action.asks(valid))
-
-    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
-        """Let every cache judge."""
-        for cache, action in self._asking(call.valid):
-            action.after_turn(cast(KeptLayer, cache.layers[layer.index]), call, policy)
-
-    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
-        """Let every cache evict."""
-        for cache, action in self._asking(valid):
-            action.after_turns(cast(KeptLayer, cache.layers[layer.index]), valid)
-
-    def _asking(self, valid: Sequence[tuple[int, int]]) -> list[tuple[KeptCache, Action]]:
-        both = [(cache, cache.action) for cache in self.caches if cache.action is not None]
-        return [(cache, action) for cache, action in both if action.asks(valid)]
-
-
-@torch.no_grad()
-def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evict]) -> list[KeptCache]:
-    """One prefill, one cache per setting: what ``wrap(...).compress(prompts)`` gives for each, without running the
-    model again.
-
-    Parameters
-    ----------
-    model : transformers model
-    prompts : list of Prompt
-        Padded on the left.
-    settings : list of Evict
-
-    Returns
-    -------
-    list of KeptCache
-        They can be used while the model is wrapped.
-    """
-    caches = []
-    for setting in settings:
-        batch = batch_of(model, list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, replace(setting, spans=batch.spans, protect=batch.protect)))
-    attach(model)
-    try:
-        trunk = KeptCache(model.config, Fork(caches))
-        prefill(model, trunk, batch.ids, batch.mask)
-    finally:
-        detach(model)
-    for cache in caches:
-        cache.origin = trunk.origin
-        for i, layer in enumerate(trunk.layers):
-            if not isinstance(layer, KeptLayer):
-                cache.layers[i] = copy.deepcopy(layer)
-    return caches
-
-
-def prefill(
-    model: Any,
-    cache: KeptCache,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    others: Mapping[str, Any] | None = None,
-    sizes: Sequence[int] | None = None,
-) -> None:
-    """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
-    sizes = [ids.shape[1]] if sizes is None else sizes
-    run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
-    device = device_of(module)  # before ids are looked at: it raises where there are no weights
-    others = others or {}
-    check_ids(model, ids, others)
-    inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
-    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    if run is _through_decoder:
-        run = partial(run, sizes=sizes)
-    with progress(total=len(cache.kept_layers) * len(sizes), desc="prefill, layers") as cache.progress:
-        try:
-            run(module, **inputs, use_cache=True, **cache_argument(module, cache))
-        finally:
-            cache.progress = None
-
-
-def _through_outer(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
-) -> None:
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
-
-
-def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], **others: Any) -> None:
-    if (
-        "position_ids" in inspect.signature(decoder.forward).parameters
-    ):  # some would count otherwise, such as RoBERTa from its padding id
-        real = others.get("attention_mask", torch.ones_like(input_ids)).long()
-        others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
-    mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
-    for begin, end in pairwise([0, *accumulate(sizes)]):
-        options = {} if mask is None else {"attention_mask": mask[:, :end]}
-        options |= {} if positions is None else {"position_ids": positions[:, begin:end]}
-        decoder(input_ids=input_ids[:, begin:end], **options, **others)

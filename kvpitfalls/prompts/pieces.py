@@ -78,7 +78,7 @@ def _next(text: str, end: int) -> int:
 
 
 def _goes_on(before: str, stop: re.Match[str], after: str) -> bool:
-    """Whether a sentence does, after a stop."""
+    """Whether the sentence goes on after a full stop or dots, which then do not end it."""
     after = after.lstrip(_OPENING)
     if stop["stop"] in ("...", "…") or (stop["closing"] or "").strip("*_`"):
         return after[:1].islower()

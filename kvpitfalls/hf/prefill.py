@@ -1,0 +1,63 @@
+"""The prompt's own forward: the model reads it once, and its cache does what it is there for."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from ..display.progress import progress
+from .arguments import cache_argument
+from .cache import KeptCache
+from .coverage import decoder_of
+from .generate import GREEDY
+from .given_prompts import check_ids
+from .offload import device_of
+from .outer import is_multimodal
+
+
+def prefill(
+    model: Any,
+    cache: KeptCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    others: Mapping[str, Any] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> None:
+    """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
+    sizes = [ids.shape[1]] if sizes is None else sizes
+    run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
+    device = device_of(module)  # before ids are looked at: it raises where there are no weights
+    others = others or {}
+    check_ids(model, ids, others)
+    inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
+    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    if run is _through_decoder:
+        run = partial(run, sizes=sizes)
+    with progress(total=len(cache.kept_layers) * len(sizes), desc="prefill, layers") as cache.progress:
+        try:
+            run(module, **inputs, use_cache=True, **cache_argument(module, cache))
+        finally:
+            cache.progress = None
+
+
+def _through_outer(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
+) -> None:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
+
+
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], **others: Any) -> None:
+    if (
+        "position_ids" in inspect.signature(decoder.forward).parameters
+    ):  # some would count otherwise, such as RoBERTa from its padding id
+        real = others.get("attention_mask", torch.ones_like(input_ids)).long()
+        others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+    mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
+    for begin, end in pairwise([0, *accumulate(sizes)]):
+        options = {} if mask is None else {"attention_mask": mask[:, :end]}
+        options |= {} if positions is None else {"position_ids": positions[:, begin:end]}
+        decoder(input_ids=input_ids[:, begin:end], **options, **others)
