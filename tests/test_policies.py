@@ -219,6 +219,19 @@ def test_expected_attention_is_its_formula(fair, changes):
         torch.testing.assert_close(kept.scores[row].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
+class Still(kvp.Rotary):
+    def turned(self, x, cos, sin):
+        return x
+
+
+@pytest.mark.parametrize("rotary", [kvp.Rotary(), Still()])
+def test_expected_attention_leaves_a_layers_queries_as_they_are(rotary):
+    """Also those of a layer that turns none, where what is undone are the queries themselves."""
+    queries = QUERIES.clone()
+    kvp.keep(kvp.ExpectedAttention(), KEYS, queries, values=VALUES, rotary=rotary, budget=20)
+    assert torch.equal(queries, QUERIES)
+
+
 @pytest.mark.parametrize("fair", [False, True])
 @pytest.mark.parametrize(
     "changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}]

@@ -124,12 +124,14 @@ class ExpectedAttention(Policy):
         self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float
     ) -> "torch.Tensor":
         """Logs of the attention (H, G, n) that next queries are expected to give to keys (H, 1, n, D), up to a constant
-        each. ``before`` (H, G, n, D) is changed."""
+        each, of queries ``before`` (H, G, n, D)."""
         mean = before.mean(2, keepdim=True)
         logits = (mean @ turn @ keys.mT)[:, :, 0] * scaling
         if self.use_covariance:
-            before -= mean
-            spread = turn.T @ (before.mT @ before / before.shape[2]) @ turn
+            # The layer's own queries, where it turns none: not in place. In four dimensions torch copies what is
+            # transposed.
+            flat = (before - mean).flatten(0, 1)
+            spread = (turn.T @ (flat.mT @ flat / before.shape[2]) @ turn).unflatten(0, before.shape[:2])
             spread = spread.transpose(1, 2).flatten(2)  # (H, D, G*D): one product for all query heads
             along = (keys[:, 0] @ spread).unflatten(-1, (-1, keys.shape[-1])).mul_(keys.transpose(1, 2)).sum(-1)
             logits += along.mT * (scaling**2 / 2)

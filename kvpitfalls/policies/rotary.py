@@ -56,10 +56,13 @@ class Rotary:
 
     def turned(self, x: Any, cos: Any, sin: Any) -> Any:
         """x (B, H, N, D), turned; linear in x and in the angles' cosines and sines together."""
-        import torch
-
         low, high = x.chunk(2, -1)
-        return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+        of_low, of_high = sin[:, None].chunk(2, -1)
+        turned = x * cos[:, None]
+        first, last = turned.chunk(2, -1)  # changed in place: each tensor less is as much of a long prompt as the sums
+        first.addcmul_(high, of_low, value=-1)
+        last.addcmul_(low, of_high)
+        return turned
 
     def undone(self, x: Any, positions: Any) -> Any:
         """Turned x as it was before, float32; also where a model makes it longer or shorter as it turns it."""
