@@ -10,16 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_sweep import build as build_type
 from test_fixed import DEVICES, answer, assert_same
 from tiny_models import build, feed, ids
 from tiny_policies import HELD
 
 import kvpitfalls as kvp
+from kvpitfalls.hf.forward import AttentionCall
+from kvpitfalls.hf.held_room import attention_weights
 
 POLICIES = [kvp.StreamingLLM(n_sink=2), kvp.TOVA(), kvp.H2O()]
 N_PROMPT = 14
-each_policy = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+each_policy = pytest.mark.parametrize("policy", POLICIES, ids=str)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -73,6 +74,19 @@ def test_every_step_keeps_what_the_growing_cache_keeps(llama, policy, data):
                 for position in of_row.nonzero()[0]:
                     assert all((layer.pos[row] == position).any(-1).all() for layer in fixed.kept_layers)
         assert fixed.report()["kept_share"] == growing.report()["kept_share"]
+
+
+@pytest.mark.parametrize("n_sink", range(8, 16))
+def test_sinks_may_come_after_the_prompt(llama, n_sink):
+    """Fewer tokens than sinks at first; then the budget is above, at or below the sinks."""
+    tokens = ids(2, 24).to(llama.device)
+    with torch.no_grad(), kvp.wrap(llama, kvp.StreamingLLM(n_sink), budget=13, when="always") as handle:
+        growing = handle.compress(tokens[:, :9])
+        fixed = growing.fixed(15)
+        for start in range(9, 24):
+            for cache in (growing, fixed):
+                feed(llama, tokens, [1], cache, start=start)
+            assert torch.equal(live_positions(growing), live_positions(fixed))
 
 
 @each_policy
@@ -163,9 +177,13 @@ def test_what_cannot_be_held_on_a_fixed_cache_is_refused_by_name(llama):
         llama(tokens[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="has seen tokens after its prompt"):
             cache.fixed(3)
-    latent = build_type("deepseek_v3").to(llama.device)
-    with (
-        kvp.wrap(latent, "tova", budget=9, when="always") as handle,
-        pytest.raises(ValueError, match=r"layers \[0.* make one choice for all heads"),
-    ):
-        handle.compress(tokens).fixed(3)
+    with kvp.wrap(llama, "tova", budget=9, when="always") as handle:
+        cache = handle.compress(tokens)
+        cache.kept_layers[1].shared = True  # as of latents
+        with pytest.raises(ValueError, match=r"layers \[1\] make one choice for all heads"):
+            cache.fixed(3)
+    one = torch.zeros(1, 1, 1, 4)
+    for more in ({"softcap": 2.0}, {"sinks": torch.zeros(1)}):
+        call = AttentionCall(one, one, one, valid=[(0, 1)], **more)
+        with pytest.raises(kvp.UnsupportedModelError, match="attention with a softcap or with sinks"):
+            attention_weights(call, torch.zeros(1, 1, 1))
