@@ -24,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCr
 import kvpitfalls as kvp
 from kvpitfalls.hf import one_token
 
+HELD = [(8, 16384, 4096, policy) for policy in ("streaming_llm", "tova", "h2o")]
 CASES = [(8, 16384, 0.75), (1, 32768, 0.75), (32, 8192, 0.75), (8, 4096, 0.0), (1, 4096, 0.0)]
 SMALL = {
     "vocab_size": 49152,
@@ -105,14 +106,36 @@ def busy(model, ids, cache, n_step: int = 8, mask=None) -> float:
 
 
 def measure(model, n_row: int, n_token: int, ratio: float, policy: str, n_step: int, n_round: int) -> dict:
-    prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
-    ids = torch.cat([prompt, prompt[:, :1]], 1)
-    with kvp.wrap(model, policy, compression_ratio=ratio) as handle:
-        parts = [handle.compress(prompt[row : row + 1]) for row in range(n_row)]
+    """A cache that is compressed once."""
+    ids, settings = random_ids(model, n_row, n_token), {"compression_ratio": ratio}
+    with kvp.wrap(model, policy, **settings) as handle:
+        parts = [handle.compress(ids[row : row + 1, :-1]) for row in range(n_row)]
         kept = kvp.KeptCache.join(parts)
     del parts
-    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "fixed": []}
     row = {"rows": n_row, "n": n_token, "ratio": ratio, "policy": policy}
+    return row | steps_of(model, ids, kept, policy, settings, n_step, n_round)
+
+
+def measure_held(model, n_row: int, n_token: int, budget: int, policy: str, n_step: int, n_round: int) -> dict:
+    """A cache whose budget is held; caches of single rows could not be joined."""
+    ids, settings = random_ids(model, n_row, n_token), {"budget": budget, "when": "always"}
+    with kvp.wrap(model, policy, **settings) as handle:
+        kept = handle.compress(ids[:, :-1])
+    row = {"rows": n_row, "n": n_token, "budget": budget, "policy": policy}
+    return row | steps_of(model, ids, kept, policy, settings, n_step, n_round)
+
+
+def random_ids(model, n_row: int, n_token: int) -> torch.Tensor:
+    """A prompt and one token that follows it."""
+    prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
+    return torch.cat([prompt, prompt[:, :1]], 1)
+
+
+def steps_of(model, ids, kept, policy: str, settings: dict, n_step: int, n_round: int) -> dict:
+    """Seconds of a step on every kind of cache, and of the GPU's work without a wrap."""
+    n_row, n_token = len(ids), ids.shape[1] - 1
+    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "fixed": []}
+    row = {}
     for _ in range(n_round):
         plain = random_cache(model, n_row, n_token)
         if model.device.type == "cuda" and "busy" not in row:
@@ -120,7 +143,7 @@ def measure(model, n_row: int, n_token: int, ratio: float, policy: str, n_step: 
             plain.crop(n_token - plain.get_seq_length())
         steps["unwrapped"].append(generate(model, ids, plain, n_step))
         del plain
-        with kvp.wrap(model, policy, compression_ratio=ratio):
+        with kvp.wrap(model, policy, **settings):
             steps["growing"].append(generate(model, ids, copy.deepcopy(kept), n_step))
             steps["fixed"].append(generate(model, ids, kept.fixed(n_step + 1), n_step))
     return row | {name: statistics.median(seconds) for name, seconds in steps.items()}
@@ -145,12 +168,12 @@ def measure_padded(model, n_row: int, n_token: int, ratio: float, policy: str) -
 
 def show(row: dict) -> None:
     """One line."""
+    kept = f"r={row['ratio']:<5}" if "ratio" in row else f"{row['budget']} held by {row['policy']}"
+    where = f"{row['rows']:3d} rows, n={row['n']:<6} {kept}"
     if "ours" in row:
         ours, theirs = row["ours"] * 1e3, row["transformers"] * 1e3
-        where = f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} padded, growing"
-        print(
-            f"{where}: busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})", flush=True
-        )
+        both = f"busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})"
+        print(f"{where} padded, growing: {both}", flush=True)
         return
     against = {"unwrapped, busy": row.get("busy"), "unwrapped": row["unwrapped"], "growing": row["growing"]}
     parts = [
@@ -158,11 +181,7 @@ def show(row: dict) -> None:
         for name, seconds in against.items()
         if seconds
     ]
-    print(
-        f"{row['rows']:3d} rows, n={row['n']:<6} r={row['ratio']:<5} fixed {row['fixed'] * 1e3:8.2f} ms   "
-        f"{'   '.join(parts)}",
-        flush=True,
-    )
+    print(f"{where} fixed {row['fixed'] * 1e3:8.2f} ms   {'   '.join(parts)}", flush=True)
 
 
 def main():
@@ -172,7 +191,8 @@ def main():
     )
     parser.add_argument("--cases", nargs="+", metavar="ROWS,TOKENS,RATIO", help="instead of the usual ones")
     parser.add_argument("--padded", action="store_true", help="a padded batch on a growing cache instead")
-    parser.add_argument("--policy", default="snapkv")
+    parser.add_argument("--held", action="store_true", help="budgets that are held while generating instead")
+    parser.add_argument("--policy", default="snapkv", help="but for --held, which has its own")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
@@ -184,12 +204,19 @@ def main():
         cases = [
             (int(rows), int(tokens), float(ratio)) for rows, tokens, ratio in (case.split(",") for case in args.cases)
         ]
+    often = (args.steps, args.rounds)
+    if args.held:
+        held = [(8, 4096, 1024, policy) for *_, policy in HELD] if args.small else HELD
+        calls = [(measure_held, *case, *often) for case in held]
+    elif args.padded:
+        calls = [(measure_padded, *case, args.policy) for case in (cases if args.cases else [(8, 8192, 0.5)])]
+    else:
+        calls = [(measure, *case, args.policy, *often) for case in cases]
     rows = []
     with torch.inference_mode():
         model = build(args.small)
-        for case in [(8, 8192, 0.5)] if args.padded and not args.cases else cases:
-            how = (args.policy,) if args.padded else (args.policy, args.steps, args.rounds)
-            rows.append((measure_padded if args.padded else measure)(model, *case, *how))
+        for run, *how in calls:
+            rows.append(run(model, *how))
             show(rows[-1])
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

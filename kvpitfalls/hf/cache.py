@@ -149,7 +149,9 @@ class KeptCache(DynamicCache):
         """This cache with room for new tokens, for fast decoding: they are written in place, and a GPU runs each step
         as one CUDA graph.
 
-        Answers are those of this cache, which stays as it is. Give the result to ``generate``, inside the wrap.
+        Answers are those of this cache, which stays as it is. Give the result to ``generate``, inside the wrap. A
+        budget that is held (``when="always"``, with ``"streaming_llm"``, ``"tova"`` or ``"h2o"``, not fair) stays held:
+        each new token takes the slot of one that the policy lets go, so memory does not depend on ``max_new_tokens``.
 
         Parameters
         ----------
@@ -166,12 +168,15 @@ class KeptCache(DynamicCache):
         Raises
         ------
         ValueError
-            If the cache is empty, has seen tokens after its prompt, holds its budget while generating, or has layers
-            that are not compressed.
+            If the cache is empty, has seen tokens after its prompt, or has layers that are not compressed. If its
+            budget is held by ``when="decode"``, another policy or fairness, or for all heads of a layer at once.
+        UnsupportedModelError
+            By a step that judges tokens by an attention with a softcap or sinks, under a held budget.
         """
         from .fixed import FixedCache
+        from .held_fixed import HeldFixedCache
 
-        return FixedCache(self, max_new_tokens, use_graph)
+        return (HeldFixedCache if self.is_held else FixedCache)(self, max_new_tokens, use_graph)
 
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":

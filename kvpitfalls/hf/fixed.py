@@ -1,6 +1,7 @@
 """Decoding on a cache of fixed size: what eviction left first, then room for new tokens, written in place."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,6 +51,14 @@ class Room:
         """Give the last ``n`` slots back."""
         self.at -= n
         self.visible.index_fill_(2, self.at + torch.arange(n, device=self.at.device), False)
+
+    def move(self, rows: Callable) -> None:
+        """Batch rows move, and the memory stays."""
+        self.visible.copy_(rows(self.visible))
+
+    def replace(self, rows: Callable) -> None:
+        """Other batch rows, in other memory."""
+        self.visible = rows(self.visible)
 
 
 class FixedLayer(KeptLayer):
@@ -171,12 +180,15 @@ class FixedCache(KeptCache):
     def __init__(self, cache: KeptCache, n_room: int, use_graph: bool):
         _check(cache, n_room)
         vars(self).update({name: value for name, value in vars(cache).items() if name != "layers"})
-        kept_layers = cache.kept_layers
-        self.layers = [FixedLayer(layer, _n_free(layer, n_room)) for layer in kept_layers]
         self.n_room, self.n_before, self.use_graph = n_room, cache.n_seen, use_graph
-        self.rooms: list[Room] = []
-        for layer, kept in zip(self.layers, kept_layers, strict=True):
-            layer.room = self._room_for(_visible(kept, self.valid, _n_free(kept, n_room)), kept)
+        self.rooms: list[Any] = []
+        self._make_layers(cache.kept_layers)
+
+    def _make_layers(self, kept_layers: list[KeptLayer]) -> None:
+        n_free = [free_slots(kept.keys.shape[2], self.n_room) for kept in kept_layers]
+        self.layers = [FixedLayer(kept, n) for kept, n in zip(kept_layers, n_free, strict=True)]
+        for layer, kept, n in zip(self.layers, kept_layers, n_free, strict=True):
+            layer.room = self._room_for(_visible(kept, self.valid, n), kept)
 
     def _room_for(self, visible: torch.Tensor, kept: KeptLayer) -> Room:
         n_kept = kept.keys.shape[2]
@@ -278,7 +290,7 @@ class FixedCache(KeptCache):
         for layer in self.layers:
             layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
         for room in self.rooms:
-            room.visible.copy_(room.visible[beam_idx.to(room.visible.device)])
+            room.move(lambda x: x[beam_idx.to(x.device)])
         KeptCache._map_rows(self, beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -294,7 +306,7 @@ class FixedCache(KeptCache):
     def _replace_rooms(self, rows: Callable) -> None:
         self.graph = None  # it is of the old memory
         for room in self.rooms:
-            room.visible = rows(room.visible)
+            room.replace(rows)
 
 
 def _check(cache: KeptCache, n_room: int) -> None:
@@ -306,18 +318,16 @@ def _check(cache: KeptCache, n_room: int) -> None:
         )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    if cache.is_held:
-        raise ValueError("the cache holds its budget while generating; expected one of a wrap with when='prefill'")
-    if any(layer.n_after if layer.is_evicted else layer.seen != cache.n_prompt for layer in cache.kept_layers):
+    is_cut_once = not cache.is_held  # a held layer is cut again when tokens came, and counts them from there
+    if any(x.n_after if is_cut_once and x.is_evicted else x.seen != cache.n_prompt for x in cache.kept_layers):
         raise ValueError(
             "the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt"
         )
 
 
-def _n_free(layer: KeptLayer, n_room: int) -> int:
+def free_slots(n_kept: int, n_room: int) -> int:
     """Slots behind the kept ones: ``n_room`` and as many more as make 16 divide them all, which kernels of attention
     want."""
-    n_kept = layer.keys.shape[2]
     return -(-(n_kept + n_room) // _SLOTS) * _SLOTS - n_kept
 
 

@@ -11,7 +11,7 @@ slots become empty ones.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from .evict import Evict
 from .forward import AttentionCall
 from .layer import KeptLayer
 from .slot_scores import best_first, inputs_of, over_heads, received
+
+if TYPE_CHECKING:
+    from .held_fixed import HeldLayer
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,14 @@ class Held:
             ages = ages - since[:, None].expand(-1, pos.shape[1], -1).gather(2, place)
         return ages.clamp(min=1)  # of empty slots
 
+    def shields(self, pos: torch.Tensor) -> torch.Tensor | None:
+        """Which of the tokens at ``pos`` (B, H, S) are protected, bool; None: no token is."""
+        if (mask := self.layout.mask) is None:
+            return None
+        of_rows = torch.from_numpy(mask).bool()[self.rows].to(pos.device)
+        shielded = torch.nn.functional.pad(of_rows, (0, 1))  # one more column, for all that came later
+        return shielded[:, None].expand(*pos.shape[:2], -1).gather(2, pos.clamp(max=self.layout.n_token))
+
     @property
     def starts(self) -> torch.Tensor:
         """Per row, the first slot that is not judged by what is carried: after the prompt if fair, else the first
@@ -135,6 +146,11 @@ class Hold(Evict):
     def limit(self, n_token: int) -> int:
         """Budget of a row whose prompt has ``n_token`` real tokens."""
         return self.budget if self.budget is not None else kept_tokens(n_token, self.compression_ratio)
+
+    def limits_of(self, held: Held) -> torch.Tensor:
+        """The same of each row, LongTensor (B,)."""
+        valid = held.layout.valid
+        return torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()])
 
     def waits(self, layer: KeptLayer) -> bool:
         """True for when="decode" until a later forward."""
@@ -193,6 +209,9 @@ class Hold(Evict):
 
     def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
         """After a later forward."""
+        if layer.is_fixed:
+            cast("HeldLayer", layer).after_step(call)
+            return
         n_new = call.queries.shape[2]
         held = layer.held.then(layer.seen, n_new, call.newest)
         if held.carried is not None:
@@ -208,13 +227,12 @@ class Hold(Evict):
             votes = _votes_on(held.starts, n_real, layer.keys.shape[2])
             layer.held = replace(held, carried=held.carried + received(call, held.front, votes))
         self._cut(layer, call)
+        layer.settle()
 
     def _cut(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Down to the budget."""
         held, n_slot = layer.held, layer.keys.shape[2]
-        valid = held.layout.valid
-        limits = torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()])
-        n_kept = torch.minimum(n_slot - held.front, limits)
+        n_kept = torch.minimum(n_slot - held.front, self.limits_of(held))
         if bool((n_kept == n_slot - held.front).all()) and not bool(held.front.all()):
             return
         edges = torch.cat(
@@ -273,17 +291,10 @@ class Hold(Evict):
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
             scores = torch.where(of_prompt, carried, scores)
-        pos, mask = pos[:, : scores.shape[1]], held.layout.mask
-        if mask is not None:
-            scores = self._shielded(scores, pos, mask, held)
+        pos = pos[:, : scores.shape[1]]
+        if (shielded := held.shields(pos)) is not None:
+            scores = scores.masked_fill(shielded, torch.inf)
         return scores if self.is_fair or not self.fair.min_tokens else self._with_floors(scores, pos, held)
-
-    def _shielded(self, scores: torch.Tensor, pos: torch.Tensor, mask: np.ndarray, held: Held) -> torch.Tensor:
-        """Protected tokens above all."""
-        of_rows = torch.from_numpy(mask).bool()[held.rows].to(pos.device)
-        shielded = torch.nn.functional.pad(of_rows, (0, 1))  # one more column, for all that came later
-        shielded = shielded[:, None].expand(*pos.shape[:2], -1).gather(2, pos.clamp(max=held.layout.n_token))
-        return scores.masked_fill(shielded, torch.inf)
 
     def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
         """The best of each instruction above all, as many as its floor says."""

@@ -273,6 +273,9 @@ class KeptLayer(DynamicLayer):
             pos.gather(2, positions), None if not bool(front.any()) else ~empty[:, None].expand(*positions.shape)
         )
 
+    def settle(self) -> None:
+        """Called when its budget is held again; see :class:`.held_fixed.GrowingTwin`."""
+
     def get_seq_length(self, *args) -> int:
         """The logical length."""
         return self.seen
