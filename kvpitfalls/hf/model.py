@@ -52,7 +52,7 @@ class _Attachment:
         self.others: list[Around] = []
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
         self.cache_name, self.signature = cache_name(decoder), inspect.signature(decoder.forward)
-        self.takes_more = any(x.kind is x.VAR_KEYWORD for x in self.signature.parameters.values())
+        self.rest = next((x.name for x in self.signature.parameters.values() if x.kind is x.VAR_KEYWORD), None)
         self.namespaces = stand_ins.globals_of(self.own)
         self.around = Around(decoder, "forward", _armed)
         stand_ins.put(self.namespaces, attention_around)
@@ -79,14 +79,11 @@ class _Attachment:
 
     def bind(self, args, kwargs) -> dict:
         """The arguments of the decoder's forward by name."""
-        if not args and self.takes_more:
+        if not args and self.rest is not None:
             return dict(kwargs)
-        bound = self.signature.bind_partial(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        for name, parameter in self.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
-        return arguments
+        arguments = dict(self.signature.bind_partial(*args, **kwargs).arguments)
+        more = arguments.pop(self.rest, {})  # the parameter that takes what no other does
+        return {**arguments, **more}
 
     def with_cache(self, args: tuple, kwargs: dict, cache) -> tuple[tuple, dict]:
         """The same arguments, but with this cache."""
