@@ -82,8 +82,9 @@ class _Attachment:
         if not args and self.rest is not None:
             return dict(kwargs)
         arguments = dict(self.signature.bind_partial(*args, **kwargs).arguments)
-        more = arguments.pop(self.rest, {})  # the parameter that takes what no other does
-        return {**arguments, **more}
+        if self.rest is not None:
+            arguments.update(arguments.pop(self.rest, {}))
+        return arguments
 
     def with_cache(self, args: tuple, kwargs: dict, cache) -> tuple[tuple, dict]:
         """The same arguments, but with this cache."""
