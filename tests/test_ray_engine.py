@@ -91,7 +91,7 @@ def test_a_sweep_begun_here_goes_on_on_two_workers_that_are_killed(local, model,
 def session():
     import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning")
+    ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, logging_level="warning")
     yield
     ray.shutdown()
 
@@ -106,6 +106,15 @@ def test_a_worker_that_is_otherwise_refuses(model, local, session):
         next(one_batch(model, same))
     with pytest.raises(ValueError, match="workers is 2, but Ray is running in this process already"):
         next(ray_engine.run_ray(small(model), load_corpus(), [], {}, 2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_worker_keeps_its_model_from_batch_to_batch(session, device):
+    """A GPU's, too: the session is told that there is one."""
+    import ray
+
+    task = ray_engine._task(device, lambda: os.getpid())
+    assert len({ray.get(task.remote()) for _ in range(3)}) == 1
 
 
 def test_a_batch_that_kills_every_worker_is_one_sentence(model, local, session, monkeypatch):

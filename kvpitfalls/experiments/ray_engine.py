@@ -9,7 +9,7 @@ keeps it for the next.
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,13 +84,21 @@ def run_ray(
         here = {} if workers is None else {"address": "local", "num_cpus": workers}
         ray.init(include_dashboard=False, logging_level=logging.WARNING, **here)
     try:
-        task = ray.remote(num_cpus=1, num_gpus=int(config.device == "cuda"), max_retries=RETRIES)(_run)
+        task = _task(config.device, _run)
         shared = ray.put((config, corpus, same, torch.get_num_threads()))
         for result in [task.remote(shared, batch) for batch in batches]:
             yield _get(result)
     finally:
         if started:
             ray.shutdown()
+
+
+def _task(device: str, function: Callable) -> Any:
+    """A function that Ray's workers run, as often as they live: else Ray ends one that had a GPU after each call, and
+    the next loads the model anew."""
+    import ray
+
+    return ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=RETRIES, max_calls=0)(function)
 
 
 def _get(result) -> list[dict]:
