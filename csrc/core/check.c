@@ -22,13 +22,15 @@ enum {
 #undef KVP_DTYPE
 };
 
+/* What an argument is; TABLE: small numbers, which the host reads on every device. */
+enum { OPTIONAL = 0, REQUIRED = 1, OUTPUT = 2, TABLE = 4 };
+
 typedef struct rule {
     const char *name;
     const kvp_tensor *tensor;
     const char *letters;
     int dtypes;
-    bool required, output;
-    bool table; /* small numbers, which the host reads on every device */
+    int flags;
 } rule;
 
 typedef struct binding {
@@ -94,7 +96,7 @@ static bool is_spread_out(const kvp_tensor *t) {
 }
 
 static kvp_status check_device(const rule *r, binding *bound, kvp_context *ctx) {
-    if (r->table) {
+    if (r->flags & TABLE) {
         if (r->tensor->device == KVP_CPU) return KVP_OK;
         return kvpi_fail(ctx, KVP_ERR_DEVICE,
                          "%s is on device %d:%d; expected it in host memory, whatever the others' device", r->name,
@@ -131,7 +133,7 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
     for (size_t i = 0; i < n_rule; i++) {
         const rule *r = &rules[i];
         if (!r->tensor->data) {
-            if (r->required)
+            if (r->flags & REQUIRED)
                 return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is missing; expected a tensor (%s)", r->name, r->letters);
             continue;
         }
@@ -140,7 +142,7 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
                              (int)r->tensor->ndim, r->tensor->ndim == 1 ? "" : "s", strlen(r->letters), r->letters);
         KVPI_TRY(check_dtype(r, ctx));
         KVPI_TRY(check_extent(r, ctx));
-        if (r->output && !is_spread_out(r->tensor))
+        if ((r->flags & OUTPUT) && !is_spread_out(r->tensor))
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s is written to, but its strides make elements share memory",
                              r->name);
         KVPI_TRY(check_device(r, bound, ctx));
@@ -222,7 +224,7 @@ static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
  * of rule o may be the start of the input in_place_of[o], where one is named. */
 static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
     for (size_t o = 0; o < n_rule; o++) {
-        for (size_t i = 0; rules[o].output && i < n_rule; i++) {
+        for (size_t i = 0; (rules[o].flags & OUTPUT) && i < n_rule; i++) {
             if (i == o || !rules[i].tensor->data || !memory_overlaps(rules[o].tensor, rules[i].tensor)) continue;
             const rule *own = in_place_of ? in_place_of[o] : NULL;
             if (own == &rules[i] && is_start_of(rules[o].tensor, rules[i].tensor)) continue;
@@ -244,6 +246,8 @@ static kvp_status check_size(uint32_t size, size_t expected, const char *what, k
     if (size == expected) return KVP_OK;
     return kvpi_fail(ctx, KVP_ERR_VALUE, "size is %u; expected %zu, sizeof(%s)", (unsigned)size, expected, what);
 }
+
+static int asked(const kvpi_scorer *scorer, int need) { return scorer->needs & need ? REQUIRED : OPTIONAL; }
 
 /* What a scorer asks of the queries, the votes and its parameters; both may be missing where it needs none. */
 static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys, const kvp_tensor *queries,
@@ -287,15 +291,14 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
     if (!scorer)
         return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer,
                          KVPI_SCORER_COUNT - 1);
-    const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
-        {"values", &args->values, "BHTC", FLOATS, (scorer->needs & KVP_NEEDS_VALUES) != 0, false, false},
-        {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
-        {"votes", &args->votes, "BVF", I32, votes, false, true},
-        {"valid", &args->valid, "BR", I32, false, false, true},
-        {"lse", &args->lse, "BNQ", F32, false, false, false},
-        {"scores", &args->scores, "BHT", F32, true, true, false},
+        {"keys", &args->keys, "BHTD", FLOATS, REQUIRED},
+        {"values", &args->values, "BHTC", FLOATS, asked(scorer, KVP_NEEDS_VALUES)},
+        {"queries", &args->queries, "BNQD", FLOATS, asked(scorer, KVP_NEEDS_QUERIES)},
+        {"votes", &args->votes, "BVF", I32, asked(scorer, KVP_NEEDS_VOTES) | TABLE},
+        {"valid", &args->valid, "BR", I32, TABLE},
+        {"lse", &args->lse, "BNQ", F32, OPTIONAL},
+        {"scores", &args->scores, "BHT", F32, REQUIRED | OUTPUT},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -307,13 +310,13 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx) {
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_select_args", ctx));
     const rule rules[] = {
-        {"scores", &args->scores, "BHT", F32, true, false, false},
-        {"segments", &args->segments, "BE", I32, true, false, true},
-        {"quotas", &args->quotas, "BHS", I32, true, false, true},
-        {"protect", &args->protect, "BT", U8, false, false, false},
-        {"valid", &args->valid, "BR", I32, false, false, true},
-        {"positions", &args->positions, "BHK", I32, true, true, false},
-        {"counts", &args->counts, "BH", I32, true, true, false},
+        {"scores", &args->scores, "BHT", F32, REQUIRED},
+        {"segments", &args->segments, "BE", I32, REQUIRED | TABLE},
+        {"quotas", &args->quotas, "BHS", I32, REQUIRED | TABLE},
+        {"protect", &args->protect, "BT", U8, OPTIONAL},
+        {"valid", &args->valid, "BR", I32, TABLE},
+        {"positions", &args->positions, "BHK", I32, REQUIRED | OUTPUT},
+        {"counts", &args->counts, "BH", I32, REQUIRED | OUTPUT},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -324,11 +327,11 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_gather_args", ctx));
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
-        {"values", &args->values, "BHTC", FLOATS, true, false, false},
-        {"positions", &args->positions, "BHK", I32, true, false, false},
-        {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
-        {"out_values", &args->out_values, "BHKC", FLOATS, true, true, false},
+        {"keys", &args->keys, "BHTD", FLOATS, REQUIRED},
+        {"values", &args->values, "BHTC", FLOATS, REQUIRED},
+        {"positions", &args->positions, "BHK", I32, REQUIRED},
+        {"out_keys", &args->out_keys, "BHKD", FLOATS, REQUIRED | OUTPUT},
+        {"out_values", &args->out_values, "BHKC", FLOATS, REQUIRED | OUTPUT},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -344,21 +347,20 @@ kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
     if (!scorer)
         return kvpi_fail(ctx, KVP_ERR_VALUE, "scorer is %d; expected 0 to %d", (int)args->scorer,
                          KVPI_SCORER_COUNT - 1);
-    const bool queries = scorer->needs & KVP_NEEDS_QUERIES, votes = scorer->needs & KVP_NEEDS_VOTES;
     const rule rules[] = {
-        {"keys", &args->keys, "BHTD", FLOATS, true, false, false},
-        {"values", &args->values, "BHTC", FLOATS, true, false, false},
-        {"out_keys", &args->out_keys, "BHKD", FLOATS, true, true, false},
-        {"out_values", &args->out_values, "BHKC", FLOATS, true, true, false},
-        {"queries", &args->queries, "BNQD", FLOATS, queries, false, false},
-        {"votes", &args->votes, "BVF", I32, votes, false, true},
-        {"valid", &args->valid, "BR", I32, false, false, true},
-        {"lse", &args->lse, "BNQ", F32, false, false, false},
-        {"segments", &args->segments, "BE", I32, true, false, true},
-        {"quotas", &args->quotas, "BHS", I32, true, false, true},
-        {"protect", &args->protect, "BT", U8, false, false, false},
-        {"positions", &args->positions, "BHK", I32, true, true, false},
-        {"counts", &args->counts, "BH", I32, true, true, false},
+        {"keys", &args->keys, "BHTD", FLOATS, REQUIRED},
+        {"values", &args->values, "BHTC", FLOATS, REQUIRED},
+        {"out_keys", &args->out_keys, "BHKD", FLOATS, REQUIRED | OUTPUT},
+        {"out_values", &args->out_values, "BHKC", FLOATS, REQUIRED | OUTPUT},
+        {"queries", &args->queries, "BNQD", FLOATS, asked(scorer, KVP_NEEDS_QUERIES)},
+        {"votes", &args->votes, "BVF", I32, asked(scorer, KVP_NEEDS_VOTES) | TABLE},
+        {"valid", &args->valid, "BR", I32, TABLE},
+        {"lse", &args->lse, "BNQ", F32, OPTIONAL},
+        {"segments", &args->segments, "BE", I32, REQUIRED | TABLE},
+        {"quotas", &args->quotas, "BHS", I32, REQUIRED | TABLE},
+        {"protect", &args->protect, "BT", U8, OPTIONAL},
+        {"positions", &args->positions, "BHK", I32, REQUIRED | OUTPUT},
+        {"counts", &args->counts, "BH", I32, REQUIRED | OUTPUT},
     };
     enum { N_RULE = sizeof rules / sizeof rules[0] };
     const rule *const in_place_of[N_RULE] = {NULL, NULL, &rules[0], &rules[1]};

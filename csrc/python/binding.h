@@ -32,13 +32,15 @@ typedef struct kvpb_registry {
     kvp_status (*register_backend)(const kvp_backend *backend);
 } kvpb_registry;
 
+/* An optional one may be None, which leaves data == NULL; an output must be writable. */
+typedef enum kvpb_kind { KVPB_INPUT, KVPB_OPTIONAL, KVPB_OUTPUT } kvpb_kind;
+
 /* One tensor argument: what it is called, what it may be, and where its view goes. */
 typedef struct kvpb_slot {
     const char *name;
     const char *dtypes; /* in words, for messages; the core decides */
     size_t offset;      /* of its kvp_tensor in the verb's struct */
-    bool optional;      /* None leaves data == NULL */
-    bool output;        /* must be writable */
+    kvpb_kind kind;
 } kvpb_slot;
 
 /*

@@ -89,7 +89,7 @@ PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *l
     PyObject *array = new_numpy(wanted, (PyArrayObject *)like);
     if (!array) return NULL;
     kvpb_loans none = {.n_capsule = 0};
-    const kvpb_slot slot = {wanted->name, "one of the core's", 0, false, true};
+    const kvpb_slot slot = {wanted->name, "one of the core's", 0, KVPB_OUTPUT};
     if (kvpb_view(state, &slot, array, tensor, &none) == 0) return array;
     Py_DECREF(array);
     return NULL;

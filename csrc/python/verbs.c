@@ -34,37 +34,37 @@ static const verb_spec score_spec = {
     "score",
     KVP_SCORE,
     7,
-    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_score_args, keys), false, false},
-     {"values", KVP_FLOAT_NAMES, offsetof(kvp_score_args, values), true, false},
-     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_score_args, queries), true, false},
-     {"votes", "int32", offsetof(kvp_score_args, votes), true, false},
-     {"valid", "int32", offsetof(kvp_score_args, valid), true, false},
-     {"lse", "float32", offsetof(kvp_score_args, lse), true, false},
-     {"scores", "float32", offsetof(kvp_score_args, scores), false, true}},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_score_args, keys), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_score_args, values), KVPB_OPTIONAL},
+     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_score_args, queries), KVPB_OPTIONAL},
+     {"votes", "int32", offsetof(kvp_score_args, votes), KVPB_OPTIONAL},
+     {"valid", "int32", offsetof(kvp_score_args, valid), KVPB_OPTIONAL},
+     {"lse", "float32", offsetof(kvp_score_args, lse), KVPB_OPTIONAL},
+     {"scores", "float32", offsetof(kvp_score_args, scores), KVPB_OUTPUT}},
 };
 
 static const verb_spec select_spec = {
     "select",
     KVP_SELECT,
     7,
-    {{"scores", "float32", offsetof(kvp_select_args, scores), false, false},
-     {"segments", "int32", offsetof(kvp_select_args, segments), false, false},
-     {"quotas", "int32", offsetof(kvp_select_args, quotas), false, false},
-     {"protect", "uint8 or bool", offsetof(kvp_select_args, protect), true, false},
-     {"valid", "int32", offsetof(kvp_select_args, valid), true, false},
-     {"positions", "int32", offsetof(kvp_select_args, positions), false, true},
-     {"counts", "int32", offsetof(kvp_select_args, counts), false, true}},
+    {{"scores", "float32", offsetof(kvp_select_args, scores), KVPB_INPUT},
+     {"segments", "int32", offsetof(kvp_select_args, segments), KVPB_INPUT},
+     {"quotas", "int32", offsetof(kvp_select_args, quotas), KVPB_INPUT},
+     {"protect", "uint8 or bool", offsetof(kvp_select_args, protect), KVPB_OPTIONAL},
+     {"valid", "int32", offsetof(kvp_select_args, valid), KVPB_OPTIONAL},
+     {"positions", "int32", offsetof(kvp_select_args, positions), KVPB_OUTPUT},
+     {"counts", "int32", offsetof(kvp_select_args, counts), KVPB_OUTPUT}},
 };
 
 static const verb_spec gather_spec = {
     "gather",
     KVP_GATHER,
     5,
-    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, keys), false, false},
-     {"values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, values), false, false},
-     {"positions", "int32", offsetof(kvp_gather_args, positions), false, false},
-     {"out_keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_keys), false, true},
-     {"out_values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_values), false, true}},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, keys), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, values), KVPB_INPUT},
+     {"positions", "int32", offsetof(kvp_gather_args, positions), KVPB_INPUT},
+     {"out_keys", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_keys), KVPB_OUTPUT},
+     {"out_values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_values), KVPB_OUTPUT}},
 };
 
 /* Its outputs are made here, and so they are no arguments. */
@@ -72,15 +72,15 @@ static const verb_spec press_spec = {
     "press",
     KVP_PRESS,
     9,
-    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_press_args, keys), false, false},
-     {"values", KVP_FLOAT_NAMES, offsetof(kvp_press_args, values), false, false},
-     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_press_args, queries), true, false},
-     {"votes", "int32", offsetof(kvp_press_args, votes), true, false},
-     {"valid", "int32", offsetof(kvp_press_args, valid), true, false},
-     {"lse", "float32", offsetof(kvp_press_args, lse), true, false},
-     {"segments", "int32", offsetof(kvp_press_args, segments), false, false},
-     {"quotas", "int32", offsetof(kvp_press_args, quotas), false, false},
-     {"protect", "uint8 or bool", offsetof(kvp_press_args, protect), true, false}},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_press_args, keys), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_press_args, values), KVPB_INPUT},
+     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_press_args, queries), KVPB_OPTIONAL},
+     {"votes", "int32", offsetof(kvp_press_args, votes), KVPB_OPTIONAL},
+     {"valid", "int32", offsetof(kvp_press_args, valid), KVPB_OPTIONAL},
+     {"lse", "float32", offsetof(kvp_press_args, lse), KVPB_OPTIONAL},
+     {"segments", "int32", offsetof(kvp_press_args, segments), KVPB_INPUT},
+     {"quotas", "int32", offsetof(kvp_press_args, quotas), KVPB_INPUT},
+     {"protect", "uint8 or bool", offsetof(kvp_press_args, protect), KVPB_OPTIONAL}},
 };
 
 /* Whatever returns an int returns 0, or -1 with an exception set. */
@@ -159,7 +159,7 @@ static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject
 /* The caller's buffer. The core checks size and alignment, but cannot know where a bare pointer points. */
 static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_tensor *first, kvp_context *ctx,
                           kvpb_loans *loans) {
-    static const kvpb_slot slot = {"workspace", "uint8", 0, false, true};
+    static const kvpb_slot slot = {"workspace", "uint8", 0, KVPB_OUTPUT};
     kvp_tensor buffer;
     if (kvpb_view(state, &slot, object, &buffer, loans) < 0) return -1;
     if (buffer.dtype != KVP_U8) {

@@ -67,7 +67,7 @@ static void refuse_borrow(const kvpb_slot *slot) {
 }
 
 static int check_writable(const kvpb_slot *slot, bool writable) {
-    if (writable || !slot->output) return 0;
+    if (writable || slot->kind != KVPB_OUTPUT) return 0;
     PyErr_Format(PyExc_ValueError, "%s is read-only; expected an array that can be written to", slot->name);
     return -1;
 }
@@ -275,7 +275,7 @@ static int view_protocol(const kvpb_state *state, const kvpb_slot *slot, PyObjec
 int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans) {
     const kvpb_dl_api *api;
     memset(tensor, 0, sizeof *tensor);
-    if (object == Py_None && slot->optional) return 0;
+    if (object == Py_None && slot->kind == KVPB_OPTIONAL) return 0;
     if (PyArray_Check(object)) return view_numpy(slot, (PyArrayObject *)object, tensor);
     if (kvpb_find_exchange_api(state, object, &api) < 0) return -1;
     if (api) return view_exchange(slot, api, object, tensor, loans);

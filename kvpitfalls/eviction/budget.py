@@ -61,7 +61,7 @@ def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: in
 def apportion(
     total: int,
     lengths: Sequence[int],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Fraction] | None = None,
     floors: Sequence[int] | None = None,
     payers: Sequence[bool] | None = None,
 ) -> list[int]:

@@ -8,10 +8,10 @@ instruction come first. Protection is of the prompt's tokens. Padding between th
 slots become empty ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from ..eviction import ops
 from ..eviction.allocation import UNIFORM
 from ..eviction.budget import apportion, kept_tokens
-from ..eviction.layout import Layout
+from ..eviction.layout import Layout, Split
 from ..eviction.selection import check_room, rank
 from ..policies import Vote
 from .evict import Evict
@@ -254,20 +254,11 @@ class Hold(Evict):
     def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still
         has."""
-        held, quotas = layer.held, []
-        split = held.layout.split(self.fair)
-        segments, weights, names = split.segments, split.weights, split.names
-        each = (held.rows.tolist(), held.front.tolist(), held.counts.tolist(), held.n_came(layer.seen), n_kept)
-        for row, front, counts, n_came, total in zip(*each, strict=True):
-            ever = [end - begin for begin, end in segments[row]] + [0] * (len(counts) - len(segments[row]))
-            now = [*counts, layer.keys.shape[2] - front - sum(counts)]
-            ever.append(n_came)
-            n_absent = len(counts) - len(segments[row])  # other rows have more segments
-            share = [*weights[row], *[0] * n_absent, 1]
-            unmarked = [*[name is None for name in names[row]], *[False] * n_absent, True]
-            rates = [Fraction(w) * n / have if have else 0 for w, n, have in zip(share, ever, now, strict=True)]
-            floors = [*split.floors[row], *[0] * n_absent, min(1, now[-1])]  # the newest token stays
-            quotas.append(apportion(total, now, rates, floors, unmarked))
+        quotas = []
+        for segments, total in zip(_segments(layer, layer.held.layout.split(self.fair)), n_kept, strict=True):
+            rates = [Fraction(x.weight) * x.n_had / x.n_has if x.n_has else 0 for x in segments]
+            _, n_has, _, floors, unmarked = zip(*segments, strict=True)
+            quotas.append(apportion(total, n_has, rates, floors, unmarked))
         return torch.tensor(quotas)
 
     def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
@@ -301,6 +292,34 @@ class Hold(Evict):
         split = held.layout.split(self.fair)
         edges, floors = (torch.tensor(x)[held.rows] for x in (split.edges, split.floors_array))
         return best_first(scores, pos, held.front, edges, floors)
+
+
+class _Segment(NamedTuple):
+    """One of a row's: how many tokens it had in all and still has, and what is its due."""
+
+    n_had: int
+    n_has: int
+    weight: float | Fraction
+    floor: int
+    is_unmarked: bool
+
+
+def _segments(layer: KeptLayer, split: Split) -> Iterator[list[_Segment]]:
+    """Each row's, the last of them what came after the prompt."""
+    held, n_slot = layer.held, layer.keys.shape[2]
+    of_rows = (held.rows.tolist(), held.front.tolist(), held.counts.tolist(), held.n_came(layer.seen))
+    for row, front, counts, n_came in zip(*of_rows, strict=True):
+        n = len(split.segments[row])
+        facts = zip(
+            split.segments[row], counts[:n], split.weights[row], split.floors[row], split.names[row], strict=True
+        )
+        of_prompt = [
+            _Segment(end - begin, n_has, weight, floor, name is None)
+            for (begin, end), n_has, weight, floor, name in facts
+        ]
+        absent = [_Segment(0, n_has, 0, 0, False) for n_has in counts[n:]]  # other rows have more segments
+        n_later = n_slot - front - sum(counts)
+        yield [*of_prompt, *absent, _Segment(n_came, n_later, 1, min(1, n_later), True)]  # the newest token stays
 
 
 def _votes_on(starts: torch.Tensor, n_new: list[int], n_slot: int) -> list[list[Vote]]:
