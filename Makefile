@@ -22,8 +22,10 @@ demo: $(VENV)-demo/ready
 JOBS ?= auto
 IN_PARALLEL := -n $(JOBS) --maxprocesses=8 --dist=loadfile
 
+# Ray's tests run alone: it gives its processes half a minute to start, which is short where other tests keep the cores busy.
 test: $(VENV)/model
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+	$(BIN)/python -m pytest tests/test_ray_engine.py
+	$(BIN)/python -m pytest $(IN_PARALLEL) --ignore=tests/test_ray_engine.py
 
 # The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
