@@ -229,23 +229,44 @@ def test_a_whitelist_that_does_not_fit_is_infeasible_and_no_failure(model, tmp_p
     assert all(share == 1 for share in kept)
 
 
-def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, IndexError, kvp.UnsupportedModelError])
+def test_a_failing_generation_costs_only_its_own_prompt(model, tmp_path, monkeypatch, capsys, error):
     """One prompt makes the generation raise, in a batch and alone; the others of its batch are generated again, one by
     one."""
     plain, victim = batch_module.answers, load_corpus().rows[1]
 
     def failing(loaded, contexts, conversations, cache, limit):
         if any(victim["messages"][0]["content"] in prompt.text for prompt in contexts):
-            raise RuntimeError("out of memory")
+            raise error("out of memory")
         return plain(loaded, contexts, conversations, cache, limit)
 
     monkeypatch.setattr(batch_module, "answers", failing)
     done = sweep(tiny_sweep.config(model, orders=["defense_first"]), tmp_path)
     recorded = records.read_records(tmp_path)
     assert done["failed"] == len(recorded) / 4 and {r["key"] for r in recorded if r["error"]} == {victim["key"]}
-    assert {r["error"] for r in recorded if r["error"]} == {"RuntimeError: out of memory"}
+    assert {r["error"] for r in recorded if r["error"]} == {f"{error.__name__}: out of memory"}
     said = capsys.readouterr()
-    assert "failed (RuntimeError: out of memory); its prompts are run one by one" in said.err and not said.out
+    assert f"failed ({error.__name__}: out of memory); its prompts are run one by one" in said.err and not said.out
+
+
+def test_a_fault_of_a_program_ends_the_sweep_and_its_records_stay(model, tmp_path, monkeypatch):
+    """It is no prompt's failure, and the sweep goes on from its records as if it had not been."""
+    plain, calls, config = batch_module.answers, [], tiny_sweep.config(model, n_prompts=1)
+    whole = tmp_path / "whole"
+    sweep(config, whole)
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise AttributeError("no such name")
+        return plain(*args)
+
+    monkeypatch.setattr(batch_module, "answers", broken)
+    with pytest.raises(AttributeError, match="no such name"):
+        sweep(config, tmp_path / "out")
+    assert 0 < len(records.read_records(tmp_path / "out")) < len(records.read_records(whole))
+    assert sweep(config, tmp_path / "out")["failed"] == 0
+    assert tiny_sweep.untimed(tmp_path / "out") == tiny_sweep.untimed(whole)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,11 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
     ]
 
 
+# What a model says of a prompt that it cannot read or hold. Anything else, such as a name that is not there, is a fault
+# of a program: it ends the sweep, which goes on from its records once that is mended.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError, OSError)
+
+
 @dataclass(eq=False)
 class _Row:
     """A prompt of the batch, and what it is asked. The last three are known once it is prepared."""
@@ -131,7 +136,7 @@ class _Work:
         for items in groups.values():
             try:
                 self.generate(items)
-            except Exception as error:  # said here, and each prompt that fails alone has a record with its error
+            except FAILURES as error:  # said here, and each item that fails alone has a record with its error
                 tqdm.write(
                     f"a batch of {len(items)} failed ({type(error).__name__}: {error}); its prompts are run one by one",
                     file=sys.stderr,
@@ -143,7 +148,7 @@ class _Work:
         for item in items:
             try:
                 self.generate([item])
-            except Exception as error:
+            except FAILURES as error:  # its record holds the error and no answer, and every table counts it as failed
                 item.error = error
 
     def prepare(self, row: _Row) -> None:
