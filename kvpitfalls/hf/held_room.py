@@ -172,6 +172,9 @@ class Judge:
     is_of_all_heads = False  # heads hold the same tokens
     is_of_all_layers = False  # and so do layers
 
+    def __init__(self, policy: Policy) -> None:
+        """Of a policy of the kind that it stands for."""
+
     def fill(self, layer: KeptLayer, room: HeldRoom, packed: Packed) -> None:
         """Take over what a growing layer remembers."""
 
@@ -217,9 +220,6 @@ class _ByNewest(Judge):
 
     is_of_all_heads = True
 
-    def __init__(self, policy: TOVA) -> None:
-        pass
-
     def scores(self, call: AttentionCall, room: HeldRoom) -> torch.Tensor:
         votes = attention_weights(call, room.bias).flatten(1, 2).mean(1, keepdim=True)
         return votes.scatter_(2, room.free, torch.inf)
@@ -235,9 +235,6 @@ class _BySum(Judge):
 
     sums: torch.Tensor
     age: torch.Tensor
-
-    def __init__(self, policy: H2O) -> None:
-        pass
 
     def fill(self, layer: KeptLayer, room: HeldRoom, packed: Packed) -> None:
         age = packed(layer.held.ages(layer.seen, positions_of(layer))).float()
@@ -264,7 +261,7 @@ def judge_of(policy: Policy) -> Judge:
         raise ValueError(
             f"policy is {policy.name!r}; a fixed cache that holds its budget expects one of {names}, or a growing cache"
         )
-    return _JUDGES[type(policy)](policy)  # type: ignore[call-arg] # each takes its policy
+    return _JUDGES[type(policy)](policy)
 
 
 def attention_weights(call: AttentionCall, bias: torch.Tensor) -> torch.Tensor:
