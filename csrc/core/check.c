@@ -220,19 +220,31 @@ static bool is_start_of(const kvp_tensor *out, const kvp_tensor *in) {
     return out->data == in->data && has_strides_of(out, in) && out->device == KVP_CPU && is_spread_out(in);
 }
 
-/* An output shares memory with nothing else. The output
- * of rule o may be the start of the input in_place_of[o], where one is named. */
-static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
-    for (size_t o = 0; o < n_rule; o++) {
-        for (size_t i = 0; (rules[o].flags & OUTPUT) && i < n_rule; i++) {
-            if (i == o || !rules[i].tensor->data || !memory_overlaps(rules[o].tensor, rules[i].tensor)) continue;
-            const rule *own = in_place_of ? in_place_of[o] : NULL;
-            if (own == &rules[i] && is_start_of(rules[o].tensor, rules[i].tensor)) continue;
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own%s%s%s", rules[o].name,
-                             rules[i].name, own ? ", or (on the CPU) the start of " : "", own ? own->name : "",
-                             own ? ", none of whose elements share memory" : "");
-        }
+static kvp_status refuse_overlap(const rule *output, const rule *other, const rule *in_place_of, kvp_context *ctx) {
+    if (!in_place_of)
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s overlaps %s; expected memory of its own", output->name, other->name);
+    return kvpi_fail(ctx, KVP_ERR_VALUE,
+                     "%s overlaps %s; expected memory of its own, or (on the CPU) the start of %s, none of whose "
+                     "elements share memory",
+                     output->name, other->name, in_place_of->name);
+}
+
+/* The output of a rule shares memory with no other, but that it may be the start of the input in_place_of, if not NULL.
+ */
+static kvp_status check_overlap(const rule *output, const rule *rules, size_t n_rule, const rule *in_place_of,
+                                kvp_context *ctx) {
+    for (const rule *other = rules; other < rules + n_rule; other++) {
+        if (other == output || !other->tensor->data || !memory_overlaps(output->tensor, other->tensor)) continue;
+        if (other == in_place_of && is_start_of(output->tensor, other->tensor)) continue;
+        return refuse_overlap(output, other, in_place_of, ctx);
     }
+    return KVP_OK;
+}
+
+static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
+    for (size_t o = 0; o < n_rule; o++)
+        if (rules[o].flags & OUTPUT)
+            KVPI_TRY(check_overlap(&rules[o], rules, n_rule, in_place_of ? in_place_of[o] : NULL, ctx));
     return KVP_OK;
 }
 

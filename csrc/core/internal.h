@@ -15,6 +15,8 @@
 #define KVPI_PRINTF(text, first)
 #endif
 
+#define KVPI_LOG2_E 1.4426950408889634 /* exponentials are powers of 2 everywhere */
+
 #define KVPI_TRY(call)                         \
     do {                                       \
         const kvp_status status_ = (call);     \

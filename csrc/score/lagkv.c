@@ -16,7 +16,6 @@ enum { TASK_TOKENS = 512, N_LINE = 4 };
 #define MOST_IN_FLOAT 0x1p60f
 /* A spread that is larger counts as this. */
 #define MOST 0x1p126f
-#define LOG2_E 1.44269504f
 
 typedef struct job {
     const kvp_score_args *args;
@@ -121,7 +120,7 @@ static float weigh(const job *j, const kvp_tensor *x, int64_t b, int64_t h, int6
     j->rows->spreads[x->dtype](own, n, n_dim, s->minus_low, s->factor, s->line, out);
     for (int64_t i = 0; i < n; i++) {
         if (!(out[i] <= MOST_IN_FLOAT)) out[i] = wide_spread(j, x->dtype, rows_at(x, b, h, t + i), n_dim, s);
-        out[i] *= LOG2_E; /* here, since soften would round by it what the most is less itself */
+        out[i] *= (float)KVPI_LOG2_E; /* here, since soften would round by it what the most is less itself */
     }
     float shift = NAN;
     return j->rows->soften(out, n, j->n_padded, 1, &shift);

@@ -57,6 +57,7 @@ int main(int argc, char **argv) {
         printf("row primitives: %s%s\n", name, can_run ? "" : " (not on this CPU)");
         if (can_run) run_on_rows();
     }
+    run("band", test_band);
     run("gather", test_gather);
     run("refusals", test_refusals);
     run("introspection", test_introspection);

@@ -21,6 +21,7 @@ void test_press(void);
 void test_select(void);
 
 /* Once. */
+void test_band(void);
 void test_gather(void);
 void test_refusals(void);
 void test_introspection(void);

@@ -45,75 +45,122 @@ __device__ __forceinline__ void multiply(panel *shared, int n_dim, int64_t row_s
     }
 }
 
-/* LSE: block (tile of rows, b, key head; split). SUM: block (tile of keys, b, query head). */
-template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 2)
+/* What a block works on: rows begin to end - 1 of a head, a query head (SUM) or a key head (LSE). */
+typedef struct work_unit {
+    kvpg_numbers table;
+    int b, head, begin, end, split;
+} work_unit;
+
+/* Rows are the voters of a key head's query heads, columns its keys; a row's result is its partial softmax. */
+struct lse_sweep {
+    enum { SWEEP = KVPG_LSE, N_INTERVAL = 1 };
+    typedef kvpg_partial result;
+    static __device__ result none() { return {KVPG_LOWEST, 0}; }
+    static __device__ int n_head(const kvpg_attention &p) { return p.n_head; }
+    static __device__ int n_row(const kvpg_attention &p, kvpg_numbers table) { return table[KVPG_N_VOTER] * p.group; }
+    static __device__ bool is_idle(const work_unit &u) { return u.split >= u.table[KVPG_N_SPLIT]; }
+    static __device__ void cut(kvpg_cover &cover, const work_unit &u) { kvpg_cut_split(cover, u.table, u.split); }
+    static __device__ const kvpg_rows &rows(const kvpg_attention &p) { return p.queries; }
+    static __device__ const kvpg_rows &columns(const kvpg_attention &p) { return p.keys; }
+    static __device__ const char *row(const kvpg_attention &p, const work_unit &u, int row) {
+        return kvpg_query_of_row(p, u.table, u.b, u.head, row);
+    }
+    static __device__ const char *column(const kvpg_attention &p, const work_unit &u, int position) {
+        return kvpg_row(p.keys, u.b, u.head, position);
+    }
+    static __device__ float exponent(const kvpg_attention &, const work_unit &, int, int) { return 0; }
+    static __device__ void add(result &to, const float (&x)[SIDE], float top) {
+        kvpg_raise_max(to, top);
+        for (int j = 0; j < SIDE; j++) to.sum += kvpg_exp2(x[j] - to.max);
+    }
+    static __device__ result merge_lanes(result x) { return kvpg_merge_lanes<LANES>(x); }
+    static __device__ void store(const kvpg_attention &p, const work_unit &u, int row, result x) {
+        kvpg_store_partial(p, u.table, u.b, u.head, row, u.split, x);
+    }
+};
+
+/* Rows are keys, columns the voters of one query head; a row's result is the sum of its column of attention. */
+struct sum_sweep {
+    enum { SWEEP = KVPG_SUM, N_INTERVAL = 2 };
+    typedef float result;
+    static __device__ result none() { return 0; }
+    static __device__ int n_head(const kvpg_attention &p) { return p.n_head * p.group; }
+    static __device__ int n_row(const kvpg_attention &p, kvpg_numbers) { return p.n_token; }
+    static __device__ bool is_idle(const work_unit &) { return false; }
+    static __device__ void cut(kvpg_cover &, const work_unit &) {}
+    static __device__ const kvpg_rows &rows(const kvpg_attention &p) { return p.keys; }
+    static __device__ const kvpg_rows &columns(const kvpg_attention &p) { return p.queries; }
+    static __device__ const char *row(const kvpg_attention &p, const work_unit &u, int row) {
+        return kvpg_row(p.keys, u.b, u.head / p.group, row);
+    }
+    static __device__ const char *column(const kvpg_attention &p, const work_unit &u, int position) {
+        return kvpg_row(p.queries, u.b, u.head, position - (p.n_token - p.n_query));
+    }
+    static __device__ float exponent(const kvpg_attention &p, const work_unit &u, int column, int end) {
+        return column < end ? *kvpg_exponent_at(p, u.b, u.head, column) : -INFINITY;
+    }
+    static __device__ void add(result &to, const float (&x)[SIDE], float) {
+        for (int j = 0; j < SIDE; j++) to += kvpg_exp2(x[j]);
+    }
+    static __device__ result merge_lanes(result x) { return kvpg_sum_lanes<LANES>(x); }
+    static __device__ void store(const kvpg_attention &p, const work_unit &u, int row, result x) {
+        kvpg_sums_of(p, u.b, u.head)[row] = x;
+    }
+};
+
+/* Adds to the results of a thread's rows what its columns of the tile from first on give. */
+template <typename S> __device__ __forceinline__ void add_tile(const kvpg_attention &p, const work_unit &u, int first,
+                                                               int end, const float (&a)[SIDE][SIDE],
+                                                               const kvpg_interval (&mask)[SIDE],
+                                                               typename S::result (&results)[SIDE]) {
+    float exponent[SIDE];
+    for (int j = 0; j < SIDE; j++) exponent[j] = S::exponent(p, u, first + LANES * j + threadIdx.x % LANES, end);
+    for (int i = 0; i < SIDE; i++) {
+        float x[SIDE], top = -INFINITY;
+        for (int j = 0; j < SIDE; j++) {
+            const int column = first + LANES * j + threadIdx.x % LANES;
+            x[j] = column >= mask[i].lo && column < mask[i].hi && !kvpg_is_masked(exponent[j])
+                       ? kvpg_logit(p, a[i][j]) + exponent[j]
+                       : -INFINITY;
+            top = fmaxf(top, x[j]);
+        }
+        S::add(results[i], x, top);
+    }
+}
+
+/* Blocks are (tile of rows, b, head; split). */
+template <typename T, typename S> __global__ void __launch_bounds__(THREADS, 2)
     sweep_any(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     __shared__ panel shared;
-    const int n_head = SWEEP == KVPG_SUM ? p.n_head * p.group : p.n_head, n_unit = p.n_batch * n_head;
-    const int tile = blockIdx.x / n_unit, b = blockIdx.x % n_unit / n_head, head = blockIdx.x % n_head;
-    const int h = SWEEP == KVPG_SUM ? head / p.group : head, first_query = p.n_token - p.n_query;
-    const kvpg_numbers table = kvpg_table_row(p.table, b);
-    const int n_row = SWEEP == KVPG_SUM ? p.n_token : table[KVPG_N_VOTER] * p.group, begin = tile * TILE,
-              end = min(begin + TILE, n_row);
-    if (table[KVPG_ON_SM90] || begin >= n_row || (SWEEP == KVPG_LSE && (int)blockIdx.y >= table[KVPG_N_SPLIT])) return;
-    kvpg_partial partial[SIDE];
-    float sum[SIDE] = {};
-    for (int i = 0; i < SIDE; i++) partial[i] = {KVPG_LOWEST, 0};
-    for (int s = 0; s < (SWEEP == KVPG_SUM ? 2 : 1); s++) {
-        kvpg_cover cover = kvpg_cover_of<SWEEP>(p, table, s, begin, end);
-        if (SWEEP == KVPG_LSE) kvpg_cut_split(cover, table, blockIdx.y);
+    const int n_head = S::n_head(p), n_unit = p.n_batch * n_head, b = blockIdx.x % n_unit / n_head;
+    work_unit u = {kvpg_table_row(p.table, b),      b, (int)blockIdx.x % n_head,
+                   (int)blockIdx.x / n_unit * TILE, 0, (int)blockIdx.y};
+    u.end = min(u.begin + TILE, S::n_row(p, u.table));
+    if (u.table[KVPG_ON_SM90] || u.begin >= u.end || S::is_idle(u)) return;
+    typename S::result results[SIDE];
+    for (int i = 0; i < SIDE; i++) results[i] = S::none();
+    for (int s = 0; s < S::N_INTERVAL; s++) {
+        kvpg_cover cover = kvpg_cover_of<S::SWEEP>(p, u.table, s, u.begin, u.end);
+        S::cut(cover, u);
         kvpg_interval mask[SIDE];
         for (int i = 0; i < SIDE; i++) {
-            const int row = begin + LANES * i + threadIdx.x / LANES;
-            mask[i] = row < end ? kvpg_interval_of<SWEEP>(p, table, s, row) : kvpg_interval{0, 0};
+            const int row = u.begin + LANES * i + threadIdx.x / LANES;
+            mask[i] = row < u.end ? kvpg_interval_of<S::SWEEP>(p, u.table, s, row) : kvpg_interval{0, 0};
         }
         for (int first = cover.lo; first < cover.hi; first += TILE) {
             float a[SIDE][SIDE] = {};
             multiply<T>(
-                &shared, p.n_dim, SWEEP == KVPG_SUM ? p.keys.d : p.queries.d,
-                SWEEP == KVPG_SUM ? p.queries.d : p.keys.d,
-                [&](int i) -> const char * {
-                    if (begin + i >= end) return NULL;
-                    return SWEEP == KVPG_SUM ? kvpg_row(p.keys, b, h, begin + i)
-                                             : kvpg_query_of_row(p, table, b, h, begin + i);
-                },
-                [&](int i) -> const char * {
-                    if (first + i >= cover.hi) return NULL;
-                    return SWEEP == KVPG_SUM ? kvpg_row(p.queries, b, head, first + i - first_query)
-                                             : kvpg_row(p.keys, b, h, first + i);
-                },
-                a);
-            float exponent[SIDE] = {};
-            for (int j = 0; j < SIDE && SWEEP == KVPG_SUM; j++) {
-                const int column = first + LANES * j + threadIdx.x % LANES;
-                exponent[j] = column < cover.hi ? *kvpg_exponent_at(p, b, head, column) : -INFINITY;
-            }
-            for (int i = 0; i < SIDE; i++) {
-                float x[SIDE], top = -INFINITY;
-                for (int j = 0; j < SIDE; j++) {
-                    const int column = first + LANES * j + threadIdx.x % LANES;
-                    x[j] = column >= mask[i].lo && column < mask[i].hi && !kvpg_is_masked(exponent[j])
-                               ? kvpg_logit(p, a[i][j]) + exponent[j]
-                               : -INFINITY;
-                    top = fmaxf(top, x[j]);
-                }
-                if (SWEEP == KVPG_LSE) kvpg_raise_max(partial[i], top);
-                for (int j = 0; j < SIDE; j++)
-                    (SWEEP == KVPG_LSE ? partial[i].sum : sum[i]) +=
-                        kvpg_exp2(SWEEP == KVPG_LSE ? x[j] - partial[i].max : x[j]);
-            }
+                &shared, p.n_dim, S::rows(p).d, S::columns(p).d,
+                [&](int i) { return u.begin + i < u.end ? S::row(p, u, u.begin + i) : NULL; },
+                [&](int i) { return first + i < cover.hi ? S::column(p, u, first + i) : NULL; }, a);
+            add_tile<S>(p, u, first, cover.hi, a, mask, results);
         }
     }
     for (int i = 0; i < SIDE; i++) {
-        const int row = begin + LANES * i + threadIdx.x / LANES;
-        const kvpg_partial t = kvpg_merge_lanes<LANES>(partial[i]);
-        const float total = kvpg_sum_lanes<LANES>(sum[i]);
-        if (threadIdx.x % LANES || row >= end) continue;
-        if (SWEEP == KVPG_LSE)
-            kvpg_store_partial(p, table, b, h, row, blockIdx.y, t);
-        else
-            kvpg_sums_of(p, b, head)[row] = total;
+        const int row = u.begin + LANES * i + threadIdx.x / LANES;
+        const typename S::result merged = S::merge_lanes(results[i]);
+        if (threadIdx.x % LANES == 0 && row < u.end) S::store(p, u, row, merged);
     }
 }
 
@@ -121,7 +168,7 @@ template <typename T> static kvp_status launch(int sweep, const kvpg_attention *
     const int64_t n_unit = (int64_t)p->n_batch * p->n_head;
     const kvpg_grid keys = {n_unit * p->group * kvpg_ceil_div(p->n_token, TILE), 1};
     const kvpg_grid voters = {n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split};
-    void (*kernel)(kvpg_attention) = sweep == KVPG_SUM ? sweep_any<T, KVPG_SUM> : sweep_any<T, KVPG_LSE>;
+    void (*kernel)(kvpg_attention) = sweep == KVPG_SUM ? sweep_any<T, sum_sweep> : sweep_any<T, lse_sweep>;
     return kvpg_launch("attention in float32", ctx, kernel, sweep == KVPG_SUM ? keys : voters, THREADS, 1, 0, *p);
 }
 

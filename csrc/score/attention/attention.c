@@ -83,13 +83,12 @@ static kvp_status check_params(const double *param, int64_t n_token, kvp_context
     (void)n_token;
     const double scaling = param[KVPI_PARAM_attention_scaling], softcap = param[KVPI_PARAM_attention_softcap];
     const double kernel_size = param[KVPI_PARAM_attention_kernel_size];
-    const double log2e = 1.4426950408889634;
-    if (!isfinite((float)(scaling * log2e)))
+    if (!isfinite((float)(scaling * KVPI_LOG2_E)))
         return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most",
-                         scaling, FLT_MAX / log2e);
-    if (softcap != 0 && (!(softcap >= (double)FLT_MIN) || !isfinite((float)(softcap * log2e))))
+                         scaling, FLT_MAX / KVPI_LOG2_E);
+    if (softcap != 0 && (!(softcap >= (double)FLT_MIN) || !isfinite((float)(softcap * KVPI_LOG2_E))))
         return kvpi_fail(ctx, KVP_ERR_VALUE, "softcap is %g; expected 0 (none), or %g to %g", softcap, (double)FLT_MIN,
-                         FLT_MAX / log2e);
+                         FLT_MAX / KVPI_LOG2_E);
     if (softcap != 0 && !isfinite((float)(scaling / softcap)))
         return kvpi_fail(ctx, KVP_ERR_VALUE,
                          "scaling is %g and softcap %g; expected their quotient to be finite in float32", scaling,

@@ -15,11 +15,10 @@ typedef struct range {
     int64_t begin, end;
 } range;
 
-static range cut(const kvp_tensor *votes, int64_t b, int64_t v, int field, range valid) {
-    range r = {kvpi_i32(votes, b, v, field), kvpi_i32(votes, b, v, field + 1)};
-    if (r.begin < valid.begin) r.begin = valid.begin;
-    if (r.end > valid.end) r.end = valid.end;
-    return r.begin < r.end ? r : range{0, 0};
+static range vote_range(const kvp_score_args *args, int64_t b, int64_t v, int field) {
+    int64_t r[2];
+    kvpi_vote_range(args, b, v, field, r);
+    return {r[0], r[1]};
 }
 
 /* Adds r to n ascending, disjoint ranges; returns how many they are then. */
@@ -66,13 +65,12 @@ typedef struct row_plan {
 } row_plan;
 
 static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool can_sm90, row_plan *plan) {
-    const kvp_tensor *votes = &args->votes;
     plan->valid = valid_of(args, b);
     plan->n_range = 0;
-    for (int64_t v = 0; v < votes->shape[1]; v++) {
-        const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, plan->valid);
+    for (int64_t v = 0; v < args->votes.shape[1]; v++) {
+        const range keys = vote_range(args, b, v, KVP_VOTE_KEY_BEGIN);
         for (int field = KVP_VOTE_A_BEGIN; field <= KVP_VOTE_B_BEGIN && keys.begin < keys.end; field += 2) {
-            range r = cut(votes, b, v, field, plan->valid);
+            range r = vote_range(args, b, v, field);
             if (r.begin < keys.begin) r.begin = keys.begin; /* earlier queries see none of these keys */
             plan->n_range = add_range(plan->voters, plan->n_range, r);
         }
@@ -90,19 +88,18 @@ static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool 
     if (plan->n_split > 1) plan->n_split = kvpg_ceil_div(n_key, plan->split_size);
 }
 
-static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int64_t v, range valid) {
-    const kvp_tensor *votes = &args->votes;
-    const range keys = cut(votes, b, v, KVP_VOTE_KEY_BEGIN, valid),
-                window = cut(votes, b, v, KVP_VOTE_WINDOW_BEGIN, valid);
+static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int64_t v) {
+    const range keys = vote_range(args, b, v, KVP_VOTE_KEY_BEGIN),
+                window = vote_range(args, b, v, KVP_VOTE_WINDOW_BEGIN);
     range own[2] = {};
-    int n = add_range(own, 0, cut(votes, b, v, KVP_VOTE_A_BEGIN, valid));
-    n = add_range(own, n, cut(votes, b, v, KVP_VOTE_B_BEGIN, valid));
+    int n = add_range(own, 0, vote_range(args, b, v, KVP_VOTE_A_BEGIN));
+    n = add_range(own, n, vote_range(args, b, v, KVP_VOTE_B_BEGIN));
     kvpg_put(w, keys.begin);
     kvpg_put(w, keys.end);
     for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].begin : 0);
     for (int s = 0; s < 2; s++) kvpg_put(w, s < n ? own[s].end : 0);
-    kvpg_put(w, kvpi_i32(votes, b, v, KVP_VOTE_WEIGHT));
-    const int32_t age_end = kvpi_i32(votes, b, v, KVP_VOTE_AGE_END);
+    kvpg_put(w, kvpi_i32(&args->votes, b, v, KVP_VOTE_WEIGHT));
+    const int32_t age_end = kvpi_i32(&args->votes, b, v, KVP_VOTE_AGE_END);
     kvpg_put(w, age_end > 0 ? age_end : 0); /* below any key all are alike, and the difference to one fits */
     kvpg_put(w, count(own, n));
     kvpg_put(w, window.begin);
@@ -130,7 +127,7 @@ static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *w
             kvpg_put(&w, i < plan.n_range ? plan.voters[i].begin : 0);
             kvpg_put(&w, i < plan.n_range ? plan.voters[i].end : 0);
         }
-        for (int64_t v = 0; v < p->n_vote; v++) put_vote(&w, args, b, v, plan.valid);
+        for (int64_t v = 0; v < p->n_vote; v++) put_vote(&w, args, b, v);
         if (plan.on_sm90) {
             need.sm90 = true;
             continue;
@@ -176,7 +173,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group),
               i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= p.n_query) return;
-    const float exponent = *(const float *)kvpg_row(lse, b, query_head, i) * -1.44269504088896341f;
+    const float exponent = *(const float *)kvpg_row(lse, b, query_head, i) * -(float)KVPI_LOG2_E;
     *kvpg_exponent_at(p, b, query_head, p.n_token - p.n_query + i) = fabsf(exponent) < INFINITY ? exponent : -INFINITY;
 }
 
@@ -279,7 +276,7 @@ extern "C" size_t kvpi_score_attention_cuda_workspace(const kvp_score_args *args
 
 static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     const double scaling = args->param[KVPI_PARAM_attention_scaling],
-                 softcap = args->param[KVPI_PARAM_attention_softcap], log2e = 1.4426950408889634;
+                 softcap = args->param[KVPI_PARAM_attention_softcap];
     p->keys = kvpg_rows_of(&args->keys);
     p->queries = kvpg_rows_of(&args->queries);
     p->scores = kvpg_rows_of(&args->scores);
@@ -293,8 +290,8 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->n_range = 2 * p->n_vote;
     p->max_voter = p->max_hull = 0;
     p->max_split = 1;
-    p->scale = (float)(softcap > 0 ? scaling / softcap : scaling * log2e);
-    p->cap = (float)(softcap * log2e);
+    p->scale = (float)(softcap > 0 ? scaling / softcap : scaling * KVPI_LOG2_E);
+    p->cap = (float)(softcap * KVPI_LOG2_E);
     p->kernel_size = (int)args->param[KVPI_PARAM_attention_kernel_size];
     p->share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0;
     p->has_masked = args->lse.data != NULL;

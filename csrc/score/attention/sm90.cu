@@ -274,9 +274,6 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
     }
 }
 
-/* Of n tiles from column on, how many end before lo. */
-__device__ __forceinline__ int tiles_before(int lo, int column, int n) { return min(n, max(0, lo - column) / COLUMNS); }
-
 /* A warp is done with a stage. */
 __device__ __forceinline__ void release(const shared_addresses &smem, pipeline_state &pipeline) {
     __syncwarp();
@@ -284,86 +281,104 @@ __device__ __forceinline__ void release(const shared_addresses &smem, pipeline_s
     pipeline.next();
 }
 
+/* This warp's rows of the unit as fragments in registers, once the copy engine has brought them. */
+__device__ __forceinline__ void load_rows(const shared_addresses &smem, int group, uint32_t (&rows)[DIM / 16][4],
+                                          uint32_t &phase) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    barrier_wait(smem.rows_full, phase);
+    phase ^= 1;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        const int r = group * 64 + warp * 16 + lane % 16, chunk = k % 4 * 2 + lane / 16;
+        kvpg_load_matrix(rows[k], smem.rows + k / 4 * (ROWS * 128) + r * 128 + ((chunk ^ (r & 7)) << 4));
+    }
+    /* The rows were read as ordinary memory and are overwritten by the copy engine: without this fence, rarely, too
+     * early. */
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem.rows_empty);
+}
+
+/* What a thread has of its two rows; of a sweep one of them is used. */
+struct two_rows {
+    kvpg_partial partial[2];
+    float sum[2];
+};
+
+/* n tiles, of which the first starts at column; MASKED: where a row may not take all of their columns. */
+template <typename T, int SWEEP, bool MASKED>
+__device__ __forceinline__ void take_tiles(const kvpg_attention &p, const shared_addresses &smem,
+                                           const uint32_t (&rows)[DIM / 16][4], const kvpg_interval (&mask)[2],
+                                           int column, int n, pipeline_state &pipeline, two_rows &total) {
+    const int lane = threadIdx.x % 32;
+    float x[64];
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
+        const int first_column = column + i * COLUMNS + 2 * (lane % 4);
+        barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
+        multiply_tile<T>(x, rows, ((smem.ring + pipeline.stage * TILE_BYTES) >> 4) | 0x10000u);
+        if constexpr (SWEEP == KVPG_SUM)
+            add_powers<MASKED>(x, (const float4 *)(smem.exponents + pipeline.stage * COLUMNS) + lane % 4, p.scale, mask,
+                               first_column, total.sum);
+        else
+            add_to_partials<MASKED>(x, p.scale, mask, first_column, total.partial);
+        release(smem, pipeline);
+    }
+}
+
+__device__ __forceinline__ void skip_tiles(const shared_addresses &smem, int n, pipeline_state &pipeline) {
+    for (int i = 0; i < n; i++) {
+        barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
+        release(smem, pipeline);
+    }
+}
+
+template <int SWEEP> __device__ __forceinline__ void store_rows(const kvpg_attention &p, const work_unit &u, int row,
+                                                                int end, const two_rows &total) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const bool is_mine = threadIdx.x % 4 == 0 && row + 8 * r < end;
+        if (SWEEP == KVPG_SUM) {
+            const float sum = kvpg_sum_lanes<4>(total.sum[r]);
+            if (is_mine) kvpg_sums_of(p, u.b, u.query_head)[row + 8 * r] = sum;
+        } else {
+            const kvpg_partial partial = kvpg_merge_lanes<4>(total.partial[r]);
+            if (is_mine) *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(partial);
+        }
+    }
+}
+
 template <typename T, int SWEEP> __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan,
                                                                          const shared_addresses &smem, int group) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     uint32_t rows[DIM / 16][4], phase = 0;
-    float x[64];
     pipeline_state pipeline = {0, 0};
     work_unit u;
     for (int j = 0; find_work_unit<SWEEP>(p, plan, j, u); j++) {
-        const int first = u.begin + group * 64, row = first + warp * 16 + lane / 4, own_end = min(first + 64, u.end);
-        kvpg_partial partial[2] = {{KVPG_LOWEST, 0}, {KVPG_LOWEST, 0}};
-        float sum[2] = {};
-        if (u.n > 0) {
-            barrier_wait(smem.rows_full, phase);
-            phase ^= 1;
-#pragma unroll
-            for (int k = 0; k < DIM / 16; k++) {
-                const int r = group * 64 + warp * 16 + lane % 16, chunk = k % 4 * 2 + lane / 16;
-                kvpg_load_matrix(rows[k], smem.rows + k / 4 * (ROWS * 128) + r * 128 + ((chunk ^ (r & 7)) << 4));
-            }
-            /* The rows were read as ordinary memory and are overwritten by the copy engine: without this fence, rarely,
-             * too early. */
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (lane == 0) barrier_arrive(smem.rows_empty);
-        }
+        const int first = u.begin + group * 64, end = min(first + 64, u.end),
+                  row = first + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        two_rows total = {{{KVPG_LOWEST, 0}, {KVPG_LOWEST, 0}}, {0, 0}};
+        if (u.n > 0) load_rows(smem, group, rows, phase);
         for (int s = 0, t = 0; s < 2; s++) {
-            const int n = s ? u.n : u.n_first;
-            if (t == n) continue;
-            const kvpg_cover own = cover_of<SWEEP>(p, u.table, s, first, own_end);
+            const int n = (s ? u.n : u.n_first) - t;
+            if (n == 0) continue;
             kvpg_interval mask[2];
 #pragma unroll
-            for (int r = 0; r < 2; r++) mask[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, own_end);
-            /* tiles on the other side of the diagonal, tiles that it crosses, whole ones, and again */
-            const int column = column_of(u, t), end = n - t, full_hi = min(own.full_hi, own.hi);
-            const int begin_own = own.lo < own.hi ? tiles_before(own.lo, column, end) : end;
-            const int end_own = own.lo < own.hi ? min(end, (own.hi - column + COLUMNS - 1) / COLUMNS) : end;
-            const int begin_full =
-                SWEEP == KVPG_SUM && p.has_masked
-                    ? end_own
-                    : min(end_own, max(begin_own, (max(own.full_lo - column, 0) + COLUMNS - 1) / COLUMNS));
-            const int end_full = max(begin_full, min(end_own, (full_hi - column) / COLUMNS));
-            const auto run = [&](int from, int to, auto masked) {
-#pragma unroll 1
-                for (int i = from; i < to; i++) {
-                    const int first_column = column + i * COLUMNS + 2 * (lane % 4);
-                    barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
-                    multiply_tile<T>(x, rows, ((smem.ring + pipeline.stage * TILE_BYTES) >> 4) | 0x10000u);
-                    if constexpr (SWEEP == KVPG_SUM)
-                        add_powers<masked.value>(x,
-                                                 (const float4 *)(smem.exponents + pipeline.stage * COLUMNS) + lane % 4,
-                                                 p.scale, mask, first_column, sum);
-                    else
-                        add_to_partials<masked.value>(x, p.scale, mask, first_column, partial);
-                    release(smem, pipeline);
-                }
+            for (int r = 0; r < 2; r++) mask[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, end);
+            const int column = column_of(u, t);
+            const kvpg_band band = kvpg_find_band(cover_of<SWEEP>(p, u.table, s, first, end), column, n, COLUMNS,
+                                                  SWEEP == KVPG_SUM && p.has_masked);
+            const auto take = [&](int from, int to, auto masked) {
+                take_tiles<T, SWEEP, masked.value>(p, smem, rows, mask, column + from * COLUMNS, to - from, pipeline,
+                                                   total);
             };
-            const auto skip = [&](int from, int to) {
-                for (int i = from; i < to; i++) {
-                    barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
-                    release(smem, pipeline);
-                }
-            };
-            skip(0, begin_own);
-            run(begin_own, begin_full, std::true_type{});
-            run(begin_full, end_full, std::false_type{});
-            run(end_full, end_own, std::true_type{});
-            skip(end_own, end);
-            t = n;
+            skip_tiles(smem, band.begin, pipeline);
+            take(band.begin, band.full, std::true_type{});
+            take(band.full, band.full_end, std::false_type{});
+            take(band.full_end, band.end, std::true_type{});
+            skip_tiles(smem, n - band.end, pipeline);
+            t += n;
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            if (SWEEP == KVPG_SUM) {
-                const float total = kvpg_sum_lanes<4>(sum[r]);
-                if (lane % 4 == 0 && row + 8 * r < own_end) kvpg_sums_of(p, u.b, u.query_head)[row + 8 * r] = total;
-            } else {
-                const kvpg_partial total = kvpg_merge_lanes<4>(partial[r]);
-                if (lane % 4 == 0 && row + 8 * r < own_end)
-                    *kvpg_exponent_at(p, u.b, u.query_head, row + 8 * r) = kvpg_exponent(total);
-            }
-        }
+        store_rows<SWEEP>(p, u, row, end, total);
         if (++group == GROUPS) group = 0; /* rows at one end have a tile more: take turns */
     }
 }

@@ -12,8 +12,6 @@
 #include <math.h>
 #include <string.h>
 
-static const float LOG2_E = 1.44269504f;
-
 /* Scratch of one worker. */
 typedef struct strip {
     float *logits; /* (KVPI_STRIP, stride) */
@@ -72,13 +70,13 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
         const int64_t q = j->voters[b * j->n_query + (first + r) / j->group], n = h * j->group + (first + r) % j->group;
         const int64_t i = q - (j->n_token - j->n_query);
         s->query[r] = q - valid[0];
-        s->lse[r] = lse->data ? *(const float *)(const void *)kvpi_at(lse, b, n, i) * LOG2_E : NAN;
+        s->lse[r] = lse->data ? *(const float *)(const void *)kvpi_at(lse, b, n, i) * (float)KVPI_LOG2_E : NAN;
         s->is_broken[r] = s->is_odd[r] = false;
         rows[r] = kvpi_at(queries, b, n, i);
     }
     s->n_key = s->query[s->n_row - 1] + 1;
     const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] *
-                        (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : LOG2_E);
+                        (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : (float)KVPI_LOG2_E);
     return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
 }
 
@@ -123,7 +121,7 @@ static void soften_block(const kvpi_attention *j, strip *s, int64_t first, int64
         const int64_t visible = s->query[r] + 1 - first, n_visible = visible < 0 ? 0 : visible < n ? visible : n;
         float shift = s->lse[r], factor = scale;
         if (softcap > 0) { /* x -> softcap * tanh(x / softcap), to base 2 */
-            j->rows->cap(row, n_visible, scale / softcap, softcap * LOG2_E);
+            j->rows->cap(row, n_visible, scale / softcap, softcap * (float)KVPI_LOG2_E);
             factor = 1;
         } else if (scale == 0) { /* not left to soften, where minus infinity hides a key, and times 0 is no number */
             for (int64_t k = 0; k < n_visible; k++) row[k] *= 0;

@@ -15,6 +15,7 @@
 #define KVP_ATTENTION_CUH
 
 #include "../../gpu/tables.cuh"
+#include "band.h"
 
 extern "C" {
 #include "../score.h"
@@ -65,11 +66,6 @@ typedef struct kvpg_attention {
 typedef struct kvpg_interval {
     int lo, hi;
 } kvpg_interval;
-
-/* Of a tile of rows: some take some of [lo,hi), all take all of [full_lo,full_hi). */
-typedef struct kvpg_cover {
-    int lo, hi, full_lo, full_hi;
-} kvpg_cover;
 
 __device__ __forceinline__ kvpg_numbers kvpg_vote(const kvpg_attention &p, kvpg_numbers table, int v) {
     return table + KVPG_RANGES + 2 * p.n_range + v * KVPG_VOTE_SIZE;
