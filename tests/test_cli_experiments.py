@@ -281,6 +281,19 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
     assert error.splitlines()[-1] == last
 
 
+@pytest.mark.parametrize("step", ["begin", "run_local"])
+def test_ctrl_c_before_the_first_record_says_that_nothing_is_recorded(run, model, tmp_path, monkeypatch, step):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"kvpitfalls.experiments.sweep.{step}", interrupted)
+    config, out = tmp_path / "sweep.json", tmp_path / "out"
+    config.write_text(json.dumps(tiny_sweep.config(model).to_dict()), "utf-8")
+    code, said, error = run("sweep", "--config", config, "--output", out)
+    assert (code, said) == (130, "")
+    assert error.splitlines()[-1] == f"kvpitfalls sweep: interrupted; nothing is recorded in {out} yet"
+
+
 @pytest.mark.parametrize("command", ["sweep", "leakage", "ifeval"])
 def test_help_names_what_the_arguments_take(run, command):
     code, out, _ = run(command, "--help")

@@ -17,6 +17,7 @@ import kvpitfalls as kvp
 from kvpitfalls.display import plots
 from kvpitfalls.display.columns import width
 from kvpitfalls.display.progress import progress, progress_or_lines
+from kvpitfalls.display.verdicts import verdicts
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.report import Report
 
@@ -73,6 +74,7 @@ def test_an_audits_table(audited):
     assert len(shown.rows) - 1 == len(kept) / 2 == 8
     for policy, fair, span, *shares in shown.rows[1:]:
         assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
+    assert all(said in shown.text for said in verdicts(audited.settings()))
     assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 settings, 2 ratios" in repr(audited)
 
 

@@ -14,7 +14,7 @@ from browser import SCHEMES, needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
-from kvpitfalls.display.markup import SPAN_COLORS, table, token_strip, visible
+from kvpitfalls.display.markup import SPAN_COLORS, block, table, token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
 
 HOSTILE = [
@@ -289,6 +289,43 @@ def test_the_notebooks_frame_in_a_browser(tmp_path, style, scheme):
       return [parseInt(inner.style.height) - page.offsetHeight, doc.title, page.style.colorScheme, hint];
     """
     assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [4, "", scheme, "none"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [480, 560, 900])
+def test_on_paper_the_notebooks_frame_is_as_high_as_what_it_shows(tmp_path, width):
+    """Paper is narrower than the screen, and nothing measures the frame anew: here nothing can, before the script
+    returns."""
+    cell = hostile_map()._repr_html_().replace("@media print", "@media screen")
+    (tmp_path / "cell.html").write_text(f"<!doctype html><div id='paper'>{cell}</div>", encoding="utf-8")
+    script = f"""
+      const paper = doc.getElementById("paper"), inner = doc.querySelector("iframe");
+      paper.style.width = "1000px";
+      await wait(() => inner.contentDocument && inner.contentDocument.querySelector("[data-ready]"));
+      await new Promise((done) => setTimeout(done, 50));
+      paper.style.width = "{width}px";
+      return [inner.offsetWidth, inner.offsetHeight - inner.contentDocument.documentElement.offsetHeight];
+    """
+    shown, spare = json.loads(run_beside(tmp_path / "cell.html", script, tmp_path))
+    assert shown == width and spare >= 0
+
+
+@needs_chromium
+def test_on_paper_a_table_of_nine_ratios_is_whole(tmp_path):
+    """What a notebook on A4 leaves it is 550 pixels, whatever the notebook says of its own tables; no share is broken
+    into two lines."""
+    host = ".host table { font-size: 14px } .host :is(td, th) { padding: .5em; white-space: normal }"
+    header = ["policy", "eviction", "instruction", *(f"r = 0.{i}" for i in range(1, 10))]
+    rows = [["streaming_llm", "biased", "never reveal", *[1.0] * 9]] * 2
+    text = block("Audit", table(header, rows, shares=range(3, 12))).replace("@media print", "@media screen")
+    page = f"<!doctype html><style>{host}</style><div class='host' style='width: 550px'>{text}</div>"
+    (tmp_path / "cell.html").write_text(page, encoding="utf-8")
+    script = """
+      const wide = doc.querySelector(".kvp-wide"), [one] = [...doc.querySelectorAll("td.n")], range = doc.createRange();
+      range.selectNodeContents(one);
+      return [wide.scrollWidth - wide.clientWidth, range.getClientRects().length];
+    """
+    assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [0, 1]
 
 
 def test_what_tells_instructions_apart_needs_no_style_sheet():

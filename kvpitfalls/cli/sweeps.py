@@ -243,9 +243,9 @@ def run_parts(args, parts: dict) -> int:
 
 def _recorded(folder: Path) -> str:
     """What an interrupted sweep leaves."""
-    from ..experiments.records import META, read_meta, read_records
+    from ..experiments.records import META, RECORDS, read_meta, read_records
 
-    if not (folder / META).exists():
+    if not all((folder / name).exists() for name in (META, RECORDS)):
         return f"nothing is recorded in {folder} yet"
     n_item = read_meta(folder)["items"]
     return (

@@ -159,7 +159,7 @@ function render({model, el}) {
         make("td", {}, make("button", {type: "button", "aria-label": `unmark ${one.name}`, onclick: remove}, "\u00d7")));
     });
     const heads = ["instruction", ...(result ? ["kept by A", "kept by B"] : []), "protect in A", "protect in B", "unmark"];
-    const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", {scope: "col"}, name))));
+    const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", {scope: "col", class: name.startsWith("kept") ? "n" : ""}, name))));
     listed.replaceChildren(...(rows.length ? [make("table", {class: "kvp-table"}, head, make("tbody", {}, ...rows))] : []));
   }
 

@@ -41,7 +41,7 @@ h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
 .kvp-at { outline: 2px solid CanvasText }
 .kvp-share { font-style: normal; margin-left: .4em; white-space: nowrap }
 @media (forced-colors: active) { .kvp-tokens bdi, .kvp-span, .kvp-span > b, .legend i, #instructions a { forced-color-adjust: none } }
-@media print { .controls { position: static } #instructions { max-height: none } }
+@media print { .controls { position: static } #instructions { max-height: none } input, #token { display: none } }
 """
 # counts: [ratio][layer][token], the heads that keep a token, as differences from one ratio to the next (modulo 256),
 # deflated
@@ -156,10 +156,15 @@ _SCRIPT = """
     const scheme = getComputedStyle(element.ownerDocument.documentElement).colorScheme;
     return scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
   };
+  const height = () => document.documentElement.offsetHeight + 4 + "px";
   const fit = () => {  // in a notebook, whatever the system likes: as high as it is, and as dark as the page around it
-    if (!window.frameElement) return;
-    document.documentElement.style.colorScheme = paper(window.frameElement) ? "dark" : "light";
-    window.frameElement.style.height = document.documentElement.offsetHeight + 4 + "px";
+    const frame = window.frameElement;
+    if (!frame) return;
+    document.documentElement.style.colorScheme = paper(frame) ? "dark" : "light";
+    frame.style.width = "480px";  // as narrow as a notebook on paper may make it
+    frame.style.setProperty("--printed", height());
+    frame.style.width = "100%";
+    frame.style.height = height();
   };
   fit();
   window.addEventListener("resize", fit);
@@ -284,8 +289,10 @@ it shows the first policy, the mean of all layers, and one ratio.</p>"""
     def _repr_html_(self) -> str:
         height = 220 + 32 * (sum(map(len, self.tokens)) // 90 + len(self.spans) + 1)  # until the page measures itself
         source = escape_markup(self.html, quote=True)
-        frame = f'<iframe srcdoc="{source}" style="width: 100%; height: {height}px; border: 0" title="token heat map"></iframe>'
-        return f"<style>iframe + .kvp-hint {{ display: none }}</style>{frame}<p class='kvp-hint'>{escape(_HINT)}</p>"
+        style = f"width: 100%; height: {height}px; border: 0"
+        frame = f'<iframe class="kvp-map" srcdoc="{source}" style="{style}" title="token heat map"></iframe>'
+        style = "iframe + .kvp-hint { display: none } @media print { .kvp-map { height: var(--printed) !important } }"
+        return f"<style>{style}</style>{frame}<p class='kvp-hint'>{escape(_HINT)}</p>"
 
 
 def _packed(counts: np.ndarray) -> str:

@@ -14,7 +14,8 @@ _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
 
 # Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell
-# instructions and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet.
+# instructions and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet. Rules
+# of tables name the box around them, too: JupyterLab's own would win over less. On paper nothing scrolls.
 STYLE = """
 .kvp-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2.1; margin: .6em 0;
   padding-right: 10px; font-size: 15px }
@@ -24,10 +25,13 @@ STYLE = """
 .kvp-span { border-radius: 4px; padding: .1em .15em; margin: 0 .1em; -webkit-box-decoration-break: clone; box-decoration-break: clone }
 .kvp-span > b { font-size: 75%; padding: .1em .4em; border-radius: 2px;
   text-shadow: 0 0 2px #000; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-.kvp-table { border-collapse: collapse; margin: .6em 0; font-size: 13px }
-.kvp-table th, .kvp-table td { padding: .15em .55em; border-bottom: 1px solid rgb(128 128 128 / .35); text-align: left }
-.kvp-table td.n { text-align: right; font-variant-numeric: tabular-nums }
+.kvp-wide .kvp-table { border-collapse: collapse; margin: .6em 0; font-size: 13px }
+.kvp-wide .kvp-table :is(th, td) { padding: .15em .55em; border-bottom: 1px solid rgb(128 128 128 / .35); text-align: left }
+.kvp-wide .kvp-table :is(th, td).n { text-align: right; font-variant-numeric: tabular-nums;
+  print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.kvp-wide .kvp-table td.n { white-space: nowrap }
 .kvp-wide { overflow-x: auto }
+@media print { .kvp-wide .kvp-table { font-size: 10px } .kvp-wide .kvp-table :is(th, td) { padding: .15em .25em } }
 """
 
 
@@ -73,7 +77,7 @@ def note(text: str) -> str:
 
 def table(header: Sequence, rows: Sequence[Sequence], shares: Sequence[int] = ()) -> str:
     """A table; the columns in ``shares`` hold shares in [0, 1] or None, and are shaded by them."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f"<th{' class=n' if i in shares else ''}>{escape(cell)}</th>" for i, cell in enumerate(header))
     lines = ["".join(_cell(cell, i in shares) for i, cell in enumerate(row)) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<div class='kvp-wide'><table class='kvp-table'><tr>{head}</tr>{body}</table></div>"

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..display.markup import block
+from ..display.markup import block, note
 from ..errors import NotInterceptedError
 from ..eviction.arrays import Int32
 from ..numbers import is_whole
@@ -338,7 +338,8 @@ class KeptCache(DynamicCache):
         )
 
     def _repr_html_(self) -> str:
-        return block(repr(self)[1:-1], self.report().body())
+        title, _, about = repr(self)[1:-1].partition(": ")
+        return block(title, note(about), self.report().body())
 
     def _check_counts(self, layers: list[KeptLayer], counts: list[Int32]) -> None:
         if self.action is None or not layers:

@@ -150,7 +150,7 @@ class Handle:
     [[4, 4, 4]]
     >>> handle.remove()
     >>> handle
-    <Handle LlamaForCausalLM: KNorm(), budget=4, fair=False, protect=None, removed>
+    <Handle LlamaForCausalLM: KNorm(), budget=4, fair=False, protect=None, wrap removed>
     """
 
     def __init__(self, model: Any, action: Evict) -> None:
@@ -170,7 +170,7 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        state = ", removed" if self.is_removed else ""
+        state = ", wrap removed" if self.is_removed else ""
         return f"<Handle {type(self.model).__name__}: {_settings(self.action)}{state}>"
 
     @property
@@ -256,7 +256,8 @@ class Handle:
 
     def _repr_html_(self) -> str:
         cache = self._caches.last()
-        return block(repr(self)[1:-1], note("No cache yet.") if cache is None else cache.report().body())
+        title, _, about = repr(self)[1:-1].partition(": ")
+        return block(title, note(about), note("No cache yet.") if cache is None else cache.report().body())
 
     def report(self) -> Report:
         """:meth:`KeptCache.report` of the newest cache: one still in use, or that of a ``generate`` that has ended."""
