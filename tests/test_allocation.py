@@ -1,7 +1,7 @@
 """Laws of every way to share a budget over layers and heads, with every policy, fairness and protection."""
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -122,6 +122,34 @@ def test_ada_keeps_the_best_of_all_heads_and_some_of_each(alpha):
             rest = sorted((-scores[h, t], h, t) for h in range(N_HEAD) for t in range(N_TOKEN) if (h, t) not in sure)
             expected = sure | {(h, t) for _, h, t in rest[: N_HEAD * budget - len(sure)]}
             assert {(h, t) for h, t in np.argwhere(held(kept)[0])} == expected
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_ada_gives_is_what_heads_may_have(data):
+    """The same sums, of each head its floor and what must be kept of it at least, no more than a segment has; by NumPy
+    and by torch."""
+    n_row, n_head, n_segment = (data.draw(st.integers(low, 4)) for low in (1, 2, 1))
+    rng, alpha = (
+        np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))),
+        data.draw(st.sampled_from([0, 0.2, 0.5, 1])),
+    )
+    edges = np.sort(rng.integers(0, 31, (n_row, n_segment + 1)), axis=-1).astype(np.int32)
+    if data.draw(st.booleans()):
+        edges[:, 0], edges[:, -1] = 0, 30
+    widths = np.diff(edges)
+    quotas = np.repeat(rng.integers(0, widths + 1, widths.shape)[:, None], n_head, axis=1).astype(np.int32)
+    scores = rng.choice([np.nan, np.inf, -np.inf, 0, 1, 2, 3, 4], (n_row, n_head, 30)).astype(np.float32)
+    scores[:, 0] *= data.draw(st.sampled_from([1, 100]))
+    shared = Ada(alpha).heads(scores, edges, quotas)
+    assert shared.dtype == np.int32 and (shared.sum(1) == quotas.sum(1)).all() and (shared <= widths[:, None]).all()
+    infinite = [
+        [[np.isposinf(of_head[low:high]).sum() for low, high in pairwise(row)] for of_head in of_row]
+        for of_row, row in zip(scores, edges, strict=True)
+    ]
+    floors = np.minimum(quotas, np.maximum(quotas * round(alpha * 10) // 10, alpha > 0))
+    assert (shared >= np.maximum(floors, np.minimum(infinite, quotas))).all()
+    assert np.array_equal(Ada(alpha).heads(torch.from_numpy(scores), edges, quotas), shared)
 
 
 @given(st.integers(2, 3000), st.integers(0, 99), st.integers(2, 40), st.floats(1, 40), st.integers(0, 64))

@@ -15,7 +15,7 @@ from tiny_models import build, ids
 from tiny_policies import EQUAL, EVERY, kept_by, read_after, rkv_by_hand
 
 import kvpitfalls as kvp
-from kvpitfalls.policies import get_policy, policy_names, rkv
+from kvpitfalls.policies import expected_attention, get_policy, policy_names, rkv
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(2, 9, 40, 16, generator=torch.Generator().manual_seed(1))
@@ -204,7 +204,9 @@ def expected_by_hand(keys, before, values, policy, rotary, segments):
 @pytest.mark.parametrize(
     "changes", [{}, {"use_covariance": False}, {"use_vnorm": False}, {"n_sink": 0, "epsilon": 0.0}]
 )
-def test_expected_attention_is_its_formula(fair, changes):
+@pytest.mark.parametrize("block", [2**22, 1], ids=["whole", "in parts of 16, 16 and 4 tokens or 8"])
+def test_expected_attention_is_its_formula(fair, changes, block, monkeypatch):
+    monkeypatch.setitem(expected_attention._BLOCK, "cpu", block)
     policy, rotary, spans = (
         kvp.ExpectedAttention(**{"n_future_positions": 9, **changes}),
         kvp.Rotary(100.0),
@@ -217,6 +219,22 @@ def test_expected_attention_is_its_formula(fair, changes):
     for row in range(2):
         wanted = expected_by_hand(KEYS[row], QUERIES[row], VALUES[row], policy, rotary, segments)
         torch.testing.assert_close(kept.scores[row].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1], [40], [1, 1], [39, 1], [16, 16, 8], [7] * 5 + [5]], ids=str)
+def test_moments_of_parts_are_those_of_the_whole(sizes):
+    """Also where the mean is a thousand times what tokens differ by, beside whose square float32 has no room for theirs
+    (the mean itself is then exact to 1e-4 of what they differ by), and where it moves from part to part."""
+    for centre in (0, 1000, torch.arange(40)[:, None] * 100.0):
+        tokens = QUERIES[0] + centre if sum(sizes) == 40 else QUERIES[0, :, : sum(sizes)]
+        mean, squares = expected_attention.moments(part.clone() for part in tokens.split(sizes, 1))
+        exact = tokens.double()
+        torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=1e-6)
+        of_exact = exact - exact.mean(1, keepdim=True)
+        wanted = of_exact.mT @ of_exact
+        torch.testing.assert_close(squares.double(), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+        alone, none = expected_attention.moments((part.clone() for part in tokens.split(sizes, 1)), with_squares=False)
+        assert none is None and torch.equal(alone, mean)
 
 
 class Still(kvp.Rotary):

@@ -2,9 +2,9 @@
  *
  * The quota's best positions of each segment on the GPU; see topk.c, whose result this is, exactly. A segment of a row
  * is a problem of its own, because the host's tables tell how many tokens the segments before it keep. Up to 16384 keys
- * are held in the registers of one block, up to 131072 in those of a cluster of eight (Hopper); longer ones are read
- * again for each digit. Scores with gaps between them are read like that, too. Histograms count whole numbers, and
- * places are found by counting, not by atomics: so the result does not depend on the order of anything.
+ * are held in the registers of one block, up to 131072 in those of a cluster of eight (Hopper); longer ones, and scores
+ * with gaps between them, are read again for each digit, by such a cluster where there are any. Histograms count whole
+ * numbers, and places are found by counting, not by atomics: so the result does not depend on the order of anything.
  */
 #include "../gpu/tables.cuh"
 
@@ -163,15 +163,71 @@ typedef struct output_offsets {
 
 /* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
 __device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties,
-                                     output_offsets &offsets) {
+                                     output_offsets &offsets, int end) {
     const uint32_t before = (1u << threadIdx.x % 32) - 1;
-    const bool is_above = rank > threshold, is_equal = rank == threshold && i < p.n;
+    const bool is_above = rank > threshold, is_equal = rank == threshold && i < end;
     const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
     const uint32_t above = offsets.above + __popc(all_above & before),
                    equal = offsets.equal + __popc(all_equal & before);
     if (is_above || (is_equal && equal < ties)) p.out[(above + min(equal, ties)) * p.step] = p.begin + i;
     offsets.above += __popc(all_above);
     offsets.equal += __popc(all_equal);
+}
+
+/* The block of a cluster that this is, and that it waits for all of them. */
+template <int BLOCKS> __device__ __forceinline__ int block_of_cluster() { return BLOCKS > 1 ? blockIdx.x % BLOCKS : 0; }
+
+template <int BLOCKS> __device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        cg::this_cluster().sync();
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+/* The bin of a digit's histogram that holds the need-th largest of all blocks; need becomes the rank inside it. */
+template <int BLOCKS> __device__ __forceinline__ uint32_t agree_on_bin(histogram *h, uint2 *agreed, uint32_t &need) {
+    __syncthreads();
+    sum_coarse(h);
+    wait_for_cluster<BLOCKS>();
+    if constexpr (BLOCKS == 1) {
+        return find_bin<1>(h, need); /* every warp for itself: nothing to hand round, no further barrier */
+    } else {
+        if (threadIdx.x / 32 == 0) {
+            const uint32_t bin = find_bin<BLOCKS>(h, need);
+            if (threadIdx.x == 0) *agreed = make_uint2(bin, need);
+        }
+        __syncthreads();
+        need = agreed->y;
+        return agreed->x;
+    }
+}
+
+/* What is above the threshold, and equal to it, before this warp, of what each warp of each block has. */
+template <int BLOCKS> __device__ __forceinline__ output_offsets scan_cluster(uint32_t above, uint32_t equal) {
+    __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
+    __shared__ [[maybe_unused]] output_offsets of_blocks[BLOCKS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    above = __reduce_add_sync(~0u, above);
+    equal = __reduce_add_sync(~0u, equal);
+    if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
+    __syncthreads();
+    const uint32_t scanned_above = scan_warp(above_of[lane]), scanned_equal = scan_warp(equal_of[lane]);
+    output_offsets offsets = {__shfl_sync(~0u, scanned_above, warp) - above,
+                              __shfl_sync(~0u, scanned_equal, warp) - equal};
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) { /* each tells all, so that nobody reads from a block that may have left */
+        const int block = block_of_cluster<BLOCKS>();
+        if (threadIdx.x == 31)
+            for (int c = 0; c < BLOCKS; c++)
+                cg::this_cluster().map_shared_rank(of_blocks, c)[block] = output_offsets{scanned_above, scanned_equal};
+        cg::this_cluster().sync();
+        for (int c = 0; c < block; c++) offsets.above += of_blocks[c].above, offsets.equal += of_blocks[c].equal;
+    }
+#endif
+    return offsets;
 }
 
 /*
@@ -184,10 +240,8 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
     if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
 #endif
     __shared__ __align__(16) histogram h[DIGITS];
-    __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
-    __shared__ [[maybe_unused]] output_offsets of_blocks[BLOCKS];
-    __shared__ [[maybe_unused]] uint2 found[DIGITS];
-    const int block = BLOCKS > 1 ? blockIdx.x % BLOCKS : 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __shared__ [[maybe_unused]] uint2 agreed[DIGITS];
+    const int block = block_of_cluster<BLOCKS>(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
     kvpg_follow();
     const problem p = find_problem(j, blockIdx.x / BLOCKS);
@@ -205,25 +259,7 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < N_HELD; i++)
             if (digit == 0 ? first + i * 32 < p.n : rank[i] >> (shift + bits) == prefix)
                 atomicAdd(&h[digit].bin[rank[i] >> shift & ((1u << bits) - 1)], 1u);
-        __syncthreads();
-        sum_coarse(&h[digit]);
-        uint32_t bin;
-        if constexpr (BLOCKS == 1) { /* every warp for itself: nothing to hand round, no further barrier */
-            __syncthreads();
-            bin = find_bin<BLOCKS>(&h[digit], need);
-        } else {
-#if __CUDA_ARCH__ >= 900
-            cg::this_cluster().sync();
-#endif
-            if (warp == 0) {
-                bin = find_bin<BLOCKS>(&h[digit], need);
-                if (lane == 0) found[digit] = make_uint2(bin, need);
-            }
-            __syncthreads();
-            bin = found[digit].x;
-            need = found[digit].y;
-        }
-        prefix = prefix << bits | bin;
+        prefix = prefix << bits | agree_on_bin<BLOCKS>(&h[digit], &agreed[digit], need);
     }
     uint32_t above = 0, equal = 0;
 #pragma unroll
@@ -231,65 +267,62 @@ template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
         above += rank[i] > prefix;
         equal += rank[i] == prefix && first + i * 32 < p.n;
     }
-    above = __reduce_add_sync(~0u, above);
-    equal = __reduce_add_sync(~0u, equal);
-    if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
-    __syncthreads();
-    const uint32_t scanned_above = scan_warp(above_of[lane]), scanned_equal = scan_warp(equal_of[lane]);
-    output_offsets offsets = {__shfl_sync(~0u, scanned_above, warp) - above,
-                              __shfl_sync(~0u, scanned_equal, warp) - equal};
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) { /* each tells all, so that nobody reads from a block that may have left */
-        if (threadIdx.x == 31)
-            for (int c = 0; c < BLOCKS; c++)
-                cg::this_cluster().map_shared_rank(of_blocks, c)[block] = output_offsets{scanned_above, scanned_equal};
-        cg::this_cluster().sync();
-        for (int c = 0; c < block; c++) offsets.above += of_blocks[c].above, offsets.equal += of_blocks[c].equal;
-    }
-#endif
+    output_offsets offsets = scan_cluster<BLOCKS>(above, equal);
 #pragma unroll
-    for (int i = 0; i < N_HELD; i++) take(p, rank[i], first + i * 32, prefix, need, offsets);
+    for (int i = 0; i < N_HELD; i++) take(p, rank[i], first + i * 32, prefix, need, offsets, p.n);
 }
 
-/* Ranks read again for each digit: one block a problem, each warp a stretch of it. */
-static __global__ void __launch_bounds__(THREADS, 1) select_long(const __grid_constant__ select_job j) {
+enum { READ = 8 }; /* ranks that a thread reads at once, so that it waits for all of them together */
+
+/* Those of positions first, first + 32, ... below end, of scores with any gaps. */
+__device__ __forceinline__ void read_ranks(const select_job &j, const problem &p, uint32_t first, uint32_t end,
+                                           uint32_t (&rank)[READ]) {
+#pragma unroll
+    for (int i = 0; i < READ; i++) rank[i] = first + i * 32 < end ? rank_at(j, p, first + i * 32) : 0;
+}
+
+/* Ranks read again for each digit: BLOCKS blocks a problem, each warp a stretch of it. */
+template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, 1)
+    select_long(const __grid_constant__ select_job j) {
+#if __CUDA_ARCH__ < 900
+    if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
+#endif
+    __shared__ __align__(16) histogram h[DIGITS];
+    __shared__ [[maybe_unused]] uint2 agreed[DIGITS];
+    const int block = block_of_cluster<BLOCKS>(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
     kvpg_follow();
-    __shared__ __align__(16) histogram h;
-    __shared__ uint32_t above_of[WARPS], equal_of[WARPS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const problem p = find_problem(j, blockIdx.x);
-    if ((int)blockIdx.x % j.n_segment == j.n_segment - 1) finish_row(j, p);
-    if (p.quota == 0) return;
-    uint32_t prefix = 0, need = p.quota;
+    const problem p = find_problem(j, blockIdx.x / BLOCKS);
+    if (block == 0 && blockIdx.x / BLOCKS % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    if (p.quota == 0) return; /* all blocks of the cluster */
+    const uint32_t stretch = ((uint32_t)p.n + THREADS * BLOCKS - 1) / (THREADS * BLOCKS) * 32,
+                   begin = min((block * WARPS + warp) * stretch, (uint32_t)p.n),
+                   end = min(begin + stretch, (uint32_t)p.n);
+    __syncthreads();
+    uint32_t prefix = 0, need = p.quota, rank[READ];
     for (int digit = 0; digit < DIGITS; digit++) {
         const int shift = digit_shift(digit), bits = digit_bits(digit);
-        for (int i = threadIdx.x; i < BINS; i += THREADS) h.bin[i] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < p.n; i += THREADS) {
-            const uint32_t rank = rank_at(j, p, i);
-            if (digit == 0 || rank >> (shift + bits) == prefix)
-                atomicAdd(&h.bin[rank >> shift & ((1u << bits) - 1)], 1u);
+        for (uint32_t at = begin + lane; at < end; at += 32 * READ) {
+            read_ranks(j, p, at, end, rank);
+#pragma unroll
+            for (int i = 0; i < READ; i++)
+                if (at + i * 32 < end && (digit == 0 || rank[i] >> (shift + bits) == prefix))
+                    atomicAdd(&h[digit].bin[rank[i] >> shift & ((1u << bits) - 1)], 1u);
         }
-        __syncthreads();
-        sum_coarse(&h);
-        __syncthreads();
-        prefix = prefix << bits | find_bin<1>(&h, need);
-        __syncthreads();
+        prefix = prefix << bits | agree_on_bin<BLOCKS>(&h[digit], &agreed[digit], need);
     }
-    const int stretch = (p.n + THREADS - 1) / THREADS * 32, begin = warp * stretch, end = min(begin + stretch, p.n);
     uint32_t above = 0, equal = 0;
-    for (int i = begin + lane; i < end; i += 32) {
-        const uint32_t rank = rank_at(j, p, i);
-        above += rank > prefix;
-        equal += rank == prefix;
+    for (uint32_t at = begin + lane; at < end; at += 32 * READ) {
+        read_ranks(j, p, at, end, rank);
+#pragma unroll
+        for (int i = 0; i < READ; i++) above += rank[i] > prefix, equal += rank[i] == prefix && at + i * 32 < end;
     }
-    above = __reduce_add_sync(~0u, above);
-    equal = __reduce_add_sync(~0u, equal);
-    if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
-    __syncthreads();
-    output_offsets offsets = {__shfl_sync(~0u, scan_warp(above_of[lane]), warp) - above,
-                              __shfl_sync(~0u, scan_warp(equal_of[lane]), warp) - equal};
-    for (int i = begin; i < end; i += 32) take(p, rank_at(j, p, i + lane), i + lane, prefix, need, offsets);
+    output_offsets offsets = scan_cluster<BLOCKS>(above, equal);
+    for (uint32_t at = begin; at < end; at += 32 * READ) {
+        read_ranks(j, p, at + lane, end, rank);
+#pragma unroll
+        for (int i = 0; i < READ; i++) take(p, rank[i], at + lane + i * 32, prefix, need, offsets, end);
+    }
 }
 
 template <int BLOCKS>
@@ -359,5 +392,7 @@ extern "C" kvp_status kvpi_select_cuda(const kvp_select_args *args, kvp_context 
         return launch_held<1>(j, longest, n_problem, ctx);
     else if (side_by_side && has_clusters && longest <= CLUSTER * HELD * THREADS)
         return launch_held<CLUSTER>(j, longest, n_problem, ctx);
-    return kvpg_launch("select", ctx, select_long, {n_problem, 1}, THREADS, 1, 0, j);
+    if (has_clusters && longest > CLUSTER * THREADS)
+        return kvpg_launch("select", ctx, select_long<CLUSTER>, {n_problem * CLUSTER, 1}, THREADS, CLUSTER, 0, j);
+    return kvpg_launch("select", ctx, select_long<1>, {n_problem, 1}, THREADS, 1, 0, j);
 }

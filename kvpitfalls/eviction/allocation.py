@@ -1,11 +1,12 @@
 """How a budget is shared over the layers of a model, and over the heads of a layer."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -190,23 +191,90 @@ class Ada(Allocation):
     def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """See :class:`Allocation`."""
         check_heads(self, scores.shape[1])
-        share = Fraction(str(self.alpha))
-        least = quotas.astype(np.int64) * share.numerator // share.denominator
-        floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
-        best, _ = ops.select(scores, floors, segments=edges)
-        n_best = floors.sum(-1)
-        raised = raised_at(scores, best, padded=n_best.min() < max(1, n_best.max()))
-        counts, infinite = _counts_together(raised, edges, quotas.sum(1, dtype=np.int32)), _n_infinite(scores, edges)
-        counts, infinite = (counts, infinite) if isinstance(scores, np.ndarray) else _to_host(counts, infinite)
-        floors = np.maximum(floors, np.minimum(infinite, quotas))  # which are of a policy's own, too
+        edges, quotas = (np.ascontiguousarray(x, np.int32) for x in (edges, quotas))
+        tables = _tables(str(self.alpha), scores.shape[2], quotas.shape, edges.tobytes(), quotas.tobytes())
+        raised = scores
+        if tables.n_floor:
+            best, _ = ops.select_checked(scores, edges, tables.floors, None, None, tables.n_floor)
+            raised = raised_at(scores, best, padded=tables.is_ragged)
+        until, infinite = _until(_best_together(raised, tables), tables), _n_infinite(scores, edges)
+        if not isinstance(scores, np.ndarray):
+            until, infinite = _to_host(until, infinite)
+        counts = np.diff(until).reshape(quotas.shape[0], quotas.shape[2], -1).swapaxes(1, 2)
+        floors = np.maximum(tables.floors, np.minimum(infinite, quotas))  # which are of a policy's own, too
         return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _to_host(*counts: "torch.Tensor") -> list[Int32]:
-    """Tensors of one shape by one copy, for which a GPU is waited for."""
+class _Tables(NamedTuple):
+    """What a choice over all heads of a layer is told of its segments; the same for all layers of a prompt.
+
+    The tokens of all heads stand in one row, segment by segment, and in each head by head: then the core's selection
+    from that row is the selection over heads.
+    """
+
+    floors: Int32  # (B, H, S): what each head keeps at least
+    n_floor: int  # the largest sum of them
+    is_ragged: bool  # whether other sums are smaller
+    edges: Int32  # (B, S+1), of the segments as they stand here
+    is_whole: bool  # whether that is where they stood: one segment a row, all of it
+    edges_together: Int32  # (B, S+1), of the one row
+    totals: Int32  # (B, 1, S)
+    begins: Int32  # (B, S*H+1): where each head of each segment begins in the one row, and the end
+    on: "dict[torch.device, torch.Tensor]"  # ``begins`` on each GPU, copied once, not at every layer
+
+
+@lru_cache(maxsize=64)
+def _tables(alpha: str, n_token: int, shape: tuple[int, int, int], of_edges: bytes, of_quotas: bytes) -> _Tables:
+    n_row, n_head, n_segment = shape
+    edges = np.frombuffer(of_edges, np.int32).reshape(n_row, n_segment + 1)
+    quotas = np.frombuffer(of_quotas, np.int32).reshape(shape)
+    share = Fraction(alpha)
+    least = quotas.astype(np.int64) * share.numerator // share.denominator
+    floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
+    n_best = floors.sum(-1)
+    is_whole = n_segment == 1 and bool((np.diff(edges) == n_token).all())
+    widths = np.diff(edges)[..., None] * np.arange(n_head)
+    begins = (edges[:, :-1, None] * n_head + widths).reshape(n_row, -1)
+    together = edges * n_head
+    begins = np.concatenate([begins, together[:, -1:]], 1).astype(np.int32)
+    totals = quotas.sum(1, dtype=np.int32)[:, None]
+    n_floor = int(n_best.max())
+    return _Tables(floors, n_floor, bool(n_best.min() < n_floor), edges, is_whole, together, totals, begins, {})
+
+
+def _best_together(scores: Array, tables: _Tables) -> Array:
+    """Positions (B, N) in the one row of all heads' tokens: the best of each segment, rising, then -1."""
+    n_row, n_head, n_token = scores.shape
+    together = (scores if tables.is_whole else scores + 0).reshape(n_row, 1, n_head * n_token)
+    for b, row in enumerate([] if tables.is_whole else tables.edges.tolist()):
+        for low, high in pairwise(row):
+            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
+    n_kept = int(tables.totals.sum(-1).max())
+    return ops.select_checked(together, tables.edges_together, tables.totals, None, None, n_kept)[0][:, 0]
+
+
+def _until(positions: Array, tables: _Tables) -> Any:
+    """How many of a row's positions lie before each of ``begins``, (B, S*H+1), where the positions are."""
+    if isinstance(positions, np.ndarray):
+        kept = [row[row >= 0] for row in positions]
+        return np.stack([np.searchsorted(row, begins) for row, begins in zip(kept, tables.begins, strict=True)])
     import torch
 
-    return list(torch.stack(counts).cpu().numpy().astype(np.int32))
+    if (device := positions.device) not in tables.on:
+        tables.on[device] = torch.tensor(tables.begins, device=device)
+    n_kept = tables.totals.sum(-1)
+    if n_kept.min() < max(1, n_kept.max()):
+        positions = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+    return torch.searchsorted(positions, tables.on[device])
+
+
+def _to_host(*counts: "torch.Tensor") -> list[Int32]:
+    """Tensors of whole numbers, a row of each for a prompt, by one copy, for which a GPU is waited for."""
+    import torch
+
+    together = torch.cat([x.flatten(1) for x in counts], 1).cpu().numpy().astype(np.int32)
+    ends = np.cumsum([math.prod(x.shape[1:]) for x in counts])[:-1]
+    return [x.reshape(of.shape) for x, of in zip(np.split(together, ends, axis=1), counts, strict=True)]
 
 
 def _n_infinite(scores: Array, edges: Int32) -> Any:
@@ -224,37 +292,6 @@ def _n_infinite(scores: Array, edges: Int32) -> Any:
 
     last, some = (torch.tensor(x, device=scores.device) for x in (np.maximum(ends - 1, 0).astype(np.int64), ends > 0))
     return (infinite.cumsum(-1).gather(-1, last) * some).diff(dim=-1)
-
-
-def _counts_together(scores: Array, edges: Int32, totals: Int32) -> Any:
-    """How many each head has of the best ``totals`` (B, S) of a segment's tokens over all heads: (B, H, S), where the
-    scores are."""
-    n_row, n_head, n_token = scores.shape
-    # segment by segment, and in each head by head: then the core's selection from one long row is the selection over
-    # heads
-    is_whole = edges.shape[1] == 2 and (np.diff(edges) == n_token).all()
-    together = (scores if is_whole else scores + 0).reshape(n_row, 1, n_head * n_token)
-    for b, row in enumerate(edges.tolist()):
-        for low, high in pairwise(row):
-            if high - low < n_token:
-                together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
-    best, _ = ops.select(together, totals[:, None], segments=edges * n_head)
-    widths = np.diff(edges)[..., None] * np.arange(n_head)  # where each head begins in its segment
-    begins = (edges[:, :-1, None] * n_head + widths).reshape(n_row, -1)
-    counts = _counts_between(best[:, 0], np.concatenate([begins, edges[:, -1:] * n_head], 1))
-    return counts.reshape(n_row, -1, n_head).swapaxes(1, 2)
-
-
-def _counts_between(positions: Array, edges: Int32) -> Any:
-    """How many of a row's rising positions (B, N), with -1 for none behind them, lie between its edges (B, E)."""
-    if isinstance(positions, np.ndarray):
-        kept = [row[row >= 0] for row in positions]
-        until = np.stack([np.searchsorted(row, of_row) for row, of_row in zip(kept, edges, strict=True)])
-        return np.diff(until, axis=-1).astype(np.int32)
-    import torch
-
-    rising = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
-    return torch.searchsorted(rising, rising.new_tensor(edges)).diff(dim=-1)
 
 
 def raised_at(scores: Array, positions: Array, padded: bool = True) -> Array:
@@ -355,18 +392,19 @@ def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: i
 
 
 def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int32) -> Int32:
-    """What each head keeps of each segment: what the allocation says, checked; see :meth:`Allocation.heads`."""
+    """What each head keeps of each segment: what the allocation says, checked unless it is this package's own; see
+    :meth:`Allocation.heads`."""
+    if type(allocation).heads is Ada.heads:
+        return allocation.heads(scores, edges, quotas)
     shared = np.asarray(allocation.heads(scores, edges, quotas))
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":
         raise ValueError(
             f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
             f"{quotas.shape}"
         )
-    least, most = np.zeros_like(quotas), np.diff(edges)[:, None]
-    if type(allocation).heads is not Ada.heads or not getattr(scores, "is_cuda", False):  # Ada has waited for it once
-        infinite = _n_infinite(scores, edges)
-        on_host = infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0]
-        least = np.minimum(on_host, quotas)
+    infinite = _n_infinite(scores, edges)
+    least = np.minimum(infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0], quotas)
+    most = np.diff(edges)[:, None]
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(
             f"allocation {allocation!r} gives the heads quotas of other sums than theirs, below what must be kept, or "

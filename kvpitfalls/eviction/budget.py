@@ -248,6 +248,8 @@ def raised_to(quotas: IntArray, floors: IntArray) -> Int32:
     """
     raised = np.maximum(quotas, floors).astype(np.int64)
     spare, over = raised - floors, (raised - quotas).sum(-1, keepdims=True)
+    if not over.any():
+        return raised.astype(np.int32)
     n_spare = np.maximum(spare.sum(-1, keepdims=True), 1)
     paid, rest = over * spare // n_spare, over * spare % n_spare
     kept: Int32 = (raised - paid - _largest(rest, over - paid.sum(-1, keepdims=True))).astype(np.int32)

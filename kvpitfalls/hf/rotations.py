@@ -41,9 +41,9 @@ class LayerRotary(Rotary):
     def __init__(self, function: Callable, embedding, options: dict, at: torch.Tensor, width: int):
         self.function, self.embedding, self.options, self.at, self.width = function, embedding, options, at, width
 
-    def positions(self, valid, n_token):
+    def positions(self, valid, n_token, device=None):
         """See :class:`Rotary`; as the model was given them."""
-        return self.at.expand(len(valid), -1)
+        return self.at.expand(len(valid), -1).to(device)
 
     def angles(self, positions, x):
         """See :class:`Rotary`; rounded as the model rounds them for an x of this type."""

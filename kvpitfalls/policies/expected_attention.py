@@ -1,8 +1,7 @@
 """Expected Attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,8 @@ from .base import Inputs, Policy
 
 if TYPE_CHECKING:
     import torch
+
+    from .rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -98,54 +99,116 @@ class ExpectedAttention(Policy):
             raise UnsupportedModelError(
                 f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
             )
-        scores, n_group = (
-            torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device),
-            queries.shape[1] // keys.shape[1],
-        )
-        positions = inputs.rotary.positions(inputs.valid, keys.shape[2]).to(keys.device)
+        scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+        positions = inputs.rotary.positions(inputs.valid, keys.shape[2], keys.device)
         for row, (begin, end) in enumerate(inputs.valid):
             first = min(begin + self.n_sink, end - 1)
-            ahead = positions[row, end - 1] + torch.arange(1, 1 + self.n_future_positions, device=keys.device)
-            turn, cuts = inputs.rotary.mean(ahead, keys), [max(stop, first) - first for _, stop in inputs.segments[row]]
-            undone = partial(inputs.rotary.undone, positions=positions[row : row + 1, first:end])
-            for heads in _blocks(queries[row, :, first:end], n_group):
-                group = slice(heads.start * n_group, heads.stop * n_group)
-                before = undone(queries[row : row + 1, group, first:end])[0].unflatten(0, (-1, n_group))
-                logits = self._logits(before, keys[row, heads, None, first:end].float(), turn, inputs.scaling)
-                sinks = None if inputs.sinks is None else inputs.sinks[group].float().unflatten(0, (-1, n_group))
-                weights = _shares(logits, cuts, sinks)
-                if self.use_vnorm:
-                    weights = (weights + self.epsilon) * values[row, heads, first:end].float().norm(dim=-1)
-                scores[row, heads, first:end] = weights
-            scores[row, :, begin:first] = scores[row, :, first:end].nan_to_num(0).max() + 1
+            cuts = [max(stop, first) - first for _, stop in inputs.segments[row]]
+            forecast = self._forecast(inputs, queries[row : row + 1, :, first:end], positions[row, first:end])
+            logits = _logits(keys[row, :, first:end], *forecast)
+            sinks = None if inputs.sinks is None else inputs.sinks.float().unflatten(0, logits.shape[:2])
+            weights, out = _shares(logits, cuts, sinks), scores[row, :, first:end]
+            if self.use_vnorm:
+                torch.mul(weights + self.epsilon, _lengths(values[row, :, first:end]), out=out)
+            else:
+                out[:] = weights
+            scores[row, :, begin:first] = out.nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
-    def _logits(
-        self, before: "torch.Tensor", keys: "torch.Tensor", turn: "torch.Tensor", scaling: float
-    ) -> "torch.Tensor":
-        """Logs of the attention (H, G, n) that next queries are expected to give to keys (H, 1, n, D), up to a constant
-        each, of queries ``before`` (H, G, n, D)."""
-        mean = before.mean(2, keepdim=True)
-        logits = (mean @ turn @ keys.mT)[:, :, 0] * scaling
-        if self.use_covariance:
-            # The layer's own queries, where it turns none: not in place. In four dimensions torch copies what is
-            # transposed.
-            flat = (before - mean).flatten(0, 1)
-            spread = (turn.T @ (flat.mT @ flat / before.shape[2]) @ turn).unflatten(0, before.shape[:2])
-            spread = spread.transpose(1, 2).flatten(2)  # (H, D, G*D): one product for all query heads
-            along = (keys[:, 0] @ spread).unflatten(-1, (-1, keys.shape[-1])).mul_(keys.transpose(1, 2)).sum(-1)
-            logits += along.mT * (scaling**2 / 2)
-        return logits
+    def _forecast(
+        self, inputs: Inputs, queries: "torch.Tensor", positions: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Mean (Hq, D) and half the covariance (Hq, D, D) of the queries to come, scaled as logits are, of those (1,
+        Hq, n, D) of a prompt."""
+        import torch
+
+        rotary: Rotary = inputs.rotary
+        ahead = positions[-1] + torch.arange(1, 1 + self.n_future_positions, device=positions.device)
+        turn = rotary.mean(ahead, queries) * inputs.scaling
+        back = rotary.backwards(positions[None], queries[:, :1, :1])
+        before = (_turned(rotary, queries[:, :, part], [x[:, part] for x in back]) for part in _parts(queries[0]))
+        means, squares = moments(before, self.use_covariance)
+        return means @ turn, None if squares is None else turn.T @ (squares / (2 * len(positions))) @ turn
+
+
+def _turned(rotary: "Rotary", queries: "torch.Tensor", by: "Sequence[torch.Tensor]") -> "torch.Tensor":
+    """Queries (Hq, n, D) of one row, turned, in memory of their own: a layer that turns nothing gives back its own."""
+    turned: torch.Tensor = rotary.turned(queries.float(), *by)[0]
+    is_own = turned.untyped_storage().data_ptr() != queries.untyped_storage().data_ptr()
+    return turned if is_own else turned.clone()
 
 
 _BLOCK = {"cpu": 2**22, "cuda": 2**28}  # bytes: what a processor's cache holds, and what a GPU is busy with
 
 
-def _blocks(queries: "torch.Tensor", n_group: int) -> Iterator[slice]:
-    """Key heads that are judged together, of queries (H*G, n, D)."""
-    n_head = len(queries) // n_group
-    n = max(1, _BLOCK.get(queries.device.type, 2**22) // (4 * n_group * queries[0].numel()))
-    return (slice(at, min(at + n, n_head)) for at in range(0, n_head, n))
+def _parts(x: "torch.Tensor", n_each: int = 1) -> Iterator[slice]:
+    """Tokens of x (H, n, D) that are worked on together, where each head's number makes ``n_each`` of float32."""
+    n_byte = 4 * n_each * len(x) * x.shape[2]
+    n = max(16, _BLOCK.get(x.device.type, 2**22) // n_byte)
+    return (slice(at, min(at + n, x.shape[1])) for at in range(0, x.shape[1], n))
+
+
+def moments(parts: "Iterable[torch.Tensor]", with_squares: bool = True) -> "tuple[torch.Tensor, torch.Tensor | None]":
+    """Mean (H, D) of tokens that come in parts (H, n, D), which are used up; and, if asked for, the sum of squares (H,
+    D, D) of what they differ from it by: n times their covariance.
+
+    Each part is centred by its own mean, since float32 has no room for what differs beside the square of a large mean.
+    """
+    import torch
+
+    sizes: list[int] = []
+    means: list[torch.Tensor] = []
+    squares: torch.Tensor | None = None
+    for part in parts:
+        sizes.append(part.shape[1])
+        means.append(part.mean(1))
+        if with_squares:
+            part -= means[-1][:, None]
+            of_part = part.mT @ part
+            squares = of_part if squares is None else squares.add_(of_part)
+    if len(sizes) == 1:
+        return means[0], squares
+    mean = torch.stack([x * (n / sum(sizes)) for x, n in zip(means, sizes, strict=True)]).sum(0)
+    if squares is not None:
+        between = torch.stack([(x - mean) * n**0.5 for x, n in zip(means, sizes, strict=True)], 1)
+        squares += between.mT @ between
+    return mean, squares
+
+
+def _logits(keys: "torch.Tensor", means: "torch.Tensor", spreads: "torch.Tensor | None") -> "torch.Tensor":
+    """Logs (H, G, n) of the attention that queries with these means (H*G, D), and these halves of their covariances
+    (H*G, D, D), are expected to give to keys (H, n, D), up to a constant each."""
+    import torch
+
+    means = means.unflatten(0, (len(keys), -1))
+    if spreads is not None:  # (H, D, G*D): one product for all query heads
+        spreads = spreads.unflatten(0, means.shape[:2]).transpose(1, 2).flatten(2)
+    logits = []
+    for part in _parts(keys, means.shape[1]):
+        own = keys[:, part].float()
+        if spreads is None:
+            logits.append(means @ own.mT)
+        else:
+            along = (own @ spreads).unflatten(-1, (-1, own.shape[-1]))  # (H, n, G, D)
+            logits.append(torch.baddbmm(_dots(along, own).mT, means, own.mT))
+    return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
+
+
+def _dots(along: "torch.Tensor", keys: "torch.Tensor") -> "torch.Tensor":
+    """Products (H, n, G) of each row of ``along`` (H, n, G, D), which is used up, with its key (H, n, D)."""
+    if along.is_cuda:  # in half the time of two passes over it
+        return (along @ keys[..., None])[..., 0]
+    return along.mul_(keys[:, :, None]).sum(-1)
+
+
+def _lengths(x: "torch.Tensor") -> "torch.Tensor":
+    """Euclidean, float32, of the rows of x."""
+    import torch
+
+    if not x.is_cuda:
+        x = x.float()
+    lengths: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return lengths
 
 
 def _shares(logits: "torch.Tensor", cuts: Sequence[int], sinks: "torch.Tensor | None") -> "torch.Tensor":
@@ -156,4 +219,4 @@ def _shares(logits: "torch.Tensor", cuts: Sequence[int], sinks: "torch.Tensor | 
     for begin, end in zip([0, *cuts], cuts, strict=False):
         own = logits[..., begin:end] if sinks is None else torch.cat([logits[..., begin:end], sinks[..., None]], -1)
         shares.append(own.softmax(-1)[..., : end - begin])
-    return torch.cat(shares, -1).mean(1)
+    return (shares[0] if len(shares) == 1 else torch.cat(shares, -1)).mean(1)
