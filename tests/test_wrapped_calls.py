@@ -1,6 +1,7 @@
 """What runs on a wrapped model is compressed or refused by name, and nothing else of the model changes."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -342,3 +343,26 @@ def test_an_interrupt_while_a_wrap_is_put_on_leaves_a_model_that_answers_and_can
         n += 37
     handle.remove()
     assert n_struck > 20
+
+
+def test_an_interrupt_while_a_wrap_is_taken_off_leaves_a_model_that_answers_and_can_be_freed_of_it(llama):
+    """At whatever line: it answers as a plain one, unless it is wrapped still; removing once more leaves no trace."""
+    tokens, n = ids(1, N_PROMPT), 0
+    answer = functools.partial(llama.generate, max_new_tokens=3, do_sample=False)
+    plain, traces = answer(tokens), [set(vars(module)) for module in llama.modules()]
+    while True:
+        handle = kvp.wrap(llama, "knorm", budget=4)
+        sys.settrace(Interrupt(n))
+        try:
+            handle.remove()
+        except KeyboardInterrupt:
+            assert torch.equal(answer(tokens), plain) or not handle.is_removed, n
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        handle.remove()
+        assert [set(vars(module)) for module in llama.modules()] == traces, n
+        assert torch.equal(answer(tokens), plain), n
+        n += 1
+    assert n > 15
