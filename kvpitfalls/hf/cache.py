@@ -101,6 +101,11 @@ class KeptCache(DynamicCache):
         """The ids of the tokens it has seen, (B, n_seen); None if the model was given something else than ids."""
         return self.origin.tokens(self.n_seen)
 
+    def check_rows(self, n_row: int) -> None:
+        """Raise unless a forward brings a token of each row that it holds."""
+        if self.valid is not None and n_row != len(self.valid):
+            raise ValueError(f"a forward brings {n_row} rows, but the cache holds {len(self.valid)}; expected as many")
+
     def check_decoder(self, decoder: torch.nn.Module) -> None:
         """Raise if a decoder is not as it was when it filled this; it takes a look at every module."""
         self.origin.check_adapters(decoder)

@@ -29,7 +29,7 @@ from .coverage import attention_calls, check_cache, check_model, check_not_compi
 from .fixed import FixedCache
 from .forward import Forward, attention_around
 from .generating import arguments_of, check_generate, chunks_of, generators_of
-from .masks import check_padding, real_newest, valid_ranges
+from .masks import check_padding, columns_of, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
@@ -464,11 +464,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) 
     n_row, n_new = _inputs(bound).shape[:2]
     ids, mask = bound.get("input_ids"), bound.get("attention_mask")
     if n_seen:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < n_seen + n_new:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {n_seen + n_new}, for {n_seen} tokens in the "
-                f"cache and {n_new} new ones (prefill_chunk_size of transformers 4 gives the mask of the chunk)"
-            )
+        cache.check_rows(n_row)
+        mask = columns_of(mask, n_seen, n_new)
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)
         if isinstance(cache, FixedCache):
