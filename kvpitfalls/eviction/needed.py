@@ -15,7 +15,9 @@ _TYPES = ("float32", "float16", "bfloat16")
 def check_needed(policy: Policy, layer: LayerInputs) -> None:
     """Raise, by name, for what is missing, or of a type that no scorer takes: torch would score any, rounded or not."""
     for name, x in (("keys", layer.keys), ("queries", layer.queries), ("values", layer.values)):
-        if x is not None and (dtype := getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))) not in _TYPES:
+        if x is None or not hasattr(x, "dtype"):
+            continue  # the core refuses the latter
+        if (dtype := getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))) not in _TYPES:
             raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
     if policy.needs_queries and layer.queries is None:
         raise ValueError(
