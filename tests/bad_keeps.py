@@ -37,6 +37,12 @@ KEEP = [
         "keys is a NoneType; expected a NumPy array or a torch tensor",
     ),
     (lambda e: kvp.keep("knorm", KEYS[0], budget=3), ValueError, "keys has shape (2, 20, 8); expected (B, H, T, D)"),
+    (lambda e: kvp.keep("knorm", KEYS[:, :0], budget=3), ValueError, "keys has shape (1, 0, 20, 8); expected at least"),
+    (
+        lambda e: kvp.keep("knorm", KEYS[..., :0], budget=3),
+        ValueError,
+        "keys has shape (1, 2, 20, 0); expected at least",
+    ),
     (
         lambda e: kvp.keep("knorm", KEYS.tolist(), budget=3),
         TypeError,

@@ -74,6 +74,23 @@ def test_every_policy_keeps_its_contract(policy):
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_every_policy_takes_floats_of_32_or_16_bits_alone(policy, dtype):
+    """Wherever it scores: in the core, or in torch, which would take and round others."""
+    settings = {"budget": 20, "layer": 1, "n_layer": 3, "rotary": kvp.Rotary(), "output": OUTPUT}
+    kept_by(policy, KEYS, QUERIES, values=VALUES, **settings)
+    arrays = {"keys": KEYS, "queries": QUERIES, "values": VALUES}
+    for name in arrays:
+        message = f"{name} has dtype {str(dtype).removeprefix('torch.')}; expected float32, float16 or bfloat16"
+        for of_library in (torch.as_tensor, np.asarray)[: 1 if dtype == torch.float8_e4m3fn else 2]:
+            changed = {n: of_library(x.to(dtype) if n == name else x) for n, x in arrays.items()}
+            with pytest.raises(TypeError, match=message):
+                kept_by(policy, **changed, **settings)
+
+
+@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_a_policy_says_exactly_what_it_reads(policy):
     settings = {
         "compression_ratio": 0.5,

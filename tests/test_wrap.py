@@ -111,6 +111,24 @@ def test_left_padded_batch_equals_single_rows(model, policy, fair):
         assert np.array_equal(of_row[of_row >= 0].reshape(of_row.shape[0], -1) - n_pad, first.positions(layer.index)[0])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("budget", [N_PROMPT - 3, N_PROMPT])
+def test_positions_are_those_of_the_prompts_real_tokens(side, budget):
+    """Also where nothing had to go, and when more tokens came since."""
+    model, tokens, mask = build("llama"), ids(), torch.ones(2, N_PROMPT + 2, dtype=torch.long)
+    begin, end = (3, N_PROMPT) if side == "left" else (0, N_PROMPT - 3)
+    mask[0, :begin] = mask[0, end:N_PROMPT] = 0
+    with torch.no_grad(), kvp.wrap(model, "knorm", budget=budget) as handle:
+        cache = handle.compress(tokens[:, :N_PROMPT], mask[:, :N_PROMPT])
+        kept = [cache.positions(i) for i in range(3)]
+        for each in (cache.copy(), cache.fixed(2)):
+            feed(model, tokens, [2], each, mask, start=N_PROMPT)
+            assert all(np.array_equal(each.positions(i), of_layer) for i, of_layer in enumerate(kept))
+    for padded, whole in kept[0].transpose(1, 0, 2):
+        assert padded[padded >= 0].tolist() == list(range(begin, end)) and len(whole) == budget
+        assert set(whole) <= set(range(N_PROMPT)) and (np.diff(whole) > 0).all()
+
+
 def manual_generate(model, cache, tokens, mask, n_new):
     """Greedy, with explicit positions."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,6 +1,7 @@
 """What runs on a wrapped model is compressed or refused by name, and nothing else of the model changes."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -14,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, ids, tiny_prompt
+from tiny_models import build, feed, ids, tiny_prompt
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
@@ -342,3 +343,85 @@ def test_an_interrupt_while_a_wrap_is_put_on_leaves_a_model_that_answers_and_can
         n += 37
     handle.remove()
     assert n_struck > 20
+
+
+def test_an_interrupt_while_a_wrap_is_taken_off_leaves_a_model_that_answers_and_can_be_freed_of_it(llama):
+    """At whatever line: it answers as a plain one, unless it is wrapped still; removing once more leaves no trace."""
+    tokens, n = ids(1, N_PROMPT), 0
+    answer = functools.partial(llama.generate, max_new_tokens=3, do_sample=False)
+    plain, traces = answer(tokens), [set(vars(module)) for module in llama.modules()]
+    while True:
+        handle = kvp.wrap(llama, "knorm", budget=4)
+        sys.settrace(Interrupt(n))
+        try:
+            handle.remove()
+        except KeyboardInterrupt:
+            assert torch.equal(answer(tokens), plain) or not handle.is_removed, n
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        handle.remove()
+        assert [set(vars(module)) for module in llama.modules()] == traces, n
+        assert torch.equal(answer(tokens), plain), n
+        n += 1
+    assert n > 15
+
+
+def later_caches(llama, tokens, mask):
+    """A cache of each kind over these prompts, inside its wrap: cut once or held, growing or of fixed size."""
+    for policy, options in (("knorm", {}), ("streaming_llm", {"when": "always"}), ("h2o", {"when": "always"})):
+        with kvp.wrap(llama, policy, budget=6, **options) as handle:
+            cache = handle.compress(tokens, mask)
+            yield from (cache.fixed(9), cache)
+
+
+@pytest.mark.parametrize("n_new", [1, 3])
+@pytest.mark.parametrize("further", [0, 1])
+def test_columns_of_a_mask_for_tokens_yet_to_come_mean_nothing(llama, n_new, further):
+    """As to the model itself, whose mask may be made for a whole answer at once; the newest tokens are padded here."""
+    tokens, mask = ids(2, N_PROMPT + 4), torch.ones(2, N_PROMPT + 4, dtype=torch.long)
+    mask[0, :3] = mask[1, N_PROMPT] = 0
+    start, end = N_PROMPT, N_PROMPT + n_new
+    longer = torch.cat([mask[:, :end], torch.full((2, 5), further)], 1)
+    with torch.no_grad():
+        for cache in later_caches(llama, tokens[:, :N_PROMPT], mask[:, :N_PROMPT]):
+            logits = []
+            for each, first in ((cache.copy(), mask[:, :end]), (cache, longer)):
+                call = {"position_ids": (mask.cumsum(-1) - 1)[:, start:end], "attention_mask": first}
+                out = llama(tokens[:, start:end], past_key_values=each, **call).logits
+                logits.append((out, feed(llama, tokens, [1], each, mask, start=end)))
+            for exact, other in zip(*logits, strict=True):
+                assert torch.equal(exact, other), cache
+
+
+@pytest.mark.parametrize("n_new", [1, 3])
+@pytest.mark.parametrize("n_held, n_row", [(1, 4), (2, 4), (2, 1)])
+def test_a_forward_of_other_rows_than_the_caches_is_refused_before_anything_is_written(llama, n_held, n_row, n_new):
+    tokens, new = ids(n_held, N_PROMPT), ids(n_row, n_new, seed=5)
+    message = f"a forward brings {n_row} rows, but the cache holds {n_held}; expected as many"
+    with torch.no_grad():
+        for cache in later_caches(llama, tokens, None):
+            wanted = llama(new[:1].expand(n_held, -1), past_key_values=cache.copy()).logits
+            with pytest.raises(ValueError, match=message):
+                llama(new, past_key_values=cache)
+            assert torch.equal(llama(new[:1].expand(n_held, -1), past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize("policy, when", [("knorm", "prefill"), ("tova", "always"), ("h2o", "always")])
+def test_a_cache_of_fixed_size_that_inference_mode_made_is_refused_outside_of_it(llama, policy, when):
+    """Before anything is written: inside, it goes on. One that was made outside serves both."""
+    tokens = ids(2, N_PROMPT + 4)
+    with kvp.wrap(llama, policy, budget=6, when=when) as handle, torch.no_grad():
+        growing = handle.compress(tokens[:, :N_PROMPT])
+        both = growing.fixed(4)
+        with torch.inference_mode():
+            inside = growing.fixed(4)
+        wanted = feed(llama, tokens, [1, 1, 1, 1], growing, start=N_PROMPT)
+        with pytest.raises(ValueError, match=r"was made inside torch\.inference_mode and given to a forward outside"):
+            feed(llama, tokens, [1], inside, start=N_PROMPT)
+        with torch.inference_mode():
+            logits = [feed(llama, tokens, [1, 1], each, start=N_PROMPT) for each in (inside, both)]
+        later = feed(llama, tokens, [1, 1], both, start=N_PROMPT + 2)
+        for each, part in zip((*logits, later), (wanted[:, :2], wanted[:, :2], wanted[:, 2:]), strict=True):
+            torch.testing.assert_close(each, part, rtol=0, atol=1e-5)

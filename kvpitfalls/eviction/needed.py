@@ -9,9 +9,16 @@ from .arrays import Array
 from .layer_inputs import LayerInputs
 from .layout import Layout
 
+_TYPES = ("float32", "float16", "bfloat16")
+
 
 def check_needed(policy: Policy, layer: LayerInputs) -> None:
-    """Raise, by name, for what is missing."""
+    """Raise, by name, for what is missing, or of a type that no scorer takes: torch would score any, rounded or not."""
+    for name, x in (("keys", layer.keys), ("queries", layer.queries), ("values", layer.values)):
+        if x is None or not hasattr(x, "dtype"):
+            continue  # the core refuses the latter
+        if (dtype := getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))) not in _TYPES:
+            raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
     if policy.needs_queries and layer.queries is None:
         raise ValueError(
             f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"

@@ -344,6 +344,8 @@ def keep(
         raise TypeError(f"keys is a {type(keys).__name__}; expected a NumPy array or a torch tensor")
     if len(keys.shape) != 4:
         raise ValueError(f"keys has shape {tuple(keys.shape)}; expected (B, H, T, D)")
+    if not keys.shape[1] or not keys.shape[3]:
+        raise ValueError(f"keys has shape {tuple(keys.shape)}; expected at least one head, and one channel")
     check_real({name: x for name, x in (("scaling", scaling), ("softcap", softcap)) if x is not None})
     check_layer(keys, values, layer, n_layer)
     if rotary is not None and not isinstance(rotary, Rotary):

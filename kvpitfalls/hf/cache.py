@@ -101,6 +101,11 @@ class KeptCache(DynamicCache):
         """The ids of the tokens it has seen, (B, n_seen); None if the model was given something else than ids."""
         return self.origin.tokens(self.n_seen)
 
+    def check_rows(self, n_row: int) -> None:
+        """Raise unless a forward brings a token of each row that it holds."""
+        if self.valid is not None and n_row != len(self.valid):
+            raise ValueError(f"a forward brings {n_row} rows, but the cache holds {len(self.valid)}; expected as many")
+
     def check_decoder(self, decoder: torch.nn.Module) -> None:
         """Raise if a decoder is not as it was when it filled this; it takes a look at every module."""
         self.origin.check_adapters(decoder)
@@ -254,8 +259,10 @@ class KeptCache(DynamicCache):
             raise ValueError("the cache is empty; expected one that has seen a prompt")
         if (kept := of_layer.kept_positions) is not None:
             return kept
-        whole = np.arange(of_layer.seen, dtype=np.int32)
-        return np.broadcast_to(whole, (*of_layer.keys.shape[:2], of_layer.seen))
+        rows = self.valid or [(0, of_layer.seen)] * len(of_layer.keys)
+        begins, ends = (np.minimum(x, of_layer.seen)[:, None, None] for x in np.transpose(rows).astype(np.int32))
+        places = np.arange((ends - begins).max(), dtype=np.int32) + begins
+        return np.repeat(np.where(places < ends, places, np.int32(-1)), of_layer.keys.shape[1], 1)
 
     def kept(self, span: str | tuple[int, int], row: int = 0) -> npt.NDArray[np.float64]:
         """Kept share of an instruction, float64 (layers, H): by name, or by token range (start, end)."""

@@ -215,6 +215,11 @@ class FixedCache(KeptCache):
 
         Called before anything is changed. ``mask``: the forward's.
         """
+        if self.layers[0].keys.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                "a fixed cache, which is written in place, was made inside torch.inference_mode and given to a forward "
+                "outside of it; expected a forward inside of it, or a cache that was made outside"
+            )
         if n_new > self.n_free:
             raise ValueError(
                 f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; "

@@ -71,6 +71,19 @@ def check_padding(mask, valid: Sequence[tuple[int, int]] | None, n_prompt: int) 
         )
 
 
+def columns_of(mask, n_seen: int, n_new: int):
+    """A later forward's padding mask without columns of tokens that are yet to come, as the model reads it; raises if
+    it lacks some. Anything else is not looked at."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return mask
+    if mask.shape[1] < n_seen + n_new:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; expected {n_seen + n_new}, for {n_seen} tokens in the cache "
+            f"and {n_new} new ones (prefill_chunk_size of transformers 4 gives the mask of the chunk)"
+        )
+    return mask[:, : n_seen + n_new]
+
+
 def real_newest(mask, n_new: int) -> torch.Tensor | None:
     """Which of the newest tokens are real, bool (B, n_new), from a forward's padding mask; None: all of them."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:

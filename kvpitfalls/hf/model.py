@@ -29,7 +29,7 @@ from .coverage import attention_calls, check_cache, check_model, check_not_compi
 from .fixed import FixedCache
 from .forward import Forward, attention_around
 from .generating import arguments_of, check_generate, chunks_of, generators_of
-from .masks import check_padding, real_newest, valid_ranges
+from .masks import check_padding, columns_of, real_newest, valid_ranges
 from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
@@ -114,15 +114,23 @@ class _Running:
 def attach(model) -> _Attachment:
     """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
     with stand_ins.lock:
-        stand_ins.clear_abandoned()
-        decoder = decoder_of(model)
-        attachment = _attached.get(decoder)
-        if attachment is None:
-            take_away_all(model, but=[x for other in list(_attached.values()) for x in (other.around, *other.others)])
-            attachment = _attached[decoder] = _Attachment(model)
-        attachment.override(model)
+        attachment = _attachment_for(model)
         attachment.count += 1
         return attachment
+
+
+def _attachment_for(model) -> _Attachment:
+    """The one that there is, or a new one; the caller holds the lock, and says what it is for."""
+    stand_ins.clear_abandoned()
+    decoder = decoder_of(model)
+    if (left := _attached.get(decoder)) is not None:
+        _close_if_idle(left)  # an interrupt came while it was closed
+    attachment = _attached.get(decoder)
+    if attachment is None:
+        take_away_all(model, but=[x for other in list(_attached.values()) for x in (other.around, *other.others)])
+        attachment = _attached[decoder] = _Attachment(model)
+    attachment.override(model)
+    return attachment
 
 
 def detach(model) -> None:
@@ -130,31 +138,27 @@ def detach(model) -> None:
     thread has ended."""
     with stand_ins.lock:
         stand_ins.clear_abandoned()
-        _detach(_attached[decoder_of(model)])
-
-
-def _detach(attachment: _Attachment) -> None:
-    attachment.count -= 1
-    _close_if_idle(attachment)
+        attachment = _attached[decoder_of(model)]
+        attachment.count -= 1
+        _close_if_idle(attachment)
 
 
 def put_wrap(model, wrap) -> _Attachment:
     """Attach a handle's maker of caches; there may be one at a time."""
-    attachment = attach(model)
     with stand_ins.lock:
+        attachment = _attachment_for(model)
         if attachment.wrap is None:
             attachment.wrap = wrap
             return attachment
-        _detach(attachment)
     raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
 
 
 def take_wrap(attachment: _Attachment | None, wrap=None) -> None:
-    """Take this maker of caches away, if it is still there; without one, whatever is there."""
+    """Take this maker of caches away, if it is there; without one, whatever is. Once more, after an interrupt."""
     with stand_ins.lock:
-        if attachment is not None and attachment.wrap is not None and wrap in (None, attachment.wrap):
+        if attachment is not None and (wrap is None or attachment.wrap in (None, wrap)):
             attachment.wrap = None
-            _detach(attachment)
+            _close_if_idle(attachment)
 
 
 def release(model) -> None:
@@ -191,11 +195,12 @@ def _is_paused(decoder) -> bool:
 
 
 def _close_if_idle(attachment: _Attachment) -> None:
-    if attachment.count == 0 and not attachment.running:
+    """Close it if nobody needs it; known until then, so that whoever comes next ends what an interrupt broke off."""
+    if attachment.count == 0 and attachment.wrap is None and not attachment.running:
+        attachment.close()
         decoder = attachment.decoder()
         if decoder is not None and _attached.get(decoder) is attachment:
             del _attached[decoder]
-        attachment.close()
 
 
 def _armed(decoder, forward, args, kwargs):
@@ -206,8 +211,7 @@ def _armed(decoder, forward, args, kwargs):
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage] # torch documents it
         raise UnsupportedModelError(
             "the model is being exported or traced (torch.export, torch.jit.trace); expected neither inside a wrap, "
-            "since a compressed "
-            "cache changes shape"
+            "since a compressed cache changes shape"
         )
     running, outer = _Running(), local.forward
     try:
@@ -232,9 +236,8 @@ def _generate(model, generate, args, kwargs):
         return generate(*args, **kwargs)
     if attachment is None:
         raise NotInterceptedError(
-            f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that "
-            "nothing would be compressed; "
-            "expected that before kvpitfalls.wrap"
+            f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that nothing "
+            "would be compressed; expected that before kvpitfalls.wrap"
         )
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
@@ -258,8 +261,7 @@ def _generate(model, generate, args, kwargs):
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(
                 f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was "
-                "compressed: it was "
-                "replaced inside the wrap; expected that before kvpitfalls.wrap"
+                "compressed: it was replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
         if running.cache is not None and running.wrap is not None:
             running.wrap.remember(running.cache)
@@ -324,8 +326,7 @@ def _refuse_batching(model, start, args, kwargs):
         return start(*args, **kwargs)
     raise UnsupportedModelError(
         "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected "
-        "generate, or a call "
-        "inside `with handle.paused()`"
+        "generate, or a call inside `with handle.paused()`"
     )
 
 
@@ -439,9 +440,8 @@ def _check_origin(decoder, wrap, cache: KeptCache, n_seen: int) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled."""
     if cache.is_half_filled or len({layer.seen for layer in cache.kept_layers}) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers "
-            "differ; expected a new cache, "
-            "or a copy of its own (cache.copy())"
+            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; "
+            "expected a new cache, or a copy of its own (cache.copy())"
         )
     origin = cache.origin
     if wrap is not None and cache.action is None and wrap.action.holds:
@@ -464,11 +464,8 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) 
     n_row, n_new = _inputs(bound).shape[:2]
     ids, mask = bound.get("input_ids"), bound.get("attention_mask")
     if n_seen:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < n_seen + n_new:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {n_seen + n_new}, for {n_seen} tokens in the "
-                f"cache and {n_new} new ones (prefill_chunk_size of transformers 4 gives the mask of the chunk)"
-            )
+        cache.check_rows(n_row)
+        mask = columns_of(mask, n_seen, n_new)
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)
         if isinstance(cache, FixedCache):
