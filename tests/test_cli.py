@@ -146,11 +146,22 @@ def test_a_core_that_does_not_load_is_one_sentence(run, monkeypatch, argv):
     assert code == 1 and not out and err.startswith("kvpitfalls") and err.count("\n") == 1
 
 
-def test_a_failure_exits_with_1(run, tmp_path):
-    code, out, err = run("audit", "--system-file", str(tmp_path / "none.txt"), *PARTS)
-    assert code == 1 and "FileNotFoundError" in err and not out
-    code, _, err = run("audit", "--system", SYSTEM, *PARTS, "--output", str(tmp_path / "none" / "out.json"))
-    assert code == 1 and "none" in err
+@pytest.mark.parametrize("command", [["audit", "--system-file"], ["sweep", "--output", "out", "--config"], ["compare"]])
+@pytest.mark.parametrize("what", ["missing", "folder"])
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(run, tmp_path, monkeypatch, command, what):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "name with spaces"
+    if what == "folder":
+        path.mkdir()
+    reason = {"missing": "No such file or directory", "folder": "Is a directory"}[what]
+    code, out, err = run(*command, str(path), *([str(path)] if command == ["compare"] else []))
+    assert (code, out, err) == (1, "", f"kvpitfalls {command[0]}: {path}: {reason}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_audit(run, tmp_path):
+    code, out, err = run("audit", "--system", SYSTEM, *PARTS, "--output", str(tmp_path / "none" / "out.json"))
+    assert code == 1 and "none" in err and not out
 
 
 def test_info(run):

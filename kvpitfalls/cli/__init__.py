@@ -52,11 +52,18 @@ def _run(argv: list[str] | None) -> int:
             sys.stdout, "\n" if is_pipe else "", OSError
         )  # or a full disk
         if not (closed and is_pipe):  # other pipes break, too, such as a worker's
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name}: {_told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _told(error: Exception) -> str:
+    """A failure in words; of a file as other commands tell it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
 
 
 _EXAMPLES = """
