@@ -162,8 +162,8 @@ typedef struct output_offsets {
 } output_offsets;
 
 /* Takes from 32 ranks in order of position what is above the threshold, and equals while any are left. */
-__device__ __forceinline__ void take(const problem &p, uint32_t rank, int i, uint32_t threshold, uint32_t ties,
-                                     output_offsets &offsets, int end) {
+__device__ __forceinline__ void take(const problem &p, uint32_t rank, uint32_t i, uint32_t threshold, uint32_t ties,
+                                     output_offsets &offsets, uint32_t end) {
     const uint32_t before = (1u << threadIdx.x % 32) - 1;
     const bool is_above = rank > threshold, is_equal = rank == threshold && i < end;
     const uint32_t all_above = __ballot_sync(~0u, is_above), all_equal = __ballot_sync(~0u, is_equal);
