@@ -21,7 +21,7 @@ def sentence(pattern: str, text: str) -> str | None:
 def row(name: str) -> str:
     """One line of the table."""
     policy = get_policy(name)
-    text = " ".join(policy.__doc__.split())
+    text = re.sub(r":[a-z]+:(?=`)", "", " ".join(policy.__doc__.split()))  # roles of Sphinx, which Markdown has not
     reads = [
         "keys",
         *(what for what in ("queries", "values", "rotary", "output", "again") if getattr(policy, f"needs_{what}")),

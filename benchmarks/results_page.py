@@ -55,7 +55,7 @@ def value(metric: dict) -> str:
     """A mean in its interval."""
     if metric["mean"] is None:
         return ""
-    return f"{metric['mean']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]".replace("0.", ".")
+    return f"{metric['mean']:.2f} [{metric['low']:.2f},{metric['high']:.2f}]".replace("0.", ".")
 
 
 def named(mode: str) -> str:
@@ -83,7 +83,7 @@ def signed(row: dict | None) -> str:
     """A difference in its interval."""
     if row is None or row["difference"] is None:
         return ""
-    return f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]".replace("0.", ".")
+    return f"{row['difference']:+.2f} [{row['low']:+.2f},{row['high']:+.2f}]".replace("0.", ".")
 
 
 def sentences(card: dict) -> list[str]:

@@ -1,8 +1,10 @@
-"""Checks a built site: every link inside it leads somewhere, and no page loads anything from a network.
+"""Checks a built site: every link inside it leads somewhere, no page loads anything from a network, and no role of a
+docstring stands in one as text.
 
 ``python docs/check_site.py build/docs``
 """
 
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,12 +22,14 @@ _LOADING = {
 
 
 class Page(HTMLParser):
-    """The ids of a page, where it links to, and what it loads."""
+    """The ids of a page, where it links to, what it loads, and roles that were not understood."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.ids, self.links, self.loads = {""}, [], []
-        self.feed(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        self.roles = re.findall(r":[a-z]+:(?=<code|`)", text)
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         """Called by the parser."""
@@ -38,11 +42,12 @@ class Page(HTMLParser):
 
 
 def faults(site: Path) -> list[str]:
-    """One sentence for each link that leads nowhere, and for each thing that a network would have to give."""
+    """One sentence for each link that leads nowhere, each thing that a network would have to give, and each role."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
         here = path.relative_to(site)
+        found += [f"{here} shows {role} as text" for role in page.roles]
         found += [f"{here} loads {load}" for load in page.loads if urlsplit(load).netloc]
         for link in [*page.links, *(load for load in page.loads if not load.startswith("data:"))]:
             parts = urlsplit(link)
