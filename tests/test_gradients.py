@@ -2,6 +2,8 @@
 lets through."""
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -69,6 +71,27 @@ def test_gradients_are_those_of_the_masked_model(model, policy, fair):
     wanted = gradients(model, reference)
     check_same(gradients(model, logits), wanted)
     check_same(gradients(model, of_copy), wanted)
+
+
+def test_what_a_policy_sees_has_no_gradient(model):
+    """Neither keys, nor weights such as the sinks of attention: what is kept is no function that has one."""
+    seen = set()
+
+    @dataclass(frozen=True)
+    class Looks(kvp.Policy):
+        name = "looks"
+        listed: ClassVar[bool] = False
+        needs_queries = needs_values = needs_output = True
+
+        def score(self, inputs):
+            tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
+            assert not [name for name, x in tensors.items() if x.requires_grad]
+            seen.update(tensors)
+            return inputs.keys.float().norm(dim=-1)
+
+    with kvp.wrap(model, Looks(), compression_ratio=0.5) as handle:
+        feed(model, ids(2, N_PROMPT), [N_PROMPT], handle.new_cache(), None)
+    assert seen >= {"keys", "queries", "values"} and ("sinks" in seen) == (model.config.model_type == "gpt_oss")
 
 
 @pytest.mark.parametrize("when", ["always", "decode"])

@@ -299,7 +299,8 @@ def _seen_by(
     # sdpa ignores softcap and sinks, so scores must, too
     others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
     if implementation != "sdpa":
-        others |= {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        sinks = kwargs.get("s_aux")
+        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     projection = forward.projections.get(module)

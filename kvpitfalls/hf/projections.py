@@ -64,4 +64,4 @@ def _by_head(projection, attended: torch.Tensor) -> torch.Tensor:
     else:
         matrix = projection(torch.eye(n_head * n_dim, dtype=attended.dtype, device=attended.device)[None])[0]
         matrix = matrix.float() - projection(attended.new_zeros(1, 1, n_head * n_dim))[0].float()
-    return matrix.float().unflatten(0, (n_head, n_dim))
+    return matrix.detach().float().unflatten(0, (n_head, n_dim))
