@@ -240,14 +240,11 @@ def test_copies_rows_and_what_comes_after(model):
         after_it = feed(model, tokens, [6], copy.deepcopy(cache), start=N_PROMPT)
         without_mask = model(tokens[:, N_PROMPT:], past_key_values=copy.deepcopy(cache), use_cache=True).logits
         torch.testing.assert_close(without_mask, after_it, **CLOSE)
-        if all(
-            hasattr(layer, "batch_repeat_interleave") for layer in cache.layers
-        ):  # transformers' linear layers have none
-            twice = copy.deepcopy(cache)
-            twice.batch_repeat_interleave(3)
-            twice.batch_select_indices(torch.tensor([2, 0]))
-            both = feed(model, tokens.expand(2, -1), [6], twice, start=N_PROMPT)
-            torch.testing.assert_close(both, after_it.expand_as(both), **CLOSE)
+        twice = copy.deepcopy(cache)
+        twice.batch_repeat_interleave(3)
+        twice.batch_select_indices(torch.tensor([2, 0]))
+        both = feed(model, tokens.expand(2, -1), [6], twice, start=N_PROMPT)
+        torch.testing.assert_close(both, after_it.expand_as(both), **CLOSE)
         assert not any(layer.is_croppable for layer in cache.kept_layers)
         with pytest.raises(ValueError, match="only the newest 0 came after eviction"):
             cache.crop(-1)

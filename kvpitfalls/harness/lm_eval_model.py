@@ -19,8 +19,8 @@ from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
-from ..hf.generate import logits_after, pad_halves
-from ..hf.given_prompts import pad_left
+from ..hf.generate import batches, logits_after
+from ..hf.given_prompts import pad_left, pad_token
 from ..hf.load import transformers_name
 from ..hf.model import attach
 from ..policies import get_policy
@@ -144,19 +144,27 @@ class CompressedHFLM(_HFLM):
         mask = kwargs.pop("attention_mask")
         rows = [ids[real.bool()].tolist() for ids, real in zip(context, mask, strict=True)]
         prompts = [self.prompt_of(text, ids) for text, ids in zip(self.texts, rows, strict=True)]
-        width, tokens = context.shape[1], context
         if self.marks.scope == "system":
-            cache = compress_each(self.model, prompts, [self._setting()])[0]
-            tokens, mask = (x.to(self.device) for x in pad_halves(prompts, rows))
-        else:
-            batch = pad_left(prompts, self._setting())
-            cache = KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
-        more = tokens.shape[1] - width
-        out = super()._model_generate(
-            tokens, max_length + more, stop, attention_mask=mask, **cache_argument(self.model, cache), **kwargs
-        )
+            return self._generate_after(prompts, rows, context, max_length, stop, **kwargs)
+        batch = pad_left(prompts, self._setting())
+        cache = KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
+        of_cache = cache_argument(self.model, cache)
+        out = super()._model_generate(context, max_length, stop, attention_mask=mask, **of_cache, **kwargs)
         self._count(cache)
-        return out[:, more:]  # lm-eval takes what follows the context it gave
+        return out
+
+    def _generate_after(self, prompts, rows, context, max_length, stop, **kwargs):
+        """What follows the contexts, of whose system messages caches are made."""
+        cache = compress_each(self.model, prompts, [self._setting()])[0]
+        self._count(cache)
+        n_new = max_length - context.shape[1]
+        new = context.new_full((len(rows), n_new), pad_token(self.tokenizer))
+        for batch in batches(prompts, rows, cache, n_new):
+            tokens, mask = (x.to(self.device) for x in (batch.tokens, batch.mask))
+            width, of_cache = tokens.shape[1], cache_argument(self.model, batch.cache)
+            out = super()._model_generate(tokens, width + n_new, stop, attention_mask=mask, **of_cache, **kwargs)
+            new[list(batch.rows), : out.shape[1] - width] = out[:, width:]
+        return torch.cat([context, new], 1)  # lm-eval takes what follows the context it gave
 
     def generate_until(self, requests, disable_tqdm: bool = False):
         """As lm-eval's."""

@@ -16,6 +16,7 @@ from ..display.markup import block, note
 from ..errors import NotInterceptedError
 from ..eviction.arrays import Int32
 from ..numbers import is_whole
+from . import rows
 from .coming import Coming
 from .layer import KeptLayer, bare
 from .origin import Origin
@@ -186,8 +187,10 @@ class KeptCache(DynamicCache):
     @classmethod
     def join(cls, caches: "Sequence[KeptCache]") -> "KeptCache":
         """The rows of several caches as one batch. They must have seen equally long prompts."""
+        if len({cache.n_seen for cache in caches}) > 1:
+            raise ValueError("the caches differ in length; expected caches over equally long prompts")
         first = copy.copy(caches[0])
-        first.layers = [_join_layers([cache.layers[i] for cache in caches]) for i in range(len(first.layers))]
+        first.layers = [rows.join([cache.layers[i] for cache in caches]) for i in range(len(first.layers))]
         first.spans = [row for cache in caches for row in cache.spans]
         first.valid = [row for cache in caches for row in cache.valid or ()]
         first.peak_bytes = 0
@@ -215,12 +218,14 @@ class KeptCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
-        super().batch_repeat_interleave(repeats)
+        for layer in self.layers:
+            rows.repeat(layer, repeats)
         self._map_rows([row for row in range(len(self.valid or [])) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            rows.select(layer, indices)
         self._map_rows(
             torch.arange(len(self.valid or []))[
                 indices.cpu() if isinstance(indices, torch.Tensor) else indices
@@ -402,37 +407,6 @@ def why_not_compressed(layer: object) -> str:
     if getattr(layer, "is_sliding", False):
         return f"{kind}: it holds no more than its window already"
     return f"{kind}: not a plain full-attention cache"
-
-
-def _join_layers(layers: list[Any]) -> Any:
-    if any(getattr(layer, "is_fixed", False) for layer in layers):
-        raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
-    if any(getattr(layer, "held", None) is not None for layer in layers):
-        raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
-    if (
-        len({(layer.get_seq_length(), getattr(layer, "is_evicted", False) or layer.keys.shape[2]) for layer in layers})
-        > 1
-    ):
-        raise ValueError(
-            "the caches differ in length, or in whether they are compressed; expected caches over equally long prompts"
-        )
-    if (
-        len({layer.keys.shape[2] for layer in layers}) > 1
-    ):  # heads that share their layer's budget need more or fewer slots
-        layers = [layer.widened(max(layer.keys.shape[2] for layer in layers)) for layer in layers]
-    joined = copy.copy(layers[0])
-    joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
-    if isinstance(joined, KeptLayer) and joined.is_evicted:
-        live = [layer.live for layer in layers]
-        if any(each is not None for each in live):
-            live = [
-                torch.ones_like(x.pos, dtype=torch.bool) if each is None else each
-                for x, each in zip(layers, live, strict=True)
-            ]
-        joined.place(torch.cat([layer.pos for layer in layers]), None if live[0] is None else torch.cat(live))
-        joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
-        joined.bytes_before = sum(layer.bytes_before for layer in layers)
-    return joined
 
 
 def _n_inside(positions: Int32, begin: int, end: int) -> npt.NDArray[np.int64]:

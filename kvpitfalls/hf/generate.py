@@ -1,13 +1,14 @@
 """Greedy answers to many conversations at once, each going on from a compressed cache."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..prompts.prompt import Prompt
+from . import rows
 from .arguments import cache_argument
 from .cache import KeptCache
 from .given_prompts import pad_token
@@ -69,14 +70,50 @@ def answers(
     -----
     Both halves of a row, context and rest, are padded on the left; the cache stands for the first half's columns.
     """
-    tokenizer = contexts[0].tokenizer
+    device, ends = device_of(model), _end_tokens(model)
+    said: dict[int, Answer] = {}
+    for batch in batches(contexts, conversations, cache, max_new_tokens):
+        options = {"max_new_tokens": max_new_tokens, **GREEDY, **cache_argument(model, batch.cache)}
+        out = model.generate(batch.tokens.to(device), attention_mask=batch.mask.to(device), **options)
+        for row, ids in zip(batch.rows, out[:, batch.tokens.shape[1] :].tolist(), strict=True):
+            said[row] = _answer(contexts[row].tokenizer, ids, ends)
+    return [said[row] for row in range(len(contexts))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that a model runs together.
+
+    Attributes
+    ----------
+    rows : list of int
+        Of all.
+    tokens, mask : LongTensor (B, T)
+        Of :func:`pad_halves`.
+    cache : KeptCache
+        Of the contexts.
+    """
+
+    rows: Sequence[int]
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    cache: KeptCache
+
+
+def batches(
+    contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, n_new: int
+) -> Iterator[Batch]:
+    """All rows together; or, where a layer of the cache makes something else of a row with padding between context and
+    rest, those whose rests are of one length. ``n_new``: how many tokens may follow."""
     tokens, mask = pad_halves(contexts, conversations)
-    width = tokens.shape[1]
-    device = device_of(model)
-    options = {"max_new_tokens": max_new_tokens, **GREEDY, **cache_argument(model, cache)}
-    out = model.generate(tokens.to(device), attention_mask=mask.to(device), **options)
-    ends = _end_tokens(model)
-    return [_answer(tokenizer, row.tolist(), ends) for row in out[:, width:].cpu()]
+    rests = [len(ids) - len(prompt) for ids, prompt in zip(conversations, contexts, strict=True)]
+    if len(set(rests)) == 1 or all(rows.takes_padding(layer, tokens.shape[1] + n_new) for layer in cache.layers):
+        yield Batch(range(len(rests)), tokens, mask, cache)
+        return
+    for n in sorted(set(rests)):
+        chosen = [row for row, of_row in enumerate(rests) if of_row == n]
+        of_both = torch.cat([torch.arange(tokens.shape[1] - max(rests)), torch.arange(-n, 0)])
+        yield Batch(chosen, tokens[chosen][:, of_both], mask[chosen][:, of_both], rows.taken(cache, chosen))
 
 
 def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +132,8 @@ def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]
 @torch.no_grad()
 def logits_after(
     model: Any, contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]], cache: KeptCache, n_last: int
-) -> torch.Tensor:
-    """Logits (B, N, V) of what follows the contexts, which the cache has seen; it is used up.
+) -> list[torch.Tensor]:
+    """Logits (N, V) of each row of what follows its context, which the cache has seen; it is used up.
 
     Parameters
     ----------
@@ -109,15 +146,18 @@ def logits_after(
         How many tokens at the end are asked for. N may be larger: not every model can leave out the others.
     """
     device, known = device_of(model), inspect.signature(model.forward).parameters
-    tokens, mask = pad_halves(contexts, conversations)
     n_context = max(map(len, contexts))
-    options: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": True, **cache_argument(model, cache)}
-    if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_context:].to(device)
-    if "logits_to_keep" in known:  # a large vocabulary's take up far more than all else
-        options["logits_to_keep"] = n_last
-    logits: torch.Tensor = model(tokens[:, n_context:].to(device), **options).logits
-    return logits
+    told: dict[int, torch.Tensor] = {}
+    for batch in batches(contexts, conversations, cache, 0):
+        options: dict[str, Any] = {"attention_mask": batch.mask.to(device), "use_cache": True}
+        options |= cache_argument(model, batch.cache)
+        if "position_ids" in known:
+            options["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)[:, n_context:].to(device)
+        if "logits_to_keep" in known:  # a large vocabulary's take up far more than all else
+            options["logits_to_keep"] = n_last
+        logits: torch.Tensor = model(batch.tokens[:, n_context:].to(device), **options).logits
+        told |= zip(batch.rows, logits, strict=True)
+    return [told[row] for row in range(len(contexts))]
 
 
 def _end_tokens(model) -> set[int]:

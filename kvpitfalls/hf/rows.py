@@ -1,0 +1,123 @@
+"""Batch rows of a cache's layers, of whatever kind: taken, repeated, joined."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedModelError
+from .layer import KeptLayer
+from .masks import real_newest
+
+if TYPE_CHECKING:
+    from .cache import KeptCache
+
+
+def repeat(layer: Any, n: int) -> None:
+    """Hold each row of a layer ``n`` times."""
+    if not _has_states(layer):
+        layer.batch_repeat_interleave(n)
+    elif n_row := _n_row(layer):
+        layer.reorder_cache(torch.arange(n_row).repeat_interleave(n))
+
+
+def select(layer: Any, indices: Any) -> None:
+    """Hold these rows of a layer, in this order."""
+    if not _has_states(layer):
+        layer.batch_select_indices(indices)
+    elif n_row := _n_row(layer):
+        indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        layer.reorder_cache(torch.arange(n_row)[indices])
+
+
+def taken(cache: "KeptCache", indices: Sequence[int]) -> "KeptCache":
+    """These rows, in this order, as a cache of their own."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        for name, x in vars(layer).items():
+            if isinstance(x, Mapping):  # states by their number, each of which is replaced in place
+                setattr(layer, name, dict(x))
+    twin.batch_select_indices(torch.tensor(indices))
+    return twin
+
+
+def takes_padding(layer: Any, n_token: int) -> bool:
+    """Whether columns of padding between a row's tokens, ``n_token`` in all, leave what it gives to the others.
+
+    A window is counted in columns, and a state takes padding for tokens.
+    """
+    return isinstance(layer, KeptLayer) or (getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window)
+
+
+def join(layers: Sequence[Any]) -> Any:
+    """The rows of layers of one kind as those of one."""
+    if any(getattr(layer, "is_fixed", False) for layer in layers):
+        raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
+    if any(getattr(layer, "held", None) is not None for layer in layers):
+        raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
+    if not isinstance(layers[0], KeptLayer):
+        joined = copy.copy(layers[0])
+        vars(joined).update({name: _joined([vars(layer)[name] for layer in layers]) for name in vars(joined)})
+        return joined
+    if len({(layer.get_seq_length(), layer.is_evicted or layer.keys.shape[2]) for layer in layers}) > 1:
+        raise ValueError(
+            "the caches differ in length, or in whether they are compressed; expected caches over equally long prompts"
+        )
+    if len({layer.keys.shape[2] for layer in layers}) > 1:  # heads that share a budget need more or fewer slots
+        layers = [layer.widened(max(layer.keys.shape[2] for layer in layers)) for layer in layers]
+    return _kept(layers)
+
+
+def _kept(layers: Sequence[KeptLayer]) -> KeptLayer:
+    joined = copy.copy(layers[0])
+    joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
+    if joined.is_evicted:
+        live = [layer.live for layer in layers]
+        if any(each is not None for each in live):
+            live = [
+                torch.ones_like(x.pos, dtype=torch.bool) if each is None else each
+                for x, each in zip(layers, live, strict=True)
+            ]
+        joined.place(torch.cat([layer.pos for layer in layers]), None if live[0] is None else torch.cat(live))
+        joined.prompt_shape = (len(joined.keys), *joined.prompt_shape[1:])
+        joined.bytes_before = sum(layer.bytes_before for layer in layers)
+    return joined
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """What layers have under one name, as one: rows one after the other, all else as the first has it."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _joined([of_layer[key] for of_layer in values]) for key in first}
+    return torch.cat(list(values)) if isinstance(first, torch.Tensor) and first.ndim > 1 else first
+
+
+def check_newest(layers: Sequence[Any], mask: Any, n_new: int) -> None:
+    """Raise if the newest tokens of a forward hold padding that a layer would take for tokens."""
+    if any(map(_has_states, layers)) and real_newest(mask, n_new) is not None:
+        raise UnsupportedModelError(
+            "what follows the prompts is padded, and layers of linear attention would take padding for tokens; "
+            "expected rows of one length, such as those of cache.batch_select_indices"
+        )
+
+
+def _has_states(layer: Any) -> bool:
+    """Whether it is one of transformers' layers of linear attention, which have no other way to move rows than that of
+    beam search."""
+    return hasattr(layer, "recurrent_states")
+
+
+def _states(x: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a layer's fields that have rows."""
+    if isinstance(x, torch.Tensor):
+        yield from [x] if x.ndim > 1 else []
+    elif isinstance(x, Mapping):
+        for each in x.values():
+            yield from _states(each)
+
+
+def _n_row(layer: Any) -> int:
+    """How many rows it holds; 0 if it is empty."""
+    return max((len(x) for field in vars(layer).values() for x in _states(field)), default=0)
