@@ -5,6 +5,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_configs import tiny_config
 from tiny_models import far_from_uniform
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,6 +20,7 @@ from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.hf.generate import answers, logits_after
 from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.rows import taken
 from kvpitfalls.policies import get_policy
 
 # Full attention alone; windows and chunks; states, with and without a convolution alone; indexers beside keys.
@@ -35,6 +38,8 @@ def tokenizer():
 
 @pytest.fixture(params=[name for name in FAMILIES if name in CONFIG_MAPPING])
 def model(request):
+    if request.param == "lfm2" and Version(transformers.__version__) < Version("5.13"):
+        pytest.skip("its own code fails where a batch goes on under a mask")
     torch.manual_seed(1)
     config = tiny_config(request.param)
     config.eos_token_id = None
@@ -106,17 +111,10 @@ def test_rows_are_selected_and_a_copy_of_some_leaves_the_others(model, tokenizer
         after = logits_after(model, order, [conversations[2], conversations[0], conversations[2]], moved, 1)
         wanted = [before[2], before[0], before[2]]
         longer = [prompt.followed_by(f"{said} w{i}" * (i + 1))[0].tolist() for i, prompt in enumerate(prompts)]
-        answers(model, prompts, longer, every_row(cache), 4)
+        answers(model, prompts, longer, taken(cache, range(len(prompts))), 4)
         again = logits_after(model, prompts, conversations, cache, 1)
     for row, same in zip([*after, *again], [*wanted, *before], strict=True):
         torch.testing.assert_close(row[-1], same[-1], rtol=1e-4, atol=1e-4 * float(same.abs().max()))
-
-
-def every_row(cache):
-    """All rows of a cache, as those that are run apart are taken."""
-    from kvpitfalls.hf.rows import taken
-
-    return taken(cache, range(len(cache.valid)))
 
 
 def test_states_are_given_no_padding(tokenizer):
