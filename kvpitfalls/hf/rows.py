@@ -57,17 +57,25 @@ def join(layers: Sequence[Any]) -> Any:
         raise ValueError("a fixed cache was to be joined; expected the caches that it and others were made from")
     if any(getattr(layer, "held", None) is not None for layer in layers):
         raise ValueError("a cache holds its budget while generating; expected caches of a wrap with when='prefill'")
+    if len(set(map(_length, layers))) > 1:
+        raise ValueError(
+            "the caches differ in length, or in whether they are compressed; expected caches over equally long prompts"
+        )
     if not isinstance(layers[0], KeptLayer):
         joined = copy.copy(layers[0])
         vars(joined).update({name: _joined([vars(layer)[name] for layer in layers]) for name in vars(joined)})
         return joined
-    if len({(layer.get_seq_length(), layer.is_evicted or layer.keys.shape[2]) for layer in layers}) > 1:
-        raise ValueError(
-            "the caches differ in length, or in whether they are compressed; expected caches over equally long prompts"
-        )
     if len({layer.keys.shape[2] for layer in layers}) > 1:  # heads that share a budget need more or fewer slots
         layers = [layer.widened(max(layer.keys.shape[2] for layer in layers)) for layer in layers]
     return _kept(layers)
+
+
+def _length(layer: Any) -> Any:
+    """What layers whose rows are joined have in common."""
+    if isinstance(layer, KeptLayer):
+        return layer.get_seq_length(), layer.is_evicted or layer.keys.shape[2]
+    keys = getattr(layer, "keys", None)  # states have none
+    return None if keys is None else keys.shape[2]
 
 
 def _kept(layers: Sequence[KeptLayer]) -> KeptLayer:
