@@ -66,8 +66,10 @@ def expect(
     """
     import torch
 
+    if keys.is_cuda:
+        cuda_path(keys.device.index)  # gives the kernels to the core
     logits = keys.new_empty(queries.shape[:3], dtype=torch.float32)
-    tables = *(x[:, None] for x in turns), *ahead
+    tables = turns[0][:, None], turns[1][:, None], *ahead
     arguments = lendable(keys, "keys"), lendable(queries, "queries"), *tables, logits, scaling, with_spread
     scratch = keys.new_empty(_core.expect_workspace(*arguments, 1), dtype=torch.uint8)
     _core.expect(*arguments, scratch, 1)

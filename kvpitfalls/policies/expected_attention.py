@@ -135,7 +135,7 @@ class ExpectedAttention(Policy):
                 turns = rotary.angles(positions[None], queries[:, :1, :1])
                 means = cos.mean(1), sin.mean(1)
                 logits = forecast.expect(keys, queries, turns, means, inputs.scaling, self.use_covariance)
-                return logits[0].unflatten(0, (keys.shape[1], -1))
+                return logits[0].view(keys.shape[1], -1, keys.shape[2])
         turn = rotary.mean(ahead, queries) * inputs.scaling
         back = rotary.backwards(positions[None], queries[:, :1, :1])
         before = (_turned(rotary, queries[:, :, part], [x[:, part] for x in back]) for part in _parts(queries[0]))

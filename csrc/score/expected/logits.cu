@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The verb expect on the GPU: the logits of keys k under a forecast, k.m + k.Sk, by tensor cores. A block has the S of
- * one query head in its registers, 16 columns a warp, and takes tile after tile of keys: (m + Sk) is what a sum of
- * products begins with m, and its dot product with k the logit. S is taken in three parts and keys in as many as their
- * type has bits for, all products of parts but those beyond float32's last place: the exact product, nearly, of float32
- * numbers.
+ * The verb expect on the GPU: the logits of keys k under a forecast, k.(m + Sk), by tensor cores. A block has the S of
+ * one query head in its registers, 16 columns a warp, and takes tile after tile of keys. S is taken in three parts and
+ * keys in as many as their type has bits for, all products of parts but those beyond float32's last place: the exact
+ * product, nearly, of float32 numbers.
  */
 #include "expected.cuh"
 
@@ -12,7 +11,7 @@ extern "C" {
 #include "expected.h"
 }
 
-enum { TILES = 8 }; /* of a block */
+enum { TILES = 8, FRAGMENTS = 2 }; /* tiles of a block; times 16 keys at once */
 
 template <typename T> struct parts {
     enum { N = 3 };
@@ -71,13 +70,51 @@ __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int
     }
 }
 
+/* Products of FRAGMENTS times 16 keys with the spread: those of the first parts, and all others, which are so much
+ * smaller that what tensor cores cut off of their sum is below float32's last place. */
+template <typename T, int DIM> __device__ __forceinline__ void add_products(const __nv_bfloat16 *tile, int row,
+                                                                            const uint32_t (&spread)[3][DIM / 16][2][2],
+                                                                            float (&sum)[2][FRAGMENTS][2][4]) {
+    const __nv_bfloat16 *own = tile + (row + threadIdx.x % 16) * shape<DIM>::PITCH + threadIdx.x % 32 / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+#pragma unroll
+        for (int part = 0; part < parts<T>::N; part++) {
+            uint32_t a[FRAGMENTS][4];
+#pragma unroll
+            for (int m = 0; m < FRAGMENTS; m++)
+                kvpg_load_matrix(a[m], (uint32_t)__cvta_generic_to_shared(
+                                           own + (part * TILE + 16 * m) * shape<DIM>::PITCH + 16 * k));
+#pragma unroll
+            for (int other = 0; other < 3 - part; other++)
+#pragma unroll
+                for (int m = 0; m < FRAGMENTS; m++)
+#pragma unroll
+                    for (int n = 0; n < 2; n++)
+                        kvpg_multiply<__nv_bfloat16>(sum[part + other > 0][m][n], a[m], spread[other][k][n][0],
+                                                     spread[other][k][n][1]);
+        }
+}
+
+/* Two channels of a key, as they were. */
+template <typename T, int DIM>
+__device__ __forceinline__ float2 key_at(const __nv_bfloat16 *tile, int row, int column) {
+    float2 key = {};
+#pragma unroll
+    for (int part = parts<T>::N - 1; part >= 0; part--) {
+        const __nv_bfloat162 x = *(const __nv_bfloat162 *)(tile + (part * TILE + row) * shape<DIM>::PITCH + column);
+        key.x += __low2float(x);
+        key.y += __high2float(x);
+    }
+    return key;
+}
+
 template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THREADS)
     ask_forecast(const __grid_constant__ logits_job j) {
     kvpg_follow();
     extern __shared__ uint4 shared[];
     __nv_bfloat16 *tile = (__nv_bfloat16 *)shared;
     float *dots = (float *)(tile + parts<T>::N * TILE * shape<DIM>::PITCH); /* (warp, token): of 16 channels */
-    enum { PITCH = shape<DIM>::PITCH, FRAGMENTS = 2 };                      /* of 16 keys, at once */
     const int unit = blockIdx.x % j.n_unit, b = unit / j.n_head, head = unit % j.n_head;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp * 16 + lane % 4 * 2;
     const int begin = blockIdx.x / j.n_unit * (TILES * TILE), end = min(begin + TILES * TILE, j.n_token);
@@ -89,45 +126,18 @@ template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THR
         load_keys<T, DIM>(j, b, head / j.group, first, tile);
         __syncthreads();
         for (int row = 0; row < TILE; row += 16 * FRAGMENTS) {
-            float sum[FRAGMENTS][2][4];
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS * 8; i++)
-                sum[i / 8][i / 4 % 2][i % 4] = i % 2 ? mean[i / 4 % 2].y : mean[i / 4 % 2].x;
-            if (j.forecast.spread)
-#pragma unroll
-                for (int k = 0; k < DIM / 16; k++)
-#pragma unroll
-                    for (int part = 0; part < parts<T>::N; part++) {
-                        uint32_t a[FRAGMENTS][4];
-#pragma unroll
-                        for (int m = 0; m < FRAGMENTS; m++)
-                            kvpg_load_matrix(a[m], (uint32_t)__cvta_generic_to_shared(
-                                                       tile + (part * TILE + row + 16 * m + lane % 16) * PITCH +
-                                                       16 * k + lane / 16 * 8));
-#pragma unroll
-                        for (int other = 0; other < 3 - part; other++)
-#pragma unroll
-                            for (int m = 0; m < FRAGMENTS; m++)
-#pragma unroll
-                                for (int n = 0; n < 2; n++)
-                                    kvpg_multiply<__nv_bfloat16>(sum[m][n], a[m], spread[other][k][n][0],
-                                                                 spread[other][k][n][1]);
-                    }
+            float sum[2][FRAGMENTS][2][4] = {};
+            if (j.forecast.spread) add_products<T, DIM>(tile, row, spread, sum);
 #pragma unroll
             for (int i = 0; i < FRAGMENTS * 2; i++) {
                 const int own = row + 8 * i + lane / 4;
                 float dot = 0;
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    float2 key = {};
-#pragma unroll
-                    for (int part = parts<T>::N - 1; part >= 0; part--) {
-                        const __nv_bfloat162 x =
-                            *(const __nv_bfloat162 *)(tile + (part * TILE + own) * PITCH + column + 8 * n);
-                        key.x += __low2float(x);
-                        key.y += __high2float(x);
-                    }
-                    dot = fmaf(sum[i / 2][n][i % 2 * 2], key.x, fmaf(sum[i / 2][n][i % 2 * 2 + 1], key.y, dot));
+                    const float2 key = key_at<T, DIM>(tile, own, column + 8 * n);
+                    const float *main = sum[0][i / 2][n] + i % 2 * 2, *rest = sum[1][i / 2][n] + i % 2 * 2;
+                    dot = fmaf(mean[n].x + (main[0] + rest[0]), key.x, dot);
+                    dot = fmaf(mean[n].y + (main[1] + rest[1]), key.y, dot);
                 }
                 dot += __shfl_xor_sync(~0u, dot, 1);
                 dot += __shfl_xor_sync(~0u, dot, 2);
