@@ -14,7 +14,7 @@
 enum { TILE = 64 }; /* tokens of a step */
 
 /* A block has a warp for each 16 channels, and so threads for 16 rows of a tile at once. */
-template <int DIM> struct shape {
+template <int DIM> struct kvpg_expected {
     static constexpr int WARPS = DIM / 16, THREADS = 32 * WARPS;
     static constexpr int LANES = DIM / 8; /* threads of a row */
     static constexpr int ROWS = THREADS / LANES;
@@ -31,7 +31,7 @@ typedef struct kvpg_forecast {
 size_t kvpg_forecast_bytes(const kvp_expect_args *args);
 kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg_forecast *made, kvp_context *ctx);
 
-/* f(std::integral_constant-like <D>()) */
+/* f(kvpg_dim<D>()), for each D that there are kernels for. */
 template <int DIM> struct kvpg_dim {
     static constexpr int value = DIM;
 };

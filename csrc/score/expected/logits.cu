@@ -49,9 +49,9 @@ template <int DIM> __device__ __forceinline__ void load_spread(const float *spre
 /* A tile of keys to shared memory, part after part; zeros behind the last. */
 template <typename T, int DIM>
 __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int first, __nv_bfloat16 *tile) {
-    const int at = threadIdx.x % shape<DIM>::LANES * 8, own_row = threadIdx.x / shape<DIM>::LANES;
+    const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 8, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
 #pragma unroll
-    for (int row = 0; row < TILE; row += shape<DIM>::ROWS) {
+    for (int row = 0; row < TILE; row += kvpg_expected<DIM>::ROWS) {
         const int t = first + own_row + row;
         float x[8] = {};
         if (t < j.n_token) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int
             taken.y = take_part(x[2], x[3]);
             taken.z = take_part(x[4], x[5]);
             taken.w = take_part(x[6], x[7]);
-            *(uint4 *)(tile + (part * TILE + own_row + row) * shape<DIM>::PITCH + at) = taken;
+            *(uint4 *)(tile + (part * TILE + own_row + row) * kvpg_expected<DIM>::PITCH + at) = taken;
         }
     }
 }
@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int
 template <typename T, int DIM> __device__ __forceinline__ void add_products(const __nv_bfloat16 *tile, int row,
                                                                             const uint32_t (&spread)[3][DIM / 16][2][2],
                                                                             float (&sum)[2][FRAGMENTS][2][4]) {
-    const __nv_bfloat16 *own = tile + (row + threadIdx.x % 16) * shape<DIM>::PITCH + threadIdx.x % 32 / 16 * 8;
+    const __nv_bfloat16 *own = tile + (row + threadIdx.x % 16) * kvpg_expected<DIM>::PITCH + threadIdx.x % 32 / 16 * 8;
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++)
 #pragma unroll
@@ -84,7 +84,7 @@ template <typename T, int DIM> __device__ __forceinline__ void add_products(cons
 #pragma unroll
             for (int m = 0; m < FRAGMENTS; m++)
                 kvpg_load_matrix(a[m], (uint32_t)__cvta_generic_to_shared(
-                                           own + (part * TILE + 16 * m) * shape<DIM>::PITCH + 16 * k));
+                                           own + (part * TILE + 16 * m) * kvpg_expected<DIM>::PITCH + 16 * k));
 #pragma unroll
             for (int other = 0; other < 3 - part; other++)
 #pragma unroll
@@ -102,19 +102,20 @@ __device__ __forceinline__ float2 key_at(const __nv_bfloat16 *tile, int row, int
     float2 key = {};
 #pragma unroll
     for (int part = parts<T>::N - 1; part >= 0; part--) {
-        const __nv_bfloat162 x = *(const __nv_bfloat162 *)(tile + (part * TILE + row) * shape<DIM>::PITCH + column);
+        const __nv_bfloat162 x =
+            *(const __nv_bfloat162 *)(tile + (part * TILE + row) * kvpg_expected<DIM>::PITCH + column);
         key.x += __low2float(x);
         key.y += __high2float(x);
     }
     return key;
 }
 
-template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THREADS)
+template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS)
     ask_forecast(const __grid_constant__ logits_job j) {
     kvpg_follow();
     extern __shared__ uint4 shared[];
     __nv_bfloat16 *tile = (__nv_bfloat16 *)shared;
-    float *dots = (float *)(tile + parts<T>::N * TILE * shape<DIM>::PITCH); /* (warp, token): of 16 channels */
+    float *dots = (float *)(tile + parts<T>::N * TILE * kvpg_expected<DIM>::PITCH); /* (warp, token): of 16 channels */
     const int unit = blockIdx.x % j.n_unit, b = unit / j.n_head, head = unit % j.n_head;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp * 16 + lane % 4 * 2;
     const int begin = blockIdx.x / j.n_unit * (TILES * TILE), end = min(begin + TILES * TILE, j.n_token);
@@ -147,7 +148,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THR
         __syncthreads();
         if (threadIdx.x < TILE && first + (int)threadIdx.x < end) {
             float logit = 0;
-            for (int w = 0; w < shape<DIM>::WARPS; w++) logit += dots[w * TILE + threadIdx.x];
+            for (int w = 0; w < kvpg_expected<DIM>::WARPS; w++) logit += dots[w * TILE + threadIdx.x];
             *(float *)kvpg_row(j.logits, b, head, first + threadIdx.x) = logit;
         }
     }
@@ -170,10 +171,11 @@ extern "C" kvp_status kvpi_expect_cuda(const kvp_expect_args *args, kvp_context 
         enum { DIM = decltype(dim)::value };
         return kvpg_with_type(args->keys.dtype, ctx, [&](auto type) {
             typedef typename decltype(type)::type T;
-            const size_t bytes = parts<T>::N * TILE * shape<DIM>::PITCH * sizeof(__nv_bfloat16) +
-                                 shape<DIM>::WARPS * TILE * sizeof(float);
+            const size_t bytes = parts<T>::N * TILE * kvpg_expected<DIM>::PITCH * sizeof(__nv_bfloat16) +
+                                 kvpg_expected<DIM>::WARPS * TILE * sizeof(float);
             return kvpg_launch("expect_logits", ctx, ask_forecast<T, DIM>,
-                               {kvpg_ceil_div(n_token, TILES * TILE) * n_unit, 1}, shape<DIM>::THREADS, 1, bytes, job);
+                               {kvpg_ceil_div(n_token, TILES * TILE) * n_unit, 1}, kvpg_expected<DIM>::THREADS, 1,
+                               bytes, job);
         });
     });
 }

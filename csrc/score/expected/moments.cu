@@ -60,13 +60,13 @@ __device__ __forceinline__ void turn_back(const moments_job &j, int b, int head,
 
 /* What threads with the same channels have added up, each in a place of its own: (ROWS, DIM). */
 template <int DIM> struct sums {
-    float of[shape<DIM>::ROWS * DIM];
+    float of[kvpg_expected<DIM>::ROWS * DIM];
     __device__ __forceinline__ float &own(int at, int e) {
-        return of[threadIdx.x / shape<DIM>::LANES * DIM + at + channel<DIM>(e)];
+        return of[threadIdx.x / kvpg_expected<DIM>::LANES * DIM + at + channel<DIM>(e)];
     }
     __device__ __forceinline__ float all(int d) const {
         float sum = 0;
-        for (int r = 0; r < shape<DIM>::ROWS; r++) sum += of[r * DIM + d];
+        for (int r = 0; r < kvpg_expected<DIM>::ROWS; r++) sum += of[r * DIM + d];
         return sum;
     }
 };
@@ -82,7 +82,7 @@ template <int DIM>
 __device__ __forceinline__ void add_products(uint32_t high, uint32_t low, float (&sum)[DIM / 16][2][4]) {
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
     const int row = lane % 8, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
-    enum { PITCH = shape<DIM>::PITCH * (int)sizeof(__nv_bfloat16) };
+    enum { PITCH = kvpg_expected<DIM>::PITCH * (int)sizeof(__nv_bfloat16) };
 #pragma unroll 1 /* for registers */
     for (int k = 0; k < TILE; k += 16) {
         uint32_t b[2][4]; /* of high, tokens k and k + 8, and of low */
@@ -109,7 +109,7 @@ __device__ __forceinline__ void add_products(uint32_t high, uint32_t low, float 
 }
 
 template <int DIM> struct tiles {
-    alignas(16) __nv_bfloat16 high[TILE * shape<DIM>::PITCH], low[TILE * shape<DIM>::PITCH];
+    alignas(16) __nv_bfloat16 high[TILE * kvpg_expected<DIM>::PITCH], low[TILE * kvpg_expected<DIM>::PITCH];
 };
 
 template <int DIM> __device__ __forceinline__ void store_parts(float (&x)[8], int to, tiles<DIM> &tile) {
@@ -125,10 +125,10 @@ template <int DIM> __device__ __forceinline__ void store_parts(float (&x)[8], in
 template <typename T, int DIM, bool FIRST>
 __device__ __forceinline__ void add_tile(const moments_job &j, int b, int head, int first, int end, int at,
                                          const float *shift, sums<DIM> &sum, tiles<DIM> &tile) {
-    const int own_row = threadIdx.x / shape<DIM>::LANES;
+    const int own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
     float own[8] = {};
 #pragma unroll 2
-    for (int row = own_row; row < own_row + TILE; row += shape<DIM>::ROWS) {
+    for (int row = own_row; row < own_row + TILE; row += kvpg_expected<DIM>::ROWS) {
         float x[8] = {};
         if (first + row < end) {
             turn_back<T, DIM>(j, b, head, first + row, at, x);
@@ -136,13 +136,13 @@ __device__ __forceinline__ void add_tile(const moments_job &j, int b, int head, 
             for (int e = 0; e < 8; e++) own[e] += x[e] -= FIRST ? 0 : shift[at + channel<DIM>(e)];
         }
         if constexpr (!FIRST)
-            if (j.products) store_parts<DIM>(x, row * shape<DIM>::PITCH + at, tile);
+            if (j.products) store_parts<DIM>(x, row * kvpg_expected<DIM>::PITCH + at, tile);
     }
 #pragma unroll
     for (int e = 0; e < 8; e++) sum.own(at, e) = own[e] + (FIRST ? 0 : sum.own(at, e));
 }
 
-template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THREADS, 2)
+template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS, 2)
     sum_chunk(const __grid_constant__ moments_job j) {
     kvpg_follow();
     __shared__ tiles<DIM> tile;
@@ -151,7 +151,7 @@ template <typename T, int DIM> __global__ void __launch_bounds__(shape<DIM>::THR
     const int unit = blockIdx.x / j.chunks.n, chunk = blockIdx.x % j.chunks.n;
     const int b = unit / j.n_head, head = unit % j.n_head;
     const int begin = chunk * j.chunks.length, end = min(begin + j.chunks.length, j.n_token);
-    const int at = threadIdx.x % shape<DIM>::LANES * 4, own_row = threadIdx.x / shape<DIM>::LANES;
+    const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 4, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
     float product[DIM / 16][2][4] = {};
     add_tile<T, DIM, true>(j, b, head, begin, end, at, shift, sum, tile);
     __syncthreads();
@@ -318,8 +318,8 @@ kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg
         enum { DIM = decltype(dim)::value, PAIRS = JOIN_THREADS / (DIM / 2) };
         KVPI_TRY(kvpg_with_type(args->queries.dtype, ctx, [&](auto type) {
             typedef typename decltype(type)::type T;
-            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>, {n_unit * job.chunks.n, 1}, shape<DIM>::THREADS,
-                               1, 0, job);
+            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>, {n_unit * job.chunks.n, 1},
+                               kvpg_expected<DIM>::THREADS, 1, 0, job);
         }));
         return kvpg_launch("expect_join", ctx, join_chunks<DIM>, {n_unit * kvpg_ceil_div(DIM / 2, PAIRS), 1},
                            JOIN_THREADS, 1, 0, join);
