@@ -119,7 +119,7 @@ build/native-tests-tsan: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 # Reads of memory that nobody wrote, which the other sanitizers do not see; leaks; and the binding, beside the interpreter's own (valgrind.supp).
 # Valgrind 3.19 knows no AVX-512, so KVP_ISA names the best it can run. The tests that take it long are left out: the corpus does what they do.
 VALGRIND := valgrind --quiet --error-exitcode=1
-VALGRIND_TESTS := "attention sums" "same bits" "gather in place" press gather refusals introspection corpus
+VALGRIND_TESTS := "attention sums" "same bits" "gather in place" press gather refusals expect introspection corpus
 valgrind: build/native-tests-plain $(VENV)/core
 	for isa in scalar avx2; do KVP_ISA=$$isa $(VALGRIND) --leak-check=full build/native-tests-plain $(VALGRIND_TESTS) || exit 1; done
 	KVP_ISA=avx2 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 $(VALGRIND) --suppressions=tests/valgrind.supp $(BIN)/python tests/call_binding.py
@@ -130,7 +130,7 @@ build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 
 # How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
 # tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
-COVERED_TESTS := norm position keydiff lagkv "attention sums" "attention shifts" "broken keys" "same bits" select "gather, large" "gather in place" press gather refusals introspection corpus "register backend"
+COVERED_TESTS := norm position keydiff lagkv "attention sums" "attention shifts" "broken keys" "same bits" select "gather, large" "gather in place" press gather refusals expect introspection corpus "register backend"
 COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_binding_threads.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
 coverage-native: build/coverage/native-tests build/coverage/lib
 	find build/coverage -name '*.gcda' -delete

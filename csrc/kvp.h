@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 5
+#define KVP_ABI_VERSION 6
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -226,12 +226,41 @@ typedef struct kvp_press_args {
     double param[KVP_MAX_PARAMS];
 } kvp_press_args;
 
-typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3 } kvp_verb;
+/* ----------------------------------------------------------------- expect */
+
+/*
+ * The logits that queries to come are expected to give to keys (Expected Attention, arXiv 2510.00636). Rotary embedding
+ * turns channel d and channel d + D/2 together, by a cosine and a sine of each:
+ *
+ *     turned[d] = x[d] cos[d] - x[d + D/2] sin[d]        turned[d + D/2] = x[d + D/2] cos[d + D/2] + x[d] sin[d + D/2]
+ *
+ * Queries are turned back by those of their tokens, both divided by cos^2 + sin^2, which need not be 1. With their mean
+ * m and covariance C (divisor T) over all T tokens, R the turn by ahead_cosines and ahead_sines, and a the scaling,
+ *
+ *     logits[h,k] = a k.Rm + a^2/2 k.RCR'k              the second term only if with_spread is 1
+ *
+ * for each query head h and each key k of its key head. For CUDA devices, and D of 64, 96 or 128.
+ */
+typedef struct kvp_expect_args {
+    uint32_t size;            /* sizeof(kvp_expect_args) */
+    int32_t with_spread;      /* 1 or 0 */
+    kvp_tensor keys;          /* (B,H,T,D) F32, F16 or BF16 */
+    kvp_tensor queries;       /* (B,H*G,T,D), dtype of keys */
+    kvp_tensor cosines;       /* (B,1,T,D) F32 */
+    kvp_tensor sines;         /* (B,1,T,D) F32 */
+    kvp_tensor ahead_cosines; /* (B,D) F32 */
+    kvp_tensor ahead_sines;   /* (B,D) F32 */
+    kvp_tensor logits;        /* out (B,H*G,T) F32 */
+    double scaling;
+} kvp_expect_args;
+
+typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3, KVP_EXPECT = 4 } kvp_verb;
 
 KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx);
 
 /* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its
  * tensors need a valid shape and dtype. */
@@ -264,6 +293,7 @@ typedef struct kvp_backend {
     kvp_status (*select)(const kvp_select_args *, kvp_context *);
     kvp_status (*gather)(const kvp_gather_args *, kvp_context *);
     size_t (*workspace)(kvp_verb verb, const void *args, int32_t n_worker);
+    kvp_status (*expect)(const kvp_expect_args *, kvp_context *); /* NULL = not supported */
 } kvp_backend;
 
 /* The backend must outlive every later call. Registering a device twice replaces it. */

@@ -55,6 +55,33 @@ def press(
     n_worker: int,
     /,
 ) -> tuple[Array, Array, Array, Array]: ...
+def expect(
+    keys: Array,
+    queries: Array,
+    cosines: Array,
+    sines: Array,
+    ahead_cosines: Array,
+    ahead_sines: Array,
+    logits: Array,
+    scaling: float,
+    with_spread: bool,
+    workspace: Array | None,
+    n_worker: int,
+    /,
+) -> None: ...
+def expect_workspace(
+    keys: Array,
+    queries: Array,
+    cosines: Array,
+    sines: Array,
+    ahead_cosines: Array,
+    ahead_sines: Array,
+    logits: Array,
+    scaling: float,
+    with_spread: bool,
+    n_worker: int,
+    /,
+) -> int: ...
 def score_workspace(
     scorer: str,
     keys: Array,

@@ -4,6 +4,7 @@ them)."""
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvpitfalls.eviction.budget import kept_tokens
 
 ROOT = Path(__file__).parent.parent
 RECORDED = np.load(Path(__file__).parent / "data" / "kvpress.npz")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 NEAR_TIE = 1e-6  # scores this close on both sides of the cut: rounding decides, and theirs is another
 
 
@@ -103,7 +105,7 @@ def masks(name: str, n_token: int) -> np.ndarray:
     return np.unpackbits(RECORDED[name], axis=-1, count=n_token).astype(bool)
 
 
-def in_mask(kept: kvp.Kept, row: int = 0) -> np.ndarray:
+def in_mask(kept: kvp.Kept | SimpleNamespace, row: int = 0) -> np.ndarray:
     """Which tokens are kept of a row, bool (H, T)."""
     mask = np.zeros((kept.positions.shape[1], kept.scores.shape[2] + 1), bool)
     np.put_along_axis(mask, kept.positions[row], True, -1)
@@ -157,8 +159,10 @@ def test_pyramidkv_keeps_what_kvpress_keeps_where_it_is_defined():
     assert n_head >= 2000 and n_tie <= n_head / 500 and n_refused >= 5
 
 
-def test_expected_attention_keeps_what_kvpress_keeps():
-    """From queries that were turned: what it undoes is what the press is given."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_expected_attention_keeps_what_kvpress_keeps(device):
+    """From queries that were turned: what it undoes is what the press is given. By kernels where heads have 64
+    channels, on a GPU."""
     n_head, n_tie = 0, 0
     for case in SCRIPT.EXPECTED_CASES:
         n_token, settings = case[3], case[7]
@@ -166,8 +170,10 @@ def test_expected_attention_keeps_what_kvpress_keeps():
         theirs = masks(f"expected_{case[0]}", n_token)
         n_kept = int(theirs[0].sum())
         before, rotary = torch.from_numpy(queries), kvp.Rotary(SCRIPT.THETA)
-        turned = rotary.turned(before, *rotary.angles(torch.arange(n_token)[None], before)).numpy()
+        turned = rotary.turned(before, *rotary.angles(torch.arange(n_token)[None], before))
+        keys, turned, values = (torch.as_tensor(x, device=device) for x in (keys, turned, values))
         ours = kvp.keep(kvp.ExpectedAttention(**settings), keys, turned, values=values, rotary=rotary, budget=n_kept)
+        ours = SimpleNamespace(positions=ours.positions.cpu().numpy(), scores=ours.scores.cpu().numpy())
         order = np.sort(ours.scores[0], -1)[:, ::-1]
         is_tie = order[:, n_kept - 1] - order[:, n_kept] <= NEAR_TIE * order[:, n_kept]
         n_head, n_tie = n_head + case[1], n_tie + is_tie.sum()

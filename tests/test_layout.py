@@ -22,7 +22,7 @@ PYTHON_LAYERS = [
     ["eviction.arrays"],
     ["eviction.layer_inputs"],
     ["eviction.reference"],
-    ["_core", "_cuda", "eviction.ops"],
+    ["_core", "_cuda", "eviction.ops", "eviction.forecast"],
     ["display.markup", "display.tabular", "display.progress", "display.columns"],
     ["prompts.chats", "prompts.pieces"],
     ["eviction.budget", "prompts.prompt", "eviction.fairness"],

@@ -23,7 +23,8 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     }
     case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
     case KVP_GATHER:
-    case KVP_PRESS: return 0; /* the core asks for its parts */
+    case KVP_PRESS:            /* the core asks for its parts */
+    case KVP_EXPECT: return 0; /* there is none */
     }
     return 0;
 }

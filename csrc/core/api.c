@@ -135,6 +135,21 @@ kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return backend->gather(args, ctx);
 }
 
+/* Not in every backend's table. */
+static kvp_status find_expect(const kvp_backend *backend, kvp_context *ctx) {
+    if (backend->expect) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no verb \"expect\"");
+}
+
+kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) {
+    const kvp_backend *backend;
+    KVPI_TRY(kvpi_check_expect(args, ctx));
+    KVPI_TRY(find_backend(&args->keys, &backend, ctx));
+    KVPI_TRY(find_expect(backend, ctx));
+    KVPI_TRY(check_workspace(backend, KVP_EXPECT, args, ctx));
+    return backend->expect(args, ctx);
+}
+
 static kvp_status run_parts(const kvp_backend *backend, press_parts *p, kvp_context *ctx) {
     KVPI_TRY(backend->score[p->score.scorer](&p->score, ctx));
     KVPI_TRY(backend->select(&p->select, ctx));
@@ -182,9 +197,14 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
         first = &((const kvp_press_args *)args)->keys;
         scorer = ((const kvp_press_args *)args)->scorer;
         break;
+    case KVP_EXPECT:
+        KVPI_TRY(kvpi_check_expect(args, &scratch));
+        first = &((const kvp_expect_args *)args)->keys;
+        break;
     default: return KVP_ERR_VALUE;
     }
     KVPI_TRY(find_backend(first, &backend, &scratch));
+    if (verb == KVP_EXPECT) KVPI_TRY(find_expect(backend, &scratch));
     if (scorer >= 0) KVPI_TRY(find_scorer(backend, scorer, &scratch));
     KVPI_TRY(check_worker_count(n_worker, &scratch));
     *bytes = workspace_of(backend, verb, args, n_worker > 1 ? n_worker : 1);

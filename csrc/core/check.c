@@ -261,6 +261,13 @@ static kvp_status check_size(uint32_t size, size_t expected, const char *what, k
 
 static int asked(const kvpi_scorer *scorer, int need) { return scorer->needs & need ? REQUIRED : OPTIONAL; }
 
+/* Each key head has as many query heads. */
+static kvp_status check_groups(const binding *bound, kvp_context *ctx) {
+    if (bound->size['N'] % bound->size['H'] == 0) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads",
+                     (long long)bound->size['N'], (long long)bound->size['H']);
+}
+
 /* What a scorer asks of the queries, the votes and its parameters; both may be missing where it needs none. */
 static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys, const kvp_tensor *queries,
                                const kvp_tensor *votes, const double *param, const binding *bound, kvp_context *ctx) {
@@ -268,9 +275,7 @@ static kvp_status check_scorer(const kvpi_scorer *scorer, const kvp_tensor *keys
     if (queries->data && queries->dtype != keys->dtype)
         return kvpi_fail(ctx, KVP_ERR_DTYPE, "queries has dtype %s; expected %s, as keys has",
                          kvpi_dtype_name(queries->dtype), kvpi_dtype_name(keys->dtype));
-    if (queries->data && bound->size['N'] % bound->size['H'])
-        return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[1] is %lld; expected a multiple of the %lld key heads",
-                         (long long)bound->size['N'], (long long)bound->size['H']);
+    if (queries->data) KVPI_TRY(check_groups(bound, ctx));
     if (queries->data && bound->size['Q'] > n_token)
         return kvpi_fail(ctx, KVP_ERR_SHAPE, "queries.shape[2] is %lld; expected at most the %lld tokens in keys",
                          (long long)bound->size['Q'], (long long)n_token);
@@ -382,4 +387,29 @@ kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
     KVPI_TRY(check_scorer(scorer, &args->keys, &args->queries, &args->votes, args->param, &bound, ctx));
     KVPI_TRY(check_edges(&bound, ctx));
     return check_overlaps(rules, N_RULE, in_place_of, ctx);
+}
+
+kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_expect_args", ctx));
+    const rule rules[] = {
+        {"keys", &args->keys, "BHTD", FLOATS, REQUIRED},
+        {"queries", &args->queries, "BNTD", FLOATS, REQUIRED},
+        {"cosines", &args->cosines, "BOTD", F32, REQUIRED},
+        {"sines", &args->sines, "BOTD", F32, REQUIRED},
+        {"ahead_cosines", &args->ahead_cosines, "BD", F32, REQUIRED},
+        {"ahead_sines", &args->ahead_sines, "BD", F32, REQUIRED},
+        {"logits", &args->logits, "BNT", F32, REQUIRED | OUTPUT},
+    };
+    binding bound;
+    KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    KVPI_TRY(check_one_dtype(rules, 1, 1, &args->keys, ctx));
+    KVPI_TRY(check_groups(&bound, ctx));
+    if (bound.size['O'] != 1)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "cosines.shape[1] is %lld; expected 1, for all heads",
+                         (long long)bound.size['O']);
+    if (!(fabs(args->scaling) <= (double)FLT_MAX))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most",
+                         args->scaling, (double)FLT_MAX);
+    KVPI_TRY(kvpi_check_whole(args->with_spread, "with_spread", 0, 1, ctx));
+    return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
 }

@@ -77,6 +77,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
 kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx);
+kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx);
 kvp_status kvpi_check_whole(double value, const char *name, double low, double high, kvp_context *ctx);
 
 /* tables.c: copies of a CPU call's small tables, at the front of its workspace. */

@@ -212,6 +212,13 @@ __device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t addr
                  : "r"(address));
 }
 
+/* The same, each transposed: of what stands in columns. */
+__device__ __forceinline__ void kvpg_load_matrix_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
 /* d += a b: 16x16 by 16x8, sums in float32. */
 template <typename T>
 __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -119,6 +119,12 @@ PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, va
                         "params, n_kept, n_worker, /)\n--\n\n"
                         "Score, select and gather: positions and counts of n_kept places a head, and the keys and "
                         "values that are kept, in new arrays.");
+PyDoc_STRVAR(expect_doc, "expect($module, keys, queries, cosines, sines, ahead_cosines, ahead_sines, logits, scaling, "
+                         "with_spread, workspace, n_worker, /)\n--\n\n"
+                         "Write the logits that queries to come are expected to give to keys into logits.");
+PyDoc_STRVAR(expect_workspace_doc, "expect_workspace($module, keys, queries, cosines, sines, ahead_cosines, "
+                                   "ahead_sines, logits, scaling, with_spread, n_worker, /)\n--\n\n"
+                                   "Bytes of scratch that expect needs.");
 PyDoc_STRVAR(
     score_workspace_doc,
     "score_workspace($module, scorer, keys, values, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"
@@ -146,8 +152,10 @@ static PyMethodDef methods[] = {
     {"select", FAST(kvpb_select), select_doc},
     {"gather", FAST(kvpb_gather), gather_doc},
     {"press", FAST(kvpb_press), press_doc},
+    {"expect", FAST(kvpb_expect), expect_doc},
     {"score_workspace", FAST(kvpb_score_workspace), score_workspace_doc},
     {"select_workspace", FAST(kvpb_select_workspace), select_workspace_doc},
+    {"expect_workspace", FAST(kvpb_expect_workspace), expect_workspace_doc},
     {"scorers", list_scorers, METH_NOARGS, scorers_doc},
     {"supports", FAST(tell_support), supports_doc},
     {"isa", tell_isa, METH_NOARGS, isa_doc},

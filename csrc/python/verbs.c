@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The three verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up
+ * The verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up
  * are written once.
  */
 #include "binding.h"
@@ -21,6 +21,7 @@ typedef union verb_args {
     kvp_select_args select;
     kvp_gather_args gather;
     kvp_press_args press;
+    kvp_expect_args expect;
 } verb_args;
 
 typedef struct verb_spec {
@@ -81,6 +82,19 @@ static const verb_spec press_spec = {
      {"segments", "int32", offsetof(kvp_press_args, segments), KVPB_INPUT},
      {"quotas", "int32", offsetof(kvp_press_args, quotas), KVPB_INPUT},
      {"protect", "uint8 or bool", offsetof(kvp_press_args, protect), KVPB_OPTIONAL}},
+};
+
+static const verb_spec expect_spec = {
+    "expect",
+    KVP_EXPECT,
+    7,
+    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_expect_args, keys), KVPB_INPUT},
+     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_expect_args, queries), KVPB_INPUT},
+     {"cosines", "float32", offsetof(kvp_expect_args, cosines), KVPB_INPUT},
+     {"sines", "float32", offsetof(kvp_expect_args, sines), KVPB_INPUT},
+     {"ahead_cosines", "float32", offsetof(kvp_expect_args, ahead_cosines), KVPB_INPUT},
+     {"ahead_sines", "float32", offsetof(kvp_expect_args, ahead_sines), KVPB_INPUT},
+     {"logits", "float32", offsetof(kvp_expect_args, logits), KVPB_OUTPUT}},
 };
 
 /* Whatever returns an int returns 0, or -1 with an exception set. */
@@ -251,6 +265,7 @@ static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
     case KVP_SELECT: return kvp_select(&args->select, ctx);
     case KVP_GATHER: return kvp_gather(&args->gather, ctx);
     case KVP_PRESS: return kvp_press(&args->press, ctx);
+    case KVP_EXPECT: return kvp_expect(&args->expect, ctx);
     }
     return KVP_ERR_INTERNAL;
 }
@@ -333,6 +348,27 @@ PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_s
     verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
     return size_workspace(module, &select_spec, &args, objects, objects[7]);
+}
+
+/* (tensors, scaling, with_spread): -1 with an exception set. */
+static int read_expect(PyObject *const *objects, kvp_expect_args *args) {
+    *args = (kvp_expect_args){.size = sizeof *args};
+    args->scaling = PyFloat_AsDouble(objects[expect_spec.n_tensor]);
+    if (args->scaling == -1 && PyErr_Occurred()) return -1;
+    args->with_spread = PyObject_IsTrue(objects[expect_spec.n_tensor + 1]);
+    return args->with_spread < 0 ? -1 : 0;
+}
+
+PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args;
+    if (kvpb_check_count("expect", n_object, 11) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
+    return call_verb(module, &expect_spec, &args, objects, objects[9], objects[10]);
+}
+
+PyObject *kvpb_expect_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args;
+    if (kvpb_check_count("expect_workspace", n_object, 10) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
+    return size_workspace(module, &expect_spec, &args, objects, objects[9]);
 }
 
 enum { PRESS_OUTPUTS = 4 };

@@ -101,8 +101,8 @@ def score(
         return reference.score(scorer, keys, values=values, **known)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
-    denominators = _plain(lse, "lse")
-    plain = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
+    denominators = lendable(lse, "lse")
+    plain = lendable(keys, "keys"), lendable(values, "values"), lendable(queries, "queries")
     arguments = scorer, *plain, *tables, denominators, out, numbers
     _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
@@ -206,10 +206,10 @@ def press_checked(
         scores = score(scorer, keys, values=values, **known)
         positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, counts, *gather(keys, values, positions)
-    k, v, q = _plain(keys, "keys"), _plain(values, "values"), _plain(queries, "queries")
+    k, v, q = lendable(keys, "keys"), lendable(values, "values"), lendable(queries, "queries")
     table = None if votes is None else _int32(votes, "votes")
     return _core.press(
-        scorer, k, v, q, table, valid, _plain(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker()
+        scorer, k, v, q, table, valid, lendable(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker()
     )
 
 
@@ -246,7 +246,7 @@ def select_checked(
     n_row, n_head = scores.shape[:2]
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    arguments = _plain(scores, "scores"), segments, quotas, protect, valid, positions, counts
+    arguments = lendable(scores, "scores"), segments, quotas, protect, valid, positions, counts
     _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
 
@@ -286,7 +286,7 @@ def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
         _empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))
     )
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
-    plain = _plain(keys, "keys"), _plain(values, "values"), _plain(positions, "positions")
+    plain = lendable(keys, "keys"), lendable(values, "values"), lendable(positions, "positions")
     _core.gather(*plain, out_keys, out_values, _n_worker())
     return out_keys, out_values
 
@@ -394,7 +394,7 @@ def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -
     return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
 
 
-def _plain(x: Array | None, name: str) -> Any:
+def lendable(x: Array | None, name: str) -> Any:
     """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage
     that was freed."""
     if x is None or isinstance(x, np.ndarray) or not _is_torch(x):

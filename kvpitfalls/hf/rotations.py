@@ -9,6 +9,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -57,6 +58,24 @@ class LayerRotary(Rotary):
         part = x[..., : self.width]
         return torch.cat([self.function(part, cos, sin), x[..., self.width :]], -1)
 
+    def pairs_halves(self, n_dim, cos):
+        """See :class:`Rotary`; tried."""
+        return self.width == n_dim == cos.shape[-1] and _pairs_halves(self.function, n_dim)
+
+
+@lru_cache(maxsize=64)
+def _pairs_halves(function: Callable, n_dim: int) -> bool:
+    """Whether a modeling file's function pairs halves of all channels. What it gives is linear in x and in cosines and
+    sines together, so that random ones tell."""
+    draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x, cos, sin = draw(1, 2, 3, n_dim), draw(1, 3, n_dim), draw(1, 3, n_dim)
+    try:
+        turned = function(x, cos, sin)
+    except RuntimeError:  # it takes angles of half as many channels, say
+        return False
+    plain = Rotary().turned(x, cos, sin)
+    return turned.shape == plain.shape and bool(((turned - plain).abs() < 1e-5).all())
+
 
 def rotaries_of(
     decoder, layers: Mapping[torch.nn.Module, int], positions: torch.Tensor
@@ -95,8 +114,13 @@ def _function_of(module) -> Callable | None:
         return None
     names = list(inspect.signature(function).parameters)
     if names[:4] == ["q", "k", "cos", "sin"]:
-        return lambda x, cos, sin: function(x, x, cos, sin)[0]
+        return _of_queries(function)
     return function if names[:3] == ["x", "cos", "sin"] else None
+
+
+@lru_cache(maxsize=64)
+def _of_queries(function: Callable) -> Callable:
+    return lambda x, cos, sin: function(x, x, cos, sin)[0]
 
 
 def _unknown(decoder, reason: str) -> UnsupportedModelError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from ..eviction import forecast
 from ..eviction.arrays import Array
 from ..numbers import check_whole, is_real
 from .base import Inputs, Policy
@@ -102,10 +103,10 @@ class ExpectedAttention(Policy):
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         positions = inputs.rotary.positions(inputs.valid, keys.shape[2], keys.device)
         for row, (begin, end) in enumerate(inputs.valid):
-            first = min(begin + self.n_sink, end - 1)
+            first, rows = min(begin + self.n_sink, end - 1), slice(row, row + 1)
             cuts = [max(stop, first) - first for _, stop in inputs.segments[row]]
-            forecast = self._forecast(inputs, queries[row : row + 1, :, first:end], positions[row, first:end])
-            logits = _logits(keys[row, :, first:end], *forecast)
+            of_row = keys[rows, :, first:end], queries[rows, :, first:end], positions[row, first:end]
+            logits = self._logits(inputs, *of_row)
             sinks = None if inputs.sinks is None else inputs.sinks.float().unflatten(0, logits.shape[:2])
             weights, out = _shares(logits, cuts, sinks), scores[row, :, first:end]
             if self.use_vnorm:
@@ -115,20 +116,32 @@ class ExpectedAttention(Policy):
             scores[row, :, begin:first] = out.nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
-    def _forecast(
-        self, inputs: Inputs, queries: "torch.Tensor", positions: "torch.Tensor"
-    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Mean (Hq, D) and half the covariance (Hq, D, D) of the queries to come, scaled as logits are, of those (1,
-        Hq, n, D) of a prompt."""
+    def _logits(
+        self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor", positions: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """Logs (H, G, n) of the attention that queries to come are expected to give to keys (1, H, n, D), after those
+        (1, H*G, n, D) of a prompt; up to a constant each.
+
+        By the core's kernels where they know how the layer turns its queries, else by products of torch: the same to
+        rounding.
+        """
         import torch
 
         rotary: Rotary = inputs.rotary
         ahead = positions[-1] + torch.arange(1, 1 + self.n_future_positions, device=positions.device)
+        if forecast.has_kernels(keys, queries):
+            cos, sin = rotary.angles(ahead[None], queries[:, :1, :1].float())
+            if rotary.pairs_halves(keys.shape[-1], cos):
+                turns = rotary.angles(positions[None], queries[:, :1, :1])
+                means = cos.mean(1), sin.mean(1)
+                logits = forecast.expect(keys, queries, turns, means, inputs.scaling, self.use_covariance)
+                return logits[0].view(keys.shape[1], -1, keys.shape[2])
         turn = rotary.mean(ahead, queries) * inputs.scaling
         back = rotary.backwards(positions[None], queries[:, :1, :1])
         before = (_turned(rotary, queries[:, :, part], [x[:, part] for x in back]) for part in _parts(queries[0]))
-        means, squares = moments(before, self.use_covariance)
-        return means @ turn, None if squares is None else turn.T @ (squares / (2 * len(positions))) @ turn
+        mean, squares = moments(before, self.use_covariance)
+        spread = None if squares is None else turn.T @ (squares / (2 * len(positions))) @ turn
+        return _logits(keys[0], mean @ turn, spread)
 
 
 def _turned(rotary: "Rotary", queries: "torch.Tensor", by: "Sequence[torch.Tensor]") -> "torch.Tensor":

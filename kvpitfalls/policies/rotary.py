@@ -64,6 +64,11 @@ class Rotary:
         last.addcmul_(low, of_high)
         return turned
 
+    def pairs_halves(self, n_dim: int, cos: Any) -> bool:
+        """Whether :meth:`turned` is that of this class for ``n_dim`` channels and such cosines, and so what kernels of
+        the core undo, too."""
+        return type(self).turned is Rotary.turned and cos.shape[-1] == n_dim
+
     def undone(self, x: Any, positions: Any) -> Any:
         """Turned x as it was before, float32; also where a model makes it longer or shorter as it turns it."""
         return self.turned(x.float(), *self.backwards(positions, x))

@@ -60,6 +60,7 @@ int main(int argc, char **argv) {
     run("band", test_band);
     run("gather", test_gather);
     run("refusals", test_refusals);
+    run("expect", test_expect);
     run("introspection", test_introspection);
     run("corpus", test_corpus);
     run("register backend", test_register_backend);

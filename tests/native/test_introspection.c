@@ -83,16 +83,26 @@ static kvp_status pass_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return KVP_OK;
 }
 
+static int n_expect;
+
+static kvp_status count_expect(const kvp_expect_args *args, kvp_context *ctx) {
+    (void)args;
+    (void)ctx;
+    n_expect++;
+    return KVP_OK;
+}
+
 static size_t need_128(kvp_verb verb, const void *args, int32_t n_worker) {
     (void)args, (void)n_worker;
     return verb == KVP_SELECT ? 128 : 0;
 }
 
 static kvp_status (*const no_scorers[64])(const kvp_score_args *, kvp_context *);
-static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers, count_select, pass_gather, need_128};
-static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA,    no_scorers,
-                                         count_select,        pass_gather, need_128};
-static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77, no_scorers, count_select, pass_gather, need_128};
+static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers,  count_select,
+                                     pass_gather,     need_128, count_expect};
+static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA, no_scorers, count_select,
+                                         pass_gather,         need_128, NULL};
+static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77, no_scorers, count_select, pass_gather, need_128, NULL};
 
 /* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call
  * would be refused for that. */
@@ -137,4 +147,15 @@ void test_register_backend(void) {
     CHECK(kvp_select(&select, &ctx) == KVP_OK && n_select == 1, "the backend's select was called %d times: %s",
           n_select, ctx.error);
     free_block(&scratch);
+    const kvp_tensor table = imagine(KVP_F32, 4, 4), ahead = imagine(KVP_F32, 2, 1);
+    const kvp_expect_args expect = {.size = sizeof expect,
+                                    .keys = keys,
+                                    .queries = keys,
+                                    .cosines = table,
+                                    .sines = table,
+                                    .ahead_cosines = ahead,
+                                    .ahead_sines = ahead,
+                                    .logits = score.scores};
+    CHECK(kvp_expect(&expect, &ctx) == KVP_OK && n_expect == 1, "the backend's expect was called %d times: %s",
+          n_expect, ctx.error);
 }

@@ -227,7 +227,7 @@ static void check_unspoilt(void) {
         CHECK(status == KVP_OK, "verb %d: %s, %s", verb, kvp_status_name(status), status == KVP_OK ? "" : c.ctx.error);
     }
     size_t bytes;
-    CHECK(kvp_workspace((kvp_verb)4, &c.score, 1, &bytes) == KVP_ERR_VALUE, "kvp_workspace knows a fifth verb");
+    CHECK(kvp_workspace((kvp_verb)5, &c.score, 1, &bytes) == KVP_ERR_VALUE, "kvp_workspace knows a sixth verb");
     free_calls(&c);
 }
 

@@ -24,6 +24,7 @@ void test_select(void);
 void test_band(void);
 void test_gather(void);
 void test_refusals(void);
+void test_expect(void);
 void test_introspection(void);
 void test_corpus(void);           /* tests/fuzz/replay.c */
 void test_register_backend(void); /* last: a backend cannot be taken away again */

@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The verb expect on the GPU: the logits of keys k under a forecast, k.(m + Sk), by tensor cores. A block has the S of
+ * one query head in its registers, 16 columns a warp, and takes tile after tile of keys. S is taken in three parts and
+ * keys in as many as their type has bits for, all products of parts but those beyond float32's last place: the exact
+ * product, nearly, of float32 numbers.
+ */
+#include "expected.cuh"
+
+extern "C" {
+#include "expected.h"
+}
+
+enum { TILES = 8, FRAGMENTS = 2 }; /* tiles of a block; times 16 keys at once */
+
+template <typename T> struct parts {
+    enum { N = 3 };
+};
+template <> struct parts<__half> {
+    enum { N = 2 };
+};
+template <> struct parts<__nv_bfloat16> {
+    enum { N = 1 };
+};
+
+typedef struct logits_job {
+    kvpg_rows keys, logits;
+    bool wide;
+    int n_token, n_unit, n_head, group; /* units are query heads, group of them to a key head */
+    kvpg_forecast forecast;
+} logits_job;
+
+/* The part of S that a warp multiplies with: its 16 columns. S stands for its transpose as well. */
+template <int DIM> __device__ __forceinline__ void load_spread(const float *spread, uint32_t (&b)[3][DIM / 16][2][2]) {
+    const int lane = threadIdx.x % 32;
+    const float *row = spread + (threadIdx.x / 32 * 16 + lane / 4) * DIM + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float2 x = *(const float2 *)(row + 8 * n * DIM + 16 * k + 8 * half);
+#pragma unroll
+                for (int part = 0; part < 3; part++) b[part][k][n][half] = take_part(x.x, x.y);
+            }
+}
+
+/* A tile of keys to shared memory, part after part; zeros behind the last. */
+template <typename T, int DIM>
+__device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int first, __nv_bfloat16 *tile) {
+    const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 8, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
+#pragma unroll
+    for (int row = 0; row < TILE; row += kvpg_expected<DIM>::ROWS) {
+        const int t = first + own_row + row;
+        float x[8] = {};
+        if (t < j.n_token) {
+            load_four<T>(kvpg_row(j.keys, b, h, t), j.keys.d, j.wide, at, x);
+            load_four<T>(kvpg_row(j.keys, b, h, t), j.keys.d, j.wide, at + 4, x + 4);
+        }
+#pragma unroll
+        for (int part = 0; part < parts<T>::N; part++) {
+            uint4 taken;
+            taken.x = take_part(x[0], x[1]);
+            taken.y = take_part(x[2], x[3]);
+            taken.z = take_part(x[4], x[5]);
+            taken.w = take_part(x[6], x[7]);
+            *(uint4 *)(tile + (part * TILE + own_row + row) * kvpg_expected<DIM>::PITCH + at) = taken;
+        }
+    }
+}
+
+/* Products of FRAGMENTS times 16 keys with the spread: those of the first parts, and all others, which are so much
+ * smaller that what tensor cores cut off of their sum is below float32's last place. */
+template <typename T, int DIM> __device__ __forceinline__ void add_products(const __nv_bfloat16 *tile, int row,
+                                                                            const uint32_t (&spread)[3][DIM / 16][2][2],
+                                                                            float (&sum)[2][FRAGMENTS][2][4]) {
+    const __nv_bfloat16 *own = tile + (row + threadIdx.x % 16) * kvpg_expected<DIM>::PITCH + threadIdx.x % 32 / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+#pragma unroll
+        for (int part = 0; part < parts<T>::N; part++) {
+            uint32_t a[FRAGMENTS][4];
+#pragma unroll
+            for (int m = 0; m < FRAGMENTS; m++)
+                kvpg_load_matrix(a[m], (uint32_t)__cvta_generic_to_shared(
+                                           own + (part * TILE + 16 * m) * kvpg_expected<DIM>::PITCH + 16 * k));
+#pragma unroll
+            for (int other = 0; other < 3 - part; other++)
+#pragma unroll
+                for (int m = 0; m < FRAGMENTS; m++)
+#pragma unroll
+                    for (int n = 0; n < 2; n++)
+                        kvpg_multiply<__nv_bfloat16>(sum[part + other > 0][m][n], a[m], spread[other][k][n][0],
+                                                     spread[other][k][n][1]);
+        }
+}
+
+/* Two channels of a key, as they were. */
+template <typename T, int DIM>
+__device__ __forceinline__ float2 key_at(const __nv_bfloat16 *tile, int row, int column) {
+    float2 key = {};
+#pragma unroll
+    for (int part = parts<T>::N - 1; part >= 0; part--) {
+        const __nv_bfloat162 x =
+            *(const __nv_bfloat162 *)(tile + (part * TILE + row) * kvpg_expected<DIM>::PITCH + column);
+        key.x += __low2float(x);
+        key.y += __high2float(x);
+    }
+    return key;
+}
+
+template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS)
+    ask_forecast(const __grid_constant__ logits_job j) {
+    kvpg_follow();
+    extern __shared__ uint4 shared[];
+    __nv_bfloat16 *tile = (__nv_bfloat16 *)shared;
+    float *dots = (float *)(tile + parts<T>::N * TILE * kvpg_expected<DIM>::PITCH); /* (warp, token): of 16 channels */
+    const int unit = blockIdx.x % j.n_unit, b = unit / j.n_head, head = unit % j.n_head;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp * 16 + lane % 4 * 2;
+    const int begin = blockIdx.x / j.n_unit * (TILES * TILE), end = min(begin + TILES * TILE, j.n_token);
+    uint32_t spread[3][DIM / 16][2][2];
+    float2 mean[2];
+    if (j.forecast.spread) load_spread<DIM>(j.forecast.spread + (int64_t)unit * DIM * DIM, spread);
+    for (int n = 0; n < 2; n++) mean[n] = *(const float2 *)(j.forecast.mean + (int64_t)unit * DIM + column + 8 * n);
+    for (int first = begin; first < end; first += TILE) {
+        load_keys<T, DIM>(j, b, head / j.group, first, tile);
+        __syncthreads();
+        for (int row = 0; row < TILE; row += 16 * FRAGMENTS) {
+            float sum[2][FRAGMENTS][2][4] = {};
+            if (j.forecast.spread) add_products<T, DIM>(tile, row, spread, sum);
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS * 2; i++) {
+                const int own = row + 8 * i + lane / 4;
+                float dot = 0;
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float2 key = key_at<T, DIM>(tile, own, column + 8 * n);
+                    const float *main = sum[0][i / 2][n] + i % 2 * 2, *rest = sum[1][i / 2][n] + i % 2 * 2;
+                    dot = fmaf(mean[n].x + (main[0] + rest[0]), key.x, dot);
+                    dot = fmaf(mean[n].y + (main[1] + rest[1]), key.y, dot);
+                }
+                dot += __shfl_xor_sync(~0u, dot, 1);
+                dot += __shfl_xor_sync(~0u, dot, 2);
+                if (lane % 4 == 0) dots[warp * TILE + own] = dot;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < TILE && first + (int)threadIdx.x < end) {
+            float logit = 0;
+            for (int w = 0; w < kvpg_expected<DIM>::WARPS; w++) logit += dots[w * TILE + threadIdx.x];
+            *(float *)kvpg_row(j.logits, b, head, first + threadIdx.x) = logit;
+        }
+    }
+}
+
+extern "C" size_t kvpi_expect_cuda_workspace(const kvp_expect_args *args) { return kvpg_forecast_bytes(args); }
+
+extern "C" kvp_status kvpi_expect_cuda(const kvp_expect_args *args, kvp_context *ctx) {
+    const int64_t n_unit = args->queries.shape[0] * args->queries.shape[1], n_token = args->keys.shape[2];
+    logits_job job = {};
+    KVPI_TRY(kvpg_make_forecast(args, ctx->workspace, &job.forecast, ctx));
+    job.keys = kvpg_rows_of(&args->keys);
+    job.logits = kvpg_rows_of(&args->logits);
+    job.wide = kvpg_has_wide_rows(&args->keys);
+    job.n_token = (int)n_token;
+    job.n_unit = (int)n_unit;
+    job.n_head = (int)args->queries.shape[1];
+    job.group = (int)(args->queries.shape[1] / args->keys.shape[1]);
+    return kvpg_with_dim(args->keys.shape[3], ctx, [&](auto dim) {
+        enum { DIM = decltype(dim)::value };
+        return kvpg_with_type(args->keys.dtype, ctx, [&](auto type) {
+            typedef typename decltype(type)::type T;
+            const size_t bytes = parts<T>::N * TILE * kvpg_expected<DIM>::PITCH * sizeof(__nv_bfloat16) +
+                                 kvpg_expected<DIM>::WARPS * TILE * sizeof(float);
+            return kvpg_launch("expect_logits", ctx, ask_forecast<T, DIM>,
+                               {kvpg_ceil_div(n_token, TILES * TILE) * n_unit, 1}, kvpg_expected<DIM>::THREADS, 1,
+                               bytes, job);
+        });
+    });
+}

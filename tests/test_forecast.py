@@ -1,0 +1,235 @@
+"""What queries to come are expected to give to keys: the core's kernels against float64, and when they are asked."""
+
+import numpy as np
+import pytest
+import torch
+from model_sweep import build
+from tiny_models import ids
+
+import kvpitfalls as kvp
+from kvpitfalls.eviction import forecast
+from kvpitfalls.policies import expected_attention
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Tiles of 64 tokens, chunks of 512, 64 chunks, and longer ones beyond 32768.
+LENGTHS = [1, 2, 63, 64, 65, 129, 511, 512, 513, 1000, 4092]
+# Of the largest sum of |terms| of a logit: float32's own error, and what 16 bits of a query leave out (moments.cu).
+TOLERANCE = 4e-6
+
+
+def drawn(n_row, n_head, group, n_token, n_dim, dtype, centre=0.0, device="cuda"):
+    """Keys, queries, cosines and sines, and those to come; queries have a mean of up to ``centre`` in each channel, and
+    turns are not of length 1."""
+    make = torch.Generator(device).manual_seed(n_token * n_dim + group)
+    draw = [(n_row, n_token, n_head, n_dim), (n_row, n_token, n_head * group, n_dim), (n_row, 1, n_head * group, n_dim)]
+    keys, queries, means = (torch.randn(size, device=device, generator=make) for size in draw)
+    scale = torch.linspace(0.2, 3, n_dim, device=device)
+    queries = queries * scale + means * centre
+    angles = torch.randn(n_row, n_token, n_dim, device=device, generator=make) * 3
+    ahead = torch.randn(n_row, n_dim, device=device, generator=make)
+    turns = 1.1 * angles.cos(), 1.1 * angles.sin()
+    # as in a model, (B,T,H,D) transposed
+    return keys.to(dtype).transpose(1, 2), queries.to(dtype).transpose(1, 2), turns, (ahead.cos(), ahead.sin())
+
+
+def by_definition(keys, queries, turns, ahead, scaling, with_spread):
+    """The formula of ``kvp_expect`` in float64, and for each head the largest sum of the lengths of its terms."""
+    keys, queries, cos, sin = (x.double() for x in (keys, queries, *turns))
+    cos, sin = (x / (cos**2 + sin**2) for x in (cos, sin))
+    before = kvp.Rotary().turned(queries, cos, -sin)
+    mean = before.mean(2)
+    cos, sin = (x.double()[:, None] for x in ahead)
+    unit = torch.eye(keys.shape[-1], dtype=torch.float64, device=keys.device).expand(len(keys), 1, -1, -1)
+    turn = kvp.Rotary().turned(unit, cos.expand_as(unit[:, 0]), sin.expand_as(unit[:, 0])) * scaling
+    n_group = queries.shape[1] // keys.shape[1]
+    of_head = keys.repeat_interleave(n_group, 1)
+    means = mean[:, :, None] @ turn
+    logits, size = (of_head @ means.mT)[..., 0], (of_head.abs() @ means.abs().mT)[..., 0]
+    if with_spread:
+        centred = (before - mean[:, :, None]) @ turn
+        spread = centred.mT @ centred / queries.shape[2] / 2
+        logits = logits + ((of_head @ spread) * of_head).sum(-1)
+        size = size + ((of_head.abs() @ spread.abs()) * of_head.abs()).sum(-1)
+    return logits, size.amax(-1, keepdim=True)
+
+
+def error(arguments, *of_kernel):
+    wanted, size = by_definition(*arguments)
+    return float(((forecast.expect(*(of_kernel or arguments)).double() - wanted).abs() / size).max())
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_dim", [64, 96, 128])
+def test_logits_are_their_formula(n_dim, dtype):
+    for n_token in LENGTHS:
+        for n_row, n_head, group, with_spread in ((2, 2, 4, True), (1, 3, 1, True), (1, 1, 7, True), (2, 1, 2, False)):
+            arguments = *drawn(n_row, n_head, group, n_token, n_dim, dtype), n_dim**-0.5, with_spread
+            assert error(arguments) <= TOLERANCE, (n_token, n_row, n_head, group, with_spread)
+
+
+@needs_gpu
+@pytest.mark.parametrize("n_token", [32768, 32769, 70000])
+def test_long_prompts_have_longer_chunks(n_token):
+    assert error((*drawn(1, 1, 2, n_token, 128, torch.bfloat16), 0.1, True)) <= TOLERANCE * max(1, n_token / 32768)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_mean_leaves_the_covariance_what_it_is(dtype):
+    """The mean's own part of a logit is a thousand times the other, so that it is left out by its turn: keys are turned
+    so that they meet none of it."""
+    keys, queries, turns, ahead = drawn(1, 2, 2, 1500, 64, dtype)
+    still = torch.ones_like(turns[0]), torch.zeros_like(turns[1])
+    queries = (queries.float() + 1000).to(dtype)  # in bfloat16 what is left differs by steps of 4
+    keys[..., ::2] = -keys[..., 1::2]  # their channels' sum is 0
+    to_come = torch.ones_like(ahead[0]), torch.zeros_like(ahead[1])
+    ours = forecast.expect(keys, queries, still, to_come, 1.0, True).double()
+    centred = queries.double() - queries.double().mean(2, keepdim=True)
+    spread = centred.mT @ centred / 1500 / 2
+    of_head = keys.double().repeat_interleave(2, 1)
+    means = (of_head @ (queries.double().mean(2) - 1000)[..., None])[..., 0]
+    wanted = means + ((of_head @ spread) * of_head).sum(-1)
+    # the mean is a float32 near 1000, so that each of 64 products with it is right to 3e-5 of a key's channel
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_do_not_matter_and_rows_are_alone(dtype):
+    """The same bits: in rows on no boundary, by one row of a batch, and again."""
+    keys, queries, turns, ahead = drawn(3, 2, 3, 700, 64, dtype)
+    whole = forecast.expect(keys, queries, turns, ahead, 0.125, True)
+    assert torch.equal(forecast.expect(keys, queries, turns, ahead, 0.125, True), whole)
+    for row in range(3):
+        at = slice(row, row + 1)
+        own = forecast.expect(keys[at], queries[at], [x[at] for x in turns], [x[at] for x in ahead], 0.125, True)
+        assert torch.equal(own[0], whole[row])
+    wider = [torch.zeros(*x.shape[:3], 65, dtype=dtype, device="cuda")[..., 1:].copy_(x) for x in (keys, queries)]
+    apart = [torch.zeros(3, 700, 128, device="cuda")[..., ::2].copy_(x) for x in turns]
+    assert torch.equal(
+        forecast.expect(*wider, apart, [x.repeat_interleave(2, 1)[:, ::2] for x in ahead], 0.125, True), whole
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("fair", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_covariance": False}, {"n_sink": 0, "use_vnorm": False}])
+def test_the_policy_keeps_on_a_gpu_what_it_keeps_on_a_cpu(fair, changes):
+    """And scores what its products of torch do there; rows with padding, too, and each as by itself."""
+    keys, queries, _, _ = drawn(3, 2, 4, 600, 64, torch.bfloat16)
+    rotary, policy = kvp.Rotary(), kvp.ExpectedAttention(**changes)
+    queries = rotary.turned(queries.float(), *rotary.angles(torch.arange(600, device="cuda")[None], queries)).bfloat16()
+    settings = {"rotary": rotary, "budget": 150, "fair": fair, "spans": {"a": (20, 200), "b": (230, 500)}}
+    valid = [(0, 600), (13, 600), (5, 555)]
+    on_gpu = kvp.keep(policy, keys, queries, values=keys, valid=valid, **settings)
+    on_cpu = kvp.keep(policy, keys.cpu(), queries.cpu(), values=keys.cpu(), valid=valid, **settings)
+    torch.testing.assert_close(on_gpu.scores.cpu(), on_cpu.scores, rtol=1e-4, atol=1e-7)
+    assert torch.equal(on_gpu.positions.cpu(), on_cpu.positions)
+    own = kvp.keep(policy, keys[1:2], queries[1:2], values=keys[1:2], valid=valid[1:2], **settings)
+    assert torch.equal(own.positions[0], on_gpu.positions[1]) and torch.equal(own.scores[0], on_gpu.scores[1])
+
+
+@needs_gpu
+def test_the_kernels_are_asked_where_they_know_the_turn(monkeypatch):
+    asked, expect = [], forecast.expect
+    monkeypatch.setattr(forecast, "expect", lambda *arguments: asked.append(1) or expect(*arguments))
+    for n_dim, rotary, n_call in ((64, kvp.Rotary(), 1), (80, kvp.Rotary(), 0), (64, Interleaved(), 0)):
+        keys, queries, _, _ = drawn(1, 1, 2, 100, n_dim, torch.float32)
+        asked.clear()
+        policy = kvp.ExpectedAttention()
+        on_gpu = kvp.keep(policy, keys, queries, values=keys, rotary=rotary, budget=20).scores
+        assert len(asked) == n_call
+        on_cpu = kvp.keep(policy, keys.cpu(), queries.cpu(), values=keys.cpu(), rotary=rotary, budget=20).scores
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-6)
+
+
+class Interleaved(kvp.Rotary):
+    def turned(self, x, cos, sin):
+        paired = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return super().turned(paired, cos, sin).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+HALVES = {
+    "llama": True,
+    "qwen3": True,
+    "gemma3_text": True,
+    "phi": False,
+    "gpt_neox": False,
+    "cohere": False,
+    "glm4": False,
+    "gpt_oss": False,
+}
+
+
+@pytest.mark.parametrize(("family", "pairs"), HALVES.items())
+def test_how_a_models_layers_turn_is_told_by_trying(family, pairs):
+    """Where it is said that halves are paired, plain rotary embedding with the model's own angles is what they do."""
+    seen, model = [], build(family, "eager")
+
+    class Looking(kvp.Policy):
+        """Keep the newest."""
+
+        name, listed, needs_queries, needs_rotary = "test_looks", False, True, True
+
+        def score(self, inputs):
+            seen.append((inputs.rotary, inputs.queries))
+            return inputs.score("position", n_sink=0)
+
+    with kvp.wrap(model, Looking(), budget=4) as handle:
+        handle.compress(ids(1, 12))
+    assert seen
+    for rotary, queries in seen:
+        by = rotary.angles(torch.arange(12)[None], queries)
+        assert rotary.pairs_halves(queries.shape[-1], by[0]) == pairs
+        if pairs:
+            torch.testing.assert_close(
+                kvp.Rotary().turned(queries, *by), rotary.turned(queries, *by), rtol=0, atol=1e-6
+            )
+        assert not rotary.pairs_halves(2 * queries.shape[-1], by[0])
+
+
+def test_a_cpu_has_products_of_torch():
+    """Where the policy does not ask, the verb says so; and ``has_kernels`` says what it looks at."""
+    keys, queries, turns, ahead = drawn(1, 2, 2, 10, 64, torch.float32, device="cpu")
+    assert not forecast.has_kernels(keys, queries)
+    with pytest.raises(NotImplementedError, match=r'^this device has no verb "expect"$'):
+        forecast.expect(keys, queries, turns, ahead, 1.0, True)
+    for wrong, match in (
+        ((keys, queries[:, :, :9], turns, ahead, 1.0, True), r"^queries.shape\[2\] is 9, but T is 10 in keys"),
+        (
+            (keys, queries[:, :3], turns, ahead, 1.0, True),
+            r"^queries.shape\[1\] is 3; expected a multiple of the 2 key",
+        ),
+        (
+            (keys, queries, [x[..., :32] for x in turns], ahead, 1.0, True),
+            r"^cosines.shape\[3\] is 32, but D is 64 in keys",
+        ),
+        ((keys, queries, turns, ahead, np.inf, True), r"^scaling is inf; expected a number that is finite in float32"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            forecast.expect(*wrong)
+    with pytest.raises(TypeError, match=r"^queries has dtype float16; expected float32, as keys has"):
+        forecast.expect(keys, queries.half(), turns, ahead, 1.0, True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [300, 5000])
+def test_the_kernels_are_as_exact_as_products_of_torch(length):
+    """Beside them, in float32 and on the same GPU: not more than four times their error, or a float32's own."""
+    keys, queries, _, _ = drawn(1, 2, 4, length, 128, torch.float32, centre=3.0)
+    rotary, at = kvp.Rotary(), torch.arange(length, device="cuda")
+    turned, ahead = (
+        rotary.turned(queries, *rotary.angles(at[None], queries)),
+        at[-1] + torch.arange(1, 513, device="cuda"),
+    )
+    turns, to_come = rotary.angles(at[None], queries), [x.mean(1) for x in rotary.angles(ahead[None], queries)]
+    wanted, size = by_definition(keys, turned, turns, to_come, 128**-0.5, True)
+    mean, squares = expected_attention.moments([rotary.undone(turned, at[None])[0]])
+    turn = rotary.mean(ahead, queries) * 128**-0.5
+    naive = expected_attention._logits(keys[0], mean @ turn, turn.T @ (squares / (2 * length)) @ turn)
+    ours = forecast.expect(keys, turned, turns, to_come, 128**-0.5, True)
+    of_naive, of_ours = (float(((x.double().flatten(0, -2) - wanted[0]).abs() / size[0]).max()) for x in (naive, ours))
+    print(f"{length}: {of_ours:.2e} against {of_naive:.2e}")
+    assert of_ours <= max(4 * of_naive, 1e-6)
