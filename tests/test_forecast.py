@@ -15,7 +15,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Tiles of 64 tokens, chunks of 512, 64 chunks, and longer ones beyond 32768.
 LENGTHS = [1, 2, 63, 64, 65, 129, 511, 512, 513, 1000, 4092]
 # Of the largest sum of |terms| of a logit: float32's own error, and what 16 bits of a query leave out (moments.cu).
-TOLERANCE = 4e-6
+TOLERANCE = 1e-6
 
 
 def drawn(n_row, n_head, group, n_token, n_dim, dtype, centre=0.0, device="cuda"):
@@ -217,7 +217,7 @@ def test_a_cpu_has_products_of_torch():
 @needs_gpu
 @pytest.mark.parametrize("length", [300, 5000])
 def test_the_kernels_are_as_exact_as_products_of_torch(length):
-    """Beside them, in float32 and on the same GPU: not more than four times their error, or a float32's own."""
+    """Beside them, in float32 and on the same GPU: not more than four times their error."""
     keys, queries, _, _ = drawn(1, 2, 4, length, 128, torch.float32, centre=3.0)
     rotary, at = kvp.Rotary(), torch.arange(length, device="cuda")
     turned, ahead = (
@@ -232,4 +232,4 @@ def test_the_kernels_are_as_exact_as_products_of_torch(length):
     ours = forecast.expect(keys, turned, turns, to_come, 128**-0.5, True)
     of_naive, of_ours = (float(((x.double().flatten(0, -2) - wanted[0]).abs() / size[0]).max()) for x in (naive, ours))
     print(f"{length}: {of_ours:.2e} against {of_naive:.2e}")
-    assert of_ours <= max(4 * of_naive, 1e-6)
+    assert of_ours <= 4 * of_naive
