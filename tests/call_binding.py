@@ -32,6 +32,7 @@ def call_everything(dtype, lend, n_worker):
     _core.score("norm", keys, None, None, None, valid, None, scores, None, None, n_worker)
     _core.score("position", keys, None, None, None, valid, None, scores, (4,), None, n_worker)
     _core.score("attention", keys, None, keys, votes, valid, None, scores, (0.3, 0, 3, 0), None, n_worker)
+    _core.score("random", keys, None, None, None, valid, None, scores, (7, 1), None, n_worker)
     _core.score("lagkv", keys, values, None, None, valid, None, scores, (2, 9), None, n_worker)
     assert np.isfinite(scores[0]).all() and np.isneginf(scores[1, :, :3]).all()
     positions, counts = np.empty((B, H, K), np.int32), np.empty((B, H), np.int32)

@@ -424,6 +424,7 @@ def test_what_the_core_says_about_itself():
     assert _core.scorers()[:2] == (("norm", 0, ()), ("position", 0, (("n_sink", 4.0),)))
     assert _core.scorers()[2][:2] == ("attention", 3) and _core.scorers()[3] == ("keydiff", 2, ())
     assert _core.scorers()[4] == ("lagkv", 4, (("n_sink", 4.0), ("lag_size", 128.0)))
+    assert _core.scorers()[5] == ("random", 0, (("seed", 0.0), ("seed_high", 0.0)))
     cases = [
         (s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")
     ]

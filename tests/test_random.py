@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_ops import DTYPES, on_every_device
 
 import kvpitfalls as kvp
+from kvpitfalls import ops, reference
 from kvpitfalls.policies.random import Random
 
 
@@ -69,6 +71,21 @@ def odd_keys(generator, dtype, n_head, n_token, n_dim):
     for i, number in enumerate(odd):
         keys[:, :, 0][chosen == i] = number
     return keys.to(dtype)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_device_draws_what_the_definition_does(dtype, device):
+    """To the bit, in and around any valid range, by any strides; heads and lengths beyond one block."""
+    generator = torch.Generator().manual_seed(12)
+    for n_head, n_token, n_dim in ((1, 1, 1), (3, 70, 33), (2, 1025, 128), (5, 4097, 513), (1, 9000, 64)):
+        keys = odd_keys(generator, dtype, n_head, n_token, n_dim).to(device)
+        apart = torch.stack([keys, keys.flip(2)], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
+        for valid in (None, [(0, n_token), (n_token // 3, n_token - n_token // 4)], [(1, 1), (0, 1)]):
+            for seed in ({}, {"seed": 2**32 - 1, "seed_high": 2**30 - 1}, {"seed": 5}):
+                exact = reference.score("random", keys, valid=valid, **seed)
+                for given in (keys, apart):
+                    assert torch.equal(ops.score("random", given, valid=valid, **seed), exact), (n_token, valid, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -48,12 +48,13 @@ def score(
 
     Parameters
     ----------
-    scorer : {"norm", "position", "attention", "keydiff", "lagkv"}
+    scorer : {"norm", "position", "attention", "keydiff", "lagkv", "random"}
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
         newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
         and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
         fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much a token's key
-        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`.
+        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`. ``random``: a draw from
+        [0, 1) that depends on the head, the row's length, its first key and the seed.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     values : array, shape (B, H, T, Dv), optional
@@ -70,7 +71,8 @@ def score(
     **params
         ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd;
         zero-padded mean over neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key
-        head's). ``lagkv``: ``n_sink=4``, ``lag_size=128``.
+        head's). ``lagkv``: ``n_sink=4``, ``lag_size=128``. ``random``: ``seed=0`` and ``seed_high=0``, the lowest 32
+        bits of a seed and the 30 above them.
 
     Returns
     -------

@@ -17,6 +17,7 @@ _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), nev
 _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
 _SUM, _MEAN, _AGE = 0, 1, 2
 _SMALLEST = float(np.finfo(np.float64).tiny)
+_STEP = 0x1E3779B97F4A7C15  # of the scorer "random": odd, and of no pattern
 _NO_MEAN = 2.0**-18  # a mean of unit vectors that is shorter is what rounding left of those that cancel each other out
 
 
@@ -63,8 +64,14 @@ def score(
             raise ValueError("values is None; scorer 'lagkv' needs them")
         both = k, _tensor(values)
         out = torch.stack([_unlike_the_next_chunk([x[b] for x in both], spans[b], **params) for b in range(n_row)])
+    elif scorer == "random":
+        out = torch.zeros(k.shape[:3], dtype=torch.float64, device=k.device)
+        for b, (begin, end) in enumerate(spans):
+            if begin < end:
+                out[b, :, begin:end] = _drawn(k[b, :, begin:end], **params)
     else:
-        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position', 'attention', 'keydiff' or 'lagkv'")
+        names = "'norm', 'position', 'attention', 'keydiff', 'lagkv' or 'random'"
+        raise ValueError(f"scorer is {scorer!r}; expected {names}")
     for b, (begin, end) in enumerate(spans):
         out[b, :, :begin] = out[b, :, end:] = -torch.inf
     return _like(out.float(), keys)
@@ -160,6 +167,26 @@ def _lag_weights(x: torch.Tensor) -> torch.Tensor:
     width = high - low
     spread = ((x[:, :-1] - low) / width.masked_fill(width == 0, torch.inf)).std(-1, correction=min(1, x.shape[-1] - 1))
     return spread.softmax(-1)
+
+
+def _drawn(keys: torch.Tensor, seed: float = 0, seed_high: float = 0) -> torch.Tensor:
+    """The scores (H,n) of one batch row's valid tokens by "random", of their keys (H,n,D): int64 counts modulo 2^64."""
+    of_heads, of_tokens, of_dims = (torch.arange(n, device=keys.device) for n in keys.shape)
+    salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
+    salts = _mixed(salts + of_dims * _STEP).sum(-1)
+    of_row = (int(seed) + (int(seed_high) << 32) + _STEP * keys.shape[1]) % 2**62
+    of_head = _mixed(_mixed(salts + of_heads) + of_row)
+    return (_mixed(of_head[:, None] + of_tokens * _STEP) & 0xFFFFFF).double() * 2.0**-24
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """Of each of the numbers int64 another, all of whose bits depend on all of its own.
+
+    The finalizer of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _within(position: torch.Tensor, vote: npt.NDArray[Any], what: str) -> torch.Tensor:

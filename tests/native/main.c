@@ -34,6 +34,7 @@ static void run(const char *name, void (*test)(void)) {
 static void run_on_rows(void) {
     run("norm", test_norm);
     run("position", test_position);
+    run("random", test_random);
     run("keydiff", test_keydiff);
     run("lagkv", test_lagkv);
     run("attention", test_attention);

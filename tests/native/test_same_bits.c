@@ -101,15 +101,16 @@ static void score_attention(voting kind) {
     free_attention_case(&c);
 }
 
-static void score_norm(void) {
-    const int64_t shape[4] = {2, 3, 2500, 24};
+/* Of these keys alone, by blocks of tokens. */
+static void score_keys(const char *scorer) {
+    const int64_t shape[4] = {2, 3, 9500, 24};
     array keys = new_array(KVP_F32, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
     fill_normal(&keys.view);
     const kvp_score_args args = {
-        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
-    name_case("same bits: norm");
+        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find(scorer), .keys = keys.view, .scores = scores.view};
+    name_case("same bits: %s", scorer);
     call_verb(KVP_SCORE, &args, (calling){0});
-    score_every_way(args, "norm");
+    score_every_way(args, scorer);
     free_array(&keys);
     free_array(&scores);
 }
@@ -289,7 +290,8 @@ void test_same_bits(void) {
     score_long();
     atomic_store(&n_pool, 0);
     for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
-    score_norm();
+    score_keys("norm");
+    score_keys("random");
     score_keydiff();
     score_lagkv();
     select_and_gather();

@@ -8,6 +8,7 @@
 /* Once for each set of row primitives that this CPU can run. */
 void test_norm(void);
 void test_position(void);
+void test_random(void);
 void test_keydiff(void);
 void test_lagkv(void);
 void test_attention(void);
