@@ -2,7 +2,7 @@
  *
  * kvpitfalls core: evict entries of a transformer's key/value cache.
  *
- * Three verbs, in the order they are used:
+ * Three verbs, in the order they are used (and two more, share and press, below):
  *
  *     score   keys (and queries)                 -> how much each token matters       float32 (B,H,T), higher = keep
  *     select  scores, quotas per segment, ...    -> the positions to keep             int32   (B,H,K), ascending
@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 5
+#define KVP_ABI_VERSION 6
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -195,6 +195,23 @@ typedef struct kvp_select_args {
     kvp_tensor counts;    /* out (B,H) I32: how many are kept */
 } kvp_select_args;
 
+/* ------------------------------------------------------------------ share */
+
+/*
+ * How many positions each head keeps of each segment where the heads of a batch row share their quotas: together, in
+ * (b, s), as many as the sum of their quotas, or all there are. First each head keeps its floor's best, and of its
+ * infinite scores as many as its quota, which count towards the floor; then the best of what is left, whichever head
+ * has it. Order as in select; of equal scores the lower head's come first. (Ada-KV, arXiv 2407.11550.)
+ */
+typedef struct kvp_share_args {
+    uint32_t size;       /* sizeof(kvp_share_args) */
+    kvp_tensor scores;   /* (B,H,T) F32; H times T is at most 2^31 - 1 */
+    kvp_tensor segments; /* (B,S+1) I32, as for select */
+    kvp_tensor quotas;   /* (B,H,S) I32, not negative */
+    kvp_tensor floors;   /* (B,H,S) I32, from 0 to the quota */
+    kvp_tensor counts;   /* out (B,H,S) I32 */
+} kvp_share_args;
+
 /* ----------------------------------------------------------------- gather */
 
 /*
@@ -229,12 +246,13 @@ typedef struct kvp_press_args {
     double param[KVP_MAX_PARAMS];
 } kvp_press_args;
 
-typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3 } kvp_verb;
+typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3, KVP_SHARE = 4 } kvp_verb;
 
 KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx);
 
 /* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its
  * tensors need a valid shape and dtype. */
@@ -266,6 +284,7 @@ typedef struct kvp_backend {
     kvp_status (*const *score)(const kvp_score_args *, kvp_context *); /* indexed by scorer; NULL = not supported */
     kvp_status (*select)(const kvp_select_args *, kvp_context *);
     kvp_status (*gather)(const kvp_gather_args *, kvp_context *);
+    kvp_status (*share)(const kvp_share_args *, kvp_context *);
     size_t (*workspace)(kvp_verb verb, const void *args, int32_t n_worker);
 } kvp_backend;
 

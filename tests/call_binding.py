@@ -39,6 +39,9 @@ def call_everything(dtype, lend, n_worker):
     segments, quotas = np.array([[0, 30, T]] * B, np.int32), np.full((B, H, 2), K // 2, np.int32)
     _core.select(scores, segments, quotas, None, valid, positions, counts, None, n_worker)
     assert (counts == K).all()
+    shares = np.empty((B, H, 2), np.int32)
+    _core.share(scores, segments, quotas, quotas // 2, shares, None, n_worker)
+    assert (shares.sum(1) == quotas.sum(1)).all()
     out = [np.empty((B, H, K, D), dtype) for _ in range(2)]
     _core.gather(keys, values, positions, *out, n_worker)
     if lend is np.asarray:
@@ -61,6 +64,7 @@ def call_badly():
     for verb, n_argument in [
         (_core.score, 11),
         (_core.select, 9),
+        (_core.share, 7),
         (_core.gather, 6),
         (_core.press, 13),
         (_core.supports, 3),

@@ -253,6 +253,31 @@ def select_checked(
     return positions, counts
 
 
+def share(
+    scores: Array, segments: npt.NDArray[np.int32], quotas: npt.NDArray[np.int32], floors: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """How many positions each head keeps of each segment, (B,H,S), where the heads of a row share their quotas; for
+    arrays that are the core's already, int32 (B,S+1), (B,H,S) and (B,H,S). A GPU is waited for.
+
+    Each head keeps its floor's best, and of its infinite scores as many as its quota; then the best of all that is left
+    make up the sum of the quotas.
+
+    Examples
+    --------
+    >>> scores = np.array([[[9, 8, 7, 6], [5, 4, 3, 2]]], np.float32)
+    >>> share(scores, np.array([[0, 4]], np.int32), *(np.full((1, 2, 1), n, np.int32) for n in (2, 1))).tolist()
+    [[[3], [1]]]
+    """
+    if not _has_kernels(scores):
+        from . import reference
+
+        return reference.share(scores, segments, quotas, floors)
+    counts = _empty(scores, quotas.shape, "int32")
+    arguments = _plain(scores, "scores"), segments, quotas, floors, counts
+    _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), _n_worker())
+    return _host(counts)
+
+
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
     """The kept rows of keys and values, in new contiguous memory; bit for bit.
 

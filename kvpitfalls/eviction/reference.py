@@ -238,6 +238,25 @@ def select(
     return _like(torch.from_numpy(out), scores), _like(torch.from_numpy(counts), scores)
 
 
+def share(
+    scores: Array, segments: npt.NDArray[np.int32], quotas: npt.NDArray[np.int32], floors: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """How many positions each head keeps where heads share; the definition of
+    :func:`kvpitfalls.eviction.ops.share`, which has the parameters."""
+    counts = np.zeros(quotas.shape, np.int32)
+    values = _array(scores)
+    for b, s in np.ndindex(len(segments), quotas.shape[2]):
+        v = values[b, :, segments[b, s] : segments[b, s + 1]]
+        head, t = np.indices(v.shape)
+        order = t, np.where(np.isnan(v), 0, -v), np.isnan(v)  # from the last that tells two apart to the first
+        place = np.lexsort(order, axis=-1).argsort(-1) if v.size else t  # of each, in its own head
+        quota, floor = (x[b, :, s] for x in (quotas, floors))
+        sure = np.maximum(floor, np.minimum(np.isposinf(v).sum(-1), quota))
+        first = [x.ravel() for x in (t, head, *order[1:], place >= sure[:, None])]
+        counts[b, :, s] = np.bincount(head.ravel()[np.lexsort(first)[: quota.sum()]], minlength=len(v))
+    return counts
+
+
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
     """The kept rows of keys and values; the definition of :func:`kvpitfalls.eviction.ops.gather`, which has the
     parameters.

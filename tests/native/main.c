@@ -43,6 +43,7 @@ static void run_on_rows(void) {
     run("broken keys", test_broken_keys);
     run("same bits", test_same_bits);
     run("select", test_select);
+    run("share", test_share);
     run("gather, large", test_gather_large);
     run("gather in place", test_gather_in_place);
     run("press", test_press);

@@ -182,6 +182,30 @@ static void select_and_gather(void) {
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
+static void share(void) {
+    enum { T = 9000, H = 3, S = 2 };
+    const int64_t shape[3] = {2, H, S};
+    array scores = new_array(KVP_F32, HEADS_INSIDE, 3, (int64_t[3]){2, H, T}), counts[2],
+          segments = new_array(KVP_I32, CONTIGUOUS, 2, (int64_t[2]){2, S + 1}),
+          quotas = new_array(KVP_I32, CONTIGUOUS, 3, shape), floors = new_array(KVP_I32, CONTIGUOUS, 3, shape);
+    fill_normal(&scores.view);
+    for (int64_t b = 0; b < 2; b++) {
+        for (int64_t e = 0; e <= S; e++) set(&segments.view, b, e, 0, 0, (double)(e * T / S));
+        for (int64_t i = 0; i < H * S; i++) set(&quotas.view, b, i / S, i % S, 0, T / 4.0);
+        for (int64_t i = 0; i < H * S; i++) set(&floors.view, b, i / S, i % S, 0, T / 9.0);
+    }
+    for (int i = 0; i < 2; i++) counts[i] = new_array(KVP_I32, CONTIGUOUS, 3, shape);
+    for (int i = 0; i <= N_WAY; i++) {
+        const kvp_share_args args = {sizeof args, scores.view, segments.view,
+                                     quotas.view, floors.view, counts[i > 0].view};
+        name_case("same bits: share, way %d", i - 1);
+        call_verb(KVP_SHARE, &args, i ? WAYS[i - 1] : (calling){0});
+        CHECK(same_elements(&counts[i > 0].view, &counts[0].view), "counts differ");
+    }
+    array *const all[] = {&scores, &segments, &quotas, &floors, &counts[0], &counts[1]};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
+}
+
 typedef struct caller {
     attention_case *c;
     array own;
@@ -295,6 +319,7 @@ void test_same_bits(void) {
     score_keydiff();
     score_lagkv();
     select_and_gather();
+    share();
     score_concurrently();
     CHECK(atomic_load(&n_pool) > 0, "the core never asked for threads, so these tests say nothing");
 }

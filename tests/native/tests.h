@@ -20,6 +20,7 @@ void test_gather_large(void);
 void test_gather_in_place(void);
 void test_press(void);
 void test_select(void);
+void test_share(void);
 
 /* Once. */
 void test_band(void);
