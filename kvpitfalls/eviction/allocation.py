@@ -196,7 +196,8 @@ class Ada(Allocation):
     def _floors(self, quotas: Int32) -> Int32:
         part = Fraction(str(self.alpha))  # in Python's numbers: its digits may leave int64 no room
         least = [max(n * part.numerator // part.denominator, int(part > 0)) for n in quotas.ravel().tolist()]
-        return np.minimum(np.reshape(least, quotas.shape), quotas).astype(np.int32)
+        floors: Int32 = np.minimum(np.reshape(least, quotas.shape), quotas).astype(np.int32)
+        return floors
 
 
 def _n_infinite(scores: Array, edges: Int32) -> Int32:
