@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_ops import every_isa, on_every_device
 
 from kvpitfalls import ops, reference
-from kvpitfalls.eviction.allocation import Ada
+from kvpitfalls.eviction.allocation import _parts
 
 __all__ = ["every_isa"]
 KINDS = {
@@ -105,4 +105,4 @@ def test_a_part_of_a_quota_is_exact_whatever_its_digits(alpha):
     front, _, back = whole.partition(".")
     numerator, exponent = int(front + back), len(back) - int(power or 0)
     expected = [min(n, max(n * numerator // 10**exponent, int(alpha > 0))) for n in quotas.ravel().tolist()]
-    assert Ada(alpha)._floors(quotas).ravel().tolist() == expected
+    assert _parts(str(alpha), quotas.shape, quotas.tobytes()).ravel().tolist() == expected

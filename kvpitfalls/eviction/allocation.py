@@ -191,13 +191,15 @@ class Ada(Allocation):
         """See :class:`Allocation`."""
         check_heads(self, scores.shape[1])
         edges, quotas = (np.ascontiguousarray(x, np.int32) for x in (edges, quotas))
-        return ops.share(scores, edges, quotas, self._floors(quotas))
+        return ops.share(scores, edges, quotas, _parts(str(self.alpha), quotas.shape, quotas.tobytes()))
 
-    def _floors(self, quotas: Int32) -> Int32:
-        part = Fraction(str(self.alpha))  # in Python's numbers: its digits may leave int64 no room
-        least = [max(n * part.numerator // part.denominator, int(part > 0)) for n in quotas.ravel().tolist()]
-        floors: Int32 = np.minimum(np.reshape(least, quotas.shape), quotas).astype(np.int32)
-        return floors
+
+@lru_cache(maxsize=64)
+def _parts(alpha: str, shape: tuple[int, ...], of_quotas: bytes) -> Int32:
+    """What each head keeps at least of its quotas; the same for all layers of a prompt, so made once."""
+    quotas, part = np.frombuffer(of_quotas, np.int32), Fraction(alpha)
+    least = [min(n, max(n * part.numerator // part.denominator, int(part > 0))) for n in quotas.tolist()]
+    return np.array(least, np.int32).reshape(shape)  # by Python's numbers: a part's digits may leave int64 no room
 
 
 def _n_infinite(scores: Array, edges: Int32) -> Int32:
