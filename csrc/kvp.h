@@ -72,8 +72,8 @@ typedef enum kvp_dtype { KVP_F32 = 0, KVP_F16 = 1, KVP_BF16 = 2, KVP_I32 = 3, KV
 typedef enum kvp_device { KVP_CPU = 1, KVP_CUDA = 2 } kvp_device;
 
 /* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given.
- * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas): those are in host
- * memory, and read before the call returns; those of a call on a CUDA device must not change until then. */
+ * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas, floors): those are in
+ * host memory, and read before the call returns; those of a call on a CUDA device must not change until then. */
 typedef struct kvp_tensor {
     void *data;
     int32_t dtype;        /* kvp_dtype */

@@ -20,8 +20,7 @@ static constexpr uint32_t INFINITE = 0xff800000u; /* its rank */
 typedef struct share_job {
     kvpg_rows scores, counts;
     int n_head, n_segment;
-    uint2
-        *kept; /* (B,S,H): of each head, what it keeps without the threshold's own rank, and how many of that it has */
+    uint2 *kept; /* (B,S,H): what each head keeps above the last rank that is kept, and how many more with it */
     kvpg_table table;
 } share_job;
 

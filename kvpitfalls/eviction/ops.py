@@ -1,4 +1,4 @@
-"""The three verbs on NumPy arrays or torch tensors: score, select, gather.
+"""The verbs on NumPy arrays or torch tensors: score, select, gather; and share, how many tokens heads keep that share.
 
 CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to
 :mod:`kvpitfalls.eviction.reference` (torch operations on the GPU), with a warning. ``kvpitfalls info`` says which path

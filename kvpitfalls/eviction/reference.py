@@ -1,4 +1,4 @@
-"""The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without
+"""The verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without
 a kernel.
 
 Same names and signatures as :mod:`kvpitfalls.eviction.ops`. Short on purpose: each verb is meant to be read.
