@@ -130,7 +130,7 @@ build/native-tests-plain: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 
 # How much of csrc/ the tests run, by gcov, with thresholds: the native tests on every instruction set of this machine, without the long attention
 # tests, and the binding's, on a build of their own and with the debug hooks of Python's allocators, which check every block's edges.
-COVERED_TESTS := norm position keydiff lagkv "attention sums" "attention shifts" "broken keys" "same bits" select "gather, large" "gather in place" press gather refusals expect introspection corpus "register backend"
+COVERED_TESTS := norm position random keydiff lagkv "attention sums" "attention shifts" "broken keys" "same bits" select share "gather, large" "gather in place" press gather refusals expect introspection corpus "register backend"
 COVERED_PYTHON_TESTS := tests/test_binding.py tests/test_binding_threads.py tests/test_no_memory.py tests/test_ops.py tests/test_errors.py
 coverage-native: build/coverage/native-tests build/coverage/lib
 	find build/coverage -name '*.gcda' -delete

@@ -2,7 +2,7 @@
  *
  * kvpitfalls core: evict entries of a transformer's key/value cache.
  *
- * Three verbs, in the order they are used:
+ * Three verbs, in the order they are used (and two more, share and press, below):
  *
  *     score   keys (and queries)                 -> how much each token matters       float32 (B,H,T), higher = keep
  *     select  scores, quotas per segment, ...    -> the positions to keep             int32   (B,H,K), ascending
@@ -72,8 +72,8 @@ typedef enum kvp_dtype { KVP_F32 = 0, KVP_F16 = 1, KVP_BF16 = 2, KVP_I32 = 3, KV
 typedef enum kvp_device { KVP_CPU = 1, KVP_CUDA = 2 } kvp_device;
 
 /* A borrowed view. Strides are in elements and may be zero on inputs (broadcast). data == NULL means: not given.
- * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas): those are in host
- * memory, and read before the call returns; those of a call on a CUDA device must not change until then. */
+ * All tensors of a call are on one device, but for its tables (votes, valid, segments, quotas, floors): those are in
+ * host memory, and read before the call returns; those of a call on a CUDA device must not change until then. */
 typedef struct kvp_tensor {
     void *data;
     int32_t dtype;        /* kvp_dtype */
@@ -158,6 +158,9 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
  * best and by position where equal. What has no whole chunk behind it scores 1 and up, the newest
  * most, and the first n_sink tokens T + 1 (LagKV, arXiv 2504.04704). A chunk with a number that is no number or
  * infinite is NaN, and one before an infinite one may be. T must be at most 2^23.
+ *   random     a draw from [0, 1) for each valid token, the same on every device: a control. It depends on the head, on
+ * the number of valid tokens, on the token's place among them, on the first one's key, and on the seed, seed + 2^32
+ * seed_high: whole numbers below 2^32 and 2^30. score/draws.h has the arithmetic.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */
@@ -191,6 +194,23 @@ typedef struct kvp_select_args {
     kvp_tensor positions; /* out (B,H,K) I32, ascending, then -1 */
     kvp_tensor counts;    /* out (B,H) I32: how many are kept */
 } kvp_select_args;
+
+/* ------------------------------------------------------------------ share */
+
+/*
+ * How many positions each head keeps of each segment where the heads of a batch row share their quotas: together, in
+ * (b, s), as many as the sum of their quotas, or all there are. First each head keeps its floor's best, and of its
+ * infinite scores as many as its quota, which count towards the floor; then the best of what is left, whichever head
+ * has it. Order as in select; of equal scores the lower head's come first. (Ada-KV, arXiv 2407.11550.)
+ */
+typedef struct kvp_share_args {
+    uint32_t size;       /* sizeof(kvp_share_args) */
+    kvp_tensor scores;   /* (B,H,T) F32; H times T is at most 2^31 - 1 */
+    kvp_tensor segments; /* (B,S+1) I32, as for select */
+    kvp_tensor quotas;   /* (B,H,S) I32, not negative */
+    kvp_tensor floors;   /* (B,H,S) I32, from 0 to the quota */
+    kvp_tensor counts;   /* out (B,H,S) I32 */
+} kvp_share_args;
 
 /* ----------------------------------------------------------------- gather */
 
@@ -254,12 +274,13 @@ typedef struct kvp_expect_args {
     double scaling;
 } kvp_expect_args;
 
-typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3, KVP_EXPECT = 4 } kvp_verb;
+typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3, KVP_SHARE = 4, KVP_EXPECT = 5 } kvp_verb;
 
 KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
+KVP_API kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx);
 
 /* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its
@@ -292,6 +313,7 @@ typedef struct kvp_backend {
     kvp_status (*const *score)(const kvp_score_args *, kvp_context *); /* indexed by scorer; NULL = not supported */
     kvp_status (*select)(const kvp_select_args *, kvp_context *);
     kvp_status (*gather)(const kvp_gather_args *, kvp_context *);
+    kvp_status (*share)(const kvp_share_args *, kvp_context *);
     size_t (*workspace)(kvp_verb verb, const void *args, int32_t n_worker);
     kvp_status (*expect)(const kvp_expect_args *, kvp_context *); /* NULL = not supported */
 } kvp_backend;

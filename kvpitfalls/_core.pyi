@@ -106,6 +106,19 @@ def select_workspace(
     n_worker: int,
     /,
 ) -> int: ...
+def share(
+    scores: Array,
+    segments: Array,
+    quotas: Array,
+    floors: Array,
+    counts: Array,
+    workspace: Array | None,
+    n_worker: int,
+    /,
+) -> None: ...
+def share_workspace(
+    scores: Array, segments: Array, quotas: Array, floors: Array, counts: Array, n_worker: int, /
+) -> int: ...
 def scorers() -> tuple[tuple[str, int, tuple[tuple[str, float], ...]], ...]: ...
 def supports(scorer: str, device: Literal["cpu", "cuda"] | str, dtype: str, /) -> bool: ...
 def isa() -> str: ...

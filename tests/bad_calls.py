@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from bad_inputs import HUGE, KEYS, POSITIONS, QUERIES, SCORES, UNALIGNED, VOTES, attention, torched
 
-from kvpitfalls import ops
+from kvpitfalls import keep, ops
+from kvpitfalls.policies.random import Random
 
 OPS = [
     (lambda e: ops.score(None, KEYS), ValueError, "scorer is None; expected one of 'norm', 'position', 'attention'"),
@@ -367,6 +368,16 @@ OPS = [
         lambda e: ops.score("lagkv", KEYS, values=KEYS, lag_size=1),
         ValueError,
         "lag_size is 1; expected a whole number from 2 to 2147483647",
+    ),
+    (
+        lambda e: ops.score("random", KEYS, seed=2**32),
+        ValueError,
+        "seed is 4.29497e+09; expected a whole number from 0 to 4294967295",
+    ),
+    (
+        lambda e: keep(Random(seed=0.5), KEYS, budget=2),
+        ValueError,
+        "seed is 0.5; expected a whole number from 0 to 4294967295",
     ),
     (
         lambda e: ops.score("keydiff", KEYS, votes=[[[0, 20, 0, 20, *[0] * 6]]]),

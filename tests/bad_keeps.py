@@ -97,7 +97,7 @@ KEEP = [
     (
         lambda e: expected(QUERIES, budget=4),
         BudgetError,
-        "20 tokens, of which 4 are kept; expected a budget of more than its 4 sinks",
+        "20 tokens, of which 4 are kept; expected a budget of more than the 4 that it keeps unjudged",
     ),
     (
         lambda e: expected(QUERIES[:, :, 1:]),

@@ -32,12 +32,16 @@ def call_everything(dtype, lend, n_worker):
     _core.score("norm", keys, None, None, None, valid, None, scores, None, None, n_worker)
     _core.score("position", keys, None, None, None, valid, None, scores, (4,), None, n_worker)
     _core.score("attention", keys, None, keys, votes, valid, None, scores, (0.3, 0, 3, 0), None, n_worker)
+    _core.score("random", keys, None, None, None, valid, None, scores, (7, 1), None, n_worker)
     _core.score("lagkv", keys, values, None, None, valid, None, scores, (2, 9), None, n_worker)
     assert np.isfinite(scores[0]).all() and np.isneginf(scores[1, :, :3]).all()
     positions, counts = np.empty((B, H, K), np.int32), np.empty((B, H), np.int32)
     segments, quotas = np.array([[0, 30, T]] * B, np.int32), np.full((B, H, 2), K // 2, np.int32)
     _core.select(scores, segments, quotas, None, valid, positions, counts, None, n_worker)
     assert (counts == K).all()
+    shares = np.empty((B, H, 2), np.int32)
+    _core.share(scores, segments, quotas, quotas // 2, shares, None, n_worker)
+    assert (shares.sum(1) == quotas.sum(1)).all()
     out = [np.empty((B, H, K, D), dtype) for _ in range(2)]
     _core.gather(keys, values, positions, *out, n_worker)
     if lend is np.asarray:
@@ -60,6 +64,7 @@ def call_badly():
     for verb, n_argument in [
         (_core.score, 11),
         (_core.select, 9),
+        (_core.share, 7),
         (_core.gather, 6),
         (_core.press, 13),
         (_core.supports, 3),

@@ -278,7 +278,7 @@ def test_what_cannot_be_read_after_a_prompt_is_refused_by_name():
     )
     with pytest.raises(ValueError, match=r"^policy is 'kvzip', which judges a prompt that is whole; when='decode'"):
         kvp.wrap(model, "kvzip", budget=6, when="decode")
-    with pytest.raises(ValueError, match=r"^policy KVzip.* more than its 4 sinks"):
+    with pytest.raises(ValueError, match=r"^policy KVzip.* more than the 4 that it keeps unjudged"):
         kvp.wrap(model, "kvzip", budget=4).compress(tokens)
     kvp.unwrap(model)
     if not_refused("qwen3_next"):

@@ -119,6 +119,24 @@ def test_select_and_gather():
         assert np.array_equal(out_values, np.take_along_axis(values, positions[..., None], 2))
 
 
+def sharing():
+    scores, segments, quotas = selection()[:3]
+    return [scores, segments, quotas, np.minimum(quotas, 1), np.full(quotas.shape, -7, np.int32), None, 1]
+
+
+def test_share():
+    scores, *_, counts, _, _ = arguments = sharing()
+    _core.share(*arguments)
+    for b, s, (low, high) in [(b, s, edges) for b in range(B) for s, edges in enumerate([(0, 10), (10, T)])]:
+        part = scores[b, :, low:high].copy()
+        np.put_along_axis(part, part.argmax(-1)[:, None], np.inf, axis=-1)
+        best = np.argsort(-part.ravel(), kind="stable")[: H * (2, 3)[s]]
+        assert counts[b, :, s].tolist() == np.bincount(best // (high - low), minlength=H).tolist()
+    assert _core.share_workspace(*arguments[:5], 2) % 64 == 0
+    with pytest.raises(ValueError, match=r"floors\[0,0,0\] is 3; expected 0 to the quota there, 2"):
+        _core.share(*arguments[:3], arguments[3] + 2, *arguments[4:])
+
+
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, torch.bool, torch.uint8], ids=str)
 def test_protect_may_be_bool_or_bytes(dtype):
     arguments = selection()
@@ -424,6 +442,7 @@ def test_what_the_core_says_about_itself():
     assert _core.scorers()[:2] == (("norm", 0, ()), ("position", 0, (("n_sink", 4.0),)))
     assert _core.scorers()[2][:2] == ("attention", 3) and _core.scorers()[3] == ("keydiff", 2, ())
     assert _core.scorers()[4] == ("lagkv", 4, (("n_sink", 4.0), ("lag_size", 128.0)))
+    assert _core.scorers()[5] == ("random", 0, (("seed", 0.0), ("seed_high", 0.0)))
     cases = [
         (s, d, t) for s in ("norm", "nrom") for d in ("cpu", "mps") for t in ("float32", "bfloat16", "float64", "int32")
     ]

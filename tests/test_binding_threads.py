@@ -117,11 +117,12 @@ votes = np.array([[[0, T - 64, T - 64, T, 0, 0, 1, 0, 0, 0]]], np.int32)
 positions = np.broadcast_to(np.arange(0, T, 2, dtype=np.int32), (1, H, K)).copy()
 valid, segments, quotas = np.array([[0, T]], np.int32), np.array([[0, T]], np.int32), np.full((1, H, 1), K, np.int32)
 out, scores = [np.empty((1, H, K, D), np.float32) for _ in range(2)], np.zeros((1, H, T), np.float32)
-kept, counts = np.empty((1, H, K), np.int32), np.empty((1, H), np.int32)
+kept, counts, shares = (np.empty(shape, np.int32) for shape in ((1, H, K), (1, H), (1, H, 1)))
 table, call = {
     "positions": (positions, lambda: _core.gather(keys, keys, positions, *out, 1)),
     "valid": (valid, lambda: _core.score("attention", keys, None, queries, votes, valid, None, scores, None, None, 1)),
     "segments": (segments, lambda: _core.select(scores, segments, quotas, None, None, kept, counts, None, 1)),
+    "quotas": (quotas, lambda: _core.share(scores, segments, quotas, quotas, shares, None, 1)),
 }[sys.argv[1]]
 flat, good, stop = table.reshape(-1), int(table.reshape(-1)[-1]), time.monotonic() + 3
 
@@ -142,7 +143,7 @@ print(n[True], n[False])
 """
 
 
-@pytest.mark.parametrize("name", ["positions", "valid", "segments"])
+@pytest.mark.parametrize("name", ["positions", "valid", "segments", "quotas"])
 def test_a_thread_that_rewrites_a_table_cannot_crash_the_process(name):
     """What is checked is what is used: such calls are refused or give some numbers, and the process lives."""
     run = subprocess.run(

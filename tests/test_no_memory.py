@@ -51,12 +51,14 @@ LENT, LENT_OLD = OnlyDLPack(KEYS), OldDLPack(KEYS)
 # that fails.
 ATTENTION = ("attention", KEYS, None, KEYS, VOTES, None, None, SCORES, (1.0, 0.0, 3.0, 0.0))
 SELECT = (SCORES, SEGMENTS, QUOTAS, None, None, POSITIONS, COUNTS)
+SHARE = (SCORES, SEGMENTS, QUOTAS, QUOTAS, np.zeros(QUOTAS.shape, np.int32))
 SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (
     (*ATTENTION, None, 1),
     (*ATTENTION, 1),
     (*SELECT, None, 1),
     (*SELECT, 1),
 )
+SHARE_CALL, SHARE_SIZE = (*SHARE, None, 1), (*SHARE, 1)
 GATHER_CALL, SMALL_SCRATCH = (KEYS, KEYS, KEPT, *OUT, 1), (*SELECT, np.zeros(64, np.uint8), 1)
 PRESS_CALL = ("attention", KEYS, KEYS, KEYS, VOTES, None, None, SEGMENTS, QUOTAS, None, (1.0, 0.0, 3.0, 0.0), K, 1)
 LARGE_PRESS = ("norm", LARGE, LARGE, None, None, None, None, LARGE_SEGMENTS, QUOTAS, None, None, 1024, 1)
@@ -69,11 +71,13 @@ WORKING = {
     "score from DLPack": lambda: _core.score("norm", LENT, None, None, None, None, None, SCORES, None, None, 1),
     "score from old DLPack": lambda: _core.score("norm", LENT_OLD, None, None, None, None, None, SCORES, None, None, 1),
     "select": lambda: _core.select(*SELECT_CALL),
+    "share": lambda: _core.share(*SHARE_CALL),
     "gather": lambda: _core.gather(*GATHER_CALL),
     "press": lambda: _core.press(*PRESS_CALL),
     "large press": lambda: _core.press(*LARGE_PRESS),
     "score_workspace": lambda: _core.score_workspace(*SCORE_SIZE),
     "select_workspace": lambda: _core.select_workspace(*SELECT_SIZE),
+    "share_workspace": lambda: _core.share_workspace(*SHARE_SIZE),
     "scorers": _core.scorers,
     "supports": lambda: _core.supports("norm", "cpu", "float32"),
     "isas": _core.isas,
@@ -209,11 +213,12 @@ def aligned_bytes(n, shift=0):
 
 
 @pytest.mark.parametrize("n_worker", [1, 2])
-@pytest.mark.parametrize("verb", ["score", "select"])
+@pytest.mark.parametrize("verb", ["score", "select", "share"])
 def test_scratch_of_the_wrong_size_is_refused_with_the_size(verb, n_worker):
     run, size, args = {
         "score": (_core.score, _core.score_workspace, ATTENTION),
         "select": (_core.select, _core.select_workspace, SELECT),
+        "share": (_core.share, _core.share_workspace, SHARE),
     }[verb]
     need = size(*args, n_worker)
     run(*args, aligned_bytes(need), n_worker)

@@ -347,7 +347,7 @@ def test_bits_do_not_depend_on_threads_or_batch(n_thread):
 
 @on_every_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv", "random"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
     """The same bits, in the same library and on the same device."""
@@ -355,7 +355,7 @@ def test_press_is_the_three_verbs(n_token, scorer, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv"])
+@pytest.mark.parametrize("scorer", ["norm", "position", "attention", "keydiff", "lagkv", "random"])
 @pytest.mark.parametrize("n_token", [33, 700])
 def test_press_of_numpy_is_the_three_verbs(n_token, scorer, dtype):
     check_press("numpy", n_token, scorer, dtype, "cpu")
@@ -375,6 +375,7 @@ def check_press(library, n_token, scorer, dtype, device):
         "attention": {"scaling": 0.2, "kernel_size": 3},
         "position": {"n_sink": 2},
         "lagkv": {"n_sink": 2, "lag_size": 6},
+        "random": {"seed": 5, "seed_high": 2},
     }.get(scorer, {})
     given = {"queries": None, "votes": None, "lse": None}
     if scorer == "attention":

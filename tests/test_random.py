@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_ops import DTYPES, on_every_device
 
 import kvpitfalls as kvp
+from kvpitfalls import ops, reference
 from kvpitfalls.policies.random import Random
 
 
@@ -37,3 +39,86 @@ def test_the_random_control_draws_the_same_whatever_torchs_default_dtype(dtype):
     assert torch.equal(kept.positions, wanted.positions) and torch.equal(kept.scores, wanted.scores)
     assert all(len(scores.unique()) > 2990 for of_row in kept.scores for scores in of_row)
     assert abs(float(kept.positions.double().mean()) - 1500) < 30  # 6 standard deviations
+
+
+SEEDS = [0, 1, -1, 7, 2**31, 2**32 + 7, 2**53 + 1, 2**61 + 5, 2**62 - 1, 2**62 + 3, -(2**40)]
+STEP, MOST = np.uint64(0x1E3779B97F4A7C15), 2.0**30
+
+
+def mixed(x):
+    """SplitMix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def defined(keys, seed):
+    """The draw of a row's keys (H, n, D) by unsigned numbers, which cards depend on."""
+    n_head, n_token, n_dim = keys.shape
+    firsts = np.clip(np.nan_to_num(4.0 * keys[:, 0].double().numpy(), posinf=MOST, neginf=-MOST), -MOST, MOST)
+    salts = mixed(np.rint(firsts).astype(np.int64).view(np.uint64) + np.arange(n_dim, dtype=np.uint64) * STEP)
+    of_head = mixed(salts.sum(-1) + np.arange(n_head, dtype=np.uint64))
+    of_head = mixed(of_head + np.uint64((seed + int(STEP) * n_token) % 2**62))
+    drawn = mixed(of_head[:, None] + np.arange(n_token, dtype=np.uint64) * STEP) & np.uint64(0xFFFFFF)
+    return drawn.astype(np.float64) / 2**24
+
+
+def odd_keys(generator, dtype, n_head, n_token, n_dim):
+    """Keys whose first tokens hold what rounds, ties, overflows or is no number."""
+    keys = torch.randn(2, n_head, n_token, n_dim, generator=generator)
+    odd = [torch.nan, torch.inf, -torch.inf, -0.0, 0.125, 0.375, -0.125, 1e9, -3e38, 3e38, 1e-40, 2.0**28, 7e4]
+    chosen = torch.randint(2 * len(odd), keys[:, :, 0].shape, generator=generator)
+    for i, number in enumerate(odd):
+        keys[:, :, 0][chosen == i] = number
+    return keys.to(dtype)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_device_draws_what_the_definition_does(dtype, device):
+    """To the bit, in and around any valid range, by any strides; heads and lengths beyond one block."""
+    generator = torch.Generator().manual_seed(12)
+    for n_head, n_token, n_dim in ((1, 1, 1), (3, 70, 33), (2, 1025, 128), (5, 4097, 513), (1, 9000, 64)):
+        keys = odd_keys(generator, dtype, n_head, n_token, n_dim).to(device)
+        apart = torch.stack([keys, keys.flip(2)], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
+        for valid in (None, [(0, n_token), (n_token // 3, n_token - n_token // 4)], [(1, 1), (0, 1)]):
+            for seed in ({}, {"seed": 2**32 - 1, "seed_high": 2**30 - 1}, {"seed": 5}):
+                exact = reference.score("random", keys, valid=valid, **seed)
+                for given in (keys, apart):
+                    assert torch.equal(ops.score("random", given, valid=valid, **seed), exact), (n_token, valid, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_draw_is_what_it_was(dtype):
+    """To the bit, for every seed: so are the kept tokens, with padding, and where each instruction has a quota."""
+    generator = torch.Generator().manual_seed(11)
+    for i, n_token in enumerate([1, 2, 3, 5, 31, 64, 257, 1024, 1500, 4099]):
+        n_head, n_dim = 1 + i % 4, [1, 7, 16, 64, 100, 513][i % 6]
+        keys = odd_keys(generator, dtype, n_head, n_token, n_dim)
+        low, high = n_token // 7, n_token - n_token // 9
+        padded = keys.clone()
+        padded[:, :, low:high] = keys[:, :, : high - low]
+        for seed in SEEDS:
+            kept = kvp.keep(Random(seed), keys, compression_ratio=0.5)
+            expected = np.stack([defined(row, seed) for row in keys])
+            assert np.array_equal(kept.scores.double().numpy(), expected), (n_token, seed)
+            best = np.argsort(-expected, -1, kind="stable")[..., : kept.positions.shape[-1]]
+            assert np.array_equal(kept.positions.numpy(), np.sort(best, -1))
+        valid = [(low, high), (0, n_token)]
+        kept = kvp.keep(Random(3), padded, compression_ratio=0.5, valid=valid)
+        for row, (begin, end), scores in zip(padded, valid, kept.scores, strict=True):
+            assert np.array_equal(scores[:, begin:end].double().numpy(), defined(row[:, begin:end], 3))
+        if n_token > 3:
+            fair = kvp.keep(Random(3), keys, budget=3, spans=[(1, 2), (2, n_token)], fair=True)
+            assert np.array_equal(fair.scores.double().numpy(), np.stack([defined(row, 3) for row in keys]))
+
+
+def test_draws_are_those_that_were_recorded():
+    """As of 29 November 2026, from an implementation by torch's operations."""
+    keys = (np.arange(2 * 12 * 3, dtype=np.float32).reshape(1, 2, 12, 3) % 7) - 3
+    kept = [kvp.keep(Random(seed), keys, budget=4).positions[0].tolist() for seed in (0, 1, 2**61 + 1)]
+    assert kept == [
+        [[6, 7, 9, 11], [4, 7, 10, 11]],
+        [[1, 2, 7, 10], [0, 7, 8, 10]],
+        [[0, 6, 7, 10], [0, 1, 3, 7]],
+    ]

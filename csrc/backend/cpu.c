@@ -22,6 +22,7 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
         return traits->workspace ? traits->workspace(score, n_worker) : 0;
     }
     case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
+    case KVP_SHARE: return kvpi_share_workspace(args);
     case KVP_GATHER:
     case KVP_PRESS:            /* the core asks for its parts */
     case KVP_EXPECT: return 0; /* there is none */
@@ -35,5 +36,6 @@ const kvp_backend kvpi_cpu_backend = {
     .score = score_table,
     .select = kvpi_select_cpu,
     .gather = kvpi_gather_cpu,
+    .share = kvpi_share_cpu,
     .workspace = workspace_of,
 };

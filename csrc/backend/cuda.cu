@@ -15,6 +15,7 @@ extern "C" {
 static const kvp_tensor *first_of(const kvp_score_args *args) { return &args->keys; }
 static const kvp_tensor *first_of(const kvp_select_args *args) { return &args->scores; }
 static const kvp_tensor *first_of(const kvp_gather_args *args) { return &args->keys; }
+static const kvp_tensor *first_of(const kvp_share_args *args) { return &args->scores; }
 static const kvp_tensor *first_of(const kvp_expect_args *args) { return &args->keys; }
 
 template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)>
@@ -53,6 +54,7 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     (void)n_worker;
     if (verb == KVP_SELECT) return kvpi_select_cuda_workspace((const kvp_select_args *)args);
     if (verb == KVP_GATHER) return 0;
+    if (verb == KVP_SHARE) return kvpi_share_cuda_workspace((const kvp_share_args *)args);
     if (verb == KVP_EXPECT) return kvpi_expect_cuda_workspace((const kvp_expect_args *)args);
     const kvp_score_args *score = (const kvp_score_args *)args;
     return score_workspace_table[score->scorer](score);
@@ -65,6 +67,7 @@ extern "C" const kvp_backend *kvp_cuda_backend(void) {
         score_table,
         on_its_device<kvp_select_args, kvpi_select_cuda>,
         on_its_device<kvp_gather_args, kvpi_gather_cuda>,
+        on_its_device<kvp_share_args, kvpi_share_cuda>,
         workspace_of,
         on_its_device<kvp_expect_args, kvpi_expect_cuda>,
     };

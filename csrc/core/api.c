@@ -127,6 +127,18 @@ kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
     return give_back(ctx, kept, backend->select(&own, ctx));
 }
 
+kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx) {
+    const kvp_backend *backend;
+    KVPI_TRY(kvpi_check_share(args, ctx));
+    KVPI_TRY(find_backend(&args->scores, &backend, ctx));
+    KVPI_TRY(check_workspace(backend, KVP_SHARE, args, ctx));
+    kvp_share_args own = *args;
+    kvpi_copy_share_tables(&own, ctx->workspace);
+    KVPI_TRY(kvpi_check_share_values(&own, ctx));
+    const kept_workspace kept = pass_tables(ctx, kvpi_table_bytes(KVP_SHARE, args));
+    return give_back(ctx, kept, backend->share(&own, ctx));
+}
+
 kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_gather(args, ctx));
@@ -187,6 +199,10 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     case KVP_SELECT:
         KVPI_TRY(kvpi_check_select(args, &scratch));
         first = &((const kvp_select_args *)args)->scores;
+        break;
+    case KVP_SHARE:
+        KVPI_TRY(kvpi_check_share(args, &scratch));
+        first = &((const kvp_share_args *)args)->scores;
         break;
     case KVP_GATHER:
         KVPI_TRY(kvpi_check_gather(args, &scratch));

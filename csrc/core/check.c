@@ -341,6 +341,25 @@ kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx) {
     return check_edges(&bound, ctx);
 }
 
+kvp_status kvpi_check_share(const kvp_share_args *args, kvp_context *ctx) {
+    KVPI_TRY(check_size(args->size, sizeof *args, "kvp_share_args", ctx));
+    const rule rules[] = {
+        {"scores", &args->scores, "BHT", F32, REQUIRED},
+        {"segments", &args->segments, "BE", I32, REQUIRED | TABLE},
+        {"quotas", &args->quotas, "BHS", I32, REQUIRED | TABLE},
+        {"floors", &args->floors, "BHS", I32, REQUIRED | TABLE},
+        {"counts", &args->counts, "BHS", I32, REQUIRED | OUTPUT},
+    };
+    binding bound;
+    KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
+    KVPI_TRY(check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx));
+    if (bound.size['H'] * bound.size['T'] > INT32_MAX)
+        return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
+                         "H times T is %lld in scores; heads share among %d positions at most",
+                         (long long)(bound.size['H'] * bound.size['T']), INT32_MAX);
+    return check_edges(&bound, ctx);
+}
+
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx) {
     KVPI_TRY(check_size(args->size, sizeof *args, "kvp_gather_args", ctx));
     const rule rules[] = {

@@ -77,6 +77,7 @@ kvp_status kvpi_check_score(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_gather(const kvp_gather_args *args, kvp_context *ctx);
 kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx);
+kvp_status kvpi_check_share(const kvp_share_args *args, kvp_context *ctx);
 kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx);
 kvp_status kvpi_check_whole(double value, const char *name, double low, double high, kvp_context *ctx);
 
@@ -84,12 +85,14 @@ kvp_status kvpi_check_whole(double value, const char *name, double low, double h
 size_t kvpi_table_bytes(kvp_verb verb, const void *args);
 void kvpi_copy_score_tables(kvp_score_args *args, char *to);
 void kvpi_copy_select_tables(kvp_select_args *args, char *to);
+void kvpi_copy_share_tables(kvp_share_args *args, char *to);
 
-/* values.c: what stands in votes, segments, quotas, valid, and in positions on the CPU; read before anything is
+/* values.c: what stands in votes, segments, quotas, floors, valid, and in positions on the CPU; read before anything is
  * written. */
 kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp_context *ctx);
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
+kvp_status kvpi_check_share_values(const kvp_share_args *args, kvp_context *ctx);
 kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
 
 /* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread.

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The small tables of a call on the CPU (votes, valid, segments, quotas) are copied to the front of the workspace
- * before they are checked, and only the copies are used: another thread may write to what was given as it likes. (The
- * workspace of a CUDA call is on the device: its tables are read where they are, and must not change until it returns.
- * The Python binding copies them.)
+ * The small tables of a call on the CPU (votes, valid, segments, quotas, floors) are copied to the front of the
+ * workspace before they are checked, and only the copies are used: another thread may write to what was given as it
+ * likes. (The workspace of a CUDA call is on the device: its tables are read where they are, and must not change until
+ * it returns. The Python binding copies them.)
  */
 #include "internal.h"
 
@@ -48,6 +48,11 @@ size_t kvpi_table_bytes(kvp_verb verb, const void *args) {
         if (select->scores.device != KVP_CPU) return 0;
         return bytes_of(&select->segments) + bytes_of(&select->quotas) + bytes_of(&select->valid);
     }
+    if (verb == KVP_SHARE) {
+        const kvp_share_args *share = args;
+        if (share->scores.device != KVP_CPU) return 0;
+        return bytes_of(&share->segments) + bytes_of(&share->quotas) + bytes_of(&share->floors);
+    }
     return 0;
 }
 
@@ -62,4 +67,11 @@ void kvpi_copy_select_tables(kvp_select_args *args, char *to) {
     to = copy_table(&args->segments, to);
     to = copy_table(&args->quotas, to);
     copy_table(&args->valid, to);
+}
+
+void kvpi_copy_share_tables(kvp_share_args *args, char *to) {
+    if (args->scores.device != KVP_CPU) return;
+    to = copy_table(&args->segments, to);
+    to = copy_table(&args->quotas, to);
+    copy_table(&args->floors, to);
 }

@@ -114,27 +114,31 @@ kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx) 
     return KVP_OK;
 }
 
-static kvp_status check_segments(const kvp_select_args *args, int64_t b, kvp_context *ctx) {
+static kvp_status check_segments(const kvp_tensor *segments, int64_t b, int64_t n_token, kvp_context *ctx) {
     int64_t last = 0;
-    for (int64_t e = 0; e < args->segments.shape[1]; e++) {
-        const int64_t edge = kvpi_i32(&args->segments, b, e, 0);
-        if (edge < last || edge > args->scores.shape[2])
-            return kvpi_fail(
-                ctx, KVP_ERR_VALUE, "segments[%lld,%lld] is %lld; expected %lld to %lld (edges ascend inside the row)",
-                (long long)b, (long long)e, (long long)edge, (long long)last, (long long)args->scores.shape[2]);
+    for (int64_t e = 0; e < segments->shape[1]; e++) {
+        const int64_t edge = kvpi_i32(segments, b, e, 0);
+        if (edge < last || edge > n_token)
+            return kvpi_fail(ctx, KVP_ERR_VALUE,
+                             "segments[%lld,%lld] is %lld; expected %lld to %lld (edges ascend inside the row)",
+                             (long long)b, (long long)e, (long long)edge, (long long)last, (long long)n_token);
         last = edge;
     }
     return KVP_OK;
 }
 
+static kvp_status check_quota(const kvp_tensor *quotas, int64_t b, int64_t h, int64_t s, kvp_context *ctx) {
+    const int64_t quota = kvpi_i32(quotas, b, h, s);
+    if (quota >= 0) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld,%lld] is %lld; expected 0 or more", (long long)b,
+                     (long long)h, (long long)s, (long long)quota);
+}
+
 static kvp_status check_quotas(const kvp_select_args *args, int64_t b, int64_t h, kvp_context *ctx) {
     int64_t sum = 0;
     for (int64_t s = 0; s < args->quotas.shape[2]; s++) {
-        const int64_t quota = kvpi_i32(&args->quotas, b, h, s);
-        if (quota < 0)
-            return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld,%lld] is %lld; expected 0 or more", (long long)b,
-                             (long long)h, (long long)s, (long long)quota);
-        sum += quota;
+        KVPI_TRY(check_quota(&args->quotas, b, h, s, ctx));
+        sum += kvpi_i32(&args->quotas, b, h, s);
     }
     if (sum <= args->positions.shape[2]) return KVP_OK;
     return kvpi_fail(ctx, KVP_ERR_VALUE, "quotas[%lld,%lld] sum to %lld, but positions has room for %lld", (long long)b,
@@ -144,8 +148,27 @@ static kvp_status check_quotas(const kvp_select_args *args, int64_t b, int64_t h
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_valid_values(&args->valid, args->scores.shape[2], ctx));
     for (int64_t b = 0; b < args->scores.shape[0]; b++) {
-        KVPI_TRY(check_segments(args, b, ctx));
+        KVPI_TRY(check_segments(&args->segments, b, args->scores.shape[2], ctx));
         for (int64_t h = 0; h < args->scores.shape[1]; h++) KVPI_TRY(check_quotas(args, b, h, ctx));
+    }
+    return KVP_OK;
+}
+
+static kvp_status check_floors(const kvp_share_args *args, int64_t b, int64_t h, kvp_context *ctx) {
+    for (int64_t s = 0; s < args->floors.shape[2]; s++) {
+        KVPI_TRY(check_quota(&args->quotas, b, h, s, ctx));
+        const int64_t least = kvpi_i32(&args->floors, b, h, s), quota = kvpi_i32(&args->quotas, b, h, s);
+        if (least < 0 || least > quota)
+            return kvpi_fail(ctx, KVP_ERR_VALUE, "floors[%lld,%lld,%lld] is %lld; expected 0 to the quota there, %lld",
+                             (long long)b, (long long)h, (long long)s, (long long)least, (long long)quota);
+    }
+    return KVP_OK;
+}
+
+kvp_status kvpi_check_share_values(const kvp_share_args *args, kvp_context *ctx) {
+    for (int64_t b = 0; b < args->scores.shape[0]; b++) {
+        KVPI_TRY(check_segments(&args->segments, b, args->scores.shape[2], ctx));
+        for (int64_t h = 0; h < args->scores.shape[1]; h++) KVPI_TRY(check_floors(args, b, h, ctx));
     }
     return KVP_OK;
 }

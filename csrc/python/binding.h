@@ -21,11 +21,11 @@ typedef struct kvpb_state {
 /* What _cuda finds in _core, as a capsule under this attribute. */
 #define KVPB_REGISTRY_ATTRIBUTE "_registry"
 #define KVPB_REGISTRY_NAME "kvpitfalls._core._registry"
-enum { KVPB_REGISTRY_SIZES = 7 };
+enum { KVPB_REGISTRY_SIZES = 8 };
 /* Of what passes between the two, so that a change without a new version is noticed, too. */
-#define KVPB_SIZES                                                                                      \
-    {sizeof(kvp_score_args),  sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_press_args), \
-     sizeof(kvp_expect_args), sizeof(kvp_context),     sizeof(kvp_backend)}
+#define KVPB_SIZES                                                                                     \
+    {sizeof(kvp_score_args), sizeof(kvp_select_args), sizeof(kvp_gather_args), sizeof(kvp_press_args), \
+     sizeof(kvp_share_args), sizeof(kvp_expect_args), sizeof(kvp_context),     sizeof(kvp_backend)}
 typedef struct kvpb_registry {
     int32_t abi; /* KVP_ABI_VERSION; what follows may change with it */
     uint32_t sizes[KVPB_REGISTRY_SIZES];
@@ -92,9 +92,11 @@ PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_share(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_share_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_expect_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 int kvpb_check_count(const char *name, Py_ssize_t n_object, Py_ssize_t expected);
 const char *kvpb_read_text(PyObject *object, const char *name); /* lives as long as object */

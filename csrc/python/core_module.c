@@ -113,6 +113,8 @@ PyDoc_STRVAR(
     select_doc,
     "select($module, scores, segments, quotas, protect, valid, positions, counts, workspace, n_worker, /)\n--\n\n"
     "Write the positions to keep into positions and their number into counts.");
+PyDoc_STRVAR(share_doc, "share($module, scores, segments, quotas, floors, counts, workspace, n_worker, /)\n--\n\n"
+                        "Write how many positions each head keeps of each segment into counts, where heads share.");
 PyDoc_STRVAR(gather_doc, "gather($module, keys, values, positions, out_keys, out_values, n_worker, /)\n--\n\n"
                          "Copy the kept rows of keys and values.");
 PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, "
@@ -133,6 +135,9 @@ PyDoc_STRVAR(
     select_workspace_doc,
     "select_workspace($module, scores, segments, quotas, protect, valid, positions, counts, n_worker, /)\n--\n\n"
     "Bytes of scratch that select needs for so many workers.");
+PyDoc_STRVAR(share_workspace_doc,
+             "share_workspace($module, scores, segments, quotas, floors, counts, n_worker, /)\n--\n\n"
+             "Bytes of scratch that share needs for so many workers.");
 PyDoc_STRVAR(
     scorers_doc,
     "scorers($module, /)\n--\n\nEach scorer: its name, the KVP_NEEDS_* bits, and its parameters with their defaults.");
@@ -152,9 +157,11 @@ static PyMethodDef methods[] = {
     {"select", FAST(kvpb_select), select_doc},
     {"gather", FAST(kvpb_gather), gather_doc},
     {"press", FAST(kvpb_press), press_doc},
+    {"share", FAST(kvpb_share), share_doc},
     {"expect", FAST(kvpb_expect), expect_doc},
     {"score_workspace", FAST(kvpb_score_workspace), score_workspace_doc},
     {"select_workspace", FAST(kvpb_select_workspace), select_workspace_doc},
+    {"share_workspace", FAST(kvpb_share_workspace), share_workspace_doc},
     {"expect_workspace", FAST(kvpb_expect_workspace), expect_workspace_doc},
     {"scorers", list_scorers, METH_NOARGS, scorers_doc},
     {"supports", FAST(tell_support), supports_doc},

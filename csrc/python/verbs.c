@@ -21,6 +21,7 @@ typedef union verb_args {
     kvp_select_args select;
     kvp_gather_args gather;
     kvp_press_args press;
+    kvp_share_args share;
     kvp_expect_args expect;
 } verb_args;
 
@@ -55,6 +56,17 @@ static const verb_spec select_spec = {
      {"valid", "int32", offsetof(kvp_select_args, valid), KVPB_OPTIONAL},
      {"positions", "int32", offsetof(kvp_select_args, positions), KVPB_OUTPUT},
      {"counts", "int32", offsetof(kvp_select_args, counts), KVPB_OUTPUT}},
+};
+
+static const verb_spec share_spec = {
+    "share",
+    KVP_SHARE,
+    5,
+    {{"scores", "float32", offsetof(kvp_share_args, scores), KVPB_INPUT},
+     {"segments", "int32", offsetof(kvp_share_args, segments), KVPB_INPUT},
+     {"quotas", "int32", offsetof(kvp_share_args, quotas), KVPB_INPUT},
+     {"floors", "int32", offsetof(kvp_share_args, floors), KVPB_INPUT},
+     {"counts", "int32", offsetof(kvp_share_args, counts), KVPB_OUTPUT}},
 };
 
 static const verb_spec gather_spec = {
@@ -265,6 +277,7 @@ static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
     case KVP_SELECT: return kvp_select(&args->select, ctx);
     case KVP_GATHER: return kvp_gather(&args->gather, ctx);
     case KVP_PRESS: return kvp_press(&args->press, ctx);
+    case KVP_SHARE: return kvp_share(&args->share, ctx);
     case KVP_EXPECT: return kvp_expect(&args->expect, ctx);
     }
     return KVP_ERR_INTERNAL;
@@ -330,6 +343,12 @@ PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_o
     return call_verb(module, &select_spec, &args, objects, objects[7], objects[8]);
 }
 
+PyObject *kvpb_share(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.share = {.size = sizeof(kvp_share_args)}};
+    if (kvpb_check_count("share", n_object, 7) < 0) return NULL;
+    return call_verb(module, &share_spec, &args, objects, objects[5], objects[6]);
+}
+
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args = {.gather = {.size = sizeof(kvp_gather_args)}};
     if (kvpb_check_count("gather", n_object, 6) < 0) return NULL;
@@ -348,6 +367,12 @@ PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_s
     verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
     return size_workspace(module, &select_spec, &args, objects, objects[7]);
+}
+
+PyObject *kvpb_share_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    verb_args args = {.share = {.size = sizeof(kvp_share_args)}};
+    if (kvpb_check_count("share_workspace", n_object, 6) < 0) return NULL;
+    return size_workspace(module, &share_spec, &args, objects, objects[5]);
 }
 
 /* (tensors, scaling, with_spread): -1 with an exception set. */

@@ -6,22 +6,12 @@
  * over, lowest position first. No step branches on a score, which no processor could foresee.
  */
 #include "../rows/rows.h"
+#include "ranks.h"
 #include "select.h"
 
-#include <string.h>
-
-/* Ranks below and above all scores. -infinity ranks 0x007fffff, +infinity 0xff800000. */
-enum { RANK_NEVER = 0, RANK_NAN = 1 };
 static const uint32_t RANK_PROTECTED = UINT32_MAX;
 
-/* Digits of a rank, from the top. Few candidates want small histograms, which take as long to clear and to search as to
- * fill. */
-enum { LONG_ROW = 1024, MAX_BIN = 1 << 11, FEW = 16 };
-typedef struct digit {
-    uint32_t shift, bits;
-} digit;
-static const digit digits_of_long[] = {{21, 11}, {10, 11}, {0, 10}, {0, 0}},
-                   digits_of_short[] = {{24, 8}, {16, 8}, {8, 8}, {0, 8}, {0, 0}};
+enum { FEW = 16 }; /* candidates that are put in order */
 
 typedef struct job {
     const kvp_select_args *args;
@@ -36,33 +26,11 @@ static size_t row_bytes(const kvp_select_args *args) {
 /* A row of ranks, one of candidates, and one of positions, for outputs whose elements are not side by side. */
 size_t kvpi_select_workspace(const kvp_select_args *args) { return 3 * row_bytes(args); }
 
-static inline uint32_t rank_score(float score) {
-    uint32_t bits;
-    memcpy(&bits, &score, sizeof bits);
-    bits = bits == 0x80000000u ? 0 : bits; /* -0 and +0 are equal */
-    const uint32_t rank = bits ^ (bits >> 31 ? UINT32_MAX : 0x80000000u);
-    return (bits & 0x7fffffffu) > 0x7f800000u ? RANK_NAN : rank;
-}
-
 /* Lowers *left from "how many to take" to "how many to take from the returned bin"; bins above it are taken whole. */
 static uint32_t find_bin(const uint32_t *histogram, uint32_t n_bin, int64_t *left) {
     uint32_t bin = n_bin - 1;
     for (; bin > 0 && histogram[bin] < *left; bin--) *left -= histogram[bin];
     return bin;
-}
-
-/* Two histograms by turns, so that equal neighbours do not wait for each other. */
-static void count_digit(const uint32_t *ranks, int64_t n, digit d, uint32_t (*histogram)[MAX_BIN]) {
-    const uint32_t n_bin = 1u << d.bits;
-    memset(histogram[0], 0, n_bin * sizeof histogram[0][0]);
-    memset(histogram[1], 0, n_bin * sizeof histogram[1][0]);
-    int64_t i = 0;
-    for (; i + 2 <= n; i += 2) {
-        histogram[0][ranks[i] >> d.shift & (n_bin - 1)]++;
-        histogram[1][ranks[i + 1] >> d.shift & (n_bin - 1)]++;
-    }
-    if (i < n) histogram[0][ranks[i] >> d.shift & (n_bin - 1)]++;
-    for (uint32_t bin = 0; bin < n_bin; bin++) histogram[0][bin] += histogram[1][bin];
 }
 
 /* The *left-th best of a few candidates, which are put in order; *left becomes how many of exactly that rank are taken.
@@ -84,10 +52,10 @@ static uint32_t settle_few(uint32_t *candidates, int64_t n, int64_t *left) {
 /* The rank of the quota-th best of ranks[0..n), and in *ties how many positions of exactly that rank are kept. */
 static uint32_t find_threshold(const kvpi_rows *rows, const uint32_t *ranks, int64_t n, int64_t quota,
                                uint32_t *candidates, int64_t *ties) {
-    uint32_t prefix = 0, mask = 0, histogram[2][MAX_BIN];
+    uint32_t prefix = 0, mask = 0, histogram[2][KVPI_MAX_BIN];
     *ties = quota;
-    for (const digit *d = n >= LONG_ROW ? digits_of_long : digits_of_short; d->bits; d++) {
-        count_digit(ranks, n, *d, histogram);
+    for (const kvpi_digit *d = kvpi_digits_for(n); d->bits; d++) {
+        kvpi_count_digit(ranks, n, *d, histogram);
         prefix |= find_bin(histogram[0], 1u << d->bits, ties) << d->shift;
         mask |= ((1u << d->bits) - 1) << d->shift;
         if (d->shift == 0) break;
@@ -109,7 +77,7 @@ static int64_t find_nth(const uint32_t *ranks, int64_t begin, uint32_t rank, int
 static int64_t keep_segment(const kvpi_rows *rows, const uint32_t *ranks, int64_t begin, int64_t end, int64_t quota,
                             uint32_t *candidates, int32_t *out) {
     int64_t eligible = 0, ties;
-    for (int64_t t = begin; t < end; t++) eligible += ranks[t] != RANK_NEVER;
+    for (int64_t t = begin; t < end; t++) eligible += ranks[t] != KVPI_RANK_NEVER;
     if (quota > eligible) quota = eligible;
     if (quota == 0) return 0;
     const uint32_t threshold = find_threshold(rows, ranks + begin, end - begin, quota, candidates, &ties);
@@ -127,14 +95,14 @@ static void rank_row(const kvp_select_args *args, int64_t b, int64_t h, uint32_t
     const uint8_t *protect = args->protect.data ? (const uint8_t *)kvpi_at(&args->protect, b, 0, 0) : NULL;
     int64_t begin, end;
     kvpi_valid_range(&args->valid, b, n_token, &begin, &end);
-    for (int64_t t = 0; t < begin; t++) ranks[t] = RANK_NEVER;
+    for (int64_t t = 0; t < begin; t++) ranks[t] = KVPI_RANK_NEVER;
     if (stride == 1)
-        for (int64_t t = begin; t < end; t++) ranks[t] = rank_score(scores[t]);
+        for (int64_t t = begin; t < end; t++) ranks[t] = kvpi_rank(scores[t]);
     else
-        for (int64_t t = begin; t < end; t++) ranks[t] = rank_score(scores[t * stride]);
+        for (int64_t t = begin; t < end; t++) ranks[t] = kvpi_rank(scores[t * stride]);
     for (int64_t t = begin; protect && t < end; t++)
         if (protect[t * protect_stride]) ranks[t] = RANK_PROTECTED;
-    for (int64_t t = end; t < n_token; t++) ranks[t] = RANK_NEVER;
+    for (int64_t t = end; t < n_token; t++) ranks[t] = KVPI_RANK_NEVER;
 }
 
 static void select_row(void *arg, int64_t task, int32_t worker) {

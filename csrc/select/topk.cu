@@ -6,17 +6,11 @@
  * with gaps between them, are read again for each digit, by such a cluster where there are any. Histograms count whole
  * numbers, and places are found by counting, not by atomics: so the result does not depend on the order of anything.
  */
-#include "../gpu/tables.cuh"
+#include "digits.cuh"
 
 extern "C" {
 #include "select.h"
 }
-
-#include <cooperative_groups.h>
-
-namespace cg = cooperative_groups;
-
-enum { THREADS = 1024, WARPS = THREADS / 32, BINS = 2048, CLUSTER = 8, DIGITS = 3 };
 
 enum { HELD = 16 }; /* keys a thread; with more it would be short of registers */
 
@@ -63,13 +57,6 @@ __device__ __forceinline__ void finish_row(const select_job &j, const problem &p
     for (int i = kept + threadIdx.x; i < j.n_kept; i += THREADS) *(int32_t *)kvpg_row(j.positions, p.b, p.h, i) = -1;
 }
 
-/* The order of kvp.h as an unsigned number; 0 is below all. */
-__device__ __forceinline__ uint32_t rank_of(uint32_t bits) {
-    if (bits == 0x80000000u) bits = 0; /* -0 and +0 are equal */
-    const uint32_t rank = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 1 : rank; /* NaN */
-}
-
 __device__ __forceinline__ bool is_protected(const select_job &j, const problem &p, int i) {
     return i < p.n && *(const uint8_t *)(j.protect.data + p.b * j.protect.b + (p.begin + i) * j.protect.t);
 }
@@ -98,27 +85,10 @@ __device__ __forceinline__ void load_ranks(const select_job &j, const problem &p
     }
 }
 
-__device__ __forceinline__ uint32_t scan_warp(uint32_t x) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-        const uint32_t y = __shfl_up_sync(~0u, x, o);
-        if (lane >= o) x += y;
-    }
-    return x;
-}
-
 /* What the blocks of a cluster see of each other. */
 typedef struct histogram {
     uint32_t bin[BINS], coarse[BINS / 64]; /* coarse: sums of 64 bins */
 } histogram;
-
-template <int BLOCKS> __device__ __forceinline__ const histogram *of_block(const histogram *h, int block) {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) return cg::this_cluster().map_shared_rank(h, block);
-#endif
-    return h;
-}
 
 /* By one warp: the bin that holds the need-th largest; need becomes the rank inside it. */
 template <int BLOCKS> __device__ __forceinline__ uint32_t find_bin(const histogram *h, uint32_t &need) {
@@ -146,9 +116,6 @@ template <int BLOCKS> __device__ __forceinline__ uint32_t find_bin(const histogr
     return base + 62 - 2 * first;
 }
 
-__device__ __forceinline__ int digit_shift(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
-__device__ __forceinline__ int digit_bits(int digit) { return digit == 2 ? 10 : 11; }
-
 __device__ __forceinline__ void sum_coarse(histogram *h) {
     const int warp = threadIdx.x / 32;
     const uint2 pair = *(const uint2 *)(h->bin + warp * 64 + 2 * (threadIdx.x % 32));
@@ -172,19 +139,6 @@ __device__ __forceinline__ void take(const problem &p, uint32_t rank, uint32_t i
     if (is_above || (is_equal && equal < ties)) p.out[(above + min(equal, ties)) * p.step] = p.begin + i;
     offsets.above += __popc(all_above);
     offsets.equal += __popc(all_equal);
-}
-
-/* The block of a cluster that this is, and that it waits for all of them. */
-template <int BLOCKS> __device__ __forceinline__ int block_of_cluster() { return BLOCKS > 1 ? blockIdx.x % BLOCKS : 0; }
-
-template <int BLOCKS> __device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) {
-        cg::this_cluster().sync();
-        return;
-    }
-#endif
-    __syncthreads();
 }
 
 /* The bin of a digit's histogram that holds the need-th largest of all blocks; need becomes the rank inside it. */

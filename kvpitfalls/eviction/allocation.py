@@ -1,12 +1,11 @@
 """How a budget is shared over the layers of a model, and over the heads of a layer."""
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from ..errors import BudgetError
 from ..numbers import check_whole, is_real, is_whole
 from . import ops
 from .arrays import Array, Int32
-from .budget import largest_remainder, raised_to
+from .budget import largest_remainder
 
 if TYPE_CHECKING:
     import torch
@@ -192,120 +191,37 @@ class Ada(Allocation):
         """See :class:`Allocation`."""
         check_heads(self, scores.shape[1])
         edges, quotas = (np.ascontiguousarray(x, np.int32) for x in (edges, quotas))
-        tables = _tables(str(self.alpha), scores.shape[2], quotas.shape, edges.tobytes(), quotas.tobytes())
-        raised = scores
-        if tables.n_floor:
-            best, _ = ops.select_checked(scores, edges, tables.floors, None, None, tables.n_floor)
-            raised = raised_at(scores, best, padded=tables.is_ragged)
-        until, infinite = _until(_best_together(raised, tables), tables), _n_infinite(scores, edges)
-        if not isinstance(scores, np.ndarray):
-            until, infinite = _to_host(until, infinite)
-        counts = np.diff(until).reshape(quotas.shape[0], quotas.shape[2], -1).swapaxes(1, 2)
-        floors = np.maximum(tables.floors, np.minimum(infinite, quotas))  # which are of a policy's own, too
-        return raised_to(counts.swapaxes(1, 2), floors.swapaxes(1, 2)).swapaxes(1, 2)
-
-
-class _Tables(NamedTuple):
-    """What a choice over all heads of a layer is told of its segments; the same for all layers of a prompt.
-
-    The tokens of all heads stand in one row, segment by segment, and in each head by head: then the core's selection
-    from that row is the selection over heads.
-    """
-
-    floors: Int32  # (B, H, S): what each head keeps at least
-    n_floor: int  # the largest sum of them
-    is_ragged: bool  # whether other sums are smaller
-    edges: Int32  # (B, S+1), of the segments as they stand here
-    is_whole: bool  # whether that is where they stood: one segment a row, all of it
-    edges_together: Int32  # (B, S+1), of the one row
-    totals: Int32  # (B, 1, S)
-    begins: Int32  # (B, S*H+1): where each head of each segment begins in the one row, and the end
-    on: "dict[torch.device, torch.Tensor]"  # ``begins`` on each GPU, copied once, not at every layer
+        return ops.share(scores, edges, quotas, _parts(str(self.alpha), quotas.shape, quotas.tobytes()))
 
 
 @lru_cache(maxsize=64)
-def _tables(alpha: str, n_token: int, shape: tuple[int, int, int], of_edges: bytes, of_quotas: bytes) -> _Tables:
-    n_row, n_head, n_segment = shape
-    edges = np.frombuffer(of_edges, np.int32).reshape(n_row, n_segment + 1)
-    quotas = np.frombuffer(of_quotas, np.int32).reshape(shape)
-    share = Fraction(alpha)
-    least = quotas.astype(np.int64) * share.numerator // share.denominator
-    floors = np.minimum(np.maximum(least, 1 if share else 0), quotas).astype(np.int32)
-    n_best = floors.sum(-1)
-    is_whole = n_segment == 1 and bool((np.diff(edges) == n_token).all())
-    widths = np.diff(edges)[..., None] * np.arange(n_head)
-    begins = (edges[:, :-1, None] * n_head + widths).reshape(n_row, -1)
-    together = edges * n_head
-    begins = np.concatenate([begins, together[:, -1:]], 1).astype(np.int32)
-    totals = quotas.sum(1, dtype=np.int32)[:, None]
-    n_floor = int(n_best.max())
-    return _Tables(floors, n_floor, bool(n_best.min() < n_floor), edges, is_whole, together, totals, begins, {})
+def _parts(alpha: str, shape: tuple[int, ...], of_quotas: bytes) -> Int32:
+    """What each head keeps at least of its quotas; the same for all layers of a prompt, so made once."""
+    quotas, part = np.frombuffer(of_quotas, np.int32), Fraction(alpha)
+    least = [min(n, max(n * part.numerator // part.denominator, int(part > 0))) for n in quotas.tolist()]
+    return np.array(least, np.int32).reshape(shape)  # by Python's numbers: a part's digits may leave int64 no room
 
 
-def _best_together(scores: Array, tables: _Tables) -> Array:
-    """Positions (B, N) in the one row of all heads' tokens: the best of each segment, rising, then -1."""
-    n_row, n_head, n_token = scores.shape
-    together = (scores if tables.is_whole else scores + 0).reshape(n_row, 1, n_head * n_token)
-    for b, row in enumerate([] if tables.is_whole else tables.edges.tolist()):
-        for low, high in pairwise(row):
-            together[b, 0, n_head * low : n_head * high] = scores[b, :, low:high].reshape(-1)  # type: ignore[assignment] # both are of one library
-    n_kept = int(tables.totals.sum(-1).max())
-    return ops.select_checked(together, tables.edges_together, tables.totals, None, None, n_kept)[0][:, 0]
+def _n_infinite(scores: Array, edges: Int32) -> Int32:
+    """How many infinite scores each head has in each segment, (B, H, S)."""
+    rows = np.isposinf(scores if isinstance(scores, np.ndarray) else scores.cpu().numpy())
+    counts = [
+        [heads[:, begin:end].sum(-1) for begin, end in pairwise(of_row)]
+        for heads, of_row in zip(rows, edges, strict=True)
+    ]
+    return np.array(counts, np.int32).swapaxes(1, 2)
 
 
-def _until(positions: Array, tables: _Tables) -> Any:
-    """How many of a row's positions lie before each of ``begins``, (B, S*H+1), where the positions are."""
-    if isinstance(positions, np.ndarray):
-        kept = [row[row >= 0] for row in positions]
-        return np.stack([np.searchsorted(row, begins) for row, begins in zip(kept, tables.begins, strict=True)])
-    import torch
-
-    if (device := positions.device) not in tables.on:
-        tables.on[device] = torch.tensor(tables.begins, device=device)
-    n_kept = tables.totals.sum(-1)
-    if n_kept.min() < max(1, n_kept.max()):
-        positions = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
-    return torch.searchsorted(positions, tables.on[device])
-
-
-def _to_host(*counts: "torch.Tensor") -> list[Int32]:
-    """Tensors of whole numbers, a row of each for a prompt, by one copy, for which a GPU is waited for."""
-    import torch
-
-    together = torch.cat([x.flatten(1) for x in counts], 1).cpu().numpy().astype(np.int32)
-    ends = np.cumsum([math.prod(x.shape[1:]) for x in counts])[:-1]
-    return [x.reshape(of.shape) for x, of in zip(np.split(together, ends, axis=1), counts, strict=True)]
-
-
-def _n_infinite(scores: Array, edges: Int32) -> Any:
-    """How many infinite scores each head has in each segment, (B, H, S), where the scores are."""
-    infinite = scores == np.inf
-    if edges.shape[1] == 2 and (edges == (0, scores.shape[2])).all():
-        return infinite.sum(-1)[..., None]
-    n_row, n_head, n_token = scores.shape
-    ends = np.broadcast_to(edges[:, None], (n_row, n_head, edges.shape[1]))
-    if isinstance(infinite, np.ndarray):
-        until = np.zeros((n_row, n_head, n_token + 1), np.int32)
-        until[..., 1:] = infinite.cumsum(-1)
-        return np.diff(np.take_along_axis(until, ends, axis=-1), axis=-1)
-    import torch
-
-    last, some = (torch.tensor(x, device=scores.device) for x in (np.maximum(ends - 1, 0).astype(np.int64), ends > 0))
-    return (infinite.cumsum(-1).gather(-1, last) * some).diff(dim=-1)
-
-
-def raised_at(scores: Array, positions: Array, padded: bool = True) -> Array:
-    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1, if ``padded``, is none."""
+def raised_at(scores: Array, positions: Array) -> Array:
+    """Scores (B,H,T) that are infinite at these positions (B,H,N); -1 is none."""
     if isinstance(scores, np.ndarray):
         wide = np.pad(scores, ((0, 0), (0, 0), (0, 1)))  # the place that -1 means
         np.put_along_axis(wide, np.asarray(positions), np.inf, axis=-1)
         return np.ascontiguousarray(wide[..., :-1])
-    at = cast("torch.Tensor", positions)
-    if not padded:
-        return scores.scatter(2, at.long(), np.inf)
     raised = scores.new_zeros(*scores.shape[:2], scores.shape[2] + 1)
     raised[..., :-1] = scores
-    return raised.scatter_(2, at.long() % raised.shape[2], float("inf"))[..., :-1].contiguous()
+    at = cast("torch.Tensor", positions).long() % raised.shape[2]
+    return raised.scatter_(2, at, float("inf"))[..., :-1].contiguous()
 
 
 def raised_where(scores: Array, mask: Array) -> Array:
@@ -402,8 +318,7 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
             f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "
             f"{quotas.shape}"
         )
-    infinite = _n_infinite(scores, edges)
-    least = np.minimum(infinite if isinstance(scores, np.ndarray) else _to_host(infinite)[0], quotas)
+    least = np.minimum(_n_infinite(scores, edges), quotas)
     most = np.diff(edges)[:, None]
     if (shared.sum(1) != quotas.sum(1)).any() or (shared < least).any() or (shared > most).any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The three verbs on NumPy arrays or torch tensors: score, select, gather.
+"""The verbs on NumPy arrays or torch tensors: score, select, gather; and share, how many tokens heads keep that share.
 
 CPU arrays go to the C core, CUDA tensors to its CUDA kernels; where those are missing, to
 :mod:`kvpitfalls.eviction.reference` (torch operations on the GPU), with a warning. ``kvpitfalls info`` says which path
@@ -48,12 +48,13 @@ def score(
 
     Parameters
     ----------
-    scorer : {"norm", "position", "attention", "keydiff", "lagkv"}
+    scorer : {"norm", "position", "attention", "keydiff", "lagkv", "random"}
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
         newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
         and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
         fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much a token's key
-        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`.
+        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`. ``random``: a draw from
+        [0, 1) that depends on the head, the row's length, its first key and the seed.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     values : array, shape (B, H, T, Dv), optional
@@ -70,7 +71,8 @@ def score(
     **params
         ``position``: ``n_sink=4``. ``attention``: ``scaling=1`` of q.k, ``softcap=0`` (none), ``kernel_size=1`` (odd;
         zero-padded mean over neighbouring keys), ``share_heads=0`` (1: mean over all query heads instead of one key
-        head's). ``lagkv``: ``n_sink=4``, ``lag_size=128``.
+        head's). ``lagkv``: ``n_sink=4``, ``lag_size=128``. ``random``: ``seed=0`` and ``seed_high=0``, the lowest 32
+        bits of a seed and the 30 above them.
 
     Returns
     -------
@@ -249,6 +251,31 @@ def select_checked(
     arguments = lendable(scores, "scores"), segments, quotas, protect, valid, positions, counts
     _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
+
+
+def share(
+    scores: Array, segments: npt.NDArray[np.int32], quotas: npt.NDArray[np.int32], floors: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """How many positions each head keeps of each segment, (B,H,S), where the heads of a row share their quotas; for
+    arrays that are the core's already, int32 (B,S+1), (B,H,S) and (B,H,S). A GPU is waited for.
+
+    Each head keeps its floor's best, and of its infinite scores as many as its quota; then the best of all that is left
+    make up the sum of the quotas.
+
+    Examples
+    --------
+    >>> scores = np.array([[[9, 8, 7, 6], [5, 4, 3, 2]]], np.float32)
+    >>> share(scores, np.array([[0, 4]], np.int32), *(np.full((1, 2, 1), n, np.int32) for n in (2, 1))).tolist()
+    [[[3], [1]]]
+    """
+    if not _has_kernels(scores):
+        from . import reference
+
+        return reference.share(scores, segments, quotas, floors)
+    counts = _empty(scores, quotas.shape, "int32")
+    arguments = _plain(scores, "scores"), segments, quotas, floors, counts
+    _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), _n_worker())
+    return _host(counts)
 
 
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:

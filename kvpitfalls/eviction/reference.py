@@ -1,4 +1,4 @@
-"""The three verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without
+"""The verbs in plain torch, in float64: the definition, the oracle of the tests, and what runs on devices without
 a kernel.
 
 Same names and signatures as :mod:`kvpitfalls.eviction.ops`. Short on purpose: each verb is meant to be read.
@@ -17,6 +17,7 @@ _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), nev
 _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
 _SUM, _MEAN, _AGE = 0, 1, 2
 _SMALLEST = float(np.finfo(np.float64).tiny)
+_STEP = 0x1E3779B97F4A7C15  # of the scorer "random": odd, and of no pattern
 _NO_MEAN = 2.0**-18  # a mean of unit vectors that is shorter is what rounding left of those that cancel each other out
 
 
@@ -63,8 +64,14 @@ def score(
             raise ValueError("values is None; scorer 'lagkv' needs them")
         both = k, _tensor(values)
         out = torch.stack([_unlike_the_next_chunk([x[b] for x in both], spans[b], **params) for b in range(n_row)])
+    elif scorer == "random":
+        out = torch.zeros(k.shape[:3], dtype=torch.float64, device=k.device)
+        for b, (begin, end) in enumerate(spans):
+            if begin < end:
+                out[b, :, begin:end] = _drawn(k[b, :, begin:end], **params)
     else:
-        raise ValueError(f"scorer is {scorer!r}; expected 'norm', 'position', 'attention', 'keydiff' or 'lagkv'")
+        names = "'norm', 'position', 'attention', 'keydiff', 'lagkv' or 'random'"
+        raise ValueError(f"scorer is {scorer!r}; expected {names}")
     for b, (begin, end) in enumerate(spans):
         out[b, :, :begin] = out[b, :, end:] = -torch.inf
     return _like(out.float(), keys)
@@ -162,6 +169,26 @@ def _lag_weights(x: torch.Tensor) -> torch.Tensor:
     return spread.softmax(-1)
 
 
+def _drawn(keys: torch.Tensor, seed: float = 0, seed_high: float = 0) -> torch.Tensor:
+    """The scores (H,n) of one batch row's valid tokens by "random", of their keys (H,n,D): int64 counts modulo 2^64."""
+    of_heads, of_tokens, of_dims = (torch.arange(n, device=keys.device) for n in keys.shape)
+    salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
+    salts = _mixed(salts + of_dims * _STEP).sum(-1)
+    of_row = (int(seed) + (int(seed_high) << 32) + _STEP * keys.shape[1]) % 2**62
+    of_head = _mixed(_mixed(salts + of_heads) + of_row)
+    return (_mixed(of_head[:, None] + of_tokens * _STEP) & 0xFFFFFF).double() * 2.0**-24
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """Of each of the numbers int64 another, all of whose bits depend on all of its own.
+
+    The finalizer of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
 def _within(position: torch.Tensor, vote: npt.NDArray[Any], what: str) -> torch.Tensor:
     begin = _VOTE_RANGES[what]
     return (position >= int(vote[begin])) & (position < int(vote[begin + 1]))
@@ -209,6 +236,25 @@ def select(
         out[b, h, : len(kept)] = kept
         counts[b, h] = len(kept)
     return _like(torch.from_numpy(out), scores), _like(torch.from_numpy(counts), scores)
+
+
+def share(
+    scores: Array, segments: npt.NDArray[np.int32], quotas: npt.NDArray[np.int32], floors: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """How many positions each head keeps where heads share; the definition of
+    :func:`kvpitfalls.eviction.ops.share`, which has the parameters."""
+    counts = np.zeros(quotas.shape, np.int32)
+    values = _array(scores)
+    for b, s in np.ndindex(len(segments), quotas.shape[2]):
+        v = values[b, :, segments[b, s] : segments[b, s + 1]]
+        head, t = np.indices(v.shape)
+        order = t, np.where(np.isnan(v), 0, -v), np.isnan(v)  # from the last that tells two apart to the first
+        place = np.lexsort(order, axis=-1).argsort(-1) if v.size else t  # of each, in its own head
+        quota, floor = (x[b, :, s] for x in (quotas, floors))
+        sure = np.maximum(floor, np.minimum(np.isposinf(v).sum(-1), quota))
+        first = [x.ravel() for x in (t, head, *order[1:], place >= sure[:, None])]
+        counts[b, :, s] = np.bincount(head.ravel()[np.lexsort(first)[: quota.sum()]], minlength=len(v))
+    return counts
 
 
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
@@ -14,6 +15,7 @@ from ..eviction import ops
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import A, Array, Int32
 from ..eviction.layer_inputs import LayerInputs
+from ..numbers import check_whole
 from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
@@ -281,6 +283,9 @@ class Policy:
         queries so far, divided by their number, instead of what :meth:`score` says.
     n_sink : int
         How many of a row's first tokens ``protect="sinks"`` keeps.
+    least : tuple of (str, int)
+        Fields that are whole numbers, and the least that each may be: checked when one is made, unless a class has a
+        ``__post_init__`` of its own that does not call this one's.
 
     Examples
     --------
@@ -309,6 +314,7 @@ class Policy:
     recent_queries: ClassVar[int] = 0
     running: ClassVar[bool] = False
     n_sink: int = 4
+    least: ClassVar[tuple[tuple[str, int], ...]] = ()
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair
     #: themselves (False).
     paper_quotas: ClassVar[bool] = True
@@ -334,6 +340,10 @@ class Policy:
         for key in names:
             _registry[_plain(key)] = cls
 
+    def __post_init__(self) -> None:
+        for field, least in self.least:
+            check_whole(field, getattr(self, field), least)
+
     @property
     def in_chunks(self) -> bool:
         """See the class."""
@@ -347,7 +357,22 @@ class Policy:
 
     def check(self, n_token: int, n_kept: int) -> None:
         """Raise ValueError if the policy is not defined for a row of ``n_token`` real tokens of which ``n_kept``
-        (fewer) are kept."""
+        (fewer) are kept; unless it says something else, where that is no more than it keeps :meth:`always`."""
+        if n_kept > (n_always := self.always(n_token)):
+            return
+        expected = f"a budget of more than the {n_always} that it keeps unjudged"
+        if n_always >= n_token:
+            lengths = range(n_token, 2**31)
+            shortest = lengths[bisect_left(lengths, True, key=lambda n: self.always(n) < n)]
+            expected = f"a prompt of at least {shortest} tokens and a larger budget"
+        raise ValueError(
+            f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected {expected}, or smaller "
+            "settings"
+        )
+
+    def always(self, n_token: int) -> int:
+        """How many of a row's ``n_token`` tokens it keeps before any that it judges."""
+        return 0
 
     def again(self, tokens: Sequence[int]) -> list[list[int]]:
         """The ids that the model reads after a prompt of these ``tokens``: one list a forward, each right after the

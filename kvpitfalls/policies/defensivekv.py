@@ -87,9 +87,9 @@ class DefensiveKV(AdaKV):
         """Whether there is a factor."""
         return self.factor is not None
 
-    def check(self, n_token: int, n_kept: int) -> None:
-        """See the class."""
-        self._check_room_beside_window(n_token, n_kept)
+    def always(self, n_token: int) -> int:
+        """The window."""
+        return self.window_size
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

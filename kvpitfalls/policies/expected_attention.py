@@ -79,13 +79,9 @@ class ExpectedAttention(Policy):
         if not is_real(self.epsilon) or not 0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon is {self.epsilon!r}; expected a number, at least 0")
 
-    def check(self, n_token: int, n_kept: int) -> None:
-        """See the class."""
-        if n_kept <= self.n_sink:
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                f"more than its {self.n_sink} sinks, or a smaller n_sink"
-            )
+    def always(self, n_token: int) -> int:
+        """The sinks."""
+        return self.n_sink
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

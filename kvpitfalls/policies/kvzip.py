@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..eviction.arrays import Array
-from ..numbers import check_whole, is_whole
+from ..numbers import is_whole
 from ..prompts.chats import apply_template
 from .base import Inputs, Policy
 
@@ -77,6 +77,7 @@ class KVzip(Policy):
     name = "kvzip"
     needs_again = True
     holds = False
+    least = (("chunk_size", 1), ("n_overlap", 0), ("n_sink", 0))
 
     def __post_init__(self) -> None:
         for field in ("repeat_ids", "part_ids", "answer_ids"):
@@ -86,9 +87,7 @@ class KVzip(Policy):
             if not isinstance(ids, (list, tuple)) or not all(is_whole(x) and x >= 0 for x in ids):
                 raise ValueError(f"{field} is {ids!r}; expected a list of token ids")
             object.__setattr__(self, field, tuple(map(int, ids)))
-        check_whole("chunk_size", self.chunk_size, 1)
-        check_whole("n_overlap", self.n_overlap, 0)
-        check_whole("n_sink", self.n_sink, 0)
+        super().__post_init__()
 
     @classmethod
     def for_tokenizer(
@@ -129,13 +128,9 @@ class KVzip(Policy):
         }
         return cls(**ids, **settings)
 
-    def check(self, n_token: int, n_kept: int) -> None:
-        """See the class."""
-        if n_kept <= self.n_sink:
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                f"more than its {self.n_sink} sinks, or a smaller n_sink"
-            )
+    def always(self, n_token: int) -> int:
+        """The sinks."""
+        return self.n_sink
 
     def again(self, tokens: Sequence[int]) -> list[list[int]]:
         """See the class."""

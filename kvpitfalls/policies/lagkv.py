@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ..numbers import check_whole
 from .base import Call, Inputs, Policy
 
 
@@ -49,22 +48,11 @@ class LagKV(Policy):
     name = "lagkv"
     needs_values = True
     holds = False
+    least = (("n_sink", 0), ("lag_size", 2))
 
-    def __post_init__(self) -> None:
-        check_whole("n_sink", self.n_sink, 0)
-        check_whole("lag_size", self.lag_size, 2)
-
-    def check(self, n_token: int, n_kept: int) -> None:
-        """See the class."""
-        if n_kept <= (n_always := n_token - self._n_ranked(n_token)):
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept and {n_always} are its sinks "
-                f"and what it does not compare; expected a prompt of at least {self.n_sink + 2 * self.lag_size} tokens "
-                "and a larger budget, or a smaller lag_size"
-            )
-
-    def _n_ranked(self, n_token: int) -> int:
-        return max(0, (n_token - self.n_sink) // self.lag_size - 1) * self.lag_size
+    def always(self, n_token: int) -> int:
+        """The sinks, and what has no chunk behind it."""
+        return n_token - max(0, (n_token - self.n_sink) // self.lag_size - 1) * self.lag_size
 
     def call(self, inputs: Inputs) -> Call:
         """See the class."""

@@ -1,15 +1,9 @@
 """The control: tokens drawn at random."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..eviction.arrays import Array
-from .base import Inputs, Policy
-from .bits import STEP, mixed
-from .ranges import by_range
-
-if TYPE_CHECKING:
-    import torch
+from .base import Call, Inputs, Policy
 
 
 @dataclass(frozen=True)
@@ -23,6 +17,7 @@ class Random(Policy):
     Attributes
     ----------
     seed : int
+        Its lowest 62 bits count.
 
     Examples
     --------
@@ -34,20 +29,10 @@ class Random(Policy):
     """
 
     seed: int = 0
-
     name = "random"
     listed: ClassVar[bool] = False
 
-    def score(self, inputs: Inputs) -> Array:
+    def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        return by_range(inputs, [[row] for row in inputs.valid], self._draw)
-
-    def _draw(self, keys: "torch.Tensor") -> "torch.Tensor":
-        """A row's scores (H, n): of each head's first key coarsely, since low bits may depend on the batch."""
-        import torch
-
-        of_heads, of_tokens, of_dims = (torch.arange(n, device=keys.device) for n in keys.shape)
-        salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
-        salts = mixed(salts + of_dims * STEP).sum(-1)
-        of_head = mixed(mixed(salts + of_heads) + (self.seed + STEP * keys.shape[1]) % 2**62)
-        return (mixed(of_head[:, None] + of_tokens * STEP) & 0xFFFFFF).float() * 2.0**-24
+        high, low = divmod(self.seed % 2**62, 2**32)
+        return inputs.call("random", seed=low, seed_high=high)

@@ -73,9 +73,9 @@ class RKV(SnapKV):
             if not is_real(value) or not least <= value <= 1:
                 raise ValueError(f"{field} is {value!r}; expected a number in [{least}, 1]")
 
-    def check(self, n_token: int, n_kept: int) -> None:
-        """See the class."""
-        self._check_room_beside_window(n_token, n_kept)
+    def always(self, n_token: int) -> int:
+        """The window."""
+        return self.window_size
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..numbers import check_whole
 from .base import Call, Inputs, Policy, Vote, pack
 
 if TYPE_CHECKING:
@@ -47,11 +46,11 @@ class SnapKV(Policy):
     kernel_size: int = 5
     name = "snapkv"
     aliases = ("snap",)
+    least = (("window_size", 1), ("kernel_size", 1))
     needs_queries = True
 
     def __post_init__(self) -> None:
-        check_whole("window_size", self.window_size, 1)
-        check_whole("kernel_size", self.kernel_size, 1)
+        super().__post_init__()
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
 
@@ -76,13 +75,6 @@ class SnapKV(Policy):
             for vote in of_row:
                 (begin, cut), (_, end) = vote.keys, vote.window
                 yield row, (begin, cut, end), queries[row, :, cut - first : end - first]
-
-    def _check_room_beside_window(self, n_token: int, n_kept: int) -> None:
-        if n_kept <= self.window_size:
-            raise ValueError(
-                f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected a budget of "
-                "more than its window, or a smaller window_size"
-            )
 
     def _votes(self, segments: Sequence[tuple[int, int]]) -> list[Vote]:
         share, unused, votes = max(1, self.window_size // len(segments)), 0, []

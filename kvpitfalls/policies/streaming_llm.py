@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..eviction.arrays import Array
-from ..numbers import check_whole
 from .base import Call, Inputs, Policy
 
 
@@ -39,10 +38,8 @@ class StreamingLLM(Policy):
 
     n_sink: int = 4
     name = "streaming_llm"
+    least = (("n_sink", 0),)
     paper_quotas = False
-
-    def __post_init__(self) -> None:
-        check_whole("n_sink", self.n_sink, 0)
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""

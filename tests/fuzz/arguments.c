@@ -60,6 +60,18 @@ int list_select_arguments(kvp_select_args *args, argument *out) {
     return sizeof list / sizeof list[0];
 }
 
+int list_share_arguments(kvp_share_args *args, argument *out) {
+    const argument list[] = {
+        input_of("scores", "BHT", &args->scores, ALLOW_F32, true),
+        table_of("segments", "BE", &args->segments, true),
+        table_of("quotas", "BHS", &args->quotas, true),
+        table_of("floors", "BHS", &args->floors, true),
+        output_of("counts", "BHS", &args->counts, ALLOW_I32, UNSHARED),
+    };
+    memcpy(out, list, sizeof list);
+    return sizeof list / sizeof list[0];
+}
+
 int list_gather_arguments(kvp_gather_args *args, argument *out) {
     const argument list[] = {
         input_of("keys", "BHTD", &args->keys, ALLOW_FLOATS, true),

@@ -19,7 +19,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     while (target->name && (!name || strcmp(name, target->name) != 0)) target++;
     if (target->name) return 0;
-    fprintf(stderr, "KVP_FUZZ is %s; expected score, select, gather or contract\n", name ? name : "not set");
+    fprintf(stderr, "KVP_FUZZ is %s; expected score, select, share, gather or contract\n", name ? name : "not set");
     exit(2);
 }
 

@@ -11,7 +11,8 @@
 enum { MAX_BYTES = 1 << 20, LITTLE = 64 };
 
 const fuzz_target FUZZ_TARGETS[] = {
-    {"score", fuzz_score}, {"select", fuzz_select}, {"gather", fuzz_gather}, {"contract", fuzz_contract}, {NULL, NULL},
+    {"score", fuzz_score},   {"select", fuzz_select},     {"share", fuzz_share},
+    {"gather", fuzz_gather}, {"contract", fuzz_contract}, {NULL, NULL},
 };
 
 int64_t take(input *in, int64_t n) {

@@ -55,6 +55,7 @@ typedef struct call {
 /* arguments.c: the tensors of a verb, in the order of kvp.h, into room for MAX_ARGUMENTS; how many they are. */
 int list_score_arguments(kvp_score_args *args, argument *out);
 int list_select_arguments(kvp_select_args *args, argument *out);
+int list_share_arguments(kvp_share_args *args, argument *out);
 int list_gather_arguments(kvp_gather_args *args, argument *out);
 int32_t needs_of(int32_t scorer); /* kvp_scorer_needs, and 0 for one that is none */
 
@@ -82,6 +83,7 @@ void run_call(call *c, bool same_on_every_isa, void (*verify)(const call *));
 /* The targets. Each aborts if a check fails. */
 int fuzz_score(const uint8_t *data, size_t size);
 int fuzz_select(const uint8_t *data, size_t size);
+int fuzz_share(const uint8_t *data, size_t size);
 int fuzz_gather(const uint8_t *data, size_t size);
 int fuzz_contract(const uint8_t *data, size_t size);
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-targets=(score select gather contract)
+targets=(score select share gather contract)
 seconds=${FUZZ_SECONDS:-600}
 found=build/fuzz/found
 llvm=$(dirname "$(readlink -f "$(command -v clang)")") # llvm-cov and llvm-profdata of the same release
@@ -28,7 +28,7 @@ rm -rf "$found"
 for ((i = 0; i < ${#targets[@]}; i += 2)); do
     fuzz "${targets[i]}" &
     first=$!
-    fuzz "${targets[i + 1]}"
+    [ $((i + 1)) -lt ${#targets[@]} ] && fuzz "${targets[i + 1]}"
     wait "$first"
 done
 

@@ -176,6 +176,8 @@ static kvp_status call_with(const call *c, size_t need, scratch_kind kind, bool 
         status = kvp_score(c->args, &ctx);
     else if (c->verb == KVP_SELECT)
         status = kvp_select(c->args, &ctx);
+    else if (c->verb == KVP_SHARE)
+        status = kvp_share(c->args, &ctx);
     else
         status = kvp_gather(c->args, &ctx);
     memcpy(error, ctx.error, sizeof ctx.error);

@@ -147,6 +147,8 @@ kvp_status call_verb(kvp_verb verb, const void *args, calling how) {
         status = kvp_select(args, &ctx);
     else if (verb == KVP_GATHER)
         status = kvp_gather(args, &ctx);
+    else if (verb == KVP_SHARE)
+        status = kvp_share(args, &ctx);
     else
         status = kvp_press(args, &ctx);
     CHECK(status == KVP_OK, "%s: %s", kvp_status_name(status), ctx.error);

@@ -34,6 +34,7 @@ static void run(const char *name, void (*test)(void)) {
 static void run_on_rows(void) {
     run("norm", test_norm);
     run("position", test_position);
+    run("random", test_random);
     run("keydiff", test_keydiff);
     run("lagkv", test_lagkv);
     run("attention", test_attention);
@@ -42,6 +43,7 @@ static void run_on_rows(void) {
     run("broken keys", test_broken_keys);
     run("same bits", test_same_bits);
     run("select", test_select);
+    run("share", test_share);
     run("gather, large", test_gather_large);
     run("gather in place", test_gather_in_place);
     run("press", test_press);

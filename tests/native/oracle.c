@@ -161,3 +161,43 @@ int64_t exact_select(const kvp_select_args *args, int64_t b, int64_t h, int32_t 
     for (int64_t i = n_kept; i < args->positions.shape[2]; i++) positions[i] = -1;
     return n_kept;
 }
+
+/* A token of a segment whose heads share. */
+typedef struct shared_token {
+    double score;
+    int64_t h, t;
+    bool is_sure;
+} shared_token;
+
+static int compare_shared(const void *x, const void *y) {
+    const shared_token *a = x, *b = y;
+    if (a->is_sure != b->is_sure) return a->is_sure ? -1 : 1;
+    if ((isnan(a->score) != 0) != (isnan(b->score) != 0)) return isnan(a->score) ? 1 : -1;
+    if (a->score > b->score || a->score < b->score) return a->score > b->score ? -1 : 1;
+    if (a->h != b->h) return a->h < b->h ? -1 : 1;
+    return a->t < b->t ? -1 : a->t > b->t;
+}
+
+/* By sorting: each head's own tokens, whose first are sure, and then those of all heads. */
+void exact_share(const kvp_share_args *args, int64_t b, int64_t s, int64_t *counts) {
+    const int64_t begin = (int64_t)get(&args->segments, b, s, 0, 0), n_head = args->scores.shape[1],
+                  n = (int64_t)get(&args->segments, b, s + 1, 0, 0) - begin;
+    shared_token *tokens = allocate((size_t)(n_head * n) * sizeof *tokens);
+    int64_t total = 0;
+    for (int64_t h = 0; h < n_head; h++) {
+        const int64_t quota = (int64_t)get(&args->quotas, b, h, s, 0), least = (int64_t)get(&args->floors, b, h, s, 0);
+        int64_t n_infinite = 0;
+        for (int64_t t = 0; t < n; t++) {
+            tokens[h * n + t] = (shared_token){get(&args->scores, b, h, begin + t, 0), h, t, false};
+            n_infinite += tokens[h * n + t].score == (double)INFINITY;
+        }
+        qsort(tokens + h * n, (size_t)n, sizeof *tokens, compare_shared);
+        const int64_t sure = n_infinite < quota ? n_infinite : quota;
+        for (int64_t t = 0; t < n && t < (sure > least ? sure : least); t++) tokens[h * n + t].is_sure = true;
+        total += quota;
+        counts[h] = 0;
+    }
+    qsort(tokens, (size_t)(n_head * n), sizeof *tokens, compare_shared);
+    for (int64_t i = 0; i < total && i < n_head * n; i++) counts[tokens[i].h]++;
+    free(tokens);
+}

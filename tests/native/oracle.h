@@ -34,4 +34,7 @@ void check_scores_within(const kvp_score_args *args, void (*exact)(const kvp_sco
 /* Fills positions (K) and returns the count for one row of a selection. */
 int64_t exact_select(const kvp_select_args *args, int64_t b, int64_t h, int32_t *positions);
 
+/* Fills counts (H) of one segment of a batch row whose heads share. */
+void exact_share(const kvp_share_args *args, int64_t b, int64_t s, int64_t *counts);
+
 #endif

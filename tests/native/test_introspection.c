@@ -83,6 +83,12 @@ static kvp_status pass_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return KVP_OK;
 }
 
+static kvp_status pass_share(const kvp_share_args *args, kvp_context *ctx) {
+    (void)args;
+    (void)ctx;
+    return KVP_OK;
+}
+
 static int n_expect;
 
 static kvp_status count_expect(const kvp_expect_args *args, kvp_context *ctx) {
@@ -98,11 +104,12 @@ static size_t need_128(kvp_verb verb, const void *args, int32_t n_worker) {
 }
 
 static kvp_status (*const no_scorers[64])(const kvp_score_args *, kvp_context *);
-static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers,  count_select,
-                                     pass_gather,     need_128, count_expect};
-static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA, no_scorers, count_select,
-                                         pass_gather,         need_128, NULL};
-static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77, no_scorers, count_select, pass_gather, need_128, NULL};
+static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA,   no_scorers, count_select,
+                                     pass_gather,     pass_share, need_128,   count_expect};
+static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA,   no_scorers, count_select,
+                                         pass_gather,         pass_share, need_128,   NULL};
+static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77,         no_scorers, count_select,
+                                         pass_gather,     pass_share, need_128,   NULL};
 
 /* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call
  * would be refused for that. */

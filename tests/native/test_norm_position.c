@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The two scorers that look at one token at a time.
+ * The scorers that look at one token at a time, or at none.
  */
 #include "oracle.h"
 #include "tests.h"
@@ -11,6 +11,30 @@
 static const int64_t DIMS[] = {1, 8, 16, 64, 80};
 static const int64_t LENGTHS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 257};
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
+
+/* The draw of kvp.h, written down a second time. */
+static uint64_t mix(uint64_t x) {
+    x ^= x >> 30;
+    x *= 0xbf58476d1ce4e5b9u;
+    x ^= x >> 27;
+    x *= 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static double exact_draw(const kvp_score_args *args, int64_t b, int64_t h, int64_t t) {
+    const uint64_t step = 0x1e3779b97f4a7c15u;
+    int64_t begin, end;
+    uint64_t salt = (uint64_t)h;
+    read_valid(&args->valid, b, args->keys.shape[2], &begin, &end);
+    if (t < begin || t >= end) return -(double)INFINITY;
+    for (int64_t d = 0; d < args->keys.shape[3]; d++) {
+        const double x = get(&args->keys, b, h, begin, d), near = isnan(x) ? 0 : fmin(fmax(4 * x, -0x1p30), 0x1p30);
+        salt += mix((uint64_t)(int64_t)rint(near) + (uint64_t)d * step);
+    }
+    const uint64_t seed = (uint64_t)args->param[0] + ((uint64_t)args->param[1] << 32);
+    const uint64_t head = mix(mix(salt) + (seed + (uint64_t)(end - begin) * step) % ((uint64_t)1 << 62));
+    return (double)(mix(head + (uint64_t)(t - begin) * step) % (1 << 24)) * 0x1p-24;
+}
 
 /* Scores keys of this shape in every layout; the outputs hold two different bytes before, which must make no
  * difference. */
@@ -23,6 +47,10 @@ static void score_keys(int32_t scorer, kvp_dtype dtype, layout how, int64_t n_to
     kvp_score_args args = {.size = sizeof(kvp_score_args), .scorer = scorer, .keys = keys.view};
     if (random_below(2)) args.valid = valid.view;
     if (scorer == kvp_scorer_find("position")) args.param[0] = (double)random_below(n_token + 2);
+    if (scorer == kvp_scorer_find("random")) {
+        args.param[0] = (double)random_below((int64_t)1 << 32);
+        args.param[1] = (double)random_below(1 << 30);
+    }
     for (int i = 0; i < 2; i++) {
         const unsigned char byte = i ? 0x5a : 0xff;
         scores[i] = new_array(KVP_F32, i ? CONTIGUOUS : output_layout(how), 3, shape);
@@ -40,6 +68,11 @@ static void score_keys(int32_t scorer, kvp_dtype dtype, layout how, int64_t n_to
         const double sink = (double)(t - begin) < args.param[0] ? (double)(2 * n_token - t) : (double)t;
         CHECK(get(&args.scores, b, h, t, 0) == (t >= begin && t < end ? sink : -(double)INFINITY), "position %lld",
               (long long)t);
+    }
+    for (int64_t i = 0; scorer == kvp_scorer_find("random") && i < 6 * n_token; i++) {
+        const int64_t b = i / n_token / 3, h = i / n_token % 3, t = i % n_token;
+        CHECK(get(&args.scores, b, h, t, 0) == exact_draw(&args, b, h, t), "draw %lld of head %lld,%lld", (long long)t,
+              (long long)b, (long long)h);
     }
     for (int i = 0; i < 2; i++) free_array(&scores[i]);
     free_array(&keys);
@@ -88,3 +121,5 @@ void test_norm(void) {
 }
 
 void test_position(void) { score_everything("position"); }
+
+void test_random(void) { score_everything("random"); }

@@ -165,7 +165,7 @@ static void overlap(press_case *c) { c->args.out_keys.data = c->args.out_values.
 static void no_scorer(press_case *c) { c->args.scorer = 17; }
 
 void test_press(void) {
-    static const char *const scorers[] = {"norm", "position", "attention", "keydiff", "lagkv"};
+    static const char *const scorers[] = {"norm", "position", "attention", "keydiff", "lagkv", "random"};
     for (int i = 0; i < 120; i++) {
         const attention_shape shape = {.n_batch = 1 + i % 3,
                                        .n_head = 2,
@@ -174,7 +174,7 @@ void test_press(void) {
                                        .n_dim = 1 + random_below(40),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = (voting)(i % VOTING_COUNT)};
-        press_once(scorers[i / 3 % 5], &shape);
+        press_once(scorers[i / 3 % 6], &shape);
     }
     refuse("sizeof(kvp_press_args)", forget_size);
     refuse("queries is missing", forget_queries);

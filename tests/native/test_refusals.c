@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { B = 2, H = 2, G = 2, T = 6, Q = 3, D = 4, V = 2, S = 2, K = 4, N_ARRAY = 16 };
+enum { B = 2, H = 2, G = 2, T = 6, Q = 3, D = 4, V = 2, S = 2, K = 4, N_ARRAY = 18 };
 
 /* Twice this, or this times an element's size, is beyond int64. */
 #define HUGE_SIZE (INT64_MAX / 2)
@@ -19,11 +19,13 @@ typedef struct calls {
     array keys, queries, votes, valid, lse, scores;           /* score */
     array ranking, segments, quotas, protect, ranked, counts; /* select; "valid" is shared */
     array values, kept, out_keys, out_values;                 /* gather; "keys" is shared */
+    array floors, shares;                                     /* share; the others are those of select */
     kvp_score_args score;
     kvp_select_args select;
     kvp_gather_args gather;
+    kvp_share_args share;
     block scratch;
-    size_t score_bytes, score_bytes_of_2, select_bytes;
+    size_t score_bytes, score_bytes_of_2, select_bytes, share_bytes;
     kvp_context ctx;
 } calls;
 
@@ -72,15 +74,25 @@ static void make_gather_call(calls *c) {
                                   c->out_keys.view,        c->out_values.view};
 }
 
+static void make_share_call(calls *c) {
+    static const int32_t floors[] = {1, 2};
+    c->floors = new_filled(KVP_I32, 3, (int64_t[3]){B, H, S}, floors, S);
+    c->shares = new_filled(KVP_I32, 3, (int64_t[3]){B, H, S}, NULL, 0);
+    c->share = (kvp_share_args){sizeof(kvp_share_args), c->ranking.view, c->segments.view,
+                                c->quotas.view,         c->floors.view,  c->shares.view};
+}
+
 static void make_calls(calls *c) {
     memset(c, 0, sizeof *c);
     make_score_call(c);
     make_select_call(c);
     make_gather_call(c);
+    make_share_call(c);
     CHECK(kvp_workspace(KVP_SCORE, &c->score, 1, &c->score_bytes) == KVP_OK, "no workspace for score");
     CHECK(kvp_workspace(KVP_SCORE, &c->score, 2, &c->score_bytes_of_2) == KVP_OK, "no workspace for score");
     CHECK(kvp_workspace(KVP_SELECT, &c->select, 1, &c->select_bytes) == KVP_OK, "no workspace for select");
-    c->scratch = new_block(2 * (c->score_bytes + c->select_bytes) + 64);
+    CHECK(kvp_workspace(KVP_SHARE, &c->share, 1, &c->share_bytes) == KVP_OK, "no workspace for share");
+    c->scratch = new_block(2 * (c->score_bytes + c->select_bytes + c->share_bytes) + 64);
     memset(c->scratch.data, 0xff, c->scratch.bytes);
     memset(c->ctx.error, 0xff, sizeof c->ctx.error);
     c->ctx.workspace = c->scratch.data;
@@ -88,9 +100,9 @@ static void make_calls(calls *c) {
 }
 
 static void list_arrays(calls *c, array **list) {
-    array *const all[N_ARRAY] = {&c->keys,    &c->queries,  &c->votes,    &c->valid,     &c->lse,    &c->scores,
-                                 &c->ranking, &c->segments, &c->quotas,   &c->protect,   &c->ranked, &c->counts,
-                                 &c->values,  &c->kept,     &c->out_keys, &c->out_values};
+    array *const all[N_ARRAY] = {&c->keys,    &c->queries,  &c->votes,    &c->valid,      &c->lse,    &c->scores,
+                                 &c->ranking, &c->segments, &c->quotas,   &c->protect,    &c->ranked, &c->counts,
+                                 &c->values,  &c->kept,     &c->out_keys, &c->out_values, &c->floors, &c->shares};
     memcpy(list, all, sizeof all);
 }
 
@@ -192,6 +204,7 @@ static const struct refusal {
 static kvp_status call_one(calls *c, kvp_verb verb) {
     if (verb == KVP_SCORE) return kvp_score(&c->score, &c->ctx);
     if (verb == KVP_SELECT) return kvp_select(&c->select, &c->ctx);
+    if (verb == KVP_SHARE) return kvp_share(&c->share, &c->ctx);
     return kvp_gather(&c->gather, &c->ctx);
 }
 
@@ -209,7 +222,8 @@ static void check_refusal(const struct refusal *r) {
     if (CHECK(ends && strlen(c.ctx.error) > 10, "no error sentence"))
         CHECK(strstr(c.ctx.error, r->named), "the error does not name %s: %s", r->named, c.ctx.error);
     /* kvp_workspace sees no values, but what it refuses, it refuses alike. */
-    const void *const args[] = {[KVP_SCORE] = &c.score, [KVP_SELECT] = &c.select, [KVP_GATHER] = &c.gather};
+    const void *const args[] = {
+        [KVP_SCORE] = &c.score, [KVP_SELECT] = &c.select, [KVP_GATHER] = &c.gather, [KVP_SHARE] = &c.share};
     size_t bytes = 12345;
     const kvp_status asked = kvp_workspace(r->verb, args[r->verb], 1, &bytes);
     CHECK(asked == KVP_OK || (asked == r->status && bytes == 12345), "kvp_workspace says %s, %zu bytes",
@@ -222,7 +236,8 @@ static void check_unspoilt(void) {
     calls c;
     name_case("nothing to refuse");
     make_calls(&c);
-    for (int verb = KVP_SCORE; verb <= KVP_GATHER; verb++) {
+    for (int verb = KVP_SCORE; verb <= KVP_SHARE; verb++) {
+        if (verb == KVP_PRESS) continue; /* which test_press.c refuses */
         const kvp_status status = call_one(&c, (kvp_verb)verb);
         CHECK(status == KVP_OK, "verb %d: %s, %s", verb, kvp_status_name(status), status == KVP_OK ? "" : c.ctx.error);
     }

@@ -101,15 +101,16 @@ static void score_attention(voting kind) {
     free_attention_case(&c);
 }
 
-static void score_norm(void) {
-    const int64_t shape[4] = {2, 3, 2500, 24};
+/* Of these keys alone, by blocks of tokens. */
+static void score_keys(const char *scorer) {
+    const int64_t shape[4] = {2, 3, 9500, 24};
     array keys = new_array(KVP_F32, HEADS_INSIDE, 4, shape), scores = new_array(KVP_F32, CONTIGUOUS, 3, shape);
     fill_normal(&keys.view);
     const kvp_score_args args = {
-        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find("norm"), .keys = keys.view, .scores = scores.view};
-    name_case("same bits: norm");
+        .size = sizeof(kvp_score_args), .scorer = kvp_scorer_find(scorer), .keys = keys.view, .scores = scores.view};
+    name_case("same bits: %s", scorer);
     call_verb(KVP_SCORE, &args, (calling){0});
-    score_every_way(args, "norm");
+    score_every_way(args, scorer);
     free_array(&keys);
     free_array(&scores);
 }
@@ -178,6 +179,30 @@ static void select_and_gather(void) {
     }
     array *const all[] = {&keys,      &scores,    &segments, &quotas, &positions[0], &positions[1],
                           &counts[0], &counts[1], &out[0],   &out[1], &out[2],       &out[3]};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
+}
+
+static void share(void) {
+    enum { T = 9000, H = 3, S = 2 };
+    const int64_t shape[3] = {2, H, S};
+    array scores = new_array(KVP_F32, HEADS_INSIDE, 3, (int64_t[3]){2, H, T}), counts[2],
+          segments = new_array(KVP_I32, CONTIGUOUS, 2, (int64_t[2]){2, S + 1}),
+          quotas = new_array(KVP_I32, CONTIGUOUS, 3, shape), floors = new_array(KVP_I32, CONTIGUOUS, 3, shape);
+    fill_normal(&scores.view);
+    for (int64_t b = 0; b < 2; b++) {
+        for (int64_t e = 0; e <= S; e++) set(&segments.view, b, e, 0, 0, (double)(e * T / S));
+        for (int64_t i = 0; i < H * S; i++) set(&quotas.view, b, i / S, i % S, 0, T / 4.0);
+        for (int64_t i = 0; i < H * S; i++) set(&floors.view, b, i / S, i % S, 0, T / 9.0);
+    }
+    for (int i = 0; i < 2; i++) counts[i] = new_array(KVP_I32, CONTIGUOUS, 3, shape);
+    for (int i = 0; i <= N_WAY; i++) {
+        const kvp_share_args args = {sizeof args, scores.view, segments.view,
+                                     quotas.view, floors.view, counts[i > 0].view};
+        name_case("same bits: share, way %d", i - 1);
+        call_verb(KVP_SHARE, &args, i ? WAYS[i - 1] : (calling){0});
+        CHECK(same_elements(&counts[i > 0].view, &counts[0].view), "counts differ");
+    }
+    array *const all[] = {&scores, &segments, &quotas, &floors, &counts[0], &counts[1]};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free_array(all[i]);
 }
 
@@ -289,10 +314,12 @@ void test_same_bits(void) {
     score_long();
     atomic_store(&n_pool, 0);
     for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
-    score_norm();
+    score_keys("norm");
+    score_keys("random");
     score_keydiff();
     score_lagkv();
     select_and_gather();
+    share();
     score_concurrently();
     CHECK(atomic_load(&n_pool) > 0, "the core never asked for threads, so these tests say nothing");
 }

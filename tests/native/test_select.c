@@ -3,77 +3,18 @@
  * Selection against the quadratic oracle: equal exactly.
  */
 #include "oracle.h"
+#include "selection.h"
 #include "tests.h"
 
-#include <float.h>
-#include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 static const int64_t LENGTHS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 257};
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
-
-typedef enum score_kind {
-    SCORES_NORMAL,
-    SCORES_TIED,       /* three values */
-    SCORES_EQUAL,      /* one value */
-    SCORES_ODD,        /* NaN, infinities, zeros of both signs, denormals, the largest number */
-    SCORES_NEIGHBOURS, /* differ in the last bits only, around a power of two and its negative */
-    SCORES_BITS,       /* any bit pattern */
-    SCORES_NAN,        /* nothing but NaN of any sign and payload */
-    SCORE_KIND_COUNT
-} score_kind;
-
-static float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static float draw_score(score_kind kind) {
-    static const float odd[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 0x1p-149f, -0x1p-149f, FLT_MAX, -FLT_MAX, 1.0f};
-    switch (kind) {
-    case SCORES_NORMAL: return (float)random_normal();
-    case SCORES_TIED: return (float)random_below(3) - 1.0f;
-    case SCORES_EQUAL: return -0.125f;
-    case SCORES_ODD: return odd[random_below((int64_t)COUNT(odd))];
-    case SCORES_NEIGHBOURS:
-        return (random_below(2) ? 1.0f : -1.0f) * from_bits(0x3f800000u + (uint32_t)random_below(24) - 12u);
-    case SCORES_BITS: return from_bits((uint32_t)random_bits());
-    default: return from_bits(0x7f800001u | (uint32_t)random_bits());
-    }
-}
 
 typedef struct selection {
     array scores, segments, quotas, protect, valid, positions, counts;
     kvp_select_args args;
 } selection;
-
-static void draw_scores(const kvp_tensor *scores, score_kind kind) {
-    for (int64_t b = 0; b < scores->shape[0]; b++)
-        for (int64_t h = 0; h < scores->shape[1]; h++)
-            for (int64_t t = 0; t < scores->shape[2]; t++) {
-                const float value = draw_score(kind);
-                memcpy(element(scores, b, h, t, 0), &value, sizeof value); /* keeps the payload of a NaN */
-            }
-}
-
-static int compare_edges(const void *x, const void *y) { return *(const int32_t *)x - *(const int32_t *)y; }
-
-/* Sorted edges; one row in two begins at 0 and ends at T, the others leave tokens outside all segments. */
-static void draw_segments(const kvp_tensor *segments, int64_t n_token) {
-    int32_t edges[16];
-    const int64_t n = segments->shape[1];
-    for (int64_t b = 0; b < segments->shape[0]; b++) {
-        for (int64_t e = 0; e < n; e++) edges[e] = (int32_t)random_below(n_token + 1);
-        qsort(edges, (size_t)n, sizeof edges[0], compare_edges);
-        if (random_below(2)) {
-            edges[0] = 0;
-            edges[n - 1] = (int32_t)n_token;
-        }
-        for (int64_t e = 0; e < n; e++) set(segments, b, e, 0, 0, edges[e]);
-    }
-}
 
 /* Nothing, part, all, or more than a segment holds. Returns the largest sum of a row. */
 static int64_t draw_quotas(const kvp_tensor *quotas, const kvp_tensor *segments) {

@@ -8,6 +8,7 @@
 /* Once for each set of row primitives that this CPU can run. */
 void test_norm(void);
 void test_position(void);
+void test_random(void);
 void test_keydiff(void);
 void test_lagkv(void);
 void test_attention(void);
@@ -19,6 +20,7 @@ void test_gather_large(void);
 void test_gather_in_place(void);
 void test_press(void);
 void test_select(void);
+void test_share(void);
 
 /* Once. */
 void test_band(void);
