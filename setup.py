@@ -184,7 +184,7 @@ if nvcc:
         Extension(
             "kvpitfalls._cuda",
             sources=["csrc/python/cuda_module.c", "csrc/core/status.c", "csrc/core/dtype.c"],
-            depends=[*depends, *glob("csrc/*/*.cu"), *glob("csrc/*/*.cuh")],
+            depends=headers("h", "def", "cu", "cuh"),
             include_dirs=["csrc"],
             define_macros=[*macros, ("KVPB_NVCC", f'"{version}"'), ("KVPB_ARCHITECTURES", f'"{" ".join(CUDA_ARCHS)}"')],
             library_dirs=cuda_libraries,
