@@ -105,7 +105,7 @@ class BuildCore(build_ext):
             return str(target)
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-        if source.endswith("/sm90.cu"):  # Hopper's own instructions
+        if Path(source).stem in ("sm90", "window"):  # Hopper's own instructions
             archs = ["-gencode=arch=compute_90a,code=sm_90a"]
         run = subprocess.run([nvcc, *NVCC_ARGS, *archs, source, "-o", str(target)], capture_output=True, text=True)
         log.write_text(run.stdout + run.stderr)
