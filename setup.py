@@ -105,7 +105,7 @@ class BuildCore(build_ext):
             return str(target)
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-        if source.endswith("/sm90.cu"):  # Hopper's own instructions
+        if Path(source).stem in ("sm90", "window"):  # Hopper's own instructions
             archs = ["-gencode=arch=compute_90a,code=sm_90a"]
         run = subprocess.run([nvcc, *NVCC_ARGS, *archs, source, "-o", str(target)], capture_output=True, text=True)
         log.write_text(run.stdout + run.stderr)
@@ -184,7 +184,7 @@ if nvcc:
         Extension(
             "kvpitfalls._cuda",
             sources=["csrc/python/cuda_module.c", "csrc/core/status.c", "csrc/core/dtype.c"],
-            depends=[*depends, *headers("cu", "cuh")],
+            depends=headers("h", "def", "cu", "cuh"),
             include_dirs=["csrc"],
             define_macros=[*macros, ("KVPB_NVCC", f'"{version}"'), ("KVPB_ARCHITECTURES", f'"{" ".join(CUDA_ARCHS)}"')],
             library_dirs=cuda_libraries,

@@ -274,7 +274,14 @@ typedef struct kvp_expect_args {
     double scaling;
 } kvp_expect_args;
 
-typedef enum kvp_verb { KVP_SCORE = 0, KVP_SELECT = 1, KVP_GATHER = 2, KVP_PRESS = 3, KVP_SHARE = 4, KVP_EXPECT = 5 } kvp_verb;
+typedef enum kvp_verb {
+    KVP_SCORE = 0,
+    KVP_SELECT = 1,
+    KVP_GATHER = 2,
+    KVP_PRESS = 3,
+    KVP_SHARE = 4,
+    KVP_EXPECT = 5
+} kvp_verb;
 
 KVP_API kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx);

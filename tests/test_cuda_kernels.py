@@ -296,6 +296,23 @@ def test_selection_equals_the_cpu(n_token):
             assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True))
 
 
+@pytest.mark.parametrize("n_token", [8192, 8193, 131_073, 300_000])
+def test_selection_of_scores_with_gaps_equals_the_cpu(n_token):
+    """Every third number of longer rows, and rows one of a batch's: no load takes its neighbours along. Above 8192 a
+    cluster reads them again for each digit."""
+    rng = np.random.default_rng(n_token)
+    for scores in (rng.standard_normal((2, 3, 3 * n_token)), rng.integers(0, 5, (2, 3, 3 * n_token))):
+        apart = scores.astype(np.float32)[..., 1::3]
+        apart[:, :, ::97] = np.nan
+        gaps = torch.from_numpy(scores.astype(np.float32)).cuda()[..., 1::3]
+        gaps.copy_(torch.from_numpy(np.ascontiguousarray(apart)))
+        assert gaps.stride(2) == 3
+        edges, quotas = [0, n_token // 7, n_token], [n_token // 20, n_token // 2]
+        for case in ({}, {"protect": rng.random(n_token) < 0.3}, {"valid": [[3, n_token - 2], [0, n_token]]}):
+            cpu, gpu = (ops.select(x, quotas, segments=edges, **case) for x in (np.ascontiguousarray(apart), gaps))
+            assert all(np.array_equal(a, b.cpu().numpy()) for a, b in zip(cpu, gpu, strict=True)), case
+
+
 def test_positions_out_of_range_give_zeros():
     keys, _ = tensors(1, 2, 1, 50, 64)
     positions = torch.tensor([[[0, 49, 50, 10**9, -7], [1, 2, 3, 4, -1]]], dtype=torch.int32, device="cuda")

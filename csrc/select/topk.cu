@@ -184,22 +184,30 @@ template <int BLOCKS> __device__ __forceinline__ output_offsets scan_cluster(uin
     return offsets;
 }
 
+/* The problem of this block's cluster, with empty histograms; the first block of a row's last one sees to what is
+ * behind it. */
+template <int BLOCKS> __device__ __forceinline__ problem start_problem(const select_job &j, histogram *h) {
+#if __CUDA_ARCH__ < 900
+    if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
+#endif
+    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
+    kvpg_follow();
+    const int index = blockIdx.x / BLOCKS;
+    const problem p = find_problem(j, index);
+    if (block_of_cluster<BLOCKS>() == 0 && index % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    return p;
+}
+
 /*
  * Ranks in registers, N_HELD a thread, BLOCKS blocks a problem. Item i of lane l of warp w is w*32*N_HELD + i*32 + l of
  * its block, so that ballots count in order of position.
  */
 template <int BLOCKS, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
     select_held(const __grid_constant__ select_job j) {
-#if __CUDA_ARCH__ < 900
-    if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
-#endif
     __shared__ __align__(16) histogram h[DIGITS];
     __shared__ [[maybe_unused]] uint2 agreed[DIGITS];
     const int block = block_of_cluster<BLOCKS>(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
-    kvpg_follow();
-    const problem p = find_problem(j, blockIdx.x / BLOCKS);
-    if (block == 0 && blockIdx.x / BLOCKS % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    const problem p = start_problem<BLOCKS>(j, h);
     if (p.quota == 0) return; /* all blocks of the cluster */
     const int first = block * THREADS * N_HELD + warp * 32 * N_HELD + lane;
     uint32_t rank[N_HELD];
@@ -238,16 +246,10 @@ __device__ __forceinline__ void read_ranks(const select_job &j, const problem &p
 /* Ranks read again for each digit: BLOCKS blocks a problem, each warp a stretch of it. */
 template <int BLOCKS> static __global__ void __launch_bounds__(THREADS, 1)
     select_long(const __grid_constant__ select_job j) {
-#if __CUDA_ARCH__ < 900
-    if (BLOCKS > 1) __trap(); /* kvpg_launch does not start it */
-#endif
     __shared__ __align__(16) histogram h[DIGITS];
     __shared__ [[maybe_unused]] uint2 agreed[DIGITS];
     const int block = block_of_cluster<BLOCKS>(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = threadIdx.x; i < DIGITS * BINS; i += THREADS) h[i / BINS].bin[i % BINS] = 0;
-    kvpg_follow();
-    const problem p = find_problem(j, blockIdx.x / BLOCKS);
-    if (block == 0 && blockIdx.x / BLOCKS % j.n_segment == j.n_segment - 1) finish_row(j, p);
+    const problem p = start_problem<BLOCKS>(j, h);
     if (p.quota == 0) return; /* all blocks of the cluster */
     const uint32_t stretch = ((uint32_t)p.n + THREADS * BLOCKS - 1) / (THREADS * BLOCKS) * 32,
                    begin = min((block * WARPS + warp) * stretch, (uint32_t)p.n),

@@ -69,6 +69,7 @@ struct lse_sweep {
         return kvpg_row(p.keys, u.b, u.head, position);
     }
     static __device__ float exponent(const kvpg_attention &, const work_unit &, int, int) { return 0; }
+    static __device__ bool keeps(const work_unit &u) { return u.table[KVPG_IS_SINGLE]; }
     static __device__ void add(result &to, const float (&x)[SIDE], float top) {
         kvpg_raise_max(to, top);
         for (int j = 0; j < SIDE; j++) to.sum += kvpg_exp2(x[j] - to.max);
@@ -99,6 +100,7 @@ struct sum_sweep {
     static __device__ float exponent(const kvpg_attention &p, const work_unit &u, int column, int end) {
         return column < end ? *kvpg_exponent_at(p, u.b, u.head, column) : -INFINITY;
     }
+    static __device__ bool keeps(const work_unit &) { return false; }
     static __device__ void add(result &to, const float (&x)[SIDE], float) {
         for (int j = 0; j < SIDE; j++) to += kvpg_exp2(x[j]);
     }
@@ -128,6 +130,19 @@ template <typename S> __device__ __forceinline__ void add_tile(const kvpg_attent
     }
 }
 
+/* What the rows of a single batch row leave of the tile's products. */
+__device__ __forceinline__ void keep_products(const kvpg_attention &p, const work_unit &u, int first,
+                                              const float (&a)[SIDE][SIDE], const kvpg_interval (&kept)[SIDE]) {
+    for (int i = 0; i < SIDE; i++) {
+        if (kept[i].lo >= kept[i].hi) continue;
+        float *const to = kvpg_products_of_row(p, u.table, u.b, u.head, u.begin + LANES * i + threadIdx.x / LANES);
+        for (int j = 0; j < SIDE; j++) {
+            const int column = first + LANES * j + threadIdx.x % LANES;
+            if (column >= kept[i].lo && column < kept[i].hi) to[column] = a[i][j];
+        }
+    }
+}
+
 /* Blocks are (tile of rows, b, head; split). */
 template <typename T, typename S> __global__ void __launch_bounds__(THREADS, 2)
     sweep_any(const __grid_constant__ kvpg_attention p) {
@@ -137,16 +152,17 @@ template <typename T, typename S> __global__ void __launch_bounds__(THREADS, 2)
     work_unit u = {kvpg_table_row(p.table, b),      b, (int)blockIdx.x % n_head,
                    (int)blockIdx.x / n_unit * TILE, 0, (int)blockIdx.y};
     u.end = min(u.begin + TILE, S::n_row(p, u.table));
-    if (u.table[KVPG_ON_SM90] || u.begin >= u.end || S::is_idle(u)) return;
+    if (kvpg_skips<S::SWEEP>(u.table) || u.begin >= u.end || S::is_idle(u)) return;
     typename S::result results[SIDE];
     for (int i = 0; i < SIDE; i++) results[i] = S::none();
     for (int s = 0; s < S::N_INTERVAL; s++) {
         kvpg_cover cover = kvpg_cover_of<S::SWEEP>(p, u.table, s, u.begin, u.end);
         S::cut(cover, u);
-        kvpg_interval mask[SIDE];
+        kvpg_interval mask[SIDE], kept[SIDE];
         for (int i = 0; i < SIDE; i++) {
             const int row = u.begin + LANES * i + threadIdx.x / LANES;
             mask[i] = row < u.end ? kvpg_interval_of<S::SWEEP>(p, u.table, s, row) : kvpg_interval{0, 0};
+            kept[i] = row < u.end && S::keeps(u) ? kvpg_interval_of<S::SWEEP>(p, u.table, 1, row) : kvpg_interval{0, 0};
         }
         for (int first = cover.lo; first < cover.hi; first += TILE) {
             float a[SIDE][SIDE] = {};
@@ -154,6 +170,7 @@ template <typename T, typename S> __global__ void __launch_bounds__(THREADS, 2)
                 &shared, p.n_dim, S::rows(p).d, S::columns(p).d,
                 [&](int i) { return u.begin + i < u.end ? S::row(p, u, u.begin + i) : NULL; },
                 [&](int i) { return first + i < cover.hi ? S::column(p, u, first + i) : NULL; }, a);
+            if (S::keeps(u)) keep_products(p, u, first, a, kept);
             add_tile<S>(p, u, first, cover.hi, a, mask, results);
         }
     }

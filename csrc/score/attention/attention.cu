@@ -2,13 +2,17 @@
  *
  * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and
  * sweep.cuh for how. At most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless
- * the caller has them; the sums; and weights, pooling and means over heads. Memory is O(T).
+ * the caller has them; the sums; and weights, pooling and means over heads. Two where no key has two voters: the LSE
+ * sweep, and all else. Memory is O(T).
  */
 #include "sweep.cuh"
 
 #include <string.h>
 
-enum { THREADS = 256 };
+enum {
+    THREADS = 256,
+    WINDOW_LEAST = 64, /* rows of queries of a key head from which on the engine for windows pays */
+};
 
 /* The positions [begin, end) of a batch row's voters. */
 typedef struct range {
@@ -61,26 +65,41 @@ typedef struct row_plan {
     range valid, voters[2 * KVPG_MAX_VOTES];
     int n_range;
     int64_t n_voter, hull, n_split, split_size;
-    bool on_sm90;
+    int engine;
+    bool is_single;
 } row_plan;
 
+static int engine_of(const row_plan *plan, int64_t group) {
+    const int64_t n_row = plan->n_voter * group;
+    if (plan->is_single) return KVPG_ON_OTHERS;
+    if (plan->n_voter >= KVPG_MANY_VOTERS) return KVPG_ON_SM90;
+    return group >= KVPG_WINDOW_SUMS && n_row >= WINDOW_LEAST && n_row <= KVPG_WINDOW_ROWS ? KVPG_ON_WINDOW
+                                                                                           : KVPG_ON_OTHERS;
+}
+
 static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool can_sm90, row_plan *plan) {
+    int64_t n_pair = 0; /* of a vote and a voter; as many as there are voters where each votes once */
+    bool is_single = !args->lse.data;
     plan->valid = valid_of(args, b);
     plan->n_range = 0;
     for (int64_t v = 0; v < args->votes.shape[1]; v++) {
         const range keys = vote_range(args, b, v, KVP_VOTE_KEY_BEGIN);
+        const int64_t n_before = n_pair;
         for (int field = KVP_VOTE_A_BEGIN; field <= KVP_VOTE_B_BEGIN && keys.begin < keys.end; field += 2) {
             range r = vote_range(args, b, v, field);
             if (r.begin < keys.begin) r.begin = keys.begin; /* earlier queries see none of these keys */
             plan->n_range = add_range(plan->voters, plan->n_range, r);
+            n_pair += count(&r, r.begin < r.end);
         }
+        is_single = is_single && n_pair - n_before <= 1;
     }
     plan->n_voter = count(plan->voters, plan->n_range);
     plan->hull = plan->n_range ? plan->voters[plan->n_range - 1].end - plan->voters[0].begin : 0;
-    plan->on_sm90 = can_sm90 && plan->n_voter >= KVPG_MANY_VOTERS;
+    plan->is_single = is_single && n_pair == plan->n_voter;
+    plan->engine = can_sm90 ? engine_of(plan, group) : (int)KVPG_ON_OTHERS;
     const int64_t n_key = plan->valid.end - plan->valid.begin,
                   n_tile = kvpg_ceil_div(plan->n_voter * group, KVPG_ROW_TILE);
-    const int64_t most = n_tile > 0 && !plan->on_sm90 ? KVPG_ENOUGH_TILES / n_tile : 1;
+    const int64_t most = n_tile > 0 && plan->engine != KVPG_ON_SM90 ? KVPG_ENOUGH_TILES / n_tile : 1;
     plan->n_split = kvpg_ceil_div(n_key, KVPG_SPLIT);
     if (plan->n_split > most) plan->n_split = most;
     if (plan->n_split < 1) plan->n_split = 1;
@@ -108,62 +127,67 @@ static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int6
 
 /* What the launches depend on. */
 typedef struct needs {
-    bool sm90, others, joining;
+    bool engine[KVPG_N_ENGINE], joining, sums; /* joining and sums: of the others */
 } needs;
 
 static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx,
                               kvpg_attention *p, needs *out) {
     kvpg_writer w;
     row_plan plan;
-    needs need = {false, false, false};
+    needs need = {};
     kvpg_start_table(&w, &p->table, p->n_batch, KVPG_RANGES + 2 * p->n_range + p->n_vote * KVPG_VOTE_SIZE, workspace,
                      ctx);
     for (int64_t b = 0; b < p->n_batch; b++) {
         plan_row(args, b, p->group, can_sm90, &plan);
-        const int64_t head[] = {plan.valid.begin, plan.valid.end,  plan.n_voter,
-                                plan.n_split,     plan.split_size, plan.on_sm90};
+        const int64_t head[] = {plan.valid.begin, plan.valid.end, plan.n_voter,  plan.n_split,
+                                plan.split_size,  plan.engine,    plan.is_single};
         for (int i = 0; i < KVPG_RANGES; i++) kvpg_put(&w, head[i]);
         for (int i = 0; i < p->n_range; i++) {
             kvpg_put(&w, i < plan.n_range ? plan.voters[i].begin : 0);
             kvpg_put(&w, i < plan.n_range ? plan.voters[i].end : 0);
         }
         for (int64_t v = 0; v < p->n_vote; v++) put_vote(&w, args, b, v);
-        if (plan.on_sm90) {
-            need.sm90 = true;
-            continue;
-        }
-        need.others = true;
-        need.joining = need.joining || plan.n_split > 1 || plan.hull > plan.n_voter;
-        if (plan.n_voter > p->max_voter) p->max_voter = (int)plan.n_voter;
+        need.engine[plan.engine] = true;
+        if (plan.engine == KVPG_ON_SM90) continue;
         if (plan.n_split > p->max_split) p->max_split = (int)plan.n_split;
+        if (plan.engine == KVPG_ON_WINDOW) continue;
         if (plan.hull > p->max_hull) p->max_hull = (int)plan.hull;
+        need.joining = need.joining || (plan.is_single ? plan.n_split > 1 && !p->finish_joins
+                                                       : plan.n_split > 1 || plan.hull > plan.n_voter);
+        need.sums = need.sums || !plan.is_single;
+        if (plan.n_voter > p->max_voter) p->max_voter = (int)plan.n_voter;
     }
     *out = need;
     return kvpg_end_table(&w);
 }
 
-/* Joins the splits, and marks what is no voter. A warp to a position; its lanes share the splits, in an order that
- * depends on their number only. */
+/* Lanes that join the splits of a voter together. */
+enum { LANES = 8 };
+
+/* Which voter stands at a position, which is not behind the last; -1: none. */
+__device__ __forceinline__ int index_of_voter(kvpg_numbers table, int position) {
+    int n_before = 0, r = KVPG_RANGES;
+    for (; position >= table[r + 1]; r += 2) n_before += table[r + 1] - table[r];
+    return position < table[r] ? -1 : n_before + position - table[r];
+}
+
+/* Joins the splits, and marks what is no voter. */
 static __global__ void __launch_bounds__(THREADS) join_splits(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
-    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group),
-              lane = threadIdx.x % 32;
-    const kvpg_numbers table = kvpg_table_row(p.table, b), ranges = table + KVPG_RANGES;
-    if (table[KVPG_ON_SM90] || table[KVPG_N_VOTER] == 0) return;
-    const int position = ranges[0] + blockIdx.x * (THREADS / 32) + threadIdx.x / 32, n_voter = table[KVPG_N_VOTER],
-              n_split = table[KVPG_N_SPLIT];
-    if (position > kvpg_voter_at(table, n_voter - 1)) return;
-    int voter = 0, r = 0;
-    for (; position >= ranges[2 * r + 1]; r++) voter += ranges[2 * r + 1] - ranges[2 * r];
-    if (position < ranges[2 * r]) {
-        if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = -INFINITY;
-    } else if (n_split > 1) {
-        const float2 *split = kvpg_splits_of(p, b, query_head) + (int64_t)(voter + position - ranges[2 * r]) * n_split;
-        kvpg_partial t = {KVPG_LOWEST, 0};
-        for (int s = lane; s < n_split; s += 32) t = kvpg_merge(t, kvpg_partial{split[s].x, split[s].y});
-        t = kvpg_merge_lanes<32>(t);
-        if (lane == 0) *kvpg_exponent_at(p, b, query_head, position) = kvpg_exponent(t);
+    const int b = blockIdx.y / (p.n_head * p.group), query_head = blockIdx.y % (p.n_head * p.group);
+    const kvpg_numbers table = kvpg_table_row(p.table, b);
+    if (table[KVPG_ENGINE] != KVPG_ON_OTHERS || table[KVPG_N_VOTER] == 0) return;
+    const int last = kvpg_voter_at(table, table[KVPG_N_VOTER] - 1), n_split = table[KVPG_N_SPLIT],
+              wanted = table[KVPG_RANGES] + blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES,
+              position = min(wanted, last); /* whole warps join */
+    const int voter = index_of_voter(table, position);
+    float exponent = -INFINITY;
+    if (n_split > 1) {
+        const float joined = kvpg_join_splits<LANES>(p, table, b, query_head, max(voter, 0));
+        if (voter >= 0) exponent = joined;
     }
+    if (threadIdx.x % LANES == 0 && position == wanted && (voter < 0 || n_split > 1))
+        *kvpg_exponent_at(p, b, query_head, position) = exponent;
 }
 
 /* The caller's denominators. */
@@ -181,12 +205,66 @@ static __global__ void __launch_bounds__(THREADS)
  * once for all keys. */
 enum { PARTS = 4, MAX_REACH = 32 };
 
-/* The sum over query heads first, first + step, ... below last. */
-__device__ __forceinline__ float sum_heads(const kvpg_attention &p, int b, int first, int last, int step, int k) {
-    const float *sums = kvpg_sums_of(p, b, first) + k;
+/* Votes times query heads up to which the last kernel joins the splits of single rows itself, each block those that its
+ * keys need: more would take longer than a launch. */
+enum { JOINED = 512 };
+
+/* Query heads [first, last) of a batch row whose sums count, and of a single one their exponents [vote][head] where
+ * they are joined. */
+typedef struct head_range {
+    kvpg_numbers table;
+    int b, first, last;
+    const float *joined;
+} head_range;
+
+/* Fills `joined` with what keys [begin, end) need. */
+__device__ __forceinline__ void join_for_keys(const kvpg_attention &p, const head_range &heads, int begin, int end,
+                                              float *joined) {
+    const int n_head = heads.last - heads.first, n = p.n_vote * n_head;
+    for (int at = 0; at < n; at += THREADS / LANES) { /* whole warps join */
+        const int i = min(at + (int)threadIdx.x / LANES, n - 1), query_head = heads.first + i % n_head;
+        const kvpg_numbers vote = kvpg_vote(p, heads.table, i / n_head);
+        const int voter = kvpg_voter_of_vote(vote);
+        const bool needed = voter >= 0 && max(begin, vote[KVPG_KEY_BEGIN]) < min(end, vote[KVPG_KEY_END]);
+        if (!__any_sync(~0u, needed)) continue;
+        const float exponent = kvpg_join_splits<LANES>(p, heads.table, heads.b, query_head,
+                                                       needed ? index_of_voter(heads.table, voter) : 0);
+        if (needed && threadIdx.x % LANES == 0) joined[i] = exponent;
+    }
+}
+
+/* Of a single row: the attention that query heads first, first + step, ... pay to key k. */
+__device__ __forceinline__ float sum_powers(const kvpg_attention &p, const head_range &heads, int first, int step,
+                                            int k) {
+    const int n_head = heads.last - heads.first;
+    for (int v = 0; v < p.n_vote; v++) {
+        const kvpg_numbers vote = kvpg_vote(p, heads.table, v);
+        if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
+        const int voter = kvpg_voter_of_vote(vote);
+        if (voter < k) return 0;
+        float sum = 0;
+#pragma unroll 4
+        for (int head = first; head < heads.last; head += step) {
+            const float product = kvpg_sums_of(p, heads.b, head)[k],
+                        exponent = heads.joined ? heads.joined[v * n_head + head - heads.first]
+                                                : *kvpg_exponent_at(p, heads.b, head, voter);
+            sum += kvpg_exp2(p.cap > 0 ? kvpg_logit(p, product) + exponent : fmaf(product, p.scale, exponent));
+        }
+        return sum;
+    }
+    return 0;
+}
+
+/* The sum over query heads first, first + step, ... */
+__device__ __forceinline__ float sum_heads(const kvpg_attention &p, const head_range &heads, int first, int step,
+                                           int k) {
+    if (heads.table[KVPG_IS_SINGLE]) return sum_powers(p, heads, first, step, k);
+    const bool has_gaps = p.share_heads && heads.table[KVPG_ENGINE] == KVPG_ON_WINDOW;
+    const float *sums = kvpg_sums_of(p, heads.b, first) + k;
     float sum = 0;
 #pragma unroll 4
-    for (int head = first; head < last; head += step, sums += (int64_t)step * p.n_token) sum += *sums;
+    for (int head = first; head < heads.last; head += step, sums += (int64_t)step * p.n_token)
+        sum += has_gaps && head % p.group >= KVPG_WINDOW_SUMS ? 0 : *sums;
     return sum;
 }
 
@@ -214,20 +292,27 @@ __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers 
 }
 
 /* A block has THREADS / N_PART keys. */
-template <int N_PART> static __global__ void __launch_bounds__(THREADS)
+template <int N_PART> static __global__ void __launch_bounds__(THREADS, 5)
     finish(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     constexpr int KEYS = THREADS / N_PART;
-    __shared__ float part[N_PART][KEYS + 2 * MAX_REACH];
+    __shared__ float part[N_PART][KEYS + 2 * MAX_REACH], joined[JOINED];
     const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head,
               n_head = p.share_heads ? p.n_head : 1;
-    const int first = h * p.group, last = (h + n_head) * p.group, reach = min(p.kernel_size / 2, (int)MAX_REACH),
-              begin = blockIdx.x * KEYS - reach;
-    const int n_sum = KEYS + 2 * reach, k = blockIdx.x * KEYS + threadIdx.x;
     const kvpg_numbers table = kvpg_table_row(p.table, b);
+    const bool joins = p.finish_joins && table[KVPG_IS_SINGLE] && table[KVPG_N_SPLIT] > 1;
+    const int n_place =
+        !p.share_heads && table[KVPG_ENGINE] == KVPG_ON_WINDOW ? (int)KVPG_WINDOW_SUMS : n_head * p.group;
+    const head_range heads = {table, b, h * p.group, h * p.group + n_place, joins ? joined : NULL};
+    const int reach = min(p.kernel_size / 2, (int)MAX_REACH), begin = blockIdx.x * KEYS - reach;
+    const int n_sum = KEYS + 2 * reach, k = blockIdx.x * KEYS + threadIdx.x;
+    if (joins) {
+        join_for_keys(p, heads, begin, begin + n_sum, joined);
+        __syncthreads();
+    }
     for (int i = threadIdx.x % KEYS; i < n_sum; i += KEYS)
         part[threadIdx.x / KEYS][i] = begin + i >= 0 && begin + i < p.n_token
-                                          ? sum_heads(p, b, first + threadIdx.x / KEYS, last, N_PART, begin + i)
+                                          ? sum_heads(p, heads, heads.first + threadIdx.x / KEYS, N_PART, begin + i)
                                           : 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
@@ -236,8 +321,8 @@ template <int N_PART> static __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x >= KEYS || k >= p.n_token) return;
     const float score =
         p.kernel_size / 2 <= MAX_REACH
-            ? score_of(p, table, last - first, k, [&](int i) { return part[0][i - begin]; })
-            : score_of(p, table, last - first, k, [&](int i) { return sum_heads(p, b, first, last, 1, i); });
+            ? score_of(p, table, n_head * p.group, k, [&](int i) { return part[0][i - begin]; })
+            : score_of(p, table, n_head * p.group, k, [&](int i) { return sum_heads(p, heads, heads.first, 1, i); });
     for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
 }
 
@@ -295,6 +380,8 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->kernel_size = (int)args->param[KVPI_PARAM_attention_kernel_size];
     p->share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0;
     p->has_masked = args->lse.data != NULL;
+    p->finish_joins =
+        (int64_t)p->n_vote * p->group * (p->share_heads ? p->n_head : 1) <= JOINED && p->kernel_size / 2 <= MAX_REACH;
 }
 
 static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
@@ -309,8 +396,9 @@ static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
 }
 
 static kvp_status sweep(int which, const kvpg_attention *p, const kvp_score_args *args, needs need, kvp_context *ctx) {
-    if (need.sm90) KVPI_TRY(kvpg_sweep_sm90(which, p, args, ctx));
-    if (!need.others || (which == KVPG_LSE && p->max_voter == 0)) return KVP_OK;
+    if (need.engine[KVPG_ON_SM90]) KVPI_TRY(kvpg_sweep_sm90(which, p, args, ctx));
+    if (need.engine[KVPG_ON_WINDOW]) KVPI_TRY(kvpg_sweep_window(which, p, args, ctx));
+    if (which == KVPG_SUM ? !need.sums : p->max_voter == 0) return KVP_OK;
     return kvpg_can_mma(args) ? kvpg_sweep_mma(which, p, args->keys.dtype, ctx)
                               : kvpg_sweep_any(which, p, args->keys.dtype, ctx);
 }
@@ -332,7 +420,7 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
         KVPI_TRY(kvpg_launch("take_lse", ctx, take_lse, grid, THREADS, 1, 0, p, kvpg_rows_of(&args->lse)));
     } else {
         KVPI_TRY(sweep(KVPG_LSE, &p, args, need, ctx));
-        const kvpg_grid grid = {kvpg_ceil_div(p.max_hull, THREADS / 32), n_row};
+        const kvpg_grid grid = {kvpg_ceil_div(p.max_hull, THREADS / LANES), n_row};
         if (need.joining && p.max_hull > 0)
             KVPI_TRY(kvpg_launch("join_splits", ctx, join_splits, grid, THREADS, 1, 0, p));
     }

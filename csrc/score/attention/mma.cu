@@ -19,7 +19,7 @@ template <int DIM> struct shape {
     static constexpr int PITCH =
         DIM * 2 + 16; /* bytes from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
     static constexpr int TILE = COLUMNS * PITCH;
-    static constexpr int BYTES = STAGES * (TILE + COLUMNS * 4) + ROWS * 16;
+    static constexpr int BYTES = STAGES * (TILE + COLUMNS * 4) + ROWS * (2 * sizeof(kvpg_interval) + sizeof(float *));
 };
 
 /* What a block works on. */
@@ -43,11 +43,12 @@ __device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, int head
     u.head = blockIdx.x % n_unit % n_part * heads_at_once;
     u.n_head = SWEEP == KVPG_SUM ? heads_at_once : 1;
     u.table = kvpg_table_row(p.table, u.b);
-    u.split = blockIdx.y;
+    u.split = u.table[KVPG_IS_SINGLE] ? u.table[KVPG_N_SPLIT] - 1 - (int)blockIdx.y : blockIdx.y;
     const int n_row = SWEEP == KVPG_SUM ? p.n_token : u.table[KVPG_N_VOTER] * p.group;
     u.begin = tile * shape<DIM>::ROWS;
     u.end = min(u.begin + shape<DIM>::ROWS, n_row);
-    return !u.table[KVPG_ON_SM90] && u.begin < n_row && (SWEEP == KVPG_SUM || u.split < u.table[KVPG_N_SPLIT]);
+    return !kvpg_skips<SWEEP>(u.table) && u.begin < n_row &&
+           (SWEEP == KVPG_SUM || (u.split >= 0 && u.split < u.table[KVPG_N_SPLIT]));
 }
 
 /* The tiles of columns, in order: for each head those of interval 0, then those of interval 1. */
@@ -180,11 +181,34 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
     }
 }
 
+/* What a voter's row in a batch row that is single leaves of its products: those with `keys`, from `to` on. */
+struct kept_products {
+    const kvpg_interval *keys; /* NULL: nothing */
+    float *const *to;
+};
+
+/* Columns are the pairs from column and from column + 8 on. */
+template <int M>
+__device__ __forceinline__ void keep_products(const float (&a)[M][2][4], const kept_products &kept, int column) {
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int row = i / 2 * 16 + i % 2 * 8;
+        const kvpg_interval keys = kept.keys[row];
+        if (keys.lo >= keys.hi) continue;
+        float *const to = kept.to[row];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int at = column + j / 2 * 8 + j % 2;
+            if (at >= keys.lo && at < keys.hi) to[at] = a[i / 2][j / 2][i % 2 * 2 + j % 2];
+        }
+    }
+}
+
 /* One tile of columns: 16 from `first` on, and again each `step`. */
 template <typename T, int DIM, int SWEEP, bool MASKED>
 __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4],
                                            uint32_t tile, const kvpg_interval *mask, int column, int end,
-                                           const float *exponents, int first, int step,
+                                           const float *exponents, int first, int step, const kept_products &kept,
                                            results<SWEEP, shape<DIM>::M> &r) {
     constexpr int M = shape<DIM>::M;
     const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
@@ -202,6 +226,7 @@ __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32
                 kvpg_multiply<T>(a[m][1], rows[m][k], b[2], b[3]);
             }
         }
+        if (SWEEP == KVPG_LSE && kept.keys) keep_products<M>(a, kept, column + first + of_pair);
         reduce<M, MASKED>(p, a, mask, column + first + of_pair, exponents + first + of_pair, r);
     }
 }
@@ -289,6 +314,7 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
     extern __shared__ __align__(128) char shared[];
     float *const exponents = (float *)(shared + STAGES * TILE);
     kvpg_interval *const masks = (kvpg_interval *)(exponents + STAGES * COLUMNS); /* [2][ROWS] */
+    float **const products = (float **)(masks + 2 * ROWS);
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     work_unit<SWEEP> u;
@@ -312,9 +338,15 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
     load_rows<DIM>(p, u, ring);
     kvpg_commit();
     prefetch(0);
-    for (int i = threadIdx.x; i < (c.n > c.n_first ? 2 : 1) * ROWS; i += THREADS)
+    const bool is_single = SWEEP == KVPG_LSE && u.table[KVPG_IS_SINGLE];
+    for (int i = threadIdx.x; i < (c.n > c.n_first || is_single ? 2 : 1) * ROWS; i += THREADS)
         masks[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS)
                                               : kvpg_interval{0, 0};
+    if constexpr (SWEEP == KVPG_LSE)
+        for (int i = threadIdx.x; is_single && i < u.end - u.begin; i += THREADS)
+            products[i] = kvpg_products_of_row(p, u.table, u.b, u.h, u.begin + i);
+    const kept_products kept = {is_single ? masks + ROWS + first_row + lane / 4 : NULL,
+                                products + first_row + lane / 4};
     kvpg_wait<1>();
     __syncthreads();
     uint32_t rows[M][DIM / 16][4];
@@ -343,10 +375,10 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
         if (!p.has_masked && current.column >= cover.full_lo &&
             current.column + COLUMNS <= min(cover.full_hi, cover.hi))
             sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
-                                             column_step, total);
+                                             column_step, kept, total);
         else
             sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, mask, current.column, cover.hi, e, first_column, column_step,
-                                            total);
+                                            kept, total);
         if (SWEEP == KVPG_SUM && is_last) {
             store_results<DIM>(p, u, current.head, row, total);
             total.clear();

@@ -6,9 +6,7 @@
  * tile with them, while the others take powers. Blocks stay for the whole sweep and take units in a fixed order; a
  * unit's result does not depend on who works on it.
  */
-#include "sweep.cuh"
-
-#include <cuda.h>
+#include "hopper.cuh"
 
 #include <type_traits>
 
@@ -16,14 +14,9 @@ enum {
     GROUPS = 3, /* warpgroups that consume */
     THREADS = (GROUPS + 1) * 128,
     ROWS = GROUPS * 64, /* of a unit */
-    COLUMNS = 128,      /* of a tile */
-    STAGES = 4,
-    DIM = 128,
-    HALF = 64, /* elements of the 128 bytes that a swizzled row of shared memory has */
-    TILE_BYTES = COLUMNS * DIM * 2,
-    ROW_BYTES = ROWS * DIM * 2,
-    BARRIER_BYTES = 8,
-    SHARED_BYTES = STAGES * TILE_BYTES + ROW_BYTES + STAGES * COLUMNS * 4 + (2 * STAGES + 2) * BARRIER_BYTES,
+    ROW_BYTES = ROWS * KVPG_DIM * 2,
+    SHARED_BYTES = KVPG_STAGES * KVPG_TILE_BYTES + ROW_BYTES + KVPG_STAGES * KVPG_TILE * 4 +
+        (2 * KVPG_STAGES + 2) * KVPG_BARRIER_BYTES,
     PRODUCER_REGISTERS =
         56, /* 56 + 3 * 152 = 4 * 128: more than the launch gives would make setmaxnreg wait for ever */
     CONSUMER_REGISTERS = 152,
@@ -43,33 +36,6 @@ typedef struct work_unit {
     kvpg_cover cover[2];
     int n_first, n; /* tiles of columns of interval 0, of both */
 } work_unit;
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
-    asm volatile("{\n.reg .pred done;\n"
-                 "wait_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra go_%=;\nbra wait_%=;\ngo_%=:\n}\n" ::"r"(barrier),
-                 "r"(phase)
-                 : "memory");
-}
-
-/* One copy brings both halves of the rows from `row` on: the map has the dimensions {64, rows, 2 halves, heads, batch}.
- */
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap *map, uint32_t barrier, int row, int head,
-                                          int b) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, "
-                 "%5, %6}], [%2];" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(b)
-                 : "memory");
-}
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
@@ -95,11 +61,11 @@ KVPG_TENSOR_TYPES(KVPG_WGMMA)
 #undef KVPG_WGMMA
 
 template <typename T> __device__ __forceinline__ void
-multiply_tile(float (&products)[64], const uint32_t (&rows)[DIM / 16][4], uint32_t tile) {
+multiply_tile(float (&products)[64], const uint32_t (&rows)[KVPG_DIM / 16][4], uint32_t tile) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++)
-        multiply_16<T>(products, rows[k], tile + k / 4 * (COLUMNS * 128 / 16) + k % 4 * 2, k != 0);
+    for (int k = 0; k < KVPG_DIM / 16; k++)
+        multiply_16<T>(products, rows[k], tile + k / 4 * (KVPG_TILE * 128 / 16) + k % 4 * 2, k != 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
@@ -140,17 +106,17 @@ __device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, const sc
     u.table = kvpg_table_row(p.table, u.b);
     u.n = u.n_first = 0;
     u.begin = u.end = 0;
-    if (!u.table[KVPG_ON_SM90]) return true;
+    if (u.table[KVPG_ENGINE] != KVPG_ON_SM90) return true;
     u.begin = tile * ROWS + (SWEEP == KVPG_SUM ? 0 : first_voter(u.table));
     u.end = min(u.begin + ROWS, SWEEP == KVPG_SUM ? p.n_token : voters_end(u.table));
     for (int s = 0; s < 2; s++) u.cover[s] = cover_of<SWEEP>(p, u.table, s, u.begin, u.end);
-    u.n_first = (u.cover[0].hi - u.cover[0].lo + COLUMNS - 1) / COLUMNS;
-    u.n = u.n_first + (u.cover[1].hi - u.cover[1].lo + COLUMNS - 1) / COLUMNS;
+    u.n_first = (u.cover[0].hi - u.cover[0].lo + KVPG_TILE - 1) / KVPG_TILE;
+    u.n = u.n_first + (u.cover[1].hi - u.cover[1].lo + KVPG_TILE - 1) / KVPG_TILE;
     return true;
 }
 
 __device__ __forceinline__ int column_of(const work_unit &u, int t) {
-    return t < u.n_first ? u.cover[0].lo + t * COLUMNS : u.cover[1].lo + (t - u.n_first) * COLUMNS;
+    return t < u.n_first ? u.cover[0].lo + t * KVPG_TILE : u.cover[1].lo + (t - u.n_first) * KVPG_TILE;
 }
 
 /* Adds the powers of one tile to the sums of this thread's two rows. Its columns are 8 j + 2 (lane % 4) and the next;
@@ -176,67 +142,35 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
     sum[1] += part[2] + part[3];
 }
 
-/* The same for the partial softmaxes of the LSE sweep; scale > 0. */
-template <bool MASKED> __device__ __forceinline__ void
-add_to_partials(float (&x)[64], float scale, const kvpg_interval (&mask)[2], int column, kvpg_partial (&partial)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float top[2] = {-INFINITY, -INFINITY}, part[2] = {};
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float &product = x[4 * j + 2 * r + i];
-                const int at = column + 8 * j + i;
-                if (MASKED) product = at >= mask[r].lo && at < mask[r].hi ? product : -INFINITY;
-                top[i] = fmaxf(top[i], product);
-            }
-        kvpg_raise_max(partial[r], fmaxf(top[0], top[1]) * scale);
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) part[i] += kvpg_exp2(fmaf(x[4 * j + 2 * r + i], scale, -partial[r].max));
-        partial[r].sum += part[0] + part[1];
-    }
-}
-
 /* Addresses in shared memory. */
 typedef struct shared_addresses {
     uint32_t ring, rows, full, empty, rows_full, rows_empty;
     float *exponents;
 } shared_addresses;
 
-/* Which stage of the ring is next, and which pass through it. */
-typedef struct pipeline_state {
-    int stage;
-    uint32_t phase;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-} pipeline_state;
-
 template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, const schedule &plan,
                                                    const CUtensorMap *rows, const CUtensorMap *columns,
                                                    const shared_addresses &smem) {
     const int first_query = p.n_token - p.n_query;
-    pipeline_state pipeline = {0, 0};
+    kvpg_pipeline pipeline = {0, 0};
     uint32_t phase = 0;
     work_unit u;
     for (int j = 0; find_work_unit<SWEEP>(p, plan, j, u); j++) {
         if (u.n == 0) continue;
         const int key_head = u.query_head / p.group;
-        barrier_wait(smem.rows_empty, phase ^ 1);
+        kvpg_barrier_wait(smem.rows_empty, phase ^ 1);
         phase ^= 1;
-        barrier_expect(smem.rows_full, ROW_BYTES); /* they come while the last tiles of the unit before are worked on */
-        copy_tile(smem.rows, rows, smem.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query,
-                  SWEEP == KVPG_SUM ? key_head : u.query_head, u.b);
+        kvpg_barrier_expect(smem.rows_full,
+                            ROW_BYTES); /* they come while the last tiles of the unit before are worked on */
+        kvpg_copy_tile(smem.rows, rows, smem.rows_full, SWEEP == KVPG_SUM ? u.begin : u.begin - first_query,
+                       SWEEP == KVPG_SUM ? key_head : u.query_head, u.b);
         for (int t = 0; t < u.n; t++) {
-            const uint32_t full = smem.full + BARRIER_BYTES * pipeline.stage;
-            barrier_wait(smem.empty + BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
-            barrier_expect(full, TILE_BYTES);
-            copy_tile(smem.ring + pipeline.stage * TILE_BYTES, columns, full,
-                      SWEEP == KVPG_SUM ? column_of(u, t) - first_query : column_of(u, t),
-                      SWEEP == KVPG_SUM ? u.query_head : key_head, u.b);
+            const uint32_t full = smem.full + KVPG_BARRIER_BYTES * pipeline.stage;
+            kvpg_barrier_wait(smem.empty + KVPG_BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
+            kvpg_barrier_expect(full, KVPG_TILE_BYTES);
+            kvpg_copy_tile(smem.ring + pipeline.stage * KVPG_TILE_BYTES, columns, full,
+                           SWEEP == KVPG_SUM ? column_of(u, t) - first_query : column_of(u, t),
+                           SWEEP == KVPG_SUM ? u.query_head : key_head, u.b);
             pipeline.next();
         }
     }
@@ -245,7 +179,7 @@ template <int SWEEP> __device__ void produce_tiles(const kvpg_attention &p, cons
 /* The exponents of a tile's columns, one tile ahead of their use; see add_powers for their order. */
 __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan, const shared_addresses &smem) {
     const int lane = threadIdx.x % 32, slot = lane / 16 * 16 + lane / 2 % 4 * 4 + lane / 8 % 2 * 2 + lane % 2;
-    pipeline_state pipeline = {0, 0};
+    kvpg_pipeline pipeline = {0, 0};
     work_unit u;
     for (int j = 0; find_work_unit<KVPG_SUM>(p, plan, j, u); j++) {
         float next[4];
@@ -264,31 +198,31 @@ __device__ void produce_exponents(const kvpg_attention &p, const schedule &plan,
 #pragma unroll
             for (int i = 0; i < 4; i++) now[i] = next[i];
             if (t + 1 < u.n) load(t + 1);
-            barrier_wait(smem.empty + BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
+            kvpg_barrier_wait(smem.empty + KVPG_BARRIER_BYTES * pipeline.stage, pipeline.phase ^ 1);
 #pragma unroll
-            for (int i = 0; i < 4; i++) smem.exponents[pipeline.stage * COLUMNS + i * 32 + slot] = now[i];
+            for (int i = 0; i < 4; i++) smem.exponents[pipeline.stage * KVPG_TILE + i * 32 + slot] = now[i];
             __syncwarp();
-            barrier_arrive(smem.full + BARRIER_BYTES * pipeline.stage);
+            kvpg_barrier_arrive(smem.full + KVPG_BARRIER_BYTES * pipeline.stage);
             pipeline.next();
         }
     }
 }
 
 /* A warp is done with a stage. */
-__device__ __forceinline__ void release(const shared_addresses &smem, pipeline_state &pipeline) {
+__device__ __forceinline__ void release(const shared_addresses &smem, kvpg_pipeline &pipeline) {
     __syncwarp();
-    barrier_arrive(smem.empty + BARRIER_BYTES * pipeline.stage);
+    kvpg_barrier_arrive(smem.empty + KVPG_BARRIER_BYTES * pipeline.stage);
     pipeline.next();
 }
 
 /* This warp's rows of the unit as fragments in registers, once the copy engine has brought them. */
-__device__ __forceinline__ void load_rows(const shared_addresses &smem, int group, uint32_t (&rows)[DIM / 16][4],
+__device__ __forceinline__ void load_rows(const shared_addresses &smem, int group, uint32_t (&rows)[KVPG_DIM / 16][4],
                                           uint32_t &phase) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    barrier_wait(smem.rows_full, phase);
+    kvpg_barrier_wait(smem.rows_full, phase);
     phase ^= 1;
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) {
+    for (int k = 0; k < KVPG_DIM / 16; k++) {
         const int r = group * 64 + warp * 16 + lane % 16, chunk = k % 4 * 2 + lane / 16;
         kvpg_load_matrix(rows[k], smem.rows + k / 4 * (ROWS * 128) + r * 128 + ((chunk ^ (r & 7)) << 4));
     }
@@ -296,7 +230,7 @@ __device__ __forceinline__ void load_rows(const shared_addresses &smem, int grou
      * early. */
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    if (lane == 0) barrier_arrive(smem.rows_empty);
+    if (lane == 0) kvpg_barrier_arrive(smem.rows_empty);
 }
 
 /* What a thread has of its two rows; of a sweep one of them is used. */
@@ -308,27 +242,27 @@ struct two_rows {
 /* n tiles, of which the first starts at column; MASKED: where a row may not take all of their columns. */
 template <typename T, int SWEEP, bool MASKED>
 __device__ __forceinline__ void take_tiles(const kvpg_attention &p, const shared_addresses &smem,
-                                           const uint32_t (&rows)[DIM / 16][4], const kvpg_interval (&mask)[2],
-                                           int column, int n, pipeline_state &pipeline, two_rows &total) {
+                                           const uint32_t (&rows)[KVPG_DIM / 16][4], const kvpg_interval (&mask)[2],
+                                           int column, int n, kvpg_pipeline &pipeline, two_rows &total) {
     const int lane = threadIdx.x % 32;
     float x[64];
 #pragma unroll 1
     for (int i = 0; i < n; i++) {
-        const int first_column = column + i * COLUMNS + 2 * (lane % 4);
-        barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
-        multiply_tile<T>(x, rows, ((smem.ring + pipeline.stage * TILE_BYTES) >> 4) | 0x10000u);
+        const int first_column = column + i * KVPG_TILE + 2 * (lane % 4);
+        kvpg_barrier_wait(smem.full + KVPG_BARRIER_BYTES * pipeline.stage, pipeline.phase);
+        multiply_tile<T>(x, rows, ((smem.ring + pipeline.stage * KVPG_TILE_BYTES) >> 4) | 0x10000u);
         if constexpr (SWEEP == KVPG_SUM)
-            add_powers<MASKED>(x, (const float4 *)(smem.exponents + pipeline.stage * COLUMNS) + lane % 4, p.scale, mask,
-                               first_column, total.sum);
+            add_powers<MASKED>(x, (const float4 *)(smem.exponents + pipeline.stage * KVPG_TILE) + lane % 4, p.scale,
+                               mask, first_column, total.sum);
         else
-            add_to_partials<MASKED>(x, p.scale, mask, first_column, total.partial);
+            kvpg_add_to_partials<MASKED>(x, p.scale, mask, first_column, total.partial);
         release(smem, pipeline);
     }
 }
 
-__device__ __forceinline__ void skip_tiles(const shared_addresses &smem, int n, pipeline_state &pipeline) {
+__device__ __forceinline__ void skip_tiles(const shared_addresses &smem, int n, kvpg_pipeline &pipeline) {
     for (int i = 0; i < n; i++) {
-        barrier_wait(smem.full + BARRIER_BYTES * pipeline.stage, pipeline.phase);
+        kvpg_barrier_wait(smem.full + KVPG_BARRIER_BYTES * pipeline.stage, pipeline.phase);
         release(smem, pipeline);
     }
 }
@@ -350,8 +284,8 @@ template <int SWEEP> __device__ __forceinline__ void store_rows(const kvpg_atten
 
 template <typename T, int SWEEP> __device__ __forceinline__ void consume(const kvpg_attention &p, const schedule &plan,
                                                                          const shared_addresses &smem, int group) {
-    uint32_t rows[DIM / 16][4], phase = 0;
-    pipeline_state pipeline = {0, 0};
+    uint32_t rows[KVPG_DIM / 16][4], phase = 0;
+    kvpg_pipeline pipeline = {0, 0};
     work_unit u;
     for (int j = 0; find_work_unit<SWEEP>(p, plan, j, u); j++) {
         const int first = u.begin + group * 64, end = min(first + 64, u.end),
@@ -365,10 +299,10 @@ template <typename T, int SWEEP> __device__ __forceinline__ void consume(const k
 #pragma unroll
             for (int r = 0; r < 2; r++) mask[r] = interval_of<SWEEP>(p, u.table, s, row + 8 * r, end);
             const int column = column_of(u, t);
-            const kvpg_band band = kvpg_find_band(cover_of<SWEEP>(p, u.table, s, first, end), column, n, COLUMNS,
+            const kvpg_band band = kvpg_find_band(cover_of<SWEEP>(p, u.table, s, first, end), column, n, KVPG_TILE,
                                                   SWEEP == KVPG_SUM && p.has_masked);
             const auto take = [&](int from, int to, auto masked) {
-                take_tiles<T, SWEEP, masked.value>(p, smem, rows, mask, column + from * COLUMNS, to - from, pipeline,
+                take_tiles<T, SWEEP, masked.value>(p, smem, rows, mask, column + from * KVPG_TILE, to - from, pipeline,
                                                    total);
             };
             skip_tiles(smem, band.begin, pipeline);
@@ -391,20 +325,20 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0); /* the same for a warp, and the compiler knows it */
     shared_addresses smem;
     smem.ring = (uint32_t)__cvta_generic_to_shared(shared);
-    smem.rows = smem.ring + STAGES * TILE_BYTES;
-    smem.exponents = (float *)(shared + STAGES * TILE_BYTES + ROW_BYTES);
-    smem.full = smem.rows + ROW_BYTES + STAGES * COLUMNS * 4;
-    smem.empty = smem.full + STAGES * BARRIER_BYTES;
-    smem.rows_full = smem.empty + STAGES * BARRIER_BYTES;
-    smem.rows_empty = smem.rows_full + BARRIER_BYTES;
+    smem.rows = smem.ring + KVPG_STAGES * KVPG_TILE_BYTES;
+    smem.exponents = (float *)(shared + KVPG_STAGES * KVPG_TILE_BYTES + ROW_BYTES);
+    smem.full = smem.rows + ROW_BYTES + KVPG_STAGES * KVPG_TILE * 4;
+    smem.empty = smem.full + KVPG_STAGES * KVPG_BARRIER_BYTES;
+    smem.rows_full = smem.empty + KVPG_STAGES * KVPG_BARRIER_BYTES;
+    smem.rows_empty = smem.rows_full + KVPG_BARRIER_BYTES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(smem.full + BARRIER_BYTES * i,
-                         SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
-            barrier_init(smem.empty + BARRIER_BYTES * i, 128 * GROUPS);
+        for (int i = 0; i < KVPG_STAGES; i++) {
+            kvpg_barrier_init(smem.full + KVPG_BARRIER_BYTES * i,
+                              SWEEP == KVPG_SUM ? 1 + 32 : 1); /* the engine, and each lane of the exponents' warp */
+            kvpg_barrier_init(smem.empty + KVPG_BARRIER_BYTES * i, 128 * GROUPS);
         }
-        barrier_init(smem.rows_full, 1);
-        barrier_init(smem.rows_empty, 4 * GROUPS);
+        kvpg_barrier_init(smem.rows_full, 1);
+        kvpg_barrier_init(smem.rows_empty, 4 * GROUPS);
         asm volatile("fence.mbarrier_init.release.cluster;");
     }
     __syncthreads();
@@ -420,48 +354,11 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-template <typename T> struct map_type;
-#define KVPG_MAP_TYPE(dtype, type, name, map)             \
-    template <> struct map_type<type> {                   \
-        static constexpr CUtensorMapDataType value = map; \
-    };
-KVPG_TENSOR_TYPES(KVPG_MAP_TYPE)
-#undef KVPG_MAP_TYPE
-
-/* Where to find `box` rows of x at a time; rows past the end come as zeros. */
-template <typename T> static kvp_status make_map(CUtensorMap *map, const kvp_tensor *x, int box, kvp_context *ctx) {
-    void *encode = NULL;
-    cudaDriverEntryPointQueryResult found;
-    KVPG_TRY("look up cuTensorMapEncodeTiled",
-             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-        return kvpi_fail(ctx, KVP_ERR_CUDA,
-                         "the driver has no cuTensorMapEncodeTiled; expected one of CUDA 12 or later");
-    const int64_t *n = x->shape;
-    cuuint64_t dims[5] = {HALF, (cuuint64_t)n[2], DIM / HALF, (cuuint64_t)n[1], (cuuint64_t)n[0]}, strides[4];
-    const int64_t compact = DIM * n[2]; /* of dimensions of one element, whose stride may be anything */
-    strides[0] = 2 * (cuuint64_t)(n[2] > 1 ? x->stride[2] : (int64_t)DIM);
-    strides[1] = 2 * HALF;
-    strides[2] = 2 * (cuuint64_t)(n[1] > 1 ? x->stride[1] : compact);
-    strides[3] = 2 * (cuuint64_t)(n[0] > 1 ? x->stride[0] : compact);
-    const cuuint32_t boxes[5] = {HALF, (cuuint32_t)box, DIM / HALF, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-    const CUresult result = ((encode_fn)encode)(map, map_type<T>::value, 5, x->data, dims, strides, boxes, steps,
-                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS
-               ? KVP_OK
-               : kvpi_fail(ctx, KVP_ERR_CUDA, "cuTensorMapEncodeTiled failed with CUresult %d", (int)result);
-}
-
 template <typename T, int SWEEP>
 static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx) {
     CUtensorMap keys, queries;
-    KVPI_TRY(make_map<T>(&keys, &args->keys, SWEEP == KVPG_SUM ? ROWS : COLUMNS, ctx));
-    KVPI_TRY(make_map<T>(&queries, &args->queries, SWEEP == KVPG_SUM ? COLUMNS : ROWS, ctx));
+    KVPI_TRY(kvpg_make_map<T>(&keys, &args->keys, SWEEP == KVPG_SUM ? (int)ROWS : (int)KVPG_TILE, ctx));
+    KVPI_TRY(kvpg_make_map<T>(&queries, &args->queries, SWEEP == KVPG_SUM ? (int)KVPG_TILE : (int)ROWS, ctx));
     int n_block;
     KVPG_TRY("count multiprocessors",
              cudaDeviceGetAttribute(&n_block, cudaDevAttrMultiProcessorCount, args->keys.device_index));
@@ -494,7 +391,7 @@ static bool can_map(const kvp_tensor *x) {
 }
 
 bool kvpg_can_sm90(const kvp_score_args *args) {
-    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] == DIM &&
+    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] == KVPG_DIM &&
            args->param[KVPI_PARAM_attention_scaling] > 0 && args->param[KVPI_PARAM_attention_softcap] == 0 &&
            can_map(&args->keys) && can_map(&args->queries);
 }

@@ -7,9 +7,12 @@
  *     LSE    rows are voters (queries), columns the keys each can see:  lse[q] = log sum exp s[q,k]
  *     SUM    rows are keys, columns the queries that vote on each:      sum[k] = sum exp(s[q,k] - lse[q])
  *
- * A row takes one or two intervals of columns. Three engines sweep: any shape in float32 arithmetic (any.cu), tensor
- * cores (mma.cu), Hopper's tensor cores (sm90.cu). Which one works on a batch row, and how its work is cut, depends on
- * that row's own shape and votes: so its bits are the same wherever it stands.
+ * A row takes one or two intervals of columns. Four engines sweep: any shape in float32 arithmetic (any.cu), tensor
+ * cores (mma.cu), Hopper's tensor cores (sm90.cu; window.cu where voters are few). Which one works on a batch row, and
+ * how its work is cut, depends on that row's own shape and votes: so its bits are the same wherever it stands.
+ *
+ * Where no key has two voters and no voter two votes (TOVA), a sum has one term: the LSE sweep leaves its product in
+ * the place of the sum, and there is no SUM sweep. Such a batch row is KVPG_IS_SINGLE.
  */
 #ifndef KVP_ATTENTION_CUH
 #define KVP_ATTENTION_CUH
@@ -28,11 +31,25 @@ enum {
     KVPG_SPLIT = 128,        /* keys of a split, at least */
     KVPG_ENOUGH_TILES = 66,  /* tiles of one key head from which on the keys are not split */
     KVPG_MANY_VOTERS = 1024, /* from which on Hopper's engine pays */
+    KVPG_WINDOW_ROWS = 256,  /* voters times query heads of a group up to which Hopper's engine for windows works */
+    KVPG_WINDOW_SUMS = 2,    /* sums of a key that it leaves, for all of a group together */
     KVPG_MAX_VOTES = 4096,   /* their voters' ranges, 128 kB, are on the host's stack while a row is planned */
 };
 
+/* Which engine sweeps for a batch row. */
+enum { KVPG_ON_OTHERS, KVPG_ON_SM90, KVPG_ON_WINDOW, KVPG_N_ENGINE };
+
 /* Fields of a row of the table; the ranges of voters follow, then the votes. */
-enum { KVPG_VALID_BEGIN, KVPG_VALID_END, KVPG_N_VOTER, KVPG_N_SPLIT, KVPG_SPLIT_SIZE, KVPG_ON_SM90, KVPG_RANGES };
+enum {
+    KVPG_VALID_BEGIN,
+    KVPG_VALID_END,
+    KVPG_N_VOTER,
+    KVPG_N_SPLIT,
+    KVPG_SPLIT_SIZE,
+    KVPG_ENGINE,
+    KVPG_IS_SINGLE,
+    KVPG_RANGES
+};
 /* Of a vote: LO and HI are the intervals of voters, disjoint and ascending. */
 enum {
     KVPG_KEY_BEGIN,
@@ -52,14 +69,16 @@ typedef struct kvpg_attention {
     float *exponents; /* (B,Hq,Q): minus the log2 of each query row's denominator; -infinity = no vote, NaN = it has
                          none */
     float2 *splits;   /* (B,Hq,split_room): of a voter, the partial softmax of each split */
-    float *sums;      /* (B,Hq,T) */
+    float *sums; /* (B,Hq,T); of a single row the products q.k of each key and its voter; of a row that the engine for
+                    windows swept, KVPG_WINDOW_SUMS numbers in the places of a group, which add up to its sum */
     int64_t split_room;
     int n_batch, n_head, group, n_token, n_query, n_dim, n_vote, n_range;
     int max_voter, max_split,
         max_hull;     /* the most of any batch row; hull: positions from the first voter to the last */
     float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
     int kernel_size, share_heads;
-    int has_masked; /* some exponents may be minus infinity: then every column is looked at */
+    int finish_joins; /* the splits of single rows */
+    int has_masked;   /* some exponents may be minus infinity: then every column is looked at */
     kvpg_table table;
 } kvpg_attention;
 
@@ -76,6 +95,25 @@ __device__ __forceinline__ int kvpg_voter_at(kvpg_numbers table, int i) {
     int r = KVPG_RANGES;
     for (; i >= table[r + 1] - table[r]; r += 2) i -= table[r + 1] - table[r];
     return table[r] + i;
+}
+
+/* Of a single row: the voter of a vote, -1 if it has none. */
+__device__ __forceinline__ int kvpg_voter_of_vote(kvpg_numbers vote) {
+    for (int s = 0; s < 2; s++) {
+        const int voter = max(vote[KVPG_LO + s], vote[KVPG_KEY_BEGIN]);
+        if (voter < vote[KVPG_HI + s]) return voter;
+    }
+    return -1;
+}
+
+/* Of a single row: the keys that a voter votes on. */
+__device__ __forceinline__ kvpg_interval kvpg_keys_of_voter(const kvpg_attention &p, kvpg_numbers table, int voter) {
+    for (int v = 0; v < p.n_vote; v++) {
+        const kvpg_numbers vote = kvpg_vote(p, table, v);
+        if (vote[KVPG_KEY_BEGIN] < vote[KVPG_KEY_END] && kvpg_voter_of_vote(vote) == voter)
+            return {vote[KVPG_KEY_BEGIN], min(vote[KVPG_KEY_END], voter + 1)};
+    }
+    return {0, 0};
 }
 
 /* A row of the LSE sweep is a voter of one query head of the group: head-major, so that a tile may hold several heads'
@@ -197,6 +235,17 @@ __device__ __forceinline__ void kvpg_store_partial(const kvpg_attention &p, kvpg
         kvpg_splits_of(p, b, query_head)[(int64_t)i * table[KVPG_N_SPLIT] + split] = make_float2(t.max, t.sum);
 }
 
+/* The exponent of voter i, of its splits; by LANES lanes, in an order that depends on the number of splits only. */
+template <int LANES> __device__ __forceinline__ float kvpg_join_splits(const kvpg_attention &p, kvpg_numbers table,
+                                                                       int b, int query_head, int i) {
+    const int n_split = table[KVPG_N_SPLIT];
+    const float2 *split = kvpg_splits_of(p, b, query_head) + (int64_t)i * n_split;
+    kvpg_partial t = {KVPG_LOWEST, 0};
+#pragma unroll 8
+    for (int s = threadIdx.x % LANES; s < n_split; s += LANES) t = kvpg_merge(t, kvpg_partial{split[s].x, split[s].y});
+    return kvpg_exponent(kvpg_merge_lanes<LANES>(t));
+}
+
 /* The query of a row of the LSE sweep. */
 __device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p, kvpg_numbers table, int b, int h,
                                                          int row) {
@@ -205,10 +254,11 @@ __device__ __forceinline__ const char *kvpg_query_of_row(const kvpg_attention &p
                     kvpg_voter_at(table, row % n_voter) - (p.n_token - p.n_query));
 }
 
-/* The interval s of columns that a row takes. */
+/* The interval s of columns that a row takes; of a voter of a single row, 1 is what it votes on. */
 template <int SWEEP>
 __device__ __forceinline__ kvpg_interval kvpg_interval_of(const kvpg_attention &p, kvpg_numbers table, int s, int row) {
     if (SWEEP == KVPG_SUM) return kvpg_interval_of_key(p, table, s, row);
+    if (s == 1) return kvpg_keys_of_voter(p, table, kvpg_voter_of_row(table, row));
     return {table[KVPG_VALID_BEGIN], kvpg_voter_of_row(table, row) + 1};
 }
 
@@ -222,12 +272,24 @@ __device__ __forceinline__ float *kvpg_sums_of(const kvpg_attention &p, int b, i
     return p.sums + ((int64_t)b * p.n_head * p.group + query_head) * p.n_token;
 }
 
-/* any.cu, mma.cu, sm90.cu: one sweep over the batch rows that are not, or are, KVPG_ON_SM90. Grids hold the
- * most that any batch row needs. */
+/* Where the products of a voter's row go in a single row. */
+__device__ __forceinline__ float *kvpg_products_of_row(const kvpg_attention &p, kvpg_numbers table, int b, int h,
+                                                       int row) {
+    return kvpg_sums_of(p, b, h * p.group + row / table[KVPG_N_VOTER]);
+}
+
+/* Whether the engines that work on any GPU have nothing to do for a batch row in a sweep. */
+template <int SWEEP> __device__ __forceinline__ bool kvpg_skips(kvpg_numbers table) {
+    return table[KVPG_ENGINE] != KVPG_ON_OTHERS || (SWEEP == KVPG_SUM && table[KVPG_IS_SINGLE]);
+}
+
+/* any.cu and mma.cu, sm90.cu, window.cu: one sweep over the batch rows of their KVPG_ENGINE. Grids hold the most that
+ * any batch row needs. */
 kvp_status kvpg_sweep_any(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx);
 kvp_status kvpg_sweep_sm90(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpg_sweep_window(int sweep, const kvpg_attention *p, const kvp_score_args *args, kvp_context *ctx);
 bool kvpg_can_mma(const kvp_score_args *args);
-bool kvpg_can_sm90(const kvp_score_args *args); /* on a Hopper GPU */
+bool kvpg_can_sm90(const kvp_score_args *args); /* on a Hopper GPU; also of window.cu */
 
 #endif
