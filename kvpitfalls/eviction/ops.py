@@ -273,7 +273,7 @@ def share(
 
         return reference.share(scores, segments, quotas, floors)
     counts = _empty(scores, quotas.shape, "int32")
-    arguments = _plain(scores, "scores"), segments, quotas, floors, counts
+    arguments = lendable(scores, "scores"), segments, quotas, floors, counts
     _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), _n_worker())
     return _host(counts)
 

@@ -78,7 +78,7 @@ def _length(layer: Any) -> Any:
     return None if keys is None else keys.shape[2]
 
 
-def _kept(layers: Sequence[KeptLayer]) -> KeptLayer:
+def _kept(layers: Sequence[Any]) -> Any:
     joined = copy.copy(layers[0])
     joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
     if joined.is_evicted:
