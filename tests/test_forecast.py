@@ -14,8 +14,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Tiles of 64 tokens, chunks of 512, 64 chunks, and longer ones beyond 32768.
 LENGTHS = [1, 2, 63, 64, 65, 129, 511, 512, 513, 1000, 4092]
-# Of the largest sum of |terms| of a logit: float32's own error, what 16 bits of a query leave out, and what tensor cores
-# cut off (moments.cu). An H100 read up to 1.1e-6 at 511 tokens, 1.9e-6 at 32,768 and 3.4e-6 at 32,769.
+# Of the largest sum of |terms| of a logit: float32's own error, what 16 bits of a query leave out, and what tensor
+# cores cut off (moments.cu). An H100 read up to 1.1e-6 at 511 tokens, 1.9e-6 at 32,768 and 3.4e-6 at 32,769.
 TOLERANCE = 4e-6
 
 
