@@ -21,6 +21,7 @@ from model_sweep import release
 from tiny_models import build, feed, ids, tiny_prompt
 from tiny_policies import EQUAL as POLICIES
 from tiny_policies import EVERY, HELD
+from tqdm.auto import tqdm
 from transformers import TextStreamer, pipeline
 
 import kvpitfalls as kvp
@@ -396,6 +397,16 @@ def test_interrupts_at_random_moments_change_no_other_threads_answer():
     gc.collect()
     with torch.no_grad():
         assert torch.equal(of_plain(), expected[1]) and "forward" not in vars(wrapped.model)
+
+
+def test_a_prefill_that_nobody_watches_waits_for_no_bar(llama):
+    """Bars share a lock, which an interrupt that strikes inside tqdm leaves locked for all other threads."""
+    done = []
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle, tqdm.get_lock():
+        thread = threading.Thread(target=lambda: done.append(handle.compress(ids(1, 20))), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert len(done) == 1
 
 
 def test_an_audit_ends_while_another_thread_runs_the_wrapped_model(llama):

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
-from ..display.progress import progress
+from ..display.progress import progress, shown
 from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
@@ -36,7 +37,9 @@ def prefill(
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
         run = partial(run, sizes=sizes)
-    with progress(total=len(cache.kept_layers) * len(sizes), desc="prefill, layers") as cache.progress:
+    n = len(cache.kept_layers) * len(sizes)
+    # Where nobody sees a bar none is made: that takes a lock of tqdm's, which an interrupt may leave locked for all
+    with progress(total=n, desc="prefill, layers") if shown() else nullcontext() as cache.progress:
         try:
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
