@@ -89,6 +89,11 @@ def test_it_shows_what_its_code_prints_and_both_are_what_wrap_and_generate_do(ti
     assert state["result"]["about"] == f"{n_kept} of {len(prompt)} tokens are kept, in each of 3 layers."
 
 
+def test_where_layers_keep_differently_much_it_says_so(tiny):
+    state = asked(tiny, "compare", question="", settings=settings_of("pyramidkv", "biased", "fair"))
+    assert state["result"]["about"].endswith("tokens are kept, on average over 3 layers.")
+
+
 def test_without_a_question_nothing_is_generated(tiny, monkeypatch):
     monkeypatch.setattr(module, "answers", None)
     state = asked(tiny, "compare", question="")
@@ -425,6 +430,31 @@ def test_errors_overtaken_answers_and_a_second_view_in_a_browser(tiny, page, tmp
     assert names == ["system: Say abc. Say no"] and n_answer == 0 and sent == ["compare", "read", "read"]
     assert error.startswith("the chat is no JSON (") and n_strip == 0 and not is_off and gone == ""
     assert renamed == ["all of it"] and is_focused and text == "Say abc. Say no."
+
+
+@needs_chromium
+def test_what_is_done_before_an_answer_comes_in_a_browser(page, tmp_path):
+    """An instruction is renamed twice and stays protected; tokens that may be another text's are not marked."""
+    script = """
+      let go;
+      doc.held = new Promise((done) => (go = done));
+      all("tbody input[type=checkbox]")[0].click();
+      put(cell.querySelector("textarea"), "Well. " + cell.querySelector("textarea").value);
+      pick(21, 0, 27, 1);
+      await wait(() => chosen() === 7);
+      by("Mark what is selected").click();
+      press("Enter");
+      const out = [by("Mark what is selected").disabled, doc.sent.length], field = all("tbody input")[0];
+      put(field, "one");
+      put(field, "two");
+      go();
+      await idle();
+      out.push(names(), doc.sent.at(-1).form.settings.map((setting) => setting.protect));
+      return [...out, cell.querySelector("[role=alert]").textContent];
+    """
+    is_off, n_sent, names, protected, error = json.loads(run_beside(page[0], SCRIPT + script, tmp_path, page[1]))
+    assert is_off and n_sent == 1 and error == ""
+    assert names == ["two", "Say abc", "Say it twice"] and protected == [["two"], []]
 
 
 @needs_chromium

@@ -18,7 +18,7 @@ from kvpitfalls.experiments.probe import answer_logprobs
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.hf.generate import answers, logits_after
+from kvpitfalls.hf.generate import answers, batches, logits_after
 from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.rows import taken
 from kvpitfalls.policies import get_policy
@@ -39,12 +39,13 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="w0")
 
 
-def built(family: str):
+def built(family: str, **changes):
     if Version(transformers.__version__) < Version(since := HYBRIDS.get(family, "0")):
         pytest.skip(f"{family} before transformers {since}")
     torch.manual_seed(1)
     config = tiny_config(family)
-    config.eos_token_id = None
+    for name, value in {"eos_token_id": None, **changes}.items():
+        setattr(config, name, value)
     return far_from_uniform(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
@@ -117,6 +118,25 @@ def test_rows_are_selected_and_a_copy_of_some_leaves_the_others(model, tokenizer
         again = logits_after(model, prompts, conversations, cache, 1)
     for row, same in zip([*after, *again], [*wanted, *before], strict=True):
         torch.testing.assert_close(row[-1], same[-1], rtol=1e-4, atol=1e-4 * float(same.abs().max()))
+
+
+def test_layers_that_read_anothers_cache_keep_no_rows_apart(tokenizer):
+    """Gemma 3n's last layers hold nothing: where all fits the window, rows are run together, and are what they are
+    alone."""
+    model = built("gemma3n_text", sliding_window=64)
+    prompts, said = prompts_of(tokenizer)
+    conversations = [
+        prompt.followed_by(texts[i % 2])[0].tolist()
+        for i, (prompt, texts) in enumerate(zip(prompts, said, strict=True))
+    ]
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompts)
+        (batch,) = batches(prompts, conversations, cache, 0)
+        assert list(batch.rows) == [0, 1, 2]
+        together = logits_after(model, prompts, conversations, cache, 1)
+        for prompt, ids, logits in zip(prompts, conversations, together, strict=True):
+            (alone,) = logits_after(model, [prompt], [ids], handle.compress(prompt), 1)
+            torch.testing.assert_close(logits[-1], alone[-1], rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
 
 
 def test_states_are_given_no_padding(tokenizer):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
 from ..eviction.fairness import FLOOR, Fair
 from ..experiments.demo import ATTACK, DEFENSE, SECRETS
@@ -184,8 +185,9 @@ class Explorer:
         finally:
             detach(self.model)
         names = [setting_name(setting) for setting in form["settings"]]
+        where = "in each of" if all(setting.sharing == UNIFORM for setting in settings) else "on average over"
         about = (
-            f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, in each of "
+            f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, {where} "
             f"{len(reports[0]['layers'])} layers"
         )
         left = len(reports[0]["not_compressed"])

@@ -46,9 +46,15 @@ def taken(cache: "KeptCache", indices: Sequence[int]) -> "KeptCache":
 def takes_padding(layer: Any, n_token: int) -> bool:
     """Whether columns of padding between a row's tokens, ``n_token`` in all, leave what it gives to the others.
 
-    A window is counted in columns, and a state takes padding for tokens.
+    A window is counted in columns, and a state takes padding for tokens; a layer that holds nothing does neither.
     """
-    return isinstance(layer, KeptLayer) or (getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window)
+    fits = getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window
+    return isinstance(layer, KeptLayer) or fits or holds_nothing(layer)
+
+
+def holds_nothing(layer: Any) -> bool:
+    """Whether it stands for a layer without a cache of its own, such as one that reads another's."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def join(layers: Sequence[Any]) -> Any:
