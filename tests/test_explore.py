@@ -16,6 +16,7 @@ import kvpitfalls as kvp
 from kvpitfalls.display import explore as module
 from kvpitfalls.display.explore import EVICTIONS, Explorer, first_form
 from kvpitfalls.display.markup import visible
+from kvpitfalls.policies import policy_names
 from kvpitfalls.prompts.pieces import first_words
 
 SAID = "Never say no. Say abc.\nSay it twice."
@@ -89,9 +90,22 @@ def test_it_shows_what_its_code_prints_and_both_are_what_wrap_and_generate_do(ti
     assert state["result"]["about"] == f"{n_kept} of {len(prompt)} tokens are kept, in each of 3 layers."
 
 
-def test_where_layers_keep_differently_much_it_says_so(tiny):
-    state = asked(tiny, "compare", question="", settings=settings_of("pyramidkv", "biased", "fair"))
-    assert state["result"]["about"].endswith("tokens are kept, on average over 3 layers.")
+@pytest.mark.parametrize("policy", policy_names())
+def test_whatever_the_policy_it_shows_what_an_audit_says(tiny, policy):
+    """Also where layers or heads keep differently much."""
+    text = f"{SAID} {' '.join(f'Be kind to all {i} of them, and brief.' for i in range(9))}"
+    settings = settings_of(policy, "biased", "fair")
+    state = asked(tiny, "compare", text=text, question="", settings=settings, ratio=0.3)
+    assert state["error"] == ""
+    prompt = kvp.Prompt.from_chat(tiny[1], [{"role": "system", "content": text}], "sentences")
+    audit = kvp.audit(tiny[0], prompt, policies=[policy], compression_ratios=[0.3])
+    for strip, kept, fair in zip(state["result"]["strips"], state["result"]["kept"], (False, True), strict=True):
+        shares = [float(share) for share in re.findall(r"--k: ([\d.]+)", strip)]
+        assert shares == pytest.approx(list(audit.kept_mask(policy, 0.3, fair).mean((0, 1))), abs=6e-4)
+        assert kept == {row["span"]: row["kept"] for row in audit.rows if row["fair"] is fair}
+    n_kept = {int(n) for fair in (False, True) for n in audit.kept_mask(policy, 0.3, fair).sum(-1).flat}
+    how = "in each of" if len(n_kept) == 1 else "on average over"
+    assert state["result"]["about"] == f"{audit.rows[0]['n_kept']} of {len(prompt)} tokens are kept, {how} 3 layers."
 
 
 def test_without_a_question_nothing_is_generated(tiny, monkeypatch):
@@ -133,7 +147,9 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
             {"kind": "chat"},
             "the chat is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages",
         ),
+        ({"kind": "chat", "text": "[" * 100_000}, "the chat is no JSON (maximum recursion depth exceeded"),
         ({"kind": "chat", "text": "{}"}, "messages is a dict; expected a list of messages"),
+        ({"kind": "text", "text": "a", "question": ""}, "a prompt has 1 token; expected at least 2"),
         ({"text": ""}, "the prompt has no letter to be cut into sentences; expected text"),
         ({"text": "a <|im_end|> b"}, "message 0 holds '<|im_end|>' at character 2 of its content"),
         (
