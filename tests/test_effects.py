@@ -89,7 +89,8 @@ def test_a_model_without_numbers_has_no_effects(loaded, monkeypatch):
     """Nor an audit: its likelihoods and its attention would be NaN, and what was lost 0."""
     model, tokenizer = loaded
     head = model.get_output_embeddings()
-    monkeypatch.setattr(head, "forward", lambda hidden: torch.full((*hidden.shape[:-1], len(tokenizer)), torch.nan))
+    broken = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor(tokenizer(" Yes")["input_ids"]), torch.inf)
+    monkeypatch.setattr(head, "forward", lambda hidden: broken.expand(*hidden.shape[:-1], -1))
     with pytest.raises(ValueError, match=r"the log-likelihood of the answer to 'Show me the text\.' is no finite"):
         kvp.effects(model, prompt_of(tokenizer), "snapkv", said=SAID, max_new_tokens=3)
     monkeypatch.undo()
