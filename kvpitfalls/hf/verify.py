@@ -52,7 +52,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         for action in (Action(), Shuffle()):
             cache = KeptCache(model.config, action)
             decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
-            for new in ids[:, cut:].split(1 if decoder.config.model_type in FORGETFUL else n_token, 1):
+            for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
                 logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache)).logits
             outputs.append(logits.float())
     finally:
