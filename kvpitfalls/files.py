@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,17 @@ def place_of(path: "str | os.PathLike[str]") -> Path:
 @contextlib.contextmanager
 def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails. Raises what
-    :func:`place_of` does."""
+    :func:`place_of` does.
+
+    Where ``path`` is a link, what it points to is replaced; a device or a pipe, such as /dev/stdout, is written to.
+    """
     path = place_of(path)
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder) / "written")
+            path.write_bytes(temporary.read_bytes())
+        return
+    path = place_of(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary

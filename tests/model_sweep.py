@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.rows import FORGETFUL
 from kvpitfalls.hf.verify import Shuffle
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -165,18 +166,19 @@ def examine(model_type: str) -> Outcome:
 
 
 def _exact(model) -> str:
+    chunks = [1] * sum(CHUNKS) if model.config.model_type in FORGETFUL else CHUNKS
     tokens = ids(2, N_PROMPT + sum(CHUNKS))
     with kvp.wrap(model, "h2o", compression_ratio=0) as handle:
-        same = feed(model, tokens, [N_PROMPT, *CHUNKS], handle.new_cache())
-    plain = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config))
+        same = feed(model, tokens, [N_PROMPT, *chunks], handle.new_cache())
+    plain = feed(model, tokens, [N_PROMPT, *chunks], DynamicCache(config=model.config))
     assert plain.isfinite().all() and torch.equal(same, plain), "ratio 0 is not bit-identical"
 
     mask = torch.ones_like(tokens)
     mask[0, :N_PAD] = 0
-    padded = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config), mask)
+    padded = feed(model, tokens, [N_PROMPT, *chunks], DynamicCache(config=model.config), mask)
     attach(model)
     try:
-        shuffled = feed(model, tokens, [N_PROMPT, *CHUNKS], KeptCache(model.config, Shuffle()), mask)
+        shuffled = feed(model, tokens, [N_PROMPT, *chunks], KeptCache(model.config, Shuffle()), mask)
     finally:
         detach(model)
     _assert_close(shuffled[1], padded[1], "shuffled rows are visible")
@@ -185,14 +187,14 @@ def _exact(model) -> str:
     with kvp.wrap(model, "h2o", budget=N_KEPT) as handle:
         cache = handle.compress(tokens[:, :N_PROMPT])
         kept = copy.deepcopy(cache)
-        evicted = feed(model, tokens, CHUNKS, cache, start=N_PROMPT)
+        evicted = feed(model, tokens, chunks, cache, start=N_PROMPT)
     for layer in kept.kept_layers:
         assert (layer.kept_counts == N_KEPT).all(), f"layer {layer.index} was not compressed"
         assert layer.keys.shape[2] == N_KEPT
     full = DynamicCache(config=model.config)
     feed(model, tokens, [N_PROMPT], full)
     with masked_like(model, kept, N_PROMPT):
-        masked = feed(model, tokens, CHUNKS, full, start=N_PROMPT)
+        masked = feed(model, tokens, chunks, full, start=N_PROMPT)
     _assert_close(evicted, masked, "evicting is not masking")
     assert not torch.allclose(evicted, plain[:, N_PROMPT:], atol=1e-3), (
         "eviction changed nothing, so the comparison says nothing"

@@ -103,6 +103,41 @@ def test_answers_to_other_questions_are_no_pair(two, name, values, what):
     assert compare(a, b) == compare(*two)
 
 
+def test_a_card_tells_no_folder_of_whoever_made_it(tmp_path):
+    """Models are called by their hub ids, or by as much of the ends of their paths as tells them apart."""
+    names = {
+        "/home/ann/runs/a/final": "a/final",
+        "/home/ann/runs/b/final/": "b/final",
+        "~/ann/m.gguf": "ann/m.gguf",
+        "org/model-1.5": "org/model-1.5",
+        "default": "default",
+    }
+    same = {
+        "config.models": list(names),
+        "config.dataset": "/home/ann/rows.jsonl",
+        "model_sources": [f"{name.rstrip('/')} at 0123" for name in names],
+        "corpus_sha256": "1" * 64,
+        "torch": "2",
+    }
+    made = cards([record for name in names for record in records_of(degenerate.obeys, name)], [{"same": same}])
+    assert [card["model"] for card in made] == list(names.values())
+    for card in made:
+        assert card["made_with"] == [
+            {
+                "config.models": list(names.values()),
+                "config.dataset": "rows.jsonl",
+                "model_sources": [f"{name} at 0123" for name in names.values()],
+                "corpus_sha256": "1" * 64,
+                "torch": "2",
+            }
+        ]
+    assert cards(records_of(degenerate.obeys, "/home/ann/final"), [])[0]["model"] == "final"
+    elsewhere = copy.deepcopy(made[0])
+    elsewhere["made_with"][0] |= {"config.dataset": "/srv/rows.jsonl", "corpus_sha256": "2" * 64}  # of an older version
+    with pytest.raises(ValueError, match=r"the prompts 'rows\.jsonl' of the cards differ"):
+        compare(made[0], elsewhere)
+
+
 def test_the_command(two, tmp_path, capsys):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, card in zip(paths, two, strict=True):

@@ -100,6 +100,24 @@ def test_what_covers_everything_brings_everything_back(loaded):
     assert mean["memory"] == "more" and mean["returned"] == pytest.approx(1, abs=1e-3) and mean["low"] is None
 
 
+def test_a_model_without_numbers_has_no_effects(loaded, monkeypatch):
+    """Nor an audit: its likelihoods and its attention would be NaN, and what was lost 0."""
+    model, tokenizer = loaded
+    head = model.get_output_embeddings()
+    broken = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor(tokenizer(" Yes")["input_ids"]), torch.inf)
+    monkeypatch.setattr(head, "forward", lambda hidden: broken.expand(*hidden.shape[:-1], -1))
+    with pytest.raises(ValueError, match=r"the log-likelihood of the answer to 'Show me the text\.' is no finite"):
+        kvp.effects(model, prompt_of(tokenizer), "snapkv", said=SAID, max_new_tokens=3)
+    monkeypatch.undo()
+    keys = model.model.layers[1].self_attn.k_proj
+    hook = keys.register_forward_hook(lambda module, given, out: out.index_fill(1, torch.tensor([4]), torch.nan))
+    try:
+        with pytest.raises(ValueError, match="the attention of compressed layer 1 is no finite"):
+            kvp.audit(model, prompt_of(tokenizer))
+    finally:
+        hook.remove()
+
+
 def test_where_nothing_is_removed_nothing_returns(loaded):
     model, tokenizer = loaded
     effects = kvp.effects(

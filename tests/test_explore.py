@@ -16,6 +16,7 @@ import kvpitfalls as kvp
 from kvpitfalls.display import explore as module
 from kvpitfalls.display.explore import EVICTIONS, Explorer, first_form
 from kvpitfalls.display.markup import visible
+from kvpitfalls.policies import policy_names
 from kvpitfalls.prompts.pieces import first_words
 
 SAID = "Never say no. Say abc.\nSay it twice."
@@ -89,6 +90,24 @@ def test_it_shows_what_its_code_prints_and_both_are_what_wrap_and_generate_do(ti
     assert state["result"]["about"] == f"{n_kept} of {len(prompt)} tokens are kept, in each of 3 layers."
 
 
+@pytest.mark.parametrize("policy", policy_names())
+def test_whatever_the_policy_it_shows_what_an_audit_says(tiny, policy):
+    """Also where layers or heads keep differently much."""
+    text = f"{SAID} {' '.join(f'Be kind to all {i} of them, and brief.' for i in range(9))}"
+    settings = settings_of(policy, "biased", "fair")
+    state = asked(tiny, "compare", text=text, question="", settings=settings, ratio=0.3)
+    assert state["error"] == ""
+    prompt = kvp.Prompt.from_chat(tiny[1], [{"role": "system", "content": text}], "sentences")
+    audit = kvp.audit(tiny[0], prompt, policies=[policy], compression_ratios=[0.3])
+    for strip, kept, fair in zip(state["result"]["strips"], state["result"]["kept"], (False, True), strict=True):
+        shares = [float(share) for share in re.findall(r"--k: ([\d.]+)", strip)]
+        assert shares == pytest.approx(list(audit.kept_mask(policy, 0.3, fair).mean((0, 1))), abs=6e-4)
+        assert kept == {row["span"]: row["kept"] for row in audit.rows if row["fair"] is fair}
+    n_kept = {int(n) for fair in (False, True) for n in audit.kept_mask(policy, 0.3, fair).sum(-1).flat}
+    how = "in each of" if len(n_kept) == 1 else "on average over"
+    assert state["result"]["about"] == f"{audit.rows[0]['n_kept']} of {len(prompt)} tokens are kept, {how} 3 layers."
+
+
 def test_without_a_question_nothing_is_generated(tiny, monkeypatch):
     monkeypatch.setattr(module, "answers", None)
     state = asked(tiny, "compare", question="")
@@ -128,7 +147,9 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
             {"kind": "chat"},
             "the chat is no JSON (Expecting value: line 1 column 1 (char 0)); expected a list of messages",
         ),
+        ({"kind": "chat", "text": "[" * 100_000}, "the chat is no JSON (maximum recursion depth exceeded"),
         ({"kind": "chat", "text": "{}"}, "messages is a dict; expected a list of messages"),
+        ({"kind": "text", "text": "a", "question": ""}, "a prompt has 1 token; expected at least 2"),
         ({"text": ""}, "the prompt has no letter to be cut into sentences; expected text"),
         ({"text": "a <|im_end|> b"}, "message 0 holds '<|im_end|>' at character 2 of its content"),
         (
@@ -425,6 +446,31 @@ def test_errors_overtaken_answers_and_a_second_view_in_a_browser(tiny, page, tmp
     assert names == ["system: Say abc. Say no"] and n_answer == 0 and sent == ["compare", "read", "read"]
     assert error.startswith("the chat is no JSON (") and n_strip == 0 and not is_off and gone == ""
     assert renamed == ["all of it"] and is_focused and text == "Say abc. Say no."
+
+
+@needs_chromium
+def test_what_is_done_before_an_answer_comes_in_a_browser(page, tmp_path):
+    """An instruction is renamed twice and stays protected; tokens that may be another text's are not marked."""
+    script = """
+      let go;
+      doc.held = new Promise((done) => (go = done));
+      all("tbody input[type=checkbox]")[0].click();
+      put(cell.querySelector("textarea"), "Well. " + cell.querySelector("textarea").value);
+      pick(21, 0, 27, 1);
+      await wait(() => chosen() === 7);
+      by("Mark what is selected").click();
+      press("Enter");
+      const out = [by("Mark what is selected").disabled, doc.sent.length], field = all("tbody input")[0];
+      put(field, "one");
+      put(field, "two");
+      go();
+      await idle();
+      out.push(names(), doc.sent.at(-1).form.settings.map((setting) => setting.protect));
+      return [...out, cell.querySelector("[role=alert]").textContent];
+    """
+    is_off, n_sent, names, protected, error = json.loads(run_beside(page[0], SCRIPT + script, tmp_path, page[1]))
+    assert is_off and n_sent == 1 and error == ""
+    assert names == ["two", "Say abc", "Say it twice"] and protected == [["two"], []]
 
 
 @needs_chromium

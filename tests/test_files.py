@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 
 import pytest
 
@@ -19,6 +20,32 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     with whole(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "link.json", tmp_path / "there" / "numbers.json"
+    link.symlink_to(file)
+    for text in ("made", "replaced"):
+        with whole(link) as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink() and file.read_text() == text and [*file.parent.iterdir()] == [file]
+    link.unlink()
+    link.symlink_to(tmp_path / "none" / "numbers.json")
+    with pytest.raises(FileNotFoundError, match="none is no folder"), whole(link):
+        raise AssertionError("it was tried")
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    """So is a device: /dev/null would be a file of numbers from then on, for all of the machine."""
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    thread.start()
+    with whole(pipe) as temporary:
+        temporary.write_text("numbers")
+    thread.join()
+    assert read == ["numbers"] and pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,19 @@ def test_tokens_may_come_in_any_chunks(llama, chunks, ratio, seed):
     assert (growing - fixed).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("when", ["prefill", "always"])
+@pytest.mark.parametrize("nothing", [[], torch.tensor([]), torch.zeros(3, dtype=torch.bool)], ids=repr)
+def test_a_cache_of_no_row_is_refused_and_the_cache_stays(llama, when, nothing):
+    tokens, mask = prompt(None)
+    with kvp.wrap(llama, "tova", compression_ratio=0.5, when=when) as handle:
+        cache = handle.compress(tokens)
+        wanted = answer(llama, cache.copy(), tokens, mask, 9)
+        for each in (cache.copy(), cache.fixed(12)):
+            with pytest.raises(ValueError, match="batch_select_indices was given no row; expected at least one"):
+                each.batch_select_indices(nothing)
+            assert_same(wanted, answer(llama, each, tokens, mask, 9))
+
+
 @pytest.mark.parametrize("size", [1, 40], ids=["logits near 0", "logits to hundreds"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 3, 37, 64), (8, 8, 4, 512, 128), (1, 2, 1, 33, 80), (2, 2, 4, 64, 256)])
@@ -246,7 +259,7 @@ def test_what_a_fixed_cache_refuses(llama):
                 cache.fixed(n)
         with pytest.raises(ValueError, match="the cache is empty"):
             handle.new_cache().fixed(4)
-        with pytest.raises(ValueError, match="1 new tokens were given to a fixed cache with room for 0 of 41"):
+        with pytest.raises(ValueError, match="1 new token was given to a fixed cache with room for 0 of 41"):
             answer(llama, cache.fixed(41), tokens, mask)
         other = mask.clone()
         other[0, 2:8] = 0

@@ -273,6 +273,9 @@ def test_garak_reports_that_say_something_else(tmp_path, capsys):
     broken.write_text(broken.read_text("utf-8").replace('"passed": 1', '"passed": 3'), "utf-8")
     with pytest.raises(ValueError, match="has 2 scores and counts 4"):
         read_report(broken)
+    for text in ("[1]", "3", "{}", '{"entry_type": "completion"}\nnull'):
+        broken.write_text(text, "utf-8")
+        assert cli.main(["garak-report", str(broken)]) == 2 and "no finished report of garak" in capsys.readouterr().err
     broken.write_text("no JSON", "utf-8")
     assert cli.main(["garak-report", str(broken)]) == 2 and "is no report of garak" in capsys.readouterr().err
     assert (

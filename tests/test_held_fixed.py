@@ -129,6 +129,31 @@ def _memory(cache):
     return [x.data_ptr() for each in holders for x in vars(each).values() if isinstance(x, torch.Tensor)]
 
 
+def test_padding_that_is_no_number_is_not_remembered(llama):
+    """Of a row without a token in a step, whose own query and key are NaN."""
+    tokens = ids(2, 24).to(llama.device)
+    mask = torch.ones_like(tokens)
+    mask[0, N_PROMPT + 2] = 0
+    is_padding = (mask == 0)[..., None]
+    with torch.no_grad(), kvp.wrap(llama, "h2o", budget=9, when="always") as handle:
+        fixed = handle.compress(tokens[:, :N_PROMPT]).fixed(10)
+        growing, start = handle.compress(tokens[:, :N_PROMPT]), N_PROMPT
+        for _ in range(10):
+            feed(llama, tokens, [1], growing, mask, start)
+            hooks = [
+                part.register_forward_hook(
+                    lambda _, given, out, at=start: out.masked_fill(is_padding[:, at : at + 1], torch.nan)
+                )
+                for layer in llama.model.layers
+                for part in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+            ]
+            feed(llama, tokens, [1], fixed, mask, start)
+            for hook in hooks:
+                hook.remove()
+            start += 1
+            assert torch.equal(live_positions(growing), live_positions(fixed)), start
+
+
 @each_policy
 def test_rows_that_move_go_on_as_they_did(llama, policy):
     """Chosen, repeated, and swapped in place, as beams are."""

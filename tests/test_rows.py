@@ -18,7 +18,7 @@ from kvpitfalls.experiments.probe import answer_logprobs
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.hf.generate import answers, logits_after
+from kvpitfalls.hf.generate import answers, batches, logits_after
 from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.rows import taken
 from kvpitfalls.policies import get_policy
@@ -27,7 +27,7 @@ from kvpitfalls.policies import get_policy
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "llama4_text"]
 # States, and the release from which on: before 5.5 hybrids are refused by name, for a cache class of their own, and
 # lfm2's own code failed where a batch goes on under a mask.
-HYBRIDS = {"qwen3_next": "5.5", "jamba": "5.5", "granitemoehybrid": "5.5", "lfm2": "5.13"}
+HYBRIDS = {"qwen3_next": "5.5", "granitemoehybrid": "5.5", "lfm2": "5.13"}
 LENGTHS = {"a": (9, 8), "b": (14, 3), "c": (5, 11)}  # of prompts' two instructions
 SAID = (2, 7)  # and of what is said after them
 
@@ -39,12 +39,13 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="w0")
 
 
-def built(family: str):
-    if Version(transformers.__version__) < Version(since := HYBRIDS.get(family, "0")):
+def built(family: str, **changes):
+    if Version(transformers.__version__) < Version(since := {**HYBRIDS, "jamba": "5.5"}.get(family, "0")):
         pytest.skip(f"{family} before transformers {since}")
     torch.manual_seed(1)
     config = tiny_config(family)
-    config.eos_token_id = None
+    for name, value in {"eos_token_id": None, **changes}.items():
+        setattr(config, name, value)
     return far_from_uniform(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
@@ -117,6 +118,41 @@ def test_rows_are_selected_and_a_copy_of_some_leaves_the_others(model, tokenizer
         again = logits_after(model, prompts, conversations, cache, 1)
     for row, same in zip([*after, *again], [*wanted, *before], strict=True):
         torch.testing.assert_close(row[-1], same[-1], rtol=1e-4, atol=1e-4 * float(same.abs().max()))
+
+
+def test_layers_that_read_anothers_cache_keep_no_rows_apart(tokenizer):
+    """Gemma 3n's last layers hold nothing: where all fits the window, rows are run together, and are what they are
+    alone."""
+    model = built("gemma3n_text", sliding_window=64)
+    prompts, said = prompts_of(tokenizer)
+    conversations = [
+        prompt.followed_by(texts[i % 2])[0].tolist()
+        for i, (prompt, texts) in enumerate(zip(prompts, said, strict=True))
+    ]
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(prompts)
+        (batch,) = batches(prompts, conversations, cache, 0)
+        assert list(batch.rows) == [0, 1, 2]
+        together = logits_after(model, prompts, conversations, cache, 1)
+        for prompt, ids, logits in zip(prompts, conversations, together, strict=True):
+            (alone,) = logits_after(model, [prompt], [ids], handle.compress(prompt), 1)
+            torch.testing.assert_close(logits[-1], alone[-1], rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_a_state_that_is_forgotten_is_refused(tokenizer):
+    """Jamba's starts anew with every forward of several tokens: what it says after a prompt in a cache would depend on
+    no token of it. One token after the other is what all at once, without a cache, are."""
+    model = built("jamba")
+    (prompt, *_), _ = prompts_of(tokenizer)
+    ids = prompt.followed_by(" w5 w9 w17")
+    with kvp.wrap(model, "knorm", compression_ratio=0.0) as handle, torch.no_grad():
+        cache = handle.compress(prompt)
+        with pytest.raises(kvp.UnsupportedModelError, match=r"forgets what came before .* and 3 follow what the cache"):
+            model.generate(ids, past_key_values=cache.copy(), max_new_tokens=2)
+        steps = [model(new, past_key_values=cache).logits[0, -1] for new in ids[:, len(prompt) :].split(1, 1)]
+        whole = model(ids, use_cache=False).logits[0, len(prompt) :]
+        torch.testing.assert_close(torch.stack(steps), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+        assert handle.verify() <= 1e-4
 
 
 def test_states_are_given_no_padding(tokenizer):

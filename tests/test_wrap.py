@@ -219,6 +219,18 @@ def test_a_report_tells_of_every_instruction_of_every_row(model):
     assert all(f"<bdi>{name}</bdi>" in shown or f">{name}<" in shown for name in "abc")
 
 
+@pytest.mark.parametrize("amount", [{"compression_ratio": 0.0}, {"budget": 99}, {"budget": 9}], ids=str)
+def test_a_report_speaks_of_the_prompt_however_long_the_answer(model, amount):
+    """Also where nothing of it went."""
+    with kvp.wrap(model, "knorm", **amount) as handle:
+        before = handle.compress(tokens := ids(2, N_PROMPT)).report()
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, min_new_tokens=5)
+        after = handle.report()
+    for name in ("n_tokens", "kept_share", "spans_by_row"):
+        assert after[name] == before[name], name
+    assert before["n_tokens"] == N_PROMPT
+
+
 @pytest.mark.parametrize("when", ["prefill", "always"])
 def test_a_report_outlives_the_cache_of_generate(model, when):
     tokens, spans = ids(1, N_PROMPT), {"a": (2, 9), "b": (9, 18)}

@@ -130,6 +130,11 @@ def _attention_mass(call: AttentionCall) -> npt.NDArray[np.float64]:
     inputs = Inputs.of(call, valid=call.valid, segments=[[(0, n_token)]], spans=[[]])
     sums = torch.as_tensor(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
     mass: npt.NDArray[np.float64] = sums.double().cpu().numpy()
+    if not np.isfinite(mass).all():
+        raise ValueError(
+            f"the attention of compressed layer {call.layer} is no finite number; expected a model whose keys and "
+            "queries are finite, such as the same in a wider dtype"
+        )
     return mass
 
 

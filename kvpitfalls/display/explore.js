@@ -82,7 +82,7 @@ function render({model, el}) {
     for (const setting of form.settings) setting.protect = setting.protect.filter((name) => names.has(name));
     n += 1;
     status.textContent = what === "compare" ? "The model runs\u2026" : "";
-    compare.disabled = true;
+    compare.disabled = mark.disabled = true;  // the tokens that are shown may be another text's
     el.firstChild.setAttribute("aria-busy", "true");
     model.send({do: what, n, form: structuredClone(form)});
   }
@@ -149,7 +149,12 @@ function render({model, el}) {
   function drawList(result) {
     const shares = (name) => (result ? result.kept.map((kept) => make("td", {class: "n"}, percent(kept[name]))) : []);
     const rows = form.marks.map((one, i) => {
-      const rename = (event) => byHand(form.marks.map((other) => (other === one ? {...one, name: event.target.value} : other)));
+      const rename = (event) => {
+        const name = event.target.value;
+        for (const setting of form.settings) setting.protect = setting.protect.map((other) => (other === one.name ? name : other));
+        one.name = name;  // the same object: it may be renamed or removed again before an answer comes
+        byHand(form.marks);
+      };
       const remove = () => byHand(form.marks.filter((other) => other !== one));
       return make("tr", {},
         make("td", {style: `border-left: 4px solid ${one.color}`},
@@ -190,7 +195,7 @@ function render({model, el}) {
   }
 
   function walk(event) {
-    if (event.key === "Enter" && chosen) markChosen();
+    if (event.key === "Enter") markChosen();
     const all = tokensOf(event.target), ends = {Home: 0, End: all.length - 1};
     const to = {ArrowRight: (at ?? -1) + 1, ArrowLeft: (at ?? 1) - 1, ...ends}[event.key];
     if (to === undefined || !all.length || event.ctrlKey || event.altKey || event.metaKey) return;
@@ -220,13 +225,14 @@ function render({model, el}) {
   function choose(range) {
     for (const old of strips.querySelectorAll(".kvp-at, .kvp-chosen")) old.classList.remove("kvp-at", "kvp-chosen");
     chosen = range;
-    mark.disabled = !range;
+    mark.disabled = !range || state.n < n;
     if (range)
       for (const strip of strips.querySelectorAll(".kvp-tokens"))
         [...strip.querySelectorAll("bdi")].slice(...range).forEach((one) => one.classList.add("kvp-chosen"));
   }
 
   function markChosen() {
+    if (mark.disabled) return;
     const {offsets} = state.prompt, [first, last] = [offsets[chosen[0]], offsets[chosen[1] - 1]];
     const apart = form.marks.filter((one) => one.end <= first[0] || one.begin >= last[1]);
     byHand([...apart, {name: "", begin: first[0], end: last[1]}]);

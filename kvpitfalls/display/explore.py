@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
 from ..eviction.fairness import FLOOR, Fair
 from ..experiments.demo import ATTACK, DEFENSE, SECRETS
@@ -184,8 +185,9 @@ class Explorer:
         finally:
             detach(self.model)
         names = [setting_name(setting) for setting in form["settings"]]
+        where = "in each of" if all(setting.sharing == UNIFORM for setting in settings) else "on average over"
         about = (
-            f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, in each of "
+            f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, {where} "
             f"{len(reports[0]['layers'])} layers"
         )
         left = len(reports[0]["not_compressed"])
@@ -205,7 +207,7 @@ class Explorer:
 def token_shares(cache: KeptCache, n_token: int) -> np.ndarray:
     """Of each token of a prompt, the share of layers and heads that keep it: float64 (T,)."""
     of_layers = [cache.positions(layer.index)[0] for layer in cache.kept_layers]
-    return np.mean([np.bincount(kept.ravel(), minlength=n_token) / len(kept) for kept in of_layers], 0)
+    return np.mean([np.bincount(kept[kept >= 0], minlength=n_token) / len(kept) for kept in of_layers], 0)
 
 
 def setting_name(setting: Mapping) -> str:
@@ -302,7 +304,7 @@ def _read(tokenizer, form: Mapping, instructions=None) -> tuple[Prompt, list[dic
 def _messages(text: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"the chat is no JSON ({error}); expected a list of messages, each with a role and a content"
         ) from error

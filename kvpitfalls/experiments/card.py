@@ -1,7 +1,8 @@
 """One model's results on one page of JSON, and two of them compared prompt by prompt."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .summary import summarize
 
 FORMAT = 1
 WHERE = SETTING[1:]  # what a setting is called where the model goes without saying
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")  # or a path that tells nothing of whose it is
 
 
 def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
@@ -29,14 +31,19 @@ def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
     list of dict
         ``format``; ``model``; ``made_with``: all that the records depend on, of each sweep; ``settings``: for each,
         what names it, ``metrics`` (as :func:`kvpitfalls.experiments.summary.summarize` gives them) and ``prompts``:
-        metric -> [key, sum, count] of every prompt, so that two cards can be compared prompt by prompt.
+        metric -> [key, sum, count] of every prompt, so that two cards can be compared prompt by prompt. Of the paths of
+        models and prompts only the ends are told: cards are for others, and records and ``run_meta.json`` have it all.
     """
+    called = _called(
+        [*(record["model"] for record in records), *(name for meta in metas for name in _models(meta["same"]))]
+    )
+    made_with = [_told(meta["same"], called) for meta in metas]
     sums = {setting: _sums(by_kind) for setting, by_kind in by_setting(records).items()}
     out: dict[str, dict] = {}
     for cell in summarize(records):
         of_model = out.setdefault(
             cell["model"],
-            {"format": FORMAT, "model": cell["model"], "made_with": [meta["same"] for meta in metas], "settings": []},
+            {"format": FORMAT, "model": called[cell["model"]], "made_with": made_with, "settings": []},
         )
         setting = tuple(cell[name] for name in SETTING)
         metrics = {name: cell["metrics"][name] for name in TOGETHER if name in cell["metrics"]}
@@ -44,6 +51,37 @@ def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
             {**{name: cell[name] for name in WHERE}, "metrics": metrics, "prompts": sums[setting]}
         )
     return list(out.values())
+
+
+def _models(made: Mapping) -> Sequence[str]:
+    return made.get("config.models") or ()
+
+
+def _called(names: Iterable[str]) -> dict[str, str]:
+    """What models are called: by their hub ids, or by as much of the ends of their paths as tells them apart."""
+    parts = {name: (name,) if _HUB_ID.fullmatch(name) else Path(name).parts for name in names}
+    ends: dict[str, str] = {}
+    for n in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {name: "/".join(of_name[-n:]) for name, of_name in parts.items()}
+        if len(set(ends.values())) == len(ends):
+            break
+    return ends
+
+
+def _told(made: Mapping, called: Mapping[str, str]) -> dict[str, Any]:
+    """All that records depend on, less the folders of whoever made them."""
+    told = {**made, "config.models": [called[name] for name in _models(made)], "config.dataset": _dataset(made)}
+    told["model_sources"] = [
+        source if called[name] == name else f"{called[name]} at {source.rpartition(' at ')[2]}"
+        for name, source in zip(_models(made), made.get("model_sources") or (), strict=False)
+    ]
+    return {name: value for name, value in told.items() if name in made}
+
+
+def _dataset(made: Mapping) -> str | None:
+    """As records call it: a file by its name alone."""
+    name = made.get("config.dataset")
+    return None if name is None else Path(name).name
 
 
 def _sums(by_kind: Mapping[str, list]) -> dict[str, list]:
@@ -68,7 +106,7 @@ def read_card(path: str | Path) -> dict:
                 f"{path} is a card of format {card['format']!r}; expected {FORMAT}, which this version reads"
             )
         for made in card["made_with"]:
-            made.get("corpus_sha256")
+            _dataset(made)
             _asked(made)
         for setting in card["settings"]:
             _place(setting)
@@ -85,9 +123,9 @@ def read_card(path: str | Path) -> dict:
 
 def _check_prompts(a: Mapping, b: Mapping) -> None:
     """Raise if a set of prompts has one name and two contents: their keys would pair what is not alike."""
-    known = {made.get("config.dataset"): made.get("corpus_sha256") for made in a["made_with"]}
+    known = {_dataset(made): made.get("corpus_sha256") for made in a["made_with"]}
     for made in b["made_with"]:
-        name, digest = made.get("config.dataset"), made.get("corpus_sha256")
+        name, digest = _dataset(made), made.get("corpus_sha256")
         if known.get(name, digest) != digest:
             raise ValueError(
                 f"the prompts {name!r} of the cards differ (sha256 {str(known[name])[:12]}... and "
@@ -112,7 +150,7 @@ def _check_asked(a: Mapping, b: Mapping) -> None:
     for side, card in zip(known, (a, b), strict=True):
         for made in card["made_with"]:
             for what, value in _asked(made).items():
-                side.setdefault((made.get("config.dataset"), what), []).append(value)
+                side.setdefault((_dataset(made), what), []).append(value)
     for place in known[0].keys() & known[1].keys():
         mine, theirs = (side[place] for side in known)
         if not any(value in theirs for value in mine):

@@ -2,6 +2,7 @@
 return."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -283,6 +284,11 @@ def _of_prompt(
     for key, cache in caches.items():
         means = answer_logprobs(model, contexts, asked, forced, cache)
         sums[key] = [mean * len(ids) for mean, ids in zip(means, forced, strict=True)]
+        if broken := [text for text, total in zip(questions, sums[key], strict=True) if not math.isfinite(total)]:
+            raise ValueError(
+                f"the log-likelihood of the answer to {broken[0]!r} is no finite number; expected a model whose logits "
+                "are finite, such as the same in a wider dtype"
+            )
     return [
         {
             **{

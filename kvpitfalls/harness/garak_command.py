@@ -67,8 +67,8 @@ def read_report(path: str | Path) -> list[dict]:
         entries = [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no report of garak: {error}; expected a .report.jsonl") from error
-    kinds = {entry.get("entry_type") for entry in entries}
-    if not {"start_run setup", "completion"} <= kinds:
+    kinds = {entry.get("entry_type") if isinstance(entry, dict) else None for entry in entries}
+    if None in kinds or not {"start_run setup", "completion"} <= kinds:
         raise ValueError(
             f"{path} is no finished report of garak; expected entries from the start of a run to its completion"
         )

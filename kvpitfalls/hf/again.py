@@ -19,6 +19,7 @@ from .arguments import cache_argument
 from .cache import KeptCache, why_not_compressed
 from .forward import AttentionCall, Forward
 from .layer import KeptLayer
+from .rows import holds_nothing
 from .threads import local
 
 
@@ -82,7 +83,7 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
             "as of a multimodal model; expected token ids"
         )
     for i, layer in enumerate(record.cache.layers):
-        if not (isinstance(layer, KeptLayer) or getattr(layer, "is_sliding", False) or _holds_nothing(layer)):
+        if not (isinstance(layer, KeptLayer) or getattr(layer, "is_sliding", False) or holds_nothing(layer)):
             raise UnsupportedModelError(
                 f"policy {asking} has the model read on after the prompt and then forget that, which layer {i} of "
                 f"{type(decoder).__name__} cannot ({why_not_compressed(layer)}); expected another policy"
@@ -97,10 +98,6 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
     _check_ids(decoder, turns)
     _check_positions(decoder, turns, record.valid or [])
     return partial(_read, turns, ids, positions)
-
-
-def _holds_nothing(layer) -> bool:
-    return type(layer).__name__ == "DummyLayer"
 
 
 def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:

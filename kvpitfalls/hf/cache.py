@@ -222,13 +222,13 @@ class KeptCache(DynamicCache):
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
+        chosen = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        order = torch.arange(len(self.valid or []))[chosen].tolist() if len(chosen) else []
+        if not order:
+            raise ValueError("batch_select_indices was given no row; expected at least one")
         for layer in self.layers:
             rows.select(layer, indices)
-        self._map_rows(
-            torch.arange(len(self.valid or []))[
-                indices.cpu() if isinstance(indices, torch.Tensor) else indices
-            ].tolist()
-        )
+        self._map_rows(order)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move."""
@@ -311,7 +311,7 @@ class KeptCache(DynamicCache):
             for row, of_row in enumerate(spans)
         ]
         return Report(
-            n_tokens=self.get_seq_length() if not held else held[0].prompt_shape[2],
+            n_tokens=held[0].prompt_shape[2] if held else self.n_prompt or self.get_seq_length(),
             layers=rows,
             not_compressed={
                 i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)
@@ -400,7 +400,7 @@ def why_not_compressed(layer: object) -> str:
     kind = type(layer).__name__
     if "LinearAttention" in kind:
         return f"{kind}: its state has a fixed size"
-    if kind == "DummyLayer":
+    if rows.holds_nothing(layer):
         return f"{kind}: it has no cache of its own"
     if getattr(layer, "is_sliding", False):
         return f"{kind}: it holds no more than its window already"

@@ -222,9 +222,8 @@ class FixedCache(KeptCache):
             )
         if n_new > self.n_free:
             raise ValueError(
-                f"{n_new} new tokens were given to a fixed cache with room for {self.n_free} of {self.n_room}; "
-                "expected a larger "
-                "max_new_tokens in cache.fixed()"
+                f"{n_new} new token{'s were' if n_new > 1 else ' was'} given to a fixed cache with room for "
+                f"{self.n_free} of {self.n_room}; expected a larger max_new_tokens in cache.fixed()"
             )
         if mask is None:
             return None

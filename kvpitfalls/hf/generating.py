@@ -18,8 +18,7 @@ from .coming import Coming
 from .coverage import decoder_of
 from .masks import check_padding, valid_ranges
 from .outer import is_multimodal
-
-_FORGETFUL = {"jamba"}  # model types
+from .rows import FORGETFUL
 
 
 def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -147,7 +146,7 @@ def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None
     if not any("LinearAttention" in type(layer).__name__ for layer in KeptCache(model.config).layers):
         return
     name = type(model).__name__
-    if model.config.model_type in _FORGETFUL:
+    if model.config.model_type in FORGETFUL:
         raise UnsupportedModelError(
             f"the linear attention of {name} forgets what came before a forward of several tokens, and "
             "prefill_chunk_size was given; expected none"

@@ -243,7 +243,8 @@ class _BySum(Judge):
     def scores(self, call: AttentionCall, room: HeldRoom) -> torch.Tensor:
         for x in (self.sums, self.age):
             x.scatter_(2, room.free, 0.0)
-        self.sums += attention_weights(call, room.bias).mean(2) * room.is_real
+        received = attention_weights(call, room.bias).mean(2)
+        self.sums += torch.where(room.is_real, received, 0.0)  # padding may be no number, nor its attention
         self.age += room.is_real
         return self.sums / self.age
 

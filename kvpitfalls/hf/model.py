@@ -469,7 +469,7 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) 
         mask = columns_of(mask, n_seen, n_new)
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)
-            check_newest(cache.layers, mask, n_new)
+            check_newest(attachment.decoder(), cache.layers, mask, n_new)
         if isinstance(cache, FixedCache):
             return Forward(cache, attachment.own, False, n_seen, ids, None, cache.newest_of(mask, n_new), bound)
         newest = real_newest(mask, n_new) if cache.is_held else None

@@ -46,9 +46,15 @@ def taken(cache: "KeptCache", indices: Sequence[int]) -> "KeptCache":
 def takes_padding(layer: Any, n_token: int) -> bool:
     """Whether columns of padding between a row's tokens, ``n_token`` in all, leave what it gives to the others.
 
-    A window is counted in columns, and a state takes padding for tokens.
+    A window is counted in columns, and a state takes padding for tokens; a layer that holds nothing does neither.
     """
-    return isinstance(layer, KeptLayer) or (getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window)
+    fits = getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window
+    return isinstance(layer, KeptLayer) or fits or holds_nothing(layer)
+
+
+def holds_nothing(layer: Any) -> bool:
+    """Whether it stands for a layer without a cache of its own, such as one that reads another's."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def join(layers: Sequence[Any]) -> Any:
@@ -102,8 +108,18 @@ def _joined(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(first, torch.Tensor) and first.ndim > 1 else first
 
 
-def check_newest(layers: Sequence[Any], mask: Any, n_new: int) -> None:
-    """Raise if the newest tokens of a forward hold padding that a layer would take for tokens."""
+# Model types whose linear attention starts anew with every forward of several tokens: what came before is lost to it.
+FORGETFUL = {"jamba"}
+
+
+def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> None:
+    """Raise if the newest tokens of a forward, which are several, hold padding that a layer would take for tokens, or
+    make a layer forget what came before them."""
+    if decoder.config.model_type in FORGETFUL:
+        raise UnsupportedModelError(
+            f"the linear attention of {type(decoder).__name__} forgets what came before a forward of several tokens, "
+            f"and {n_new} follow what the cache has seen; expected one at a time, or generate without a cache of before"
+        )
     if any(map(_has_states, layers)) and real_newest(mask, n_new) is not None:
         raise UnsupportedModelError(
             "what follows the prompts is padded, and layers of linear attention would take padding for tokens; "

@@ -12,6 +12,7 @@ from .forward import AttentionCall
 from .layer import KeptLayer
 from .model import attach, detach
 from .offload import device_of
+from .rows import FORGETFUL
 
 
 class Shuffle(Action):
@@ -51,7 +52,9 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         for action in (Action(), Shuffle()):
             cache = KeptCache(model.config, action)
             decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
-            outputs.append(model(input_ids=ids[:, cut:], use_cache=True, **cache_argument(model, cache)).logits.float())
+            for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
+                logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache)).logits
+            outputs.append(logits.float())
     finally:
         detach(model)
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())

@@ -8,6 +8,7 @@ from .chats import short
 
 WAYS = ("sentences", "lines", "messages")
 _LINE_END, _NEXT = re.compile(r"\s*\n\s*"), re.compile(r"\s*")
+_OTHER_ENDS = re.compile("\r(?!\n)|[\u2028\u2029]")  # of lines, each one character like "\n" itself
 _FACES = "\U0001f600-\U0001f64f"
 _STOP = re.compile(
     rf"(?P<stop>(?<![.!?…؟।])(?:(?<!\s)[.…]|[!?؟।])[.!?…؟]*)(?P<closing>[\"'”’»)\]*_`]*)(?: ?[{_FACES}]+)?(?=\s|$)"
@@ -46,6 +47,7 @@ def pieces(text: str, how: str) -> list[tuple[int, int]]:
     if how not in WAYS:
         raise ValueError(f"instructions is {short(how)}; expected {', '.join(WAYS)}, or a mapping of names to texts")
     out: list[tuple[int, int]] = []
+    text = _OTHER_ENDS.sub("\n", text)
     begin = len(text) - len(text.lstrip())
     for end, after in [*_cuts(text, how), (len(text.rstrip()), len(text))]:
         if any(c.isalpha() for c in text[begin:end]):
