@@ -44,7 +44,7 @@ class _Ticket:
     done: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AttentionCall(LayerInputs):
     """What a cache's action sees of one layer's attention: what any layer gives, here queries and keys after rotary
     embedding as attention used them, and what of the forward goes with it.
@@ -293,6 +293,11 @@ def _tells_denominators(action, forward: Forward, implementation: str, query) ->
     )
 
 
+def _unrecorded(x: torch.Tensor) -> torch.Tensor:
+    """What is kept is no function of it that has a gradient."""
+    return x.detach() if x.requires_grad else x
+
+
 def _seen_by(
     ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
 ) -> AttentionCall:
@@ -300,14 +305,14 @@ def _seen_by(
     others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
     if implementation != "sdpa":
         sinks = kwargs.get("s_aux")
-        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
+        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else _unrecorded(sinks)}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     projection = forward.projections.get(module)
     return AttentionCall(
-        key.detach(),  # what is kept is no function of them that has a gradient
-        query.detach(),
-        value.detach(),
+        _unrecorded(key),
+        _unrecorded(query),
+        _unrecorded(value),
         lse=lse,
         layer=forward.compressed[ticket.layer.index],
         n_layer=len(forward.compressed),
