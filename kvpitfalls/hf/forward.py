@@ -18,7 +18,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from ..eviction.layer_inputs import LayerInputs
 from ..policies.rotary import Rotary
 from . import one_token
-from .cache import KeptCache
+from .cache import KeptCache, size_of
 from .coming import Coming
 from .coverage import check_call
 from .denominators import Denominators
@@ -101,6 +101,8 @@ class Forward:
     )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)  # bytes of compressed layers, as note_size saw them last
+    n_byte: int = 0  # their sum
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
 
     @cached_property
@@ -112,6 +114,17 @@ class Forward:
     def is_plain(self) -> bool:
         """Whether attention is the model's own: nothing was evicted before it, and nothing is done after it."""
         return not self.prefill and not self.cache.is_held and not any(x.is_evicted for x in self.cache.kept_layers)
+
+    def note_size(self, layer: KeptLayer) -> None:
+        """Called before and after each eviction, for the cache's peak: nothing else makes it smaller. Only this layer
+        is looked at, since all of them at each would take as long as a short prompt's eviction."""
+        if not self.sizes:
+            self.sizes = {x.index: size_of(x) if x.is_initialized else 0 for x in self.cache.kept_layers}
+            self.n_byte = sum(self.sizes.values())
+        now = size_of(layer)
+        self.n_byte += now - self.sizes[layer.index]
+        self.sizes[layer.index] = now
+        self.cache.peak_bytes = max(self.cache.peak_bytes, self.n_byte)
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""
@@ -251,10 +264,11 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
-        forward.cache.note_peak()
-        act = _act_of(action, forward)
         lse = None if seen is None else seen.lse
-        act(ticket.layer, _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse))
+        call = _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse)
+        forward.note_size(ticket.layer)
+        _act_of(action, forward)(ticket.layer, call)
+        forward.note_size(ticket.layer)
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
