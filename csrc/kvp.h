@@ -234,7 +234,7 @@ typedef struct kvp_gather_args {
 
 /*
  * Score, select and gather by one call, for those who do not want the scores, which stay in the scratch: the same bits
- * as by the three. The fields are theirs. All is checked before anything is written.
+ * as by the three. The fields are theirs, but that counts need not be given. All is checked before anything is written.
  */
 typedef struct kvp_press_args {
     uint32_t size; /* sizeof(kvp_press_args) */

@@ -54,7 +54,7 @@ def press(
     n_kept: int,
     n_worker: int,
     /,
-) -> tuple[Array, Array, Array, Array]: ...
+) -> tuple[Array, Array, Array]: ...
 def expect(
     keys: Array,
     queries: Array,

@@ -47,7 +47,7 @@ def call_everything(dtype, lend, n_worker):
     if lend is np.asarray:
         given = "norm", keys, values, None, None, valid, None, segments, quotas, None, None
         pressed = _core.press(*given, K, n_worker)
-        assert pressed[2].dtype == dtype and (pressed[1] == K).all()
+        assert pressed[1].dtype == dtype and len(pressed) == 3 and (pressed[0] >= 0).all()
         with contextlib.suppress(ValueError):
             _core.press(*given, K - 1, n_worker)
             raise AssertionError("quotas above the room for positions were accepted")

@@ -22,6 +22,8 @@ enum {
 #undef KVP_DTYPE
 };
 
+#define MAX_RULE 16 /* arguments of a verb */
+
 /* What an argument is; TABLE: small numbers, which the host reads on every device. */
 enum { OPTIONAL = 0, REQUIRED = 1, OUTPUT = 2, TABLE = 4 };
 
@@ -33,9 +35,10 @@ typedef struct rule {
     int flags;
 } rule;
 
+/* By letter. */
 typedef struct binding {
-    int64_t size[128];
-    const char *from[128];
+    int64_t size['Z' + 1];
+    const char *from['Z' + 1];
     const kvp_tensor *first;
     const char *first_name;
 } binding;
@@ -54,7 +57,8 @@ static kvp_status check_dtype(const rule *r, kvp_context *ctx) {
  * claims any number of elements, and has one. */
 static kvp_status check_extent(const rule *r, kvp_context *ctx) {
     const kvp_tensor *t = r->tensor;
-    int64_t span = (int64_t)kvpi_dtype_size(t->dtype), count = span;
+    const int64_t size = (int64_t)kvpi_dtype_size(t->dtype);
+    int64_t span = size, count = span;
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] < 1)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s.shape[%d] is %lld; expected at least 1", r->name, d,
@@ -72,11 +76,10 @@ static kvp_status check_extent(const rule *r, kvp_context *ctx) {
         if (__builtin_mul_overflow(t->shape[d] - 1, t->stride[d], &reach) || reach > INT64_MAX / 64 ||
             span > INT64_MAX / 64 || __builtin_mul_overflow(count, t->shape[d], &count) || count > INT64_MAX / 64)
             return kvpi_fail(ctx, KVP_ERR_SHAPE, "%s has more elements than can be addressed", r->name);
-        span += reach * (int64_t)kvpi_dtype_size(t->dtype);
+        span += reach * size;
     }
-    if ((uintptr_t)t->data % kvpi_dtype_size(t->dtype))
-        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is not aligned to its %zu-byte elements", r->name,
-                         kvpi_dtype_size(t->dtype));
+    if ((uintptr_t)t->data % (size_t)size)
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "%s is not aligned to its %zu-byte elements", r->name, (size_t)size);
     return KVP_OK;
 }
 
@@ -154,13 +157,11 @@ static kvp_status check_rules(const rule *rules, size_t n_rule, binding *bound, 
     return KVP_OK;
 }
 
-static bool boxes_meet(const kvp_tensor *x, const kvp_tensor *y) {
-    const char *x_high = x->data, *y_high = y->data;
-    for (int d = 0; d < x->ndim; d++) x_high += (x->shape[d] - 1) * x->stride[d] * (int64_t)kvpi_dtype_size(x->dtype);
-    for (int d = 0; d < y->ndim; d++) y_high += (y->shape[d] - 1) * y->stride[d] * (int64_t)kvpi_dtype_size(y->dtype);
-    x_high += kvpi_dtype_size(x->dtype) - 1;
-    y_high += kvpi_dtype_size(y->dtype) - 1;
-    return (const char *)x->data <= y_high && (const char *)y->data <= x_high;
+/* The last byte of a tensor. */
+static const char *last_byte(const kvp_tensor *t) {
+    int64_t last = 0;
+    for (int d = 0; d < t->ndim; d++) last += (t->shape[d] - 1) * t->stride[d];
+    return (const char *)t->data + (last + 1) * (int64_t)kvpi_dtype_size(t->dtype) - 1;
 }
 
 /* Whether "delta", in elements, is a sum of stride[d] * m over the dimensions [d, n), with each m in [-below[d],
@@ -182,14 +183,13 @@ static bool is_difference(const int64_t *stride, const int64_t *below, const int
     return false;
 }
 
-/* Two views of one block of memory, say of the keys and the values of a fused cache, may lie between each other's rows
- * without sharing any element. That is seen where both have the same strides. (Dimensions of one element have none that
- * counts.) */
-static bool memory_overlaps(const kvp_tensor *x, const kvp_tensor *y) {
+/* Whether tensors share elements whose first and last bytes enclose some of the other's. Two views of one block of
+ * memory, say of the keys and the values of a fused cache, may lie between each other's rows without sharing any
+ * element. That is seen where both have the same strides. (Dimensions of one element have none that counts.) */
+static bool elements_overlap(const kvp_tensor *x, const kvp_tensor *y) {
     const int64_t size = (int64_t)kvpi_dtype_size(x->dtype), delta = (const char *)y->data - (const char *)x->data;
     int64_t stride[4], below[4], above[4];
     int n = 0;
-    if (!boxes_meet(x, y)) return false;
     if (x->ndim != y->ndim || size != (int64_t)kvpi_dtype_size(y->dtype) || delta % size) return true;
     for (int d = 0; d < x->ndim; d++) {
         if (x->shape[d] == 1 && y->shape[d] == 1) continue;
@@ -231,10 +231,14 @@ static kvp_status refuse_overlap(const rule *output, const rule *other, const ru
 
 /* The output of a rule shares memory with no other, but that it may be the start of the input in_place_of, if not NULL.
  */
-static kvp_status check_overlap(const rule *output, const rule *rules, size_t n_rule, const rule *in_place_of,
-                                kvp_context *ctx) {
-    for (const rule *other = rules; other < rules + n_rule; other++) {
-        if (other == output || !other->tensor->data || !memory_overlaps(output->tensor, other->tensor)) continue;
+static kvp_status check_overlap(const rule *output, const rule *rules, size_t n_rule, const char *const *last,
+                                const rule *in_place_of, kvp_context *ctx) {
+    const char *const first = output->tensor->data, *const end = last[output - rules];
+    for (size_t i = 0; i < n_rule; i++) {
+        const rule *other = &rules[i];
+        if (other == output || !other->tensor->data) continue;
+        if (first > last[i] || (const char *)other->tensor->data > end) continue;
+        if (!elements_overlap(output->tensor, other->tensor)) continue;
         if (other == in_place_of && is_start_of(output->tensor, other->tensor)) continue;
         return refuse_overlap(output, other, in_place_of, ctx);
     }
@@ -242,9 +246,11 @@ static kvp_status check_overlap(const rule *output, const rule *rules, size_t n_
 }
 
 static kvp_status check_overlaps(const rule *rules, size_t n_rule, const rule *const *in_place_of, kvp_context *ctx) {
+    const char *last[MAX_RULE];
+    for (size_t i = 0; i < n_rule; i++) last[i] = rules[i].tensor->data ? last_byte(rules[i].tensor) : NULL;
     for (size_t o = 0; o < n_rule; o++)
-        if (rules[o].flags & OUTPUT)
-            KVPI_TRY(check_overlap(&rules[o], rules, n_rule, in_place_of ? in_place_of[o] : NULL, ctx));
+        if (rules[o].flags & OUTPUT && rules[o].tensor->data)
+            KVPI_TRY(check_overlap(&rules[o], rules, n_rule, last, in_place_of ? in_place_of[o] : NULL, ctx));
     return KVP_OK;
 }
 
@@ -396,9 +402,10 @@ kvp_status kvpi_check_press(const kvp_press_args *args, kvp_context *ctx) {
         {"quotas", &args->quotas, "BHS", I32, REQUIRED | TABLE},
         {"protect", &args->protect, "BT", U8, OPTIONAL},
         {"positions", &args->positions, "BHK", I32, REQUIRED | OUTPUT},
-        {"counts", &args->counts, "BH", I32, REQUIRED | OUTPUT},
+        {"counts", &args->counts, "BH", I32, OPTIONAL | OUTPUT},
     };
     enum { N_RULE = sizeof rules / sizeof rules[0] };
+    _Static_assert(N_RULE <= MAX_RULE, "the verb with the most arguments");
     const rule *const in_place_of[N_RULE] = {NULL, NULL, &rules[0], &rules[1]};
     binding bound;
     KVPI_TRY(check_rules(rules, N_RULE, &bound, ctx));

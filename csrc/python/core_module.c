@@ -119,8 +119,8 @@ PyDoc_STRVAR(gather_doc, "gather($module, keys, values, positions, out_keys, out
                          "Copy the kept rows of keys and values.");
 PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, protect, "
                         "params, n_kept, n_worker, /)\n--\n\n"
-                        "Score, select and gather: positions and counts of n_kept places a head, and the keys and "
-                        "values that are kept, in new arrays.");
+                        "Score, select and gather: positions of n_kept places a head, and the keys and values that "
+                        "are kept, in new arrays.");
 PyDoc_STRVAR(expect_doc, "expect($module, keys, queries, cosines, sines, ahead_cosines, ahead_sines, logits, scaling, "
                          "with_spread, workspace, n_worker, /)\n--\n\n"
                          "Write the logits that queries to come are expected to give to keys into logits.");

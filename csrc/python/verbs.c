@@ -206,15 +206,9 @@ static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_t
     return 0;
 }
 
-/*
- * Host memory for a call without a workspace, to be freed with PyMem_Free. Where the core refuses the arguments, or the
- * tensors are on another device, nothing is allocated: the verb itself then says what is wrong.
- */
-static int make_workspace(const verb_spec *spec, const verb_args *args, const kvp_tensor *first, kvp_context *ctx,
-                          void **owned) {
-    size_t bytes;
-    if (first->device != KVP_CPU || kvp_workspace(spec->verb, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0)
-        return 0;
+/* Host memory for a call without a workspace, to be freed with PyMem_Free. */
+static int make_workspace(size_t bytes, kvp_context *ctx, void **owned) {
+    if (bytes == 0) return 0;
     *owned = PyMem_Malloc(bytes + 63);
     if (!*owned) {
         PyErr_NoMemory();
@@ -247,14 +241,12 @@ static void copy_table(kvp_tensor *t, int32_t *to) {
 /*
  * Of a call on a GPU the tables are what is in host memory. There the core has nowhere to copy them to, and reads them
  * where they are, once to check them and again to send them: so they are copied here, and a thread that rewrites them
- * changes nothing. Where the core refuses the arguments they stay: the verb says why. To be freed with PyMem_Free.
+ * changes nothing. To be freed with PyMem_Free.
  */
-static int own_tables(const verb_spec *spec, verb_args *args, const kvp_tensor *first, int32_t n_worker, void **owned) {
+static int own_tables(const verb_spec *spec, verb_args *args, void **owned) {
     kvp_tensor *table[MAX_TENSOR];
     Py_ssize_t n = 0;
     size_t bytes = 0;
-    if (first->device == KVP_CPU || kvp_workspace(spec->verb, args, n_worker, &bytes) != KVP_OK) return 0;
-    bytes = 0;
     for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
         kvp_tensor *t = (kvp_tensor *)((char *)args + spec->tensor[i].offset);
         if (!t->data || t->device != KVP_CPU) continue;
@@ -290,11 +282,14 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
     const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
     kvpb_loans loans = {.n_capsule = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    void *owned = NULL, *tables = NULL;
+    void *owned = NULL; /* host memory: scratch of a CPU, or tables of a GPU's call */
     PyObject *result = NULL;
+    size_t bytes;
     int failed = read_n_worker(n_worker, &ctx.n_worker) < 0 || read_tensors(state, spec, objects, args, &loans) < 0;
-    failed = failed || own_tables(spec, args, first, ctx.n_worker, &tables) < 0;
-    if (!failed && workspace == Py_None) failed = make_workspace(spec, args, first, &ctx, &owned) < 0;
+    const bool on_cpu = first->device == KVP_CPU, wants = !on_cpu || workspace == Py_None;
+    /* what the core refuses gets nothing: the verb then says why */
+    if (!failed && wants && kvp_workspace(spec->verb, args, ctx.n_worker, &bytes) == KVP_OK)
+        failed = (on_cpu ? make_workspace(bytes, &ctx, &owned) : own_tables(spec, args, &owned)) < 0;
     if (!failed && workspace != Py_None) failed = lend_workspace(state, workspace, first, &ctx, &loans) < 0;
     if (!failed) {
         kvp_status status;
@@ -303,7 +298,6 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
         Py_END_ALLOW_THREADS result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
     }
     PyMem_Free(owned);
-    PyMem_Free(tables);
     kvpb_return_loans(&loans);
     return result;
 }
@@ -396,10 +390,10 @@ PyObject *kvpb_expect_workspace(PyObject *module, PyObject *const *objects, Py_s
     return size_workspace(module, &expect_spec, &args, objects, objects[9]);
 }
 
-enum { PRESS_OUTPUTS = 4 };
+enum { PRESS_OUTPUTS = 3 };
 
-/* The outputs of press, and on a GPU its scratch. Where the shapes to come from are wrong, nothing is made: the core
- * then says so. */
+/* The outputs of press, but for the counts, which follow from the quotas. Where the shapes to come from are wrong,
+ * nothing is made: the core then says so. */
 static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p,
                               PyObject **out) {
     if (p->keys.ndim != 4 || p->values.ndim != 4) return 0;
@@ -409,7 +403,6 @@ static int make_press_outputs(const kvpb_state *state, PyObject *const *objects,
         kvp_tensor *tensor;
     } outputs[PRESS_OUTPUTS] = {
         {{"positions", KVP_I32, 3, {shape[0], shape[1], n_kept}}, &p->positions},
-        {{"counts", KVP_I32, 2, {shape[0], shape[1]}}, &p->counts},
         {{"out_keys", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, shape[3]}}, &p->out_keys},
         {{"out_values", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, p->values.shape[3]}}, &p->out_values},
     };
@@ -418,14 +411,13 @@ static int make_press_outputs(const kvpb_state *state, PyObject *const *objects,
     return 0;
 }
 
-static int make_press_scratch(const kvpb_state *state, PyObject *like, const verb_args *args, kvp_context *ctx,
-                              void **owned, PyObject **held) {
-    size_t bytes;
-    if (args->press.keys.device == KVP_CPU) return make_workspace(&press_spec, args, &args->press.keys, ctx, owned);
-    if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK || bytes == 0) return 0;
+/* Scratch of the arrays' library, to be held for the length of the call. */
+static int make_press_scratch(const kvpb_state *state, PyObject *like, const kvp_tensor *keys, size_t bytes,
+                              kvp_context *ctx, PyObject **held) {
     kvp_tensor buffer;
     const kvpb_new wanted = {"the scratch", KVP_U8, 1, {(int64_t)bytes}};
-    if (!(*held = kvpb_make(state, &wanted, like, &args->press.keys, &buffer))) return -1;
+    if (bytes == 0) return 0;
+    if (!(*held = kvpb_make(state, &wanted, like, keys, &buffer))) return -1;
     ctx->workspace = buffer.data;
     ctx->workspace_bytes = bytes;
     return 0;
@@ -439,13 +431,23 @@ static int read_n_kept(PyObject *object, int64_t *n_kept) {
     return -1;
 }
 
+/* What a press needs beside its arguments, as call_verb sees to it; the scratch of a GPU is made here. */
+static int prepare_press(const kvpb_state *state, PyObject *like, verb_args *args, kvp_context *ctx, void **owned,
+                         PyObject **held) {
+    size_t bytes;
+    if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK) return 0;
+    if (args->press.keys.device == KVP_CPU) return make_workspace(bytes, ctx, owned);
+    if (own_tables(&press_spec, args, owned) < 0) return -1;
+    return make_press_scratch(state, like, &args->press.keys, bytes, ctx, held);
+}
+
 PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     const kvpb_state *state = PyModule_GetState(module);
     verb_args args = {.press = {.size = sizeof(kvp_press_args)}};
     kvpb_loans loans = {.n_capsule = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
     PyObject *out[PRESS_OUTPUTS] = {NULL}, *held = NULL, *result = NULL;
-    void *owned = NULL, *tables = NULL;
+    void *owned = NULL;
     int64_t n_kept;
     if (kvpb_check_count("press", n_object, 13) < 0 || read_scorer(objects[0], &args.press.scorer) < 0 ||
         read_params(objects[10], args.press.scorer, args.press.param) < 0 || read_n_kept(objects[11], &n_kept) < 0 ||
@@ -453,18 +455,16 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
         return NULL;
     if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
         make_press_outputs(state, objects + 1, n_kept, &args.press, out) == 0 &&
-        own_tables(&press_spec, &args, &args.press.keys, ctx.n_worker, &tables) == 0 &&
-        make_press_scratch(state, objects[1], &args, &ctx, &owned, &held) == 0) {
+        prepare_press(state, objects[1], &args, &ctx, &owned, &held) == 0) {
         kvp_status status;
         ctx.stream = loans.stream;
         Py_BEGIN_ALLOW_THREADS status = kvp_press(&args.press, &ctx);
-        Py_END_ALLOW_THREADS result = status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2], out[3])
-                                                       : kvpb_raise(state, status, &ctx);
+        Py_END_ALLOW_THREADS result =
+            status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2]) : kvpb_raise(state, status, &ctx);
     }
     for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
     Py_XDECREF(held);
     PyMem_Free(owned);
-    PyMem_Free(tables);
     kvpb_return_loans(&loans);
     return result;
 }

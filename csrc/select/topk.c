@@ -121,7 +121,7 @@ static void select_row(void *arg, int64_t task, int32_t worker) {
         const int64_t begin = kvpi_i32(&args->segments, b, s, 0), end = kvpi_i32(&args->segments, b, s + 1, 0);
         kept += keep_segment(rows, ranks, begin, end, kvpi_i32(&args->quotas, b, h, s), candidates, out + kept);
     }
-    *(int32_t *)(void *)kvpi_at(&args->counts, b, h, 0) = (int32_t)kept;
+    if (args->counts.data) *(int32_t *)(void *)kvpi_at(&args->counts, b, h, 0) = (int32_t)kept;
     for (int64_t i = 0; out != target && i < kept; i++) target[i * stride] = out[i];
     for (int64_t i = kept; i < positions->shape[2]; i++) target[i * stride] = -1;
 }

@@ -53,7 +53,8 @@ __device__ __forceinline__ problem find_problem(const select_job &j, int index) 
 /* Behind the kept positions stands -1; the block of a row's last segment sees to it. */
 __device__ __forceinline__ void finish_row(const select_job &j, const problem &p) {
     const int kept = p.offset + p.quota;
-    if (threadIdx.x == 0) *(int32_t *)(j.counts.data + p.b * j.counts.b + p.h * j.counts.h) = kept;
+    if (threadIdx.x == 0 && j.counts.data) /* a press may have none */
+        *(int32_t *)(j.counts.data + p.b * j.counts.b + p.h * j.counts.h) = kept;
     for (int i = kept + threadIdx.x; i < j.n_kept; i += THREADS) *(int32_t *)kvpg_row(j.positions, p.b, p.h, i) = -1;
 }
 

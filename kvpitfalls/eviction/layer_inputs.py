@@ -41,7 +41,7 @@ class Again(NamedTuple):
     before: Array | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # arrays are not compared by ==; not frozen, which would make each of its fields by a call
 class LayerInputs:
     """What one layer gives a policy, wherever it comes from: a wrapped model, an audit, or :func:`kvpitfalls.keep`.
 
@@ -97,8 +97,7 @@ class LayerInputs:
     share_heads: bool = False
 
     def __post_init__(self) -> None:
-        scaling = float(self.keys.shape[-1]) ** -0.5 if self.scaling is None else float(self.scaling)
-        if not isfinite(scaling):
-            raise ValueError(f"scaling is {scaling!r}; expected a finite number")
-        object.__setattr__(self, "scaling", scaling)
-        object.__setattr__(self, "softcap", float(self.softcap or 0.0))
+        self.scaling = float(self.keys.shape[-1]) ** -0.5 if self.scaling is None else float(self.scaling)
+        if not isfinite(self.scaling):
+            raise ValueError(f"scaling is {self.scaling!r}; expected a finite number")
+        self.softcap = float(self.softcap or 0.0)

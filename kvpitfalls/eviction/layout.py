@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class Layout:
     spans: Sequence[Mapping[str, tuple[int, int]]]
     protected: Sequence[Sequence[int]]
     splits: dict[Fair, "Split"] = field(default_factory=dict, compare=False, repr=False)
-    masks: dict[Hashable, Array | None] = field(default_factory=dict, compare=False, repr=False)
+    masks: dict[Hashable, Array] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -125,9 +125,11 @@ class Layout:
 
     def mask_beside(self, scores: Array) -> Array | None:
         """:attr:`mask` where the scores are; copied to each GPU once, not at every layer."""
+        if self.mask is None:
+            return None
         device = getattr(scores, "device", None)
         if device not in self.masks:
-            self.masks[device] = None if self.mask is None else ops.beside(self.mask, scores)
+            self.masks[device] = ops.beside(self.mask, scores)
         return self.masks[device]
 
 
@@ -173,9 +175,8 @@ class Split:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """``make()``, or what it gave before for the same key."""
-        if key not in self.made:
-            self.made[key] = make()
-        return cast(T, self.made[key])
+        found: T | None = self.made.get(key)
+        return self.made.setdefault(key, make()) if found is None else found
 
     @cached_property
     def segments(self) -> list[list[tuple[int, int]]]:
@@ -206,8 +207,9 @@ class Split:
     @cached_property
     def of_inputs(self) -> dict[str, Any]:
         """What a policy is told of the rows, by the names of its inputs."""
-        spans = [list(row.values()) for row in self.layout.spans]
-        return {"valid": self.layout.valid, "segments": self.judged, "spans": spans, "paper": self.is_paper}
+        layout, spans = self.layout, [list(row.values()) for row in self.layout.spans]
+        of_rows = {"valid": layout.valid, "valid_array": layout.valid_array, "spans": spans}
+        return {**of_rows, "segments": self.judged, "paper": self.is_paper}
 
     @cached_property
     def names(self) -> list[list[str | None]]:

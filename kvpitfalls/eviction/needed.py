@@ -1,6 +1,7 @@
 """What a policy needs of a layer beside its keys, and what of it was given."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..numbers import is_whole
@@ -12,12 +13,18 @@ from .layout import Layout
 _TYPES = ("float32", "float16", "bfloat16")
 
 
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: Hashable) -> str:
+    """NumPy's or torch's; asked for three times a layer, and a name takes as long as all else that is asked."""
+    return str(getattr(dtype, "name", str(dtype).removeprefix("torch.")))
+
+
 def check_needed(policy: Policy, layer: LayerInputs) -> None:
     """Raise, by name, for what is missing, or of a type that no scorer takes: torch would score any, rounded or not."""
     for name, x in (("keys", layer.keys), ("queries", layer.queries), ("values", layer.values)):
         if x is None or not hasattr(x, "dtype"):
             continue  # the core refuses the latter
-        if (dtype := getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))) not in _TYPES:
+        if (dtype := _dtype_name(x.dtype)) not in _TYPES:
             raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
     if policy.needs_queries and layer.queries is None:
         raise ValueError(

@@ -168,7 +168,7 @@ def press_checked(
     scorer: str,
     keys: A,
     values: A,
-    queries: A | None,
+    queries: Array | None,
     votes: Table | None,
     valid: npt.NDArray[np.int32] | None,
     lse: Array | None,
@@ -176,13 +176,13 @@ def press_checked(
     quotas: npt.NDArray[np.int32],
     protect: Array | None,
     n_kept: int,
-    **params: float,
-) -> tuple[A, A, A, A]:
+    params: Mapping[str, float],
+) -> tuple[A, A, A]:
     """:func:`score`, :func:`select` and :func:`gather` by one call, where nobody asks for the scores; the same bits.
 
     Parameters
     ----------
-    scorer, keys, values, queries, votes, valid, lse, **params
+    scorer, keys, values, queries, votes, valid, lse, params
         As for :func:`score` and :func:`gather`.
     segments, quotas, protect, n_kept
         As for :func:`select_checked`.
@@ -190,7 +190,6 @@ def press_checked(
     Returns
     -------
     positions : array of int32, shape (B, H, K)
-    counts : array of int32, shape (B, H)
     keys, values : array, shape (B, H, K, D) and (B, H, K, Dv)
 
     Examples
@@ -198,7 +197,7 @@ def press_checked(
     >>> import numpy as np
     >>> x = np.array([[[[3.0], [1.0], [2.0]]]], dtype=np.float32)
     >>> edges, quotas = np.array([[0, 3]], np.int32), np.array([[[2]]], np.int32)
-    >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2)[0]
+    >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2, {})[0]
     array([[[1, 2]]], dtype=int32)
     """
     numbers, n_kept = _numbers(scorer, params), max(1, n_kept)
@@ -206,8 +205,8 @@ def press_checked(
     if not (is_lent and _has_kernels(keys)):
         known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
         scores = score(scorer, keys, values=values, **known)
-        positions, counts = select_checked(scores, segments, quotas, protect, valid, n_kept)
-        return positions, counts, *gather(keys, values, positions)
+        positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept)
+        return positions, *gather(keys, values, positions)
     k, v, q = lendable(keys, "keys"), lendable(values, "values"), lendable(queries, "queries")
     table = None if votes is None else _int32(votes, "votes")
     return _core.press(
@@ -219,13 +218,14 @@ def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
     """All parameters of a scorer, in the core's order. True is a number only where the parameter is a choice."""
     if not isinstance(scorer, str) or scorer not in _SCORERS:
         raise ValueError(f"scorer is {scorer!r}; expected one of {', '.join(map(repr, _SCORERS))}")
-    defaults = _SCORERS[scorer]
-    if unknown := params.keys() - defaults.keys():
-        raise TypeError(
-            f"scorer {scorer!r} has no parameter {min(unknown)!r}; expected {', '.join(defaults) or 'none'}"
-        )
-    check_real({name: x for name, x in params.items() if name != "share_heads" or not isinstance(x, bool)})
-    return [float(params.get(name, initial)) for name, initial in defaults.items()]
+    numbers = dict(_SCORERS[scorer])
+    for name, x in params.items():
+        if name not in numbers:
+            raise TypeError(f"scorer {scorer!r} has no parameter {name!r}; expected {', '.join(numbers) or 'none'}")
+        if name != "share_heads" or not isinstance(x, bool):
+            check_real({name: x})
+        numbers[name] = float(x)
+    return list(numbers.values())
 
 
 def select_checked(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Generic, TypeAlias, cast
+from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -82,12 +82,11 @@ class Kept(Generic[A]):
         return self.plan.edges
 
 
-@dataclass(frozen=True, eq=False)
-class Pressed(Generic[A]):
-    """What :func:`press` leaves: :class:`Kept` without the scores, and the kept rows (B,H,K,D) and (B,H,K,Dv)."""
+class Pressed(NamedTuple, Generic[A]):
+    """What :func:`press` leaves: the positions and the plan of :class:`Kept`, and the kept rows (B,H,K,D) and
+    (B,H,K,Dv)."""
 
     positions: A
-    counts: A
     keys: A
     values: A
     plan: Plan

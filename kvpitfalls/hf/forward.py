@@ -18,7 +18,7 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from ..eviction.layer_inputs import LayerInputs
 from ..policies.rotary import Rotary
 from . import one_token
-from .cache import KeptCache
+from .cache import KeptCache, size_of
 from .coming import Coming
 from .coverage import check_call
 from .denominators import Denominators
@@ -44,7 +44,7 @@ class _Ticket:
     done: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AttentionCall(LayerInputs):
     """What a cache's action sees of one layer's attention: what any layer gives, here queries and keys after rotary
     embedding as attention used them, and what of the forward goes with it.
@@ -101,6 +101,8 @@ class Forward:
     )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, _Ticket] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)  # bytes of compressed layers, as note_size saw them last
+    n_byte: int = 0  # their sum
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
 
     @cached_property
@@ -112,6 +114,17 @@ class Forward:
     def is_plain(self) -> bool:
         """Whether attention is the model's own: nothing was evicted before it, and nothing is done after it."""
         return not self.prefill and not self.cache.is_held and not any(x.is_evicted for x in self.cache.kept_layers)
+
+    def note_size(self, layer: KeptLayer) -> None:
+        """Called before and after each eviction, for the cache's peak: nothing else makes it smaller. Only this layer
+        is looked at, since all of them at each would take as long as a short prompt's eviction."""
+        if not self.sizes:
+            self.sizes = {x.index: size_of(x) if x.is_initialized else 0 for x in self.cache.kept_layers}
+            self.n_byte = sum(self.sizes.values())
+        now = size_of(layer)
+        self.n_byte += now - self.sizes[layer.index]
+        self.sizes[layer.index] = now
+        self.cache.peak_bytes = max(self.cache.peak_bytes, self.n_byte)
 
     def expect(self, layer: KeptLayer, n_new: int) -> None:
         """A layer was updated: its attention call must follow."""
@@ -251,10 +264,11 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
-        forward.cache.note_peak()
-        act = _act_of(action, forward)
         lse = None if seen is None else seen.lse
-        act(ticket.layer, _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse))
+        call = _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse)
+        forward.note_size(ticket.layer)
+        _act_of(action, forward)(ticket.layer, call)
+        forward.note_size(ticket.layer)
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
@@ -293,6 +307,11 @@ def _tells_denominators(action, forward: Forward, implementation: str, query) ->
     )
 
 
+def _unrecorded(x: torch.Tensor) -> torch.Tensor:
+    """What is kept is no function of it that has a gradient."""
+    return x.detach() if x.requires_grad else x
+
+
 def _seen_by(
     ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
 ) -> AttentionCall:
@@ -300,14 +319,14 @@ def _seen_by(
     others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
     if implementation != "sdpa":
         sinks = kwargs.get("s_aux")
-        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
+        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else _unrecorded(sinks)}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     projection = forward.projections.get(module)
     return AttentionCall(
-        key.detach(),  # what is kept is no function of them that has a gradient
-        query.detach(),
-        value.detach(),
+        _unrecorded(key),
+        _unrecorded(query),
+        _unrecorded(value),
         lse=lse,
         layer=forward.compressed[ticket.layer.index],
         n_layer=len(forward.compressed),

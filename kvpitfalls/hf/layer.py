@@ -235,7 +235,8 @@ class KeptLayer(DynamicLayer):
         n_row, n_head, n_token = self.keys.shape[:3]
         self.prompt_shape = (n_row, n_head, n_token)
         self.keys, self.values = keys, values
-        self.place(positions.long().clamp(min=0).to(keys.device), None if full else (positions >= 0).to(keys.device))
+        places = positions.to(keys.device, torch.int64)
+        self.place(places if full else places.clamp(min=0), None if full else places >= 0)
 
     @property
     def has_plain_rows(self) -> bool:

@@ -19,7 +19,6 @@ from ..numbers import check_whole
 from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
-_OF_LAYER = tuple(f.name for f in fields(LayerInputs))
 
 
 class Vote(NamedTuple):
@@ -84,8 +83,7 @@ def _of_one_dtype(keys: Array, values: Array) -> tuple[Array, Array]:
     return (keys.float(), values.float()) if is_held else (keys, values)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of a scorer of the core, which is still to be made: for its scores, or for a press by them, in which
     nobody sees them.
 
@@ -119,27 +117,24 @@ class Call:
     queries: Array | None = None
     reads_values: bool = False
 
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        arrays = {"queries": self.queries, "votes": self.votes, "lse": self.lse, "valid": self.inputs.valid_array}
-        return {**arrays, **self.params}
-
     def scores(self) -> Array:
         """Float32 (B, H, T)."""
         keys, values = self.inputs.keys, self.inputs.values if self.reads_values else None
         if values is not None:
             keys, values = _of_one_dtype(keys, values)
+        read: dict[str, Any] = {"queries": self.queries, "votes": self.votes, "lse": self.lse, **self.params}
         try:
-            return ops.score(self.scorer, keys, values=values, **self._arguments)
+            return ops.score(self.scorer, keys, values=values, valid=self.inputs.valid_array, **read)
         except ValueError:
             self._check_voters()
             raise
 
-    def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A, A]:
-        """Positions, counts, and the kept rows of keys and values, which are arrays of one kind."""
-        plan: dict[str, Any] = {"segments": segments, "quotas": quotas, "protect": protect, "n_kept": n_kept}
+    def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A]:
+        """Positions, and the kept rows of keys and values, which are arrays of one kind."""
+        keys, valid = cast(A, self.inputs.keys), self.inputs.valid_array
+        read = keys, values, self.queries, self.votes, valid, self.lse
         try:
-            return ops.press_checked(self.scorer, cast(A, self.inputs.keys), values, **plan, **self._arguments)
+            return ops.press_checked(self.scorer, *read, segments, quotas, protect, n_kept, self.params)
         except ValueError:
             self._check_voters()
             raise
@@ -151,7 +146,7 @@ class Call:
             self.inputs.check_voters(self.votes)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Inputs(LayerInputs):
     """What a policy scores: what one layer gives, see :class:`LayerInputs`, and where things are in each batch row.
 
@@ -181,8 +176,14 @@ class Inputs(LayerInputs):
 
     @classmethod
     def of(cls, layer: LayerInputs, **others: Any) -> "Inputs":
-        """Of what a layer gives, and ``others``: the attributes of this class, and those of the layer that differ."""
-        return cls(**{**{name: getattr(layer, name) for name in _OF_LAYER}, **others})
+        """Of what a layer gives, and ``others``: the attributes of this class, and those of the layer that differ. Its
+        fields are taken over, not checked again: they were when the layer was made, and every layer comes by."""
+        made = object.__new__(cls)
+        known = vars(made)
+        known.update(vars(layer))
+        known.pop("valid_array", None)  # follows from ``valid``
+        known.update(others)
+        return made
 
     @property
     def n_token(self) -> int:

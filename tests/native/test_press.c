@@ -122,9 +122,11 @@ static void press_once(const char *scorer, const attention_shape *s) {
         c.args.out_keys = c.args.keys;                                              /* in place */
         c.args.out_values = c.args.values;
         c.args.out_keys.shape[2] = c.args.out_values.shape[2] = n_kept;
+        c.args.counts.data = NULL; /* and not counted */
         call_verb(KVP_PRESS, &c.args, (calling){.scratch_byte = 0x5a});
         CHECK(same_elements(&expected.keys.view, &c.args.out_keys), "keys differ in place");
         CHECK(same_elements(&expected.values.view, &c.args.out_values), "values differ in place");
+        CHECK(same_elements(&expected.positions.view, &out.positions.view), "positions differ in place");
     }
     free_outputs(&expected);
     free_outputs(&out);
