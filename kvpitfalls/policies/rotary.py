@@ -104,8 +104,8 @@ class Rotary:
         def make() -> tuple[Any, Any]:
             positions, later = self.positions(valid, n_token, x.device), torch.arange(1, 1 + n_ahead, device=x.device)
             ends = [row[end - 1] for row, (_, end) in zip(positions, valid, strict=True)]
-            cosines, sines = _joined([self.angles((end + later)[None], x.float()) for end in ends])
-            return cosines.mean(1), sines.mean(1)
+            # each row's mean by itself: of several together torch adds in another order
+            return _joined([[part.mean(1) for part in self.angles((end + later)[None], x.float())] for end in ends])
 
         return self.once("ahead", (tuple(map(tuple, valid)), n_token, n_ahead), x, make)
 
