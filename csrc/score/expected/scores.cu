@@ -40,7 +40,7 @@ template <int N, typename F> __device__ __forceinline__ float over_block(float x
     return x;
 }
 
-static __global__ void __launch_bounds__(ADDERS) add_powers(const __grid_constant__ scores_job j) {
+static __global__ void __launch_bounds__(ADDERS, 1) add_powers(const __grid_constant__ scores_job j) {
     kvpg_follow();
     __shared__ float parts[ADDERS / 32];
     const int n_segment = kvpg_n_judged(j.edges), unit = blockIdx.x / n_segment, segment = blockIdx.x % n_segment;
