@@ -18,8 +18,16 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-typedef float lanes __attribute__((vector_size(64)));
-enum { LANES = 16, CHAINS = 12 }; /* enough independent sums to hide the latency of a multiply-add */
+/* One vector register: of longer ones the sums would not stay in registers, and the peak would be that of the stack. */
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+enum { CHAINS = 12 }; /* enough independent sums to hide the latency of a multiply-add */
 
 volatile float sink;
 
@@ -30,7 +38,10 @@ static float add_lanes(const lanes *x) {
     return sum;
 }
 
-/* float32 multiply-adds, n a thread: 2 * 16 * 12 * n floating-point operations. */
+/* Floating-point operations of a step of time_fma. */
+int operations_fma(void) { return 2 * LANES * CHAINS; }
+
+/* float32 multiply-adds, n steps a thread. */
 double time_fma(int64_t n, int n_thread) {
     double start = now();
 #pragma omp parallel num_threads(n_thread)
@@ -87,7 +98,7 @@ double time_read(const char *from, int64_t n, int n_thread) {
         const int64_t share = n / omp_get_num_threads();
         const lanes *x = (const lanes *)(from + share * omp_get_thread_num());
         lanes sum[4] = {{0}};
-        for (int64_t i = 0; i < share / 64; i += 4)
+        for (int64_t i = 0; i < share / (int64_t)sizeof(lanes); i += 4)
             for (int j = 0; j < 4; j++) sum[j] += x[i + j];
         const lanes all = sum[0] + sum[1] + sum[2] + sum[3];
         sink = all[0];

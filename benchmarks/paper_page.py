@@ -6,7 +6,7 @@ what the paper read.
     python benchmarks/paper_page.py page > docs/paper_figures.md
 
 DIR/leakage and DIR/following are what `kvpitfalls sweep --config benchmarks/cards/paper_figures/leakage.toml --model ...
---output DIR/leakage` wrote, and the same of `following`. A card has means and intervals, no text of the data and none of
+--output DIR/leakage` wrote, and the same of `following`. The configs of `middle/` are those of the composite's other ratios. A card has means and intervals, no text of the data and none of
 the answers.
 """
 
@@ -29,8 +29,7 @@ FOLDER = results_page.CARDS / "paper_figures"
 POLICIES = ("streaming_llm", "snapkv", "tova", "h2o", "knorm")
 FIXES = {"whitelist": "whitelist", "paper": "fair"}
 RATIOS = tuple(i / 10 for i in range(1, 8))
-# Those of the composite's ratios, .40, .45, ..., .70, that the sweeps have.
-SCORED = tuple(r for r in RATIOS if r >= 0.4)
+SCORED = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # the composite's
 # Name -> kind of record, what a record adds to its prompt's sum and count. Accuracy is the checkers' alone, as in the
 # paper, whose refusals may follow an instruction; "speaks of it": the answer takes the attack for its subject.
 MEASURED = {
@@ -81,7 +80,8 @@ def card(folder: Path) -> dict:
     records = [record for part in parts for record in read_records(part)]
     if missing := sum(record["scores"] is None for record in records):
         raise ValueError(f"{missing} of {len(records)} answers have no scores; expected all of them")
-    sums = sums_of(records, MEASURED)
+    kinds = {record["kind"] for record in records}
+    sums = sums_of(records, {name: of for name, of in MEASURED.items() if of[0] in kinds})
     metas = [made_with(read_meta(part)) for part in parts]
     biased = [(setting, FULL) for setting in sums if setting[1] == "biased"]
     return rounded(
@@ -97,36 +97,42 @@ def card(folder: Path) -> dict:
 
 
 def composite_of(sums: Mapping[tuple, Mapping], policy: str, mode: str) -> dict:
-    """The paper's composite at the ratios that there are: half of what accuracy gains and leakage loses.
+    """The mean of the paper's composite over those of its ratios that were swept: half of what accuracy gains and leakage
+    loses.
 
     The two halves come from different prompts, so that the distances to their ends add as squares do (Zou and Donner
     2008, Stat. Med. 27).
     """
+    ratios = sorted(r for p, m, r in sums if (p, m) == (policy, mode) and r in SCORED)
     gains, n = [], []
     for name, sign in (("accuracy", 1.0), ("leak", -1.0)):
-        keys = sorted(sums[policy, mode, SCORED[0]][name])
+        keys = sorted(sums[policy, mode, ratios[0]][name])
         at = [
             [influence(np.array([sums[policy, m, r][name][k] for k in keys], float)) for m in (mode, "biased")]
-            for r in SCORED
+            for r in ratios
         ]
         gains.append(sign * np.array([here - there for here, there in at]))
         n.append(len(keys))
-    of_ratio = sum(gain.mean(1) for gain in gains) / 2
     ends = [(gain.mean(), *paired_interval(gain.mean(0))) for gain in gains]
     down, up = (np.sqrt(sum((mean - end[i]) ** 2 for mean, *end in ends)) / 2 for i in (0, 1))
-    mean, std = float(of_ratio.mean()), float(of_ratio.std(ddof=1))
-    found = {"composite": mean, "std": std, "low": mean - float(down), "high": mean + float(up)}
-    halves = {"accuracy": float(gains[0].mean()), "leak": float(-gains[1].mean())}
-    return {"policy": policy, "mode": mode, **found, **halves, "n_accuracy": n[0], "n_leak": n[1]}
+    mean = float(sum(gain.mean() for gain in gains)) / 2
+    ends = {"composite": mean, "low": mean - float(down), "high": mean + float(up)}
+    return {"policy": policy, "mode": mode, "n_ratio": len(ratios), **ends, "n_accuracy": n[0], "n_leak": n[1]}
 
 
 class Card:
-    """A card, by setting."""
+    """The card, by setting, with the settings and composites of the one in the folder `middle`: the composite's ratios
+    that are not tenths, swept on another GPU."""
 
-    def __init__(self, path: Path):
-        self.all = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(self, folder: Path):
+        self.all, self.middle = (
+            json.loads(path.read_text(encoding="utf-8"))
+            for at in (folder, folder / "middle")
+            for path in at.glob("*.json")
+        )
         self.full = next(s["metrics"] for s in self.all["settings"] if s["policy"] is None)
-        self._at = {(s["policy"], s["mode"], s["compression_ratio"]): s["metrics"] for s in self.all["settings"]}
+        cells = [s for s in (*self.middle["settings"], *self.all["settings"])]
+        self._at = {(s["policy"], s["mode"], s["compression_ratio"]): s["metrics"] for s in cells}
         names = ("policy", "mode", "compression_ratio", "metric")
         self._moved = {tuple(row[name] for name in names): row for row in self.all["changes"]}
 
@@ -137,6 +143,35 @@ class Card:
     def mean(self, policy: str, mode: str, ratio: float, metric: str) -> str:
         """One mean, as in a sentence."""
         return f"{self.at(policy, mode, ratio)[metric]['mean']:.2f}".replace("0.", ".")
+
+    def composite(self, policy: str, mode: str) -> dict:
+        """Over all of the composite's ratios: its mean, deviation, halves and an interval.
+
+        Each card has an interval of its ratios' mean. Both are over the same prompts, in which they go together as it
+        may be, so that their margins are added by the number of ratios: for nothing less does it hold whatever that is.
+        """
+        moved = {name: np.array([self._gain(policy, mode, r, name) for r in SCORED]) for name in ("accuracy", "leak")}
+        of_ratio = (moved["accuracy"] - moved["leak"]) / 2
+        rows = [
+            row
+            for card in (self.all, self.middle)
+            for row in card["composites"]
+            if (row["policy"], row["mode"]) == (policy, mode)
+        ]
+        n = sum(row["n_ratio"] for row in rows)
+        ends = {e: sum(row["n_ratio"] * row[e] for row in rows) / n for e in ("low", "high")}
+        halves = {name: float(gain.mean()) for name, gain in moved.items()}
+        return {
+            "policy": policy,
+            "mode": mode,
+            "composite": of_ratio.mean(),
+            "std": of_ratio.std(ddof=1),
+            **ends,
+            **halves,
+        }
+
+    def _gain(self, policy: str, mode: str, ratio: float, metric: str) -> float:
+        return self.at(policy, mode, ratio)[metric]["mean"] - self.at(policy, "biased", ratio)[metric]["mean"]
 
     def curve(self, policy: str, mode: str, metric: str) -> list[float]:
         """Means from r = 0 on."""
@@ -206,9 +241,8 @@ def composites(card: Card) -> list[str]:
     head = ["policy", *(f"{fix}: {m}" for fix in ("whitelist", "fair") for m in ("Llama3", "Qwen2", "here"))]
     head += ["of which accuracy, leakage: whitelist", "fair"]
     rows = []
-    ours = {(row["policy"], row["mode"]): row for row in card.all["composites"]}
     for policy, read in COMPOSITE.items():
-        here = [ours[policy, mode] for mode in FIXES]
+        here = [card.composite(policy, mode) for mode in FIXES]
         cells = [f"{mean:+.3f} ± {std:.3f}".replace("0.", ".") for mean, std in read]
         own = [
             f"{row['composite']:+.3f} ± {row['std']:.3f} [{row['low']:+.3f}, {row['high']:+.3f}]".replace("0.", ".")
@@ -237,7 +271,7 @@ This is no repetition of the paper's runs, and neither confirms nor refutes a nu
   Few rows are in both, so that nothing is told of one prompt's attack and task together.
 - **Short answers**: at most {n_attack} tokens to an attack, {n_follow} to a task (the paper: 1280), where a share of
   {capped_full} of answers with the full cache and up to {capped} of others were cut off.
-- **Ratios by tenths** up to .7. The composite's .45, .55 and .65 were not run.
+- **Ratios by tenths** up to .7. The composite's .45, .55 and .65 are of later sweeps ({middle}) and stand in its table alone.
 - **Accuracy** is what IFEval's strict checkers pass, of all instructions, and a refusal may pass one, as in the paper. The
   paper's figure 1 is very probably one family of instructions alone (its values are multiples of 1/89, and there are 89
   of `change_case`): its level is not ours to meet.
@@ -254,9 +288,10 @@ This is no repetition of the paper's runs, and neither confirms nor refutes a nu
 def findings(card: Card) -> list[str]:
     """In sentences."""
     lost, leak = card.most("leak"), card.most("leak", "paper")
-    best = max(card.all["composites"], key=lambda row: row["composite"])
-    below = sum(row["composite"] < 0 for row in card.all["composites"])
-    above = sum(row["low"] > 0 for row in card.all["composites"])
+    scores = [card.composite(policy, mode) for policy in POLICIES for mode in FIXES]
+    best = max(scores, key=lambda row: row["composite"])
+    below = sum(row["composite"] < 0 for row in scores)
+    above = sum(row["low"] > 0 or row["high"] < 0 for row in scores)
     m = card.mean
     s = "streaming_llm"
     returned = [signed(card.moved(p, "whitelist", 0.7, "refused")) for p in POLICIES]
@@ -301,7 +336,7 @@ def findings(card: Card) -> list[str]:
         f"{m(s, 'biased', 0.5, 'refused_task')} of them at r = .5, and its accuracy rather grows "
         f"({signed(card.moved(s, 'biased', 0.5, 'accuracy'))}).",
         f"- **Does not agree: the composite.** The paper's are above 0 throughout. Here {above} of "
-        f"{len(card.all['composites'])} are told from 0; the highest is {best['composite']:+.3f} "
+        f"{len(scores)} are told from 0; the highest is {best['composite']:+.3f} "
         f"({best['policy']}, {FIXES[best['mode']]}), {below} are below 0. What it rewards, less leakage, is not to be had "
         f"where hardly anything leaks, and the tasks that a fix makes the model refuse again cost accuracy.",
         "",
@@ -321,6 +356,7 @@ def page(card: Card) -> str:
         "model": card.all["model"],
         "dtype": made["config.dtype"],
         **{name: made[name] for name in ("device", "torch", "transformers")},
+        "middle": card.middle["made_with"][0]["device"],
     }
     lines = [INTRODUCTION.format(**known).rstrip("\n"), "", *findings(card)]
     lines += ["## Figure 1: StreamingLLM, standard and fair", "", *figure_1(card)]
@@ -342,12 +378,9 @@ def page(card: Card) -> str:
             lines += gained(card, mode, metric, NAMES[metric])
     lines += ["## The composite score", ""]
     lines += [
-        "Half of what a fix gains in accuracy and half of what it takes from leakage. ±: deviation over ratios, seven in the"
+        f"Half of what a fix gains in accuracy and half of what it takes from leakage. ±: deviation over the {len(SCORED)} ratios, of .4 to .7."
     ]
-    lines += [
-        f"paper, {len(SCORED)} here ({', '.join(f'{r:g}' for r in SCORED)}). In brackets: 95 % interval over prompts.",
-        "",
-    ]
+    lines += ["In brackets: 95 % interval over prompts, wide enough for both sweeps whatever they have in common.", ""]
     return "\n".join([*lines, *composites(card)]).rstrip("\n") + "\n"
 
 
@@ -391,11 +424,10 @@ def main() -> None:
     if args.step == "card":
         sys.stdout.write(json.dumps(card(args.folder), separators=(",", ":")) + "\n")
         return
-    (path,) = FOLDER.glob("*.json")
     if args.step == "figure":
-        draw(Card(path), args.file)
+        draw(Card(FOLDER), args.file)
     else:
-        sys.stdout.write(page(Card(path)))
+        sys.stdout.write(page(Card(FOLDER)))
 
 
 if __name__ == "__main__":

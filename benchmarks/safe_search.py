@@ -3,6 +3,7 @@ that do not choose for themselves.
 
     python benchmarks/safe_search.py search DIR --model M --device cuda --dtype bfloat16 --batch-size 1024
     python benchmarks/safe_search.py causes DIR --model M --device cuda --dtype bfloat16
+    python benchmarks/safe_search.py recall DIR --model M      # on a CPU, minutes
     python benchmarks/safe_search.py card DIR     # what DIR has, into benchmarks/cards/search
     python benchmarks/safe_search.py demo         # kept shares of the demo's prompt, into the same folder
 
@@ -11,9 +12,10 @@ under every mode of MODES, on the first prompts of the train half. Finalists: th
 half. Held out: the best of these, on the other half, once. What a setting is judged by is its worst shortfall of the
 goal in results_page.py, over refused, recall, follow and refused task. `--narrow benchmarks/cards/search/narrow.json`
 begins with the second step, by what the first one found. `causes`, after it, puts one instruction's evicted rows back,
-on held-out prompts, and measures how far the full cache's answers return. Both write JSON into DIR; each policy's sweep
-of a step is a folder there, and where some are whole `search` goes on with the others. `safe_page.py` tells what came
-of it.
+on held-out prompts, and measures how far the full cache's answers return. `recall` does so for the control's answers,
+which begin with the directive's first half, and writes its card at once. Search and causes write JSON into DIR; each
+policy's sweep of a step is a folder there, and where some are whole `search` goes on with the others. `safe_page.py`
+tells what came of it.
 """
 
 import argparse
@@ -184,6 +186,22 @@ def causes(folder: Path, where: dict) -> None:
     (folder / "causes.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 
 
+def recall_causes(folder: Path, where: dict) -> None:
+    """Which instruction's loss changes the control's answers, begun with the directive's first half, for the policies
+    of the card's held-out settings."""
+    corpus = load_corpus(str(folder / "held_out.jsonl"))
+    model, tokenizer = load_model(SweepConfig(**where), where["models"][0])
+    scenarios = [Scenario.of(corpus, row, "refuse", "defense_first") for row in corpus.rows[:N_CAUSES]]
+    prompts = [scenario.prompt(tokenizer) for scenario in scenarios]
+    begun = [scenario.ask("recall", None)[1] for scenario in scenarios]
+    out = {}
+    for policy in dict.fromkeys(chosen["policy"] for chosen in read("held_out.json")["chosen"]):
+        found = effects(model, prompts, policy, said=RECALL_QUESTION, begun=begun, compression_ratio=RATIO)
+        out[policy] = found.means()
+    made = {"device": where["device"], "dtype": where["dtype"]}
+    write("recall_causes.json", rounded({"compression_ratio": RATIO, "of_policies": out, **made}))
+
+
 def write_cards(folder: Path) -> None:
     """What the folder has. Where its first step was run before, that step's card stays as it is."""
     if not any(folder.glob("*/run_meta.json")):
@@ -246,7 +264,7 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
-    for step in ("search", "causes"):
+    for step in ("search", "causes", "recall"):
         of_step = steps.add_parser(step)
         of_step.add_argument("path", type=Path)
         of_step.add_argument("--model", required=True)
@@ -269,7 +287,7 @@ def main() -> None:
         if args.step == "search":
             search(args.path, args.narrow, where)
         else:
-            causes(args.path, where)
+            {"causes": causes, "recall": recall_causes}[args.step](args.path, where)
 
 
 if __name__ == "__main__":

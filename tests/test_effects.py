@@ -72,6 +72,21 @@ def test_the_likelihoods_are_those_of_plain_calls(loaded):
             assert row[name] == pytest.approx(plain, abs=1e-3), name
 
 
+def test_a_begun_answer_is_what_the_user_said_and_more(loaded):
+    """Of a plain text, what is said and what the answer begins with are one text: so where they are cut is nothing."""
+    model, tokenizer = loaded
+    prompts, words = [kvp.Prompt.from_text(tokenizer, " ".join(PARTS.values()), PARTS)] * 2, (" Well", " Sure")
+    options = {"compression_ratio": 0.3, "max_new_tokens": 4}
+    begun = kvp.effects(model, prompts, "snapkv", said=SAID[0], begun=words, **options).rows
+    for i, word in enumerate(words):
+        whole = kvp.effects(model, prompts[:1], "snapkv", said=SAID[0] + word, **options).rows
+        for row, other in zip([row for row in begun if row["prompt"] == i], whole, strict=True):
+            assert row["said"] == SAID[0] and row["answer"] == other["answer"]
+            assert [row[x] for x in ("full", "compressed", "more", "equal")] == pytest.approx(
+                [other[x] for x in ("full", "compressed", "more", "equal")], abs=1e-4
+            )
+
+
 def test_what_covers_everything_brings_everything_back(loaded):
     """One instruction that is the whole prompt: at more memory its caches are the full one."""
     model, tokenizer = loaded
@@ -115,6 +130,8 @@ def test_means_are_ratios_of_sums_with_intervals():
         ({"marked": {}}, ValueError, r"prompt 0 has instructions \[\]; expected at least one"),
         ({"said": ""}, TypeError, "said is ''; expected a text, or a list of texts"),
         ({"said": []}, TypeError, r"said is \[\]; expected a text"),
+        ({"begun": 1}, TypeError, "begun is 1; expected a text, or a list with one for each prompt, 1 here"),
+        ({"begun": ["a", "b"]}, TypeError, r"begun is \['a', 'b'\]; expected a text"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0; expected a whole number, at least 1"),
         ({"compression_ratio": 1.0}, ValueError, "compression_ratio is 1.0"),
     ],

@@ -30,6 +30,7 @@ from ..policies.base import AnyPolicy
 from ..prompts.prompt import Prompt
 from .intervals import influence, mean_interval
 from .probe import answer_ids, answer_logprobs
+from .scenario import conversation
 
 MEMORIES = ("more", "equal")
 
@@ -148,6 +149,7 @@ def effects(
     policy: AnyPolicy = "snapkv",
     *,
     said: str | Sequence[str],
+    begun: str | Sequence[str] = "",
     compression_ratio: float = 0.5,
     fair: AnyFair = False,
     protect: Protect | None = None,
@@ -165,6 +167,8 @@ def effects(
     policy : Policy or str
     said : str or list of str
         What the user says, such as an attack, and a harmless task.
+    begun : str or list of str
+        Words that the answers begin with: they are given, and not measured. A list has one for each prompt.
     compression_ratio : float
         Share removed.
     fair, protect
@@ -200,6 +204,7 @@ def effects(
     [('defense', 0.0), ('task', 4.0)]
     """
     prompts, questions = _checked(prompt, said)
+    beginnings = _beginnings(begun, len(prompts))
     check_budget(compression_ratio, None)
     check_whole("max_new_tokens", max_new_tokens, 1)
     evict = Evict(get_policy(policy), Fair.parse(fair), compression_ratio, None, protect)
@@ -207,7 +212,8 @@ def effects(
     try:
         rows = []
         for i, one in enumerate(progress(prompts, desc="effects, prompts")):
-            rows += [{"prompt": i, **row} for row in _of_prompt(model, one, evict, questions, max_new_tokens)]
+            asked = [conversation(one, text, beginnings[i]) for text in questions]
+            rows += [{"prompt": i, **row} for row in _of_prompt(model, one, evict, questions, asked, max_new_tokens)]
         return Effects(rows)
     finally:
         detach(model)
@@ -232,6 +238,14 @@ def _checked(prompt, said) -> tuple[list[Prompt], list[str]]:
     return list(prompts), list(dict.fromkeys(questions))
 
 
+def _beginnings(begun, n_prompt: int) -> list[str]:
+    """How the answers begin, for each prompt."""
+    each = [begun] * n_prompt if isinstance(begun, str) else begun
+    if not isinstance(each, (list, tuple)) or len(each) != n_prompt or not all(isinstance(x, str) for x in each):
+        raise TypeError(f"begun is {begun!r}; expected a text, or a list with one for each prompt, {n_prompt} here")
+    return list(each)
+
+
 def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[str | tuple[str, str], Evict]:
     """The full cache, the compressed one, and each instruction put back into that, at more memory and at equal; what
     fits the budget."""
@@ -247,13 +261,15 @@ def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[str | tuple[st
     return {key: action for key, action in named.items() if key == "compressed" or _fits(prompt, action, n_layer)}
 
 
-def _of_prompt(model, prompt: Prompt, evict: Evict, questions: Sequence[str], max_new_tokens: int) -> list[dict]:
-    """The rows of one prompt: every setting from one prefill."""
+def _of_prompt(
+    model, prompt: Prompt, evict: Evict, questions: Sequence[str], asked: list[list[int]], max_new_tokens: int
+) -> list[dict]:
+    """The rows of one prompt: every setting from one prefill. ``asked`` are the tokens of each question's
+    conversation."""
     settings = _settings(prompt, evict, n_compressed(model.config))
     caches = dict(zip(settings, compress_each(model, [prompt], list(settings.values())), strict=True))
     n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
     evicted = {name: float(n_tokens[name] * (1 - caches["compressed"].kept(name).mean())) for name in prompt.spans}
-    asked = [prompt.followed_by(text)[0].tolist() for text in questions]
     contexts = [prompt] * len(questions)
     for cache in caches.values():
         cache.batch_repeat_interleave(len(questions))
