@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 6
+#define KVP_ABI_VERSION 7
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -249,29 +249,38 @@ typedef struct kvp_press_args {
 /* ----------------------------------------------------------------- expect */
 
 /*
- * The logits that queries to come are expected to give to keys (Expected Attention, arXiv 2510.00636). Rotary embedding
- * turns channel d and channel d + D/2 together, by a cosine and a sine of each:
+ * Scores of keys by the attention that queries to come are expected to pay to them (Expected Attention, arXiv
+ * 2510.00636). Tokens of a batch row's first segment are kept unjudged, those of its other segments are judged. Rotary
+ * embedding turns channel d and channel d + D/2 together, by a cosine and a sine of each:
  *
  *     turned[d] = x[d] cos[d] - x[d + D/2] sin[d]        turned[d + D/2] = x[d + D/2] cos[d + D/2] + x[d] sin[d + D/2]
  *
  * Queries are turned back by those of their tokens, both divided by cos^2 + sin^2, which need not be 1. With their mean
- * m and covariance C (divisor T) over all T tokens, R the turn by ahead_cosines and ahead_sines, and a the scaling,
+ * m and covariance C (divided by their number) over all judged tokens, R the turn by ahead_cosines and ahead_sines, and
+ * a the scaling,
  *
  *     logits[h,k] = a k.Rm + a^2/2 k.RCR'k              the second term only if with_spread is 1
+ *     scores[k] = (mean over the group of softmax(logits[h] of k's segment, sinks[h])[k] + epsilon) ||values[k]||
  *
- * for each query head h and each key k of its key head. For CUDA devices, and D of 64, 96 or 128.
+ * for each query head h and each judged key k of its key head. Tokens of the first segment score 1 more than the best
+ * of the batch row (where NaN counts as 0), those outside of all segments 0; neither have logits, and what stands in
+ * the places of those is left as it was. For CUDA devices, and D of 64, 96 or 128.
  */
 typedef struct kvp_expect_args {
     uint32_t size;            /* sizeof(kvp_expect_args) */
     int32_t with_spread;      /* 1 or 0 */
     kvp_tensor keys;          /* (B,H,T,D) F32, F16 or BF16 */
     kvp_tensor queries;       /* (B,H*G,T,D), dtype of keys */
+    kvp_tensor values;        /* (B,H,T,Dv) F32, F16 or BF16, or NULL: their lengths count as 1 */
     kvp_tensor cosines;       /* (B,1,T,D) F32 */
     kvp_tensor sines;         /* (B,1,T,D) F32 */
     kvp_tensor ahead_cosines; /* (B,D) F32 */
     kvp_tensor ahead_sines;   /* (B,D) F32 */
+    kvp_tensor segments;      /* (B,S+2) I32, ascending edges; host */
+    kvp_tensor sinks;         /* (H*G) F32, a logit that joins each softmax of a query head, or NULL: none does */
     kvp_tensor logits;        /* out (B,H*G,T) F32 */
-    double scaling;
+    kvp_tensor scores;        /* out (B,H,T) F32 */
+    double scaling, epsilon;  /* epsilon: 0 or more */
 } kvp_expect_args;
 
 typedef enum kvp_verb {

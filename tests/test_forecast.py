@@ -1,4 +1,7 @@
-"""What queries to come are expected to give to keys: the core's kernels against float64, and when they are asked."""
+"""Scores by what queries to come are expected to give to keys: the core's kernels against float64, and when they are
+asked."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,9 +58,31 @@ def by_definition(keys, queries, turns, ahead, scaling, with_spread):
     return logits, size.amax(-1, keepdim=True)
 
 
-def error(arguments, *of_kernel):
+def logits_of(keys, queries, turns, ahead, scaling, with_spread):
+    """By the kernels, of all tokens."""
+    edges = np.array([[0, 0, keys.shape[2]]] * len(keys), np.int32)
+    given = {"scaling": scaling, "with_spread": with_spread}
+    return forecast.expect(keys, queries, None, turns, ahead, edges, **given)[0]
+
+
+def error(arguments):
     wanted, size = by_definition(*arguments)
-    return float(((forecast.expect(*(of_kernel or arguments)).double() - wanted).abs() / size).max())
+    return float(((logits_of(*arguments).double() - wanted).abs() / size).max())
+
+
+def scores_by_definition(logits, values, edges, sinks, epsilon):
+    """The second formula of ``kvp_expect`` in float64, from its logits (B, H*G, T)."""
+    n_head = values.shape[1]
+    scores = torch.zeros(values.shape[:3], dtype=torch.float64, device=values.device)
+    for row, (begin, *cuts) in enumerate(edges.tolist()):
+        for low, high in pairwise(cuts):
+            own = logits[row, :, low:high].double()
+            of_sinks = torch.full_like(own[:, :1], -torch.inf) if sinks is None else sinks.double()[:, None]
+            shares = torch.cat([own, of_sinks], -1).softmax(-1)[:, : high - low]
+            scores[row, :, low:high] = shares.unflatten(0, (n_head, -1)).mean(1) + epsilon
+        scores[row] *= values[row].double().norm(dim=-1)
+        scores[row, :, begin : cuts[0]] = scores[row].nan_to_num(0).max() + 1
+    return scores
 
 
 @needs_gpu
@@ -86,7 +111,7 @@ def test_a_large_mean_leaves_the_covariance_what_it_is(dtype):
     queries = (queries.float() + 1000).to(dtype)  # in bfloat16 what is left differs by steps of 4
     keys[..., ::2] = -keys[..., 1::2]  # their channels' sum is 0
     to_come = torch.ones_like(ahead[0]), torch.zeros_like(ahead[1])
-    ours = forecast.expect(keys, queries, still, to_come, 1.0, True).double()
+    ours = logits_of(keys, queries, still, to_come, 1.0, True).double()
     centred = queries.double() - queries.double().mean(2, keepdim=True)
     spread = centred.mT @ centred / 1500 / 2
     of_head = keys.double().repeat_interleave(2, 1)
@@ -96,22 +121,72 @@ def test_a_large_mean_leaves_the_covariance_what_it_is(dtype):
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-3)
 
 
+# Of 700 tokens, and of three rows: what is kept unjudged, and segments, some of them empty. One row has padding.
+EDGES = np.array([[0, 4, 300, 300, 700], [13, 17, 17, 600, 700], [5, 5, 6, 71, 555]], np.int32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("group", "n_value", "epsilon", "has_sinks"), [(1, 64, 0.02, 1), (4, 128, 0, 0), (6, 20, 1, 1)]
+)
+def test_scores_are_their_formula(dtype, group, n_value, epsilon, has_sinks):
+    keys, queries, turns, ahead = drawn(3, 2, group, 700, 64, dtype)
+    values = torch.randn(3, 2, 700, n_value, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype)
+    sinks = torch.linspace(-1, 3, 2 * group, device="cuda") if has_sinks else None
+    for of_values in (values, values.float(), values.mT.contiguous().mT, None):  # wide rows, of another type, narrow
+        given = {"scaling": 0.125, "sinks": sinks, "epsilon": epsilon}
+        logits, scores = forecast.expect(keys, queries, of_values, turns, ahead, EDGES, **given)
+        by = torch.ones_like(values[..., :1]) if of_values is None else of_values
+        wanted = scores_by_definition(logits, by, EDGES, sinks, epsilon)
+        # a power is right to 2^-22 of itself for logits up to 16, a sum of 700 to less
+        torch.testing.assert_close(scores.double(), wanted, rtol=5e-6, atol=1e-12)
+        assert (scores[1, :, :13] == 0).all() and (scores[2, :, 555:] == 0).all()
+
+
+@needs_gpu
+def test_a_segment_without_a_softmax_is_not_a_number_and_no_other_is():
+    keys, queries, turns, ahead = drawn(2, 2, 2, 300, 64, torch.float32)
+    edges = np.array([[0, 4, 100, 200, 300], [0, 4, 100, 200, 300]], np.int32)
+    for wrong in (torch.nan, torch.inf):
+        keys[0, 1, 150, 3] = wrong
+        scores = forecast.expect(keys, queries, keys[..., :8], turns, ahead, edges, scaling=0.1)[1]
+        has_none = torch.zeros_like(scores, dtype=torch.bool)
+        has_none[0, 1, 100:200] = True
+        assert torch.equal(scores.isnan(), has_none)
+        assert (scores[0, :, :4] == scores[0, :, 4:].nan_to_num(0).max() + 1).all()
+
+
+@needs_gpu
+def test_many_segments_go_by_memory():
+    """More edges than fit into the parameters of a launch."""
+    keys, queries, turns, ahead = drawn(1, 2, 2, 700, 64, torch.bfloat16)
+    edges = np.array([[0, *sorted({3, *range(0, 701, 4)})]], np.int32)
+    logits, scores = forecast.expect(keys, queries, keys, turns, ahead, edges, scaling=0.1)
+    torch.testing.assert_close(
+        scores.double(), scores_by_definition(logits, keys, edges, None, 0), rtol=5e-6, atol=1e-12
+    )
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_matter_and_rows_are_alone(dtype):
-    """The same bits: in rows on no boundary, by one row of a batch, and again."""
+    """The same bits: in rows on no boundary, by one row of a batch, as a prompt of its own, and again."""
     keys, queries, turns, ahead = drawn(3, 2, 3, 700, 64, dtype)
-    whole = forecast.expect(keys, queries, turns, ahead, 0.125, True)
-    assert torch.equal(forecast.expect(keys, queries, turns, ahead, 0.125, True), whole)
-    for row in range(3):
+    given = {"scaling": 0.125, "epsilon": 0.02}
+    whole = forecast.expect(keys, queries, keys, turns, ahead, EDGES, **given)[1]
+    assert torch.equal(forecast.expect(keys, queries, keys, turns, ahead, EDGES, **given)[1], whole)
+    for row, (begin, *_, end) in enumerate(EDGES.tolist()):
         at = slice(row, row + 1)
-        own = forecast.expect(keys[at], queries[at], [x[at] for x in turns], [x[at] for x in ahead], 0.125, True)
-        assert torch.equal(own[0], whole[row])
+        of_row = keys[at], queries[at], keys[at], [x[at] for x in turns], [x[at] for x in ahead]
+        assert torch.equal(forecast.expect(*of_row, EDGES[at], **given)[1][0], whole[row])
+        cut = [x[at, :, begin:end] for x in (keys, queries, keys)]
+        own = forecast.expect(*cut, [x[at, begin:end] for x in turns], of_row[-1], EDGES[at] - begin, **given)[1]
+        assert torch.equal(own[0], whole[row, :, begin:end])
     wider = [torch.zeros(*x.shape[:3], 65, dtype=dtype, device="cuda")[..., 1:].copy_(x) for x in (keys, queries)]
     apart = [torch.zeros(3, 700, 128, device="cuda")[..., ::2].copy_(x) for x in turns]
-    assert torch.equal(
-        forecast.expect(*wider, apart, [x.repeat_interleave(2, 1)[:, ::2] for x in ahead], 0.125, True), whole
-    )
+    later = [x.repeat_interleave(2, 1)[:, ::2] for x in ahead]
+    assert torch.equal(forecast.expect(*wider, keys, apart, later, EDGES, **given)[1], whole)
 
 
 @needs_gpu
@@ -135,7 +210,7 @@ def test_the_policy_keeps_on_a_gpu_what_it_keeps_on_a_cpu(fair, changes):
 @needs_gpu
 def test_the_kernels_are_asked_where_they_know_the_turn(monkeypatch):
     asked, expect = [], forecast.expect
-    monkeypatch.setattr(forecast, "expect", lambda *arguments: asked.append(1) or expect(*arguments))
+    monkeypatch.setattr(forecast, "expect", lambda *a, **given: asked.append(1) or expect(*a, **given))
     for n_dim, rotary, n_call in ((64, kvp.Rotary(), 1), (80, kvp.Rotary(), 0), (64, Interleaved(), 0)):
         keys, queries, _, _ = drawn(1, 1, 2, 100, n_dim, torch.float32)
         asked.clear()
@@ -195,24 +270,31 @@ def test_a_cpu_has_products_of_torch():
     """Where the policy does not ask, the verb says so; and ``has_kernels`` says what it looks at."""
     keys, queries, turns, ahead = drawn(1, 2, 2, 10, 64, torch.float32, device="cpu")
     assert not forecast.has_kernels(keys, queries)
+    given = {"keys": keys, "queries": queries, "values": keys, "turns": turns, "ahead": ahead, "scaling": 1.0}
+    given["edges"] = np.array([[0, 4, 10]], np.int32)
     with pytest.raises(NotImplementedError, match=r'^this device has no verb "expect"$'):
-        forecast.expect(keys, queries, turns, ahead, 1.0, True)
+        forecast.expect(**given)
     for wrong, match in (
-        ((keys, queries[:, :, :9], turns, ahead, 1.0, True), r"^queries.shape\[2\] is 9, but T is 10 in keys"),
-        (
-            (keys, queries[:, :3], turns, ahead, 1.0, True),
-            r"^queries.shape\[1\] is 3; expected a multiple of the 2 key",
-        ),
-        (
-            (keys, queries, [x[..., :32] for x in turns], ahead, 1.0, True),
-            r"^cosines.shape\[3\] is 32, but D is 64 in keys",
-        ),
-        ((keys, queries, turns, ahead, np.inf, True), r"^scaling is inf; expected a number that is finite in float32"),
+        ({"queries": queries[:, :, :9]}, r"^queries.shape\[2\] is 9, but T is 10 in keys"),
+        ({"queries": queries[:, :3]}, r"^queries.shape\[1\] is 3; expected a multiple of the 2 key"),
+        ({"turns": [x[..., :32] for x in turns]}, r"^cosines.shape\[3\] is 32, but D is 64 in keys"),
+        ({"scaling": np.inf}, r"^scaling is inf; expected a number that is finite in float32"),
+        ({"epsilon": -1.0}, r"^epsilon is -1; expected a number from 0 to 3.40282e\+38"),
+        ({"edges": np.zeros((1, 2), np.int32)}, r"^segments.shape\[1\] is 2; expected at least 3, the edges of"),
+        ({"sinks": torch.zeros(2)}, r"^sinks.shape\[0\] is 2, but N is 4 in queries"),
     ):
         with pytest.raises(ValueError, match=match):
-            forecast.expect(*wrong)
+            forecast.expect(**{**given, **wrong})
     with pytest.raises(TypeError, match=r"^queries has dtype float16; expected float32, as keys has"):
-        forecast.expect(keys, queries.half(), turns, ahead, 1.0, True)
+        forecast.expect(**{**given, "queries": queries.half()})
+
+
+@needs_gpu
+def test_edges_that_do_not_ascend_are_refused():
+    keys, queries, turns, ahead = drawn(1, 1, 1, 10, 64, torch.float32)
+    for edges in ([0, 4, 11], [0, 5, 4, 10], [-1, 0, 10]):
+        with pytest.raises(ValueError, match=r"^segments\[0,\d\] is -?\d+; expected"):
+            forecast.expect(keys, queries, None, turns, ahead, np.array([edges], np.int32), scaling=1.0)
 
 
 @needs_gpu
@@ -230,7 +312,7 @@ def test_the_kernels_are_as_exact_as_products_of_torch(length):
     mean, squares = expected_attention.moments([rotary.undone(turned, at[None])[0]])
     turn = rotary.mean(ahead, queries) * 128**-0.5
     naive = expected_attention._logits(keys[0], mean @ turn, turn.T @ (squares / (2 * length)) @ turn)
-    ours = forecast.expect(keys, turned, turns, to_come, 128**-0.5, True)
+    ours = logits_of(keys, turned, turns, to_come, 128**-0.5, True)
     of_naive, of_ours = (float(((x.double().flatten(0, -2) - wanted[0]).abs() / size[0]).max()) for x in (naive, ours))
     print(f"{length}: {of_ours:.2e} against {of_naive:.2e}")
     assert of_ours <= 4 * of_naive

@@ -217,3 +217,83 @@ def test_layers_are_tried_once_and_only_for_a_policy_that_needs_it():
             handle.compress(ids(1, 12))
         assert len(asked) == n_call, "tried once, by three calls, for each layer"
     hook.remove()
+
+
+ONE = torch.zeros(1, 1, 1, 8)
+
+
+@pytest.mark.parametrize("valid", [[(0, 14)], [(0, 14), (3, 14), (0, 9)]], ids=str)
+def test_tables_of_a_prompt_are_the_angles_of_its_tokens_and_of_what_follows(valid):
+    rotary = kvp.Rotary(100.0)
+    of_tokens, ahead = rotary.of_tokens(valid, 14, ONE), rotary.ahead(valid, 14, 5, ONE)
+    for row, (begin, end) in enumerate(valid):
+        wanted = rotary.angles(torch.arange(end - begin + 5)[None], ONE)
+        for table, mean, angles in zip(of_tokens, ahead, wanted, strict=True):
+            assert torch.equal(table[row, begin:end], angles[0, : end - begin])
+            assert not table[row, :begin].any() and not table[row, end:].any()
+            torch.testing.assert_close(mean[row], angles[0, end - begin :].mean(0), rtol=0, atol=1e-6)
+
+
+def test_tables_are_made_once_for_a_prompt_and_anew_for_another():
+    rotary, valid = kvp.Rotary(), [(0, 14)]
+    tables, ahead = rotary.of_tokens(valid, 14, ONE), rotary.ahead(valid, 14, 5, ONE)
+    assert rotary.of_tokens(valid, 14, ONE) is tables and rotary.ahead(valid, 14, 5, ONE) is ahead
+    for other in (([(2, 14)], 14, ONE), (valid, 15, ONE), (valid, 14, ONE.repeat(1, 1, 1, 2)), (valid, 14, ONE.half())):
+        for ours, fresh in zip(rotary.of_tokens(*other), kvp.Rotary().of_tokens(*other), strict=True):
+            assert ours is not tables[0] and torch.equal(ours, fresh)
+    rotary.theta = 7.0
+    for ours, fresh in zip(rotary.of_tokens(valid, 14, ONE), kvp.Rotary(7.0).of_tokens(valid, 14, ONE), strict=True):
+        assert torch.equal(ours, fresh)
+    assert not torch.equal(rotary.ahead(valid, 14, 6, ONE)[0], ahead[0])
+
+
+def test_tables_of_angles_that_may_depend_on_anything_are_made_each_time():
+    class Counting(kvp.Rotary):
+        n = 0
+
+        def angles(self, positions, x):
+            self.n += 1
+            return super().angles(positions, x)
+
+    rotary = Counting()
+    for n in (1, 2):
+        rotary.of_tokens([(0, 14)], 14, ONE)
+        assert rotary.n == n
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_tables_are_of_one_stream_and_of_no_graph():
+    """What another stream makes may not be there yet, and what a graph makes is there after a replay."""
+    rotary, x = kvp.Rotary(), ONE.cuda()
+    first = rotary.of_tokens([(0, 14)], 14, x)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert rotary.of_tokens([(0, 14)], 14, x) is not first
+    kept = rotary.of_tokens([(0, 14)], 14, x)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert rotary.of_tokens([(0, 14)], 14, x) is not kept
+    assert rotary.of_tokens([(0, 14)], 14, x) is kept
+
+
+def test_the_layers_of_a_prompt_share_their_tables():
+    seen, model = [], build_tiny("llama")
+
+    class Sharing(kvp.Policy):
+        """Keep the newest, and look at tables."""
+
+        name, listed, needs_queries, needs_rotary = "test_shares", False, True, True
+
+        def score(self, inputs):
+            rotary, given = inputs.rotary, (inputs.valid, inputs.n_token)
+            seen.append((rotary.of_tokens(*given, inputs.queries), rotary.angles(rotary.at, inputs.queries)))
+            return inputs.score("position", n_sink=0)
+
+    with kvp.wrap(model, Sharing(), budget=4) as handle:
+        for _ in range(2):
+            handle.compress(ids(1, 12))
+    of_prompts = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(seen) >= 4 and of_prompts[0][0][0] is not of_prompts[1][0][0]
+    for of_prompt in of_prompts:
+        for tables, angles in of_prompt:
+            assert tables is of_prompt[0][0]
+            assert all(map(torch.equal, tables, angles))

@@ -159,6 +159,7 @@ kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) {
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
     KVPI_TRY(find_expect(backend, ctx));
     KVPI_TRY(check_workspace(backend, KVP_EXPECT, args, ctx));
+    KVPI_TRY(kvpi_check_expect_values(args, ctx));
     return backend->expect(args, ctx);
 }
 

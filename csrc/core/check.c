@@ -420,11 +420,15 @@ kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx) {
     const rule rules[] = {
         {"keys", &args->keys, "BHTD", FLOATS, REQUIRED},
         {"queries", &args->queries, "BNTD", FLOATS, REQUIRED},
+        {"values", &args->values, "BHTC", FLOATS, OPTIONAL},
         {"cosines", &args->cosines, "BOTD", F32, REQUIRED},
         {"sines", &args->sines, "BOTD", F32, REQUIRED},
         {"ahead_cosines", &args->ahead_cosines, "BD", F32, REQUIRED},
         {"ahead_sines", &args->ahead_sines, "BD", F32, REQUIRED},
+        {"segments", &args->segments, "BE", I32, REQUIRED | TABLE},
+        {"sinks", &args->sinks, "N", F32, OPTIONAL},
         {"logits", &args->logits, "BNT", F32, REQUIRED | OUTPUT},
+        {"scores", &args->scores, "BHT", F32, REQUIRED | OUTPUT},
     };
     binding bound;
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
@@ -433,9 +437,17 @@ kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx) {
     if (bound.size['O'] != 1)
         return kvpi_fail(ctx, KVP_ERR_SHAPE, "cosines.shape[1] is %lld; expected 1, for all heads",
                          (long long)bound.size['O']);
+    if (bound.size['E'] < 3)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE,
+                         "segments.shape[1] is %lld; expected at least 3, the edges of what is kept unjudged and of a "
+                         "segment that is judged",
+                         (long long)bound.size['E']);
     if (!(fabs(args->scaling) <= (double)FLT_MAX))
         return kvpi_fail(ctx, KVP_ERR_VALUE, "scaling is %g; expected a number that is finite in float32, %g at most",
                          args->scaling, (double)FLT_MAX);
+    if (!(args->epsilon >= 0 && args->epsilon <= (double)FLT_MAX))
+        return kvpi_fail(ctx, KVP_ERR_VALUE, "epsilon is %g; expected a number from 0 to %g", args->epsilon,
+                         (double)FLT_MAX);
     KVPI_TRY(kvpi_check_whole(args->with_spread, "with_spread", 0, 1, ctx));
     return check_overlaps(rules, sizeof rules / sizeof rules[0], NULL, ctx);
 }

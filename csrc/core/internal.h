@@ -93,6 +93,7 @@ kvp_status kvpi_check_valid_values(const kvp_tensor *valid, int64_t n_token, kvp
 kvp_status kvpi_check_vote_values(const kvp_score_args *args, kvp_context *ctx);
 kvp_status kvpi_check_select_values(const kvp_select_args *args, kvp_context *ctx);
 kvp_status kvpi_check_share_values(const kvp_share_args *args, kvp_context *ctx);
+kvp_status kvpi_check_expect_values(const kvp_expect_args *args, kvp_context *ctx);
 kvp_status kvpi_check_position_values(const kvp_gather_args *args, kvp_context *ctx);
 
 /* parallel.c: runs every task; serially when the work (about one unit a nanosecond) would not pay for waking a thread.

@@ -173,6 +173,12 @@ kvp_status kvpi_check_share_values(const kvp_share_args *args, kvp_context *ctx)
     return KVP_OK;
 }
 
+kvp_status kvpi_check_expect_values(const kvp_expect_args *args, kvp_context *ctx) {
+    for (int64_t b = 0; b < args->keys.shape[0]; b++)
+        KVPI_TRY(check_segments(&args->segments, b, args->keys.shape[2], ctx));
+    return KVP_OK;
+}
+
 /* How many positions at the start of a row ascend inside [0, n_token). */
 static int64_t count_good_positions(const kvp_tensor *positions, int64_t b, int64_t h, int64_t n_token) {
     const int32_t *p = (const int32_t *)(const void *)kvpi_at(positions, b, h, 0);

@@ -121,12 +121,14 @@ PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, va
                         "params, n_kept, n_worker, /)\n--\n\n"
                         "Score, select and gather: positions of n_kept places a head, and the keys and values that "
                         "are kept, in new arrays.");
-PyDoc_STRVAR(expect_doc, "expect($module, keys, queries, cosines, sines, ahead_cosines, ahead_sines, logits, scaling, "
-                         "with_spread, workspace, n_worker, /)\n--\n\n"
-                         "Write the logits that queries to come are expected to give to keys into logits.");
-PyDoc_STRVAR(expect_workspace_doc, "expect_workspace($module, keys, queries, cosines, sines, ahead_cosines, "
-                                   "ahead_sines, logits, scaling, with_spread, n_worker, /)\n--\n\n"
-                                   "Bytes of scratch that expect needs.");
+PyDoc_STRVAR(expect_doc, "expect($module, keys, queries, values, cosines, sines, ahead_cosines, ahead_sines, segments, "
+                         "sinks, logits, scores, scaling, epsilon, with_spread, workspace, n_worker, /)\n--\n\n"
+                         "Write the logits that queries to come are expected to give to keys into logits, and the "
+                         "scores that follow from them into scores.");
+PyDoc_STRVAR(expect_workspace_doc,
+             "expect_workspace($module, keys, queries, values, cosines, sines, ahead_cosines, ahead_sines, segments, "
+             "sinks, logits, scores, scaling, epsilon, with_spread, n_worker, /)\n--\n\n"
+             "Bytes of scratch that expect needs.");
 PyDoc_STRVAR(
     score_workspace_doc,
     "score_workspace($module, scorer, keys, values, queries, votes, valid, lse, scores, params, n_worker, /)\n--\n\n"

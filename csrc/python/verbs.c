@@ -99,14 +99,18 @@ static const verb_spec press_spec = {
 static const verb_spec expect_spec = {
     "expect",
     KVP_EXPECT,
-    7,
+    11,
     {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_expect_args, keys), KVPB_INPUT},
      {"queries", KVP_FLOAT_NAMES, offsetof(kvp_expect_args, queries), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(kvp_expect_args, values), KVPB_OPTIONAL},
      {"cosines", "float32", offsetof(kvp_expect_args, cosines), KVPB_INPUT},
      {"sines", "float32", offsetof(kvp_expect_args, sines), KVPB_INPUT},
      {"ahead_cosines", "float32", offsetof(kvp_expect_args, ahead_cosines), KVPB_INPUT},
      {"ahead_sines", "float32", offsetof(kvp_expect_args, ahead_sines), KVPB_INPUT},
-     {"logits", "float32", offsetof(kvp_expect_args, logits), KVPB_OUTPUT}},
+     {"segments", "int32", offsetof(kvp_expect_args, segments), KVPB_INPUT},
+     {"sinks", "float32", offsetof(kvp_expect_args, sinks), KVPB_OPTIONAL},
+     {"logits", "float32", offsetof(kvp_expect_args, logits), KVPB_OUTPUT},
+     {"scores", "float32", offsetof(kvp_expect_args, scores), KVPB_OUTPUT}},
 };
 
 /* Whatever returns an int returns 0, or -1 with an exception set. */
@@ -369,25 +373,28 @@ PyObject *kvpb_share_workspace(PyObject *module, PyObject *const *objects, Py_ss
     return size_workspace(module, &share_spec, &args, objects, objects[5]);
 }
 
-/* (tensors, scaling, with_spread): -1 with an exception set. */
+/* (tensors, scaling, epsilon, with_spread): -1 with an exception set. */
 static int read_expect(PyObject *const *objects, kvp_expect_args *args) {
+    PyObject *const *numbers = objects + expect_spec.n_tensor;
     *args = (kvp_expect_args){.size = sizeof *args};
-    args->scaling = PyFloat_AsDouble(objects[expect_spec.n_tensor]);
+    args->scaling = PyFloat_AsDouble(numbers[0]);
     if (args->scaling == -1 && PyErr_Occurred()) return -1;
-    args->with_spread = PyObject_IsTrue(objects[expect_spec.n_tensor + 1]);
+    args->epsilon = PyFloat_AsDouble(numbers[1]);
+    if (args->epsilon == -1 && PyErr_Occurred()) return -1;
+    args->with_spread = PyObject_IsTrue(numbers[2]);
     return args->with_spread < 0 ? -1 : 0;
 }
 
 PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args;
-    if (kvpb_check_count("expect", n_object, 11) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
-    return call_verb(module, &expect_spec, &args, objects, objects[9], objects[10]);
+    if (kvpb_check_count("expect", n_object, 16) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
+    return call_verb(module, &expect_spec, &args, objects, objects[14], objects[15]);
 }
 
 PyObject *kvpb_expect_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     verb_args args;
-    if (kvpb_check_count("expect_workspace", n_object, 10) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
-    return size_workspace(module, &expect_spec, &args, objects, objects[9]);
+    if (kvpb_check_count("expect_workspace", n_object, 15) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
+    return size_workspace(module, &expect_spec, &args, objects, objects[14]);
 }
 
 enum { PRESS_OUTPUTS = 3 };

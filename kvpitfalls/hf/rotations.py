@@ -37,10 +37,13 @@ class LayerRotary(Rotary):
         The prompt's positions.
     width : int
         0 for a layer that turns nothing.
+    made : dict
+        What all layers of the prompt share; see :meth:`Rotary.once`.
     """
 
-    def __init__(self, function: Callable, embedding, options: dict, at: torch.Tensor, width: int):
+    def __init__(self, function: Callable, embedding, options: dict, at: torch.Tensor, width: int, made: dict):
         self.function, self.embedding, self.options, self.at, self.width = function, embedding, options, at, width
+        self._made = made
 
     def positions(self, valid, n_token, device=None):
         """See :class:`Rotary`; as the model was given them."""
@@ -50,6 +53,10 @@ class LayerRotary(Rotary):
         """See :class:`Rotary`; rounded as the model rounds them for an x of this type."""
         one_row = x.reshape(1, -1, x.shape[-1])[:, :1]
         return tuple(part.float().to(x.device) for part in self.embedding(one_row, positions, **self.options))
+
+    def kind(self):
+        """See :class:`Rotary`."""
+        return str(sorted(self.options.items()))
 
     def turned(self, x, cos, sin):
         """See :class:`Rotary`."""
@@ -92,14 +99,15 @@ def rotaries_of(
         raise _unknown(
             decoder, "has no rotary_emb" if embedding is None else f"counts positions in {len(positions)} dimensions"
         )
-    rotaries = {}
+    rotaries: dict[torch.nn.Module, LayerRotary] = {}
+    made: dict = {}
     for module, index in layers.items():
         function = _function_of(module)
         if function is None:
             raise _unknown(
                 decoder, f"has no {_NAME} of queries, cosines and sines in the file of {type(module).__name__}"
             )
-        rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, 0)
+        rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, 0, made)
         if module not in _widths:
             _widths[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
         rotary.width = _widths[module]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from ..eviction import forecast
-from ..eviction.arrays import Array
+from ..eviction.arrays import Array, Int32
 from ..numbers import check_whole, is_real
 from .base import Inputs, Policy
 
@@ -96,15 +96,16 @@ class ExpectedAttention(Policy):
             raise UnsupportedModelError(
                 f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
             )
+        if (by_kernels := self._by_kernels(inputs, keys, queries, values)) is not None:
+            return by_kernels
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         positions = inputs.rotary.positions(inputs.valid, keys.shape[2], keys.device)
-        for row, (begin, end) in enumerate(inputs.valid):
-            first, rows = min(begin + self.n_sink, end - 1), slice(row, row + 1)
-            cuts = [max(stop, first) - first for _, stop in inputs.segments[row]]
+        for row, (begin, first, *cuts) in enumerate(self._edges(inputs).tolist()):
+            rows, end = slice(row, row + 1), cuts[-1]
             of_row = keys[rows, :, first:end], queries[rows, :, first:end], positions[row, first:end]
             logits = self._logits(inputs, *of_row)
             sinks = None if inputs.sinks is None else inputs.sinks.float().unflatten(0, logits.shape[:2])
-            weights, out = _shares(logits, cuts, sinks), scores[row, :, first:end]
+            weights, out = _shares(logits, [cut - first for cut in cuts], sinks), scores[row, :, first:end]
             if self.use_vnorm:
                 torch.mul(weights + self.epsilon, _lengths(values[row, :, first:end]), out=out)
             else:
@@ -112,26 +113,49 @@ class ExpectedAttention(Policy):
             scores[row, :, begin:first] = out.nan_to_num(0).max() + 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
+    def _edges(self, inputs: Inputs) -> Int32:
+        """Of each row's first ``n_sink`` tokens and of its segments without them, (B, S+2); shorter rows end in empty
+        segments."""
+        edges = np.empty((len(inputs.valid), 2 + max(map(len, inputs.segments))), np.int32)
+        for of_row, (begin, end), segments in zip(edges, inputs.valid, inputs.segments, strict=True):
+            first = min(begin + self.n_sink, end - 1)
+            of_row[:] = end
+            of_row[: 2 + len(segments)] = [begin, first, *(max(stop, first) for _, stop in segments)]
+        return edges
+
+    def _by_kernels(
+        self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor", values: "torch.Tensor"
+    ) -> "torch.Tensor | None":
+        """The scores by the core's kernels, equal to rounding; None where there are none for these tensors, or they do
+        not know how the layer turns its queries."""
+        if not forecast.has_kernels(keys, queries):
+            return None
+        rotary, n_token, one = inputs.rotary, keys.shape[2], queries[:1, :1, :1]
+        ahead = rotary.ahead(inputs.valid, n_token, self.n_future_positions, one)
+        if not rotary.pairs_halves(keys.shape[-1], ahead[0]):
+            return None
+        return forecast.expect(
+            keys,
+            queries,
+            values if self.use_vnorm else None,
+            rotary.of_tokens(inputs.valid, n_token, one),
+            ahead,
+            self._edges(inputs),
+            scaling=inputs.scaling,
+            sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),
+            epsilon=self.epsilon if self.use_vnorm else 0.0,
+            with_spread=self.use_covariance,
+        )[1]
+
     def _logits(
         self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor", positions: "torch.Tensor"
     ) -> "torch.Tensor":
-        """Logs (H, G, n) of the attention that queries to come are expected to give to keys (1, H, n, D), after those
-        (1, H*G, n, D) of a prompt; up to a constant each.
-
-        By the core's kernels where they know how the layer turns its queries, else by products of torch: the same to
-        rounding.
-        """
+        """Logits (H, G, n) of the attention that queries to come are expected to give to keys (1, H, n, D), after those
+        (1, H*G, n, D) of a prompt; up to a constant each."""
         import torch
 
         rotary: Rotary = inputs.rotary
         ahead = positions[-1] + torch.arange(1, 1 + self.n_future_positions, device=positions.device)
-        if forecast.has_kernels(keys, queries):
-            cos, sin = rotary.angles(ahead[None], queries[:, :1, :1].float())
-            if rotary.pairs_halves(keys.shape[-1], cos):
-                turns = rotary.angles(positions[None], queries[:, :1, :1])
-                means = cos.mean(1), sin.mean(1)
-                logits = forecast.expect(keys, queries, turns, means, inputs.scaling, self.use_covariance)
-                return logits[0].view(keys.shape[1], -1, keys.shape[2])
         turn = rotary.mean(ahead, queries) * inputs.scaling
         back = rotary.backwards(positions[None], queries[:, :1, :1])
         before = (_turned(rotary, queries[:, :, part], [x[:, part] for x in back]) for part in _parts(queries[0]))

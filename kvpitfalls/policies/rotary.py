@@ -1,6 +1,6 @@
 """Rotary position embedding, for policies that ask what queries would be elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -81,6 +81,52 @@ class Rotary:
         squared = cos**2 + sin**2  # not 1 where a model makes what it turns longer or shorter
         return cos / squared, -sin / squared
 
+    def of_tokens(self, valid: Sequence[tuple[int, int]], n_token: int, x: Any) -> tuple[Any, Any]:
+        """Cosine and sine for each of the ``n_token`` tokens of each row, float32 (B, T, D), and zero for padding; as
+        :meth:`once` says."""
+        import torch
+
+        def make() -> tuple[Any, Any]:
+            rows, positions = [], self.positions(valid, n_token, x.device)
+            for at, (begin, end) in zip(positions, valid, strict=True):
+                angles = self.angles(at[None, begin:end], x)
+                padding = (0, 0, begin, n_token - end)
+                rows.append([torch.nn.functional.pad(part, padding) for part in angles] if any(padding) else angles)
+            return _joined(rows)
+
+        return self.once("tokens", (tuple(map(tuple, valid)), n_token), x, make)
+
+    def ahead(self, valid: Sequence[tuple[int, int]], n_token: int, n_ahead: int, x: Any) -> tuple[Any, Any]:
+        """Means of cosine and sine over the ``n_ahead`` positions after each row's last token, float32 (B, D); as
+        :meth:`once` says."""
+        import torch
+
+        def make() -> tuple[Any, Any]:
+            positions, later = self.positions(valid, n_token, x.device), torch.arange(1, 1 + n_ahead, device=x.device)
+            ends = [row[end - 1] for row, (_, end) in zip(positions, valid, strict=True)]
+            # each row's mean by itself: of several together torch adds in another order
+            return _joined([[part.mean(1) for part in self.angles((end + later)[None], x.float())] for end in ends])
+
+        return self.once("ahead", (tuple(map(tuple, valid)), n_token, n_ahead), x, make)
+
+    def once(self, name: str, key: Hashable, x: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What ``make()`` returns, which all layers of a prompt share: it is kept until another ``key`` is asked for,
+        or x is of another kind. Not where nobody can tell what angles depend on, and not while a CUDA graph is
+        captured, which must own what it reads."""
+        kind, place = self.kind(), _place_of(x)
+        if kind is None or place is None:
+            return make()
+        made: dict[Hashable, tuple[Hashable, tuple[Any, Any]]] = self.__dict__.setdefault("_made", {})
+        slot, key = (name, kind), (key, x.shape[-1], x.dtype, place)
+        if (known := made.get(slot)) is None or known[0] != key:
+            made[slot] = known = (key, make())
+        return known[1]
+
+    def kind(self) -> Hashable | None:
+        """What :meth:`angles` depends on beside its arguments; None of a subclass that has its own and does not say."""
+        own = type(self)
+        return self.theta if own.angles is Rotary.angles and own.positions is Rotary.positions else None
+
     def mean(self, positions: Any, x: Any) -> Any:
         """The matrix (D, D) by which a row vector like x's is turned on average over ``positions`` (N,), float32."""
         import torch
@@ -96,3 +142,22 @@ def _rates(theta: float, n_dim: int, device: Any) -> Any:
     import torch
 
     return theta ** (-torch.arange(0, n_dim, 2, dtype=torch.float32, device=device) / n_dim)
+
+
+def _joined(rows: Sequence[Any]) -> tuple[Any, Any]:
+    """Of pairs of tensors (1, ...), a pair of (B, ...)."""
+    import torch
+
+    cosines, sines = (part[0] if len(rows) == 1 else torch.cat(part) for part in zip(*rows, strict=True))
+    return cosines, sines
+
+
+def _place_of(x: Any) -> Hashable | None:
+    """The device of x, and the stream on which it is worked on there; None while that is captured in a graph."""
+    import torch
+
+    if not x.is_cuda:
+        return str(x.device)
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream

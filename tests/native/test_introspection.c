@@ -155,6 +155,8 @@ void test_register_backend(void) {
           n_select, ctx.error);
     free_block(&scratch);
     const kvp_tensor table = imagine(KVP_F32, 4, 4), ahead = imagine(KVP_F32, 2, 1);
+    kvp_tensor segments = imagine(KVP_I32, 2, 3);
+    segments.device = KVP_CPU; /* two empty ones */
     const kvp_expect_args expect = {.size = sizeof expect,
                                     .keys = keys,
                                     .queries = keys,
@@ -162,7 +164,9 @@ void test_register_backend(void) {
                                     .sines = table,
                                     .ahead_cosines = ahead,
                                     .ahead_sines = ahead,
-                                    .logits = score.scores};
+                                    .segments = segments,
+                                    .logits = imagine(KVP_F32, 3, 4),
+                                    .scores = score.scores};
     CHECK(kvp_expect(&expect, &ctx) == KVP_OK && n_expect == 1, "the backend's expect was called %d times: %s",
           n_expect, ctx.error);
 }

@@ -127,7 +127,7 @@ static void put_vote(kvpg_writer *w, const kvp_score_args *args, int64_t b, int6
 
 /* What the launches depend on. */
 typedef struct needs {
-    bool engine[KVPG_N_ENGINE], joining, sums; /* joining and sums: of the others */
+    bool engine[KVPG_N_ENGINE], joining, sums, singles; /* joining and sums: of the others */
 } needs;
 
 static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *workspace, kvp_context *ctx,
@@ -155,6 +155,7 @@ static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *w
         need.joining = need.joining || (plan.is_single ? plan.n_split > 1 && !p->finish_joins
                                                        : plan.n_split > 1 || plan.hull > plan.n_voter);
         need.sums = need.sums || !plan.is_single;
+        need.singles = need.singles || plan.is_single;
         if (plan.n_voter > p->max_voter) p->max_voter = (int)plan.n_voter;
     }
     *out = need;
@@ -255,10 +256,10 @@ __device__ __forceinline__ float sum_powers(const kvpg_attention &p, const head_
     return 0;
 }
 
-/* The sum over query heads first, first + step, ... */
-__device__ __forceinline__ float sum_heads(const kvpg_attention &p, const head_range &heads, int first, int step,
-                                           int k) {
-    if (heads.table[KVPG_IS_SINGLE]) return sum_powers(p, heads, first, step, k);
+/* The sum over query heads first, first + step, ... SINGLES: there are single rows. */
+template <bool SINGLES> __device__ __forceinline__ float sum_heads(const kvpg_attention &p, const head_range &heads,
+                                                                   int first, int step, int k) {
+    if (SINGLES && heads.table[KVPG_IS_SINGLE]) return sum_powers(p, heads, first, step, k);
     const bool has_gaps = p.share_heads && heads.table[KVPG_ENGINE] == KVPG_ON_WINDOW;
     const float *sums = kvpg_sums_of(p, heads.b, first) + k;
     float sum = 0;
@@ -291,16 +292,17 @@ __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers 
     return score;
 }
 
-/* A block has THREADS / N_PART keys. */
-template <int N_PART> static __global__ void __launch_bounds__(THREADS, 5)
+/* A block has THREADS / N_PART keys. Where no row is single, fewer registers let more blocks wait for memory at once.
+ */
+template <int N_PART, bool SINGLES> static __global__ void __launch_bounds__(THREADS, SINGLES ? 5 : 6)
     finish(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     constexpr int KEYS = THREADS / N_PART;
-    __shared__ float part[N_PART][KEYS + 2 * MAX_REACH], joined[JOINED];
+    __shared__ float part[N_PART][KEYS + 2 * MAX_REACH], joined[SINGLES ? JOINED : 1];
     const int b = p.share_heads ? blockIdx.y : blockIdx.y / p.n_head, h = p.share_heads ? 0 : blockIdx.y % p.n_head,
               n_head = p.share_heads ? p.n_head : 1;
     const kvpg_numbers table = kvpg_table_row(p.table, b);
-    const bool joins = p.finish_joins && table[KVPG_IS_SINGLE] && table[KVPG_N_SPLIT] > 1;
+    const bool joins = SINGLES && p.finish_joins && table[KVPG_IS_SINGLE] && table[KVPG_N_SPLIT] > 1;
     const int n_place =
         !p.share_heads && table[KVPG_ENGINE] == KVPG_ON_WINDOW ? (int)KVPG_WINDOW_SUMS : n_head * p.group;
     const head_range heads = {table, b, h * p.group, h * p.group + n_place, joins ? joined : NULL};
@@ -311,18 +313,19 @@ template <int N_PART> static __global__ void __launch_bounds__(THREADS, 5)
         __syncthreads();
     }
     for (int i = threadIdx.x % KEYS; i < n_sum; i += KEYS)
-        part[threadIdx.x / KEYS][i] = begin + i >= 0 && begin + i < p.n_token
-                                          ? sum_heads(p, heads, heads.first + threadIdx.x / KEYS, N_PART, begin + i)
-                                          : 0;
+        part[threadIdx.x / KEYS][i] =
+            begin + i >= 0 && begin + i < p.n_token
+                ? sum_heads<SINGLES>(p, heads, heads.first + threadIdx.x / KEYS, N_PART, begin + i)
+                : 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
         for (int j = 1; j < N_PART; j++) part[0][i] += part[j][i];
     if (N_PART > 1) __syncthreads();
     if (threadIdx.x >= KEYS || k >= p.n_token) return;
-    const float score =
-        p.kernel_size / 2 <= MAX_REACH
-            ? score_of(p, table, n_head * p.group, k, [&](int i) { return part[0][i - begin]; })
-            : score_of(p, table, n_head * p.group, k, [&](int i) { return sum_heads(p, heads, heads.first, 1, i); });
+    const float score = p.kernel_size / 2 <= MAX_REACH
+                            ? score_of(p, table, n_head * p.group, k, [&](int i) { return part[0][i - begin]; })
+                            : score_of(p, table, n_head * p.group, k,
+                                       [&](int i) { return sum_heads<SINGLES>(p, heads, heads.first, 1, i); });
     for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
 }
 
@@ -428,5 +431,8 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     const int n_part = p.share_heads ? (int)PARTS : 1;
     const kvpg_grid grid = {kvpg_ceil_div(p.n_token, THREADS / n_part),
                             p.share_heads ? p.n_batch : (int64_t)p.n_batch * p.n_head};
-    return kvpg_launch("the end of attention", ctx, p.share_heads ? finish<PARTS> : finish<1>, grid, THREADS, 1, 0, p);
+    void (*const kernel)(kvpg_attention) = !p.share_heads ? need.singles ? finish<1, true> : finish<1, false>
+                                           : need.singles ? finish<PARTS, true>
+                                                          : finish<PARTS, false>;
+    return kvpg_launch("the end of attention", ctx, kernel, grid, THREADS, 1, 0, p);
 }

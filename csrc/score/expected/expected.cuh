@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the two steps of the verb expect share: moments.cu makes a forecast of the queries of each head, logits.cu asks
- * it of keys.
+ * What the three steps of the verb expect share: moments.cu makes a forecast of the queries of each head, logits.cu
+ * asks it of keys, scores.cu makes one number a key of that.
  *
  * Tensor cores multiply bfloat16, so that float32 numbers come to them as sums of such parts: of 8 bits the first, of
  * 16 the first two, of 24, all that there are, three. Sums are float32.
@@ -9,7 +9,7 @@
 #ifndef KVP_EXPECTED_CUH
 #define KVP_EXPECTED_CUH
 
-#include "../../gpu/rows.cuh"
+#include "../../gpu/tables.cuh"
 
 enum { TILE = 64 }; /* tokens of a step */
 
@@ -21,15 +21,37 @@ template <int DIM> struct kvpg_expected {
     static constexpr int PITCH = DIM + 8; /* elements from row to row in shared memory: ldmatrix meets no bank twice */
 };
 
+/* The tokens of a batch row that are judged: all but those of its first segment. */
+typedef struct kvpg_judged {
+    int begin, end;
+} kvpg_judged;
+
+__device__ __forceinline__ kvpg_judged kvpg_judged_of(const kvpg_table &edges, int b) {
+    const kvpg_numbers row = kvpg_table_row(edges, b);
+    return {row[1], row[edges.stride - 1]};
+}
+
+/* How many segments they are, and the edges of these. */
+__device__ __forceinline__ int kvpg_n_judged(const kvpg_table &edges) { return edges.stride - 2; }
+__device__ __forceinline__ kvpg_numbers kvpg_judged_edges(const kvpg_table &edges, int b) {
+    return kvpg_table_row(edges, b) + 1;
+}
+
 /* Of each unit, a query head of a batch row; the mean and half the covariance of the queries to come, scaled. */
 typedef struct kvpg_forecast {
     float *mean;   /* (unit, D) */
     float *spread; /* (unit, D, D); NULL: none is asked for. Not symmetric, which k.Sk does not see */
 } kvpg_forecast;
 
-/* workspace: kvpg_forecast_bytes of it, in which the forecast then stands. */
+/* Each step's scratch is a part of the workspace, of as many bytes; the forecast then stands in its own. */
 size_t kvpg_forecast_bytes(const kvp_expect_args *args);
-kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg_forecast *made, kvp_context *ctx);
+kvp_status kvpg_make_forecast(const kvp_expect_args *args, const kvpg_table *edges, void *workspace,
+                              kvpg_forecast *made, kvp_context *ctx);
+kvp_status kvpg_ask_forecast(const kvp_expect_args *args, const kvpg_table *edges, const kvpg_forecast *made,
+                             kvp_context *ctx);
+size_t kvpg_expected_scores_bytes(const kvp_expect_args *args);
+kvp_status kvpg_make_expected_scores(const kvp_expect_args *args, const kvpg_table *edges, void *workspace,
+                                     kvp_context *ctx);
 
 /* f(kvpg_dim<D>()), for each D that there are kernels for. */
 template <int DIM> struct kvpg_dim {

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The verb expect on the GPU: the logits of keys k under a forecast, k.(m + Sk), by tensor cores. A block has the S of
- * one query head in its registers, 16 columns a warp, and takes tile after tile of keys. S is taken in three parts and
- * keys in as many as their type has bits for, all products of parts but those beyond float32's last place: the exact
- * product, nearly, of float32 numbers.
+ * The verb expect on the GPU, and its second step: the logits of keys k under a forecast, k.(m + Sk), by tensor cores.
+ * A block has the S of one query head in its registers, 16 columns a warp, and takes tile after tile of keys. S is
+ * taken in three parts and keys in as many as their type has bits for, all products of parts but those beyond float32's
+ * last place: the exact product, nearly, of float32 numbers.
  */
 #include "expected.cuh"
 
@@ -26,8 +26,9 @@ template <> struct parts<__nv_bfloat16> {
 typedef struct logits_job {
     kvpg_rows keys, logits;
     bool wide;
-    int n_token, n_unit, n_head, group; /* units are query heads, group of them to a key head */
+    int n_unit, n_head, group; /* units are query heads, group of them to a key head */
     kvpg_forecast forecast;
+    kvpg_table edges;
 } logits_job;
 
 /* The part of S that a warp multiplies with: its 16 columns. S stands for its transpose as well. */
@@ -48,13 +49,13 @@ template <int DIM> __device__ __forceinline__ void load_spread(const float *spre
 
 /* A tile of keys to shared memory, part after part; zeros behind the last. */
 template <typename T, int DIM>
-__device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int first, __nv_bfloat16 *tile) {
+__device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int first, int end, __nv_bfloat16 *tile) {
     const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 8, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
 #pragma unroll
     for (int row = 0; row < TILE; row += kvpg_expected<DIM>::ROWS) {
         const int t = first + own_row + row;
         float x[8] = {};
-        if (t < j.n_token) {
+        if (t < end) {
             load_four<T>(kvpg_row(j.keys, b, h, t), j.keys.d, j.wide, at, x);
             load_four<T>(kvpg_row(j.keys, b, h, t), j.keys.d, j.wide, at + 4, x + 4);
         }
@@ -118,13 +119,16 @@ template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<D
     float *dots = (float *)(tile + parts<T>::N * TILE * kvpg_expected<DIM>::PITCH); /* (warp, token): of 16 channels */
     const int unit = blockIdx.x % j.n_unit, b = unit / j.n_head, head = unit % j.n_head;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp * 16 + lane % 4 * 2;
-    const int begin = blockIdx.x / j.n_unit * (TILES * TILE), end = min(begin + TILES * TILE, j.n_token);
+    const kvpg_judged judged = kvpg_judged_of(j.edges, b);
+    const int begin = judged.begin + blockIdx.x / j.n_unit * (TILES * TILE),
+              end = min(begin + TILES * TILE, judged.end);
+    if (begin >= end) return;
     uint32_t spread[3][DIM / 16][2][2];
     float2 mean[2];
     if (j.forecast.spread) load_spread<DIM>(j.forecast.spread + (int64_t)unit * DIM * DIM, spread);
     for (int n = 0; n < 2; n++) mean[n] = *(const float2 *)(j.forecast.mean + (int64_t)unit * DIM + column + 8 * n);
     for (int first = begin; first < end; first += TILE) {
-        load_keys<T, DIM>(j, b, head / j.group, first, tile);
+        load_keys<T, DIM>(j, b, head / j.group, first, end, tile);
         __syncthreads();
         for (int row = 0; row < TILE; row += 16 * FRAGMENTS) {
             float sum[2][FRAGMENTS][2][4] = {};
@@ -154,19 +158,18 @@ template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<D
     }
 }
 
-extern "C" size_t kvpi_expect_cuda_workspace(const kvp_expect_args *args) { return kvpg_forecast_bytes(args); }
-
-extern "C" kvp_status kvpi_expect_cuda(const kvp_expect_args *args, kvp_context *ctx) {
-    const int64_t n_unit = args->queries.shape[0] * args->queries.shape[1], n_token = args->keys.shape[2];
+kvp_status kvpg_ask_forecast(const kvp_expect_args *args, const kvpg_table *edges, const kvpg_forecast *made,
+                             kvp_context *ctx) {
+    const int64_t n_unit = args->queries.shape[0] * args->queries.shape[1];
     logits_job job = {};
-    KVPI_TRY(kvpg_make_forecast(args, ctx->workspace, &job.forecast, ctx));
     job.keys = kvpg_rows_of(&args->keys);
     job.logits = kvpg_rows_of(&args->logits);
     job.wide = kvpg_has_wide_rows(&args->keys);
-    job.n_token = (int)n_token;
     job.n_unit = (int)n_unit;
     job.n_head = (int)args->queries.shape[1];
     job.group = (int)(args->queries.shape[1] / args->keys.shape[1]);
+    job.forecast = *made;
+    job.edges = *edges;
     return kvpg_with_dim(args->keys.shape[3], ctx, [&](auto dim) {
         enum { DIM = decltype(dim)::value };
         return kvpg_with_type(args->keys.dtype, ctx, [&](auto type) {
@@ -174,8 +177,31 @@ extern "C" kvp_status kvpi_expect_cuda(const kvp_expect_args *args, kvp_context 
             const size_t bytes = parts<T>::N * TILE * kvpg_expected<DIM>::PITCH * sizeof(__nv_bfloat16) +
                                  kvpg_expected<DIM>::WARPS * TILE * sizeof(float);
             return kvpg_launch("expect_logits", ctx, ask_forecast<T, DIM>,
-                               {kvpg_ceil_div(n_token, TILES * TILE) * n_unit, 1}, kvpg_expected<DIM>::THREADS, 1,
-                               bytes, job);
+                               {kvpg_ceil_div(args->keys.shape[2], TILES * TILE) * n_unit, 1},
+                               kvpg_expected<DIM>::THREADS, 1, bytes, job);
         });
     });
+}
+
+static size_t edges_bytes(const kvp_tensor *segments) {
+    return kvpg_table_bytes(segments->shape[0], segments->shape[1]);
+}
+
+extern "C" size_t kvpi_expect_cuda_workspace(const kvp_expect_args *args) {
+    return edges_bytes(&args->segments) + kvpg_forecast_bytes(args) + kvpg_expected_scores_bytes(args);
+}
+
+extern "C" kvp_status kvpi_expect_cuda(const kvp_expect_args *args, kvp_context *ctx) {
+    const kvp_tensor *segments = &args->segments;
+    char *workspace = (char *)ctx->workspace, *scratch = workspace + edges_bytes(segments);
+    kvpg_table edges;
+    kvpg_writer w;
+    kvpg_forecast forecast;
+    kvpg_start_table(&w, &edges, segments->shape[0], segments->shape[1], workspace, ctx);
+    for (int64_t b = 0; b < segments->shape[0]; b++)
+        for (int64_t e = 0; e < segments->shape[1]; e++) kvpg_put(&w, kvpi_i32(segments, b, e, 0));
+    KVPI_TRY(kvpg_end_table(&w));
+    KVPI_TRY(kvpg_make_forecast(args, &edges, scratch, &forecast, ctx));
+    KVPI_TRY(kvpg_ask_forecast(args, &edges, &forecast, ctx));
+    return kvpg_make_expected_scores(args, &edges, scratch + kvpg_forecast_bytes(args), ctx);
 }

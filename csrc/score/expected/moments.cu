@@ -20,18 +20,24 @@ typedef struct chunking {
     int length, n; /* tokens of each but the last, and how many there are */
 } chunking;
 
-static inline chunking chunks_of(int64_t n_token) {
-    const int64_t length = LEAST_CHUNK * kvpg_ceil_div(n_token, LEAST_CHUNK * MAX_CHUNK);
-    return {(int)length, (int)kvpg_ceil_div(n_token, length)};
+__device__ __forceinline__ chunking chunks_of(int n_token) {
+    const int most = LEAST_CHUNK * MAX_CHUNK, length = LEAST_CHUNK * max(1, (n_token + most - 1) / most);
+    return {length, (n_token + length - 1) / length};
+}
+
+/* No row of n_token tokens or fewer has more chunks. */
+static inline int most_chunks(int64_t n_token) {
+    const int64_t n = kvpg_ceil_div(n_token, LEAST_CHUNK);
+    return n < MAX_CHUNK ? (int)n : (int)MAX_CHUNK;
 }
 
 typedef struct moments_job {
     kvpg_rows queries, cosines, sines;
     bool wide, wide_tables;
-    int n_token, n_head;
-    chunking chunks;
-    float *shifts, *sums; /* (unit, chunk, D): what was subtracted, and the sum of what is left */
-    float *products;      /* (unit, chunk, D, D); NULL: only the mean is asked for */
+    int n_head, n_place;  /* n_place: room for a unit's chunks */
+    float *shifts, *sums; /* (unit, place, D): what was subtracted, and the sum of what is left */
+    float *products;      /* (unit, place, D, D); NULL: only the mean is asked for */
+    kvpg_table edges;
 } moments_job;
 
 /* A thread has channels `at` to at + 3, and those DIM / 2 further: which of them is its number e. */
@@ -148,9 +154,12 @@ template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<D
     __shared__ tiles<DIM> tile;
     __shared__ sums<DIM> sum; /* not in registers, of which products have most, and so the shift */
     __shared__ alignas(16) float shift[DIM];
-    const int unit = blockIdx.x / j.chunks.n, chunk = blockIdx.x % j.chunks.n;
+    const int unit = blockIdx.x / j.n_place, chunk = blockIdx.x % j.n_place;
     const int b = unit / j.n_head, head = unit % j.n_head;
-    const int begin = chunk * j.chunks.length, end = min(begin + j.chunks.length, j.n_token);
+    const kvpg_judged judged = kvpg_judged_of(j.edges, b);
+    const chunking chunks = chunks_of(judged.end - judged.begin);
+    if (chunk >= chunks.n) return;
+    const int begin = judged.begin + chunk * chunks.length, end = min(begin + chunks.length, judged.end);
     const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 4, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
     float product[DIM / 16][2][4] = {};
     add_tile<T, DIM, true>(j, b, head, begin, end, at, shift, sum, tile);
@@ -215,21 +224,25 @@ struct turn_of_pair {
 template <int DIM> __global__ void __launch_bounds__(JOIN_THREADS) join_chunks(const __grid_constant__ join_job j) {
     kvpg_follow();
     enum { HALF = DIM / 2, PAIRS = JOIN_THREADS / HALF, SLABS = (HALF + PAIRS - 1) / PAIRS };
-    const int unit = blockIdx.x / SLABS, b = unit / j.of.n_head, n_chunk = j.of.chunks.n;
+    const int unit = blockIdx.x / SLABS, b = unit / j.of.n_head;
+    const kvpg_judged judged = kvpg_judged_of(j.of.edges, b);
+    const int n_token = judged.end - judged.begin;
+    if (n_token == 0) return;
+    const chunking chunks = chunks_of(n_token);
     const int q = threadIdx.x % HALF, p = blockIdx.x % SLABS * PAIRS + threadIdx.x / HALF;
     if ((int)threadIdx.x / HALF >= PAIRS || p >= HALF) return;
     const int at[4] = {p, p + HALF, q, q + HALF};
-    const float *shifts = j.of.shifts + (int64_t)unit * n_chunk * DIM,
-                *sums = j.of.sums + (int64_t)unit * n_chunk * DIM;
+    const int64_t place = (int64_t)unit * j.of.n_place;
+    const float *shifts = j.of.shifts + place * DIM, *sums = j.of.sums + place * DIM;
     float mean[4], product[2][2] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float sum = 0; /* of what differs from the shift of the first chunk */
-        for (int c = 0; c < n_chunk; c++) {
-            const float n = (float)min(j.of.chunks.length, j.of.n_token - c * j.of.chunks.length);
+        for (int c = 0; c < chunks.n; c++) {
+            const float n = (float)min(chunks.length, n_token - c * chunks.length);
             sum += fmaf(n, shifts[c * DIM + at[i]] - shifts[at[i]], sums[c * DIM + at[i]]);
         }
-        mean[i] = shifts[at[i]] + sum / (float)j.of.n_token;
+        mean[i] = shifts[at[i]] + sum / (float)n_token;
     }
     turn_of_pair by_p, by_q;
     by_p.read<DIM>(j, b, p);
@@ -239,10 +252,10 @@ template <int DIM> __global__ void __launch_bounds__(JOIN_THREADS) join_chunks(c
         for (int u = 0; u < 2; u++)
             j.to.mean[(int64_t)unit * DIM + at[u]] = mean[0] * by_p.by[0][u] + mean[1] * by_p.by[1][u];
     if (!j.of.products) return;
-    const float *products = j.of.products + (int64_t)unit * n_chunk * DIM * DIM;
+    const float *products = j.of.products + place * DIM * DIM;
 #pragma unroll 4
-    for (int c = 0; c < n_chunk; c++, products += DIM * DIM) {
-        const float n = (float)min(j.of.chunks.length, j.of.n_token - c * j.of.chunks.length);
+    for (int c = 0; c < chunks.n; c++, products += DIM * DIM) {
+        const float n = (float)min(chunks.length, n_token - c * chunks.length);
         float off[4], sum[4]; /* sum of (x + off)(y + off)' for what is left, x and y */
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -256,7 +269,7 @@ template <int DIM> __global__ void __launch_bounds__(JOIN_THREADS) join_chunks(c
                 product[u][v - 2] +=
                     fmaf(off[u], fmaf(n, off[v], sum[v]), fmaf(sum[u], off[v], products[at[u] * DIM + at[v]]));
     }
-    const float share = 0.5f / (float)j.of.n_token;
+    const float share = 0.5f / (float)n_token;
 #pragma unroll
     for (int u = 0; u < 2; u++)
 #pragma unroll
@@ -274,7 +287,7 @@ typedef struct forecast_sizes {
 } forecast_sizes;
 
 static forecast_sizes sizes_of(const kvp_expect_args *args) {
-    const int64_t n_dim = args->keys.shape[3], n_chunk = chunks_of(args->queries.shape[2]).n;
+    const int64_t n_dim = args->keys.shape[3], n_chunk = most_chunks(args->queries.shape[2]);
     const size_t row = (size_t)(args->queries.shape[0] * args->queries.shape[1] * n_dim);
     const size_t square = args->with_spread ? row * (size_t)n_dim : 0;
     return {row, row * (size_t)n_chunk, square, square * (size_t)n_chunk};
@@ -285,7 +298,8 @@ size_t kvpg_forecast_bytes(const kvp_expect_args *args) {
     return kvpi_round_up_64((n.row + 2 * n.rows + n.square + n.squares) * sizeof(float));
 }
 
-kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg_forecast *made, kvp_context *ctx) {
+kvp_status kvpg_make_forecast(const kvp_expect_args *args, const kvpg_table *edges, void *workspace,
+                              kvpg_forecast *made, kvp_context *ctx) {
     const forecast_sizes n = sizes_of(args);
     const int64_t *shape_of = args->queries.shape, n_unit = shape_of[0] * shape_of[1];
     float *at = (float *)workspace;
@@ -301,9 +315,9 @@ kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg
     job.sines = kvpg_rows_of(&args->sines);
     job.wide = kvpg_has_wide_rows(&args->queries);
     job.wide_tables = kvpg_has_wide_rows(&args->cosines) && kvpg_has_wide_rows(&args->sines);
-    job.n_token = (int)shape_of[2];
     job.n_head = (int)shape_of[1];
-    job.chunks = chunks_of(shape_of[2]);
+    job.n_place = most_chunks(shape_of[2]);
+    job.edges = *edges;
     const kvp_tensor *cosines = &args->ahead_cosines, *sines = &args->ahead_sines;
     const join_job join = {job,
                            *made,
@@ -318,7 +332,7 @@ kvp_status kvpg_make_forecast(const kvp_expect_args *args, void *workspace, kvpg
         enum { DIM = decltype(dim)::value, PAIRS = JOIN_THREADS / (DIM / 2) };
         KVPI_TRY(kvpg_with_type(args->queries.dtype, ctx, [&](auto type) {
             typedef typename decltype(type)::type T;
-            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>, {n_unit * job.chunks.n, 1},
+            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>, {n_unit * job.n_place, 1},
                                kvpg_expected<DIM>::THREADS, 1, 0, job);
         }));
         return kvpg_launch("expect_join", ctx, join_chunks<DIM>, {n_unit * kvpg_ceil_div(DIM / 2, PAIRS), 1},
