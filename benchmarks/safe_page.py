@@ -71,13 +71,23 @@ not fit the budget.
 
 - **Answers turn on the defense.** Put back at more memory, it returns {defense_attack} of what the attack's answer lost, and {defense_asked} of that to
   the question; the directive {directive_attack} and {directive_asked}. The question stands alone here, and the answer is not
-  begun as it is for recall: so this tells of refusals, and not of what recall loses.
+  begun as it is for recall: so this tells of refusals, and not of what recall loses, which the next table does.
 - **At equal memory nothing is shown to return**: the shares are {equal_least:.1f} to {equal_most:.1f}, and in {n_equal_below} of {n_equal} rows all of the interval
   lies below 0: more is lost. These prompts hold little else than the two instructions, and the defense alone does not fit
   the budget of {n_no_room} of the {n_causes}: what one keeps, the other pays for.
 - **Over the first step's settings** the kept share of the defense goes with refusals (rank correlation {defense_refused:+.2f}) and against
   recall ({defense_recall:+.2f}); that of the directive goes with recall ({directive_recall:+.2f}) and against refusals ({directive_refused:+.2f}). What a setting
   was shortest of, by number of settings: {in_metric}. That is a look at settings of a few policies, which hang together.
+
+The same for recall: to the question "{recall_asked}" the answer is begun with the first half of the directive, as the
+metric does it, and the rest is the full cache's ({recall_device}, {recall_dtype}):
+
+{recall_causes}
+
+- **What recall loses is the directive.** Put back, it returns {recall_directive_more} of the loss at more memory, and {recall_directive_equal} at equal
+  memory, where it fits; the defense {recall_defense_more} at more. To protect the defense at equal memory makes the loss larger by many times,
+  {recall_defense_equal}: it is the directive that pays. So refusals and recall want different tokens of these prompts, and half of the cache
+  has no room for both: this is what keeps these settings from the goal.
 
 ### The first step: the {n_shown} that came closest
 
@@ -241,7 +251,14 @@ def about_causes(narrow: dict) -> dict:
     equal = [row for row in every if row["memory"] == "equal"]
     attack = next(row["said"] for row in every if row["said"] != RECALL_QUESTION)
     worst = [name for _, name, _ in ranked(narrow)]
+    recall = read("recall_causes.json")
+    recalled = [row for rows in recall["of_policies"].values() for row in rows]
     known = {
+        "recall_causes": "\n".join(causes_table(recall["of_policies"])),
+        "recall_asked": RECALL_QUESTION,
+        "recall_device": {"cpu": "on a CPU"}.get(recall["device"], recall["device"]),
+        "recall_dtype": recall["dtype"],
+        **{f"recall_{row['span']}_{row['memory']}": returned(row) for row in recalled},
         "causes": "\n".join(causes_table(of_policies)),
         "causes_policies": ", ".join(of_policies),
         "n_causes": every[0]["n_prompt"] + every[0]["n_infeasible"],
