@@ -40,7 +40,8 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails. Raises what
     :func:`place_of` does.
 
-    Where ``path`` is a link, what it points to is replaced; a device or a pipe, such as /dev/stdout, is written to.
+    A link is replaced, and what it points to stays as it is: it may be another's. A device or a pipe, such as
+    /dev/stdout, is written to.
     """
     path = place_of(path)
     if path.exists() and not path.is_file():
@@ -48,7 +49,6 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
             yield (temporary := Path(folder) / "written")
             path.write_bytes(temporary.read_bytes())
         return
-    path = place_of(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
