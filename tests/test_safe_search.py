@@ -77,6 +77,8 @@ def whole(search, tmp_path_factory):
     """The folder of a whole search, whose cards are written."""
     folder = searched(search, tmp_path_factory.mktemp("search") / "whole")
     search.write_cards(folder)
+    of_recall = {TWIN[0]: [row for row in CAUSES if row["said"] == search.RECALL_QUESTION]}
+    search.write("recall_causes.json", {"of_policies": of_recall, "device": "cpu", "dtype": "float32"})
     return folder
 
 
@@ -103,7 +105,7 @@ def test_a_search_that_begins_with_the_card_of_a_first_step_finds_what_the_whole
     before = cards(search)
     search.write_cards(searched(search, tmp_path / "begun", search.SEARCHED / "narrow.json"))
     assert any(whole.glob("narrow_*")) and not any((tmp_path / "begun").glob("narrow_*"))
-    assert cards(search) == before and sorted(before) == ["causes", "finalists", "held_out", "narrow"]
+    assert cards(search) == before and sorted(before) == ["causes", "finalists", "held_out", "narrow", "recall_causes"]
 
 
 def test_prompts_of_the_first_step_say_nothing_of_the_finalists(search, copied):
@@ -160,6 +162,7 @@ def test_the_page_says_who_reaches_the_goal_and_what_moved(search):
     assert (
         "- tova (lambda=0.5), chosen, reaches refused, recall, follow, refused task; it is short of nothing.\n" in text
     )
+    assert "it returns 0.50 [0.25, 0.75] of the loss at more memory" in text
     assert f"on {found['n_prompt']} prompts that played no part in its choices, 1 of " in text.lower()
 
 
