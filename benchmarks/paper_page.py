@@ -131,7 +131,7 @@ class Card:
             for path in at.glob("*.json")
         )
         self.full = next(s["metrics"] for s in self.all["settings"] if s["policy"] is None)
-        cells = [s for s in (*self.middle["settings"], *self.all["settings"])]
+        cells = (*self.middle["settings"], *self.all["settings"])
         self._at = {(s["policy"], s["mode"], s["compression_ratio"]): s["metrics"] for s in cells}
         names = ("policy", "mode", "compression_ratio", "metric")
         self._moved = {tuple(row[name] for name in names): row for row in self.all["changes"]}
