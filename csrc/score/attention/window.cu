@@ -21,6 +21,7 @@ enum {
     ROWS = KVPG_WINDOW_ROWS,
     QUERY_BYTES = ROWS * KVPG_DIM * 2,
     LANES = CONSUMERS / ROWS, /* that bring the numbers of one row */
+    LONG = 8192,              /* tokens from which on WIDE pays, and what comes with it */
 };
 
 /* Shared memory; the first two are as the copy engine swizzles. */
@@ -28,6 +29,7 @@ typedef struct shared_memory {
     uint8_t ring[KVPG_STAGES][KVPG_TILE_BYTES], queries[QUERY_BYTES];
     float exponents[ROWS]; /* in the order of slot_of */
     int positions[ROWS];
+    kvpg_partial partials[GROUPS][64];
     int any_masked[CONSUMERS / 32]; /* whether a warp's rows have one that casts no vote, or is none */
     uint64_t full[KVPG_STAGES], empty[KVPG_STAGES];
 } shared_memory;
@@ -142,40 +144,73 @@ __device__ __forceinline__ void load_queries(const kvpg_attention &p, const run 
     wait_for_consumers();
 }
 
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-/* d (+)= a b: 64 rows and 64 columns, both in shared memory, 16 elements deep; see sm90.cu for a and b. */
+#define D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(d, i) D4(d, i), D4(d, i + 4), D4(d, i + 8), D4(d, i + 12)
+#define D32(d) D16(d, 0), D16(d, 16)
+#define F32                                                                                                          \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+    "%30,%31"
+#define F64                                                                                                         \
+    F32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
+        "%58,%59,%60,%61,%62,%63"
+/* d (+)= a b: 64 rows and 64 columns, or twice as many, both in shared memory, 16 elements deep; see sm90.cu for a and
+ * b. */
 template <typename T> __device__ __forceinline__ void multiply_16(float (&d)[32], uint32_t a, uint32_t b, int adds);
-#define KVPG_WGMMA(dtype, type, name, map)                                                                             \
-    template <> __device__ __forceinline__ void multiply_16<type>(float (&d)[32], uint32_t a, uint32_t b, int adds) {  \
-        asm volatile("{\n.reg .pred p;\n.reg .b64 q, r;\nsetp.ne.b32 p, %34, 0;\n"                                     \
-                     "mov.b64 q, {%32, 0x40000040};\nmov.b64 r, {%33, 0x40000040};\n"                                  \
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " "                                   \
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-                     "%26,%27,%28,%29,%30,%31}, q, r, p, 1, 1, 0, 0;\n}\n"                                             \
-                     : D16(0), D16(16)                                                                                 \
-                     : "r"(a), "r"(b), "r"(adds));                                                                     \
+template <typename T>
+__device__ __forceinline__ void multiply_16(float (&d)[32], float (&e)[32], uint32_t a, uint32_t b, int adds);
+#define KVPG_WGMMA(dtype, type, name, map)                                                                            \
+    template <> __device__ __forceinline__ void multiply_16<type>(float (&d)[32], uint32_t a, uint32_t b, int adds) { \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 q, r;\nsetp.ne.b32 p, %34, 0;\n"                                    \
+                     "mov.b64 q, {%32, 0x40000040};\nmov.b64 r, {%33, 0x40000040};\n"                                 \
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" F32                             \
+                     "}, q, r, p, 1, 1, 0, 0;\n}\n"                                                                   \
+                     : D32(d)                                                                                         \
+                     : "r"(a), "r"(b), "r"(adds));                                                                    \
+    }                                                                                                                 \
+    template <> __device__ __forceinline__ void multiply_16<type>(float (&d)[32], float (&e)[32], uint32_t a,         \
+                                                                  uint32_t b, int adds) {                             \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 q, r;\nsetp.ne.b32 p, %66, 0;\n"                                    \
+                     "mov.b64 q, {%64, 0x40000040};\nmov.b64 r, {%65, 0x40000040};\n"                                 \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" F64                            \
+                     "}, q, r, p, 1, 1, 0, 0;\n}\n"                                                                   \
+                     : D32(d), D32(e)                                                                                 \
+                     : "r"(a), "r"(b), "r"(adds));                                                                    \
     }
 KVPG_TENSOR_TYPES(KVPG_WGMMA)
 #undef KVPG_WGMMA
 
-/* Begins to multiply 64 rows of a by 64 of b, which are in tiles of N_A and N_B rows: the second half of the elements
- * is behind the first of all rows. */
-template <typename T, int N_A, int N_B>
-__device__ __forceinline__ void start_products(float (&products)[32], uint32_t a, uint32_t b) {
-    a = a >> 4 | 0x10000u;
-    b = b >> 4 | 0x10000u;
+/* Where the element k 16 of a tile of N rows is: the second half of the elements is behind the first of all rows. */
+template <int N> __device__ __forceinline__ uint32_t operand(uint32_t tile, int k) {
+    return (tile >> 4 | 0x10000u) + k / 4 * (N * 128 / 16) + k % 4 * 2;
+}
+
+/* Begins to multiply 64 rows of a by 128 of b, which are in tiles of N_A and N_B rows: WIDE all at once, which reads a
+ * half as often; else those of the second half apart, so that powers of the first are taken meanwhile. */
+template <typename T, int N_A, int N_B, bool WIDE>
+__device__ __forceinline__ void start_products(float (&x)[2][32], uint32_t a, uint32_t b) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    if constexpr (WIDE) {
 #pragma unroll
-    for (int k = 0; k < KVPG_DIM / 16; k++)
-        multiply_16<T>(products, a + k / 4 * (N_A * 128 / 16) + k % 4 * 2, b + k / 4 * (N_B * 128 / 16) + k % 4 * 2,
-                       k != 0);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        for (int k = 0; k < KVPG_DIM / 16; k++)
+            multiply_16<T>(x[0], x[1], operand<N_A>(a, k), operand<N_B>(b, k), k != 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int k = 0; k < KVPG_DIM / 16; k++)
+                multiply_16<T>(x[half], operand<N_A>(a, k), operand<N_B>(b + half * 64 * 128, k), k != 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        }
+    }
 }
 
 /* Until all but the last N of what was started is done, of which d is. */
 template <int N> __device__ __forceinline__ void wait_for_products(float (&d)[32]) {
-    asm volatile("wgmma.wait_group.sync.aligned %32;" : D16(0), D16(16) : "n"(N) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %32;" : D32(d) : "n"(N) : "memory");
+}
+__device__ __forceinline__ void wait_for_all_products(float (&x)[2][32]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : D32(x[0]), D32(x[1])::"memory");
 }
 
 /* A warp is done with a stage. */
@@ -185,11 +220,18 @@ __device__ __forceinline__ void release(shared_memory &shared, kvpg_pipeline &pi
     pipeline.next();
 }
 
-/* The rows of this warpgroup, 64 of the queries. */
-template <typename T> __device__ __forceinline__ void
+/* 64 rows of the queries; where those are few and keys many, n warpgroups have the same rows, and each of them every
+ * n-th tile. */
+template <typename T, bool WIDE> __device__ __forceinline__ void
 sweep_lse(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pipeline &pipeline, int group) {
-    const int lane = threadIdx.x % 32, first = group * 64 + threadIdx.x / 32 % 4 * 16, row = first + lane / 4;
-    const uint32_t queries = address_of(shared.queries) + group * 64 * 128;
+    const bool shares = WIDE && r.table[KVPG_VALID_END] - r.table[KVPG_VALID_BEGIN] >= LONG; /* whoever is beside it */
+    const int n_block = !shares || r.n_row > 128 ? GROUPS
+                        : r.n_row > 64           ? 2
+                                                 : 1,
+              n_part = GROUPS / n_block, block = group % n_block, part = group / n_block;
+    const int lane = threadIdx.x % 32, in_block = threadIdx.x / 32 % 4 * 16 + lane / 4,
+              first = block * 64 + threadIdx.x / 32 % 4 * 16, row = first + lane / 4;
+    const uint32_t queries = address_of(shared.queries) + block * 64 * 128;
     int hi = 0, full_hi = 0; /* some of this warp's rows take the keys below hi, all take those below full_hi */
     if (first < r.n_row) {
         const kvpg_cover cover = kvpg_cover_of_voters(r.table, first, min(first + 16, r.n_row));
@@ -200,7 +242,7 @@ sweep_lse(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pip
     for (int i = 0; i < 2; i++)
         if (row + 8 * i < r.n_row) mask[i].hi = min(r.end, kvpg_voter_of_row(r.table, row + 8 * i) + 1);
     kvpg_partial partial[2] = {{KVPG_LOWEST, 0}, {KVPG_LOWEST, 0}};
-    float x[2][32]; /* the first half of a tile's products is worked on while the second is made */
+    float x[2][32];
     const auto take = [&](float (&half)[32], int column) {
         if (column + KVPG_TILE / 2 <= full_hi)
             kvpg_add_to_partials<false>(half, p.scale, mask, column + 2 * (lane % 4), partial);
@@ -211,22 +253,35 @@ sweep_lse(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pip
     for (int t = 0; t < r.n_tile(); t++) {
         const int column = column_of_tile<KVPG_LSE>(r, t);
         const uint32_t keys = address_of(shared.ring[pipeline.stage]);
+        const bool is_own = block * 64 < r.n_row && t % n_part == part;
         kvpg_barrier_wait(address_of(&shared.full[pipeline.stage]), pipeline.phase);
-        if (group * 64 < r.n_row) {
-            start_products<T, ROWS, KVPG_TILE>(x[0], queries, keys);
-            start_products<T, ROWS, KVPG_TILE>(x[1], queries, keys + 64 * 128);
-            wait_for_products<1>(x[0]);
-            take(x[0], column);
-            wait_for_products<0>(x[1]);
+        if (is_own) {
+            start_products<T, ROWS, KVPG_TILE, WIDE>(x, queries, keys);
+            if (WIDE) {
+                wait_for_all_products(x);
+            } else {
+                wait_for_products<1>(x[0]);
+                take(x[0], column);
+                wait_for_products<0>(x[1]);
+            }
         }
         release(shared, pipeline);
-        if (group * 64 < r.n_row) take(x[1], column + KVPG_TILE / 2);
+        if (is_own && WIDE) take(x[0], column);
+        if (is_own) take(x[1], column + KVPG_TILE / 2);
     }
-    for (int i = 0; i < 2; i++) {
-        const kvpg_partial merged = kvpg_merge_lanes<4>(partial[i]);
-        if (lane % 4 == 0 && row + 8 * i < r.n_row)
-            kvpg_store_partial(p, r.table, r.b, r.h, row + 8 * i, r.split, merged);
+    for (int i = 0; i < 2; i++) partial[i] = kvpg_merge_lanes<4>(partial[i]);
+    if (n_part > 1) { /* those of the groups with the same rows, joined in the order of the groups */
+        if (lane % 4 == 0)
+            for (int i = 0; i < 2; i++) shared.partials[group][in_block + 8 * i] = partial[i];
+        wait_for_consumers();
+        for (int o = 1; o < n_part && part == 0; o++)
+            for (int i = 0; i < 2; i++)
+                partial[i] = kvpg_merge(partial[i], shared.partials[group + o * n_block][in_block + 8 * i]);
+        wait_for_consumers(); /* before the next run's come to the same place */
     }
+    for (int i = 0; i < 2; i++)
+        if (part == 0 && lane % 4 == 0 && row + 8 * i < r.n_row)
+            kvpg_store_partial(p, r.table, r.b, r.h, row + 8 * i, r.split, partial[i]);
 }
 
 /* A thread's columns of 64 rows of queries. */
@@ -266,10 +321,13 @@ template <bool MASKED> __device__ __forceinline__ void add_powers(const float (&
     for (int i = 0; i < 2; i++) sum[i] += part[i][0] + part[i][1];
 }
 
-/* The keys of this warpgroup, 64 of a tile, by half of the queries. */
-template <typename T> __device__ __forceinline__ void
+/* The keys of this warpgroup, 64 of a tile, by half of the queries; WIDE, where that is all of them, by all those of
+ * every other tile. */
+template <typename T, bool WIDE> __device__ __forceinline__ void
 sweep_sums(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pipeline &pipeline, int group) {
-    const int lane = threadIdx.x % 32, half = group / 2, in_tile = group % 2 * 64 + threadIdx.x / 32 % 4 * 16;
+    const bool has_half = WIDE && r.n_row <= 128;
+    const int lane = threadIdx.x % 32, half = has_half ? 0 : group / 2,
+              in_tile = group % 2 * 64 + threadIdx.x / 32 % 4 * 16;
     const uint32_t queries = address_of(shared.queries) + half * 128 * 128;
     const voters first_64 = {(const float4 *)(shared.exponents + half * 128) + lane % 4,
                              (const int4 *)(shared.positions + half * 128) + lane % 4},
@@ -284,13 +342,14 @@ sweep_sums(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pi
         masked_first = masked_first || shared.any_masked[half * 8 + w];
         masked_last = masked_last || shared.any_masked[half * 8 + 4 + w];
     }
-    float x[2][32]; /* the first half of a tile's products is worked on while the second is made */
+    float x[2][32];
 #pragma unroll 1
     for (int t = 0; t < r.n_tile(); t++) {
+        const bool is_own = has_half ? t % 2 == group / 2 : !is_idle;
         const int first = column_of_tile<KVPG_SUM>(r, t) + in_tile;
         kvpg_cover cover[2];
         for (int s = 0; s < 2; s++) cover[s] = kvpg_cover_of_keys(p, r.table, s, first, first + 16);
-        const bool is_empty = is_idle || (cover[0].lo >= cover[0].hi && cover[1].lo >= cover[1].hi),
+        const bool is_empty = !is_own || (cover[0].lo >= cover[0].hi && cover[1].lo >= cover[1].hi),
                    is_full = cover[0].full_lo <= first_voter && cover[0].full_hi >= voters_end;
         const bool looks = !is_full || masked_first || masked_last; /* at single votes */
         voters_of_key of_key[2] = {};
@@ -302,31 +361,37 @@ sweep_sums(const kvpg_attention &p, const run &r, shared_memory &shared, kvpg_pi
         const uint32_t keys = address_of(shared.ring[pipeline.stage]) + group % 2 * 64 * 128;
         float sum[2] = {};
         const auto take = [&](const float (&products)[32], const voters &v, bool masked) {
-            if (is_full && !masked)
+            if (is_full && !masked && is_own)
                 add_powers<false>(products, p.scale, v, of_key, sum);
             else if (!is_empty)
                 add_powers<true>(products, p.scale, v, of_key, sum);
         };
         kvpg_barrier_wait(address_of(&shared.full[pipeline.stage]), pipeline.phase);
-        if (!is_idle) {
-            start_products<T, KVPG_TILE, ROWS>(x[0], keys, queries);
-            start_products<T, KVPG_TILE, ROWS>(x[1], keys, queries + 64 * 128);
-            wait_for_products<1>(x[0]);
-            take(x[0], first_64, masked_first);
-            wait_for_products<0>(x[1]);
+        if (is_own) {
+            start_products<T, KVPG_TILE, ROWS, WIDE>(x, keys, queries);
+            if (WIDE) {
+                wait_for_all_products(x);
+            } else {
+                wait_for_products<1>(x[0]);
+                take(x[0], first_64, masked_first);
+                wait_for_products<0>(x[1]);
+            }
         }
         release(shared, pipeline);
+        if (is_own && WIDE) take(x[0], first_64, masked_first);
         if (has_second) take(x[1], last_64, masked_last);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int key = first + lane / 4 + 8 * i;
             const float total = kvpg_sum_lanes<4>(sum[i]);
-            if (lane % 4 == 0 && key < r.end) sums[key] = total;
+            if ((has_half && !is_own) || lane % 4 != 0 || key >= r.end) continue;
+            sums[key] = total;
+            if (has_half) sums[p.n_token + key] = 0; /* the other half's */
         }
     }
 }
 
-template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
+template <typename T, int SWEEP, bool WIDE> __global__ void __launch_bounds__(THREADS, 1)
     sweep_window(const __grid_constant__ CUtensorMap keys, const __grid_constant__ kvpg_attention p,
                  const schedule plan) {
     kvpg_follow();
@@ -357,9 +422,9 @@ template <typename T, int SWEEP> __global__ void __launch_bounds__(THREADS, 1)
             load_queries<SWEEP>(p, r, shared);
         }
         if constexpr (SWEEP == KVPG_SUM)
-            sweep_sums<T>(p, r, shared, pipeline, group);
+            sweep_sums<T, WIDE>(p, r, shared, pipeline, group);
         else
-            sweep_lse<T>(p, r, shared, pipeline, group);
+            sweep_lse<T, WIDE>(p, r, shared, pipeline, group);
     }
 }
 
@@ -374,7 +439,9 @@ static kvp_status launch(const kvpg_attention *p, const kvp_score_args *args, kv
     plan.n_head = p->n_batch * p->n_head;
     plan.n_piece = SWEEP == KVPG_SUM ? (int)kvpg_ceil_div(p->n_token, KVPG_TILE) : p->max_split;
     if ((int64_t)plan.n_head * plan.n_piece < n_block) n_block = plan.n_head * plan.n_piece;
-    return kvpg_launch("attention of a window on Hopper", ctx, sweep_window<T, SWEEP>, {n_block, 1}, THREADS, 1,
+    const bool is_long = p->n_token >= LONG;
+    return kvpg_launch("attention of a window on Hopper", ctx,
+                       is_long ? sweep_window<T, SWEEP, true> : sweep_window<T, SWEEP, false>, {n_block, 1}, THREADS, 1,
                        sizeof(shared_memory), keys, *p, plan);
 }
 
