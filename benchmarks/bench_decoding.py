@@ -1,5 +1,5 @@
-"""What a step of ``generate`` takes, on a growing cache without a wrap, on a compressed one, and on a compressed one of
-fixed size.
+"""What a step of ``generate`` takes, on a growing cache without a wrap, on a compressed one (by Python, and as it
+comes: on a GPU as a CUDA graph), and on a compressed one of fixed size.
 
     python benchmarks/bench_decoding.py --json build/bench_decoding.json
 
@@ -134,7 +134,7 @@ def random_ids(model, n_row: int, n_token: int) -> torch.Tensor:
 def steps_of(model, ids, kept, policy: str, settings: dict, n_step: int, n_round: int) -> dict:
     """Seconds of a step on every kind of cache, and of the GPU's work without a wrap."""
     n_row, n_token = len(ids), ids.shape[1] - 1
-    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "fixed": []}
+    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "as it comes": [], "fixed": []}
     row = {}
     for _ in range(n_round):
         plain = random_cache(model, n_row, n_token)
@@ -143,8 +143,10 @@ def steps_of(model, ids, kept, policy: str, settings: dict, n_step: int, n_round
             plain.crop(n_token - plain.get_seq_length())
         steps["unwrapped"].append(generate(model, ids, plain, n_step))
         del plain
-        with kvp.wrap(model, policy, **settings):
+        with kvp.wrap(model, policy, use_graph=False, **settings):
             steps["growing"].append(generate(model, ids, copy.deepcopy(kept), n_step))
+        with kvp.wrap(model, policy, **settings):
+            steps["as it comes"].append(generate(model, ids, copy.deepcopy(kept), n_step))
             steps["fixed"].append(generate(model, ids, kept.fixed(n_step + 1), n_step))
     return row | {name: statistics.median(seconds) for name, seconds in steps.items()}
 
@@ -175,7 +177,7 @@ def show(row: dict) -> None:
         both = f"busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})"
         print(f"{where} padded, growing: {both}", flush=True)
         return
-    against = {"unwrapped, busy": row.get("busy"), "unwrapped": row["unwrapped"], "growing": row["growing"]}
+    against = {name: row.get(name) for name in ("busy", "unwrapped", "growing", "as it comes")}
     parts = [
         f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)"
         for name, seconds in against.items()

@@ -39,3 +39,14 @@ def given_cache(arguments: dict) -> tuple[str | None, Any]:
     none."""
     caches = [(name, cache) for name in CACHE_NAMES if (cache := arguments.get(name)) is not None]
     return caches[0] if caches else (None, None)
+
+
+def inputs_of(bound: dict) -> torch.Tensor:
+    """What a forward brings, ids (B, n) or embeddings (B, n, E); ``bound``: its arguments by name."""
+    return bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
+
+
+def uses_cache(decoder: torch.nn.Module, bound: dict) -> bool:
+    """Whether a forward is to fill a cache."""
+    wanted = bound.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", True) if wanted is None else wanted)

@@ -57,6 +57,11 @@ class Around:
         method = self._method(owner)
         return self._function(owner, method, args, kwargs) if self._is_put else method(*args, **kwargs)
 
+    @property
+    def is_before_another(self) -> bool:
+        """Whether the object had such a function of its own."""
+        return self._before is not None
+
     def stands_before(self, owner: torch.nn.Module) -> bool:
         """Whether it is in this object's dictionary."""
         return vars(owner).get(self._name) is self

@@ -20,7 +20,7 @@ import torch
 from ..errors import NotInterceptedError, UnsupportedModelError
 from . import stand_ins
 from .again import plan
-from .arguments import CACHE_NAMES, cache_name, given_cache, under_one_name
+from .arguments import CACHE_NAMES, cache_name, given_cache, inputs_of, under_one_name, uses_cache
 from .around import Around, take_away_all
 from .cache import KeptCache
 from .choices import check_choices
@@ -34,6 +34,7 @@ from .outer import give_deltas, outer_of, taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
+from .stepping import Steps, settle
 from .threads import local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
@@ -110,6 +111,7 @@ class _Running:
         self.decoder, self.wrap = decoder, wrap  # of generate
         self.came_by = False  # whether a forward of the decoder did
         self.cache: KeptCache | None = None  # the newest that it filled
+        self.steps: Steps | None = None  # of generate
 
 
 def attach(model) -> _Attachment:
@@ -253,11 +255,12 @@ def _generate(model, generate, args, kwargs):
             )
             give_deltas(module, cache, len(tokens))
     running, outer = _Running(decoder, attachment.wrap), local.generating
+    running.steps = Steps(arguments, attachment.wrap)
     try:
         with stand_ins.lock:
             attachment.running.add(running)
         local.generating = (*outer, running)
-        with contextlib.nullcontext() if coming is None else coming.here():
+        with running.steps, contextlib.nullcontext() if coming is None else coming.here():
             output = generate(*args, **kwargs)
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(
@@ -286,7 +289,7 @@ def _outer(module, forward, args, kwargs):
     if (
         isinstance(cache, KeptCache) and cache.n_seen and _generating(decoder) is None
     ):  # else generate has made the positions
-        give_deltas(module, cache, len(_inputs(bound)))
+        give_deltas(module, cache, len(inputs_of(bound)))
     local.outer = (module, bound.get("input_ids"))
     try:
         return forward(*args, **kwargs)
@@ -358,7 +361,8 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         )
     n_seen = cache.n_seen
     _check_origin(decoder, wrap, cache, n_seen)
-    if _inputs(bound).shape[1] > 1:  # not at each step: each takes a look at every module
+    settle(None if (call := _generating(decoder)) is None else call.steps, decoder, cache, bound)
+    if inputs_of(bound).shape[1] > 1:  # not at each step: each takes a look at every module
         cache.check_decoder(decoder)
         check_not_compiled(decoder)
         check_not_random(decoder)
@@ -371,10 +375,10 @@ def _enter(decoder, attachment: _Attachment, args: tuple, kwargs: dict) -> tuple
         _ask_layers(decoder, record, bound)
         if not n_seen:
             cache.origin = cache.origin.filled_by(decoder)
-        if (call := _generating(decoder)) is not None:
+        if call is not None:
             call.cache = cache
     if local.outer is not None and decoder in local.outer[0].children():
-        _note_outer(cache, record, len(_inputs(bound)))
+        _note_outer(cache, record, len(inputs_of(bound)))
     return args, kwargs, record
 
 
@@ -397,7 +401,7 @@ def _ours(decoder, wrap, bound: dict) -> KeptCache | None:
         check_cache(cache, name)
         cache.__class__ = KeptCache
         return wrap.make(cache)
-    if _uses_cache(decoder, bound):
+    if uses_cache(decoder, bound):
         return wrap.make()
     if wrap.action.acts:
         raise NotInterceptedError(
@@ -412,7 +416,7 @@ def _ask_layers(decoder, record: Forward, bound: dict) -> None:
     action, modules = record.cache.action, {module: i for module, i in record.own.items() if i in record.compressed}
     check_choices(decoder, modules, 1 if action is None else action.least_heads)
     if action is not None and action.reads_rotary:
-        tokens, positions = _inputs(bound), bound.get("position_ids")
+        tokens, positions = inputs_of(bound), bound.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         record.rotaries = rotaries_of(decoder, modules, positions)
@@ -422,19 +426,10 @@ def _ask_layers(decoder, record: Forward, bound: dict) -> None:
         record.afterwards = plan(decoder, record, policies, bound)
 
 
-def _inputs(bound: dict) -> torch.Tensor:
-    return bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
-
-
 def _records_gradients(decoder, bound: dict) -> bool:
     return torch.is_grad_enabled() and (
-        _inputs(bound).requires_grad or any(x.requires_grad for x in decoder.parameters())
+        inputs_of(bound).requires_grad or any(x.requires_grad for x in decoder.parameters())
     )
-
-
-def _uses_cache(decoder, bound: dict) -> bool:
-    wanted = bound.get("use_cache")
-    return bool(getattr(decoder.config, "use_cache", True) if wanted is None else wanted)
 
 
 def _check_origin(decoder, wrap, cache: KeptCache, n_seen: int) -> None:
@@ -462,7 +457,7 @@ def _check_origin(decoder, wrap, cache: KeptCache, n_seen: int) -> None:
 
 def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) -> Forward:
     """The forward's record; on a prefill, what is padding."""
-    n_row, n_new = _inputs(bound).shape[:2]
+    n_row, n_new = inputs_of(bound).shape[:2]
     ids, mask = bound.get("input_ids"), bound.get("attention_mask")
     if n_seen:
         cache.check_rows(n_row)
@@ -486,7 +481,7 @@ def _begin(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int) 
 
 def _begin_chunk(attachment: _Attachment, cache: KeptCache, bound: dict, n_seen: int, coming: Coming) -> Forward:
     """The record of a forward over a chunk of a prompt; with the first chunk the cache learns what is coming."""
-    n_row, n_new = _inputs(bound).shape[:2]
+    n_row, n_new = inputs_of(bound).shape[:2]
     coming.check_chunk(n_row, n_seen, n_new, bound.get("position_ids"))
     if not n_seen:
         _note_prompt(cache, coming.n_token, coming.valid)

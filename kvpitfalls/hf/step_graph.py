@@ -1,22 +1,56 @@
 """One step of a decoder over a cache of fixed size, captured as a CUDA graph: the GPU's work without Python between its
 kernels."""
 
+import contextlib
+import gc
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from .arguments import CACHE_NAMES, cache_argument
+from .around import Around
 
 # What a captured step reads; a call with anything else is run as it is, by Python.
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "use_cache", "cache_position", "return_dict", *CACHE_NAMES}
+
+_lock = threading.Lock()
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+class NotCapturedError(RuntimeError):
+    """A step cannot be captured; ``what``: without what to do about a cache of :meth:`KeptCache.fixed`."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; expected cache.fixed(..., use_graph=False)")
+        self.what = what
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One capture at a time, since each begins with a wait for the device, which breaks another off; and no garbage is
+    collected meanwhile, since what it holds may call CUDA when it goes."""
+    with _lock:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def why_not_this(bound: dict) -> str | None:
     """Why a call is run by Python and not captured; None if it can be. ``bound``: its arguments by name."""
     ids = bound.get("input_ids")
-    if ids is None or not ids.is_cuda:
-        return "it has no token ids on a GPU"
+    return "it has no token ids on a GPU" if ids is None or not ids.is_cuda else why_not_arguments(bound)
+
+
+def why_not_arguments(bound: dict) -> str | None:
+    """Why a call with token ids is run by Python wherever they are; None if it need not be."""
+    ids = bound["input_ids"]
     if others := [
         name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False
     ]:
@@ -24,6 +58,8 @@ def why_not_this(bound: dict) -> str | None:
     positions = bound.get("position_ids")
     if positions is None or positions.ndim != 2 or positions.shape[1] != 1 or ids.shape[1] != 1:
         return "it was not given one token and its position_ids (B, 1)"
+    if torch.is_autocast_enabled(ids.device.type):
+        return "autocast is on, and its copies of weights go where it ends"
     return "it returns a tuple" if bound.get("return_dict") is False else None
 
 
@@ -33,12 +69,24 @@ def why_not(decoder: torch.nn.Module) -> str | None:
         return f"{type(decoder).__name__} counts positions itself"
     if len({parameter.device for parameter in decoder.parameters()}) > 1:
         return "the model is on several devices"
-    if any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        for module in decoder.modules()
-    ):
+    if any(getattr(decoder.config, name, False) for name in ("output_hidden_states", "output_attentions")):
+        return "the model's config asks for hidden states or attentions"
+    if _has_any_global_hook() or any(map(_has_hooks, decoder.modules())):
         return "modules have hooks, which a replay would not call"
     return None
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a forward of it calls more than itself. What transformers leaves there after it was once asked for hidden
+    states does nothing as long as nobody asks."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return hasattr(module, "_hf_hook") or any(getattr(x, "__module__", None) != _CAPTURING for x in hooks)
+
+
+def has_own_forwards(decoder: torch.nn.Module) -> bool:
+    """Whether somebody has put a function before a module's forward: what it does besides, a replay would not do."""
+    own = [forward for module in decoder.modules() if (forward := vars(module).get("forward")) is not None]
+    return any(not isinstance(forward, Around) or forward.is_before_another for forward in own)
 
 
 def _memory_of(decoder: torch.nn.Module) -> list[int]:
@@ -70,7 +118,7 @@ class StepGraph:
         # Nothing reads the model's own mask; some kinds are made of constants, which a capture cannot send to the GPU.
         mask = None if self.implementation == "sdpa" else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
         try:
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with _alone(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = forward(
                     input_ids=self.ids,
                     attention_mask=mask,
@@ -79,14 +127,18 @@ class StepGraph:
                     **cache_argument(decoder, cache),
                 )
         except RuntimeError as error:
-            raise RuntimeError(
-                f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({error}); expected "
-                "cache.fixed(..., use_graph=False)"
+            first_line = str(error).partition("\n")[0]
+            raise NotCapturedError(
+                f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({first_line})"
             ) from error
         finally:
             for layer in cache.layers:
                 layer.seen = seen
             record.newest = newest
+
+        others = {name for name, x in self._output.items() if x is not None} - {"last_hidden_state", *CACHE_NAMES}
+        if others:
+            raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(others))}")
 
     def is_of(self, decoder) -> bool:
         """Whether the decoder's weights are still where they were."""

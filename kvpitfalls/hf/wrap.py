@@ -45,6 +45,7 @@ def wrap(
     protect: Protect | None = None,
     when: str = "prefill",
     allocation: Allocation | str | None = None,
+    use_graph: bool = True,
 ) -> "Handle":
     """Compress the prompts of a model.
 
@@ -71,6 +72,10 @@ def wrap(
     allocation : {"uniform", "pyramid", "ada"} or Allocation, optional
         How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What
         all layers and heads hold together is the same in any case.
+    use_graph : bool
+        Whether, on a GPU, plain or sampling ``generate`` may run its steps as a CUDA graph where that is possible (a
+        prompt compressed once, attention by SDPA, no hooks): Python code of the model's modules then runs for the first
+        steps of an answer only. False: Python launches every kernel of every step.
 
     Returns
     -------
@@ -98,16 +103,18 @@ def wrap(
     check_budget(compression_ratio, budget)
     if when not in ("prefill", "decode", "always"):
         raise ValueError(f"when is {when!r}; expected 'prefill', 'decode' or 'always'")
+    if not isinstance(use_graph, bool):
+        raise ValueError(f"use_graph is {use_graph!r}; expected True or False")
     settings = (get_policy(policy), Fair.parse(fair), compression_ratio, budget, protect, None, allocation)
-    return Handle(model, Evict(*settings) if when == "prefill" else Hold(*settings, when=when))
+    return Handle(model, Evict(*settings) if when == "prefill" else Hold(*settings, when=when), use_graph)
 
 
 class _Caches:
     """Makes a handle's caches, and knows the newest. Refers to no model: what the model is wrapped with must not keep
     it alive."""
 
-    def __init__(self, config: Any, action: Evict) -> None:
-        self.config, self.action, self.settings = config, action, _settings(action)
+    def __init__(self, config: Any, action: Evict, uses_graph: bool) -> None:
+        self.config, self.action, self.settings, self.uses_graph = config, action, _settings(action), uses_graph
         self.newest: weakref.ref[KeptCache] | None = None
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
@@ -138,6 +145,8 @@ class Handle:
     model : transformers model
     action : Evict
         What is done to each layer.
+    use_graph : bool
+        As of :func:`wrap`.
 
     Examples
     --------
@@ -153,9 +162,9 @@ class Handle:
     <Handle LlamaForCausalLM: KNorm(), budget=4, fair=False, protect=None, wrap removed>
     """
 
-    def __init__(self, model: Any, action: Evict) -> None:
+    def __init__(self, model: Any, action: Evict, use_graph: bool = True) -> None:
         check_model(model)
-        self.model, self.action, self._caches = model, action, _Caches(model.config, action)
+        self.model, self.action, self._caches = model, action, _Caches(model.config, action, use_graph)
         try:
             self._attachment = put_wrap(model, self._caches)
             check_heads(self._attachment, model, action)

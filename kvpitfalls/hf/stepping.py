@@ -1,0 +1,216 @@
+"""Steps of ``generate`` as a CUDA graph, by themselves: a growing cache has a fixed size while they run.
+
+The cache stays the object that it is, for whoever holds it: its layers are exchanged one after the other, and come back
+with what was written when the call ends, however it does.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .cache import KeptCache
+from .fixed import FixedCache, FixedLayer, free_slots
+from .layer import KeptLayer
+from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
+
+DEVICES = ("cuda",)  # where it pays: a step there is Python launching kernels
+LEAST = 4  # tokens still to come for which it pays
+ROOM = 512  # tokens at a time: more would be memory that a short answer never uses
+
+
+class SteppingLayer(FixedLayer):
+    """A :class:`.FixedLayer` in the place of a growing one, ``home``, which it keeps."""
+
+    def __init__(self, layer: KeptLayer, n_free: int, n_prompt: int) -> None:
+        super().__init__(layer, n_free)
+        self.home, self.n_slot, self.home_seen, self.home_after = (
+            layer,
+            layer.keys.shape[2],
+            layer.seen,
+            layer.n_after,
+        )
+        self.prompt_shape = layer.prompt_shape or (*layer.keys.shape[:2], n_prompt)
+
+    def grown(self) -> KeptLayer:
+        """The growing layer, with what came since."""
+        n_new = self.seen - self.home_seen
+        keys, values = (x[:, :, : self.n_slot + n_new] for x in (self.keys, self.values))
+        vars(self.home).update(keys=keys, values=values, seen=self.seen, n_after=self.home_after + n_new)
+        return self.home
+
+
+class SteppingCache(FixedCache):
+    """A :class:`.KeptCache` while ``generate`` runs its steps; see :class:`Steps`."""
+
+    is_refused = False  # a step cannot be captured
+
+    @classmethod
+    def take(cls, cache: KeptCache, n_room: int, mask: torch.Tensor | None) -> None:
+        """Make a growing cache one of these. ``mask``: the model's over what it has seen, (B, n_seen), or None."""
+        vars(cache).update(n_room=n_room, n_before=cache.n_seen, use_graph=True, rooms=[])
+        cache.__class__ = cls
+        assert isinstance(cache, cls)
+        for layer in cache.kept_layers:
+            n_free = free_slots(layer.keys.shape[2], n_room)
+            fixed = SteppingLayer(layer, n_free, cache.n_prompt)
+            fixed.room = cache._room_for(_visible(layer, mask, n_free), layer)
+            cache.layers[layer.index] = fixed
+            layer.keys = layer.values = layer.spare = None  # type: ignore[assignment] # until it is back
+
+    def give_back(self) -> None:
+        """Be a growing cache again; also one that was left half taken by an interrupt."""
+        for layer in self.layers:
+            if isinstance(layer, SteppingLayer):
+                self.layers[layer.index] = layer.grown()  # type: ignore[call-overload] # transformers' list of layers
+        for name in (
+            "n_room",
+            "n_before",
+            "use_graph",
+            "rooms",
+            "graph",
+            "is_warm",
+            "barrier",
+            "obstacle",
+            "is_refused",
+        ):
+            vars(self).pop(name, None)
+        self.__class__ = KeptCache  # type: ignore[assignment] # what it was
+
+    def newest_of(self, mask, n_new: int) -> torch.Tensor | None:
+        """Which of the new tokens are real; there is room, and the mask is that of one ``generate``."""
+        return None if mask is None else mask[:, mask.shape[1] - n_new :].bool()
+
+    def run(self, decoder, forward: Callable, args: tuple, kwargs: dict, record):
+        """As of a :class:`.FixedCache`; a step that cannot be captured is run by Python: nobody asked for more."""
+        try:
+            return super().run(decoder, forward, args, kwargs, record)
+        except NotCapturedError as error:
+            self.barrier, self.is_refused = error.what, True
+            warnings.warn(f"{error.what}; Python runs each step instead", stacklevel=2)
+            return forward(*args, **kwargs)
+
+
+def _grown_first(name: str) -> Callable:
+    def method(self, *args, **kwargs):
+        self.give_back()
+        return getattr(self, name)(*args, **kwargs)
+
+    method.__doc__ = "As of the growing cache, which this one then is."
+    return method
+
+
+# What whoever watches an answer may do to its cache between two steps.
+for _name in ("crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "save", "fixed"):
+    setattr(SteppingCache, _name, _grown_first(_name))
+
+
+class Steps:
+    """The steps of one call of ``generate``: a context within which its cache may have a fixed size.
+
+    Parameters
+    ----------
+    arguments : dict
+        Of :func:`.generating.arguments_of`.
+    wrap : object, or None
+        Its ``uses_graph`` says whether to try; False after a step could not be captured.
+    """
+
+    def __init__(self, arguments: dict, wrap: Any) -> None:
+        self._wrap, self._config = wrap, arguments["generation_config"]
+        mode = self._config.get_generation_mode(arguments.get("assistant_model"))
+        may = wrap is not None and wrap.uses_graph
+        self._may = may and mode in ("greedy_search", "sample") and arguments.get("custom_generate") is None
+        self._cache: KeptCache | None = None  # whose steps these are
+        self._is_taken = False
+        self._n_step = 0
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(self._cache, SteppingCache):
+            if self._cache.is_refused:
+                self._wrap.uses_graph = False
+            self._cache.give_back()
+
+    def before(self, decoder: torch.nn.Module, cache: KeptCache, bound: dict) -> None:
+        """Called before each forward of the decoder on a cache of ours, however many tokens it brings.
+
+        The first step is the growing cache's: what it joins tells in which type rows are kept.
+        """
+        self._cache = cache if self._cache is None else self._cache
+        ids = bound.get("input_ids")
+        if cache is not self._cache or not self._may or ids is None or ids.shape[1] > 1:
+            _give_back(cache)
+            return
+        self._n_step += 1
+        if isinstance(cache, SteppingCache) and cache.n_free:
+            return
+        is_lost = self._is_taken and not isinstance(cache, SteppingCache)  # whoever watches has changed it
+        _give_back(cache)
+        n_left, mask = self._n_left(cache), bound.get("attention_mask")
+        if self._n_step < 2 or n_left < LEAST:
+            return
+        self._may = self._is_taken = not is_lost and _can_be_taken(decoder, cache, bound, mask)
+        if self._may:
+            self._take(cache, min(n_left, ROOM), mask)
+
+    def _n_left(self, cache: KeptCache) -> int:
+        """How many tokens may still come; where that is not said, enough."""
+        if self._config.max_new_tokens is not None:
+            return self._config.max_new_tokens - self._n_step
+        return ROOM if self._config.max_length is None else self._config.max_length - cache.n_seen
+
+    def _take(self, cache: KeptCache, n_room: int, mask: torch.Tensor | None) -> None:
+        seen = None if mask is None or bool(mask.all()) else mask[:, : cache.n_seen].bool()
+        try:
+            SteppingCache.take(cache, n_room, seen)
+        except torch.OutOfMemoryError as error:
+            self._may = False
+            _give_back(cache)
+            warnings.warn(f"no room for steps as a CUDA graph ({error}); Python runs each step instead", stacklevel=2)
+
+
+def settle(steps: Steps | None, decoder: torch.nn.Module, cache: KeptCache, bound: dict) -> None:
+    """Called before each forward on a cache of ours; ``steps``: of the ``generate`` that it is part of, if it is."""
+    if steps is None:
+        _give_back(cache)
+    else:
+        steps.before(decoder, cache, bound)
+
+
+def _give_back(cache: KeptCache) -> None:
+    if isinstance(cache, SteppingCache):
+        cache.give_back()
+
+
+def _can_be_taken(decoder, cache: KeptCache, bound: dict, mask) -> bool:
+    """Whether a captured step would do what the decoder does."""
+    return (
+        type(cache) is KeptCache
+        and not cache.is_held  # its fixed form is of some policies only
+        and all(isinstance(layer, KeptLayer) for layer in cache.layers)
+        and bound["input_ids"].device.type in DEVICES
+        and not torch.is_grad_enabled()
+        and decoder.config._attn_implementation == "sdpa"
+        and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
+        and why_not_arguments(bound) is None
+        and why_not(decoder) is None
+        and not has_own_forwards(decoder)
+    )
+
+
+def _visible(layer: KeptLayer, mask: torch.Tensor | None, n_free: int) -> torch.Tensor:
+    """Bool (B, H or 1, S): the slots whose token is real; those that are free are not. ``mask``: bool (B, n_seen)."""
+    n_row, n_head, n_slot = layer.keys.shape[:3]
+    visible = layer.live
+    if visible is None:
+        visible = torch.ones(n_row, 1, n_slot, dtype=torch.bool, device=layer.keys.device)
+    if mask is not None:
+        of_token = mask[:, None].expand(-1, n_head, -1)
+        visible = visible & (of_token if layer.pos is None else of_token.gather(2, layer.pos))
+    if bool((visible == visible[:, :1]).all()):
+        visible = visible[:, :1]
+    return torch.cat([visible, visible.new_zeros(*visible.shape[:2], n_free)], -1)
