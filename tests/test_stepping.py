@@ -133,7 +133,8 @@ def test_a_prompt_without_a_cache_of_ones_own(llama, options, ratio, taken):
     both = []
     for use_graph in (True, False):
         with kvp.wrap(llama, "snapkv", compression_ratio=ratio, use_graph=use_graph) as handle:
-            both.append(answer(llama, *prompt("left"), **options))
+            # transformers 4 counts padding in the positions of chunks
+            both.append(answer(llama, *prompt(None if "prefill_chunk_size" in options else "left"), **options))
             assert handle.report() == both[-1][2].report()
     assert_alike(*both)
     assert taken
@@ -291,7 +292,8 @@ def hook(model):
 
 def own_forward(model):
     module = model.model.layers[0].mlp
-    module.forward = module.forward
+    forward = module.forward
+    module.forward = lambda x: forward(x)
     return lambda: vars(module).pop("forward")
 
 

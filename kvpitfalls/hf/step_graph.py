@@ -85,8 +85,15 @@ def _has_hooks(module: torch.nn.Module) -> bool:
 
 def has_own_forwards(decoder: torch.nn.Module) -> bool:
     """Whether somebody has put a function before a module's forward: what it does besides, a replay would not do."""
-    own = [forward for module in decoder.modules() if (forward := vars(module).get("forward")) is not None]
-    return any(not isinstance(forward, Around) or forward.is_before_another for forward in own)
+    return any(not _is_its_own(module) for module in decoder.modules())
+
+
+def _is_its_own(module: torch.nn.Module) -> bool:
+    """Also where transformers 4 left a module's own method in its dictionary, once asked for hidden states."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, Around):
+        return not forward.is_before_another
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def _memory_of(decoder: torch.nn.Module) -> list[int]:
