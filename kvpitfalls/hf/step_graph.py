@@ -134,7 +134,7 @@ class StepGraph:
                     **cache_argument(decoder, cache),
                 )
         except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
+            first_line = (str(error) or repr(error)).partition("\n")[0]
             raise NotCapturedError(
                 f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({first_line})"
             ) from error
