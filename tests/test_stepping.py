@@ -299,7 +299,7 @@ def own_forward(model):
     return lambda: vars(module).pop("forward")
 
 
-def config(model):
+def config_asks(model):
     model.config.output_hidden_states = True
     return lambda: setattr(model.config, "output_hidden_states", False)
 
@@ -314,7 +314,7 @@ def config(model):
         {"options": {"output_hidden_states": True}},
         {"change": hook},
         {"change": own_forward},
-        {"change": config},
+        {"change": config_asks},
         {"autocast": True},
     ],
     ids=lambda why: str(next(iter(why.items()))),

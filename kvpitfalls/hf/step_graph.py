@@ -116,7 +116,7 @@ class StepGraph:
     """
 
     def __init__(self, decoder, forward: Callable, cache, record):
-        self.memory, self.implementation, ids = _memory_of(decoder), decoder.config._attn_implementation, record.ids
+        self.implementation, ids = decoder.config._attn_implementation, record.ids
         self.ids, self.positions = torch.zeros_like(ids), torch.zeros_like(ids)
         self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
         newest, record.newest = record.newest, self.newest
@@ -125,6 +125,7 @@ class StepGraph:
         # Nothing reads the model's own mask; some kinds are made of constants, which a capture cannot send to the GPU.
         mask = None if self.implementation == "sdpa" else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
         try:
+            self.memory = _memory_of(decoder)
             with _alone(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = forward(
                     input_ids=self.ids,
@@ -133,7 +134,7 @@ class StepGraph:
                     use_cache=True,
                     **cache_argument(decoder, cache),
                 )
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model does that cannot be captured, or only with other arguments
             first_line = (str(error) or repr(error)).partition("\n")[0]
             raise NotCapturedError(
                 f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({first_line})"
@@ -142,7 +143,6 @@ class StepGraph:
             for layer in cache.layers:
                 layer.seen = seen
             record.newest = newest
-
         others = {name for name, x in self._output.items() if x is not None} - {"last_hidden_state", *CACHE_NAMES}
         if others:
             raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(others))}")
