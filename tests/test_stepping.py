@@ -317,7 +317,7 @@ def config_asks(model):
         {"change": config_asks},
         {"autocast": True},
     ],
-    ids=lambda why: str(next(iter(why.items()))),
+    ids=lambda why: " ".join(getattr(x, "__name__", str(x)) for x in next(iter(why.items()))),
 )
 def test_where_it_would_do_something_else_or_not_pay_a_cache_grows(llama, why, taken):
     settings = {name: why[name] for name in ("use_graph", "when") if name in why}
