@@ -49,7 +49,7 @@ extern "C" {
 #endif
 #endif
 
-#define KVP_ABI_VERSION 7
+#define KVP_ABI_VERSION 8
 #define KVP_MAX_PARAMS 8
 #define KVP_ERROR_BYTES 256
 #define KVP_MAX_WORKER 65536
@@ -332,6 +332,8 @@ typedef struct kvp_backend {
     kvp_status (*share)(const kvp_share_args *, kvp_context *);
     size_t (*workspace)(kvp_verb verb, const void *args, int32_t n_worker);
     kvp_status (*expect)(const kvp_expect_args *, kvp_context *); /* NULL = not supported */
+    kvp_status (*press)(const kvp_score_args *, const kvp_select_args *, const kvp_gather_args *,
+                        kvp_context *); /* the three of them together, whose scores nobody reads; NULL = one by one */
 } kvp_backend;
 
 /* The backend must outlive every later call. Registering a device twice replaces it. */

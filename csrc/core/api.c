@@ -164,6 +164,7 @@ kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) {
 }
 
 static kvp_status run_parts(const kvp_backend *backend, press_parts *p, kvp_context *ctx) {
+    if (backend->press) return backend->press(&p->score, &p->select, &p->gather, ctx);
     KVPI_TRY(backend->score[p->score.scorer](&p->score, ctx));
     KVPI_TRY(backend->select(&p->select, ctx));
     return backend->gather(&p->gather, ctx);

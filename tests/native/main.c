@@ -66,6 +66,7 @@ int main(int argc, char **argv) {
     run("introspection", test_introspection);
     run("corpus", test_corpus);
     run("register backend", test_register_backend);
+    run("press of a backend", test_press_of_a_backend);
     if (passed_checks() == 0) printf("no such test, or no such row primitives\n");
     return report_checks() || passed_checks() == 0;
 }

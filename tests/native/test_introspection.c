@@ -68,7 +68,14 @@ void test_introspection(void) {
 
 /* A device that only counts. */
 
-static int n_select;
+static int n_score, n_select, n_gather, n_press;
+
+static kvp_status count_score(const kvp_score_args *args, kvp_context *ctx) {
+    (void)args;
+    (void)ctx;
+    n_score++;
+    return KVP_OK;
+}
 
 static kvp_status count_select(const kvp_select_args *args, kvp_context *ctx) {
     (void)args;
@@ -77,9 +84,19 @@ static kvp_status count_select(const kvp_select_args *args, kvp_context *ctx) {
     return KVP_OK;
 }
 
-static kvp_status pass_gather(const kvp_gather_args *args, kvp_context *ctx) {
+static kvp_status count_gather(const kvp_gather_args *args, kvp_context *ctx) {
     (void)args;
     (void)ctx;
+    n_gather++;
+    return KVP_OK;
+}
+
+/* What it is given is of one press: the scores of one part are those of the next. */
+static kvp_status count_press(const kvp_score_args *score, const kvp_select_args *select, const kvp_gather_args *gather,
+                              kvp_context *ctx) {
+    (void)ctx;
+    n_press += score->scores.data && score->scores.data == select->scores.data &&
+               select->positions.data == gather->positions.data && score->keys.data == gather->keys.data;
     return KVP_OK;
 }
 
@@ -104,17 +121,22 @@ static size_t need_128(kvp_verb verb, const void *args, int32_t n_worker) {
 }
 
 static kvp_status (*const no_scorers[64])(const kvp_score_args *, kvp_context *);
-static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA,   no_scorers, count_select,
-                                     pass_gather,     pass_share, need_128,   count_expect};
-static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA,   no_scorers, count_select,
-                                         pass_gather,         pass_share, need_128,   NULL};
-static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77,         no_scorers, count_select,
-                                         pass_gather,     pass_share, need_128,   NULL};
+static kvp_status (*const all_count[64])(const kvp_score_args *, kvp_context *) = {count_score};
+static const kvp_backend counting = {KVP_ABI_VERSION, KVP_CUDA, no_scorers,   count_select, count_gather,
+                                     pass_share,      need_128, count_expect, NULL};
+static const kvp_backend of_other_abi = {KVP_ABI_VERSION + 1, KVP_CUDA, no_scorers, count_select, count_gather,
+                                         pass_share,          need_128, NULL,       NULL};
+static const kvp_backend of_no_device = {KVP_ABI_VERSION, 77,       no_scorers, count_select, count_gather,
+                                         pass_share,      need_128, NULL,       NULL};
+static const kvp_backend in_parts = {KVP_ABI_VERSION, KVP_CUDA, all_count, count_select, count_gather,
+                                     pass_share,      need_128, NULL,      NULL};
+static const kvp_backend whole = {KVP_ABI_VERSION, KVP_CUDA, all_count, count_select, count_gather,
+                                  pass_share,      need_128, NULL,      count_press};
 
 /* Never read on the device: the table above looks at nothing. Each has memory of its own all the same, or the call
  * would be refused for that. */
 static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
-    static float nothing[16][64];
+    static float nothing[24][64];
     static int n_made;
     return (kvp_tensor){
         nothing[n_made++],          (int32_t)dtype, KVP_CUDA, 0, ndim, {1, ndim > 2 ? 1 : last, last, 1},
@@ -169,4 +191,33 @@ void test_register_backend(void) {
                                     .scores = score.scores};
     CHECK(kvp_expect(&expect, &ctx) == KVP_OK && n_expect == 1, "the backend's expect was called %d times: %s",
           n_expect, ctx.error);
+}
+
+/* A backend that has it is given a press whole; another its three parts. */
+void test_press_of_a_backend(void) {
+    kvp_context ctx = {0};
+    kvp_press_args press = {.size = sizeof press,
+                            .scorer = 0,
+                            .keys = imagine(KVP_F32, 4, 4),
+                            .segments = imagine(KVP_I32, 2, 2),
+                            .quotas = imagine(KVP_I32, 3, 1),
+                            .positions = imagine(KVP_I32, 3, 2),
+                            .out_keys = imagine(KVP_F32, 4, 2),
+                            .out_values = imagine(KVP_F32, 4, 2)};
+    size_t bytes;
+    press.values = press.keys;
+    press.segments.device = press.quotas.device = KVP_CPU;
+    n_score = n_select = n_gather = n_press = 0;
+    CHECK(kvp_register_backend(&in_parts) == KVP_OK, "the backend was not registered");
+    CHECK(kvp_workspace(KVP_PRESS, &press, 1, &bytes) == KVP_OK, "a press has no scratch");
+    block scratch = new_block(bytes);
+    ctx.workspace = scratch.data;
+    ctx.workspace_bytes = scratch.bytes;
+    CHECK(kvp_press(&press, &ctx) == KVP_OK && n_score == 1 && n_select == 1 && n_gather == 1,
+          "its parts were called %d, %d and %d times: %s", n_score, n_select, n_gather, ctx.error);
+    CHECK(kvp_register_backend(&whole) == KVP_OK, "the backend was not registered");
+    CHECK(kvp_press(&press, &ctx) == KVP_OK && n_press == 1 && n_score + n_select + n_gather == 3,
+          "press was called %d times, its parts %d: %s", n_press, n_score + n_select + n_gather, ctx.error);
+    CHECK(ctx.workspace == scratch.data && ctx.workspace_bytes == scratch.bytes, "the scratch was not given back");
+    free_block(&scratch);
 }

@@ -29,6 +29,7 @@ void test_refusals(void);
 void test_expect(void);
 void test_introspection(void);
 void test_corpus(void);           /* tests/fuzz/replay.c */
-void test_register_backend(void); /* last: a backend cannot be taken away again */
+void test_register_backend(void); /* the last two: a backend cannot be taken away again */
+void test_press_of_a_backend(void);
 
 #endif
