@@ -26,7 +26,7 @@ from kvpitfalls import H2O, TOVA, Fair, KNorm, SnapKV, ops
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import budgets_of, choose, rank
+from kvpitfalls.eviction.selection import budgets_of, press
 from kvpitfalls.policies import Inputs
 
 N_QUERY_HEAD, N_HEAD, N_DIM, RATIO, WINDOW = 32, 8, 128, 0.5, 64
@@ -162,10 +162,12 @@ def eager_sums(keys, queries):
 
 
 def our_press(policy, keys, values, queries, lse=None):
+    """As a wrap does it."""
     layout = Layout.of(1, keys.shape[2])
-    ranked = rank(policy, layout.split(BIASED), LayerInputs(keys, queries, values, lse=lse))
+    split, layer = layout.split(BIASED), LayerInputs(keys, queries, values, lse=lse)
     budgets = budgets_of(layout, partial(kept_tokens, compression_ratio=RATIO))
-    return ops.gather(keys, values, choose(ranked, budgets).positions)
+    pressed = press(policy, split, layer, budgets)
+    return pressed.keys, pressed.values
 
 
 # Measures: (name, n, value, unit, in words)

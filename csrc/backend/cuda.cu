@@ -18,6 +18,15 @@ static const kvp_tensor *first_of(const kvp_gather_args *args) { return &args->k
 static const kvp_tensor *first_of(const kvp_share_args *args) { return &args->scores; }
 static const kvp_tensor *first_of(const kvp_expect_args *args) { return &args->keys; }
 
+/* What a press is of. */
+typedef struct press_args {
+    const kvp_score_args *score;
+    const kvp_select_args *select;
+    const kvp_gather_args *gather;
+} press_args;
+
+static const kvp_tensor *first_of(const press_args *args) { return &args->gather->keys; }
+
 template <typename ARGS, kvp_status (*VERB)(const ARGS *, kvp_context *)>
 static kvp_status on_its_device(const ARGS *args, kvp_context *ctx) {
     const kvp_tensor *first = first_of(args);
@@ -50,6 +59,17 @@ static size_t (*const score_workspace_table[KVPI_SCORER_COUNT])(const kvp_score_
 #undef KVP_PARAM
 };
 
+static kvp_status press_there(const press_args *args, kvp_context *ctx) {
+    KVPI_TRY(score_table[args->score->scorer](args->score, ctx));
+    return kvpi_evict_cuda(args->select, args->gather, ctx);
+}
+
+static kvp_status press(const kvp_score_args *score, const kvp_select_args *select, const kvp_gather_args *gather,
+                        kvp_context *ctx) {
+    const press_args args = {score, select, gather};
+    return on_its_device<press_args, press_there>(&args, ctx);
+}
+
 static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     (void)n_worker;
     if (verb == KVP_SELECT) return kvpi_select_cuda_workspace((const kvp_select_args *)args);
@@ -70,6 +90,7 @@ extern "C" const kvp_backend *kvp_cuda_backend(void) {
         on_its_device<kvp_share_args, kvpi_share_cuda>,
         workspace_of,
         on_its_device<kvp_expect_args, kvpi_expect_cuda>,
+        press,
     };
     return &backend;
 }

@@ -10,4 +10,7 @@
 kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx);
 kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx);
 
+/* press.cu: selection and gathering of what is selected, by one kernel where that is faster. */
+kvp_status kvpi_evict_cuda(const kvp_select_args *select, const kvp_gather_args *gather, kvp_context *ctx);
+
 #endif

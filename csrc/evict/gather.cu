@@ -4,19 +4,9 @@
  * lane, four rows in flight, past the caches; others element by element. Positions are not read by the host, so one
  * outside [0, T) is taken for -1.
  */
-#include "../gpu/rows.cuh"
-
-extern "C" {
-#include "evict.h"
-}
+#include "gather.cuh"
 
 enum { THREADS = 256, IN_FLIGHT = 4 };
-
-/* One of keys and values. */
-typedef struct copy {
-    kvpg_rows in, out;
-    int n_unit; /* 16-byte pieces or elements of a row */
-} copy;
 
 typedef struct gather_job {
     copy copies[2];
@@ -25,7 +15,7 @@ typedef struct gather_job {
 } gather_job;
 
 __device__ __forceinline__ int read_position(const gather_job &j, int b, int h, int i) {
-    const int position = i < j.n_kept ? (int)kvpg_load(kvpg_row(j.positions, b, h, i)) : -1;
+    const int position = (int)kvpg_load(kvpg_row(j.positions, b, h, i));
     return position < j.n_token ? position : -1;
 }
 
@@ -34,23 +24,10 @@ __device__ __forceinline__ int read_position(const gather_job &j, int b, int h, 
 template <int LANES> __global__ void __launch_bounds__(THREADS) gather_wide(const __grid_constant__ gather_job j) {
     kvpg_follow();
     const copy &c = j.copies[blockIdx.y];
-    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, lane = threadIdx.x % LANES,
-              n_group = THREADS / LANES;
+    const int row = blockIdx.x % j.n_row, b = row / j.n_head, h = row % j.n_head, n_group = THREADS / LANES;
     const int first = blockIdx.x / j.n_row * n_group * IN_FLIGHT + threadIdx.x / LANES;
-    int position[IN_FLIGHT];
-#pragma unroll
-    for (int i = 0; i < IN_FLIGHT; i++) position[i] = read_position(j, b, h, first + i * n_group);
-    for (int unit = lane; unit < c.n_unit; unit += LANES) {
-        uint4 v[IN_FLIGHT];
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++)
-            v[i] = position[i] >= 0 ? __ldcs((const uint4 *)kvpg_row(c.in, b, h, position[i]) + unit)
-                                    : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++)
-            if (first + i * n_group < j.n_kept)
-                __stcs((uint4 *)kvpg_row(c.out, b, h, first + i * n_group) + unit, v[i]);
-    }
+    kvpg_copy_rows<LANES, IN_FLIGHT>(c, b, h, first, n_group, j.n_kept,
+                                     [&](int i) { return read_position(j, b, h, i); });
 }
 
 /* A warp to a row. T: any type of the elements' size. */
@@ -66,23 +43,13 @@ template <typename T> __global__ void __launch_bounds__(THREADS) gather_narrow(c
             position >= 0 ? *(const T *)(kvpg_row(c.in, b, h, position) + d * c.in.d) : T(0);
 }
 
-static bool is_wide(const kvp_gather_args *args) {
-    return kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->values) &&
-           kvpg_has_wide_rows(&args->out_keys) && kvpg_has_wide_rows(&args->out_values);
-}
-
-static copy make_copy(const kvp_tensor *in, const kvp_tensor *out, int64_t unit_bytes) {
-    return copy{kvpg_rows_of(in), kvpg_rows_of(out),
-                (int)(in->shape[3] * (int64_t)kvpi_dtype_size(in->dtype) / unit_bytes)};
-}
-
 extern "C" kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx) {
     const int64_t *kept = args->positions.shape;
-    const bool wide = is_wide(args);
+    const bool wide = kvpg_is_wide(args);
     const int64_t size = (int64_t)kvpi_dtype_size(args->keys.dtype), unit_bytes = wide ? 16 : size;
     gather_job j;
-    j.copies[0] = make_copy(&args->keys, &args->out_keys, unit_bytes);
-    j.copies[1] = make_copy(&args->values, &args->out_values, unit_bytes);
+    j.copies[0] = kvpg_make_copy(&args->keys, &args->out_keys, unit_bytes);
+    j.copies[1] = kvpg_make_copy(&args->values, &args->out_values, unit_bytes);
     j.positions = kvpg_rows_of(&args->positions);
     j.n_row = (int)(kept[0] * kept[1]);
     j.n_head = (int)kept[1];
