@@ -114,6 +114,24 @@ def test_keydiff_against_float64(n_dim, dtype):
                 assert torch.equal(alone, ours[b : b + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_dim", [8, 64, 80, 128, 256, 512])
+def test_keydiff_has_the_same_bits_whatever_is_in_the_batch(n_dim, dtype):
+    """Heads and rows in another order or alone, and votes for no key: of all these blocks read other runs of pieces."""
+    for n_token in (3, 255, 257, 2500, 4096, 8192, 8193, 33000):
+        keys, _ = tensors(3, 5, 1, n_token, n_dim, dtype)
+        keys = keys + (torch.arange(3, device="cuda")[:, None, None, None] / 4).to(dtype)  # means that are none's noise
+        votes = np.zeros((3, 1, 10), np.int32)
+        votes[:, 0, 1] = n_token
+        scores = ops.score("keydiff", keys, votes=votes)
+        assert torch.equal(ops.score("keydiff", keys, votes=votes), scores)
+        rows, heads = [2, 0, 1], [3, 1, 4, 0, 2]
+        assert torch.equal(ops.score("keydiff", keys[rows][:, heads], votes=votes), scores[rows][:, heads])
+        assert torch.equal(ops.score("keydiff", keys[1:2, 3:4], votes=votes[:1]), scores[1:2, 3:4])
+        empty = np.concatenate([votes, np.zeros((3, 2, 10), np.int32)], 1)
+        assert torch.equal(ops.score("keydiff", keys, votes=empty), scores), n_token
+
+
 def test_keydiff_of_broken_keys_and_of_strides():
     """A key that is no number breaks its own range alone; strides change nothing."""
     keys, _ = tensors(1, 2, 1, 600, 72)

@@ -193,6 +193,28 @@ __device__ __forceinline__ float kvpg_exp2(float x) {
     return y;
 }
 
+/* What the second-level cache is to do with what is read: to keep it as any, or to put others in its place first. */
+__device__ __forceinline__ uint64_t kvpg_stay() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t kvpg_pass() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+/* 16 bytes by such a policy. */
+__device__ __forceinline__ uint4 kvpg_load_wide(const void *from, uint64_t policy) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from), "l"(policy)
+                 : "memory");
+    return x;
+}
+
 /* 16 bytes from global to shared memory in the background; bytes = 0 writes zeros and reads nothing. */
 __device__ __forceinline__ void kvpg_copy_async(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
