@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from bad_inputs import HUGE, KEYS, POSITIONS, QUERIES, SCORES, UNALIGNED, VOTES, attention, torched
 
-from kvpitfalls import keep, ops
+from kvpitfalls import RKV, BudgetError, keep, ops
 from kvpitfalls.policies.random import Random
 
 OPS = [
@@ -373,6 +373,11 @@ OPS = [
         lambda e: ops.score("random", KEYS, seed=2**32),
         ValueError,
         "seed is 4.29497e+09; expected a whole number from 0 to 4294967295",
+    ),
+    (
+        lambda e: keep(RKV(window_size=2**31), KEYS, QUERIES, budget=3),
+        BudgetError,
+        f"expected a prompt of at least {2**31 + 1} tokens and a larger budget, or smaller settings",
     ),
     (
         lambda e: keep(Random(seed=0.5), KEYS, budget=2),

@@ -343,7 +343,10 @@ class Wrong(kvp.Allocation):
             Pyramid(beta=20),
             "the last layer would keep 0.4; allocation .* expects at least 1: a larger budget, or a smaller beta",
         ),
-        (Pyramid(beta=1, window_size=33), "8 of 40 tokens are kept; allocation .* expects at most 7"),
+        (
+            Pyramid(beta=1, window_size=33),
+            "8 of 40 tokens are kept; allocation .* expects a prompt of at least 66, a window .* or a smaller window_size",
+        ),
     ],
     ids=str,
 )

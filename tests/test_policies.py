@@ -269,7 +269,8 @@ def test_expected_attention_leaves_a_layers_queries_as_they_are(rotary):
 
 @pytest.mark.parametrize("fair", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}]
+    "changes",
+    [{}, {"mix_lambda": 0.6, "kernel_size": 1}, {"threshold": -0.1}, {"threshold": 0.99}, {"kernel_size": 2**62 + 1}],
 )
 def test_rkv_is_its_formula_in_tiles_of_any_size(fair, changes, monkeypatch):
     policy, spans = kvp.RKV(**{"window_size": 8, **changes}), {"a": (3, 14), "b": (14, 30)}

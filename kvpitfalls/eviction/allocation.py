@@ -135,6 +135,12 @@ class Pyramid(Allocation):
         if n_layer < 2:
             raise ValueError(f"n_layer is {n_layer}; allocation 'pyramid' shares over layers and expects at least 2")
         most = n_token - self.window_size
+        if most < self.window_size:
+            raise BudgetError(
+                f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects a prompt of at least "
+                f"{2 * self.window_size}, a window for the last layer and one that the first leaves: or a smaller "
+                "window_size"
+            )
         last = n_kept / Fraction(str(self.beta))
         first = min(2 * n_kept - last, Fraction(most))
         last = 2 * n_kept - first

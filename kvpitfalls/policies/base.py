@@ -15,7 +15,7 @@ from ..eviction import ops
 from ..eviction.allocation import Allocation
 from ..eviction.arrays import A, Array, Int32
 from ..eviction.layer_inputs import LayerInputs
-from ..numbers import check_whole
+from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
 
 _WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
@@ -363,8 +363,7 @@ class Policy:
             return
         expected = f"a budget of more than the {n_always} that it keeps unjudged"
         if n_always >= n_token:
-            lengths = range(n_token, 2**31)
-            shortest = lengths[bisect_left(lengths, True, key=lambda n: self.always(n) < n)]
+            shortest = bisect_left(range(MOST), True, lo=n_token, key=lambda n: self.always(n) < n)
             expected = f"a prompt of at least {shortest} tokens and a larger budget"
         raise ValueError(
             f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected {expected}, or smaller "

@@ -105,7 +105,8 @@ class RKV(SnapKV):
             sinks = inputs.sinks.float().reshape(len(keys), -1).amax(1)[:, None, None]
             logits = torch.cat([logits, sinks.expand(*logits.shape[:2], 1)], -1)
         shares = logits.softmax(-1)[..., : keys.shape[1]].mean(1)
-        return torch.nn.functional.max_pool1d(shares, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        reach = min(self.kernel_size // 2, keys.shape[1] - 1)  # torch looks at every neighbour, be there one or not
+        return torch.nn.functional.max_pool1d(shares, 2 * reach + 1, stride=1, padding=reach)
 
 
 def _redundancy(keys: "torch.Tensor", threshold: float) -> "torch.Tensor":
