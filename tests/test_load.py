@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from chat_tokenizers import byte_level
+from tiny_models import build
 from tokenizers import processors
 
 from kvpitfalls.hf import gguf_tokens
@@ -102,6 +103,44 @@ def test_files_that_are_no_models(tmp_path):
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(ValueError, match="does not start with GGUF"):
         loading.load(str(tmp_path / "text.gguf"))
+
+
+NO_MODELS = {
+    "config.json": ["", "[]", "null", '{"model_type": "none"}', '{"model_type": "t5"}', '{"model_type": "llama"'],
+    "tokenizer.json": ["", "{}", "[]", "null"],
+    "tokenizer_config.json": ["", "[]", "null"],
+    "generation_config.json": ["[]", "null"],
+    "model.safetensors": ["", "version https://git-lfs.github.com/spec/v1"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in NO_MODELS.items() for text in texts])
+def test_whatever_is_broken_the_model_is_named(tmp_path, name, text):
+    """Readers of a folder fail by many errors, whose words are of their own insides: one sentence, of one type."""
+    build("llama").save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    assert loading.load(str(tmp_path)), "whole, it is one"
+    (tmp_path / name).write_text(text)
+    with pytest.raises((OSError, RuntimeError, ValueError)) as caught:
+        loading.load(str(tmp_path))
+    said = str(caught.value)
+    assert said.startswith(f"model {str(tmp_path)!r} cannot be loaded (") and "\n" not in said and len(said) < 700
+    assert type(caught.value) in (OSError, RuntimeError, ValueError)
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has neither config\.json nor a GGUF file; expected the folder of"):
+        loading.load(str(tmp_path))
+
+
+def test_a_hub_id_where_nobody_answers_is_named_at_once(monkeypatch):
+    """The hub's own client would try for half a minute, and write a line each time."""
+    monkeypatch.setattr(loading.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("the client was asked"))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("the client was asked"))
+    for call in (loading.load, loading.revision):
+        with pytest.raises(OSError, match=r"^model 'nobody/nothing' cannot be loaded \(OSError: http://127\.0\.0\.1:9"):
+            call("nobody/nothing")
 
 
 @pytest.mark.parametrize("name", ["Model.GGUF", "sha256-0123abcd", "folder/model.gguf", "folder/Model.GGUF"])

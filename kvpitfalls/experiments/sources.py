@@ -25,7 +25,7 @@ def load_model(config: SweepConfig, name: str):
 
 def identity(config: SweepConfig, corpus: Corpus) -> dict:
     """All that records depend on: a sweep is only resumed by the same."""
-    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else "cpu"
+    device = torch.cuda.get_device_name(torch.device(config.device)) if config.device.startswith("cuda") else "cpu"
     return {
         **{f"config.{name}": value for name, value in config.to_dict().items()},
         "corpus_sha256": corpus.sha256,

