@@ -53,5 +53,9 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, or one that is only read: told of the file that was asked for
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -345,7 +345,7 @@ class Wrong(kvp.Allocation):
         ),
         (
             Pyramid(beta=1, window_size=33),
-            "8 of 40 tokens are kept; allocation .* expects a prompt of at least 66, a window .* or a smaller window_size",
+            "8 of 40 tokens are kept; allocation .* expects a prompt of at least 66, a window .* or a smaller",
         ),
     ],
     ids=str,

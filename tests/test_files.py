@@ -1,5 +1,6 @@
 """What is written to a file is there whole or not at all, and can be read by whom the user lets read it."""
 
+import errno
 import os
 import stat
 import threading
@@ -56,6 +57,19 @@ def test_a_place_where_no_file_can_be_is_named_as_it_was_given(tmp_path, where, 
     with pytest.raises(kind, match=fault) as raised, whole(tmp_path / where):
         raise AssertionError("it was tried")
     assert "/." not in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_disk_s_fault_is_told_of_the_file_that_was_asked_for(tmp_path, fault, is_named):
+    """A write names no file, and opening one that of this package's own, which nobody has heard of."""
+    path = tmp_path / "page.html"
+    with pytest.raises(OSError, match="page") as raised, whole(path) as temporary:
+        raise OSError(fault, os.strerror(fault), *([str(temporary)] if is_named else []))
+    assert (raised.value.errno, raised.value.filename) == (fault, str(path)) and [*tmp_path.iterdir()] == []
+    with pytest.raises(OSError, match="other") as raised, whole(path):
+        raise OSError(fault, os.strerror(fault), "other")
+    assert raised.value.filename == "other"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

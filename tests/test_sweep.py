@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import kvpitfalls as kvp
+from kvpitfalls import DeviceError
 from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
@@ -151,6 +152,28 @@ def test_another_sweep_is_not_mixed_in(unbroken, model, tmp_path):
     (tmp_path / "run_meta.json").unlink()
     with pytest.raises(ValueError, match=r"has records but no run_meta\.json"):
         sweep(tiny_sweep.config(model), tmp_path)
+
+
+def test_what_no_report_would_take_is_not_gone_on_with(unbroken, model, tmp_path):
+    """A record that was edited by hand still says which it is: it is refused at once, and not after hours of work."""
+    (tmp_path / "run_meta.json").write_bytes((unbroken / "run_meta.json").read_bytes())
+    lines = (unbroken / "records.jsonl").read_text("utf-8").splitlines(keepends=True)
+    for wrong in ({"scores": None}, {"kept": "x"}, {"error": 5}, {"infeasible": []}):
+        edited = "".join([lines[0], json.dumps({**json.loads(lines[1]), **wrong}) + "\n", *lines[2:9]])
+        (tmp_path / "records.jsonl").write_text(edited, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"record 2 is not a sweep's.*expected records that a sweep wrote"):
+            sweep(tiny_sweep.config(model), tmp_path)
+        assert (tmp_path / "records.jsonl").read_text("utf-8") == edited
+
+
+def test_a_sweep_is_refused_before_its_folder_is_made(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder is ''; expected the path of a folder"):
+        sweep(tiny_sweep.config(model), "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="device is 'cuda'; expected 'cpu', since torch sees no GPU"):
+        sweep(tiny_sweep.config(model, device="cuda"), tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_other_weights_are_another_sweep(model, tmp_path):

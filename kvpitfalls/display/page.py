@@ -15,6 +15,7 @@ from ..experiments.comparisons import composites, differences, fixes, flips, los
 from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once
 from ..experiments.records import META, RECORDS, read_meta, read_records
 from ..experiments.summary import attack_families, following, groups, rank_correlations, summarize
+from ..files import whole
 from . import plots
 from . import report_tables as tables_of
 from .progress import progress
@@ -86,18 +87,24 @@ def write_report(folder: str | Path) -> dict:
     ]
     for name, rows in tables.items():
         if rows:
-            (out / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
+            _write(out / f"{name}.csv", _csv(rows))
     of_models = cards(records, list(metas.values()))
     paths = [out / ("card.json" if len(of_models) == 1 else f"card_{n}.json") for n in range(1, len(of_models) + 1)]
     for path, card in zip(paths, of_models, strict=True):
-        path.write_text(json.dumps(card, separators=(",", ":")), encoding="utf-8")
+        _write(path, json.dumps(card, separators=(",", ":")))
     drawn = _draw(cells, ranked, out)
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)
-    (out / "index.html").write_text(page, encoding="utf-8")
+    _write(out / "index.html", page)
     return {"page": str(out / "index.html"), "cards": [str(path) for path in paths], **facts, "cells": cells}
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole, or not at all: an earlier report is not cut off by a disk that is full."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _flat(cells: Sequence[Mapping]) -> list[dict]:

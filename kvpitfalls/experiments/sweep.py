@@ -10,10 +10,11 @@ from pathlib import Path
 from ..audits.following import need_checkers
 from ..audits.leakage import need_rouge
 from ..display.progress import progress_or_lines
+from ..hf.load import check_device
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
-from .metrics import counts
+from .metrics import check_records, counts
 from .plan import Batch, plan
 from .ray_engine import need_ray, run_ray
 from .records import META, RECORDS, append, check_same, locked, read_meta, read_records, recover, write_meta
@@ -62,6 +63,9 @@ def sweep(
     """
     if not isinstance(config, SweepConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a SweepConfig")
+    if folder == "":  # a path of no letters is the current folder's, and most likely a shell's variable that is not set
+        raise ValueError("folder is ''; expected the path of a folder")
+    check_device(config.device)
     corpus = load_corpus(config.dataset, data)
     batches = list(plan(config, corpus))
     if "follow" in config.kinds:
@@ -74,6 +78,8 @@ def sweep(
     with locked(folder):
         n_item = sum(len(batch.items(corpus)) for batch in batches)
         meta = begin(folder, identity(config, corpus), n_item, corpus.notice, engine)
+        if (folder / RECORDS).exists():
+            check_records(read_records(folder))  # before hours of work are put on what no report would take
         done = recover(folder, (batch.items(corpus) for batch in batches))
         write_meta(folder, meta)
         held = sum(len(batch.items(corpus)) for batch in batches[:done])

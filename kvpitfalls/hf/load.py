@@ -108,9 +108,8 @@ def check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}; expected a name such as 'cpu' or 'cuda'") from error
     n_gpu = torch.cuda.device_count()
     if place.type == "cuda" and (place.index or 0) >= n_gpu:
-        raise DeviceError(
-            f"device is {device!r}; expected 'cpu', since torch sees {n_gpu or 'no'} GPU{'s' * (n_gpu > 1)}"
-        )
+        seen = f"{n_gpu or 'no'} GPU{'s' * (n_gpu > 1)}"
+        raise DeviceError(f"device is {device!r}; expected 'cpu', since torch sees {seen}")
 
 
 def transformers_name(name: str | None = None) -> str:
@@ -201,7 +200,8 @@ def _named(source: Path | str):
 
 @contextlib.contextmanager
 def _reached(source: Path | str):
-    """A block that reads a model; its failures name it. Where the default model has to come from the hub: say so, and if that fails, what else can be done."""
+    """A block that reads a model; its failures name it. Where the default model has to come from the hub: say so, and
+    if that fails, what else can be done."""
     if not _is_to_be_downloaded(source):
         with _named(source):
             yield
