@@ -14,7 +14,7 @@ from browser import SCHEMES, needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
-from kvpitfalls.display.markup import SPAN_COLORS, block, table, token_strip, visible
+from kvpitfalls.display.markup import SPAN_COLORS, block, note, table, token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
 
 HOSTILE = [
@@ -326,6 +326,20 @@ def test_on_paper_a_table_of_nine_ratios_is_whole(tmp_path):
       return [wide.scrollWidth - wide.clientWidth, range.getClientRects().length];
     """
     assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [0, 1]
+
+
+@needs_chromium
+def test_no_name_is_wider_than_the_page(tmp_path):
+    """Of an instruction, a title or a setting: without a space, a line has no place to break by itself."""
+    long, counts = "x" * 400, np.ones((3, 2, len(HOSTILE)), int)
+    hostile_map(title=long, spans={long: (1, 3)}, counts={long: counts}).save(tmp_path / "map.html")
+    (tmp_path / "cell.html").write_text("<!doctype html>" + block(long, note(long)), "utf-8")
+    script = """
+      const all = [doc.documentElement, ...doc.querySelectorAll("#instructions")];
+      return all.map((one) => one.scrollWidth - one.clientWidth);
+    """
+    assert json.loads(run_beside(tmp_path / "map.html", script, tmp_path)) == [0, 0]
+    assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [0]
 
 
 def test_what_tells_instructions_apart_needs_no_style_sheet():

@@ -33,7 +33,7 @@ h1 { font-size: 1.15em; margin: .6em 0 .3em; overflow-wrap: anywhere }
   background: linear-gradient(90deg, rgb(68 119 170 / 0), rgb(68 119 170 / .65)) }
 #dead { border: 1px solid GrayText; padding: .3em .6em }
 #instructions { margin: .6em 0; padding: 0; list-style: none; max-height: 11em; overflow: auto; display: flex; flex-wrap: wrap;
-  gap: .2em 1.2em; font-size: 14px; font-variant-numeric: tabular-nums }
+  gap: .2em 1.2em; font-size: 14px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 #instructions a { color: inherit; border-left: 4px solid var(--c); padding-left: .4em }
 #strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 0 1.6em }
 .kvp-tokens[data-setting]::before { content: attr(data-setting); display: block; font-weight: bold }

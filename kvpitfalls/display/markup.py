@@ -31,6 +31,7 @@ STYLE = """
   print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .kvp-wide .kvp-table td.n { white-space: nowrap }
 .kvp-wide { overflow-x: auto }
+.kvp > div:not(.kvp-wide) { overflow-wrap: anywhere }
 @media print { .kvp-wide .kvp-table { font-size: 10px } .kvp-wide .kvp-table :is(th, td) { padding: .15em .25em } }
 """
 
