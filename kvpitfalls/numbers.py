@@ -1,8 +1,8 @@
 """Numbers that callers give, looked at in one way everywhere. True and False are none."""
 
 import sys
-from collections.abc import Mapping
-from typing import TypeGuard
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -19,6 +19,12 @@ def is_real(value: object) -> TypeGuard[float]:
     if isinstance(value, (float, np.floating)):
         return True
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) <= _LARGEST
+
+
+def is_listed(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether it has items: no text is taken for its letters, and an array of no dimensions, which says that it has
+    some, is one number."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
 
 
 def as_written(number: float) -> float:

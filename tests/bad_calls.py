@@ -375,6 +375,21 @@ OPS = [
         "seed is 4.29497e+09; expected a whole number from 0 to 4294967295",
     ),
     (
+        lambda e: keep("knorm", KEYS, budget=3, protect=np.array(3)),
+        ValueError,
+        "protect holds array(3); expected 'sinks', 'boundary', span names or positions",
+    ),
+    (
+        lambda e: keep("knorm", KEYS, budget=3, spans=np.array(3), fair=True),
+        TypeError,
+        "spans is array(3); expected (start, end) pairs, by name or in a list",
+    ),
+    (
+        lambda e: keep("knorm", KEYS, budget=3, spans=[(0, 3)], fair=10**400),
+        ValueError,
+        f"fair is {10**400}; expected False, True, a number in [0, 1]",
+    ),
+    (
         lambda e: keep(RKV(window_size=2**31), KEYS, QUERIES, budget=3),
         BudgetError,
         f"expected a prompt of at least {2**31 + 1} tokens and a larger budget, or smaller settings",

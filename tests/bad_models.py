@@ -18,6 +18,11 @@ PROMPTS = [
         "messages is a int; expected a list of messages, each with a role and a content",
     ),
     (
+        lambda e: kvp.Prompt.from_chat(e.tok, torch.tensor(3)),
+        TypeError,
+        "messages is a Tensor; expected a list of messages, each with a role and a content",
+    ),
+    (
         lambda e: kvp.Prompt.from_chat(e.tok, "text"),
         TypeError,
         "messages is a str; expected a list of messages, each with a role and a co",
@@ -270,6 +275,11 @@ MODELS = [
     ),
     (lambda e: kvp.audit(e.model, e.prompt, policies="knorm"), TypeError, "policies is 'knorm'; expected a list"),
     (lambda e: kvp.audit(e.model, e.prompt, policies=3), TypeError, "policies is 3; expected a list"),
+    (
+        lambda e: kvp.audit(e.model, e.prompt, compression_ratios=torch.tensor(0.5)),
+        TypeError,
+        "compression_ratios is tensor(0.5000); expected a list",
+    ),
     (
         lambda e: kvp.audit(e.model, e.prompt, policies=[]),
         ValueError,

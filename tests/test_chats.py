@@ -76,6 +76,11 @@ def test_parts_are_found_each_by_itself(parts, asked):
     assert prompt.followed_by(question).tolist() == whole.followed_by("".join(asked)).tolist()
 
 
+def test_no_role_says_a_plain_text():
+    prompt = kvp.Prompt.from_text(tokenizer_of("parts"), "some words")
+    assert [prompt.tokens_of(role) for role in ("system", "user", "")] == [[], [], []]
+
+
 @every_template
 @settings(max_examples=25, deadline=None)
 @given(begun=WORD, rest=WORD)

@@ -24,6 +24,7 @@ from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.prefill import prefill
+from ..numbers import is_listed
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
@@ -208,7 +209,7 @@ def audit(
     if instructions is not None or not prompt.spans:
         prompt = prompt.marked("sentences" if instructions is None else instructions)
     for name, listed in (("policies", policies), ("compression_ratios", compression_ratios)):
-        if listed is not None and (isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable)):
+        if listed is not None and not is_listed(listed):
             raise TypeError(f"{name} is {listed!r}; expected a list")
     ratios = list(COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)
     for ratio in ratios:

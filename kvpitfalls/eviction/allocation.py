@@ -138,7 +138,7 @@ class Pyramid(Allocation):
         if most < self.window_size:
             raise BudgetError(
                 f"{n_kept} of {n_token} tokens are kept; allocation {self!r} expects a prompt of at least "
-                f"{2 * self.window_size}, a window for the last layer and one that the first leaves: or a smaller "
+                f"{2 * self.window_size}, a window for the last layer and one that the first leaves, or a smaller "
                 "window_size"
             )
         last = n_kept / Fraction(str(self.beta))

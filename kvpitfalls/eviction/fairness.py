@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from ..numbers import as_written, check_whole, is_real
 
 
@@ -99,7 +97,7 @@ class Fair:
             return fair
         if fair is False or fair is True:
             return _FAIR if fair else _BIASED
-        if isinstance(fair, (bool, int, float, np.floating)):
+        if is_real(fair):
             return cls(strength=float(as_written(fair)))
         if isinstance(fair, str) and fair == "paper":
             return cls(rule="paper")

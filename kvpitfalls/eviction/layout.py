@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError
-from ..numbers import is_whole
+from ..numbers import is_listed, is_whole
 from . import ops
 from .arrays import Array, Int32, Table
 from .budget import apportion, floor_and_rest
@@ -326,11 +326,11 @@ def _ranges(valid: Table) -> list[tuple[int, int]]:
     """Rows (begin, end) of whole numbers."""
     rows: Any = valid
     rows = rows.tolist() if hasattr(rows, "tolist") else rows
-    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+    if not is_listed(rows):
         raise TypeError(f"valid is {valid!r}; expected a row (begin, end) for each row of keys")
     out = []
     for row in rows:
-        pair = tuple(row) if isinstance(row, Iterable) and not isinstance(row, (str, bytes)) else (row,)
+        pair = tuple(row) if is_listed(row) else (row,)
         if len(pair) != 2 or not all(map(is_whole, pair)):
             raise TypeError(f"valid holds {row!r}; expected (begin, end), whole numbers")
         out.append((int(pair[0]), int(pair[1])))
@@ -344,7 +344,7 @@ def _is_mask(protect: object) -> TypeGuard[Array]:
 def _per_row(spans: Spans | None, n_row: int) -> list[Any]:
     if spans is None or isinstance(spans, Mapping):
         return [spans] * n_row
-    if isinstance(spans, (str, bytes)) or not isinstance(spans, Iterable):
+    if not is_listed(spans):
         raise TypeError(f"spans is {spans!r}; expected (start, end) pairs, by name or in a list")
     rows = list(spans)
     if all(row is None or isinstance(row, Mapping) for row in rows) and rows:
@@ -426,7 +426,7 @@ def listed(protect: Protect | None) -> list[Any]:
     """The items of what ``protect`` accepts."""
     if protect is None:
         return []
-    return [protect] if isinstance(protect, str) or not isinstance(protect, Iterable) else list(protect)
+    return list(protect) if is_listed(protect) else [protect]
 
 
 def protected_positions(

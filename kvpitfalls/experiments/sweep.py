@@ -55,7 +55,9 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder holds another sweep, or this one by other versions; nothing is changed then.
+        If the folder holds another sweep, this one by other versions, or what is no record; nothing is changed then.
+    DeviceError
+        If there is no such GPU, before anything is run.
     RuntimeError
         If another process is running a sweep there.
     ImportError
@@ -65,7 +67,6 @@ def sweep(
         raise TypeError(f"config is a {type(config).__name__}; expected a SweepConfig")
     if folder == "":  # a path of no letters is the current folder's, and most likely a shell's variable that is not set
         raise ValueError("folder is ''; expected the path of a folder")
-    check_device(config.device)
     corpus = load_corpus(config.dataset, data)
     batches = list(plan(config, corpus))
     if "follow" in config.kinds:
@@ -73,6 +74,7 @@ def sweep(
     if {"attack", "recall", "turns"} & set(config.kinds):
         need_rouge()
     _check_engine(engine, workers, config)
+    check_device(config.device)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from ..display.markup import block, note
 from ..errors import NotInterceptedError
 from ..eviction.arrays import Int32
-from ..numbers import is_whole
+from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
 from .layer import KeptLayer, bare
@@ -216,6 +216,7 @@ class KeptCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
+        check_whole("repeats", repeats, 1)
         for layer in self.layers:
             rows.repeat(layer, repeats)
         self._map_rows([row for row in range(len(self.valid or [])) for _ in range(repeats)])

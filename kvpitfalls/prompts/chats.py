@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
+from ..numbers import is_listed
+
 Message: TypeAlias = Mapping[str, Any]
 Ranges: TypeAlias = Sequence[tuple[int, int]]  # of characters, or of tokens
 _NOW = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")  # what transformers gives templates to print the date
@@ -26,7 +28,7 @@ _OURS = {
 
 def check_messages(messages: object, first: int = 0) -> list[dict[str, Any]]:
     """The messages as plain dicts; ``first`` is the number of the first of them in the conversation."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+    if isinstance(messages, Mapping) or not is_listed(messages):
         raise TypeError(
             f"messages is a {type(messages).__name__}; expected a list of messages, each with a role and a content"
         )

@@ -274,7 +274,8 @@ class Prompt:
         [3, 4, 5, 6]
         """
         held = holders(self.contents, self.offsets)
-        return [t for t, content in enumerate(held) if content is not None and self.roles[content] == role]
+        roles = self.roles or ("text",) * len(self.contents)  # a plain text is said by nobody
+        return [t for t, content in enumerate(held) if content is not None and roles[content] == role]
 
     def followed_by(
         self, user: str | Sequence[Message], *, allow_special_tokens: bool = False, **template_options: Any
