@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import degenerate
 import pytest
@@ -152,9 +153,20 @@ def test_the_command(two, tmp_path, capsys):
 def test_what_is_no_card_is_refused(two, tmp_path, capsys):
     path, good = tmp_path / "a.json", tmp_path / "good.json"
     good.write_text(json.dumps(two[0]), "utf-8")
-    broken = copy.deepcopy(two[0])
-    broken["settings"][0]["prompts"]["refused"][0] = [1, "x", 1]
-    for text in ("", "[]", "{}", '{"format": 1}', "\x00", "[" * 100_000, json.dumps(broken)):
+    broken = []
+    for pair in (
+        [1, "x", 1],
+        [1, math.nan, 1],
+        [1, -math.inf, 1],
+        [1, 1e308, 1],
+        [1, 1.5, 1],
+        [1, 0, 0],
+        [1, 0, 1e400],
+    ):
+        broken.append(copy.deepcopy(two[0]))
+        broken[-1]["settings"][0]["prompts"]["refused"][0] = pair
+    broken.append({**two[0], "settings": [{**two[0]["settings"][0], "policy": ["snapkv"]}]})
+    for text in ("", "[]", "{}", '{"format": 1}', "\x00", "[" * 100_000, *map(json.dumps, broken)):
         path.write_text(text, "utf-8")
         assert cli.main(["compare", str(path), str(good)]) == 2
         assert "is no card; expected the card.json that kvpitfalls report wrote" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..numbers import is_real, is_whole
 from .comparisons import change
 from .metrics import METRICS, SETTING, TOGETHER, by_setting, most_change, per_prompt
 from .scenario import ANSWERED
@@ -109,10 +110,11 @@ def read_card(path: str | Path) -> dict:
             _dataset(made)
             _asked(made)
         for setting in card["settings"]:
-            _place(setting)
+            hash(_place(setting))
             for pairs in setting["prompts"].values():
                 for key, total, count in pairs:
-                    if not (isinstance(key, (str, int)) and isinstance(total, (int, float)) and count >= 1):
+                    good = isinstance(key, (str, int)) and is_real(total) and is_whole(count)
+                    if not (good and abs(total) <= count and count >= 1):  # no metric of a card is beyond 1, or NaN
                         raise TypeError(key)
         if not isinstance(card["model"], str):
             raise TypeError(card["model"])
