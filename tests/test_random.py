@@ -122,3 +122,12 @@ def test_draws_are_those_that_were_recorded():
         [[1, 2, 7, 10], [0, 7, 8, 10]],
         [[0, 6, 7, 10], [0, 1, 3, 7]],
     ]
+
+
+def test_a_seed_is_any_whole_number_and_nothing_else():
+    keys = np.random.default_rng(0).standard_normal((1, 2, 12, 8), dtype=np.float32)
+    for seed in (np.int32(7), np.uint8(7), 7 + 2**62, 7 - 2**62):
+        assert (kvp.keep(Random(seed), keys, budget=5).positions == kvp.keep(Random(7), keys, budget=5).positions).all()
+    for wrong in (1.5, "7", None, True):
+        with pytest.raises(ValueError, match=r"seed is .*; expected a whole number"):
+            Random(wrong)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..numbers import is_whole
 from .base import Call, Inputs, Policy
 
 
@@ -32,7 +33,11 @@ class Random(Policy):
     name = "random"
     listed: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if not is_whole(self.seed):
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number")
+
     def call(self, inputs: Inputs) -> Call:
         """See the class."""
-        high, low = divmod(self.seed % 2**62, 2**32)
+        high, low = divmod(int(self.seed) % 2**62, 2**32)
         return inputs.call("random", seed=low, seed_high=high)
