@@ -95,6 +95,23 @@ def test_a_saved_cache_is_loaded_by_the_offloaded_and_the_whole_model(whole, off
         kvp.load_cache(path, build("llama", vocab_size=300, max_position_embeddings=512, num_hidden_layers=2))
 
 
+def test_how_a_weight_that_is_away_was_changed_tells_nothing(whole, tmp_path):
+    """On a GPU it is another tensor after each forward, and its count begins anew."""
+    model = accelerate.cpu_offload(copy.deepcopy(whole), execution_device="cpu")
+    away = model.model.layers[1].mlp.up_proj.weight
+    assert away.device.type == "meta"
+    with torch.no_grad(), kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        away.zero_()
+        cache = handle.compress(prompt_and_question()[0])
+        cache.save(tmp_path / "prompt.safetensors")
+    with torch.no_grad(), kvp.wrap(whole, "knorm", compression_ratio=0.5) as handle:
+        weight = whole.model.layers[1].mlp.up_proj.weight
+        cache = handle.compress(prompt_and_question()[0])
+        weight.mul_(1)
+        with pytest.raises(ValueError, match="weights were changed"):
+            cache.save(tmp_path / "other.safetensors")
+
+
 def test_audits_chats_and_pipelines(whole, offloaded):
     tokenizer, settings = byte_level(), {"policy": "snapkv", "compression_ratio": 0.5}
     prompt = kvp.Prompt.from_chat(tokenizer, CHAT[:1], "sentences")

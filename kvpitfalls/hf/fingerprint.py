@@ -65,8 +65,9 @@ def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 def count_changes(decoder: torch.nn.Module) -> int:
-    """How often its weights were changed in place."""
-    return sum(weight._version for weight in decoder.parameters() if not weight.is_inference())
+    """How often its weights were changed in place; those that are offloaded come and go, and tell nothing."""
+    here = (weight for weight in decoder.parameters() if weight.device.type != "meta")
+    return sum(weight._version for weight in here if not weight.is_inference())
 
 
 def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
