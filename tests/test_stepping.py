@@ -11,7 +11,12 @@ import pytest
 import torch
 from tiny_models import build, feed, ids
 from tiny_policies import EVERY
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import stepping
@@ -67,6 +72,16 @@ class Watch(StoppingCriteria):
         self.n_call += 1
         self.function(self.n_call)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class StopAt(StoppingCriteria):
+    """Ends an answer that could have been longer."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 def answer(model, tokens, mask, cache=None, watch=None, **options):
@@ -165,6 +180,20 @@ def test_later_turns_copies_and_crops_go_on(llama, taken):
                 caches.append(answer(llama, again, torch.ones_like(again), cache.copy()))
         assert_alike(*caches)
     assert taken
+
+
+def test_a_cache_that_comes_back_takes_no_more_memory_than_a_growing_one(llama, monkeypatch, taken):
+    """Nor does a copy or a pickle of it."""
+    monkeypatch.setattr(stepping, "ROOM", 512)
+    sizes = []
+    for use_graph in (True, False):
+        with kvp.wrap(llama, "knorm", compression_ratio=0.5, use_graph=use_graph) as handle:
+            cache = handle.compress(ids(1, N_PROMPT))
+            asked = with_question(*prompt(None, 1), False)
+            early = StoppingCriteriaList([StopAt(asked[0].shape[1] + 8)])
+            answer(llama, *asked, cache, max_new_tokens=400, min_new_tokens=400, stopping_criteria=early)
+            sizes.append(max(x.keys.untyped_storage().nbytes() for x in cache.layers))
+    assert taken == [398] and sizes[0] <= sizes[1]
 
 
 @pytest.mark.parametrize("place", ["between", "while the layers are exchanged", "inside a step"])

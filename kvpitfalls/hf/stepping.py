@@ -12,12 +12,13 @@ import torch
 
 from .cache import KeptCache
 from .fixed import FixedCache, FixedLayer, free_slots
-from .layer import KeptLayer
+from .layer import SPARE, KeptLayer
 from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
 
 DEVICES = ("cuda",)  # where it pays: a step there is Python launching kernels
 LEAST = 4  # tokens still to come for which it pays
 ROOM = 512  # tokens at a time: more would be memory that a short answer never uses
+_OF_STEPS = ("n_room", "n_before", "use_graph", "rooms", "graph", "is_warm", "barrier", "obstacle", "is_refused")
 
 
 class SteppingLayer(FixedLayer):
@@ -33,10 +34,13 @@ class SteppingLayer(FixedLayer):
         )
         self.prompt_shape = layer.prompt_shape or (*layer.keys.shape[:2], n_prompt)
 
-    def grown(self) -> KeptLayer:
-        """The growing layer, with what came since."""
+    def grown(self, copies: bool) -> KeptLayer:
+        """The growing layer, with what came since; ``copies``: without much room behind it, which would go along
+        wherever it is copied or pickled."""
         n_new = self.seen - self.home_seen
         keys, values = (x[:, :, : self.n_slot + n_new] for x in (self.keys, self.values))
+        if copies and self.keys.shape[2] - keys.shape[2] > SPARE:
+            keys, values = keys.clone(), values.clone()
         vars(self.home).update(keys=keys, values=values, seen=self.seen, n_after=self.home_after + n_new)
         return self.home
 
@@ -59,22 +63,13 @@ class SteppingCache(FixedCache):
             cache.layers[layer.index] = fixed
             layer.keys = layer.values = layer.spare = None  # type: ignore[assignment] # until it is back
 
-    def give_back(self) -> None:
-        """Be a growing cache again; also one that was left half taken by an interrupt."""
+    def give_back(self, copies: bool = True) -> None:
+        """Be a growing cache again; also one that was left half taken by an interrupt. ``copies``: see
+        :meth:`SteppingLayer.grown`."""
         for layer in self.layers:
             if isinstance(layer, SteppingLayer):
-                self.layers[layer.index] = layer.grown()  # type: ignore[call-overload] # transformers' list of layers
-        for name in (
-            "n_room",
-            "n_before",
-            "use_graph",
-            "rooms",
-            "graph",
-            "is_warm",
-            "barrier",
-            "obstacle",
-            "is_refused",
-        ):
+                self.layers[layer.index] = layer.grown(copies)  # type: ignore[call-overload] # transformers' list of layers
+        for name in _OF_STEPS:
             vars(self).pop(name, None)
         self.__class__ = KeptCache  # type: ignore[assignment] # what it was
 
@@ -169,7 +164,8 @@ class Steps:
             SteppingCache.take(cache, n_room, seen)
         except torch.OutOfMemoryError as error:
             self._may = False
-            _give_back(cache)
+            if isinstance(cache, SteppingCache):
+                cache.give_back(copies=False)
             warnings.warn(f"no room for steps as a CUDA graph ({error}); Python runs each step instead", stacklevel=2)
 
 
