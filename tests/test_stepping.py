@@ -437,3 +437,16 @@ def test_steps_on_a_gpu_are_captured_and_what_cannot_be_is_said(is_captured, mon
                 both.append(answer(model, *prompt("left")))
     assert_alike(*both)
     assert replays.count(True) >= (N_NEW // 2 if is_captured else 0) and any(replays) == is_captured
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_steps_of_a_model_on_another_gpu_than_the_current_one():
+    model, both = build("llama").to("cuda:1"), []
+    for use_graph in (True, False):
+        with kvp.wrap(model, "snapkv", compression_ratio=0.5, use_graph=use_graph) as handle:
+            cache = handle.compress(*prompt("left"))
+            asked = with_question(*prompt("left"), True)
+            both.append(answer(model, *asked, cache.copy()))
+            both.append(answer(model, *asked, cache.fixed(N_NEW + 3, use_graph=use_graph)))
+    assert_alike(both[0], both[2])
+    assert torch.equal(both[1][0], both[3][0]) and (both[1][1] - both[3][1]).abs().max() <= 1e-5

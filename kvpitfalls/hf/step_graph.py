@@ -2,6 +2,7 @@
 kernels."""
 
 import contextlib
+import functools
 import gc
 import inspect
 import threading
@@ -28,15 +29,25 @@ class NotCapturedError(RuntimeError):
         self.what = what
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps on a GPU are captured; one for all, since cuBLAS keeps memory for each that it saw."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One capture at a time, since each begins with a wait for the device, which breaks another off; and no garbage is
-    collected meanwhile, since what it holds may call CUDA when it goes."""
-    with _lock:
+def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """What runs inside is captured, on a stream of the model's GPU, be it the current one or not.
+
+    One capture at a time, since each begins with a wait for the device, which breaks another off; and no garbage is
+    collected meanwhile, since what it holds may call CUDA when it goes.
+    """
+    with _lock, torch.cuda.device(device):
         collects = gc.isenabled()
         gc.disable()
         try:
-            yield
+            with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+                yield
         finally:
             if collects:
                 gc.enable()
@@ -126,7 +137,7 @@ class StepGraph:
         mask = None if self.implementation == "sdpa" else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
         try:
             self.memory = _memory_of(decoder)
-            with _alone(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with _captured(self._graph, ids.device):
                 self._output = forward(
                     input_ids=self.ids,
                     attention_mask=mask,
