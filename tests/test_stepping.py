@@ -3,12 +3,15 @@
 On a CPU no step is captured, and the exchange of the layers is the same; on a GPU the same tests run with CUDA graphs.
 """
 
+import contextlib
 import copy
+import gc
 import threading
 import warnings
 
 import pytest
 import torch
+from test_fixed import DEVICES, N_PROMPT, prompt
 from tiny_models import build, feed, ids
 from tiny_policies import EVERY
 from transformers import (
@@ -19,14 +22,10 @@ from transformers import (
 )
 
 import kvpitfalls as kvp
-from kvpitfalls.hf import stepping
+from kvpitfalls.hf import step_graph, stepping
 from kvpitfalls.hf.arguments import cache_argument
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
-N_PROMPT, N_NEW, SPANS = 24, 40, {"first": (2, 9), "second": (12, 18)}
+N_NEW, SPANS = 40, {"first": (2, 9), "second": (12, 18)}
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -52,14 +51,6 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(stepping.SteppingCache, "take", classmethod(noted))
     return count
-
-
-def prompt(padding: str | None, n_row: int = 3):
-    tokens = ids(n_row, N_PROMPT)
-    mask = torch.ones_like(tokens)
-    for row in range(n_row - 1) if padding else ():
-        mask[row, slice(0, 4 * row + 2) if padding == "left" else slice(N_PROMPT - 4 * row - 2, None)] = 0
-    return tokens, mask
 
 
 class Watch(StoppingCriteria):
@@ -209,9 +200,9 @@ def test_however_a_call_ends_the_cache_grows_again(llama, place, error, monkeypa
         if len(n_call) >= n:  # also where a step that cannot be captured is run again
             raise error
 
-    visible, update = stepping._visible, stepping.SteppingLayer.update
+    visible, update = stepping.real_slots, stepping.SteppingLayer.update
     if place == "while the layers are exchanged":
-        monkeypatch.setattr(stepping, "_visible", lambda *given: (stop_at(5), visible(*given))[1])
+        monkeypatch.setattr(stepping, "real_slots", lambda *given: (stop_at(5), visible(*given))[1])
     if place == "inside a step":
         index = last.self_attn.layer_idx
         monkeypatch.setattr(
@@ -240,7 +231,7 @@ def test_however_a_call_ends_the_cache_grows_again(llama, place, error, monkeypa
                 feed(llama, ids(3, 4), [1], cache)
             return
         assert cache.n_seen == seen[-1] == cache.layers[0].keys.shape[2] - cache.positions(0).shape[2] + N_PROMPT
-        monkeypatch.setattr(stepping, "_visible", visible)
+        monkeypatch.setattr(stepping, "real_slots", visible)
         wanted = handle.compress(tokens, mask)
         answer(llama, *asked, wanted, max_new_tokens=len(seen), min_new_tokens=len(seen))
         n = cache.layers[0].keys.shape[2]
@@ -437,6 +428,40 @@ def test_steps_on_a_gpu_are_captured_and_what_cannot_be_is_said(is_captured, mon
                 both.append(answer(model, *prompt("left")))
     assert_alike(*both)
     assert replays.count(True) >= (N_NEW // 2 if is_captured else 0) and any(replays) == is_captured
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("collects", [True, False])
+def test_a_capture_is_on_the_models_gpu_and_alone_and_leaves_the_collector_as_it_was(monkeypatch, error, collects):
+    """By stand-ins for torch's: what breaks a capture off, or makes it hold nothing, seldom shows on a GPU."""
+    log: list[tuple] = []
+
+    def noted(name):
+        @contextlib.contextmanager
+        def block(*given, **options):
+            log.append((name, *given, options))
+            yield
+
+        return block
+
+    monkeypatch.setattr(torch.cuda, "device", noted("device"))
+    monkeypatch.setattr(torch.cuda, "graph", noted("graph"))
+    monkeypatch.setattr(step_graph, "_stream", lambda device: f"stream of {device}")
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        raised = contextlib.nullcontext() if error is None else pytest.raises(error)
+        with raised, step_graph._captured("a graph", torch.device("cuda:1")):
+            assert not gc.isenabled() and not step_graph._lock.acquire(blocking=False)
+            if error is not None:
+                raise error
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert step_graph._lock.acquire(blocking=False)
+    step_graph._lock.release()
+    options = {"stream": "stream of cuda:1", "capture_error_mode": "thread_local"}
+    assert log == [("device", torch.device("cuda:1"), {}), ("graph", "a graph", options)]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

@@ -188,7 +188,8 @@ class FixedCache(KeptCache):
         n_free = [free_slots(kept.keys.shape[2], self.n_room) for kept in kept_layers]
         self.layers = [FixedLayer(kept, n) for kept, n in zip(kept_layers, n_free, strict=True)]
         for layer, kept, n in zip(self.layers, kept_layers, n_free, strict=True):
-            layer.room = self._room_for(_visible(kept, self.valid, n), kept)
+            real = _real(self.valid, self.n_before, kept.keys.device)
+            layer.room = self._room_for(real_slots(kept, real, n), kept)
 
     def _room_for(self, visible: torch.Tensor, kept: KeptLayer) -> Room:
         n_kept = kept.keys.shape[2]
@@ -341,18 +342,29 @@ def _with_room(x: torch.Tensor, n_room: int) -> torch.Tensor:
     return out
 
 
-def _visible(layer: KeptLayer, valid, n_room: int) -> torch.Tensor:
-    """Bool (B, H or 1, S): the slots that hold a real token."""
-    n_row, _, n_slot = layer.keys.shape[:3]
-    live = layer.live
-    if live is None and not layer.is_evicted and any(row != (0, n_slot) for row in valid):
-        slot = torch.arange(n_slot, device=layer.keys.device)
-        live = torch.stack([(slot >= begin) & (slot < end) for begin, end in valid])[:, None]
-    elif live is None:
-        live = torch.ones(n_row, 1, n_slot, dtype=torch.bool, device=layer.keys.device)
-    elif bool((live == live[:, :1]).all()):
-        live = live[:, :1]
-    return torch.cat([live, live.new_zeros(*live.shape[:2], n_room)], -1)
+def real_slots(layer: KeptLayer, real: torch.Tensor | None, n_free: int) -> torch.Tensor:
+    """Bool (B, H or 1, S): the slots that hold a real token, and behind them the free ones, which do not.
+
+    ``real``, bool (B, n_seen): which tokens are not padding; None: all.
+    """
+    n_row, n_head, n_slot = layer.keys.shape[:3]
+    visible = layer.live
+    if visible is None:
+        visible = torch.ones(n_row, 1, n_slot, dtype=torch.bool, device=layer.keys.device)
+    if real is not None:
+        of_token = real[:, None].expand(-1, n_head, -1)
+        visible = visible & (of_token if layer.pos is None else of_token.gather(2, layer.pos))
+    if bool((visible == visible[:, :1]).all()):
+        visible = visible[:, :1]
+    return torch.cat([visible, visible.new_zeros(*visible.shape[:2], n_free)], -1)
+
+
+def _real(valid, n_seen: int, device: torch.device) -> torch.Tensor | None:
+    """Which tokens of a prompt are not padding, bool (B, n_seen); None: all."""
+    if all(row == (0, n_seen) for row in valid or ()):
+        return None
+    token = torch.arange(n_seen, device=device)
+    return torch.stack([(token >= begin) & (token < end) for begin, end in valid])
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -19,6 +19,9 @@ _INPUTS = {"input_ids", "position_ids", "attention_mask", "use_cache", "cache_po
 
 _lock = threading.Lock()
 _CAPTURING = "transformers.utils.output_capturing"
+# What CUDA says of a step that cannot be captured (torch's errors are RuntimeErrors), and a model of one that misses
+# arguments. A cache of fixed size that was asked for says so; inside generate Python runs the step.
+_REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 class NotCapturedError(RuntimeError):
@@ -145,7 +148,7 @@ class StepGraph:
                     use_cache=True,
                     **cache_argument(decoder, cache),
                 )
-        except Exception as error:  # whatever a model does that cannot be captured, or only with other arguments
+        except _REFUSALS as error:  # anything else is the model's own, and goes on to whoever called it
             first_line = (str(error) or repr(error)).partition("\n")[0]
             raise NotCapturedError(
                 f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({first_line})"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .cache import KeptCache
-from .fixed import FixedCache, FixedLayer, free_slots
+from .fixed import FixedCache, FixedLayer, free_slots, real_slots
 from .layer import SPARE, KeptLayer
 from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
 
@@ -59,7 +59,7 @@ class SteppingCache(FixedCache):
         for layer in cache.kept_layers:
             n_free = free_slots(layer.keys.shape[2], n_room)
             fixed = SteppingLayer(layer, n_free, cache.n_prompt)
-            fixed.room = cache._room_for(_visible(layer, mask, n_free), layer)
+            fixed.room = cache._room_for(real_slots(layer, mask, n_free), layer)
             cache.layers[layer.index] = fixed
             layer.keys = layer.values = layer.spare = None  # type: ignore[assignment] # until it is back
 
@@ -196,17 +196,3 @@ def _can_be_taken(decoder, cache: KeptCache, bound: dict, mask) -> bool:
         and why_not(decoder) is None
         and not has_own_forwards(decoder)
     )
-
-
-def _visible(layer: KeptLayer, mask: torch.Tensor | None, n_free: int) -> torch.Tensor:
-    """Bool (B, H or 1, S): the slots whose token is real; those that are free are not. ``mask``: bool (B, n_seen)."""
-    n_row, n_head, n_slot = layer.keys.shape[:3]
-    visible = layer.live
-    if visible is None:
-        visible = torch.ones(n_row, 1, n_slot, dtype=torch.bool, device=layer.keys.device)
-    if mask is not None:
-        of_token = mask[:, None].expand(-1, n_head, -1)
-        visible = visible & (of_token if layer.pos is None else of_token.gather(2, layer.pos))
-    if bool((visible == visible[:, :1]).all()):
-        visible = visible[:, :1]
-    return torch.cat([visible, visible.new_zeros(*visible.shape[:2], n_free)], -1)
