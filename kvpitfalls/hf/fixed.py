@@ -36,13 +36,16 @@ class Room:
 
     def open(self, n_new: int, newest: torch.Tensor | None) -> None:
         """Take the next slots; ``newest``, bool (B, n), says which of the tokens are none but padding."""
-        self.where = self.at + torch.arange(n_new, device=self.at.device)
+        self.where = self._next(n_new)
         self.at += n_new
         if newest is None:
             self.visible.index_fill_(2, self.where, True)
         else:
             self.visible.index_copy_(2, self.where, newest[:, None].expand(-1, self.visible.shape[1], -1))
         self._renew()
+
+    def _next(self, n_new: int) -> torch.Tensor:
+        return self.at + torch.arange(n_new, device=self.at.device)
 
     def _renew(self) -> None:
         self.bias = torch.zeros_like(self.visible, dtype=self.dtype).masked_fill_(~self.visible, float("-inf"))
@@ -61,27 +64,17 @@ class Room:
         self.visible = rows(self.visible)
 
 
-class FixedLayer(KeptLayer):
-    """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens
-    are zero."""
+class InPlace:
+    """Of layers that write new rows into slots that they have from the beginning."""
 
     is_fixed = True
+    kind_of_room: type[Room] = Room
     room: Room  # given by the cache, whose layers share their rooms
-
-    def __init__(self, layer: KeptLayer, n_room: int):
-        super().__init__(layer.index)
-        vars(self).update(
-            {name: value for name, value in vars(layer).items() if name not in ("keys", "values", "spare")}
-        )
-        n_row, n_head, n_slot = layer.keys.shape[:3]
-        self.keys, self.values = (_with_room(x, n_room) for x in (layer.keys, layer.values))
-        pos = (
-            torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
-        )
-        later = torch.arange(self.seen, self.seen + n_room, device=pos.device).expand(n_row, n_head, -1)
-        self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
-        self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
-        self.bytes_before = layer.bytes_before or layer.keys.nbytes + layer.values.nbytes
+    index: int
+    seen: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    _forward = KeptLayer._forward
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new rows where they belong; called by the model."""
@@ -99,6 +92,29 @@ class FixedLayer(KeptLayer):
     def slots(self) -> "FixedSlots":
         """What stands where."""
         return FixedSlots(self)
+
+
+class FixedLayer(InPlace, KeptLayer):
+    """A :class:`KeptLayer` whose keys and values have all their slots from the beginning; those behind ``seen`` tokens
+    are zero."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, layer: KeptLayer, n_room: int):
+        super().__init__(layer.index)
+        vars(self).update(
+            {name: value for name, value in vars(layer).items() if name not in ("keys", "values", "spare")}
+        )
+        n_row, n_head, n_slot = layer.keys.shape[:3]
+        self.keys, self.values = (with_room(x, n_room) for x in (layer.keys, layer.values))
+        pos = (
+            torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
+        )
+        later = torch.arange(self.seen, self.seen + n_room, device=pos.device).expand(n_row, n_head, -1)
+        self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
+        self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
+        self.bytes_before = layer.bytes_before or layer.keys.nbytes + layer.values.nbytes
 
     @property
     def live(self) -> torch.Tensor:
@@ -135,7 +151,7 @@ class FixedSlots:
 
     is_fixed = True
 
-    def __init__(self, layer: FixedLayer):
+    def __init__(self, layer: Any):
         self._layer, self.seen = layer, layer.seen
 
     @property
@@ -189,15 +205,19 @@ class FixedCache(KeptCache):
         self.layers = [FixedLayer(kept, n) for kept, n in zip(kept_layers, n_free, strict=True)]
         for layer, kept, n in zip(self.layers, kept_layers, n_free, strict=True):
             real = _real(self.valid, self.n_before, kept.keys.device)
-            layer.room = self._room_for(real_slots(kept, real, n), kept)
+            layer.room = self._room_for(layer, real_slots(kept, real, n), kept.keys.shape[2])
 
-    def _room_for(self, visible: torch.Tensor, kept: KeptLayer) -> Room:
-        n_kept = kept.keys.shape[2]
+    def _room_for(self, layer: InPlace, visible: torch.Tensor, n_kept: int) -> Room:
         for room in self.rooms:
-            if room.n_kept == n_kept and _equal(room.visible, visible):
+            if type(room) is layer.kind_of_room and room.n_kept == n_kept and _equal(room.visible, visible):
                 return room
-        self.rooms.append(Room(visible, n_kept, kept.index, kept.keys.dtype))
+        self.rooms.append(layer.kind_of_room(visible, n_kept, layer.index, layer.keys.dtype))
         return self.rooms[-1]
+
+    @property
+    def fixed_layers(self) -> list[Any]:
+        """The layers whose slots stay where they are."""
+        return [layer for layer in self.layers if isinstance(layer, InPlace)]
 
     @property
     def n_free(self) -> int:
@@ -336,7 +356,7 @@ def free_slots(n_kept: int, n_room: int) -> int:
     return -(-(n_kept + n_room) // _SLOTS) * _SLOTS - n_kept
 
 
-def _with_room(x: torch.Tensor, n_room: int) -> torch.Tensor:
+def with_room(x: torch.Tensor, n_room: int) -> torch.Tensor:
     out = x.new_zeros(*x.shape[:2], x.shape[2] + n_room, x.shape[3])
     out[:, :, : x.shape[2]] = x.detach()
     return out

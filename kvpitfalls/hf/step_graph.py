@@ -65,9 +65,7 @@ def why_not_this(bound: dict) -> str | None:
 def why_not_arguments(bound: dict) -> str | None:
     """Why a call with token ids is run by Python wherever they are; None if it need not be."""
     ids = bound["input_ids"]
-    if others := [
-        name for name, value in bound.items() if name not in _INPUTS and value is not None and value is not False
-    ]:
+    if others := [name for name, value in bound.items() if not _is_left_out(name, value)]:
         return f"it was given {', '.join(others)}"
     positions = bound.get("position_ids")
     if positions is None or positions.ndim != 2 or positions.shape[1] != 1 or ids.shape[1] != 1:
@@ -75,6 +73,12 @@ def why_not_arguments(bound: dict) -> str | None:
     if torch.is_autocast_enabled(ids.device.type):
         return "autocast is on, and its copies of weights go where it ends"
     return "it returns a tuple" if bound.get("return_dict") is False else None
+
+
+def _is_left_out(name: str, value: object) -> bool:
+    """Whether a captured step, of one token, is the same without this argument, or reads it."""
+    is_all = name == "logits_to_keep" and isinstance(value, int)  # Gemma 4 tells its decoder, too
+    return name in _INPUTS or value is None or value is False or is_all
 
 
 def why_not(decoder: torch.nn.Module) -> str | None:
@@ -115,6 +119,27 @@ def _memory_of(decoder: torch.nn.Module) -> list[int]:
     return [x.data_ptr() for tensors in (decoder.parameters(), decoder.buffers()) for x in tensors]
 
 
+def _fields(layer) -> dict:
+    """What a layer of states holds, to be compared and put back: its states are written in place."""
+    return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
+
+
+def _put_back(layer, before: dict) -> bool:
+    """Whether a capture, which computes nothing, changed a layer's fields; they are then those of before."""
+    now = _fields(layer)
+    same = now.keys() == before.keys() and all(_is_same(now[name], before[name]) for name in before)
+    if not same:
+        vars(layer).clear()
+        vars(layer).update(before)
+    return not same
+
+
+def _is_same(one, other) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    return one is other or (not isinstance(one, torch.Tensor) and bool(one == other))
+
+
 class StepGraph:
     """A captured step. It holds the memory of its inputs and outputs, and relies on that of the cache and the weights.
 
@@ -135,9 +160,11 @@ class StepGraph:
         self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
         newest, record.newest = record.newest, self.newest
         self._graph = torch.cuda.CUDAGraph()
-        seen = cache.get_seq_length()
+        seen, others = cache.n_seen, [layer for layer in cache.layers if not getattr(layer, "is_fixed", False)]
+        before = [_fields(layer) for layer in others]
         # Nothing reads the model's own mask; some kinds are made of constants, which a capture cannot send to the GPU.
-        mask = None if self.implementation == "sdpa" else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
+        needs_none = self.implementation == "sdpa" and not any(getattr(x, "is_sliding", False) for x in cache.layers)
+        mask = None if needs_none else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
         try:
             self.memory = _memory_of(decoder)
             with _captured(self._graph, ids.device):
@@ -154,12 +181,17 @@ class StepGraph:
                 f"a step of {type(decoder).__name__} cannot be captured as a CUDA graph ({first_line})"
             ) from error
         finally:
-            for layer in cache.layers:
+            for layer in cache.fixed_layers:
                 layer.seen = seen
             record.newest = newest
-        others = {name for name, x in self._output.items() if x is not None} - {"last_hidden_state", *CACHE_NAMES}
-        if others:
-            raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(others))}")
+            moved = [layer for layer, fields in zip(others, before, strict=True) if _put_back(layer, fields)]
+        if moved:
+            raise NotCapturedError(
+                f"a step of {type(decoder).__name__} gives a {type(moved[0]).__name__} other memory, or counts there"
+            )
+        names = {name for name, x in self._output.items() if x is not None} - {"last_hidden_state", *CACHE_NAMES}
+        if names:
+            raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(names))}")
 
     def is_of(self, decoder) -> bool:
         """Whether the decoder's weights are still where they were."""
@@ -175,7 +207,7 @@ class StepGraph:
         self.positions.copy_(positions)
         self.newest.fill_(True) if newest is None else self.newest.copy_(newest)
         self._graph.replay()
-        for layer in cache.layers:
+        for layer in cache.fixed_layers:
             layer.seen += 1
         of_cache = {name: cache for name in CACHE_NAMES if name in self._output}
         return type(self._output)(last_hidden_state=self._output.last_hidden_state.clone(), **of_cache)

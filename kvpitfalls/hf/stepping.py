@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .cache import KeptCache
 from .fixed import FixedCache, FixedLayer, free_slots, real_slots
 from .layer import SPARE, KeptLayer
+from .rows import holds_nothing
 from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
+from .window import WindowLayer, is_window
 
 DEVICES = ("cuda",)  # where it pays: a step there is Python launching kernels
 LEAST = 4  # tokens still to come for which it pays
@@ -56,18 +59,24 @@ class SteppingCache(FixedCache):
         vars(cache).update(n_room=n_room, n_before=cache.n_seen, use_graph=True, rooms=[])
         cache.__class__ = cls
         assert isinstance(cache, cls)
-        for layer in cache.kept_layers:
-            n_free = free_slots(layer.keys.shape[2], n_room)
-            fixed = SteppingLayer(layer, n_free, cache.n_prompt)
-            fixed.room = cache._room_for(real_slots(layer, mask, n_free), layer)
-            cache.layers[layer.index] = fixed
-            layer.keys = layer.values = layer.spare = None  # type: ignore[assignment] # until it is back
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, KeptLayer):
+                n_free = free_slots(layer.keys.shape[2], n_room)
+                fixed: Any = SteppingLayer(layer, n_free, cache.n_prompt)
+                fixed.room = cache._room_for(fixed, real_slots(layer, mask, n_free), fixed.n_slot)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                fixed = WindowLayer(layer, index, n_room)
+                fixed.room = cache._room_for(fixed, fixed.real_slots(mask), fixed.n_slot)
+            else:
+                continue  # its states stay where they are, or it has none
+            cache.layers[index] = fixed
+            vars(layer).update(dict.fromkeys({"keys", "values", "spare"} & vars(layer).keys()))  # until it is back
 
     def give_back(self, copies: bool = True) -> None:
         """Be a growing cache again; also one that was left half taken by an interrupt. ``copies``: see
         :meth:`SteppingLayer.grown`."""
         for layer in self.layers:
-            if isinstance(layer, SteppingLayer):
+            if isinstance(layer, SteppingLayer | WindowLayer):
                 self.layers[layer.index] = layer.grown(copies)  # type: ignore[call-overload] # transformers' list of layers
         for name in _OF_STEPS:
             vars(self).pop(name, None)
@@ -187,12 +196,24 @@ def _can_be_taken(decoder, cache: KeptCache, bound: dict, mask) -> bool:
     return (
         type(cache) is KeptCache
         and not cache.is_held  # its fixed form is of some policies only
-        and all(isinstance(layer, KeptLayer) for layer in cache.layers)
+        and _keep_their_places(decoder, cache)
         and bound["input_ids"].device.type in DEVICES
         and not torch.is_grad_enabled()
-        and decoder.config._attn_implementation == "sdpa"
+        and decoder.config._attn_implementation in ("sdpa", "eager")
         and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2))
         and why_not_arguments(bound) is None
         and why_not(decoder) is None
         and not has_own_forwards(decoder)
+    )
+
+
+def _keep_their_places(decoder, cache: KeptCache) -> bool:
+    """Whether each layer can have a size that is fixed, or has it already."""
+    types = getattr(decoder.config, "layer_types", None) or [None] * len(cache.layers)
+    return all(
+        isinstance(layer, KeptLayer)
+        or is_window(layer, types[index])
+        or type(layer).__name__ == "LinearAttentionLayer"  # of transformers 5
+        or holds_nothing(layer)
+        for index, layer in enumerate(cache.layers)
     )
