@@ -19,13 +19,33 @@ from pathlib import Path
 
 import torch
 from bench_cuda_model import SHAPE
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import one_token
 
 HELD = [(8, 16384, 4096, policy) for policy in ("streaming_llm", "tova", "h2o")]
 CASES = [(8, 16384, 0.75), (1, 32768, 0.75), (32, 8192, 0.75), (8, 4096, 0.0), (1, 4096, 0.0)]
+OTHERS = {
+    "gemma3_text": {  # Gemma 3 4B's
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
+    },
+    "lfm2": {},  # LFM2 1.2B's
+}
 SMALL = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -59,6 +79,17 @@ def build(small: bool):
     torch.set_default_dtype(dtype)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**(SMALL if small else SHAPE), attn_implementation="sdpa"))
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def build_other(kind: str):
+    """A model whose layers are not all compressed, in bfloat16 on a GPU."""
+    config = AutoConfig.for_model(kind, **OTHERS[kind])
+    config.eos_token_id = None
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     return model.eval()
 
@@ -125,6 +156,20 @@ def measure_held(model, n_row: int, n_token: int, budget: int, policy: str, n_st
     return row | steps_of(model, ids, kept, policy, settings, n_step, n_round)
 
 
+def measure_other(kind: str, n_row: int, n_token: int, ratio: float, policy: str, n_step: int, n_round: int) -> dict:
+    """Plain ``generate``, whose prompt is compressed on the way."""
+    model = build_other(kind)
+    ids = random_ids(model, n_row, n_token)
+    steps: dict[str, list[float]] = {"unwrapped": [], "growing": [], "as it comes": []}
+    for _ in range(n_round):
+        steps["unwrapped"].append(generate(model, ids, None, n_step))
+        for name, use_graph in (("growing", False), ("as it comes", True)):
+            with kvp.wrap(model, policy, compression_ratio=ratio, use_graph=use_graph):
+                steps[name].append(generate(model, ids, None, n_step))
+    row = {"model": kind, "rows": n_row, "n": n_token, "ratio": ratio, "policy": policy}
+    return row | {name: statistics.median(seconds) for name, seconds in steps.items()}
+
+
 def random_ids(model, n_row: int, n_token: int) -> torch.Tensor:
     """A prompt and one token that follows it."""
     prompt = torch.randint(0, model.config.vocab_size, (n_row, n_token), device=model.device)
@@ -177,6 +222,10 @@ def show(row: dict) -> None:
         both = f"busy {ours:.2f} ms, by transformers' attention {theirs:.2f} ms ({ours / theirs:.2f})"
         print(f"{where} padded, growing: {both}", flush=True)
         return
+    if "model" in row:
+        parts = [f"{name} {row[name] * 1e3:.2f} ms" for name in ("unwrapped", "growing", "as it comes")]
+        print(f"{row['model']:12} {where} {'   '.join(parts)}", flush=True)
+        return
     against = {name: row.get(name) for name in ("busy", "unwrapped", "growing", "as it comes")}
     parts = [
         f"{name} {seconds * 1e3:8.2f} ms ({seconds / row['fixed']:5.2f}x)"
@@ -194,6 +243,7 @@ def main():
     parser.add_argument("--cases", nargs="+", metavar="ROWS,TOKENS,RATIO", help="instead of the usual ones")
     parser.add_argument("--padded", action="store_true", help="a padded batch on a growing cache instead")
     parser.add_argument("--held", action="store_true", help="budgets that are held while generating instead")
+    parser.add_argument("--others", action="store_true", help="models with windows or states (Gemma 3, LFM2) instead")
     parser.add_argument("--policy", default="snapkv", help="but for --held, which has its own")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
@@ -206,7 +256,13 @@ def main():
         cases = [
             (int(rows), int(tokens), float(ratio)) for rows, tokens, ratio in (case.split(",") for case in args.cases)
         ]
-    often = (args.steps, args.rounds)
+    often, rows = (args.steps, args.rounds), []
+    if args.others:
+        for kind in OTHERS:
+            rows.append(measure_other(kind, 4, 8192, 0.75, args.policy, *often))
+            show(rows[-1])
+        write(args.json, rows)
+        return
     if args.held:
         held = [(8, 4096, 1024, policy) for *_, policy in HELD] if args.small else HELD
         calls = [(measure_held, *case, *often) for case in held]
@@ -214,15 +270,19 @@ def main():
         calls = [(measure_padded, *case, args.policy) for case in (cases if args.cases else [(8, 8192, 0.5)])]
     else:
         calls = [(measure, *case, args.policy, *often) for case in cases]
-    rows = []
     with torch.inference_mode():
         model = build(args.small)
         for run, *how in calls:
             rows.append(run(model, *how))
             show(rows[-1])
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+    write(args.json, rows)
+
+
+def write(path: Path | None, rows: list[dict]) -> None:
+    """The rows as a file, if one is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def config_asks(model):
     "why",
     [
         {"use_graph": False},
-        {"when": "always"},
+        {"when": "decode"},
         {"options": {"num_beams": 2}},
         {"options": {"max_new_tokens": 5, "min_new_tokens": 5}},
         {"options": {"output_hidden_states": True}},

@@ -23,7 +23,7 @@ __all__ = ["everywhere", "taken"]  # fixtures
 
 WINDOWS = not_refused("gemma3_text", "cohere2", "olmo3", "exaone4", "gemma2", "gpt_oss")
 STATES = not_refused("qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h")
-OTHERS = not_refused("gemma4_text", "gemma3n_text")
+OTHERS = not_refused("gemma4_text")
 WINDOW = 8  # of all these types
 SHORT = {"max_new_tokens": 24, "min_new_tokens": 24}
 

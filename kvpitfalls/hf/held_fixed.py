@@ -7,7 +7,7 @@ import torch
 
 from .fixed import FixedCache, FixedLayer, free_slots
 from .forward import AttentionCall
-from .held_room import HeldRoom, Packed, judge_of
+from .held_room import JUDGED, HeldRoom, Packed, is_judged, judge_of
 from .hold import Hold
 from .layer import KeptLayer
 from .masks import real_newest
@@ -115,19 +115,9 @@ class HeldFixedCache(FixedCache):
     """A :class:`.FixedCache` whose budget is held: its memory does not depend on how many tokens may come."""
 
     def _make_layers(self, kept_layers: list[KeptLayer]) -> None:
-        action = cast(Hold, self.action)
-        _check_held(action, kept_layers)
-        n_slot = _n_slot(action, kept_layers[0], self.n_room)
-        layers = [HeldLayer(layer, n_slot) for layer in kept_layers]
-        is_shared = judge_of(action.policy).is_of_all_layers
-        for layer, kept in zip(layers, kept_layers, strict=True):
-            if not (is_shared and self.rooms):
-                last = kept_layers[-1] if is_shared else kept
-                self.rooms.append(HeldRoom(action, kept, n_slot, self.n_room, last.index))
-            layer.room = self.rooms[-1]
-        for layer, kept in zip(layers, kept_layers, strict=True):
-            layer.take_over(kept)
-        self.layers = list(layers)
+        if (why := why_not_held(cast(Hold, self.action), kept_layers)) is not None:
+            raise ValueError(why)
+        self.layers = list(held_layers(self, kept_layers, self.n_room))
 
     def newest_of(self, mask, n_new: int) -> torch.Tensor | None:
         """As of a :class:`.FixedCache`; several tokens go the way of a growing cache."""
@@ -139,20 +129,39 @@ class HeldFixedCache(FixedCache):
         self.layers[0].check_crop(n)
 
 
-def _check_held(action: Hold, kept_layers: list[KeptLayer]) -> None:
+def held_layers(cache: FixedCache, kept_layers: list[KeptLayer], n_room: int, kind=HeldLayer) -> list[HeldLayer]:
+    """Layers of a fixed size that hold what growing ones do, and the budget from now on, with rooms of the cache."""
+    action, first = cast(Hold, cache.action), kept_layers[0]
+    n_slot = _n_slot(action, first, n_room)
+    layers = [kind(layer, n_slot) for layer in kept_layers]
+    is_shared, n_came = judge_of(action.policy).is_of_all_layers, first.seen - first.held.layout.n_token
+    for layer, kept in zip(layers, kept_layers, strict=True):
+        if not (is_shared and cache.rooms):
+            last = kept_layers[-1] if is_shared else kept
+            cache.rooms.append(HeldRoom(action, kept, n_slot, n_came + n_room, last.index))
+        layer.room = cache.rooms[-1]
+    for layer, kept in zip(layers, kept_layers, strict=True):
+        layer.take_over(kept)
+    return layers
+
+
+def why_not_held(action: Hold, kept_layers: list[KeptLayer]) -> str | None:
+    """Why a budget cannot be held at a fixed size; None if it can."""
+    expects = "a fixed cache that holds its budget expects"
     if action.when != "always":
-        raise ValueError(f"when is {action.when!r}; a fixed cache that holds its budget expects 'always'")
+        return f"when is {action.when!r}; {expects} 'always'"
     if action.is_fair or action.fair.min_tokens:
-        raise ValueError(
-            f"fair is {action.fair.label!r}; a fixed cache that holds its budget expects False, since shares move with "
-            "each token, or a growing cache"
-        )
-    judge_of(action.policy)
+        return f"fair is {action.fair.label!r}; {expects} False, since shares move with each token, or a growing cache"
     if shared := [layer.index for layer in kept_layers if layer.shared]:
-        raise ValueError(
-            f"layers {shared} make one choice for all heads, by keys that the model makes of the cache's; a fixed "
-            "cache that holds its budget expects heads that are cached as they are, or a growing cache"
+        return (
+            f"layers {shared} make one choice for all heads, by keys that the model makes of the cache's; {expects} "
+            "heads that are cached as they are, or a growing cache"
         )
+    return (
+        None
+        if is_judged(action.policy)
+        else f"policy is {action.policy.name!r}; {expects} {JUDGED}, or a growing cache"
+    )
 
 
 def _n_slot(action: Hold, layer: KeptLayer, n_room: int) -> int:

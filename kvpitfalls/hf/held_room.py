@@ -255,13 +255,16 @@ class _BySum(Judge):
 _JUDGES: dict[type[Policy], type[Judge]] = {StreamingLLM: _ByPosition, TOVA: _ByNewest, H2O: _BySum}
 
 
+JUDGED = "one of " + ", ".join(repr(known.name) for known in _JUDGES)
+
+
+def is_judged(policy: Policy) -> bool:
+    """Whether somebody here scores slots as it does."""
+    return type(policy) in _JUDGES
+
+
 def judge_of(policy: Policy) -> Judge:
-    """Who scores slots as a policy does; raises for a policy of which nobody does."""
-    if type(policy) not in _JUDGES:
-        names = ", ".join(repr(known.name) for known in _JUDGES)
-        raise ValueError(
-            f"policy is {policy.name!r}; a fixed cache that holds its budget expects one of {names}, or a growing cache"
-        )
+    """Who scores slots as a policy does."""
     return _JUDGES[type(policy)](policy)
 
 

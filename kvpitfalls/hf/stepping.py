@@ -6,13 +6,16 @@ with what was written when the call ends, however it does.
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .cache import KeptCache
 from .fixed import FixedCache, FixedLayer, free_slots, real_slots
+from .held_fixed import GrowingTwin, HeldLayer, held_layers, why_not_held
+from .hold import Hold
 from .layer import SPARE, KeptLayer
 from .rows import holds_nothing
 from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
@@ -48,6 +51,24 @@ class SteppingLayer(FixedLayer):
         return self.home
 
 
+class SteppingHeldLayer(HeldLayer):
+    """A :class:`.HeldLayer` in the place of a growing one, ``home``, which it keeps."""
+
+    def __init__(self, layer: KeptLayer, n_slot: int) -> None:
+        super().__init__(layer, n_slot)
+        self.home = layer
+
+    def grown(self, copies: bool) -> KeptLayer:
+        """The growing layer, with what is held now, in memory of its own, oldest first."""
+        now, before = vars(GrowingTwin(self)), self.home
+        if before.held.absent is None and not bool(now["held"].absent.any()):
+            now["held"] = replace(now["held"], absent=None)
+        if not before.is_evicted and now["keys"].shape[2] == self.seen:  # nor is it now
+            now.update(pos_before=None, live_before=None)
+        vars(before).update({name: now[name] for name in vars(before).keys() & now.keys()} | {"spare": None})
+        return before
+
+
 class SteppingCache(FixedCache):
     """A :class:`.KeptCache` while ``generate`` runs its steps; see :class:`Steps`."""
 
@@ -59,10 +80,13 @@ class SteppingCache(FixedCache):
         vars(cache).update(n_room=n_room, n_before=cache.n_seen, use_graph=True, rooms=[])
         cache.__class__ = cls
         assert isinstance(cache, cls)
+        held = iter(held_layers(cache, cache.kept_layers, n_room, SteppingHeldLayer) if cache.is_held else ())
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, KeptLayer):
+            if isinstance(layer, KeptLayer) and cache.is_held:
+                fixed: Any = next(held)
+            elif isinstance(layer, KeptLayer):
                 n_free = free_slots(layer.keys.shape[2], n_room)
-                fixed: Any = SteppingLayer(layer, n_free, cache.n_prompt)
+                fixed = SteppingLayer(layer, n_free, cache.n_prompt)
                 fixed.room = cache._room_for(fixed, real_slots(layer, mask, n_free), fixed.n_slot)
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 fixed = WindowLayer(layer, index, n_room)
@@ -76,7 +100,7 @@ class SteppingCache(FixedCache):
         """Be a growing cache again; also one that was left half taken by an interrupt. ``copies``: see
         :meth:`SteppingLayer.grown`."""
         for layer in self.layers:
-            if isinstance(layer, SteppingLayer | WindowLayer):
+            if isinstance(layer, SteppingLayer | SteppingHeldLayer | WindowLayer):
                 self.layers[layer.index] = layer.grown(copies)  # type: ignore[call-overload] # transformers' list of layers
         for name in _OF_STEPS:
             vars(self).pop(name, None)
@@ -195,7 +219,7 @@ def _can_be_taken(decoder, cache: KeptCache, bound: dict, mask) -> bool:
     """Whether a captured step would do what the decoder does."""
     return (
         type(cache) is KeptCache
-        and not cache.is_held  # its fixed form is of some policies only
+        and (not cache.is_held or _can_be_held(decoder, cache))
         and _keep_their_places(decoder, cache)
         and bound["input_ids"].device.type in DEVICES
         and not torch.is_grad_enabled()
@@ -205,6 +229,12 @@ def _can_be_taken(decoder, cache: KeptCache, bound: dict, mask) -> bool:
         and why_not(decoder) is None
         and not has_own_forwards(decoder)
     )
+
+
+def _can_be_held(decoder, cache: KeptCache) -> bool:
+    """SDPA knows no softcap and no sinks, by which nobody judges at a fixed size."""
+    is_plain = decoder.config._attn_implementation == "sdpa"
+    return is_plain and why_not_held(cast(Hold, cache.action), cache.kept_layers) is None
 
 
 def _keep_their_places(decoder, cache: KeptCache) -> bool:

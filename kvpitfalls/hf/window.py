@@ -1,5 +1,7 @@
 """A sliding layer's window as slots that stay where they are: a new token takes that of the one that leaves it."""
 
+from typing import cast
+
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -34,9 +36,10 @@ class WindowLayer(InPlace, DynamicSlidingWindowLayer):
 
     def __init__(self, layer: DynamicSlidingWindowLayer, index: int, n_room: int) -> None:
         vars(self).update(vars(layer))
-        self.home, self.index, self.n_slot, self.home_seen = layer, index, layer.keys.shape[2], self.seen
+        keys, values = cast(torch.Tensor, layer.keys), cast(torch.Tensor, layer.values)
+        self.home, self.index, self.n_slot, self.home_seen = layer, index, keys.shape[2], self.seen
         n_free = min(free_slots(self.n_slot, n_room), self.sliding_window - self.n_slot)
-        self.keys, self.values = (with_room(x, n_free) for x in (layer.keys, layer.values))
+        self.keys, self.values = (with_room(x, n_free) for x in (keys, values))
 
     @property
     def seen(self) -> int:
@@ -83,5 +86,5 @@ def is_window(layer: object, layer_type: str | None) -> bool:
         and layer.sliding_window > 1
         and not getattr(layer, "record_past", False)  # not before transformers 5.1x
         and layer.is_initialized
-        and layer.keys.shape[2] == min(layer.cumulative_length, layer.sliding_window - 1)
+        and cast(torch.Tensor, layer.keys).shape[2] == min(layer.cumulative_length, layer.sliding_window - 1)
     )

@@ -73,9 +73,10 @@ def wrap(
         How the budget is shared over layers and heads; the policy's own by default, which is "uniform" for most. What
         all layers and heads hold together is the same in any case.
     use_graph : bool
-        Whether, on a GPU, plain or sampling ``generate`` may run its steps as a CUDA graph where that is possible (a
-        prompt compressed once, attention by SDPA, no hooks): Python code of the model's modules then runs for the first
-        steps of an answer only. False: Python launches every kernel of every step.
+        Whether, on a GPU, plain or sampling ``generate`` may run its steps as a CUDA graph where that is possible
+        (attention by SDPA or eager, no hooks; a held budget as :meth:`.KeptCache.fixed` holds it): Python code of the
+        model's modules then runs for the first steps of an answer only. False: Python launches every kernel of every
+        step.
 
     Returns
     -------
