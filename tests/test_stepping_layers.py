@@ -69,7 +69,8 @@ def assert_alike(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    "padding, n_token", [(None, 5), ("left", 5), (None, WINDOW - 1), ("left", WINDOW), (None, 30), ("left", 30)]
+    "padding, n_token",
+    [(None, 5), ("left", 5), (None, WINDOW - 1), ("left", WINDOW), (None, 30), ("left", 30), ("right", 12)],
 )  # the window fills meanwhile, with the first step, and before
 @pytest.mark.parametrize("family", WINDOWS + STATES + OTHERS)
 def test_an_answer_and_its_cache_are_those_of_a_growing_one(device, family, padding, n_token, taken):
