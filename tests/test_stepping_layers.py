@@ -12,6 +12,7 @@ import pytest
 import torch
 from model_sweep import build, not_refused
 from test_fixed import DEVICES
+from test_held_fixed import live_positions
 from test_stepping import answer, everywhere, taken, with_question
 from tiny_models import ids
 
@@ -79,6 +80,18 @@ def test_an_answer_and_its_cache_are_those_of_a_growing_one(device, family, padd
         with kvp.wrap(model, "knorm", compression_ratio=0.5, use_graph=use_graph):
             both.append(answer(model, *prompt(padding, n_token), **SHORT))
     assert_alike(*both)
+    assert taken
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "tova", "h2o"])
+@pytest.mark.parametrize("family", WINDOWS[:1] + STATES[:1])
+def test_a_budget_is_held_beside_them(device, family, policy, taken):
+    model, both = model_on(device, family), []
+    for use_graph in (True, False):
+        with kvp.wrap(model, policy, budget=7, when="always", use_graph=use_graph):
+            both.append(answer(model, *prompt("left", 12), **SHORT))
+    assert torch.equal(both[0][0], both[1][0]) and (both[0][1] - both[1][1]).abs().max() <= 1e-5
+    assert torch.equal(live_positions(both[0][2]), live_positions(both[1][2]))
     assert taken
 
 
