@@ -61,9 +61,7 @@ def _is_told_positions(model: Any) -> bool:
     return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
 
 
-def _through_decoder(
-    decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any
-) -> None:
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any) -> None:
     if is_told:  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
