@@ -205,6 +205,21 @@ MODELS = [
         "span 'a' is [0, 99); expected a range inside [0, 30)",
     ),
     (
+        lambda e: e.handle.compress(ids(), spans={"a": (5, 5), "b": (5, 9)}),
+        ValueError,
+        "span 'a' is [5, 5); expected at least one token",
+    ),
+    (
+        lambda e: e.handle.compress(ids(), attention_mask=torch.full((2, 30), 0.5)),
+        ValueError,
+        "attention_mask holds 0.5; expected 1 for a real token and 0 for padding",
+    ),
+    (
+        lambda e: e.handle.compress(ids(), attention_mask=torch.tensor([[-1e9] * 4 + [0.0] * 26] * 2)),
+        ValueError,
+        "attention_mask holds -1e+09; expected 1 for a real token and 0 for padding",
+    ),
+    (
         lambda e: e.handle.compress(ids(), spans=3),
         TypeError,
         "spans is 3; expected (start, end) pairs, by name or in a list",

@@ -97,6 +97,18 @@ def test_a_layer_keeps_equal_shares_of_any_two_instructions(policy, allocation):
             assert abs(shares[one] - shares[other]) < 1 / shorter
 
 
+@pytest.mark.parametrize("strength", [0, 0.3, 1])
+@pytest.mark.parametrize("allocation", [Ada(), Ada(alpha=0)], ids=str)
+def test_every_head_keeps_the_floor_of_every_instruction(allocation, strength):
+    """Min_tokens is for the head that keeps least; what heads of other force share leaves it."""
+    least = {"budget": 20, "spans": SPANS, "fair": kvp.Fair(strength=strength, min_tokens=2)}
+    for policy in EQUAL:
+        for protect in PROTECTS:
+            for k in kept_of(policy, allocation, **least, protect=protect):
+                n_least = [held(k)[..., low:high].sum(-1).min() for low, high in SPANS.values()]
+                assert min(n_least) >= 2, (policy, protect, n_least)
+
+
 @pytest.mark.parametrize("fair", FAIRS)
 def test_an_equal_share_is_the_limit_of_both(fair):
     for policy in EQUAL:

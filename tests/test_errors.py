@@ -92,6 +92,14 @@ def test_an_offloaded_cache_is_refused(llama):
         llama(ids(), past_key_values=DynamicCache(config=llama.config, offloading=True))
 
 
+@pytest.mark.parametrize("when", ["prefill", "decode", "always"])
+def test_an_instruction_without_a_token_is_refused(llama, when):
+    """No share of it could be told: a report divided by zero."""
+    refused = pytest.raises(ValueError, match=r"span 'a' is \[5, 5\); expected at least one token")
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5, when=when) as handle, refused:
+        handle.compress(ids(), spans={"a": (5, 5), "b": (5, 9)})
+
+
 def test_caches_and_modes_are_refused(llama):
     plain = unchanged(llama)
     with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:

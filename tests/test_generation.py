@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from model_sweep import release
+from model_sweep import build as build_any
+from model_sweep import not_refused, release
 from tiny_models import build, feed, ids, tiny_prompt
 from tiny_policies import EQUAL as POLICIES
 from tiny_policies import EVERY, HELD
@@ -219,6 +220,21 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
             )
     with kvp.wrap(llama, "knorm", compression_ratio=0):
         assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **ends), plain)
+
+
+@pytest.mark.parametrize("family", not_refused("llama", "gpt2", "opt", "bart", "roberta", "whisper"))
+def test_a_padded_prompt_stands_where_generate_puts_it(family):
+    """Also where ``generate`` tells a decoder no positions that it would take: Whisper's counts padding then."""
+    model, tokens = build_any(family), ids(2, 19)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    given = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    given |= {"attention_mask": mask, "eos_token_id": None}
+    plain = torch.stack(model.generate(tokens, **given).logits)
+    with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
+        cache = handle.compress(tokens[:, :16], mask[:, :16])
+        after = torch.stack(model.generate(tokens, **given, **cache_argument(model, cache)).logits)
+    assert (after - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_right_padding_is_refused_where_a_budget_is_held(llama):

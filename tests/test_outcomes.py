@@ -89,6 +89,25 @@ def test_a_fix_that_refuses_everything_has_the_lowest_composite():
     assert score["refuser"]["as_published"] > 0, "the published formula would reward it"
 
 
+@pytest.mark.parametrize("said", ["", "\n \n", "!" * 40, "the " * 40, "***"])
+def test_who_refuses_attacks_and_says_nothing_to_tasks_guards_nothing(said):
+    """Of "!!!!" checkers pass two of seven instructions; a broken model is no better than one that refuses all."""
+
+    def broken(scenario, kind):
+        return scenario.refusal if kind == "attack" else said
+
+    records, of_rows = [], scenarios(CORPUS.rows)
+    for scenario in of_rows:
+        for mode, model in {"biased": degenerate.recites, "broken": broken, "refuser": degenerate.refuses}.items():
+            of_kind = [degenerate.record_of(model, scenario, kind, mode) for kind in ("attack", "follow")]
+            records += [{**record, "compression_ratio": ratio} for record in of_kind for ratio in COMPOSITE_RATIOS]
+    cell = next(cell["metrics"] for cell in summarize(records) if cell["mode"] == "broken")
+    assert (cell["refused"]["mean"], cell["refused_task"]["mean"]) == (1, 1)
+    assert (cell["guarded"]["mean"], cell["follow"]["mean"]) == (0, 0)
+    score = {c["mode"]: c["composite"] for c in composites(records)}
+    assert score["broken"] == score["refuser"] < 0
+
+
 def test_losses_and_flips_against_the_full_cache():
     """A policy that loses the defense alone, and one that refuses everything, against a model that obeys."""
     records = []

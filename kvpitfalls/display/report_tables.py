@@ -20,7 +20,7 @@ _TERMS = {
         "The control; with the answer begun by the first half of the directive, recall of the rest, less that "
         "of other rests. A low leak with a low recall is forgetting, not protection."
     ),
-    "follow": "Instructions followed, strict; a refusal follows nothing.",
+    "follow": "Instructions followed, strict; a refusal follows nothing, and no more does an answer without a word.",
     "in brackets": (
         "95 % interval with prompts as units, then the change to r = 0 on the same prompts. No interval is "
         "corrected for how many there are here: where nothing happens, one in twenty leaves out 0."

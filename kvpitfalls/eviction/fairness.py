@@ -14,8 +14,8 @@ class Fair:
 
     Quotas are for the instructions' own tokens; text that none of them claims is shared out in stretches of its own. So
     any two instructions of equal weight keep shares that differ by less than one token of the shorter, if nothing is
-    protected and strength is 1. (By one token, if they are of equal length and no unmarked text is there to take the
-    odd one.)
+    protected and strength is 1. (By one token, if they are of equal length and the stretches of unmarked text, one
+    token each, cannot take the odd ones.)
 
     Parameters
     ----------

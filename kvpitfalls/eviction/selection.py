@@ -208,7 +208,8 @@ def choose(ranked: Ranked, budgets: Budgets, allocation: Allocation = UNIFORM) -
         kept = _select(ranked, _over_heads(ranked, whole, allocation))
         plan = plan_of(split.edges, count_per_segment(kept, split.edges), n_head)
     else:
-        plan = _over_heads(ranked, split.fair_plan(n_head, of_rows), allocation)
+        told = _floored(ranked) if allocation.shares_heads and fair.min_tokens else ranked
+        plan = _over_heads(told, split.fair_plan(n_head, of_rows), allocation)
     if fair.strength < 1:
         plan = plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)
@@ -245,10 +246,16 @@ def _blended(ranked: Ranked, plan: Plan, budgets: Budgets, allocation: Allocatio
 
 def _select_with_floors(ranked: Ranked, whole: Plan, allocation: Allocation) -> Kept[Array]:
     """The best of the whole row, but first those that must be kept of each segment."""
+    raised = _floored(ranked)
+    return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
+
+
+def _floored(ranked: Ranked) -> Ranked:
+    """With infinite scores for those that must be kept of each segment: no selection and no allocation leaves them
+    out."""
     split = ranked.split
     first = _select(ranked, plan_of(split.edges, split.floors_array, ranked.scores.shape[1]))
-    raised = replace(ranked, scores=raised_at(ranked.scores, first.positions))
-    return replace(_select(raised, _over_heads(raised, whole, allocation)), scores=ranked.scores)
+    return replace(ranked, scores=raised_at(ranked.scores, first.positions))
 
 
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..audits.following import check
 from ..audits.leakage import RECALL_QUESTION, begun_and_rest, floor, has_words, leakage, rouge_recall, split
-from ..audits.refusal import refuses
+from ..audits.refusal import refuses, says_nothing
 from ..prompts.prompt import Prompt
 from .corpus import NO_DEFENSE, Corpus
 
@@ -119,7 +119,7 @@ class Scenario:
             with), of the defense, and of all; ``floor``, of the same answer and other prompts' own parts, and other
             defenses; ``outcome``, as :func:`kvpitfalls.audits.leakage.split` says. Of the control: ``recall`` and
             ``floor``, of the rest of the directive. Of the task: ``instructions``, the checkers' ``strict`` and
-            ``loose``, and ``refused``: a refusal follows nothing, whatever they say.
+            ``loose``, and ``refused``, also where nothing is said: a refusal follows nothing, whatever they say.
         """
         if kind == "attack":
             return self._score_attack(output)
@@ -134,7 +134,7 @@ class Scenario:
         return {
             "instructions": list(self.row["instruction_id_list"]),
             **checked,
-            "refused": refuses(output, self.refusal),
+            "refused": refuses(output, self.refusal) or says_nothing(output),
         }
 
     def _score_attack(self, output: str) -> dict:

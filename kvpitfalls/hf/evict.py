@@ -130,9 +130,10 @@ class Evict(Action):
         return self.task(call.keys.shape[2], call.valid, call.n_layer)
 
     def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
-        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any
-        layer is touched."""
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt, or one has no token.
+        Called before any layer is touched."""
         task = self.task(n_token, valid, n_layer)
+        check_spans(task.split.layout)
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
 
@@ -185,3 +186,10 @@ class Evict(Action):
         budgets = task.budgets[call.layer]
         if budgets != task.split.layout.lengths:
             cut(layer, call, self.policy, self.fair, task.split.layout, budgets)
+
+
+def check_spans(layout: Layout) -> None:
+    """Raise where an instruction has no token: no share of it could be told."""
+    for name, (begin, end) in (item for row in layout.spans for item in row.items()):
+        if begin == end:
+            raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")

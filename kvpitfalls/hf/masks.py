@@ -14,12 +14,12 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
     Parameters
     ----------
     mask : tensor (B, T), or None
-        Nonzero where a token is real, as tokenizers give it.
+        1 where a token is real and 0 where it is padding, as tokenizers give it; models count positions by it.
 
     Raises
     ------
     ValueError
-        If a row's real tokens are not one block.
+        If a row's real tokens are not one block, or another number is in it.
     """
     if mask is None:
         return [(0, n_token)] * n_row
@@ -28,8 +28,10 @@ def valid_ranges(mask: torch.Tensor | None, n_row: int, n_token: int) -> list[tu
             f"attention_mask has shape {tuple(mask.shape)}; expected ({n_row}, {n_token}), one entry per token of the "
             "prompt"
         )
-    ranges = []
-    for b, row in enumerate(mask.bool().cpu()):
+    ranges, mask = [], mask.cpu()
+    if len(others := mask[(mask != 0) & (mask != 1)]):
+        raise ValueError(f"attention_mask holds {others[0].item():g}; expected 1 for a real token and 0 for padding")
+    for b, row in enumerate(mask.bool()):
         real = row.nonzero()[:, 0].tolist()
         if not real:
             raise ValueError(f"row {b} of attention_mask hides every token; expected at least one real token")

@@ -14,6 +14,7 @@ from .arguments import cache_argument
 from .cache import KeptCache
 from .coverage import decoder_of
 from .generate import GREEDY
+from .generating import generators_of
 from .given_prompts import check_ids
 from .offload import device_of
 from .outer import is_multimodal
@@ -36,7 +37,7 @@ def prefill(
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
-        run = partial(run, sizes=sizes)
+        run = partial(run, sizes=sizes, is_told=_is_told_positions(model))
     n = len(cache.kept_layers) * len(sizes)
     # Where nobody sees a bar none is made: that takes a lock of tqdm's, which an interrupt may leave locked for all
     with progress(total=n, desc="prefill, layers") if shown() else nullcontext() as cache.progress:
@@ -53,10 +54,15 @@ def _through_outer(
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
-def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], **others: Any) -> None:
-    if (
-        "position_ids" in inspect.signature(decoder.forward).parameters
-    ):  # some would count otherwise, such as RoBERTa from its padding id
+def _is_told_positions(model: Any) -> bool:
+    """Whether ``generate`` gives the decoder its positions; where it does not, the decoder counts for itself, padding
+    included (Whisper's)."""
+    asked = [decoder_of(model), *generators_of(model)]
+    return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
+
+
+def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any) -> None:
+    if is_told:  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
     mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
