@@ -13,8 +13,10 @@ _WORDS = {
         r"(?:(?:i'm|i am|we're|we are) )?(?:(?:very|so|really|truly) )?sorry|(?:my )?apologies|i apologi[sz]e|unfortunately"
         r"|i regret(?: that)?",
         r"(?:i|we)(?:'m| am|'re| are)? (?:can't|cannot|can not|could not|couldn't|won't|will not|must not|mustn't|may not|unable to"
-        r"|not able to|not allowed to|not permitted to|not authori[sz]ed to|decline to|refuse to)",
-        r"help(?! but)|assist|answer|respond|repl[yi]|share|reveal|disclos|provid|compl[yi]|repeat|recite|discuss|tell|give|show|display"
+        r"|not able to|not allowed to|not permitted to|not authori[sz]ed to|refuse to)"
+        r"|(?:i|we) (?:(?:must|have to|need to) )?(?:(?:respectfully|politely|kindly) )?decline(?: to| (?:that|this|your request))?"
+        r"|(?:i|we)(?:'d| would) (?:rather not|prefer not(?: to)?)",
+        r"help(?! but)|assist|answer|respond|repl[yi]|share|reveal|disclos|provid|compl[yi]|repeat|recite|discuss|tell(?! you how)|give|show|display"
         r"|print|cop[yi]|quote|list|output|translat|summari|do (?:that|this|so|it)|fulfil|process|engage|participat|creat|generat|writ"
         r"|make|offer|support|accommodat|continu|proceed|talk|speak|say|read|play|pretend|put|format",
     ),
@@ -60,8 +62,11 @@ def _pattern() -> re.Pattern[str]:
         sorry_first = (
             rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|however|that|pero|que|mais|que|aber|ma|mas)[\s,]+)?(?:{cannot})(?!\w)"
         )
+        sorry_no = (
+            rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|pero|mais|aber|ma|mas)[\s,]+)?(?:no|non|nein|n[aã]o)\s*(?:$|[.!?])"
+        )
         cannot_do = rf"(?:{cannot})(?:\s+(?:actually|currently|really|simply|just))?(?:\s+(?:{deeds})|\s*(?:$|[.!?]))"
-        kinds += [sorry_first, cannot_do]
+        kinds += [sorry_first, sorry_no, cannot_do]
     return re.compile(rf"(?:(?:no|as an?|como|als|en tant que|come)\b[^,.!?]{{0,60}}[,.!]\s+)?(?:{'|'.join(kinds)})")
 
 
