@@ -254,7 +254,8 @@ def test_a_report_on_nothing_exits_with_1(run, tmp_path):
     assert code == 1 and "has no records.jsonl" in err and not out
 
 
-def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, tmp_path, sent):
     config, out = tmp_path / "sweep.json", tmp_path / "out"
     config.write_text(json.dumps(tiny_sweep.config(model, batch_size=6).to_dict()), "utf-8")
     command = [sys.executable, "-m", "kvpitfalls", "sweep", "--config", str(config), "--output", str(out)]
@@ -270,7 +271,7 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
     )
     while ran.poll() is None and not ((out / "records.jsonl").exists() and (out / "records.jsonl").stat().st_size):
         time.sleep(0.01)
-    ran.send_signal(signal.SIGINT)
+    ran.send_signal(sent)
     said, error = ran.communicate()
     recorded = len(read_records(out))
     assert ran.returncode == 130 and not said and "Traceback" not in error and 0 < recorded < 288

@@ -189,6 +189,33 @@ def test_figures_are_written_twice(folder, written):
         assert "<svg" in (folder / "report" / f"{name}.svg").read_text("utf-8")
 
 
+def test_a_report_is_the_same_bytes_again_and_what_only_an_older_one_had_goes(folder, written, tmp_path):
+    """Of two models there are two cards, of one again one; what is nobody's of ours stays."""
+    again = shutil.copytree(folder, tmp_path / folder.name)
+    wrote = {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+    older = ["card_1.json", "card_2.json", "composite.csv", "outcomes_7.svg", "ranks_snapkv_2.png"]
+    mine = ["notes.csv", "card.csv", "summary.json", "outcomes.svg"]
+    for name in older + mine:
+        (again / "report" / name).write_text("", "utf-8")
+    write_report(again)
+    assert {path.name: path.read_bytes() for path in (again / "report").iterdir()} == wrote | dict.fromkeys(mine, b"")
+
+
+def test_a_figure_that_cannot_be_finished_leaves_the_older_one(folder, written, tmp_path, monkeypatch):
+    copied = shutil.copytree(folder, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (copied / "report").glob("*g")}
+
+    def broken(figure, path, **options):
+        path.write_bytes(b"<svg")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(copied)
+    assert {path.name: path.read_bytes() for path in (copied / "report").glob("*g")} == before
+    assert not list((copied / "report").glob(".*"))
+
+
 def test_curves_pass_through_the_means(written):
     cells = next(iter(summary.groups(written["cells"]).values()))
     figure = plots.outcomes(cells)
