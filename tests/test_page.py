@@ -337,16 +337,18 @@ def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
     copied = tmp_path / "sweep"
     shutil.copytree(folder, copied)
     recorded = records.read_records(copied)
-    hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}"
+    hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}\n\t"
+    turned = "\u202e\x1b[31m\x00"  # nothing of ours is turned around, and nothing is invisible
     for record in recorded:
+        record["model"] += turned
         if record["output"] is not None:
-            record["output"] = hostile + record["output"]
+            record["output"] = turned + hostile + record["output"]
     (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     text = Path(write_report(copied)["page"]).read_text("utf-8")
     page = Links()
     page.feed(text)
-    assert page.loads == [] and "{{ 1 + 1 }}" in text
-    answers = [row for row in page.rows if row and row[-1].startswith(hostile)]
+    assert page.loads == [] and "{{ 1 + 1 }}" in text and not {"\u202e", "\x1b", "\x00"} & set(text)
+    answers = [row for row in page.rows if row and row[-1].startswith("⟨U+202E⟩⟨U+001B⟩[31m⟨U+0000⟩" + hostile)]
     assert answers and answers[0][:3] == ["none", "full", "0"]
     assert {row[0] for row in answers} == {"none", "streaming_llm", "snapkv"}
 

@@ -19,6 +19,7 @@ from ..experiments.summary import attack_families, following, groups, rank_corre
 from ..files import whole
 from . import plots
 from . import report_tables as tables_of
+from .markup import visible
 from .progress import progress
 
 _FEW = 20  # prompts: fewer say little
@@ -252,4 +253,15 @@ def _few(cells) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
+    strict = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_visible_but_lines
+    )
+    return strict.from_string(text)
+
+
+def _visible_but_lines(value: object) -> object:
+    """What the page shows, with what would be invisible or turn other text around spelled out: answers and names are
+    anybody's. Their lines and tabs stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[^\n\t]+", lambda part: visible(part[0]), value)
