@@ -34,6 +34,8 @@ _FIGURES = {
 
 def sweep_folders(folder: str | Path) -> list[Path]:
     """The folder itself, or its subfolders, that hold records of a sweep."""
+    if folder == "":  # as a path it is the current folder
+        raise ValueError("folder is ''; expected the path of a folder")
     folder = Path(folder)
     folders = [f for f in (folder, *sorted(p for p in folder.glob("*") if p.is_dir())) if (f / RECORDS).is_file()]
     if not folders:
@@ -144,8 +146,6 @@ def _csv(rows: Sequence[Mapping]) -> str:
 def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, Path]]]:
     """Group -> (name, path of the SVG) of its figures, which are written as SVG and PNG: of the same cells the same
     bytes."""
-    from matplotlib import rc_context
-
     drawn: dict[tuple, list[tuple[str, Path]]] = {}
     by_rank = groups(ranked)
     for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
@@ -159,10 +159,9 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, Path]]]:
         for name, figure in figures.items():
             if figure is not None:
                 path = out / f"{name}_{number}.svg"
-                with rc_context({"svg.hashsalt": path.stem}):  # else the ids in it are random
-                    for to, undated in ((path, {"Date": None}), (path.with_suffix(".png"), {})):
-                        with whole(to) as temporary:
-                            figure.savefig(temporary, format=to.suffix[1:], dpi=130, metadata=undated)
+                for to in (path, path.with_suffix(".png")):
+                    with whole(to) as temporary:
+                        plots.save(figure, temporary, to)
                 drawn.setdefault(group, []).append((name, path))
     return drawn
 
