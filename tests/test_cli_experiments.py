@@ -111,15 +111,24 @@ def test_failed_items_exit_with_1(run, model, tmp_path):
     [
         (["sweep"], "required"),
         (["sweep", "--preset", "figure99", "--output", "x"], "preset is 'figure99'"),
+        (
+            ["sweep", "--preset", "smollm2", "--dtype", "float31", "--output", "x"],
+            "dtype is 'float31'; expected float32",
+        ),
+        (["sweep", "--preset", "smollm2", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["suite", "--small", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["ifeval", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["report", ""], "folder is ''; expected the path of a folder"),
         (["sweep", "--preset", "smollm2", "--n-prompts", "0", "--output", "x"], "n_prompts is 0"),
         (["sweep", "--preset", "smollm2", "--config", "x", "--output", "x"], "not allowed with"),
         (["sweep", "--preset", "smollm2", "--engine", "slurm", "--output", "x"], "invalid choice: 'slurm'"),
         (["sweep", "--preset", "smollm2", "--workers", "2", "--output", "x"], "workers is 2, with the engine 'local'"),
     ],
 )
-def test_bad_usage_exits_with_2(run, argv, message):
+def test_bad_usage_exits_with_2_and_writes_nothing(run, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(*argv)
-    assert code == 2 and message in err and not out
+    assert code == 2 and message in err and not out and not list(tmp_path.iterdir())
 
 
 def same_in_a_narrow_terminal(run, monkeypatch, whole, *argv):
