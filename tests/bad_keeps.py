@@ -11,6 +11,7 @@ from kvpitfalls import BudgetError
 BEYOND = 2**70 + 1  # more than any machine counts
 
 KEEP = [
+    (lambda e: kvp.keep("knorm", KEYS, budget=3, n_layer=BEYOND), ValueError, f"n_layer is {BEYOND}; expected at most"),
     (
         lambda e: kvp.keep("knorm", KEYS, budget=BEYOND),
         ValueError,

@@ -280,3 +280,9 @@ def test_bad_input(smollm2, prompt):
         audited.kept_mask("knorm", 0.6)
     with pytest.raises(ValueError, match="threshold is 0"):
         audited.first_loss(0)
+
+
+def test_minus_nothing_is_nothing(smollm2, prompt):
+    """-0.0, which a computed ratio may be, is shown as 0, and once if both are given."""
+    audited = kvp.audit(smollm2[0], prompt, policies=["knorm"], compression_ratios=[-0.0, 0.0], fair=[False])
+    assert {str(row["compression_ratio"]) for row in audited.rows} == {"0.0"}

@@ -175,3 +175,18 @@ def test_templates_that_take_no_parts():
 def test_messages_that_say_nothing(message, wanted):
     with pytest.raises(ValueError, match=wanted):
         kvp.Prompt.from_chat(tokenizer_of("parts"), [message])
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_template_that_fails_in_any_way_is_one_sentence(template, why):
+    with pytest.raises(ValueError, match=f"the chat template refuses the messages: .*{why}.*; expected messages"):
+        kvp.Prompt.from_chat(byte_level(template=template), BEGUN)

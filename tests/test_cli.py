@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpitfalls import cli
+from kvpitfalls import __main__, cli
 from kvpitfalls.hf import releases
 from kvpitfalls.policies import policy_names
 
@@ -223,3 +223,12 @@ def test_an_interrupted_command_says_so_in_a_line(run, monkeypatch):
 
     monkeypatch.setattr("kvpitfalls.audits.retention.audit", interrupted)
     assert run("audit", "--system", SYSTEM) == (130, "", "kvpitfalls audit: interrupted\n")
+
+
+def test_an_interrupt_before_the_command_line_is_imported_is_a_line_too(monkeypatch, capsys):
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "kvpitfalls.cli", Interrupted())
+    assert __main__.main() == 130 and capsys.readouterr().err == "kvpitfalls: interrupted\n"

@@ -111,15 +111,24 @@ def test_failed_items_exit_with_1(run, model, tmp_path):
     [
         (["sweep"], "required"),
         (["sweep", "--preset", "figure99", "--output", "x"], "preset is 'figure99'"),
+        (
+            ["sweep", "--preset", "smollm2", "--dtype", "float31", "--output", "x"],
+            "dtype is 'float31'; expected float32",
+        ),
+        (["sweep", "--preset", "smollm2", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["suite", "--small", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["ifeval", "--output", ""], "--output is ''; expected the path of a folder"),
+        (["report", ""], "folder is ''; expected the path of a folder"),
         (["sweep", "--preset", "smollm2", "--n-prompts", "0", "--output", "x"], "n_prompts is 0"),
         (["sweep", "--preset", "smollm2", "--config", "x", "--output", "x"], "not allowed with"),
         (["sweep", "--preset", "smollm2", "--engine", "slurm", "--output", "x"], "invalid choice: 'slurm'"),
         (["sweep", "--preset", "smollm2", "--workers", "2", "--output", "x"], "workers is 2, with the engine 'local'"),
     ],
 )
-def test_bad_usage_exits_with_2(run, argv, message):
+def test_bad_usage_exits_with_2_and_writes_nothing(run, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(*argv)
-    assert code == 2 and message in err and not out
+    assert code == 2 and message in err and not out and not list(tmp_path.iterdir())
 
 
 def same_in_a_narrow_terminal(run, monkeypatch, whole, *argv):
@@ -254,7 +263,8 @@ def test_a_report_on_nothing_exits_with_1(run, tmp_path):
     assert code == 1 and "has no records.jsonl" in err and not out
 
 
-def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, tmp_path, sent):
     config, out = tmp_path / "sweep.json", tmp_path / "out"
     config.write_text(json.dumps(tiny_sweep.config(model, batch_size=6).to_dict()), "utf-8")
     command = [sys.executable, "-m", "kvpitfalls", "sweep", "--config", str(config), "--output", str(out)]
@@ -270,7 +280,7 @@ def test_ctrl_c_tells_what_is_recorded_and_the_same_command_goes_on(run, model, 
     )
     while ran.poll() is None and not ((out / "records.jsonl").exists() and (out / "records.jsonl").stat().st_size):
         time.sleep(0.01)
-    ran.send_signal(signal.SIGINT)
+    ran.send_signal(sent)
     said, error = ran.communicate()
     recorded = len(read_records(out))
     assert ran.returncode == 130 and not said and "Traceback" not in error and 0 < recorded < 288

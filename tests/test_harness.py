@@ -3,7 +3,9 @@ by make garak and
 make kvpress."""
 
 import copy
+import functools
 import json
+import operator
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from types import SimpleNamespace
@@ -257,6 +259,47 @@ def test_garak_reports_are_read(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 60 and rows_of(shown) == rows_of("\n".join(lines[:3]))
     assert cli.main(["garak-report", str(path), "--json"]) == 0 and json.loads(capsys.readouterr().out) == [row]
+
+
+def test_an_answer_may_hold_what_ends_lines_elsewhere(tmp_path):
+    """garak writes characters as they are, and JSON need not escape these."""
+    path = report(tmp_path, [0.9, 0.1], 1)
+    expected = read_report(path)
+    path.write_text(path.read_text("utf-8").replace('"text": "x"', '"text": "\u2028 \x85 \u2029"'), "utf-8")
+    assert read_report(path) == expected
+
+
+def _places(value, before=()):
+    """Where each part of a JSON value is."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*before, key)
+        yield from _places(value[key], (*before, key))
+
+
+def test_a_report_with_anything_wrong_in_it_is_one_sentence_or_makes_no_difference(tmp_path, capsys):
+    """Each value of each line taken out, or another in its place, as another version may have it."""
+    path = report(tmp_path, [0.9, 0.1], 1)
+    expected, lines = read_report(path), path.read_text("utf-8").splitlines()
+    for n, line in enumerate(lines):
+        for *where, last in _places(json.loads(line)):
+            for wrong in ("taken out", None, "x", -1, [], {}, float("nan"), float("inf")):
+                entry = json.loads(line)
+                inner = functools.reduce(operator.getitem, where, entry)
+                if wrong == "taken out":
+                    del inner[last]
+                else:
+                    inner[last] = wrong
+                path.write_text("\n".join([*lines[:n], json.dumps(entry), *lines[n + 1 :]]), "utf-8")
+                code = cli.main(["garak-report", str(path)])
+                error = capsys.readouterr().err
+                if code == 0:
+                    (row,) = read_report(path)
+                    assert all(row[name] == expected[0][name] for name in row if name not in (*SETTING, "probe"))
+                else:
+                    assert code == 2 and str(path) in error and "; expected " in error and error.count("\n") == 1
+    for data in (b"\xff\xfe{\x00", b"[" * 100_000, b"\x00" * 9):
+        path.write_bytes(data)
+        assert cli.main(["garak-report", str(path)]) == 2 and f"{path} is no report of garak" in capsys.readouterr().err
 
 
 def test_garak_reports_that_say_something_else(tmp_path, capsys):

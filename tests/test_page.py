@@ -189,6 +189,33 @@ def test_figures_are_written_twice(folder, written):
         assert "<svg" in (folder / "report" / f"{name}.svg").read_text("utf-8")
 
 
+def test_a_report_is_the_same_bytes_again_and_what_only_an_older_one_had_goes(folder, written, tmp_path):
+    """Of two models there are two cards, of one again one; what is nobody's of ours stays."""
+    again = shutil.copytree(folder, tmp_path / folder.name)
+    wrote = {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+    older = ["card_1.json", "card_2.json", "composite.csv", "outcomes_7.svg", "ranks_snapkv_2.png"]
+    mine = ["notes.csv", "card.csv", "summary.json", "outcomes.svg"]
+    for name in older + mine:
+        (again / "report" / name).write_text("", "utf-8")
+    write_report(again)
+    assert {path.name: path.read_bytes() for path in (again / "report").iterdir()} == wrote | dict.fromkeys(mine, b"")
+
+
+def test_a_figure_that_cannot_be_finished_leaves_the_older_one(folder, written, tmp_path, monkeypatch):
+    copied = shutil.copytree(folder, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (copied / "report").glob("*g")}
+
+    def broken(figure, path, **options):
+        path.write_bytes(b"<svg")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(copied)
+    assert {path.name: path.read_bytes() for path in (copied / "report").glob("*g")} == before
+    assert not list((copied / "report").glob(".*"))
+
+
 def test_curves_pass_through_the_means(written):
     cells = next(iter(summary.groups(written["cells"]).values()))
     figure = plots.outcomes(cells)
@@ -310,16 +337,18 @@ def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
     copied = tmp_path / "sweep"
     shutil.copytree(folder, copied)
     recorded = records.read_records(copied)
-    hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}"
+    hostile = "</td></table><script>alert(1)</script><img src=x>{{ 1 + 1 }}\n\t"
+    turned = "\u202e\x1b[31m\x00"  # nothing of ours is turned around, and nothing is invisible
     for record in recorded:
+        record["model"] += turned
         if record["output"] is not None:
-            record["output"] = hostile + record["output"]
+            record["output"] = turned + hostile + record["output"]
     (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     text = Path(write_report(copied)["page"]).read_text("utf-8")
     page = Links()
     page.feed(text)
-    assert page.loads == [] and "{{ 1 + 1 }}" in text
-    answers = [row for row in page.rows if row and row[-1].startswith(hostile)]
+    assert page.loads == [] and "{{ 1 + 1 }}" in text and not {"\u202e", "\x1b", "\x00"} & set(text)
+    answers = [row for row in page.rows if row and row[-1].startswith("⟨U+202E⟩⟨U+001B⟩[31m⟨U+0000⟩" + hostile)]
     assert answers and answers[0][:3] == ["none", "full", "0"]
     assert {row[0] for row in answers} == {"none", "streaming_llm", "snapkv"}
 

@@ -475,3 +475,23 @@ def test_steps_of_a_model_on_another_gpu_than_the_current_one():
             both.append(answer(model, *asked, cache.fixed(N_NEW + 3, use_graph=use_graph)))
     assert_alike(both[0], both[2])
     assert torch.equal(both[1][0], both[3][0]) and (both[1][1] - both[3][1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch.nn.modules.module.register_module_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_full_backward_pre_hook,
+        torch.nn.modules.module.register_module_full_backward_hook,
+    ],
+)
+def test_hooks_of_all_modules_are_seen(register):
+    decoder = build("llama").model
+    assert step_graph.why_not(decoder) is None
+    hook = register(lambda *args: None)
+    try:
+        assert step_graph.why_not(decoder) == "modules have hooks, which a replay would not call"
+    finally:
+        hook.remove()
+    assert step_graph.why_not(decoder) is None

@@ -6,10 +6,14 @@ codes: see ``EXIT_CODES``.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .. import __version__
@@ -21,14 +25,30 @@ from .values import FAIR_HELP, fair, policy_help
 
 EXIT_CODES = (
     "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under "
-    "--min-kept, 130 interrupted"
+    "--min-kept, 130 interrupted (Ctrl-C or SIGTERM)"
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    with forgiving():
+    with forgiving(), _terminated_like_interrupted():
         return _run(argv)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """A block that SIGTERM, which schedulers and ``timeout`` send, ends as Ctrl-C does: files that are half written go,
+    and what is recorded is told."""
+    is_ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else somebody wants another end
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(argv: list[str] | None) -> int:

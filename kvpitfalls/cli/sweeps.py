@@ -216,6 +216,8 @@ def run_parts(args, parts: dict) -> int:
     was infeasible."""
     from ..experiments.sweep import sweep
 
+    if not args.output:  # as the path of a folder it is the current one
+        raise ValueError("--output is ''; expected the path of a folder")
     done = {}
     for name, config in parts.items():
         folder = Path(args.output) / name if len(parts) > 1 else Path(args.output)

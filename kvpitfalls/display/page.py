@@ -4,7 +4,8 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -18,6 +19,7 @@ from ..experiments.summary import attack_families, following, groups, rank_corre
 from ..files import whole
 from . import plots
 from . import report_tables as tables_of
+from .markup import visible
 from .progress import progress
 
 _FEW = 20  # prompts: fewer say little
@@ -32,6 +34,8 @@ _FIGURES = {
 
 def sweep_folders(folder: str | Path) -> list[Path]:
     """The folder itself, or its subfolders, that hold records of a sweep."""
+    if folder == "":  # as a path it is the current folder
+        raise ValueError("folder is ''; expected the path of a folder")
     folder = Path(folder)
     folders = [f for f in (folder, *sorted(p for p in folder.glob("*") if p.is_dir())) if (f / RECORDS).is_file()]
     if not folders:
@@ -93,6 +97,10 @@ def write_report(folder: str | Path) -> dict:
     for path, card in zip(paths, of_models, strict=True):
         _write(path, json.dumps(card, separators=(",", ":")))
     drawn = _draw(cells, ranked, out)
+    figures = [svg for of_group in drawn.values() for _, svg in of_group]
+    _remove_older(
+        out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
+    )
     facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     of_groups = {**compared, "families": families, "changes": changes}
@@ -105,6 +113,15 @@ def _write(path: Path, text: str) -> None:
     """Whole, or not at all: an earlier report is not cut off by a disk that is full."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _remove_older(out: Path, tables: Iterable[str], written: set[str]) -> None:
+    """Remove what a report before this one wrote and this one did not, such as the failures of a sweep that was run
+    anew, and no file of anybody else."""
+    of_us = rf"card(_\d+)?\.json|({'|'.join(tables)})\.csv|({'|'.join(_FIGURES)})(_\w+)?_\d+\.(svg|png)"
+    for path in sorted(out.iterdir()):
+        if re.fullmatch(of_us, path.name) and path.stem not in written:
+            path.unlink()
 
 
 def _flat(cells: Sequence[Mapping]) -> list[dict]:
@@ -126,9 +143,10 @@ def _csv(rows: Sequence[Mapping]) -> str:
     return text.getvalue()
 
 
-def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
-    """Group -> (name, SVG) of its figures, which are also written as SVG and PNG."""
-    drawn: dict[tuple, list[tuple[str, str]]] = {}
+def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, Path]]]:
+    """Group -> (name, path of the SVG) of its figures, which are written as SVG and PNG: of the same cells the same
+    bytes."""
+    drawn: dict[tuple, list[tuple[str, Path]]] = {}
     by_rank = groups(ranked)
     for number, (group, of_group) in enumerate(progress(groups(cells).items(), desc="report, figures"), 1):
         if not any(cell["policy"] for cell in of_group):
@@ -140,11 +158,18 @@ def _draw(cells, ranked, out: Path) -> dict[tuple, list[tuple[str, str]]]:
         figures |= {f"ranks{part}": plots.ranks(some) for part, some in _by_policy(by_rank.get(group, [])).items()}
         for name, figure in figures.items():
             if figure is not None:
-                for suffix in ("svg", "png"):
-                    figure.savefig(out / f"{name}_{number}.{suffix}", dpi=130)
-                svg = (out / f"{name}_{number}.svg").read_text(encoding="utf-8")
-                drawn.setdefault(group, []).append((name, svg[svg.index("<svg") :]))
+                path = out / f"{name}_{number}.svg"
+                for to in (path, path.with_suffix(".png")):
+                    with whole(to) as temporary:
+                        plots.save(figure, temporary, to)
+                drawn.setdefault(group, []).append((name, path))
     return drawn
+
+
+def _inline(path: Path) -> Markup:
+    """An SVG file as a part of a page."""
+    svg = path.read_text(encoding="utf-8")
+    return Markup(svg[svg.index("<svg") :])
 
 
 def _by_policy(cells: Sequence[Mapping]) -> dict[str, list[Mapping]]:
@@ -172,7 +197,7 @@ def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, dra
         one = {
             "title": ", ".join(f"{name} {part}" for name, part in zip(GROUP, group, strict=True)),
             "tables": [table for table in _tables(of_group, mine, moved) if table.rows],
-            "figures": [{"title": _title(name), "svg": Markup(svg)} for name, svg in drawn.get(group, [])],
+            "figures": [{"title": _title(name), "svg": _inline(path)} for name, path in drawn.get(group, [])],
             "verdicts": tables_of.verdicts(mine["changes"], mine["fixes"]),
             "answers": tables_of.answer_tables(of_records[group]),
             "about_answers": tables_of.about_answers(of_records[group]),
@@ -227,4 +252,15 @@ def _few(cells) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     text = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
+    strict = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_visible_but_lines
+    )
+    return strict.from_string(text)
+
+
+def _visible_but_lines(value: object) -> object:
+    """What the page shows, with what would be invisible or turn other text around spelled out: answers and names are
+    anybody's. Their lines and tabs stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[^\n\t]+", lambda part: visible(part[0]), value)

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -109,6 +110,16 @@ def _figure_class():
             return out.getvalue()
 
     return Picture
+
+
+def save(figure, to: Path, called: Path) -> None:
+    """Write a figure as SVG or PNG, by the ending of what the file is called: of the same figure the same bytes."""
+    from matplotlib import rc_context
+
+    kind = called.suffix[1:]
+    undated = {"Date": None} if kind == "svg" else {}
+    with rc_context({"svg.hashsalt": called.stem}):  # else the ids in it are random
+        figure.savefig(to, format=kind, dpi=130, metadata=undated)
 
 
 def _figure(n_row: int, n_column: int, width: float = 4.2, height: float = 3.1):

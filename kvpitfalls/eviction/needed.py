@@ -11,6 +11,7 @@ from .layer_inputs import LayerInputs
 from .layout import Layout
 
 _TYPES = ("float32", "float16", "bfloat16")
+MOST_LAYERS = 2**16  # far beyond any model: budgets are listed layer by layer
 
 
 @lru_cache(maxsize=64)
@@ -91,5 +92,7 @@ def check_layer(keys: Array, values: Array | None, layer: object, n_layer: objec
         raise TypeError(f"layer is {layer!r}; expected a whole number")
     if not is_whole(n_layer):
         raise TypeError(f"n_layer is {n_layer!r}; expected a whole number")
+    if n_layer > MOST_LAYERS:
+        raise ValueError(f"n_layer is {n_layer}; expected at most {MOST_LAYERS}")
     if not 0 <= layer < n_layer:
         raise ValueError(f"layer is {layer} of {n_layer}; expected one in [0, {n_layer})")

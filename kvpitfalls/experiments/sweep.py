@@ -10,7 +10,7 @@ from pathlib import Path
 from ..audits.following import need_checkers
 from ..audits.leakage import need_rouge
 from ..display.progress import progress_or_lines
-from ..hf.load import check_device
+from ..hf.load import check_device, dtype_named
 from .batch import run_batch
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
@@ -75,6 +75,7 @@ def sweep(
         need_rouge()
     _check_engine(engine, workers, config)
     check_device(config.device)
+    dtype_named(config.dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..numbers import is_real, is_whole
+
 _PER_ANSWER = ("n_tokens", "n_kept")
 
 
@@ -60,15 +62,22 @@ def read_report(path: str | Path) -> list[dict]:
     Raises
     ------
     ValueError
-        If the file is no finished report of the generator ``kvpitfalls``.
+        If the file is no finished report of the generator ``kvpitfalls``, or holds numbers that cannot be.
     """
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     try:
-        entries = [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no report of garak: {error}; expected a .report.jsonl") from error
+        return _measured(path)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:  # of another version
+        why = f"{type(error).__name__}: {error}"
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        why = str(error)
+    raise ValueError(f"{path} is no report of garak ({why}); expected a .report.jsonl as garak 0.17 writes it")
+
+
+def _measured(path: str | Path) -> list[dict]:
+    with Path(path).open(encoding="utf-8-sig") as file:  # answers in it may hold ends of lines of other kinds
+        entries = [json.loads(line) for line in file if line.strip()]
     kinds = {entry.get("entry_type") if isinstance(entry, dict) else None for entry in entries}
-    if None in kinds or not {"start_run setup", "completion"} <= kinds:
+    if None in kinds or not {"start_run setup", "eval", "completion"} <= kinds:
         raise ValueError(
             f"{path} is no finished report of garak; expected entries from the start of a run to its completion"
         )
@@ -84,7 +93,10 @@ def read_report(path: str | Path) -> list[dict]:
             f"{path} has {len(done)} scored attempts, not all of one kvpitfalls setting; expected a report of "
             "kvpitfalls garak"
         )
-    tokens, kept = (sum(note[name] for note in notes) for name in _PER_ANSWER)
+    counts = [[note[name] for name in _PER_ANSWER] for note in notes]
+    tokens, kept = (sum(of_each) for of_each in zip(*counts, strict=True))
+    if not tokens or not all(is_whole(n) and is_whole(m) and 0 <= m <= n for n, m in counts):
+        raise ValueError(f"{path} has {kept} of {tokens} tokens kept; expected whole numbers, no more than there are")
     out = []
     for entry in entries:
         if entry["entry_type"] != "eval":
@@ -93,6 +105,8 @@ def read_report(path: str | Path) -> list[dict]:
             x for attempt in done for x in attempt["detector_results"].get(entry["detector"], []) if x is not None
         ]
         n = entry["passed"] + entry["fails"]
+        if not all(is_real(x) and 0 <= x <= 1 for x in scores) or not 0 <= entry["fails"] <= n:
+            raise ValueError(f"{path} has scores or counts for {entry['detector']} that cannot be; expected shares")
         if not n or n != len(scores):
             raise ValueError(
                 f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "

@@ -75,9 +75,7 @@ def load(
     """
     if name is not None and (not isinstance(name, str) or not name or "\0" in name):
         raise ValueError(f"name is {name!r}; expected a hub id, a folder or a GGUF file")
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
-        raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
+    kind = dtype_named(dtype)
     check_device(device)
     source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
@@ -98,6 +96,14 @@ def load(
         model.config._name_or_path = Path(source).name  # what it is, not where the conversion lies
     _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def dtype_named(dtype: str) -> torch.dtype:
+    """Torch's dtype of this name; raises unless a model can have it."""
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
+        raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
+    return kind
 
 
 def check_device(device: str) -> None:

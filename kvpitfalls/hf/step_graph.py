@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all
 
 from .arguments import CACHE_NAMES, cache_argument
 from .around import Around
@@ -19,6 +19,8 @@ _INPUTS = {"input_ids", "position_ids", "attention_mask", "use_cache", "cache_po
 
 _lock = threading.Lock()
 _CAPTURING = "transformers.utils.output_capturing"
+# Hooks of every module; torch 2.6 has no function that asks for them.
+_OF_ALL = [getattr(of_all, f"_global_{when}_hooks") for when in ("forward_pre", "forward", "backward_pre", "backward")]
 # What CUDA says of a step that cannot be captured (torch's errors are RuntimeErrors), and a model of one that misses
 # arguments. A cache of fixed size that was asked for says so; inside generate Python runs the step.
 _REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -89,7 +91,7 @@ def why_not(decoder: torch.nn.Module) -> str | None:
         return "the model is on several devices"
     if any(getattr(decoder.config, name, False) for name in ("output_hidden_states", "output_attentions")):
         return "the model's config asks for hidden states or attentions"
-    if _has_any_global_hook() or any(map(_has_hooks, decoder.modules())):
+    if any(map(len, _OF_ALL)) or any(map(_has_hooks, decoder.modules())):
         return "modules have hooks, which a replay would not call"
     return None
 

@@ -108,12 +108,12 @@ def check_encodable(what: str, text: str) -> None:
 
 
 def apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
-    """Messages by the tokenizer's chat template; if it refuses them, in a sentence of ours."""
-    from jinja2 import TemplateError
-
+    """Messages by the tokenizer's chat template; if it refuses them or fails, in a sentence of ours."""
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError) as error:  # TypeError: such as a list where the template adds up texts
+    except (ImportError, MemoryError, ValueError):  # not the template's fault, or a sentence of transformers' own
+        raise
+    except Exception as error:  # jinja2's own, and what any program raises: a list where the template adds up texts
         raise ValueError(
             f"the chat template refuses the messages: {error}; expected messages as it takes them"
         ) from error
