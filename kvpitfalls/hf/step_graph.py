@@ -211,5 +211,5 @@ class StepGraph:
         self._graph.replay()
         for layer in cache.fixed_layers:
             layer.seen += 1
-        of_cache = {name: cache for name in CACHE_NAMES if name in self._output}
+        of_cache = {name: cache for name in self._output.keys() & set(CACHE_NAMES)}  # "in" says yes of old names, too
         return type(self._output)(last_hidden_state=self._output.last_hidden_state.clone(), **of_cache)
