@@ -7,11 +7,12 @@ import contextlib
 import copy
 import functools
 import types
+import warnings
 
 import pytest
 import torch
 import transformers
-from model_sweep import build, not_refused
+from model_sweep import TYPES, build, not_refused, why_not_built
 from test_fixed import DEVICES
 from test_held_fixed import live_positions
 from test_stepping import answer, everywhere, taken, with_question
@@ -182,3 +183,22 @@ def test_states_that_move_are_not_captured_and_stay_what_they_were(family, how, 
             step_graph.StepGraph(model.model, forward, cache, record)
         assert vars(layer).keys() == fields.keys() and layer.conv_states[0] is fields["conv_states"][0]
         cache.give_back()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_type_on_a_gpu(model_type):
+    """Whether its steps are captured or, which is said, cannot be."""
+    if why_not_built(model_type) is not None:
+        pytest.skip("not built by these tests")
+    model, both = build(model_type), []
+    try:
+        kvp.wrap(model, "knorm", compression_ratio=0.5).remove()
+    except kvp.UnsupportedModelError:
+        pytest.skip("refused")
+    model = model.to("cuda")
+    for use_graph in (True, False):
+        with kvp.wrap(model, "knorm", compression_ratio=0.5, use_graph=use_graph), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* cannot be captured as a CUDA graph")
+            both.append(answer(model, *prompt("left", 30), **SHORT)[:2])
+    assert torch.equal(both[0][0], both[1][0]) and (both[0][1] - both[1][1]).abs().max() <= 1e-4
