@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from model_sweep import build, not_refused
+from model_sweep import build, not_refused, why_not_built
 from test_stepping import answer, everywhere, prompt
 from tiny_models import ids
 
@@ -18,6 +18,8 @@ from kvpitfalls.hf.threads import local
 __all__ = ["everywhere"]  # a fixture
 
 FAMILIES = not_refused("llama", "gpt2", "gemma3_text", "gemma2", "lfm2", "mixtral", "opt")
+if why_not_built("mllama") is None:
+    FAMILIES += not_refused("mllama")  # whose decoder gives logits, not states
 SETTINGS = [
     ("snapkv", {"compression_ratio": 0.5}),
     ("knorm", {"compression_ratio": 0.5}),
@@ -62,7 +64,9 @@ def replays(monkeypatch) -> list[int]:
         def run():
             of_call, seen, newest = local.forward, cache.n_seen, local.forward.newest
             of_call.newest = graph.newest
-            graph._output.last_hidden_state.copy_(forward(**given).last_hidden_state)
+            for name, x in forward(**given).items():
+                if isinstance(x, torch.Tensor):
+                    graph._output[name].copy_(x)
             of_call.newest = newest
             for layer in cache.fixed_layers:
                 layer.seen = seen

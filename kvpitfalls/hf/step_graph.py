@@ -162,8 +162,8 @@ class StepGraph:
         self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
         newest, record.newest = record.newest, self.newest
         self._graph = torch.cuda.CUDAGraph()
-        seen, others = cache.n_seen, [layer for layer in cache.layers if not getattr(layer, "is_fixed", False)]
-        before = [_fields(layer) for layer in others]
+        seen, of_states = cache.n_seen, [x for x in cache.layers if not getattr(x, "is_fixed", False)]
+        before = [_fields(layer) for layer in of_states]
         # Nothing reads the model's own mask; some kinds are made of constants, which a capture cannot send to the GPU.
         needs_none = self.implementation == "sdpa" and not any(getattr(x, "is_sliding", False) for x in cache.layers)
         mask = None if needs_none else torch.zeros(len(ids), 1, 1, 1, device=ids.device)
@@ -186,14 +186,14 @@ class StepGraph:
             for layer in cache.fixed_layers:
                 layer.seen = seen
             record.newest = newest
-            moved = [layer for layer, fields in zip(others, before, strict=True) if _put_back(layer, fields)]
+            moved = [layer for layer, fields in zip(of_states, before, strict=True) if _put_back(layer, fields)]
         if moved:
             raise NotCapturedError(
                 f"a step of {type(decoder).__name__} gives a {type(moved[0]).__name__} other memory, or counts there"
             )
-        names = {name for name, x in self._output.items() if x is not None} - {"last_hidden_state", *CACHE_NAMES}
-        if names:
-            raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(names))}")
+        others = [n for n, x in self._output.items() if n not in CACHE_NAMES and not isinstance(x, torch.Tensor | None)]
+        if others:
+            raise NotCapturedError(f"a step of {type(decoder).__name__} also returns {', '.join(sorted(others))}")
 
     def is_of(self, decoder) -> bool:
         """Whether the decoder's weights are still where they were."""
@@ -211,5 +211,6 @@ class StepGraph:
         self._graph.replay()
         for layer in cache.fixed_layers:
             layer.seen += 1
-        of_cache = {name: cache for name in self._output.keys() & set(CACHE_NAMES)}  # "in" says yes of old names, too
-        return type(self._output)(last_hidden_state=self._output.last_hidden_state.clone(), **of_cache)
+        now = {name: x.clone() for name, x in self._output.items() if isinstance(x, torch.Tensor)}
+        # "in" says yes of a cache's old name, too
+        return type(self._output)(**now, **dict.fromkeys(self._output.keys() & set(CACHE_NAMES), cache))
