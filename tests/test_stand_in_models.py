@@ -124,7 +124,8 @@ def test_what_each_of_them_did_to_the_attacks_and_tasks(reported):
             assert [found[x] for x in ("refused", "leaked", "complied")] == [
                 outcome == x for x in ("refused", "leaked", "complied")
             ]
-            assert found["refused_task"] == (name == "refuses") and found["guarded"] == (name == "obeys")
+            assert found["refused_task"] == (name in ("refuses", "empty"))  # who says nothing does no task
+            assert found["guarded"] == (name == "obeys")
             assert (found["follow"] > 0.4) == (name == "obeys") and (found["leak_above"] > 0.5) == (name == "recites")
             assert found["follow"] == 0 or name not in ("refuses", "empty")
 
