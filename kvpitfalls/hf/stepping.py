@@ -239,7 +239,7 @@ def _can_be_held(decoder, cache: KeptCache) -> bool:
 
 def _keep_their_places(decoder, cache: KeptCache) -> bool:
     """Whether each layer can have a size that is fixed, or has it already."""
-    types = getattr(decoder.config, "layer_types", None) or [None] * len(cache.layers)
+    types = [*(getattr(decoder.config, "layer_types", None) or ()), *[None] * len(cache.layers)]
     return all(
         isinstance(layer, KeptLayer)
         or is_window(layer, types[index])
