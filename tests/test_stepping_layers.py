@@ -189,16 +189,17 @@ def test_states_that_move_are_not_captured_and_stay_what_they_were(family, how, 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_type_on_a_gpu(model_type):
     """Whether its steps are captured or, which is said, cannot be."""
-    if why_not_built(model_type) is not None:
-        pytest.skip("not built by these tests")
+    if (reason := why_not_built(model_type)) is not None:
+        pytest.skip(f"not built: {reason}")
     model, both = build(model_type), []
     try:
         kvp.wrap(model, "knorm", compression_ratio=0.5).remove()
-    except kvp.UnsupportedModelError:
-        pytest.skip("refused")
+    except kvp.UnsupportedModelError as error:  # which types are is what test_models.py and docs/models.md say
+        pytest.skip(f"refused: {error}")
     model = model.to("cuda")
     for use_graph in (True, False):
         with kvp.wrap(model, "knorm", compression_ratio=0.5, use_graph=use_graph), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* cannot be captured as a CUDA graph")
             both.append(answer(model, *prompt("left", 30), **SHORT)[:2])
+    # 1e-5 of the largest: logits reach 12 (MiniCPM 3), where those of the types above are below 3
     assert torch.equal(both[0][0], both[1][0]) and (both[0][1] - both[1][1]).abs().max() <= 1e-4

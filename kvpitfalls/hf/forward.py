@@ -255,7 +255,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
         base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
-    is_compressed = ticket.layer.index in forward.compressed  # a window of fixed slots has its ticket, too
+    is_compressed = isinstance(ticket.layer, KeptLayer)  # a window of fixed slots has its ticket, too
     action, is_first = forward.cache.action if is_compressed else None, not ticket.done
     ticket.done = True
     if not is_first or action is None or not (forward.prefill or action.holds):

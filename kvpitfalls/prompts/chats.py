@@ -3,6 +3,7 @@ around it."""
 
 import itertools
 import re
+import traceback
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,13 +108,24 @@ def check_encodable(what: str, text: str) -> None:
         )
 
 
+# What a template, which is a program, raises beside jinja2's own: such as for a list where it adds up texts.
+_OF_PROGRAMS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether it was raised while a template ran, by the name that jinja2 gives to its code."""
+    return any(frame.f_code.co_filename == "<template>" for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
     """Messages by the tokenizer's chat template; if it refuses them or fails, in a sentence of ours."""
+    from jinja2 import TemplateError
+
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (ImportError, MemoryError, ValueError):  # not the template's fault, or a sentence of transformers' own
-        raise
-    except Exception as error:  # jinja2's own, and what any program raises: a list where the template adds up texts
+    except (TemplateError, *_OF_PROGRAMS) as error:
+        if isinstance(error, ValueError) and not _is_of_template(error):
+            raise  # a sentence of transformers' own
         raise ValueError(
             f"the chat template refuses the messages: {error}; expected messages as it takes them"
         ) from error
