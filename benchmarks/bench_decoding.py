@@ -58,14 +58,13 @@ SMALL = {
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token was there; stops nothing."""
+    """Notes when each token has been asked for; stops nothing. ``generate`` waits for each, so that from one to the
+    next is a step; a wait of the clock's own would be one more."""
 
     def __init__(self):
         self.times = []
 
     def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

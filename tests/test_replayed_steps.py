@@ -62,12 +62,13 @@ def replays(monkeypatch) -> list[int]:
             x.copy_(old)
 
         def run():
-            of_call, seen, newest = local.forward, cache.n_seen, local.forward.newest
-            of_call.newest = graph.newest
+            outer, seen = local.forward, cache.n_seen  # none is running when a step begins ahead
+            local.forward = of_call = record if outer is None else outer
+            newest, of_call.newest = of_call.newest, graph.newest
             for name, x in forward(**given).items():
                 if isinstance(x, torch.Tensor):
                     graph._output[name].copy_(x)
-            of_call.newest = newest
+            of_call.newest, local.forward = newest, outer
             for layer in cache.fixed_layers:
                 layer.seen = seen
             count.append(1)
@@ -76,6 +77,9 @@ def replays(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(step_graph.StepGraph, "__init__", captured)
     monkeypatch.setattr(step_graph, "_captured", lambda graph, device: contextlib.nullcontext())
+    monkeypatch.setattr(step_graph, "_beside", lambda device: contextlib.nullcontext())
+    for name in ("_wait_for_steps", "_finish_steps"):
+        monkeypatch.setattr(step_graph, name, lambda device: None)
     monkeypatch.setattr(fixed, "why_not_this", step_graph.why_not_arguments)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     return count

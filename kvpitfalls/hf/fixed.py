@@ -9,6 +9,7 @@ from ..numbers import check_whole
 from .cache import KeptCache, why_not_compressed
 from .layer import KeptLayer
 from .masks import check_padding
+from .rows import holds_nothing
 from .step_graph import StepGraph, why_not, why_not_this
 
 _SLOTS = 16
@@ -50,10 +51,10 @@ class Room:
     def _renew(self) -> None:
         self.bias = torch.zeros_like(self.visible, dtype=self.dtype).masked_fill_(~self.visible, float("-inf"))
 
-    def close(self, n: int) -> None:
-        """Give the last ``n`` slots back."""
-        self.at -= n
-        self.visible.index_fill_(2, self.at + torch.arange(n, device=self.at.device), False)
+    def close(self, n_came: int, n: int) -> None:
+        """The slots behind those of ``n_came`` new tokens, of which ``n`` may be taken, are free."""
+        self.at.fill_(self.n_kept + n_came)
+        self.visible.index_fill_(2, self._next(n), False)
 
     def move(self, rows: Callable) -> None:
         """Batch rows move, and the memory stays."""
@@ -107,6 +108,7 @@ class FixedLayer(InPlace, KeptLayer):
             {name: value for name, value in vars(layer).items() if name not in ("keys", "values", "spare")}
         )
         n_row, n_head, n_slot = layer.keys.shape[:3]
+        self.n_slot, self.seen_before = n_slot, layer.seen
         self.keys, self.values = (with_room(x, n_room) for x in (layer.keys, layer.values))
         pos = (
             torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
@@ -118,8 +120,9 @@ class FixedLayer(InPlace, KeptLayer):
 
     @property
     def live(self) -> torch.Tensor:
-        """Slots that hold a token (B, H, S)."""
-        return self.room.visible.expand(*self.pos_before.shape)
+        """Slots that hold a token (B, H, S); a step that has begun ahead has taken one more."""
+        n_taken = self.n_slot + self.seen - self.seen_before
+        return self.slots.live & (torch.arange(self.keys.shape[2], device=self.keys.device) < n_taken)
 
     @property
     def pos(self) -> torch.Tensor:
@@ -161,8 +164,8 @@ class FixedSlots:
 
     @property
     def live(self) -> torch.Tensor:
-        """See :class:`Slots`."""
-        return self._layer.live
+        """See :class:`Slots`; by the device's count, which a captured step reads."""
+        return self._layer.room.visible.expand(*self._layer.keys.shape[:3])
 
     @property
     def bias(self) -> torch.Tensor:
@@ -174,8 +177,9 @@ class FixedCache(KeptCache):
     """A compressed cache with room for a number of new tokens; made by :meth:`KeptCache.fixed`.
 
     On a GPU a step of one token is captured as a CUDA graph when it comes for the second time, and replayed from then
-    on. What the graph relies on (the memory of the weights, modules without hooks) is looked at when ``generate``
-    begins and when several tokens come, not between the steps of one answer.
+    on; inside ``generate`` it begins as soon as its token is chosen. What the graph relies on (the memory of the
+    weights, modules without hooks) is looked at when ``generate`` begins and when several tokens come, not between the
+    steps of one answer.
 
     Parameters
     ----------
@@ -227,6 +231,7 @@ class FixedCache(KeptCache):
     def check_decoder(self, decoder: torch.nn.Module) -> None:
         """Also forget a captured step that would no longer do what the decoder does."""
         super().check_decoder(decoder)
+        self.take_back()
         if self.graph is None or why_not(decoder) is not None or not self.graph.is_of(decoder):
             self.graph, self.is_warm, self.barrier = None, False, None
 
@@ -272,9 +277,26 @@ class FixedCache(KeptCache):
         if self.obstacle is None:
             ids, positions = record.ids, record.bound["position_ids"].expand(record.ids.shape)
             if self.graph is None or not self.graph.fits(decoder, ids):
+                self.take_back()
                 self.graph = StepGraph(decoder, forward, self, record)
             return self.graph(self, ids, positions, record.newest)
+        self.take_back()
         return forward(*args, **kwargs)
+
+    def begin_next(self, ids: torch.Tensor) -> None:
+        """Begin the step of the tokens (B, 1) that come next, before anybody asks for it: if one is captured, there is
+        room, and it could be taken back, as a state or what a held budget let go could not.
+
+        Whoever changes the cache before it is asked for takes it back.
+        """
+        can_be_undone = all(isinstance(x, InPlace) or holds_nothing(x) for x in self.layers)
+        if self.graph is not None and self.n_free and can_be_undone and all(isinstance(x, Room) for x in self.rooms):
+            self.graph.begin_next(ids)
+
+    def take_back(self) -> None:
+        """Undo a step that has begun and that nobody has asked for."""
+        if self.graph is not None:
+            self.graph.take_back(self)
 
     def __repr__(self) -> str:
         how = (
@@ -285,6 +307,7 @@ class FixedCache(KeptCache):
         return f"{super().__repr__()[:-1]}, room for {self.n_free} of {self.n_room} more; {how}>"
 
     def __getstate__(self) -> dict:
+        self.take_back()
         return {
             name: value for name, value in vars(self).items() if name not in ("graph", "is_warm")
         }  # of this cache's memory alone
@@ -305,13 +328,15 @@ class FixedCache(KeptCache):
             return
         if drop > (n_came := self.n_room - self.n_free):
             raise ValueError(f"crop would drop {drop} tokens, but only the newest {n_came} came after eviction")
+        self.take_back()
         for room in self.rooms:
-            room.close(drop)
+            room.close(n_came - drop, drop)
         for layer in self.layers:
             layer.seen -= drop
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move, in place."""
+        self.take_back()
         for layer in self.layers:
             layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
         for room in self.rooms:
@@ -320,11 +345,13 @@ class FixedCache(KeptCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
+        self.take_back()
         super().batch_repeat_interleave(repeats)
         self._replace_rooms(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices) -> None:
         """Keep some batch rows, in the given order."""
+        self.take_back()
         super().batch_select_indices(indices)
         self._replace_rooms(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
 

@@ -261,6 +261,7 @@ def _generate(model, generate, args, kwargs):
             attachment.running.add(running)
         local.generating = (*outer, running)
         with running.steps, contextlib.nullcontext() if coming is None else coming.here():
+            args, kwargs = running.steps.watched(generate, args, kwargs)
             output = generate(*args, **kwargs)
         if not running.came_by and running.wrap is not None and running.wrap.action.acts:
             raise NotInterceptedError(

@@ -40,6 +40,32 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@functools.cache
+def _stream_of_steps(device: torch.device) -> torch.cuda.Stream:
+    """Where captured steps run; one for all, since they share the memory of cuBLAS. It is none that anything else runs
+    on, so that a step may begin while ``generate`` still waits for its token."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """What runs inside is a step: it comes after all that the GPU was asked for, and nobody waits for it."""
+    steps = _stream_of_steps(device)
+    steps.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(steps):
+        yield
+
+
+def _wait_for_steps(device: torch.device) -> None:
+    """What the GPU is asked for from now on comes after the steps."""
+    torch.cuda.current_stream(device).wait_stream(_stream_of_steps(device))
+
+
+def _finish_steps(device: torch.device) -> None:
+    """Wait until the steps are done."""
+    _stream_of_steps(device).synchronize()
+
+
 @contextlib.contextmanager
 def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
     """What runs inside is captured, on a stream of the model's GPU, be it the current one or not.
@@ -145,6 +171,13 @@ def _is_same(one, other) -> bool:
 class StepGraph:
     """A captured step. It holds the memory of its inputs and outputs, and relies on that of the cache and the weights.
 
+    Attributes
+    ----------
+    is_ahead : bool
+        A step has begun that nobody has asked for yet.
+    foresees : bool
+        Nobody has asked for another step than the one that had begun.
+
     Parameters
     ----------
     decoder : torch.nn.Module
@@ -155,6 +188,9 @@ class StepGraph:
     record : Forward
         Of the call in which it is captured, one that :func:`why_not_this` has nothing against.
     """
+
+    is_ahead = False
+    foresees = True
 
     def __init__(self, decoder, forward: Callable, cache, record):
         self.implementation, ids = decoder.config._attn_implementation, record.ids
@@ -205,12 +241,50 @@ class StepGraph:
 
     def __call__(self, cache, ids: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor | None):
         """The step's output, in memory of its own."""
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
-        self.newest.fill_(True) if newest is None else self.newest.copy_(newest)
-        self._graph.replay()
+        newest = torch.ones_like(self.newest) if newest is None else newest
+        if not self._is_foreseen(ids, positions, newest):
+            self.take_back(cache)
+            self._begin(ids, positions, newest)
+        self.is_ahead = False
+        _wait_for_steps(ids.device)
         for layer in cache.fixed_layers:
             layer.seen += 1
         now = {name: x.clone() for name, x in self._output.items() if isinstance(x, torch.Tensor)}
         # "in" says yes of a cache's old name, too
         return type(self._output)(**now, **dict.fromkeys(self._output.keys() & set(CACHE_NAMES), cache))
+
+    def _begin(self, ids: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor) -> None:
+        for mine, given in ((self.ids, ids), (self.positions, positions), (self.newest, newest)):
+            mine.copy_(given)
+        with _beside(self.ids.device):
+            self._graph.replay()
+
+    def begin_next(self, ids: torch.Tensor) -> None:
+        """Begin the step after the present one, since its tokens, (B, 1), are known: the GPU need not wait for the
+        Python between two steps.
+
+        A call that asks for another step takes it back, and then none begins ahead any more.
+        """
+        if self.foresees:
+            self.is_ahead = True  # before it is true: what an interrupt leaves can be taken back
+            self._begin(ids, self.positions + 1, torch.ones_like(self.newest))
+
+    def _is_foreseen(self, ids: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor) -> bool:
+        """Whether the step that is asked for has begun."""
+        if not self.is_ahead:
+            return False
+        asked, begun = torch.cat([ids, positions, newest], 1), torch.cat([self.ids, self.positions, self.newest], 1)
+        self.foresees = torch.equal(asked, begun)
+        return self.foresees
+
+    def take_back(self, cache) -> None:
+        """Undo a step that has begun ahead: the slots that it took are free again."""
+        if self.is_ahead:
+            self.finish()
+            for room in cache.rooms:
+                room.close(cache.n_room - cache.n_free, 1)
+            self.is_ahead = False
+
+    def finish(self) -> None:
+        """Wait until no step writes any more."""
+        _finish_steps(self.ids.device)

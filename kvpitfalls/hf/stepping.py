@@ -4,12 +4,14 @@ The cache stays the object that it is, for whoever holds it: its layers are exch
 with what was written when the call ends, however it does.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .cache import KeptCache
@@ -32,18 +34,13 @@ class SteppingLayer(FixedLayer):
 
     def __init__(self, layer: KeptLayer, n_free: int, n_prompt: int) -> None:
         super().__init__(layer, n_free)
-        self.home, self.n_slot, self.home_seen, self.home_after = (
-            layer,
-            layer.keys.shape[2],
-            layer.seen,
-            layer.n_after,
-        )
+        self.home, self.home_after = layer, layer.n_after
         self.prompt_shape = layer.prompt_shape or (*layer.keys.shape[:2], n_prompt)
 
     def grown(self, copies: bool) -> KeptLayer:
         """The growing layer, with what came since; ``copies``: without much room behind it, which would go along
         wherever it is copied or pickled."""
-        n_new = self.seen - self.home_seen
+        n_new = self.seen - self.seen_before
         keys, values = (x[:, :, : self.n_slot + n_new] for x in (self.keys, self.values))
         if copies and self.keys.shape[2] - keys.shape[2] > SPARE:
             keys, values = keys.clone(), values.clone()
@@ -99,6 +96,8 @@ class SteppingCache(FixedCache):
     def give_back(self, copies: bool = True) -> None:
         """Be a growing cache again; also one that was left half taken by an interrupt. ``copies``: see
         :meth:`SteppingLayer.grown`."""
+        if self.graph is not None:
+            self.graph.finish()
         for layer in self.layers:
             if isinstance(layer, SteppingLayer | SteppingHeldLayer | WindowLayer):
                 self.layers[layer.index] = layer.grown(copies)  # type: ignore[call-overload] # transformers' list of layers
@@ -134,6 +133,26 @@ for _name in ("crop", "reset", "reorder_cache", "batch_repeat_interleave", "batc
     setattr(SteppingCache, _name, _grown_first(_name))
 
 
+class Foresight(StoppingCriteria):
+    """Begins each step as soon as its tokens are chosen, before ``generate`` waits for them; stops nothing."""
+
+    def __init__(self, steps: "Steps") -> None:
+        self._steps, self._n_new = steps, 0
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        """Called when a token has joined each row of ``input_ids``."""
+        self._n_new += 1
+        if isinstance(cache := self._steps.cache, FixedCache) and not self._is_last(input_ids.shape[1]):
+            cache.begin_next(input_ids[:, -1:])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _is_last(self, length: int) -> bool:
+        config = self._steps.config
+        if config.max_new_tokens is not None:
+            return self._n_new >= config.max_new_tokens
+        return config.max_length is not None and length >= config.max_length
+
+
 class Steps:
     """The steps of one call of ``generate``: a context within which its cache may have a fixed size.
 
@@ -146,31 +165,43 @@ class Steps:
     """
 
     def __init__(self, arguments: dict, wrap: Any) -> None:
-        self._wrap, self._config = wrap, arguments["generation_config"]
-        mode = self._config.get_generation_mode(arguments.get("assistant_model"))
-        may = wrap is not None and wrap.uses_graph
-        self._may = may and mode in ("greedy_search", "sample") and arguments.get("custom_generate") is None
-        self._cache: KeptCache | None = None  # whose steps these are
+        self._wrap, self.config = wrap, arguments["generation_config"]
+        mode = self.config.get_generation_mode(arguments.get("assistant_model"))
+        self._is_plain = mode in ("greedy_search", "sample") and arguments.get("custom_generate") is None
+        self._may = self._is_plain and wrap is not None and wrap.uses_graph
+        self.cache: KeptCache | None = None  # whose steps these are
         self._is_taken = False
         self._n_step = 0
+
+    def watched(self, generate: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the call, with one more stopping criterion, a :class:`Foresight`."""
+        signature = inspect.signature(generate)
+        if not self._is_plain or "stopping_criteria" not in signature.parameters:
+            return args, kwargs
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments.get("stopping_criteria") or ()
+        bound.arguments["stopping_criteria"] = StoppingCriteriaList([*given, Foresight(self)])
+        return bound.args, bound.kwargs
 
     def __enter__(self) -> "Steps":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if isinstance(self._cache, SteppingCache):
-            if self._cache.is_refused:
+        if isinstance(self.cache, SteppingCache):
+            if self.cache.is_refused:
                 self._wrap.uses_graph = False
-            self._cache.give_back()
+            self.cache.give_back()
+        elif isinstance(self.cache, FixedCache):
+            self.cache.take_back()
 
     def before(self, decoder: torch.nn.Module, cache: KeptCache, bound: dict) -> None:
         """Called before each forward of the decoder on a cache of ours, however many tokens it brings.
 
         The first step is the growing cache's: what it joins tells in which type rows are kept.
         """
-        self._cache = cache if self._cache is None else self._cache
+        self.cache = cache if self.cache is None else self.cache
         ids = bound.get("input_ids")
-        if cache is not self._cache or not self._may or ids is None or ids.shape[1] > 1:
+        if cache is not self.cache or not self._may or ids is None or ids.shape[1] > 1:
             _give_back(cache)
             return
         self._n_step += 1
@@ -187,9 +218,9 @@ class Steps:
 
     def _n_left(self, cache: KeptCache) -> int:
         """How many tokens may still come; where that is not said, enough."""
-        if self._config.max_new_tokens is not None:
-            return self._config.max_new_tokens - self._n_step
-        return ROOM if self._config.max_length is None else self._config.max_length - cache.n_seen
+        if self.config.max_new_tokens is not None:
+            return self.config.max_new_tokens - self._n_step
+        return ROOM if self.config.max_length is None else self.config.max_length - cache.n_seen
 
     def _take(self, cache: KeptCache, n_room: int, mask: torch.Tensor | None) -> None:
         seen = None if mask is None or bool(mask.all()) else mask[:, : cache.n_seen].bool()
