@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-_RANDOM = (
+RANDOM = (
     "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
 )
 # In a multimodal model's forward, around its decoder's; the second before transformers 5.
@@ -218,22 +218,7 @@ def check_cache(cache, name: str | None = CACHE_NAMES[-1]) -> None:
 
 
 def check_not_random(decoder: torch.nn.Module) -> None:
-    """Raise if dropout is on, by which a cache would be another each time; :func:`check_call` sees attention's own."""
+    """Raise if dropout is on, by which a cache would be another each time; :func:`.forward.check_call` sees that of
+    attention."""
     if decoder.training and any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in decoder.modules()):
-        raise UnsupportedModelError(_RANDOM)
-
-
-def check_call(module, implementation: str, extra: dict) -> None:
-    """Raise if this attention call does more to its logits than a policy can follow."""
-    if extra.get("dropout"):
-        raise UnsupportedModelError(_RANDOM)
-    name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-    if implementation.startswith("paged"):
-        raise UnsupportedModelError(
-            f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate"
-        )
-    for key in ("indices", "block_indices", "position_bias"):
-        if extra.get(key) is not None:
-            raise UnsupportedModelError(
-                f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves"
-            )
+        raise UnsupportedModelError(RANDOM)

@@ -137,16 +137,16 @@ class Evict(Action):
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
 
-    def pressed(self, call: AttentionCall, task: Task) -> Pressed | None:
+    def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> Pressed | None:
         """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
-        return press(self.policy, task.split, call, task.budgets, self.sharing)
+        return press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
         task = self._task_of(call)
         if self.policy.needs_again or task.is_whole:
             return
-        if layer.has_plain_rows and (pressed := self.pressed(call, task)) is not None:
+        if (pressed := self.pressed(layer, call, task)) is not None:
             layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
         kept = choose(rank(self.policy, task.split, call), task.budgets, self.sharing)
