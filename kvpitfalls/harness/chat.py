@@ -15,7 +15,7 @@ from ..hf.fork import compress_each
 from ..hf.generate import GREEDY
 from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
-from ..hf.offload import device_of
+from ..hf.parts import device_of
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks

@@ -23,7 +23,7 @@ from .origin import Origin
 from .report import Report, in_bytes, in_range
 
 if TYPE_CHECKING:
-    from .action import Action
+    from .evict import Action
 
 
 class KeptCache(DynamicCache):

@@ -9,9 +9,9 @@ import torch
 
 from ..policies import Policy
 from ..prompts.prompt import Prompt
-from .action import Action, each_once
+from .again import each_once
 from .cache import KeptCache
-from .evict import Evict
+from .evict import Action, Evict
 from .forward import AttentionCall
 from .given_prompts import batch_of
 from .layer import KeptLayer

@@ -27,7 +27,7 @@ from .masks import physical_mask
 from .threads import local
 
 if TYPE_CHECKING:
-    from .action import Action
+    from .evict import Action
     from .fixed import FixedCache
 
 

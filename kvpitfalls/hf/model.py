@@ -25,12 +25,13 @@ from .around import Around, take_away_all
 from .cache import KeptCache
 from .choices import check_choices
 from .coming import Coming, coming_to
-from .coverage import attention_calls, check_cache, check_model, check_not_compiled, check_not_random, decoder_of
+from .coverage import check_cache, check_model, check_not_compiled, check_not_random
 from .fixed import FixedCache
 from .forward import Forward, attention_around
-from .generating import arguments_of, check_generate, chunks_of, generators_of
+from .generating import arguments_of, check_generate, chunks_of
 from .masks import check_padding, columns_of, real_newest, valid_ranges
-from .outer import give_deltas, outer_of, taken_deltas
+from .outer import give_deltas, taken_deltas
+from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest

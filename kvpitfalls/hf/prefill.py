@@ -12,12 +12,8 @@ import torch
 from ..display.progress import progress, shown
 from .arguments import cache_argument
 from .cache import KeptCache
-from .coverage import decoder_of
 from .generate import GREEDY
-from .generating import generators_of
-from .given_prompts import check_ids
-from .offload import device_of
-from .outer import is_multimodal
+from .parts import decoder_of, device_of, generators_of, is_multimodal, placeholders
 
 
 def prefill(
@@ -33,7 +29,7 @@ def prefill(
     run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
-    check_ids(model, ids, others)
+    _check_ids(model, ids, others)
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     if run is _through_decoder:
@@ -45,6 +41,28 @@ def prefill(
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
+
+
+def _check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any]) -> None:
+    """Refuse ids that say that an image stands there, where none was given, and ids that the vocabulary lacks: a GPU's
+    error for them ends the process's use of it."""
+    placeholder_ids = placeholders(model)
+    if not others and (bare := sorted(placeholder_ids & set(ids.unique().tolist()))):
+        raise ValueError(
+            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
+            "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
+        )
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
+        return
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
+    if not known.numel():
+        return
+    low, high = torch.stack(known.aminmax()).tolist()
+    if low < 0 or high >= embeddings.num_embeddings:
+        raise ValueError(
+            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
+        )
 
 
 def _through_outer(
