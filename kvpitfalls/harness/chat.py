@@ -1,7 +1,6 @@
 """One answer after another from a compressed cache: what a harness that sends conversations needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -125,7 +124,7 @@ class CompressedChat:
                 cache.batch_repeat_interleave(n_row)
             return prompt, cache
         batch = pad_left([prompt] * n_row, self.action)
-        return prompt, KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
+        return prompt, KeptCache(self.model.config, self.action.of_prompts(batch.spans, batch.protect))
 
 
 def kept_of(cache: KeptCache) -> int:

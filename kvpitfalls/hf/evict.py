@@ -1,10 +1,11 @@
 """What is done to a cache's layers, after a prompt's prefill and after every later forward: nothing, or, here, evicting
 once, after the prefill."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
@@ -114,6 +115,7 @@ class Evict(Action):
     protect: Any = None
     spans: Any = None
     allocation: Allocation | str | None = None  # None: the policy's own
+    sharing: Allocation = field(init=False, compare=False, repr=False)  # ``allocation``, or the policy's own
     tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
     )  # one serves all layers of a prompt
@@ -121,12 +123,14 @@ class Evict(Action):
     def __post_init__(self):
         for name in ("protect", "spans"):
             object.__setattr__(self, name, read_once(getattr(self, name)))
-        object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
+        sharing = allocation_of(self.policy, self.allocation)
+        vars(self).update(allocation=sharing, sharing=sharing)
 
-    @property
-    def sharing(self) -> Allocation:
-        """``allocation``, or the policy's own."""
-        return cast(Allocation, self.allocation)  # since __post_init__
+    def of_prompts(self, spans: Any, protect: Any) -> Self:
+        """The same for prompts with these instructions, and this protection."""
+        twin = copy.copy(self)
+        vars(twin).update(spans=read_once(spans), protect=read_once(protect), tasks={})
+        return twin
 
     @property
     def n_sink(self) -> int:
@@ -172,12 +176,17 @@ class Evict(Action):
         return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
-        """What is to be done to each layer of prompts of ``n_token`` tokens, padding included."""
+        """What is to be done to each layer of prompts of ``n_token`` tokens, padding included; raises if instructions
+        or protection do not fit the prompts, or an instruction has no token."""
         key = (n_token, tuple(valid), n_layer)
         if key not in self.tasks:
             where = {"valid": valid, "spans": self.spans, "protect": self.protect}
             layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
-            self.tasks[key] = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+            task = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+            for name, (begin, end) in (item for row in layout.spans for item in row.items()):
+                if begin == end:  # no share of it could be told
+                    raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
+            self.tasks[key] = task
         return self.tasks[key]
 
     def _task_of(self, call: AttentionCall) -> Task:
@@ -187,7 +196,6 @@ class Evict(Action):
         """The instructions of each row; raises if they, or the protection, do not fit the prompt, or one has no token.
         Called before any layer is touched."""
         task = self.task(n_token, valid, n_layer)
-        check_spans(task.split.layout)
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
 
@@ -240,10 +248,3 @@ class Evict(Action):
         budgets = task.budgets[call.layer]
         if budgets != task.split.layout.lengths:
             cut(layer, call, self.policy, self.fair, task.split.layout, budgets)
-
-
-def check_spans(layout: Layout) -> None:
-    """Raise where an instruction has no token: no share of it could be told."""
-    for name, (begin, end) in (item for row in layout.spans for item in row.items()):
-        if begin == end:
-            raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -97,7 +96,7 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     caches = []
     for setting in settings:
         batch = batch_of(model, list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, replace(setting, spans=batch.spans, protect=batch.protect)))
+        caches.append(KeptCache(model.config, setting.of_prompts(batch.spans, batch.protect)))
     attach(model)
     try:
         trunk = KeptCache(model.config, Fork(caches))

@@ -105,15 +105,22 @@ class Forward:
     sizes: dict[int, int] = field(default_factory=dict)  # bytes of compressed layers, as note_size saw them last
     n_byte: int = 0  # their sum
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
-    layers: list[KeptLayer] = field(init=False)  # those whose cache is compressed
 
-    def __post_init__(self) -> None:
-        self.layers = self.cache.kept_layers
+    @cached_property
+    def layers(self) -> list[KeptLayer]:
+        """Those whose cache is compressed."""
+        return self.cache.kept_layers
 
     @cached_property
     def compressed(self) -> dict[int, int]:
         """The numbers of the layers whose cache is compressed, and which of them each is."""
         return {layer.index: place for place, layer in enumerate(self.layers)}
+
+    def note_prompt(self, n_token: int) -> None:
+        """Tell the cache of its prompt, of ``n_token`` tokens; raises if instructions or protection do not fit it."""
+        self.cache.valid = self.valid
+        if self.cache.action is not None:
+            self.cache.spans = self.cache.action.spans_of(n_token, self.valid or [], len(self.compressed))
 
     @cached_property
     def is_plain(self) -> bool:

@@ -35,6 +35,13 @@ def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
+def tells_positions(model) -> bool:
+    """Whether ``generate`` gives the decoder its positions; where it does not, the decoder counts for itself, padding
+    included (Whisper's)."""
+    asked = [decoder_of(model), *generators_of(model)]
+    return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
+
+
 def is_multimodal(model) -> bool:
     """Whether prompts are to go through the model's own ``generate``: it sees to more than its decoder does."""
     return hasattr(model, "generate") and model.config.get_text_config(decoder=True) is not model.config

@@ -5,7 +5,6 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,9 +118,9 @@ class _Caches:
         self.newest: weakref.ref[KeptCache] | None = None
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
-    def make(self, cache: KeptCache | None = None, **changes: Any) -> KeptCache:
+    def make(self, cache: KeptCache | None = None, action: Evict | None = None) -> KeptCache:
         """A new empty cache, or an empty plain one made ours."""
-        action = replace(self.action, **changes)
+        action = self.action.of_prompts(None, self.action.protect) if action is None else action
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
         self.newest, self.outline = weakref.ref(cache), None
@@ -202,7 +201,7 @@ class Handle:
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
-        return self._caches.make(spans=spans)
+        return self._caches.make(action=self.action.of_prompts(spans, self.action.protect))
 
     @torch.no_grad()
     def compress(
@@ -259,7 +258,7 @@ class Handle:
                 )
         sizes = [ids.shape[1]] if prefill_chunk_size is None else chunk_sizes(prefill_chunk_size, ids.shape[1])
         coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, sizes, self.action)
-        cache = self._caches.make(spans=by_row, protect=protect)
+        cache = self._caches.make(action=self.action.of_prompts(by_row, protect))
         with contextlib.nullcontext() if coming is None else coming.here():
             prefill(self.model, cache, ids, mask, others, sizes)
         return cache
