@@ -2,7 +2,6 @@
 what is to be known before any layer is touched."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from .evict import Action
 from .fixed import FixedCache
 from .forward import Forward
 from .masks import check_padding, columns_of, real_newest, valid_ranges
-from .outer import taken_deltas
 from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
@@ -91,7 +89,7 @@ def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
     """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and
     positions."""
     module, ids = local.outer
-    cache.origin = replace(cache.origin, deltas=taken_deltas(module, n_row))
+    cache.origin = cache.origin.with_deltas(module, n_row)
     record.ids = ids if record.ids is None else record.ids
 
 

@@ -26,7 +26,6 @@ from .coverage import check_model
 from .entering import enter
 from .forward import attention_around
 from .generating import arguments_of, check_generate, chunks_of
-from .outer import give_deltas
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
 from .threads import local
@@ -224,7 +223,7 @@ def _generate(model, generate, args, kwargs):
             tokens = next(
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
             )
-            give_deltas(module, cache, len(tokens))
+            cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
     running, outer = _Running(decoder, attachment.wrap), local.generating
     running.steps = Steps(arguments, attachment.wrap)
     try:
@@ -259,7 +258,7 @@ def _outer(module, forward, args, kwargs):
     cache, tokens, before = given_cache(bound)[1], inputs_of(bound), local.outer
     is_filled = isinstance(cache, KeptCache) and cache.n_seen > 0
     if is_filled and tokens is not None and _generating(decoder) is None:  # else generate has made the positions
-        give_deltas(module, cache, len(tokens))
+        cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
     local.outer = (module, bound.get("input_ids"))
     try:
         return forward(*args, **kwargs)

@@ -35,7 +35,8 @@ class Origin:
     pieces : tuple of LongTensor (B, n), or None
         Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
     deltas : LongTensor (B, 1), or None
-        How far a multimodal model's positions are ahead of its tokens; see ``outer.py``.
+        How far a multimodal model's positions are ahead of its tokens, after its images: such a model keeps that on
+        itself (``rope_deltas``), of the latest prompt only, and gets it back whenever the cache goes on.
     """
 
     settings: str | None = None
@@ -123,6 +124,20 @@ class Origin:
                 return replace(self, pieces=None)
             pieces = () if whole is None else (whole,)
         return replace(self, pieces=(*pieces, ids.detach().clone()))
+
+    def with_deltas(self, outer: torch.nn.Module, n_row: int) -> "Origin":
+        """This origin with what the module around the decoder keeps of the prompt of ``n_row`` rows that it runs."""
+        deltas = vars(outer).get("rope_deltas")
+        if deltas is not None:
+            deltas = deltas.detach().reshape(len(deltas), -1).repeat_interleave(n_row // len(deltas), 0)
+        return replace(self, deltas=deltas)
+
+    def give_deltas(self, outer: torch.nn.Module, n_held: int, n_row: int) -> None:
+        """Before a filled cache of ``n_held`` rows goes on by ``n_row``: the model's positions are ahead as they were
+        for its prompt."""
+        if "rope_deltas" in vars(outer):
+            own = torch.zeros(n_held, 1, dtype=torch.long) if self.deltas is None else self.deltas
+            outer.rope_deltas = own[:: max(1, len(own) // n_row)].to(next(outer.parameters()).device)
 
     def rows(self, rows: list[int]) -> "Origin":
         """This origin for a cache of these rows of the batch."""
