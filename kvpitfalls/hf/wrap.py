@@ -118,9 +118,11 @@ class _Caches:
         self.newest: weakref.ref[KeptCache] | None = None
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
-    def make(self, cache: KeptCache | None = None, action: Evict | None = None) -> KeptCache:
-        """A new empty cache, or an empty plain one made ours."""
-        action = self.action.of_prompts(None, self.action.protect) if action is None else action
+    def make(
+        self, cache: KeptCache | None = None, spans: Spans | None = None, protect: Protect | None = None
+    ) -> KeptCache:
+        """A new empty cache, or an empty plain one made ours; ``protect``: as it applies to the prompts."""
+        action = self.action.of_prompts(spans, self.action.protect if protect is None else protect)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
         self.newest, self.outline = weakref.ref(cache), None
@@ -201,7 +203,7 @@ class Handle:
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
         """An empty cache; the first prompt that fills it is compressed. ``spans``: as for :meth:`compress`."""
-        return self._caches.make(action=self.action.of_prompts(spans, self.action.protect))
+        return self._caches.make(spans=spans)
 
     @torch.no_grad()
     def compress(
@@ -258,7 +260,7 @@ class Handle:
                 )
         sizes = [ids.shape[1]] if prefill_chunk_size is None else chunk_sizes(prefill_chunk_size, ids.shape[1])
         coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, sizes, self.action)
-        cache = self._caches.make(action=self.action.of_prompts(by_row, protect))
+        cache = self._caches.make(spans=by_row, protect=protect)
         with contextlib.nullcontext() if coming is None else coming.here():
             prefill(self.model, cache, ids, mask, others, sizes)
         return cache
