@@ -121,10 +121,9 @@ class Evict(Action):
     )  # one serves all layers of a prompt
 
     def __post_init__(self):
-        for name in ("protect", "spans"):
-            object.__setattr__(self, name, read_once(getattr(self, name)))
         sharing = allocation_of(self.policy, self.allocation)
         vars(self).update(allocation=sharing, sharing=sharing)
+        vars(self).update(spans=read_once(self.spans), protect=read_once(self.protect))
 
     def of_prompts(self, spans: Any, protect: Any) -> Self:
         """The same for prompts with these instructions, and this protection."""
