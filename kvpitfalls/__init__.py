@@ -35,7 +35,7 @@ _HOME = {
     "Report": "hf.report",
     "Rotary": "policies.rotary",
     "SnapKV": "policies.snapkv",
-    "Span": "prompts.prompt",
+    "Span": "prompts.spans",
     "StreamingLLM": "policies.streaming_llm",
     "TOVA": "policies.tova",
     "UnsupportedModelError": "errors",

@@ -38,6 +38,6 @@ from .policies.snapkv import SnapKV as SnapKV
 from .policies.streaming_llm import StreamingLLM as StreamingLLM
 from .policies.tova import TOVA as TOVA
 from .prompts.prompt import Prompt as Prompt
-from .prompts.prompt import Span as Span
+from .prompts.spans import Span as Span
 
 __version__: str

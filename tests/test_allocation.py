@@ -17,7 +17,7 @@ import kvpitfalls as kvp
 from kvpitfalls.eviction.allocation import Ada, Pyramid, layer_budgets
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.selection import count_per_segment
-from kvpitfalls.hf.coverage import decoder_of
+from kvpitfalls.hf.parts import decoder_of
 
 N_TOKEN, N_LAYER, N_HEAD = 40, 3, 4
 SPANS = {"a": (3, 9), "b": (12, 26), "c": (26, 35)}

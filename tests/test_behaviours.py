@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import kvpitfalls as kvp
-from kvpitfalls.hf.action import Action
 from kvpitfalls.hf.cache import KeptCache
+from kvpitfalls.hf.evict import Action
 from kvpitfalls.hf.forward import AttentionCall
 from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.verify import Shuffle

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 import kvpitfalls as kvp
 from kvpitfalls.hf import masks
 from kvpitfalls.hf.arguments import cache_argument
-from kvpitfalls.hf.coverage import decoder_of
 from kvpitfalls.hf.layer import Slots
+from kvpitfalls.hf.parts import decoder_of
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 N_PROMPT, SIZE, AFTER = 26, 7, [1, 3, 1]

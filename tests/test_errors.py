@@ -8,7 +8,7 @@ from tiny_models import build, feed, ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, DynamicCache, StaticCache
 
 import kvpitfalls as kvp
-from kvpitfalls.hf.coverage import check_call
+from kvpitfalls.hf.forward import check_call
 from kvpitfalls.hf.masks import physical_mask
 
 REFUSED = {

@@ -24,7 +24,7 @@ PYTHON_LAYERS = [
     ["eviction.reference"],
     ["_core", "_cuda", "eviction.ops", "eviction.forecast"],
     ["display.markup", "display.tabular", "display.progress", "display.columns"],
-    ["prompts.chats", "prompts.pieces"],
+    ["prompts.spans", "prompts.chats", "prompts.pieces"],
     ["eviction.budget", "prompts.prompt", "eviction.fairness"],
     ["eviction.layout"],
     ["eviction.allocation"],

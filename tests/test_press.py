@@ -111,7 +111,7 @@ def test_a_wrap_presses_and_holds_what_it_held_by_three_calls(policy, fair, monk
 
     ours = cache()
     assert len(presses) == model.config.num_hidden_layers
-    monkeypatch.setattr(Evict, "pressed", lambda self, call, task: None)
+    monkeypatch.setattr(Evict, "pressed", lambda self, layer, call, task: None)
     theirs = cache()
     assert len(presses) == model.config.num_hidden_layers
     for a, b in zip(ours.kept_layers, theirs.kept_layers, strict=True):

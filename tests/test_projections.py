@@ -8,7 +8,7 @@ from tiny_models import ids
 from tiny_policies import takes
 
 import kvpitfalls as kvp
-from kvpitfalls.hf.coverage import attention_modules, decoder_of
+from kvpitfalls.hf.parts import attention_modules, decoder_of
 
 FAMILIES = not_refused(*SEVERAL)
 

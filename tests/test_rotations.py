@@ -10,7 +10,7 @@ from tiny_models import ids
 from tiny_policies import takes
 
 import kvpitfalls as kvp
-from kvpitfalls.hf.coverage import attention_modules, decoder_of
+from kvpitfalls.hf.parts import attention_modules, decoder_of
 from kvpitfalls.hf.threads import local
 
 FAMILIES = not_refused(

@@ -57,6 +57,13 @@ WITHOUT_CACHE = {
 }
 
 
+def test_a_forward_without_ids_and_embeddings_is_refused_by_a_sentence(llama):
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(ids(1, N_PROMPT))
+        with pytest.raises(ValueError, match="LlamaModel was given neither input_ids nor inputs_embeds; expected one"):
+            llama.model(**cache_argument(llama, cache))
+
+
 @pytest.mark.parametrize("way", WITHOUT_CACHE)
 def test_a_call_without_a_cache_is_refused_unless_paused_or_nothing_is_compressed(llama, way):
     plain = WITHOUT_CACHE[way](copy.deepcopy(llama))

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
-from kvpitfalls.hf.coverage import attention_modules
+from kvpitfalls.hf.parts import attention_modules
 from kvpitfalls.prompts.prompt import Prompt
 
 _SIZE = {

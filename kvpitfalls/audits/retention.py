@@ -16,9 +16,10 @@ from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Layout, Protect, read_once
 from ..eviction.selection import Budgets, Ranked, allocation_of, budgets_of, check_room, choose, rank
-from ..hf.action import Action, each_once
+from ..hf.again import each_once
 from ..hf.cache import KeptCache, n_compressed
 from ..hf.coverage import check_model
+from ..hf.evict import Action
 from ..hf.forward import AttentionCall
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer

@@ -29,7 +29,8 @@ from ..numbers import check_whole
 from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
 from ..prompts.pieces import WAYS, first_words, marked, unused
-from ..prompts.prompt import Instructions, Prompt, find_all
+from ..prompts.prompt import Instructions, Prompt
+from ..prompts.spans import find_all
 from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}

@@ -48,7 +48,7 @@ class PutBack(Evict):
 
     name: str = ""
 
-    def pressed(self, call: AttentionCall, task: Task) -> None:
+    def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> None:
         """None: rows are chosen after those that the policy keeps."""
 
     def evict(self, layer: KeptLayer, kept: Kept, layout: Layout) -> None:

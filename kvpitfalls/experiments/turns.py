@@ -19,7 +19,8 @@ from ..hf.forward import AttentionCall
 from ..hf.generate import Answer, answers
 from ..hf.layer import KeptLayer
 from ..hf.wrap import Handle
-from ..prompts.prompt import Prompt, Span
+from ..prompts.prompt import Prompt
+from ..prompts.spans import Span
 from .scenario import WAYS, Scenario, conversation
 
 

@@ -1,7 +1,6 @@
 """One answer after another from a compressed cache: what a harness that sends conversations needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from ..hf.fork import compress_each
 from ..hf.generate import GREEDY
 from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
-from ..hf.offload import device_of
+from ..hf.parts import device_of
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
@@ -125,7 +124,7 @@ class CompressedChat:
                 cache.batch_repeat_interleave(n_row)
             return prompt, cache
         batch = pad_left([prompt] * n_row, self.action)
-        return prompt, KeptCache(self.model.config, replace(self.action, spans=batch.spans, protect=batch.protect))
+        return prompt, KeptCache(self.model.config, self.action.of_prompts(batch.spans, batch.protect))
 
 
 def kept_of(cache: KeptCache) -> int:

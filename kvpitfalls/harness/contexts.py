@@ -10,7 +10,8 @@ from typing import Any
 from ..eviction.fairness import Fair
 from ..eviction.layout import PROTECT_WORDS, listed
 from ..prompts.pieces import WAYS, pieces
-from ..prompts.prompt import Prompt, find_all, token_spans
+from ..prompts.prompt import Prompt
+from ..prompts.spans import find_all, token_spans
 
 SCOPES = ("prompt", "system")
 
@@ -92,20 +93,10 @@ class Marks:
         ranges = self._ranges(text, contents) if self.needs_spans else {}
         ranges = {name: (a, min(b, end)) for name, (a, b) in ranges.items() if a < end}
         offsets = tuple(offsets[:n_token])
-        of_template = tuple(not any(min(b, d) > max(a, c) for c, d in contents.values()) for a, b in offsets)
         spans = token_spans(text, offsets, ranges)
         roles = () if "text" in contents else tuple(name.partition("#")[0] for name in contents)
-        return Prompt(
-            text[:end],
-            tuple(ids[:n_token]),
-            offsets,
-            spans,
-            of_template,
-            tokenizer,
-            None,
-            tuple(contents.values()),
-            roles,
-        )
+        own = tuple(contents.values())
+        return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, tokenizer, None, own, roles)
 
     def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         if self.texts is not None:

@@ -8,7 +8,7 @@ from ..hf.arguments import cache_argument
 from ..hf.generating import arguments_of, n_rows_of
 from ..hf.load import load
 from ..hf.model import attach, detach
-from ..hf.offload import device_of
+from ..hf.parts import device_of
 from .chat import CompressedChat, kept_of
 
 _TOKENIZING = (

@@ -6,7 +6,7 @@ of what was read to the action of the prompt's cache, and when all was read, eac
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,13 +14,22 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..policies import Again, Policy
-from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache, why_not_compressed
+from .evict import Action
 from .forward import AttentionCall, Forward
 from .layer import KeptLayer
 from .rows import holds_nothing
 from .threads import local
+
+
+def each_once(policies: Iterable[Policy]) -> list[Policy]:
+    """Equal policies once; a policy need not be hashable."""
+    once: list[Policy] = []
+    for policy in policies:
+        if policy not in once:
+            once.append(policy)
+    return once
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from .forward import Watched, watched
-from .offload import device_of
+from .parts import device_of
 
 # What a module says that was not made to be called alone: something is missing, or of another shape or kind.
 COMPLAINTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

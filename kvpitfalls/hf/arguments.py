@@ -1,6 +1,8 @@
-"""What a model's forward calls its cache: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on."""
+"""What a model's forward is called with, and what it calls its cache: ``past_key_values`` up to transformers 5.23,
+``cache`` from 5.24 on."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +43,63 @@ def given_cache(arguments: dict) -> tuple[str | None, Any]:
     return caches[0] if caches else (None, None)
 
 
-def inputs_of(bound: dict) -> torch.Tensor:
+def inputs_of(bound: dict) -> torch.Tensor | None:
     """What a forward brings, ids (B, n) or embeddings (B, n, E); ``bound``: its arguments by name."""
-    return bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
+    ids = bound.get("input_ids")
+    return bound.get("inputs_embeds") if ids is None else ids
+
+
+@dataclass
+class Given:
+    """The arguments of one forward.
+
+    Attributes
+    ----------
+    args, kwargs : tuple, dict
+        As it is to be called; a cache is among them under its newest name.
+    bound : dict
+        All of them by name.
+    inputs : tensor, or None
+        Of :func:`inputs_of`.
+    name, cache : str and Any, or None
+        Of :func:`given_cache`.
+    """
+
+    args: tuple
+    kwargs: dict
+    bound: dict
+    inputs: Any
+    name: str | None
+    cache: Any
+
+
+class Signature:
+    """How a decoder's forward takes its arguments."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        self._cache_name, self._signature = cache_name(decoder), inspect.signature(decoder.forward)
+        self._rest = next((x.name for x in self._signature.parameters.values() if x.kind is x.VAR_KEYWORD), None)
+
+    def given(self, args: tuple, kwargs: dict) -> Given:
+        """What a call of the decoder was given."""
+        kwargs = under_one_name(self._cache_name, kwargs)
+        if not args and self._rest is not None:
+            bound = dict(kwargs)
+        else:
+            bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+            if self._rest is not None:
+                bound.update(bound.pop(self._rest, {}))
+        return Given(args, kwargs, bound, inputs_of(bound), *given_cache(bound))
+
+    def put(self, given: Given, cache: Any) -> None:
+        """Let the decoder be called with this cache."""
+        names = list(self._signature.parameters)
+        place = names.index(self._cache_name) if self._cache_name in names else len(given.args)
+        if place < len(given.args):
+            given.args = (*given.args[:place], cache, *given.args[place + 1 :])
+        else:  # a None may be there under an older name
+            others = {name: value for name, value in given.kwargs.items() if name not in CACHE_NAMES}
+            given.kwargs = {**others, self._cache_name: cache}
 
 
 def uses_cache(decoder: torch.nn.Module, bound: dict) -> bool:

@@ -23,7 +23,7 @@ from .origin import Origin
 from .report import Report, in_bytes, in_range
 
 if TYPE_CHECKING:
-    from .action import Action
+    from .evict import Action
 
 
 class KeptCache(DynamicCache):
@@ -133,7 +133,7 @@ class KeptCache(DynamicCache):
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values that the compressed layers hold now."""
-        return sum(size_of(layer) for layer in self.kept_layers if layer.is_initialized)
+        return sum(layer.n_byte for layer in self.kept_layers if layer.is_initialized)
 
     def note_peak(self) -> None:
         """Called before each eviction: nothing but an eviction makes a cache smaller."""
@@ -242,10 +242,6 @@ class KeptCache(DynamicCache):
             self.valid = [self.valid[row] for row in rows]
             self.spans = [self.spans[row] for row in rows] if self.spans else self.spans
 
-    def holds(self, layer: KeptLayer) -> bool:
-        """Whether this very layer is one of the cache's."""
-        return layer.index < len(self.layers) and self.layers[layer.index] is layer
-
     @property
     def kept_layers(self) -> list[KeptLayer]:
         """The layers that are compressed."""
@@ -342,7 +338,7 @@ class KeptCache(DynamicCache):
         lengths = [end - begin for begin, end in self.valid or [(0, seen[0].seen)]]
         kept = in_range([n for of_layer in counts for n in (of_layer.min(), of_layer.max())])
         later = f", {n} later" if (n := self.n_seen - (self.n_prompt or self.n_seen)) else ""
-        before, now = sum(layer.bytes_before or size_of(layer) for layer in seen), sum(map(size_of, seen))
+        before, now = sum(layer.bytes_before or layer.n_byte for layer in seen), sum(layer.n_byte for layer in seen)
         return (
             f"<KeptCache: {layers}, batch of {len(seen[0].keys)}, {kept} of {in_range(lengths)} prompt tokens kept in "
             f"each head (r = {1 - self._kept_share(seen, counts):.2f}){later}, {in_bytes(now)} of {in_bytes(before)}>"
@@ -431,13 +427,8 @@ def _kept_counts(layer: KeptLayer, valid: Sequence[tuple[int, int]] | None) -> I
     return np.broadcast_to(np.array(whole)[:, None], layer.keys.shape[:2])
 
 
-def size_of(layer: KeptLayer) -> int:
-    """Bytes of a layer's keys and values."""
-    return layer.keys.nbytes + layer.values.nbytes
-
-
 def _layer_report(layer: KeptLayer, kept: Int32) -> dict[str, Any]:
-    after = size_of(layer)
+    after = layer.n_byte
     return {
         "index": layer.index,
         "kept": kept.tolist(),

@@ -19,7 +19,7 @@ def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) ->
     A module that cannot be called alone, or does not take its cache by a known name, is judged by its first prompt
     instead.
     """
-    for module, index in layers.items() if least > 1 else ():
+    for module, index in layers.items():
         if module not in _known:
             try:
                 _known[module] = _asked(decoder, module, index)

@@ -3,14 +3,10 @@
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from .threads import local
-
-if TYPE_CHECKING:
-    from .cache import KeptCache
 
 
 class Coming:
@@ -61,18 +57,3 @@ class Coming:
                 "prefill_chunk_size; expected prompts of one length, or "
                 "handle.compress(..., prefill_chunk_size=...)"
             )
-
-
-def coming_to(cache: "KeptCache", decoder: torch.nn.Module) -> Coming | None:
-    """The prompt that this thread brings to a cache in chunks; raises if a prompt came to it in part and was broken
-    off."""
-    here = local.coming
-    is_free = here is not None and not here.is_taken and here.decoder() is decoder
-    if here is not None and is_free and cache.coming is None and not cache.n_seen:
-        here.is_taken, cache.coming = True, here
-    if cache.coming is not None and cache.coming is not here:
-        raise ValueError(
-            f"the cache holds {cache.n_seen} of the {cache.coming.n_token} tokens of a prompt whose prefill in chunks "
-            "was broken off; expected a new cache"
-        )
-    return cache.coming

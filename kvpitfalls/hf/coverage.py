@@ -2,7 +2,6 @@
 runs."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
+from .parts import attention_modules, decoder_of, names_in_forward
 
-_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-_RANDOM = (
+RANDOM = (
     "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
 )
 # In a multimodal model's forward, around its decoder's; the second before transformers 5.
@@ -27,39 +26,6 @@ _REFUSED_TYPES = {
     "paligemma": "its prompts attend both ways, so that what stands before a token depends on what follows it",
     "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
 }
-
-
-def decoder_of(model) -> torch.nn.Module:
-    """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = None if get_decoder is None else get_decoder()
-    return (
-        decoder
-        if isinstance(decoder, torch.nn.Module) and decoder is not model
-        else getattr(model, "base_model", model)
-    )
-
-
-def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
-    """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
-    for module in decoder.modules():
-        index = getattr(module, "layer_idx", None)
-        if (
-            isinstance(index, int)
-            and _REGISTRY in _names_in_forward(module)
-            and not getattr(module, "is_cross_attention", False)
-        ):
-            yield index, module
-
-
-def attention_modules(model) -> dict[int, torch.nn.Module]:
-    """Layer index -> attention module that calls transformers' attention interface."""
-    modules: dict[int, torch.nn.Module] = {}
-    for index, module in attention_calls(decoder_of(model)):
-        modules.setdefault(index, module)  # self-attention stands before cross-attention
-    return modules
 
 
 def check_model(model) -> None:
@@ -96,7 +62,7 @@ def check_model(model) -> None:
             f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it"
         )
     around = [module for module in model.modules() if decoder in module.children()]
-    if any(not _MASK_MAKERS.isdisjoint(_names_in_forward(module)) for module in around):
+    if any(not _MASK_MAKERS.isdisjoint(names_in_forward(module)) for module in around):
         raise UnsupportedModelError(
             f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its "
             "text model alone"
@@ -130,11 +96,6 @@ def _compiled(model: torch.nn.Module) -> str | None:
         if is_compiled and any(isinstance(getattr(part, "layer_idx", None), int) for part in module.modules()):
             return name or type(module).__name__
     return None
-
-
-def _names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return () if code is None else code.co_names
 
 
 def _own_caches(decoder: torch.nn.Module) -> list[str]:
@@ -218,22 +179,7 @@ def check_cache(cache, name: str | None = CACHE_NAMES[-1]) -> None:
 
 
 def check_not_random(decoder: torch.nn.Module) -> None:
-    """Raise if dropout is on, by which a cache would be another each time; :func:`check_call` sees attention's own."""
+    """Raise if dropout is on, by which a cache would be another each time; :func:`.forward.check_call` sees that of
+    attention."""
     if decoder.training and any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in decoder.modules()):
-        raise UnsupportedModelError(_RANDOM)
-
-
-def check_call(module, implementation: str, extra: dict) -> None:
-    """Raise if this attention call does more to its logits than a policy can follow."""
-    if extra.get("dropout"):
-        raise UnsupportedModelError(_RANDOM)
-    name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-    if implementation.startswith("paged"):
-        raise UnsupportedModelError(
-            f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate"
-        )
-    for key in ("indices", "block_indices", "position_bias"):
-        if extra.get(key) is not None:
-            raise UnsupportedModelError(
-                f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves"
-            )
+        raise UnsupportedModelError(RANDOM)

@@ -1,9 +1,11 @@
-"""Evicting once: after a layer's prefill."""
+"""What is done to a cache's layers, after a prompt's prefill and after every later forward: nothing, or, here, evicting
+once, after the prefill."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from ..eviction.allocation import Allocation, layer_budgets
 from ..eviction.budget import kept_tokens
@@ -21,11 +23,64 @@ from ..eviction.selection import (
     rank,
 )
 from ..policies import Policy
-from .action import Action
 from .chunks import check_chunks, cut
 from .coming import Coming
 from .forward import AttentionCall
 from .layer import KeptLayer
+
+
+class Action:
+    """A cache's action. This one leaves every layer as it is."""
+
+    evicts = False  # takes rows from a prompt
+    holds = False  # acts after later forwards, too
+    shares_heads = False  # a layer's heads hold different numbers of tokens
+    least_heads = 1  # that a layer must choose for
+    reads_queries = False  # has use for softmax denominators that attention tells
+    reads_rotary = False  # wants to know how layers turn the queries of a prompt
+    reads_output = False  # wants to know what layers make of what they attended to
+
+    @property
+    def acts(self) -> bool:
+        """Whether it takes anything from a cache."""
+        return self.evicts or self.holds
+
+    def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
+        """The instructions of each row; raises if they do not fit the prompt. Called before any of the ``n_layer``
+        layers is touched."""
+        return []
+
+    def limit(self, n_token: int) -> int:
+        """How much of a prompt of ``n_token`` real tokens a row may hold, mean over layers and heads."""
+        return n_token
+
+    def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
+        """What :meth:`limit` says, of each layer; mean over heads."""
+        return [self.limit(n_token)] * n_layer
+
+    def waits(self, layer: KeptLayer) -> bool:
+        """Whether it is not ``layer``'s turn yet, though it has seen a prompt."""
+        return False
+
+    def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """``layer`` has seen a prompt."""
+
+    def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
+        """The policies that have the model read on after these prompts, before they are judged; see ``again.py``."""
+        return []
+
+    def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
+        """``layer``, which still has its prompt alone, has seen what this ``policy`` had the model read, which is
+        ``call.again``; the rest of ``call`` is the prompt's, without its queries."""
+
+    def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
+        """``layer`` has seen all of it."""
+
+    def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """``layer`` has seen a part of a prompt, or its last one; see ``call.coming``."""
+
+    def after_step(self, layer: KeptLayer, call: AttentionCall) -> None:
+        """``layer`` has seen what follows it; only of an action that ``holds``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +115,21 @@ class Evict(Action):
     protect: Any = None
     spans: Any = None
     allocation: Allocation | str | None = None  # None: the policy's own
+    sharing: Allocation = field(init=False, compare=False, repr=False)  # ``allocation``, or the policy's own
     tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
     )  # one serves all layers of a prompt
 
     def __post_init__(self):
-        for name in ("protect", "spans"):
-            object.__setattr__(self, name, read_once(getattr(self, name)))
-        object.__setattr__(self, "allocation", allocation_of(self.policy, self.allocation))
+        sharing = allocation_of(self.policy, self.allocation)
+        vars(self).update(allocation=sharing, sharing=sharing)
+        vars(self).update(spans=read_once(self.spans), protect=read_once(self.protect))
 
-    @property
-    def sharing(self) -> Allocation:
-        """``allocation``, or the policy's own."""
-        return cast(Allocation, self.allocation)  # since __post_init__
+    def of_prompts(self, spans: Any, protect: Any) -> Self:
+        """The same for prompts with these instructions, and this protection."""
+        twin = copy.copy(self)
+        vars(twin).update(spans=read_once(spans), protect=read_once(protect), tasks={})
+        return twin
 
     @property
     def n_sink(self) -> int:
@@ -118,12 +175,17 @@ class Evict(Action):
         return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
-        """What is to be done to each layer of prompts of ``n_token`` tokens, padding included."""
+        """What is to be done to each layer of prompts of ``n_token`` tokens, padding included; raises if instructions
+        or protection do not fit the prompts, or an instruction has no token."""
         key = (n_token, tuple(valid), n_layer)
         if key not in self.tasks:
             where = {"valid": valid, "spans": self.spans, "protect": self.protect}
             layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
-            self.tasks[key] = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+            task = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+            for name, (begin, end) in (item for row in layout.spans for item in row.items()):
+                if begin == end:  # no share of it could be told
+                    raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
+            self.tasks[key] = task
         return self.tasks[key]
 
     def _task_of(self, call: AttentionCall) -> Task:
@@ -133,20 +195,19 @@ class Evict(Action):
         """The instructions of each row; raises if they, or the protection, do not fit the prompt, or one has no token.
         Called before any layer is touched."""
         task = self.task(n_token, valid, n_layer)
-        check_spans(task.split.layout)
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
 
-    def pressed(self, call: AttentionCall, task: Task) -> Pressed | None:
+    def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> Pressed | None:
         """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
-        return press(self.policy, task.split, call, task.budgets, self.sharing)
+        return press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
         task = self._task_of(call)
         if self.policy.needs_again or task.is_whole:
             return
-        if layer.has_plain_rows and (pressed := self.pressed(call, task)) is not None:
+        if (pressed := self.pressed(layer, call, task)) is not None:
             layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
         kept = choose(rank(self.policy, task.split, call), task.budgets, self.sharing)
@@ -186,10 +247,3 @@ class Evict(Action):
         budgets = task.budgets[call.layer]
         if budgets != task.split.layout.lengths:
             cut(layer, call, self.policy, self.fair, task.split.layout, budgets)
-
-
-def check_spans(layout: Layout) -> None:
-    """Raise where an instruction has no token: no share of it could be told."""
-    for name, (begin, end) in (item for row in layout.spans for item in row.items()):
-        if begin == end:
-            raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")

@@ -2,16 +2,15 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from ..policies import Policy
 from ..prompts.prompt import Prompt
-from .action import Action, each_once
+from .again import each_once
 from .cache import KeptCache
-from .evict import Evict
+from .evict import Action, Evict
 from .forward import AttentionCall
 from .given_prompts import batch_of
 from .layer import KeptLayer
@@ -97,7 +96,7 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     caches = []
     for setting in settings:
         batch = batch_of(model, list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, replace(setting, spans=batch.spans, protect=batch.protect)))
+        caches.append(KeptCache(model.config, setting.of_prompts(batch.spans, batch.protect)))
     attach(model)
     try:
         trunk = KeptCache(model.config, Fork(caches))

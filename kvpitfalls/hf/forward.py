@@ -18,15 +18,16 @@ from ..errors import NotInterceptedError, UnsupportedModelError
 from ..eviction.layer_inputs import LayerInputs
 from ..policies.rotary import Rotary
 from . import one_token
-from .cache import KeptCache, size_of
+from .cache import KeptCache
 from .coming import Coming
-from .coverage import check_call
+from .coverage import RANDOM
 from .denominators import Denominators
 from .layer import KeptLayer, Slots
 from .masks import physical_mask
 from .threads import local
 
 if TYPE_CHECKING:
+    from .evict import Action
     from .fixed import FixedCache
 
 
@@ -106,22 +107,43 @@ class Forward:
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
 
     @cached_property
+    def layers(self) -> list[KeptLayer]:
+        """Those whose cache is compressed."""
+        return self.cache.kept_layers
+
+    @cached_property
     def compressed(self) -> dict[int, int]:
-        """The layers whose cache is compressed, and which of them each is."""
-        return {layer.index: place for place, layer in enumerate(self.cache.kept_layers)}
+        """The numbers of the layers whose cache is compressed, and which of them each is."""
+        return {layer.index: place for place, layer in enumerate(self.layers)}
+
+    def note_prompt(self, n_token: int) -> None:
+        """Tell the cache of its prompt, of ``n_token`` tokens; raises if instructions or protection do not fit it."""
+        self.cache.valid = self.valid
+        if self.cache.action is not None:
+            self.cache.spans = self.cache.action.spans_of(n_token, self.valid or [], len(self.compressed))
 
     @cached_property
     def is_plain(self) -> bool:
         """Whether attention is the model's own: nothing was evicted before it, and nothing is done after it."""
-        return not self.prefill and not self.cache.is_held and not any(x.is_evicted for x in self.cache.kept_layers)
+        return not self.prefill and not self.cache.is_held and not any(x.is_evicted for x in self.layers)
+
+    @cached_property
+    def act(self) -> Callable | None:
+        """What the cache's action does to each layer after its attention; None: nothing."""
+        action = self.cache.action
+        if action is None or not (self.prefill or action.holds):
+            return None
+        if self.coming is not None:
+            return action.after_chunk
+        return action.after_prefill if self.prefill else action.after_step
 
     def note_size(self, layer: KeptLayer) -> None:
         """Called before and after each eviction, for the cache's peak: nothing else makes it smaller. Only this layer
         is looked at, since all of them at each would take as long as a short prompt's eviction."""
         if not self.sizes:
-            self.sizes = {x.index: size_of(x) if x.is_initialized else 0 for x in self.cache.kept_layers}
+            self.sizes = {x.index: x.n_byte if x.is_initialized else 0 for x in self.layers}
             self.n_byte = sum(self.sizes.values())
-        now = size_of(layer)
+        now = layer.n_byte
         self.n_byte += now - self.sizes[layer.index]
         self.sizes[layer.index] = now
         self.cache.peak_bytes = max(self.cache.peak_bytes, self.n_byte)
@@ -177,9 +199,7 @@ class Forward:
     def check(self, decoder) -> None:
         """Raise, when the forward has ended, if a layer's attention did not come by."""
         waiting = [ticket.layer.index for ticket in self.tickets.values() if not ticket.done]
-        untouched = [
-            layer.index for layer in self.cache.kept_layers if self.prefill and layer.index not in self.tickets
-        ]
+        untouched = [layer.index for layer in self.layers if self.prefill and layer.index not in self.tickets]
         if waiting or untouched:
             raise NotInterceptedError(
                 f"{type(decoder).__name__}: layers {waiting or untouched} were not compressed, because their "
@@ -255,30 +275,40 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         return base(module, query, key, value, attention_mask, **kwargs)
     if ticket.slots is not None:
         base, attention_mask = _over_slots(ticket, base, implementation, query, key, attention_mask, kwargs)
-    is_compressed = isinstance(ticket.layer, KeptLayer)  # a window of fixed slots has its ticket, too
-    action, is_first = forward.cache.action if is_compressed else None, not ticket.done
-    ticket.done = True
-    if not is_first or action is None or not (forward.prefill or action.holds):
+    is_first, ticket.done = not ticket.done, True
+    # a window of fixed slots has its ticket, too
+    act = forward.act if is_first and isinstance(ticket.layer, KeptLayer) else None
+    if act is None:
         out = base(module, query, key, value, attention_mask, **kwargs)
     else:
-        tells = forward.prefill and _tells_denominators(action, forward, implementation, query)
+        tells = forward.prefill and _tells_denominators(forward, implementation, query)
         with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
         lse = None if seen is None else seen.lse
         call = _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse)
         forward.note_size(ticket.layer)
-        _act_of(action, forward)(ticket.layer, call)
+        act(ticket.layer, call)
         forward.note_size(ticket.layer)
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
 
 
-def _act_of(action, forward: Forward) -> Callable:
-    if forward.coming is not None:
-        return action.after_chunk
-    return action.after_prefill if forward.prefill else action.after_step
+def check_call(module, implementation: str, extra: dict) -> None:
+    """Raise if this attention call does more to its logits than a policy can follow."""
+    if extra.get("dropout"):
+        raise UnsupportedModelError(RANDOM)
+    name = f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    if implementation.startswith("paged"):
+        raise UnsupportedModelError(
+            f"{name} runs under continuous batching ({implementation}); expected a plain forward or generate"
+        )
+    for key in ("indices", "block_indices", "position_bias"):
+        if extra.get(key) is not None:
+            raise UnsupportedModelError(
+                f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves"
+            )
 
 
 def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
@@ -297,13 +327,13 @@ def _one_token(module, query, key, value, visible, scaling=None, **kwargs):
     return one_token.attend(query, key, value, visible, scaling)
 
 
-def _tells_denominators(action, forward: Forward, implementation: str, query) -> bool:
+def _tells_denominators(forward: Forward, implementation: str, query) -> bool:
     """On a GPU they take a pass over all keys of their own; a CPU gets them from the pass that it makes anyway."""
     return (
         query.is_cuda
         and forward.coming is None
         and implementation == "sdpa"
-        and action.reads_queries
+        and cast("Action", forward.cache.action).reads_queries
         and all(row == (0, query.shape[2]) for row in forward.valid or ())
     )
 

@@ -12,7 +12,7 @@ from . import rows
 from .arguments import cache_argument
 from .cache import KeptCache
 from .given_prompts import pad_token
-from .offload import device_of
+from .parts import device_of
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
 GREEDY = {

@@ -3,31 +3,21 @@ matters."""
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from ..numbers import check_whole, is_whole
 from .arguments import given_cache
 from .cache import KeptCache
 from .coming import Coming
-from .coverage import decoder_of
 from .masks import check_padding, valid_ranges
-from .outer import is_multimodal
+from .parts import decoder_of, is_multimodal
 from .rows import FORGETFUL
-
-
-def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one
-    inside."""
-    decoder = decoder_of(model)
-    for module in model.modules():
-        if isinstance(module, GenerationMixin) and decoder_of(module) is decoder:
-            yield module
 
 
 def arguments_of(model, generate, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ..eviction.arrays import Table
 from ..eviction.layout import PROTECT_WORDS, Protect, Spans, listed, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
-from .outer import others_of, placeholders
+from .parts import is_multimodal
 
 AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
     if isinstance(prompt, Prompt):
         prompt = [prompt]
     if isinstance(prompt, Mapping):
-        others = others_of(model, prompt)
+        others = _others_of(model, prompt)
         prompt, attention_mask = _of_tokenizer(prompt, attention_mask)
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
@@ -79,6 +79,18 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
         )
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
     return Batch(ids, mask, spans, action.protect, others)
+
+
+def _others_of(model: Any, prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor returned beside ids and their mask, such as an image; raises if the model has no use for it."""
+    others = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}
+    if is_multimodal(model):
+        return others
+    if unknown := sorted(set(others) - {"token_type_ids"}):
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask"
+        )
+    return {}
 
 
 def _of_tokenizer(encoding: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
@@ -100,28 +112,6 @@ def _tensor(value: Any, name: str, expected: str) -> torch.Tensor:
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the device 'meta', without values; expected {expected}")
     return tensor
-
-
-def check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any]) -> None:
-    """Refuse ids that say that an image stands there, where none was given, and ids that the vocabulary lacks: a GPU's
-    error for them ends the process's use of it."""
-    placeholder_ids = placeholders(model)
-    if not others and (bare := sorted(placeholder_ids & set(ids.unique().tolist()))):
-        raise ValueError(
-            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
-            "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
-        )
-    embeddings = model.get_input_embeddings()
-    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
-        return
-    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
-    if not known.numel():
-        return
-    low, high = torch.stack(known.aminmax()).tolist()
-    if low < 0 or high >= embeddings.num_embeddings:
-        raise ValueError(
-            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
-        )
 
 
 def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:

@@ -22,7 +22,7 @@ from ..eviction.budget import apportion, kept_tokens
 from ..eviction.layout import Layout, Split
 from ..eviction.selection import check_room, rank
 from ..policies import Vote
-from .evict import Evict, check_spans
+from .evict import Evict
 from .forward import AttentionCall
 from .layer import KeptLayer
 from .slot_scores import best_first, inputs_of, over_heads, received
@@ -170,7 +170,6 @@ class Hold(Evict):
             raise ValueError(f"the prompts are padded on the right; when={self.when!r} expects padding on the left")
         task = self.task(n_token, valid, n_layer)
         split = task.split
-        check_spans(split.layout)
         for b, (begin, end) in enumerate(valid):
             floors = sum(split.floors[b])
             needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)

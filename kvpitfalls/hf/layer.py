@@ -133,7 +133,7 @@ class KeptLayer(DynamicLayer):
     def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
         forward = local.forward
-        if forward is None or not forward.cache.holds(self):
+        if forward is None or self not in forward.cache.layers:
             raise NotInterceptedError(
                 "a KeptCache was given to a model that is not wrapped; expected a call inside `with "
                 "kvpitfalls.wrap(model, ...)`"
@@ -228,10 +228,15 @@ class KeptLayer(DynamicLayer):
         mine, live = slots.pos < self.prompt_shape[2], slots.live
         return mine if live is None else mine & live
 
+    @property
+    def n_byte(self) -> int:
+        """Bytes of its keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
     def keep(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, full: bool) -> None:
         """Hold only these rows; ``positions`` int32 (B,H,K), -1 where a row keeps fewer than K, which none does if
         ``full``."""
-        self.bytes_before = self.keys.nbytes + self.values.nbytes
+        self.bytes_before = self.n_byte
         n_row, n_head, n_token = self.keys.shape[:3]
         self.prompt_shape = (n_row, n_head, n_token)
         self.keys, self.values = keys, values

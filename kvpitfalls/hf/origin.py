@@ -1,13 +1,18 @@
-"""What a cache stands for: whose prompt it is, of which tokens, and how it was compressed."""
+"""What a cache stands for: which decoder filled it, with which tokens, and how it was compressed.
 
+A decoder is told from others, and from itself at another time, by its weights and the adapters that are active.
+"""
+
+import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from .fingerprint import active_adapters, count_changes, fingerprint
+from .parts import stored
 
+_SAMPLES = 8  # weights per tensor that the fingerprint looks at
 _MANY = 16  # pieces of a conversation, after which they are joined: each step counts their tokens
 
 
@@ -30,7 +35,8 @@ class Origin:
     pieces : tuple of LongTensor (B, n), or None
         Token ids, in the order in which they were seen; None if the model was given something else, such as embeddings.
     deltas : LongTensor (B, 1), or None
-        How far a multimodal model's positions are ahead of its tokens; see ``outer.py``.
+        How far a multimodal model's positions are ahead of its tokens, after its images: such a model keeps that on
+        itself (``rope_deltas``), of the latest prompt only, and gets it back whenever the cache goes on.
     """
 
     settings: str | None = None
@@ -119,6 +125,20 @@ class Origin:
             pieces = () if whole is None else (whole,)
         return replace(self, pieces=(*pieces, ids.detach().clone()))
 
+    def with_deltas(self, outer: torch.nn.Module, n_row: int) -> "Origin":
+        """This origin with what the module around the decoder keeps of the prompt of ``n_row`` rows that it runs."""
+        deltas = vars(outer).get("rope_deltas")
+        if deltas is not None:
+            deltas = deltas.detach().reshape(len(deltas), -1).repeat_interleave(n_row // len(deltas), 0)
+        return replace(self, deltas=deltas)
+
+    def give_deltas(self, outer: torch.nn.Module, n_held: int, n_row: int) -> None:
+        """Before a filled cache of ``n_held`` rows goes on by ``n_row``: the model's positions are ahead as they were
+        for its prompt."""
+        if "rope_deltas" in vars(outer):
+            own = torch.zeros(n_held, 1, dtype=torch.long) if self.deltas is None else self.deltas
+            outer.rope_deltas = own[:: max(1, len(own) // n_row)].to(next(outer.parameters()).device)
+
     def rows(self, rows: list[int]) -> "Origin":
         """This origin for a cache of these rows of the batch."""
         moved = {}
@@ -149,3 +169,73 @@ class Origin:
         except ValueError:  # met() refuses it by name
             known = None
         return {**vars(self), "decoder": None, "fingerprint": known or self.fingerprint}
+
+
+def fingerprint(decoder: torch.nn.Module) -> str:
+    """Tells models apart whose caches do not fit each other: active adapters, and of every weight and buffer name,
+    shape, dtype, a sample.
+
+    Raises
+    ------
+    ValueError
+        If a weight's values are nowhere to be found.
+    """
+    digest = hashlib.sha256(repr(active_adapters(decoder)).encode())
+    samples: dict[torch.device, list[torch.Tensor]] = {}  # fetched a device at a time: each fetch waits for a GPU
+    places: dict[tuple, torch.Tensor] = {}
+    for name, weight in _weights(decoder):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.numel():
+            key = weight.numel(), weight.device
+            if key not in places:
+                places[key] = (
+                    torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
+                )
+            bits = (
+                weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)
+            )  # float8 has few operations of its own
+            samples.setdefault(weight.device, []).append(bits[places[key]].flatten())
+    for of_device in samples.values():
+        digest.update(torch.cat(of_device).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers; quantized ones as the tensors that they are made of, offloaded ones from where
+    they wait."""
+    for path, module in decoder.named_modules():
+        own = {
+            **module._parameters,
+            **{k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set},
+        }
+        for name, weight in own.items():
+            if weight is not None:
+                yield from _plain(f"{path}.{name}", stored(module, name, weight))
+
+
+def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if (flatten := getattr(weight, "__tensor_flatten__", None)) is not None:
+        for part in flatten()[0]:
+            yield from _plain(f"{name}.{part}", getattr(weight, part))
+    elif weight.device.type == "meta":
+        raise ValueError(
+            f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read"
+        )
+    else:
+        yield name, weight
+
+
+def count_changes(decoder: torch.nn.Module) -> int:
+    """How often its weights were changed in place; those that are offloaded come and go, and tell nothing."""
+    here = (weight for weight in decoder.parameters() if weight.device.type != "meta")
+    return sum(weight._version for weight in here if not weight.is_inference())
+
+
+def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the adapters (LoRA and others) that the decoder's modules use now, sorted."""
+    active: set[str] = set()
+    for module in decoder.modules():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, (list, tuple)) and not getattr(module, "disable_adapters", False):
+            active.update(map(str, names))
+    return tuple(sorted(active))

@@ -1,7 +1,6 @@
 """The prompt's own forward: the model reads it once, and its cache does what it is there for."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
@@ -12,12 +11,8 @@ import torch
 from ..display.progress import progress, shown
 from .arguments import cache_argument
 from .cache import KeptCache
-from .coverage import decoder_of
 from .generate import GREEDY
-from .generating import generators_of
-from .given_prompts import check_ids
-from .offload import device_of
-from .outer import is_multimodal
+from .parts import decoder_of, device_of, is_multimodal, placeholders, tells_positions
 
 
 def prefill(
@@ -30,21 +25,44 @@ def prefill(
 ) -> None:
     """Run the model over the prompt, with the position ids that ``generate`` would give and continue."""
     sizes = [ids.shape[1]] if sizes is None else sizes
-    run, module = (_through_outer, model) if is_multimodal(model) else (_through_decoder, decoder_of(model))
-    device = device_of(module)  # before ids are looked at: it raises where there are no weights
     others = others or {}
-    check_ids(model, ids, others)
+    run: Callable
+    if is_multimodal(model):
+        module, run = model, _through_outer
+    else:
+        module, run = decoder_of(model), partial(_through_decoder, sizes=sizes, is_told=tells_positions(model))
+    device = device_of(module)  # before ids are looked at: it raises where there are no weights
+    _check_ids(model, ids, others, placeholders(model))
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    if run is _through_decoder:
-        run = partial(run, sizes=sizes, is_told=_is_told_positions(model))
-    n = len(cache.kept_layers) * len(sizes)
     # Where nobody sees a bar none is made: that takes a lock of tqdm's, which an interrupt may leave locked for all
-    with progress(total=n, desc="prefill, layers") if shown() else nullcontext() as cache.progress:
+    n_step = len(cache.kept_layers) * len(sizes) if shown() else 0
+    with progress(total=n_step, desc="prefill, layers") if n_step else nullcontext() as cache.progress:
         try:
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
+
+
+def _check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any], placeholder_ids: set[int]) -> None:
+    """Refuse ids that say that an image stands there, where none was given, and ids that the vocabulary lacks: a GPU's
+    error for them ends the process's use of it."""
+    if not others and (bare := sorted(placeholder_ids & set(ids.unique().tolist()))):
+        raise ValueError(
+            f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
+            "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
+        )
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
+        return
+    known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
+    if not known.numel():
+        return
+    low, high = torch.stack(known.aminmax()).tolist()
+    if low < 0 or high >= embeddings.num_embeddings:
+        raise ValueError(
+            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
+        )
 
 
 def _through_outer(
@@ -52,13 +70,6 @@ def _through_outer(
 ) -> None:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
-
-
-def _is_told_positions(model: Any) -> bool:
-    """Whether ``generate`` gives the decoder its positions; where it does not, the decoder counts for itself, padding
-    included (Whisper's)."""
-    asked = [decoder_of(model), *generators_of(model)]
-    return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
 
 
 def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any) -> None:

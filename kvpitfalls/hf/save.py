@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 
 from ..files import whole
 from .cache import KeptCache
-from .coverage import attention_modules, check_model, decoder_of
-from .fingerprint import fingerprint
+from .coverage import check_model
 from .layer import KeptLayer
-from .offload import device_of
-from .origin import Origin
+from .origin import Origin, fingerprint
+from .parts import attention_modules, decoder_of, device_of
 
 FORMAT, VERSION = "kvpitfalls.cache", 2  # 1: without tokens, and with fingerprints of other kinds
 # The name of a tensor: a layer's number, its field, and the key where that is a dict.

@@ -16,5 +16,9 @@ class _Local(threading.local):
     generating: tuple[Any, ...] = ()  # calls of generate, the innermost last
     outer: Any = None  # the module around a decoder whose forward it is in, and the ids that it was given
 
+    def is_paused(self, decoder: Any) -> bool:
+        """Whether it runs this decoder as if it were not wrapped."""
+        return any(other is decoder for other in self.paused)
+
 
 local = _Local()

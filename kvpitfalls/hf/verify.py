@@ -4,14 +4,13 @@ removes."""
 import torch
 
 from ..errors import UnsupportedModelError
-from .action import Action
 from .arguments import cache_argument
 from .cache import KeptCache
-from .coverage import decoder_of
+from .evict import Action
 from .forward import AttentionCall
 from .layer import KeptLayer
 from .model import attach, detach
-from .offload import device_of
+from .parts import decoder_of, device_of
 from .rows import FORGETFUL
 
 

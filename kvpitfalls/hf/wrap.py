@@ -5,7 +5,6 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,9 +118,11 @@ class _Caches:
         self.newest: weakref.ref[KeptCache] | None = None
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
-    def make(self, cache: KeptCache | None = None, **changes: Any) -> KeptCache:
-        """A new empty cache, or an empty plain one made ours."""
-        action = replace(self.action, **changes)
+    def make(
+        self, cache: KeptCache | None = None, spans: Spans | None = None, protect: Protect | None = None
+    ) -> KeptCache:
+        """A new empty cache, or an empty plain one made ours; ``protect``: as it applies to the prompts."""
+        action = self.action.of_prompts(spans, self.action.protect if protect is None else protect)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
         self.newest, self.outline = weakref.ref(cache), None

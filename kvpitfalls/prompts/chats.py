@@ -4,16 +4,15 @@ around it."""
 import itertools
 import re
 import traceback
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 from ..numbers import is_listed
+from .spans import Ranges, check_encodable, holders, short
 
 Message: TypeAlias = Mapping[str, Any]
-Ranges: TypeAlias = Sequence[tuple[int, int]]  # of characters, or of tokens
 _NOW = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")  # what transformers gives templates to print the date
 _OURS = {
     "tokenize",
@@ -97,15 +96,6 @@ def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[
         else:
             out.append(dict(message))
     return out
-
-
-def check_encodable(what: str, text: str) -> None:
-    """Half of a surrogate pair is no character: a tokenizer would fail on it in words of its own."""
-    if (lone := re.search(r"[\ud800-\udfff]", text)) is not None:
-        raise ValueError(
-            f"{what} holds the lone surrogate {lone.group()!a} at character {lone.start()}; expected text that UTF-8 "
-            "can hold"
-        )
 
 
 # What a template, which is a program, raises beside jinja2's own: such as for a list where it adds up texts.
@@ -306,22 +296,3 @@ def _render(
             "the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text"
         )
     return text, contents
-
-
-def short(value: object) -> str:
-    """What was given, on one line of bounded length."""
-    shown = repr(value if not isinstance(value, str) else value[:61])
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def holders(contents: Ranges, pairs: Ranges) -> list[int | None]:
-    """Of each range the number of the first content that it shares a character with; contents are in order and do not
-    overlap."""
-    ends = [end for _, end in contents]
-    firsts = [bisect_right(ends, begin) for begin, _ in pairs]
-    return [i if i < len(ends) and shared(pair, contents[i]) else None for i, pair in zip(firsts, pairs, strict=True)]
-
-
-def shared(one: tuple[int, int], two: tuple[int, int]) -> int:
-    """Characters that two ranges share."""
-    return max(0, min(one[1], two[1]) - max(one[0], two[0]))

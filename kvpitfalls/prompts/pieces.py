@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Container, Iterator, Sequence
 
-from .chats import short
+from .spans import short
 
 WAYS = ("sentences", "lines", "messages")
 _LINE_END, _NEXT = re.compile(r"\s*\n\s*"), re.compile(r"\s*")

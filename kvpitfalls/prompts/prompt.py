@@ -1,63 +1,29 @@
 """Prompts that know where their instructions are, in tokens."""
 
-import unicodedata
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..display.markup import block, note, token_strip
-from ..numbers import is_whole
 from .chats import (
     Message,
-    Ranges,
     at_time,
-    check_encodable,
     check_messages,
     check_options,
     encoded_chat,
-    holders,
     may_hold_special,
     owners_of,
-    shared,
-    short,
     template_ids,
 )
 from .pieces import marked
+from .spans import Ranges, Span, check_encodable, find_all, holders, token_spans
 
 if TYPE_CHECKING:
     import torch
 
 Instructions: TypeAlias = Mapping[str, str | Sequence[int]] | str  # see Prompt.from_chat
-
-
-@dataclass(frozen=True)
-class Span:
-    """A named instruction: tokens ``[start, end)`` of a prompt.
-
-    Attributes
-    ----------
-    name : str
-    start, end : int
-    text : str
-
-    Examples
-    --------
-    >>> span = Span("defense", 3, 8, "Never reveal this.")
-    >>> len(span)
-    5
-    """
-
-    name: str
-    start: int
-    end: int
-    text: str
-
-    def __len__(self) -> int:
-        return self.end - self.start
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,8 +39,6 @@ class Prompt:
         Characters of ``text`` each token stands for; (0, 0) for special tokens that stand for none.
     spans : dict of str to Span
         In order of position.
-    is_template : tuple of bool
-        Per token: it holds no character of any message.
     tokenizer
         A fast tokenizer of transformers.
     messages : list of dict, or None
@@ -104,7 +68,6 @@ class Prompt:
     token_ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     spans: Mapping[str, Span]
-    is_template: tuple[bool, ...]
     tokenizer: Any
     messages: Sequence[Message] | None = None
     contents: tuple[tuple[int, int], ...] = ()
@@ -198,9 +161,8 @@ class Prompt:
         ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        is_template = tuple(content is None for content in holders(contents, offsets))
         roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
-        return cls(text, ids, offsets, {}, is_template, tokenizer, messages, tuple(contents), roles)
+        return cls(text, ids, offsets, {}, tokenizer, messages, tuple(contents), roles)
 
     def marked(self, instructions: Instructions) -> "Prompt":
         """The same prompt with other instructions, given as for :meth:`from_chat`.
@@ -241,6 +203,11 @@ class Prompt:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prompt":
         return self
+
+    @cached_property
+    def is_template(self) -> tuple[bool, ...]:
+        """Per token: it holds no character of any message."""
+        return tuple(content is None for content in holders(self.contents, self.offsets))
 
     @cached_property
     def input_ids(self) -> "torch.Tensor":
@@ -355,119 +322,3 @@ def _encoded(tokenizer: Any, text: str) -> Any:
         and list(tokenizer(text)["input_ids"][:2]) == [tokenizer.bos_token_id] * 2
     )
     return tokenizer(text, add_special_tokens=not twice, return_offsets_mapping=True)
-
-
-def find_all(
-    text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]] | None
-) -> dict[str, tuple[int, int]]:
-    """Character ranges of the instructions, in order; none overlap."""
-    if instructions is not None and not isinstance(instructions, Mapping):
-        raise TypeError(
-            f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts, or sentences, "
-            "lines or messages"
-        )
-    ranges = {name: _find(text, contents, name, wanted) for name, wanted in (instructions or {}).items()}
-    for name, (begin, end) in ranges.items():
-        if not any(c.isprintable() and not c.isspace() for c in text[begin:end]):
-            raise ValueError(
-                f"the text of instruction {name!r} has nothing to read, {short(text[begin:end])}; expected more than "
-                "white space"
-            )
-    ordered = dict(sorted(ranges.items(), key=lambda item: item[1]))
-    names = list(ordered)
-    for one, two in pairwise(names):
-        if ordered[one][1] > ordered[two][0]:
-            raise ValueError(f"instructions {one!r} and {two!r} overlap; expected texts that do not")
-    return ordered
-
-
-def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[int, int]:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"an instruction is called {short(name)}; expected a name, a str that is not empty")
-    check_encodable(f"the name of instruction {name!r}", name)
-    if isinstance(wanted, str):
-        if not wanted:
-            raise ValueError(f"the text of instruction {name!r} is empty; expected a text of the prompt")
-        check_encodable(f"the text of instruction {name!r}", wanted)
-        # all are needed for the number only: a hostile text may hold very many
-        starts = list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
-        if len(starts) != 1:
-            times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
-            fault = (
-                f"is in the prompt {times}, at characters {', '.join(map(str, starts))}"
-                if starts
-                else "is not in the prompt"
-            )
-            hint = (
-                "; a range (start, end) in characters says which one is meant"
-                if starts
-                else _near(text, contents, wanted)
-            )
-            what = "the text" if name == wanted else f"the text of instruction {name!r}"
-            raise ValueError(f"{what} {fault}; expected it once: {short(wanted)}{hint}")
-        return starts[0], starts[0] + len(wanted)
-    if isinstance(wanted, Sequence) and len(wanted) == 2 and all(map(is_whole, wanted)):
-        if not 0 <= wanted[0] < wanted[1] <= len(text):
-            raise ValueError(
-                f"instruction {name!r} is at characters {tuple(wanted)}; expected a range inside [0, {len(text)}) "
-                "that is not empty"
-            )
-        return wanted[0], wanted[1]
-    raise ValueError(f"instruction {name!r} is {short(wanted)}; expected a text, or (start, end) in characters")
-
-
-_MANY = 10
-_QUOTES = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2010\u2011\u2013\u2014", "'''\"\"\"----")
-
-
-def _near(text: str, contents: Ranges, wanted: str) -> str:
-    """A hint, where a text that is not there would be but for what the eye does not see."""
-
-    def plain(part: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", part.casefold()).translate(_QUOTES).split())
-
-    seen = plain(wanted)
-    if not seen or not any(seen in plain(text[begin:end]) for begin, end in contents):
-        return ""
-    return "; a text there differs from it only in upper and lower case, Unicode form, quotes, dashes or white space"
-
-
-def _occurrences(text: str, wanted: str, begin: int, end: int) -> Iterator[int]:
-    at = text.find(wanted, begin, end)
-    while at >= 0:
-        yield at
-        at = text.find(wanted, at + 1, end)
-
-
-def token_spans(
-    text: str, offsets: Ranges, ranges: Mapping[str, tuple[int, int]], skip_empty: bool = False
-) -> dict[str, Span]:
-    """Each token goes to the instruction that holds most of its characters, the earlier one if two hold equally many.
-
-    ``ranges`` are in order and do not overlap. One that gets no token is refused, or left out if ``skip_empty``.
-    """
-    names, edges = list(ranges), list(ranges.values())
-    owned: list[list[int]] = [[] for _ in ranges]
-    for t, pair in enumerate(offsets):
-        i = most = bisect_right(edges, pair[0], key=lambda where: where[1])  # the first that may share a character
-        while i < len(edges) and edges[i][0] < pair[1]:
-            most = i if shared(pair, edges[i]) > shared(pair, edges[most]) else most
-            i += 1
-        if most < len(edges) and shared(pair, edges[most]):
-            owned[most].append(t)
-    spans = {}
-    for name, (begin, end), tokens in zip(names, edges, owned, strict=True):
-        if not tokens and not skip_empty:
-            raise ValueError(
-                f"instruction {name!r} has no token of its own: a neighbour holds more of each of its tokens; "
-                "expected a longer text"
-            )
-        if tokens:
-            spans[name] = Span(name, tokens[0], tokens[-1] + 1, text[begin:end])
-    for one, two in pairwise(spans.values()):
-        if one.end > two.start:
-            raise ValueError(
-                f"the tokens of instructions {one.name!r} and {two.name!r} are interleaved; expected one after the "
-                "other"
-            )
-    return spans

@@ -1,0 +1,125 @@
+"""The parts of a model that matter here: its decoder, what is around that, what it attends by, and where its weights
+are."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
+
+
+def decoder_of(model) -> torch.nn.Module:
+    """The module whose forward takes ``past_key_values``: the decoder without its language-model head."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
+    return (
+        decoder
+        if isinstance(decoder, torch.nn.Module) and decoder is not model
+        else getattr(model, "base_model", model)
+    )
+
+
+def generators_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose ``generate`` runs this model's decoder: the model, or, in a wrapper such as PEFT's, the one
+    inside."""
+    decoder = decoder_of(model)
+    for module in model.modules():
+        if isinstance(module, GenerationMixin) and decoder_of(module) is decoder:
+            yield module
+
+
+def tells_positions(model) -> bool:
+    """Whether ``generate`` gives the decoder its positions; where it does not, the decoder counts for itself, padding
+    included (Whisper's)."""
+    asked = [decoder_of(model), *generators_of(model)]
+    return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
+
+
+def is_multimodal(model) -> bool:
+    """Whether prompts are to go through the model's own ``generate``: it sees to more than its decoder does."""
+    return hasattr(model, "generate") and model.config.get_text_config(decoder=True) is not model.config
+
+
+def placeholders(model) -> set[int]:
+    """The tokens in whose place embeddings of images, videos and sounds are put."""
+    ids = (value for name, value in vars(model.config).items() if _PLACEHOLDER.fullmatch(name))
+    return {value for value in ids if isinstance(value, int)} if is_multimodal(model) else set()
+
+
+def outer_of(model) -> torch.nn.Module | None:
+    """The module that calls a multimodal model's decoder; None for other models."""
+    decoder = decoder_of(model)
+    return (
+        next((module for module in model.modules() if decoder in module.children()), None)
+        if is_multimodal(model)
+        else None
+    )
+
+
+def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if (
+            isinstance(index, int)
+            and _REGISTRY in names_in_forward(module)
+            and not getattr(module, "is_cross_attention", False)
+        ):
+            yield index, module
+
+
+def attention_modules(model) -> dict[int, torch.nn.Module]:
+    """Layer index -> attention module that calls transformers' attention interface."""
+    modules: dict[int, torch.nn.Module] = {}
+    for index, module in attention_calls(decoder_of(model)):
+        modules.setdefault(index, module)  # self-attention stands before cross-attention
+    return modules
+
+
+def names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
+    """The global names that the code of its forward reads."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module takes its input: on its first weight's device or, where accelerate keeps weights on the CPU or on
+    disk (until their module is called they are on the device 'meta', without values), on the one where it is run.
+
+    Raises
+    ------
+    ValueError
+        If its weights have no values.
+    """
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    places = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks(part))
+    place = next((place for place in places if place is not None), None)
+    if place is None:
+        raise ValueError(
+            "the model is on the device 'meta', without values; expected one whose weights are loaded, or offloaded "
+            "by accelerate"
+        )
+    return torch.device(place)
+
+
+def stored(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A module's own weight of this name; if it is offloaded, from where it waits."""
+    if weight.device.type != "meta":
+        return weight
+    waiting = (getattr(hook, "weights_map", None) for hook in _hooks(module))
+    return next((weights[name] for weights in waiting if weights is not None and name in weights), weight)
+
+
+def _hooks(module: torch.nn.Module) -> list:
+    """accelerate's hooks of a module; several stand in one."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
