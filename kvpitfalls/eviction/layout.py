@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -296,11 +296,11 @@ class Split:
     def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """The one that needs no scores: the policy's as published, or that of fair shares."""
 
-        def make() -> Plan:
+        key = "plan", n_head, budgets
+        if (plan := self.made.get(key)) is None:
             whole = self.whole_plan(n_head, budgets)  # raises where there is no room
-            return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
-
-        return self.once(("plan", n_head, budgets), make)
+            plan = self.made[key] = whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+        return cast(Plan, plan)
 
     def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """A quota for each segment."""

@@ -1,7 +1,6 @@
 """What a policy needs of a layer beside its keys, and what of it was given."""
 
-from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 from ..numbers import is_whole
@@ -10,23 +9,11 @@ from .arrays import Array
 from .layer_inputs import LayerInputs
 from .layout import Layout
 
-_TYPES = ("float32", "float16", "bfloat16")
 MOST_LAYERS = 2**16  # far beyond any model: budgets are listed layer by layer
 
 
-@lru_cache(maxsize=64)
-def _dtype_name(dtype: Hashable) -> str:
-    """NumPy's or torch's; asked for three times a layer, and a name takes as long as all else that is asked."""
-    return str(getattr(dtype, "name", str(dtype).removeprefix("torch.")))
-
-
-def check_needed(policy: Policy, layer: LayerInputs) -> None:
-    """Raise, by name, for what is missing, or of a type that no scorer takes: torch would score any, rounded or not."""
-    for name, x in (("keys", layer.keys), ("queries", layer.queries), ("values", layer.values)):
-        if x is None or not hasattr(x, "dtype"):
-            continue  # the core refuses the latter
-        if (dtype := _dtype_name(x.dtype)) not in _TYPES:
-            raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
+def check_given(policy: Policy, layer: LayerInputs) -> None:
+    """Raise, by name, for what the policy needs and the layer does not give."""
     if policy.needs_queries and layer.queries is None:
         raise ValueError(
             f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"

@@ -28,12 +28,12 @@ from .allocation import (
     raised_at,
     raised_where,
 )
-from .arrays import A, Array, Int32, Table
+from .arrays import A, Array, Int32, Table, check_types
 from .budget import blend, check_budget, kept_tokens, raised_to
 from .fairness import AnyFair, Fair
 from .layer_inputs import LayerInputs
 from .layout import Layout, Plan, Protect, Spans, Split, plan_of
-from .needed import check_layer, check_needed, turns_of
+from .needed import check_given, check_layer, turns_of
 
 #: Per layer, the tokens that each row keeps: the same for all that happens to a batch of prompts.
 Budgets: TypeAlias = Sequence[tuple[int, ...]]
@@ -131,7 +131,8 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     fair, read_on = split.fair, layer.again is not None
     if layer.again is not None:
         layer = replace(layer, again=layer.again._replace(before=None if before is None else before.of_heads))
-    check_needed(policy, layer)
+    check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
+    check_given(policy, layer)
     scores = policy.score(Inputs.of(layer, **split.of_inputs))
     if scores.shape != layer.keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -170,7 +171,7 @@ def press(
     needs_scores = split.asks_scores or _is_over_rows(policy, split)
     if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or needs_scores:
         return None
-    check_needed(policy, layer)
+    check_given(policy, layer)
     if layer.values is None or (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
     plan = split.plan(layer.keys.shape[1], budgets[layer.layer])

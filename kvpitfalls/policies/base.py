@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -131,8 +131,8 @@ class Call(NamedTuple):
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A]:
         """Positions, and the kept rows of keys and values, which are arrays of one kind."""
-        keys, valid = cast(A, self.inputs.keys), self.inputs.valid_array
-        read = keys, values, self.queries, self.votes, valid, self.lse
+        keys: Any = self.inputs.keys
+        read = keys, values, self.queries, self.votes, self.inputs.valid_array, self.lse
         try:
             return ops.press_checked(self.scorer, *read, segments, quotas, protect, n_kept, self.params)
         except ValueError:
@@ -178,11 +178,11 @@ class Inputs(LayerInputs):
     def of(cls, layer: LayerInputs, **others: Any) -> "Inputs":
         """Of what a layer gives, and ``others``: the attributes of this class, and those of the layer that differ. Its
         fields are taken over, not checked again: they were when the layer was made, and every layer comes by."""
+        known = vars(layer) | others
+        if "valid_array" not in others:
+            known.pop("valid_array", None)  # follows from ``valid``
         made = object.__new__(cls)
-        known = vars(made)
-        known.update(vars(layer))
-        known.pop("valid_array", None)  # follows from ``valid``
-        known.update(others)
+        made.__dict__ = known
         return made
 
     @property
