@@ -269,36 +269,6 @@ def test_the_words_of_another_library_are_kept_as_the_cause():
     assert caught.value.__cause__.__traceback__ is not None
 
 
-class Older:
-    """A tensor of a torch from before 2.10, which knows all but the exchange table."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __getattr__(self, name):
-        return getattr(self.tensor, name)
-
-
-@pytest.mark.parametrize("lend", [lambda x: x, Older], ids=["exchange table", "capsule"])
-def test_what_dlpack_does_not_tell_of_torchs_tensors_is_asked_for(lend):
-    """Autograd, signs that are still to be turned, and memory that was freed."""
-    turned = torch.conj(torch.complex(torch.zeros(B, H, T, D), torch.randn(B, H, T, D))).imag
-    followed = torch.randn(B, H, T, D).requires_grad_()
-    positions, (keys, values) = np.zeros((B, H, 1), np.int32), np.empty((2, B, H, 1, D), np.float32)
-    assert turned.is_neg()
-    _core.gather(lend(turned), lend(followed), positions, keys, values, 1)
-    assert np.array_equal(keys, turned.resolve_neg()[:, :, :1]) and np.array_equal(values, followed[:, :, :1].detach())
-    shrunk = torch.randn(B, H, T, D)
-    part = shrunk[1:, 1:, ::2]
-    needed = 4 * (B * H * T * D - D)  # the last row is left out
-    for n_byte in (needed - 4, 0):
-        shrunk.untyped_storage().resize_(n_byte)
-        with pytest.raises(ValueError, match=f"^keys has storage of {n_byte} bytes; expected at least {needed}: its "):
-            norm(lend(part))
-    shrunk.untyped_storage().resize_(needed)
-    norm(lend(part))
-
-
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="this NumPy lends out no read-only array")
 def test_capsules_that_are_read_only_are_no_outputs():
     with pytest.raises(ValueError, match="scores is read-only; expected an array that can be written to"):

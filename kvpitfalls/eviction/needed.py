@@ -6,34 +6,9 @@ from typing import Any
 from ..numbers import is_whole
 from ..policies import Again, Policy
 from .arrays import Array
-from .layer_inputs import LayerInputs
 from .layout import Layout
 
 MOST_LAYERS = 2**16  # far beyond any model: budgets are listed layer by layer
-
-
-def check_given(policy: Policy, layer: LayerInputs) -> None:
-    """Raise, by name, for what the policy needs and the layer does not give."""
-    if policy.needs_queries and layer.queries is None:
-        raise ValueError(
-            f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
-        )
-    if policy.needs_values and layer.values is None:
-        raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    if policy.needs_rotary and layer.rotary is None:
-        raise ValueError(
-            f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
-            "kvpitfalls.Rotary()"
-        )
-    if policy.needs_output and layer.output is None:
-        raise ValueError(
-            f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
-        )
-    if policy.needs_again and layer.again is None:
-        raise ValueError(
-            f"again is None; policy {policy.name!r} judges by what the model reads after the prompt and needs the "
-            "queries and keys of that, one pair a forward"
-        )
 
 
 def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequence[Again]:

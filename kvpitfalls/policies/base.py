@@ -370,6 +370,29 @@ class Policy:
             "settings"
         )
 
+    def check_given(self, layer: LayerInputs) -> None:
+        """Raise, by name, for what it needs and the layer does not give."""
+        if self.needs_queries and layer.queries is None:
+            raise ValueError(
+                f"queries is None; policy {self.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
+            )
+        if self.needs_values and layer.values is None:
+            raise ValueError(f"values is None; policy {self.name!r} scores by them and needs values (B, H, T, Dv)")
+        if self.needs_rotary and layer.rotary is None:
+            raise ValueError(
+                f"rotary is None; policy {self.name!r} undoes it and needs the rotary embedding, such as "
+                "kvpitfalls.Rotary()"
+            )
+        if self.needs_output and layer.output is None:
+            raise ValueError(
+                f"output is None; policy {self.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
+            )
+        if self.needs_again and layer.again is None:
+            raise ValueError(
+                f"again is None; policy {self.name!r} judges by what the model reads after the prompt and needs the "
+                "queries and keys of that, one pair a forward"
+            )
+
     def always(self, n_token: int) -> int:
         """How many of a row's ``n_token`` tokens it keeps before any that it judges."""
         return 0
