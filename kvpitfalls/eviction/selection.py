@@ -171,7 +171,7 @@ def press(
     policy.check_given(layer)
     if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
-    return Pressed(*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan)
+    return Pressed._make((*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan))
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:
