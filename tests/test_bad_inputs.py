@@ -16,7 +16,7 @@ import torch
 from bad_inputs import KEYS, QUERIES, SCORES, place
 
 import kvpitfalls as kvp
-from kvpitfalls import cli, ops, reference
+from kvpitfalls import _core, cli, ops, reference
 
 ROWS = [
     pytest.param(*row, id=f"{name.lower()}-{i}-{row[2][:40]}")
@@ -231,3 +231,34 @@ def test_a_tensor_without_its_memory_is_refused():
         re.match(r"(keys|scores) has storage of (0|100) bytes; expected at least \d+: its memory was freed", m)
         for m in found
     )
+
+
+class Older:
+    """A tensor of a torch from before 2.10, which knows all but the exchange table."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
+@pytest.mark.parametrize("lend", [lambda x: x, Older], ids=["exchange table", "capsule"])
+def test_what_dlpack_does_not_tell_of_torchs_tensors_is_asked_for(lend):
+    """Autograd, signs that are still to be turned, and memory that was freed."""
+    shape = n_row, n_head, n_token, n_dim = 2, 3, 40, 8
+    turned = torch.conj(torch.complex(torch.zeros(shape), torch.randn(shape))).imag
+    followed = torch.randn(shape).requires_grad_()
+    positions, (keys, values) = np.zeros((n_row, n_head, 1), np.int32), np.empty((2, n_row, n_head, 1, n_dim), "f4")
+    assert turned.is_neg()
+    _core.gather(lend(turned), lend(followed), positions, keys, values, 1)
+    assert np.array_equal(keys, turned.resolve_neg()[:, :, :1]) and np.array_equal(values, followed[:, :, :1].detach())
+    shrunk, scores = torch.randn(shape), np.empty((1, 2, n_token // 2), np.float32)
+    part = shrunk[1:, 1:, ::2]
+    needed = 4 * (shrunk.numel() - n_dim)  # the last row is left out
+    for n_byte in (needed - 4, 0):
+        shrunk.untyped_storage().resize_(n_byte)
+        with pytest.raises(ValueError, match=f"^keys has storage of {n_byte} bytes; expected at least {needed}: its "):
+            _core.score("norm", lend(part), *[None] * 5, scores, None, None, 1)
+    shrunk.untyped_storage().resize_(needed)
+    _core.score("norm", lend(part), *[None] * 5, scores, None, None, 1)

@@ -60,8 +60,7 @@ static size_t (*const score_workspace_table[KVPI_SCORER_COUNT])(const kvp_score_
 };
 
 static kvp_status press_there(const press_args *args, kvp_context *ctx) {
-    KVPI_TRY(score_table[args->score->scorer](args->score, ctx));
-    return kvpi_evict_cuda(args->select, args->gather, ctx);
+    return kvpi_press_cuda(args->score, args->select, args->gather, score_table[args->score->scorer], ctx);
 }
 
 static kvp_status press(const kvp_score_args *score, const kvp_select_args *select, const kvp_gather_args *gather,

@@ -42,24 +42,24 @@ static press_parts split_press(const kvp_press_args *a) {
     return p;
 }
 
-static size_t table_bytes_of(kvp_verb verb, const void *args) {
-    if (verb != KVP_PRESS) return kvpi_table_bytes(verb, args);
-    const press_parts p = split_press(args);
-    return kvpi_table_bytes(KVP_SCORE, &p.score) + kvpi_table_bytes(KVP_SELECT, &p.select);
+static size_t press_table_bytes(const press_parts *p) {
+    return kvpi_table_bytes(KVP_SCORE, &p->score) + kvpi_table_bytes(KVP_SELECT, &p->select);
+}
+
+static size_t press_bytes(const kvp_backend *backend, const press_parts *p, int32_t n_worker) {
+    const size_t score = backend->workspace(KVP_SCORE, &p->score, n_worker),
+                 select = backend->workspace(KVP_SELECT, &p->select, n_worker);
+    const size_t gather = backend->workspace(KVP_GATHER, &p->gather, n_worker), two = score > select ? score : select;
+    return press_table_bytes(p) + p->score_bytes + (two > gather ? two : gather);
 }
 
 static size_t workspace_of(const kvp_backend *backend, kvp_verb verb, const void *args, int32_t n_worker) {
-    if (verb != KVP_PRESS) return table_bytes_of(verb, args) + backend->workspace(verb, args, n_worker);
+    if (verb != KVP_PRESS) return kvpi_table_bytes(verb, args) + backend->workspace(verb, args, n_worker);
     const press_parts p = split_press(args);
-    const size_t score = backend->workspace(KVP_SCORE, &p.score, n_worker),
-                 select = backend->workspace(KVP_SELECT, &p.select, n_worker);
-    const size_t gather = backend->workspace(KVP_GATHER, &p.gather, n_worker), two = score > select ? score : select;
-    return table_bytes_of(verb, args) + p.score_bytes + (two > gather ? two : gather);
+    return press_bytes(backend, &p, n_worker);
 }
 
-static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
-    KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
-    const size_t need = workspace_of(backend, verb, args, kvpi_worker_count(ctx));
+static kvp_status check_bytes(size_t need, kvp_context *ctx) {
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -70,6 +70,11 @@ static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, con
                          "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
                          (int)((uintptr_t)ctx->workspace % 64u));
     return KVP_OK;
+}
+
+static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
+    KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
+    return check_bytes(workspace_of(backend, verb, args, kvpi_worker_count(ctx)), ctx);
 }
 
 /* The workspace without the tables at its front, for as long as the backend is at work. */
@@ -175,9 +180,10 @@ kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx) {
     KVPI_TRY(kvpi_check_press(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
     KVPI_TRY(find_scorer(backend, args->scorer, ctx));
-    KVPI_TRY(check_workspace(backend, KVP_PRESS, args, ctx));
+    KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
     press_parts p = split_press(args);
-    const size_t of_score = kvpi_table_bytes(KVP_SCORE, &p.score), bytes = table_bytes_of(KVP_PRESS, args);
+    KVPI_TRY(check_bytes(press_bytes(backend, &p, kvpi_worker_count(ctx)), ctx));
+    const size_t of_score = kvpi_table_bytes(KVP_SCORE, &p.score), bytes = press_table_bytes(&p);
     kvpi_copy_score_tables(&p.score, ctx->workspace);
     kvpi_copy_select_tables(&p.select, (char *)ctx->workspace + of_score);
     KVPI_TRY(check_score_values(&p.score, ctx));

@@ -10,7 +10,10 @@
 kvp_status kvpi_gather_cpu(const kvp_gather_args *args, kvp_context *ctx);
 kvp_status kvpi_gather_cuda(const kvp_gather_args *args, kvp_context *ctx);
 
-/* press.cu: selection and gathering of what is selected, by one kernel where that is faster. */
-kvp_status kvpi_evict_cuda(const kvp_select_args *select, const kvp_gather_args *gather, kvp_context *ctx);
+/* press.cu: selection and gathering of what is selected, by one kernel where that is faster; scores that it can make as
+ * it selects are not written. */
+typedef kvp_status kvpi_score_fn(const kvp_score_args *args, kvp_context *ctx);
+kvp_status kvpi_press_cuda(const kvp_score_args *score, const kvp_select_args *select, const kvp_gather_args *gather,
+                           kvpi_score_fn *write_scores, kvp_context *ctx);
 
 #endif

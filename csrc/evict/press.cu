@@ -5,6 +5,7 @@
  * it for all; then each copies its share of what is kept. Many rows, or long ones, fare better by topk.cu and
  * gather.cu, whose result this is, since the arithmetic is theirs.
  */
+#include "../score/made.cuh"
 #include "../select/held.cuh"
 #include "gather.cuh"
 
@@ -14,6 +15,7 @@ enum { IN_FLIGHT = 4, FEWEST_BLOCKS = 4, MOST_BLOCKS = 16, LONGEST = 512 };
 
 typedef struct press_job {
     select_job select;
+    kvpg_made made; /* where scores are not in memory */
     copy copies[2];
     int n_block, n_share; /* blocks of a row, and kept rows of each */
 } press_job;
@@ -40,7 +42,8 @@ __device__ __forceinline__ void copy_share(const press_job &j, const problem &p,
         kvpg_copy_rows<LANES, IN_FLIGHT>(c, p.b, p.h, i, n_group, last, [&](int at) { return kept[at - first]; });
 }
 
-template <int LANES, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
+/* MADE: the scores follow from places, and are nowhere in memory. */
+template <int LANES, int N_HELD, bool MADE> __global__ void __launch_bounds__(THREADS, 1)
     select_and_copy(const __grid_constant__ press_job j) {
     extern __shared__ int kept[];
     __shared__ __align__(16) histogram h[DIGITS];
@@ -50,10 +53,19 @@ template <int LANES, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
     for (int i = threadIdx.x; i < j.n_share; i += THREADS) kept[i] = -1;
     kvpg_follow();
     problem p = start_row(s, blockIdx.x / j.n_block);
+    const kvpg_numbers table = kvpg_table_row(s.table, p.b);
+    const int begin = table[VALID_BEGIN];
+    const uint64_t head = MADE ? kvpg_start_scores<THREADS>(j.made, p.b, p.h, begin, table[VALID_END]) : 0;
     for (int segment = 0; segment < s.n_segment; segment++) { /* all are counted, those with a part in the share read */
         go_on(s, segment, p);
         if (p.quota == 0 || p.offset >= last || p.offset + p.quota <= first) continue;
-        select_segment<1, N_HELD>(s, p, h, scores_in_memory(s, p), to_share{kept, p.offset, first, last});
+        const to_share share = {kept, p.offset, first, last};
+        if constexpr (MADE)
+            select_segment<1, N_HELD>(
+                s, p, h, [&](int i) { return __float_as_uint(kvpg_make_score(j.made, head, begin, p.begin + i)); },
+                share);
+        else
+            select_segment<1, N_HELD>(s, p, h, scores_in_memory(s, p), share);
         if (segment + 1 == s.n_segment) break;
         __syncthreads();
         clear(h);
@@ -68,35 +80,44 @@ template <int LANES, int N_HELD> __global__ void __launch_bounds__(THREADS, 1)
 
 typedef void (*press_kernel)(press_job);
 
-template <int LANES> static press_kernel kernel_for(int64_t longest) {
-    return longest <= THREADS       ? select_and_copy<LANES, 1>
-           : longest <= 2 * THREADS ? select_and_copy<LANES, 2>
-           : longest <= 4 * THREADS ? select_and_copy<LANES, 4>
-                                    : select_and_copy<LANES, 8>;
+template <int LANES, bool MADE> static press_kernel kernel_for(int64_t longest) {
+    return longest <= THREADS       ? select_and_copy<LANES, 1, MADE>
+           : longest <= 2 * THREADS ? select_and_copy<LANES, 2, MADE>
+           : longest <= 4 * THREADS ? select_and_copy<LANES, 4, MADE>
+                                    : select_and_copy<LANES, 8, MADE>;
 }
 
-extern "C" kvp_status kvpi_evict_cuda(const kvp_select_args *select, const kvp_gather_args *gather, kvp_context *ctx) {
+template <bool MADE> static press_kernel kernel_of(int n_unit, int64_t longest) {
+    return n_unit <= 8    ? kernel_for<8, MADE>(longest)
+           : n_unit <= 16 ? kernel_for<16, MADE>(longest)
+                          : kernel_for<32, MADE>(longest);
+}
+
+extern "C" kvp_status kvpi_press_cuda(const kvp_score_args *score, const kvp_select_args *select,
+                                      const kvp_gather_args *gather, kvpi_score_fn *write_scores, kvp_context *ctx) {
     const int64_t n_row = gather->keys.shape[0] * gather->keys.shape[1],
                   longer = max(gather->keys.shape[2], gather->positions.shape[2]); /* the cache, or its padded copy */
+    const bool is_made = kvpg_is_made(score->scorer);
     int n_sm;
     KVPG_TRY("count its multiprocessors",
              cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, gather->keys.device_index));
     const int n_block = min((int)(n_sm / n_row), (int)MOST_BLOCKS);
-    if (n_block < FEWEST_BLOCKS || longer > n_block * LONGEST || !kvpg_is_wide(gather)) {
+    const bool is_apart = n_block < FEWEST_BLOCKS || longer > n_block * LONGEST || !kvpg_is_wide(gather);
+    if (is_apart || !is_made) KVPI_TRY(write_scores(score, ctx));
+    if (is_apart) {
         KVPI_TRY(kvpi_select_cuda(select, ctx));
         return kvpi_gather_cuda(gather, ctx);
     }
     press_job j;
     int64_t longest;
     KVPI_TRY(kvpg_make_select_job(select, ctx, &j.select, &longest));
+    if (is_made) j.made = kvpg_make_scores(score);
     j.copies[0] = kvpg_make_copy(&gather->keys, &gather->out_keys, 16);
     j.copies[1] = kvpg_make_copy(&gather->values, &gather->out_values, 16);
     j.n_block = n_block;
     j.n_share = (int)kvpg_ceil_div(j.select.n_kept, j.n_block);
     const int n_unit = max(j.copies[0].n_unit, j.copies[1].n_unit);
-    const press_kernel kernel = n_unit <= 8    ? kernel_for<8>(longest)
-                                : n_unit <= 16 ? kernel_for<16>(longest)
-                                               : kernel_for<32>(longest);
+    const press_kernel kernel = is_made ? kernel_of<true>(n_unit, longest) : kernel_of<false>(n_unit, longest);
     return kvpg_launch("select_and_copy", ctx, kernel, {n_row * j.n_block, 1}, THREADS, 1,
                        (size_t)j.n_share * sizeof(int), j);
 }

@@ -13,9 +13,24 @@
 
 #include <stdbool.h>
 
+/* What is asked of tensors, as strings that are made once. */
+typedef enum kvpb_name {
+    KVPB_EXCHANGE_API,
+    KVPB_DLPACK,
+    KVPB_DLPACK_DEVICE,
+    KVPB_IS_NEG,
+    KVPB_RESOLVE_NEG,
+    KVPB_REQUIRES_GRAD,
+    KVPB_DETACH,
+    KVPB_UNTYPED_STORAGE,
+    KVPB_NBYTES,
+    KVPB_STORAGE_OFFSET,
+    KVPB_NAMES
+} kvpb_name;
+
 typedef struct kvpb_state {
     PyObject *device_error, *cuda_error; /* classes of kvpitfalls.errors */
-    PyObject *exchange_api_name, *dlpack_name, *dlpack_device_name;
+    PyObject *names[KVPB_NAMES];         /* by kvpb_name */
 } kvpb_state;
 
 /* What _cuda finds in _core, as a capsule under this attribute. */
@@ -45,12 +60,13 @@ typedef struct kvpb_slot {
 
 /*
  * What the views of one call rest on. NumPy arrays and exchange-API views borrow from the caller's argument, which
- * outlives the call; only __dlpack__ hands out something to give back: its capsule, whose destructor frees the view.
+ * outlives the call. To be given back is what was made for the call: the capsule of __dlpack__, whose destructor frees
+ * the view, and torch's tensors without what DLPack does not tell (view.c).
  */
-enum { KVPB_MAX_CAPSULE = 16 };
+enum { KVPB_MAX_HELD = 48 }; /* three for each tensor of a verb */
 typedef struct kvpb_loans {
-    PyObject *capsule[KVPB_MAX_CAPSULE];
-    int32_t n_capsule;
+    PyObject *held[KVPB_MAX_HELD];
+    int32_t n_held;
     void *stream; /* the producer's current CUDA stream; NULL on the CPU, and the default stream for __dlpack__ capsules
                    */
     bool has_stream,
@@ -67,6 +83,7 @@ typedef struct kvpb_dl_type {
 extern const kvpb_dl_type kvpb_dl_types[]; /* by dtype */
 struct kvpb_dl_api;
 struct kvpb_dl_tensor;
+struct kvpb_dl_versioned;
 int kvpb_view_dlpack(const kvpb_slot *slot, const struct kvpb_dl_tensor *dl, kvp_tensor *tensor);
 int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object,
                            const struct kvpb_dl_api **api); /* *api NULL: there is none of use */
@@ -80,6 +97,10 @@ typedef struct kvpb_new {
 } kvpb_new;
 PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
                     kvp_tensor *tensor);
+/* Bytes beside an array that is not NumPy's, for the length of a call: no array is made of them. */
+struct kvpb_dl_versioned *kvpb_make_scratch(const kvpb_state *state, size_t bytes, PyObject *like,
+                                            const kvp_tensor *view, kvp_tensor *tensor);
+void kvpb_free_scratch(struct kvpb_dl_versioned *scratch); /* may be NULL */
 
 /* error.c: each sets an exception. kvpb_raise, for a status that is not KVP_OK, returns NULL so that callers can return
  * it. */

@@ -182,6 +182,19 @@ static int add_registry(PyObject *module) {
     return failed ? -1 : 0;
 }
 
+static const char *const names[KVPB_NAMES] = {
+    [KVPB_EXCHANGE_API] = "__dlpack_c_exchange_api__",
+    [KVPB_DLPACK] = "__dlpack__",
+    [KVPB_DLPACK_DEVICE] = "__dlpack_device__",
+    [KVPB_IS_NEG] = "is_neg",
+    [KVPB_RESOLVE_NEG] = "resolve_neg",
+    [KVPB_REQUIRES_GRAD] = "requires_grad",
+    [KVPB_DETACH] = "detach",
+    [KVPB_UNTYPED_STORAGE] = "untyped_storage",
+    [KVPB_NBYTES] = "nbytes",
+    [KVPB_STORAGE_OFFSET] = "storage_offset",
+};
+
 /* On failure the interpreter drops the module, and free_module what the state already holds. */
 static int fill_module(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
@@ -198,9 +211,8 @@ static int fill_module(PyObject *module) {
         PyErr_NoMemory();
         return -1;
     }
-    if (!(state->exchange_api_name = PyUnicode_InternFromString("__dlpack_c_exchange_api__"))) return -1;
-    if (!(state->dlpack_name = PyUnicode_InternFromString("__dlpack__"))) return -1;
-    if (!(state->dlpack_device_name = PyUnicode_InternFromString("__dlpack_device__"))) return -1;
+    for (int i = 0; i < KVPB_NAMES; i++)
+        if (!(state->names[i] = PyUnicode_InternFromString(names[i]))) return -1;
     if (add_registry(module) < 0) return -1;
     PyObject *errors = PyImport_ImportModule("kvpitfalls.errors");
     if (!errors) return -1;
@@ -214,9 +226,7 @@ static int visit_state(PyObject *module, visitproc visit, void *arg) {
     kvpb_state *state = PyModule_GetState(module);
     Py_VISIT(state->device_error);
     Py_VISIT(state->cuda_error);
-    Py_VISIT(state->exchange_api_name);
-    Py_VISIT(state->dlpack_name);
-    Py_VISIT(state->dlpack_device_name);
+    for (int i = 0; i < KVPB_NAMES; i++) Py_VISIT(state->names[i]);
     return 0;
 }
 
@@ -224,9 +234,7 @@ static int clear_state(PyObject *module) {
     kvpb_state *state = PyModule_GetState(module);
     Py_CLEAR(state->device_error);
     Py_CLEAR(state->cuda_error);
-    Py_CLEAR(state->exchange_api_name);
-    Py_CLEAR(state->dlpack_name);
-    Py_CLEAR(state->dlpack_device_name);
+    for (int i = 0; i < KVPB_NAMES; i++) Py_CLEAR(state->names[i]);
     return 0;
 }
 

@@ -50,8 +50,9 @@ static void set_error(void *context, const char *kind, const char *message) {
         PyErr_SetString(kind && strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError, message);
 }
 
-static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like,
-                                 kvp_tensor *tensor) {
+/* Memory of the library's own, and its view; NULL with an exception set. */
+static kvpb_dl_versioned *allocate(const kvpb_new *wanted, const kvpb_dl_api *api, const kvp_tensor *like,
+                                   kvp_tensor *tensor) {
     int64_t shape[4];
     memcpy(shape, wanted->shape, sizeof shape);
     const kvpb_dl_tensor prototype = {.device_type = like->device,
@@ -62,33 +63,48 @@ static PyObject *new_by_exchange(const kvpb_new *wanted, const kvpb_dl_api *api,
                                       .type_lanes = 1,
                                       .shape = shape};
     kvpb_dl_versioned *managed = NULL;
-    void *object = NULL;
     if (api->allocate(&prototype, &managed, NULL, set_error) != 0 || !managed) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return NULL;
     }
-    if (kvpb_view_dlpack(&(kvpb_slot){.name = wanted->name, .dtypes = "one of the core's"}, &managed->tensor, tensor) <
-        0) {
-        if (managed->deleter) managed->deleter(managed);
-        return NULL;
-    }
-    return api->import_managed(managed, &object) == 0 ? object : NULL;
+    const kvpb_slot slot = {.name = wanted->name, .dtypes = "one of the core's"};
+    if (kvpb_view_dlpack(&slot, &managed->tensor, tensor) == 0) return managed;
+    kvpb_free_scratch(managed);
+    return NULL;
+}
+
+static int find_allocator(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvpb_dl_api **api) {
+    if (kvpb_find_exchange_api(state, like, api) < 0) return -1;
+    if (*api && (*api)->allocate && (*api)->import_managed) return 0;
+    PyErr_Format(PyExc_TypeError,
+                 "%s cannot be made by the library of the given arrays; expected NumPy's, or torch's from 2.10",
+                 wanted->name);
+    return -1;
+}
+
+kvpb_dl_versioned *kvpb_make_scratch(const kvpb_state *state, size_t bytes, PyObject *like, const kvp_tensor *view,
+                                     kvp_tensor *tensor) {
+    const kvpb_new wanted = {"the scratch", KVP_U8, 1, {(int64_t)bytes}};
+    const kvpb_dl_api *api;
+    return find_allocator(state, &wanted, like, &api) < 0 ? NULL : allocate(&wanted, api, view, tensor);
+}
+
+void kvpb_free_scratch(kvpb_dl_versioned *managed) {
+    if (managed && managed->deleter) managed->deleter(managed);
 }
 
 PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
                     kvp_tensor *tensor) {
-    const kvpb_dl_api *api;
     if (!PyArray_Check(like)) {
-        if (kvpb_find_exchange_api(state, like, &api) < 0) return NULL;
-        if (api && api->allocate && api->import_managed) return new_by_exchange(wanted, api, view, tensor);
-        PyErr_Format(PyExc_TypeError,
-                     "%s cannot be made by the library of the given arrays; expected NumPy's, or torch's from 2.10",
-                     wanted->name);
-        return NULL;
+        const kvpb_dl_api *api;
+        if (find_allocator(state, wanted, like, &api) < 0) return NULL;
+        kvpb_dl_versioned *managed = allocate(wanted, api, view, tensor);
+        void *object = NULL;
+        return managed && api->import_managed(managed, &object) == 0 ? object : NULL;
     }
     PyObject *array = new_numpy(wanted, (PyArrayObject *)like);
     if (!array) return NULL;
-    kvpb_loans none = {.n_capsule = 0};
+    kvpb_loans none = {.n_held = 0};
     const kvpb_slot slot = {wanted->name, "one of the core's", 0, KVPB_OUTPUT};
     if (kvpb_view(state, &slot, array, tensor, &none) == 0) return array;
     Py_DECREF(array);

@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* More threads than any machine has would make OpenMP end the process. */
-enum { MAX_WORKER = 1024, MAX_TENSOR = KVPB_MAX_CAPSULE - 1 };
+enum { MAX_WORKER = 1024, MAX_TENSOR = KVPB_MAX_HELD / 3 - 1 };
 
 #define KVP_FLOAT(constant, name, kind, bits)
 #define KVP_DTYPE KVP_FLOAT
@@ -284,7 +284,7 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
                            PyObject *workspace, PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
-    kvpb_loans loans = {.n_capsule = 0};
+    kvpb_loans loans = {.n_held = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
     void *owned = NULL; /* host memory: scratch of a CPU, or tables of a GPU's call */
     PyObject *result = NULL;
@@ -310,7 +310,7 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
 static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects,
                                 PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
-    kvpb_loans loans = {.n_capsule = 0};
+    kvpb_loans loans = {.n_held = 0};
     PyObject *result = NULL;
     kvp_context ctx = {.n_worker = 1};
     if (read_n_worker(n_worker, &ctx.n_worker) == 0 && read_tensors(state, spec, objects, args, &loans) == 0) {
@@ -418,13 +418,11 @@ static int make_press_outputs(const kvpb_state *state, PyObject *const *objects,
     return 0;
 }
 
-/* Scratch of the arrays' library, to be held for the length of the call. */
 static int make_press_scratch(const kvpb_state *state, PyObject *like, const kvp_tensor *keys, size_t bytes,
-                              kvp_context *ctx, PyObject **held) {
+                              kvp_context *ctx, struct kvpb_dl_versioned **scratch) {
     kvp_tensor buffer;
-    const kvpb_new wanted = {"the scratch", KVP_U8, 1, {(int64_t)bytes}};
     if (bytes == 0) return 0;
-    if (!(*held = kvpb_make(state, &wanted, like, keys, &buffer))) return -1;
+    if (!(*scratch = kvpb_make_scratch(state, bytes, like, keys, &buffer))) return -1;
     ctx->workspace = buffer.data;
     ctx->workspace_bytes = bytes;
     return 0;
@@ -440,20 +438,21 @@ static int read_n_kept(PyObject *object, int64_t *n_kept) {
 
 /* What a press needs beside its arguments, as call_verb sees to it; the scratch of a GPU is made here. */
 static int prepare_press(const kvpb_state *state, PyObject *like, verb_args *args, kvp_context *ctx, void **owned,
-                         PyObject **held) {
+                         struct kvpb_dl_versioned **scratch) {
     size_t bytes;
     if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK) return 0;
     if (args->press.keys.device == KVP_CPU) return make_workspace(bytes, ctx, owned);
     if (own_tables(&press_spec, args, owned) < 0) return -1;
-    return make_press_scratch(state, like, &args->press.keys, bytes, ctx, held);
+    return make_press_scratch(state, like, &args->press.keys, bytes, ctx, scratch);
 }
 
 PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     const kvpb_state *state = PyModule_GetState(module);
     verb_args args = {.press = {.size = sizeof(kvp_press_args)}};
-    kvpb_loans loans = {.n_capsule = 0};
+    kvpb_loans loans = {.n_held = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    PyObject *out[PRESS_OUTPUTS] = {NULL}, *held = NULL, *result = NULL;
+    PyObject *out[PRESS_OUTPUTS] = {NULL}, *result = NULL;
+    struct kvpb_dl_versioned *scratch = NULL;
     void *owned = NULL;
     int64_t n_kept;
     if (kvpb_check_count("press", n_object, 13) < 0 || read_scorer(objects[0], &args.press.scorer) < 0 ||
@@ -462,7 +461,7 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
         return NULL;
     if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
         make_press_outputs(state, objects + 1, n_kept, &args.press, out) == 0 &&
-        prepare_press(state, objects[1], &args, &ctx, &owned, &held) == 0) {
+        prepare_press(state, objects[1], &args, &ctx, &owned, &scratch) == 0) {
         kvp_status status;
         ctx.stream = loans.stream;
         Py_BEGIN_ALLOW_THREADS status = kvp_press(&args.press, &ctx);
@@ -470,7 +469,7 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
             status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2]) : kvpb_raise(state, status, &ctx);
     }
     for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
-    Py_XDECREF(held);
+    kvpb_free_scratch(scratch);
     PyMem_Free(owned);
     kvpb_return_loans(&loans);
     return result;

@@ -161,7 +161,7 @@ int kvpb_view_dlpack(const kvpb_slot *slot, const kvpb_dl_tensor *dl, kvp_tensor
 /* 0 with *api NULL: the type has none that can be used. */
 int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const kvpb_dl_api **api) {
     *api = NULL;
-    PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->exchange_api_name);
+    PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->names[KVPB_EXCHANGE_API]);
     if (!capsule) {
         if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
         PyErr_Clear();
@@ -175,14 +175,96 @@ int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object, const kvpb
     return 0;
 }
 
-static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject *object, kvp_tensor *tensor,
-                         kvpb_loans *loans) {
+static int hold(kvpb_loans *loans, PyObject *object) {
+    if (loans->n_held < KVPB_MAX_HELD) {
+        loans->held[loans->n_held++] = object;
+        return 0;
+    }
+    Py_DECREF(object);
+    PyErr_SetString(PyExc_SystemError, "a verb has more tensors than kvpb_loans has room for");
+    return -1;
+}
+
+/*
+ * What torch's tensors have beside memory and shape, and DLPack does not tell, is asked by torch's names for it. A
+ * library that does not know the names has nothing of the kind: 0 then, and -1 with an exception set for all else.
+ */
+static int ask(const kvpb_state *state, PyObject *object, kvpb_name name, PyObject **answer) {
+    *answer = PyObject_CallMethodObjArgs(object, state->names[name], NULL);
+    if (*answer) return 1;
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+static int ask_number(const kvpb_state *state, PyObject *object, kvpb_name name, int64_t *number) {
+    PyObject *answer;
+    const int told = ask(state, object, name, &answer);
+    if (told < 1) return told;
+    *number = PyLong_AsLongLong(answer);
+    Py_DECREF(answer);
+    return *number == -1 && PyErr_Occurred() ? -1 : 1;
+}
+
+/* A tensor that autograd follows becomes one that it does not: __dlpack__ refuses the former. *object: borrowed. */
+static int leave_autograd(const kvpb_state *state, PyObject **object, kvpb_loans *loans) {
+    PyObject *answer = PyObject_GetAttr(*object, state->names[KVPB_REQUIRES_GRAD]);
+    if (!answer) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    const int is_followed = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (is_followed < 1) return is_followed;
+    const int told = ask(state, *object, KVPB_DETACH, &answer);
+    if (told < 1) return told;
+    *object = answer;
+    return hold(loans, answer);
+}
+
+/* A tensor whose numbers are still to be turned from plus to minus becomes one where they are. *object: borrowed. */
+static int turn_signs(const kvpb_state *state, PyObject **object, kvpb_loans *loans) {
+    PyObject *answer;
+    int told = ask(state, *object, KVPB_IS_NEG, &answer);
+    if (told < 1) return told;
+    const int is_negative = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (is_negative < 1) return is_negative;
+    if ((told = ask(state, *object, KVPB_RESOLVE_NEG, &answer)) < 1) return told;
+    *object = answer;
+    return hold(loans, answer);
+}
+
+/* Memory that was freed, or shrunk, behind a tensor whose shape stayed, as sharding does. */
+static int check_storage(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, const kvpb_dl_tensor *dl) {
+    int64_t last = 0, n_byte = 0, offset = 0;
+    PyObject *storage;
+    for (int64_t d = dl->ndim - 1, compact = 1; d >= 0; compact *= dl->shape[d--]) {
+        if (dl->shape[d] == 0) return 0;
+        last += (dl->shape[d] - 1) * (dl->strides ? dl->strides[d] : compact);
+    }
+    int told = ask(state, object, KVPB_UNTYPED_STORAGE, &storage);
+    if (told < 1) return told;
+    told = ask_number(state, storage, KVPB_NBYTES, &n_byte);
+    Py_DECREF(storage);
+    if (told < 1 || (told = ask_number(state, object, KVPB_STORAGE_OFFSET, &offset)) < 1) return told;
+    const int64_t needed = (offset + last + 1) * dl->type_bits / 8;
+    if (n_byte >= needed) return 0;
+    PyErr_Format(PyExc_ValueError, "%s has storage of %lld bytes; expected at least %lld: its memory was freed",
+                 slot->name, (long long)n_byte, (long long)needed);
+    return -1;
+}
+
+static int view_exchange(const kvpb_state *state, const kvpb_slot *slot, const kvpb_dl_api *api, PyObject *object,
+                         kvp_tensor *tensor, kvpb_loans *loans) {
     kvpb_dl_tensor dl;
+    if (slot->kind != KVPB_OUTPUT && turn_signs(state, &object, loans) < 0) return -1;
     if (api->borrow(object, &dl) != 0) {
         refuse_borrow(slot);
         return -1;
     }
-    if (kvpb_view_dlpack(slot, &dl, tensor) < 0) return -1;
+    if (check_storage(state, slot, object, &dl) < 0 || kvpb_view_dlpack(slot, &dl, tensor) < 0) return -1;
     if (tensor->device != KVP_CUDA) return 0;
     if (api->current_stream(dl.device_type, dl.device_index, &loans->stream) != 0) return -1;
     loans->has_stream = true;
@@ -201,7 +283,7 @@ static int view_exchange(const kvpb_slot *slot, const kvpb_dl_api *api, PyObject
  * stream.
  */
 static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *keywords, kvpb_loans *loans) {
-    PyObject *pair = PyObject_CallMethodObjArgs(object, state->dlpack_device_name, NULL);
+    PyObject *pair = PyObject_CallMethodObjArgs(object, state->names[KVPB_DLPACK_DEVICE], NULL);
     PyObject *device = pair ? PySequence_GetItem(pair, 0) : NULL;
     const long number = device ? PyLong_AsLong(device) : -1;
     PyObject *stream = number != KVP_CUDA ? NULL
@@ -217,7 +299,7 @@ static int choose_stream(const kvpb_state *state, PyObject *object, PyObject *ke
 
 /* A new capsule, or NULL with an exception set. */
 static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvpb_loans *loans) {
-    PyObject *method = PyObject_GetAttr(object, state->dlpack_name);
+    PyObject *method = PyObject_GetAttr(object, state->names[KVPB_DLPACK]);
     if (!method) {
         if (PyErr_ExceptionMatches(PyExc_AttributeError)) refuse_type(slot, object);
         return NULL;
@@ -239,20 +321,18 @@ static PyObject *export_capsule(const kvpb_state *state, const kvpb_slot *slot, 
     return capsule;
 }
 
-static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *tensor) {
-    if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-        const kvpb_dl_tensor *dl = PyCapsule_GetPointer(capsule, "dltensor");
-        return dl ? kvpb_view_dlpack(slot, dl, tensor) : -1;
-    }
+/* What a capsule holds; NULL with an exception set. */
+static const kvpb_dl_tensor *open_capsule(const kvpb_slot *slot, PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) return PyCapsule_GetPointer(capsule, "dltensor");
     const kvpb_dl_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
     if (managed->version.major != KVPB_DL_MAJOR) {
         PyErr_Format(PyExc_BufferError, "%s comes as DLPack %u; expected version %d", slot->name,
                      (unsigned)managed->version.major, KVPB_DL_MAJOR);
-        return -1;
+        return NULL;
     }
     if (check_writable(slot, !(managed->flags & (KVPB_DL_READ_ONLY | KVPB_DL_IS_COPIED))) < 0)
-        return -1; /* a write to a copy is lost */
-    return kvpb_view_dlpack(slot, &managed->tensor, tensor);
+        return NULL; /* a write to a copy is lost */
+    return &managed->tensor;
 }
 
 /*
@@ -261,15 +341,13 @@ static int view_capsule(const kvpb_slot *slot, PyObject *capsule, kvp_tensor *te
  */
 static int view_protocol(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor,
                          kvpb_loans *loans) {
-    PyObject *capsule = export_capsule(state, slot, object, loans);
-    if (!capsule) return -1;
-    if (loans->n_capsule == KVPB_MAX_CAPSULE) {
-        Py_DECREF(capsule);
-        PyErr_SetString(PyExc_SystemError, "a verb has more tensors than kvpb_loans has room for");
+    if (slot->kind != KVPB_OUTPUT &&
+        (turn_signs(state, &object, loans) < 0 || leave_autograd(state, &object, loans) < 0))
         return -1;
-    }
-    loans->capsule[loans->n_capsule++] = capsule;
-    return view_capsule(slot, capsule, tensor);
+    PyObject *capsule = export_capsule(state, slot, object, loans);
+    if (!capsule || hold(loans, capsule) < 0) return -1;
+    const kvpb_dl_tensor *dl = open_capsule(slot, capsule);
+    return dl && check_storage(state, slot, object, dl) == 0 ? kvpb_view_dlpack(slot, dl, tensor) : -1;
 }
 
 int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, kvp_tensor *tensor, kvpb_loans *loans) {
@@ -278,10 +356,10 @@ int kvpb_view(const kvpb_state *state, const kvpb_slot *slot, PyObject *object, 
     if (object == Py_None && slot->kind == KVPB_OPTIONAL) return 0;
     if (PyArray_Check(object)) return view_numpy(slot, (PyArrayObject *)object, tensor);
     if (kvpb_find_exchange_api(state, object, &api) < 0) return -1;
-    if (api) return view_exchange(slot, api, object, tensor, loans);
+    if (api) return view_exchange(state, slot, api, object, tensor, loans);
     return view_protocol(state, slot, object, tensor, loans);
 }
 
 void kvpb_return_loans(kvpb_loans *loans) {
-    while (loans->n_capsule > 0) Py_DECREF(loans->capsule[--loans->n_capsule]);
+    while (loans->n_held > 0) Py_DECREF(loans->held[--loans->n_held]);
 }

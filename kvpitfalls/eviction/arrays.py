@@ -1,5 +1,7 @@
 """What an array is here: NumPy's or torch's, with one of the two all through a call."""
 
+from collections.abc import Hashable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 import numpy as np
@@ -17,3 +19,20 @@ A = TypeVar("A", bound=Array)
 Table: TypeAlias = Union[npt.ArrayLike, "torch.Tensor"]
 
 Int32: TypeAlias = npt.NDArray[np.int32]
+
+_TYPES = ("float32", "float16", "bfloat16")
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: Hashable) -> str:
+    """NumPy's or torch's; asked for three times a layer, and a name takes as long as all else that is asked."""
+    return str(getattr(dtype, "name", str(dtype).removeprefix("torch.")))
+
+
+def check_types(**arrays: Array | None) -> None:
+    """Raise, by name, for a type that no scorer takes: torch would score any, rounded or not."""
+    for name, x in arrays.items():
+        if x is None or not hasattr(x, "dtype"):
+            continue  # the core refuses the latter
+        if (dtype := _dtype_name(x.dtype)) not in _TYPES:
+            raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")

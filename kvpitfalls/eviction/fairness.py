@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from ..numbers import as_written, check_whole, is_real
@@ -112,7 +113,7 @@ class Fair:
         weights = None if self.weights is None else frozenset(self.weights.items())
         return hash((self.strength, weights, self.min_tokens, self.template, self.rule))
 
-    @property
+    @cached_property
     def is_biased(self) -> bool:
         """Whether no instruction is promised anything: the policy as published."""
         return self.strength == 0 and not self.min_tokens

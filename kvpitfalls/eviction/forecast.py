@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from .. import _core
 from .arrays import Int32
-from .ops import cuda_path, lendable
+from .ops import cuda_path
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +85,8 @@ def expect(
     if keys.is_cuda:
         cuda_path(keys.device.index)  # gives the kernels to the core
     logits, scores = (keys.new_empty(x.shape[:3], dtype=torch.float32) for x in (queries, keys))
-    caches = lendable(keys, "keys"), lendable(queries, "queries"), lendable(values, "values")
-    tables = turns[0][:, None], turns[1][:, None], *ahead, edges, lendable(sinks, "sinks")
-    arguments = *caches, *tables, logits, scores, scaling, epsilon, with_spread
+    tables = turns[0][:, None], turns[1][:, None], *ahead, edges, sinks
+    arguments = keys, queries, values, *tables, logits, scores, scaling, epsilon, with_spread
     scratch = keys.new_empty(_core.expect_workspace(*arguments, 1), dtype=torch.uint8)
     _core.expect(*arguments, scratch, 1)
     return logits, scores

@@ -97,7 +97,7 @@ class LayerInputs:
     share_heads: bool = False
 
     def __post_init__(self) -> None:
-        self.scaling = float(self.keys.shape[-1]) ** -0.5 if self.scaling is None else float(self.scaling)
+        self.scaling = self.keys.shape[-1] ** -0.5 if self.scaling is None else float(self.scaling)
         if not isfinite(self.scaling):
             raise ValueError(f"scaling is {self.scaling!r}; expected a finite number")
         self.softcap = float(self.softcap or 0.0)

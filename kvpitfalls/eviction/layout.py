@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -198,6 +198,10 @@ class Split:
         """Whether scores, too, are those of the authors' code."""
         return self.fair.strength > 0 and self.fair.rule == "paper"
 
+    def is_over_rows(self, paper_quotas: bool) -> bool:
+        """Whether a policy of such ``paper_quotas`` has fair scores, and makes one choice over the whole row."""
+        return self.is_paper and not paper_quotas
+
     @cached_property
     def judged(self) -> list[list[tuple[int, int]]]:
         """Per row, what is scored apart: the segments, or the whole row where fairness is no more than a floor."""
@@ -296,11 +300,11 @@ class Split:
     def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """The one that needs no scores: the policy's as published, or that of fair shares."""
 
-        def make() -> Plan:
+        key = "plan", n_head, budgets
+        if (plan := self.made.get(key)) is None:
             whole = self.whole_plan(n_head, budgets)  # raises where there is no room
-            return whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
-
-        return self.once(("plan", n_head, budgets), make)
+            plan = self.made[key] = whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+        return cast(Plan, plan)
 
     def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
         """A quota for each segment."""
@@ -367,7 +371,13 @@ def _named_spans(
     )
     if wrong := [name for name, _ in items if not isinstance(name, str)]:
         raise TypeError(f"spans name {wrong[0]!r}; expected names that are texts")
-    out = dict(sorted(((name, _edges(name, span)) for name, span in items), key=lambda item: item[1]))
+    edges = {}
+    for name, span in items:
+        pair = (span.start, span.end) if isinstance(span, HasEdges) else span
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair))):  # no range of two
+            raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
+        edges[name] = int(pair[0]), int(pair[1])
+    out = dict(sorted(edges.items(), key=lambda item: item[1]))
     last_name, last_end = None, low
     for name, (begin, end) in out.items():
         if not low <= begin <= end <= high:
@@ -376,13 +386,6 @@ def _named_spans(
             raise ValueError(f"span {name!r} starts at {begin}, inside span {last_name!r}, which ends at {last_end}")
         last_name, last_end = name, end
     return out
-
-
-def _edges(name: str, span: Edges) -> tuple[int, int]:
-    pair = (span.start, span.end) if isinstance(span, HasEdges) else span
-    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair)):  # a range of two is none
-        return int(pair[0]), int(pair[1])
-    raise ValueError(f"span {name!r} is {span!r}; expected (start, end) in tokens")
 
 
 def _cut(

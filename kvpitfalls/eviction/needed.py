@@ -1,52 +1,14 @@
 """What a policy needs of a layer beside its keys, and what of it was given."""
 
-from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 from ..numbers import is_whole
 from ..policies import Again, Policy
 from .arrays import Array
-from .layer_inputs import LayerInputs
 from .layout import Layout
 
-_TYPES = ("float32", "float16", "bfloat16")
 MOST_LAYERS = 2**16  # far beyond any model: budgets are listed layer by layer
-
-
-@lru_cache(maxsize=64)
-def _dtype_name(dtype: Hashable) -> str:
-    """NumPy's or torch's; asked for three times a layer, and a name takes as long as all else that is asked."""
-    return str(getattr(dtype, "name", str(dtype).removeprefix("torch.")))
-
-
-def check_needed(policy: Policy, layer: LayerInputs) -> None:
-    """Raise, by name, for what is missing, or of a type that no scorer takes: torch would score any, rounded or not."""
-    for name, x in (("keys", layer.keys), ("queries", layer.queries), ("values", layer.values)):
-        if x is None or not hasattr(x, "dtype"):
-            continue  # the core refuses the latter
-        if (dtype := _dtype_name(x.dtype)) not in _TYPES:
-            raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
-    if policy.needs_queries and layer.queries is None:
-        raise ValueError(
-            f"queries is None; policy {policy.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
-        )
-    if policy.needs_values and layer.values is None:
-        raise ValueError(f"values is None; policy {policy.name!r} scores by them and needs values (B, H, T, Dv)")
-    if policy.needs_rotary and layer.rotary is None:
-        raise ValueError(
-            f"rotary is None; policy {policy.name!r} undoes it and needs the rotary embedding, such as "
-            "kvpitfalls.Rotary()"
-        )
-    if policy.needs_output and layer.output is None:
-        raise ValueError(
-            f"output is None; policy {policy.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
-        )
-    if policy.needs_again and layer.again is None:
-        raise ValueError(
-            f"again is None; policy {policy.name!r} judges by what the model reads after the prompt and needs the "
-            "queries and keys of that, one pair a forward"
-        )
 
 
 def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequence[Again]:

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..numbers import check_real
-from .arrays import A, Array, Table
+from ..numbers import is_real
+from .arrays import A, Array, Table, check_types
 
 if TYPE_CHECKING:
     import torch
@@ -99,13 +99,12 @@ def score(
     if not _has_kernels(keys):
         from . import reference
 
+        check_types(keys=keys, queries=queries, values=values)
         known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
         return reference.score(scorer, keys, values=values, **known)
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
-    denominators = lendable(lse, "lse")
-    plain = lendable(keys, "keys"), lendable(values, "values"), lendable(queries, "queries")
-    arguments = scorer, *plain, *tables, denominators, out, numbers
+    arguments = scorer, keys, values, queries, *tables, lse, out, numbers
     _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
     return out
 
@@ -200,18 +199,15 @@ def press_checked(
     >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2, {})[0]
     array([[[1, 2]]], dtype=int32)
     """
-    numbers, n_kept = _numbers(scorer, params), max(1, n_kept)
+    numbers, n_kept = _numbers(scorer, params), n_kept or 1
     is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
     if not (is_lent and _has_kernels(keys)):
         known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
         scores = score(scorer, keys, values=values, **known)
         positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, *gather(keys, values, positions)
-    k, v, q = lendable(keys, "keys"), lendable(values, "values"), lendable(queries, "queries")
-    table = None if votes is None else _int32(votes, "votes")
-    return _core.press(
-        scorer, k, v, q, table, valid, lendable(lse, "lse"), segments, quotas, protect, numbers, n_kept, _n_worker()
-    )
+    read = keys, values, queries, votes, valid, lse
+    return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept, _n_worker())
 
 
 def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
@@ -222,8 +218,8 @@ def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
     for name, x in params.items():
         if name not in numbers:
             raise TypeError(f"scorer {scorer!r} has no parameter {name!r}; expected {', '.join(numbers) or 'none'}")
-        if name != "share_heads" or not isinstance(x, bool):
-            check_real({name: x})
+        if type(x) is not float and not is_real(x) and not (name == "share_heads" and isinstance(x, bool)):
+            raise TypeError(f"{name} is {x!r}; expected a number")
         numbers[name] = float(x)
     return list(numbers.values())
 
@@ -248,7 +244,7 @@ def select_checked(
     n_row, n_head = scores.shape[:2]
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
-    arguments = lendable(scores, "scores"), segments, quotas, protect, valid, positions, counts
+    arguments = scores, segments, quotas, protect, valid, positions, counts
     _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
     return positions, counts
 
@@ -273,7 +269,7 @@ def share(
 
         return reference.share(scores, segments, quotas, floors)
     counts = _empty(scores, quotas.shape, "int32")
-    arguments = lendable(scores, "scores"), segments, quotas, floors, counts
+    arguments = scores, segments, quotas, floors, counts
     _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), _n_worker())
     return _host(counts)
 
@@ -313,8 +309,7 @@ def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
         _empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))
     )
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
-    plain = lendable(keys, "keys"), lendable(values, "values"), lendable(positions, "positions")
-    _core.gather(*plain, out_keys, out_values, _n_worker())
+    _core.gather(keys, values, positions, out_keys, out_values, _n_worker())
     return out_keys, out_values
 
 
@@ -419,24 +414,6 @@ def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -
         return None
     n_byte = size(*arguments, 1)
     return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
-
-
-def lendable(x: Array | None, name: str) -> Any:
-    """The array itself, without what the core cannot see in its memory: autograd, torch's lazy negative, and storage
-    that was freed."""
-    if x is None or isinstance(x, np.ndarray) or not _is_torch(x):
-        return x
-    if x.layout is sys.modules["torch"].strided and (n_element := x.numel()):
-        # most are contiguous, and this is asked for every layer
-        last = (
-            n_element - 1
-            if x.is_contiguous()
-            else sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        )
-        n_byte, needed = x.untyped_storage().nbytes(), (x.storage_offset() + last + 1) * x.element_size()
-        if n_byte < needed:
-            raise ValueError(f"{name} has storage of {n_byte} bytes; expected at least {needed}: its memory was freed")
-    return x.detach().resolve_neg() if x.requires_grad or x.is_neg() else x
 
 
 def _host(x: Table) -> npt.NDArray[Any]:

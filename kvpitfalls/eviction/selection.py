@@ -28,12 +28,12 @@ from .allocation import (
     raised_at,
     raised_where,
 )
-from .arrays import A, Array, Int32, Table
+from .arrays import A, Array, Int32, Table, check_types
 from .budget import blend, check_budget, kept_tokens, raised_to
 from .fairness import AnyFair, Fair
 from .layer_inputs import LayerInputs
 from .layout import Layout, Plan, Protect, Spans, Split, plan_of
-from .needed import check_layer, check_needed, turns_of
+from .needed import check_layer, turns_of
 
 #: Per layer, the tokens that each row keeps: the same for all that happens to a batch of prompts.
 Budgets: TypeAlias = Sequence[tuple[int, ...]]
@@ -131,7 +131,8 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     fair, read_on = split.fair, layer.again is not None
     if layer.again is not None:
         layer = replace(layer, again=layer.again._replace(before=None if before is None else before.of_heads))
-    check_needed(policy, layer)
+    check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
+    policy.check_given(layer)
     scores = policy.score(Inputs.of(layer, **split.of_inputs))
     if scores.shape != layer.keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
@@ -145,13 +146,8 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     if 0 < fair.strength < 1:
         unfair = split.layout.split(Fair.parse(False))
         biased = rank(policy, unfair, layer, None if before is None else before.biased)
-    is_global = _is_over_rows(policy, split)
+    is_global = split.is_over_rows(policy.paper_quotas)
     return Ranked(scores, split, layer.layer, layer.n_layer, is_global, biased, of_heads)
-
-
-def _is_over_rows(policy: Policy, split: Split) -> bool:
-    """Whether scores that are fair themselves make one choice over the whole row."""
-    return split.is_paper and not policy.paper_quotas
 
 
 def _mean_over_heads(scores: Array) -> Array:
@@ -167,15 +163,15 @@ def press(
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
     those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
     heads share, one choice for all heads, or quotas that depend on scores."""
-    needs_scores = split.asks_scores or _is_over_rows(policy, split)
-    if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or needs_scores:
+    if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or layer.values is None:
         return None
-    check_needed(policy, layer)
-    if layer.values is None or (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
+    if split.asks_scores or split.is_over_rows(policy.paper_quotas):
         return None
-    plan = split.plan(layer.keys.shape[1], budgets[layer.layer])
-    mask = split.layout.mask_beside(layer.keys)
-    return Pressed(*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan)
+    plan, mask = split.plan(layer.keys.shape[1], budgets[layer.layer]), split.layout.mask_beside(layer.keys)
+    policy.check_given(layer)
+    if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
+        return None
+    return Pressed._make((*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan))
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -131,8 +131,8 @@ class Call(NamedTuple):
 
     def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A]:
         """Positions, and the kept rows of keys and values, which are arrays of one kind."""
-        keys, valid = cast(A, self.inputs.keys), self.inputs.valid_array
-        read = keys, values, self.queries, self.votes, valid, self.lse
+        keys: Any = self.inputs.keys
+        read = keys, values, self.queries, self.votes, self.inputs.valid_array, self.lse
         try:
             return ops.press_checked(self.scorer, *read, segments, quotas, protect, n_kept, self.params)
         except ValueError:
@@ -178,11 +178,11 @@ class Inputs(LayerInputs):
     def of(cls, layer: LayerInputs, **others: Any) -> "Inputs":
         """Of what a layer gives, and ``others``: the attributes of this class, and those of the layer that differ. Its
         fields are taken over, not checked again: they were when the layer was made, and every layer comes by."""
+        known = vars(layer) | others
+        if "valid_array" not in others:
+            known.pop("valid_array", None)  # follows from ``valid``
         made = object.__new__(cls)
-        known = vars(made)
-        known.update(vars(layer))
-        known.pop("valid_array", None)  # follows from ``valid``
-        known.update(others)
+        made.__dict__ = known
         return made
 
     @property
@@ -369,6 +369,29 @@ class Policy:
             f"policy {self!r} was given {n_token} tokens, of which {n_kept} are kept; expected {expected}, or smaller "
             "settings"
         )
+
+    def check_given(self, layer: LayerInputs) -> None:
+        """Raise, by name, for what it needs and the layer does not give."""
+        if self.needs_queries and layer.queries is None:
+            raise ValueError(
+                f"queries is None; policy {self.name!r} scores by attention and needs the queries (B, H*G, Q, D)"
+            )
+        if self.needs_values and layer.values is None:
+            raise ValueError(f"values is None; policy {self.name!r} scores by them and needs values (B, H, T, Dv)")
+        if self.needs_rotary and layer.rotary is None:
+            raise ValueError(
+                f"rotary is None; policy {self.name!r} undoes it and needs the rotary embedding, such as "
+                "kvpitfalls.Rotary()"
+            )
+        if self.needs_output and layer.output is None:
+            raise ValueError(
+                f"output is None; policy {self.name!r} weighs values by it and needs the output projection (H*G, Dv, E)"
+            )
+        if self.needs_again and layer.again is None:
+            raise ValueError(
+                f"again is None; policy {self.name!r} judges by what the model reads after the prompt and needs the "
+                "queries and keys of that, one pair a forward"
+            )
 
     def always(self, n_token: int) -> int:
         """How many of a row's ``n_token`` tokens it keeps before any that it judges."""
