@@ -300,6 +300,23 @@ def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, t
         write_report(tmp_path / "both")
 
 
+@pytest.mark.parametrize("kinds", [("attack", "recall"), ("follow",)])
+def test_the_papers_shuffled_prompts_are_reported_as_its_others_are(folder, tmp_path, kinds):
+    """Presets that measure leakage alone have records of "paper_shuffled" and no others."""
+    pages = []
+    for name in ("paper", "paper_shuffled"):
+        copied = shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("report"))
+        recorded = [{**r, "dataset": name} for r in records.read_records(copied) if r["kind"] in kinds]
+        (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
+        pages.append(Path(write_report(copied)["page"]))
+    names, texts = (
+        [sorted(p.name for p in page.parent.iterdir()) for page in pages],
+        [p.read_text("utf-8") for p in pages],
+    )
+    assert names[0] == names[1] and "<summary>Prompt" in texts[0]
+    assert texts[0] == re.sub("paper_shuffled", "paper", texts[1])
+
+
 @pytest.mark.parametrize("changes", [{"kind": "other"}, {"kind": "attack", "attack": None}])
 def test_records_of_a_kind_that_no_table_has_are_refused(folder, tmp_path, changes):
     copied = shutil.copytree(folder, tmp_path / "sweep")
