@@ -236,6 +236,16 @@ def test_curves_pass_through_the_means(written):
             )
 
 
+def test_one_prompt_has_curves_without_bands_and_what_lies_under_0_is_shown():
+    metrics = {"recall_above": {"mean": -0.4, "low": -0.6, "high": 0.1}}
+    metrics["probe_leak"] = {"mean": -3.0, "low": None, "high": None}  # of one prompt
+    cells = [{**_tiny_cell(policy, "biased", r), "metrics": metrics} for policy, r in ((None, 0.0), ("snapkv", 0.5))]
+    (axis,), (probed,) = (draw(cells).axes for draw in (plots.outcomes, plots.probes))
+    assert axis.get_ylim()[0] < -0.6 and probed.lines[0].get_ydata().tolist() == [-3.0, -3.0]
+    metrics |= {name: {"mean": x, "low": 0.0, "high": 1.0} for name, x in (("follow", 0.5), ("leak_above", -0.3))}
+    assert plots.joint(cells).axes[0].get_ylim()[0] < -0.3
+
+
 def test_many_modes_have_a_figure_for_each_policy():
     """In it no two look alike, a mode looks the same in every figure, and bands that would be one blot are left out."""
     few = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(policy, "fair", 0.5) for policy in ("snapkv", "h2o"))]
