@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
+from .columns import prompts
 
 _TERMS = {
     "an answer to an attack": (
@@ -171,9 +172,8 @@ def fixes_table(rows: Sequence[Mapping]) -> Table:
         pairs.setdefault((row["policy"], row["mode"], row["than"], row["compression_ratio"]), {})[row["metric"]] = row
     lines = []
     for (policy, mode, than, ratio), of_pair in pairs.items():
-        prompts = _range([row["n_prompt"] for row in of_pair.values()])
         changes = [_signed(of_pair[name], "difference", "low", "high") if name in of_pair else "" for name in names]
-        lines.append([policy, mode, than, f"{ratio:g}", prompts, *changes])
+        lines.append([policy, mode, than, f"{ratio:g}", prompts(of_pair.values()), *changes])
     return Table("Fixes against each other", ["policy", "mode", "less", "r", "prompts", *names], lines, _FIXES_NOTE)
 
 
@@ -199,11 +199,6 @@ def flip_table(rows: Sequence[Mapping]) -> Table:
     return Table(
         "What turned into what", ["policy", "mode", "r", "was", "is", "n", "of", "prompts", "share"], lines, _FLIP_NOTE
     )
-
-
-def _range(numbers: Sequence[int]) -> str:
-    """ "7", or "5 to 7"."""
-    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
 
 
 def outcome_table(cells: Sequence[Mapping], moved: Mapping) -> Table:
@@ -235,7 +230,7 @@ def turn_table(cells: Sequence[Mapping]) -> Table:
             first = next(iter(metrics.values()))
             counts = [str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")]
             values = [_value(what, metrics.get(what), None) for what in TURN]
-            rows.append([*setting, way, str(n), str(cell["n_prompt"]), *counts, *values])
+            rows.append([*setting, way, str(n), prompts(metrics.values()), *counts, *values])
     header = ["policy", "mode", "r", "way", "turn", "prompts", "items", "failed", "infeasible", *TURN]
     return Table("Turn by turn", header, rows, _TURN_NOTE)
 
@@ -262,7 +257,7 @@ def _metric_table(
         kinds = {METRICS[name][0]: metrics[name] for name in names if name in metrics}
         if kinds:
             counts = [
-                str(cell["n_prompt"]),
+                prompts(metrics[name] for name in names if name in metrics),
                 *(str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed", "n_infeasible")),
             ]
             row = [
