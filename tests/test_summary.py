@@ -317,3 +317,19 @@ def test_every_table_says_of_how_many_prompts_its_means_are():
     (line,) = tables.outcome_table(cells).splitlines()[2:]
     (probed,) = tables.probe_table(cells).splitlines()[2:]
     assert "  .50   3 to 4 " in line and "  .50        1 " in probed
+
+
+@pytest.mark.parametrize("x", [-0.004, -1e-17, -0.0])
+def test_no_mean_is_minus_nothing(x):
+    """Where sums of equal numbers differ in their last bit, too; the ends of an interval keep their signs."""
+    row = {"difference": x, "low": -0.3, "high": -x}
+    mean = {"mean": x, "low": -0.3, "high": -x, "n_item": 1, "n_failed": 0, "n_infeasible": 0}
+    shown = [
+        report_tables._signed(row, "difference", "low", "high"),
+        report_tables._value("leak_above", mean, row),
+        tables._difference(row),
+        tables._mean(mean),
+        tables._mean(mean, tables.signed_difference),
+    ]
+    assert not [text for text in shown if "-0.00" in text.partition("[")[0] or text.startswith("-") or "(-" in text]
+    assert tables.signed_difference(-0.006) == "-.01"

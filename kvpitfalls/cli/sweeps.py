@@ -92,7 +92,7 @@ def add_commands(commands) -> None:
 
 
 def _compare(args) -> int:
-    from ..display.columns import fitted
+    from ..display.columns import fitted, one_line
     from ..display.tables import N_COMPARED, compare_table
     from ..experiments.card import compare, read_card
 
@@ -102,7 +102,8 @@ def _compare(args) -> int:
         print(json.dumps(changes, indent=1))
     else:
         shown = fitted(compare_table(changes), columns(), N_COMPARED)
-        print(f"What {b['model']} has more than {a['model']}; 95 %, paired by prompt:\n\n{shown}")
+        more, less = (one_line(card["model"]) for card in (b, a))
+        print(f"What {more} has more than {less}; 95 %, paired by prompt:\n\n{shown}")
     return 0
 
 

@@ -152,8 +152,8 @@ def composite_table(scores: Sequence[Mapping]) -> Table:
     rows = []
     for s in scores:
         bounds = "" if s["low"] is None else f" [{s['low']:+.3f}, {s['high']:+.3f}]"
-        score = "none succeeded throughout" if s["composite"] is None else f"{s['composite']:+.3f}{bounds}"
-        published = "" if s["composite"] is None else f"{s['as_published']:+.3f}"
+        score = "none succeeded throughout" if s["composite"] is None else f"{s['composite']:+z.3f}{bounds}"
+        published = "" if s["composite"] is None else f"{s['as_published']:+z.3f}"
         rows.append([*(str(s[name]) for name in (*SETTING[:-1], "n_prompt", "n_left_out")), score, published])
     return Table("Composite score", [*SETTING[:-1], "prompts", "left out", "score [95 %]", "as published"], rows)
 
@@ -161,7 +161,7 @@ def composite_table(scores: Sequence[Mapping]) -> Table:
 def _signed(row: Mapping, name: str, low: str, high: str) -> str:
     if row[name] is None:
         return ""
-    return f"{row[name]:+.2f}" + ("" if row[low] is None else f" [{row[low]:+.2f}, {row[high]:+.2f}]")
+    return f"{row[name]:+z.2f}" + ("" if row[low] is None else f" [{row[low]:+.2f}, {row[high]:+.2f}]")
 
 
 def fixes_table(rows: Sequence[Mapping]) -> Table:
@@ -292,10 +292,10 @@ def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:
         missing = metric["n_item"] == metric["n_failed"] + metric["n_infeasible"]
         return ("infeasible" if metric["n_infeasible"] else "all failed") if missing else ""
     digits = 1 if name.startswith("length_") else 2
-    text = f"{metric['mean']:.{digits}f}"
+    text = f"{metric['mean']:z.{digits}f}"
     if metric["low"] is not None:
         text += f" [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
-    return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+.2f})"
+    return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+z.2f})"
 
 
 def failure_table(failures: Sequence[Mapping]) -> Table:

@@ -89,7 +89,7 @@ def compare_table(changes: Sequence[Mapping]) -> str:
 def _difference(row: Mapping | None) -> str:
     if row is None or row["difference"] is None:
         return "-"
-    return f"{row['difference']:+.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
+    return f"{row['difference']:+z.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
 
 
 def probe_table(cells: Sequence[Mapping]) -> str:
@@ -106,7 +106,7 @@ def probe_table(cells: Sequence[Mapping]) -> str:
                 prompts(filter(None, metrics)),
                 *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")),
             ]
-            means = [_mean(metric, "{:.2f}".format) for metric in metrics]
+            means = [_mean(metric, "{:z.2f}".format) for metric in metrics]
             rows.append([*setting, *counts, *means])
     header = [
         "model",
@@ -151,12 +151,12 @@ def _mean(metric: Mapping | None, written=None) -> str:
 
 def signed_difference(x: float) -> str:
     """A difference with its sign: 0.25 -> +.25."""
-    return f"{'-' if x < 0 else '+'}{share(abs(x))}"
+    return f"{'-' if x <= -0.005 else '+'}{share(abs(x))}"
 
 
 def signed_share(x: float) -> str:
     """As :func:`share`, of a number in [-1, 1]."""
-    return "-" + share(-x) if x < -0.005 else share(max(x, 0.0))
+    return "-" + share(-x) if x < -0.005 else share(max(0.0, x))
 
 
 def following_table(cells: Sequence[Mapping]) -> str:
