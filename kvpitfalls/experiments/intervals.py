@@ -57,8 +57,15 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
     ----------
     values : ndarray (n, 2)
         Per prompt, a sum and a count.
+
+    Raises
+    ------
+    ValueError
+        If it is no share: a metric of another kind is not in ``kvpitfalls.experiments.metrics.scale``.
     """
     n, share = len(values), values[:, 0].sum() / values[:, 1].sum()
+    if not -1e-9 <= share <= 1 + 1e-9:  # sums of shares round
+        raise ValueError(f"the mean of a share is {share:g}; expected a number in [0, 1], or a metric of another scale")
     between = influence(values).var(ddof=1) / n if n > 1 else 0.0
     within = share * (1 - share)
     answers = within / between if within > 1e-12 and between > 1e-12 else n
