@@ -238,6 +238,22 @@ def report(tmp_path, scores, fails, notes=None, done=True):
     return path
 
 
+def test_each_probe_of_a_garak_report_is_counted_alone(tmp_path, capsys):
+    """Probes may share a detector, and keep different shares of prompts of different lengths."""
+    note = {"kvpitfalls": {**SETTING, "n_tokens": 20, "n_kept": 5}}
+    one, two = (
+        report(tmp_path, *scores).read_text("utf-8").splitlines(keepends=True)
+        for scores in (([0.9, 0.1], 1), ([1.0], 1, [note]))
+    )
+    two = [line.replace("SystemPromptExtraction", "Other") for line in two[1:]]
+    path = tmp_path / "two.report.jsonl"
+    path.write_text("".join([*one[:-1], *two]), "utf-8")
+    first, second = read_report(path)
+    assert (first["answers"], first["max_score"], first["kept_share"]) == (2, 0.9, 0.5)
+    assert (second["probe"], second["answers"], second["kept_share"]) == ("sysprompt_extraction.Other", 1, 0.25)
+    assert cli.main(["garak-report", str(path)]) == 0 and "sysprompt_extraction.Other" in capsys.readouterr().out
+
+
 def test_garak_reports_are_read(tmp_path, capsys, monkeypatch):
     path = report(tmp_path, [0.9, 0.1, 0.5, 0.2], 2)
     (row,) = read_report(path)
