@@ -416,6 +416,8 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
         "an amount that is told from chance.",
     ]
     assert verdicts([], []) == []
+    fewer = {**fixed[1], "n_prompt": 20}  # infeasible for the others: what is beside it is of so many
+    assert verdicts(changes, [fewer])[0].endswith("floor=4 returns most, +0.40 [+0.30, +0.50] (20 prompts).")
 
 
 @needs_chromium

@@ -144,7 +144,9 @@ def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
     if not told:
         return f"{text}; of the other modes at the same memory none returns an amount that is told from chance."
     best = max(told, key=lambda fix: fix["difference"])
-    return f"{text}; at the same memory {best['mode']} returns most, {_signed(best, 'difference', 'low', 'high')}."
+    fewer = "" if best["n_prompt"] == row["n_prompt"] else f" ({best['n_prompt']} prompts)"
+    returned = _signed(best, "difference", "low", "high")
+    return f"{text}; at the same memory {best['mode']} returns most, {returned}{fewer}."
 
 
 def composite_table(scores: Sequence[Mapping]) -> Table:
