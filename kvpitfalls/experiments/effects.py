@@ -123,7 +123,7 @@ class Effects:
     def _repr_html_(self) -> str:
         heads = ["said", "span", "memory", "lost (nats)", "returned [95 %]", "prompts"]
         lines = [
-            [row["said"], row["span"], row["memory"], f"{row['lost']:z.1f}", _shown(row), row["n_prompt"]]
+            [row["said"], row["span"], row["memory"], f"{row['lost']:z.2f}", _shown(row), row["n_prompt"]]
             for row in self.means()
         ]
         return block("Effects of putting an instruction back", table(heads, lines))
