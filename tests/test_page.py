@@ -416,6 +416,10 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
         "an amount that is told from chance.",
     ]
     assert verdicts([], []) == []
+    no_task = {"difference": None, "low": None, "high": None, "n_prompt": 0}  # so nothing is known of guarded
+    attacked = [{**changes[4], **no_task}, change("knorm", 0.5, -0.1, -0.3, 0.1, "recall_above")]
+    assert verdicts(attacked, []) == ["knorm, biased: no fall of recall_above is told from chance at any ratio."]
+    assert verdicts(attacked[:1], []) == []
     fewer = {**fixed[1], "n_prompt": 20}  # infeasible for the others: what is beside it is of so many
     assert verdicts(changes, [fewer])[0].endswith("floor=4 returns most, +0.40 [+0.30, +0.50] (20 prompts).")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
+from ..experiments.metrics import HEADLINES, LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
 from .columns import prompts
 
 _TERMS = {
@@ -112,7 +112,10 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     changes, fixed
         Rows of :func:`kvpitfalls.experiments.comparisons.differences` and ``fixes``.
     """
-    measured = [name for name in ("guarded", "recall_above", "follow") if any(row["metric"] == name for row in changes)]
+    known = {
+        row["metric"] for row in changes if row["difference"] is not None
+    }  # guarded is not, where no task was asked
+    measured = [name for name in HEADLINES if name in known]
     out = []
     for policy in dict.fromkeys(row["policy"] for row in changes):
         rows = [
