@@ -1,7 +1,10 @@
 """95 % confidence intervals of means over prompts: of shares, of unbounded scores, and of paired differences.
 
 Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. All three hold
-where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0].
+where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0]. What is skewed needs
+more prompts than what is counted: in simulation the interval of changes that are small in most prompts and large in few
+(beta 0.3, 3) holds the mean in 80 % of runs at 5 prompts, 88 % at 10, 94 % at 20; that of lognormal scores in 83 % at
+8, 87 % at 20, 91 % at 60.
 """
 
 from statistics import NormalDist
