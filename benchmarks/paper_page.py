@@ -316,8 +316,9 @@ def findings(card: Card) -> list[str]:
         f"- **Agrees in part: fair eviction** (figure 10). Under StreamingLLM refusals hold until r = .4 "
         f"({m(s, 'paper', 0.4, 'refused')}) and are gone at .5 ({m(s, 'paper', 0.5, 'refused')}), where the paper's leakage under "
         f"fair eviction is highest, too ({FIGURE_1['leakage, fair'][5]:.2f}). TOVA gains from r = .5 on. SnapKV and K-norm gain "
-        f"nothing that is told from chance. H2O refuses less at r = .5 "
-        f"({signed(card.moved('h2o', 'paper', 0.5, 'refused'))}) and a little more at .7.",
+        f"nothing that is told from chance; K-norm refuses less at r = .4 "
+        f"({signed(card.moved('knorm', 'paper', 0.4, 'refused'))}). H2O does at r = .5 "
+        f"({signed(card.moved('h2o', 'paper', 0.5, 'refused'))}) and refuses a little more at .7.",
         f"- **Agrees: a fix costs little accuracy**, none that so few prompts could tell: {sum(zero)} of {len(zero)} changes have "
         f"0 inside their interval, and of so many some leave it out by chance. But the phrase brings refusals of harmless tasks back as well: StreamingLLM at r = .5 "
         f"{signed(card.moved(s, 'whitelist', 0.5, 'refused_task'))}.",

@@ -345,6 +345,7 @@ class Wrong(kvp.Allocation):
     [
         (Wrong([5, 5]), r"gives the layers \[5, 5\]; expected 3 whole numbers from 1 to 40 with the sum 24"),
         (Wrong([8, 8, 9]), "with the sum 24"),
+        (Wrong(24), r"gives the layers 24; expected 3 whole numbers"),
         (Wrong([24, 0, 0]), "whole numbers from 1"),
         (Wrong([8.0, 8.0, 8.0]), "whole numbers"),
         (Wrong(heads=[[[8], [8]]]), r"gives quotas int64 \(1, 2, 1\); expected whole numbers \(1, 4, 1\)"),
@@ -425,3 +426,10 @@ def test_budgets_of_layers_are_asked_for_once():
     assert count_per_segment(kept_of("knorm", allocation, budget=8)[0], np.array([[0, 40]])).tolist() == [
         [[8]] * N_HEAD
     ]
+
+
+def test_heads_that_nobody_asks_for_are_refused():
+    """A class that shares a layer's budget over its heads and does not say so would share it equally."""
+    with pytest.raises(TypeError, match=r"allocation Silent defines heads, .* expected shares_heads = True"):
+        type("Silent", (kvp.Allocation,), {"heads": Wrong.heads})
+    assert type("Told", (Wrong,), {}).shares_heads

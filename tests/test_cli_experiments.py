@@ -13,8 +13,10 @@ import tiny_sweep
 from narrow_tables import rows_of, terminal
 
 from kvpitfalls import cli
+from kvpitfalls.cli import sweeps
 from kvpitfalls.experiments import presets
 from kvpitfalls.experiments.card import read_card
+from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.metrics import TURN, TURNS, WAYS, turn_metric
 from kvpitfalls.experiments.records import read_records
 
@@ -311,3 +313,25 @@ def test_help_names_what_the_arguments_take(run, command):
     for name in ("figure15", "snapkv", "fair_phrase", "confidential", "role_play (role_play-1 to role_play-"):
         assert name in lists
     assert code == 0
+
+
+@pytest.mark.parametrize("command", ["leakage", "ifeval", "suite"])
+def test_what_help_says_is_by_default_is_what_runs(run, command, monkeypatch, tmp_path):
+    """Without an option but --output: the config that comes to run is the one that the help describes."""
+    ran = []
+    monkeypatch.setattr(sweeps, "run_parts", lambda args, parts: ran.extend(parts.values()) or 130)
+    assert run(command, "--output", tmp_path)[0] == 130
+    (config,), help_text = ran, " ".join(run(command, "--help")[1].split())
+    said = [f"{config.batch_size} by default", f"{config.device} by default", f"{config.dtype} by default"]
+    if command != "suite":
+        limits, ratios = config.max_new_tokens, config.compression_ratios
+        said += [f"{' and '.join(config.modes)} by default", f"{ratios[1]} to {ratios[-1]} by default"]
+        said += [
+            f"{limits[kind]} {what}" for kind, what in (("attack", "to"), ("recall", "of")) if kind in config.kinds
+        ]
+        said += [f"{limits['follow']}", f"{config.dataset} by default"]
+        assert config.defenses == (("refuse",) if command == "leakage" else ("none",))
+    if command == "leakage":  # "the first" of each
+        corpus = load_corpus()
+        assert [*config.attacks, *config.defenses] == [next(iter(corpus.attacks)), list(corpus.defenses)[1]]
+    assert [text for text in said if text not in help_text] == [] and config.models == ("default",)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, feed, ids
@@ -203,3 +204,18 @@ def test_kept_layers_know_their_limits(llama):
             cache.kept("b")
         with pytest.raises(ValueError, match="the cache is empty"):
             handle.new_cache().positions(1)
+
+
+@pytest.mark.parametrize("scores", [None, [[0.5]], np.zeros((1, 2, 8), np.float32), torch.zeros(1, 2, 8)], ids=str)
+def test_scores_of_a_users_policy_are_of_the_library_of_its_keys(registry, scores):
+    class Returns(kvp.Policy):
+        name = "returns"
+
+        def score(self, inputs):
+            return scores
+
+    keys = torch.zeros(1, 2, 8, 4)
+    keys = keys.numpy() if isinstance(scores, torch.Tensor) else keys
+    wanted = f"policy 'returns' returned scores as a {type(scores).__name__}; expected a {type(keys).__name__}"
+    with pytest.raises(ValueError, match=wanted):
+        kvp.keep(Returns(), keys, budget=3)

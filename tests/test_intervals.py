@@ -62,6 +62,14 @@ def test_no_mean_changes_by_more_than_it_can(bound):
             assert -bound <= low <= min(parts.mean(), high) <= max(parts.mean(), low) <= high <= bound
 
 
+@pytest.mark.parametrize("of_each", [2.5, -0.1, np.nan])
+def test_what_is_no_share_has_no_interval_of_shares(of_each):
+    with pytest.raises(ValueError, match=r"the mean of a share is .*; expected a number in \[0, 1\]"):
+        intervals.share_interval(np.array([[of_each, 1.0], [of_each, 1.0]]))
+    thirds = np.tile([3 * 0.1, 0.3], (7, 1))  # a sum of 0.1 is over 0.3 in the last bit
+    assert intervals.share_interval(thirds)[1] == 1
+
+
 def test_edges_have_intervals():
     none = np.stack([np.zeros(20), np.ones(20)], 1)
     assert intervals.share_interval(none)[0] == 0 and 0.1 < intervals.share_interval(none)[1] < 0.2

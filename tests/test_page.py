@@ -236,6 +236,16 @@ def test_curves_pass_through_the_means(written):
             )
 
 
+def test_one_prompt_has_curves_without_bands_and_what_lies_under_0_is_shown():
+    metrics = {"recall_above": {"mean": -0.4, "low": -0.6, "high": 0.1}}
+    metrics["probe_leak"] = {"mean": -3.0, "low": None, "high": None}  # of one prompt
+    cells = [{**_tiny_cell(policy, "biased", r), "metrics": metrics} for policy, r in ((None, 0.0), ("snapkv", 0.5))]
+    (axis,), (probed,) = (draw(cells).axes for draw in (plots.outcomes, plots.probes))
+    assert axis.get_ylim()[0] < -0.6 and probed.lines[0].get_ydata().tolist() == [-3.0, -3.0]
+    metrics |= {name: {"mean": x, "low": 0.0, "high": 1.0} for name, x in (("follow", 0.5), ("leak_above", -0.3))}
+    assert plots.joint(cells).axes[0].get_ylim()[0] < -0.3
+
+
 def test_many_modes_have_a_figure_for_each_policy():
     """In it no two look alike, a mode looks the same in every figure, and bands that would be one blot are left out."""
     few = [_tiny_cell(None, "full", 0.0), *(_tiny_cell(policy, "fair", 0.5) for policy in ("snapkv", "h2o"))]
@@ -298,6 +308,23 @@ def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, t
     path.write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     with pytest.raises(ValueError, match=r"'first' and 'second' hold other results of the same item \(.*probe\)"):
         write_report(tmp_path / "both")
+
+
+@pytest.mark.parametrize("kinds", [("attack", "recall"), ("follow",)])
+def test_the_papers_shuffled_prompts_are_reported_as_its_others_are(folder, tmp_path, kinds):
+    """Presets that measure leakage alone have records of "paper_shuffled" and no others."""
+    pages = []
+    for name in ("paper", "paper_shuffled"):
+        copied = shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("report"))
+        recorded = [{**r, "dataset": name} for r in records.read_records(copied) if r["kind"] in kinds]
+        (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
+        pages.append(Path(write_report(copied)["page"]))
+    names, texts = (
+        [sorted(p.name for p in page.parent.iterdir()) for page in pages],
+        [p.read_text("utf-8") for p in pages],
+    )
+    assert names[0] == names[1] and "<summary>Prompt" in texts[0]
+    assert texts[0] == re.sub("paper_shuffled", "paper", texts[1])
 
 
 @pytest.mark.parametrize("changes", [{"kind": "other"}, {"kind": "attack", "attack": None}])
@@ -389,6 +416,12 @@ def test_a_verdict_names_the_largest_fall_that_is_told_from_chance_and_what_retu
         "an amount that is told from chance.",
     ]
     assert verdicts([], []) == []
+    no_task = {"difference": None, "low": None, "high": None, "n_prompt": 0}  # so nothing is known of guarded
+    attacked = [{**changes[4], **no_task}, change("knorm", 0.5, -0.1, -0.3, 0.1, "recall_above")]
+    assert verdicts(attacked, []) == ["knorm, biased: no fall of recall_above is told from chance at any ratio."]
+    assert verdicts(attacked[:1], []) == []
+    fewer = {**fixed[1], "n_prompt": 20}  # infeasible for the others: what is beside it is of so many
+    assert verdicts(changes, [fewer])[0].endswith("floor=4 returns most, +0.40 [+0.30, +0.50] (20 prompts).")
 
 
 @needs_chromium

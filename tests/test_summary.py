@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kvpitfalls.display import report_tables, tables
 from kvpitfalls.experiments import comparisons, metrics, summary
 
 # The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and
@@ -296,3 +297,39 @@ def test_every_fix_is_compared_with_biased_and_with_every_other():
     nothing = [{**r, "mode": "fair"} for r in records if r["mode"] == "biased"]
     (row,) = [f for f in comparisons.fixes([*records[:6], *nothing]) if f["metric"] == "leak_above"]
     assert row["difference"] == 0 and row["low"] < 0 < row["high"]
+
+
+def test_every_table_says_of_how_many_prompts_its_means_are():
+    """Not of how many anything else was asked: of a family of attacks that one prompt met, or of a probe of one."""
+    records = [record(key, "follow", follow(True)) for key in range(4)]
+    records += [
+        {**record(key, "attack", leak(0.5)), "attack": f"{name}-1"} for name, key in (("a", 0), ("b", 1), ("b", 2))
+    ]
+    records.append(record(0, "probe", {"probe": {"recall": -1.0, "follow": -1.0}}))
+    cells = summary.summarize(records)
+
+    def said(table, name="prompts"):
+        return [row[table.header.index(name)] for row in table.rows]
+
+    assert said(report_tables.family_table(summary.attack_families(records))) == ["1 to 4", "2 to 4"]
+    assert said(report_tables.outcome_table(cells, {})) == ["3 to 4"]
+    assert said(report_tables.probe_table(cells, {})) == ["1"]
+    (line,) = tables.outcome_table(cells).splitlines()[2:]
+    (probed,) = tables.probe_table(cells).splitlines()[2:]
+    assert "  .50   3 to 4 " in line and "  .50        1 " in probed
+
+
+@pytest.mark.parametrize("x", [-0.004, -1e-17, -0.0])
+def test_no_mean_is_minus_nothing(x):
+    """Where sums of equal numbers differ in their last bit, too; the ends of an interval keep their signs."""
+    row = {"difference": x, "low": -0.3, "high": -x}
+    mean = {"mean": x, "low": -0.3, "high": -x, "n_item": 1, "n_failed": 0, "n_infeasible": 0}
+    shown = [
+        report_tables._signed(row, "difference", "low", "high"),
+        report_tables._value("leak_above", mean, row),
+        tables._difference(row),
+        tables._mean(mean),
+        tables._mean(mean, tables.signed_difference),
+    ]
+    assert not [text for text in shown if "-0.00" in text.partition("[")[0] or text.startswith("-") or "(-" in text]
+    assert tables.signed_difference(-0.006) == "-.01"

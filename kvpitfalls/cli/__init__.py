@@ -354,7 +354,7 @@ def _audit(args) -> int:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
         setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"
         print(
-            f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.2f}, under {args.min_kept:g} ({setting})",
+            f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.4g}, under {args.min_kept:g} ({setting})",
             file=sys.stderr,
         )
     return 3 if lost else 0

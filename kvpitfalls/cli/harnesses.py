@@ -95,6 +95,7 @@ def _garak_report(args) -> int:
         print(json.dumps(results, indent=1))
         return 0
     names = (
+        "probe",
         "detector",
         "policy",
         "fair",
@@ -109,6 +110,6 @@ def _garak_report(args) -> int:
     rows = [
         [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in results
     ]
-    shown = table([name.replace("_", " ") for name in names], rows, right=range(4, 10))
-    print(fitted(shown, columns(), n_key=4))
+    shown = table([name.replace("_", " ") for name in names], rows, right=range(5, 11))
+    print(fitted(shown, columns(), n_key=5))
     return 0

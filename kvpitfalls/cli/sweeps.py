@@ -63,8 +63,8 @@ def add_commands(commands) -> None:
         help="figure1 to figure15, composite, smollm2 (minutes on two cores), fixes, suite-v1, suite-v1-small, probe, or turns",
     )
     sweep.set_defaults(run=_sweep)
-    _add_run_arguments(sweep)
-    _add_prompt_arguments(sweep)
+    _add_run_arguments(sweep, *["the preset's or config's by default"] * 4)
+    _add_prompt_arguments(sweep, *["the preset's or config's by default"] * 2)
     suite = commands.add_parser(
         "suite", help="the fixed suite, v1, on a model: one card (JSON) and one page of results"
     )
@@ -92,7 +92,7 @@ def add_commands(commands) -> None:
 
 
 def _compare(args) -> int:
-    from ..display.columns import fitted
+    from ..display.columns import fitted, one_line
     from ..display.tables import N_COMPARED, compare_table
     from ..experiments.card import compare, read_card
 
@@ -102,7 +102,8 @@ def _compare(args) -> int:
         print(json.dumps(changes, indent=1))
     else:
         shown = fitted(compare_table(changes), columns(), N_COMPARED)
-        print(f"What {b['model']} has more than {a['model']}; 95 %, paired by prompt:\n\n{shown}")
+        more, less = (one_line(card["model"]) for card in (b, a))
+        print(f"What {more} has more than {less}; 95 %, paired by prompt:\n\n{shown}")
     return 0
 
 
@@ -111,15 +112,27 @@ def _add_single_commands(commands) -> None:
         "leakage", add_help=False, help="attack defended system prompts: leak, refusal, recall and following, together"
     )
     leakage.add_argument(
-        "--attack", action="append", dest="attacks", metavar="NAME", help="an attack or a family; once for each"
+        "--attack",
+        action="append",
+        dest="attacks",
+        metavar="NAME",
+        help="an attack or a family; once for each; the first attack by default",
     )
     leakage.set_defaults(run=_leakage)
     ifeval = commands.add_parser(
         "ifeval", add_help=False, help="how many checkable instructions of the system prompt are followed"
     )
     ifeval.set_defaults(run=_ifeval)
-    for command in (leakage, ifeval):
-        command.add_argument("--defense", action="append", dest="defenses", metavar="NAME", help="once for each")
+    limits = "256 to an attack, 64 of recall, 1280 to a task"
+    defaults = {leakage: ("the first", "biased and fair", limits), ifeval: ("none", "biased", "1280")}
+    for command, (defense, modes, limit) in defaults.items():
+        command.add_argument(
+            "--defense",
+            action="append",
+            dest="defenses",
+            metavar="NAME",
+            help=f"once for each; {defense} by default",
+        )
         command.add_argument(
             "--order",
             action="append",
@@ -135,7 +148,8 @@ def _add_single_commands(commands) -> None:
             action="append",
             dest="modes",
             metavar="NAME",
-            help="biased, random, phrase, pinned, boundary, floor, fair, fair_phrase, paper, a number, ...",
+            help="once for each: biased, random, phrase, pinned, boundary, floor, fair, fair_phrase, paper, a number, "
+            f"...; {modes} by default",
         )
         command.add_argument(
             "--ratio",
@@ -144,23 +158,33 @@ def _add_single_commands(commands) -> None:
             dest="compression_ratios",
             type=float,
             metavar="R",
-            help="share removed",
+            help="share removed, in [0, 1); once for each; 0.1 to 0.9 by default; 0 is always run",
         )
-        command.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer")
+        command.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of every answer; by default {limit}")
         _add_run_arguments(command)
-        _add_prompt_arguments(command)
+        _add_prompt_arguments(command, "own by default", "all by default")
 
 
-def _add_run_arguments(command) -> None:
+def _add_run_arguments(
+    command,
+    model: str = "SmolLM2-135M-Instruct by default",
+    batch_size: str = "64 by default",
+    device: str = "cpu by default",
+    dtype: str = "float32 by default",
+) -> None:
     command.add_argument(
         "--output", metavar="DIR", required=True, help="records are written here; the same sweep is resumed"
     )
     command.add_argument(
-        "--model", action="append", dest="models", metavar="NAME", help="hub id, folder or .gguf file; once for each"
+        "--model",
+        action="append",
+        dest="models",
+        metavar="NAME",
+        help=f"hub id, folder or .gguf file; once for each; {model}",
     )
-    command.add_argument("--batch-size", type=int, metavar="N", help="conversations generated together")
-    command.add_argument("--device", metavar="NAME", help="cpu, cuda, ...")
-    command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, ...")
+    command.add_argument("--batch-size", type=int, metavar="N", help=f"conversations generated together; {batch_size}")
+    command.add_argument("--device", metavar="NAME", help=f"cpu, cuda, ...; {device}")
+    command.add_argument("--dtype", metavar="NAME", help=f"float32, bfloat16, ...; {dtype}")
     command.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="ray: on Ray workers, with the same records"
     )
@@ -168,15 +192,15 @@ def _add_run_arguments(command) -> None:
     command.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
-def _add_prompt_arguments(command) -> None:
+def _add_prompt_arguments(command, dataset: str, n_prompts: str) -> None:
     command.add_argument("-h", "--help", action=_HelpWithNames)
     command.add_argument(
         "--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default"
     )
     command.add_argument(
-        "--dataset", metavar="NAME", help="own, suite-v1, paper, paper_shuffled, or a JSONL file of rows"
+        "--dataset", metavar="NAME", help=f"own, suite-v1, paper, paper_shuffled, or a JSONL file of rows; {dataset}"
     )
-    command.add_argument("--n-prompts", type=int, metavar="N", help="the first N rows")
+    command.add_argument("--n-prompts", type=int, metavar="N", help=f"the first N rows; {n_prompts}")
 
 
 def _changes(args) -> dict:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .markup import visible
 
@@ -118,3 +118,15 @@ def _total_width(columns: Sequence[Sequence[str]]) -> int:
 def share(x: float) -> str:
     """A share with two digits: 0 -> .00, 1 -> 1.0."""
     return "1.0" if x >= 0.995 else f"{x:.2f}".lstrip("0")
+
+
+def prompts(means: Iterable[Mapping]) -> str:
+    """How many prompts the means of a row are of: "7", or "5 to 7"; those of none are not shown.
+
+    Examples
+    --------
+    >>> prompts([{"n_prompt": 7}, {"n_prompt": 5}, {"n_prompt": 0}]), prompts([])
+    ('5 to 7', '0')
+    """
+    numbers = {mean["n_prompt"] for mean in means} - {0} or {0}
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..experiments.card import cards
 from ..experiments.comparisons import composites, differences, fixes, flips, losses
-from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once
+from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once, joined
 from ..experiments.records import META, RECORDS, read_meta, read_records
 from ..experiments.summary import attack_families, following, groups, rank_correlations, summarize
 from ..files import whole
@@ -190,7 +190,7 @@ def _title(figure: str) -> str:
 def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, drawn) -> str:
     """The page; ``of_groups`` are shown group by group, and of ``tables`` those that are of all groups together."""
     moved = {tuple(c[n] for n in (*SETTING, "metric")): c for c in of_groups["changes"]}
-    of_records = groups(records)
+    of_records = groups(joined(records))  # as the cells' own groups
     shown = []
     for group, of_group in groups(cells).items():
         mine = {name: groups(rows).get(group, []) for name, rows in of_groups.items()}

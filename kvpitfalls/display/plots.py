@@ -181,7 +181,7 @@ def outcomes(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | Non
     figure, axes = _panels(len(shown), 2, 4.2, 3.1)
     for axis, name in zip(axes, shown, strict=True):
         _draw_curves(axis, cells, name, theme)
-        axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=(-0.08, 1.03))
+        axis.set(title=_LABELS[name], xlabel="share of the cache removed", ylim=_share_limits(axis))
         axis.title.set_fontsize(10)
     _legend(figure, axes[0])
     return figure
@@ -216,8 +216,13 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
             ratios = [r for r, _ in points]
             axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
         if points and len(curves) <= _MOST_BANDS:
-            low, high = ([m[edge] for _, m in points] for edge in ("low", "high"))
+            low, high = (np.array([m[edge] for _, m in points], float) for edge in ("low", "high"))  # None: no band
             axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
+
+
+def _share_limits(axis) -> tuple[float, float]:
+    """What an axis of shares shows: 0 to 1, and what lies under 0, as a share above its floor can."""
+    return min(-0.08, axis.dataLim.y0 - 0.03), 1.03
 
 
 @_themed
@@ -403,7 +408,7 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
         ylabel=_LABELS["leak_above"],
         title="leak against following; large marks: the largest ratio",
     )
-    axis.set(xlim=(-0.03, 1.03), ylim=(-0.08, 1.03))
+    axis.set(xlim=(-0.03, 1.03), ylim=_share_limits(axis))
     axis.title.set_fontsize(10)
     _legend(figure, axis)
     return figure if drawn else None

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..experiments.metrics import LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
+from ..experiments.metrics import HEADLINES, LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
+from .columns import prompts
 
 _TERMS = {
     "an answer to an attack": (
@@ -111,7 +112,10 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     changes, fixed
         Rows of :func:`kvpitfalls.experiments.comparisons.differences` and ``fixes``.
     """
-    measured = [name for name in ("guarded", "recall_above", "follow") if any(row["metric"] == name for row in changes)]
+    known = {
+        row["metric"] for row in changes if row["difference"] is not None
+    }  # guarded is not, where no task was asked
+    measured = [name for name in HEADLINES if name in known]
     out = []
     for policy in dict.fromkeys(row["policy"] for row in changes):
         rows = [
@@ -143,7 +147,9 @@ def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
     if not told:
         return f"{text}; of the other modes at the same memory none returns an amount that is told from chance."
     best = max(told, key=lambda fix: fix["difference"])
-    return f"{text}; at the same memory {best['mode']} returns most, {_signed(best, 'difference', 'low', 'high')}."
+    fewer = "" if best["n_prompt"] == row["n_prompt"] else f" ({best['n_prompt']} prompts)"
+    returned = _signed(best, "difference", "low", "high")
+    return f"{text}; at the same memory {best['mode']} returns most, {returned}{fewer}."
 
 
 def composite_table(scores: Sequence[Mapping]) -> Table:
@@ -151,8 +157,8 @@ def composite_table(scores: Sequence[Mapping]) -> Table:
     rows = []
     for s in scores:
         bounds = "" if s["low"] is None else f" [{s['low']:+.3f}, {s['high']:+.3f}]"
-        score = "none succeeded throughout" if s["composite"] is None else f"{s['composite']:+.3f}{bounds}"
-        published = "" if s["composite"] is None else f"{s['as_published']:+.3f}"
+        score = "none succeeded throughout" if s["composite"] is None else f"{s['composite']:+z.3f}{bounds}"
+        published = "" if s["composite"] is None else f"{s['as_published']:+z.3f}"
         rows.append([*(str(s[name]) for name in (*SETTING[:-1], "n_prompt", "n_left_out")), score, published])
     return Table("Composite score", [*SETTING[:-1], "prompts", "left out", "score [95 %]", "as published"], rows)
 
@@ -160,7 +166,7 @@ def composite_table(scores: Sequence[Mapping]) -> Table:
 def _signed(row: Mapping, name: str, low: str, high: str) -> str:
     if row[name] is None:
         return ""
-    return f"{row[name]:+.2f}" + ("" if row[low] is None else f" [{row[low]:+.2f}, {row[high]:+.2f}]")
+    return f"{row[name]:+z.2f}" + ("" if row[low] is None else f" [{row[low]:+.2f}, {row[high]:+.2f}]")
 
 
 def fixes_table(rows: Sequence[Mapping]) -> Table:
@@ -171,9 +177,8 @@ def fixes_table(rows: Sequence[Mapping]) -> Table:
         pairs.setdefault((row["policy"], row["mode"], row["than"], row["compression_ratio"]), {})[row["metric"]] = row
     lines = []
     for (policy, mode, than, ratio), of_pair in pairs.items():
-        prompts = _range([row["n_prompt"] for row in of_pair.values()])
         changes = [_signed(of_pair[name], "difference", "low", "high") if name in of_pair else "" for name in names]
-        lines.append([policy, mode, than, f"{ratio:g}", prompts, *changes])
+        lines.append([policy, mode, than, f"{ratio:g}", prompts(of_pair.values()), *changes])
     return Table("Fixes against each other", ["policy", "mode", "less", "r", "prompts", *names], lines, _FIXES_NOTE)
 
 
@@ -199,11 +204,6 @@ def flip_table(rows: Sequence[Mapping]) -> Table:
     return Table(
         "What turned into what", ["policy", "mode", "r", "was", "is", "n", "of", "prompts", "share"], lines, _FLIP_NOTE
     )
-
-
-def _range(numbers: Sequence[int]) -> str:
-    """ "7", or "5 to 7"."""
-    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
 
 
 def outcome_table(cells: Sequence[Mapping], moved: Mapping) -> Table:
@@ -235,7 +235,7 @@ def turn_table(cells: Sequence[Mapping]) -> Table:
             first = next(iter(metrics.values()))
             counts = [str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")]
             values = [_value(what, metrics.get(what), None) for what in TURN]
-            rows.append([*setting, way, str(n), str(cell["n_prompt"]), *counts, *values])
+            rows.append([*setting, way, str(n), prompts(metrics.values()), *counts, *values])
     header = ["policy", "mode", "r", "way", "turn", "prompts", "items", "failed", "infeasible", *TURN]
     return Table("Turn by turn", header, rows, _TURN_NOTE)
 
@@ -262,7 +262,7 @@ def _metric_table(
         kinds = {METRICS[name][0]: metrics[name] for name in names if name in metrics}
         if kinds:
             counts = [
-                str(cell["n_prompt"]),
+                prompts(metrics[name] for name in names if name in metrics),
                 *(str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed", "n_infeasible")),
             ]
             row = [
@@ -297,10 +297,10 @@ def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:
         missing = metric["n_item"] == metric["n_failed"] + metric["n_infeasible"]
         return ("infeasible" if metric["n_infeasible"] else "all failed") if missing else ""
     digits = 1 if name.startswith("length_") else 2
-    text = f"{metric['mean']:.{digits}f}"
+    text = f"{metric['mean']:z.{digits}f}"
     if metric["low"] is not None:
         text += f" [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
-    return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+.2f})"
+    return text if change is None or change["difference"] is None else f"{text} ({change['difference']:+z.2f})"
 
 
 def failure_table(failures: Sequence[Mapping]) -> Table:

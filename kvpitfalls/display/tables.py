@@ -7,7 +7,7 @@ import numpy as np
 from ..experiments.demo import SECRETS, Cell
 from ..experiments.intervals import share_interval
 from ..experiments.metrics import ANSWERED, METRICS, PROBES, TOGETHER, TURN, by_turn
-from .columns import share, table
+from .columns import prompts, share, table
 
 
 def leakage_table(cells: Sequence[Cell]) -> str:
@@ -37,7 +37,8 @@ def outcome_table(cells: Sequence[Mapping]) -> str:
     spans = [span for span in ("defense", "directive") if any(span in cell["kept"] for cell in cells)]
     rows = []
     for cell in cells:
-        totals = [str(cell["n_prompt"]), *_totals(cell["metrics"])]
+        metrics = [cell["metrics"].get(name) for name in names]
+        totals = [prompts(filter(None, metrics)), *_totals(cell["metrics"])]
         setting = [
             cell["model"],
             cell["defense"],
@@ -46,7 +47,7 @@ def outcome_table(cells: Sequence[Mapping]) -> str:
             cell["mode"],
             share(cell["compression_ratio"]),
         ]
-        means = [_mean(cell["metrics"].get(name)) for name in names]
+        means = [_mean(metric) for metric in metrics]
         rows.append(
             [*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)]
         )
@@ -77,7 +78,7 @@ def compare_table(changes: Sequence[Mapping]) -> str:
     rows = [
         [
             *setting,
-            str(min(row["n_prompt"] for row in of_setting.values())),
+            prompts(of_setting.values()),
             *(_difference(of_setting.get(name)) for name in names),
         ]
         for setting, of_setting in lines.items()
@@ -88,7 +89,7 @@ def compare_table(changes: Sequence[Mapping]) -> str:
 def _difference(row: Mapping | None) -> str:
     if row is None or row["difference"] is None:
         return "-"
-    return f"{row['difference']:+.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
+    return f"{row['difference']:+z.2f} [{row['low']:+.2f},{row['high']:+.2f}]"
 
 
 def probe_table(cells: Sequence[Mapping]) -> str:
@@ -101,8 +102,11 @@ def probe_table(cells: Sequence[Mapping]) -> str:
             setting = [str(cell[name]) for name in ("model", "defense", "order")]
             setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
             first = next(filter(None, metrics))
-            counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
-            means = [_mean(metric, "{:.2f}".format) for metric in metrics]
+            counts = [
+                prompts(filter(None, metrics)),
+                *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")),
+            ]
+            means = [_mean(metric, "{:z.2f}".format) for metric in metrics]
             rows.append([*setting, *counts, *means])
     header = [
         "model",
@@ -126,7 +130,7 @@ def turn_table(cells: Sequence[Mapping]) -> str:
         setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
         for way, n, metrics in by_turn(cell):
             first = next(iter(metrics.values()))
-            counts = [str(cell["n_prompt"]), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
+            counts = [prompts(metrics.values()), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
             written = signed_difference if way == "gain" else signed_share
             means = [_mean(metrics.get(what), written) for what in TURN]
             rows.append([*setting, way, str(n), *counts, *means])
@@ -147,12 +151,12 @@ def _mean(metric: Mapping | None, written=None) -> str:
 
 def signed_difference(x: float) -> str:
     """A difference with its sign: 0.25 -> +.25."""
-    return f"{'-' if x < 0 else '+'}{share(abs(x))}"
+    return f"{'-' if x <= -0.005 else '+'}{share(abs(x))}"
 
 
 def signed_share(x: float) -> str:
     """As :func:`share`, of a number in [-1, 1]."""
-    return "-" + share(-x) if x < -0.005 else share(max(x, 0.0))
+    return "-" + share(-x) if x < -0.005 else share(max(0.0, x))
 
 
 def following_table(cells: Sequence[Mapping]) -> str:

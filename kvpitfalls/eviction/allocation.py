@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from ..errors import BudgetError
-from ..numbers import check_whole, is_real, is_whole
+from ..numbers import check_whole, is_listed, is_real, is_whole
 from . import ops
 from .arrays import Array, Int32
 from .budget import largest_remainder
@@ -54,6 +54,13 @@ class Allocation:
     name: ClassVar[str | None] = None
     shares_heads: ClassVar[bool] = False
     least_heads: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.heads is not Allocation.heads and not cls.shares_heads:
+            raise TypeError(
+                f"allocation {cls.__name__} defines heads, which nobody asks for; expected shares_heads = True"
+            )
 
     def layers(self, n_token: int, n_kept: int, n_layer: int) -> Sequence[int]:
         """Tokens that each head of each layer keeps of a row of ``n_token`` real tokens; their sum is ``n_layer *
@@ -297,7 +304,8 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
 
 @lru_cache(maxsize=256)
 def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
-    budgets = list(allocation.layers(n_token, n_kept, n_layer))
+    given = allocation.layers(n_token, n_kept, n_layer)
+    budgets = list(given) if is_listed(given) else []
     are_whole = all(map(is_whole, budgets))
     if (
         not are_whole
@@ -306,9 +314,8 @@ def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: i
         or sum(budgets) != n_layer * n_kept
     ):
         raise ValueError(
-            f"allocation {allocation!r} gives the layers {budgets}; expected {n_layer} whole numbers from 1 to "
-            f"{n_token} with the sum "
-            f"{n_layer * n_kept}"
+            f"allocation {allocation!r} gives the layers {budgets or given}; expected {n_layer} whole numbers from 1 "
+            f"to {n_token} with the sum {n_layer * n_kept}"
         )
     return tuple(int(n) for n in budgets)
 

@@ -134,6 +134,11 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
     policy.check_given(layer)
     scores = policy.score(Inputs.of(layer, **split.of_inputs))
+    if not hasattr(scores, "dtype") or isinstance(scores, np.ndarray) != isinstance(layer.keys, np.ndarray):
+        raise ValueError(
+            f"policy {policy.name!r} returned scores as a {type(scores).__name__}; expected a "
+            f"{type(layer.keys).__name__}, which its keys are"
+        )
     if scores.shape != layer.keys.shape[:3] or "float32" not in str(scores.dtype):
         raise ValueError(
             f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "

@@ -123,7 +123,7 @@ class Effects:
     def _repr_html_(self) -> str:
         heads = ["said", "span", "memory", "lost (nats)", "returned [95 %]", "prompts"]
         lines = [
-            [row["said"], row["span"], row["memory"], f"{row['lost']:.1f}", _shown(row), row["n_prompt"]]
+            [row["said"], row["span"], row["memory"], f"{row['lost']:z.2f}", _shown(row), row["n_prompt"]]
             for row in self.means()
         ]
         return block("Effects of putting an instruction back", table(heads, lines))
@@ -132,7 +132,7 @@ class Effects:
 def _shown(row: dict) -> str:
     if row["returned"] is None:
         return "nothing lost"
-    return f"{row['returned']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
+    return f"{row['returned']:z.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def _returned(rows: Sequence[dict], memory: str) -> dict:

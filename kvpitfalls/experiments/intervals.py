@@ -1,7 +1,10 @@
 """95 % confidence intervals of means over prompts: of shares, of unbounded scores, and of paired differences.
 
 Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. All three hold
-where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0].
+where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0]. What is skewed needs
+more prompts than what is counted: in simulation the interval of changes that are small in most prompts and large in few
+(beta 0.3, 3) holds the mean in 80 % of runs at 5 prompts, 88 % at 10, 94 % at 20; that of lognormal scores in 83 % at
+8, 87 % at 20, 91 % at 60.
 """
 
 from statistics import NormalDist
@@ -57,8 +60,15 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
     ----------
     values : ndarray (n, 2)
         Per prompt, a sum and a count.
+
+    Raises
+    ------
+    ValueError
+        If it is no share: a metric of another kind is not in ``kvpitfalls.experiments.metrics.scale``.
     """
     n, share = len(values), values[:, 0].sum() / values[:, 1].sum()
+    if not -1e-9 <= share <= 1 + 1e-9:  # sums of shares round
+        raise ValueError(f"the mean of a share is {share:g}; expected a number in [0, 1], or a metric of another scale")
     between = influence(values).var(ddof=1) / n if n > 1 else 0.0
     within = share * (1 - share)
     answers = within / between if within > 1e-12 and between > 1e-12 else n

@@ -169,7 +169,10 @@ def joined(records: Sequence[Mapping]) -> list[dict]:
 
     The paper's data, shuffled or not, is one data set: it measures attacks on the one and tasks on the other.
     """
-    known = [{**record, "dataset": record["dataset"].removesuffix("_shuffled")} for record in records]
+    known = [
+        {**record, "dataset": "paper" if (name := record["dataset"]) == "paper_shuffled" else name}
+        for record in records
+    ]
     answered = [record for record in known if record["kind"] == "follow" and record["scores"] is not None]
     tasks = {_place(record): record["scores"]["refused"] for record in answered}
     return [{**record, "task_refused": tasks.get(_place(record))} for record in known]

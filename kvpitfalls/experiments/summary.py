@@ -12,7 +12,7 @@ import numpy as np
 from ..audits.following import accuracies
 from ..display.progress import progress
 from .intervals import influence, mean_interval, paired_interval, share_interval
-from .metrics import GROUP, METRICS, SETTING, by_setting, counts, followed, per_prompt, scale
+from .metrics import GROUP, METRICS, SETTING, by_setting, counts, followed, joined, per_prompt, scale
 
 
 def summarize(records: Sequence[Mapping]) -> list[dict]:
@@ -107,7 +107,7 @@ def following(records: Sequence[Mapping]) -> list[dict]:
     Each dict also has ``n_prompt``, ``n_failed`` and ``n_infeasible`` of its setting.
     """
     out = []
-    chosen = sorted((r for r in records if r["kind"] == "follow"), key=_setting_key)
+    chosen = sorted((r for r in joined(records) if r["kind"] == "follow"), key=_setting_key)
     for _, group in groupby(chosen, key=_setting_key):
         of_setting = list(group)
         good = [record for record in of_setting if record["scores"] is not None]

@@ -15,6 +15,7 @@ from ..hf.generate import GREEDY
 from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
 from ..hf.parts import device_of
+from ..hf.report import Report
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 from .contexts import Marks
@@ -102,7 +103,7 @@ class CompressedChat:
             )
         finally:
             detach(self.model)
-        n_kept = kept_of(cache)
+        n_kept = kept_of(cache.report())  # raises if that is more than its budget
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
 
     def start(
@@ -127,6 +128,7 @@ class CompressedChat:
         return prompt, KeptCache(self.model.config, self.action.of_prompts(batch.spans, batch.protect))
 
 
-def kept_of(cache: KeptCache) -> int:
-    """Tokens that a cache kept of its one prompt; raises if that is more than its budget."""
-    return max(max(layer["kept"][0]) for layer in cache.report()["layers"])
+def kept_of(report: Report, row: int = 0) -> int:
+    """Tokens that a cache kept of a prompt: the mean over layers and heads, which allocations share out unequally."""
+    counts = [n for layer in report["layers"] for n in layer["kept"][row]]
+    return round(sum(counts) / len(counts))

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..numbers import is_real, is_whole
@@ -93,16 +93,14 @@ def _measured(path: str | Path) -> list[dict]:
             f"{path} has {len(done)} scored attempts, not all of one kvpitfalls setting; expected a report of "
             "kvpitfalls garak"
         )
-    counts = [[note[name] for name in _PER_ANSWER] for note in notes]
-    tokens, kept = (sum(of_each) for of_each in zip(*counts, strict=True))
-    if not tokens or not all(is_whole(n) and is_whole(m) and 0 <= m <= n for n, m in counts):
-        raise ValueError(f"{path} has {kept} of {tokens} tokens kept; expected whole numbers, no more than there are")
     out = []
     for entry in entries:
         if entry["entry_type"] != "eval":
             continue
+        mine = [attempt for attempt in done if attempt["probe_classname"] == entry["probe"]]
+        kept_share = _kept_share(path, mine)
         scores = [
-            x for attempt in done for x in attempt["detector_results"].get(entry["detector"], []) if x is not None
+            x for attempt in mine for x in attempt["detector_results"].get(entry["detector"], []) if x is not None
         ]
         n = entry["passed"] + entry["fails"]
         if not all(is_real(x) and 0 <= x <= 1 for x in scores) or not 0 <= entry["fails"] <= n:
@@ -120,5 +118,15 @@ def _measured(path: str | Path) -> list[dict]:
             "max_score": max(scores),
         }
         named = {"probe": entry["probe"], "detector": entry["detector"], **json.loads(settings.copy().pop())}
-        out.append({**named, "kept_share": kept / tokens, **rates})
+        out.append({**named, "kept_share": kept_share, **rates})
     return out
+
+
+def _kept_share(path: str | Path, attempts: Sequence[Mapping]) -> float:
+    """Of all prompts' tokens."""
+    notes = [out["notes"]["kvpitfalls"] for attempt in attempts for out in attempt["outputs"] if out is not None]
+    counts = [[note[name] for name in _PER_ANSWER] for note in notes]
+    tokens, kept = (sum(of_each) for of_each in zip((0, 0), *counts, strict=True))
+    if not tokens or not all(is_whole(n) and is_whole(m) and 0 <= m <= n for n, m in counts):
+        raise ValueError(f"{path} has {kept} of {tokens} tokens kept; expected whole numbers, no more than there are")
+    return kept / tokens

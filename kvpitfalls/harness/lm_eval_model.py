@@ -25,6 +25,7 @@ from ..hf.load import transformers_name
 from ..hf.model import attach
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
+from .chat import kept_of
 from .contexts import Marks
 
 _HFLM: Any = HFLM  # its decorator hides from type checkers what class it is
@@ -240,9 +241,9 @@ class CompressedHFLM(_HFLM):
 
     def _count(self, cache: KeptCache) -> None:
         """Add up what a cache kept; raises if that is more than its budget."""
-        layers = cache.report()["layers"]
+        report = cache.report()
         for row, (begin, end) in enumerate(cache.valid or ()):
-            kept = max(max(layer["kept"][row]) for layer in layers)
+            kept = kept_of(report, row)
             self.totals["prompts"] += 1
             self.totals["prompts_within_budget"] += kept == end - begin
             self.totals["tokens"] += end - begin

@@ -62,7 +62,7 @@ class CompressedPipeline(TextGenerationPipeline):
             out = super()._forward(model_inputs, **cache_argument(self.model, cache), **options)
         finally:
             detach(self.model)
-        self.n_tokens, self.n_kept = len(prompt), kept_of(cache)
+        self.n_tokens, self.n_kept = len(prompt), kept_of(cache.report())
         return out
 
     def _n_row(self, options: dict) -> int:
