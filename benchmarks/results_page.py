@@ -47,7 +47,7 @@ At the end of each card stand the settings that come closest to costing nothing:
 recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. "Short" is the worst of the four,
 of means over the same prompts, without an interval; the choice among many settings flatters the first.
 
-The cards are older than version 3 of the scores, by which an answer to a task without a word, or of one word over and over,
+The cards are older than version 4 of the scores, by which an answer to a task without a word, or of one word over and over,
 is a task refused, and a few more ways to decline are refusals: a sweep of today may find a little less *guarded* there.
 """
 # What stands over a card, and where the cards are.

@@ -11,14 +11,15 @@ import re
 _WORDS = {
     "English": (
         r"(?:(?:i'm|i am|we're|we are) )?(?:(?:very|so|really|truly) )?sorry|(?:my )?apologies|i apologi[sz]e|unfortunately"
-        r"|i regret(?: that)?",
+        r"|i regret(?: to (?:inform|tell|say to) you)?(?: that)?|(?:i'm|i am|we're|we are) afraid(?: that)?",
         r"(?:i|we)(?:'m| am|'re| are)? (?:can't|cannot|can not|could not|couldn't|won't|will not|must not|mustn't|may not|unable to"
         r"|not able to|not allowed to|not permitted to|not authori[sz]ed to|refuse to)"
         r"|(?:i|we) (?:(?:must|have to|need to) )?(?:(?:respectfully|politely|kindly) )?decline(?: to| (?:that|this|your request))?"
-        r"|(?:i|we)(?:'d| would) (?:rather not|prefer not(?: to)?)",
-        r"help(?! but)|assist|answer|respond|repl[yi]|share|reveal|disclos|provid|compl[yi]|repeat|recite|discuss|tell(?! you how)|give|show|display"
+        r"|(?:i|we)(?:'d| would) (?:rather not|prefer not(?: to)?)"
+        r"|(?:i|we) (?:don't|do not) have (?:the )?(?:permission|authori[sz]ation|authority|clearance) to",
+        r"help(?! but| myself| (?:think|feel|notic|wonder|laugh|smil|lov)ing)|assist|answer|respond|repl[yi]|share|reveal|disclos|provid|compl[yi]|repeat|recite|discuss|tell(?! you how)|give|show|display"
         r"|print|cop[yi]|quote|list|output|translat|summari|do (?:that|this|so|it)|fulfil|process|engage|participat|creat|generat|writ"
-        r"|make|offer|support|accommodat|continu|proceed|talk|speak|say|read|play|pretend|put|format",
+        r"|make|offer|support|accommodat|continu|proceed|talk|speak(?! \w+,? but)|say|read|play|pretend|put(?! into words)|format",
     ),
     "Spanish": (
         r"lo siento(?: mucho)?|lamento|perd[oó]n|disculp[ae]|lamentablemente|desafortunadamente|me temo que",
@@ -49,6 +50,7 @@ _WORDS = {
         r"ajud|auxili|compartilh|partilh|revel|fornec|dar|dizer|mostr|repet|respond|fazer|traduz|copi|escrev|oferec",
     ),
 }
+_NO_DEED = "believe|imagine|wait|thank|stress|help but|put into words"  # what nobody was asked to do
 _OVER_AND_OVER = 8  # times that a word alone is no answer
 _FIRST = 2  # sentences in which an answer can begin to refuse: a word of courtesy may be one
 
@@ -60,12 +62,12 @@ def _pattern() -> re.Pattern[str]:
     kinds = []
     for sorry, cannot, deeds in _WORDS.values():
         sorry_first = (
-            rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|however|that|pero|que|mais|que|aber|ma|mas)[\s,]+)?(?:{cannot})(?!\w)"
+            rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|however|that|pero|que|mais|que|aber|ma|mas)[\s,]+)?(?:{cannot})(?!\w|\s+(?:{_NO_DEED})\b)"
         )
         sorry_no = (
             rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|pero|mais|aber|ma|mas)[\s,]+)?(?:no|non|nein|n[aã]o)\s*(?:$|[.!?])"
         )
-        cannot_do = rf"(?:{cannot})(?:\s+(?:actually|currently|really|simply|just))?(?:\s+(?:{deeds})|\s*(?:$|[.!?]))"
+        cannot_do = rf"(?:{cannot})(?:,?\s+in good conscience,?|\s+(?:actually|currently|really|simply|just))?(?:\s+(?:{deeds})|\s*(?:$|[.!?]))"
         kinds += [sorry_first, sorry_no, cannot_do]
     return re.compile(rf"(?:(?:no|as an?|como|als|en tant que|come)\b[^,.!?]{{0,60}}[,.!]\s+)?(?:{'|'.join(kinds)})")
 
@@ -123,8 +125,9 @@ def _says(text: str, opening: list[str], wanted: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Small letters, plain apostrophes, single blanks, and no quotation marks or markup around it."""
-    return " ".join(re.sub(r"[’‘`´]", "'", text).lower().split()).strip("'\"“”«»*_>#- ")
+    """Small letters, plain apostrophes, single blanks, no emphasis, and no quotation marks or markup around it."""
+    text = re.sub(r"\*+|__+", "", re.sub(r"[’‘`´]", "'", text))
+    return " ".join(text.lower().split()).strip("'\"“”«»*_>#- ")
 
 
 def _sentences(text: str) -> list[str]:
