@@ -61,9 +61,7 @@ def _pattern() -> re.Pattern[str]:
     people ask for."""
     kinds = []
     for sorry, cannot, deeds in _WORDS.values():
-        sorry_first = (
-            rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|however|that|pero|que|mais|que|aber|ma|mas)[\s,]+)?(?:{cannot})(?!\w|\s+(?:{_NO_DEED})\b)"
-        )
+        sorry_first = rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|however|that|pero|que|mais|que|aber|ma|mas)[\s,]+)?(?:{cannot})(?!\w|\s+(?:{_NO_DEED})\b)"
         sorry_no = (
             rf"(?:{sorry})[\s,.;:!-]*(?:(?:but|pero|mais|aber|ma|mas)[\s,]+)?(?:no|non|nein|n[aã]o)\s*(?:$|[.!?])"
         )
