@@ -261,6 +261,24 @@ def test_on_a_cache_that_is_fixed(device, n_more, counts):
     assert counts["foreseen"] > 20 and counts["taken back"] == 1
 
 
+def test_a_later_turn_of_several_tokens(device, counts):
+    """After it the positions of the last replay are long past."""
+    model, out = build("llama").to(device), []
+    tokens, mask = question()
+    with kvp.wrap(model, "snapkv", compression_ratio=0.5) as handle:
+        kept = handle.compress(tokens[:, :-3], mask[:, :-3])
+        for use_graph in (True, False):
+            cache = kept.fixed(80, use_graph=use_graph)
+            told, _, _ = answer(model, tokens, mask, cache, max_new_tokens=20, min_new_tokens=20)
+            again = torch.cat([told, ids(3, 4, seed=9).to(told.device)], 1)
+            shown = torch.nn.functional.pad(mask, (0, again.shape[1] - mask.shape[1]), value=1)
+            before = dict(counts)
+            out.append(answer(model, again, shown, cache, max_new_tokens=20, min_new_tokens=20)[:2])
+            if use_graph:
+                assert counts["foreseen"] - before["foreseen"] >= 17 and not counts["taken back"]
+    assert torch.equal(out[0][0], out[1][0]) and (out[0][1] - out[1][1]).abs().max() <= 1e-5
+
+
 def change_rows(cache):
     cache.batch_select_indices(torch.tensor([2, 0, 1]))
 

@@ -284,13 +284,15 @@ class FixedCache(KeptCache):
         return forward(*args, **kwargs)
 
     def begin_next(self, ids: torch.Tensor) -> None:
-        """Begin the step of the tokens (B, 1) that come next, before anybody asks for it: if one is captured, there is
-        room, and it could be taken back, as a state or what a held budget let go could not.
+        """Begin the step of the tokens (B, 1) that come next, before anybody asks for it: if the one before was
+        replayed, there is room, and it could be taken back, as a state or what a held budget let go could not.
 
         Whoever changes the cache before it is asked for takes it back.
         """
-        can_be_undone = all(isinstance(x, InPlace) or holds_nothing(x) for x in self.layers)
-        if self.graph is not None and self.n_free and can_be_undone and all(isinstance(x, Room) for x in self.rooms):
+        if self.graph is None or self.obstacle is not None or not self.n_free:
+            return
+        has_slots = all(isinstance(x, InPlace) or holds_nothing(x) for x in self.layers)
+        if has_slots and all(isinstance(x, Room) for x in self.rooms):
             self.graph.begin_next(ids)
 
     def take_back(self) -> None:
