@@ -74,7 +74,8 @@ def wrap(
     use_graph : bool
         Whether, on a GPU, plain or sampling ``generate`` may run its steps as a CUDA graph where that is possible
         (attention by SDPA or eager, no hooks; a held budget as :meth:`.KeptCache.fixed` holds it): Python code of the
-        model's modules then runs for the first steps of an answer only. False: Python launches every kernel of every
+        model's modules then runs for the first steps of an answer only, and a step begins as soon as its token is
+        chosen, by a stopping criterion that is put behind the caller's. False: Python launches every kernel of every
         step.
 
     Returns
