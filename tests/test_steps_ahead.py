@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from model_sweep import build, not_refused
+from test_fixed import DEVICES
 from test_replayed_steps import replays
 from test_stepping import N_NEW, StopAt, answer, assert_alike, everywhere, taken, with_question
 from tiny_models import ids
@@ -20,9 +21,7 @@ from kvpitfalls.hf import step_graph
 from kvpitfalls.hf.arguments import cache_argument
 
 __all__ = ["everywhere", "replays", "taken"]  # fixtures
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 IS_TOLD_AFTER = transformers.__version__ >= "5"  # 4 tells a streamer of a token before a step of it could begin
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 @pytest.fixture(params=DEVICES)

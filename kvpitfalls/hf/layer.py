@@ -133,7 +133,8 @@ class KeptLayer(DynamicLayer):
     def _forward(self) -> "Forward":
         """The forward of a wrapped model that calls this layer; refused outside one, whose masks would not fit."""
         forward = local.forward
-        if forward is None or self not in forward.cache.layers:
+        layers = () if forward is None else forward.cache.layers
+        if forward is None or self.index >= len(layers) or layers[self.index] is not self:
             raise NotInterceptedError(
                 "a KeptCache was given to a model that is not wrapped; expected a call inside `with "
                 "kvpitfalls.wrap(model, ...)`"

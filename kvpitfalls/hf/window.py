@@ -37,7 +37,7 @@ class WindowLayer(InPlace, DynamicSlidingWindowLayer):
     def __init__(self, layer: DynamicSlidingWindowLayer, index: int, n_room: int) -> None:
         vars(self).update(vars(layer))
         keys, values = cast(torch.Tensor, layer.keys), cast(torch.Tensor, layer.values)
-        self.home, self.index, self.n_slot, self.home_seen = layer, index, keys.shape[2], self.seen
+        self.home, self.index, self.n_slot, self.seen_before = layer, index, keys.shape[2], self.seen
         n_free = min(free_slots(self.n_slot, n_room), self.sliding_window - self.n_slot)
         self.keys, self.values = (with_room(x, n_free) for x in (keys, values))
 
@@ -58,13 +58,13 @@ class WindowLayer(InPlace, DynamicSlidingWindowLayer):
     def real_slots(self, real: torch.Tensor | None) -> torch.Tensor:
         """Bool (B, 1, S): the slots that hold a real token; ``real``, bool (B, n_seen): which are not padding."""
         visible = torch.zeros(len(self.keys), 1, self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
-        visible[:, 0, : self.n_slot] = True if real is None else real[:, self.home_seen - self.n_slot :]
+        visible[:, 0, : self.n_slot] = True if real is None else real[:, self.seen_before - self.n_slot :]
         return visible
 
     def grown(self, copies: bool) -> DynamicSlidingWindowLayer:
         """The growing layer, with what is in the window, in order; ``copies``: in memory of its own, as it must be once
         a token has come."""
-        n_all = self.n_slot + self.seen - self.home_seen
+        n_all = self.n_slot + self.seen - self.seen_before
         begin = max(n_all - self.sliding_window + 1, 0)
         if copies:
             at = torch.arange(begin, n_all, device=self.keys.device) % self.keys.shape[2]
