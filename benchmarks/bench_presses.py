@@ -48,7 +48,7 @@ CACHE_BYTES = 256e6  # more than any cache: inputs rotate through so much memory
 
 def wait() -> None:
     """Until a GPU has done what it was told."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

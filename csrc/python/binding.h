@@ -88,15 +88,24 @@ int kvpb_view_dlpack(const kvpb_slot *slot, const struct kvpb_dl_tensor *dl, kvp
 int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object,
                            const struct kvpb_dl_api **api); /* *api NULL: there is none of use */
 
-/* outputs.c: a new array like an old one, and its view; NULL with an exception set. */
+/* outputs.c: new arrays like an old one. First the memory and its view; the array of it is made when it is taken, since
+ * torch takes its time for that, which a GPU may work meanwhile. 0 and not NULL, or -1 and NULL with an exception set.
+ */
 typedef struct kvpb_new {
     const char *name;
     kvp_dtype dtype; /* KVP_I32, KVP_U8 or that of the old array */
     int32_t ndim;
     int64_t shape[4];
 } kvpb_new;
-PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
-                    kvp_tensor *tensor);
+typedef struct kvpb_made {
+    PyObject *array;                  /* NumPy's */
+    struct kvpb_dl_versioned *memory; /* any other library's */
+    const struct kvpb_dl_api *api;
+} kvpb_made;
+int kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
+              kvp_tensor *tensor, kvpb_made *made);
+PyObject *kvpb_take(kvpb_made *made); /* a new reference; once */
+void kvpb_drop(kvpb_made *made);      /* what was not taken, if anything was made */
 /* Bytes beside an array that is not NumPy's, for the length of a call: no array is made of them. */
 struct kvpb_dl_versioned *kvpb_make_scratch(const kvpb_state *state, size_t bytes, PyObject *like,
                                             const kvp_tensor *view, kvp_tensor *tensor);

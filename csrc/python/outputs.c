@@ -93,20 +93,30 @@ void kvpb_free_scratch(kvpb_dl_versioned *managed) {
     if (managed && managed->deleter) managed->deleter(managed);
 }
 
-PyObject *kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
-                    kvp_tensor *tensor) {
+int kvpb_make(const kvpb_state *state, const kvpb_new *wanted, PyObject *like, const kvp_tensor *view,
+              kvp_tensor *tensor, kvpb_made *made) {
+    *made = (kvpb_made){.array = NULL};
     if (!PyArray_Check(like)) {
-        const kvpb_dl_api *api;
-        if (find_allocator(state, wanted, like, &api) < 0) return NULL;
-        kvpb_dl_versioned *managed = allocate(wanted, api, view, tensor);
-        void *object = NULL;
-        return managed && api->import_managed(managed, &object) == 0 ? object : NULL;
+        if (find_allocator(state, wanted, like, &made->api) < 0) return -1;
+        made->memory = allocate(wanted, made->api, view, tensor);
+        return made->memory ? 0 : -1;
     }
-    PyObject *array = new_numpy(wanted, (PyArrayObject *)like);
-    if (!array) return NULL;
+    if (!(made->array = new_numpy(wanted, (PyArrayObject *)like))) return -1;
     kvpb_loans none = {.n_held = 0};
     const kvpb_slot slot = {wanted->name, "one of the core's", 0, KVPB_OUTPUT};
-    if (kvpb_view(state, &slot, array, tensor, &none) == 0) return array;
-    Py_DECREF(array);
-    return NULL;
+    return kvpb_view(state, &slot, made->array, tensor, &none);
+}
+
+PyObject *kvpb_take(kvpb_made *made) {
+    void *array = made->array;
+    struct kvpb_dl_versioned *memory = made->memory;
+    made->array = NULL;
+    made->memory = NULL; /* whose it is now, whether it can make an array of it or not */
+    return !memory || made->api->import_managed(memory, &array) == 0 ? array : NULL;
+}
+
+void kvpb_drop(kvpb_made *made) {
+    Py_CLEAR(made->array);
+    kvpb_free_scratch(made->memory);
+    made->memory = NULL;
 }

@@ -402,7 +402,7 @@ enum { PRESS_OUTPUTS = 3 };
 /* The outputs of press, but for the counts, which follow from the quotas. Where the shapes to come from are wrong,
  * nothing is made: the core then says so. */
 static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p,
-                              PyObject **out) {
+                              kvpb_made *made) {
     if (p->keys.ndim != 4 || p->values.ndim != 4) return 0;
     const int64_t *shape = p->keys.shape;
     const struct {
@@ -414,8 +414,17 @@ static int make_press_outputs(const kvpb_state *state, PyObject *const *objects,
         {{"out_values", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, p->values.shape[3]}}, &p->out_values},
     };
     for (int i = 0; i < PRESS_OUTPUTS; i++)
-        if (!(out[i] = kvpb_make(state, &outputs[i].wanted, objects[0], &p->keys, outputs[i].tensor))) return -1;
+        if (kvpb_make(state, &outputs[i].wanted, objects[0], &p->keys, outputs[i].tensor, &made[i]) < 0) return -1;
     return 0;
+}
+
+static PyObject *take_press_outputs(kvpb_made *made) {
+    PyObject *result = PyTuple_New(PRESS_OUTPUTS);
+    for (Py_ssize_t i = 0; result && i < PRESS_OUTPUTS; i++) {
+        PyObject *array = kvpb_take(&made[i]);
+        if (!array || PyTuple_SetItem(result, i, array) < 0) Py_CLEAR(result);
+    }
+    return result;
 }
 
 static int make_press_scratch(const kvpb_state *state, PyObject *like, const kvp_tensor *keys, size_t bytes,
@@ -451,7 +460,8 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
     verb_args args = {.press = {.size = sizeof(kvp_press_args)}};
     kvpb_loans loans = {.n_held = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    PyObject *out[PRESS_OUTPUTS] = {NULL}, *result = NULL;
+    kvpb_made made[PRESS_OUTPUTS] = {{.array = NULL}};
+    PyObject *result = NULL;
     struct kvpb_dl_versioned *scratch = NULL;
     void *owned = NULL;
     int64_t n_kept;
@@ -460,15 +470,14 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
         read_n_worker(objects[12], &ctx.n_worker) < 0)
         return NULL;
     if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
-        make_press_outputs(state, objects + 1, n_kept, &args.press, out) == 0 &&
+        make_press_outputs(state, objects + 1, n_kept, &args.press, made) == 0 &&
         prepare_press(state, objects[1], &args, &ctx, &owned, &scratch) == 0) {
         kvp_status status;
         ctx.stream = loans.stream;
         Py_BEGIN_ALLOW_THREADS status = kvp_press(&args.press, &ctx);
-        Py_END_ALLOW_THREADS result =
-            status == KVP_OK ? PyTuple_Pack(PRESS_OUTPUTS, out[0], out[1], out[2]) : kvpb_raise(state, status, &ctx);
+        Py_END_ALLOW_THREADS result = status == KVP_OK ? take_press_outputs(made) : kvpb_raise(state, status, &ctx);
     }
-    for (int i = 0; i < PRESS_OUTPUTS; i++) Py_XDECREF(out[i]);
+    for (int i = 0; i < PRESS_OUTPUTS; i++) kvpb_drop(&made[i]);
     kvpb_free_scratch(scratch);
     PyMem_Free(owned);
     kvpb_return_loans(&loans);
