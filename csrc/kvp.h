@@ -159,8 +159,8 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2 };
  * most, and the first n_sink tokens T + 1 (LagKV, arXiv 2504.04704). A chunk with a number that is no number or
  * infinite is NaN, and one before an infinite one may be. T must be at most 2^23.
  *   random     a draw from [0, 1) for each valid token, the same on every device: a control. It depends on the head, on
- * the number of valid tokens, on the token's place among them, on the first one's key, and on the seed, seed + 2^32
- * seed_high: whole numbers below 2^32 and 2^30. score/draws.h has the arithmetic.
+ * the number of valid tokens, on the token's place among them, on the keys of eight of them, and on the seed, seed +
+ * 2^32 seed_high: whole numbers below 2^32 and 2^30. score/draws.h has the arithmetic.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from test_ops import DTYPES, on_every_device
+from tiny_models import build
+from transformers import DynamicCache
 
 import kvpitfalls as kvp
 from kvpitfalls import ops, reference
@@ -55,8 +57,9 @@ def mixed(x):
 def defined(keys, seed):
     """The draw of a row's keys (H, n, D) by unsigned numbers, which cards depend on."""
     n_head, n_token, n_dim = keys.shape
-    firsts = np.clip(np.nan_to_num(4.0 * keys[:, 0].double().numpy(), posinf=MOST, neginf=-MOST), -MOST, MOST)
-    salts = mixed(np.rint(firsts).astype(np.int64).view(np.uint64) + np.arange(n_dim, dtype=np.uint64) * STEP)
+    told_by = keys[:, [n_token - 1 - i * n_token // 8 for i in range(8)]].double().numpy().reshape(n_head, 8 * n_dim)
+    coarse = np.rint(np.clip(np.nan_to_num(4.0 * told_by, posinf=MOST, neginf=-MOST), -MOST, MOST))
+    salts = mixed(coarse.astype(np.int64).view(np.uint64) + np.arange(8 * n_dim, dtype=np.uint64) * STEP)
     of_head = mixed(salts.sum(-1) + np.arange(n_head, dtype=np.uint64))
     of_head = mixed(of_head + np.uint64((seed + int(STEP) * n_token) % 2**62))
     drawn = mixed(of_head[:, None] + np.arange(n_token, dtype=np.uint64) * STEP) & np.uint64(0xFFFFFF)
@@ -64,12 +67,12 @@ def defined(keys, seed):
 
 
 def odd_keys(generator, dtype, n_head, n_token, n_dim):
-    """Keys whose first tokens hold what rounds, ties, overflows or is no number."""
+    """Keys that hold what rounds, ties, overflows or is no number."""
     keys = torch.randn(2, n_head, n_token, n_dim, generator=generator)
     odd = [torch.nan, torch.inf, -torch.inf, -0.0, 0.125, 0.375, -0.125, 1e9, -3e38, 3e38, 1e-40, 2.0**28, 7e4]
-    chosen = torch.randint(2 * len(odd), keys[:, :, 0].shape, generator=generator)
+    chosen = torch.randint(2 * len(odd), keys.shape, generator=generator)
     for i, number in enumerate(odd):
-        keys[:, :, 0][chosen == i] = number
+        keys[chosen == i] = number
     return keys.to(dtype)
 
 
@@ -113,14 +116,40 @@ def test_a_draw_is_what_it_was(dtype):
             assert np.array_equal(fair.scores.double().numpy(), np.stack([defined(row, 3) for row in keys]))
 
 
+def pairs_apart(keys):
+    """Of all pairs of rows (B, H, n, D), (H,): which share keeps other tokens."""
+    kept = np.asarray(kvp.keep(Random(), keys, compression_ratio=0.5).positions)
+    one, other = np.triu_indices(len(kept), 1)
+    return (kept[one] != kept[other]).any(-1).mean(0)
+
+
+@pytest.mark.parametrize("n_shared", [1, 5, 11])
+def test_rows_of_one_length_that_begin_alike_are_drawn_for_one_by_one(n_shared):
+    """As prompts are under one template: an interval over them takes their draws to be independent."""
+    keys = np.random.default_rng(4).standard_normal((40, 2, 12, 8)).astype(np.float32)
+    keys[:, :, :n_shared] = keys[:1, :, :n_shared]
+    assert (pairs_apart(keys) > 0.99).all()
+
+
+def test_prompts_of_one_length_are_drawn_for_one_by_one_in_every_layer_of_a_model():
+    """One sentence of twelve tokens between two that all have in common, as a template has."""
+    model = build("llama")
+    ids = torch.randint(3, 90, (12, 30), generator=torch.Generator().manual_seed(6))
+    ids[:, :9], ids[:, 21:] = ids[0, :9], ids[0, 21:]
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert all((pairs_apart(layer.keys) > 0.95).all() for layer in cache.layers)
+
+
 def test_draws_are_those_that_were_recorded():
-    """As of 29 November 2026, from an implementation by torch's operations."""
+    """As of 29 November 2026, from an implementation by unsigned numbers of NumPy (``defined``)."""
     keys = (np.arange(2 * 12 * 3, dtype=np.float32).reshape(1, 2, 12, 3) % 7) - 3
     kept = [kvp.keep(Random(seed), keys, budget=4).positions[0].tolist() for seed in (0, 1, 2**61 + 1)]
     assert kept == [
-        [[6, 7, 9, 11], [4, 7, 10, 11]],
-        [[1, 2, 7, 10], [0, 7, 8, 10]],
-        [[0, 6, 7, 10], [0, 1, 3, 7]],
+        [[1, 2, 7, 10], [1, 5, 8, 9]],
+        [[1, 2, 6, 9], [0, 2, 4, 10]],
+        [[1, 5, 10, 11], [0, 5, 7, 11]],
     ]
 
 

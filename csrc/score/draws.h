@@ -17,6 +17,10 @@
 
 #define KVPI_STEP 0x1e3779b97f4a7c15u /* odd, and of no pattern */
 
+/* Tokens of a row whose keys its draws begin with. One is not enough: prompts of one length have their first token in
+ * common, and with it that token's key in every layer. */
+enum { KVPI_TOLD_BY = 8 };
+
 /* The finalizer of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014): all
  * bits depend on all bits. */
 static KVPI_BOTH uint64_t kvpi_mix(uint64_t x) {
@@ -25,7 +29,12 @@ static KVPI_BOTH uint64_t kvpi_mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* Of channel d of a first key: coarsely, since low bits may depend on the batch. */
+/* The i-th of them: spread over the valid tokens [begin, end), and the last one first. */
+static KVPI_BOTH int64_t kvpi_told_by(int64_t i, int64_t begin, int64_t end) {
+    return end - 1 - i * (end - begin) / KVPI_TOLD_BY;
+}
+
+/* Of number d of their keys' channels, one key after the other: coarsely, since low bits may depend on the batch. */
 static KVPI_BOTH uint64_t kvpi_salt(float x, int64_t d) {
     const float most = 0x1p30f, wide = 4 * x, clamped = wide > most ? most : wide < -most ? -most : wide;
     return kvpi_mix((uint64_t)(int64_t)(isnan(x) ? 0.0f : rintf(clamped)) + (uint64_t)d * KVPI_STEP);
@@ -35,7 +44,7 @@ static inline uint64_t kvpi_seed(const double *param) {
     return (uint64_t)param[KVPI_PARAM_random_seed] | (uint64_t)param[KVPI_PARAM_random_seed_high] << 32;
 }
 
-/* Of head h of a row of so many tokens, whose first key's salts have this sum. */
+/* Of head h of a row of so many tokens, whose salts have this sum. */
 static KVPI_BOTH uint64_t kvpi_draw_head(uint64_t salts, int64_t h, uint64_t seed, int64_t n_token) {
     const uint64_t of_row = (seed + (uint64_t)n_token * KVPI_STEP) & (UINT64_MAX >> 2); /* whose lowest 62 bits count */
     return kvpi_mix(kvpi_mix(salts + (uint64_t)h) + of_row);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Scores that follow from a token's place, and of a row's keys from the first alone: for position.cu and random.cu,
+ * Scores that follow from a token's place, and of a row's keys from a few: for position.cu and random.cu,
  * which write them, and for a press (evict/press.cu), which makes them where it reads those of other scorers.
  */
 #ifndef KVP_MADE_CUH
@@ -47,10 +47,11 @@ __device__ __forceinline__ uint64_t kvpg_start_scores(const kvpg_made &m, int b,
     __shared__ uint64_t of_warps[N_THREAD / 32];
     uint64_t salts = 0, sum = 0;
     if (!m.is_random) return 0;
-    const char *key = kvpg_row(m.keys, b, h, begin);
     if (begin < end)
-        for (int d = threadIdx.x; d < m.n_dim; d += N_THREAD)
-            salts += kvpi_salt(kvpg_read(key + d * m.keys.d, m.dtype), d);
+        for (int d = threadIdx.x; d < KVPI_TOLD_BY * m.n_dim; d += N_THREAD) {
+            const char *key = kvpg_row(m.keys, b, h, kvpi_told_by(d / m.n_dim, begin, end));
+            salts += kvpi_salt(kvpg_read(key + d % m.n_dim * m.keys.d, m.dtype), d);
+        }
     for (int o = 16; o > 0; o /= 2) salts += __shfl_xor_sync(~0u, salts, o);
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = salts;
     __syncthreads();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The control: a draw for each token, by row and head, of the key of the row's first token; draws.h has the arithmetic,
- * whole numbers throughout, so that every device and build draws the same.
+ * The control: a draw for each token, by row and head, of the keys of a few of the row's tokens; draws.h has the
+ * arithmetic, whole numbers throughout, so that every device and build draws the same.
  */
 #include "../rows/rows.h"
 #include "draws.h"
@@ -19,8 +19,8 @@ static kvp_status check_params(const double *param, int64_t n_token, kvp_context
 
 const kvpi_scorer_traits kvpi_random_traits = {check_params, NULL};
 
-/* The sum of a key's salts. */
-static uint64_t salt_key(const kvp_tensor *keys, const char *first) {
+/* The sum of a key's salts, which is the i-th of the row's. */
+static uint64_t salt_key(const kvp_tensor *keys, const char *first, int64_t i_key) {
     const int64_t n_dim = keys->shape[3], step = keys->stride[3] * (int64_t)kvpi_dtype_size(keys->dtype);
     const float one = 1;
     uint64_t salt = 0;
@@ -28,9 +28,17 @@ static uint64_t salt_key(const kvp_tensor *keys, const char *first) {
         const int64_t n = n_dim - d < PART ? n_dim - d : PART;
         float line[PART + KVPI_SLACK] = {0};
         kvpi_rows_now()->add_rows[keys->dtype]((kvpi_head){first + d * step, 0, keys->stride[3]}, 1, n, &one, line);
-        for (int64_t i = 0; i < n; i++) salt += kvpi_salt(line[i], d + i);
+        for (int64_t i = 0; i < n; i++) salt += kvpi_salt(line[i], i_key * n_dim + d + i);
     }
     return salt;
+}
+
+/* What the draws of a head begin with. */
+static uint64_t start_head(const kvp_score_args *args, int64_t b, int64_t h, int64_t begin, int64_t end) {
+    uint64_t salts = 0;
+    for (int64_t i = 0; i < KVPI_TOLD_BY; i++)
+        salts += salt_key(&args->keys, kvpi_at(&args->keys, b, h, kvpi_told_by(i, begin, end)), i);
+    return kvpi_draw_head(salts, h, kvpi_seed(args->param), end - begin);
 }
 
 static void draw_block(void *arg, int64_t task, int32_t worker) {
@@ -51,8 +59,7 @@ static void draw_block(void *arg, int64_t task, int32_t worker) {
                                       : last;
     for (int64_t t = first; t < low; t++) out[t * step] = -INFINITY;
     if (low < high) {
-        const uint64_t salts = salt_key(keys, kvpi_at(keys, b, h, begin));
-        const uint64_t head = kvpi_draw_head(salts, h, kvpi_seed(args->param), end - begin);
+        const uint64_t head = start_head(args, b, h, begin, end);
         for (int64_t t = low; t < high; t++) out[t * step] = kvpi_draw(head, t - begin);
     }
     for (int64_t t = high; t < last; t++) out[t * step] = -INFINITY;

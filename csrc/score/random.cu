@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Draws on the GPU; see random.c. Each block makes its head's salt anew, which costs one read of a key.
+ * Draws on the GPU; see random.c. Each block makes its head's salt anew, which costs one read of a few keys.
  */
 #include "../gpu/tables.cuh"
 #include "made.cuh"

@@ -54,7 +54,7 @@ def score(
         and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
         fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much a token's key
         and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`. ``random``: a draw from
-        [0, 1) that depends on the head, the row's length, its first key and the seed.
+        [0, 1) that depends on the head, the row's length, the keys of eight of its tokens and the seed.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     values : array, shape (B, H, T, Dv), optional

@@ -18,6 +18,7 @@ _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # firs
 _SUM, _MEAN, _AGE = 0, 1, 2
 _SMALLEST = float(np.finfo(np.float64).tiny)
 _STEP = 0x1E3779B97F4A7C15  # of the scorer "random": odd, and of no pattern
+_TOLD_BY = 8  # tokens whose keys tell it rows apart
 _NO_MEAN = 2.0**-18  # a mean of unit vectors that is shorter is what rounding left of those that cancel each other out
 
 
@@ -171,10 +172,12 @@ def _lag_weights(x: torch.Tensor) -> torch.Tensor:
 
 def _drawn(keys: torch.Tensor, seed: float = 0, seed_high: float = 0) -> torch.Tensor:
     """The scores (H,n) of one batch row's valid tokens by "random", of their keys (H,n,D): int64 counts modulo 2^64."""
-    of_heads, of_tokens, of_dims = (torch.arange(n, device=keys.device) for n in keys.shape)
-    salts = (4 * keys[:, 0].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long()
-    salts = _mixed(salts + of_dims * _STEP).sum(-1)
-    of_row = (int(seed) + (int(seed_high) << 32) + _STEP * keys.shape[1]) % 2**62
+    n_token = keys.shape[1]
+    of_heads, of_tokens = (torch.arange(n, device=keys.device) for n in keys.shape[:2])
+    told_by = [n_token - 1 - i * n_token // _TOLD_BY for i in range(_TOLD_BY)]
+    salts = (4 * keys[:, told_by].float()).nan_to_num().clamp(-(2.0**30), 2.0**30).round().long().flatten(1)
+    salts = _mixed(salts + torch.arange(salts.shape[1], device=keys.device) * _STEP).sum(-1)
+    of_row = (int(seed) + (int(seed_high) << 32) + _STEP * n_token) % 2**62
     of_head = _mixed(_mixed(salts + of_heads) + of_row)
     return (_mixed(of_head[:, None] + of_tokens * _STEP) & 0xFFFFFF).double() * 2.0**-24
 

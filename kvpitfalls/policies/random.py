@@ -12,8 +12,9 @@ class Random(Policy):
     """Keep tokens that are drawn at random, by layer and head.
 
     What a policy keeps of an instruction means something if it differs from this at the same memory. Its draw is that
-    of a row's length, of the seed, and of the key of the row's first token, which no two heads of a model have in
-    common: so batches change nothing. A control, so it is not among :func:`kvpitfalls.policies.policy_names`.
+    of a row's length, of the seed, and of the keys of eight of the row's tokens, the last among them, which no two
+    heads of a model have in common, nor two prompts: so batches change nothing, and prompts are drawn for one by one,
+    as an interval over them takes for granted. A control, so it is not among :func:`kvpitfalls.policies.policy_names`.
 
     Attributes
     ----------
