@@ -32,6 +32,7 @@ enum {
 
 enum {
     KVPI_STRIP = 16,  /* query rows whose logits are kept at a time: 16 x 8192 of them are half of a 1 MiB cache */
+    KVPI_FEW = 4,     /* query rows at most that multiply_few takes */
     KVPI_BLOCK = 256, /* keys; a multiple of every table's panel width */
     KVPI_SLACK = 16,  /* elements that may be touched behind a row of scratch */
 };
@@ -73,6 +74,13 @@ typedef struct kvpi_rows {
     /* logits[r * stride + k] = q.k for n_row and n_key rounded up to whole panels. */
     void (*multiply[KVPI_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim,
                                   float *logits, int64_t stride);
+    /* The same of up to KVPI_FEW query rows and keys as they stand: transposing keys takes longer than so few products.
+     * NULL where that is not so. line_up makes such queries, and multiply_few pairs of keys in "line", of rows: times
+     * the scale, one after the other, each of whole vectors with zeros at its end. n_key is rounded up to pairs. */
+    void (*line_up[KVPI_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale,
+                                 float *out);
+    void (*multiply_few[KVPI_DTYPES])(const float *queries, kvpi_head head, int64_t n_row, int64_t n_key, int64_t n_dim,
+                                      float *line, float *logits, int64_t stride);
     /* row[k] = height * tanh(factor * row[k]), to about 4e-7 of it, for k < n rounded up to whole panels. */
     void (*cap)(float *row, int64_t n, float factor, float height);
     /* row[k] = 2^(scale * row[k] - shift) for k < n_visible, 0 for the others up to n, a multiple of the panel width.

@@ -245,6 +245,7 @@ const kvpi_rows kvpi_rows_avx512_bf16 = {
     .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_pairs},
     .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_pairs},
     .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_pairs},
+    FEW_FLOATS,
 };
 
 #ifdef KVPI_HAS_AMX
@@ -366,6 +367,7 @@ const kvpi_rows kvpi_rows_amx = {
     .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_tiles},
     .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_tiles},
     .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_tiles},
+    FEW_FLOATS,
 };
 #endif
 #endif

@@ -167,5 +167,63 @@ TARGET static float ROW_NAME(pack_queries)(const void *const *rows, int64_t dim_
     return 1;
 }
 
+TARGET static void ROW_NAME(line_up)(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
+                                     float scale, float *out) {
+    const vec factor = v_fill(scale);
+    for (int64_t r = 0; r < n_row; r++)
+        for (int64_t d = 0; d < n_dim; d += LANES, out += LANES)
+            v_store(out, v_mul(factor, ROW_NAME(load_part)(rows[r], dim_stride, d, n_dim)));
+}
+
+/* The products of two keys with n_row queries, a number that the compiler knows, so that sums stay in registers. */
+TARGET static inline __attribute__((always_inline)) void ROW_NAME(dot_rows)(const float *queries, const ROW_TYPE *first,
+                                                                            const ROW_TYPE *second, int64_t width,
+                                                                            int n_row, float *logits, int64_t stride) {
+    vec sum[KVPI_FEW][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < n_row; r++) sum[r][0] = sum[r][1] = v_fill(0);
+    for (int64_t d = 0; d < width; d += LANES) {
+        const vec of_first = ROW_NAME(v_from)(first + d), of_second = ROW_NAME(v_from)(second + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < n_row; r++) {
+            const vec query = v_load(queries + r * width + d);
+            sum[r][0] = v_fma(query, of_first, sum[r][0]);
+            sum[r][1] = v_fma(query, of_second, sum[r][1]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < n_row; r++) {
+        logits[r * stride] = v_sum(sum[r][0]);
+        logits[r * stride + 1] = v_sum(sum[r][1]);
+    }
+}
+
+TARGET static void ROW_NAME(dot_pair)(const float *queries, const ROW_TYPE *first, const ROW_TYPE *second,
+                                      int64_t width, int64_t n_row, float *logits, int64_t stride) {
+    switch (n_row) {
+    case 1: ROW_NAME(dot_rows)(queries, first, second, width, 1, logits, stride); break;
+    case 2: ROW_NAME(dot_rows)(queries, first, second, width, 2, logits, stride); break;
+    case 3: ROW_NAME(dot_rows)(queries, first, second, width, 3, logits, stride); break;
+    default: ROW_NAME(dot_rows)(queries, first, second, width, KVPI_FEW, logits, stride); break;
+    }
+}
+
+/* Keys that are not side by side, or no whole vectors, are lined up first, a pair at a time. */
+TARGET static void ROW_NAME(multiply_few)(const float *queries, kvpi_head head, int64_t n_row, int64_t n_key,
+                                          int64_t n_dim, float *line, float *logits, int64_t stride) {
+    const ROW_TYPE *first = head.first;
+    const int64_t width = (n_dim + LANES - 1) / LANES * LANES;
+    const bool is_whole = head.dim_stride == 1 && width == n_dim;
+    for (int64_t key = 0; key < n_key; key += 2, first += 2 * head.row_stride) {
+        const ROW_TYPE *second = key + 1 < n_key ? first + head.row_stride : first;
+        if (is_whole) {
+            ROW_NAME(dot_pair)(queries, first, second, width, n_row, logits + key, stride);
+        } else {
+            ROW_NAME(line_up)((const void *const[]){first, second}, head.dim_stride, 2, n_dim, 1, line);
+            dot_pair_f32(queries, line, line + width, width, n_row, logits + key, stride);
+        }
+    }
+}
+
 #undef ROW_NAME
 #undef ROW_TYPE

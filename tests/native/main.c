@@ -40,6 +40,7 @@ static void run_on_rows(void) {
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("attention shifts", test_shifts);
+    run("attention layouts", test_layouts);
     run("broken keys", test_broken_keys);
     run("same bits", test_same_bits);
     run("select", test_select);

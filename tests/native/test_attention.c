@@ -79,8 +79,18 @@ static void score_without_scaling(kvp_dtype dtype) {
     free_attention_case(&c);
 }
 
+/* Up to four query rows over many keys, which some tables multiply as they stand: all numbers of rows, odd and even
+ * numbers of keys, whole vectors and parts of one. */
+static void score_few_rows(void) {
+    static const int64_t lengths[] = {2, 31, 299, 600}, dims[] = {1, 7, 16, 64, 77};
+    for (size_t t = 0; t < COUNT(lengths); t++)
+        for (size_t d = 0; d < COUNT(dims); d++)
+            for (int64_t group = 1; group <= 5; group++) score_shape(lengths[t], dims[d], group, VOTING_TOVA);
+}
+
 void test_attention(void) {
     int64_t n = 0;
+    score_few_rows();
     for (int dtype = KVP_F32; dtype <= KVP_BF16; dtype++) score_without_scaling((kvp_dtype)dtype);
     for (int kind = 0; kind < VOTING_COUNT; kind++) {
         score_shape(1100, 6, 1, kind); /* several blocks of keys, and several strips to a task */

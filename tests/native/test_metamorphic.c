@@ -63,6 +63,49 @@ static void score_shifted(const attention_shape *shape) {
     free_attention_case(&c);
 }
 
+static void copy_elements(const kvp_tensor *to, const kvp_tensor *from) {
+    for (int64_t b = 0; b < from->shape[0]; b++)
+        for (int64_t h = 0; h < from->shape[1]; h++)
+            for (int64_t t = 0; t < from->shape[2]; t++)
+                for (int64_t d = 0; d < from->shape[3]; d++) set(to, b, h, t, d, get(from, b, h, t, d));
+}
+
+/* What is between elements is no matter: keys and queries in any layout score as side by side, bit for bit. */
+static void score_laid_out(const attention_shape *shape) {
+    attention_case c = new_attention_case(shape);
+    array keys = new_array(shape->dtype, CONTIGUOUS, 4, c.args.keys.shape),
+          queries = new_array(shape->dtype, CONTIGUOUS, 4, c.args.queries.shape),
+          expected = new_array(KVP_F32, CONTIGUOUS, 3, c.args.scores.shape);
+    name_case("layouts, T=%lld D=%lld G=%lld %s voting %d", (long long)shape->n_token, (long long)shape->n_dim,
+              (long long)shape->group, dtype_name((int32_t)shape->dtype), (int)shape->kind);
+    copy_elements(&keys.view, &c.args.keys);
+    copy_elements(&queries.view, &c.args.queries);
+    kvp_score_args args = c.args;
+    args.keys = keys.view;
+    args.queries = queries.view;
+    args.scores = expected.view;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    call_verb(KVP_SCORE, &c.args, (calling){0});
+    CHECK(same_elements(&expected.view, &c.args.scores), "the layout of keys and queries changes the scores");
+    free_array(&keys);
+    free_array(&queries);
+    free_array(&expected);
+    free_attention_case(&c);
+}
+
+void test_layouts(void) {
+    for (int i = 0; i < 120; i++) {
+        const attention_shape shape = {.n_batch = 2,
+                                       .n_head = 2,
+                                       .group = 1 + i % 5,
+                                       .n_token = 1 + random_below(300),
+                                       .n_dim = 1 + random_below(70),
+                                       .dtype = (kvp_dtype)(i % 3),
+                                       .kind = i % 4 ? VOTING_TOVA : VOTING_SNAPKV};
+        score_laid_out(&shape);
+    }
+}
+
 /* Where the queries' denominators are from; MUTE ones are no numbers, and the queries cast no vote. */
 typedef enum denominators { OWN, GIVEN, MUTE } denominators;
 

@@ -14,6 +14,7 @@ void test_lagkv(void);
 void test_attention(void);
 void test_attention_sums(void);
 void test_shifts(void);
+void test_layouts(void);
 void test_broken_keys(void);
 void test_same_bits(void);
 void test_gather_large(void);

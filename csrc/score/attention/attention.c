@@ -186,11 +186,12 @@ static int64_t count_voters(const kvpi_vote *v) {
 /* Weights, pools and averages the sums of one vote's keys, in place. */
 static void finish_vote(const kvpi_vote *v, int64_t kernel_size, double n_head, double *column, double *pooled) {
     const int64_t n_voter = count_voters(v), reach = kernel_size / 2;
-    for (int64_t k = v->key[0]; k < v->key[1]; k++) {
-        double divisor = n_head;
-        if (v->weight == KVP_WEIGHT_MEAN && n_voter > 0) divisor *= (double)n_voter;
-        if (v->weight == KVP_WEIGHT_AGE && v->age_end - k > 1) divisor *= (double)(v->age_end - k);
-        column[k] /= divisor;
+    if (v->weight == KVP_WEIGHT_AGE) {
+        for (int64_t k = v->key[0]; k < v->key[1]; k++)
+            column[k] /= n_head * (double)(v->age_end - k > 1 ? v->age_end - k : 1);
+    } else {
+        const double divisor = v->weight == KVP_WEIGHT_MEAN && n_voter > 0 ? n_head * (double)n_voter : n_head;
+        for (int64_t k = v->key[0]; k < v->key[1]; k++) column[k] /= divisor;
     }
     if (reach > 0) {
         for (int64_t k = v->key[0]; k < v->key[1]; k++) {
@@ -215,9 +216,13 @@ static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int6
         const kvpi_vote vote = kvpi_read_vote(j, b, v);
         finish_vote(&vote, (int64_t)j->args->param[KVPI_PARAM_attention_kernel_size], (double)n_head, column, pooled);
     }
-    for (int64_t h = first; h < last; h++)
-        for (int64_t k = 0; k < j->n_token; k++)
-            *(float *)(void *)kvpi_at(scores, b, h, k) = k >= begin && k < end ? (float)column[k] : -INFINITY;
+    for (int64_t h = first; h < last; h++) {
+        float *out = (float *)(void *)kvpi_at(scores, b, h, 0);
+        const int64_t step = scores->stride[2];
+        for (int64_t k = 0; k < begin; k++) out[k * step] = -INFINITY;
+        for (int64_t k = begin; k < end; k++) out[k * step] = (float)column[k];
+        for (int64_t k = end; k < j->n_token; k++) out[k * step] = -INFINITY;
+    }
 }
 
 /* Adds the chunks of one unit, in order. */

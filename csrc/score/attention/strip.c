@@ -17,8 +17,8 @@ typedef struct strip {
     float *logits; /* (KVPI_STRIP, stride) */
     float *shift;  /* (KVPI_STRIP, blocks): what the exponent was lowered by, later the weight */
     float *sum;    /* (KVPI_STRIP, blocks) */
-    char *queries; /* packed */
-    char *keys;    /* one packed panel */
+    char *queries; /* packed, or lined up */
+    char *keys;    /* one packed panel, or a pair lined up */
     int64_t n_block_max;
     /* the strip at hand */
     int64_t n_row, n_key;       /* n_key: up to the last row's own position */
@@ -26,6 +26,7 @@ typedef struct strip {
     float lse[KVPI_STRIP];      /* given, to base 2, or NaN */
     bool is_broken[KVPI_STRIP]; /* its logits have no softmax */
     bool is_odd[KVPI_STRIP];    /* lse is given, and not all powers are numbers */
+    bool is_few;                /* its queries are lined up, and keys taken as they stand */
 } strip;
 
 static int64_t block_count(int64_t n_key) { return (n_key + KVPI_BLOCK - 1) / KVPI_BLOCK; }
@@ -38,7 +39,10 @@ static size_t logit_bytes(int64_t n_token) {
     return kvpi_round_up_64((size_t)(KVPI_STRIP * (block_count(n_token) * KVPI_BLOCK + KVPI_SLACK)) * sizeof(float));
 }
 
-static size_t query_bytes(int64_t n_dim) { return kvpi_round_up_64(kvpi_packed_bytes(KVPI_STRIP, n_dim)); }
+/* Packed, or a few lined up: of whole vectors, which have KVPI_SLACK elements at most. */
+static size_t query_bytes(int64_t n_dim) {
+    return kvpi_round_up_64(kvpi_packed_bytes(KVPI_STRIP, n_dim + KVPI_SLACK / 2));
+}
 
 size_t kvpi_strip_bytes(int64_t n_token, int64_t n_dim) {
     return logit_bytes(n_token) + 2 * table_bytes(n_token) + query_bytes(n_dim) +
@@ -57,9 +61,9 @@ static strip carve_strip(const kvpi_attention *j, char *scratch) {
     };
 }
 
-/* Finds the strip's rows and packs their queries; returns what the product must be multiplied with to be a logit to
- * base 2. */
-static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index) {
+/* Finds the strip's rows and packs or lines up their queries; returns what the product must be multiplied with to be a
+ * logit to base 2. */
+static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index, bool is_packed) {
     const kvp_tensor *queries = &j->args->queries, *lse = &j->args->lse;
     const void *rows[KVPI_STRIP];
     int64_t valid[2];
@@ -77,6 +81,12 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
     s->n_key = s->query[s->n_row - 1] + 1;
     const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] *
                         (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : (float)KVPI_LOG2_E);
+    s->is_few = !is_packed && s->n_row <= KVPI_FEW && j->rows->multiply_few[queries->dtype];
+    if (s->is_few) {
+        j->rows->line_up[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale,
+                                         (float *)(void *)s->queries);
+        return 1;
+    }
     return j->rows->pack_queries[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale, s->queries);
 }
 
@@ -90,26 +100,33 @@ static void ask_for(kvpi_head head, int64_t first, int64_t n_row, size_t n_byte,
     }
 }
 
-/* Logits of n_key keys from first on, from keys packed before or, if there are none, packed here, a panel at a time:
- * that stays in the first-level cache. */
+/* Logits of n_key keys from first on, from keys packed before or, if there are none, as they stand for a few rows, else
+ * packed here, a panel at a time: that stays in the first-level cache. */
 static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, int64_t first, int64_t n_key,
                            const char *packed) {
     const int32_t dtype = j->args->keys.dtype;
     const int64_t panel = j->rows->panel;
+    const char *from = (const char *)head.first + first * head.row_stride * (int64_t)kvpi_dtype_size(dtype);
     float *logits = s->logits + first;
     if (packed) {
         const char *keys = packed + kvpi_packed_bytes(first, j->n_dim);
         j->rows->multiply[dtype](s->queries, keys, s->n_row, n_key, j->n_dim, logits, j->stride);
         return;
     }
+    if (s->is_few) {
+        j->rows->multiply_few[dtype]((const float *)(const void *)s->queries,
+                                     (kvpi_head){from, head.row_stride, head.dim_stride}, s->n_row, n_key, j->n_dim,
+                                     (float *)(void *)s->keys, logits, j->stride);
+        return;
+    }
     for (int64_t key = 0; key < n_key; key += panel) {
-        const char *from = (const char *)head.first + (first + key) * head.row_stride * (int64_t)kvpi_dtype_size(dtype);
         const int64_t left = n_key - key < panel ? n_key - key : panel, behind = s->n_key - first - key;
         const size_t size = kvpi_dtype_size(dtype);
         if (head.dim_stride == 1)
             ask_for(head, first + key, behind < 2 * panel ? behind : 2 * panel, (size_t)j->n_dim * size, size);
         j->rows->pack_keys[dtype]((kvpi_head){from, head.row_stride, head.dim_stride}, left, j->n_dim, s->keys);
         j->rows->multiply[dtype](s->queries, s->keys, s->n_row, left, j->n_dim, logits + key, j->stride);
+        from += panel * head.row_stride * (int64_t)size;
     }
 }
 
@@ -133,7 +150,7 @@ static void soften_block(const kvpi_attention *j, strip *s, int64_t first, int64
 }
 
 static void attend(const kvpi_attention *j, strip *s, int64_t b, int64_t h, int64_t index, const char *packed) {
-    const float scale = gather_queries(j, s, b, h, index);
+    const float scale = gather_queries(j, s, b, h, index, packed != NULL);
     const kvpi_head head = kvpi_keys_of(j, b, h);
     for (int64_t first = 0; first < s->n_key; first += KVPI_BLOCK) {
         const int64_t n_key = s->n_key - first < KVPI_BLOCK ? s->n_key - first : KVPI_BLOCK;
