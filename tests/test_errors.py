@@ -258,12 +258,12 @@ def test_scores_of_a_users_policy_that_are_no_numbers_are_refused(llama, way):
 def test_what_a_users_policy_says_of_padding_and_makes_of_no_numbers_is_as_with_ours():
     """Padding is not judged; NaN of a key that is none is seen in the scores, and kept last."""
     keys = np.random.default_rng(0).standard_normal((1, 2, 8, 4), np.float32)
-    keys[0, 1, 3] = np.nan
+    keys[0, 1, 3], keys[0, 0, 2] = np.nan, np.inf
     kept = kvp.keep(nowhere(lambda scores: scores), keys, budget=7)
     assert np.array_equal(kept.positions, kvp.keep("knorm", keys, budget=7).positions)
     assert np.isnan(kept.scores).nonzero()[2].tolist() == [3] and 3 not in kept.positions[0, 1]
     padded = nowhere(lambda scores: np.where(np.arange(8) < 3, np.nan, scores))
-    keys[0, 1, 3] = 0
+    keys[0, 1, 3] = keys[0, 0, 2] = 0
     assert np.array_equal(
         kvp.keep(padded, keys, budget=2, valid=[(3, 8)]).positions,
         kvp.keep("knorm", keys, budget=2, valid=[(3, 8)]).positions,

@@ -80,7 +80,8 @@ def _changes(one: Mapping, other: Mapping, metrics) -> list[tuple[str, dict]]:
         if kind in one and kind in other:
             paired, n_unpaired = _of_both(one[kind], other[kind], parts)
             everyone = {record["key"] for side in (one, other) for record in side[kind] if _is_of(record, parts)}
-            moved = change(*(per_prompt(side, parts) for side in paired), everyone, most_change(metric))
+            ours, theirs = (per_prompt(side, parts) for side in paired)
+            moved = change(ours, theirs, everyone, most_change(metric))
             out.append((metric, {**moved, "n_unpaired": n_unpaired}))
     return out
 

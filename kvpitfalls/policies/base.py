@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import A, Array, Int32
+from ..eviction.arrays import A, Array, Int32, are_finite, are_nan
 from ..eviction.layer_inputs import LayerInputs
 from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
@@ -426,7 +426,7 @@ class Policy:
                 f"policy {self.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
                 f"expected float32 {tuple(keys.shape[:3])}"
             )
-        if not type(self).score.__module__.startswith(__package__) and (scores != scores).any():
+        if not type(self).score.__module__.startswith(__name__.removesuffix("base")) and are_nan(scores).any():
             self._check_numbers(inputs, scores)
         return scores
 
@@ -434,8 +434,8 @@ class Policy:
         """Raise if tokens that are judged have NaN, and all that was given are numbers; padding may have any score."""
         given = [x for x in (inputs.keys, inputs.queries, inputs.values) if x is not None]
         judged = [scores[b, :, begin:end] for b, row in enumerate(inputs.segments) for begin, end in row]
-        n_nan, n_score = sum(int((x != x).sum()) for x in judged), sum(math.prod(x.shape) for x in judged)
-        if n_nan and all(bool((x - x == 0).all()) for x in given):
+        n_nan, n_score = sum(int(are_nan(x).sum()) for x in judged), sum(math.prod(x.shape) for x in judged)
+        if n_nan and all(are_finite(x).all() for x in given):
             raise ValueError(
                 f"policy {self.name!r} returned NaN for {n_nan} of {n_score} scores of layer {inputs.layer}, and was "
                 "given numbers; expected numbers, such as -inf for tokens that are to be kept last"
