@@ -11,6 +11,7 @@ from kvpitfalls import cli
 from kvpitfalls.experiments.card import cards, compare, read_card
 from kvpitfalls.experiments.comparisons import fixes
 from kvpitfalls.experiments.corpus import load_corpus
+from kvpitfalls.experiments.metrics import METRICS
 from kvpitfalls.experiments.scenario import Scenario
 from kvpitfalls.experiments.summary import summarize
 
@@ -64,6 +65,19 @@ def test_comparing_is_what_two_modes_of_one_sweep_would_give(two):
 def test_prompts_of_one_card_alone_are_left_out_and_counted(two):
     fewer = card_of(degenerate.refuses, "mute", ROWS[:4])
     assert {(row["n_prompt"], row["n_left_out"]) for row in compare(fewer, two[1])} == {(4, len(ROWS) - 4)}
+
+
+def test_a_prompt_of_which_an_attack_failed_is_left_out(two):
+    """A card has sums of prompts: what is left of its attacks would be compared with all of another card's."""
+    twice = records_of(degenerate.obeys, "good")
+    twice += [{**record, "attack": "again-1"} for record in twice if record["kind"] == "attack"]
+    (whole,) = cards(twice, [])
+    failed = {**twice[0], "scores": None, "error": "x"}
+    (torn,) = cards([failed, *twice[1:]], [])
+    for row in compare(whole, torn):
+        left_out = int(METRICS[row["metric"]][0] == failed["kind"] == "attack")
+        assert (row["difference"], row["n_left_out"], row["n_prompt"]) == (0, left_out, len(ROWS) - left_out)
+    assert compare(two[0], whole)[0]["n_prompt"] == 0, "an older card, or other attacks: no prompt was asked the same"
 
 
 def test_prompts_of_one_name_and_another_text_are_no_pair(two):

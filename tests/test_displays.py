@@ -133,6 +133,14 @@ def test_a_printed_audit_is_short_and_narrow_and_says_what_it_leaves_out(n_span,
     assert verdict.count("keeps") == n_said["setting"] and "instruction" in note and head == lines[0]
 
 
+def test_a_notebook_says_what_each_setting_keeps_however_many_there_are():
+    """It has all of them in its table: the verdicts ended at the tenth, in the middle of a policy."""
+    settings = [(policy, fair) for policy in ("h2o", "knorm", "snapkv", "tova") for fair in (False, True, 0.5)]
+    audited = made(np.random.default_rng(0), 2, settings, [0.5])
+    shown = Cells(audited._repr_html_())
+    assert len(shown.rows) == 1 + 2 * len(settings) and shown.text.count(" keeps ") == len(settings)
+
+
 def test_a_printed_audit_marks_what_is_under_half(audited):
     for row in audited.rows:
         policy = f"{row['policy']}, {'fair' if row['fair'] else 'biased'}"

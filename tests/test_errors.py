@@ -1,10 +1,12 @@
 """Bad input: one sentence that says what was given and what was expected, and nothing changed."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import byte_level
 from tiny_models import build, feed, ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, DynamicCache, StaticCache
 
@@ -219,3 +221,50 @@ def test_scores_of_a_users_policy_are_of_the_library_of_its_keys(registry, score
     wanted = f"policy 'returns' returned scores as a {type(scores).__name__}; expected a {type(keys).__name__}"
     with pytest.raises(ValueError, match=wanted):
         kvp.keep(Returns(), keys, budget=3)
+
+
+def nowhere(scores_of):
+    """A policy of somebody else's; ``scores_of``: what it makes of K-norm's scores."""
+
+    @dataclass(frozen=True)
+    class Nowhere(kvp.Policy):
+        name = "nowhere"
+
+        def score(self, inputs):
+            return scores_of(inputs.score("norm") + 0)
+
+    return Nowhere()
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("way", ["keep", "chunks of another", "audit", "prefill", "decode", "chunks"])
+def test_scores_of_a_users_policy_that_are_no_numbers_are_refused(llama, way):
+    """Of all of them NaN the first tokens would be kept without a word."""
+    policy = nowhere(lambda scores: scores * float("nan"))
+    with pytest.raises(ValueError, match=r"policy 'nowhere' returned NaN for (\d+) of \1 scores of layer 0, and was"):
+        if way in ("keep", "chunks of another"):
+            keys = np.ones((1, 2, 8, 4), np.float32)
+            kvp.keep(policy if way == "keep" else kvp.ChunkKV(policy=policy), keys, budget=3)
+        elif way == "audit":
+            prompt = kvp.Prompt.from_text(byte_level(), "Say abc. Say it twice.", "sentences")
+            kvp.audit(build("llama", vocab_size=300), prompt, policies=[policy])
+        else:
+            with kvp.wrap(llama, policy, budget=9, when="decode" if way == "decode" else "prefill"):
+                more = {"prefill_chunk_size": 8} if way == "chunks" else {}
+                llama.generate(ids(), max_new_tokens=4, do_sample=False, **more)
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_a_users_policy_says_of_padding_and_makes_of_no_numbers_is_as_with_ours():
+    """Padding is not judged; NaN of a key that is none is seen in the scores, and kept last."""
+    keys = np.random.default_rng(0).standard_normal((1, 2, 8, 4), np.float32)
+    keys[0, 1, 3], keys[0, 0, 2] = np.nan, np.inf
+    kept = kvp.keep(nowhere(lambda scores: scores), keys, budget=7)
+    assert np.array_equal(kept.positions, kvp.keep("knorm", keys, budget=7).positions)
+    assert np.isnan(kept.scores).nonzero()[2].tolist() == [3] and 3 not in kept.positions[0, 1]
+    padded = nowhere(lambda scores: np.where(np.arange(8) < 3, np.nan, scores))
+    keys[0, 1, 3] = keys[0, 0, 2] = 0
+    assert np.array_equal(
+        kvp.keep(padded, keys, budget=2, valid=[(3, 8)]).positions,
+        kvp.keep("knorm", keys, budget=2, valid=[(3, 8)]).positions,
+    )

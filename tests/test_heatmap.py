@@ -214,6 +214,29 @@ def test_the_sliders_in_a_browser(tmp_path):
 
 
 @needs_chromium
+@pytest.mark.parametrize("n_head", [1, 3, 8])
+def test_the_script_says_what_the_page_said_before_it(tmp_path, n_head):
+    """Halves of a percent among it: 12.5 % was 12 % until the script ran, and 13 % then."""
+    rng, n = np.random.default_rng(n_head), 200
+    counts = rng.integers(0, n_head + 1, (2, 5, n))
+    counts[0, :, : n_head + 1] = np.arange(n_head + 1)
+    widths = [1] * 40 + [2] * 20 + [8] * 10 + [40]
+    spans = {f"{i}": (end - w, end) for i, (w, end) in enumerate(zip(widths, np.cumsum(widths).tolist(), strict=True))}
+    shown = HeatMap(
+        "", ["x"] * n, spans, {"one": counts}, [0.125, 0.5], [175, 100], range(5), [n_head] * 5, start=0.125
+    )
+    shown.save(tmp_path / "map.html")
+    script = """
+      const texts = () => [...doc.querySelectorAll(".kvp-share, #ratio-text, #layer-text")].map((x) => x.textContent);
+      await wait(() => doc.getElementById("heatmap").dataset.ready);
+      return texts();
+    """
+    said = re.findall(r"(?:class='kvp-share'|id='(?:ratio|layer)-text' aria-hidden='true')>([^<]*)<", shown.html)
+    assert "12.5 % removed, 175 of 200 tokens kept" in said and len(said) == 2 + 2 * len(spans)
+    assert json.loads(run_beside(tmp_path / "map.html", script, tmp_path)) == said
+
+
+@needs_chromium
 def test_two_settings_side_by_side_links_and_the_keyboard(tmp_path):
     shown = hostile_map(spans={"later": (4, 6), "sooner": (1, 3)})
     shown.save(tmp_path / "map.html")

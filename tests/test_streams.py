@@ -14,6 +14,7 @@ from narrow_tables import rows_of, terminal
 from tiny_models import build
 
 from kvpitfalls import cli
+from kvpitfalls.display import columns
 from kvpitfalls.display.columns import fitted, table
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.harness.contexts import Marks
@@ -144,6 +145,22 @@ def test_a_column_without_room_is_cut():
     text = table(["policy", "answer"], [["snapkv", "a" * 40], ["none", "b"]])
     assert fitted(text, 20).splitlines()[2:] == [f"snapkv  {'a' * 11}…", "none    b"]
     assert fitted(text, None) == fitted(text, 48) == text
+
+
+@pytest.mark.parametrize("name", ["守秘", "a\u0301b", "never "])
+@pytest.mark.parametrize("n_key", [1, 2, 3])
+def test_no_line_is_wider_than_the_terminal_whatever_its_names(name, n_key):
+    """And what stands beside the names is whole while it has room."""
+    header = [*(f"key {i}" for i in range(n_key)), *(f"mean {i}" for i in range(4))]
+    for length in (1, 9, 40):
+        keys = [[f"{name * length}{i + k}" for k in range(n_key)] for i in range(3)]
+        text = table(header, [[*of_row, *["+.25 [-.50, +.10]"] * 4] for of_row in keys], right=range(n_key, n_key + 4))
+        for room in range(1, 160):
+            shown = fitted(text, room, n_key)
+            assert max(map(columns.width, shown.splitlines())) <= room
+            if room >= 8 * n_key + 17:
+                assert shown.count("+.25 [-.50, +.10]") == 12
+    assert "…" not in fitted(text, columns.width(text.splitlines()[0]), n_key)
 
 
 @pytest.mark.parametrize("width", [60, 80])

@@ -123,6 +123,29 @@ def test_differences_are_paired_and_say_who_is_missing():
     assert compared["leak"]["low"] < 0.3 < compared["leak"]["high"]
 
 
+def attacked(key, scores, **where):
+    """A record for each attack on a prompt; None where it failed."""
+    records = [record(key, "attack", x, error=None if x else "x", **where) for x in scores]
+    return [{**r, "attack": f"verbatim-{i}"} for i, r in enumerate(records)]
+
+
+def test_a_policy_that_changes_nothing_has_changed_nothing_whichever_attacks_failed():
+    """Differences, losses and fixes: the hard attack of prompt 1 failed here, the easy one of prompt 2 there."""
+    easy, hard = leak(0.1, refused=True), leak(0.9)
+    settings = ((0.0, "full"), (0.5, "biased"), (0.5, "fair"))
+    tasks = [record(k, "follow", follow(True), ratio, mode) for k in range(4) for ratio, mode in settings]
+    full = [attacked(k, [None if k == 2 else easy, hard], ratio=0.0) for k in range(4)]
+    here = [attacked(k, [easy, None if k == 1 else hard]) for k in range(4)]
+    fix = [attacked(k, [easy, hard], mode="fair") for k in range(4)]
+    records = sum([*full, *here, *fix], tasks)
+    for row in (*comparisons.differences(records), *comparisons.fixes(records)):
+        assert (row["difference"], row["n_prompt"], row["n_left_out"]) == (0, 4, 0), row
+    unpaired = {d["mode"]: d["n_unpaired"] for d in comparisons.differences(records) if d["metric"] == "leak"}
+    assert unpaired == {"biased": 2, "fair": 1}
+    for lost in comparisons.losses(records):
+        assert (lost["safety_loss"], lost["selective"], lost["n_prompt"]) == (0, 0, 4)
+
+
 def test_a_mean_and_its_change_are_one_estimand():
     """follow 1.0 -> 0.5 has changed by -0.5, however many instructions each prompt has."""
     answered = {1: (4, 0), 2: (1, 1), 3: (1, 1), 4: (2, 2)}

@@ -248,5 +248,5 @@ class Audit:
             "their heads), by "
         )
         about += "the share r removed. plot() draws these curves, heatmap() shows single tokens."
-        said = map(note, verdicts(self.settings()[:_SETTINGS]))
+        said = map(note, verdicts(self.settings()))
         return block(f"Audit of {self.model}", *said, note(about), table(header, lines, shares=range(3, len(header))))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .markup import visible
 
+_MEAN, _NAME = len("+0.12 [-0.34, +0.56]"), len("naïve…")
+
 
 def one_line(text: str) -> str:
     """A text without anything that ends a line, moves the cursor or turns the direction: such characters are spelled
@@ -84,7 +86,8 @@ def fitted(text: str, room: int | None, n_key: int = 1) -> str:
     room for all.
 
     Of several such columns, those in which all rows are the same are said once, above. A column that has no room of its
-    own beside the others is cut, and ends with "…". ``room`` is None where nobody counts columns.
+    own beside the others is cut, and ends with "…"; and so are the first columns, the widest before others, where they
+    leave less than a mean with its interval takes. ``room`` is None where nobody counts columns.
     """
     lines = [_places(line) for line in text.split("\n")]
     longest = max(map(len, lines))
@@ -95,7 +98,8 @@ def fitted(text: str, room: int | None, n_key: int = 1) -> str:
     padded = [line + [" "] * (longest - len(line)) for line in lines]
     columns = [["".join(line[begin:end]) for line in padded] for begin, end in edges]
     same = [column for column in columns[:n_key] if len(set(column[2:])) == 1][: n_key - 1]
-    keys = [column for column in columns[:n_key] if column not in same]
+    others = min(_MEAN, max((end - begin for begin, end in edges[n_key:]), default=0))
+    keys = _narrowed([column for column in columns[:n_key] if column not in same], room - 2 - others)
     n_left = _total_width(keys)
     blocks: list[list[list[str]]] = []
     for column in columns[n_key:]:
@@ -103,12 +107,25 @@ def fitted(text: str, room: int | None, n_key: int = 1) -> str:
             blocks[-1].append(column)
         else:
             blocks.append([column])
-    least = max(room, n_left + 4)
-    parts = [[f"{column[0].strip()}: {column[2].strip()}" for column in same]] if same else []
+    parts = [[cut(f"{column[0].strip()}: {column[2].strip()}", room) for column in same]] if same else []
     for block in blocks:
         rows = ("  ".join(cells).rstrip() for cells in zip(*keys, *block, strict=True))
-        parts.append([cut(row, least) for row in rows])
+        parts.append([cut(row, room) for row in rows])
     return "\n\n".join(map("\n".join, parts))
+
+
+def _narrowed(columns: Sequence[Sequence[str]], room: int) -> list[Sequence[str]]:
+    """Columns side by side in ``room``, each as wide as before or as the widest may be, and no narrower than a few
+    letters."""
+    widths = [width(column[0]) for column in columns]
+    most = next((w for w in range(max(widths), _NAME, -1) if sum(min(w, own) + 2 for own in widths) - 2 <= room), _NAME)
+    return [column if own <= most else _cut_column(column, most) for own, column in zip(widths, columns, strict=True)]
+
+
+def _cut_column(column: Sequence[str], room: int) -> list[str]:
+    cells = [cut(cell.rstrip(), room) for cell in column]
+    cells[1] = "-" * room
+    return [cell + " " * (room - width(cell)) for cell in cells]
 
 
 def _total_width(columns: Sequence[Sequence[str]]) -> int:

@@ -2,7 +2,10 @@
 
 // JupyterLab and Notebook take keys such as the arrows from what can be focused but not written in, unless it says this.
 const OWN_KEYS = {"data-lm-suppress-shortcuts": "true"};
-const percent = (share) => (100 * share).toFixed(0) + " %";
+const percent = (share) => {  // a half to the even number, as Python does
+  const x = 100 * share, low = Math.floor(x);
+  return (x - low === 0.5 ? low + (low % 2) : Math.round(x)) + " %";
+};
 
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -184,9 +187,8 @@ function render({model, el}) {
   };
 
   function tell(i) {
-    const of = [...strips.querySelectorAll(".kvp-tokens")].map((strip) => strip.querySelectorAll("bdi")[i]);
-    const kept = state.result ? `: ${of.map((one) => percent(+one.style.getPropertyValue("--k"))).join(" | ")} kept` : "";
-    token.textContent = `token ${i} \u201c${of[0].textContent.trim()}\u201d${kept}`;
+    const kept = state.result ? `: ${state.result.shares.map((of) => percent(of[i])).join(" | ")} kept` : "";
+    token.textContent = `token ${i} \u201c${strips.querySelectorAll("bdi")[i].textContent.trim()}\u201d${kept}`;
   }
 
   function point(event) {

@@ -195,6 +195,7 @@ class Explorer:
         return {
             "names": names,
             "strips": [_strip(prompt, *kept) for kept in zip(shares, reports, strict=True)],
+            "shares": [kept.tolist() for kept in shares],
             "kept": [report["spans"] for report in reports],
             "answers": [list(pair) for pair in zip(["full cache", *names], texts[-1:] + texts[:-1], strict=False)],
             "about": about + (f"; {left} other layers are left as they are" if left else "") + ".",

@@ -51,10 +51,13 @@ _SCRIPT = """
   const get = (id) => document.getElementById(id), main = get("heatmap");
   get("dead").remove();
   const numbers = (text) => text.split(",").map(Number);
-  const [ratios, kept, layers, heads] = ["ratios", "kept", "layers", "heads"].map((name) => numbers(main.dataset[name]));
+  const [removed, kept, layers, heads] = ["removed", "kept", "layers", "heads"].map((name) => numbers(main.dataset[name]));
   const strips = [main.querySelector(".kvp-tokens")], n = strips[0].querySelectorAll("bdi").length;
   const packed = get("counts").textContent.trim().split("\\n"), unpacked = new Map();
-  const percent = (share) => (100 * share).toFixed(0) + " %";
+  const percent = (share) => {  // a half to the even number, as Python does
+    const x = 100 * share, low = Math.floor(x);
+    return (x - low === 0.5 ? low + (low % 2) : Math.round(x)) + " %";
+  };
   const names = [...get("setting").options].map((option) => option.text);
   const spans = [...strips[0].querySelectorAll(".kvp-span")], links = [...document.querySelectorAll("#instructions a")];
   const places = links.map((link) => spans.findIndex((span) => "#" + span.id === link.getAttribute("href")));
@@ -81,8 +84,8 @@ _SCRIPT = """
     shares = shown.map((setting) => {
       const data = unpacked.get(setting), of = new Float64Array(n);
       for (const l of chosen)
-        for (let t = 0, from = (r * layers.length + l) * n; t < n; t++) of[t] += data[from + t] / heads[l] / chosen.length;
-      return of;
+        for (let t = 0, from = (r * layers.length + l) * n; t < n; t++) of[t] += data[from + t] / heads[l];
+      return of.map((sum) => sum / chosen.length);
     });
     place(shown);
     shares.forEach((of, i) => shade(strips[i], of));
@@ -90,7 +93,7 @@ _SCRIPT = """
       const said = strips.map((strip) => strip.querySelectorAll(".kvp-share")[places[i]].textContent);
       link.nextElementSibling.textContent = said.join(" | ");
     });
-    say("ratio", `${+(100 * ratios[r]).toFixed(2)} % removed, ${kept[r]} of ${n} tokens kept`);
+    say("ratio", `${removed[r]} % removed, ${kept[r]} of ${n} tokens kept`);
     say("layer", layer < 0 ? `mean of all ${layers.length}` : `layer ${layers[layer]}`);
     tell();
   }
@@ -252,10 +255,12 @@ class HeatMap:
     def _main(self) -> str:
         r = int(np.abs(np.asarray(self.compression_ratios) - self.start).argmin())
         first = next(iter(self.counts.values()))[r]
-        shares = (first / np.asarray(self.heads)[:, None]).mean(0)
-        notes = {name: percent(shares[begin:end].mean()) for name, (begin, end) in self.spans.items()}
+        # summed one by one, as the script does: NumPy's means differ in the last bit, by which a half would round
+        shares = np.cumsum(first / np.asarray(self.heads)[:, None], 0)[-1] / len(self.heads)
+        means = {name: np.cumsum(shares[begin:end])[-1] / (end - begin) for name, (begin, end) in self.spans.items()}
+        notes = {name: percent(mean) for name, mean in means.items()}
         strip = token_strip(self.tokens, self.spans, shares, notes=notes, linked=True)
-        lists = {"ratios": self.compression_ratios, "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
+        lists = {"removed": self._removed(), "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         links = "".join(
             f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{escape(name)}</a> <i "
@@ -265,9 +270,13 @@ class HeatMap:
         index = f"<ul id='instructions' aria-label='instructions and their kept shares'>{links}</ul>" if links else ""
         return f"<main id='heatmap' {data}>{self._controls(r)}{index}<div id='strips'>{strip}</div></main>"
 
+    def _removed(self) -> list[str]:
+        """The ratios, in percent."""
+        return [f"{round(100 * ratio, 2):g}" for ratio in self.compression_ratios]
+
     def _controls(self, r: int) -> str:
         options = "".join(f"<option>{escape(name)}</option>" for name in self.counts)
-        removed = f"{percent(self.compression_ratios[r])} removed, {self.n_kept[r]} of {len(self.tokens)} tokens kept"
+        removed = f"{self._removed()[r]} % removed, {self.n_kept[r]} of {len(self.tokens)} tokens kept"
         every = f"mean of all {len(self.layers)}"
         return f"""<div class='controls'>
 <label>policy <select id='setting' autocomplete='off'>{options}</select></label>

@@ -36,3 +36,14 @@ def check_types(**arrays: Array | None) -> None:
             continue  # the core refuses the latter
         if (dtype := _dtype_name(x.dtype)) not in _TYPES:
             raise TypeError(f"{name} has dtype {dtype}; expected float32, float16 or bfloat16")
+
+
+def are_nan(x: Array) -> Any:
+    """Bool, of the shape and in the library of x."""
+    return x != x
+
+
+def are_finite(x: Array) -> Any:
+    """Bool, of the shape and in the library of x."""
+    size: Any = abs(x)
+    return size < np.inf

@@ -126,24 +126,15 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     Raises
     ------
     ValueError
-        If the policy needs what the layer does not give, or returns something else than scores.
+        If the policy needs what the layer does not give, or returns something else than scores; see
+        :meth:`Policy.scored`.
     """
     fair, read_on = split.fair, layer.again is not None
     if layer.again is not None:
         layer = replace(layer, again=layer.again._replace(before=None if before is None else before.of_heads))
     check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
     policy.check_given(layer)
-    scores = policy.score(Inputs.of(layer, **split.of_inputs))
-    if not hasattr(scores, "dtype") or isinstance(scores, np.ndarray) != isinstance(layer.keys, np.ndarray):
-        raise ValueError(
-            f"policy {policy.name!r} returned scores as a {type(scores).__name__}; expected a "
-            f"{type(layer.keys).__name__}, which its keys are"
-        )
-    if scores.shape != layer.keys.shape[:3] or "float32" not in str(scores.dtype):
-        raise ValueError(
-            f"policy {policy.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
-            f"expected float32 {tuple(layer.keys.shape[:3])}"
-        )
+    scores = policy.scored(Inputs.of(layer, **split.of_inputs))
     of_heads = scores if read_on else None
     if layer.share_heads:
         scores = _mean_over_heads(scores)

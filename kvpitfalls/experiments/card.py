@@ -32,7 +32,8 @@ def cards(records: Sequence[Mapping], metas: Sequence[Mapping]) -> list[dict]:
     list of dict
         ``format``; ``model``; ``made_with``: all that the records depend on, of each sweep; ``settings``: for each,
         what names it, ``metrics`` (as :func:`kvpitfalls.experiments.summary.summarize` gives them) and ``prompts``:
-        metric -> [key, sum, count] of every prompt, so that two cards can be compared prompt by prompt. Of the paths of
+        metric -> [key, sum, count] of every prompt of which nothing failed, so that two cards can be compared prompt by
+        prompt, each by the same attacks. Of the paths of
         models and prompts only the ends are told: cards are for others, and records and ``run_meta.json`` have it all.
     """
     called = _called(
@@ -88,7 +89,11 @@ def _dataset(made: Mapping) -> str | None:
 def _sums(by_kind: Mapping[str, list]) -> dict[str, list]:
     kinds = {name: METRICS[name] for name in TOGETHER}
     sums = {name: per_prompt(by_kind[kind], parts) for name, (kind, parts) in kinds.items() if kind in by_kind}
-    return {name: [[key, *pair] for key, pair in pairs.items()] for name, pairs in sums.items()}
+    torn = {kind: {r["key"] for r in of_kind if r["scores"] is None} for kind, of_kind in by_kind.items()}
+    return {
+        name: [[key, *pair] for key, pair in pairs.items() if key not in torn[kinds[name][0]]]
+        for name, pairs in sums.items()
+    }
 
 
 def read_card(path: str | Path) -> dict:
@@ -173,7 +178,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     -------
     list of dict
         What names the setting, ``metric``, ``difference``, ``low``, ``high`` (95 %, paired by prompt), ``n_prompt`` and
-        ``n_left_out``: prompts that only one of them has.
+        ``n_left_out``: prompts that only one of them has, or has whole.
 
     Raises
     ------

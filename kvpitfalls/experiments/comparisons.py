@@ -1,7 +1,9 @@
 """What is compared with what: settings with the full cache, and fixes with the biased policy and with each other.
 
-All of it prompt by prompt, on the prompts that both sides have, with 95 % intervals. None is corrected for how many
-there are: of twenty comparisons in which nothing happens, one interval leaves out 0.
+All of it prompt by prompt, on the items (an attack on a prompt, a task) that both sides have, with 95 % intervals. An
+attack that failed on one side is left out on the other, too: a prompt would else be compared by other attacks, and what
+is hard on both sides would look like a change. None is corrected for how many there are: of twenty comparisons in which
+nothing happens, one interval leaves out 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +20,15 @@ Pairs = Mapping[str | int, tuple[float, int]]
 
 
 def differences(records: Sequence[Mapping]) -> list[dict]:
-    """Each setting against the full cache, on the prompts that both have.
+    """Each setting against the full cache, on the items that both have.
 
     Returns
     -------
     list of dict
         The setting, ``metric``, ``difference`` (its mean less the full cache's, as
-        :func:`kvpitfalls.experiments.summary.summarize` takes means, over the same prompts), ``low``, ``high`` (95 %,
-        paired by prompt), ``n_prompt``, and ``n_left_out``: prompts without a score on one side.
+        :func:`kvpitfalls.experiments.summary.summarize` takes means, over the same items), ``low``, ``high`` (95 %,
+        paired by prompt), ``n_prompt``; ``n_left_out``: prompts without an item that has a score on both sides; and
+        ``n_unpaired``: items with a score on one side alone.
     """
     named = by_setting(records)
     out = []
@@ -45,7 +48,8 @@ def fixes(records: Sequence[Mapping]) -> list[dict]:
     -------
     list of dict
         The setting with ``mode`` and ``than``; ``metric`` (of those that are shown together), ``difference`` (of
-        ``mode`` less ``than``), ``low``, ``high``, ``n_prompt`` and ``n_left_out``, as in :func:`differences`.
+        ``mode`` less ``than``), ``low``, ``high``, ``n_prompt``, ``n_left_out`` and ``n_unpaired``, as in
+        :func:`differences`.
     """
     named = by_setting(records)
     modes: dict[tuple, list[str]] = {}
@@ -74,18 +78,35 @@ def _changes(one: Mapping, other: Mapping, metrics) -> list[tuple[str, dict]]:
     for metric in metrics:
         kind, parts = METRICS[metric]
         if kind in one and kind in other:
-            ours, theirs = (per_prompt(side[kind], parts) for side in (one, other))
-            everyone = {
-                record["key"] for side in (one, other) for record in side[kind] if record["scores"] is None
-            }.union(ours, theirs)
-            out.append((metric, change(ours, theirs, everyone, most_change(metric))))
+            paired, n_unpaired = _of_both(one[kind], other[kind], parts)
+            everyone = {record["key"] for side in (one, other) for record in side[kind] if _is_of(record, parts)}
+            ours, theirs = (per_prompt(side, parts) for side in paired)
+            moved = change(ours, theirs, everyone, most_change(metric))
+            out.append((metric, {**moved, "n_unpaired": n_unpaired}))
     return out
+
+
+def _is_of(record: Mapping, parts: Callable) -> bool:
+    """Whether a metric has something to say of a record, or would have if it had not failed."""
+    return record["scores"] is None or parts(record)[1] > 0
+
+
+def _item(record: Mapping) -> tuple:
+    return record["key"], record["attack"]
+
+
+def _of_both(one: Sequence[Mapping], other: Sequence[Mapping], parts: Callable) -> tuple[list[list[Mapping]], int]:
+    """Both sides' records of the items in which a metric counts something on both, and the number of other items."""
+    scored = [[r for r in side if r["scores"] is not None and parts(r)[1]] for side in (one, other)]
+    items = [set(map(_item, side)) for side in scored]
+    both = items[0] & items[1]
+    return [[r for r in side if _item(r) in both] for side in scored], len(items[0] ^ items[1])
 
 
 def change(one: Pairs, other: Pairs, everyone: set, bound: float = 1.0) -> dict:
     """``difference``, ``low``, ``high`` and ``n_prompt`` of one side's sums and counts less another's; ``n_left_out``
-    of ``everyone``."""
-    keys = sorted(one.keys() & other.keys(), key=str)
+    of ``everyone``. A prompt with two counts was not asked the same on both sides, and is left out."""
+    keys = sorted((key for key in one.keys() & other.keys() if one[key][1] == other[key][1]), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:
         return {**dict.fromkeys(("difference", "low", "high")), **known}
@@ -109,8 +130,8 @@ def losses(records: Sequence[Mapping]) -> list[dict]:
     -------
     list of dict
         The setting; ``safety_loss`` and ``ability_loss`` (the full cache's mean less the setting's), ``selective`` (the
-        one less the other), each with ``_low`` and ``_high``; ``n_prompt``, those that have an attack and a task on
-        both sides.
+        one less the other), each with ``_low`` and ``_high``; ``n_prompt``, those that have an attack and a task with
+        scores on both sides. Attacks that have none on one side are left out.
 
     Notes
     -----
@@ -128,7 +149,9 @@ def losses(records: Sequence[Mapping]) -> list[dict]:
 
 
 def _losses_of(here: Mapping, full: Mapping) -> dict:
-    sides = [[per_prompt(side[METRICS[m][0]], METRICS[m][1]) for side in (full, here)] for m in ("refused", "follow")]
+    sides = []
+    for kind, parts in (METRICS[name] for name in ("refused", "follow")):
+        sides.append([per_prompt(side, parts) for side in _of_both(full[kind], here[kind], parts)[0]])
     keys = sorted(set.intersection(*(set(pairs) for of_metric in sides for pairs in of_metric)), key=str)
     names = ("safety_loss", "ability_loss", "selective")
     if not keys:

@@ -214,7 +214,7 @@ class _Slots:
         if self.partial is not None and self.partial.queries is not None:
             queries = torch.cat([self.partial.queries, queries], 2)[:, :, -self.n_slot :]
         inputs = inputs_of(self.call, queries, self.valid, self.segments)
-        return over_heads(torch.as_tensor(self.policy.score(inputs)), self.call), None
+        return over_heads(torch.as_tensor(self.policy.scored(inputs)), self.call), None
 
     def _received(self) -> torch.Tensor:
         first = self.n_slot - self.call.queries.shape[2]

@@ -278,7 +278,7 @@ class Hold(Evict):
             valid = [(front, n_slot) for front in held.front.tolist()]
             queries = None if held.queries is None else held.queries[:, :, -n_slot:]
             inputs = inputs_of(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
-            scores = over_heads(torch.as_tensor(self.policy.score(inputs)), call)
+            scores = over_heads(torch.as_tensor(self.policy.scored(inputs)), call)
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
             scores = torch.where(of_prompt, carried, scores)

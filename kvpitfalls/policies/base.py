@@ -1,6 +1,7 @@
 """What a policy is, what it is given, and how it is found by name."""
 
 import difflib
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import A, Array, Int32
+from ..eviction.arrays import A, Array, Int32, are_finite, are_nan
 from ..eviction.layer_inputs import LayerInputs
 from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
@@ -407,6 +408,38 @@ class Policy:
         if (call := self.call(inputs)) is None:
             raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
         return call.scores()
+
+    def scored(self, inputs: Inputs) -> Array:
+        """What :meth:`score` gives, where that is scores.
+
+        NaN is kept last, so that of a row of nothing else the first tokens would be kept without a word: NaN that a
+        policy of somebody else's makes of numbers is refused. To look for it waits for a GPU, so ours are not asked.
+        """
+        scores, keys = self.score(inputs), inputs.keys
+        if not hasattr(scores, "dtype") or isinstance(scores, np.ndarray) != isinstance(keys, np.ndarray):
+            raise ValueError(
+                f"policy {self.name!r} returned scores as a {type(scores).__name__}; expected a {type(keys).__name__}, "
+                "which its keys are"
+            )
+        if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
+            raise ValueError(
+                f"policy {self.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
+                f"expected float32 {tuple(keys.shape[:3])}"
+            )
+        if not type(self).score.__module__.startswith(__name__.removesuffix("base")) and are_nan(scores).any():
+            self._check_numbers(inputs, scores)
+        return scores
+
+    def _check_numbers(self, inputs: Inputs, scores: Array) -> None:
+        """Raise if tokens that are judged have NaN, and all that was given are numbers; padding may have any score."""
+        given = [x for x in (inputs.keys, inputs.queries, inputs.values) if x is not None]
+        judged = [scores[b, :, begin:end] for b, row in enumerate(inputs.segments) for begin, end in row]
+        n_nan, n_score = sum(int(are_nan(x).sum()) for x in judged), sum(math.prod(x.shape) for x in judged)
+        if n_nan and all(are_finite(x).all() for x in given):
+            raise ValueError(
+                f"policy {self.name!r} returned NaN for {n_nan} of {n_score} scores of layer {inputs.layer}, and was "
+                "given numbers; expected numbers, such as -inf for tokens that are to be kept last"
+            )
 
     def call(self, inputs: Inputs) -> Call | None:
         """The one call of a scorer that gives what :meth:`score` gives, for policies that are no more than that; None:

@@ -114,7 +114,7 @@ class ChunkKV(Policy):
         """See the class."""
         import torch
 
-        scores: Array = self._scorer.score(inputs) + 0  # its own may be a view
+        scores: Array = self._scorer.scored(inputs) + 0  # its own may be a view
         tokens = torch.as_tensor(scores)
         of_all = tokens.sum(1)
         for row, segments in enumerate(inputs.segments):
