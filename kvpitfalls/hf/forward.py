@@ -1,8 +1,8 @@
 """One forward of a wrapped decoder: what its cache's layers and its attention calls have to do with each other.
 
-Each :meth:`KeptLayer.update` leaves a :class:`.Ticket`; the attention call of this decoder that receives the ticket's keys gets
-its mask translated and, after a prefill, hands the layer to the cache's action; a ticket that was never collected is an
-error.
+Each :meth:`KeptLayer.update` leaves a :class:`.Ticket`; the attention call of this decoder that receives the ticket's
+keys gets its mask translated and, after a prefill, hands the layer to the cache's action; a ticket that was never
+collected is an error.
 """
 
 import contextlib
@@ -315,11 +315,6 @@ def _tells_denominators(forward: Forward, implementation: str, query) -> bool:
     )
 
 
-def _unrecorded(x: torch.Tensor) -> torch.Tensor:
-    """What is kept is no function of it that has a gradient."""
-    return x.detach() if x.requires_grad else x
-
-
 def _seen_by(
     ticket: Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
 ) -> AttentionCall:
@@ -327,14 +322,16 @@ def _seen_by(
     others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
     if implementation != "sdpa":
         sinks = kwargs.get("s_aux")
-        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else _unrecorded(sinks)}
+        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     projection = forward.projections.get(module)
+    if torch.is_grad_enabled():  # what is kept is no function of them that has a gradient
+        key, query, value = key.detach(), query.detach(), value.detach()
     return AttentionCall(
-        _unrecorded(key),
-        _unrecorded(query),
-        _unrecorded(value),
+        key,
+        query,
+        value,
         lse=lse,
         layer=forward.compressed[ticket.layer.index],
         n_layer=len(forward.compressed),
