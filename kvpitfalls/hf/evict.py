@@ -14,6 +14,7 @@ from ..eviction.layout import Layout, Split, read_once
 from ..eviction.selection import (
     Budgets,
     Kept,
+    Pressed,
     allocation_of,
     check_room,
     choose,
@@ -183,8 +184,8 @@ class Evict(Action):
             if layout is None or (layout.n_token, layout.valid) != (n_token, list(valid)):  # a cache may be used again
                 where = {"valid": valid, "spans": self.spans, "protect": self.protect}
                 layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
-            budgets = list(zip(*(self.limits(n, n_layer) for n in layout.lengths), strict=True))
-            task = Task(layout.split(self.fair), budgets)
+            of_rows = [self.limits(end - begin, n_layer) for begin, end in valid]
+            task = Task(layout.split(self.fair), list(zip(*of_rows, strict=True)))
             for name, (begin, end) in (item for row in layout.spans for item in row.items()):
                 if begin == end:  # no share of it could be told
                     raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
@@ -204,6 +205,7 @@ class Evict(Action):
         if self.policy.needs_again or task.is_whole:
             return
         pressed = press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
+        pressed = cast(Pressed | None, pressed)  # of tensors
         if pressed is not None:
             layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
@@ -212,8 +214,9 @@ class Evict(Action):
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """The policy, if it does."""
-        is_whole = all(self.limit(end - begin) == end - begin for begin, end in valid)
-        return [self.policy] if self.policy.needs_again and not is_whole else []
+        if not self.policy.needs_again or all(self.limit(end - begin) == end - begin for begin, end in valid):
+            return []
+        return [self.policy]
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         """Judge the prompt by what was read."""

@@ -69,7 +69,7 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
         batch = pad_left([p for p in prompt if isinstance(p, Prompt)], action)
-        _check_lengths(batch.ids, batch.layout.lengths)
+        _check_lengths(batch.ids, batch.layout.valid)
         return batch
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
@@ -81,16 +81,16 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
     _check_lengths(ids)
     valid = valid_ranges(mask, *ids.shape)
     where = {"valid": valid, "spans": spans, "protect": action.protect}
-    _check_lengths(ids, [end - begin for begin, end in valid])
+    _check_lengths(ids, valid)
     layout = Layout.of(*ids.shape, **where, n_sink=action.n_sink, limit=action.limit)
     return Batch(ids, mask, layout, others)
 
 
-def _check_lengths(ids: torch.Tensor, lengths: Sequence[int] = ()) -> None:
-    """Raise where a prompt of this many real tokens, or all of them, has nothing to evict from."""
+def _check_lengths(ids: torch.Tensor, valid: Sequence[tuple[int, int]] = ()) -> None:
+    """Raise where there is nothing to evict from: in all rows, or in one that has its real tokens in ``valid``."""
     if not len(ids):
         raise ValueError("the prompt has no rows; expected at least one")
-    for whose, n_token in (("the", ids.shape[1]), *(("a", n) for n in lengths)):
+    for whose, n_token in (("the", ids.shape[1]), *(("a", end - begin) for begin, end in valid)):
         if n_token < 2:
             raise ValueError(
                 f"{whose} prompt has {n_token} token{'s' * (not n_token)}; expected at least 2, since there is nothing "
