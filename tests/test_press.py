@@ -12,7 +12,7 @@ from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.selection import budgets_of, choose, press, rank
-from kvpitfalls.hf import evict
+from kvpitfalls.hf.evict import Evict
 from kvpitfalls.policies import get_policy
 
 N_TOKEN, SPANS = 40, {"a": (8, 19), "b": (19, 33)}
@@ -111,7 +111,7 @@ def test_a_wrap_presses_and_holds_what_it_held_by_three_calls(policy, fair, monk
 
     ours = cache()
     assert len(presses) == model.config.num_hidden_layers
-    monkeypatch.setattr(evict, "press", lambda *args: None)
+    monkeypatch.setattr(Evict, "pressed", lambda self, layer, call, task: None)
     theirs = cache()
     assert len(presses) == model.config.num_hidden_layers
     for a, b in zip(ours.kept_layers, theirs.kept_layers, strict=True):

@@ -199,14 +199,16 @@ class Evict(Action):
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
 
+    def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> Pressed | None:
+        """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
+        return press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
+
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
         task = self.task(call.keys.shape[2], call.valid, call.n_layer)
         if self.policy.needs_again or task.is_whole:
             return
-        pressed = press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
-        pressed = cast(Pressed | None, pressed)  # of tensors
-        if pressed is not None:
+        if (pressed := self.pressed(layer, call, task)) is not None:
             layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
         kept = choose(rank(self.policy, task.split, call), task.budgets, self.sharing)
