@@ -2,6 +2,7 @@
 
 import copy
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from chat_tokenizers import CHATML, byte_level
@@ -334,3 +335,13 @@ def test_a_text_that_differs_only_to_the_machine_is_told_apart(text, wanted):
         Prompt.from_text(tokenizer, text, {"d": wanted})
     with pytest.raises(ValueError, match=r"is not in the prompt; expected it once: 'Other\.'$"):
         Prompt.from_text(tokenizer, text, {"d": "Other."})
+
+
+def test_spans_that_are_put_into_a_prompt_are_looked_at_where_it_is_made(tokenizer):
+    prompt = kvp.Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish.").marked("sentences")
+    one, two = prompt.spans.values()
+    assert replace(prompt, spans={"task": two}).spans == {"task": two}
+    beyond, empty, inside = replace(two, end=len(prompt) + 1), replace(one, end=one.start), replace(two, start=1)
+    for wrong in ([one, beyond], [empty], [two, one], [one, inside]):
+        with pytest.raises(ValueError, match=r"^span '.*' is \[.*; expected tokens of its own, in order of position$"):
+            replace(prompt, spans={span.name: span for span in wrong})

@@ -19,8 +19,11 @@ from tiny_models import build, feed, ids, tiny_prompt
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.hf import stand_ins
 from kvpitfalls.hf.arguments import cache_argument
+from kvpitfalls.hf.given_prompts import pad_left
+from kvpitfalls.hf.masks import valid_ranges
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 N_PROMPT = 20
@@ -292,6 +295,28 @@ def test_what_can_be_read_once_holds_for_every_prompt_row_and_ratio(llama):
     settings = {"policies": ["knorm"], "compression_ratios": [0.2, 0.5], "fair": [False, True]}
     first, second = (kvp.audit(llama, prompt, protect=way(["a"]), **settings).rows for way in ways)
     assert first == second
+
+
+def test_prompts_hand_on_the_layout_that_a_look_at_their_batch_gives(llama, monkeypatch):
+    """What they say of themselves is not looked at a second time; that it is right, this says."""
+    long, short = tiny_prompt(), kvp.Prompt.from_text(tiny_prompt().tokenizer, "w3 w4 w5 w6 w7 w8", {"b": "w5 w6"})
+    with kvp.wrap(llama, "knorm", budget=5, protect=["sinks", 5]) as handle:
+        for prompts in ([long], [short], [long, short], [short, long, short]):
+            batch = pad_left(prompts, handle.action)
+            n_row, width = batch.ids.shape
+            where = {
+                "valid": batch.layout.valid,
+                "spans": batch.layout.spans,
+                "protect": batch.layout.mask.astype(bool),
+            }
+            assert batch.layout == Layout.of(n_row, width, **where)
+            assert batch.layout.valid == valid_ranges(batch.mask, n_row, width)
+            assert [set(row) for row in batch.layout.spans] == [set(prompt.spans) for prompt in prompts]
+        monkeypatch.setattr(Layout, "of", None)
+        assert [sum(len(row) for row in handle.compress(p).action.layout.protected) for p in (long, [short] * 2)] == [
+            5,
+            10,
+        ]
 
 
 @pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])

@@ -302,13 +302,18 @@ class Split:
 
         key = "plan", n_head, budgets
         if (plan := self.made.get(key)) is None:
-            whole = self.whole_plan(n_head, budgets)  # raises where there is no room
-            plan = self.made[key] = whole if self.fair.is_biased else self.fair_plan(n_head, budgets)
+            make = self.whole_plan if self.fair.is_biased else self.fair_plan
+            plan = self.made[key] = make(n_head, budgets)
         return cast(Plan, plan)
 
     def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
-        """A quota for each segment."""
-        return self.once(("fair", n_head, budgets), lambda: plan_of(self.edges, self.quotas(budgets), n_head))
+        """A quota for each segment; raises as :meth:`whole_plan` does."""
+
+        def make() -> Plan:
+            self.check_room(budgets)
+            return plan_of(self.edges, self.quotas(budgets), n_head)
+
+        return self.once(("fair", n_head, budgets), make)
 
 
 def plan_of(edges: Int32, quotas: Int32, n_head: int) -> Plan:

@@ -125,7 +125,7 @@ class CompressedChat:
                 cache.batch_repeat_interleave(n_row)
             return prompt, cache
         batch = pad_left([prompt] * n_row, self.action)
-        return prompt, KeptCache(self.model.config, self.action.of_prompts(batch.spans, batch.protect))
+        return prompt, KeptCache(self.model.config, self.action.of_prompts(layout=batch.layout))
 
 
 def kept_of(report: Report, row: int = 0) -> int:

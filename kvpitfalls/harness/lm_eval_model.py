@@ -148,7 +148,7 @@ class CompressedHFLM(_HFLM):
         if self.marks.scope == "system":
             return self._generate_after(prompts, rows, context, max_length, stop, **kwargs)
         batch = pad_left(prompts, self._setting())
-        cache = KeptCache(self.model.config, self.action.of_prompts(batch.spans, batch.protect))
+        cache = KeptCache(self.model.config, self.action.of_prompts(layout=batch.layout))
         of_cache = cache_argument(self.model, cache)
         out = super()._model_generate(context, max_length, stop, attention_mask=mask, **of_cache, **kwargs)
         self._count(cache)

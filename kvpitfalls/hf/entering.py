@@ -63,7 +63,8 @@ def enter(
     _check_origin(decoder, wrap, cache, seen)
     settle(None if call is None else call.steps, decoder, cache, given.bound)
     if given.inputs.shape[1] > 1:  # not at each step: each takes a look at every module
-        cache.check_decoder(decoder)
+        if n_seen:
+            cache.check_decoder(decoder)
         check_not_compiled(decoder)
         check_not_random(decoder)
     coming = _coming_to(cache, decoder)

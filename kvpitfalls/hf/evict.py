@@ -16,7 +16,6 @@ from ..eviction.selection import (
     Kept,
     Pressed,
     allocation_of,
-    budgets_of,
     check_room,
     choose,
     press,
@@ -116,6 +115,7 @@ class Evict(Action):
     spans: Any = None
     allocation: Allocation | str | None = None  # None: the policy's own
     sharing: Allocation = field(init=False, compare=False, repr=False)  # ``allocation``, or the policy's own
+    layout: Layout | None = field(default=None, init=False, compare=False, repr=False)  # of prompts that are known
     tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
     )  # one serves all layers of a prompt
@@ -125,10 +125,11 @@ class Evict(Action):
         vars(self).update(allocation=sharing, sharing=sharing)
         vars(self).update(spans=read_once(self.spans), protect=read_once(self.protect))
 
-    def of_prompts(self, spans: Any, protect: Any) -> Self:
-        """The same for prompts with these instructions, and this protection."""
+    def of_prompts(self, spans: Any = None, layout: Layout | None = None) -> Self:
+        """The same for prompts with these instructions; ``layout``: theirs and the protection's, where it is known
+        already."""
         twin = copy.copy(self)
-        vars(twin).update(spans=read_once(spans), protect=read_once(protect), tasks={})
+        vars(twin).update(spans=read_once(spans) if layout is None else layout.spans, layout=layout, tasks={})
         return twin
 
     @property
@@ -179,17 +180,17 @@ class Evict(Action):
         or protection do not fit the prompts, or an instruction has no token."""
         key = (n_token, tuple(valid), n_layer)
         if key not in self.tasks:
-            where = {"valid": valid, "spans": self.spans, "protect": self.protect}
-            layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
-            task = Task(layout.split(self.fair), budgets_of(layout, self.limit, self.sharing, n_layer))
+            layout = self.layout
+            if layout is None or (layout.n_token, layout.valid) != (n_token, list(valid)):  # a cache may be used again
+                where = {"valid": valid, "spans": self.spans, "protect": self.protect}
+                layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
+            of_rows = [self.limits(end - begin, n_layer) for begin, end in valid]
+            task = Task(layout.split(self.fair), list(zip(*of_rows, strict=True)))
             for name, (begin, end) in (item for row in layout.spans for item in row.items()):
                 if begin == end:  # no share of it could be told
                     raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
             self.tasks[key] = task
         return self.tasks[key]
-
-    def _task_of(self, call: AttentionCall) -> Task:
-        return self.task(call.keys.shape[2], call.valid, call.n_layer)
 
     def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
         """The instructions of each row; raises if they, or the protection, do not fit the prompt, or one has no token.
@@ -204,7 +205,7 @@ class Evict(Action):
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
-        task = self._task_of(call)
+        task = self.task(call.keys.shape[2], call.valid, call.n_layer)
         if self.policy.needs_again or task.is_whole:
             return
         if (pressed := self.pressed(layer, call, task)) is not None:
@@ -215,13 +216,15 @@ class Evict(Action):
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """The policy, if it does."""
-        is_whole = all(self.limit(end - begin) == end - begin for begin, end in valid)
-        return [self.policy] if self.policy.needs_again and not is_whole else []
+        if not self.policy.needs_again or all(self.limit(end - begin) == end - begin for begin, end in valid):
+            return []
+        return [self.policy]
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         """Judge the prompt by what was read."""
         if policy == self.policy:
-            layer.judged = rank(self.policy, self._task_of(call).split, call, layer.judged)
+            task = self.task(call.keys.shape[2], call.valid, call.n_layer)
+            layer.judged = rank(self.policy, task.split, call, layer.judged)
 
     def after_turns(self, layer: KeptLayer, valid: Sequence[tuple[int, int]]) -> None:
         """Evict from ``layer``."""

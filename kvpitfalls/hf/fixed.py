@@ -7,7 +7,7 @@ import torch
 
 from ..numbers import check_whole
 from .cache import KeptCache, why_not_compressed
-from .layer import KeptLayer
+from .layer import KeptLayer, leave_ticket
 from .masks import check_padding
 from .rows import holds_nothing
 from .step_graph import StepGraph, why_not, why_not_this
@@ -86,7 +86,7 @@ class InPlace:
         self.keys.index_copy_(2, self.room.where, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.room.where, value_states.to(self.values.dtype))
         self.seen += n_new
-        forward.expect(cast(KeptLayer, self), n_new)  # as one; a window is one in all that is asked of it
+        leave_ticket(forward, cast(KeptLayer, self), n_new)  # as one; a window is one in all that is asked of it
         return self.keys, self.values
 
     @property

@@ -89,14 +89,10 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     list of KeptCache
         They can be used while the model is wrapped.
     """
-    if short := [prompt for prompt in prompts if len(prompt) < 2]:
-        raise ValueError(
-            f"a prompt has {len(short[0])} token; expected at least 2, since there is nothing to evict from"
-        )
     caches = []
     for setting in settings:
         batch = batch_of(model, list(prompts), None, None, setting)
-        caches.append(KeptCache(model.config, setting.of_prompts(batch.spans, batch.protect)))
+        caches.append(KeptCache(model.config, setting.of_prompts(layout=batch.layout)))
     attach(model)
     try:
         trunk = KeptCache(model.config, Fork(caches))

@@ -1,12 +1,11 @@
 """One forward of a wrapped decoder: what its cache's layers and its attention calls have to do with each other.
 
-Each :meth:`KeptLayer.update` leaves a ticket; the attention call of this decoder that receives the ticket's keys gets
-its mask translated and, after a prefill, hands the layer to the cache's action; a ticket that was never collected is an
-error.
+Each :meth:`KeptLayer.update` leaves a :class:`.Ticket`; the attention call of this decoder that receives the ticket's
+keys gets its mask translated and, after a prefill, hands the layer to the cache's action; a ticket that was never
+collected is an error.
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
@@ -22,27 +21,13 @@ from .cache import KeptCache
 from .coming import Coming
 from .coverage import RANDOM
 from .denominators import Denominators
-from .layer import KeptLayer, Slots
+from .layer import KeptLayer, Ticket
 from .masks import physical_mask
 from .threads import local
 
 if TYPE_CHECKING:
     from .evict import Action
     from .fixed import FixedCache
-
-
-@dataclass
-class _Ticket:
-    """A layer as its update left it; some models call attention more than once for one update, so eviction must not
-    change this."""
-
-    layer: KeptLayer
-    keys: weakref.ref
-    values: weakref.ref
-    n_new: int
-    n_slot: int
-    slots: Slots | None
-    done: bool = False
 
 
 @dataclass(eq=False)
@@ -101,9 +86,7 @@ class Forward:
         default_factory=dict
     )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
-    tickets: dict[int, _Ticket] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=dict)  # bytes of compressed layers, as note_size saw them last
-    n_byte: int = 0  # their sum
+    tickets: dict[int, Ticket] = field(default_factory=dict)  # in the order in which layers were updated
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
 
     @cached_property
@@ -137,26 +120,21 @@ class Forward:
             return action.after_chunk
         return action.after_prefill if self.prefill else action.after_step
 
-    def note_size(self, layer: KeptLayer) -> None:
-        """Called before and after each eviction, for the cache's peak: nothing else makes it smaller. Only this layer
-        is looked at, since all of them at each would take as long as a short prompt's eviction."""
-        if not self.sizes:
-            self.sizes = {x.index: x.n_byte if x.is_initialized else 0 for x in self.layers}
-            self.n_byte = sum(self.sizes.values())
-        now = layer.n_byte
-        self.n_byte += now - self.sizes[layer.index]
-        self.sizes[layer.index] = now
-        self.cache.peak_bytes = max(self.cache.peak_bytes, self.n_byte)
-
-    def expect(self, layer: KeptLayer, n_new: int) -> None:
-        """A layer was updated: its attention call must follow."""
-        if self.is_plain:
+    def note_peak(self) -> None:
+        """What the cache held before each eviction of this forward: nothing else makes it smaller. From what the layers
+        hold now back to the first one's update."""
+        if self.act is None or not self.tickets:
             return
-        self.tickets[layer.index] = _Ticket(
-            layer, weakref.ref(layer.keys), weakref.ref(layer.values), n_new, layer.keys.shape[2], layer.slots
-        )
+        sizes = {layer.index: layer.n_byte for layer in self.layers}
+        held = peak = sum(sizes.values())
+        for ticket in reversed(self.tickets.values()):
+            if (now := sizes.get(ticket.layer.index)) is not None:  # a window of fixed slots has its ticket, too
+                held += ticket.n_byte - now
+                peak = max(peak, held)
+                held -= ticket.n_byte * ticket.n_new // ticket.n_slot
+        self.cache.peak_bytes = max(self.cache.peak_bytes, peak)
 
-    def collect(self, key: torch.Tensor, module) -> _Ticket | None:
+    def collect(self, key: torch.Tensor, module) -> Ticket | None:
         """The ticket whose keys these are, or, where a model makes other keys from what the cache returned, its layer's
         own.
 
@@ -189,6 +167,7 @@ class Forward:
             else forward(*args, **kwargs)
         )
         self.check(decoder)
+        self.note_peak()
         if self.afterwards is not None:
             self.afterwards(decoder, forward, self)
         cache.origin, cache.is_half_filled = cache.origin.then(self.ids, self.n_seen), False
@@ -287,9 +266,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         check_call(module, implementation, kwargs)
         lse = None if seen is None else seen.lse
         call = _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse)
-        forward.note_size(ticket.layer)
         act(ticket.layer, call)
-        forward.note_size(ticket.layer)
     if is_first and forward.cache.progress is not None:
         forward.cache.progress.update()
     return out
@@ -311,7 +288,7 @@ def check_call(module, implementation: str, extra: dict) -> None:
             )
 
 
-def _over_slots(ticket: _Ticket, base, implementation: str, query, key, mask, kwargs: dict):
+def _over_slots(ticket: Ticket, base, implementation: str, query, key, mask, kwargs: dict):
     """The attention function and the mask for slots that are not in order."""
     is_per_head = ticket.layer.keys.shape[1] in (1, key.shape[1])  # some models repeat heads that the cache holds once
     if (
@@ -338,26 +315,23 @@ def _tells_denominators(forward: Forward, implementation: str, query) -> bool:
     )
 
 
-def _unrecorded(x: torch.Tensor) -> torch.Tensor:
-    """What is kept is no function of it that has a gradient."""
-    return x.detach() if x.requires_grad else x
-
-
 def _seen_by(
-    ticket: _Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
+    ticket: Ticket, forward: Forward, module, implementation: str, query, key, value, kwargs: dict, lse
 ) -> AttentionCall:
     # sdpa ignores softcap and sinks, so scores must, too
     others: dict[str, Any] = {"scaling": kwargs.get("scaling")}
     if implementation != "sdpa":
         sinks = kwargs.get("s_aux")
-        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else _unrecorded(sinks)}
+        others |= {"softcap": kwargs.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
     valid = forward.valid or [(0, key.shape[2])] * key.shape[0]
     ticket.layer.shared = ticket.keys() is not key or ticket.values() is not value
     projection = forward.projections.get(module)
+    if torch.is_grad_enabled():  # what is kept is no function of them that has a gradient
+        key, query, value = key.detach(), query.detach(), value.detach()
     return AttentionCall(
-        _unrecorded(key),
-        _unrecorded(query),
-        _unrecorded(value),
+        key,
+        query,
+        value,
         lse=lse,
         layer=forward.compressed[ticket.layer.index],
         n_layer=len(forward.compressed),

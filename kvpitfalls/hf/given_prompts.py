@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 
 from ..eviction.arrays import Table
-from ..eviction.layout import PROTECT_WORDS, Protect, Spans, listed, protected_positions
+from ..eviction.layout import PROTECT_WORDS, Layout, Protect, Spans, listed, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
+from .masks import valid_ranges
 from .parts import is_multimodal
 
 AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
@@ -22,18 +22,15 @@ class Batch(NamedTuple):
     ----------
     ids : LongTensor (B, T)
     mask : tensor (B, T), or None
-    spans : mapping, list of mappings, or None
-        Per row, the instructions.
-    protect : Protect, or None
-        As it applies to these rows.
+    layout : Layout
+        Where real tokens, instructions and protected ones stand.
     others : mapping
         What a processor returned beside ids and their mask.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
-    spans: Spans | None
-    protect: Protect | None
+    layout: Layout
     others: Mapping[str, Any] = {}
 
 
@@ -60,7 +57,8 @@ def marked(prompt: object, instructions: Instructions) -> list[Prompt]:
 
 
 def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: Spans | None, action: Evict) -> Batch:
-    """What a user gives as a prompt, made one batch."""
+    """What a user gives as a prompt, made one batch; raises where a row has nothing to evict from, or instructions or
+    protection do not fit."""
     others: Mapping[str, Any] = {}
     if isinstance(prompt, Prompt):
         prompt = [prompt]
@@ -70,7 +68,9 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
     if isinstance(prompt, Sequence) and prompt and all(isinstance(p, Prompt) for p in prompt):
         if attention_mask is not None or spans is not None:
             raise ValueError("attention_mask or spans were given with a Prompt; expected them only with token ids")
-        return pad_left([p for p in prompt if isinstance(p, Prompt)], action)
+        batch = pad_left([p for p in prompt if isinstance(p, Prompt)], action)
+        _check_lengths(batch.ids, batch.layout.valid)
+        return batch
     ids = _tensor(prompt, "prompt", "a Prompt, a list of them, or token ids (T,) or (B, T)")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -78,7 +78,24 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
             f"prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected a Prompt, or token ids (T,) or (B, T)"
         )
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
-    return Batch(ids, mask, spans, action.protect, others)
+    _check_lengths(ids)
+    valid = valid_ranges(mask, *ids.shape)
+    where = {"valid": valid, "spans": spans, "protect": action.protect}
+    _check_lengths(ids, valid)
+    layout = Layout.of(*ids.shape, **where, n_sink=action.n_sink, limit=action.limit)
+    return Batch(ids, mask, layout, others)
+
+
+def _check_lengths(ids: torch.Tensor, valid: Sequence[tuple[int, int]] = ()) -> None:
+    """Raise where there is nothing to evict from: in all rows, or in one that has its real tokens in ``valid``."""
+    if not len(ids):
+        raise ValueError("the prompt has no rows; expected at least one")
+    for whose, n_token in (("the", ids.shape[1]), *(("a", end - begin) for begin, end in valid)):
+        if n_token < 2:
+            raise ValueError(
+                f"{whose} prompt has {n_token} token{'s' * (not n_token)}; expected at least 2, since there is nothing "
+                "to evict from"
+            )
 
 
 def _others_of(model: Any, prompt: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +132,7 @@ def _tensor(value: Any, name: str, expected: str) -> torch.Tensor:
 
 
 def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
-    """Token ids (B,T), mask, spans and protection of each row, for prompts of any lengths."""
+    """Prompts of any lengths as one batch. What a prompt says of itself is not checked again."""
     rows, pad = [list(p.token_ids) for p in prompts], pad_token(prompts[0].tokenizer)
     width = max(map(len, rows))
     starts = [width - len(row) for row in rows]
@@ -125,12 +142,12 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
         {s.name: (s.start + start, s.end + start) for s in p.spans.values()}
         for p, start in zip(prompts, starts, strict=True)
     ]
-    shielded = None
+    protected: list[list[int]] = [[] for _ in prompts]
     if action.protect is not None:
-        shielded = np.zeros((len(prompts), width), bool)
-        for row, prompt, start in zip(shielded, prompts, starts, strict=True):
-            row[[start + t for t in protected_in(prompt, action.protect, action.n_sink, action.limit)]] = True
-    return Batch(ids, mask if any(starts) else None, spans, shielded)
+        of_prompts = [protected_in(p, action.protect, action.n_sink, action.limit) for p in prompts]
+        protected = [[start + t for t in row] for row, start in zip(of_prompts, starts, strict=True)]
+    layout = Layout(width, [(start, width) for start in starts], spans, protected)
+    return Batch(ids, mask if any(starts) else None, layout)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -9,7 +9,7 @@ from .fixed import FixedCache, FixedLayer, free_slots
 from .forward import AttentionCall
 from .held_room import JUDGED, HeldRoom, Packed, is_judged, judge_of
 from .hold import Hold
-from .layer import KeptLayer
+from .layer import KeptLayer, leave_ticket
 from .masks import real_newest
 
 
@@ -39,7 +39,7 @@ class HeldLayer(FixedLayer):
         for x, new in ((self.keys, key_states), (self.values, value_states)):
             x.scatter_(2, at.expand(-1, -1, -1, x.shape[3]), new.to(x.dtype))
         self.seen += 1
-        forward.expect(self, 1)
+        leave_ticket(forward, self, 1)
         return self.keys, self.values
 
     def after_step(self, call: AttentionCall) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,6 +54,29 @@ class Slots:
         if self.n_after == 0 or self.live_before is None:
             return self.live_before
         return torch.cat([self.live_before, self.live_before.new_ones(*self.live_before.shape[:2], self.n_after)], -1)
+
+
+@dataclass
+class Ticket:
+    """A layer as its update left it, for the attention call that must follow; some models call attention more than once
+    for one update, so eviction must not change this."""
+
+    layer: "KeptLayer"
+    keys: weakref.ref
+    values: weakref.ref
+    n_new: int
+    n_slot: int
+    n_byte: int
+    slots: Slots | None
+    done: bool = False
+
+
+def leave_ticket(forward: "Forward", layer: "KeptLayer", n_new: int) -> None:
+    """``layer`` was updated by ``n_new`` tokens; nobody asks for its attention call where nothing is done there."""
+    if not forward.is_plain:
+        keys, values = layer.keys, layer.values
+        rows = n_new, keys.shape[2], keys.nbytes + values.nbytes
+        forward.tickets[layer.index] = Ticket(layer, weakref.ref(keys), weakref.ref(values), *rows, layer.slots)
 
 
 class Spare:
@@ -157,7 +181,7 @@ class KeptLayer(DynamicLayer):
             self.spare = None
         self.seen += n_new
         self.n_after += n_new
-        forward.expect(self, n_new)
+        leave_ticket(forward, self, n_new)
         return self.keys, self.values
 
     def _written(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -186,7 +210,8 @@ class KeptLayer(DynamicLayer):
     @property
     def slots(self) -> Slots | None:
         """What stands where; None if nothing was evicted."""
-        return Slots(self.pos_before, self.live_before, self.n_after, self.seen) if self.is_evicted else None
+        before = self.pos_before
+        return None if before is None else Slots(before, self.live_before, self.n_after, self.seen)
 
     @property
     def is_evicted(self) -> bool:

@@ -15,7 +15,7 @@ from ..eviction.allocation import Allocation
 from ..eviction.arrays import Table
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
-from ..eviction.layout import Protect, Spans
+from ..eviction.layout import Layout, Protect, Spans
 from ..eviction.selection import allocation_of
 from ..numbers import check_whole, is_real
 from ..policies import get_policy
@@ -27,7 +27,6 @@ from .evict import Evict
 from .generating import chunk_sizes, chunked
 from .given_prompts import AnyPrompt, batch_of, by_name, marked
 from .hold import Hold
-from .masks import valid_ranges
 from .model import attachment_of, check_heads, paused, put_wrap, release, take_wrap
 from .origin import Origin
 from .prefill import prefill
@@ -120,10 +119,10 @@ class _Caches:
         self.outline: KeptCache | None = None  # of the newest, where generate has let go of it
 
     def make(
-        self, cache: KeptCache | None = None, spans: Spans | None = None, protect: Protect | None = None
+        self, cache: KeptCache | None = None, spans: Spans | None = None, layout: Layout | None = None
     ) -> KeptCache:
-        """A new empty cache, or an empty plain one made ours; ``protect``: as it applies to the prompts."""
-        action = self.action.of_prompts(spans, self.action.protect if protect is None else protect)
+        """A new empty cache, or an empty plain one made ours; ``layout``: of the prompts, where it is known already."""
+        action = self.action.of_prompts(spans, layout)
         cache = KeptCache(self.config, action) if cache is None else cache.adopt(self.config, action)
         cache.origin = Origin(self.settings)
         self.newest, self.outline = weakref.ref(cache), None
@@ -246,22 +245,10 @@ class Handle:
             raise ValueError("the handle was removed; expected a call inside the wrap")
         prompt = by_name(prompt, inputs)
         prompt = prompt if instructions is None else marked(prompt, instructions)
-        ids, mask, by_row, protect, others = batch_of(self.model, prompt, attention_mask, spans, self.action)
-        if not len(ids):
-            raise ValueError("the prompt has no rows; expected at least one")
-        if ids.shape[1] < 2:
-            raise ValueError(
-                f"the prompt has {ids.shape[1]} token{'s' * (not ids.shape[1])}; expected at least 2, since there is "
-                "nothing to evict from"
-            )
-        for begin, end in valid_ranges(mask, *ids.shape):
-            if end - begin < 2:
-                raise ValueError(
-                    f"a prompt has {end - begin} token; expected at least 2, since there is nothing to evict from"
-                )
+        ids, mask, layout, others = batch_of(self.model, prompt, attention_mask, spans, self.action)
         sizes = [ids.shape[1]] if prefill_chunk_size is None else chunk_sizes(prefill_chunk_size, ids.shape[1])
         coming = None if prefill_chunk_size is None else chunked(self.model, ids, mask, sizes, self.action)
-        cache = self._caches.make(spans=by_row, protect=protect)
+        cache = self._caches.make(layout=layout)
         with contextlib.nullcontext() if coming is None else coming.here():
             prefill(self.model, cache, ids, mask, others, sizes)
         return cache

@@ -75,6 +75,17 @@ class Prompt:
     template_options: Mapping[str, Any] = field(default_factory=dict)
     made: datetime = field(default_factory=datetime.now, compare=False)
 
+    def __post_init__(self) -> None:
+        """Whoever takes a prompt relies on its spans."""
+        last = 0
+        for span in self.spans.values():
+            if not last <= span.start < span.end <= len(self.token_ids):
+                raise ValueError(
+                    f"span {span.name!r} is [{span.start}, {span.end}) of {len(self.token_ids)} tokens, after one that "
+                    f"ends at {last}; expected tokens of its own, in order of position"
+                )
+            last = span.end
+
     @classmethod
     def from_chat(
         cls,
