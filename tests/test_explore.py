@@ -149,7 +149,7 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
         ),
         ({"kind": "chat", "text": "[" * 100_000}, "the chat is no JSON (maximum recursion depth exceeded"),
         ({"kind": "chat", "text": "{}"}, "messages is a dict; expected a list of messages"),
-        ({"kind": "text", "text": "a", "question": ""}, "a prompt has 1 token; expected at least 2"),
+        ({"kind": "text", "text": "a", "question": ""}, "the prompt has 1 token; expected at least 2"),
         ({"text": ""}, "the prompt has no letter to be cut into sentences; expected text"),
         ({"text": "a <|im_end|> b"}, "message 0 holds '<|im_end|>' at character 2 of its content"),
         (

@@ -192,7 +192,7 @@ def test_a_wide_letter_takes_the_room_of_two(width):
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_two_cards_are_compared_in_a_narrow_terminal(monkeypatch, capsys, width):
-    cards = sorted(map(str, (Path(__file__).parent.parent / "benchmarks" / "cards").glob("qwen*.json")))
+    cards = sorted(map(str, (Path(__file__).parent.parent / "benchmarks" / "cards" / "suite_v1").glob("qwen*.json")))
     assert cli.main(["compare", *cards]) == 0
     whole = capsys.readouterr().out.split("\n\n", 1)[1]
     terminal(monkeypatch, width)

@@ -42,7 +42,7 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
 
 @lru_cache(maxsize=1024, typed=True)
 def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
-    """How many of ``n_token`` tokens are kept, by what :func:`check_budget` has looked at.
+    """How many of ``n_token`` tokens are kept.
 
     ``floor(n_token * (1 - compression_ratio))`` in exact arithmetic on the ratio as written in decimal (0.9 of 1000
     keeps 100, where binary floats keep 99), at least 1; or ``budget``, at most ``n_token``.
@@ -52,6 +52,7 @@ def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: in
     >>> kept_tokens(1000, compression_ratio=0.9), kept_tokens(5, compression_ratio=0.99), kept_tokens(10, budget=64)
     (100, 1, 10)
     """
+    check_budget(compression_ratio, budget)
     if budget is not None:
         return min(int(budget), n_token)
     return max(1, floor(n_token * (1 - Fraction(str(compression_ratio)))))
