@@ -98,7 +98,7 @@ def test_prompts_of_one_name_and_another_text_are_no_pair(two):
         ("config.attacks", (["verbatim"], ["translate"]), "attacks"),
         ("config.attacks_per_prompt", (1, None), "attacks_per_prompt"),
         ("config.max_new_tokens", ({"attack": 256}, {"attack": 64}), "max_new_tokens of kind 'attack'"),
-        ("scores", (1, 2), "version of the scores"),
+        ("scores", (1, 2), "versions of the scores"),
     ],
 )
 def test_answers_to_other_questions_are_no_pair(two, name, values, what):

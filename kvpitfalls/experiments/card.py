@@ -143,7 +143,7 @@ def _check_prompts(a: Mapping, b: Mapping) -> None:
 def _asked(made: Mapping) -> dict[str, Any]:
     """What a sweep's answers depend on beside its model, machine and prompts."""
     kinds, limits = set(made.get("config.kinds") or ()), made.get("config.max_new_tokens") or {}
-    asked = {"version of the scores": made.get("scores")}
+    asked = {"versions of the scores": made.get("scores")}
     asked |= {f"max_new_tokens of kind {kind!r}": limits.get(kind) for kind in ANSWERED if kind in kinds}
     if "attack" in kinds:
         asked |= {name: made.get(f"config.{name}") for name in ("attacks", "attacks_per_prompt")}
