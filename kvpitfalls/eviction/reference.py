@@ -18,7 +18,7 @@ _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # firs
 _SUM, _MEAN, _AGE = 0, 1, 2
 _SMALLEST = float(np.finfo(np.float64).tiny)
 _STEP = 0x1E3779B97F4A7C15  # of the scorer "random": odd, and of no pattern
-_TOLD_BY = 8  # tokens whose keys tell it rows apart
+_TOLD_BY = 8  # tokens whose keys tell its rows apart
 _NO_MEAN = 2.0**-18  # a mean of unit vectors that is shorter is what rounding left of those that cancel each other out
 
 

@@ -164,9 +164,8 @@ def press(
     if split.asks_scores or split.is_over_rows(policy.paper_quotas):
         return None
     plan, mask = split.plan(layer.keys.shape[1], budgets[layer.layer]), split.layout.mask_beside(layer.keys)
-    of_rows = split.of_inputs
     policy.check_given(layer)
-    if (call := policy.call(Inputs.of(layer, **of_rows))) is None:
+    if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
     return Pressed._make((*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan))
 

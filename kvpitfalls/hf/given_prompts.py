@@ -80,8 +80,8 @@ def batch_of(model: Any, prompt: AnyPrompt | None, attention_mask: Any, spans: S
     mask = None if attention_mask is None else _tensor(attention_mask, "attention_mask", "a tensor (B, T)")
     _check_lengths(ids)
     valid = valid_ranges(mask, *ids.shape)
-    where = {"valid": valid, "spans": spans, "protect": action.protect}
     _check_lengths(ids, valid)
+    where = {"valid": valid, "spans": spans, "protect": action.protect}
     layout = Layout.of(*ids.shape, **where, n_sink=action.n_sink, limit=action.limit)
     return Batch(ids, mask, layout, others)
 

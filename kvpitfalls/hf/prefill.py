@@ -31,16 +31,15 @@ def prefill(
         module, run = model, _through_outer
     else:
         module, run = decoder_of(model), partial(_through_decoder, sizes=sizes, is_told=tells_positions(model))
-    device, placeholder_ids = device_of(module), placeholders(model)  # the device first: it raises without weights
-    given = {"use_cache": True, **cache_argument(module, cache)}
-    # Where nobody sees a bar none is made: that takes a lock of tqdm's, which an interrupt may leave locked for all
-    n_step = len(cache.kept_layers) * len(sizes) if shown() else 0
-    _check_ids(model, ids, others, placeholder_ids)
+    device = device_of(module)  # before ids are looked at: it raises where there are no weights
+    _check_ids(model, ids, others, placeholders(model))
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
     inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    # Where nobody sees a bar none is made: that takes a lock of tqdm's, which an interrupt may leave locked for all
+    n_step = len(cache.kept_layers) * len(sizes) if shown() else 0
     with progress(total=n_step, desc="prefill, layers") if n_step else nullcontext() as cache.progress:
         try:
-            run(module, **inputs, **given)
+            run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
 
