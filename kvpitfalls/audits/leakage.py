@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TypeAlias
 
 from .refusal import refuses
@@ -141,7 +142,7 @@ def floor(response: str, others: Sequence[str]) -> dict[str, float]:
             f"others is {others!r}; expected texts that the answer cannot have seen, since a leak is what exceeds them"
         )
     recalls = [rouge_recall(text, response) for text in others]
-    means = {name: sum(recall[name] for recall in recalls) / len(recalls) for name in ("rouge1", "rougeL")}
+    means = {name: fmean(recall[name] for recall in recalls) for name in ("rouge1", "rougeL")}
     return {**means, "most": max(recall["rougeL"] for recall in recalls)}
 
 

@@ -1,5 +1,5 @@
-"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | sweep | report | compare | lm-eval | garak |
-garak-report``.
+"""The command line: ``kvpitfalls info | demo | audit | leakage | ifeval | suite | sweep | rescore | report | compare |
+lm-eval | garak | garak-report``.
 
 Data goes to stdout, progress and messages to stderr; what stdout's encoding lacks is shown as "?" (JSON is ASCII). Exit
 codes: see ``EXIT_CODES``.

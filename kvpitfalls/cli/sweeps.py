@@ -1,14 +1,19 @@
-"""The commands that run and report experiments: ``kvpitfalls leakage | ifeval | suite | sweep | report | compare``."""
+"""The commands that run and report experiments: ``kvpitfalls leakage``, ``ifeval``, ``suite``, ``sweep``, ``rescore``,
+``report`` and ``compare``."""
 
 import argparse
 import json
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from .streams import columns
 from .values import policy_help
+
+_REPORT_OF = "Tables, figures and a page of it: kvpitfalls report {}"
+_DATA_HELP = "folder of the paper's data; KVPITFALLS_DATA or a download by default"
 
 
 class _HelpWithNames(argparse.Action):
@@ -76,6 +81,14 @@ def add_commands(commands) -> None:
     suite.set_defaults(run=_suite)
     _add_run_arguments(suite)
     _add_single_commands(commands)
+    rescore = commands.add_parser(
+        "rescore", help="score the recorded answers of a sweep by this version's rules; nothing is generated"
+    )
+    rescore.add_argument("folder", metavar="DIR", help="what --output of the sweep named; it is left as it is")
+    rescore.add_argument("--output", metavar="NEW", required=True, help="a new folder for the records")
+    rescore.add_argument("--data", metavar="DIR", help=_DATA_HELP)
+    rescore.add_argument("--json", action="store_true", help="JSON instead of text")
+    rescore.set_defaults(run=_rescore)
     report = commands.add_parser(
         "report", help="tables, CSV files, figures and one HTML page from the records of a sweep"
     )
@@ -194,9 +207,7 @@ def _add_run_arguments(
 
 def _add_prompt_arguments(command, dataset: str, n_prompts: str) -> None:
     command.add_argument("-h", "--help", action=_HelpWithNames)
-    command.add_argument(
-        "--data", metavar="DIR", help="folder of the paper's data; KVPITFALLS_DATA or a download by default"
-    )
+    command.add_argument("--data", metavar="DIR", help=_DATA_HELP)
     command.add_argument(
         "--dataset", metavar="NAME", help=f"own, suite-v1, paper, paper_shuffled, or a JSONL file of rows; {dataset}"
     )
@@ -260,7 +271,12 @@ def run_parts(args, parts: dict) -> int:
         for part in done.values():
             states = f"{part['failed']} failed, {part['infeasible']} infeasible"
             print(f"{part['folder']}: {part['items']} items, {states}, {part['resumed_at']} were there already")
-        print(f"Tables, figures and a page of it: kvpitfalls report {shlex.quote(args.output)}")
+        print(_REPORT_OF.format(shlex.quote(args.output)))
+    return _failed(args, done)
+
+
+def _failed(args, done: Mapping[str, dict]) -> int:
+    """The exit code of what was done, and a line where an item failed."""
     failed = sum(part["failed"] for part in done.values())
     if failed:
         print(f"kvpitfalls {args.command}: {failed} items failed; their records hold the error", file=sys.stderr)
@@ -337,6 +353,26 @@ def _run_and_show(args, parts: dict, text, n_key: int) -> int:
     if not args.json and code != 130:
         print(f"\n{fitted(text(), columns(), n_key)}")
     return code
+
+
+def _rescore(args) -> int:
+    from ..display.page import sweep_folders
+    from ..experiments.rescore import check_new, rescore
+
+    parts = sweep_folders(args.folder)
+    places = {part: Path(args.output) / part.relative_to(args.folder) for part in parts}
+    for place in places.values():
+        check_new(place)
+    done = {str(place): rescore(part, place, data=args.data) for part, place in places.items()}
+    if args.json:
+        print(json.dumps(done, indent=1))
+    else:
+        for place, part in done.items():
+            states = f"{part['failed']} failed, {part['infeasible']} infeasible"
+            recorded = f"{part['recorded']} of {part['items']} items"
+            print(f"{place}: {recorded}, {part['changed']} with other scores than before; {states}")
+        print(_REPORT_OF.format(shlex.quote(args.output)))
+    return _failed(args, done)
 
 
 def _report(args) -> int:

@@ -12,6 +12,7 @@ from .metrics import METRICS, SETTING, TOGETHER, by_setting, most_change, per_pr
 from .scenario import ANSWERED
 from .summary import summarize
 
+_VERSIONS = "versions of the scores"
 FORMAT = 1
 WHERE = SETTING[1:]  # what a setting is called where the model goes without saying
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")  # or a path that tells nothing of whose it is
@@ -143,7 +144,7 @@ def _check_prompts(a: Mapping, b: Mapping) -> None:
 def _asked(made: Mapping) -> dict[str, Any]:
     """What a sweep's answers depend on beside its model, machine and prompts."""
     kinds, limits = set(made.get("config.kinds") or ()), made.get("config.max_new_tokens") or {}
-    asked = {"versions of the scores": made.get("scores")}
+    asked = {_VERSIONS: made.get("scores")}
     asked |= {f"max_new_tokens of kind {kind!r}": limits.get(kind) for kind in ANSWERED if kind in kinds}
     if "attack" in kinds:
         asked |= {name: made.get(f"config.{name}") for name in ("attacks", "attacks_per_prompt")}
@@ -161,9 +162,10 @@ def _check_asked(a: Mapping, b: Mapping) -> None:
     for place in known[0].keys() & known[1].keys():
         mine, theirs = (side[place] for side in known)
         if not any(value in theirs for value in mine):
+            mend = "; kvpitfalls rescore brings a sweep's records to this version" if place[1] == _VERSIONS else ""
             raise ValueError(
                 f"the {place[1]} of the cards differ ({mine[0]!r} and {theirs[0]!r}, on the prompts {place[0]!r}); "
-                "expected the same, else it is not the models that differ"
+                f"expected the same, else it is not the models that differ{mend}"
             )
 
 

@@ -28,10 +28,7 @@ def read_records(folder: str | Path) -> list[dict]:
     ValueError
         If a line, other than a last one that was cut short, is no JSON object.
     """
-    path = Path(folder) / RECORDS
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {RECORDS}; expected the output folder of a sweep")
-    return [record for record, _ in _whole_lines(path)]
+    return [record for record, _ in _whole_lines(_path(folder))]
 
 
 def read_meta(folder: str | Path) -> dict:
@@ -60,6 +57,14 @@ def read_meta(folder: str | Path) -> dict:
     ):
         raise ValueError(wrong)
     return meta
+
+
+def _path(folder: str | Path) -> Path:
+    """Of a folder's records, which are there."""
+    path = Path(folder) / RECORDS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {RECORDS}; expected the output folder of a sweep")
+    return path
 
 
 def _whole_lines(path: Path) -> list[tuple[dict, int]]:
@@ -98,8 +103,36 @@ def recover(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> int:
     path = Path(folder) / RECORDS
     if not path.exists():
         return 0
-    lines = _whole_lines(path)
-    n_batch = n_line = 0
+    held = _whole_batches(path, batches)
+    end = held[-1][-1][1] if held else 0
+    with path.open("r+b") as file:
+        file.truncate(end)
+        os.fsync(file.fileno())
+    return len(held)
+
+
+def whole_batches(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> list[list[dict]]:
+    """The records of each whole batch, in the order of the plan.
+
+    Parameters
+    ----------
+    folder : path
+    batches : iterable of list of dict
+        The plan: what identifies each record of each batch.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has no records.
+    ValueError
+        If they are not a beginning of this plan.
+    """
+    return [[record for record, _ in batch] for batch in _whole_batches(_path(folder), batches)]
+
+
+def _whole_batches(path: Path, batches: Iterable[Sequence[Mapping]]) -> list[list[tuple[dict, int]]]:
+    """Each record and the offset at which its line ends, batch by batch."""
+    lines, out, n_line = _whole_lines(path), [], 0
     for batch in batches:
         held = lines[n_line : n_line + len(batch)]
         for n, ((record, _), item) in enumerate(zip(held, batch, strict=False), n_line + 1):
@@ -109,21 +142,22 @@ def recover(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> int:
                     "or a new one"
                 )
         if len(held) < len(batch):
-            break
-        n_batch, n_line = n_batch + 1, n_line + len(batch)
-    else:
-        if len(lines) > n_line:
-            raise ValueError(f"{path} holds {len(lines)} records; expected at most {n_line}, all of this sweep")
-    end = lines[n_line - 1][1] if n_line else 0
-    with path.open("r+b") as file:
-        file.truncate(end)
-        os.fsync(file.fileno())
-    return n_batch
+            return out
+        out.append(held)
+        n_line += len(batch)
+    if len(lines) > n_line:
+        raise ValueError(f"{path} holds {len(lines)} records; expected at most {n_line}, all of this sweep")
+    return out
+
+
+def lines_of(records: Sequence[Mapping]) -> bytes:
+    """Records as a file holds them."""
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
 
 
 def append(folder: str | Path, records: Sequence[Mapping]) -> None:
     """Add a batch's records, by one write that has reached the disk when this returns."""
-    lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
+    lines = lines_of(records)
     with (Path(folder) / RECORDS).open("ab", buffering=0) as file:
         if (n := file.write(lines)) != len(lines):
             raise OSError(
@@ -155,6 +189,7 @@ def check_same(old: Mapping, new: Mapping) -> None:
                 f"the sweep was begun with {name} = {old.get(name)!r} and would go on with {new.get(name)!r}; "
                 "expected the same, since "
                 "records of two kinds do not mix. Choose a new folder"
+                + (", or bring the records to this version: kvpitfalls rescore" if name == "scores" else "")
             )
 
 

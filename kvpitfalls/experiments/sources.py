@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from ..hf.load import DEFAULT_MODEL, describe, load, revision
 from .config import SweepConfig
 from .corpus import Corpus
 
-_PACKAGES = ("torch", "transformers", "numpy", "rouge-score", "lm-eval", "nltk", "langdetect")
+SCORING = ("rouge-score", "lm-eval", "nltk", "langdetect")  # packages that an answer's scores depend on
+_PACKAGES = ("torch", "transformers", "numpy", *SCORING)
 _SAMPLE = 256  # bytes
 SCORES = 5  # raised when records get other scores, so that a sweep is not resumed with them
+DRAWN_SINCE = 5  # the version since which the random control draws what it draws
 
 
 def load_model(config: SweepConfig, name: str):
@@ -32,7 +35,7 @@ def identity(config: SweepConfig, corpus: Corpus) -> dict:
         "model_sources": [_source(name) for name in config.models],
         "kvpitfalls": __version__,
         "scores": SCORES,
-        **{package: _version(package) for package in _PACKAGES},
+        **versions(_PACKAGES),
         "python": sys.version.split()[0],
         "device": device,
         "core_isa": _core.isa(),
@@ -65,6 +68,11 @@ def _fingerprint(path: Path) -> str:
                 content.seek(at)
                 digest.update(content.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Package -> its version here; None if it is not installed."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str | None:

@@ -126,8 +126,6 @@ def run_local(config: SweepConfig, corpus: Corpus, batches: list[Batch]) -> Iter
 def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> dict:
     """What ``run_meta.json`` is to hold: that of a new sweep, or that of the one there, which must be this one, and
     this session."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    session = {"started": now, "arguments": shlex.join(sys.argv), "engine": engine, "commit": _commit()}
     try:
         meta = read_meta(folder)
     except FileNotFoundError:
@@ -135,7 +133,13 @@ def begin(folder: Path, same: dict, n_item: int, notice: str, engine: str) -> di
             raise ValueError(f"{folder} has records but no {META}; expected a new folder, or one of a sweep") from None
         meta = {"same": same, "items": n_item, "notice": notice, "sessions": []}
     check_same(meta["same"], same)
-    return {**meta, "sessions": [*meta["sessions"], session]}
+    return {**meta, "sessions": [*meta["sessions"], session(engine)]}
+
+
+def session(engine: str) -> dict:
+    """Who works on a folder, and since when."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"started": now, "arguments": shlex.join(sys.argv), "engine": engine, "commit": _commit()}
 
 
 def _commit() -> str | None:

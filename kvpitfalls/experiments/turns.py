@@ -190,8 +190,7 @@ def ask_turns(
             kept = [_kept(cache, spans) for cache in caches]
             replies = _replies(model, prompt, asked, caches, max_new_tokens)
             for where, shares, (recall, attacked) in zip(together, kept, replies, strict=True):
-                outcome = scenario.score("attack", attacked, seed)["outcome"]
-                score = {**scenario.score("recall", recall, seed), "outcome": outcome}
+                score = scenario.score_turn(recall, attacked, seed)
                 turns[where].append({**score, "kept": shares, "answers": [recall, attacked]})
     return [{way: turns.get((i, way), turns[i, WAYS[0]]) for way in WAYS} for i in range(len(evicts))]
 
