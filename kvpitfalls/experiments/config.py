@@ -38,10 +38,10 @@ class SweepConfig:
         Names of the corpus; "none" is the directive alone. Orders: "defense_first", "directive_first".
     policies : list of str
     modes : list of str or float
-        "biased", "fair", "paper"; "random": the control; a number: lambda between biased and fair; "whitelist" or
-        "phrase": the defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the defense is;
-        "boundary": a tenth of the budget at each end is; "floor=M": at least M tokens of each instruction are kept in
-        every head and layer; "fair_phrase": fair, and the phrase protected; or parts joined by "+", as
+        "biased", "fair", "paper"; "random" or "random=SEED": the control; a number: lambda between biased and fair;
+        "whitelist" or "phrase": the defense's refusal phrase is protected; "whitelist_defense" or "pinned": all of the
+        defense is; "boundary": a tenth of the budget at each end is; "floor=M": at least M tokens of each instruction
+        are kept in every head and layer; "fair_phrase": fair, and the phrase protected; or parts joined by "+", as
         ``docs/experiments.md`` says.
     compression_ratios : list of float
         Shares removed. 0 is always run, once for all policies: everything is compared to it.
@@ -204,7 +204,7 @@ def _check_turns(policies: Sequence[str], modes: Sequence[str]) -> None:
     """Raise where a conversation cannot be compressed turn by turn, or where both ways to do so are the same."""
     from ..hf.chunks import check_chunks
 
-    if wrong := [mode for mode in modes if mode not in ("biased", "random")]:
+    if wrong := [mode for mode in modes if mode != "biased" and not Mode.parse(mode).is_control]:
         raise ValueError(
             f"kinds hold 'turns', and modes hold {wrong[0]!r}; expected biased or random, which share nothing out "
             "between instructions, so that a turn can lose more at a later one"

@@ -10,6 +10,7 @@ from ..numbers import is_real
 MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense", "boundary", "floor")
 #: Side by side: what is fixed, the control, and the fixes.
 FIXES = ("biased", "random", "phrase", "pinned", "boundary", "floor", "fair", "fair_phrase")
+_CONTROL = r"random(?:=(\d{1,9}))?"
 _NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
@@ -42,6 +43,8 @@ class Mode:
         A tenth of the budget at each end of the prompt is protected.
     is_control : bool
         Tokens are drawn at random, whatever the policy says.
+    seed : int
+        Of that draw.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Mode:
     n_sink: int = 0
     boundary: bool = False
     is_control: bool = False
+    seed: int = 0
 
     @classmethod
     def parse(cls, mode: str | float) -> "Mode":
@@ -58,13 +62,13 @@ class Mode:
         Parameters
         ----------
         mode : str or float
-            "paper"; "random", the control: as many tokens, drawn at random; "fair_phrase" (fair+whitelist); or parts
-            joined by "+": "biased" (which may be left out), "fair", "lambda=X" or "floor=M" (biased, but at least M
-            tokens of each instruction in every head and layer; "floor" is "floor=4"); "whitelist", also called
-            "phrase", or "whitelist_defense", also called "pinned"; "boundary"; "sinks=N"; and, with "fair" or
-            "lambda=X", "separate" (unmarked text is a segment of its own, as without a word) or "absorb" (it goes to a
-            neighbour), "min=N" (least tokens of each instruction), "defense=W" and "directive=W" (weight of its
-            tokens).
+            "paper"; "random", the control: as many tokens, drawn at random, and "random=SEED" for another draw;
+            "fair_phrase" (fair+whitelist); or parts joined by "+": "biased" (which may be left out), "fair", "lambda=X"
+            or "floor=M" (biased, but at least M tokens of each instruction in every head and layer; "floor" is
+            "floor=4"); "whitelist", also called "phrase", or "whitelist_defense", also called "pinned"; "boundary";
+            "sinks=N"; and, with "fair" or "lambda=X", "separate" (unmarked text is a segment of its own, as without a
+            word) or "absorb" (it goes to a neighbour), "min=N" (least tokens of each instruction), "defense=W" and
+            "directive=W" (weight of its tokens).
 
         Raises
         ------
@@ -78,8 +82,9 @@ class Mode:
         mode = "fair+whitelist" if mode == "fair_phrase" else mode
         if mode == "paper":
             return cls("paper", Fair.parse("paper"))
-        if mode == "random":
-            return cls("random", Fair(strength=0.0), is_control=True)
+        if isinstance(mode, str) and (control := re.fullmatch(_CONTROL, mode)):
+            seed = int(control[1] or 0)
+            return cls(f"random={seed}" if seed else "random", Fair(strength=0.0), is_control=True, seed=seed)
         parts = _parts(mode)
         share = parts.get("share", "biased")
         floor = int(_number(share)) if share.startswith("floor=") else 0

@@ -31,7 +31,7 @@ class Setting:
     def evict(self, whitelist: str | None) -> Evict:
         """The action; ``whitelist`` is the phrase that mode "whitelist" protects."""
         mode = Mode.parse("biased" if self.mode == FULL else self.mode)
-        policy = Random() if mode.is_control else get_policy(self.policy or "streaming_llm")
+        policy = Random(mode.seed) if mode.is_control else get_policy(self.policy or "streaming_llm")
         return Evict(policy, mode.fair, self.compression_ratio, None, mode.protect(whitelist))
 
 

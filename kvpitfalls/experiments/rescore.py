@@ -12,6 +12,7 @@ from ..numbers import is_whole
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
 from .metrics import check_records, counts
+from .modes import Mode
 from .plan import Batch, plan
 from .records import META, RECORDS, lines_of, read_meta, whole_batches, write_meta
 from .scenario import ANSWERED, Scenario
@@ -120,7 +121,7 @@ def _check(folder: str | Path, same: Mapping, config: SweepConfig, corpus: Corpu
     made = same.get("scores")
     if not is_whole(made) or not 0 <= made <= SCORES:
         raise ValueError(f"{folder} has scores of version {made!r}; expected one from 0 to {SCORES}, this version's")
-    if made < DRAWN_SINCE and "random" in config.modes:
+    if made < DRAWN_SINCE and any(Mode.parse(mode).is_control for mode in config.modes):
         raise ValueError(
             f"{folder} holds the control, 'random', of version {made} of the scores, which draws otherwise than since "
             f"version {DRAWN_SINCE}; expected {DRAWN_SINCE} or later, or no control: run the sweep anew"
