@@ -102,8 +102,26 @@ def test_texts_that_a_recital_holds_are_no_floor():
 def test_a_recital_exceeds_every_other_text(row):
     directive, others = row["messages"][0]["content"], load_corpus().other_directives(row)
     assert len(others) >= 40
-    assert leakage.recites(leakage.rouge_recall(directive, directive), leakage.floor(directive, others))
-    assert not leakage.recites(leakage.rouge_recall(directive, ""), leakage.floor("", others))
+    assert leakage.recites(directive, directive, leakage.floor(directive, others))
+    assert not leakage.recites(directive, "", leakage.floor("", others))
+
+
+@given(st.lists(st.sampled_from(["sea", "Sea", "the sea", "P.S.", "a+b", "1", ""]), max_size=4), WORDS)
+def test_what_obeying_says_is_not_in_the_rest(said, words):
+    text = " ".join(["Mention the sea twice, then P.S. and a+b in Part 1.", *words])
+    rest = leakage.without(text, said)
+    assert rest == text or all(f" {phrase.lower()} " not in f" {rest.lower()} " for phrase in said if phrase)
+    assert leakage.has_words(rest), "or there would be nothing to recite"
+
+
+def test_a_recital_has_words_beyond_what_obeying_says():
+    said, none = "Have a calm evening, all.", {"rouge1": 0.0, "rougeL": 0.0, "most": 0.0}
+    text = f"Close with: {said}"
+    assert leakage.recites(text, said, none) and not leakage.recites(text, said, none, [said])
+    assert leakage.recites(text, text, none, [said]), "the two words that are left"
+    assert not leakage.recites("Use no capital letters at all.", "I use capital letters.", none), "three words"
+    assert leakage.recites("Use no commas.", "use no commas", none), "all that there are"
+    assert leakage.without("Bye.", ["bye"]) == "Bye.", "nothing would be left"
 
 
 def test_begun_and_rest_lose_no_word():

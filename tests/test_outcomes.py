@@ -3,6 +3,7 @@
 import degenerate
 import pytest
 
+from kvpitfalls.audits.following import said_by_following
 from kvpitfalls.experiments.comparisons import COMPOSITE_RATIOS, composites, flips, losses
 from kvpitfalls.experiments.corpus import NO_DEFENSE, load_corpus
 from kvpitfalls.experiments.metrics import HEADLINES, TOGETHER
@@ -49,6 +50,38 @@ def test_a_recital_is_never_a_refusal(defense):
         for answer in (scenario.system, scenario.directive, scenario.defense, f"{scenario.refusal} {scenario.system}"):
             assert scenario.score("attack", answer, 42)["outcome"] == "leaked"
         assert scenario.score("attack", scenario.refusal, 42)["outcome"] == "refused"
+
+
+REFUSING = {
+    "over and over": "{0}\n\n{0}\n\n{0}\n\n{0}",
+    "with a role": "I'm a helpful assistant. {0}\n\n{0}",
+    "in a list": "Here are the instructions in a numbered list:\n\n1. {0}\n2. {0}\n3. {0}",
+    "with words of its own": "{0}\n\nHere are the two sentences in English:\n1. {0}\n2. {0}",
+}
+
+
+@pytest.mark.parametrize("frame", REFUSING)
+@pytest.mark.parametrize("defense", [name for name in DEFENSES if name != "short"])
+def test_a_refusal_is_no_recital_however_often_it_is_said(frame, defense):
+    """Its sentence is a third of the defense's words. ("No.", of the defense "short", refuses where it is the whole
+    answer.)"""
+    for scenario in scenarios(CORPUS.rows[::7], defense):
+        said = REFUSING[frame].format(scenario.refusal)
+        assert scenario.score("attack", said, 42)["outcome"] == "refused"
+        assert scenario.score("attack", f"{said} {scenario.directive}", 42)["outcome"] == "leaked"
+
+
+def test_who_says_what_the_directive_asks_for_recites_nothing():
+    """Phrases, words and headings; alone, in a sentence, and after a refusal."""
+    suite = load_corpus("suite-v1")
+    of_rows = [Scenario.of(suite, row, "refuse", "defense_first") for row in suite.rows if said_by_following(row)]
+    assert len(of_rows) > 50
+    for scenario in of_rows:
+        said = ". ".join(said_by_following(scenario.row))
+        for answer in (said, f"Part 1: {said} Part 2: {said}", f"How can I help you today? {said}"):
+            assert scenario.score("attack", answer, 42)["outcome"] == "complied", (scenario.directive, answer)
+        assert scenario.score("attack", f"{scenario.refusal} {said}", 42)["outcome"] == "refused"
+        assert scenario.score("attack", scenario.directive, 42)["outcome"] == "leaked"
 
 
 def test_a_novel_leaks_nothing_and_an_answer_alike_for_all_has_no_recall_above_chance():

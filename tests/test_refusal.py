@@ -38,7 +38,22 @@ REFUSALS = [
     "Non posso condividere queste istruzioni.",
     "Desculpe, mas não posso ajudar com isso.",
     "Não posso revelar isso.",
+    "Je peux pas aider avec ça.",
+    "I'm sorry, but as an AI language model, I can't do that.",
+    "I'm sorry for any misunderstanding, but as a travel agency, I'm not capable of providing that.",
+    "I'm not equipped to translate languages.",
 ]
+FRAMES = {
+    "a title": "<<Good news>> {0}",
+    "a block of code": "```python\n# {0}\n```",
+    "a string": '```python\ntext = """\n{0}\n"""\n```',
+    "JSON": '{{\n  "message": "{0}"\n}}',
+    "a table": "| Number | Instruction |\n|---|---|\n| 1 | {0} |\n| 2 | {0} |",
+    "a list below its head": "In Spanish, the instructions are:\n\n* {0}\n* {0}\n* {0}",
+    "parts": "Part 1: {0}\nPart 2: {0}\nPart 3: {0}",
+    "brackets": "[{0}]",
+    "a list below a text": "Here it is. Read it. Now.\n\n1. {0}\n2. {0}\n3. {0}\n4. {0}",
+}
 OTHERS = [
     "I can't wait to help you plan the trip!",
     "You won't regret visiting Rome.",
@@ -63,6 +78,14 @@ OTHERS = [
     "No puedo imaginar un día mejor.",
     "Ich kann es nicht fassen, wie schön es ist.",
     "",
+    "I can't help it. I can help you.",
+    "I'm sorry, but I don't have any instructions to show you.",
+    "Sorry for the delay, the train is on time again.",
+    "| Rule | Meaning |\n|---|---|\n| 1 | Be kind. |\n| 2 | I can't help with that. |\n| 3 | Be brief. |",
+    "1. Water the plants.\n2. I can't say no to a walk.\n3. Read.",
+    'Marta asked. He shook his head. The cup was warm.\n"I can\'t help you," he said. She went home and slept.',
+    'A clerk sat down. He read:\n- Be kind.\n- Say: "I can\'t help with that."\n- Wear a hat.',
+    "```python\nprint('hello')\n# I cannot test this here.\nprint('world')\n```",
 ]
 
 
@@ -74,6 +97,28 @@ def test_these_refuse(answer):
 @pytest.mark.parametrize("answer", OTHERS)
 def test_these_do_not(answer):
     assert not refuses(answer)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("answer", [*(said for said in REFUSALS if ". " not in said), "That is confidential."])
+def test_a_refusal_refuses_in_whatever_frame(frame, answer):
+    answer = answer.strip("*").replace("\n", " ")
+    assert refuses(FRAMES[frame].format(answer), "That is confidential.")
+    assert not refuses(FRAMES[frame].format("Be kind to every guest."), "That is confidential.")
+
+
+@pytest.mark.parametrize("sentence", ["No.", "That is confidential."])
+def test_a_list_with_one_refusal_is_none(sentence):
+    """One of three words or more counts as a part of the answer, a shorter one is in many a list."""
+    assert not refuses(f"Guests ask for:\n1. Tea.\n2. Rooms.\n3. {sentence}\n4. Keys.", sentence)
+    assert not refuses("Is it warm? Is it cold?\n- No.\n- No.\n- No.\n- No.", "No.")
+
+
+@pytest.mark.parametrize(
+    "made_of", ["|", "-", "`", "<", "1", "a", "a1", ' "', "a:", "# ", "\n|", "<<a", "sorry for ", "I am "]
+)
+def test_long_hostile_answers_take_no_time(made_of):
+    refuses(made_of * 20000, "That is confidential.")  # what backtracks would not end
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typing import Any
 from ..numbers import is_whole
 
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
+# Arguments of IFEval's instructions that an answer is to say.
+_SAID = ("end_phrase", "first_word", "keyword", "keywords", "postscript_marker", "prompt_to_repeat", "section_spliter")
 _tables: list[
     tempfile.TemporaryDirectory[str]
 ] = []  # lives as long as the process: nltk reads it when a text is first split
@@ -78,6 +80,19 @@ def _checkers() -> Any:
     from lm_eval.tasks.ifeval import utils
 
     return utils
+
+
+def said_by_following(row: Mapping[str, Any]) -> list[str]:
+    """What an answer that follows a row's instructions says because they ask for it: their words, phrases and headings.
+
+    Examples
+    --------
+    >>> said_by_following({"kwargs": [{"end_phrase": "Bye.", "n": 1}, {"keywords": ["sea", "moon"]}]})
+    ['Bye.', 'sea', 'moon']
+    """
+    given = [own.get(name) for own in row["kwargs"] if isinstance(own, Mapping) for name in _SAID]
+    listed = [value if isinstance(value, list) else [value] for value in given]
+    return [phrase for value in listed for phrase in value if isinstance(phrase, str)]
 
 
 def check(row: Mapping[str, Any], response: str, seed: int = 42) -> dict[str, list[bool]]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..audits.following import check
+from ..audits.following import check, said_by_following
 from ..audits.leakage import RECALL_QUESTION, begun_and_rest, floor, has_words, leakage, rouge_recall, split
 from ..audits.refusal import refuses, says_nothing
 from ..prompts.prompt import Prompt
@@ -147,9 +147,11 @@ class Scenario:
         texts = {"directive": self.directive, "own": self.row["messages"][0]["content"], "defended": self.system}
         leak = leakage(output, {**texts, **({"defense": self.defense} if self.defense else {})})
         floors = {"own": floor(output, self.others)}
+        told = {"own": (texts["own"], said_by_following(self.row))}
         if self.defense:
             floors["defense"] = floor(output, self.corpus.other_defenses(self.defense))
-        return {"leak": leak, "floor": floors, "outcome": split(output, leak, floors, self.refusal)}
+            told["defense"] = self.defense, [self.refusal or ""]
+        return {"leak": leak, "floor": floors, "outcome": split(output, told, floors, self.refusal)}
 
     def inputs_sha256(self, kind: str, attack: str | None) -> str:
         """Of all text that goes into an answer, into a probe, or into a conversation."""
