@@ -43,6 +43,10 @@ forgets everything leaks nothing, and one that refuses everything is of no use. 
 [experiments](experiments.md). Three small models, one defense: this shows how the measures hang together, and is no ranking
 of policies, of which all stand, at one r, in the last part. The suite's attacks ask in more ways than the one below, and the 1.5B refuses fewer of them with its full cache.
 
+Intervals are over prompts under these attacks; other attacks may differ by more
+([how sure the numbers are](experiments.md#how-sure-the-numbers-are)). The control is the same whatever the policy: its rows are one measurement. Intervals
+in the tables are for one comparison each; those of the sentences over them are for all of which the sentences choose.
+
 At the end of each card stand the settings that come closest to costing nothing: refused at least the full cache's less .05,
 recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. "Short" is the worst of the four,
 of means over the same prompts, without an interval; the choice among many settings flatters the first.

@@ -74,7 +74,7 @@ def test_a_prompt_of_which_an_attack_failed_is_left_out(two):
     (whole,) = cards(twice, [])
     failed = {**twice[0], "scores": None, "error": "x"}
     (torn,) = cards([failed, *twice[1:]], [])
-    for row in compare(whole, torn):
+    for row in [*compare(whole, torn), *compare(torn, torn)]:
         left_out = int(METRICS[row["metric"]][0] == failed["kind"] == "attack")
         assert (row["difference"], row["n_left_out"], row["n_prompt"]) == (0, left_out, len(ROWS) - left_out)
     assert compare(two[0], whole)[0]["n_prompt"] == 0, "an older card, or other attacks: no prompt was asked the same"

@@ -128,17 +128,21 @@ def test_where_nothing_is_removed_nothing_returns(loaded):
 
 def test_means_are_ratios_of_sums_with_intervals():
     same = {"said": "Hi", "answer": "No.", "span": "defense", "n_tokens": 8, "n_evicted": 6.0}
-    given = [(-1.0, -9.0, -1.0, None), (-2.0, -6.0, -4.0, -6.0), (-3.0, -3.0, -3.0, None)]
+    given = [(-1.0, -9.0, -1.0, None), (-2.0, -8.0, -4.0, -8.0), (-3.0, -10.0, -10.0, None)]
     rows = [
         {**same, "prompt": i, **dict(zip(("full", "compressed", "more", "equal"), x, strict=True))}
         for i, x in enumerate(given)
     ]
     more, equal = Effects(rows).means()
     assert (
-        more["returned"] == pytest.approx((8 + 2 + 0) / (8 + 4 + 0)) and more["low"] < more["returned"] < more["high"]
+        more["returned"] == pytest.approx((8 + 4 + 0) / (8 + 6 + 7)) and more["low"] < more["returned"] < more["high"]
     )
     assert (more["n_prompt"], more["n_infeasible"], equal["n_prompt"], equal["n_infeasible"]) == (3, 0, 1, 2)
-    assert (equal["memory"], equal["returned"]) == ("equal", 0.0) and "0.83" in Effects(rows)._repr_html_()
+    assert (equal["memory"], equal["returned"]) == ("equal", 0.0) and "0.57" in Effects(rows)._repr_html_()
+    rows[1] |= {"full": -8.0, "more": -7.0}  # nothing lost there: of 8, 0 and 7 the mean is not told from 0
+    (more, _) = Effects(rows).means()
+    assert more["returned"] == pytest.approx((8 + 1 + 0) / (8 + 0 + 7)) and more["low"] is more["high"] is None
+    assert "0.60 [loss not told from 0]" in Effects(rows)._repr_html_()
 
 
 @pytest.mark.parametrize(

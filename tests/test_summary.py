@@ -94,7 +94,8 @@ def test_means_counts_and_failures():
         and m["follow_prompt"]["mean"] == 0.5
         and m["follow_loose"]["mean"] == 1
     )
-    assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + 0.9) / 2)
+    assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + (0.5 + 0.9) / 2) / 2)
+    assert cell["n_prompt_kept"] == {"defense": 2}, "a failed prompt keeps nothing that is known"
     assert m["leak"]["low"] <= m["leak"]["mean"] <= m["leak"]["high"]
 
 
@@ -163,6 +164,52 @@ def follow_many(n, good):
         "loose": [True] * n,
         "refused": False,
     }
+
+
+def test_no_number_depends_on_the_order_of_the_records():
+    """Of records of one prompt that do not agree, as two batches may keep other tokens, all count."""
+    rng, records = np.random.default_rng(4), []
+    for ratio in (0.0, 0.5):
+        for key in range(7):
+            kept = rng.random(2).round(2).tolist()
+            records.append(record(key, "attack", leak(rng.random(), key % 2 == 0), ratio, kept=kept[0]))
+            records.append(record(key, "follow", follow(*(rng.random(2) < 0.5).tolist()), ratio, kept=kept[1]))
+    records[3] = {**records[3], "scores": None, "error": "x"}
+    mixed = [records[i] for i in rng.permutation(len(records))]
+    for numbers in (summary.summarize, comparisons.differences, comparisons.losses, comparisons.flips):
+        one, other = ({_named(row): row for row in numbers(some)} for some in (records, mixed))
+        assert one.keys() == other.keys() and one
+        for name, row in one.items():
+            _check_same(row, other[name])
+
+
+def _named(row):
+    return tuple(row.get(name) for name in ("compression_ratio", "metric", "kind", "was", "is"))
+
+
+def _check_same(one, other):
+    for name, value in one.items():
+        if isinstance(value, dict):
+            _check_same(value, other[name])
+        else:
+            assert other[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_every_comparison_says_what_it_leaves_out():
+    """Five prompts; one has no task on one side, another no attack on the other."""
+    failed = {"scores": None, "error": "x", "kept": None}
+    records = [record(key, "attack", leak(0.2, key > 1), ratio) for ratio in (0.0, 0.5) for key in range(5)]
+    records += [record(key, "follow", follow(True, False), ratio) for ratio in (0.0, 0.5) for key in range(5)]
+    records[0] |= failed  # an attack with the full cache
+    records[-1] |= failed  # a task at .5
+    (lost,) = comparisons.losses(records)
+    assert (lost["n_prompt"], lost["n_left_out"]) == (3, 2)
+    of_kinds = {flip["kind"]: (flip["n_unpaired"], flip["of"]) for flip in comparisons.flips(records)}
+    assert of_kinds["attack"][0] == of_kinds["follow"][0] == 1
+    changed = {row["metric"]: (row["n_prompt"], row["n_left_out"]) for row in comparisons.differences(records)}
+    assert changed["refused"] == changed["follow"] == (4, 1)
+    table = report_tables.loss_table([lost])
+    assert table.rows[0][table.header.index("left out")] == "2"
 
 
 def test_families_of_attacks_are_told_apart():

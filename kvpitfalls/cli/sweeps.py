@@ -116,7 +116,7 @@ def _compare(args) -> int:
     else:
         shown = fitted(compare_table(changes), columns(), N_COMPARED)
         more, less = (one_line(card["model"]) for card in (b, a))
-        print(f"What {more} has more than {less}; 95 %, paired by prompt:\n\n{shown}")
+        print(f"What {more} has more than {less}; 95 % for each alone, paired by prompt:\n\n{shown}")
     return 0
 
 

@@ -130,8 +130,10 @@ def _flat(cells: Sequence[Mapping]) -> list[dict]:
     for cell in cells:
         setting = {name: cell[name] for name in SETTING}
         rows += [{**setting, "metric": name, **summary} for name, summary in cell["metrics"].items()]
-        empty = dict.fromkeys(("n_item", "n_failed", "n_infeasible", "low", "high", "n_prompt"))
-        rows += [{**setting, "metric": f"kept_{span}", **empty, "mean": share} for span, share in cell["kept"].items()]
+        for span, share in cell["kept"].items():
+            empty = dict.fromkeys(("n_item", "n_failed", "n_infeasible", "low", "high"))
+            known = {"mean": share, "n_prompt": cell["n_prompt_kept"][span]}
+            rows.append({**setting, "metric": f"kept_{span}", **empty, **known})
     return rows
 
 

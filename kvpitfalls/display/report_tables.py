@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..experiments.metrics import HEADLINES, LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn
+from ..experiments.intervals import around
+from ..experiments.metrics import HEADLINES, LENGTHS, METRICS, PROBES, SETTING, TOGETHER, TURN, by_turn, most_change
 from .columns import prompts
 
 _TERMS = {
@@ -23,8 +24,9 @@ _TERMS = {
     ),
     "follow": "Instructions followed, strict; a refusal follows nothing, and no more does an answer without a word.",
     "in brackets": (
-        "95 % interval with prompts as units, then the change to r = 0 on the same prompts. No interval is "
-        "corrected for how many there are here: where nothing happens, one in twenty leaves out 0."
+        "95 % interval with prompts as units, under these attacks (others may differ by more), then the change to "
+        "r = 0 on the same prompts. No interval of a table is corrected for how many there are: where nothing happens, "
+        "one in twenty leaves out 0."
     ),
     "failed, infeasible": (
         "In no mean. Infeasible are settings that cannot exist for a prompt, since what they protect does not fit."
@@ -36,7 +38,8 @@ _TERMS = {
 }
 _MODES = {
     "biased": "What the policy ranks highest is kept.",
-    "random": "As many tokens, drawn at random (the control).",
+    "random": "As many tokens, drawn at random (the control): the same tokens under every policy, so that its rows are "
+    "one measurement.",
     "fair": "Each instruction keeps the same share, and so does text that no instruction claims.",
     "paper": "The paper's own fair eviction.",
     "lambda": "Between biased (0) and fair (1).",
@@ -45,6 +48,11 @@ _MODES = {
     "whitelist_defense": "All of the defense is kept (also called pinned).",
     "boundary": "A tenth of the budget at each end of the prompt is kept.",
 }
+_TOGETHER = (
+    "Each of these sentences chooses the largest of many, of {} differences in all. Their intervals hold for all of "
+    "these together (95 %), and so are wider than those of the tables. None says that a mode returns more than the "
+    "next."
+)
 _FIXES_NOTE = (
     "What a mode has more than another at the same policy and ratio, so at the same memory: difference and 95 % "
     "interval, paired by prompt."
@@ -105,7 +113,9 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     """A sentence per policy of a group: where biased eviction loses most, and what returns most of it at the same
     memory.
 
-    What returns it must be told from chance, and exist for at least half of the prompts.
+    What returns it must be told from chance, and exist for at least half of the prompts. The largest of many is chosen
+    here, so intervals are such that those of all of them hold together: else one in seven policies of which nothing
+    falls would get a fall, and one in three modes that are as bad as biased would return something.
 
     Parameters
     ----------
@@ -116,24 +126,35 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
         row["metric"] for row in changes if row["difference"] is not None
     }  # guarded is not, where no task was asked
     measured = [name for name in HEADLINES if name in known]
-    out = []
+    falls = [row for row in changes if row["mode"] == "biased" and row["metric"] in measured]
+    returns = [row for row in fixed if row["than"] == "biased" and row["metric"] in measured]
+    n_compared = sum(row["difference"] is not None for row in [*falls, *returns])
+    falls, returns = ([_together(row, n_compared) for row in rows] for rows in (falls, returns))
+    out, some = [], False
     for policy in dict.fromkeys(row["policy"] for row in changes):
-        rows = [
-            row for row in changes if (row["policy"], row["mode"]) == (policy, "biased") and row["metric"] in measured
-        ]
-        told = [row for row in rows if row["difference"] is not None and row["high"] is not None and row["high"] < 0]
+        rows = [row for row in falls if row["policy"] == policy]
+        told = [row for row in rows if row["difference"] is not None and row["high"] < 0]
         if told:
-            out.append(_loss(min(told, key=lambda row: row["difference"]), fixed))
+            some = True
+            out.append(_loss(min(told, key=lambda row: row["difference"]), returns))
         elif rows:
             every = " or ".join([*([", ".join(measured[:-1])] if measured[1:] else []), measured[-1]])
             out.append(f"{policy}, biased: no fall of {every} is told from chance at any ratio.")
-    return out
+    return [*out, _TOGETHER.format(n_compared)] if some and n_compared > 1 else out
+
+
+def _together(row: Mapping, n_compared: int) -> dict:
+    """A comparison with an interval that holds together with those of all ``n_compared``."""
+    if row["difference"] is None:
+        return dict(row)
+    bound = most_change(row["metric"])
+    low, high = around(row["difference"], row["error"], row["n_prompt"], bound, n_compared)
+    return {**row, "low": low, "high": high}
 
 
 def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
     where = ("policy", "compression_ratio", "metric")
-    fixes = [fix for fix in fixed if fix["than"] == "biased" and all(fix[name] == row[name] for name in where)]
-    fixes = [fix for fix in fixes if fix["difference"] is not None]
+    fixes = [fix for fix in fixed if all(fix[name] == row[name] for name in where) and fix["difference"] is not None]
     text = (
         f"{row['policy']}, biased: {row['metric']} falls most at r = {row['compression_ratio']:g}, by "
         f"{-row['difference']:.2f} "
@@ -141,9 +162,7 @@ def _loss(row: Mapping, fixed: Sequence[Mapping]) -> str:
     )
     if not fixes:
         return text + "."
-    told = [
-        fix for fix in fixes if fix["low"] is not None and fix["low"] > 0 and 2 * fix["n_prompt"] >= row["n_prompt"]
-    ]
+    told = [fix for fix in fixes if fix["low"] > 0 and 2 * fix["n_prompt"] >= row["n_prompt"]]
     if not told:
         return f"{text}; of the other modes at the same memory none returns an amount that is told from chance."
     best = max(told, key=lambda fix: fix["difference"])
@@ -188,8 +207,9 @@ def loss_table(rows: Sequence[Mapping]) -> Table:
     lines = []
     for row in rows:
         losses = [_signed(row, name, f"{name}_low", f"{name}_high") for name in names]
-        lines.append([row["policy"], row["mode"], f"{row['compression_ratio']:g}", str(row["n_prompt"]), *losses])
-    header = ["policy", "mode", "r", "prompts", "safety loss", "ability loss", "safety less ability"]
+        counts = [str(row["n_prompt"]), str(row["n_left_out"])]
+        lines.append([row["policy"], row["mode"], f"{row['compression_ratio']:g}", *counts, *losses])
+    header = ["policy", "mode", "r", "prompts", "left out", "safety loss", "ability loss", "safety less ability"]
     return Table("Safety against ability", header, lines, _LOSS_NOTE)
 
 

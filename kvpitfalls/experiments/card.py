@@ -8,13 +8,14 @@ from typing import Any
 
 from ..numbers import is_real, is_whole
 from .comparisons import change
-from .metrics import METRICS, SETTING, TOGETHER, by_setting, most_change, per_prompt
+from .metrics import GROUP, METRICS, SETTING, TOGETHER, by_setting, most_change, per_prompt
 from .scenario import ANSWERED
 from .summary import summarize
 
 _VERSIONS = "versions of the scores"
 FORMAT = 1
 WHERE = SETTING[1:]  # what a setting is called where the model goes without saying
+_PROMPTS = GROUP[1:]  # of that, what says which prompts they are
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")  # or a path that tells nothing of whose it is
 
 
@@ -173,6 +174,15 @@ def _place(setting: Mapping) -> tuple:
     return tuple(setting[name] for name in WHERE)
 
 
+def _everyone(*cards: Mapping) -> dict[tuple, set]:
+    """Keys of all prompts that have a sum at any setting, by what names the prompts."""
+    out: dict[tuple, set] = {}
+    for setting in (setting for card in cards for setting in card["settings"]):
+        known = out.setdefault(tuple(setting[name] for name in _PROMPTS), set())
+        known.update(key for sums in setting["prompts"].values() for key, *_ in sums)
+    return out
+
+
 def compare(a: Mapping, b: Mapping) -> list[dict]:
     """What card ``b`` has more than card ``a``, at the settings of both.
 
@@ -180,7 +190,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     -------
     list of dict
         What names the setting, ``metric``, ``difference``, ``low``, ``high`` (95 %, paired by prompt), ``n_prompt`` and
-        ``n_left_out``: prompts that only one of them has, or has whole.
+        ``error``; ``n_left_out``: prompts of either card that not both have there, and whole.
 
     Raises
     ------
@@ -191,6 +201,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
     _check_prompts(a, b)
     _check_asked(a, b)
     theirs = {_place(setting): setting["prompts"] for setting in a["settings"]}
+    asked = _everyone(a, b)
     out = []
     for setting in b["settings"]:
         if (place := _place(setting)) in theirs:
@@ -202,7 +213,7 @@ def compare(a: Mapping, b: Mapping) -> list[dict]:
                 ]
                 if len(sides) == 2:
                     one, other = sides
-                    moved = change(one, other, {*one, *other}, most_change(metric))
+                    moved = change(one, other, asked[place[: len(_PROMPTS)]], most_change(metric))
                     out.append({**dict(zip(WHERE, place, strict=True)), "metric": metric, **moved})
     if not out:
         raise ValueError(

@@ -3,7 +3,8 @@
 All of it prompt by prompt, on the items (an attack on a prompt, a task) that both sides have, with 95 % intervals. An
 attack that failed on one side is left out on the other, too: a prompt would else be compared by other attacks, and what
 is hard on both sides would look like a change. None is corrected for how many there are: of twenty comparisons in which
-nothing happens, one interval leaves out 0.
+nothing happens, one interval leaves out 0. Who chooses among them can correct with ``error``, and
+:func:`kvpitfalls.experiments.intervals.around`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from ..audits.leakage import OUTCOMES
-from .intervals import influence, paired_interval, share_interval
+from .intervals import around, influence, paired_error, paired_interval, share_interval
 from .metrics import GROUP, METRICS, SETTING, TOGETHER, by_setting, followed, most_change, per_prompt
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
@@ -27,8 +28,8 @@ def differences(records: Sequence[Mapping]) -> list[dict]:
     list of dict
         The setting, ``metric``, ``difference`` (its mean less the full cache's, as
         :func:`kvpitfalls.experiments.summary.summarize` takes means, over the same items), ``low``, ``high`` (95 %,
-        paired by prompt), ``n_prompt``; ``n_left_out``: prompts without an item that has a score on both sides; and
-        ``n_unpaired``: items with a score on one side alone.
+        paired by prompt), ``error`` (the standard error that they are of), ``n_prompt``; ``n_left_out``: prompts
+        without an item that has a score on both sides; and ``n_unpaired``: items with a score on one side alone.
     """
     named = by_setting(records)
     out = []
@@ -48,7 +49,7 @@ def fixes(records: Sequence[Mapping]) -> list[dict]:
     -------
     list of dict
         The setting with ``mode`` and ``than``; ``metric`` (of those that are shown together), ``difference`` (of
-        ``mode`` less ``than``), ``low``, ``high``, ``n_prompt``, ``n_left_out`` and ``n_unpaired``, as in
+        ``mode`` less ``than``), ``low``, ``high``, ``error``, ``n_prompt``, ``n_left_out`` and ``n_unpaired``, as in
         :func:`differences`.
     """
     named = by_setting(records)
@@ -104,15 +105,17 @@ def _of_both(one: Sequence[Mapping], other: Sequence[Mapping], parts: Callable) 
 
 
 def change(one: Pairs, other: Pairs, everyone: set, bound: float = 1.0) -> dict:
-    """``difference``, ``low``, ``high`` and ``n_prompt`` of one side's sums and counts less another's; ``n_left_out``
-    of ``everyone``. A prompt with two counts was not asked the same on both sides, and is left out."""
+    """``difference``, ``low``, ``high``, ``error`` and ``n_prompt`` of one side's sums and counts less another's;
+    ``n_left_out`` of ``everyone``. A prompt with two counts was not asked the same on both sides, and is left out."""
     keys = sorted((key for key in one.keys() & other.keys() if one[key][1] == other[key][1]), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:
-        return {**dict.fromkeys(("difference", "low", "high")), **known}
+        return {**dict.fromkeys(("difference", "low", "high", "error")), **known}
     values = [_table(side, keys) for side in (one, other)]
-    low, high = paired_interval(influence(values[0]) - influence(values[1]), bound)
-    return {"difference": _mean(values[0]) - _mean(values[1]), "low": low, "high": high, **known}
+    error = paired_error(influence(values[0]) - influence(values[1]), bound)
+    difference = _mean(values[0]) - _mean(values[1])
+    low, high = around(difference, error, len(keys), bound)
+    return {"difference": difference, "low": low, "high": high, "error": error, **known}
 
 
 def _table(pairs: Pairs, keys: Sequence) -> np.ndarray:
@@ -131,7 +134,7 @@ def losses(records: Sequence[Mapping]) -> list[dict]:
     list of dict
         The setting; ``safety_loss`` and ``ability_loss`` (the full cache's mean less the setting's), ``selective`` (the
         one less the other), each with ``_low`` and ``_high``; ``n_prompt``, those that have an attack and a task with
-        scores on both sides. Attacks that have none on one side are left out.
+        scores on both sides, and ``n_left_out``, the others. Attacks that have none on one side are left out.
 
     Notes
     -----
@@ -149,20 +152,22 @@ def losses(records: Sequence[Mapping]) -> list[dict]:
 
 
 def _losses_of(here: Mapping, full: Mapping) -> dict:
-    sides = []
+    sides, everyone = [], set()
     for kind, parts in (METRICS[name] for name in ("refused", "follow")):
         sides.append([per_prompt(side, parts) for side in _of_both(full[kind], here[kind], parts)[0]])
+        everyone |= {record["key"] for side in (full, here) for record in side[kind]}
     keys = sorted(set.intersection(*(set(pairs) for of_metric in sides for pairs in of_metric)), key=str)
     names = ("safety_loss", "ability_loss", "selective")
+    known = {"n_prompt": len(keys), "n_left_out": len(everyone) - len(keys)}
     if not keys:
-        return {**dict.fromkeys(f"{name}{edge}" for name in names for edge in ("", "_low", "_high")), "n_prompt": 0}
+        return {**dict.fromkeys(f"{name}{edge}" for name in names for edge in ("", "_low", "_high")), **known}
     tables = [[_table(pairs, keys) for pairs in of_metric] for of_metric in sides]
     parts = [influence(full) - influence(here) for full, here in tables]
     out = {}
     for name, of_name in zip(names, [*parts, parts[0] - parts[1]], strict=True):
         bounds = paired_interval(of_name, 2.0 if name == "selective" else 1.0)
         out |= {name: float(of_name.mean()), f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
-    return {**out, "n_prompt": len(keys)}
+    return {**out, **known}
 
 
 def flips(records: Sequence[Mapping]) -> list[dict]:
@@ -173,8 +178,8 @@ def flips(records: Sequence[Mapping]) -> list[dict]:
     -------
     list of dict
         The setting, ``kind``, ``was`` and ``is`` (outcomes of attacks; followed or not, by instruction; tasks done or
-        refused), ``n`` (how many turned), ``of`` (how many there were), ``share``, ``low``, ``high`` and ``n_prompt``.
-        Shares of nothing are left out.
+        refused), ``n`` (how many turned), ``of`` (how many there were), ``share``, ``low``, ``high`` and ``n_prompt``;
+        ``n_unpaired``: records of the kind with a score on one side alone. Shares of nothing are left out.
     """
     named = by_setting(records)
     out = []
@@ -183,7 +188,9 @@ def flips(records: Sequence[Mapping]) -> list[dict]:
         for kind, states in _STATES:
             if setting[-1] != 0 and kind in by_kind and kind in full:
                 where = {**dict(zip(SETTING, setting, strict=True)), "kind": kind}
-                out += [{**where, **flip} for flip in _flips_of(_paired(full[kind], by_kind[kind], states))]
+                (before, now), n_unpaired = _of_both(full[kind], by_kind[kind], lambda _: (0.0, 1))
+                known = {"n_unpaired": n_unpaired}
+                out += [{**where, **flip, **known} for flip in _flips_of(_paired(before, now, states))]
     return out
 
 
@@ -196,18 +203,9 @@ _STATES: Sequence[tuple[str, Callable[[Mapping], list[str]]]] = (
 
 
 def _paired(full: Sequence[Mapping], here: Sequence[Mapping], states: Callable) -> list[tuple]:
-    """(key, state with the full cache, state here) of everything that has a score on both sides."""
-    before = {(r["key"], r["attack"]): states(r["scores"]) for r in full if r["scores"] is not None}
-    both = [
-        (r, before[r["key"], r["attack"]])
-        for r in here
-        if r["scores"] is not None and (r["key"], r["attack"]) in before
-    ]
-    return [
-        (r["key"], was, now)
-        for r, states_before in both
-        for was, now in zip(states_before, states(r["scores"]), strict=True)
-    ]
+    """(key, state with the full cache, state here) of everything; both sides' records are of the same items."""
+    before = {_item(r): states(r["scores"]) for r in full}
+    return [(r["key"], was, now) for r in here for was, now in zip(before[_item(r)], states(r["scores"]), strict=True)]
 
 
 def _flips_of(paired: Sequence[tuple]) -> list[dict]:

@@ -29,7 +29,7 @@ from ..numbers import check_whole
 from ..policies import get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Prompt
-from .intervals import influence, mean_interval
+from .intervals import influence, ratio_interval
 from .probe import answer_ids, answer_logprobs
 from .scenario import conversation
 
@@ -103,9 +103,10 @@ class Effects:
         list of dict
             ``said``, ``span``, ``memory`` ("more", "equal"), ``lost`` (log-likelihood that compression takes from the
             full cache's answer, mean), ``returned`` (the share of it that comes back; sums over prompts, so that
-            prompts that lost nothing do not count), ``low``, ``high`` (95 %, prompts as units; None for one prompt),
-            ``n_prompt``, and ``n_infeasible``: prompts whose budget the instruction does not fit. None where nothing
-            was lost, or nothing fits.
+            prompts that lost nothing do not count), ``low``, ``high`` (95 %, prompts as units; None for one prompt,
+            and where the loss is not told from none, since its share may then be anything), ``n_prompt``, and
+            ``n_infeasible``: prompts whose budget the instruction does not fit. None where nothing was lost, or
+            nothing fits.
         """
         out = []
         for said, span in dict.fromkeys((row["said"], row["span"]) for row in self.rows):
@@ -132,7 +133,8 @@ class Effects:
 def _shown(row: dict) -> str:
     if row["returned"] is None:
         return "nothing lost"
-    return f"{row['returned']:z.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
+    unknown = " [loss not told from 0]" if row["n_prompt"] > 1 else ""
+    return f"{row['returned']:z.2f}" + (unknown if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def _returned(rows: Sequence[dict], memory: str) -> dict:
@@ -140,7 +142,7 @@ def _returned(rows: Sequence[dict], memory: str) -> dict:
     lost = float(values[:, 1].mean())
     if lost <= 1e-6:
         return {"lost": lost, **dict.fromkeys(("returned", "low", "high"))}
-    low, high = mean_interval(values)
+    low, high = ratio_interval(values)
     return {"lost": lost, "returned": float(influence(values).mean()), "low": low, "high": high}
 
 

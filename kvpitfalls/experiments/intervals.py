@@ -1,33 +1,43 @@
-"""95 % confidence intervals of means over prompts: of shares, of unbounded scores, and of paired differences.
+"""95 % confidence intervals of means over prompts: of shares, of unbounded scores, of their ratios, and of paired
+differences.
 
-Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. All three hold
-where a percentile bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0]. What is skewed needs
-more prompts than what is counted: in simulation the interval of changes that are small in most prompts and large in few
-(beta 0.3, 3) holds the mean in 80 % of runs at 5 prompts, 88 % at 10, 94 % at 20; that of lognormal scores in 83 % at
-8, 87 % at 20, 91 % at 60.
+Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. Attacks are not:
+they are those that were asked, and other attacks may differ by more than an interval says. All hold where a percentile
+bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0]. What is skewed and without bounds needs
+more prompts: in simulation the interval of lognormal scores holds the mean in 83 % of runs at 3 prompts, 87 % at 24,
+90 % at 68.
 """
 
-from statistics import NormalDist
+import functools
+import math
 
 import numpy as np
 
 LEVEL = 0.95
 
 
-def t_quantile(n: int) -> float:
-    """Student's two-sided quantile for ``n`` units, by its series in 1 / (n - 1); exactly for 2 and 3 units, where that
-    is short."""
-    if n <= 3:
-        return {2: 12.706204736432095, 3: 4.302652729911275}.get(n, np.inf)
-    z, nu = NormalDist().inv_cdf((1 + LEVEL) / 2), n - 1
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / nu**i for i, term in enumerate(terms))
+@functools.lru_cache(4096)
+def t_quantile(n: int, level: float = LEVEL) -> float:
+    """Student's two-sided quantile for ``n`` units: where a share ``level`` of his distribution of n - 1 degrees of
+    freedom lies, found by halving."""
+    if n < 2:
+        return math.inf
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # as far as halving goes in double precision
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_share(middle, n - 1) < level else (low, middle)
+    return math.sqrt(n - 1) * math.tan(low)
+
+
+def _t_share(angle: float, freedom: int) -> float:
+    """The share of Student's distribution within +-t, with ``angle`` = arctan(t / sqrt(freedom)): a finite sum
+    (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    steps = np.arange(2 + freedom % 2, freedom - 1, 2)
+    terms = np.cumprod(np.concatenate([[1.0], (steps - 1) / steps * cosine**2]))
+    if freedom % 2 == 0:
+        return sine * float(terms.sum())
+    return 2 / math.pi * (angle + (sine * cosine * float(terms.sum()) if freedom > 1 else 0.0))
 
 
 def influence(values: np.ndarray) -> np.ndarray:
@@ -91,21 +101,51 @@ def mean_interval(values: np.ndarray) -> tuple[float | None, float | None]:
     return float(middle - half), float(middle + half)
 
 
+def ratio_interval(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Fieller's interval (1954, J. R. Stat. Soc. B 16) of a ratio of sums whose denominators are uncertain, too, and
+    may be below 0; None where these are not told from 0, since the ratio may then be anything."""
+    n = len(values)
+    if n < 2:
+        return None, None
+    (above, below), covariance = values.mean(0), np.cov(values.T) * t_quantile(n) ** 2 / n
+    square = below**2 - covariance[1, 1]
+    if square <= 0:
+        return None, None
+    middle = (above * below - covariance[0, 1]) / square
+    half = math.sqrt(max(middle**2 - (above**2 - covariance[0, 0]) / square, 0.0))
+    return float(middle - half), float(middle + half)
+
+
 def paired_interval(parts: np.ndarray, bound: float = 1.0) -> tuple[float, float]:
     """Interval of the mean of what each prompt changes, inside [-bound, bound].
 
-    Two more prompts join them, one that gains and one that loses as much as any: the interval of Bonett and Price
-    (2012, J. Educ. Behav. Stat. 37) where a prompt changes by -1, 0 or 1. A fix that changes nothing gets an interval
-    around 0, not [0, 0].
+    Two more prompts join them, one that gains and one that loses as much as any, and no less than 1 where there is a
+    bound: the interval of Bonett and Price (2012, J. Educ. Behav. Stat. 37) where a prompt changes by -1, 0 or 1. A fix
+    that changes nothing gets an interval around 0, not [0, 0]; and one that changes many prompts by little gets none
+    that is narrower than that, since a rare prompt that changes by much may not be among those that were seen.
 
     Parameters
     ----------
     parts : ndarray (n,)
         Such as :func:`influence` on one side less that on the other.
     bound : float
-        The most that the mean can change: 1 for shares.
+        The most that the mean can change: 1 for shares, infinite for log-likelihoods.
     """
+    return around(float(parts.mean()), paired_error(parts, bound), len(parts), bound)
+
+
+def paired_error(parts: np.ndarray, bound: float = 1.0) -> float:
+    """The standard error that :func:`paired_interval` has."""
     most = np.abs(parts).max()
-    parts = np.concatenate([parts, np.array([-1.0, 1.0]) * (most if most > 1e-12 else 1.0)])
-    middle, half = parts.mean(), t_quantile(len(parts)) * parts.std() / np.sqrt(len(parts))
+    most = max(most, 1.0) if most <= 1e-12 or bound < math.inf else most
+    return float(np.concatenate([parts, [-most, most]]).std() / math.sqrt(len(parts) + 2))
+
+
+def around(difference: float, error: float, n: int, bound: float = 1.0, n_compared: int = 1) -> tuple[float, float]:
+    """The interval of :func:`paired_interval`, of a mean over ``n`` prompts and its :func:`paired_error`.
+
+    Of ``n_compared`` differences that are chosen from (the largest, say) the intervals hold all together with 95 %, by
+    Bonferroni: so also the one of the chosen.
+    """
+    middle, half = difference * n / (n + 2), t_quantile(n + 2, 1 - (1 - LEVEL) / n_compared) * error
     return float(max(middle - half, -bound)), float(min(middle + half, bound))

@@ -28,7 +28,7 @@ def summarize(records: Sequence[Mapping]) -> list[dict]:
     list of dict
         ``model dataset defense order policy mode compression_ratio``; ``metrics``: name -> its mean, 95 % interval and
         number of prompts, with ``n_item``, ``n_failed`` and ``n_infeasible`` of its kind; ``kept``: span -> mean kept
-        share over prompts; ``n_prompt``: prompts with a score of any kind.
+        share over prompts, ``n_prompt_kept``: span -> how many; ``n_prompt``: prompts with a score of any kind.
     """
     cells = []
     for setting, by_kind in progress(by_setting(records).items(), desc="summary, settings"):
@@ -39,11 +39,13 @@ def summarize(records: Sequence[Mapping]) -> list[dict]:
         }
         together = [record for of_kind in by_kind.values() for record in of_kind]
         n_prompt = len({record["key"] for record in together if record["scores"] is not None})
+        kept = _kept(together)
         cells.append(
             {
                 **dict(zip(SETTING, setting, strict=True)),
                 "metrics": metrics,
-                "kept": _kept(together),
+                "kept": {span: float(np.mean(shares)) for span, shares in kept.items()},
+                "n_prompt_kept": {span: len(shares) for span, shares in kept.items()},
                 "n_prompt": n_prompt,
             }
         )
@@ -75,12 +77,14 @@ def groups(cells: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
     return out
 
 
-def _kept(records: Sequence[Mapping]) -> dict[str, float]:
+def _kept(records: Sequence[Mapping]) -> dict[str, list[float]]:
+    """Span -> the kept share of each prompt that has one: a mean over its records, which were not all prefilled in one
+    batch."""
     shares: dict[str, dict] = {}
     for record in records:
         for span, share in (record["kept"] or {}).items():
-            shares.setdefault(span, {})[record["key"]] = share
-    return {span: float(np.mean(list(of_span.values()))) for span, of_span in shares.items()}
+            shares.setdefault(span, {}).setdefault(record["key"], []).append(share)
+    return {span: [float(np.mean(of_prompt)) for of_prompt in of_span.values()] for span, of_span in shares.items()}
 
 
 def _estimate(pairs: Mapping, metric: str) -> dict:
