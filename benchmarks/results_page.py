@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments.card import compare, read_card
 
@@ -51,14 +53,20 @@ At the end of each card stand the settings that come closest to costing nothing:
 recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. "Short" is the worst of the four,
 of means over the same prompts, without an interval; the choice among many settings flatters the first.
 
-The 0.5B under every fix was measured anew with version 5 of the scores; the other cards have version 2. Since version 4 an
-answer to a task without a word, or of one word over and over, is a task refused, and a few more ways to decline are
-refusals. Since version 5 the random control draws for each prompt: before, all prompts of one length and template kept the
-same places, 16 draws for these 68 prompts, so that the control's rows in the older cards are less certain than their
-intervals say. On the 0.5B the control refused .78 of attacks at r = .5 by the old draws, and .53 by its own; no mean of
-another mode moved by more than .051, of 57 settings' *guarded* by .01 on average, another GPU's rounding included.
+The control draws for each prompt by itself. Until version 5 of the scores all prompts of one length and template kept the same
+places, so that its rows were less certain than their intervals said; all cards of this page were made anew since.
 """
 # What stands over a card, and where the cards are.
+DRAWN = CARDS / "draws" / "qwen2.5-coder-0.5b-instruct.json"
+DRAWS = """## {model}: other draws of the control
+
+Modes `random`, `random=1` to `random={last}` of `benchmarks/cards/draws/config.toml`, on the suite's prompts: as many tokens, and other ones each time.
+*between*: standard deviation of the draws' means. *by prompt*: what it is where each prompt is drawn for by itself, from how much
+one prompt's answers differ from draw to draw. Were draws shared between prompts, the first would be larger; of eight draws it is
+known to a quarter of itself. *one draw*: the standard error that one draw's 95 % interval stands for, of other prompts, too.
+
+| r | metric | means, least to most | between | by prompt | one draw |
+|---|---|---|---|---|---|"""
 PARTS = {"the suite, v1": CARDS / "suite_v1", "every fix": CARDS}
 
 
@@ -274,6 +282,24 @@ def span(means: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def draws() -> list[str]:
+    """How much the control's means differ between draws."""
+    card = read_card(DRAWN)
+    out = [DRAWS.format(model=card["model"], last=len(card["made_with"][0]["config.modes"]) - 1)]
+    for ratio in card["made_with"][0]["config.compression_ratios"][1:]:
+        drawn = settings_of(card, compression_ratio=ratio)
+        for name in SHOWN:
+            of_draws = [{key: total / count for key, total, count in one["prompts"][name]} for one in drawn]
+            shares = np.array([[of_draw[key] for key in of_draws[0]] for of_draw in of_draws])  # (draws, prompts)
+            between = shares.mean(1).std(ddof=1)
+            by_prompt = np.sqrt(shares.var(0, ddof=1).mean() / shares.shape[1])
+            wide = np.mean([one["metrics"][name]["high"] - one["metrics"][name]["low"] for one in drawn])
+            cells = [f"{x:.3f}".replace("0.", ".") for x in (between, by_prompt, wide / 2 / 1.96)]
+            word = name.removesuffix("_above").replace("_", " ")
+            out.append(f"| {ratio:g} | {word} | {span([*shares.mean(1)])} | {' | '.join(cells)} |")
+    return [*out, ""]
+
+
 def demo_table() -> list[str]:
     """The demo's two instructions under every policy."""
     found = json.loads((SEARCHED / "demo.json").read_text(encoding="utf-8"))
@@ -293,7 +319,7 @@ def page() -> str:
         for path in sorted(folder.glob("*.json")):
             card = read_card(path)
             lines += [*section(card, part), *closest(card)]
-    lines += every_policy()
+    lines += [*draws(), *every_policy()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
