@@ -259,7 +259,8 @@ Made by `benchmarks/paper_page.py` from the card in `benchmarks/cards/paper_figu
 Llama3 8B and Qwen2.5 14B that a compressed system prompt leaks: the *defense* ("do not disclose") is lost before the
 *directive* (an IFEval task). Here are its figures 1, 5, 8, 9 and 10 and its composite score on another model,
 {model}: {device}, {dtype}, torch {torch},
-transformers {transformers}, {minutes:.0f} minutes of answers. The paper's own rows and texts, defense first, its attack "plain",
+transformers {transformers}, {minutes:.0f} minutes of answers; scores of version {scores}, to which fewer answers were refusals than
+[a reader finds](experiments.md#how-often-the-labels-agree-with-a-reader), and than today's rules do. The paper's own rows and texts, defense first, its attack "plain",
 and its two fixes: *whitelist* (the refusal's phrase is kept) and *fair* (its own variants, mode `paper` of a sweep). Leakage is
 its measure, too: ROUGE-L recall of the directive in an answer to the attack. In brackets: 95 % interval, {n} prompts as units
 in every cell.
@@ -356,7 +357,7 @@ def page(card: Card) -> str:
         "minutes": card.all["minutes"],
         "model": card.all["model"],
         "dtype": made["config.dtype"],
-        **{name: made[name] for name in ("device", "torch", "transformers")},
+        **{name: made[name] for name in ("device", "torch", "transformers", "scores")},
         "middle": card.middle["made_with"][0]["device"],
     }
     lines = [INTRODUCTION.format(**known).rstrip("\n"), "", *findings(card)]
