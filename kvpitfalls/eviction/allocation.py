@@ -27,7 +27,7 @@ class Allocation:
     Attributes
     ----------
     name : str
-        How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
+        What ``allocation=`` calls one of this package's; an object of your own is handed over and needs none.
     shares_heads : bool
         Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a
         mask tells apart.
