@@ -40,7 +40,7 @@ class Audit:
     Attributes
     ----------
     rows : list of dict
-        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (see :meth:`.Fair.label`),
+        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (see :attr:`.Fair.label`),
         ``compression_ratio``, ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and
         heads; ``kept_min``, ``kept_max``: over layers, each the mean over its heads; ``covered``, ``covered_half``: the
         share of heads, of all layers, that keep at least one token of it, and at least half; ``mass_lost``: of the
