@@ -115,8 +115,8 @@ class Pyramid(Allocation):
 
     Notes
     -----
-    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token -
-    window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
+    Defined for two layers or more, a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at
+    most ``n_token - window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
 
     References
     ----------
