@@ -208,6 +208,19 @@ def test_a_press_that_needs_more_than_kvpress_hands_out_is_not_made_fair(name, f
         fair_press(press(name, compression_ratio=0.3, **fields), {"a": (0, 2)})
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: to_kvpress("snapkv", 0.5),
+        lambda: fair_press(press("SnapKVPress", compression_ratio=0.5, window_size=8, kernel_size=5), {"a": (0, 2)}),
+    ],
+)
+def test_a_press_without_kvpress_is_refused_by_a_sentence(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    with pytest.raises(ImportError, match=r"^making a press needs the package kvpress; expected pip install kvpress"):
+        make()
+
+
 def test_presses_that_no_policy_is():
     with pytest.raises(
         ValueError, match="the press is a AdaKVPress, which no policy here is; expected one of SnapKVPress"

@@ -40,13 +40,13 @@ class Audit:
     Attributes
     ----------
     rows : list of dict
-        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (False, True, lambda, "paper"),
+        One per policy, fairness, ratio and instruction. ``policy``, ``fair`` (see :attr:`.Fair.label`),
         ``compression_ratio``, ``span``; ``kept``: share of the instruction's tokens that is kept, mean over layers and
         heads; ``kept_min``, ``kept_max``: over layers, each the mean over its heads; ``covered``, ``covered_half``: the
         share of heads, of all layers, that keep at least one token of it, and at least half; ``mass_lost``: of the
         attention that the instruction received from all queries of the prompt, the share that went to evicted entries,
-        mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head; ``n_tokens``:
-        tokens of the instruction.
+        mean over layers and heads; ``n_kept``: tokens kept of the whole prompt, per layer and head (their mean where an
+        allocation shares them out); ``n_tokens``: tokens of the instruction.
     model : str
         The audited model.
     spans : dict of str to (int, int)
@@ -117,7 +117,7 @@ class Audit:
         return [{"policy": p, "fair": f, "span": s, "compression_ratio": out[p, f, s]} for p, f, s in order]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single tokens' fate, ready for JSON."""
+        """Everything but the tokens and what becomes of each, ready for JSON."""
         return {
             "kvpitfalls": __version__,
             "model": self.model,

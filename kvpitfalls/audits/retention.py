@@ -183,8 +183,8 @@ def audit(
 
     Notes
     -----
-    Cost: one prefill, and per layer one scoring for each policy and fairness. ``wrap(...).compress(prompt)`` with the
-    same settings keeps exactly the tokens reported here.
+    Cost: one prefill, and per layer one scoring for each policy and fairness; for KVzip the model reads the prompt once
+    more. ``wrap(...).compress(prompt)`` with the same settings keeps exactly the tokens reported here.
 
     Examples
     --------

@@ -166,7 +166,7 @@ def _add_audit(commands) -> argparse.ArgumentParser:
     audit.add_argument(
         "--allocation",
         choices=("uniform", "pyramid", "ada"),
-        help="how layers and heads share a budget (the policy's way)",
+        help="how layers and heads share a budget; by default as the policy does",
     )
     audit.add_argument(
         "--min-kept",

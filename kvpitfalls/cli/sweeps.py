@@ -98,8 +98,8 @@ def add_commands(commands) -> None:
     compare = commands.add_parser(
         "compare", help="two cards (report/card.json), such as two models' or two versions', prompt by prompt"
     )
-    compare.add_argument("a", metavar="A.json")
-    compare.add_argument("b", metavar="B.json")
+    compare.add_argument("a", metavar="A.json", help="the card that the other is compared with")
+    compare.add_argument("b", metavar="B.json", help="the card whose numbers less those of A are shown")
     compare.add_argument("--json", action="store_true", help="JSON instead of a table")
     compare.set_defaults(run=_compare)
 

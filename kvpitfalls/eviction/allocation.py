@@ -27,7 +27,7 @@ class Allocation:
     Attributes
     ----------
     name : str
-        How :func:`kvpitfalls.wrap` calls it; a class with a name can be asked for by it.
+        What ``allocation=`` calls one of this package's; an object of your own is handed over and needs none.
     shares_heads : bool
         Whether :meth:`heads` moves anything. Heads of a layer then hold different numbers of tokens, in slots that a
         mask tells apart.
@@ -115,8 +115,8 @@ class Pyramid(Allocation):
 
     Notes
     -----
-    Defined for a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at most ``n_token -
-    window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
+    Defined for two layers or more, a last layer that keeps at least ``window_size`` tokens (and one), and budgets of at
+    most ``n_token - window_size``; refused elsewhere, where kvpress's press keeps what SnapKV would, without a word.
 
     References
     ----------

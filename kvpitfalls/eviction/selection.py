@@ -324,8 +324,9 @@ def keep(
 
     Raises
     ------
-    ValueError
-        One sentence on what was given and what was expected.
+    ValueError, TypeError, DeviceError, UnsupportedModelError
+        One sentence on what was given and what was expected; a BudgetError, which is a ValueError, where the budget
+        does not hold what must be kept.
 
     Examples
     --------

@@ -133,10 +133,10 @@ def preset(name: str, **changes) -> dict[str, SweepConfig]:
     ----------
     name : str
         "figure1" to "figure15", "composite"; or, on own prompts with SmolLM2-135M-Instruct, "smollm2" (some minutes on
-        two cores), "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (all
-        policies and ratios, by the likelihood of given answers), "turns" (conversations of five turns, compressed at
-        the end of each); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks each) or
-        "suite-v1-small" (its first 24 prompts, two policies, three modes, r = .5).
+        two cores), "fixes" (every way to share a budget out, and the random control, at equal memory), "probe" (the
+        paper's five policies and all ratios, by the likelihood of given answers), "turns" (conversations of five turns,
+        compressed at the end of each); "suite-v1" (what ``kvpitfalls suite`` runs: 200 prompts, one of twelve attacks
+        each) or "suite-v1-small" (its first 24 prompts, two policies, three modes, r = .5).
     **changes
         Values of :class:`SweepConfig` to run with instead, such as ``models`` or ``device``.
 

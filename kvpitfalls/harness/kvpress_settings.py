@@ -118,6 +118,8 @@ def to_kvpress(policy: Policy | str, compression_ratio: float, allocation: Alloc
     ------
     ValueError
         If kvpress has no such press, or none of these settings.
+    ImportError
+        If kvpress is missing.
     """
     policy = get_policy(policy)
     check_budget(compression_ratio, None)
@@ -127,9 +129,21 @@ def to_kvpress(policy: Policy | str, compression_ratio: float, allocation: Alloc
         _check_kvzip(policy, shared)
     else:
         name, fields, must = *_same_press(policy, shared), {}
-    import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    return getattr(_kvpress(), name)(compression_ratio, **{field: getattr(policy, field) for field in fields}, **must)
 
-    return getattr(kvpress, name)(compression_ratio, **{field: getattr(policy, field) for field in fields}, **must)
+
+def _kvpress():
+    """The package, or one sentence."""
+    try:
+        import kvpress  # pyright: ignore[reportMissingImports] # an environment of its own has it
+    except ModuleNotFoundError as error:
+        if error.name != "kvpress":
+            raise
+        raise ImportError(
+            "making a press needs the package kvpress; expected pip install kvpress, in an environment of its own: it "
+            "needs an older transformers"
+        ) from error
+    return kvpress
 
 
 def _same_press(policy: Policy, allocation: Allocation) -> tuple[str, tuple[str, ...]]:
@@ -188,6 +202,7 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
             f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press; "
             "expected kvpitfalls.wrap for it"
         )
+    _kvpress()
     from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
     from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports] # an environment of its own has it
     from transformers.models.llama.modeling_llama import rotate_half

@@ -41,7 +41,7 @@ class CompressedHFLM(_HFLM):
     policy : str or Policy
     compression_ratio, budget : float or int
         Exactly one. At ratio 0 nothing is intercepted: this is lm-eval's ``hf``.
-    fair : bool, float, "paper" or Fair
+    fair : bool, float, "paper", "floor", "floor=M" or Fair
     protect : str, int, or list of them, optional
         As :func:`kvpitfalls.wrap` takes them.
     compress : {"prompt", "system"}

@@ -30,7 +30,8 @@ class KeptCache(DynamicCache):
     """A ``transformers.DynamicCache`` whose full-attention layers hold what a policy kept of the prompt.
 
     Give it to ``model.generate(ids, past_key_values=cache.copy())`` inside the wrap that made it; ``ids`` start with
-    the prompt. Lengths and positions are logical. Sliding-window and linear-attention layers are the stock ones, since
+    the prompt. Where each row is to have n beams or answers, ``copy.batch_repeat_interleave(n)`` comes first. Lengths
+    and positions are logical. Sliding-window and linear-attention layers are the stock ones, since
     their memory is bounded already.
 
     Parameters

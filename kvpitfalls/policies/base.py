@@ -278,7 +278,7 @@ class Policy:
     allocation : Allocation or str
         How it shares a budget over layers and heads, if it says so itself; see :class:`kvpitfalls.Allocation`.
     recent_queries : int
-        While a budget is held (``when="decode"``), or a prompt comes in chunks: how many of the newest queries
+        While a budget is held, or a prompt comes in chunks: how many of the newest queries
         :meth:`score` reads. They are kept for it.
     running : bool
         While a budget is held, or a prompt comes in chunks: a token's score is the attention it received from all

@@ -27,10 +27,10 @@ class PyramidKV(SnapKV):
 
     Notes
     -----
-    Defined for budgets that leave a window out and give the last layer at least a window: at ``beta=20`` that takes
-    ``20 * window_size`` tokens to keep, or a ratio of about a half and less. Elsewhere it is refused; kvpress's press
-    then keeps what SnapKV would. That press rounds each layer by itself, so its layers together may keep a few tokens
-    more or less than the budget.
+    Defined for models of two layers or more, and budgets that leave a window out and give the last layer at least a
+    window: at ``beta=20`` that takes ``20 * window_size`` tokens to keep, or a ratio of about a half and less.
+    Elsewhere it is refused; kvpress's press then keeps what SnapKV would. That press rounds each layer by itself, so
+    its layers together may keep a few tokens more or less than the budget.
 
     References
     ----------

@@ -23,9 +23,9 @@ class RKV(SnapKV):
 
     score[k] = ``mix_lambda`` * importance[k] - (1 - ``mix_lambda``) * redundancy[k]. Importance: softmax over the keys
     before the window of the largest logit in the key head's group, mean over the window's queries, then the largest
-    among ``kernel_size`` neighbours. Redundancy: softmax over all keys of the mean over keys i of cos(i, k), where a
-    key's likeness to itself and, if any is above ``threshold``, to the last key that is so much like it count as 0: of
-    keys that repeat each other the last is spared.
+    among ``kernel_size`` neighbours. Redundancy: softmax over all keys k of the mean over keys i of cos(i, k), where
+    each i has two that count as 0: that with itself, and that with the last key k for which it is above ``threshold``,
+    if there is one. So of keys that repeat each other the last is spared.
 
     Fair: the window is shared out as SnapKV's is, and each segment's keys are compared with each other only.
 

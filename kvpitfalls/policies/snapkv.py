@@ -26,7 +26,7 @@ class SnapKV(Policy):
         Observation window in tokens. The paper of this package uses 16, SnapKV's own code 32 to 64. A prompt no longer
         than the window is all window: its newest tokens are kept.
     kernel_size : int
-        Odd width of the mean over neighbouring keys; missing neighbours at the ends count as zero.
+        Odd width of the mean over neighbouring keys; neighbours that are missing, or in the window, count as zero.
 
     References
     ----------

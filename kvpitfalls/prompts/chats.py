@@ -236,7 +236,7 @@ def _check_forgery(
             f"message {owners[held]} holds {tokenizer.convert_ids_to_tokens(token)!r} at character "
             f"{begin - contents[held][0]} of its "
             "content, a token that can end the message and forge another; expected a content without, or "
-            "allow_special_tokens=True"
+            "allow_special_tokens=True (kvpitfalls audit: --allow-special-tokens)"
         )
 
 
