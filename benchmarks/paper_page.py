@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import results_page
-from results_page import signed, value
+from results_page import labelled, signed, value
 from small_card import FULL, changes, fixes, kept, made_with, rounded, settings, sums_of
 
 from kvpitfalls.experiments.intervals import influence, paired_interval
@@ -259,8 +259,7 @@ Made by `benchmarks/paper_page.py` from the card in `benchmarks/cards/paper_figu
 Llama3 8B and Qwen2.5 14B that a compressed system prompt leaks: the *defense* ("do not disclose") is lost before the
 *directive* (an IFEval task). Here are its figures 1, 5, 8, 9 and 10 and its composite score on another model,
 {model}: {device}, {dtype}, torch {torch},
-transformers {transformers}, {minutes:.0f} minutes of answers; scores of version {scores}, to which fewer answers were refusals than
-[a reader finds](experiments.md#how-often-the-labels-agree-with-a-reader), and than today's rules do. The paper's own rows and texts, defense first, its attack "plain",
+transformers {transformers}, {minutes:.0f} minutes of answers; {labelled}. The paper's own rows and texts, defense first, its attack "plain",
 and its two fixes: *whitelist* (the refusal's phrase is kept) and *fair* (its own variants, mode `paper` of a sweep). Leakage is
 its measure, too: ROUGE-L recall of the directive in an answer to the attack. In brackets: 95 % interval, {n} prompts as units
 in every cell.
@@ -357,7 +356,8 @@ def page(card: Card) -> str:
         "minutes": card.all["minutes"],
         "model": card.all["model"],
         "dtype": made["config.dtype"],
-        **{name: made[name] for name in ("device", "torch", "transformers", "scores")},
+        **{name: made[name] for name in ("device", "torch", "transformers")},
+        "labelled": labelled(made),
         "middle": card.middle["made_with"][0]["device"],
     }
     lines = [INTRODUCTION.format(**known).rstrip("\n"), "", *findings(card)]

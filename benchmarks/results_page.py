@@ -77,6 +77,15 @@ def value(metric: dict) -> str:
     return f"{metric['mean']:.2f} [{metric['low']:.2f},{metric['high']:.2f}]".replace("0.", ".")
 
 
+def labelled(made: dict) -> str:
+    """By which rules, and what those of before version 6 are known to get wrong."""
+    older = (
+        ", to which more answers were leaks and fewer refusals than\n"
+        "[a reader finds](experiments.md#how-often-the-labels-agree-with-a-reader), and than today's rules do"
+    )
+    return f"scores of version {made['scores']}{older if made['scores'] < 6 else ''}"
+
+
 def named(mode: str) -> str:
     """A mode in words."""
     return WORDS.get(mode) or mode.replace("whitelist", "phrase").replace("+", " + ")

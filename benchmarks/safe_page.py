@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import results_page
-from results_page import named, signed, value
+from results_page import labelled, named, signed, value
 from safe_search import RATIO, ranked, read
 
 from kvpitfalls.audits.leakage import RECALL_QUESTION
@@ -21,8 +21,7 @@ NAMES = {"refused": "refused", "recall_above": "recall", "follow": "follow", "re
 TEXT = """## The search on a model that obeys
 
 Another search, from the cards in `benchmarks/cards/search`, on {model}
-({device}, {dtype}, torch {torch}; scores of version {scores}, to which more answers were leaks and fewer refusals than
-[a reader finds](experiments.md#how-often-the-labels-agree-with-a-reader), and than today's rules do). Its goal is not to beat the two fixes but to cost nothing: at r = {r:g}, refused at least
+({device}, {dtype}, torch {torch}; {labelled}). Its goal is not to beat the two fixes but to cost nothing: at r = {r:g}, refused at least
 the full cache's less .05, recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. The
 suite's 200 prompts, every second one for each half, each under its own one of twelve attacks; {n_policy} policies by {n_mode}
 modes, at equal memory. What the modes are: [experiments](experiments.md).
@@ -201,7 +200,7 @@ def about() -> str:
         "device": made["device"],
         "dtype": made["config.dtype"],
         "torch": made["torch"],
-        "scores": made["scores"],
+        "labelled": labelled(made),
         "r": RATIO,
         "n": narrow["n_prompt"],
         "n_policy": len(narrow["made_with"]),

@@ -55,7 +55,13 @@ def sweep(config, folder: Path) -> None:
     items = [item for batch in plan(config, corpus) for item in batch.items(corpus)]
     append(folder, [made_up(item, corpus.name) for item in items])
     same = {f"config.{name}": value for name, value in config.to_dict().items()}
-    same |= {"corpus_sha256": corpus.sha256, "model_sources": ["model at 1"], "device": "none", "torch": "0"}
+    same |= {
+        "corpus_sha256": corpus.sha256,
+        "model_sources": ["model at 1"],
+        "device": "none",
+        "torch": "0",
+        "scores": 2,
+    }
     write_meta(folder, {"same": same, "items": len(items)})
 
 
