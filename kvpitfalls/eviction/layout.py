@@ -466,10 +466,6 @@ def protected_positions(
                     raise ValueError(f"protect names span {item!r}, which is [{begin}, {end}); expected a token in it")
                 positions.update(range(begin, end))
             elif item == "sinks":
-                if n_sink == 0:
-                    raise ValueError(
-                        "protect names 'sinks', and n_sink is 0; expected a policy whose n_sink is above 0"
-                    )
                 positions.update(range(low, min(low + n_sink, high)))
             elif item == "boundary" and limit is not None:
                 n_end = limit(high - low) // 10
