@@ -12,6 +12,8 @@ from math import sqrt
 from pathlib import Path
 from statistics import NormalDist
 
+from results_page import write_part
+
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.scenario import Scenario
 
@@ -240,13 +242,5 @@ def about() -> str:
     )
 
 
-def write_page(path: Path) -> None:
-    """Put that part where it belongs."""
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{about()}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    write_page(Path(sys.argv[1]))
+    write_part(Path(sys.argv[1]), BEGIN, END, about())

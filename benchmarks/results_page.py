@@ -77,6 +77,12 @@ def value(metric: dict) -> str:
     return f"{metric['mean']:.2f} [{metric['low']:.2f},{metric['high']:.2f}]".replace("0.", ".")
 
 
+def write_part(path: Path, begin: str, end: str, made: str) -> None:
+    """Put what a script made between its two marks on a page."""
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
 def labelled(made: dict) -> str:
     """By which rules, and what those of before version 6 are known to get wrong."""
     older = (

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import results_page
-from results_page import labelled, named, signed, value
+from results_page import labelled, named, signed, value, write_part
 from safe_search import RATIO, ranked, read
 
 from kvpitfalls.audits.leakage import RECALL_QUESTION
@@ -288,13 +288,5 @@ def reached(rows) -> str:
     return str(n) if n else "none"
 
 
-def write_page(path: Path) -> None:
-    """Put that part where it belongs."""
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{about()}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    write_page(Path(sys.argv[1]))
+    write_part(Path(sys.argv[1]), BEGIN, END, about())

@@ -120,6 +120,17 @@ def test_a_rule_that_fails_is_told_of_in_its_records(answered, tmp_path, monkeyp
     assert all(r["scores"] is None and r["output"] is not None for r in of_task)
 
 
+@pytest.mark.parametrize("fault", [NameError, AttributeError, KeyboardInterrupt])
+def test_a_fault_of_a_program_ends_it_and_writes_nothing(answered, tmp_path, monkeypatch, fault):
+    def breaks(output, refusal):
+        raise fault("no such name")
+
+    monkeypatch.setattr(scenario, "refuses", breaks)
+    with pytest.raises(fault):
+        rescore(answered[0], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("cut", [0, 1, -1])
 def test_what_was_recorded_of_an_interrupted_sweep_is_scored_and_gone_on_with(answered, tmp_path, cut):
     folder, config = answered

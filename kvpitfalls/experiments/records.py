@@ -112,21 +112,8 @@ def recover(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> int:
 
 
 def whole_batches(folder: str | Path, batches: Iterable[Sequence[Mapping]]) -> list[list[dict]]:
-    """The records of each whole batch, in the order of the plan.
-
-    Parameters
-    ----------
-    folder : path
-    batches : iterable of list of dict
-        The plan: what identifies each record of each batch.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder has no records.
-    ValueError
-        If they are not a beginning of this plan.
-    """
+    """The records of each whole batch, in the order of the plan; nothing is cut off. ``batches`` are those of
+    :func:`recover`, which raises the same, and here a folder without records is refused."""
     return [[record for record, _ in batch] for batch in _whole_batches(_path(folder), batches)]
 
 

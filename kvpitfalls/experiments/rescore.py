@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..audits.following import need_checkers
-from ..audits.leakage import need_rouge
 from ..display.progress import progress_or_lines
 from ..files import whole
 from ..numbers import is_whole
+from .batch import FAILURES
 from .config import SweepConfig
 from .corpus import Corpus, load_corpus
 from .metrics import check_records, counts
@@ -17,7 +16,7 @@ from .plan import Batch, plan
 from .records import META, RECORDS, lines_of, read_meta, whole_batches, write_meta
 from .scenario import ANSWERED, Scenario
 from .sources import DRAWN_SINCE, SCORES, SCORING, versions
-from .sweep import session
+from .sweep import need_scoring, session
 
 SCORED = (*ANSWERED, "turns")  # kinds whose scores are read off answers
 
@@ -62,10 +61,7 @@ def rescore(folder: str | Path, output: str | Path, *, data: str | Path | None =
     batches = list(plan(config, corpus))
     old = whole_batches(folder, (batch.items(corpus) for batch in batches))
     check_records([_unscored(record) for records in old for record in records])
-    if "follow" in config.kinds:
-        need_checkers()
-    if {"attack", "recall", "turns"} & set(config.kinds):
-        need_rouge()
+    need_scoring(config.kinds)
     new = list(_scored(batches, old, corpus, config.seed))
     check_records(new)
     same = {**meta["same"], "scores": SCORES, **versions(SCORING)}
@@ -144,7 +140,7 @@ def _rescored(record: Mapping, scenario: Scenario, seed: int, known: dict[tuple,
             known[place] = (
                 _turns(record["scores"], scenario, seed) if kind == "turns" else scenario.score(kind, output, seed)
             )
-    except Exception as error:  # the record holds it, and every table counts the item as failed
+    except FAILURES as error:  # its record holds the error and no scores, and every table counts it as failed
         return {**record, "scores": None, "error": f"{type(error).__name__}: {error}"}
     return {**record, "scores": known[place], "error": None}
 

@@ -3,7 +3,7 @@
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -69,10 +69,7 @@ def sweep(
         raise ValueError("folder is ''; expected the path of a folder")
     corpus = load_corpus(config.dataset, data)
     batches = list(plan(config, corpus))
-    if "follow" in config.kinds:
-        need_checkers()
-    if {"attack", "recall", "turns"} & set(config.kinds):
-        need_rouge()
+    need_scoring(config.kinds)
     _check_engine(engine, workers, config)
     check_device(config.device)
     dtype_named(config.dtype)
@@ -102,6 +99,14 @@ def sweep(
         "infeasible": n_records["n_infeasible"],
         "resumed_at": held,
     }
+
+
+def need_scoring(kinds: Collection[str]) -> None:
+    """Raise ImportError, in one sentence, if a package that scores answers of these kinds is missing."""
+    if "follow" in kinds:
+        need_checkers()
+    if {"attack", "recall", "turns"} & set(kinds):
+        need_rouge()
 
 
 def _check_engine(engine: str, workers: int | None, config: SweepConfig) -> None:

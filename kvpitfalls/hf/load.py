@@ -195,7 +195,7 @@ def _named(source: Path | str):
         yield
     except (ImportError, MemoryError):  # the installation, the machine: not the model's fault
         raise
-    except Exception as error:  # no narrower: tokenizers raises this class itself; loading fails, by a sentence
+    except Exception as error:  # tokenizers raises Exception itself; nothing goes on: the load ends by this sentence
         kind = next((kind for kind in (OSError, RuntimeError) if isinstance(error, kind)), ValueError)
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" …")
         raise kind(
