@@ -1,5 +1,5 @@
-"""Scores by what queries to come are expected to give to keys: the core's kernels against float64, and when they are
-asked."""
+"""Scores by what queries to come are expected to give to keys: the core against float64, on each device, and when it
+is asked."""
 
 from itertools import pairwise
 
@@ -14,15 +14,17 @@ from kvpitfalls.eviction import forecast
 from kvpitfalls.policies import expected_attention
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Tiles of 64 tokens, chunks of 512, 64 chunks, and longer ones beyond 32768.
 LENGTHS = [1, 2, 63, 64, 65, 129, 511, 512, 513, 1000, 4092]
 # Of the largest sum of |terms| of a logit: float32's own error, what 16 bits of a query leave out, and what tensor
 # cores cut off (moments.cu). An H100 read up to 1.1e-6 at 511 tokens, 1.9e-6 at 32,768 and 3.4e-6 at 32,769.
-TOLERANCE = 4e-6
+TOLERANCE = {"cuda": 4e-6, "cpu": 4e-6}
+DIMS = [*((n, "cpu") for n in (2, 6, 20, 32, 80, 130)), *((n, d) for n in (64, 96, 128) for d in ("cpu", "cuda"))]
 
 
-def drawn(n_row, n_head, group, n_token, n_dim, dtype, centre=0.0, device="cuda"):
+def drawn(n_row, n_head, group, n_token, n_dim, dtype, device, centre=0.0):
     """Keys, queries, cosines and sines, and those to come; queries have a mean of up to ``centre`` in each channel, and
     turns are not of length 1."""
     make = torch.Generator(device).manual_seed(n_token * n_dim + group)
@@ -85,28 +87,30 @@ def scores_by_definition(logits, values, edges, sinks, epsilon):
     return scores
 
 
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n_dim", [64, 96, 128])
-def test_logits_are_their_formula(n_dim, dtype):
+@pytest.mark.parametrize(
+    ("n_dim", "device"), [pytest.param(*x, marks=needs_gpu if x[1] == "cuda" else ()) for x in DIMS]
+)
+def test_logits_are_their_formula(n_dim, device, dtype):
     for n_token in LENGTHS:
         for n_row, n_head, group, with_spread in ((2, 2, 4, True), (1, 3, 1, True), (1, 1, 7, True), (2, 1, 2, False)):
-            arguments = *drawn(n_row, n_head, group, n_token, n_dim, dtype), n_dim**-0.5, with_spread
-            assert error(arguments) <= TOLERANCE, (n_token, n_row, n_head, group, with_spread)
+            arguments = *drawn(n_row, n_head, group, n_token, n_dim, dtype, device), n_dim**-0.5, with_spread
+            assert error(arguments) <= TOLERANCE[device], (n_token, n_row, n_head, group, with_spread)
 
 
-@needs_gpu
-@pytest.mark.parametrize("n_token", [32768, 32769, 70000])
-def test_long_prompts_have_longer_chunks(n_token):
-    assert error((*drawn(1, 1, 2, n_token, 128, torch.bfloat16), 0.1, True)) <= TOLERANCE * max(1, n_token / 32768)
+@on_each_device
+@pytest.mark.parametrize("n_token", [2048, 2049, 8193, 32768, 32769, 70000])
+def test_long_prompts_have_longer_chunks(n_token, device):
+    longer = max(1, n_token / 32768)
+    assert error((*drawn(1, 1, 2, n_token, 128, torch.bfloat16, device), 0.1, True)) <= TOLERANCE[device] * longer
 
 
-@needs_gpu
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_large_mean_leaves_the_covariance_what_it_is(dtype):
+def test_a_large_mean_leaves_the_covariance_what_it_is(dtype, device):
     """The mean's own part of a logit is a thousand times the other, so that it is left out by its turn: keys are turned
     so that they meet none of it."""
-    keys, queries, turns, ahead = drawn(1, 2, 2, 1500, 64, dtype)
+    keys, queries, turns, ahead = drawn(1, 2, 2, 1500, 64, dtype, device)
     still = torch.ones_like(turns[0]), torch.zeros_like(turns[1])
     queries = (queries.float() + 1000).to(dtype)  # in bfloat16 what is left differs by steps of 4
     keys[..., ::2] = -keys[..., 1::2]  # their channels' sum is 0
@@ -125,15 +129,15 @@ def test_a_large_mean_leaves_the_covariance_what_it_is(dtype):
 EDGES = np.array([[0, 4, 300, 300, 700], [13, 17, 17, 600, 700], [5, 5, 6, 71, 555]], np.int32)
 
 
-@needs_gpu
+@on_each_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("group", "n_value", "epsilon", "has_sinks"), [(1, 64, 0.02, 1), (4, 128, 0, 0), (6, 20, 1, 1)]
 )
-def test_scores_are_their_formula(dtype, group, n_value, epsilon, has_sinks):
-    keys, queries, turns, ahead = drawn(3, 2, group, 700, 64, dtype)
-    values = torch.randn(3, 2, 700, n_value, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype)
-    sinks = torch.linspace(-1, 3, 2 * group, device="cuda") if has_sinks else None
+def test_scores_are_their_formula(dtype, group, n_value, epsilon, has_sinks, device):
+    keys, queries, turns, ahead = drawn(3, 2, group, 700, 64, dtype, device)
+    values = torch.randn(3, 2, 700, n_value, device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
+    sinks = torch.linspace(-1, 3, 2 * group, device=device) if has_sinks else None
     for of_values in (values, values.float(), values.mT.contiguous().mT, None):  # wide rows, of another type, narrow
         given = {"scaling": 0.125, "sinks": sinks, "epsilon": epsilon}
         logits, scores = forecast.expect(keys, queries, of_values, turns, ahead, EDGES, **given)
@@ -144,9 +148,9 @@ def test_scores_are_their_formula(dtype, group, n_value, epsilon, has_sinks):
         assert (scores[1, :, :13] == 0).all() and (scores[2, :, 555:] == 0).all()
 
 
-@needs_gpu
-def test_a_segment_without_a_softmax_is_not_a_number_and_no_other_is():
-    keys, queries, turns, ahead = drawn(2, 2, 2, 300, 64, torch.float32)
+@on_each_device
+def test_a_segment_without_a_softmax_is_not_a_number_and_no_other_is(device):
+    keys, queries, turns, ahead = drawn(2, 2, 2, 300, 64, torch.float32, device)
     edges = np.array([[0, 4, 100, 200, 300], [0, 4, 100, 200, 300]], np.int32)
     for wrong in (torch.nan, torch.inf):
         keys[0, 1, 150, 3] = wrong
@@ -157,10 +161,10 @@ def test_a_segment_without_a_softmax_is_not_a_number_and_no_other_is():
         assert (scores[0, :, :4] == scores[0, :, 4:].nan_to_num(0).max() + 1).all()
 
 
-@needs_gpu
-def test_many_segments_go_by_memory():
+@on_each_device
+def test_many_segments_go_by_memory(device):
     """More edges than fit into the parameters of a launch."""
-    keys, queries, turns, ahead = drawn(1, 2, 2, 700, 64, torch.bfloat16)
+    keys, queries, turns, ahead = drawn(1, 2, 2, 700, 64, torch.bfloat16, device)
     edges = np.array([[0, *sorted({3, *range(0, 701, 4)})]], np.int32)
     logits, scores = forecast.expect(keys, queries, keys, turns, ahead, edges, scaling=0.1)
     torch.testing.assert_close(
@@ -168,11 +172,11 @@ def test_many_segments_go_by_memory():
     )
 
 
-@needs_gpu
+@on_each_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides_do_not_matter_and_rows_are_alone(dtype):
+def test_strides_do_not_matter_and_rows_are_alone(dtype, device):
     """The same bits: in rows on no boundary, by one row of a batch, as a prompt of its own, and again."""
-    keys, queries, turns, ahead = drawn(3, 2, 3, 700, 64, dtype)
+    keys, queries, turns, ahead = drawn(3, 2, 3, 700, 64, dtype, device)
     given = {"scaling": 0.125, "epsilon": 0.02}
     whole = forecast.expect(keys, queries, keys, turns, ahead, EDGES, **given)[1]
     assert torch.equal(forecast.expect(keys, queries, keys, turns, ahead, EDGES, **given)[1], whole)
@@ -183,8 +187,8 @@ def test_strides_do_not_matter_and_rows_are_alone(dtype):
         cut = [x[at, :, begin:end] for x in (keys, queries, keys)]
         own = forecast.expect(*cut, [x[at, begin:end] for x in turns], of_row[-1], EDGES[at] - begin, **given)[1]
         assert torch.equal(own[0], whole[row, :, begin:end])
-    wider = [torch.zeros(*x.shape[:3], 65, dtype=dtype, device="cuda")[..., 1:].copy_(x) for x in (keys, queries)]
-    apart = [torch.zeros(3, 700, 128, device="cuda")[..., ::2].copy_(x) for x in turns]
+    wider = [torch.zeros(*x.shape[:3], 65, dtype=dtype, device=device)[..., 1:].copy_(x) for x in (keys, queries)]
+    apart = [torch.zeros(3, 700, 128, device=device)[..., ::2].copy_(x) for x in turns]
     later = [x.repeat_interleave(2, 1)[:, ::2] for x in ahead]
     assert torch.equal(forecast.expect(*wider, keys, apart, later, EDGES, **given)[1], whole)
 
@@ -194,7 +198,7 @@ def test_strides_do_not_matter_and_rows_are_alone(dtype):
 @pytest.mark.parametrize("changes", [{}, {"use_covariance": False}, {"n_sink": 0, "use_vnorm": False}])
 def test_the_policy_keeps_on_a_gpu_what_it_keeps_on_a_cpu(fair, changes):
     """And scores what its products of torch do there; rows with padding, too, and each as by itself."""
-    keys, queries, _, _ = drawn(3, 2, 4, 600, 64, torch.bfloat16)
+    keys, queries, _, _ = drawn(3, 2, 4, 600, 64, torch.bfloat16, "cuda")
     rotary, policy = kvp.Rotary(), kvp.ExpectedAttention(**changes)
     queries = rotary.turned(queries.float(), *rotary.angles(torch.arange(600, device="cuda")[None], queries)).bfloat16()
     settings = {"rotary": rotary, "budget": 150, "fair": fair, "spans": {"a": (20, 200), "b": (230, 500)}}
@@ -207,12 +211,31 @@ def test_the_policy_keeps_on_a_gpu_what_it_keeps_on_a_cpu(fair, changes):
     assert torch.equal(own.positions[0], on_gpu.positions[1]) and torch.equal(own.scores[0], on_gpu.scores[1])
 
 
+@pytest.mark.parametrize("fair", [False, True])
+def test_the_core_and_products_of_torch_score_alike(fair, monkeypatch):
+    """On a CPU: rows with padding, too, each as by itself, and a layer that pairs other channels goes by products."""
+    keys, queries, _, _ = drawn(3, 2, 4, 600, 64, torch.bfloat16, "cpu")
+    settings = {"values": keys, "budget": 150, "fair": fair, "spans": {"a": (20, 200), "b": (230, 500)}}
+    settings |= {"valid": [(0, 600), (13, 600), (5, 555)]}
+    asked, expect = [], forecast.expect
+    monkeypatch.setattr(forecast, "expect", lambda *a, **given: asked.append(1) or expect(*a, **given))
+    for rotary, n_call in ((kvp.Rotary(), 1), (Interleaved(), 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(forecast, "is_known", lambda *_: False)
+            by_products = kvp.keep("expected_attention", keys, queries, rotary=rotary, **settings).scores
+        assert len(asked) == 0
+        scores = kvp.keep("expected_attention", keys, queries, rotary=rotary, **settings).scores
+        assert len(asked) == n_call
+        asked.clear()
+        torch.testing.assert_close(scores, by_products, rtol=1e-4, atol=1e-7)
+
+
 @needs_gpu
 def test_the_kernels_are_asked_where_they_know_the_turn(monkeypatch):
     asked, expect = [], forecast.expect
     monkeypatch.setattr(forecast, "expect", lambda *a, **given: asked.append(1) or expect(*a, **given))
     for n_dim, rotary, n_call in ((64, kvp.Rotary(), 1), (80, kvp.Rotary(), 0), (64, Interleaved(), 0)):
-        keys, queries, _, _ = drawn(1, 1, 2, 100, n_dim, torch.float32)
+        keys, queries, _, _ = drawn(1, 1, 2, 100, n_dim, torch.float32, "cuda")
         asked.clear()
         policy = kvp.ExpectedAttention()
         on_gpu = kvp.keep(policy, keys, queries, values=keys, rotary=rotary, budget=20).scores
@@ -266,17 +289,20 @@ def test_how_a_models_layers_turn_is_told_by_trying(family, pairs):
         assert not rotary.pairs_halves(2 * queries.shape[-1], by[0])
 
 
-def test_a_cpu_has_products_of_torch():
-    """Where the policy does not ask, the verb says so; and ``has_kernels`` says what it looks at."""
-    keys, queries, turns, ahead = drawn(1, 2, 2, 10, 64, torch.float32, device="cpu")
-    assert not forecast.has_kernels(keys, queries)
+def test_what_expect_refuses():
+    keys, queries, turns, ahead = drawn(1, 2, 2, 10, 64, torch.float32, "cpu")
+    assert forecast.is_known(keys, queries) and not forecast.is_known(keys, queries.half())
+    assert not forecast.is_known(keys[..., 1:], queries[..., 1:])
     given = {"keys": keys, "queries": queries, "values": keys, "turns": turns, "ahead": ahead, "scaling": 1.0}
     given["edges"] = np.array([[0, 4, 10]], np.int32)
-    with pytest.raises(NotImplementedError, match=r'^this device has no verb "expect"$'):
-        forecast.expect(**given)
     for wrong, match in (
         ({"queries": queries[:, :, :9]}, r"^queries.shape\[2\] is 9, but T is 10 in keys"),
         ({"queries": queries[:, :3]}, r"^queries.shape\[1\] is 3; expected a multiple of the 2 key"),
+        (
+            {"keys": keys[..., :63], "queries": queries[..., :63], "turns": [x[..., :63] for x in turns]}
+            | {"ahead": [x[:, :63] for x in ahead]},
+            r"^keys.shape\[3\] is 63; expected an even number, of pairs",
+        ),
         ({"turns": [x[..., :32] for x in turns]}, r"^cosines.shape\[3\] is 32, but D is 64 in keys"),
         ({"scaling": np.inf}, r"^scaling is inf; expected a number that is finite in float32"),
         ({"epsilon": -1.0}, r"^epsilon is -1; expected a number from 0 to 3.40282e\+38"),
@@ -289,9 +315,9 @@ def test_a_cpu_has_products_of_torch():
         forecast.expect(**{**given, "queries": queries.half()})
 
 
-@needs_gpu
-def test_edges_that_do_not_ascend_are_refused():
-    keys, queries, turns, ahead = drawn(1, 1, 1, 10, 64, torch.float32)
+@on_each_device
+def test_edges_that_do_not_ascend_are_refused(device):
+    keys, queries, turns, ahead = drawn(1, 1, 1, 10, 64, torch.float32, device)
     for edges in ([0, 4, 11], [0, 5, 4, 10], [-1, 0, 10]):
         with pytest.raises(ValueError, match=r"^segments\[0,\d\] is -?\d+; expected"):
             forecast.expect(keys, queries, None, turns, ahead, np.array([edges], np.int32), scaling=1.0)
@@ -301,7 +327,7 @@ def test_edges_that_do_not_ascend_are_refused():
 @pytest.mark.parametrize("length", [300, 5000])
 def test_the_kernels_are_as_exact_as_products_of_torch(length):
     """Beside them, in float32 and on the same GPU: not more than four times their error."""
-    keys, queries, _, _ = drawn(1, 2, 4, length, 128, torch.float32, centre=3.0)
+    keys, queries, _, _ = drawn(1, 2, 4, length, 128, torch.float32, "cuda", centre=3.0)
     rotary, at = kvp.Rotary(), torch.arange(length, device="cuda")
     turned, ahead = (
         rotary.turned(queries, *rotary.angles(at[None], queries)),

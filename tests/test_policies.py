@@ -15,6 +15,7 @@ from tiny_models import build, ids
 from tiny_policies import EQUAL, EVERY, kept_by, read_after, rkv_by_hand
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction import forecast
 from kvpitfalls.policies import expected_attention, get_policy, policy_names, rkv
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
@@ -221,9 +222,11 @@ def expected_by_hand(keys, before, values, policy, rotary, segments):
 @pytest.mark.parametrize(
     "changes", [{}, {"use_covariance": False}, {"use_vnorm": False}, {"n_sink": 0, "epsilon": 0.0}]
 )
-@pytest.mark.parametrize("block", [2**22, 1], ids=["whole", "in parts of 16, 16 and 4 tokens or 8"])
-def test_expected_attention_is_its_formula(fair, changes, block, monkeypatch):
-    monkeypatch.setitem(expected_attention._BLOCK, "cpu", block)
+@pytest.mark.parametrize("way", ["core", "products", "products in parts of 16, 16 and 4 tokens or 8"])
+def test_expected_attention_is_its_formula(fair, changes, way, monkeypatch):
+    if way != "core":
+        monkeypatch.setattr(forecast, "is_known", lambda *_: False)
+        monkeypatch.setitem(expected_attention._BLOCK, "cpu", 1 if "parts" in way else 2**22)
     policy, rotary, spans = (
         kvp.ExpectedAttention(**{"n_future_positions": 9, **changes}),
         kvp.Rotary(100.0),

@@ -3,6 +3,7 @@
  * The CPU backend: one constant table. Every line of scorers.def must name a function here, or the core does not link.
  */
 #include "../evict/evict.h"
+#include "../score/expected/expected.h"
 #include "../score/score.h"
 #include "../select/select.h"
 
@@ -23,9 +24,9 @@ static size_t workspace_of(kvp_verb verb, const void *args, int32_t n_worker) {
     }
     case KVP_SELECT: return kvpi_select_workspace(args) * (size_t)n_worker;
     case KVP_SHARE: return kvpi_share_workspace(args);
+    case KVP_EXPECT: return kvpi_expect_workspace(args, n_worker);
     case KVP_GATHER:
-    case KVP_PRESS:            /* the core asks for its parts */
-    case KVP_EXPECT: return 0; /* there is none */
+    case KVP_PRESS: return 0; /* the core asks for its parts */
     }
     return 0;
 }
@@ -38,4 +39,5 @@ const kvp_backend kvpi_cpu_backend = {
     .gather = kvpi_gather_cpu,
     .share = kvpi_share_cpu,
     .workspace = workspace_of,
+    .expect = kvpi_expect_cpu,
 };

@@ -152,7 +152,7 @@ kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
     return backend->gather(args, ctx);
 }
 
-/* Not in every backend's table. */
+/* Not in every backend's table, which others may write. */
 static kvp_status find_expect(const kvp_backend *backend, kvp_context *ctx) {
     if (backend->expect) return KVP_OK;
     return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no verb \"expect\"");
@@ -164,8 +164,11 @@ kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) {
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
     KVPI_TRY(find_expect(backend, ctx));
     KVPI_TRY(check_workspace(backend, KVP_EXPECT, args, ctx));
-    KVPI_TRY(kvpi_check_expect_values(args, ctx));
-    return backend->expect(args, ctx);
+    kvp_expect_args own = *args;
+    kvpi_copy_expect_tables(&own, ctx->workspace);
+    KVPI_TRY(kvpi_check_expect_values(&own, ctx));
+    const kept_workspace kept = pass_tables(ctx, kvpi_table_bytes(KVP_EXPECT, args));
+    return give_back(ctx, kept, backend->expect(&own, ctx));
 }
 
 static kvp_status run_parts(const kvp_backend *backend, press_parts *p, kvp_context *ctx) {

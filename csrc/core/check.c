@@ -434,6 +434,13 @@ kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx) {
     KVPI_TRY(check_rules(rules, sizeof rules / sizeof rules[0], &bound, ctx));
     KVPI_TRY(check_one_dtype(rules, 1, 1, &args->keys, ctx));
     KVPI_TRY(check_groups(&bound, ctx));
+    if (bound.size['D'] % 2 || bound.size['D'] > KVPI_MAX_SQUARE)
+        return kvpi_fail(ctx, KVP_ERR_SHAPE,
+                         "keys.shape[3] is %lld; expected an even number, of pairs that turn, %d at most",
+                         (long long)bound.size['D'], KVPI_MAX_SQUARE);
+    if (bound.size['N'] > INT32_MAX / bound.size['B'])
+        return kvpi_fail(ctx, KVP_ERR_SHAPE, "B times N is %lld times %lld; expected at most %d together",
+                         (long long)bound.size['B'], (long long)bound.size['N'], INT32_MAX);
     if (bound.size['O'] != 1)
         return kvpi_fail(ctx, KVP_ERR_SHAPE, "cosines.shape[1] is %lld; expected 1, for all heads",
                          (long long)bound.size['O']);

@@ -15,6 +15,8 @@
 #define KVPI_PRINTF(text, first)
 #endif
 
+enum { KVPI_MAX_SQUARE = 4096 }; /* channels that may be multiplied with each other: no size of scratch overflows */
+
 #define KVPI_LOG2_E 1.4426950408889634 /* exponentials are powers of 2 everywhere */
 
 #define KVPI_TRY(call)                         \
@@ -86,6 +88,7 @@ size_t kvpi_table_bytes(kvp_verb verb, const void *args);
 void kvpi_copy_score_tables(kvp_score_args *args, char *to);
 void kvpi_copy_select_tables(kvp_select_args *args, char *to);
 void kvpi_copy_share_tables(kvp_share_args *args, char *to);
+void kvpi_copy_expect_tables(kvp_expect_args *args, char *to);
 
 /* values.c: what stands in votes, segments, quotas, floors, valid, and in positions on the CPU; read before anything is
  * written. */

@@ -53,6 +53,10 @@ size_t kvpi_table_bytes(kvp_verb verb, const void *args) {
         if (share->scores.device != KVP_CPU) return 0;
         return bytes_of(&share->segments) + bytes_of(&share->quotas) + bytes_of(&share->floors);
     }
+    if (verb == KVP_EXPECT) {
+        const kvp_expect_args *expect = args;
+        return expect->keys.device == KVP_CPU ? bytes_of(&expect->segments) : 0;
+    }
     return 0;
 }
 
@@ -74,4 +78,8 @@ void kvpi_copy_share_tables(kvp_share_args *args, char *to) {
     to = copy_table(&args->segments, to);
     to = copy_table(&args->quotas, to);
     copy_table(&args->floors, to);
+}
+
+void kvpi_copy_expect_tables(kvp_expect_args *args, char *to) {
+    if (args->keys.device == KVP_CPU) copy_table(&args->segments, to);
 }

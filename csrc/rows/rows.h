@@ -35,6 +35,7 @@ enum {
     KVPI_FEW = 4,     /* query rows at most that multiply_few takes */
     KVPI_BLOCK = 256, /* keys; a multiple of every table's panel width */
     KVPI_SLACK = 16,  /* elements that may be touched behind a row of scratch */
+    KVPI_WIDTH = 32,  /* channels; a multiple of every table's panel width and of its rows */
 };
 
 /* Rows of one head: row r, dimension d stands at first + (r * row_stride + d * dim_stride) elements. */
@@ -65,8 +66,17 @@ typedef struct kvpi_rows {
     void (*spreads[KVPI_DTYPES])(kvpi_head head, int64_t n_row, int64_t n_dim, const float *offset, const float *factor,
                                  float *line, float *out);
 
+    /* out[d] = own[d] * row[d] + other[d] * row[e] - shift[d], e being n_dim / 2 from d, and KVPI_SLACK zeros behind.
+     * own, other, shift: as vector, whatever stands behind. */
+    void (*turn[KVPI_DTYPES])(const void *row, int64_t dim_stride, int64_t n_dim, const float *own, const float *other,
+                              const float *shift, float *out);
+    /* out[i * width + j] += sum over r of line r's i * its j, one line after the other, where j is in the panel of i or
+     * behind it. width: a multiple of KVPI_WIDTH, and from line to line. */
+    void (*add_squares)(const float *lines, int64_t n_line, int64_t width, float *out);
+
     /* out: kvpi_packed_bytes(n_key rounded up to whole panels); missing keys are zero. */
     void (*pack_keys[KVPI_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out);
+    void (*pack_floats[KVPI_DTYPES])(kvpi_head head, int64_t n_key, int64_t n_dim, void *out); /* as float32, always */
     /* n_row <= KVPI_STRIP addresses of rows; missing rows are zero. The result of multiply times the returned scale is
      * scale * q.k. */
     float (*pack_queries[KVPI_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim,
@@ -90,6 +100,11 @@ typedef struct kvpi_rows {
     /* column[k] += sum over r of weight[r] * rows[r * stride + k], k < n. */
     void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
                         int64_t n_row);
+
+    /* column[k] += sum over r of (rows[r * stride + k] + offset[r]) * others[r * stride + k], k < n, a multiple of the
+     * panel width. */
+    void (*dot_columns)(float *column, int64_t n, const float *rows, const float *others, int64_t stride,
+                        const float *offset, int64_t n_row);
 
     /* Selection works on ranks. list: the positions first + i where ranks[i] >= lowest, in order, at most n_out of
      * them, to out; returns how many. filter: the ranks with (rank & mask) == prefix, in order; out has room for

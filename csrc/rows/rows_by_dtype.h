@@ -89,6 +89,23 @@ TARGET static void ROW_NAME(add_rows)(kvpi_head head, int64_t n_row, int64_t n_d
     }
 }
 
+TARGET static void ROW_NAME(turn)(const void *row, int64_t dim_stride, int64_t n_dim, const float *own,
+                                  const float *other, const float *shift, float *out) {
+    const int64_t half = n_dim / 2;
+    const vec minus = v_fill(-1);
+    for (int64_t first = 0; first < n_dim; first += half) {
+        const ROW_TYPE *x = (const ROW_TYPE *)row + first * dim_stride;
+        const ROW_TYPE *y = (const ROW_TYPE *)row + (half - first) * dim_stride;
+        for (int64_t d = 0; d < half; d += LANES) {
+            vec sum = v_mul(v_load(shift + first + d), minus);
+            sum = v_fma(v_load(own + first + d), ROW_NAME(load_part)(x, dim_stride, d, half), sum);
+            sum = v_fma(v_load(other + first + d), ROW_NAME(load_part)(y, dim_stride, d, half), sum);
+            v_store(out + first + d, sum);
+        }
+    }
+    memset(out + n_dim, 0, KVPI_SLACK * sizeof(float));
+}
+
 TARGET static void ROW_NAME(bounds)(kvpi_head head, int64_t n_row, int64_t n_dim, float *low, float *high) {
     const vec minus = v_fill(-1);
     for (int64_t d = 0; d < n_dim; d += 4 * LANES) {

@@ -25,6 +25,7 @@
 enum { PANEL_KEYS = LANES * PANEL_VECTORS };
 _Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK,
                "panels divide blocks and strips");
+_Static_assert(KVPI_WIDTH % PANEL_KEYS == 0 && KVPI_WIDTH % PANEL_ROWS == 0, "and what squares are made of");
 
 /* Highest and sum of a row of n logits; hidden ones were set to minus infinity. */
 TARGET static float highest_of(const float *row, int64_t n) {
@@ -104,6 +105,38 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     }
 }
 
+TARGET static void dot_columns(float *column, int64_t n, const float *rows, const float *others, int64_t stride,
+                               const float *offset, int64_t n_row) {
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec sum = v_load(column + k);
+        for (int64_t r = 0; r < n_row; r++)
+            sum = v_fma(v_add(v_load(rows + r * stride + k), v_fill(offset[r])), v_load(others + r * stride + k), sum);
+        v_store(column + k, sum);
+    }
+}
+
+TARGET static void add_squares(const float *lines, int64_t n_line, int64_t width, float *out) {
+    for (int64_t row = 0; row < width; row += PANEL_ROWS) {
+        for (int64_t first = row / PANEL_KEYS * PANEL_KEYS; first < width; first += PANEL_KEYS) {
+            const float *k = lines + first, *q = lines + row;
+            float *to = out + row * width + first;
+            vec sum[PANEL_ROWS][PANEL_VECTORS];
+            for (int r = 0; r < PANEL_ROWS; r++)
+                for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_load(to + r * width + v * LANES);
+            for (int64_t i = 0; i < n_line; i++, k += width, q += width) {
+                vec part[PANEL_VECTORS];
+                for (int v = 0; v < PANEL_VECTORS; v++) part[v] = v_load(k + v * LANES);
+                for (int r = 0; r < PANEL_ROWS; r++) {
+                    const vec by = v_fill(q[r]);
+                    for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = v_fma(by, part[v], sum[r][v]);
+                }
+            }
+            for (int r = 0; r < PANEL_ROWS; r++)
+                for (int v = 0; v < PANEL_VECTORS; v++) v_store(to + r * width + v * LANES, sum[r][v]);
+        }
+    }
+}
+
 #ifndef HAS_MASKS
 static inline void move_part(char *target, const char *source, size_t n) { memmove(target, source, n); }
 #endif
@@ -169,11 +202,12 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
 #define FOR_ALL_DTYPES(x) {[KVP_F32] = x, [KVP_F16] = x, [KVP_BF16] = x}
 
 /* Of a table: what no instruction set has otherwise, and what those that multiply floats have. */
-#define SHARED_FUNCTIONS                                                                                              \
-    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                          \
-    .add_rows = OF_EACH_DTYPE(add_rows), .bounds = OF_EACH_DTYPE(bounds), .spreads = OF_EACH_DTYPE(spreads),          \
-    .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, .filter = filter, .copy_rows = copy_rows, \
-    .stream = stream, .end_stream = end_stream
+#define SHARED_FUNCTIONS                                                                                       \
+    .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                   \
+    .add_rows = OF_EACH_DTYPE(add_rows), .turn = OF_EACH_DTYPE(turn), .pack_floats = OF_EACH_DTYPE(pack_keys), \
+    .add_squares = add_squares, .dot_columns = dot_columns, .bounds = OF_EACH_DTYPE(bounds),                   \
+    .spreads = OF_EACH_DTYPE(spreads), .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, \
+    .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
 #define FLOAT_FUNCTIONS                                                                 \
     .pack_keys = OF_EACH_DTYPE(pack_keys), .pack_queries = OF_EACH_DTYPE(pack_queries), \
     .multiply = FOR_ALL_DTYPES(multiply_floats), .line_up = OF_EACH_DTYPE(line_up),     \

@@ -1,28 +1,31 @@
-"""Scores by the attention that queries to come are expected to pay to keys, by the CUDA kernels of the core."""
+"""Scores by the attention that queries to come are expected to pay to keys, by the core."""
 
 from typing import TYPE_CHECKING
 
 from .. import _core
 from .arrays import Int32
-from .ops import cuda_path
+from .ops import cuda_path, n_worker
 
 if TYPE_CHECKING:
     import torch
 
-_DIMS = (64, 96, 128)  # that there are kernels for
+_CUDA_DIMS = (64, 96, 128)  # that there are kernels for
 
 
-def has_kernels(keys: "torch.Tensor", queries: "torch.Tensor") -> bool:
-    """Whether :func:`expect` takes them: on a GPU, of one type, and with as many channels as it has kernels for.
+def is_known(keys: "torch.Tensor", queries: "torch.Tensor") -> bool:
+    """Whether :func:`expect` takes them: of one type, with channels that pair, and on a GPU as many as it has kernels
+    for.
 
     Examples
     --------
     >>> import torch
-    >>> has_kernels(torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64))
-    False
+    >>> is_known(torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64))
+    True
     """
-    fits = keys.is_cuda and keys.dtype == queries.dtype and keys.shape[-1] in _DIMS
-    return fits and cuda_path(keys.device.index)[0]
+    n_dim = keys.shape[-1]
+    if keys.dtype != queries.dtype or n_dim % 2:
+        return False
+    return not keys.is_cuda or (n_dim in _CUDA_DIMS and cuda_path(keys.device.index)[0])
 
 
 def expect(
@@ -69,16 +72,16 @@ def expect(
     Raises
     ------
     NotImplementedError
-        On a CPU, where products of torch are as fast.
+        On a GPU, for another number of channels than 64, 96 or 128.
 
     Examples
     --------
     >>> import numpy as np
     >>> import torch
-    >>> x, angles = torch.zeros(1, 1, 1, 64), (torch.ones(1, 1, 64), torch.zeros(1, 1, 64))
-    >>> expect(x, x, x, angles, tuple(a[:, 0] for a in angles), np.array([[0, 0, 1]], np.int32), scaling=1.0)
-    Traceback (most recent call last):
-    NotImplementedError: this device has no verb "expect"
+    >>> x, angles = torch.ones(1, 1, 2, 64), (torch.ones(1, 2, 64), torch.zeros(1, 2, 64))
+    >>> ahead = tuple(a[:, 0] for a in angles)
+    >>> expect(x, x, x, angles, ahead, np.array([[0, 0, 2]], np.int32), scaling=1.0)[1].tolist()
+    [[[4.0, 4.0]]]
     """
     import torch
 
@@ -87,6 +90,8 @@ def expect(
     logits, scores = (keys.new_empty(x.shape[:3], dtype=torch.float32) for x in (queries, keys))
     tables = turns[0][:, None], turns[1][:, None], *ahead, edges, sinks
     arguments = keys, queries, values, *tables, logits, scores, scaling, epsilon, with_spread
-    scratch = keys.new_empty(_core.expect_workspace(*arguments, 1), dtype=torch.uint8)
-    _core.expect(*arguments, scratch, 1)
+    scratch = None  # on the CPU the core sees to it
+    if keys.is_cuda:
+        scratch = keys.new_empty(_core.expect_workspace(*arguments, 1), dtype=torch.uint8)
+    _core.expect(*arguments, scratch, n_worker())
     return logits, scores

@@ -105,7 +105,7 @@ def score(
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
     arguments = scorer, keys, values, queries, *tables, lse, out, numbers
-    _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), _n_worker())
+    _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), n_worker())
     return out
 
 
@@ -207,7 +207,7 @@ def press_checked(
         positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept)
         return positions, *gather(keys, values, positions)
     read = keys, values, queries, votes, valid, lse
-    return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept, _n_worker())
+    return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept, n_worker())
 
 
 def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
@@ -245,7 +245,7 @@ def select_checked(
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
     arguments = scores, segments, quotas, protect, valid, positions, counts
-    _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), _n_worker())
+    _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), n_worker())
     return positions, counts
 
 
@@ -270,7 +270,7 @@ def share(
         return reference.share(scores, segments, quotas, floors)
     counts = _empty(scores, quotas.shape, "int32")
     arguments = scores, segments, quotas, floors, counts
-    _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), _n_worker())
+    _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), n_worker())
     return _host(counts)
 
 
@@ -309,7 +309,7 @@ def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
         _empty(x, (*kept, _shape(x, name, 4)[3]), x.dtype) for x, name in ((keys, "keys"), (values, "values"))
     )
     positions = positions if str(positions.dtype) in ("int32", "torch.int32") else _int32(positions, "positions")
-    _core.gather(keys, values, positions, out_keys, out_values, _n_worker())
+    _core.gather(keys, values, positions, out_keys, out_values, n_worker())
     return out_keys, out_values
 
 
@@ -458,7 +458,8 @@ def _empty_numpy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[An
     return np.ndarray(shape, dtype, memory, -memory.__array_interface__["data"][0] % 64)
 
 
-def _n_worker() -> int:
+def n_worker() -> int:
+    """Threads that the core may use on the CPU: torch's, where it is loaded."""
     torch = sys.modules.get("torch")
     return (
         torch.get_num_threads()

@@ -96,8 +96,16 @@ class ExpectedAttention(Policy):
             raise UnsupportedModelError(
                 f"softcap is {inputs.softcap}; policy {self.name!r} is not defined for capped logits, expected none"
             )
-        if (by_kernels := self._by_kernels(inputs, keys, queries, values)) is not None:
-            return by_kernels
+        if (scores := self._by_core(inputs, keys, queries, values)) is None:
+            scores = self._by_products(inputs, keys, queries, values)
+        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+
+    def _by_products(
+        self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor", values: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """The scores by torch's products, whatever the layer makes of its queries."""
+        import torch
+
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         positions = inputs.rotary.positions(inputs.valid, keys.shape[2], keys.device)
         for row, (begin, first, *cuts) in enumerate(self._edges(inputs).tolist()):
@@ -111,7 +119,7 @@ class ExpectedAttention(Policy):
             else:
                 out[:] = weights
             scores[row, :, begin:first] = out.nan_to_num(0).max() + 1
-        return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
+        return scores
 
     def _edges(self, inputs: Inputs) -> Int32:
         """Of each row's first ``n_sink`` tokens and of its segments without them, (B, S+2); shorter rows end in empty
@@ -123,12 +131,12 @@ class ExpectedAttention(Policy):
             of_row[: 2 + len(segments)] = [begin, first, *(max(stop, first) for _, stop in segments)]
         return edges
 
-    def _by_kernels(
+    def _by_core(
         self, inputs: Inputs, keys: "torch.Tensor", queries: "torch.Tensor", values: "torch.Tensor"
     ) -> "torch.Tensor | None":
-        """The scores by the core's kernels, equal to rounding; None where there are none for these tensors, or they do
-        not know how the layer turns its queries."""
-        if not forecast.has_kernels(keys, queries):
+        """The same by the core, to rounding; None where it does not take these tensors, or does not know how the layer
+        turns its queries."""
+        if not forecast.is_known(keys, queries):
             return None
         rotary, n_token, one = inputs.rotary, keys.shape[2], queries[:1, :1, :1]
         ahead = rotary.ahead(inputs.valid, n_token, self.n_future_positions, one)

@@ -140,17 +140,15 @@ kvp_status call_verb(kvp_verb verb, const void *args, calling how) {
     kvp_context ctx = {.workspace = scratch.bytes ? scratch.data : NULL, .workspace_bytes = scratch.bytes};
     ctx.parallel_for = how.parallel_for;
     ctx.n_worker = how.n_worker;
-    kvp_status status;
-    if (verb == KVP_SCORE)
-        status = kvp_score(args, &ctx);
-    else if (verb == KVP_SELECT)
-        status = kvp_select(args, &ctx);
-    else if (verb == KVP_GATHER)
-        status = kvp_gather(args, &ctx);
-    else if (verb == KVP_SHARE)
-        status = kvp_share(args, &ctx);
-    else
-        status = kvp_press(args, &ctx);
+    kvp_status status = KVP_ERR_VALUE;
+    switch (verb) {
+    case KVP_SCORE: status = kvp_score(args, &ctx); break;
+    case KVP_SELECT: status = kvp_select(args, &ctx); break;
+    case KVP_GATHER: status = kvp_gather(args, &ctx); break;
+    case KVP_PRESS: status = kvp_press(args, &ctx); break;
+    case KVP_SHARE: status = kvp_share(args, &ctx); break;
+    case KVP_EXPECT: status = kvp_expect(args, &ctx); break;
+    }
     CHECK(status == KVP_OK, "%s: %s", kvp_status_name(status), ctx.error);
     free_block(&scratch);
     return status;

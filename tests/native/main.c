@@ -37,6 +37,7 @@ static void run_on_rows(void) {
     run("random", test_random);
     run("keydiff", test_keydiff);
     run("lagkv", test_lagkv);
+    run("expect", test_expect);
     run("attention", test_attention);
     run("attention sums", test_attention_sums);
     run("attention shifts", test_shifts);
@@ -63,7 +64,7 @@ int main(int argc, char **argv) {
     run("band", test_band);
     run("gather", test_gather);
     run("refusals", test_refusals);
-    run("expect", test_expect);
+    run("expect refusals", test_expect_refusals);
     run("introspection", test_introspection);
     run("corpus", test_corpus);
     run("register backend", test_register_backend);

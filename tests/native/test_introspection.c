@@ -143,6 +143,31 @@ static kvp_tensor imagine(kvp_dtype dtype, int32_t ndim, int64_t last) {
         {8, ndim > 2 ? 8 : 1, 1, 1}};
 }
 
+/* The verb that a backend may lack. */
+static void expect_of_a_backend(kvp_tensor keys, kvp_tensor scores, kvp_context *ctx) {
+    kvp_tensor table = imagine(KVP_F32, 4, 4), ahead = imagine(KVP_F32, 2, 2), segments = imagine(KVP_I32, 2, 3);
+    size_t bytes;
+    ahead.shape[0] = 1;
+    keys.shape[3] = table.shape[3] = 2; /* a pair of channels */
+    segments.device = KVP_CPU;          /* two empty ones */
+    const kvp_expect_args expect = {.size = sizeof expect,
+                                    .keys = keys,
+                                    .queries = keys,
+                                    .cosines = table,
+                                    .sines = table,
+                                    .ahead_cosines = ahead,
+                                    .ahead_sines = ahead,
+                                    .segments = segments,
+                                    .logits = imagine(KVP_F32, 3, 4),
+                                    .scores = scores};
+    CHECK(kvp_expect(&expect, ctx) == KVP_OK && n_expect == 1, "the backend's expect was called %d times: %s", n_expect,
+          ctx->error);
+    CHECK(kvp_register_backend(&in_parts) == KVP_OK, "the backend was not registered");
+    CHECK(kvp_expect(&expect, ctx) == KVP_ERR_UNSUPPORTED && strstr(ctx->error, "no verb \"expect\""),
+          "a verb that the device lacks was called: %s", ctx->error);
+    CHECK(kvp_workspace(KVP_EXPECT, &expect, 1, &bytes) == KVP_ERR_UNSUPPORTED, "it was asked for its scratch");
+}
+
 void test_register_backend(void) {
     kvp_context ctx = {0};
     size_t bytes;
@@ -176,21 +201,7 @@ void test_register_backend(void) {
     CHECK(kvp_select(&select, &ctx) == KVP_OK && n_select == 1, "the backend's select was called %d times: %s",
           n_select, ctx.error);
     free_block(&scratch);
-    const kvp_tensor table = imagine(KVP_F32, 4, 4), ahead = imagine(KVP_F32, 2, 1);
-    kvp_tensor segments = imagine(KVP_I32, 2, 3);
-    segments.device = KVP_CPU; /* two empty ones */
-    const kvp_expect_args expect = {.size = sizeof expect,
-                                    .keys = keys,
-                                    .queries = keys,
-                                    .cosines = table,
-                                    .sines = table,
-                                    .ahead_cosines = ahead,
-                                    .ahead_sines = ahead,
-                                    .segments = segments,
-                                    .logits = imagine(KVP_F32, 3, 4),
-                                    .scores = score.scores};
-    CHECK(kvp_expect(&expect, &ctx) == KVP_OK && n_expect == 1, "the backend's expect was called %d times: %s",
-          n_expect, ctx.error);
+    expect_of_a_backend(keys, score.scores, &ctx);
 }
 
 /* A backend that has it is given a press whole; another its three parts. */

@@ -5,12 +5,18 @@
 #ifndef KVP_TEST_TESTS_H
 #define KVP_TEST_TESTS_H
 
+#include "harness.h"
+
+/* Other ways to run a call's tasks, for the same bits; NULL past the last (test_same_bits.c). */
+const calling *way_of_running(int i);
+
 /* Once for each set of row primitives that this CPU can run. */
 void test_norm(void);
 void test_position(void);
 void test_random(void);
 void test_keydiff(void);
 void test_lagkv(void);
+void test_expect(void);
 void test_attention(void);
 void test_attention_sums(void);
 void test_shifts(void);
@@ -27,7 +33,7 @@ void test_share(void);
 void test_band(void);
 void test_gather(void);
 void test_refusals(void);
-void test_expect(void);
+void test_expect_refusals(void);
 void test_introspection(void);
 void test_corpus(void);           /* tests/fuzz/replay.c */
 void test_register_backend(void); /* the last two: a backend cannot be taken away again */
