@@ -186,21 +186,27 @@ static void score_broken_query(const attention_shape *shape, bool has_lse, int32
     free_attention_case(&c);
 }
 
-void test_broken_keys(void) {
-    for (int i = 0; i < 120; i++) {
-        const attention_shape shape = {.n_batch = 1,
-                                       .n_head = 1,
-                                       .group = 1 + i % 3,
-                                       .n_token = i % 5 ? 40 : 300,
-                                       .n_dim = 8,
-                                       .dtype = (kvp_dtype)(i % 3),
-                                       .kind = VOTING_SPANS};
-        const double number = i % 2 ? (double)NAN : (double)INFINITY;
-        const int32_t weight = i < 60 ? KVP_WEIGHT_SUM : KVP_WEIGHT_MAX;
-        score_broken(&shape, number, OWN, weight);
-        score_broken(&shape, (double)NAN, GIVEN, weight);
-        score_broken(&shape, number, MUTE, weight);
+static void score_broken_ones(int i, int32_t weight, bool is_query) {
+    const attention_shape shape = {.n_batch = 1,
+                                   .n_head = 1,
+                                   .group = 1 + i % 3,
+                                   .n_token = i % 5 ? 40 : 300,
+                                   .n_dim = 8,
+                                   .dtype = (kvp_dtype)(i % 3),
+                                   .kind = VOTING_SPANS};
+    if (is_query) {
         score_broken_query(&shape, i % 2, weight);
+        return;
+    }
+    score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, OWN, weight);
+    score_broken(&shape, (double)NAN, GIVEN, weight);
+    score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, MUTE, weight);
+}
+
+void test_broken_keys(void) {
+    for (int is_query = 0; is_query < 2; is_query++) {
+        for (int i = 0; i < 60; i++) score_broken_ones(i, KVP_WEIGHT_SUM, is_query);
+        for (int i = 0; i < 60; i++) score_broken_ones(i, KVP_WEIGHT_MAX, is_query);
     }
 }
 
