@@ -14,7 +14,8 @@ from .base import Inputs, Policy, Vote
 if TYPE_CHECKING:
     import torch
 
-_TILE = 2**24  # logits that torch makes at once: 64 MiB
+_TILE = {"cpu": 2**20}  # logits that torch makes at once, by device: what a processor's caches hold
+_LARGE_TILE = 2**24  # elsewhere: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ class KVzip(Policy):
             own = {"keys": seen[None], "queries": queries[row : row + 1, :, :n_read], "lse": None}
             part = Inputs.of(inputs, **own, valid=[(0, seen.shape[1])])
             votes = list(_votes(inputs.segments[row], first, last, n_lead, sink - begin))
-            most = part.attend([votes])[0] if seen.device.type == "cpu" else _most(part, votes)
+            # Learned sinks join a softmax by denominators of torch's, which would take longer than all of it by torch.
+            by_core = seen.device.type == "cpu" and inputs.sinks is None
+            most = part.attend([votes])[0] if by_core else _most(part, votes)
             scores[row, :, first:last] = most[:, sink - begin :][:, : last - first]
             scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
@@ -185,14 +188,14 @@ def _votes(segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: i
 
 
 def _most(part: Inputs, votes: Sequence[Vote]) -> "torch.Tensor":
-    """What the core's attention gives by these votes on the CPU, by torch: float32 (H, n)."""
+    """What the core's attention gives by these votes on a CPU, by torch: float32 (H, n)."""
     import torch
 
     keys, read = (torch.as_tensor(x)[0].float() for x in (part.keys, part.queries))
     (n_head, n_key, n_dim), n_old = keys.shape, keys.shape[1] - read.shape[1]
     queries, most = read.unflatten(0, (n_head, -1)), keys.new_zeros(n_head, n_key)
     places = torch.arange(n_key, device=keys.device)
-    step = max(1, _TILE // (len(read) * n_key))
+    step = max(1, _TILE.get(keys.device.type, _LARGE_TILE) // (len(read) * n_key))
     for vote in votes:
         low, high = vote.keys
         for start in range(*vote.queries, step):
