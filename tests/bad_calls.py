@@ -140,6 +140,11 @@ OPS = [
         "votes[0,0] has the key range [0, 2000); exp",
     ),
     (
+        lambda e: ops.score("attention", KEYS, queries=QUERIES, votes=VOTES * 0 + 4 * (np.arange(10) == 6)),
+        ValueError,
+        "votes[0,0] has weight 4; expected 0 (sum), 1 (mean), 2 (age) or 3 (max)",
+    ),
+    (
         lambda e: ops.score("attention", KEYS, queries=QUERIES, votes=VOTES, softcap=-1),
         ValueError,
         "softcap is -1; expected 0 (none), or ",

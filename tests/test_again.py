@@ -17,7 +17,7 @@ from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.policies import Again
+from kvpitfalls.policies import Again, Inputs, Vote, kvzip
 
 REQUEST = (7, 8, 9)
 SPANS = {"a": (3, 9), "b": (9, 16)}
@@ -103,6 +103,25 @@ def test_parts_are_scored_by_the_formula(n_token, n_sink):
             of_row = [(queries[row], read[row]) for queries, read in turns]
             by_hand = parts_by_hand(policy, keys[row], of_row, segments)
             torch.testing.assert_close(scores[row].double(), by_hand, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_torch_gives_what_the_core_gives(has_sinks, softcap, dtype, monkeypatch):
+    """By a few queries at a time; two segments, of which the read ones' queries are not the only ones."""
+    n_old, n_read, draw = 40, 33, torch.Generator().manual_seed(9)
+    keys = torch.randn(1, 2, n_old + n_read, 16, generator=draw).to(dtype)
+    queries = torch.randn(1, 6, n_read, 16, generator=draw).to(dtype)
+    sinks = 3 * torch.randn(6, generator=draw) if has_sinks else None
+    given = {"softcap": softcap, "sinks": sinks, "segments": [], "spans": [], "valid": [(0, n_old + n_read)]}
+    part = Inputs(keys, queries, **given)
+    votes = [Vote((2, 15), (44, 57), weight="max"), Vote((15, 36), (40, 73), weight="max")]
+    ours, without = part.attend([votes])[0], Inputs(keys, queries, **given | {"sinks": None}).attend([votes])[0]
+    for tile in (2**24, 6 * 73 * 5):
+        monkeypatch.setitem(kvzip._TILE, "cpu", tile)
+        torch.testing.assert_close(kvzip._most(part, votes), ours, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours, without) != has_sinks and (ours[:, 2:36] > 0).all() and not ours[:, 36:].any()
 
 
 def test_what_is_read_is_the_request_and_the_prompt_part_by_part():

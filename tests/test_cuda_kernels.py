@@ -267,6 +267,12 @@ def test_many_votes_travel_by_the_workspace():
         attend(*tensors(1, 1, 1, 4097, 64), [[Vote((i, i + 1), (i, i + 1)) for i in range(4097)]])
 
 
+def test_the_most_of_attention_is_for_cpus():
+    votes = [*whole(40), Vote((0, 0), (0, 40), weight="max")]
+    with pytest.raises(NotImplementedError, match=r"^votes\[1,1\] has weight 3 \(max\); on a CUDA device expected 0 "):
+        attend(*tensors(2, 2, 2, 40, 64), [whole(40), votes])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["snapkv", "tova", "h2o", "knorm", "streaming_llm"])
 def test_400_sentences_of_5000_tokens(policy, dtype):

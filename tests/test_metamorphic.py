@@ -19,6 +19,7 @@ VOTES = {
         Vote((0, 100), (0, 100), (250, N_TOKEN), weight="age", age_end=100),
         Vote((100, N_TOKEN), (100, N_TOKEN)),
     ],
+    "most": [Vote((0, 100), (130, N_TOKEN), weight="max"), Vote((100, 130), (130, 160), weight="max")],
 }
 of_each_kind = pytest.mark.parametrize("kind", VOTES)
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,6 +36,8 @@ def draw(device, dtype, seed=0):
 def attend(keys, queries, votes, valid=None, scaling=0.125, **params):
     """Scores by attention; the same votes for all rows, or a list for each."""
     of_rows = votes if isinstance(votes[0], list) else [votes] * len(keys)
+    if keys.is_cuda and any(vote.weight == "max" for row in of_rows for vote in row):
+        pytest.skip("the most of attention is for CPUs")
     valid = valid or [(0, keys.shape[2])] * len(keys)
     inputs = Inputs(keys, queries, scaling=scaling, valid=valid, segments=[], spans=[])
     return inputs.attend(of_rows, **params)
@@ -67,7 +70,7 @@ def test_rows_in_another_order_or_alone_have_their_own_scores(dtype, device, eve
     """Each with votes and padding of its own."""
     keys, queries = draw(device, dtype)
     votes, valid = (
-        [VOTES[kind] for kind in ("whole", "window", "fair")],
+        [VOTES[kind] for kind in ("whole", "window", "fair" if device == "cuda" else "most")],
         [(0, N_TOKEN), (17, N_TOKEN), (3, N_TOKEN - 60)],
     )
     rows = order(N_ROW, device)
@@ -176,6 +179,22 @@ def test_each_voter_gives_one_vote(dtype, device, every_isa):  # noqa: F811
             whole.double().sum(-1), torch.full_like(whole[..., 0], N_TOKEN, dtype=torch.float64), rtol=1e-5, atol=0
         )
         torch.testing.assert_close(early + late, whole, rtol=1e-5, atol=1e-7, msg=isa)
+
+
+@of_each_dtype
+def test_the_most_by_all_voters_is_the_most_by_some_and_by_the_others(dtype, every_isa):  # noqa: F811
+    """Judged by two calls; by one head of each group, and by the others."""
+    keys, queries = draw("cpu", dtype)
+    for isa in every_isa("cpu"):
+        whole, early, late = (
+            attend(keys, queries, [Vote((0, N_TOKEN), voters, weight="max")])
+            for voters in ((0, N_TOKEN), (0, 111), (111, N_TOKEN))
+        )
+        assert (whole > 0).all() and (whole <= 1 + 1e-6).all(), isa
+        torch.testing.assert_close(early.maximum(late), whole, rtol=1e-5, atol=1e-7, msg=isa)
+        votes = [Vote((0, N_TOKEN), (0, N_TOKEN), weight="max")]
+        one, other = (attend(keys, queries[:, i::GROUP], votes) for i in range(GROUP))
+        torch.testing.assert_close(one.maximum(other), whole, rtol=1e-5, atol=1e-7, msg=isa)
 
 
 @on_every_device

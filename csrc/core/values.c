@@ -85,9 +85,10 @@ static kvp_status check_vote_of_queries(const kvp_score_args *args, int64_t b, i
     KVPI_TRY(check_range(votes, b, v, KVP_VOTE_WINDOW_BEGIN, "window", n_token, ctx));
     KVPI_TRY(check_voters(args, b, v, KVP_VOTE_A_BEGIN, ctx));
     KVPI_TRY(check_voters(args, b, v, KVP_VOTE_B_BEGIN, ctx));
-    if (weight >= KVP_WEIGHT_SUM && weight <= KVP_WEIGHT_AGE) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_VALUE, "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean) or 2 (age)",
-                     (long long)b, (long long)v, (int)weight);
+    if (weight >= KVP_WEIGHT_SUM && weight <= KVP_WEIGHT_MAX) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE,
+                     "votes[%lld,%lld] has weight %d; expected 0 (sum), 1 (mean), 2 (age) or 3 (max)", (long long)b,
+                     (long long)v, (int)weight);
 }
 
 /* Of a scorer that needs no queries: what it would not read must not be there. */

@@ -10,6 +10,7 @@
  *     multiply                  logits of a strip and a block (or a part of it)
  *     soften                    exp(logit - shift), with the row's highest logit as the shift unless one is given
  *     add_columns               column += weight * row, for all rows of the strip
+ *     raise_columns             column = the most of itself and weight * row, likewise
  *
  * Where the processor multiplies bfloat16 itself, packed bfloat16 stays bfloat16, in pairs; all else is packed as
  * float32.
@@ -100,6 +101,10 @@ typedef struct kvpi_rows {
     /* column[k] += sum over r of weight[r] * rows[r * stride + k], k < n. */
     void (*add_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
                         int64_t n_row);
+    /* column[k] = the most of itself and of all weight[r] * rows[r * stride + k], k < n. NaN stays in the column, and
+     * counts for nothing in a row. */
+    void (*raise_columns)(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
+                          int64_t n_row);
 
     /* column[k] += sum over r of (rows[r * stride + k] + offset[r]) * others[r * stride + k], k < n, a multiple of the
      * panel width. */

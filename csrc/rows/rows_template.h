@@ -13,7 +13,7 @@
  * vector's)
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
- * second argument where the first is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
+ * second argument where either is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
  * and v_highest add and compare the lanes of one vector in a fixed order; v_transpose makes columns of LANES rows, in
  * place; v_from_* widen LANES elements.
  */
@@ -88,6 +88,17 @@ TARGET static float soften(float *row, int64_t n_visible, int64_t n, float scale
     return v_sum(v_add(sum[0], sum[1]));
 }
 
+/* The first n columns, or LANES of them: those behind belong to others. */
+TARGET static inline void store_first(float *column, vec a, int64_t n) {
+    if (n >= LANES) {
+        v_store(column, a);
+        return;
+    }
+    float last[LANES];
+    v_store(last, a);
+    memcpy(column, last, (size_t)n * sizeof(float));
+}
+
 TARGET static void add_columns(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
                                int64_t n_row) {
     vec w[KVPI_STRIP];
@@ -95,13 +106,18 @@ TARGET static void add_columns(float *column, int64_t n, const float *rows, int6
     for (int64_t k = 0; k < n; k += LANES) {
         vec sum = v_load(column + k);
         for (int64_t r = 0; r < n_row; r++) sum = v_fma(w[r], v_load(rows + r * stride + k), sum);
-        if (k + LANES <= n) {
-            v_store(column + k, sum);
-        } else { /* the columns behind n belong to others */
-            float last[LANES];
-            v_store(last, sum);
-            memcpy(column + k, last, (size_t)(n - k) * sizeof(float));
-        }
+        store_first(column + k, sum, n - k);
+    }
+}
+
+TARGET static void raise_columns(float *column, int64_t n, const float *rows, int64_t stride, const float *weight,
+                                 int64_t n_row) {
+    vec w[KVPI_STRIP];
+    for (int64_t r = 0; r < n_row; r++) w[r] = v_fill(weight[r]);
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec most = v_load(column + k);
+        for (int64_t r = 0; r < n_row; r++) most = v_max(v_mul(w[r], v_load(rows + r * stride + k)), most);
+        store_first(column + k, most, n - k);
     }
 }
 
@@ -206,8 +222,9 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
     .panel = PANEL_KEYS, .norms = OF_EACH_DTYPE(norms), .products = OF_EACH_DTYPE(products),                   \
     .add_rows = OF_EACH_DTYPE(add_rows), .turn = OF_EACH_DTYPE(turn), .pack_floats = OF_EACH_DTYPE(pack_keys), \
     .add_squares = add_squares, .dot_columns = dot_columns, .bounds = OF_EACH_DTYPE(bounds),                   \
-    .spreads = OF_EACH_DTYPE(spreads), .cap = cap, .soften = soften, .add_columns = add_columns, .list = list, \
-    .filter = filter, .copy_rows = copy_rows, .stream = stream, .end_stream = end_stream
+    .spreads = OF_EACH_DTYPE(spreads), .cap = cap, .soften = soften, .add_columns = add_columns,               \
+    .raise_columns = raise_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream,  \
+    .end_stream = end_stream
 #define FLOAT_FUNCTIONS                                                                 \
     .pack_keys = OF_EACH_DTYPE(pack_keys), .pack_queries = OF_EACH_DTYPE(pack_queries), \
     .multiply = FOR_ALL_DTYPES(multiply_floats), .line_up = OF_EACH_DTYPE(line_up),     \

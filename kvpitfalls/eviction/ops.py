@@ -50,11 +50,11 @@ def score(
     ----------
     scorer : {"norm", "position", "attention", "keydiff", "lagkv", "random"}
         ``norm``: minus the Euclidean norm of each key. ``position``: the first ``n_sink`` valid tokens, then the
-        newest. ``attention``: sums of attention columns, as ``votes`` say. ``keydiff``: minus the cosine of each key
-        and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing else (all other
-        fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much a token's key
-        and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`. ``random``: a draw from
-        [0, 1) that depends on the head, the row's length, the keys of eight of its tokens and the seed.
+        newest. ``attention``: sums of attention columns, or the most of each, as ``votes`` say. ``keydiff``: minus the
+        cosine of each key and the mean of the unit vectors of its range, where ``votes`` name key ranges and nothing
+        else (all other fields 0); a key in no range scores 0. ``lagkv``: minus the rank, within its chunk, of how much
+        a token's key and value spread between the bounds of the next chunk; see :class:`kvpitfalls.LagKV`. ``random``:
+        a draw from [0, 1) that depends on the head, the row's length, the keys of eight of its tokens and the seed.
     keys : array, shape (B, H, T, D)
         float32, float16 or bfloat16; any strides.
     values : array, shape (B, H, T, Dv), optional

@@ -15,7 +15,7 @@ from .arrays import A, Array, Table
 __all__ = ["gather", "score", "select"]
 _QUERY_BLOCK = 256  # attention rows held at a time: memory is O(block * T), never O(T * T)
 _VOTE_RANGES = {"keys": 0, "queries": 2, "more_queries": 4, "window": 8}  # first field of each range, as in csrc/kvp.h
-_SUM, _MEAN, _AGE = 0, 1, 2
+_SUM, _MEAN, _AGE, _MAX = 0, 1, 2, 3
 _SMALLEST = float(np.finfo(np.float64).tiny)
 _STEP = 0x1E3779B97F4A7C15  # of the scorer "random": odd, and of no pattern
 _TOLD_BY = 8  # tokens whose keys tell its rows apart
@@ -112,14 +112,19 @@ def _attention_row(
         attention = (logits - norm).exp().masked_fill(~norm.isfinite(), no_softmax).masked_fill(~visible, 0.0)
         for v, vote in enumerate(votes):
             voter = inside[q] & (_within(q, vote, "queries") | _within(q, vote, "more_queries"))
-            column[v] += attention[:, voter].sum(1)
-    column = column.mean(1, keepdim=True) if share_heads else column.unflatten(1, (n_head, group)).mean(2)
+            if vote[6] == _MAX and voter.any():
+                column[v] = column[v].maximum(attention[:, voter].amax(1))
+            elif vote[6] != _MAX:
+                column[v] += attention[:, voter].sum(1)
+    heads = column.unsqueeze(1) if share_heads else column.unflatten(1, (n_head, group))
     out = torch.zeros(n_head, n_token, dtype=torch.float64, device=keys.device)
     for v, vote in enumerate(votes):
         key = _within(position, vote, "keys") & inside
         n_voter = (inside & (_within(position, vote, "queries") | _within(position, vote, "more_queries"))).sum()
-        divisor = {_SUM: torch.ones_like(position), _MEAN: n_voter, _AGE: int(vote[7]) - position}[int(vote[6])]
-        summed = torch.where(key, column[v] / divisor.clamp(min=1), 0.0).expand(n_head, -1)
+        one = torch.ones_like(position)
+        divisor = {_SUM: one, _MEAN: n_voter, _AGE: int(vote[7]) - position, _MAX: one}[int(vote[6])]
+        of_heads = heads[v].amax(1) if vote[6] == _MAX else heads[v].mean(1)
+        summed = torch.where(key, of_heads / divisor.clamp(min=1), 0.0).expand(n_head, -1)
         pooled = torch.nn.functional.avg_pool1d(summed, kernel_size, 1, kernel_size // 2)
         out = torch.where(key, pooled, out)
         window = _within(position, vote, "window") & inside

@@ -19,7 +19,7 @@ from ..eviction.layer_inputs import LayerInputs
 from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
 
-_WEIGHTS = {"sum": 0, "mean": 1, "age": 2}
+_WEIGHTS = {"sum": 0, "mean": 1, "age": 2, "max": 3}
 
 
 class Vote(NamedTuple):
@@ -31,8 +31,9 @@ class Vote(NamedTuple):
         The keys that are judged, ``[begin, end)``.
     queries, more_queries : (int, int)
         The positions whose queries vote on them, each on keys not after itself.
-    weight : {"mean", "age", "sum"}
-        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all.
+    weight : {"mean", "age", "sum", "max"}
+        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all; or,
+        on the CPU only, what counts is the most attention that any voter's head pays to it.
     age_end : int
         See ``weight``.
     window : (int, int)

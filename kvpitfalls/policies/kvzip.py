@@ -9,12 +9,12 @@ import numpy as np
 from ..eviction.arrays import Array
 from ..numbers import is_whole
 from ..prompts.chats import apply_template
-from .base import Inputs, Policy
+from .base import Inputs, Policy, Vote
 
 if TYPE_CHECKING:
     import torch
 
-_TILE = {"cpu": 2**20}  # logits at once, by device: what a processor's caches hold
+_TILE = {"cpu": 2**20}  # logits that torch makes at once, by device: what a processor's caches hold
 _LARGE_TILE = 2**24  # elsewhere: 64 MiB
 
 
@@ -163,50 +163,54 @@ class KVzip(Policy):
             first, last = begin + start, min(begin + start + self.chunk_size, end)
             n_lead, sink = len(self._lead(range(end - begin), start)), begin + min(self.n_sink, start)
             n_read = n_lead + last - first
-            seen = torch.cat([keys[row, :, begin:sink], keys[row, :, first:last], read[row, :, :n_read]], 1).float()
-            grouped = queries[row, :, :n_read].unflatten(0, (n_head, -1)).float()
-            shift = sink - begin - first  # from a key's position to its place in ``seen``
-            for low, high, by in _judges(inputs.segments[row], first, last, n_lead):
-                judged = slice(low + shift, high + shift)
-                scores[row, :, low:high] = _most(inputs, grouped, seen, n_read, by, judged)
+            seen = torch.cat([keys[row, :, begin:sink], keys[row, :, first:last], read[row, :, :n_read]], 1)
+            own = {"keys": seen[None], "queries": queries[row : row + 1, :, :n_read], "lse": None}
+            part = Inputs.of(inputs, **own, valid=[(0, seen.shape[1])])
+            votes = list(_votes(inputs.segments[row], first, last, n_lead, sink - begin))
+            # Learned sinks join a softmax by denominators of torch's, which would take longer than all of it by torch.
+            by_core = seen.device.type == "cpu" and inputs.sinks is None
+            most = part.attend([votes])[0] if by_core else _most(part, votes)
+            scores[row, :, first:last] = most[:, sink - begin :][:, : last - first]
             scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
 
-def _judges(
-    segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: int
-) -> Iterator[tuple[int, int, range]]:
-    """Per segment of a part [first, last): its keys there, and which of the tokens read judge them."""
+def _votes(segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: int, n_sink: int) -> Iterator[Vote]:
+    """Per segment of a part [first, last): which of the tokens read judge its keys there, where the ``n_sink`` sinks
+    stand before the part, and what is read after it."""
+    n_old = n_sink + last - first
     for begin, end in segments:
-        low, high = max(begin, first), min(end, last)
+        low, high = max(begin, first) - first, min(end, last) - first
         if low < high:
-            own = range(n_lead + low - first, n_lead + high - first)
-            yield low, high, range(n_lead + last - first) if len(segments) == 1 else own
+            own = n_old + n_lead + low, n_old + n_lead + high
+            judges = (n_old, n_old + n_lead + last - first) if len(segments) == 1 else own
+            yield Vote((n_sink + low, n_sink + high), judges, weight="max")
 
 
-def _most(
-    inputs: Inputs, queries: "torch.Tensor", seen: "torch.Tensor", n_read: int, by: range, judged: slice
-) -> "torch.Tensor":
-    """The most attention that keys ``judged`` of ``seen`` (H, n, D) get from queries ``by`` of those read (H, G, n, D):
-    float32 (H, n). The last ``n_read`` keys are those read."""
+def _most(part: Inputs, votes: Sequence[Vote]) -> "torch.Tensor":
+    """What the core's attention gives by these votes on a CPU, by torch: float32 (H, n)."""
     import torch
 
-    n_head, n_group, _, n_dim = queries.shape
-    n_old, most = seen.shape[1] - n_read, seen.new_zeros(n_head, judged.stop - judged.start)
-    step = max(1, _TILE.get(seen.device.type, _LARGE_TILE) // (n_head * n_group * seen.shape[1]))
-    places = torch.arange(n_read, device=seen.device)
-    for start in range(by.start, by.stop, step):
-        stop = min(start + step, by.stop)
-        tile = queries[:, :, start:stop] * inputs.scaling
-        logits = tile.reshape(n_head, -1, n_dim) @ seen[:, : n_old + stop].mT
-        if inputs.softcap:
-            logits = inputs.softcap * (logits / inputs.softcap).tanh()
-        logits = logits.view(n_head, n_group, stop - start, -1)
-        logits[..., n_old:].masked_fill_(places[:stop] > places[start:stop, None], -torch.inf)
-        if inputs.sinks is not None:
-            sinks = inputs.sinks.to(logits).view(n_head, n_group, 1, 1)
-            logits = torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1)
-        most = torch.maximum(most, logits.softmax(-1)[..., judged].amax((1, 2)))
+    keys, read = (torch.as_tensor(x)[0].float() for x in (part.keys, part.queries))
+    (n_head, n_key, n_dim), n_old = keys.shape, keys.shape[1] - read.shape[1]
+    queries, most = read.unflatten(0, (n_head, -1)), keys.new_zeros(n_head, n_key)
+    places = torch.arange(n_key, device=keys.device)
+    step = max(1, _TILE.get(keys.device.type, _LARGE_TILE) // (len(read) * n_key))
+    for vote in votes:
+        low, high = vote.keys
+        for start in range(*vote.queries, step):
+            stop = min(start + step, vote.queries[1])
+            tile = queries[:, :, start - n_old : stop - n_old] * part.scaling
+            logits = tile.reshape(n_head, -1, n_dim) @ keys[:, :stop].mT
+            if part.softcap:
+                logits = part.softcap * (logits / part.softcap).tanh()
+            logits = logits.view(n_head, -1, stop - start, stop)
+            logits[..., n_old:].masked_fill_(places[n_old:stop] > places[start:stop, None], -torch.inf)
+            if part.sinks is not None:
+                sinks = part.sinks.to(logits).view(n_head, -1, 1, 1)
+                logits = torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1)
+            of_tile = logits.softmax(-1)[..., low:high].amax((1, 2))
+            most[:, low:high] = torch.maximum(most[:, low:high], of_tile)
     return most
 
 

@@ -98,7 +98,7 @@ static void fill_votes(call *c, const kvp_tensor *t, int64_t n_token, int64_t n_
                 const int64_t begin = n_token - n_query + take(c->in, n_query + 1);
                 set_range(t, b, v, f, begin, begin + take(c->in, n_token - begin + 1));
             }
-            set(t, b, v, KVP_VOTE_WEIGHT, 0, (double)take(c->in, 3));
+            set(t, b, v, KVP_VOTE_WEIGHT, 0, (double)take(c->in, 4));
             set(t, b, v, KVP_VOTE_AGE_END, 0, (double)(take(c->in, n_token + 20) - 5));
             const bool has_queries = needs_of(((const kvp_score_args *)c->args)->scorer) & KVP_NEEDS_QUERIES;
             for (int f = KVP_VOTE_KEY_END + 1; f < KVP_VOTE_FIELDS && !has_queries; f++) set(t, b, v, f, 0, 0);

@@ -33,7 +33,7 @@ static void draw_votes(vote_fields *votes, int32_t n_token) {
         votes[v][KVP_VOTE_KEY_END] = cut[2 * v + 1];
         votes[v][KVP_VOTE_WINDOW_BEGIN] = cut[2 * v + 1];
         votes[v][KVP_VOTE_WINDOW_END] = cut[2 * v + 2];
-        votes[v][KVP_VOTE_WEIGHT] = (int32_t)random_below(3);
+        votes[v][KVP_VOTE_WEIGHT] = (int32_t)random_below(4);
         votes[v][KVP_VOTE_AGE_END] = (int32_t)random_below(n_token + 60) - 5;
     }
 }
@@ -64,6 +64,11 @@ static int64_t write_votes(voting kind, int32_t n, vote_fields *votes) {
     case VOTING_OVERLAP:
         memcpy(votes[0], (vote_fields){0, n, 0, n - n / 3, n / 3, n, KVP_WEIGHT_MEAN, 0, 0, 0}, sizeof votes[0]);
         return 1;
+    case VOTING_KVZIP:
+        memcpy(votes[0], (vote_fields){0, half, half, n, 0, 0, KVP_WEIGHT_MAX, 0, 0, 0}, sizeof votes[0]);
+        memcpy(votes[1], (vote_fields){half, n - 1, half, n - n / 4, 0, 0, KVP_WEIGHT_MAX, 0, n - 1, n},
+               sizeof votes[1]);
+        return 2;
     default: draw_votes(votes, n); return MAX_VOTES;
     }
 }

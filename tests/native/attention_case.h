@@ -14,6 +14,7 @@ typedef enum voting {
     VOTING_SPANS,   /* two spans, the first with two ranges of queries */
     VOTING_EMPTY,   /* empty ranges, and keys under no vote */
     VOTING_OVERLAP, /* two ranges of queries that share some */
+    VOTING_KVZIP,   /* the last half judges all before it by what is most, and a span by the span's own */
     VOTING_RANDOM,  /* four votes of random ranges, weights and ages, different for each batch row */
     VOTING_COUNT
 } voting;

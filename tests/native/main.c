@@ -43,6 +43,7 @@ static void run_on_rows(void) {
     run("attention shifts", test_shifts);
     run("attention layouts", test_layouts);
     run("broken keys", test_broken_keys);
+    run("the most", test_most);
     run("same bits", test_same_bits);
     run("select", test_select);
     run("share", test_share);

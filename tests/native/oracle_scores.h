@@ -67,20 +67,41 @@ static void NAME(attend)(const kvp_score_args *args, int64_t b, int64_t n, REAL 
     free(queries);
 }
 
-/* The votes of one query head: weighted and pooled, before any mean over heads. */
+/* NaN, if one of them is. */
+static REAL NAME(most)(REAL a, REAL b) { return isnan(a) || a >= b ? a : b; }
+
+/* The votes of one query head, weighted. */
 static void NAME(vote)(const kvp_score_args *args, const cut_vote *v, const REAL *matrix, REAL *out) {
-    const int64_t n_token = args->keys.shape[2], reach = (int64_t)args->param[2] / 2;
-    REAL *weighted = allocate((size_t)n_token * sizeof *weighted);
+    const int64_t n_token = args->keys.shape[2];
     int64_t n_voter = 0;
     for (int64_t q = 0; q < n_token; q++) n_voter += is_voter(v, q);
     for (int64_t k = v->key_begin; k < v->key_end; k++) {
         REAL sum = 0;
         for (int64_t q = k; q < n_token; q++)
-            if (is_voter(v, q)) sum += matrix[q * n_token + k];
+            if (is_voter(v, q) && v->weight == KVP_WEIGHT_MAX)
+                sum = NAME(most)(sum, matrix[q * n_token + k]);
+            else if (is_voter(v, q))
+                sum += matrix[q * n_token + k];
         if (v->weight == KVP_WEIGHT_MEAN && n_voter > 0) sum /= (REAL)n_voter;
         if (v->weight == KVP_WEIGHT_AGE) sum /= (REAL)(v->age_end - k > 1 ? v->age_end - k : 1);
-        weighted[k] = sum;
+        out[k] = sum;
     }
+}
+
+/* The most of the heads [first, last) of per_head (heads, T) takes the place of each. */
+static void NAME(raise)(const cut_vote *v, int64_t n_token, int64_t first, int64_t last, REAL *per_head) {
+    for (int64_t k = v->key_begin; k < v->key_end; k++) {
+        REAL most = 0;
+        for (int64_t n = first; n < last; n++) most = NAME(most)(most, per_head[n * n_token + k]);
+        for (int64_t n = first; n < last; n++) per_head[n * n_token + k] = most;
+    }
+}
+
+/* Means over neighbours, of one query head. */
+static void NAME(pool)(const kvp_score_args *args, const cut_vote *v, REAL *out) {
+    const int64_t n_token = args->keys.shape[2], reach = (int64_t)args->param[2] / 2;
+    REAL *weighted = allocate((size_t)n_token * sizeof *weighted);
+    memcpy(weighted, out, (size_t)n_token * sizeof *weighted);
     for (int64_t k = v->key_begin; k < v->key_end; k++) {
         REAL sum = 0;
         for (int64_t i = k - reach; i <= k + reach; i++)
@@ -108,22 +129,30 @@ static void NAME(combine)(const kvp_score_args *args, int64_t b, int64_t first, 
 
 void NAME(attention)(const kvp_score_args *args, REAL *scores) {
     const int64_t n_head = args->keys.shape[1], n_token = args->keys.shape[2], n_query_head = args->queries.shape[1],
-                  group = n_query_head / n_head;
+                  n_vote = args->votes.shape[1], group = args->param[3] > 0 ? n_query_head : n_query_head / n_head;
     REAL *matrix = allocate((size_t)(n_token * n_token) * sizeof *matrix),
          *per_head = allocate((size_t)(n_query_head * n_token) * sizeof *per_head);
     for (int64_t b = 0; b < args->keys.shape[0]; b++) {
         memset(per_head, 0, (size_t)(n_query_head * n_token) * sizeof *per_head);
         for (int64_t n = 0; n < n_query_head; n++) {
             NAME(attend)(args, b, n, matrix);
-            for (int64_t v = 0; v < args->votes.shape[1]; v++) {
+            for (int64_t v = 0; v < n_vote; v++) {
                 const cut_vote vote = read_vote(args, b, v);
                 NAME(vote)(args, &vote, matrix, per_head + n * n_token);
             }
         }
+        for (int64_t i = 0; i < n_vote * n_query_head; i++) {
+            const cut_vote vote = read_vote(args, b, i / n_query_head);
+            const int64_t n = i % n_query_head;
+            if (vote.weight == KVP_WEIGHT_MAX && n % group == 0) NAME(raise)(&vote, n_token, n, n + group, per_head);
+        }
+        for (int64_t i = 0; i < n_vote * n_query_head; i++) {
+            const cut_vote vote = read_vote(args, b, i / n_query_head);
+            NAME(pool)(args, &vote, per_head + i % n_query_head * n_token);
+        }
         for (int64_t h = 0; h < n_head; h++) {
-            const bool shared = args->param[3] > 0;
-            NAME(combine)(args, b, shared ? 0 : h * group, shared ? n_query_head : (h + 1) * group, per_head,
-                          scores + (b * n_head + h) * n_token);
+            const int64_t first = args->param[3] > 0 ? 0 : h * group;
+            NAME(combine)(args, b, first, first + group, per_head, scores + (b * n_head + h) * n_token);
         }
     }
     free(matrix);

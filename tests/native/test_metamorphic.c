@@ -110,15 +110,15 @@ void test_layouts(void) {
 typedef enum denominators { OWN, GIVEN, MUTE } denominators;
 
 /* One key that is no number: a key is NaN just if a query that votes on it sees the broken one. */
-static void score_broken(const attention_shape *shape, double number, denominators kind) {
+static void score_broken(const attention_shape *shape, double number, denominators kind, int32_t weight) {
     attention_case c = new_attention_case(shape);
     const int64_t n_token = shape->n_token, broken = random_below(n_token), begin = random_below(n_token);
     const int64_t end = begin + 1 + random_below(n_token - begin);
     int64_t n_bad = 0, n_nan = 0;
     array queries = new_array(shape->dtype, CONTIGUOUS, 4, (int64_t[4]){1, shape->group, n_token, shape->n_dim});
     array lse = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, shape->group, n_token});
-    name_case("key %lld of %lld is %g, queries %lld to %lld vote%s", (long long)broken, (long long)n_token, number,
-              (long long)begin, (long long)end,
+    name_case("key %lld of %lld is %g, queries %lld to %lld vote by weight %d%s", (long long)broken, (long long)n_token,
+              number, (long long)begin, (long long)end, (int)weight,
               kind == OWN     ? ""
               : kind == GIVEN ? ", lse given"
                               : ", lse infinite or NaN");
@@ -132,8 +132,8 @@ static void score_broken(const attention_shape *shape, double number, denominato
         for (int64_t t = 0; t < n_token; t++) set(&queries.view, 0, h, t, 0, 1);
     set(&c.keys.view, 0, 0, broken, 0, number);
     const int32_t n = (int32_t)n_token, half = n / 2; /* the last query sees all, and votes on the second half only */
-    const int32_t votes[2][KVP_VOTE_FIELDS] = {{0, half, (int32_t)begin, (int32_t)end, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0},
-                                               {half, n, n - 1, n, 0, 0, KVP_WEIGHT_SUM, 0, 0, 0}};
+    const int32_t votes[2][KVP_VOTE_FIELDS] = {{0, half, (int32_t)begin, (int32_t)end, 0, 0, weight, 0, 0, 0},
+                                               {half, n, n - 1, n, 0, 0, weight, 0, 0, 0}};
     for (int v = 0; v < 2; v++)
         for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&c.votes.view, 0, v, f, 0, votes[v][f]);
     kvp_score_args args = c.args;
@@ -155,18 +155,136 @@ static void score_broken(const attention_shape *shape, double number, denominato
     free_attention_case(&c);
 }
 
+/* One query of one head that is no number: the keys that it sees are NaN, whatever others say after it, and no others.
+ */
+static void score_broken_query(const attention_shape *shape, bool has_lse, int32_t weight) {
+    attention_case c = new_attention_case(shape);
+    const int64_t n_token = shape->n_token, broken = random_below(n_token);
+    int64_t n_bad = 0;
+    array queries = new_array(shape->dtype, CONTIGUOUS, 4, (int64_t[4]){1, shape->group, n_token, shape->n_dim});
+    array lse = new_array(KVP_F32, CONTIGUOUS, 3, (int64_t[3]){1, shape->group, n_token});
+    name_case("query %lld of %lld is NaN, weight %d%s", (long long)broken, (long long)n_token, (int)weight,
+              has_lse ? ", lse given" : "");
+    fill_normal(&queries.view);
+    fill_normal(&c.keys.view); /* its padding held NaN */
+    fill_normal(&lse.view);
+    set(&queries.view, 0, random_below(shape->group), broken, 0, (double)NAN);
+    const int32_t n = (int32_t)n_token, vote[KVP_VOTE_FIELDS] = {0, n, 0, n, 0, 0, weight, n, 0, 0};
+    for (int v = 0; v < 2; v++)
+        for (int f = 0; f < KVP_VOTE_FIELDS; f++) set(&c.votes.view, 0, v, f, 0, v ? 0 : vote[f]);
+    kvp_score_args args = c.args;
+    args.queries = queries.view;
+    args.valid = (kvp_tensor){0};
+    args.lse = has_lse ? lse.view : (kvp_tensor){0};
+    args.param[2] = 1;
+    args.param[3] = 0;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    for (int64_t k = 0; k < n_token; k++) n_bad += isnan(get(&args.scores, 0, 0, k, 0)) != (k <= broken);
+    CHECK(n_bad == 0, "%lld keys are NaN that should not be, or are not", (long long)n_bad);
+    free_array(&queries);
+    free_array(&lse);
+    free_attention_case(&c);
+}
+
+static void score_broken_ones(int i, int32_t weight, bool is_query) {
+    const attention_shape shape = {.n_batch = 1,
+                                   .n_head = 1,
+                                   .group = 1 + i % 3,
+                                   .n_token = i % 5 ? 40 : 300,
+                                   .n_dim = 8,
+                                   .dtype = (kvp_dtype)(i % 3),
+                                   .kind = VOTING_SPANS};
+    if (is_query) {
+        score_broken_query(&shape, i % 2, weight);
+        return;
+    }
+    score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, OWN, weight);
+    score_broken(&shape, (double)NAN, GIVEN, weight);
+    score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, MUTE, weight);
+}
+
 void test_broken_keys(void) {
+    for (int is_query = 0; is_query < 2; is_query++) {
+        for (int i = 0; i < 60; i++) score_broken_ones(i, KVP_WEIGHT_SUM, is_query);
+        for (int i = 0; i < 60; i++) score_broken_ones(i, KVP_WEIGHT_MAX, is_query);
+    }
+}
+
+/* The most by all voters is the most of what it is by some and by the others. */
+static void score_by_parts(const attention_shape *shape) {
+    enum { WHOLE, FIRST, SECOND, N_PART };
+    attention_case c = new_attention_case(shape);
+    const kvp_tensor *votes = &c.args.votes;
+    array scores[N_PART];
+    int64_t n_bad = 0;
+    name_case("the most by parts, T=%lld G=%lld %s", (long long)shape->n_token, (long long)shape->group,
+              dtype_name((int32_t)shape->dtype));
+    c.args.param[2] = 1;
+    for (int part = N_PART - 1; part >= WHOLE; part--) {
+        for (int64_t b = 0; b < votes->shape[0]; b++)
+            for (int64_t v = 0; v < votes->shape[1]; v++) {
+                const int64_t n = shape->n_token, begin = n / 2, end = v ? n - n / 4 : n, cut = (begin + end) / 2;
+                set(votes, b, v, KVP_VOTE_A_BEGIN, 0, (double)(part == SECOND ? cut : begin));
+                set(votes, b, v, KVP_VOTE_A_END, 0, (double)(part == FIRST ? cut : end));
+            }
+        scores[part] = new_array(KVP_F32, CONTIGUOUS, 3, c.args.scores.shape);
+        c.args.scores = scores[part].view;
+        call_verb(KVP_SCORE, &c.args, (calling){0});
+    }
+    const int64_t *size = c.args.scores.shape;
+    for (int64_t i = 0; i < size[0] * size[1] * size[2]; i++) {
+        double of[N_PART];
+        for (int part = WHOLE; part < N_PART; part++)
+            of[part] = get(&scores[part].view, i / size[2] / size[1], i / size[2] % size[1], i % size[2], 0);
+        const double most = fmax(of[FIRST], of[SECOND]);
+        n_bad += !(of[WHOLE] == most || fabs(of[WHOLE] - most) <= 1e-5 * most);
+    }
+    CHECK(n_bad == 0, "%lld scores are not the most of what two halves of the voters say", (long long)n_bad);
+    for (int part = WHOLE; part < N_PART; part++) free_array(&scores[part]);
+    free_attention_case(&c);
+}
+
+/* Which head of a group says the most is no matter: the same bits, whatever their order. */
+static void score_turned(const attention_shape *shape) {
+    attention_case c = new_attention_case(shape);
+    const kvp_tensor *queries = &c.args.queries, *lse = &c.args.lse;
+    array turned = new_array(shape->dtype, CONTIGUOUS, 4, queries->shape),
+          turned_lse = new_array(KVP_F32, CONTIGUOUS, 3, queries->shape),
+          expected = new_array(KVP_F32, CONTIGUOUS, 3, c.args.scores.shape);
+    name_case("heads of a group turned, T=%lld G=%lld %s%s", (long long)shape->n_token, (long long)shape->group,
+              dtype_name((int32_t)shape->dtype), lse->data ? " lse" : "");
+    for (int64_t i = 0; i < queries->shape[0] * queries->shape[1] * queries->shape[2]; i++) {
+        const int64_t t = i % queries->shape[2], n = i / queries->shape[2] % queries->shape[1],
+                      b = i / queries->shape[2] / queries->shape[1];
+        const int64_t from = n / shape->group * shape->group + (n + 1) % shape->group;
+        for (int64_t d = 0; d < shape->n_dim; d++) set(&turned.view, b, n, t, d, get(queries, b, from, t, d));
+        if (lse->data) set(&turned_lse.view, b, n, t, 0, get(lse, b, from, t, 0));
+    }
+    kvp_score_args args = c.args;
+    args.scores = expected.view;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    args.scores = c.scores.view;
+    args.queries = turned.view;
+    if (lse->data) args.lse = turned_lse.view;
+    call_verb(KVP_SCORE, &args, (calling){0});
+    CHECK(same_elements(&expected.view, &c.scores.view), "the order of a group's heads changes the most");
+    free_array(&turned);
+    free_array(&turned_lse);
+    free_array(&expected);
+    free_attention_case(&c);
+}
+
+void test_most(void) {
     for (int i = 0; i < 60; i++) {
-        const attention_shape shape = {.n_batch = 1,
-                                       .n_head = 1,
-                                       .group = 1 + i % 3,
-                                       .n_token = i % 5 ? 40 : 300,
-                                       .n_dim = 8,
+        const attention_shape shape = {.n_batch = 2,
+                                       .n_head = 2,
+                                       .group = 1 + i % 4,
+                                       .n_token = i % 6 ? 4 + random_below(90) : 530,
+                                       .n_dim = 1 + random_below(40),
                                        .dtype = (kvp_dtype)(i % 3),
-                                       .kind = VOTING_SPANS};
-        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, OWN);
-        score_broken(&shape, (double)NAN, GIVEN);
-        score_broken(&shape, i % 2 ? (double)NAN : (double)INFINITY, MUTE);
+                                       .kind = VOTING_KVZIP};
+        score_by_parts(&shape);
+        score_turned(&shape);
     }
 }
 

@@ -22,6 +22,7 @@ void test_attention_sums(void);
 void test_shifts(void);
 void test_layouts(void);
 void test_broken_keys(void);
+void test_most(void);
 void test_same_bits(void);
 void test_gather_large(void);
 void test_gather_in_place(void);

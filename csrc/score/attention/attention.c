@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Column sums of the attention matrix, for the votes of kvp.h:
+ * Column sums of the attention matrix, or what is most in a column, for the votes of kvp.h:
  *
  *     A[h,q,k] = exp(s[h,q,k] - lse[h,q]),  s = softcap(scaling * query[h,q].key[k]),  k in [valid begin, q]
  *     score[k] = mean over heads of pool( weight(k) * sum over voters q of A[h,q,k] )
+ *     score[k] = pool( the most over heads and voters q of A[h,q,k] )
  *
  * Query rows are worked on in strips, so memory is O(T) and no T x T matrix exists (strip.c). The mean over heads and
  * the pooling commute, so the heads of a group are summed first. Three steps for a few units at a time: pack their
- * keys, add up their strips, and finish: add the chunks' columns in double, weigh, pool, write.
+ * keys, add up their strips, and finish: join the chunks' columns in double, weigh, pool, write.
  */
 #include "attention.h"
 
@@ -189,7 +190,7 @@ static void finish_vote(const kvpi_vote *v, int64_t kernel_size, double n_head, 
     if (v->weight == KVP_WEIGHT_AGE) {
         for (int64_t k = v->key[0]; k < v->key[1]; k++)
             column[k] /= n_head * (double)(v->age_end - k > 1 ? v->age_end - k : 1);
-    } else {
+    } else if (v->weight != KVP_WEIGHT_MAX) {
         const double divisor = v->weight == KVP_WEIGHT_MEAN && n_voter > 0 ? n_head * (double)n_voter : n_head;
         for (int64_t k = v->key[0]; k < v->key[1]; k++) column[k] /= divisor;
     }
@@ -225,14 +226,22 @@ static void write_scores(const kvpi_attention *j, int64_t b, int64_t first, int6
     }
 }
 
-/* Adds the chunks of one unit, in order. */
-static void add_chunks(const kvpi_attention *j, int64_t slot, int64_t b, double *column) {
+/* NaN, if one of them is. */
+static double most_of(double a, double b) { return a >= b || isnan(a) ? a : b; }
+
+/* Adds the chunks of one unit, in order, or takes the most of them: so the keys of each vote, all others have nothing.
+ */
+static void join_chunks(const kvpi_attention *j, int64_t slot, int64_t b, double *column) {
     const int64_t n_strip = kvpi_strip_count(j, b), n_chunk = n_strip < KVPI_CHUNK ? n_strip : KVPI_CHUNK;
     int64_t begin, end;
     kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
-    for (int64_t chunk = 0; chunk < n_chunk; chunk++) {
-        const float *from = column_of(j, slot, chunk);
-        for (int64_t k = begin; k < end; k++) column[k] += (double)from[k - begin];
+    for (int64_t i = 0; i < j->n_vote * n_chunk; i++) {
+        const kvpi_vote vote = kvpi_read_vote(j, b, i / n_chunk);
+        const float *from = column_of(j, slot, i % n_chunk);
+        if (vote.weight == KVP_WEIGHT_MAX)
+            for (int64_t k = vote.key[0]; k < vote.key[1]; k++) column[k] = most_of(column[k], (double)from[k - begin]);
+        else
+            for (int64_t k = vote.key[0]; k < vote.key[1]; k++) column[k] += (double)from[k - begin];
     }
 }
 
@@ -243,7 +252,7 @@ static void finish_task(void *arg, int64_t task, int32_t worker) {
     char *scratch = j->worker + (size_t)worker * j->worker_bytes;
     double *column = (double *)(void *)scratch, *pooled = (double *)(void *)(scratch + finish_bytes(j->n_token) / 2);
     memset(column, 0, (size_t)j->n_token * sizeof(double));
-    add_chunks(j, task, b, column);
+    join_chunks(j, task, b, column);
     write_scores(j, b, h, h + 1, j->group, column, pooled);
 }
 
@@ -264,7 +273,7 @@ static void run_wave(wave *w, double work) {
     }
     for (int64_t slot = 0; slot < w->n; slot++) {
         const int64_t b = (w->first + slot) / j->n_head;
-        add_chunks(j, slot, b, j->shared + b * j->n_token);
+        join_chunks(j, slot, b, j->shared + b * j->n_token);
     }
 }
 

@@ -395,6 +395,12 @@ static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
                          "queries.shape[:2] multiply to %lld; on a CUDA device expected at most %d",
                          (long long)(args->queries.shape[0] * args->queries.shape[1]), (int)KVPG_MAX_ROWS);
+    for (int64_t i = 0, n_vote = args->votes.shape[1]; i < args->votes.shape[0] * n_vote; i++)
+        if (kvpi_i32(&args->votes, i / n_vote, i % n_vote, KVP_VOTE_WEIGHT) == KVP_WEIGHT_MAX)
+            return kvpi_fail(
+                ctx, KVP_ERR_UNSUPPORTED,
+                "votes[%lld,%lld] has weight 3 (max); on a CUDA device expected 0 (sum), 1 (mean) or 2 (age)",
+                (long long)(i / n_vote), (long long)(i % n_vote));
     return KVP_OK;
 }
 

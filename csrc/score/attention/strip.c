@@ -5,7 +5,7 @@
  *     logits of all keys up to the strip's last query, a block of keys at a time
  *     soften each row of the block against the block's own highest logit, so that one pass over the keys is enough
  *     when all blocks are there: the row's softmax denominator, and from it one weight per row and block
- *     column += weight * row, for the rows that vote on these keys
+ *     column += weight * row, for the rows that vote on these keys, or the most of both
  */
 #include "attention.h"
 
@@ -190,15 +190,19 @@ static void clear_row(const kvpi_attention *j, strip *s, int64_t r) {
     for (int64_t block = 0; block < block_count(s->n_key); block++) s->shift[r * s->n_block_max + block] = 0;
 }
 
-/* column += weight * row for the voters among the strip's rows. Others weigh 0, and stay out where 0 times what they
- * hold is no number. */
-static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_voter, int64_t first, int64_t n,
-                     float *column) {
+/* column += weight * row for the voters among the strip's rows, or the most of both. Others weigh 0, and stay out of
+ * sums where 0 times what they hold is no number. */
+static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_voter, bool is_most, int64_t first,
+                     int64_t n, float *column) {
     float weight[KVPI_STRIP];
     bool is_odd = false;
     for (int64_t r = 0; r < s->n_row; r++) {
         weight[r] = is_voter[r] ? s->shift[r * s->n_block_max + first / KVPI_BLOCK] : 0;
         is_odd = is_odd || s->is_odd[r];
+    }
+    if (is_most) {
+        j->rows->raise_columns(column + first, n, s->logits + first, j->stride, weight, s->n_row);
+        return;
     }
     if (!is_odd) {
         j->rows->add_columns(column + first, n, s->logits + first, j->stride, weight, s->n_row);
@@ -209,6 +213,14 @@ static void add_rows(const kvpi_attention *j, const strip *s, const bool *is_vot
             j->rows->add_columns(column + first, n, s->logits + r * j->stride + first, j->stride, weight + r, 1);
 }
 
+/* What is NaN by row r: all that it sees if it has no softmax, else what it holds so, which the most of a column would
+ * not tell. */
+static void spoil_keys(const strip *s, int64_t r, const float *row, int64_t low, int64_t high, float *column) {
+    if (!s->is_broken[r] && !s->is_odd[r]) return;
+    for (int64_t k = low; k < high && k <= s->query[r]; k++)
+        if (s->is_broken[r] || isnan(row[k])) column[k] = NAN;
+}
+
 static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *vote, int64_t begin, float *column) {
     bool is_voter[KVPI_STRIP], any = false;
     for (int64_t r = 0; r < s->n_row; r++) any |= is_voter[r] = kvpi_votes_here(vote, s->query[r] + begin);
@@ -217,11 +229,11 @@ static void add_vote(const kvpi_attention *j, const strip *s, const kvpi_vote *v
     for (int64_t first = low; first < high;) {
         const int64_t block = first / KVPI_BLOCK,
                       end = (block + 1) * KVPI_BLOCK < high ? (block + 1) * KVPI_BLOCK : high;
-        add_rows(j, s, is_voter, first, end - first, column);
+        add_rows(j, s, is_voter, vote->weight == KVP_WEIGHT_MAX, first, end - first, column);
         first = end;
     }
     for (int64_t r = 0; r < s->n_row; r++)
-        for (int64_t k = low; s->is_broken[r] && is_voter[r] && k < high && k <= s->query[r]; k++) column[k] = NAN;
+        if (is_voter[r]) spoil_keys(s, r, s->logits + r * j->stride, low, high, column);
 }
 
 void kvpi_add_strips(const kvpi_attention *j, int64_t b, int64_t h, int64_t chunk, const char *packed, char *scratch,
