@@ -16,16 +16,20 @@
 #include <math.h>
 #include <string.h>
 
-/* Packed keys held at a time, in bytes: enough for the second-level caches of a few cores, little beside a model. */
+/* Packed keys held at a time, in bytes. Workers wait for each other at each step, so that steps should be few: enough
+ * for the second-level caches of a few cores, little beside a model. One that works alone need not wait, and holds what
+ * its own cache holds: SnapKV's sums of 2048 tokens, 32/8/128, take 5 % less by that (Zen 4). */
 #define PACKED_BYTES ((size_t)8 << 20)
+#define PACKED_BYTES_ALONE ((size_t)1 << 20)
 
 static size_t unit_bytes(const kvp_score_args *args) {
     const int64_t n_block = (args->keys.shape[2] + KVPI_BLOCK - 1) / KVPI_BLOCK;
     return kvpi_round_up_64(kvpi_packed_bytes(n_block * KVPI_BLOCK, args->keys.shape[3]));
 }
 
-static int64_t wave_size(const kvp_score_args *args) {
-    const int64_t n_unit = args->keys.shape[0] * args->keys.shape[1], fit = (int64_t)(PACKED_BYTES / unit_bytes(args));
+static int64_t wave_size(const kvp_score_args *args, int32_t n_worker) {
+    const size_t room = n_worker > 1 ? PACKED_BYTES : PACKED_BYTES_ALONE;
+    const int64_t n_unit = args->keys.shape[0] * args->keys.shape[1], fit = (int64_t)(room / unit_bytes(args));
     return fit < 1 ? 1 : fit < n_unit ? fit : n_unit;
 }
 
@@ -52,7 +56,7 @@ static size_t lay_out(kvpi_attention *j, char *workspace, int32_t n_worker) {
     return used;
 }
 
-static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ctx) {
+static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ctx, int32_t n_worker) {
     const int64_t *keys = args->keys.shape, *queries = args->queries.shape;
     const size_t strip = kvpi_strip_bytes(keys[2], keys[3]), finish = finish_bytes(keys[2]);
     return (kvpi_attention){
@@ -66,7 +70,7 @@ static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ct
         .n_dim = keys[3],
         .n_vote = args->votes.shape[1],
         .group = queries[1] / keys[1],
-        .n_wave = wave_size(args),
+        .n_wave = wave_size(args, n_worker),
         .stride = row_stride(keys[2]),
         .share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0,
         .worker_bytes = strip > finish ? strip : finish,
@@ -75,7 +79,7 @@ static kvpi_attention read_job(const kvp_score_args *args, const kvp_context *ct
 }
 
 static size_t size_workspace(const kvp_score_args *args, int32_t n_worker) {
-    kvpi_attention j = read_job(args, NULL);
+    kvpi_attention j = read_job(args, NULL, n_worker);
     return lay_out(&j, NULL, n_worker);
 }
 
@@ -157,11 +161,8 @@ static void pack_task(void *arg, int64_t task, int32_t worker) {
     kvpi_valid_range(&j->args->valid, b, j->n_token, &begin, &end);
     const int64_t left = end - begin - first;
     if (left <= 0 || !packs_first(j, b)) return;
-    const int32_t dtype = j->args->keys.dtype;
-    kvpi_head head = kvpi_keys_of(j, b, h);
-    head.first = (const char *)head.first + first * head.row_stride * (int64_t)kvpi_dtype_size(dtype);
     char *out = j->packed + (size_t)slot * j->packed_bytes + (size_t)block * kvpi_packed_bytes(KVPI_BLOCK, j->n_dim);
-    j->rows->pack_keys[dtype](head, left < KVPI_BLOCK ? left : KVPI_BLOCK, j->n_dim, out);
+    kvpi_pack_block(j, kvpi_keys_of(j, b, h), first, left < KVPI_BLOCK ? left : KVPI_BLOCK, out);
 }
 
 static float *column_of(const kvpi_attention *j, int64_t slot, int64_t chunk) {
@@ -296,8 +297,9 @@ static void size_waves(kvpi_attention *j) {
 const kvpi_scorer_traits kvpi_attention_traits = {check_params, size_workspace};
 
 kvp_status kvpi_score_attention_cpu(const kvp_score_args *args, kvp_context *ctx) {
-    kvpi_attention j = read_job(args, ctx);
-    lay_out(&j, ctx->workspace, kvpi_worker_count(ctx));
+    const int32_t n_worker = kvpi_worker_count(ctx);
+    kvpi_attention j = read_job(args, ctx, n_worker);
+    lay_out(&j, ctx->workspace, n_worker);
     double n_voter = 0;
     for (int64_t b = 0; b < j.n_batch; b++) {
         list_voters(&j, b);

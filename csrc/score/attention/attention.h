@@ -54,6 +54,9 @@ static inline int64_t kvpi_strip_count(const kvpi_attention *j, int64_t b) {
 /* The keys of unit (b, h) from its first valid position on. */
 kvpi_head kvpi_keys_of(const kvpi_attention *j, int64_t b, int64_t h);
 
+/* strip.c: packs a block of n_key keys, from the unit's key "first" on. */
+void kvpi_pack_block(const kvpi_attention *j, kvpi_head head, int64_t first, int64_t n_key, char *out);
+
 /* strip.c: scratch of one worker, and the strips chunk, chunk + KVPI_CHUNK, ... of unit (b, h), added up into column.
  * packed: the unit's keys, or NULL to pack them block by block. */
 size_t kvpi_strip_bytes(int64_t n_token, int64_t n_dim);

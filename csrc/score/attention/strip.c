@@ -91,13 +91,20 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
 }
 
 /* Asks for rows in order of address, which the processor's look-ahead follows; packing goes across rows, and would not
- * wake it. Each row is asked for twice, since a processor drops what it is asked for too fast. It shows where there are
- * many keys for one query, as TOVA's. */
+ * wake it. It shows where there are many keys for few queries, as TOVA's and SnapKV's. */
 static void ask_for(kvpi_head head, int64_t first, int64_t n_row, size_t n_byte, size_t size) {
     for (int64_t r = first; r < first + n_row; r++) {
         const char *row = (const char *)head.first + r * head.row_stride * (int64_t)size;
         for (size_t at = 0; at < n_byte; at += 64) __builtin_prefetch(row + at, 0, 2);
     }
+}
+
+void kvpi_pack_block(const kvpi_attention *j, kvpi_head head, int64_t first, int64_t n_key, char *out) {
+    const int32_t dtype = j->args->keys.dtype;
+    const size_t size = kvpi_dtype_size(dtype);
+    if (head.dim_stride == 1) ask_for(head, first, n_key, (size_t)j->n_dim * size, size);
+    head.first = (const char *)head.first + first * head.row_stride * (int64_t)size;
+    j->rows->pack_keys[dtype](head, n_key, j->n_dim, out);
 }
 
 /* Logits of n_key keys from first on, from keys packed before or, if there are none, as they stand for a few rows, else
@@ -122,7 +129,7 @@ static void multiply_block(const kvpi_attention *j, strip *s, kvpi_head head, in
     for (int64_t key = 0; key < n_key; key += panel) {
         const int64_t left = n_key - key < panel ? n_key - key : panel, behind = s->n_key - first - key;
         const size_t size = kvpi_dtype_size(dtype);
-        if (head.dim_stride == 1)
+        if (head.dim_stride == 1) /* each row twice, since a processor drops what it is asked for too fast */
             ask_for(head, first + key, behind < 2 * panel ? behind : 2 * panel, (size_t)j->n_dim * size, size);
         j->rows->pack_keys[dtype]((kvpi_head){from, head.row_stride, head.dim_stride}, left, j->n_dim, s->keys);
         j->rows->multiply[dtype](s->queries, s->keys, s->n_row, left, j->n_dim, logits + key, j->stride);
