@@ -116,14 +116,14 @@ enum { KVP_NEEDS_QUERIES = 1, KVP_NEEDS_VOTES = 2, KVP_NEEDS_VALUES = 4 };
  * KVP_WEIGHT_MEAN is 1 / (queries in both ranges); KVP_WEIGHT_AGE is 1 / max(1, age_end - k); KVP_WEIGHT_SUM is 1. Then
  * a mean over kernel_size neighbours inside the key range (missing neighbours count as zero, the divisor stays
  * kernel_size), and a mean over the G heads of the group (or over all H*G heads if share_heads is 1; the H rows are
- * then equal). With KVP_WEIGHT_MAX, on the CPU only, the most of A[h,q,k] over these queries and heads takes the place
- * of the sum and of the mean over heads, and then comes the mean over neighbours. A key in [window_begin, window_end)
- * scores 2 + (k - window_begin): above any attention, newest first. No key may be in two key ranges or windows. A key
- * under no vote scores 0, one outside the row's valid range minus infinity. A query whose logits have no softmax (one
- * is NaN or plus infinity, or all are minus infinity) makes the keys that it sees and votes on NaN, and only those.
- * With a given lse each A stands alone, so that only a key whose own logit is NaN becomes NaN. Source: arXiv
- * 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv 2306.14048, KVzip arXiv 2505.23416 are special
- * cases.
+ * then equal). With KVP_WEIGHT_MAX (on a CUDA device in all of a call's votes or in none) the most of A[h,q,k] over
+ * these queries and heads takes the place of the sum and of the mean over heads, and then comes the mean over
+ * neighbours. A key in [window_begin, window_end) scores 2 + (k - window_begin): above any attention, newest first. No
+ * key may be in two key ranges or windows. A key under no vote scores 0, one outside the row's valid range minus
+ * infinity. A query whose logits have no softmax (one is NaN or plus infinity, or all are minus infinity) makes the
+ * keys that it sees and votes on NaN, and only those. With a given lse each A stands alone, so that only a key whose
+ * own logit is NaN becomes NaN. Source: arXiv 2510.00231; SnapKV arXiv 2404.14469, TOVA arXiv 2401.06104, H2O arXiv
+ * 2306.14048, KVzip arXiv 2505.23416 are special cases.
  */
 enum kvp_vote_field {
     KVP_VOTE_KEY_BEGIN,

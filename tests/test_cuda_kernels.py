@@ -267,10 +267,17 @@ def test_many_votes_travel_by_the_workspace():
         attend(*tensors(1, 1, 1, 4097, 64), [[Vote((i, i + 1), (i, i + 1)) for i in range(4097)]])
 
 
-def test_the_most_of_attention_is_for_cpus():
-    votes = [*whole(40), Vote((0, 0), (0, 40), weight="max")]
-    with pytest.raises(NotImplementedError, match=r"^votes\[1,1\] has weight 3 \(max\); on a CUDA device expected 0 "):
-        attend(*tensors(2, 2, 2, 40, 64), [whole(40), votes])
+def test_the_most_of_attention_is_of_all_votes_or_none():
+    """A vote on no keys counts for neither."""
+    most = [Vote((0, 40), (0, 40), weight="max")]
+    keys, queries = tensors(2, 2, 2, 40, 64)
+    with pytest.raises(
+        NotImplementedError, match=r"^1 of 2 votes have weight 3 \(max\); on a CUDA device expected all "
+    ):
+        attend(keys, queries, [whole(40), most])
+    nothing = Vote((7, 7), (0, 40))
+    votes = [[nothing, *most], [*most, nothing]]
+    assert error(attend(keys, queries, votes), attend(keys, queries, votes, verb=reference.score)) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,8 +36,6 @@ def draw(device, dtype, seed=0):
 def attend(keys, queries, votes, valid=None, scaling=0.125, **params):
     """Scores by attention; the same votes for all rows, or a list for each."""
     of_rows = votes if isinstance(votes[0], list) else [votes] * len(keys)
-    if keys.is_cuda and any(vote.weight == "max" for row in of_rows for vote in row):
-        pytest.skip("the most of attention is for CPUs")
     valid = valid or [(0, keys.shape[2])] * len(keys)
     inputs = Inputs(keys, queries, scaling=scaling, valid=valid, segments=[], spans=[])
     return inputs.attend(of_rows, **params)
@@ -181,11 +179,12 @@ def test_each_voter_gives_one_vote(dtype, device, every_isa):  # noqa: F811
         torch.testing.assert_close(early + late, whole, rtol=1e-5, atol=1e-7, msg=isa)
 
 
+@on_every_device
 @of_each_dtype
-def test_the_most_by_all_voters_is_the_most_by_some_and_by_the_others(dtype, every_isa):  # noqa: F811
+def test_the_most_by_all_voters_is_the_most_by_some_and_by_the_others(dtype, device, every_isa):  # noqa: F811
     """Judged by two calls; by one head of each group, and by the others."""
-    keys, queries = draw("cpu", dtype)
-    for isa in every_isa("cpu"):
+    keys, queries = draw(device, dtype)
+    for isa in every_isa(device):
         whole, early, late = (
             attend(keys, queries, [Vote((0, N_TOKEN), voters, weight="max")])
             for voters in ((0, N_TOKEN), (0, 111), (111, N_TOKEN))

@@ -193,6 +193,13 @@ __device__ __forceinline__ float kvpg_exp2(float x) {
     return y;
 }
 
+/* The greater of two numbers; NaN, where one is. */
+__device__ __forceinline__ float kvpg_max(float x, float y) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    return most;
+}
+
 /* What the second-level cache is to do with what is read: to keep it as any, or to put others in its place first. */
 __device__ __forceinline__ uint64_t kvpg_stay() {
     uint64_t policy;

@@ -32,8 +32,8 @@ class Vote(NamedTuple):
     queries, more_queries : (int, int)
         The positions whose queries vote on them, each on keys not after itself.
     weight : {"mean", "age", "sum", "max"}
-        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all; or,
-        on the CPU only, what counts is the most attention that any voter's head pays to it.
+        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all; or
+        what counts is the most attention that any voter's head pays to it (on a GPU in all of a call's votes or none).
     age_end : int
         See ``weight``.
     window : (int, int)

@@ -2,8 +2,8 @@
  *
  * Column sums of the attention matrix on the GPU, for the votes of kvp.h; see attention.c for what is computed and
  * sweep.cuh for how. At most four launches: the voters' denominators (LSE sweep, and the joining of its splits), unless
- * the caller has them; the sums; and weights, pooling and means over heads. Two where no key has two voters: the LSE
- * sweep, and all else. Memory is O(T).
+ * the caller has them; the sums, or what is most; and weights, pooling and means over heads. Two where no key has two
+ * voters: the LSE sweep, and all else. Memory is O(T).
  */
 #include "sweep.cuh"
 
@@ -77,9 +77,10 @@ static int engine_of(const row_plan *plan, int64_t group) {
                                                                                            : KVPG_ON_OTHERS;
 }
 
-static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool can_sm90, row_plan *plan) {
+static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool can_sm90, bool is_most,
+                     row_plan *plan) {
     int64_t n_pair = 0; /* of a vote and a voter; as many as there are voters where each votes once */
-    bool is_single = !args->lse.data;
+    bool is_single = !args->lse.data && !is_most;
     plan->valid = valid_of(args, b);
     plan->n_range = 0;
     for (int64_t v = 0; v < args->votes.shape[1]; v++) {
@@ -96,7 +97,7 @@ static void plan_row(const kvp_score_args *args, int64_t b, int64_t group, bool 
     plan->n_voter = count(plan->voters, plan->n_range);
     plan->hull = plan->n_range ? plan->voters[plan->n_range - 1].end - plan->voters[0].begin : 0;
     plan->is_single = is_single && n_pair == plan->n_voter;
-    plan->engine = can_sm90 ? engine_of(plan, group) : (int)KVPG_ON_OTHERS;
+    plan->engine = can_sm90 && !is_most ? engine_of(plan, group) : (int)KVPG_ON_OTHERS;
     const int64_t n_key = plan->valid.end - plan->valid.begin,
                   n_tile = kvpg_ceil_div(plan->n_voter * group, KVPG_ROW_TILE);
     const int64_t most = n_tile > 0 && plan->engine != KVPG_ON_SM90 ? KVPG_ENOUGH_TILES / n_tile : 1;
@@ -138,7 +139,7 @@ static kvp_status write_table(const kvp_score_args *args, bool can_sm90, void *w
     kvpg_start_table(&w, &p->table, p->n_batch, KVPG_RANGES + 2 * p->n_range + p->n_vote * KVPG_VOTE_SIZE, workspace,
                      ctx);
     for (int64_t b = 0; b < p->n_batch; b++) {
-        plan_row(args, b, p->group, can_sm90, &plan);
+        plan_row(args, b, p->group, can_sm90, p->is_most, &plan);
         const int64_t head[] = {plan.valid.begin, plan.valid.end, plan.n_voter,  plan.n_split,
                                 plan.split_size,  plan.engine,    plan.is_single};
         for (int i = 0; i < KVPG_RANGES; i++) kvpg_put(&w, head[i]);
@@ -256,7 +257,7 @@ __device__ __forceinline__ float sum_powers(const kvpg_attention &p, const head_
     return 0;
 }
 
-/* The sum over query heads first, first + step, ... SINGLES: there are single rows. */
+/* The sum over query heads first, first + step, ..., or the most of them. SINGLES: there are single rows. */
 template <bool SINGLES> __device__ __forceinline__ float sum_heads(const kvpg_attention &p, const head_range &heads,
                                                                    int first, int step, int k) {
     if (SINGLES && heads.table[KVPG_IS_SINGLE]) return sum_powers(p, heads, first, step, k);
@@ -265,7 +266,7 @@ template <bool SINGLES> __device__ __forceinline__ float sum_heads(const kvpg_at
     float sum = 0;
 #pragma unroll 4
     for (int head = first; head < heads.last; head += step, sums += (int64_t)step * p.n_token)
-        sum += has_gaps && head % p.group >= KVPG_WINDOW_SUMS ? 0 : *sums;
+        sum = kvpg_join(p, sum, has_gaps && head % p.group >= KVPG_WINDOW_SUMS ? 0 : *sums);
     return sum;
 }
 
@@ -286,7 +287,7 @@ __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers 
             return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
         if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
         for (int i = max(k - reach, vote[KVPG_KEY_BEGIN]); i <= k + reach && i < vote[KVPG_KEY_END]; i++)
-            score += sum_at(i) / ((float)n_head * weight_of(vote, i));
+            score += p.is_most ? sum_at(i) : sum_at(i) / ((float)n_head * weight_of(vote, i));
         score /= (float)p.kernel_size;
     }
     return score;
@@ -319,7 +320,7 @@ template <int N_PART, bool SINGLES> static __global__ void __launch_bounds__(THR
                 : 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
-        for (int j = 1; j < N_PART; j++) part[0][i] += part[j][i];
+        for (int j = 1; j < N_PART; j++) part[0][i] = kvpg_join(p, part[0][i], part[j][i]);
     if (N_PART > 1) __syncthreads();
     if (threadIdx.x >= KEYS || k >= p.n_token) return;
     const float score = p.kernel_size / 2 <= MAX_REACH
@@ -382,6 +383,7 @@ static void read_job(const kvp_score_args *args, kvpg_attention *p) {
     p->cap = (float)(softcap * KVPI_LOG2_E);
     p->kernel_size = (int)args->param[KVPI_PARAM_attention_kernel_size];
     p->share_heads = args->param[KVPI_PARAM_attention_share_heads] > 0;
+    p->is_most = false;
     p->has_masked = args->lse.data != NULL;
     p->finish_joins =
         (int64_t)p->n_vote * p->group * (p->share_heads ? p->n_head : 1) <= JOINED && p->kernel_size / 2 <= MAX_REACH;
@@ -395,13 +397,23 @@ static kvp_status check_limits(const kvp_score_args *args, kvp_context *ctx) {
         return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
                          "queries.shape[:2] multiply to %lld; on a CUDA device expected at most %d",
                          (long long)(args->queries.shape[0] * args->queries.shape[1]), (int)KVPG_MAX_ROWS);
-    for (int64_t i = 0, n_vote = args->votes.shape[1]; i < args->votes.shape[0] * n_vote; i++)
-        if (kvpi_i32(&args->votes, i / n_vote, i % n_vote, KVP_VOTE_WEIGHT) == KVP_WEIGHT_MAX)
-            return kvpi_fail(
-                ctx, KVP_ERR_UNSUPPORTED,
-                "votes[%lld,%lld] has weight 3 (max); on a CUDA device expected 0 (sum), 1 (mean) or 2 (age)",
-                (long long)(i / n_vote), (long long)(i % n_vote));
     return KVP_OK;
+}
+
+/* Whether the votes of keys want the most of them: all of a call's, or none. */
+static kvp_status read_weights(const kvp_score_args *args, int *is_most, kvp_context *ctx) {
+    const int64_t n_vote = args->votes.shape[1];
+    int64_t n[2] = {0, 0};
+    for (int64_t i = 0; i < args->votes.shape[0] * n_vote; i++) {
+        const range keys = vote_range(args, i / n_vote, i % n_vote, KVP_VOTE_KEY_BEGIN);
+        const bool is_own = kvpi_i32(&args->votes, i / n_vote, i % n_vote, KVP_VOTE_WEIGHT) == KVP_WEIGHT_MAX;
+        n[is_own] += keys.begin < keys.end;
+    }
+    *is_most = n[1] > 0;
+    if (n[0] == 0 || n[1] == 0) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED,
+                     "%lld of %lld votes have weight 3 (max); on a CUDA device expected all or none of a call's",
+                     (long long)n[1], (long long)(n[0] + n[1]));
 }
 
 static kvp_status sweep(int which, const kvpg_attention *p, const kvp_score_args *args, needs need, kvp_context *ctx) {
@@ -420,6 +432,7 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     KVPG_TRY("tell what the device can do",
              cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args->keys.device_index));
     read_job(args, &p);
+    KVPI_TRY(read_weights(args, &p.is_most, ctx));
     lay_out(args, (char *)ctx->workspace, &p, &table);
     const int n_row = p.n_batch * p.n_head * p.group;
     needs need;

@@ -177,7 +177,7 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
             mask_pair(t, column, x[0], x[1], 0);
             mask_pair(t, column + 8, x[2], x[3], 0);
         }
-        r.sum[i] += (x[0] + x[1]) + (x[2] + x[3]);
+        r.sum[i] = kvpg_join(p, r.sum[i], kvpg_join(p, kvpg_join(p, x[0], x[1]), kvpg_join(p, x[2], x[3])));
     }
 }
 
@@ -247,7 +247,7 @@ template <int DIM> __device__ __forceinline__ void store_results(const kvpg_atte
     float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
-        const float sum = kvpg_sum_lanes<4>(r.sum[i]);
+        const float sum = kvpg_join_lanes<4>(p, r.sum[i]);
         const int at = row + i / 2 * 16 + i % 2 * 8;
         if (threadIdx.x % 4 == 0 && at < u.end) sums[at] = sum;
     }

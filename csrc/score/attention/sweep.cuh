@@ -77,6 +77,7 @@ typedef struct kvpg_attention {
         max_hull;     /* the most of any batch row; hull: positions from the first voter to the last */
     float scale, cap; /* logits are scale * q.k, in powers of 2; with cap > 0, cap * tanh(scale * q.k) */
     int kernel_size, share_heads;
+    int is_most;      /* what counts is the most of a column and of heads, in the places of their sums */
     int finish_joins; /* the splits of single rows */
     int has_masked;   /* some exponents may be minus infinity: then every column is looked at */
     kvpg_table table;
@@ -207,6 +208,17 @@ template <int N> __device__ __forceinline__ kvpg_partial kvpg_merge_lanes(kvpg_p
 template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
 #pragma unroll
     for (int o = 1; o < N; o *= 2) x += __shfl_xor_sync(~0u, x, o);
+    return x;
+}
+
+/* Two parts of a column's sum, or of what is most in it. */
+__device__ __forceinline__ float kvpg_join(const kvpg_attention &p, float x, float y) {
+    return p.is_most ? kvpg_max(x, y) : x + y;
+}
+
+template <int N> __device__ __forceinline__ float kvpg_join_lanes(const kvpg_attention &p, float x) {
+#pragma unroll
+    for (int o = 1; o < N; o *= 2) x = kvpg_join(p, x, __shfl_xor_sync(~0u, x, o));
     return x;
 }
 
