@@ -17,7 +17,7 @@ from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.policies import Again, Inputs, Vote, kvzip
+from kvpitfalls.policies import Again, Inputs, Vote, attention_sinks, kvzip
 
 REQUEST = (7, 8, 9)
 SPANS = {"a": (3, 9), "b": (9, 16)}
@@ -119,7 +119,7 @@ def test_torch_gives_what_the_core_gives(has_sinks, softcap, dtype, monkeypatch)
     votes = [Vote((2, 15), (44, 57), weight="max"), Vote((15, 36), (40, 73), weight="max")]
     ours, without = part.attend([votes])[0], Inputs(keys, queries, **given | {"sinks": None}).attend([votes])[0]
     for tile in (2**24, 6 * 73 * 5):
-        monkeypatch.setitem(kvzip._TILE, "cpu", tile)
+        monkeypatch.setitem(attention_sinks.TILE, "cpu", tile)
         torch.testing.assert_close(kvzip._most(part, votes), ours, rtol=1e-5, atol=1e-7)
     assert torch.equal(ours, without) != has_sinks and (ours[:, 2:36] > 0).all() and not ours[:, 36:].any()
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kvpitfalls as kvp
 from kvpitfalls.hf import forward
 from kvpitfalls.hf.denominators import Denominators
+from kvpitfalls.policies import Inputs, attention_sinks
 
 SCALING = 0.3
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -109,3 +110,26 @@ def test_a_gpu_hands_them_over_where_the_policy_reads_queries(policy, uses, hand
     with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
         handle.compress(ids(2, 40), attention_mask=torch.tensor([[0] * 5 + [1] * 35, [1] * 40]))
     assert handed_over and not any(handed_over), "padding comes as a mask, under which denominators are others"
+
+
+@pytest.mark.parametrize("tile", [1, 6 * 40 * 7, 2**24], ids=["a query at a time", "seven", "all"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_learned_sinks_join_each_voters_softmax(softcap, tile, monkeypatch):
+    """By the formula in float64; of queries that vote on nothing there is none."""
+    monkeypatch.setitem(attention_sinks.TILE, "cpu", tile)
+    draw, valid, votes = torch.Generator().manual_seed(3), [(0, 40), (5, 33)], [(20, 28), (30, 40)]
+    keys, queries = (torch.randn(2, heads, n, 16, generator=draw) for heads, n in ((3, 40), (6, 25)))
+    sinks = 3 * torch.randn(6, generator=draw)
+    inputs = Inputs(keys, queries, softcap=softcap, sinks=sinks, segments=[], spans=[], valid=valid)
+    packed = np.array([[[0, 40, *votes[0], *votes[1], 0, 0, 0, 0]]] * 2, np.int32)
+    ours = attention_sinks.denominators_with_sinks(inputs, packed).double()
+    logits = 0.25 * queries.double() @ keys.double().repeat_interleave(2, 1).mT
+    logits = softcap * (logits / softcap).tanh() if softcap else logits
+    for row, (begin, end) in enumerate(valid):
+        for t in range(15, 40):
+            own = ours[row, :, t - 15]
+            if not any(low <= t < high for low, high in votes) or t >= end:
+                assert (own == -torch.inf).all()
+                continue
+            wanted = torch.cat([logits[row, :, t - 15, begin : t + 1], sinks.double()[:, None]], 1).logsumexp(1)
+            torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)

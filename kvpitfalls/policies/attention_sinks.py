@@ -11,7 +11,20 @@ if TYPE_CHECKING:
 
     from .base import Inputs
 
-_QUERY_BLOCK = 256  # attention rows held at a time
+# Logits that torch makes at once, in float32: what a processor's caches hold; elsewhere 64 MiB, which keep a GPU busy.
+TILE = {"cpu": 2**20, "elsewhere": 2**24}
+
+
+def n_at_once(device: "torch.device", n_logit: int) -> int:
+    """How many queries are worked on together, each of which has ``n_logit`` logits over all heads.
+
+    Examples
+    --------
+    >>> import torch
+    >>> n_at_once(torch.device("cpu"), 2**15), n_at_once(torch.device("cpu"), 2**30)
+    (32, 1)
+    """
+    return max(1, TILE.get(device.type, TILE["elsewhere"]) // n_logit)
 
 
 def denominators_with_sinks(inputs: "Inputs", votes: npt.NDArray[np.int32]) -> "torch.Tensor":
@@ -34,21 +47,24 @@ def denominators_with_sinks(inputs: "Inputs", votes: npt.NDArray[np.int32]) -> "
     if inputs.queries is None or inputs.sinks is None:
         raise ValueError("queries or sinks are None; expected both")
     keys, queries = torch.as_tensor(inputs.keys), torch.as_tensor(inputs.queries)
-    n_query, n_token, group = queries.shape[2], keys.shape[2], queries.shape[1] // keys.shape[1]
+    n_query_head, first = queries.shape[1], keys.shape[2] - queries.shape[2]
     out = torch.full(queries.shape[:3], -math.inf, dtype=torch.float32, device=keys.device)
-    sinks = inputs.sinks.detach().float().to(keys.device)
-    position = torch.arange(n_token, device=keys.device)
+    sinks = inputs.sinks.detach().float().to(keys.device)[:, None]
     for b, (begin, end) in enumerate(inputs.valid):
-        wide = keys[b].float().repeat_interleave(group, 0).transpose(-1, -2)
-        voters = [t for t in _voters(votes[b]) if max(begin, n_token - n_query) <= t < end]
-        for block in (voters[i : i + _QUERY_BLOCK] for i in range(0, len(voters), _QUERY_BLOCK)):
+        own = keys[b].float()
+        grouped = queries[b].unflatten(0, (len(own), -1))
+        voters = [t for t in _voters(votes[b]) if max(begin, first) <= t < end]
+        step = n_at_once(keys.device, n_query_head * (end - begin))
+        for block in (voters[i : i + step] for i in range(0, len(voters), step)):
             at = torch.tensor(block, device=keys.device)
-            logits = inputs.scaling * (queries[b, :, at - (n_token - n_query)].float() @ wide)
+            tile = (grouped[:, :, at - first].float() * inputs.scaling).flatten(1, 2)
+            logits = tile @ own[:, begin : block[-1] + 1].mT
             if inputs.softcap:
                 logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-            visible = (position <= at[:, None]) & (position >= begin) & (position < end)
-            of_keys = logits.masked_fill(~visible, -math.inf).logsumexp(-1)
-            out[b, :, at - (n_token - n_query)] = torch.logaddexp(of_keys, sinks[:, None])
+            logits = logits.view(n_query_head, len(block), -1)
+            hidden = torch.arange(begin, block[-1] + 1, device=keys.device) > at[:, None]
+            of_keys = logits.masked_fill_(hidden, -math.inf).logsumexp(-1)
+            out[b, :, at - first] = torch.logaddexp(of_keys, sinks)
     return out
 
 

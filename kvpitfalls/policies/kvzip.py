@@ -9,13 +9,11 @@ import numpy as np
 from ..eviction.arrays import Array
 from ..numbers import is_whole
 from ..prompts.chats import apply_template
+from .attention_sinks import n_at_once
 from .base import Inputs, Policy, Vote
 
 if TYPE_CHECKING:
     import torch
-
-_TILE = {"cpu": 2**20}  # logits that torch makes at once, by device: what a processor's caches hold
-_LARGE_TILE = 2**24  # elsewhere: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def _most(part: Inputs, votes: Sequence[Vote]) -> "torch.Tensor":
     (n_head, n_key, n_dim), n_old = keys.shape, keys.shape[1] - read.shape[1]
     queries, most = read.unflatten(0, (n_head, -1)), keys.new_zeros(n_head, n_key)
     places = torch.arange(n_key, device=keys.device)
-    step = max(1, _TILE.get(keys.device.type, _LARGE_TILE) // (len(read) * n_key))
+    step = n_at_once(keys.device, len(read) * n_key)
     for vote in votes:
         low, high = vote.keys
         for start in range(*vote.queries, step):
