@@ -70,11 +70,11 @@ struct lse_sweep {
     }
     static __device__ float exponent(const kvpg_attention &, const work_unit &, int, int) { return 0; }
     static __device__ bool keeps(const work_unit &u) { return u.table[KVPG_IS_SINGLE]; }
-    static __device__ void add(const kvpg_attention &, result &to, const float (&x)[SIDE], float top) {
+    static __device__ void add(result &to, const float (&x)[SIDE], float top) {
         kvpg_raise_max(to, top);
         for (int j = 0; j < SIDE; j++) to.sum += kvpg_exp2(x[j] - to.max);
     }
-    static __device__ result merge_lanes(const kvpg_attention &, result x) { return kvpg_merge_lanes<LANES>(x); }
+    static __device__ result merge_lanes(result x) { return kvpg_merge_lanes<LANES>(x); }
     static __device__ void store(const kvpg_attention &p, const work_unit &u, int row, result x) {
         kvpg_store_partial(p, u.table, u.b, u.head, row, u.split, x);
     }
@@ -82,7 +82,7 @@ struct lse_sweep {
 
 /* Rows are keys, columns the voters of one query head; a row's result is the sum of its column of attention,
  * or the most of it. */
-struct sum_sweep {
+template <bool MOST> struct sum_sweep {
     enum { SWEEP = KVPG_SUM, N_INTERVAL = 2 };
     typedef float result;
     static __device__ result none() { return 0; }
@@ -102,10 +102,10 @@ struct sum_sweep {
         return column < end ? *kvpg_exponent_at(p, u.b, u.head, column) : -INFINITY;
     }
     static __device__ bool keeps(const work_unit &) { return false; }
-    static __device__ void add(const kvpg_attention &p, result &to, const float (&x)[SIDE], float) {
-        for (int j = 0; j < SIDE; j++) to = kvpg_join(p, to, kvpg_exp2(x[j]));
+    static __device__ void add(result &to, const float (&x)[SIDE], float) {
+        for (int j = 0; j < SIDE; j++) to = kvpg_join<MOST>(to, kvpg_exp2(x[j]));
     }
-    static __device__ result merge_lanes(const kvpg_attention &p, result x) { return kvpg_join_lanes<LANES>(p, x); }
+    static __device__ result merge_lanes(result x) { return kvpg_join_lanes<LANES, MOST>(x); }
     static __device__ void store(const kvpg_attention &p, const work_unit &u, int row, result x) {
         kvpg_sums_of(p, u.b, u.head)[row] = x;
     }
@@ -127,7 +127,7 @@ template <typename S> __device__ __forceinline__ void add_tile(const kvpg_attent
                        : -INFINITY;
             top = fmaxf(top, x[j]);
         }
-        S::add(p, results[i], x, top);
+        S::add(results[i], x, top);
     }
 }
 
@@ -177,7 +177,7 @@ template <typename T, typename S> __global__ void __launch_bounds__(THREADS, 2)
     }
     for (int i = 0; i < SIDE; i++) {
         const int row = u.begin + LANES * i + threadIdx.x / LANES;
-        const typename S::result merged = S::merge_lanes(p, results[i]);
+        const typename S::result merged = S::merge_lanes(results[i]);
         if (threadIdx.x % LANES == 0 && row < u.end) S::store(p, u, row, merged);
     }
 }
@@ -186,7 +186,9 @@ template <typename T> static kvp_status launch(int sweep, const kvpg_attention *
     const int64_t n_unit = (int64_t)p->n_batch * p->n_head;
     const kvpg_grid keys = {n_unit * p->group * kvpg_ceil_div(p->n_token, TILE), 1};
     const kvpg_grid voters = {n_unit * kvpg_ceil_div((int64_t)p->max_voter * p->group, TILE), p->max_split};
-    void (*kernel)(kvpg_attention) = sweep == KVPG_SUM ? sweep_any<T, sum_sweep> : sweep_any<T, lse_sweep>;
+    void (*kernel)(kvpg_attention) = sweep == KVPG_LSE ? sweep_any<T, lse_sweep>
+                                     : p->is_most      ? sweep_any<T, sum_sweep<true>>
+                                                       : sweep_any<T, sum_sweep<false>>;
     return kvpg_launch("attention in float32", ctx, kernel, sweep == KVPG_SUM ? keys : voters, THREADS, 1, 0, *p);
 }
 

@@ -258,15 +258,15 @@ __device__ __forceinline__ float sum_powers(const kvpg_attention &p, const head_
 }
 
 /* The sum over query heads first, first + step, ..., or the most of them. SINGLES: there are single rows. */
-template <bool SINGLES> __device__ __forceinline__ float sum_heads(const kvpg_attention &p, const head_range &heads,
-                                                                   int first, int step, int k) {
+template <bool SINGLES, bool MOST> __device__ __forceinline__ float
+sum_heads(const kvpg_attention &p, const head_range &heads, int first, int step, int k) {
     if (SINGLES && heads.table[KVPG_IS_SINGLE]) return sum_powers(p, heads, first, step, k);
     const bool has_gaps = p.share_heads && heads.table[KVPG_ENGINE] == KVPG_ON_WINDOW;
     const float *sums = kvpg_sums_of(p, heads.b, first) + k;
     float sum = 0;
 #pragma unroll 4
     for (int head = first; head < heads.last; head += step, sums += (int64_t)step * p.n_token)
-        sum = kvpg_join(p, sum, has_gaps && head % p.group >= KVPG_WINDOW_SUMS ? 0 : *sums);
+        sum = kvpg_join<MOST>(sum, has_gaps && head % p.group >= KVPG_WINDOW_SUMS ? 0 : *sums);
     return sum;
 }
 
@@ -276,7 +276,7 @@ __device__ __forceinline__ float weight_of(kvpg_numbers vote, int k) {
 }
 
 /* sum_at(i): the sum over the heads at key i. */
-template <typename SUM>
+template <bool MOST, typename SUM>
 __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers table, int n_head, int k, SUM sum_at) {
     const int reach = p.kernel_size / 2;
     float score = 0;
@@ -287,7 +287,7 @@ __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers 
             return 2.f + (float)(k - vote[KVPG_WINDOW_BEGIN]);
         if (k < vote[KVPG_KEY_BEGIN] || k >= vote[KVPG_KEY_END]) continue;
         for (int i = max(k - reach, vote[KVPG_KEY_BEGIN]); i <= k + reach && i < vote[KVPG_KEY_END]; i++)
-            score += p.is_most ? sum_at(i) : sum_at(i) / ((float)n_head * weight_of(vote, i));
+            score += MOST ? sum_at(i) : sum_at(i) / ((float)n_head * weight_of(vote, i));
         score /= (float)p.kernel_size;
     }
     return score;
@@ -295,7 +295,7 @@ __device__ __forceinline__ float score_of(const kvpg_attention &p, kvpg_numbers 
 
 /* A block has THREADS / N_PART keys. Where no row is single, fewer registers let more blocks wait for memory at once.
  */
-template <int N_PART, bool SINGLES> static __global__ void __launch_bounds__(THREADS, SINGLES ? 5 : 6)
+template <int N_PART, bool SINGLES, bool MOST> static __global__ void __launch_bounds__(THREADS, SINGLES ? 5 : 6)
     finish(const __grid_constant__ kvpg_attention p) {
     kvpg_follow();
     constexpr int KEYS = THREADS / N_PART;
@@ -316,17 +316,18 @@ template <int N_PART, bool SINGLES> static __global__ void __launch_bounds__(THR
     for (int i = threadIdx.x % KEYS; i < n_sum; i += KEYS)
         part[threadIdx.x / KEYS][i] =
             begin + i >= 0 && begin + i < p.n_token
-                ? sum_heads<SINGLES>(p, heads, heads.first + threadIdx.x / KEYS, N_PART, begin + i)
+                ? sum_heads<SINGLES, MOST>(p, heads, heads.first + threadIdx.x / KEYS, N_PART, begin + i)
                 : 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_sum && N_PART > 1; i += THREADS)
-        for (int j = 1; j < N_PART; j++) part[0][i] = kvpg_join(p, part[0][i], part[j][i]);
+        for (int j = 1; j < N_PART; j++) part[0][i] = kvpg_join<MOST>(part[0][i], part[j][i]);
     if (N_PART > 1) __syncthreads();
     if (threadIdx.x >= KEYS || k >= p.n_token) return;
     const float score = p.kernel_size / 2 <= MAX_REACH
-                            ? score_of(p, table, n_head * p.group, k, [&](int i) { return part[0][i - begin]; })
-                            : score_of(p, table, n_head * p.group, k,
-                                       [&](int i) { return sum_heads<SINGLES>(p, heads, heads.first, 1, i); });
+                            ? score_of<MOST>(p, table, n_head * p.group, k, [&](int i) { return part[0][i - begin]; })
+                            : score_of<MOST>(p, table, n_head * p.group, k, [&](int i) {
+                                  return sum_heads<SINGLES, MOST>(p, heads, heads.first, 1, i);
+                              });
     for (int i = h; i < h + n_head; i++) *(float *)kvpg_row(p.scores, b, i, k) = score;
 }
 
@@ -424,6 +425,13 @@ static kvp_status sweep(int which, const kvpg_attention *p, const kvp_score_args
                               : kvpg_sweep_any(which, p, args->keys.dtype, ctx);
 }
 
+/* A row is single only where sums count. */
+template <int N_PART> static void (*finish_of(const kvpg_attention &p, const needs &need))(kvpg_attention) {
+    return p.is_most      ? finish<N_PART, false, true>
+           : need.singles ? finish<N_PART, true, false>
+                          : finish<N_PART, false, false>;
+}
+
 extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_context *ctx) {
     kvpg_attention p;
     void *table;
@@ -450,8 +458,6 @@ extern "C" kvp_status kvpi_score_attention_cuda(const kvp_score_args *args, kvp_
     const int n_part = p.share_heads ? (int)PARTS : 1;
     const kvpg_grid grid = {kvpg_ceil_div(p.n_token, THREADS / n_part),
                             p.share_heads ? p.n_batch : (int64_t)p.n_batch * p.n_head};
-    void (*const kernel)(kvpg_attention) = !p.share_heads ? need.singles ? finish<1, true> : finish<1, false>
-                                           : need.singles ? finish<PARTS, true>
-                                                          : finish<PARTS, false>;
-    return kvpg_launch("the end of attention", ctx, kernel, grid, THREADS, 1, 0, p);
+    return kvpg_launch("the end of attention", ctx, p.share_heads ? finish_of<PARTS>(p, need) : finish_of<1>(p, need),
+                       grid, THREADS, 1, 0, p);
 }

@@ -125,9 +125,9 @@ __device__ __forceinline__ void mask_pair(kvpg_interval mask, int column, float 
 }
 
 /* Reduces 16 columns: a[m][j] are those of fragments m and columns 8 j to 8 j + 7. */
-template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
-                                                                     const kvpg_interval *mask, int column,
-                                                                     const float *, results<KVPG_LSE, M> &r) {
+template <int M, bool MASKED, bool MOST>
+__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *mask,
+                                       int column, const float *, results<KVPG_LSE, M> &r) {
     const bool ready =
         p.cap > 0 ||
         p.scale <= 0; /* else products are compared before they are scaled, which saves an instruction each */
@@ -154,9 +154,9 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
     }
 }
 
-template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4],
-                                                                     const kvpg_interval *mask, int column,
-                                                                     const float *exponents, results<KVPG_SUM, M> &r) {
+template <int M, bool MASKED, bool MOST>
+__device__ __forceinline__ void reduce(const kvpg_attention &p, float (&a)[M][2][4], const kvpg_interval *mask,
+                                       int column, const float *exponents, results<KVPG_SUM, M> &r) {
     const float2 e[2] = {*(const float2 *)exponents, *(const float2 *)(exponents + 8)};
     const float scale = p.cap > 0 ? 1 : p.scale;
     if (p.cap > 0) {
@@ -177,7 +177,7 @@ template <int M, bool MASKED> __device__ __forceinline__ void reduce(const kvpg_
             mask_pair(t, column, x[0], x[1], 0);
             mask_pair(t, column + 8, x[2], x[3], 0);
         }
-        r.sum[i] = kvpg_join(p, r.sum[i], kvpg_join(p, kvpg_join(p, x[0], x[1]), kvpg_join(p, x[2], x[3])));
+        r.sum[i] = kvpg_join<MOST>(r.sum[i], kvpg_join<MOST>(kvpg_join<MOST>(x[0], x[1]), kvpg_join<MOST>(x[2], x[3])));
     }
 }
 
@@ -205,7 +205,7 @@ __device__ __forceinline__ void keep_products(const float (&a)[M][2][4], const k
 }
 
 /* One tile of columns: 16 from `first` on, and again each `step`. */
-template <typename T, int DIM, int SWEEP, bool MASKED>
+template <typename T, int DIM, int SWEEP, bool MASKED, bool MOST>
 __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4],
                                            uint32_t tile, const kvpg_interval *mask, int column, int end,
                                            const float *exponents, int first, int step, const kept_products &kept,
@@ -227,12 +227,13 @@ __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32
             }
         }
         if (SWEEP == KVPG_LSE && kept.keys) keep_products<M>(a, kept, column + first + of_pair);
-        reduce<M, MASKED>(p, a, mask, column + first + of_pair, exponents + first + of_pair, r);
+        reduce<M, MASKED, MOST>(p, a, mask, column + first + of_pair, exponents + first + of_pair, r);
     }
 }
 
-template <int DIM> __device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_LSE> &u,
-                                                                 int, int row, results<KVPG_LSE, shape<DIM>::M> &r) {
+template <int DIM, bool MOST> __device__ __forceinline__ void store_results(const kvpg_attention &p,
+                                                                            const work_unit<KVPG_LSE> &u, int, int row,
+                                                                            results<KVPG_LSE, shape<DIM>::M> &r) {
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
         const kvpg_partial t = kvpg_merge_lanes<4>(r.partial[i]);
@@ -241,13 +242,13 @@ template <int DIM> __device__ __forceinline__ void store_results(const kvpg_atte
     }
 }
 
-template <int DIM> __device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_SUM> &u,
-                                                                 int head, int row,
-                                                                 results<KVPG_SUM, shape<DIM>::M> &r) {
+template <int DIM, bool MOST>
+__device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_SUM> &u, int head, int row,
+                                              results<KVPG_SUM, shape<DIM>::M> &r) {
     float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
 #pragma unroll
     for (int i = 0; i < 2 * shape<DIM>::M; i++) {
-        const float sum = kvpg_join_lanes<4>(p, r.sum[i]);
+        const float sum = kvpg_join_lanes<4, MOST>(r.sum[i]);
         const int at = row + i / 2 * 16 + i % 2 * 8;
         if (threadIdx.x % 4 == 0 && at < u.end) sums[at] = sum;
     }
@@ -307,7 +308,7 @@ __device__ __forceinline__ void merge_warps(results<KVPG_LSE, M> &r, kvpg_partia
         for (int i = 0; i < 2 * M; i++) r.partial[i] = kvpg_merge(r.partial[i], of_warps[w][lane][i]);
 }
 
-template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3)
+template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3)
     sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
     constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
     kvpg_follow();
@@ -374,46 +375,49 @@ template <typename T, int DIM, int SWEEP> __global__ void __launch_bounds__(THRE
         const kvpg_interval *mask = masks + current.s * ROWS + first_row + lane / 4;
         if (!p.has_masked && current.column >= cover.full_lo &&
             current.column + COLUMNS <= min(cover.full_hi, cover.hi))
-            sweep_tile<T, DIM, SWEEP, false>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
-                                             column_step, kept, total);
+            sweep_tile<T, DIM, SWEEP, false, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
+                                                   column_step, kept, total);
         else
-            sweep_tile<T, DIM, SWEEP, true>(p, rows, tile, mask, current.column, cover.hi, e, first_column, column_step,
-                                            kept, total);
+            sweep_tile<T, DIM, SWEEP, true, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
+                                                  column_step, kept, total);
         if (SWEEP == KVPG_SUM && is_last) {
-            store_results<DIM>(p, u, current.head, row, total);
+            store_results<DIM, MOST>(p, u, current.head, row, total);
             total.clear();
         }
     }
     if constexpr (SWEEP == KVPG_LSE) {
         if (shares) merge_warps(total, (kvpg_partial(*)[32][2 * M]) shared);
-        if (!shares || warp == 0) store_results<DIM>(p, u, 0, row, total);
+        if (!shares || warp == 0) store_results<DIM, MOST>(p, u, 0, row, total);
     }
     if (SWEEP == KVPG_SUM && c.n == 0)
-        for (int head = 0; head < u.n_head; head++) store_results<DIM>(p, u, head, row, total);
+        for (int head = 0; head < u.n_head; head++) store_results<DIM, MOST>(p, u, head, row, total);
 }
 
-template <typename T, int DIM, int SWEEP> static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
+template <typename T, int DIM, int SWEEP, bool MOST>
+static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
     constexpr int ROWS = shape<DIM>::ROWS;
     const int64_t n_row = SWEEP == KVPG_SUM ? p->n_token : (int64_t)p->max_voter * p->group;
     const int64_t n_tile = kvpg_ceil_div(n_row, ROWS), n_head = (int64_t)p->n_batch * p->n_head;
     const int heads_at_once = n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
     const kvpg_grid grid = {n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head),
                             SWEEP == KVPG_SUM ? 1 : p->max_split};
-    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP>, grid, THREADS, 1, shape<DIM>::BYTES,
-                       *p, heads_at_once);
+    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP, MOST>, grid, THREADS, 1,
+                       shape<DIM>::BYTES, *p, heads_at_once);
 }
 
-template <typename T, int SWEEP> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
-    if (p->n_dim <= 64) return launch<T, 64, SWEEP>(p, ctx);
-    if (p->n_dim <= 96) return launch<T, 96, SWEEP>(p, ctx);
-    if (p->n_dim <= 128) return launch<T, 128, SWEEP>(p, ctx);
-    return launch<T, 256, SWEEP>(p, ctx);
+template <typename T, int SWEEP, bool MOST> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
+    if (p->n_dim <= 64) return launch<T, 64, SWEEP, MOST>(p, ctx);
+    if (p->n_dim <= 96) return launch<T, 96, SWEEP, MOST>(p, ctx);
+    if (p->n_dim <= 128) return launch<T, 128, SWEEP, MOST>(p, ctx);
+    return launch<T, 256, SWEEP, MOST>(p, ctx);
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
     return kvpg_with_tensor_type(dtype, ctx, [&](auto t) {
         using T = typename decltype(t)::type;
-        return sweep == KVPG_SUM ? launch_dim<T, KVPG_SUM>(p, ctx) : launch_dim<T, KVPG_LSE>(p, ctx);
+        return sweep == KVPG_LSE ? launch_dim<T, KVPG_LSE, false>(p, ctx)
+               : p->is_most      ? launch_dim<T, KVPG_SUM, true>(p, ctx)
+                                 : launch_dim<T, KVPG_SUM, false>(p, ctx);
     });
 }
 

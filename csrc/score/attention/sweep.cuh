@@ -205,22 +205,18 @@ template <int N> __device__ __forceinline__ kvpg_partial kvpg_merge_lanes(kvpg_p
     return t;
 }
 
-template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) {
-#pragma unroll
-    for (int o = 1; o < N; o *= 2) x += __shfl_xor_sync(~0u, x, o);
-    return x;
-}
-
 /* Two parts of a column's sum, or of what is most in it. */
-__device__ __forceinline__ float kvpg_join(const kvpg_attention &p, float x, float y) {
-    return p.is_most ? kvpg_max(x, y) : x + y;
+template <bool MOST> __device__ __forceinline__ float kvpg_join(float x, float y) {
+    return MOST ? kvpg_max(x, y) : x + y;
 }
 
-template <int N> __device__ __forceinline__ float kvpg_join_lanes(const kvpg_attention &p, float x) {
+template <int N, bool MOST> __device__ __forceinline__ float kvpg_join_lanes(float x) {
 #pragma unroll
-    for (int o = 1; o < N; o *= 2) x = kvpg_join(p, x, __shfl_xor_sync(~0u, x, o));
+    for (int o = 1; o < N; o *= 2) x = kvpg_join<MOST>(x, __shfl_xor_sync(~0u, x, o));
     return x;
 }
+
+template <int N> __device__ __forceinline__ float kvpg_sum_lanes(float x) { return kvpg_join_lanes<N, false>(x); }
 
 /* A row whose logits have no softmax makes the keys that it votes on NaN. (Minus infinity would be: casts no vote.) */
 __device__ __forceinline__ float kvpg_exponent(kvpg_partial t) {
