@@ -271,7 +271,7 @@ This is no repetition of the paper's runs, and neither confirms nor refutes a nu
   Few rows are in both, so that nothing is told of one prompt's attack and task together.
 - **Short answers**: at most {n_attack} tokens to an attack, {n_follow} to a task (the paper: 1280), where a share of
   {capped_full} of answers with the full cache and up to {capped} of others were cut off.
-- **Ratios by tenths** up to .7. The composite's .45, .55 and .65 are of later sweeps ({middle}) and stand in its table alone.
+- **Ratios by tenths** up to .7. The composite's .45, .55 and .65 are of sweeps of their own ({middle}) and stand in its table alone.
 - **Accuracy** is what IFEval's strict checkers pass, of all instructions, and a refusal may pass one, as in the paper. The
   paper's figure 1 is very probably one family of instructions alone (its values are multiples of 1/89, and there are 89
   of `change_case`): its level is not ours to meet.
@@ -283,6 +283,16 @@ This is no repetition of the paper's runs, and neither confirms nor refutes a nu
 ## What agrees, and what does not
 
 """
+
+
+def told(card: Card, policy: str) -> str:
+    """Where fair eviction changes how many attacks are refused, by more than chance."""
+    rows = {r: card.moved(policy, "paper", r, "refused") for r in RATIOS}
+    parts = []
+    for word, counts in (("more", lambda row: row["low"] > 0), ("fewer", lambda row: row["high"] < 0)):
+        if at := [f"{r:g} ({signed(row)})" for r, row in rows.items() if counts(row)]:
+            parts.append(f"{word} refused at r = {', '.join(at)}")
+    return f"{policy} {' and '.join(parts) or 'nothing'}"
 
 
 def findings(card: Card) -> list[str]:
@@ -315,12 +325,10 @@ def findings(card: Card) -> list[str]:
         f"- **Agrees: the phrase brings the refusals back** (figure 9), under every policy: at r = .7 by {', '.join(returned)}.",
         f"- **Agrees in part: fair eviction** (figure 10). Under StreamingLLM refusals hold until r = .4 "
         f"({m(s, 'paper', 0.4, 'refused')}) and are gone at .5 ({m(s, 'paper', 0.5, 'refused')}), where the paper's leakage under "
-        f"fair eviction is highest, too ({FIGURE_1['leakage, fair'][5]:.2f}). TOVA gains from r = .5 on. SnapKV and K-norm gain "
-        f"nothing that is told from chance; K-norm refuses less at r = .4 "
-        f"({signed(card.moved('knorm', 'paper', 0.4, 'refused'))}). H2O does at r = .5 "
-        f"({signed(card.moved('h2o', 'paper', 0.5, 'refused'))}) and refuses a little more at .7.",
+        f"fair eviction is highest, too ({FIGURE_1['leakage, fair'][5]:.2f}). Told from chance "
+        f"under the others: {'; '.join(told(card, p) for p in POLICIES if p != s)}.",
         f"- **Agrees: a fix costs little accuracy**, none that so few prompts could tell: {sum(zero)} of {len(zero)} changes have "
-        f"0 inside their interval, and of so many some leave it out by chance. But the phrase brings refusals of harmless tasks back as well: StreamingLLM at r = .5 "
+        f"0 inside their interval{'' if all(zero) else ', and of so many some leave it out by chance'}. But the phrase brings refusals of harmless tasks back as well: StreamingLLM at r = .5 "
         f"{signed(card.moved(s, 'whitelist', 0.5, 'refused_task'))}.",
         f"- **Does not agree: hardly anything leaks** (figures 1, 5, 9, 10). The highest mean without a fix is {lost[0]:.2f} "
         f"({lost[1]}, r = {lost[2]:g}), with fair eviction {leak[0]:.2f}; the full cache has {card.full['leak']['mean']:.2f}, "

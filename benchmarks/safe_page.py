@@ -11,6 +11,7 @@ from results_page import labelled, named, signed, value, write_part
 from safe_search import RATIO, ranked, read
 
 from kvpitfalls.audits.leakage import RECALL_QUESTION
+from kvpitfalls.experiments.effects import shown
 from kvpitfalls.experiments.summary import spearman
 
 BEGIN, END = "<!-- made by benchmarks/safe_page.py -->", "<!-- end of what it made -->"
@@ -20,9 +21,10 @@ NAMES = {"refused": "refused", "recall_above": "recall", "follow": "follow", "re
 
 TEXT = """## The search on a model that obeys
 
-Another search, from the cards in `benchmarks/cards/search`, on {model}
-({device}, {dtype}, torch {torch}; {labelled}). Its goal is not to beat the two fixes but to cost nothing: at r = {r:g}, refused at least
-the full cache's less .05, recall at least .9 of its, follow at least its less .03, refused task at most its plus .03. The
+Another search, from the cards in `benchmarks/cards/search`, on {model}, {dtype}.
+{made}
+Its goal is not to beat the two fixes but to cost nothing: at r = {r:g}, refused at least the full cache's less .05, recall at least .9
+of its, follow at least its less .03, refused task at most its plus .03. The
 suite's 200 prompts, every second one for each half, each under its own one of twelve attacks; {n_policy} policies by {n_mode}
 modes, at equal memory. What the modes are: [experiments](experiments.md).
 
@@ -173,16 +175,9 @@ def causes_table(of_policies: dict) -> list[str]:
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for policy, rows in of_policies.items():
         for row in rows:
-            cells = [policy, row["said"], row["span"], row["memory"], f"{row['lost']:.2f}", returned(row)]
+            cells = [policy, row["said"], row["span"], row["memory"], f"{row['lost']:.2f}", shown(row)]
             out.append(f"| {' | '.join(cells)} | {row['n_prompt']} | {row['n_infeasible']} |")
     return out
-
-
-def returned(row: dict) -> str:
-    """A share that returns, in its interval."""
-    if row["returned"] is None:
-        return "nothing lost"
-    return f"{row['returned']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def correlation(card: dict, kept_of: str, metric: str) -> float:
@@ -191,16 +186,20 @@ def correlation(card: dict, kept_of: str, metric: str) -> float:
     return spearman([m[kept_of]["mean"] for m in metrics], [m[metric]["mean"] for m in metrics])
 
 
+def made_by(narrow: dict, held_out: dict) -> str:
+    """On what, and by which scores: of all steps, or of the first and of the others, which it chose for."""
+    first, later = (f"{made['device']}, torch {made['torch']}; {labelled(made)}" for made in (narrow, held_out))
+    return f"({first}.)" if first == later else f"(The first step: {first}. The other two: {later}.)"
+
+
 def about() -> str:
     """The part of docs/safe.md that the cards in benchmarks/cards/search say."""
     narrow, finalists, held_out = (read(f"{step}.json") for step in ("narrow", "finalists", "held_out"))
     rows, again, made = ranked(narrow), ranked(finalists), narrow["made_with"][0]
     known = {
         "model": narrow["model"],
-        "device": made["device"],
         "dtype": made["config.dtype"],
-        "torch": made["torch"],
-        "labelled": labelled(made),
+        "made": made_by(made, held_out["made_with"][0]),
         "r": RATIO,
         "n": narrow["n_prompt"],
         "n_policy": len(narrow["made_with"]),
@@ -261,21 +260,21 @@ def about_causes(narrow: dict) -> dict:
         "recall_asked": RECALL_QUESTION,
         "recall_device": {"cpu": "on a CPU"}.get(recall["device"], recall["device"]),
         "recall_dtype": recall["dtype"],
-        **{f"recall_{row['span']}_{row['memory']}": returned(row) for row in recalled},
+        **{f"recall_{row['span']}_{row['memory']}": shown(row) for row in recalled},
         "causes": "\n".join(causes_table(of_policies)),
         "causes_policies": ", ".join(of_policies),
         "n_causes": every[0]["n_prompt"] + every[0]["n_infeasible"],
         "n_no_room": next(row["n_infeasible"] for row in equal if row["span"] == "defense"),
         "n_equal": len(equal),
-        "n_equal_below": sum(row["high"] < 0 for row in equal),
+        "n_equal_below": sum(row["high"] is not None and row["high"] < 0 for row in equal),
         "equal_least": min(row["returned"] for row in equal),
         "equal_most": max(row["returned"] for row in equal),
         "in_metric": ", ".join(f"{label} {worst.count(name)}" for name, label in NAMES.items()),
     }
     for span in ("defense", "directive"):
         known |= {
-            f"{span}_attack": returned(more[span, attack]),
-            f"{span}_asked": returned(more[span, RECALL_QUESTION]),
+            f"{span}_attack": shown(more[span, attack]),
+            f"{span}_asked": shown(more[span, RECALL_QUESTION]),
         }
         for label, name in (("refused", "refused"), ("recall", "recall_above")):
             known[f"{span}_{label}"] = correlation(narrow, f"kept_{span}", name)

@@ -124,13 +124,14 @@ class Effects:
     def _repr_html_(self) -> str:
         heads = ["said", "span", "memory", "lost (nats)", "returned [95 %]", "prompts"]
         lines = [
-            [row["said"], row["span"], row["memory"], f"{row['lost']:z.2f}", _shown(row), row["n_prompt"]]
+            [row["said"], row["span"], row["memory"], f"{row['lost']:z.2f}", shown(row), row["n_prompt"]]
             for row in self.means()
         ]
         return block("Effects of putting an instruction back", table(heads, lines))
 
 
-def _shown(row: dict) -> str:
+def shown(row: dict) -> str:
+    """The share that returns of a row of :meth:`Effects.means`, in its interval."""
     if row["returned"] is None:
         return "nothing lost"
     unknown = " [loss not told from 0]" if row["n_prompt"] > 1 else ""
