@@ -30,6 +30,8 @@ Instructions: TypeAlias = Mapping[str, str | Sequence[int]] | str  # see Prompt.
 class Prompt:
     """A tokenized prompt and its instructions. Made by :meth:`from_chat` or :meth:`from_text`.
 
+    Two are equal where all is but their tokenizers, which do not compare, and the times of their making.
+
     Attributes
     ----------
     text : str
@@ -68,7 +70,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     spans: Mapping[str, Span]
-    tokenizer: Any
+    tokenizer: Any = field(compare=False)
     messages: Sequence[Message] | None = None
     contents: tuple[tuple[int, int], ...] = ()
     roles: tuple[str, ...] = ()
