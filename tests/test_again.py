@@ -326,6 +326,17 @@ def test_arrays_of_what_was_read_must_fit():
         ),
         ([good[0], (good[1][0].numpy(), good[1][1])], ValueError, r"^queries of again\[1\] is a ndarray of shape"),
         ([good[0], (good[1][0], 3)], ValueError, r"^keys of again\[1\] is a int of shape \(\); expected a Tensor"),
+        ([good[0], good[1][::-1]], ValueError, r"^keys of again\[1\] is a Tensor .* expected a Tensor \(1, 2, 11, 8\)"),
+        (
+            [good[0], (good[1][0].half(), good[1][1])],
+            TypeError,
+            r"^queries of again\[1\] has dtype torch.float16; expect",
+        ),
+        (
+            [good[0], (good[1][0], good[1][1].to("meta"))],
+            TypeError,
+            r"^keys of again\[1\] has device meta; expected cpu",
+        ),
     ):
         with pytest.raises(error, match=match):
             kvp.keep(policy, keys, budget=4, again=wrong)

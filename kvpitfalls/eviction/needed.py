@@ -5,7 +5,7 @@ from typing import Any
 
 from ..numbers import is_whole
 from ..policies import Again, Policy
-from .arrays import Array
+from .arrays import Array, check_types
 from .layout import Layout
 
 MOST_LAYERS = 2**16  # far beyond any model: budgets are listed layer by layer
@@ -26,17 +26,29 @@ def turns_of(policy: Policy, layout: Layout, keys: Array, again: Any) -> Sequenc
     if len(again) != len(lengths) or not all(2 <= len(turn) <= 5 for turn in again):
         raise ValueError(f"again has {len(again)} tuples; expected {len(lengths)} of (queries, keys), one a forward")
     turns = [Again(turn[0], turn[1], turn[2] if len(turn) > 2 else None, i) for i, turn in enumerate(again)]
+    check_types(keys=keys)
     for n_fed, turn in zip(lengths, turns, strict=True):
-        for name, x in (("queries", turn.queries), ("keys", turn.keys)):
-            n_head = keys.shape[1]
-            fits = type(x) is type(keys) and len(x.shape) == 4 and x.shape[1] % n_head == 0
-            if not fits or (x.shape[0], *x.shape[2:]) != (keys.shape[0], n_fed, keys.shape[3]):
-                shape = tuple(getattr(x, "shape", ()))
-                raise ValueError(
-                    f"{name} of again[{turn.turn}] is a {type(x).__name__} of shape {shape}; expected a "
-                    f"{type(keys).__name__} ({keys.shape[0]}, a multiple of {n_head}, {n_fed}, {keys.shape[3]})"
-                )
+        _check_read(f"queries of again[{turn.turn}]", turn.queries, keys, n_fed, has_group=True)
+        _check_read(f"keys of again[{turn.turn}]", turn.keys, keys, n_fed)
     return turns
+
+
+def _check_read(name: str, x: Any, keys: Array, n_fed: int, has_group: bool = False) -> None:
+    """Raise where x is not of ``n_fed`` tokens of the keys' kind; ``has_group``: of one or more heads for each of
+    theirs."""
+    n_row, n_head, _, n_dim = keys.shape
+    shape: tuple[Any, ...] = tuple(getattr(x, "shape", ()))
+    fits = type(x) is type(keys) and len(shape) == 4 and (shape[1] % n_head == 0 if has_group else shape[1] == n_head)
+    if not fits or (shape[0], *shape[2:]) != (n_row, n_fed, n_dim):
+        heads = f"a multiple of {n_head}" if has_group else n_head
+        raise ValueError(
+            f"{name} is a {type(x).__name__} of shape {shape}; expected a {type(keys).__name__} ({n_row}, {heads}, "
+            f"{n_fed}, {n_dim})"
+        )
+    check_types(**{name: x})
+    for what in ("dtype", "device"):
+        if (own := getattr(x, what, None)) != (wanted := getattr(keys, what, None)):
+            raise TypeError(f"{name} has {what} {own}; expected {wanted}, as keys has")
 
 
 def check_layer(keys: Array, values: Array | None, layer: object, n_layer: object) -> None:
