@@ -149,6 +149,21 @@ def test_scores_are_their_formula(dtype, group, n_value, epsilon, has_sinks, dev
 
 
 @on_each_device
+@pytest.mark.parametrize("scaling", [-30.0, 3.0, 30.0])
+def test_logits_far_from_zero_have_shares(scaling, device):
+    """Of thousands, whose powers float32 has no room for, with sinks far above and far below. Of so large a number a
+    power is right to one percent."""
+    keys, queries, turns, ahead = drawn(3, 2, 3, 700, 64, torch.float32, device)
+    for sinks in (None, torch.linspace(-1e5, 1e5, 6, device=device)):
+        given = {"scaling": scaling, "sinks": sinks, "epsilon": 0.02}
+        logits, scores = forecast.expect(keys, queries, keys, turns, ahead, EDGES, **given)
+        judged = [of_row[:, first:end] for of_row, (_, first, *_, end) in zip(logits, EDGES, strict=True)]
+        assert min(float(x.abs().max()) for x in judged) > 1000 and scores.isfinite().all()
+        wanted = scores_by_definition(logits, keys, EDGES, sinks, 0.02)
+        torch.testing.assert_close(scores.double(), wanted, rtol=1e-2, atol=1e-6)
+
+
+@on_each_device
 def test_a_segment_without_a_softmax_is_not_a_number_and_no_other_is(device):
     keys, queries, turns, ahead = drawn(2, 2, 2, 300, 64, torch.float32, device)
     edges = np.array([[0, 4, 100, 200, 300], [0, 4, 100, 200, 300]], np.int32)

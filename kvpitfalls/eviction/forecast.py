@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from .. import _core
 from .arrays import Int32
-from .ops import cuda_path, n_worker
+from .ops import cuda_path, n_worker, workspace
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,5 @@ def expect(
     logits, scores = (keys.new_empty(x.shape[:3], dtype=torch.float32) for x in (queries, keys))
     tables = turns[0][:, None], turns[1][:, None], *ahead, edges, sinks
     arguments = keys, queries, values, *tables, logits, scores, scaling, epsilon, with_spread
-    scratch = None  # on the CPU the core sees to it
-    if keys.is_cuda:
-        scratch = keys.new_empty(_core.expect_workspace(*arguments, 1), dtype=torch.uint8)
-    _core.expect(*arguments, scratch, n_worker())
+    _core.expect(*arguments, workspace(keys, _core.expect_workspace, arguments), n_worker())
     return logits, scores

@@ -105,7 +105,7 @@ def score(
     out = _empty(keys, _shape(keys, "keys", 4)[:3], "float32")
     tables = None if votes is None else _int32(votes, "votes"), None if valid is None else _int32(valid, "valid")
     arguments = scorer, keys, values, queries, *tables, lse, out, numbers
-    _core.score(*arguments, _workspace(keys, _core.score_workspace, arguments), n_worker())
+    _core.score(*arguments, workspace(keys, _core.score_workspace, arguments), n_worker())
     return out
 
 
@@ -245,7 +245,7 @@ def select_checked(
     positions = _empty(scores, (n_row, n_head, max(1, n_kept)), "int32")
     counts = _empty(scores, (n_row, n_head), "int32")
     arguments = scores, segments, quotas, protect, valid, positions, counts
-    _core.select(*arguments, _workspace(scores, _core.select_workspace, arguments), n_worker())
+    _core.select(*arguments, workspace(scores, _core.select_workspace, arguments), n_worker())
     return positions, counts
 
 
@@ -270,7 +270,7 @@ def share(
         return reference.share(scores, segments, quotas, floors)
     counts = _empty(scores, quotas.shape, "int32")
     arguments = scores, segments, quotas, floors, counts
-    _core.share(*arguments, _workspace(scores, _core.share_workspace, arguments), n_worker())
+    _core.share(*arguments, workspace(scores, _core.share_workspace, arguments), n_worker())
     return _host(counts)
 
 
@@ -408,7 +408,7 @@ def _has_kernels(x: object) -> bool:
     return runs
 
 
-def _workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -> "torch.Tensor | None":
+def workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) -> "torch.Tensor | None":
     """Scratch on the GPU, from torch's own pool; on the CPU the core sees to it."""
     if not _on_cuda(x):
         return None
