@@ -87,10 +87,11 @@ def test_logits_may_have_any_sign_and_the_denominators_may_be_given(n_dim):
             assert agree(*both), settings
 
 
-def test_a_row_has_the_same_bits_wherever_it_stands():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
     """Rows of one engine each, and of all other lengths of votes, in a batch."""
     n = 4000
-    keys, queries = tensors(6, 2, 4, n, 128)
+    keys, queries = tensors(6, 2, 4, n, 128, dtype)
     votes = [last(n), last(n, 1), whole(n), observed(n, 64, 5), observed(n, 40, 40), two_intervals(n)]
     valid = [(0, n), (0, n), (100, n), (333, n), (129, n - 65), (0, n)]
     together = attend(keys, queries, votes, valid)
@@ -100,10 +101,11 @@ def test_a_row_has_the_same_bits_wherever_it_stands():
         assert torch.equal(alone, together[b : b + 1]), b
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_a_broken_key_is_nan_where_a_voter_sees_it(number):
+def test_a_broken_key_is_nan_where_a_voter_sees_it(number, dtype):
     n = 2048
-    keys, queries = tensors(1, 2, 4, n, 128)
+    keys, queries = tensors(1, 2, 4, n, 128, dtype)
     keys[:, 0, 1500] = number
     for votes in (last(n), last(n, 1), observed(n, 60, 3), observed(n, 3, 3)):
         ours, exact = (attend(keys, queries, [votes], verb=verb) for verb in (ops.score, reference.score))
@@ -120,3 +122,28 @@ def test_the_same_bits_a_thousand_times(n_token, n_head, w):
     for _ in range(1000):
         differing += (attend(keys, queries, [last(n_token, w)]) != first).any()
     assert int(differing) == 0
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("n_dim", [64, 96, 128])
+def test_one_infinite_element_gives_a_logit_as_infinite_as_its_product(n_dim, number):
+    """Tensor cores take float32 in two parts, and what the first part leaves of infinity is no number. Minus infinity
+    is the logit of a key that gets nothing, and the others share what there is."""
+    n = 1500
+    keys, queries = tensors(1, 2, 4, n, n_dim, torch.float32)
+    keys[:, :, 700, 5] = number
+    queries[..., 5] = -queries[..., 5].abs() * math.copysign(1, number)
+    for votes in (last(n), last(n, 1), whole(n)):
+        ours, exact = (attend(keys, queries, [votes], verb=verb) for verb in (ops.score, reference.score))
+        assert not exact.isnan().any() and (exact[..., 700] == 0).all()
+        assert agree(ours, exact)
+
+
+@pytest.mark.parametrize("n_dim", [40, 64, 100, 128, 160])
+def test_keys_times_a_power_of_two_and_queries_by_it_leave_every_bit(n_dim):
+    n = 1500
+    keys, queries = tensors(1, 2, 4, n, n_dim, torch.float32)
+    for votes in (last(n), last(n, 1), whole(n), observed(n, 60, 3)):
+        plain = attend(keys, queries, [votes])
+        for power in (-100, -50, 50, 100):
+            assert torch.equal(attend(keys * 2.0**power, queries * 2.0**-power, [votes]), plain), power

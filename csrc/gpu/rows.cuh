@@ -234,7 +234,7 @@ template <int N> __device__ __forceinline__ void kvpg_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/* Four 8x8 matrices of 16-bit elements, one row address from each lane. */
+/* Four 8x8 matrices of 16-bit elements, or 8x4 of 32 bits, one row address from each lane. */
 __device__ __forceinline__ void kvpg_load_matrix(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -248,7 +248,7 @@ __device__ __forceinline__ void kvpg_load_matrix_transposed(uint32_t (&r)[4], ui
                  : "r"(address));
 }
 
-/* d += a b: 16x16 by 16x8, sums in float32. */
+/* d += a b: 16x16 by 16x8 (of float, which is tf32 here, 16x8 by 8x8), sums in float32. */
 template <typename T>
 __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 #define KVPG_MMA(dtype, type, name, map)                                                                   \
@@ -262,5 +262,12 @@ __device__ __forceinline__ void kvpg_multiply(float (&d)[4], const uint32_t (&a)
     }
 KVPG_TENSOR_TYPES(KVPG_MMA)
 #undef KVPG_MMA
+template <>
+__device__ __forceinline__ void kvpg_multiply<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 #endif

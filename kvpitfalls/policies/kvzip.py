@@ -165,19 +165,10 @@ class KVzip(Policy):
             own = {"keys": seen[None], "queries": queries[row : row + 1, :, :n_read], "lse": None}
             part = Inputs.of(inputs, **own, valid=[(0, seen.shape[1])])
             votes = list(_votes(inputs.segments[row], first, last, n_lead, sink - begin))
-            most = part.attend([votes])[0] if _is_faster_by_core(part) else _most(part, votes)
+            most = part.attend([votes])[0] if part.sinks is None else _most(part, votes)
             scores[row, :, first:last] = most[:, sink - begin :][:, : last - first]
             scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
-
-
-def _is_faster_by_core(part: Inputs) -> bool:
-    """Not in float32 on a GPU, and not with learned sinks: what they join a softmax by takes longer than all of it by
-    torch."""
-    import torch
-
-    keys = torch.as_tensor(part.keys)
-    return part.sinks is None and not (keys.is_cuda and keys.dtype == torch.float32)
 
 
 def _votes(segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: int, n_sink: int) -> Iterator[Vote]:
@@ -193,7 +184,8 @@ def _votes(segments: Sequence[tuple[int, int]], first: int, last: int, n_lead: i
 
 
 def _most(part: Inputs, votes: Sequence[Vote]) -> "torch.Tensor":
-    """What the core's attention gives by these votes, by torch: float32 (H, n)."""
+    """What the core's attention gives by these votes, by torch: float32 (H, n). For learned sinks, since the
+    denominators that the core would be given take longer than all of this."""
     import torch
 
     keys, read = (torch.as_tensor(x)[0].float() for x in (part.keys, part.queries))

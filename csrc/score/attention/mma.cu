@@ -1,23 +1,31 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of sweep.cuh by tensor cores, for 16-bit elements in rows on 16-byte boundaries, up to 256 of them. A
- * block of four warps holds 128 rows (64 above 128 elements) as fragments in registers; tiles of 64 columns come
- * through a ring in shared memory by asynchronous copies. All query heads of a group stream past one tile of keys where
- * there are blocks enough. Everything a thread needs of a column is in its own registers, so sums need no atomics: four
- * lanes share a row and join at the end.
+ * The sweeps of sweep.cuh by tensor cores, for rows on 16-byte boundaries, of up to 512 bytes. A block of four warps
+ * holds 128 rows (64 of float32 or above 256 bytes) as fragments in registers; tiles of 64 columns come through a ring
+ * in shared memory by asynchronous copies. All query heads of a group stream past one tile of keys where there are
+ * blocks enough. Everything a thread needs of a column is in its own registers, so sums need no atomics: four lanes
+ * share a row and join at the end.
+ *
+ * An element of float32 is taken as the sum of two of tf32, whose 11 bits each leave 2^-22 of it, and a product as
+ * three of theirs. Fragments have the same bytes in the same places for all types: 32 of each row at a time.
  */
 #include "sweep.cuh"
 
 enum { THREADS = 128, COLUMNS = 64, ENOUGH_BLOCKS = 1024 };
 
 /* DIM: the elements of a row, rounded up; the rest is zeros. */
-template <int DIM> struct shape {
-    static constexpr int M = DIM <= 128 ? 2 : 1; /* fragments of 16 rows a warp */
-    static constexpr int ROWS = 64 * M;          /* of a block */
+template <typename T, int DIM> struct shape {
+    typedef T type;
+    static constexpr bool IS_SPLIT = sizeof(T) == 4;                          /* each element into two of tf32 */
+    static constexpr int ROW = DIM * sizeof(T);                               /* bytes */
+    static constexpr int STEPS = ROW / 32;                                    /* of a product */
+    static constexpr int M = ROW <= 256 && !IS_SPLIT ? 2 : 1;                 /* fragments of 16 rows a warp */
+    static constexpr int BLOCKS = M == 2 ? 4 : IS_SPLIT && ROW > 256 ? 2 : 3; /* of a processor */
+    static constexpr int ROWS = 64 * M;                                       /* of a block */
     static constexpr int STAGES =
-        DIM <= 128 ? 3 : 2; /* of the ring; two tiles of columns have room for a tile of rows */
+        ROW <= 256 ? 3 : 2; /* of the ring, whose first tiles of columns have room for a tile of rows */
     static constexpr int PITCH =
-        DIM * 2 + 16; /* bytes from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
+        ROW + 16; /* from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
     static constexpr int TILE = COLUMNS * PITCH;
     static constexpr int BYTES = STAGES * (TILE + COLUMNS * 4) + ROWS * (2 * sizeof(kvpg_interval) + sizeof(float *));
 };
@@ -32,7 +40,7 @@ template <int SWEEP> struct work_unit {
 /* Blocks are numbered tile by tile, the long ones first, so that those at work together share rows or columns in the
  * second-level cache. Where a key has few voters all tiles are short; then the newest keys are first, which the other
  * sweep read last, and gathering will begin with the oldest. */
-template <int DIM, int SWEEP>
+template <typename S, int SWEEP>
 __device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, int heads_at_once, work_unit<SWEEP> &u) {
     const bool ascending = SWEEP == KVPG_SUM && p.max_hull > p.n_token / 4;
     const int n_part = SWEEP == KVPG_SUM ? p.group / heads_at_once : 1, n_unit = p.n_batch * p.n_head * n_part,
@@ -45,8 +53,8 @@ __device__ __forceinline__ bool find_work_unit(const kvpg_attention &p, int head
     u.table = kvpg_table_row(p.table, u.b);
     u.split = u.table[KVPG_IS_SINGLE] ? u.table[KVPG_N_SPLIT] - 1 - (int)blockIdx.y : blockIdx.y;
     const int n_row = SWEEP == KVPG_SUM ? p.n_token : u.table[KVPG_N_VOTER] * p.group;
-    u.begin = tile * shape<DIM>::ROWS;
-    u.end = min(u.begin + shape<DIM>::ROWS, n_row);
+    u.begin = tile * S::ROWS;
+    u.end = min(u.begin + S::ROWS, n_row);
     return !kvpg_skips<SWEEP>(u.table) && u.begin < n_row &&
            (SWEEP == KVPG_SUM || (u.split >= 0 && u.split < u.table[KVPG_N_SPLIT]));
 }
@@ -90,14 +98,14 @@ __device__ __forceinline__ tile_sequence tile_sequence_of(const kvpg_attention &
 }
 
 /* Copies rows, 16 bytes at a time. Those from n_in_bounds on, and what is behind a row's last element, become zeros. */
-template <int DIM> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_in_bounds, const char *from,
-                                                             int64_t step, int n_dim) {
-    constexpr int CHUNKS = DIM / 8;
+template <typename S> __device__ __forceinline__ void copy_rows(uint32_t to, int n_row, int n_in_bounds,
+                                                                const char *from, int64_t step, int n_dim) {
+    constexpr int CHUNKS = S::ROW / 16, ELEMENTS = 16 / sizeof(typename S::type);
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_row * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bool in_bounds = row < n_in_bounds && chunk * 8 < n_dim;
-        kvpg_copy_async(to + row * shape<DIM>::PITCH + chunk * 16, in_bounds ? from + row * step + chunk * 16 : from,
+        const bool in_bounds = row < n_in_bounds && chunk * ELEMENTS < n_dim;
+        kvpg_copy_async(to + row * S::PITCH + chunk * 16, in_bounds ? from + row * step + chunk * 16 : from,
                         in_bounds ? 16 : 0);
     }
 }
@@ -204,97 +212,129 @@ __device__ __forceinline__ void keep_products(const float (&a)[M][2][4], const k
     }
 }
 
+/* x = first + rest, of 11 bits each. The first is cut off, since adding to NaN's bits could make a number of it; the
+ * rest is rounded by adding half of what tensor cores do not read. */
+__device__ __forceinline__ void split(uint32_t x, uint32_t &first, uint32_t &rest) {
+    first = x & 0xffffe000;
+    rest = __float_as_uint(__uint_as_float(x) - __uint_as_float(first)) + 0x1000;
+}
+
+/* Products of a warp's rows and 16 columns. */
+template <typename S> __device__ __forceinline__ void multiply(const uint32_t (&rows)[S::M][S::STEPS][4],
+                                                               uint32_t columns, float (&a)[S::M][2][4]) {
+    float small[S::M][2][4] = {}; /* the products of a rest; those of two are less than what a product rounds */
+#pragma unroll
+    for (int k = 0; k < S::STEPS; k++) {
+        uint32_t b[4];
+        kvpg_load_matrix(b, columns + k * 32);
+        if constexpr (S::IS_SPLIT) {
+            uint32_t b_rest[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) split(b[i], b[i], b_rest[i]);
+#pragma unroll
+            for (int m = 0; m < S::M; m++) {
+                uint32_t row[4], rest[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) split(rows[m][k][i], row[i], rest[i]);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    kvpg_multiply<float>(small[m][j], rest, b[2 * j], b[2 * j + 1]);
+                    kvpg_multiply<float>(a[m][j], row, b[2 * j], b[2 * j + 1]);
+                    kvpg_multiply<float>(small[m][j], row, b_rest[2 * j], b_rest[2 * j + 1]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2 * S::M; i++)
+                kvpg_multiply<typename S::type>(a[i / 2][i % 2], rows[i / 2][k], b[i % 2 * 2], b[i % 2 * 2 + 1]);
+        }
+    }
+    if constexpr (S::IS_SPLIT) {
+#pragma unroll
+        for (int i = 0; i < 8 * S::M; i++) { /* of an infinite element the rest is none, and its products NaN */
+            const float rest = small[i / 8][i / 4 % 2][i % 4];
+            if (fabsf(rest) < INFINITY) a[i / 8][i / 4 % 2][i % 4] += rest;
+        }
+    }
+}
+
 /* One tile of columns: 16 from `first` on, and again each `step`. */
-template <typename T, int DIM, int SWEEP, bool MASKED, bool MOST>
-__device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[shape<DIM>::M][DIM / 16][4],
+template <typename S, int SWEEP, bool MASKED, bool MOST>
+__device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32_t (&rows)[S::M][S::STEPS][4],
                                            uint32_t tile, const kvpg_interval *mask, int column, int end,
                                            const float *exponents, int first, int step, const kept_products &kept,
-                                           results<SWEEP, shape<DIM>::M> &r) {
-    constexpr int M = shape<DIM>::M;
+                                           results<SWEEP, S::M> &r) {
+    constexpr int M = S::M;
     const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
-    tile += (lane % 8 + lane / 16 * 8) * shape<DIM>::PITCH + lane / 8 % 2 * 16;
+    tile += (lane % 8 + lane / 16 * 8) * S::PITCH + lane / 8 % 2 * 16;
 #pragma unroll 1
     for (; first < COLUMNS && column + first < end; first += step) {
         float a[M][2][4] = {};
-#pragma unroll
-        for (int k = 0; k < DIM / 16; k++) {
-            uint32_t b[4];
-            kvpg_load_matrix(b, tile + first * shape<DIM>::PITCH + k * 32);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                kvpg_multiply<T>(a[m][0], rows[m][k], b[0], b[1]);
-                kvpg_multiply<T>(a[m][1], rows[m][k], b[2], b[3]);
-            }
-        }
+        multiply<S>(rows, tile + first * S::PITCH, a);
         if (SWEEP == KVPG_LSE && kept.keys) keep_products<M>(a, kept, column + first + of_pair);
         reduce<M, MASKED, MOST>(p, a, mask, column + first + of_pair, exponents + first + of_pair, r);
     }
 }
 
-template <int DIM, bool MOST> __device__ __forceinline__ void store_results(const kvpg_attention &p,
-                                                                            const work_unit<KVPG_LSE> &u, int, int row,
-                                                                            results<KVPG_LSE, shape<DIM>::M> &r) {
+template <typename S, bool MOST> __device__ __forceinline__ void
+store_results(const kvpg_attention &p, const work_unit<KVPG_LSE> &u, int, int row, results<KVPG_LSE, S::M> &r) {
 #pragma unroll
-    for (int i = 0; i < 2 * shape<DIM>::M; i++) {
+    for (int i = 0; i < 2 * S::M; i++) {
         const kvpg_partial t = kvpg_merge_lanes<4>(r.partial[i]);
         const int at = row + i / 2 * 16 + i % 2 * 8;
         if (threadIdx.x % 4 == 0 && at < u.end) kvpg_store_partial(p, u.table, u.b, u.h, at, u.split, t);
     }
 }
 
-template <int DIM, bool MOST>
-__device__ __forceinline__ void store_results(const kvpg_attention &p, const work_unit<KVPG_SUM> &u, int head, int row,
-                                              results<KVPG_SUM, shape<DIM>::M> &r) {
+template <typename S, bool MOST> __device__ __forceinline__ void
+store_results(const kvpg_attention &p, const work_unit<KVPG_SUM> &u, int head, int row, results<KVPG_SUM, S::M> &r) {
     float *sums = kvpg_sums_of(p, u.b, u.h * p.group + u.head + head);
 #pragma unroll
-    for (int i = 0; i < 2 * shape<DIM>::M; i++) {
+    for (int i = 0; i < 2 * S::M; i++) {
         const float sum = kvpg_join_lanes<4, MOST>(r.sum[i]);
         const int at = row + i / 2 * 16 + i % 2 * 8;
         if (threadIdx.x % 4 == 0 && at < u.end) sums[at] = sum;
     }
 }
 
-template <int DIM>
+template <typename S>
 __device__ __forceinline__ void load_rows(const kvpg_attention &p, const work_unit<KVPG_SUM> &u, uint32_t to) {
-    copy_rows<DIM>(to, shape<DIM>::ROWS, u.end - u.begin, kvpg_row(p.keys, u.b, u.h, u.begin), p.keys.t, p.n_dim);
+    copy_rows<S>(to, S::ROWS, u.end - u.begin, kvpg_row(p.keys, u.b, u.h, u.begin), p.keys.t, p.n_dim);
 }
 
 /* Voters need not follow each other. A lane finds the address of a row, and eight copy it. */
-template <int DIM>
+template <typename S>
 __device__ __forceinline__ void load_rows(const kvpg_attention &p, const work_unit<KVPG_LSE> &u, uint32_t to) {
-    constexpr int LANES = 8;
-    for (int row = threadIdx.x / LANES; row < shape<DIM>::ROWS; row += THREADS / LANES) {
+    constexpr int LANES = 8, ELEMENTS = 16 / sizeof(typename S::type);
+    for (int row = threadIdx.x / LANES; row < S::ROWS; row += THREADS / LANES) {
         const char *from = kvpg_query_of_row(p, u.table, u.b, u.h, min(u.begin + row, u.end - 1));
-        for (int chunk = threadIdx.x % LANES; chunk < DIM / 8; chunk += LANES) {
-            const bool in_bounds = u.begin + row < u.end && chunk * 8 < p.n_dim;
-            kvpg_copy_async(to + row * shape<DIM>::PITCH + chunk * 16, in_bounds ? from + chunk * 16 : from,
-                            in_bounds ? 16 : 0);
+        for (int chunk = threadIdx.x % LANES; chunk < S::ROW / 16; chunk += LANES) {
+            const bool in_bounds = u.begin + row < u.end && chunk * ELEMENTS < p.n_dim;
+            kvpg_copy_async(to + row * S::PITCH + chunk * 16, in_bounds ? from + chunk * 16 : from, in_bounds ? 16 : 0);
         }
     }
 }
 
 /* A tile of columns, and for sums their exponents. */
-template <int DIM, int SWEEP>
+template <typename S, int SWEEP>
 __device__ __forceinline__ void load_columns(const kvpg_attention &p, const work_unit<SWEEP> &u, const tile_sequence &c,
                                              const tile_position &at, uint32_t to, uint32_t exponents) {
     const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column),
               n_row = (n_column + 15) / 16 * 16;
     if (SWEEP == KVPG_LSE) {
-        copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.keys, u.b, u.h, at.column), p.keys.t, p.n_dim);
+        copy_rows<S>(to, n_row, n_column, kvpg_row(p.keys, u.b, u.h, at.column), p.keys.t, p.n_dim);
         return;
     }
     const int query_head = u.h * p.group + u.head + at.head;
-    copy_rows<DIM>(to, n_row, n_column, kvpg_row(p.queries, u.b, query_head, at.column - (p.n_token - p.n_query)),
-                   p.queries.t, p.n_dim);
+    copy_rows<S>(to, n_row, n_column, kvpg_row(p.queries, u.b, query_head, at.column - (p.n_token - p.n_query)),
+                 p.queries.t, p.n_dim);
     if ((int)threadIdx.x < n_column)
         kvpg_copy_float_async(exponents + threadIdx.x * 4,
                               kvpg_exponent_at(p, u.b, query_head, at.column + threadIdx.x));
 }
 
 /* The stage of the ring that tile t of the columns goes to: the rows have the others until they are in registers. */
-template <int DIM> __device__ __forceinline__ int stage_of(int t) {
-    return (t + shape<DIM>::STAGES - 1) % shape<DIM>::STAGES;
-}
+template <typename S> __device__ __forceinline__ int stage_of(int t) { return (t + S::STAGES - 1) % S::STAGES; }
 
 /* The first warp's partial softmaxes become all warps', merged in order. */
 template <int M>
@@ -308,9 +348,9 @@ __device__ __forceinline__ void merge_warps(results<KVPG_LSE, M> &r, kvpg_partia
         for (int i = 0; i < 2 * M; i++) r.partial[i] = kvpg_merge(r.partial[i], of_warps[w][lane][i]);
 }
 
-template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : 3)
+template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(THREADS, S::BLOCKS)
     sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
-    constexpr int M = shape<DIM>::M, STAGES = shape<DIM>::STAGES, TILE = shape<DIM>::TILE, ROWS = shape<DIM>::ROWS;
+    constexpr int M = S::M, STAGES = S::STAGES, TILE = S::TILE, ROWS = S::ROWS;
     kvpg_follow();
     extern __shared__ __align__(128) char shared[];
     float *const exponents = (float *)(shared + STAGES * TILE);
@@ -319,7 +359,7 @@ template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bo
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     work_unit<SWEEP> u;
-    if (!find_work_unit<DIM>(p, heads_at_once, u)) return;
+    if (!find_work_unit<S>(p, heads_at_once, u)) return;
     const bool shares = SWEEP == KVPG_LSE &&
                         u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
     const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0,
@@ -330,13 +370,13 @@ template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bo
     const auto prefetch =
         [&](int t) { /* tile t is on its way */
                      if (t < n_tile) {
-                         load_columns<DIM>(p, u, c, to_load, ring + stage_of<DIM>(t) * TILE,
-                                           (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
+                         load_columns<S>(p, u, c, to_load, ring + stage_of<S>(t) * TILE,
+                                         (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
                          advance(c, to_load);
                      }
                      kvpg_commit();
         };
-    load_rows<DIM>(p, u, ring);
+    load_rows<S>(p, u, ring);
     kvpg_commit();
     prefetch(0);
     const bool is_single = SWEEP == KVPG_LSE && u.table[KVPG_IS_SINGLE];
@@ -350,13 +390,12 @@ template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bo
                                 products + first_row + lane / 4};
     kvpg_wait<1>();
     __syncthreads();
-    uint32_t rows[M][DIM / 16][4];
+    uint32_t rows[M][S::STEPS][4];
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int k = 0; k < DIM / 16; k++)
-            kvpg_load_matrix(rows[m][k],
-                             ring + (first_row + m * 16 + lane % 16) * shape<DIM>::PITCH + k * 32 + lane / 16 * 16);
+        for (int k = 0; k < S::STEPS; k++)
+            kvpg_load_matrix(rows[m][k], ring + (first_row + m * 16 + lane % 16) * S::PITCH + k * 32 + lane / 16 * 16);
     __syncthreads();
     for (int t = 1; t < STAGES - 1; t++) prefetch(t);
     results<SWEEP, M> total;
@@ -370,50 +409,49 @@ template <typename T, int DIM, int SWEEP, bool MOST> __global__ void __launch_bo
         const bool is_last = advance(c, to_compute);
         if (u.begin + first_row >= u.end) continue; /* none of this warp's rows exist */
         const kvpg_cover cover = current.s ? c.cover[1] : c.cover[0];
-        const uint32_t tile = ring + stage_of<DIM>(t) * TILE;
+        const uint32_t tile = ring + stage_of<S>(t) * TILE;
         const float *e = exponents + t % STAGES * COLUMNS;
         const kvpg_interval *mask = masks + current.s * ROWS + first_row + lane / 4;
         if (!p.has_masked && current.column >= cover.full_lo &&
             current.column + COLUMNS <= min(cover.full_hi, cover.hi))
-            sweep_tile<T, DIM, SWEEP, false, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
-                                                   column_step, kept, total);
+            sweep_tile<S, SWEEP, false, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
+                                              column_step, kept, total);
         else
-            sweep_tile<T, DIM, SWEEP, true, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
-                                                  column_step, kept, total);
+            sweep_tile<S, SWEEP, true, MOST>(p, rows, tile, mask, current.column, cover.hi, e, first_column,
+                                             column_step, kept, total);
         if (SWEEP == KVPG_SUM && is_last) {
-            store_results<DIM, MOST>(p, u, current.head, row, total);
+            store_results<S, MOST>(p, u, current.head, row, total);
             total.clear();
         }
     }
     if constexpr (SWEEP == KVPG_LSE) {
         if (shares) merge_warps(total, (kvpg_partial(*)[32][2 * M]) shared);
-        if (!shares || warp == 0) store_results<DIM, MOST>(p, u, 0, row, total);
+        if (!shares || warp == 0) store_results<S, MOST>(p, u, 0, row, total);
     }
     if (SWEEP == KVPG_SUM && c.n == 0)
-        for (int head = 0; head < u.n_head; head++) store_results<DIM, MOST>(p, u, head, row, total);
+        for (int head = 0; head < u.n_head; head++) store_results<S, MOST>(p, u, head, row, total);
 }
 
-template <typename T, int DIM, int SWEEP, bool MOST>
-static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
-    constexpr int ROWS = shape<DIM>::ROWS;
+template <typename S, int SWEEP, bool MOST> static kvp_status launch(const kvpg_attention *p, kvp_context *ctx) {
+    constexpr int ROWS = S::ROWS;
     const int64_t n_row = SWEEP == KVPG_SUM ? p->n_token : (int64_t)p->max_voter * p->group;
     const int64_t n_tile = kvpg_ceil_div(n_row, ROWS), n_head = (int64_t)p->n_batch * p->n_head;
     const int heads_at_once = n_head * n_tile >= ENOUGH_BLOCKS ? p->group : 1;
     const kvpg_grid grid = {n_tile * (SWEEP == KVPG_SUM ? n_head * (p->group / heads_at_once) : n_head),
                             SWEEP == KVPG_SUM ? 1 : p->max_split};
-    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<T, DIM, SWEEP, MOST>, grid, THREADS, 1,
-                       shape<DIM>::BYTES, *p, heads_at_once);
+    return kvpg_launch("attention by tensor cores", ctx, sweep_mma<S, SWEEP, MOST>, grid, THREADS, 1, S::BYTES, *p,
+                       heads_at_once);
 }
 
 template <typename T, int SWEEP, bool MOST> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
-    if (p->n_dim <= 64) return launch<T, 64, SWEEP, MOST>(p, ctx);
-    if (p->n_dim <= 96) return launch<T, 96, SWEEP, MOST>(p, ctx);
-    if (p->n_dim <= 128) return launch<T, 128, SWEEP, MOST>(p, ctx);
-    return launch<T, 256, SWEEP, MOST>(p, ctx);
+    if (p->n_dim <= 64) return launch<shape<T, 64>, SWEEP, MOST>(p, ctx);
+    if (p->n_dim <= 96) return launch<shape<T, 96>, SWEEP, MOST>(p, ctx);
+    if (sizeof(T) == 4 || p->n_dim <= 128) return launch<shape<T, 128>, SWEEP, MOST>(p, ctx);
+    return launch<shape<T, 512 / sizeof(T)>, SWEEP, MOST>(p, ctx);
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
-    return kvpg_with_tensor_type(dtype, ctx, [&](auto t) {
+    return kvpg_with_type(dtype, ctx, [&](auto t) {
         using T = typename decltype(t)::type;
         return sweep == KVPG_LSE ? launch_dim<T, KVPG_LSE, false>(p, ctx)
                : p->is_most      ? launch_dim<T, KVPG_SUM, true>(p, ctx)
@@ -422,6 +460,6 @@ kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp
 }
 
 bool kvpg_can_mma(const kvp_score_args *args) {
-    return kvpg_is_tensor_type(args->keys.dtype) && args->keys.shape[3] <= 256 && kvpg_has_wide_rows(&args->keys) &&
+    return args->keys.shape[3] * (int64_t)kvpi_dtype_size(args->keys.dtype) <= 512 && kvpg_has_wide_rows(&args->keys) &&
            kvpg_has_wide_rows(&args->queries);
 }
