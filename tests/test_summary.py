@@ -286,9 +286,13 @@ def test_rank_correlations_compare_with_the_full_cache_on_the_prompts_of_both():
     # where nothing changes nothing has changed, whichever tasks failed
     same = [{**r, "compression_ratio": 0.5, "policy": "snapkv", "mode": "biased"} for r in full]
     for failed in range(8):
-        other = [{**r, "scores": None, "error": "x"} if r["key"] == failed else r for r in same]
-        (_, cut) = comparisons.rank_correlations([*full, *other])
-        assert (cut["rho"], cut["n_prompt"], cut["n_left_out"]) == (pytest.approx(1), 7, 1)
+        for ratio in (0.0, 0.5):
+            sweep = [
+                {**r, "scores": None, "error": "x"} if (r["key"], r["compression_ratio"]) == (failed, ratio) else r
+                for r in [*full, *same]
+            ]
+            (_, cut) = comparisons.rank_correlations(sweep)
+            assert (cut["rho"], cut["n_prompt"], cut["n_left_out"]) == (pytest.approx(1), 7, 1)
     alike = [answered(k, r, keywords=True, punctuation=True) for k in range(3) for r in (0.0, 0.5)]
     assert {row["rho"] for row in comparisons.rank_correlations(alike)} == {None}
 
