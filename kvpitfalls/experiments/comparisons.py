@@ -299,11 +299,10 @@ def _rho(sums: np.ndarray, n: int) -> dict:
         return unknown
     total = sums.sum(1)
     rho = _of_sums(total)
-    without_one = [_of_sums(total - sums[:, i]) for i in range(n)] if n > 1 else []
-    if rho is None or not without_one or None in without_one:
-        return {**unknown, "rho": rho}
-    error = np.std(without_one) * math.sqrt(n - 1)
-    if error <= 1e-12:
+    without_one = [_of_sums(total - sums[:, i]) for i in range(n)]
+    known = [x for x in without_one if x is not None]
+    error = np.std(known) * math.sqrt(n - 1) if len(known) == n else 0.0
+    if rho is None or error <= 1e-12:
         return {**unknown, "rho": rho}
     half = t_quantile(n) * error
     return {"rho": rho, "low": float(max(rho - half, -1.0)), "high": float(min(rho + half, 1.0))}
