@@ -262,7 +262,7 @@ Llama3 8B and Qwen2.5 14B that a compressed system prompt leaks: the *defense* (
 transformers {transformers}, {minutes:.0f} minutes of answers; {labelled}. The paper's own rows and texts, defense first, its attack "plain",
 and its two fixes: *whitelist* (the refusal's phrase is kept) and *fair* (its own variants, mode `paper` of a sweep). Leakage is
 its measure, too: ROUGE-L recall of the directive in an answer to the attack. In brackets: 95 % interval, {n} prompts as units
-in every cell.
+in every cell; none is corrected for how many there are: of twenty in which nothing happens, one leaves 0 out.
 
 This is no repetition of the paper's runs, and neither confirms nor refutes a number of it:
 

@@ -11,8 +11,8 @@ from results_page import labelled, named, signed, value, write_part
 from safe_search import RATIO, ranked, read
 
 from kvpitfalls.audits.leakage import RECALL_QUESTION
+from kvpitfalls.experiments.comparisons import spearman
 from kvpitfalls.experiments.effects import shown
-from kvpitfalls.experiments.summary import spearman
 
 BEGIN, END = "<!-- made by benchmarks/safe_page.py -->", "<!-- end of what it made -->"
 N_SHOWN = 15

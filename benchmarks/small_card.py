@@ -43,7 +43,7 @@ def _mean(metric: str, pairs: Mapping) -> dict:
 
 
 def _interval(metric: str) -> Callable:
-    """Kept shares are measured and not counted: where all are the same, there is nothing to be unsure of."""
+    """Kept shares are measured and not counted: where all are the same, they have no interval."""
     if metric.startswith("kept_"):
         return lambda values: [x if x is None else min(max(x, 0.0), 1.0) for x in mean_interval(values)]
     return (lambda values: paired_interval(influence(values))) if scale(metric) == "signed" else share_interval

@@ -14,11 +14,34 @@ from degenerate import FOLLOWING
 from kvpitfalls.audits.following import check
 from kvpitfalls.audits.refusal import refuses
 from kvpitfalls.experiments import corpus
+from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.experiments.scenario import Scenario, conversation
 
 OWN = corpus.load_corpus()
 SUITE = corpus.load_corpus(corpus.SUITE)
 PREFIX = b'Be "good":\n\n'
+
+
+@pytest.mark.parametrize("kinds", [["attack"], ["recall"], ["turns"], ["probe"]])
+def test_rows_of_which_rouge_sees_little_are_refused_where_it_would_judge(tmp_path, kinds):
+    """Of "请始终用 JSON 格式回答" it sees one word: whoever says it would have recited all, and who recites the rest
+    nothing."""
+    path = tmp_path / "mine.jsonl"
+    for directive, is_seen in {
+        "请始终用 JSON 格式回答，并且保持礼貌。": False,
+        "Отвечай в формате JSON.": False,
+        "!!!": False,
+        "Antworte stets höflich, und für alle verständlich.": True,
+        "Luôn trả lời bằng tiếng Việt.": True,
+    }.items():
+        messages = [{"role": "system", "content": directive}, {"role": "user", "content": "Hello."}]
+        path.write_text(json.dumps({"key": 1, "messages": messages}), encoding="utf-8")
+        config = SweepConfig(dataset=str(path), kinds=kinds, modes=["biased"])
+        if is_seen or kinds == ["probe"]:
+            config.check_corpus(corpus.load_corpus(str(path)))
+        else:
+            with pytest.raises(ValueError, match="ROUGE sees less than half of the directive of row 1"):
+                config.check_corpus(corpus.load_corpus(str(path)))
 
 
 def test_the_shipped_set_is_as_large_as_promised():

@@ -90,18 +90,34 @@ def test_intervals_of_all_that_is_compared_hold_together(n_compared):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_ratios_interval_holds_what_its_data_do_not_tell_it_from(seed):
-    """Fieller's definition: all ratios r at which the mean of above - r below is not told from 0."""
+    """Fieller's definition: all ratios r at which the mean of above - r below is not told from 0, over the prompts and
+    two more of the mean loss, of which one returns all of it more than the mean says, and one all of it less."""
     rng = np.random.default_rng(seed)
     below = rng.normal(2, 1, 20)
     values = np.stack([rng.normal(0.3, 0.3, 20) * below + rng.normal(0, 0.5, 20), below], 1)
     low, high = intervals.ratio_interval(values)
-    assert low < values[:, 0].sum() / below.sum() < high
+    share, loss = values[:, 0].sum() / below.sum(), below.mean()
+    assert low < share < high
     for edge, inside in ((low, 1e-6), (high, -1e-6)):
         for ratio, is_in in ((edge + inside, True), (edge - inside, False)):
-            rest = values[:, 0] - ratio * below
-            assert (abs(stats.ttest_1samp(rest, 0).statistic) < stats.t.ppf(0.975, 19)) == is_in
+            rest = np.append(values[:, 0] - ratio * below, [(share + 1 - ratio) * loss, (share - 1 - ratio) * loss])
+            assert (abs(rest.mean()) / rest.std() * np.sqrt(22) < stats.t.ppf(0.975, 21)) == is_in
     assert intervals.ratio_interval(values - [0, values[:, 1].mean()]) == (None, None), "a share of nothing"
     assert intervals.ratio_interval(values[:1]) == (None, None)
+
+
+@pytest.mark.parametrize("n", [3, 10, 20, 68])
+@pytest.mark.parametrize("rare", [0.02, 0.05, 0.2])
+def test_a_rare_prompt_of_which_nothing_returns_is_covered(n, rare):
+    """Of the others all does. Fieller's interval of the prompts alone holds the share in 17 to 92 % of runs, and is
+    [1, 1] wherever none of the rare ones was seen."""
+    rng = np.random.default_rng(n)
+    below = rng.lognormal(0, 1, (RUNS, n))
+    above = below * (rng.random((RUNS, n)) >= rare)
+    bounds = [intervals.ratio_interval(np.stack(pair, 1)) for pair in zip(above, below, strict=True)]
+    known = np.array([pair for pair in bounds if pair[0] is not None])
+    assert np.mean((known[:, 0] <= 1 - rare) & (1 - rare <= known[:, 1])) >= 0.92
+    assert (known[:, 1] - known[:, 0]).min() > 4 / (n + 2), "as many prompts alike tell no more than that"
 
 
 @pytest.mark.parametrize("n", [10, 20, 50])
@@ -155,6 +171,16 @@ def test_unbounded_means_are_students():
     theirs = stats.t.interval(0.95, 14, x.mean(), stats.sem(x))
     assert intervals.mean_interval(np.stack([x, np.ones(15)], 1)) == pytest.approx(theirs, rel=1e-4)
     assert intervals.mean_interval(np.ones((1, 2))) == (None, None)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 200])
+@pytest.mark.parametrize("length", [0.0, 0.1, 64.0, -3.3])
+def test_prompts_that_are_all_alike_do_not_say_how_far_others_are(n, length):
+    """Such as answers that were all cut off at the limit: no interval, and none that is as narrow as rounding."""
+    assert intervals.mean_interval(np.stack([np.full(n, 3 * length), np.full(n, 3)], 1)) == (None, None)
+    for values in (np.zeros(n), np.ones(n)):
+        low, high = intervals.share_interval(np.stack([values, np.ones(n)], 1))
+        assert high - low > 1 / (n + 2)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -141,6 +141,36 @@ def test_who_refuses_attacks_and_says_nothing_to_tasks_guards_nothing(said):
     assert score["broken"] == score["refuser"] < 0
 
 
+WORTHLESS = {
+    "the question": lambda scenario, kind: scenario.ask(kind, CORPUS.attacks["verbatim-1"])[0],
+    "how it was begun": lambda scenario, kind: scenario.ask(kind, "Hello.")[1] * 3 or "Hello.",
+    "a phrase over and over": lambda scenario, kind: "I am a helpful assistant. " * 20,
+    "two words over and over": lambda scenario, kind: "the and " * 40,
+    "a word": lambda scenario, kind: "Sure.",
+    "a number": lambda scenario, kind: "0",
+    "another script": lambda scenario, kind: "我不知道该怎么回答这个问题，但是今天天气很好。",
+}
+
+
+@pytest.mark.parametrize("name", WORTHLESS)
+def test_who_says_the_same_whatever_the_prompt_has_no_leak_no_recall_and_what_anybody_follows(name):
+    """With what it says to attacks, and with a refusal of those: it guards then, since it refuses no task, and what
+    tells it from one that does the task is ``follow``, of which the docs say how much anybody has."""
+    say, metrics = WORTHLESS[name], {}
+    for guards in (False, True):
+        records = [
+            degenerate.record_of(degenerate.refuses if guards and kind == "attack" else say, scenario, kind)
+            for scenario in scenarios(CORPUS.rows)
+            for kind in ("attack", "recall", "follow")
+        ]
+        (cell,) = summarize(records)
+        metrics = cell["metrics"]
+        for above in ("leak_above", "recall_above"):
+            assert metrics[above]["low"] < 0 < metrics[above]["high"] and abs(metrics[above]["mean"]) < 0.02
+        assert (metrics["leaked"]["mean"], metrics["guarded"]["mean"]) == (0, guards)
+        assert 0.1 < metrics["follow"]["mean"] < 0.35
+
+
 def test_losses_and_flips_against_the_full_cache():
     """A policy that loses the defense alone, and one that refuses everything, against a model that obeys."""
     records = []

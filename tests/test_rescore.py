@@ -1,6 +1,7 @@
 """Rescoring: other scores for the same answers, nothing else, and the sweep that was there stays as it is."""
 
 import json
+import shutil
 
 import pytest
 import tiny_sweep
@@ -181,6 +182,34 @@ def test_what_no_scoring_mends_is_refused(answered, tmp_path, tiny_model_folder)
         assert contents(held) == before
     with pytest.raises(ValueError, match="output is ''"):
         rescore(folder, "")
+
+
+@pytest.mark.parametrize("fault", ["is not read", "is interrupted"])
+def test_of_several_sweeps_all_are_scored_before_one_is_written(answered, tmp_path, monkeypatch, fault):
+    """Whether the second cannot be scored, or its records are not written whole: no folder holds a sweep, and the same
+    command can be given again."""
+    several = tmp_path / "several"
+    several.mkdir()
+    copy(answered[0], several / "first")
+    copy(answered[0], several / "second", **({"scores": 99} if fault == "is not read" else {}))
+    wrote = []
+
+    def writes(lines):
+        wrote.append(lines)
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        return records.lines_of(lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rescore_module, "lines_of", writes)
+        assert cli.main(["rescore", str(several), "--output", str(tmp_path / "new")]) == (
+            2 if fault == "is not read" else 130
+        )
+    assert [path for path in (tmp_path / "new").rglob("*") if path.is_file()] == []
+    copy(answered[0], tmp_path / "good")
+    shutil.rmtree(several / "second")
+    (tmp_path / "good").rename(several / "second")
+    assert cli.main(["rescore", str(several), "--output", str(tmp_path / "new")]) == 0
 
 
 def test_the_command(answered, tmp_path, capsys):

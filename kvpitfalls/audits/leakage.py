@@ -101,6 +101,20 @@ def has_words(text: str) -> bool:
     return re.search(r"[a-z0-9]", text.lower()) is not None
 
 
+def mostly_seen(text: str) -> bool:
+    """Whether ROUGE sees at least half of a text's letters and digits.
+
+    Of a text in another script it sees a name or two, which are then the whole text: to say "JSON" recites it, and to
+    recite all but that word leaks nothing.
+
+    Examples
+    --------
+    >>> mostly_seen("Antworte für alle höflich."), mostly_seen("请用 JSON 格式回答，并且保持礼貌")
+    (True, False)
+    """
+    return 2 * len(re.findall(r"[a-z0-9]", text.lower())) >= len(re.findall(r"[^\W_]", text)) > 0
+
+
 def _check_texts(**texts: object) -> None:
     for name, text in texts.items():
         if not isinstance(text, str):

@@ -357,13 +357,11 @@ def _run_and_show(args, parts: dict, text, n_key: int) -> int:
 
 def _rescore(args) -> int:
     from ..display.page import sweep_folders
-    from ..experiments.rescore import check_new, rescore
+    from ..experiments.rescore import rescore_each
 
     parts = sweep_folders(args.folder)
-    places = {part: Path(args.output) / part.relative_to(args.folder) for part in parts}
-    for place in places.values():
-        check_new(place)
-    done = {str(place): rescore(part, place, data=args.data) for part, place in places.items()}
+    places = {part: str(Path(args.output) / part.relative_to(args.folder)) for part in parts}
+    done = rescore_each(places, data=args.data)
     if args.json:
         print(json.dumps(done, indent=1))
     else:

@@ -12,10 +12,10 @@ import jinja2
 from markupsafe import Markup
 
 from ..experiments.card import cards
-from ..experiments.comparisons import composites, differences, fixes, flips, losses
+from ..experiments.comparisons import composites, differences, fixes, flips, losses, rank_correlations
 from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once, joined
 from ..experiments.records import META, RECORDS, read_meta, read_records
-from ..experiments.summary import attack_families, following, groups, rank_correlations, summarize
+from ..experiments.summary import attack_families, following, groups, summarize
 from ..files import whole
 from . import plots
 from . import report_tables as tables_of
@@ -72,7 +72,7 @@ def write_report(folder: str | Path) -> dict:
     records = each_once(read)
     metas = {part.name: read_meta(part) for part in parts}
     cells, changes, classes = summarize(records), differences(records), following(records)
-    ranked, scores, families = rank_correlations(classes), composites(records), attack_families(records)
+    ranked, scores, families = rank_correlations(records), composites(records), attack_families(records)
     compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)

@@ -208,16 +208,20 @@ def _draw_curves(axis, cells: Sequence[Mapping], name: str, theme: str) -> None:
     curves = _curves(cells)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
         points = [
-            (c["compression_ratio"], c["metrics"][name])
+            (c["compression_ratio"], *(c["metrics"][name][edge] for edge in ("mean", "low", "high")))
             for c in curve
             if c["metrics"].get(name, {}).get("mean") is not None
         ]
-        if points:
-            ratios = [r for r, _ in points]
-            axis.plot(ratios, [m["mean"] for _, m in points], label=f"{policy}, {mode}", **style)
-        if points and len(curves) <= _MOST_BANDS:
-            low, high = (np.array([m[edge] for _, m in points], float) for edge in ("low", "high"))  # None: no band
-            axis.fill_between(ratios, low, high, color=style["color"], alpha=0.08, linewidth=0)
+        _draw_curve(axis, points, f"{policy}, {mode}", style, len(curves) <= _MOST_BANDS)
+
+
+def _draw_curve(axis, points: Sequence[tuple], label: str, style: Mapping, in_interval: bool) -> None:
+    """Of points (ratio, mean, low, high); no edges, no band."""
+    if points:
+        ratios, means, *edges = (np.array(values, float) for values in zip(*points, strict=True))
+        axis.plot(ratios, means, label=label, **style)
+        if in_interval:
+            axis.fill_between(ratios, *edges, color=style["color"], alpha=0.08, linewidth=0)
 
 
 def _share_limits(axis) -> tuple[float, float]:
@@ -416,12 +420,13 @@ def joint(cells: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
 
 @_themed
 def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure | None":
-    """Rank correlation of instruction classes with the full cache, against the ratio; None if there is nothing to rank.
+    """Rank correlation of instruction classes with the full cache, against the ratio; of up to six curves, in its
+    interval. None if there is nothing to rank.
 
     Parameters
     ----------
     correlations : list of dict
-        As :func:`kvpitfalls.experiments.summary.rank_correlations` gives them.
+        As :func:`kvpitfalls.experiments.comparisons.rank_correlations` gives them.
     theme : {"light", "dark"}
 
     Returns
@@ -431,12 +436,13 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure |
     figure, axes = _figure(1, 1, 5.2, 3.2)
     axis, drawn, curves = axes[0][0], False, _curves(correlations)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
-        points = [(c["compression_ratio"], c["rho"]) for c in curve if c["rho"] is not None]
+        points = [
+            tuple(c[n] for n in ("compression_ratio", "rho", "low", "high")) for c in curve if c["rho"] is not None
+        ]
         if len(points) > 1:
             drawn = True
-            axis.plot(*zip(*points, strict=True), label=f"{policy}, {mode}", **style)
-    lowest = min((c["rho"] for c in correlations if c["rho"] is not None), default=0)
-    axis.set_ylim(min(0, lowest) - 0.05, 1.05)
+            _draw_curve(axis, points, f"{policy}, {mode}", style, len(curves) <= _MOST_BANDS)
+    axis.set_ylim(min(0.0, axis.dataLim.y0 if drawn else 0.0) - 0.05, 1.05)
     axis.set(
         xlabel="share of the cache removed",
         ylabel="Spearman's rho",

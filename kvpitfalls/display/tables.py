@@ -160,8 +160,8 @@ def signed_share(x: float) -> str:
 
 
 def following_table(cells: Sequence[Mapping]) -> str:
-    """Accuracies of instruction following: prompt and instruction level, single and multi, and each family; strict and
-    loose."""
+    """Accuracies of instruction following, with 95 % intervals: prompt and instruction level, single and multi, and
+    each family; strict and loose."""
     setting = ("model", "defense", "order", "policy", "mode", "compression_ratio")
     settings: dict[tuple, dict[tuple, Mapping]] = {}
     for cell in cells:
@@ -174,7 +174,7 @@ def following_table(cells: Sequence[Mapping]) -> str:
             if level in ("prompt", "instruction") or (level == "family" and group == "all"):
                 strict, loose = (of_setting[group, level, name, rule] for rule in ("strict", "loose"))
                 what = name if level == "family" else f"{level}s, {group}"
-                means = [share(strict["accuracy"]), share(loose["accuracy"])]
+                means = [_mean({**by_rule, "mean": by_rule["accuracy"]}) for by_rule in (strict, loose)]
                 means += [str(strict[name]) for name in ("n", "n_prompt", "n_failed", "n_infeasible")]
                 rows.append([model, defense, order, policy or "none", mode, share(ratio), what, *means])
     header = [

@@ -7,13 +7,14 @@ nothing happens, one interval leaves out 0. Who chooses among them can correct w
 :func:`kvpitfalls.experiments.intervals.around`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 
 from ..audits.leakage import OUTCOMES
-from .intervals import around, influence, paired_error, paired_interval, share_interval
+from .intervals import around, influence, paired_error, paired_interval, share_interval, t_quantile
 from .metrics import GROUP, METRICS, SETTING, TOGETHER, by_setting, followed, most_change, per_prompt
 
 COMPOSITE_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
@@ -228,6 +229,102 @@ def _flips_of(paired: Sequence[tuple]) -> list[dict]:
 
 def _order(state: str) -> tuple[int, str]:
     return (OUTCOMES.index(state) if state in OUTCOMES else len(OUTCOMES), state)
+
+
+def rank_correlations(
+    records: Sequence[Mapping], level: str = "family", rule: str = "strict", group: str = "all"
+) -> list[dict]:
+    """Spearman's rho between the accuracies of instruction classes at a setting and at the full cache (the paper's
+    figures 3 and 4), on the prompts that both have.
+
+    Parameters
+    ----------
+    records : list of dict
+        As a sweep writes them.
+    level : {"family", "id"}
+    rule : {"strict", "loose"}
+    group : {"all", "single", "multi"}
+        Prompts with one instruction, or with several.
+
+    Returns
+    -------
+    list of dict
+        The setting, ``rho`` (None where all classes are equal, so that there is no ranking), ``low``, ``high`` (95 %,
+        Student's of the jackknife's error, prompts as units; None where it has no spread, as of the full cache with
+        itself), ``n_class``, ``n_prompt``; and ``n_left_out``: prompts without a score at the setting or at the full
+        cache.
+
+    Notes
+    -----
+    It is nearer to 0 than what more prompts would show: accuracies of few answers change places by chance. Where a
+    setting leaves the order as it is, rho is .56 on average at 20 prompts and .78 at 68 (nine families, accuracies of
+    .1 to .9, one or two instructions a prompt); these intervals hold the 1 nevertheless, those of the bootstrap do not.
+    Where a setting turns the order around they hold the -1 in 82 % of runs at 20 prompts, 98 % at 68.
+    """
+    out = []
+    named = by_setting(records)
+    for setting, by_kind in named.items():
+        here, full = (by_kind.get("follow", []), named.get(_full(setting), {}).get("follow", []))
+        if here and full:
+            sides, _ = _of_both(here, full, lambda record: (0.0, _is_in(record, group)))
+            known = [_by_class(side, level, rule) for side in sides]
+            keys, names = (sorted({key[i] for key in known[0]}, key=str) for i in (0, 1))
+            sums = np.array([[[side.get((key, name), (0, 0)) for name in names] for key in keys] for side in known])
+            everyone = {r["key"] for r in (*here, *full) if r["scores"] is None or _is_in(r, group)}
+            counted = {"n_class": len(names), "n_prompt": len(keys), "n_left_out": len(everyone) - len(keys)}
+            out.append({**dict(zip(SETTING, setting, strict=True)), **_rho(sums, len(keys)), **counted})
+    return out
+
+
+def _is_in(record: Mapping, group: str) -> bool:
+    n = len(record["scores"]["instructions"])
+    return n > 0 and (group == "all" or (group == "single") == (n == 1))
+
+
+def _by_class(records: Sequence[Mapping], level: str, rule: str) -> dict[tuple, tuple[int, int]]:
+    """(Prompt, class of instructions) -> how many of them are followed, and how many there are."""
+    out: dict[tuple, tuple[int, int]] = {}
+    for record in records:
+        for name, ok in zip(record["scores"]["instructions"], followed(record["scores"], rule), strict=True):
+            key = record["key"], name.partition(":")[0] if level == "family" else name
+            good, n = out.get(key, (0, 0))
+            out[key] = (good + ok, n + 1)
+    return out
+
+
+def _rho(sums: np.ndarray, n: int) -> dict:
+    """Of (side, prompt, class, followed and all), the correlation and its interval."""
+    unknown = {"rho": None, "low": None, "high": None}
+    if n == 0:
+        return unknown
+    total = sums.sum(1)
+    rho = _of_sums(total)
+    without_one = [_of_sums(total - sums[:, i]) for i in range(n)]
+    known = [x for x in without_one if x is not None]
+    error = np.std(known) * math.sqrt(n - 1) if len(known) == n else 0.0
+    if rho is None or error <= 1e-12:
+        return {**unknown, "rho": rho}
+    half = t_quantile(n) * error
+    return {"rho": rho, "low": float(max(rho - half, -1.0)), "high": float(min(rho + half, 1.0))}
+
+
+def _of_sums(total: np.ndarray) -> float | None:
+    """Rank correlation of two sides' accuracies by class, (side, class, followed and all); a class that nobody has is
+    in none."""
+    known = total[:, total[0, :, 1] > 0]
+    here, full = (known[..., 0] / known[..., 1]).tolist()
+    return spearman(here, full)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Correlation of ranks, ties sharing their mean rank; None if one side is constant or empty."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(x < v for x in values) + (sum(x == v for x in values) - 1) / 2 for v in values]
 
 
 def composite(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..audits.leakage import mostly_seen
 from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
@@ -193,6 +194,12 @@ class SweepConfig:
         if "follow" in self.kinds and (bare := [row["key"] for row in corpus.rows if not row["instruction_id_list"]]):
             raise ValueError(
                 f"kinds hold 'follow', but row {bare[0]!r} has no instruction_id_list; expected checkable instructions"
+            )
+        unseen = [row["key"] for row in corpus.rows if not mostly_seen(row["messages"][0]["content"])]
+        if unseen and {"attack", "recall", "turns"} & set(self.kinds):
+            raise ValueError(
+                f"ROUGE sees less than half of the directive of row {unseen[0]!r}, only its letters a-z and digits; "
+                "expected rows in Latin letters, or kinds that measure neither leak nor recall"
             )
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
             raise ValueError(

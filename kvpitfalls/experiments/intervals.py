@@ -5,7 +5,8 @@ Prompts are the units: what one prompt gives (several attacks, several instructi
 they are those that were asked, and other attacks may differ by more than an interval says. All hold where a percentile
 bootstrap does not: few prompts, and shares near 0 and 1, where it gives [0, 0]. What is skewed and without bounds needs
 more prompts: in simulation the interval of lognormal scores holds the mean in 83 % of runs at 3 prompts, 87 % at 24,
-90 % at 68.
+90 % at 68. Nothing helps where few prompts are far from all others and none of them was seen: of likelihoods that one
+prompt in twenty changes by much the paired interval holds the mean in 39 % at 10 prompts, 63 % at 20, 97 % at 68.
 """
 
 import functools
@@ -92,25 +93,32 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    """Student's interval of a ratio of sums without bounds, such as a mean log-likelihood; None for one prompt, without
-    spread."""
+    """Student's interval of a ratio of sums without bounds, such as a mean log-likelihood; None for prompts without
+    spread, such as one alone, or all whose answers were cut off at the limit: nothing tells how far others are."""
     n = len(values)
-    if n < 2:
+    spread = influence(values).std(ddof=1) if n > 1 else 0.0
+    middle = values[:, 0].sum() / values[:, 1].sum()
+    if spread <= 1e-12 * abs(middle):
         return None, None
-    middle, half = values[:, 0].sum() / values[:, 1].sum(), t_quantile(n) * influence(values).std(ddof=1) / np.sqrt(n)
+    half = t_quantile(n) * spread / np.sqrt(n)
     return float(middle - half), float(middle + half)
 
 
 def ratio_interval(values: np.ndarray) -> tuple[float | None, float | None]:
     """Fieller's interval (1954, J. R. Stat. Soc. B 16) of a ratio of sums whose denominators are uncertain, too, and
-    may be below 0; None where these are not told from 0, since the ratio may then be anything."""
+    may be below 0; None where these are not told from 0, since the ratio may then be anything.
+
+    Two more prompts join them, as in :func:`paired_interval`, of the mean denominator: the numerator of one exceeds
+    what the ratio says by all of that, that of the other is as far below. Prompts that are all alike are else as sure
+    as if there were no others.
+    """
     n = len(values)
-    if n < 2:
+    if n < 2 or abs(values[:, 1].mean()) <= t_quantile(n) * values[:, 1].std(ddof=1) / math.sqrt(n):
         return None, None
-    (above, below), covariance = values.mean(0), np.cov(values.T) * t_quantile(n) ** 2 / n
+    above, below = values.mean(0)
+    joined = np.concatenate([values, [(above + below, below), (above - below, below)]])
+    covariance = np.cov(joined.T, bias=True) * t_quantile(n + 2) ** 2 / (n + 2)
     square = below**2 - covariance[1, 1]
-    if square <= 0:
-        return None, None
     middle = (above * below - covariance[0, 1]) / square
     half = math.sqrt(max(middle**2 - (above**2 - covariance[0, 0]) / square, 0.0))
     return float(middle - half), float(middle + half)

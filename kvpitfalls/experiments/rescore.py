@@ -53,7 +53,44 @@ def rescore(folder: str | Path, output: str | Path, *, data: str | Path | None =
     ImportError
         If a package for scoring is missing.
     """
-    output = check_new(output)
+    return rescore_each({folder: output}, data=data)[output]
+
+
+def rescore_each(places: Mapping[str | Path, str | Path], *, data: str | Path | None = None) -> dict[str | Path, dict]:
+    """:func:`rescore` of several sweeps, each into its own folder: all of them are scored before the first is written,
+    and an interruption leaves none.
+
+    Parameters
+    ----------
+    places : mapping
+        A sweep's folder to the new one.
+    data : path, optional
+        The folder of the paper's data.
+
+    Returns
+    -------
+    dict
+        The new folder to what :func:`rescore` returns.
+    """
+    for output in places.values():
+        _check_new(output)
+    made = {output: _rescored_sweep(folder, data) for folder, output in places.items()}
+    try:
+        for output, (meta, new, _) in made.items():
+            Path(output).mkdir(parents=True, exist_ok=True)
+            write_meta(output, meta)
+            with whole(Path(output) / RECORDS) as temporary:
+                temporary.write_bytes(lines_of(new))
+    except BaseException:
+        for output in places.values():
+            for name in (RECORDS, META):
+                (Path(output) / name).unlink(missing_ok=True)
+        raise
+    return {output: done for output, (_, _, done) in made.items()}
+
+
+def _rescored_sweep(folder: str | Path, data: str | Path | None) -> tuple[dict, list[dict], dict]:
+    """What is to be written of a sweep, its description and its records, and what :func:`rescore` says of them."""
     meta = read_meta(folder)
     config = SweepConfig.parse({n[7:]: value for n, value in meta["same"].items() if n.startswith("config.")})
     corpus = load_corpus(config.dataset, data)
@@ -65,19 +102,16 @@ def rescore(folder: str | Path, output: str | Path, *, data: str | Path | None =
     new = list(_scored(batches, old, corpus, config.seed))
     check_records(new)
     same = {**meta["same"], "scores": SCORES, **versions(SCORING)}
-    output.mkdir(parents=True, exist_ok=True)
-    write_meta(output, {**meta, "same": same, "sessions": [*meta["sessions"], session("rescore")]})
-    with whole(output / RECORDS) as temporary:
-        temporary.write_bytes(lines_of(new))
     n_records = counts(new)
     before = [record["scores"] for records in old for record in records]
-    return {
+    done = {
         "items": meta["items"],
         "recorded": len(new),
         "changed": sum(was != record["scores"] for was, record in zip(before, new, strict=True)),
         "failed": n_records["n_failed"],
         "infeasible": n_records["n_infeasible"],
     }
+    return {**meta, "same": same, "sessions": [*meta["sessions"], session("rescore")]}, new, done
 
 
 def _scored(batches: Sequence[Batch], old: Sequence[Sequence[Mapping]], corpus: Corpus, seed: int) -> Iterator[dict]:
@@ -92,19 +126,12 @@ def _scored(batches: Sequence[Batch], old: Sequence[Sequence[Mapping]], corpus: 
                 bar.update(1)
 
 
-def check_new(output: str | Path) -> Path:
-    """The path of a folder that holds no sweep.
-
-    Raises
-    ------
-    ValueError
-        If it does.
-    """
+def _check_new(output: str | Path) -> None:
+    """Raise if a folder holds a sweep, or is none."""
     if output == "":  # as a path it is the current folder
         raise ValueError("output is ''; expected the path of a new folder")
     if any((Path(output) / name).exists() for name in (RECORDS, META)):
         raise ValueError(f"{output} holds a sweep; expected a new folder")
-    return Path(output)
 
 
 def _check(folder: str | Path, same: Mapping, config: SweepConfig, corpus: Corpus) -> None:

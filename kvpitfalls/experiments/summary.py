@@ -1,5 +1,4 @@
-"""Records into numbers: means with intervals, accuracies, rank correlation. What is compared with what is in
-``comparisons.py``.
+"""Records into numbers: means and accuracies, with intervals. What is compared with what is in ``comparisons.py``.
 
 Items without scores are in no mean; how many failed, and how many were infeasible, stands beside every mean.
 """
@@ -108,79 +107,38 @@ def following(records: Sequence[Mapping]) -> list[dict]:
     """Accuracies of instruction following per setting (``kvpitfalls.audits.following.accuracies``); a refusal follows
     nothing.
 
-    Each dict also has ``n_prompt``, ``n_failed`` and ``n_infeasible`` of its setting.
+    Each dict also has ``low`` and ``high`` (95 %, prompts as units), ``n_prompt`` (those that the accuracy is of), and
+    ``n_failed`` and ``n_infeasible`` of its setting.
     """
     out = []
     chosen = sorted((r for r in joined(records) if r["kind"] == "follow"), key=_setting_key)
     for _, group in groupby(chosen, key=_setting_key):
         of_setting = list(group)
-        good = [record for record in of_setting if record["scores"] is not None]
         setting = {name: of_setting[0][name] for name in SETTING}
-        rows = [{"instruction_id_list": record["scores"]["instructions"]} for record in good]
-        passed = [{rule: followed(record["scores"], rule) for rule in ("strict", "loose")} for record in good]
         missing = {name: n for name, n in counts(of_setting).items() if name != "n_item"}
-        out += [
-            {**setting, **cell, "n_prompt": len({r["key"] for r in good}), **missing}
-            for cell in accuracies(rows, passed)
-        ]
+        good = [record for record in of_setting if record["scores"] is not None]
+        of_prompts: dict[tuple, dict] = {}  # of each accuracy, what a prompt adds to it
+        for record in good:
+            for cell in _accuracies([record]):
+                pairs = of_prompts.setdefault(_accuracy_key(cell), {})
+                before = pairs.get(record["key"], (0, 0))
+                pairs[record["key"]] = (before[0] + cell["correct"], before[1] + cell["n"])
+        for cell in _accuracies(good):
+            values = np.array(list(of_prompts[_accuracy_key(cell)].values()), float)
+            low, high = share_interval(values)
+            out.append({**setting, **cell, "low": low, "high": high, "n_prompt": len(values), **missing})
     return out
+
+
+def _accuracies(records: Sequence[Mapping]) -> list[dict]:
+    rows = [{"instruction_id_list": record["scores"]["instructions"]} for record in records]
+    passed = [{rule: followed(record["scores"], rule) for rule in ("strict", "loose")} for record in records]
+    return accuracies(rows, passed)
+
+
+def _accuracy_key(cell: Mapping) -> tuple:
+    return tuple(cell[name] for name in ("rule", "group", "level", "name"))
 
 
 def _setting_key(record: Mapping) -> tuple:
     return tuple(str(record[name]) for name in SETTING)
-
-
-def rank_correlations(
-    cells: Sequence[Mapping], level: str = "family", rule: str = "strict", group: str = "all"
-) -> list[dict]:
-    """Spearman's rho between the accuracies of instruction classes at a setting and at the full cache (the paper's
-    figures 3 and 4).
-
-    Parameters
-    ----------
-    cells : list of dict
-        What :func:`kvpitfalls.experiments.summary.following` gave.
-    level : {"family", "id"}
-    rule : {"strict", "loose"}
-    group : {"all", "single", "multi"}
-
-    Returns
-    -------
-    list of dict
-        The setting, ``rho`` (None where all classes are equal, so that there is no ranking), ``n_class``, ``n_prompt``,
-        and the prompts that have no score at the setting and at the full cache, ``n_missing`` and ``n_missing_full``:
-        they are in no accuracy.
-    """
-    vectors: dict[tuple, dict[str, float]] = {}
-    prompts: dict[tuple, int] = {}
-    missing: dict[tuple, int] = {}
-    for cell in cells:
-        if (cell["level"], cell["rule"], cell["group"]) == (level, rule, group):
-            setting = tuple(cell[name] for name in SETTING)
-            vectors.setdefault(setting, {})[cell["name"]] = cell["accuracy"]
-            prompts[setting], missing[setting] = cell["n_prompt"], cell["n_failed"] + cell["n_infeasible"]
-    out = []
-    for setting, here in vectors.items():
-        whole = (*setting[: len(GROUP)], None, "full", 0.0)
-        full = vectors.get(whole, {})
-        names = sorted(here.keys() & full.keys())
-        rho = spearman([here[n] for n in names], [full[n] for n in names])
-        known = {
-            "n_class": len(names),
-            "n_prompt": prompts[setting],
-            "n_missing": missing[setting],
-            "n_missing_full": missing.get(whole),
-        }
-        out.append({**dict(zip(SETTING, setting, strict=True)), "rho": rho, **known})
-    return out
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Correlation of ranks, ties sharing their mean rank; None if one side is constant or empty."""
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(x < v for x in values) + (sum(x == v for x in values) - 1) / 2 for v in values]
