@@ -51,6 +51,12 @@ def call_everything(dtype, lend, n_worker):
         with contextlib.suppress(ValueError):
             _core.press(*given, K - 1, n_worker)
             raise AssertionError("quotas above the room for positions were accepted")
+        shared = *given[:9], quotas // 2, shares, None
+        pressed = _core.press_shared(*shared, n_worker)
+        assert pressed[2].dtype == dtype and pressed[0].shape == (B, H, shares.sum(-1).max())
+        with contextlib.suppress(ValueError):
+            _core.press_shared(*given[:9], quotas + 1, shares, None, n_worker)
+            raise AssertionError("floors above the quotas were accepted")
     with contextlib.suppress(ValueError):
         _core.gather(keys, values, positions + T, *out, n_worker)
         raise AssertionError("positions behind the end were accepted")
@@ -67,6 +73,7 @@ def call_badly():
         (_core.share, 7),
         (_core.gather, 6),
         (_core.press, 13),
+        (_core.press_shared, 13),
         (_core.supports, 3),
     ]:
         for place in range(n_argument):

@@ -36,6 +36,11 @@ def leak_cases():
     yield "press", _core.press, ["norm", *pressing, selection()[5].shape[2], 1]
     yield "press of torch", _core.press, ["norm", KEYS, KEYS, *pressing[2:], selection()[5].shape[2], 1]
     yield "refused by press", _core.press, ["norm", KEYS, KEYS, *pressing[2:], 1, 1]
+    sharing = [*selection()[1:3], selection()[2], np.empty_like(selection()[2]), None, 1]
+    yield "shared press", _core.press_shared, ["norm", *pressing[:6], *sharing]
+    yield "shared press of torch", _core.press_shared, ["norm", KEYS, KEYS, *pressing[2:6], *sharing]
+    too_high = [*sharing[:2], sharing[2] + 1, *sharing[3:]]
+    yield "refused by shared press", _core.press_shared, ["norm", KEYS, KEYS, *pressing[2:6], *too_high]
     yield "attention", _core.score, attention()
     yield "dlpack", _core.score, ["norm", wrapped[0], None, None, valid, None, wrapped[2], [], None, 1]
     yield "old dlpack", _core.score, ["norm", wrapped[1], None, None, valid, None, wrapped[2], None, None, 2]

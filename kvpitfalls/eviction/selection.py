@@ -24,6 +24,7 @@ from .allocation import (
     check_heads,
     get_allocation,
     head_quotas,
+    is_ada,
     layer_budgets,
     raised_at,
     raised_where,
@@ -157,17 +158,24 @@ def press(
     policy: Policy, split: Split, layer: LayerInputs, budgets: Budgets, allocation: Allocation = UNIFORM
 ) -> Pressed[Array] | None:
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
-    those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
-    heads share, one choice for all heads, or quotas that depend on scores."""
-    if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or layer.values is None:
+    those who ask for no scores. None where that takes more than one: scores that are no single scorer's, one choice for
+    all heads, quotas that depend on scores, or heads that share a budget otherwise than :class:`Ada` says, or with what
+    must be kept."""
+    if not policy.scores_by_call or layer.share_heads or layer.values is None:
         return None
     if split.asks_scores or split.is_over_rows(policy.paper_quotas):
         return None
-    plan, mask = split.plan(layer.keys.shape[1], budgets[layer.layer]), split.layout.mask_beside(layer.keys)
+    n_head, mask, shared = layer.keys.shape[1], split.layout.mask_beside(layer.keys), {}
+    plan = split.plan(n_head, budgets[layer.layer])
+    if allocation.shares_heads:
+        if not is_ada(allocation) or mask is not None or split.fair.min_tokens:
+            return None
+        shared = {"floors": allocation.parts(plan.quotas), "shares": np.empty(plan.quotas.shape, np.int32)}
     policy.check_given(layer)
     if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
-    return Pressed._make((*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan))
+    made = call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept, **shared)
+    return Pressed(*made, Plan(plan.edges, shared["shares"], made[0].shape[2]) if shared else plan)
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:
