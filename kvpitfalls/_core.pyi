@@ -71,6 +71,20 @@ def press_shared(
     n_worker: int,
     /,
 ) -> tuple[Array, Array, Array]: ...
+def evict(
+    scores: Array,
+    keys: Array,
+    values: Array,
+    valid: Array | None,
+    segments: Array,
+    quotas: Array,
+    protect: Array | None,
+    floors: Array | None,
+    shares: Array | None,
+    n_kept: int,
+    n_worker: int,
+    /,
+) -> tuple[Array, Array, Array]: ...
 def expect(
     keys: Array,
     queries: Array,

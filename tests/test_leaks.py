@@ -41,6 +41,10 @@ def leak_cases():
     yield "shared press of torch", _core.press_shared, ["norm", KEYS, KEYS, *pressing[2:6], *sharing]
     too_high = [*sharing[:2], sharing[2] + 1, *sharing[3:]]
     yield "refused by shared press", _core.press_shared, ["norm", KEYS, KEYS, *pressing[2:6], *too_high]
+    evicting = [selection()[0], KEYS, KEYS, valid, *selection()[1:3], None]
+    yield "evict", _core.evict, [*evicting, None, None, selection()[5].shape[2], 1]
+    yield "evict of shares", _core.evict, [*evicting, *sharing[2:4], 1, 1]
+    yield "refused by evict", _core.evict, [*evicting, None, None, 1, 1]
     yield "attention", _core.score, attention()
     yield "dlpack", _core.score, ["norm", wrapped[0], None, None, valid, None, wrapped[2], [], None, 1]
     yield "old dlpack", _core.score, ["norm", wrapped[1], None, None, valid, None, wrapped[2], None, None, 2]

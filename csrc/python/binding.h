@@ -124,6 +124,7 @@ PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_o
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_press_shared(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_evict(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_share(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);

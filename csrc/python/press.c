@@ -105,29 +105,44 @@ PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_ob
     return result;
 }
 
-/* A press of heads that share their quotas: what all its verbs take. No verb of the core, whose outputs are given: here
- * it is known after share how much room they need. */
-typedef struct shared_args {
+/* What follows from scores, by one call: what heads keep that share their quotas, positions and rows. No verb of the
+ * core, whose outputs are given: it is known after share how much room they need. */
+typedef struct part_args {
     kvp_score_args score;
     kvp_share_args share;
     kvp_select_args select;
     kvp_gather_args gather;
-} shared_args;
+} part_args;
 
 static const kvpb_spec shared_spec = {
     "press_shared",
     KVP_SCORE, /* the first of them */
     10,
-    {{"keys", KVP_FLOAT_NAMES, offsetof(shared_args, score.keys), KVPB_INPUT},
-     {"values", KVP_FLOAT_NAMES, offsetof(shared_args, score.values), KVPB_INPUT},
-     {"queries", KVP_FLOAT_NAMES, offsetof(shared_args, score.queries), KVPB_OPTIONAL},
-     {"votes", "int32", offsetof(shared_args, score.votes), KVPB_OPTIONAL},
-     {"valid", "int32", offsetof(shared_args, score.valid), KVPB_OPTIONAL},
-     {"lse", "float32", offsetof(shared_args, score.lse), KVPB_OPTIONAL},
-     {"segments", "int32", offsetof(shared_args, share.segments), KVPB_INPUT},
-     {"quotas", "int32", offsetof(shared_args, share.quotas), KVPB_INPUT},
-     {"floors", "int32", offsetof(shared_args, share.floors), KVPB_INPUT},
-     {"shares", "int32", offsetof(shared_args, share.counts), KVPB_OUTPUT}},
+    {{"keys", KVP_FLOAT_NAMES, offsetof(part_args, score.keys), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(part_args, score.values), KVPB_INPUT},
+     {"queries", KVP_FLOAT_NAMES, offsetof(part_args, score.queries), KVPB_OPTIONAL},
+     {"votes", "int32", offsetof(part_args, score.votes), KVPB_OPTIONAL},
+     {"valid", "int32", offsetof(part_args, score.valid), KVPB_OPTIONAL},
+     {"lse", "float32", offsetof(part_args, score.lse), KVPB_OPTIONAL},
+     {"segments", "int32", offsetof(part_args, share.segments), KVPB_INPUT},
+     {"quotas", "int32", offsetof(part_args, share.quotas), KVPB_INPUT},
+     {"floors", "int32", offsetof(part_args, share.floors), KVPB_INPUT},
+     {"shares", "int32", offsetof(part_args, share.counts), KVPB_OUTPUT}},
+};
+
+static const kvpb_spec evict_spec = {
+    "evict",
+    KVP_SELECT,
+    9,
+    {{"scores", "float32", offsetof(part_args, score.scores), KVPB_INPUT},
+     {"keys", KVP_FLOAT_NAMES, offsetof(part_args, score.keys), KVPB_INPUT},
+     {"values", KVP_FLOAT_NAMES, offsetof(part_args, score.values), KVPB_INPUT},
+     {"valid", "int32", offsetof(part_args, score.valid), KVPB_OPTIONAL},
+     {"segments", "int32", offsetof(part_args, share.segments), KVPB_INPUT},
+     {"quotas", "int32", offsetof(part_args, share.quotas), KVPB_INPUT},
+     {"protect", "uint8 or bool", offsetof(part_args, select.protect), KVPB_OPTIONAL},
+     {"floors", "int32", offsetof(part_args, share.floors), KVPB_OPTIONAL},
+     {"shares", "int32", offsetof(part_args, share.counts), KVPB_OPTIONAL}},
 };
 
 /* One verb of several on the CPU, with scratch of its own. */
@@ -161,30 +176,55 @@ static int64_t most_of(const kvp_tensor *shares) {
 
 enum { SCORES, COUNTS, N_BETWEEN };
 
-/* What no caller sees: the scores, in an array like the keys. Where the keys' shape is wrong, the core says so. */
-static int score_and_share(const kvpb_state *state, PyObject *like, shared_args *a, kvp_context *ctx, kvpb_made *made) {
-    const kvp_tensor *keys = &a->score.keys;
-    const kvpb_new wanted = {"scores", KVP_F32, 3, {keys->shape[0], keys->shape[1], keys->shape[2]}};
-    if (keys->device != KVP_CPU) {
-        PyErr_SetString(state->device_error, "keys is on a GPU; expected the CPU, where heads share by one call");
-        return -1;
-    }
-    if (keys->ndim == 4 && kvpb_make(state, &wanted, like, keys, &a->score.scores, made) < 0) return -1;
-    a->share.scores = a->score.scores;
-    return run_part(state, KVP_SCORE, &a->score, ctx) < 0 ? -1 : run_part(state, KVP_SHARE, &a->share, ctx);
+/* What was made in such a call: what is returned, and what no caller sees. */
+typedef struct made_parts {
+    kvpb_made out[N_OUTPUT], between[N_BETWEEN];
+} made_parts;
+
+static PyObject *end_parts(made_parts *made, kvpb_loans *loans, bool is_done) {
+    PyObject *result = is_done ? take_outputs(made->out) : NULL;
+    for (int i = 0; i < N_OUTPUT; i++) kvpb_drop(&made->out[i]);
+    for (int i = 0; i < N_BETWEEN; i++) kvpb_drop(&made->between[i]);
+    kvpb_return_loans(loans);
+    return result;
 }
 
-static int select_and_gather(const kvpb_state *state, PyObject *like, shared_args *a, kvp_context *ctx,
-                             kvpb_made *between, kvpb_made *made) {
+static int check_caches(const kvpb_state *state, const part_args *a) {
     const kvp_tensor *keys = &a->score.keys, *values = &a->score.values;
+    if (keys->device != KVP_CPU)
+        PyErr_SetString(state->device_error, "keys is on a GPU; expected the CPU");
+    else if (keys->ndim != 4 || values->ndim != 4)
+        PyErr_Format(PyExc_ValueError, "keys has %d dimensions, and values has %d; expected 4", (int)keys->ndim,
+                     (int)values->ndim);
+    else
+        return 0;
+    return -1;
+}
+
+static int score(const kvpb_state *state, PyObject *like, part_args *a, kvp_context *ctx, made_parts *made) {
+    const kvp_tensor *keys = &a->score.keys;
+    const kvpb_new wanted = {"scores", KVP_F32, 3, {keys->shape[0], keys->shape[1], keys->shape[2]}};
+    if (kvpb_make(state, &wanted, like, keys, &a->score.scores, &made->between[SCORES]) < 0) return -1;
+    return run_part(state, KVP_SCORE, &a->score, ctx);
+}
+
+/* Heads share where there are floors; else n_kept are the places that they need. */
+static int evict(const kvpb_state *state, PyObject *like, part_args *a, int64_t n_kept, kvp_context *ctx,
+                 made_parts *made) {
+    const kvp_tensor *keys = &a->score.keys, *values = &a->score.values, *quotas = &a->share.quotas;
     const kvpb_new wanted = {"counts", KVP_I32, 2, {keys->shape[0], keys->shape[1]}};
     kvp_tensor *const outputs[] = {&a->select.positions, &a->gather.out_keys, &a->gather.out_values};
-    if (make_outputs(state, like, most_of(&a->share.counts), keys, values, outputs, made) < 0 ||
-        kvpb_make(state, &wanted, like, keys, &a->select.counts, between) < 0)
+    a->share.scores = a->select.scores = a->score.scores;
+    if (a->share.floors.data) {
+        if (run_part(state, KVP_SHARE, &a->share, ctx) < 0) return -1;
+        quotas = &a->share.counts;
+        n_kept = most_of(quotas);
+    }
+    if (make_outputs(state, like, n_kept, keys, values, outputs, made->out) < 0 ||
+        kvpb_make(state, &wanted, like, keys, &a->select.counts, &made->between[COUNTS]) < 0)
         return -1;
-    a->select.scores = a->score.scores;
     a->select.segments = a->share.segments;
-    a->select.quotas = a->share.counts;
+    a->select.quotas = *quotas;
     a->select.valid = a->score.valid;
     a->gather.keys = *keys;
     a->gather.values = *values;
@@ -192,26 +232,40 @@ static int select_and_gather(const kvpb_state *state, PyObject *like, shared_arg
     return run_part(state, KVP_SELECT, &a->select, ctx) < 0 ? -1 : run_part(state, KVP_GATHER, &a->gather, ctx);
 }
 
+static part_args no_parts(void) {
+    return (part_args){.score = {.size = sizeof(kvp_score_args), .scorer = -1},
+                       .share = {.size = sizeof(kvp_share_args)},
+                       .select = {.size = sizeof(kvp_select_args)},
+                       .gather = {.size = sizeof(kvp_gather_args)}};
+}
+
 PyObject *kvpb_press_shared(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
     const kvpb_state *state = PyModule_GetState(module);
-    shared_args a = {.score = {.size = sizeof a.score, .scorer = -1},
-                     .share = {.size = sizeof a.share},
-                     .select = {.size = sizeof a.select},
-                     .gather = {.size = sizeof a.gather}};
+    part_args a = no_parts();
     kvpb_loans loans = {.n_held = 0};
     kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    kvpb_made made[N_OUTPUT] = {{.array = NULL}}, between[N_BETWEEN] = {{.array = NULL}};
-    PyObject *result = NULL;
+    made_parts made = {.out = {{.array = NULL}}};
     if (kvpb_check_count("press_shared", n_object, 13) < 0 || kvpb_read_scorer(objects[0], &a.score.scorer) < 0 ||
         kvpb_read_params(objects[11], a.score.scorer, a.score.param) < 0 ||
         kvpb_read_n_worker(objects[12], &ctx.n_worker) < 0)
         return NULL;
-    if (kvpb_read_tensors(state, &shared_spec, objects + 1, &a, &loans) == 0 &&
-        score_and_share(state, objects[1], &a, &ctx, &between[SCORES]) == 0 &&
-        select_and_gather(state, objects[1], &a, &ctx, &between[COUNTS], made) == 0)
-        result = take_outputs(made);
-    for (int i = 0; i < N_OUTPUT; i++) kvpb_drop(&made[i]);
-    for (int i = 0; i < N_BETWEEN; i++) kvpb_drop(&between[i]);
-    kvpb_return_loans(&loans);
-    return result;
+    const bool is_done = kvpb_read_tensors(state, &shared_spec, objects + 1, &a, &loans) == 0 &&
+                         check_caches(state, &a) == 0 && score(state, objects[1], &a, &ctx, &made) == 0 &&
+                         evict(state, objects[1], &a, 1, &ctx, &made) == 0;
+    return end_parts(&made, &loans, is_done);
+}
+
+PyObject *kvpb_evict(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
+    const kvpb_state *state = PyModule_GetState(module);
+    part_args a = no_parts();
+    kvpb_loans loans = {.n_held = 0};
+    kvp_context ctx = {.parallel_for = kvpb_parallel_for};
+    int64_t n_kept;
+    made_parts made = {.out = {{.array = NULL}}};
+    if (kvpb_check_count("evict", n_object, 11) < 0 || read_n_kept(objects[9], &n_kept) < 0 ||
+        kvpb_read_n_worker(objects[10], &ctx.n_worker) < 0)
+        return NULL;
+    const bool is_done = kvpb_read_tensors(state, &evict_spec, objects, &a, &loans) == 0 &&
+                         check_caches(state, &a) == 0 && evict(state, objects[1], &a, n_kept, &ctx, &made) == 0;
+    return end_parts(&made, &loans, is_done);
 }

@@ -188,8 +188,7 @@ def press_checked(
     segments, quotas, protect, n_kept
         As for :func:`select_checked`.
     floors, shares
-        Where heads share: what :func:`share` takes, and room for what it gives, which then says what heads keep,
-        instead of quotas and ``n_kept``. Nothing is protected there; a GPU is waited for.
+        Where heads share: what :func:`share` takes, and room for what it gives; a GPU is waited for.
 
     Returns
     -------
@@ -205,17 +204,40 @@ def press_checked(
     array([[[1, 2]]], dtype=int32)
     """
     read, numbers = (keys, values, queries, votes, valid, lse), _numbers(scorer, params)
-    is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
-    if is_lent and shares is None and _has_kernels(keys):
+    if shares is None and _is_lent(keys) and _has_kernels(keys):
         return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept or 1, n_worker())
-    if is_lent and shares is not None and floors is not None and not _on_cuda(keys):
+    if floors is not None and shares is not None and _is_lent(keys) and not _on_cuda(keys):
         return _core.press_shared(scorer, *read, segments, quotas, floors, shares, numbers, n_worker())
     scores = score(scorer, keys, values=values, queries=queries, votes=votes, valid=valid, lse=lse, **params)
-    if shares is not None and floors is not None:
+    return evict_checked(scores, keys, values, valid, segments, quotas, protect, n_kept, floors, shares)
+
+
+def evict_checked(
+    scores: A,
+    keys: A,
+    values: A,
+    valid: npt.NDArray[np.int32] | None,
+    segments: npt.NDArray[np.int32],
+    quotas: npt.NDArray[np.int32],
+    protect: Array | None,
+    n_kept: int,
+    floors: npt.NDArray[np.int32] | None = None,
+    shares: npt.NDArray[np.int32] | None = None,
+) -> tuple[A, A, A]:
+    """:func:`press_checked` by scores that are there; by one call on the CPU."""
+    if _is_lent(keys) and not _on_cuda(keys):
+        return _core.evict(
+            scores, keys, values, valid, segments, quotas, protect, floors, shares, n_kept or 1, n_worker()
+        )
+    if floors is not None and shares is not None:
         shares[...] = quotas = share(scores, segments, quotas, floors)
         n_kept = int(quotas.sum(-1).max())
     positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept or 1)
     return positions, *gather(keys, values, positions)
+
+
+def _is_lent(x: object) -> bool:  # whether the core can make arrays of its library
+    return isinstance(x, np.ndarray) or hasattr(type(x), "__dlpack_c_exchange_api__")
 
 
 def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:
