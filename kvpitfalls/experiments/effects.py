@@ -16,7 +16,7 @@ from ..errors import BudgetError
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Protect, listed
-from ..eviction.selection import Ranked, choose
+from ..eviction.selection import Kept, Ranked, choose
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict, Task
 from ..hf.fork import compress_each
@@ -53,7 +53,8 @@ class PutBack(Evict):
 
     def choose(self, layer: KeptLayer, ranked: Ranked, task: Task) -> None:
         """Hold what is kept, and the instruction."""
-        kept, (n_head, n_token) = choose(ranked, task.budgets, self.sharing), layer.keys.shape[1:3]
+        kept: Kept = choose(ranked, task.budgets, self.sharing)
+        n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)
         np.put_along_axis(held, np.where(chosen < 0, n_token, chosen), True, -1)

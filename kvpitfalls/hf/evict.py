@@ -13,6 +13,7 @@ from ..eviction.fairness import Fair
 from ..eviction.layout import Layout, Split, read_once
 from ..eviction.selection import (
     Budgets,
+    Kept,
     Pressed,
     Ranked,
     allocation_of,
@@ -235,13 +236,16 @@ class Evict(Action):
 
     def choose(self, layer: KeptLayer, ranked: Ranked, task: Task) -> None:
         """Hold only what is kept by these scores; by one call of the core where that can be."""
-        made = evict(ranked, layer.keys, layer.values, task.budgets, self.sharing) if layer.has_plain_rows else None
+        made: Pressed | None = None
+        if layer.has_plain_rows:
+            made = evict(ranked, layer.keys, layer.values, task.budgets, self.sharing)
         if made is not None:
             layer.keep(made.keys, made.values, made.positions, made.plan.is_full)
             return
-        kept, n_head = choose(ranked, task.budgets, self.sharing), layer.keys.shape[1]
+        kept: Kept = choose(ranked, task.budgets, self.sharing)
         # one choice for all heads is repeated for each
-        layer.evict(kept.positions.expand(-1, n_head, -1).contiguous(), kept.plan.is_full)
+        positions = kept.positions.expand(-1, layer.keys.shape[1], -1).contiguous()
+        layer.evict(positions, kept.plan.is_full)
 
     def check_chunks(self) -> None:
         """Raise if what is kept cannot be told before the whole prompt has come."""
