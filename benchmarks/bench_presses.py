@@ -22,14 +22,13 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
 
 import kvpitfalls as kvp
-from kvpitfalls import ops
 from kvpitfalls.eviction.allocation import Ada
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
 from kvpitfalls.eviction.needed import turns_of
-from kvpitfalls.eviction.selection import allocation_of, budgets_of, choose, press, rank
+from kvpitfalls.eviction.selection import allocation_of, budgets_of, evict, press, rank
 
 try:
     import kvpress
@@ -117,22 +116,23 @@ class Case:
         budgets = budgets_of(layout, partial(kept_tokens, compression_ratio=RATIO), allocation, N_LAYER)
         split, again = layout.split(BIASED), given.pop("again", None)
 
-        def evict():
+        def press_layer():
             keys, values = self.next()
             layer = LayerInputs(keys, queries, values, layer=LAYER, n_layer=N_LAYER, **given)
-            if (made := press(policy, split, layer, budgets, allocation)) is not None:
-                return made.keys, made.values
-            return ops.gather(keys, values, choose(rank(policy, split, layer), budgets, allocation).positions)
+            if (made := press(policy, split, layer, budgets, allocation)) is None:
+                made = evict(rank(policy, split, layer), keys, values, budgets, allocation)
+            return made.keys, made.values
 
-        def evict_after_reading():
+        def press_after_reading():
             keys, values = self.next()
             ranked = None
             for turn in turns_of(policy, layout, keys, again):
                 layer = LayerInputs(keys, queries, values, layer=LAYER, n_layer=N_LAYER, again=turn, **given)
                 ranked = rank(policy, split, layer, ranked)
-            return ops.gather(keys, values, choose(ranked, budgets, allocation).positions)
+            made = evict(ranked, keys, values, budgets, allocation)
+            return made.keys, made.values
 
-        return evict if again is None else evict_after_reading
+        return press_layer if again is None else press_after_reading
 
     def theirs(self, press):
         """kvpress's score, topk and gather."""

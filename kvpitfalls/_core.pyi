@@ -55,6 +55,36 @@ def press(
     n_worker: int,
     /,
 ) -> tuple[Array, Array, Array]: ...
+def press_shared(
+    scorer: str,
+    keys: Array,
+    values: Array,
+    queries: Array | None,
+    votes: Array | None,
+    valid: Array | None,
+    lse: Array | None,
+    segments: Array,
+    quotas: Array,
+    floors: Array,
+    shares: Array,
+    params: Sequence[float] | None,
+    n_worker: int,
+    /,
+) -> tuple[Array, Array, Array]: ...
+def evict(
+    scores: Array,
+    keys: Array,
+    values: Array,
+    valid: Array | None,
+    segments: Array,
+    quotas: Array,
+    protect: Array | None,
+    floors: Array | None,
+    shares: Array | None,
+    n_kept: int,
+    n_worker: int,
+    /,
+) -> tuple[Array, Array, Array]: ...
 def expect(
     keys: Array,
     queries: Array,

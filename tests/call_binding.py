@@ -51,6 +51,19 @@ def call_everything(dtype, lend, n_worker):
         with contextlib.suppress(ValueError):
             _core.press(*given, K - 1, n_worker)
             raise AssertionError("quotas above the room for positions were accepted")
+        shared = *given[:9], quotas // 2, shares, None
+        pressed = _core.press_shared(*shared, n_worker)
+        assert pressed[2].dtype == dtype and pressed[0].shape == (B, H, shares.sum(-1).max())
+        with contextlib.suppress(ValueError):
+            _core.press_shared(*given[:9], quotas + 1, shares, None, n_worker)
+            raise AssertionError("floors above the quotas were accepted")
+        scored = scores, keys, values, valid, segments, quotas, None
+        for both in ((None, None), (quotas // 2, shares)):
+            evicted = _core.evict(*scored, *both, K, n_worker)
+            assert evicted[1].dtype == dtype and evicted[0].shape[2] == (K if both[0] is None else shares.sum(-1).max())
+        with contextlib.suppress(ValueError):
+            _core.evict(*scored, None, None, K - 1, n_worker)
+            raise AssertionError("quotas above the room for positions were accepted")
     with contextlib.suppress(ValueError):
         _core.gather(keys, values, positions + T, *out, n_worker)
         raise AssertionError("positions behind the end were accepted")
@@ -67,6 +80,8 @@ def call_badly():
         (_core.share, 7),
         (_core.gather, 6),
         (_core.press, 13),
+        (_core.press_shared, 13),
+        (_core.evict, 11),
         (_core.supports, 3),
     ]:
         for place in range(n_argument):

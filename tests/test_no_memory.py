@@ -61,6 +61,8 @@ SCORE_CALL, SCORE_SIZE, SELECT_CALL, SELECT_SIZE = (
 SHARE_CALL, SHARE_SIZE = (*SHARE, None, 1), (*SHARE, 1)
 GATHER_CALL, SMALL_SCRATCH = (KEYS, KEYS, KEPT, *OUT, 1), (*SELECT, np.zeros(64, np.uint8), 1)
 PRESS_CALL = ("attention", KEYS, KEYS, KEYS, VOTES, None, None, SEGMENTS, QUOTAS, None, (1.0, 0.0, 3.0, 0.0), K, 1)
+SHARED_PRESS = (*PRESS_CALL[:9], QUOTAS, np.zeros(QUOTAS.shape, np.int32), (1.0, 0.0, 3.0, 0.0), 1)
+EVICT_CALL = (SCORES, KEYS, KEYS, None, SEGMENTS, QUOTAS, None, None, None, K, 1)
 LARGE_PRESS = ("norm", LARGE, LARGE, None, None, None, None, LARGE_SEGMENTS, QUOTAS, None, None, 1024, 1)
 BAD_PRESS = (*PRESS_CALL[:-2], K - 1, 1)
 BAD_PARAMS = (*ATTENTION[:-1], ("one",), None, 1)
@@ -74,6 +76,8 @@ WORKING = {
     "share": lambda: _core.share(*SHARE_CALL),
     "gather": lambda: _core.gather(*GATHER_CALL),
     "press": lambda: _core.press(*PRESS_CALL),
+    "shared press": lambda: _core.press_shared(*SHARED_PRESS),
+    "evict": lambda: _core.evict(*EVICT_CALL),
     "large press": lambda: _core.press(*LARGE_PRESS),
     "score_workspace": lambda: _core.score_workspace(*SCORE_SIZE),
     "select_workspace": lambda: _core.select_workspace(*SELECT_SIZE),

@@ -157,44 +157,6 @@ def test_a_policy_is_told_its_layer_and_its_values(registry):
         assert torch.equal(values.gather(2, places), layer.values)
 
 
-def test_chunkkv_keeps_whole_chunks_and_no_chunk_lies_in_two_instructions():
-    spans = {"a": (3, 14), "b": (14, 30)}
-    scores = kvp.keep(kvp.ChunkKV("keydiff", 4), KEYS, budget=20, spans=spans, fair=True).scores
-    edges = [0, 3, 7, 11, 14, 18, 22, 26, 30, 34, 38, 40]
-    for begin, end in pairwise(edges):
-        assert (scores[:, :, begin:end] == scores[:, :1, begin : begin + 1]).all()
-    assert all(len(set(row[0].tolist())) == len(edges) - 1 for row in scores)
-
-
-def test_chunkkv_keeps_instructions_whole_or_not_at_all():
-    policy = kvp.ChunkKV("keydiff", "instructions")
-    spans = {"a": (3, 14), "b": (14, 30)}
-    edges = [(0, 3), (3, 14), (14, 30), (30, 40)]
-    for budget in range(1, 40):
-        kept = kvp.keep(policy, KEYS, budget=budget, spans=spans).positions
-        for head in kept.flatten(0, 1):
-            shares = [sum(begin <= t < end for t in head.tolist()) / (end - begin) for begin, end in edges]
-            assert sum(0 < share < 1 for share in shares) <= 1
-    for fair in (True, 0.5):
-        with pytest.raises(
-            ValueError, match="was given segments that have quotas; expected instructions, and fair=False or a floor"
-        ):
-            kvp.keep(policy, KEYS, budget=20, spans=spans, fair=fair)
-    with pytest.raises(ValueError, match="was given no instructions; expected instructions"):
-        kvp.keep(policy, KEYS, budget=20)
-    kept = kvp.keep(policy, KEYS, budget=20, spans=spans, fair="floor=2").positions
-    assert all(((kept >= begin) & (kept < end)).sum(-1).min() >= 2 for begin, end in spans.values())
-    for wrong in (0, -1, True, 2.0, "sentences"):
-        with pytest.raises(ValueError, match=r"^chunks is .*; expected a whole number, at least 1, or 'instructions'"):
-            kvp.ChunkKV("keydiff", wrong)
-    with pytest.raises(
-        ValueError, match=r"^policy is AdaKV.*, which shares its budget by itself; expected one that scores tokens"
-    ):
-        kvp.ChunkKV("adakv")
-    with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
-        kvp.ChunkKV(kvp.ChunkKV())
-
-
 def expected_by_hand(keys, before, values, policy, rotary, segments):
     """Expected Attention's scores (H, T) of one row by its formula, in float64, every future rotation written out."""
     n_head, n_token, n_dim = keys.shape

@@ -11,7 +11,7 @@ from kvpitfalls.eviction.allocation import get_allocation
 from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.eviction.layer_inputs import LayerInputs
 from kvpitfalls.eviction.layout import Layout
-from kvpitfalls.eviction.selection import budgets_of, choose, press, rank
+from kvpitfalls.eviction.selection import budgets_of, choose, evict, press, rank
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.policies import get_policy
 
@@ -22,18 +22,26 @@ FAIR = [False, True, "paper", 0.5, "floor=2"]
 
 def arrays(dtype, library):
     generator = torch.Generator().manual_seed(3)
-    keys, values, queries = (
+    drawn = (
         torch.randn(2, n_head, N_TOKEN, n_dim, generator=generator).to(dtype)
         for n_head, n_dim in ((3, 16), (3, 24), (6, 16))
     )
-    return [x.numpy() for x in (keys, values, queries)] if library == "numpy" else [keys, values, queries]
+    if library == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return [x.numpy() if library == "numpy" else x.to("cuda" if library == "cuda" else "cpu") for x in drawn]
 
 
 @pytest.mark.parametrize("protect", [None, ["a", 34]], ids=["free", "protected"])
 @pytest.mark.parametrize("valid", [None, [(0, 40), (5, 40)]], ids=["whole", "padded"])
 @pytest.mark.parametrize(
     ("dtype", "library"),
-    [(torch.float32, "numpy"), (torch.float32, "torch"), (torch.float16, "torch"), (torch.bfloat16, "torch")],
+    [
+        (torch.float32, "numpy"),
+        (torch.float32, "torch"),
+        (torch.float16, "torch"),
+        (torch.bfloat16, "torch"),
+        (torch.float32, "cuda"),
+    ],
 )
 @pytest.mark.parametrize("name", sorted(BY_ONE_CALL))
 def test_a_press_keeps_what_three_calls_keep(name, dtype, library, valid, protect):
@@ -48,20 +56,21 @@ def test_a_press_keeps_what_three_calls_keep(name, dtype, library, valid, protec
         allocation = get_allocation(policy.allocation)
         split, layer = layout.split(fair), LayerInputs(keys, queries, values, layer=1, n_layer=3)
         budgets = budgets_of(layout, lambda n: 18, allocation, 3)
-        pressed = press(policy, split, layer, budgets, allocation)
+        pressed, ranked = press(policy, split, layer, budgets, allocation), rank(policy, split, layer)
+        evicted = evict(ranked, keys, values, budgets, allocation)
         is_plain = label in (False, True) or (label == "paper" and policy.paper_quotas)
-        assert (pressed is not None) == (is_plain and not allocation.shares_heads)
-        if pressed is None:
+        is_one_call = is_plain and not (allocation.shares_heads and protect)
+        assert (pressed is not None) == is_one_call == (evicted is not None)
+        if not is_one_call:
             continue
-        kept = choose(rank(policy, split, layer), budgets, allocation)
-        rows = ops.gather(keys, values, kept.positions)
-        ours_all = pressed.positions, pressed.keys, pressed.values
-        expected = kept.positions, *rows
-        assert pressed.plan.is_full == bool((kept.counts == kept.positions.shape[-1]).all())
-        plans = [(plan.quotas, plan.edges) for plan in (pressed.plan, kept.plan)]
-        for ours, theirs in zip((*ours_all, *plans[0]), (*expected, *plans[1]), strict=True):
-            assert type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
-            assert bool((ours == theirs).all())
+        kept = choose(ranked, budgets, allocation)
+        expected = kept.positions, *ops.gather(keys, values, kept.positions), kept.plan.quotas, kept.plan.edges
+        for made in (pressed, evicted):
+            assert made.plan.is_full == bool((kept.counts == kept.positions.shape[-1]).all())
+            all_of = made.positions, made.keys, made.values, made.plan.quotas, made.plan.edges
+            for ours, theirs in zip(all_of, expected, strict=True):
+                assert type(ours) is type(theirs) and ours.dtype == theirs.dtype and ours.shape == theirs.shape
+                assert bool((ours == theirs).all())
 
 
 def test_every_policy_says_whether_it_is_one_call():
@@ -97,7 +106,7 @@ def test_a_policy_that_scores_anew_is_not_pressed_by_its_parents_call():
 
 
 @pytest.mark.parametrize("fair", [False, True])
-@pytest.mark.parametrize("policy", ["knorm", "snapkv", "streaming_llm"])
+@pytest.mark.parametrize("policy", ["adakv", "knorm", "snapkv", "streaming_llm"])
 def test_a_wrap_presses_and_holds_what_it_held_by_three_calls(policy, fair, monkeypatch):
     model, tokens, spans = build("llama"), ids(2, 30), {"a": (3, 12), "b": (14, 25)}
     mask = torch.ones_like(tokens)

@@ -93,7 +93,7 @@ int kvpb_find_exchange_api(const kvpb_state *state, PyObject *object,
  */
 typedef struct kvpb_new {
     const char *name;
-    kvp_dtype dtype; /* KVP_I32, KVP_U8 or that of the old array */
+    kvp_dtype dtype; /* KVP_I32, KVP_F32, KVP_U8 or that of the old array */
     int32_t ndim;
     int64_t shape[4];
 } kvpb_new;
@@ -117,11 +117,14 @@ PyObject *kvpb_raise(const kvpb_state *state, kvp_status status, const kvp_conte
 void kvpb_refuse_name(const char *what, const char *given,
                       const char *(*nth)(int32_t)); /* nth: the known names, NULL past the last */
 
-/* verbs.c: METH_FASTCALL functions, and two readers of arguments that set an exception on failure (-1, NULL). */
+/* verbs.c, press.c: METH_FASTCALL functions, and two readers of arguments that set an exception on failure (-1, NULL).
+ */
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_press_shared(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
+PyObject *kvpb_evict(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_share(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object);

@@ -121,6 +121,15 @@ PyDoc_STRVAR(press_doc, "press($module, scorer, keys, values, queries, votes, va
                         "params, n_kept, n_worker, /)\n--\n\n"
                         "Score, select and gather: positions of n_kept places a head, and the keys and values that "
                         "are kept, in new arrays.");
+PyDoc_STRVAR(press_shared_doc,
+             "press_shared($module, scorer, keys, values, queries, votes, valid, lse, segments, quotas, floors, "
+             "shares, params, n_worker, /)\n--\n\n"
+             "Score, share, select and gather on the CPU, where heads share: what each head keeps of each segment is "
+             "written into shares; positions, and the keys and values that are kept, are new arrays.");
+PyDoc_STRVAR(evict_doc, "evict($module, scores, keys, values, valid, segments, quotas, protect, floors, shares, "
+                        "n_kept, n_worker, /)\n--\n\n"
+                        "Select and gather on the CPU, where scores are there, and share before, where floors are "
+                        "given: as press and press_shared.");
 PyDoc_STRVAR(expect_doc, "expect($module, keys, queries, values, cosines, sines, ahead_cosines, ahead_sines, segments, "
                          "sinks, logits, scores, scaling, epsilon, with_spread, workspace, n_worker, /)\n--\n\n"
                          "Write the logits that queries to come are expected to give to keys into logits, and the "
@@ -159,6 +168,8 @@ static PyMethodDef methods[] = {
     {"select", FAST(kvpb_select), select_doc},
     {"gather", FAST(kvpb_gather), gather_doc},
     {"press", FAST(kvpb_press), press_doc},
+    {"press_shared", FAST(kvpb_press_shared), press_shared_doc},
+    {"evict", FAST(kvpb_evict), evict_doc},
     {"share", FAST(kvpb_share), share_doc},
     {"expect", FAST(kvpb_expect), expect_doc},
     {"score_workspace", FAST(kvpb_score_workspace), score_workspace_doc},

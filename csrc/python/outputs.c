@@ -36,8 +36,10 @@ static PyObject *new_aligned(PyArray_Descr *descr, int ndim, npy_intp *shape, np
 
 static PyObject *new_numpy(const kvpb_new *wanted, PyArrayObject *like) {
     npy_intp shape[4], n_byte;
-    PyArray_Descr *descr = wanted->dtype == KVP_I32 ? PyArray_DescrFromType(NPY_INT32) : PyArray_DESCR(like);
-    if (wanted->dtype != KVP_I32) Py_INCREF((PyObject *)descr);
+    const bool is_own = wanted->dtype == KVP_I32 || wanted->dtype == KVP_F32;
+    PyArray_Descr *descr =
+        is_own ? PyArray_DescrFromType(wanted->dtype == KVP_I32 ? NPY_INT32 : NPY_FLOAT32) : PyArray_DESCR(like);
+    if (!is_own) Py_INCREF((PyObject *)descr);
     n_byte = PyDataType_ELSIZE(descr);
     for (int d = 0; d < wanted->ndim; d++) n_byte *= shape[d] = (npy_intp)wanted->shape[d];
     return new_aligned(descr, wanted->ndim, shape, n_byte);

@@ -3,36 +3,11 @@
  * The verbs as Python functions. What a verb takes is a list of slots, so that reading, running and cleaning up
  * are written once.
  */
-#include "binding.h"
+#include "verbs.h"
 
 #include <string.h>
 
-/* More threads than any machine has would make OpenMP end the process. */
-enum { MAX_WORKER = 1024, MAX_TENSOR = KVPB_MAX_HELD / 3 - 1 };
-
-#define KVP_FLOAT(constant, name, kind, bits)
-#define KVP_DTYPE KVP_FLOAT
-#include "../dtypes.def" /* for KVP_FLOAT_NAMES */
-#undef KVP_FLOAT
-#undef KVP_DTYPE
-
-typedef union verb_args {
-    kvp_score_args score;
-    kvp_select_args select;
-    kvp_gather_args gather;
-    kvp_press_args press;
-    kvp_share_args share;
-    kvp_expect_args expect;
-} verb_args;
-
-typedef struct verb_spec {
-    const char *name;
-    kvp_verb verb;
-    Py_ssize_t n_tensor;
-    kvpb_slot tensor[MAX_TENSOR];
-} verb_spec;
-
-static const verb_spec score_spec = {
+static const kvpb_spec score_spec = {
     "score",
     KVP_SCORE,
     7,
@@ -45,7 +20,7 @@ static const verb_spec score_spec = {
      {"scores", "float32", offsetof(kvp_score_args, scores), KVPB_OUTPUT}},
 };
 
-static const verb_spec select_spec = {
+static const kvpb_spec select_spec = {
     "select",
     KVP_SELECT,
     7,
@@ -58,7 +33,7 @@ static const verb_spec select_spec = {
      {"counts", "int32", offsetof(kvp_select_args, counts), KVPB_OUTPUT}},
 };
 
-static const verb_spec share_spec = {
+static const kvpb_spec share_spec = {
     "share",
     KVP_SHARE,
     5,
@@ -69,7 +44,7 @@ static const verb_spec share_spec = {
      {"counts", "int32", offsetof(kvp_share_args, counts), KVPB_OUTPUT}},
 };
 
-static const verb_spec gather_spec = {
+static const kvpb_spec gather_spec = {
     "gather",
     KVP_GATHER,
     5,
@@ -80,23 +55,7 @@ static const verb_spec gather_spec = {
      {"out_values", KVP_FLOAT_NAMES, offsetof(kvp_gather_args, out_values), KVPB_OUTPUT}},
 };
 
-/* Its outputs are made here, and so they are no arguments. */
-static const verb_spec press_spec = {
-    "press",
-    KVP_PRESS,
-    9,
-    {{"keys", KVP_FLOAT_NAMES, offsetof(kvp_press_args, keys), KVPB_INPUT},
-     {"values", KVP_FLOAT_NAMES, offsetof(kvp_press_args, values), KVPB_INPUT},
-     {"queries", KVP_FLOAT_NAMES, offsetof(kvp_press_args, queries), KVPB_OPTIONAL},
-     {"votes", "int32", offsetof(kvp_press_args, votes), KVPB_OPTIONAL},
-     {"valid", "int32", offsetof(kvp_press_args, valid), KVPB_OPTIONAL},
-     {"lse", "float32", offsetof(kvp_press_args, lse), KVPB_OPTIONAL},
-     {"segments", "int32", offsetof(kvp_press_args, segments), KVPB_INPUT},
-     {"quotas", "int32", offsetof(kvp_press_args, quotas), KVPB_INPUT},
-     {"protect", "uint8 or bool", offsetof(kvp_press_args, protect), KVPB_OPTIONAL}},
-};
-
-static const verb_spec expect_spec = {
+static const kvpb_spec expect_spec = {
     "expect",
     KVP_EXPECT,
     11,
@@ -135,7 +94,7 @@ const char *kvpb_read_text(PyObject *object, const char *name) {
     return text;
 }
 
-static int read_scorer(PyObject *object, int32_t *scorer) {
+int kvpb_read_scorer(PyObject *object, int32_t *scorer) {
     const char *name = kvpb_read_text(object, "scorer");
     if (!name) return -1;
     *scorer = kvp_scorer_find(name);
@@ -144,7 +103,7 @@ static int read_scorer(PyObject *object, int32_t *scorer) {
     return -1;
 }
 
-static int read_params(PyObject *object, int32_t scorer, double *param) {
+int kvpb_read_params(PyObject *object, int32_t scorer, double *param) {
     Py_ssize_t n_known = 0;
     for (; kvp_scorer_param(scorer, (int32_t)n_known); n_known++)
         param[n_known] = kvp_scorer_param_default(scorer, (int32_t)n_known);
@@ -166,19 +125,19 @@ static int read_params(PyObject *object, int32_t scorer, double *param) {
     return 0;
 }
 
-static int read_n_worker(PyObject *object, int32_t *n_worker) {
+int kvpb_read_n_worker(PyObject *object, int32_t *n_worker) {
     const long n = PyLong_AsLong(object);
     if (n == -1 && PyErr_Occurred()) return -1;
-    if (n < 0 || n > MAX_WORKER) {
-        PyErr_Format(PyExc_ValueError, "n_worker is %ld; expected 0 to %d", n, MAX_WORKER);
+    if (n < 0 || n > KVPB_MAX_WORKER) {
+        PyErr_Format(PyExc_ValueError, "n_worker is %ld; expected 0 to %d", n, KVPB_MAX_WORKER);
         return -1;
     }
     *n_worker = (int32_t)n;
     return 0;
 }
 
-static int read_tensors(const kvpb_state *state, const verb_spec *spec, PyObject *const *objects, verb_args *args,
-                        kvpb_loans *loans) {
+int kvpb_read_tensors(const kvpb_state *state, const kvpb_spec *spec, PyObject *const *objects, void *args,
+                      kvpb_loans *loans) {
     for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
         kvp_tensor *tensor = (kvp_tensor *)((char *)args + spec->tensor[i].offset);
         if (kvpb_view(state, &spec->tensor[i], objects[i], tensor, loans) < 0) return -1;
@@ -210,8 +169,7 @@ static int lend_workspace(const kvpb_state *state, PyObject *object, const kvp_t
     return 0;
 }
 
-/* Host memory for a call without a workspace, to be freed with PyMem_Free. */
-static int make_workspace(size_t bytes, kvp_context *ctx, void **owned) {
+int kvpb_make_workspace(size_t bytes, kvp_context *ctx, void **owned) {
     if (bytes == 0) return 0;
     *owned = PyMem_Malloc(bytes + 63);
     if (!*owned) {
@@ -242,13 +200,8 @@ static void copy_table(kvp_tensor *t, int32_t *to) {
     for (int64_t d = t->ndim - 1, step = 1; d >= 0; step *= t->shape[d--]) t->stride[d] = step;
 }
 
-/*
- * Of a call on a GPU the tables are what is in host memory. There the core has nowhere to copy them to, and reads them
- * where they are, once to check them and again to send them: so they are copied here, and a thread that rewrites them
- * changes nothing. To be freed with PyMem_Free.
- */
-static int own_tables(const verb_spec *spec, verb_args *args, void **owned) {
-    kvp_tensor *table[MAX_TENSOR];
+int kvpb_own_tables(const kvpb_spec *spec, kvpb_args *args, void **owned) {
+    kvp_tensor *table[KVPB_MAX_TENSOR];
     Py_ssize_t n = 0;
     size_t bytes = 0;
     for (Py_ssize_t i = 0; i < spec->n_tensor; i++) {
@@ -267,20 +220,20 @@ static int own_tables(const verb_spec *spec, verb_args *args, void **owned) {
     return 0;
 }
 
-static kvp_status run(kvp_verb verb, const verb_args *args, kvp_context *ctx) {
+kvp_status kvpb_run(kvp_verb verb, const void *args, kvp_context *ctx) {
     switch (verb) {
-    case KVP_SCORE: return kvp_score(&args->score, ctx);
-    case KVP_SELECT: return kvp_select(&args->select, ctx);
-    case KVP_GATHER: return kvp_gather(&args->gather, ctx);
-    case KVP_PRESS: return kvp_press(&args->press, ctx);
-    case KVP_SHARE: return kvp_share(&args->share, ctx);
-    case KVP_EXPECT: return kvp_expect(&args->expect, ctx);
+    case KVP_SCORE: return kvp_score(args, ctx);
+    case KVP_SELECT: return kvp_select(args, ctx);
+    case KVP_GATHER: return kvp_gather(args, ctx);
+    case KVP_PRESS: return kvp_press(args, ctx);
+    case KVP_SHARE: return kvp_share(args, ctx);
+    case KVP_EXPECT: return kvp_expect(args, ctx);
     }
     return KVP_ERR_INTERNAL;
 }
 
 /* Borrow, run without the GIL, give back: the last on every path. */
-static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects,
+static PyObject *call_verb(PyObject *module, const kvpb_spec *spec, kvpb_args *args, PyObject *const *objects,
                            PyObject *workspace, PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     const kvp_tensor *first = (const kvp_tensor *)((const char *)args + spec->tensor[0].offset);
@@ -289,16 +242,17 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
     void *owned = NULL; /* host memory: scratch of a CPU, or tables of a GPU's call */
     PyObject *result = NULL;
     size_t bytes;
-    int failed = read_n_worker(n_worker, &ctx.n_worker) < 0 || read_tensors(state, spec, objects, args, &loans) < 0;
+    int failed =
+        kvpb_read_n_worker(n_worker, &ctx.n_worker) < 0 || kvpb_read_tensors(state, spec, objects, args, &loans) < 0;
     const bool on_cpu = first->device == KVP_CPU, wants = !on_cpu || workspace == Py_None;
     /* what the core refuses gets nothing: the verb then says why */
     if (!failed && wants && kvp_workspace(spec->verb, args, ctx.n_worker, &bytes) == KVP_OK)
-        failed = (on_cpu ? make_workspace(bytes, &ctx, &owned) : own_tables(spec, args, &owned)) < 0;
+        failed = (on_cpu ? kvpb_make_workspace(bytes, &ctx, &owned) : kvpb_own_tables(spec, args, &owned)) < 0;
     if (!failed && workspace != Py_None) failed = lend_workspace(state, workspace, first, &ctx, &loans) < 0;
     if (!failed) {
         kvp_status status;
         ctx.stream = loans.stream;
-        Py_BEGIN_ALLOW_THREADS status = run(spec->verb, args, &ctx);
+        Py_BEGIN_ALLOW_THREADS status = kvpb_run(spec->verb, args, &ctx);
         Py_END_ALLOW_THREADS result = status == KVP_OK ? Py_NewRef(Py_None) : kvpb_raise(state, status, &ctx);
     }
     PyMem_Free(owned);
@@ -307,19 +261,20 @@ static PyObject *call_verb(PyObject *module, const verb_spec *spec, verb_args *a
 }
 
 /* kvp_workspace refuses without a sentence; the verb, refusing for the same reason, has one. */
-static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_args *args, PyObject *const *objects,
+static PyObject *size_workspace(PyObject *module, const kvpb_spec *spec, kvpb_args *args, PyObject *const *objects,
                                 PyObject *n_worker) {
     const kvpb_state *state = PyModule_GetState(module);
     kvpb_loans loans = {.n_held = 0};
     PyObject *result = NULL;
     kvp_context ctx = {.n_worker = 1};
-    if (read_n_worker(n_worker, &ctx.n_worker) == 0 && read_tensors(state, spec, objects, args, &loans) == 0) {
+    if (kvpb_read_n_worker(n_worker, &ctx.n_worker) == 0 &&
+        kvpb_read_tensors(state, spec, objects, args, &loans) == 0) {
         size_t bytes;
         kvp_status status = kvp_workspace(spec->verb, args, ctx.n_worker, &bytes);
         if (status == KVP_OK) {
             result = PyLong_FromSize_t(bytes);
         } else {
-            run(spec->verb, args, &ctx);
+            kvpb_run(spec->verb, args, &ctx);
             kvpb_raise(state, status, &ctx);
         }
     }
@@ -328,47 +283,47 @@ static PyObject *size_workspace(PyObject *module, const verb_spec *spec, verb_ar
 }
 
 PyObject *kvpb_score(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
-    if (kvpb_check_count("score", n_object, 11) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
-        read_params(objects[8], args.score.scorer, args.score.param) < 0)
+    kvpb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
+    if (kvpb_check_count("score", n_object, 11) < 0 || kvpb_read_scorer(objects[0], &args.score.scorer) < 0 ||
+        kvpb_read_params(objects[8], args.score.scorer, args.score.param) < 0)
         return NULL;
     return call_verb(module, &score_spec, &args, objects + 1, objects[9], objects[10]);
 }
 
 PyObject *kvpb_select(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
+    kvpb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select", n_object, 9) < 0) return NULL;
     return call_verb(module, &select_spec, &args, objects, objects[7], objects[8]);
 }
 
 PyObject *kvpb_share(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.share = {.size = sizeof(kvp_share_args)}};
+    kvpb_args args = {.share = {.size = sizeof(kvp_share_args)}};
     if (kvpb_check_count("share", n_object, 7) < 0) return NULL;
     return call_verb(module, &share_spec, &args, objects, objects[5], objects[6]);
 }
 
 PyObject *kvpb_gather(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.gather = {.size = sizeof(kvp_gather_args)}};
+    kvpb_args args = {.gather = {.size = sizeof(kvp_gather_args)}};
     if (kvpb_check_count("gather", n_object, 6) < 0) return NULL;
     return call_verb(module, &gather_spec, &args, objects, Py_None, objects[5]);
 }
 
 PyObject *kvpb_score_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
-    if (kvpb_check_count("score_workspace", n_object, 10) < 0 || read_scorer(objects[0], &args.score.scorer) < 0 ||
-        read_params(objects[8], args.score.scorer, args.score.param) < 0)
+    kvpb_args args = {.score = {.size = sizeof(kvp_score_args), .scorer = -1}};
+    if (kvpb_check_count("score_workspace", n_object, 10) < 0 || kvpb_read_scorer(objects[0], &args.score.scorer) < 0 ||
+        kvpb_read_params(objects[8], args.score.scorer, args.score.param) < 0)
         return NULL;
     return size_workspace(module, &score_spec, &args, objects + 1, objects[9]);
 }
 
 PyObject *kvpb_select_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.select = {.size = sizeof(kvp_select_args)}};
+    kvpb_args args = {.select = {.size = sizeof(kvp_select_args)}};
     if (kvpb_check_count("select_workspace", n_object, 8) < 0) return NULL;
     return size_workspace(module, &select_spec, &args, objects, objects[7]);
 }
 
 PyObject *kvpb_share_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args = {.share = {.size = sizeof(kvp_share_args)}};
+    kvpb_args args = {.share = {.size = sizeof(kvp_share_args)}};
     if (kvpb_check_count("share_workspace", n_object, 6) < 0) return NULL;
     return size_workspace(module, &share_spec, &args, objects, objects[5]);
 }
@@ -386,100 +341,13 @@ static int read_expect(PyObject *const *objects, kvp_expect_args *args) {
 }
 
 PyObject *kvpb_expect(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args;
+    kvpb_args args;
     if (kvpb_check_count("expect", n_object, 16) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
     return call_verb(module, &expect_spec, &args, objects, objects[14], objects[15]);
 }
 
 PyObject *kvpb_expect_workspace(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    verb_args args;
+    kvpb_args args;
     if (kvpb_check_count("expect_workspace", n_object, 15) < 0 || read_expect(objects, &args.expect) < 0) return NULL;
     return size_workspace(module, &expect_spec, &args, objects, objects[14]);
-}
-
-enum { PRESS_OUTPUTS = 3 };
-
-/* The outputs of press, but for the counts, which follow from the quotas. Where the shapes to come from are wrong,
- * nothing is made: the core then says so. */
-static int make_press_outputs(const kvpb_state *state, PyObject *const *objects, int64_t n_kept, kvp_press_args *p,
-                              kvpb_made *made) {
-    if (p->keys.ndim != 4 || p->values.ndim != 4) return 0;
-    const int64_t *shape = p->keys.shape;
-    const struct {
-        kvpb_new wanted;
-        kvp_tensor *tensor;
-    } outputs[PRESS_OUTPUTS] = {
-        {{"positions", KVP_I32, 3, {shape[0], shape[1], n_kept}}, &p->positions},
-        {{"out_keys", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, shape[3]}}, &p->out_keys},
-        {{"out_values", (kvp_dtype)p->keys.dtype, 4, {shape[0], shape[1], n_kept, p->values.shape[3]}}, &p->out_values},
-    };
-    for (int i = 0; i < PRESS_OUTPUTS; i++)
-        if (kvpb_make(state, &outputs[i].wanted, objects[0], &p->keys, outputs[i].tensor, &made[i]) < 0) return -1;
-    return 0;
-}
-
-static PyObject *take_press_outputs(kvpb_made *made) {
-    PyObject *result = PyTuple_New(PRESS_OUTPUTS);
-    for (Py_ssize_t i = 0; result && i < PRESS_OUTPUTS; i++) {
-        PyObject *array = kvpb_take(&made[i]);
-        if (!array || PyTuple_SetItem(result, i, array) < 0) Py_CLEAR(result);
-    }
-    return result;
-}
-
-static int make_press_scratch(const kvpb_state *state, PyObject *like, const kvp_tensor *keys, size_t bytes,
-                              kvp_context *ctx, struct kvpb_dl_versioned **scratch) {
-    kvp_tensor buffer;
-    if (bytes == 0) return 0;
-    if (!(*scratch = kvpb_make_scratch(state, bytes, like, keys, &buffer))) return -1;
-    ctx->workspace = buffer.data;
-    ctx->workspace_bytes = bytes;
-    return 0;
-}
-
-static int read_n_kept(PyObject *object, int64_t *n_kept) {
-    *n_kept = PyLong_AsLongLong(object);
-    if (*n_kept == -1 && PyErr_Occurred()) return -1;
-    if (*n_kept >= 1 && *n_kept <= INT32_MAX) return 0;
-    PyErr_Format(PyExc_ValueError, "n_kept is %lld; expected 1 to %d", (long long)*n_kept, INT32_MAX);
-    return -1;
-}
-
-/* What a press needs beside its arguments, as call_verb sees to it; the scratch of a GPU is made here. */
-static int prepare_press(const kvpb_state *state, PyObject *like, verb_args *args, kvp_context *ctx, void **owned,
-                         struct kvpb_dl_versioned **scratch) {
-    size_t bytes;
-    if (kvp_workspace(KVP_PRESS, args, ctx->n_worker, &bytes) != KVP_OK) return 0;
-    if (args->press.keys.device == KVP_CPU) return make_workspace(bytes, ctx, owned);
-    if (own_tables(&press_spec, args, owned) < 0) return -1;
-    return make_press_scratch(state, like, &args->press.keys, bytes, ctx, scratch);
-}
-
-PyObject *kvpb_press(PyObject *module, PyObject *const *objects, Py_ssize_t n_object) {
-    const kvpb_state *state = PyModule_GetState(module);
-    verb_args args = {.press = {.size = sizeof(kvp_press_args)}};
-    kvpb_loans loans = {.n_held = 0};
-    kvp_context ctx = {.parallel_for = kvpb_parallel_for};
-    kvpb_made made[PRESS_OUTPUTS] = {{.array = NULL}};
-    PyObject *result = NULL;
-    struct kvpb_dl_versioned *scratch = NULL;
-    void *owned = NULL;
-    int64_t n_kept;
-    if (kvpb_check_count("press", n_object, 13) < 0 || read_scorer(objects[0], &args.press.scorer) < 0 ||
-        read_params(objects[10], args.press.scorer, args.press.param) < 0 || read_n_kept(objects[11], &n_kept) < 0 ||
-        read_n_worker(objects[12], &ctx.n_worker) < 0)
-        return NULL;
-    if (read_tensors(state, &press_spec, objects + 1, &args, &loans) == 0 &&
-        make_press_outputs(state, objects + 1, n_kept, &args.press, made) == 0 &&
-        prepare_press(state, objects[1], &args, &ctx, &owned, &scratch) == 0) {
-        kvp_status status;
-        ctx.stream = loans.stream;
-        Py_BEGIN_ALLOW_THREADS status = kvp_press(&args.press, &ctx);
-        Py_END_ALLOW_THREADS result = status == KVP_OK ? take_press_outputs(made) : kvpb_raise(state, status, &ctx);
-    }
-    for (int i = 0; i < PRESS_OUTPUTS; i++) kvpb_drop(&made[i]);
-    kvpb_free_scratch(scratch);
-    PyMem_Free(owned);
-    kvpb_return_loans(&loans);
-    return result;
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, cast
 
 import numpy as np
 
@@ -202,14 +202,18 @@ class Ada(Allocation):
 
     def heads(self, scores: Array, edges: Int32, quotas: Int32) -> Int32:
         """See :class:`Allocation`."""
-        check_heads(self, scores.shape[1])
         edges, quotas = (np.ascontiguousarray(x, np.int32) for x in (edges, quotas))
-        return ops.share(scores, edges, quotas, _parts(str(self.alpha), quotas.shape, quotas.tobytes()))
+        return ops.share(scores, edges, quotas, self.parts(quotas))
+
+    def parts(self, quotas: Int32) -> Int32:
+        """What each head keeps at least of its quotas, (B, H, S)."""
+        check_heads(self, quotas.shape[1])
+        return _parts(str(self.alpha), quotas.shape, quotas.tobytes())
 
 
 @lru_cache(maxsize=64)
 def _parts(alpha: str, shape: tuple[int, ...], of_quotas: bytes) -> Int32:
-    """What each head keeps at least of its quotas; the same for all layers of a prompt, so made once."""
+    """As :meth:`Ada.parts`; the same for all layers of a prompt, so made once."""
     quotas, part = np.frombuffer(of_quotas, np.int32), Fraction(alpha)
     least = [min(n, max(n * part.numerator // part.denominator, int(part > 0))) for n in quotas.tolist()]
     return np.array(least, np.int32).reshape(shape)  # by Python's numbers: a part's digits may leave int64 no room
@@ -320,10 +324,15 @@ def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: i
     return tuple(int(n) for n in budgets)
 
 
+def is_ada(allocation: Allocation) -> TypeGuard[Ada]:
+    """Whether heads share as :class:`Ada` says: a child of it may have a way of its own."""
+    return type(allocation).heads is Ada.heads
+
+
 def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int32) -> Int32:
     """What each head keeps of each segment: what the allocation says, checked unless it is this package's own; see
     :meth:`Allocation.heads`."""
-    if type(allocation).heads is Ada.heads:
+    if is_ada(allocation):
         return allocation.heads(scores, edges, quotas)
     shared = np.asarray(allocation.heads(scores, edges, quotas))
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":

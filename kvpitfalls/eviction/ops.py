@@ -176,6 +176,8 @@ def press_checked(
     protect: Array | None,
     n_kept: int,
     params: Mapping[str, float],
+    floors: npt.NDArray[np.int32] | None = None,
+    shares: npt.NDArray[np.int32] | None = None,
 ) -> tuple[A, A, A]:
     """:func:`score`, :func:`select` and :func:`gather` by one call, where nobody asks for the scores; the same bits.
 
@@ -185,6 +187,8 @@ def press_checked(
         As for :func:`score` and :func:`gather`.
     segments, quotas, protect, n_kept
         As for :func:`select_checked`.
+    floors, shares
+        Where heads share: what :func:`share` takes, and room for what it gives; a GPU is waited for.
 
     Returns
     -------
@@ -199,15 +203,41 @@ def press_checked(
     >>> press_checked("norm", x, x, None, None, None, None, edges, quotas, None, 2, {})[0]
     array([[[1, 2]]], dtype=int32)
     """
-    numbers, n_kept = _numbers(scorer, params), n_kept or 1
-    is_lent = isinstance(keys, np.ndarray) or hasattr(type(keys), "__dlpack_c_exchange_api__")
-    if not (is_lent and _has_kernels(keys)):
-        known: dict[str, Any] = {"queries": queries, "votes": votes, "valid": valid, "lse": lse, **params}
-        scores = score(scorer, keys, values=values, **known)
-        positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept)
-        return positions, *gather(keys, values, positions)
-    read = keys, values, queries, votes, valid, lse
-    return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept, n_worker())
+    read, numbers = (keys, values, queries, votes, valid, lse), _numbers(scorer, params)
+    if shares is None and _is_lent(keys) and _has_kernels(keys):
+        return _core.press(scorer, *read, segments, quotas, protect, numbers, n_kept or 1, n_worker())
+    if floors is not None and shares is not None and _is_lent(keys) and not _on_cuda(keys):
+        return _core.press_shared(scorer, *read, segments, quotas, floors, shares, numbers, n_worker())
+    scores = score(scorer, keys, values=values, queries=queries, votes=votes, valid=valid, lse=lse, **params)
+    return evict_checked(scores, keys, values, valid, segments, quotas, protect, n_kept, floors, shares)
+
+
+def evict_checked(
+    scores: A,
+    keys: A,
+    values: A,
+    valid: npt.NDArray[np.int32] | None,
+    segments: npt.NDArray[np.int32],
+    quotas: npt.NDArray[np.int32],
+    protect: Array | None,
+    n_kept: int,
+    floors: npt.NDArray[np.int32] | None = None,
+    shares: npt.NDArray[np.int32] | None = None,
+) -> tuple[A, A, A]:
+    """:func:`press_checked` by scores that are there; by one call on the CPU."""
+    if _is_lent(keys) and not _on_cuda(keys):
+        return _core.evict(
+            scores, keys, values, valid, segments, quotas, protect, floors, shares, n_kept or 1, n_worker()
+        )
+    if floors is not None and shares is not None:
+        shares[...] = quotas = share(scores, segments, quotas, floors)
+        n_kept = int(quotas.sum(-1).max())
+    positions, _ = select_checked(scores, segments, quotas, protect, valid, n_kept or 1)
+    return positions, *gather(keys, values, positions)
+
+
+def _is_lent(x: object) -> bool:  # whether the core can make arrays of its library
+    return isinstance(x, np.ndarray) or hasattr(type(x), "__dlpack_c_exchange_api__")
 
 
 def _numbers(scorer: str, params: Mapping[str, float]) -> list[float]:

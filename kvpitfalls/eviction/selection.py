@@ -24,6 +24,7 @@ from .allocation import (
     check_heads,
     get_allocation,
     head_quotas,
+    is_ada,
     layer_budgets,
     raised_at,
     raised_where,
@@ -129,13 +130,13 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
         If the policy needs what the layer does not give, or returns something else than scores; see
         :meth:`Policy.scored`.
     """
-    fair, read_on = split.fair, layer.again is not None
-    if layer.again is not None:
-        layer = replace(layer, again=layer.again._replace(before=None if before is None else before.of_heads))
+    fair, again = split.fair, layer.again
+    if again is not None:
+        again = again._replace(before=None if before is None else before.of_heads)
     check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
     policy.check_given(layer)
-    scores = policy.scored(Inputs.of(layer, **split.of_inputs))
-    of_heads = scores if read_on else None
+    scores = policy.scored(Inputs.of(layer, **split.of_inputs, again=again))
+    of_heads = scores if again is not None else None
     if layer.share_heads:
         scores = _mean_over_heads(scores)
     biased = None
@@ -153,21 +154,67 @@ def _mean_over_heads(scores: Array) -> Array:
     return scores.double().mean(1, keepdim=True).float()
 
 
+class _Once(NamedTuple):
+    """A selection by one call, for which scores need not be looked at: its plan, what is protected, and what is asked
+    for where heads share."""
+
+    plan: Plan
+    mask: Array | None
+    shared: dict[str, Any]
+
+    def pressed(self, positions: Array, keys: Array, values: Array) -> Pressed[Array]:
+        """What was made by it."""
+        plan = Plan(self.plan.edges, self.shared["shares"], positions.shape[2]) if self.shared else self.plan
+        return Pressed(positions, keys, values, plan)
+
+
+def _once(split: Split, keys: Array, budgets: tuple[int, ...], allocation: Allocation) -> _Once | None:
+    """None where it takes more: quotas that depend on scores, or heads that share otherwise than :class:`Ada` says, or
+    with what must be kept."""
+    if split.asks_scores:
+        return None
+    n_head, mask = keys.shape[1], split.layout.mask_beside(keys)
+    plan = split.plan(n_head, budgets)
+    if not allocation.shares_heads:
+        return _Once(plan, mask, {})
+    if not is_ada(allocation) or mask is not None or split.fair.min_tokens:
+        return None
+    return _Once(plan, None, {"floors": allocation.parts(plan.quotas), "shares": np.empty(plan.quotas.shape, np.int32)})
+
+
 def press(
     policy: Policy, split: Split, layer: LayerInputs, budgets: Budgets, allocation: Allocation = UNIFORM
 ) -> Pressed[Array] | None:
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
-    those who ask for no scores. None where that takes more than one: scores that are no single scorer's, a budget that
-    heads share, one choice for all heads, or quotas that depend on scores."""
-    if not policy.scores_by_call or allocation.shares_heads or layer.share_heads or layer.values is None:
+    those who ask for no scores. None where that takes more than one: scores that are no single scorer's, one choice for
+    all heads, or more than :func:`_once` is for."""
+    if (
+        not policy.scores_by_call
+        or layer.share_heads
+        or layer.values is None
+        or split.is_over_rows(policy.paper_quotas)
+    ):
         return None
-    if split.asks_scores or split.is_over_rows(policy.paper_quotas):
+    if (once := _once(split, layer.keys, budgets[layer.layer], allocation)) is None:
         return None
-    plan, mask = split.plan(layer.keys.shape[1], budgets[layer.layer]), split.layout.mask_beside(layer.keys)
     policy.check_given(layer)
     if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
         return None
-    return Pressed._make((*call.press(layer.values, plan.edges, plan.quotas, mask, plan.n_kept), plan))
+    plan = once.plan
+    return once.pressed(*call.press(layer.values, plan.edges, plan.quotas, once.mask, plan.n_kept, **once.shared))
+
+
+def evict(
+    ranked: Ranked, keys: A, values: A, budgets: Budgets, allocation: Allocation = UNIFORM
+) -> Pressed[Array] | None:
+    """:func:`choose` and the gathering of the kept rows, likewise."""
+    if ranked.global_choice or ranked.scores.shape[1] != keys.shape[1]:
+        return None
+    if (once := _once(ranked.split, keys, budgets[ranked.layer], allocation)) is None:
+        return None
+    plan, scores, valid = once.plan, cast(A, ranked.scores), ranked.split.layout.valid_array
+    how = valid, plan.edges, plan.quotas, once.mask, plan.n_kept
+    return once.pressed(*ops.evict_checked(scores, keys, values, *how, **once.shared))
 
 
 def _select(ranked: Ranked, plan: Plan) -> Kept[Array]:

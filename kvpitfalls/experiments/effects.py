@@ -15,8 +15,8 @@ from ..display.progress import progress
 from ..errors import BudgetError
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
-from ..eviction.layout import Layout, Protect, listed
-from ..eviction.selection import Kept
+from ..eviction.layout import Protect, listed
+from ..eviction.selection import Kept, Ranked, choose
 from ..hf.cache import n_compressed
 from ..hf.evict import Evict, Task
 from ..hf.fork import compress_each
@@ -51,13 +51,14 @@ class PutBack(Evict):
     def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> None:
         """None: rows are chosen after those that the policy keeps."""
 
-    def evict(self, layer: KeptLayer, kept: Kept, layout: Layout) -> None:
+    def choose(self, layer: KeptLayer, ranked: Ranked, task: Task) -> None:
         """Hold what is kept, and the instruction."""
+        kept: Kept = choose(ranked, task.budgets, self.sharing)
         n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)
         np.put_along_axis(held, np.where(chosen < 0, n_token, chosen), True, -1)
-        for row, of_row in enumerate(layout.spans):
+        for row, of_row in enumerate(task.split.layout.spans):
             held[row, :, slice(*of_row[self.name])] = True
         positions = _ascending(held[..., :n_token])
         to_keep = torch.from_numpy(positions).to(layer.keys.device)

@@ -15,9 +15,11 @@ from ..eviction.selection import (
     Budgets,
     Kept,
     Pressed,
+    Ranked,
     allocation_of,
     check_room,
     choose,
+    evict,
     press,
     rank,
 )
@@ -211,8 +213,7 @@ class Evict(Action):
         if (pressed := self.pressed(layer, call, task)) is not None:
             layer.keep(pressed.keys, pressed.values, pressed.positions, pressed.plan.is_full)
             return
-        kept = choose(rank(self.policy, task.split, call), task.budgets, self.sharing)
-        self.evict(layer, kept, task.split.layout)
+        self.choose(layer, rank(self.policy, task.split, call), task)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """The policy, if it does."""
@@ -230,13 +231,21 @@ class Evict(Action):
         """Evict from ``layer``."""
         if (ranked := layer.judged) is not None:
             task = self.task(ranked.split.layout.n_token, valid, ranked.n_layer)
-            self.evict(layer, choose(ranked, task.budgets, self.sharing), task.split.layout)
+            self.choose(layer, ranked, task)
             layer.judged = None
 
-    def evict(self, layer: KeptLayer, kept: Kept, layout: Layout) -> None:
-        """Hold only what is kept of prompts of this layout."""
-        n_head = layer.keys.shape[1]  # one choice for all heads is repeated for each
-        layer.evict(kept.positions.expand(-1, n_head, -1).contiguous(), kept.plan.is_full)
+    def choose(self, layer: KeptLayer, ranked: Ranked, task: Task) -> None:
+        """Hold only what is kept by these scores; by one call of the core where that can be."""
+        made: Pressed | None = None
+        if layer.has_plain_rows:
+            made = evict(ranked, layer.keys, layer.values, task.budgets, self.sharing)
+        if made is not None:
+            layer.keep(made.keys, made.values, made.positions, made.plan.is_full)
+            return
+        kept: Kept = choose(ranked, task.budgets, self.sharing)
+        # one choice for all heads is repeated for each
+        positions = kept.positions.expand(-1, layer.keys.shape[1], -1).contiguous()
+        layer.evict(positions, kept.plan.is_full)
 
     def check_chunks(self) -> None:
         """Raise if what is kept cannot be told before the whole prompt has come."""

@@ -131,12 +131,12 @@ class Call(NamedTuple):
             self._check_voters()
             raise
 
-    def press(self, values: A, segments: Int32, quotas: Int32, protect: Array | None, n_kept: int) -> tuple[A, A, A]:
-        """Positions, and the kept rows of keys and values, which are arrays of one kind."""
-        keys: Any = self.inputs.keys
-        read = keys, values, self.queries, self.votes, self.inputs.valid_array, self.lse
+    def press(self, values: A, *how: Any, **shared: Any) -> tuple[A, A, A]:
+        """What :func:`ops.press_checked` gives, which takes ``how`` before ``params`` and ``shared`` behind it."""
+        read = self.inputs.keys, values, self.queries, self.votes, self.inputs.valid_array, self.lse
+        given: Any = self.scorer, *read, *how, self.params
         try:
-            return ops.press_checked(self.scorer, *read, segments, quotas, protect, n_kept, self.params)
+            return ops.press_checked(*given, **shared)
         except ValueError:
             self._check_voters()
             raise

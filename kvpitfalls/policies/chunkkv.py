@@ -1,17 +1,24 @@
 """ChunkKV."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
 
 from ..eviction.arrays import Array
 from ..numbers import is_whole
 from .base import Inputs, Policy, get_policy
 from .snapkv import SnapKV
 
+if TYPE_CHECKING:
+    import torch
+
 _SNAPKV = SnapKV()
 Spans: TypeAlias = Sequence[tuple[int, int]]
+Ranges: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -114,26 +121,24 @@ class ChunkKV(Policy):
         """See the class."""
         import torch
 
-        scores: Array = self._scorer.scored(inputs) + 0  # its own may be a view
-        tokens = torch.as_tensor(scores)
-        of_all = tokens.sum(1)
-        for row, segments in enumerate(inputs.segments):
-            for begin, end, n in self._alike(segments, inputs.spans[row], inputs.valid[row]):
-                means = of_all[row, begin:end].unflatten(0, (-1, n)).mean(-1)
-                tokens[row, :, begin:end] = means.repeat_interleave(n)
-        return scores
+        scores: Array = self._scorer.scored(inputs)
+        tokens = torch.as_tensor(scores).detach()
+        lengths, chunk_of = _chunks_of(self._ranges(inputs), self._length(inputs), inputs.n_token, tokens.device)
+        of_all = tokens.sum(1, dtype=torch.float64)
+        # Not checked by torch, for which a GPU would be waited for: the lengths are ours, and have the right sum.
+        means = torch.segment_reduce(of_all, "mean", lengths=lengths, axis=1, unsafe=True)
+        of_tokens = torch.empty_like(tokens).copy_(means.gather(1, chunk_of)[:, None])
+        return of_tokens.numpy() if isinstance(scores, np.ndarray) else of_tokens
 
-    def _alike(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-        """Ranges that are whole chunks of n tokens each."""
-        if not isinstance(self.chunks, int):
-            yield from ((begin, end, end - begin) for begin, end in self._instructions(segments, spans, valid))
-            return
-        for begin, end in segments:
-            last = end - (end - begin) % self.chunks
-            if begin < last:
-                yield begin, last, self.chunks
-            if last < end:
-                yield last, end, end - last
+    def _length(self, inputs: Inputs) -> int:
+        return inputs.n_token if isinstance(self.chunks, str) else self.chunks
+
+    def _ranges(self, inputs: Inputs) -> Ranges:
+        """Per row, what is cut into chunks of :meth:`_length` tokens, the last of which may be shorter."""
+        if not isinstance(self.chunks, str):
+            return tuple(map(tuple, inputs.segments))
+        rows = zip(inputs.segments, inputs.spans, inputs.valid, strict=True)
+        return tuple(tuple(self._instructions(*row)) for row in rows)
 
     def _instructions(self, segments: Spans, spans: Spans, valid: tuple[int, int]) -> list[tuple[int, int]]:
         if not spans or len(segments) > 1:
@@ -144,3 +149,21 @@ class ChunkKV(Policy):
             )
         edges = sorted({*valid, *(edge for span in spans for edge in span)})
         return list(pairwise(edges))
+
+
+@lru_cache(maxsize=64)
+def _chunks_of(ranges: Ranges, length: int, n_token: int, device: "torch.device") -> "list[torch.Tensor]":
+    """How many tokens each chunk of a row has, (B,C), and which chunk a token is in, (B,T); the same for all layers of
+    a prompt, so made once. Padding has chunks of its own, and rows with fewer chunks end in empty ones."""
+    import torch
+
+    rows = []
+    for of_row in ranges:
+        begins = {0, *(begin for begin, _ in of_row), *(end for _, end in of_row)}
+        begins.update(*(range(begin, end, length) for begin, end in of_row))
+        rows.append(np.diff(sorted({*begins, n_token})))
+    lengths = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for to, row in zip(lengths, rows, strict=True):
+        to[: len(row)] = row
+    chunk_of = np.stack([np.repeat(np.arange(len(row)), row) for row in rows])
+    return [torch.from_numpy(x).to(device) for x in (lengths, chunk_of)]

@@ -161,13 +161,14 @@ class KVzip(Policy):
             first, last = begin + start, min(begin + start + self.chunk_size, end)
             n_lead, sink = len(self._lead(range(end - begin), start)), begin + min(self.n_sink, start)
             n_read = n_lead + last - first
-            seen = torch.cat([keys[row, :, begin:sink], keys[row, :, first:last], read[row, :, :n_read]], 1)
-            own = {"keys": seen[None], "queries": queries[row : row + 1, :, :n_read], "lse": None}
-            part = Inputs.of(inputs, **own, valid=[(0, seen.shape[1])])
+            own, n_old = slice(row, row + 1), sink - begin + last - first
+            seen = torch.cat([keys[own, :, begin:sink], keys[own, :, first:last], read[own, :, :n_read]], 2)
+            arrays = {"keys": seen, "queries": queries[own, :, :n_read], "lse": None}
+            part = Inputs.of(inputs, **arrays, valid=[(0, seen.shape[2])])
             votes = list(_votes(inputs.segments[row], first, last, n_lead, sink - begin))
-            most = part.attend([votes])[0] if part.sinks is None else _most(part, votes)
-            scores[row, :, first:last] = most[:, sink - begin :][:, : last - first]
-            scores[row, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
+            most: Any = part.attend([votes]) if part.sinks is None else _most(part, votes)
+            scores[own, :, first:last] = most[..., sink - begin : n_old]
+            scores[own, :, begin : min(begin + self.n_sink, end)] = 2  # attention is at most 1
         return scores.numpy() if isinstance(inputs.keys, np.ndarray) else scores
 
 
