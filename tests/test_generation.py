@@ -111,9 +111,11 @@ def test_dtypes_around_a_model_change_nothing(llama, policy, when):
             assert answered(llama, tokens).shape == wanted.shape and handle.report()["kept_share"] <= 0.5
 
 
-def test_a_float64_model_is_refused_by_its_dtype():
+@pytest.mark.parametrize("policy", EVERY)
+def test_a_float64_model_is_refused_by_its_dtype(policy):
+    """Also where a policy asks first how its layers turn their queries, which is told to float32."""
     with (
-        kvp.wrap(build("llama").double(), "h2o", compression_ratio=0.5) as handle,
+        kvp.wrap(build("llama").double(), policy, compression_ratio=0.5) as handle,
         pytest.raises(TypeError, match="has dtype float64"),
     ):
         handle.compress(ids(1))
