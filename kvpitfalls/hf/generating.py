@@ -186,6 +186,12 @@ def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
         return  # new tokens alone: the mask says that they follow what the cache has seen
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) != len(tokens):
         raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(tokens)}, as the ids have")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < tokens.shape[1]:
+        n_given, n_both = tokens.shape[1], cache.n_seen + tokens.shape[1]
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; expected {n_given}, as the ids have, or {n_both} if they "
+            "follow what the cache has seen"
+        )
     check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
     _check_rows(len(tokens) * n_rows_of(config), len(cache.valid or ()))
