@@ -224,6 +224,22 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
         assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **ends), plain)
 
 
+@pytest.mark.parametrize("when", ["prefill", "always"])
+def test_a_wrapped_model_drafts_for_no_other_one(llama, when):
+    """It was met by a crop, in the middle of the other one's answer; a wrap that evicts nothing may draft."""
+    draft, tokens = build("llama"), ids(1, 20)
+    given = {"attention_mask": torch.ones(1, 20, dtype=torch.long), "assistant_model": draft, **GREEDY}
+    plain = llama.generate(tokens, **given)
+    with (
+        kvp.wrap(draft, "knorm", compression_ratio=0.5, when=when),
+        pytest.raises(kvp.UnsupportedModelError, match="the wrapped model is the assistant_model of another one's"),
+    ):
+        llama.generate(tokens, **given)
+    with kvp.wrap(draft, "knorm", compression_ratio=0):
+        assert torch.equal(llama.generate(tokens, **given), plain)
+    assert torch.equal(llama.generate(tokens, **given), plain)
+
+
 @pytest.mark.parametrize("family", not_refused("llama", "gpt2", "opt", "bart", "roberta", "whisper"))
 def test_a_padded_prompt_stands_where_generate_puts_it(family):
     """Also where ``generate`` tells a decoder no positions that it would take: Whisper's counts padding then."""

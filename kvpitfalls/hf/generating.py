@@ -53,9 +53,9 @@ def check_generate(model, arguments: dict, action) -> None:
     _, cache = given_cache(arguments)
     is_ours = isinstance(cache, KeptCache)
     action = (cache.action or action) if is_ours else action
-    is_filled = is_ours and cache.n_seen > 0
-    if is_filled or (action is not None and action.acts):
-        _check_mode(arguments, is_filled)
+    is_filled, acts = is_ours and cache.n_seen > 0, action is not None and action.acts
+    if is_filled or acts:
+        _check_mode(arguments, acts)
     if isinstance(cache, KeptCache) and is_filled:
         _check_goes_on(model, arguments, cache)
 
@@ -149,7 +149,7 @@ def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None
         )
 
 
-def _check_mode(arguments: dict, is_filled: bool) -> None:
+def _check_mode(arguments: dict, acts: bool) -> None:
     config = arguments["generation_config"]
     if config.use_cache is False:
         raise NotInterceptedError(
@@ -162,6 +162,11 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
             "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "
             "take back "
             "what eviction saw; expected plain generation"
+        )
+    if acts and getattr(config, "is_assistant", False):
+        raise UnsupportedModelError(
+            "the wrapped model is the assistant_model of another one's generate, which takes back drafts, and with "
+            "them what eviction saw; expected an assistant that is not wrapped"
         )
     if (
         getattr(config, "guidance_scale", None) not in (None, 1, 1.0)
