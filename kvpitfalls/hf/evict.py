@@ -189,8 +189,8 @@ class Evict(Action):
         return self.tasks[key]
 
     def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
-        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any layer
-        is touched."""
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any
+        layer is touched."""
         task = self.task(n_token, valid, n_layer)
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
