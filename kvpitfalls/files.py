@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ def place_of(path: "str | os.PathLike[str]") -> Path:
 
     Raises
     ------
-    TypeError
+    TypeError, ValueError
         If ``path`` is none.
     IsADirectoryError, FileNotFoundError
         If it is a folder's, or in none.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path is a {type(path).__name__}; expected the path of a file")
+    if "\0" in str(path):
+        raise ValueError(f"path is {str(path)!r}; expected the path of a file")
     place = Path(path)
     if place.is_dir():
         raise IsADirectoryError(f"{place} is a folder; expected the path of a file")
@@ -40,22 +43,43 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails. Raises what
     :func:`place_of` does.
 
-    A link is replaced, and what it points to stays as it is: it may be another's. A device or a pipe, such as
-    /dev/stdout, is written to.
+    A link is replaced, and what it points to stays as it is: it may be another's. A device or a pipe is written to, and
+    so is what is open under a number, such as /dev/stdout, be it a pipe, a file or closed.
     """
     path = place_of(path)
-    if path.exists() and not path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            yield (temporary := Path(folder) / "written")
-            path.write_bytes(temporary.read_bytes())
-        return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:  # of a full disk, or one that is only read: told of the file that was asked for
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    number = _open_as(path)
+    in_place = number is not None or (path.exists() and not path.is_file())
+    with tempfile.TemporaryDirectory() if in_place else contextlib.nullcontext(path.parent) as folder:
+        temporary = Path(folder) / f".{path.name}.{uuid.uuid4().hex}"
+        try:
+            yield temporary
+            if in_place:
+                _put(temporary.read_bytes(), path if number is None else number)
+            else:
+                os.replace(temporary, path)
+        except OSError as error:  # of a full disk, or one that is only read: told of the file that was asked for
+            if error.errno is not None and error.filename in (None, str(temporary)):
+                error.filename = str(path)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _open_as(path: Path) -> int | None:
+    """The number under which this process has it open, of /dev/stdout, /dev/fd/3 and links to such; else None."""
+    numbers = Path("/dev/fd").resolve()
+    for _ in range(40):  # links, of which some lead to themselves
+        if path.parent.resolve() == numbers and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = path.parent / os.readlink(path)
+    return None
+
+
+def _put(content: bytes, to: Path | int) -> None:
+    """Write to what is there, behind what it was told before: a file that stdout goes to is not begun anew."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    with open(to, "wb", closefd=isinstance(to, Path)) as file:
+        file.write(content)

@@ -1,5 +1,6 @@
 """Numbers that callers give, looked at in one way everywhere. True and False are none."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -30,6 +31,14 @@ def is_listed(value: object) -> TypeGuard[Iterable[Any]]:
 def as_written(number: float) -> float:
     """A number of Python's that is written in decimal as this one is: NumPy's 32-bit 0.1 is 0.1."""
     return number if type(number) in (int, float) else float(str(number))
+
+
+def as_meant(number: float) -> float:
+    """:func:`as_written`, and where a sum missed a decimal by a rounding, that decimal: of 1 - 0.7 and of NumPy's
+    ranges 0.3, where they have 0.30000000000000004."""
+    written = as_written(number)
+    decimal = round(written, 14)
+    return decimal if abs(decimal - written) <= 2 * math.ulp(written) else written
 
 
 def check_real(named: Mapping[str, object]) -> None:

@@ -282,6 +282,20 @@ def test_bad_input(smollm2, prompt):
         audited.first_loss(0)
 
 
+def test_a_setting_is_found_as_tables_and_ranges_of_numpy_have_it(smollm2, prompt):
+    """A ratio that was summed, or is of 32 bits, is the decimal that tables show; a truth may be NumPy's."""
+    model, _ = smollm2
+    ratios = np.arange(0.1, 0.95, 0.1)
+    assert 0.3 not in ratios.tolist()
+    audited = kvp.audit(model, prompt, policies=["knorm"], compression_ratios=ratios, fair=[np.True_])
+    assert {row["compression_ratio"] for row in audited.rows} == {i / 10 for i in range(1, 10)}
+    wanted = audited.kept_mask("knorm", 0.3, True)
+    for ratio in (ratios[2], np.float32(0.3), 1 - 0.7):
+        assert np.array_equal(audited.kept_mask("knorm", ratio, np.True_), wanted)
+        with kvp.wrap(model, "knorm", compression_ratio=ratio, fair=np.True_) as handle:
+            assert handle.compress(prompt).report()["layers"][0]["kept"][0][0] == wanted[0, 0].sum()
+
+
 def test_minus_nothing_is_nothing(smollm2, prompt):
     """-0.0, which a computed ratio may be, is shown as 0, and once if both are given."""
     audited = kvp.audit(smollm2[0], prompt, policies=["knorm"], compression_ratios=[-0.0, 0.0], fair=[False])

@@ -138,7 +138,10 @@ def test_a_users_file(tmp_path):
             json.dumps({"key": 1, "messages": [messages[0], {"role": "user", "content": 3}]}),
             "messages None; expected .* a text as content",
         ),
-        (json.dumps({"key": [], "messages": messages}), "expected an object with key and messages"),
+        *(
+            (json.dumps({"messages": messages} | key), r"line 1, has the key .*; expected a text, or a whole number")
+            for key in ({}, {"key": None}, {"key": []}, {"key": 1.5}, {"key": float("nan")})
+        ),
         (
             json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}),
             "instruction_id_list and kwargs that do not fit",

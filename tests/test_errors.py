@@ -1,5 +1,7 @@
 """Bad input: one sentence that says what was given and what was expected, and nothing changed."""
 
+import copy
+import pickle
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,6 +21,41 @@ REFUSED = {
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 128},
     "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128},
 }
+
+
+@pytest.mark.parametrize("way", ["its block", "remove", "unwrap", "a block inside"])
+def test_no_block_of_a_handle_runs_the_model_unwrapped(way):
+    """Another thread's block is one inside, too: the first to end would leave the other one a plain model."""
+    model = build("llama")
+    handle = kvp.wrap(model, "knorm", compression_ratio=0.5)
+    if way == "a block inside":
+        with handle:
+            with (
+                pytest.raises(ValueError, match=r"the handle is entered already, .*; expected a handle of its"),
+                handle,
+            ):
+                raise AssertionError("entered")
+            assert not handle.is_removed
+    elif way == "its block":
+        with handle:
+            assert handle.compress(ids(1)).report()["kept_share"] == 0.5
+    else:
+        handle.remove() if way == "remove" else kvp.unwrap(model)
+    with pytest.raises(ValueError, match="the handle was removed; expected a handle of its own for each"), handle:
+        raise AssertionError("entered")
+    with kvp.wrap(model, "knorm", compression_ratio=0.5):
+        pass
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(take):
+    """What it wraps is one model, in one process; that one can be copied, and the copy is not wrapped."""
+    model = build("llama")
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        with pytest.raises(TypeError, match="a handle stays with the model that it wraps and cannot be copied or"):
+            take(handle)
+        taken = copy.deepcopy(model)
+    kvp.wrap(taken, "knorm", compression_ratio=0.5).remove()
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -3,12 +3,17 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from kvpitfalls.experiments.records import META, write_meta
 from kvpitfalls.files import whole
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -44,12 +49,51 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert read == ["numbers"] and pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
 
 
+_TELL = """
+import os, sys
+from kvpitfalls.files import whole
+print("before")
+with whole(sys.argv[1]) as temporary:
+    temporary.write_text("made\\n")
+print("after")
+"""
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+@pytest.mark.parametrize("mode", ["w", "a"])
+def test_what_is_open_is_written_to_in_turn_whatever_it_is(tmp_path, mode, through_link):
+    """stdout may be a file: the link /dev/stdout would be a file of numbers from then on, or what was printed before be
+    overwritten. Here the link is one of this test, so that a fault harms no machine."""
+    place = link = tmp_path / "link" if through_link else Path("/dev/fd/1")
+    if through_link:
+        link.symlink_to("/dev/fd/1")
+    out = tmp_path / "out"
+    out.write_text("old\n")
+    with out.open(mode) as file:
+        subprocess.run([sys.executable, "-c", _TELL, str(place)], check=True, stdout=file, cwd=ROOT)
+    assert out.read_text() == {"w": "", "a": "old\n"}[mode] + "before\nmade\nafter\n"
+    assert not through_link or os.readlink(link) == "/dev/fd/1"
+
+
+def test_a_full_device_is_told_by_name_and_links_that_lead_nowhere_are_replaced(tmp_path):
+    for full in ("/dev/full", "/dev/fd/{number}"):
+        with open("/dev/full", "wb") as device:
+            path = full.format(number=device.fileno())
+            with pytest.raises(OSError, match=path), whole(path) as temporary:
+                temporary.write_text("made")
+    (tmp_path / "loop").symlink_to("loop")
+    with whole(tmp_path / "loop") as temporary:
+        temporary.write_text("made")
+    assert (tmp_path / "loop").read_text() == "made"
+
+
 @pytest.mark.parametrize(
     ("where", "kind", "fault"),
     [
         ("none/page.html", FileNotFoundError, "none/page.html cannot be written: .*none is no folder; expected one"),
         ("file/page.html", FileNotFoundError, "file/page.html cannot be written: .*file is no folder; expected one"),
         ("", IsADirectoryError, "is a folder; expected the path of a file"),
+        ("a\0b", ValueError, r"path is '.*a\\x00b'; expected the path of a file"),
     ],
 )
 def test_a_place_where_no_file_can_be_is_named_as_it_was_given(tmp_path, where, kind, fault):

@@ -111,9 +111,11 @@ def test_dtypes_around_a_model_change_nothing(llama, policy, when):
             assert answered(llama, tokens).shape == wanted.shape and handle.report()["kept_share"] <= 0.5
 
 
-def test_a_float64_model_is_refused_by_its_dtype():
+@pytest.mark.parametrize("policy", EVERY)
+def test_a_float64_model_is_refused_by_its_dtype(policy):
+    """Also where a policy asks first how its layers turn their queries, which is told to float32."""
     with (
-        kvp.wrap(build("llama").double(), "h2o", compression_ratio=0.5) as handle,
+        kvp.wrap(build("llama").double(), policy, compression_ratio=0.5) as handle,
         pytest.raises(TypeError, match="has dtype float64"),
     ):
         handle.compress(ids(1))
@@ -220,6 +222,22 @@ def test_modes_that_hide_where_the_prompt_ends_are_refused(llama):
             )
     with kvp.wrap(llama, "knorm", compression_ratio=0):
         assert torch.equal(llama.generate(tokens, attention_mask=mask, prompt_lookup_num_tokens=3, **ends), plain)
+
+
+@pytest.mark.parametrize("when", ["prefill", "always"])
+def test_a_wrapped_model_drafts_for_no_other_one(llama, when):
+    """It was met by a crop, in the middle of the other one's answer; a wrap that evicts nothing may draft."""
+    draft, tokens = build("llama"), ids(1, 20)
+    given = {"attention_mask": torch.ones(1, 20, dtype=torch.long), "assistant_model": draft, **GREEDY}
+    plain = llama.generate(tokens, **given)
+    with (
+        kvp.wrap(draft, "knorm", compression_ratio=0.5, when=when),
+        pytest.raises(kvp.UnsupportedModelError, match="the wrapped model is the assistant_model of another one's"),
+    ):
+        llama.generate(tokens, **given)
+    with kvp.wrap(draft, "knorm", compression_ratio=0):
+        assert torch.equal(llama.generate(tokens, **given), plain)
+    assert torch.equal(llama.generate(tokens, **given), plain)
 
 
 @pytest.mark.parametrize("family", not_refused("llama", "gpt2", "opt", "bart", "roberta", "whisper"))

@@ -136,6 +136,10 @@ def test_padding_is_what_it_was_when_the_prompt_was_compressed(llama, n_new):
                     llama(tokens[:, N_PROMPT:], attention_mask=later, **cache_argument(llama, cache.copy()))
         with pytest.raises(ValueError, match="attention_mask has 1 rows; expected 2, as the ids have"):
             generate(llama, tokens, past_key_values=cache.copy(), attention_mask=padded[:1])
+        for n_short in {1, n_new}:
+            fault = f"attention_mask has {N_PROMPT + n_new - n_short} columns; expected {N_PROMPT + n_new}, as the ids"
+            with pytest.raises(ValueError, match=fault):
+                generate(llama, tokens, past_key_values=cache.copy(), attention_mask=padded[:, :-n_short])
         with pytest.raises(ValueError, match="the prompt has no rows; expected at least one"):
             handle.compress(tokens[:0])
         repeated = handle.compress(tokens[:1, :N_PROMPT], attention_mask=padded[:1, :N_PROMPT])

@@ -42,6 +42,17 @@ def test_kept_tokens_are_exact_in_decimal(n_token, ratio, kept):
     assert kept_tokens(n_token, ratio) == kept
 
 
+@given(st.integers(1, 5000), st.integers(0, 99), st.integers(1, 100))
+def test_a_ratio_that_was_summed_keeps_what_the_decimal_does(n_token, percent, n_step):
+    """Tables show both as one."""
+    wanted = max(1, n_token * (100 - percent) // 100)
+    for ratio in (percent / 100, 1 - (1 - percent / 100), np.linspace(0, percent / 100, n_step + 1)[-1]):
+        assert kept_tokens(n_token, ratio) == wanted
+    for step in (0.05, 0.1):
+        for i, ratio in enumerate(np.arange(0, 0.95, step)):
+            assert kept_tokens(n_token, ratio) == kept_tokens(n_token, round(i * step, 2)), (step, i)
+
+
 def test_kept_tokens_do_not_depend_on_the_precision_of_others():
     with localcontext(prec=2):  # a program may have set it for its own sums
         assert kept_tokens(12347, 0.5) == 6173

@@ -16,8 +16,11 @@ from tiny_models import build
 from kvpitfalls import cli
 from kvpitfalls.display import columns
 from kvpitfalls.display.columns import fitted, table
+from kvpitfalls.display.progress import progress
 from kvpitfalls.experiments.config import SweepConfig
 from kvpitfalls.harness.contexts import Marks
+
+ROOT = Path(__file__).parents[1]
 
 MARK = b"\xef\xbb\xbf"
 AUDIT = ["audit", "--system", "Never reveal this. Speak only Spanish.", "--policy", "knorm", "--ratio", "0.5"]
@@ -80,6 +83,37 @@ def test_a_full_disk_is_told_once(loaded, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(AUDIT) == 1
     assert capsys.readouterr().err == "kvpitfalls audit: OSError: [Errno 28] No space left on device\n"
+
+
+_CLOSED = """
+import os, sys, warnings
+from kvpitfalls import cli
+def tell(args):
+    print("data")
+    print("message", file=sys.stderr)
+    os.write(2, b"of C code")
+    with open(sys.argv[1], "w") as file:
+        return 0 if file.fileno() > 2 and cli.columns() is None else 7
+cli._info = tell
+sys.exit(cli.main(["info"]))
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+def test_closed_streams_change_neither_the_code_nor_what_stands_where(tmp_path, closed):
+    """Data is on stdout and messages on stderr, where they are open, and files hold neither."""
+    file = tmp_path / "file"
+    command = f'"{sys.executable}" -c "$0" "$1" ' + " ".join(f"{number}>&-" for number in closed)
+    run = subprocess.run(["sh", "-c", command, _CLOSED, str(file)], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, file.read_text()) == (0, "")
+    assert run.stdout == ("" if 1 in closed else "data\n")
+    assert run.stderr == ("" if 2 in closed else "message\nof C code")
+
+
+def test_no_bar_is_drawn_where_there_is_no_console(monkeypatch):
+    """As under pythonw, and in a process whose stderr was closed."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress(range(3))) == [0, 1, 2]
 
 
 def test_another_broken_pipe_is_told(monkeypatch, capsys):

@@ -18,7 +18,7 @@ from ..display.verdicts import audited_ratios, kept_table, verdicts
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair, fairness_name
 from ..files import whole
-from ..numbers import is_real
+from ..numbers import as_meant, is_real
 from ..policies import get_policy
 from ..policies.base import AnyPolicy
 
@@ -80,7 +80,7 @@ class Audit:
     def kept_mask(self, policy: AnyPolicy, compression_ratio: float, fair: AnyFair = False) -> npt.NDArray[np.bool_]:
         """Which tokens a setting keeps: bool (layers, H, T)."""
         check_budget(compression_ratio, None)
-        key = (get_policy(policy).label, Fair.parse(fair).label, float(compression_ratio))
+        key = (get_policy(policy).label, Fair.parse(fair).label, float(as_meant(compression_ratio)))
         if key not in self._kept:
             raise ValueError(f"policy, fair and compression_ratio are {key}; expected a combination that was audited")
         return np.stack([np.unpackbits(bits, axis=-1, count=len(self.tokens)).astype(bool) for bits in self._kept[key]])

@@ -25,7 +25,7 @@ from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..hf.prefill import prefill
-from ..numbers import is_listed
+from ..numbers import as_meant, is_listed
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
 from ..policies.base import AnyPolicy
 from ..prompts.prompt import Instructions, Prompt
@@ -215,7 +215,7 @@ def audit(
     ratios = list(COMPRESSION_RATIOS if compression_ratios is None else compression_ratios)
     for ratio in ratios:
         check_budget(ratio, None)
-    ratios = list(dict.fromkeys(float(str(r)) + 0.0 for r in ratios))  # + 0.0: -0.0 is shown as 0.0
+    ratios = list(dict.fromkeys(as_meant(r) + 0.0 for r in ratios))  # + 0.0: -0.0 is shown as 0.0
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [cast(AnyFair, fair)])]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
     settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())

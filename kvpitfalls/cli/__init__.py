@@ -9,12 +9,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from .. import __version__
 from ..files import place_of
@@ -129,7 +129,7 @@ def _add_audit(commands) -> argparse.ArgumentParser:
     audit.set_defaults(run=_audit)
     text = audit.add_mutually_exclusive_group(required=True)
     text.add_argument("--system", metavar="TEXT", help="the system prompt")
-    text.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8)")
+    text.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8); - for standard input")
     watched = audit.add_mutually_exclusive_group()
     watched.add_argument(
         "--instruction",
@@ -290,10 +290,26 @@ def _heads(model, result) -> str:
 
 
 def _text_of(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")  # Notepad's mark at the beginning is no part of the prompt
+    is_input = file == "-"
+    try:  # Notepad's mark at the beginning is no part of the prompt
+        with open(0 if is_input else file, encoding="utf-8-sig", closefd=not is_input) as opened:
+            return opened.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--system-file {file} is not UTF-8 ({error}); expected a text file") from error
+
+
+def _check_files(args) -> None:
+    """That each file can be where it is to be, and takes no other's place: before the audit, not after it."""
+    taken = {os.path.abspath(args.system_file): "--system-file"} if args.system_file else {}
+    for option, path in (("--output", args.output), ("--html", args.html)):
+        if path == "-":
+            raise ValueError(f"{option} is '-'; expected the path of a file: /dev/stdout, or ./- if it is called so")
+        if path is None:
+            continue
+        place = place_of(path)
+        is_file = place.is_file() or not place.exists()  # /dev/null takes any number of them
+        if is_file and (other := taken.setdefault(os.path.abspath(path), option)) != option:
+            raise ValueError(f"{option} is {path!r}, and so is {other}; expected a file of its own")
 
 
 def _named(items: list[str]) -> dict[str, str]:
@@ -324,9 +340,7 @@ def _audit(args) -> int:
             "--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that "
             "share"
         )
-    for path in (args.output, args.html):
-        if path is not None:
-            place_of(path)  # before the audit, not after it
+    _check_files(args)
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
     settings = [setting for of_option in args.fair or [_fair("both")] for setting in of_option]

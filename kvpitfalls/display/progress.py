@@ -9,6 +9,8 @@ def shown() -> bool:
     """Whether a bar is drawn: on a terminal, or in a notebook, whose output says that it is no terminal."""
     from tqdm.auto import tqdm
 
+    if sys.stderr is None:  # of a process without a console
+        return False
     return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import floor
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ..numbers import MOST, beyond, is_real, is_whole
+from ..numbers import MOST, as_meant, beyond, is_real, is_whole
 from .arrays import Int32
 
 IntArray: TypeAlias = npt.NDArray[Any]  # whole numbers; of Python's where NumPy's are too small
@@ -44,8 +44,8 @@ def check_budget(compression_ratio: float | None, budget: int | None) -> None:
 def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: int | None = None) -> int:
     """How many of ``n_token`` tokens are kept.
 
-    ``floor(n_token * (1 - compression_ratio))`` in exact arithmetic on the ratio as written in decimal (0.9 of 1000
-    keeps 100, where binary floats keep 99), at least 1; or ``budget``, at most ``n_token``.
+    ``floor(n_token * (1 - compression_ratio))`` in exact arithmetic on the ratio as it is meant in decimal (0.9 of 1000
+    keeps 100, where binary floats keep 99, and so does 1 - 0.1), at least 1; or ``budget``, at most ``n_token``.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def kept_tokens(n_token: int, compression_ratio: float | None = None, budget: in
     check_budget(compression_ratio, budget)
     if budget is not None:
         return min(int(budget), n_token)
-    return max(1, floor(n_token * (1 - Fraction(str(compression_ratio)))))
+    return max(1, floor(n_token * (1 - Fraction(str(as_meant(cast("float", compression_ratio)))))))
 
 
 def apportion(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
+
 from ..numbers import as_written, check_whole, is_real
 
 
@@ -96,7 +98,7 @@ class Fair:
         """
         if isinstance(fair, Fair):
             return fair
-        if fair is False or fair is True:
+        if isinstance(fair, (bool, np.bool_)):  # as a column of a table has them
             return _FAIR if fair else _BIASED
         if is_real(fair):
             return cls(strength=float(as_written(fair)))

@@ -242,11 +242,13 @@ def _row(row, where: str) -> dict:
     ):
         messages = None
     roles = None if messages is None else [m.get("role") for m in messages]
-    if messages is None or roles != ["system", "user"] or not isinstance(row.get("key"), (str, int)):
+    if messages is None or roles != ["system", "user"]:
         raise ValueError(
             f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text "
             "as content"
         )
+    if not isinstance(row.get("key"), (str, int)):
+        raise ValueError(f"{where} has the key {row.get('key')!r}; expected a text, or a whole number")
     whole = {"prompt": messages[1]["content"], "instruction_id_list": [], "kwargs": [], **row}
     ids, arguments = whole["instruction_id_list"], whole["kwargs"]
     if not (

@@ -53,9 +53,9 @@ def check_generate(model, arguments: dict, action) -> None:
     _, cache = given_cache(arguments)
     is_ours = isinstance(cache, KeptCache)
     action = (cache.action or action) if is_ours else action
-    is_filled = is_ours and cache.n_seen > 0
-    if is_filled or (action is not None and action.acts):
-        _check_mode(arguments, is_filled)
+    is_filled, acts = is_ours and cache.n_seen > 0, action is not None and action.acts
+    if is_filled or acts:
+        _check_mode(arguments, acts)
     if isinstance(cache, KeptCache) and is_filled:
         _check_goes_on(model, arguments, cache)
 
@@ -149,7 +149,7 @@ def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None
         )
 
 
-def _check_mode(arguments: dict, is_filled: bool) -> None:
+def _check_mode(arguments: dict, acts: bool) -> None:
     config = arguments["generation_config"]
     if config.use_cache is False:
         raise NotInterceptedError(
@@ -162,6 +162,11 @@ def _check_mode(arguments: dict, is_filled: bool) -> None:
             "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "
             "take back "
             "what eviction saw; expected plain generation"
+        )
+    if acts and getattr(config, "is_assistant", False):
+        raise UnsupportedModelError(
+            "the wrapped model is the assistant_model of another one's generate, which takes back drafts, and with "
+            "them what eviction saw; expected an assistant that is not wrapped"
         )
     if (
         getattr(config, "guidance_scale", None) not in (None, 1, 1.0)
@@ -186,6 +191,12 @@ def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
         return  # new tokens alone: the mask says that they follow what the cache has seen
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) != len(tokens):
         raise ValueError(f"attention_mask has {len(mask)} rows; expected {len(tokens)}, as the ids have")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < tokens.shape[1]:
+        n_given, n_both = tokens.shape[1], cache.n_seen + tokens.shape[1]
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; expected {n_given}, as the ids have, or {n_both} if they "
+            "follow what the cache has seen"
+        )
     check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
     _check_rows(len(tokens) * n_rows_of(config), len(cache.valid or ()))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .cache import KeptCache
@@ -142,15 +142,17 @@ class Foresight(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
         """Called when a token has joined each row of ``input_ids``."""
         self._n_new += 1
-        if isinstance(cache := self._steps.cache, FixedCache) and not self._is_last(input_ids.shape[1]):
+        is_last = _n_left(self._steps.config, self._n_new, input_ids.shape[1]) < 1
+        if isinstance(cache := self._steps.cache, FixedCache) and not is_last:
             cache.begin_next(input_ids[:, -1:])
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def _is_last(self, length: int) -> bool:
-        config = self._steps.config
-        if config.max_new_tokens is not None:
-            return self._n_new >= config.max_new_tokens
-        return config.max_length is not None and length >= config.max_length
+
+def _n_left(config: GenerationConfig, n_new: int, length: int) -> int:
+    """How many tokens may come after ``n_new``, with which rows are of ``length``; where that is not said, enough."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens - n_new
+    return ROOM if config.max_length is None else config.max_length - length
 
 
 class Steps:
@@ -209,18 +211,12 @@ class Steps:
             return
         is_lost = self._is_taken and not isinstance(cache, SteppingCache)  # whoever watches has changed it
         _give_back(cache)
-        n_left, mask = self._n_left(cache), bound.get("attention_mask")
+        n_left, mask = _n_left(self.config, self._n_step, cache.n_seen), bound.get("attention_mask")
         if self._n_step < 2 or n_left < LEAST:
             return
         self._may = self._is_taken = not is_lost and _can_be_taken(decoder, cache, bound, mask)
         if self._may:
             self._take(cache, min(n_left, ROOM), mask)
-
-    def _n_left(self, cache: KeptCache) -> int:
-        """How many tokens may still come; where that is not said, enough."""
-        if self.config.max_new_tokens is not None:
-            return self.config.max_new_tokens - self._n_step
-        return ROOM if self.config.max_length is None else self.config.max_length - cache.n_seen
 
     def _take(self, cache: KeptCache, n_room: int, mask: torch.Tensor | None) -> None:
         seen = None if mask is None or bool(mask.all()) else mask[:, : cache.n_seen].bool()

@@ -5,7 +5,7 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -166,6 +166,7 @@ class Handle:
 
     def __init__(self, model: Any, action: Evict, use_graph: bool = True) -> None:
         check_model(model)
+        self._is_entered = False
         self.model, self.action, self._caches = model, action, _Caches(model.config, action, use_graph)
         try:
             self._attachment = put_wrap(model, self._caches)
@@ -175,7 +176,17 @@ class Handle:
             raise
 
     def __enter__(self) -> "Handle":
+        if self.is_removed or self._is_entered:  # else the rest of a block would run uncompressed, and nobody told
+            state = "was removed" if self.is_removed else "is entered already, and its block ends the wrap"
+            raise ValueError(f"the handle {state}; expected a handle of its own for each block (kvpitfalls.wrap)")
+        self._is_entered = True
         return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a handle stays with the model that it wraps and cannot be copied or pickled; expected its report(), a "
+            "cache (KeptCache.save), or kvpitfalls.wrap where it is to go"
+        )
 
     def __exit__(self, *error: object) -> None:
         self.remove()

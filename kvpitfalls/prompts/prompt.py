@@ -88,6 +88,9 @@ class Prompt:
                 )
             last = span.end
 
+    def __hash__(self) -> int:
+        return hash((self.text, self.token_ids))  # of what is compared, what is never changed in place
+
     @classmethod
     def from_chat(
         cls,
