@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..display.progress import progress_or_lines
 from ..files import whole
@@ -18,6 +19,8 @@ from .scenario import ANSWERED, Scenario
 from .sources import DRAWN_SINCE, SCORES, SCORING, versions
 from .sweep import need_scoring, session
 
+Old = TypeVar("Old", bound="str | Path")
+New = TypeVar("New", bound="str | Path")
 SCORED = (*ANSWERED, "turns")  # kinds whose scores are read off answers
 
 
@@ -56,7 +59,7 @@ def rescore(folder: str | Path, output: str | Path, *, data: str | Path | None =
     return rescore_each({folder: output}, data=data)[output]
 
 
-def rescore_each(places: Mapping[str | Path, str | Path], *, data: str | Path | None = None) -> dict[str | Path, dict]:
+def rescore_each(places: Mapping[Old, New], *, data: str | Path | None = None) -> dict[New, dict]:
     """:func:`rescore` of several sweeps, each into its own folder: all of them are scored before the first is written,
     and an interruption leaves none.
 
