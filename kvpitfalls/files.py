@@ -1,12 +1,15 @@
-"""The folder of what is kept, and files that are there whole or not at all."""
+"""The folder of what is kept, files that are there whole or not at all, and JSON that users write."""
 
 import contextlib
+import json
 import os
+import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -38,24 +41,30 @@ def place_of(path: "str | os.PathLike[str]") -> Path:
     return place
 
 
+_NAME = 200  # bytes of a file's name that the one beside it has, too; most systems hold 255
+
+
 @contextlib.contextmanager
 def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes that place when the block ends, and is gone if it fails. Raises what
     :func:`place_of` does.
 
-    A link is replaced, and what it points to stays as it is: it may be another's. A device or a pipe is written to, and
+    Who may read a file that was there may read what takes its place, and nobody else. A link is replaced, and what it
+    points to stays as it is: it may be another's. A device or a pipe is written to, and
     so is what is open under a number, such as /dev/stdout, be it a pipe, a file or closed.
     """
     path = place_of(path)
     number = _open_as(path)
     in_place = number is not None or (path.exists() and not path.is_file())
     with tempfile.TemporaryDirectory() if in_place else contextlib.nullcontext(path.parent) as folder:
-        temporary = Path(folder) / f".{path.name}.{uuid.uuid4().hex}"
+        temporary = Path(folder) / f".{os.fsdecode(os.fsencode(path.name)[:_NAME])}.{uuid.uuid4().hex}"
         try:
             yield temporary
             if in_place:
                 _put(temporary.read_bytes(), path if number is None else number)
             else:
+                if path.exists() and not path.is_symlink():
+                    shutil.copymode(path, temporary)
                 os.replace(temporary, path)
         except OSError as error:  # of a full disk, or one that is only read: told of the file that was asked for
             if error.errno is not None and error.filename in (None, str(temporary)):
@@ -83,3 +92,23 @@ def _put(content: bytes, to: Path | int) -> None:
         sys.stdout.flush()
     with open(to, "wb", closefd=isinstance(to, Path)) as file:
         file.write(content)
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a user wrote in JSON. A name that stands twice in an object is refused: the last of them would count.
+
+    Examples
+    --------
+    >>> read_json('{"seed": 1}')
+    {'seed': 1}
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise ValueError(f"an object has {name!r} twice; expected each name once")
+        named[name] = value
+    return named

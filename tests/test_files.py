@@ -124,3 +124,20 @@ def test_others_may_read_what_the_user_lets_them(tmp_path, mask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / META).stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_who_may_read_a_file_may_read_what_takes_its_place_and_nobody_else(tmp_path, mode):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    path.chmod(mode)
+    with whole(path) as temporary:
+        temporary.write_text("new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", mode)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127])
+def test_a_name_may_be_as_long_as_the_system_lets_it(tmp_path, name):
+    with whole(tmp_path / name) as temporary:
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

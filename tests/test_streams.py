@@ -18,6 +18,7 @@ from kvpitfalls.display import columns
 from kvpitfalls.display.columns import fitted, table
 from kvpitfalls.display.progress import progress
 from kvpitfalls.experiments.config import SweepConfig
+from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.harness.contexts import Marks
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,18 @@ def test_a_mark_is_no_part_of_what_is_given_as_json_or_toml(tmp_path):
     for name, text in (("sweep.toml", b'policies = ["knorm"]'), ("sweep.json", b'{"policies": ["knorm"]}')):
         (tmp_path / name).write_bytes(MARK + text)
         assert SweepConfig.read(tmp_path / name).policies == ("knorm",)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: Marks(instructions=path), SweepConfig.read, load_corpus], ids=["texts", "config", "rows"]
+)
+@pytest.mark.parametrize("text", ['{"seed": 1, "b": "x", "seed": 1}', '{"b": {"seed": 1, "\\u0073eed": 2}}'])
+def test_a_name_that_stands_twice_in_what_a_user_wrote_is_refused(tmp_path, read, text):
+    """The last of them would count, and nobody would be told."""
+    path = tmp_path / "mine.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"mine\.json.*: an object has 'seed' twice; expected each name once"):
+        read(str(path))
 
 
 def test_a_file_of_texts_in_another_encoding_is_refused(tmp_path):

@@ -1,7 +1,6 @@
 """What a sweep runs, as data: read from a TOML or JSON file, or named by a preset."""
 
 import dataclasses
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
 from ..eviction.selection import allocation_of
+from ..files import read_json
 from ..numbers import check_whole, is_whole
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
@@ -155,7 +155,7 @@ class SweepConfig:
         path = Path(path)
         text = path.read_bytes()
         try:
-            settings = tomllib.loads(text.decode("utf-8-sig")) if path.suffix == ".toml" else json.loads(text)
+            settings = tomllib.loads(text.decode("utf-8-sig")) if path.suffix == ".toml" else read_json(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}; expected a .toml or .json file") from error
         if not isinstance(settings, dict):

@@ -21,7 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..audits.leakage import unlike
-from ..files import cache_folder
+from ..files import cache_folder, read_json
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
@@ -222,7 +222,7 @@ def _rows(text: bytes, source: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = read_json(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {n}, is no JSON: {error}") from error
         rows.append(_row(row, f"{source}, line {n},"))

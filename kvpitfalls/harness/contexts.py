@@ -1,7 +1,6 @@
 """From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands
 where in them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..eviction.fairness import Fair
 from ..eviction.layout import PROTECT_WORDS, listed
+from ..files import read_json
 from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt
 from ..prompts.spans import find_all, token_spans
@@ -113,12 +113,12 @@ class Marks:
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
-        texts = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        texts = read_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; expected an object of names and texts") from error
     if not isinstance(texts, dict) or not texts or not all(isinstance(text, str) for text in texts.values()):
         raise ValueError(f"{path} holds no object of names and texts; expected one that is not empty")
