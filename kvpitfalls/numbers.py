@@ -34,11 +34,11 @@ def as_written(number: float) -> float:
 
 
 def as_meant(number: float) -> float:
-    """:func:`as_written`, and where a sum missed a decimal by a rounding, that decimal: of 1 - 0.7 and of NumPy's
-    ranges 0.3, where they have 0.30000000000000004."""
+    """:func:`as_written`; of a share that a sum missed by roundings, the decimal: of 1 - 0.7 and of NumPy's ranges 0.3,
+    where they have 0.30000000000000004. Sums with 1 miss by its roundings, however small what is left."""
     written = as_written(number)
-    decimal = round(written, 14)
-    return decimal if abs(decimal - written) <= 2 * math.ulp(written) else written
+    decimal = round(written, 12)
+    return decimal if 0 < decimal < 1 and abs(decimal - written) <= 2 * math.ulp(1.0) else written
 
 
 def check_real(named: Mapping[str, object]) -> None:

@@ -437,7 +437,7 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure |
     axis, drawn, curves = axes[0][0], False, _curves(correlations)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
         points = [
-            tuple(c[n] for n in ("compression_ratio", "rho", "low", "high")) for c in curve if c["rho"] is not None
+            tuple(map(c.get, ("compression_ratio", "rho", "low", "high"))) for c in curve if c["rho"] is not None
         ]
         if len(points) > 1:
             drawn = True
