@@ -436,9 +436,7 @@ def ranks(correlations: Sequence[Mapping], *, theme: str = "light") -> "Figure |
     figure, axes = _figure(1, 1, 5.2, 3.2)
     axis, drawn, curves = axes[0][0], False, _curves(correlations)
     for ((policy, mode), curve), style in zip(curves.items(), _styles(curves, theme).values(), strict=True):
-        points = [
-            tuple(map(c.get, ("compression_ratio", "rho", "low", "high"))) for c in curve if c["rho"] is not None
-        ]
+        points = [tuple(map(c.get, ("compression_ratio", "rho", "low", "high"))) for c in curve if c["rho"] is not None]
         if len(points) > 1:
             drawn = True
             _draw_curve(axis, points, f"{policy}, {mode}", style, len(curves) <= _MOST_BANDS)
