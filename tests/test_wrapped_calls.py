@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -354,8 +355,14 @@ class Interrupt:
 
 @pytest.fixture
 def without_traces():
-    """What an interrupt leaves at most, a stand-in that lets all calls through, is taken out for later tests."""
+    """What an interrupt leaves at most, a stand-in that lets all calls through, is taken out for later tests; so is who
+    would take it out when the model is freed, which may be during any of them."""
     yield
+    with stand_ins.lock:
+        stand_ins.clear_abandoned()
+    for finalizer in list(weakref.finalize._registry):
+        if (known := finalizer.peek()) is not None and known[1] is stand_ins.abandon:
+            finalizer.detach()
     for entry in list(stand_ins._replaced.values()):
         entry[1] = 1
         stand_ins.take([entry[0]])
