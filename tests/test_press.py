@@ -26,8 +26,6 @@ def arrays(dtype, library):
         torch.randn(2, n_head, N_TOKEN, n_dim, generator=generator).to(dtype)
         for n_head, n_dim in ((3, 16), (3, 24), (6, 16))
     )
-    if library == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     return [x.numpy() if library == "numpy" else x.to("cuda" if library == "cuda" else "cpu") for x in drawn]
 
 
@@ -40,7 +38,9 @@ def arrays(dtype, library):
         (torch.float32, "torch"),
         (torch.float16, "torch"),
         (torch.bfloat16, "torch"),
-        (torch.float32, "cuda"),
+        pytest.param(
+            torch.float32, "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+        ),
     ],
 )
 @pytest.mark.parametrize("name", sorted(BY_ONE_CALL))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, cast
 import numpy as np
 
 from ..errors import BudgetError
-from ..numbers import check_whole, is_listed, is_real, is_whole
+from ..numbers import as_meant, check_whole, is_listed, is_real, is_whole
 from . import ops
 from .arrays import Array, Int32
 from .budget import largest_remainder
@@ -208,7 +208,7 @@ class Ada(Allocation):
     def parts(self, quotas: Int32) -> Int32:
         """What each head keeps at least of its quotas, (B, H, S)."""
         check_heads(self, quotas.shape[1])
-        return _parts(str(self.alpha), quotas.shape, quotas.tobytes())
+        return _parts(str(as_meant(self.alpha)), quotas.shape, quotas.tobytes())
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..numbers import as_written, check_whole, is_real
+from ..numbers import as_meant, as_written, check_whole, is_real
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Fair:
             raise ValueError(
                 "min_tokens counts an instruction's own tokens; expected template='separate', not 'absorb'"
             )
-        object.__setattr__(self, "strength", as_written(self.strength))
+        object.__setattr__(self, "strength", as_meant(self.strength))
         if self.weights is not None:
             object.__setattr__(self, "weights", {name: as_written(x) for name, x in self.weights.items()})
         if self.rule == "paper":
@@ -101,7 +101,7 @@ class Fair:
         if isinstance(fair, (bool, np.bool_)):  # as a column of a table has them
             return _FAIR if fair else _BIASED
         if is_real(fair):
-            return cls(strength=float(as_written(fair)))
+            return cls(strength=float(as_meant(fair)))
         if isinstance(fair, str) and fair == "paper":
             return cls(rule="paper")
         if isinstance(fair, str) and (floor := re.fullmatch(r"floor(?:=([1-9]\d{0,8}))?", fair)):

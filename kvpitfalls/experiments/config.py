@@ -12,7 +12,7 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
 from ..eviction.selection import allocation_of
 from ..files import read_json
-from ..numbers import check_whole, is_whole
+from ..numbers import as_meant, check_whole, is_whole
 from ..policies import get_policy
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode
@@ -115,7 +115,7 @@ class SweepConfig:
         return {
             **{name: tuple(getattr(self, name)) for name in _TEXTS},
             "modes": tuple(Mode.parse(mode).name for mode in self.modes),
-            "compression_ratios": tuple(sorted({0.0, *map(float, self.compression_ratios)})),
+            "compression_ratios": tuple(sorted({0.0, *map(float, map(as_meant, self.compression_ratios))})),
             "policies": tuple(get_policy(name).name for name in self.policies),
             "max_new_tokens": {**_LIMITS, **self.max_new_tokens},
         }

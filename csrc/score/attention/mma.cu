@@ -446,7 +446,7 @@ template <typename S, int SWEEP, bool MOST> static kvp_status launch(const kvpg_
 template <typename T, int SWEEP, bool MOST> static kvp_status launch_dim(const kvpg_attention *p, kvp_context *ctx) {
     if (p->n_dim <= 64) return launch<shape<T, 64>, SWEEP, MOST>(p, ctx);
     if (p->n_dim <= 96) return launch<shape<T, 96>, SWEEP, MOST>(p, ctx);
-    if (sizeof(T) == 4 || p->n_dim <= 128) return launch<shape<T, 128>, SWEEP, MOST>(p, ctx);
+    if (p->n_dim <= 128) return launch<shape<T, 128>, SWEEP, MOST>(p, ctx);
     return launch<shape<T, 512 / sizeof(T)>, SWEEP, MOST>(p, ctx);
 }
 
