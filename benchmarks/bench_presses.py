@@ -268,11 +268,18 @@ def show(rows: list[dict]) -> None:
         print("  ".join(parts), flush=True)
 
 
+def shape_of(text: str) -> tuple[int, ...]:
+    """``32/8/128``."""
+    heads, key_heads, dim = map(int, text.split("/"))
+    return heads, key_heads, dim
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows here")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="HEADS/KEY_HEADS/DIM", default=SHAPES)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these presses; all by default")
@@ -283,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzipPress says at each making that it is slow
     rows = []
-    for shape in SHAPES:
+    for shape in args.shapes:
         for length in args.lengths:
             for dtype in args.dtypes:
                 case = Case(*shape, length, getattr(torch, dtype), args.device)

@@ -30,8 +30,10 @@ def last(n, w=64):
     return observed(n, w, 1)
 
 
-def agree(ours, exact):
-    return bool((ours == exact).all()) or error(ours, exact) <= 2e-6  # all 0, too, where nobody votes
+def agree(ours, exact, row_bytes=256):
+    """To the rounding of a product, a sum of so many steps as a row has 32 bytes, each of which cuts off."""
+    tolerance = 2e-6 * max(1, row_bytes / 512)
+    return bool((ours == exact).all()) or error(ours, exact) <= tolerance  # all 0, too, where nobody votes
 
 
 # From 64 to 256 rows of queries for a key head the engine for windows works, from 8192 tokens on by a kernel apart; its
@@ -56,7 +58,15 @@ def test_windows_against_float64(group, w, dtype):
 
 
 @pytest.mark.parametrize(
-    "n_dim, dtype", [(128, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16), (40, torch.float32)]
+    "n_dim, dtype",
+    [
+        (128, torch.bfloat16),
+        (64, torch.float16),
+        (256, torch.bfloat16),
+        (512, torch.float16),
+        (40, torch.float32),
+        (256, torch.float32),
+    ],
 )
 @pytest.mark.parametrize("n_segment", [1, 2, 5, 90])
 def test_one_voter_a_key_against_float64(n_segment, n_dim, dtype):
@@ -69,7 +79,10 @@ def test_one_voter_a_key_against_float64(n_segment, n_dim, dtype):
         for of_rows in ([votes, votes], [votes, early], [early, whole(n_token)], [last(n_token, 64), votes]):
             for params in ({}, {"share_heads": 1}, {"softcap": 2.0}, {"kernel_size": 7}, {"kernel_size": 101}):
                 exact = attend(keys, queries, of_rows, valid, verb=reference.score, **params)
-                assert agree(attend(keys, queries, of_rows, valid, **params), exact), (n_token, params)
+                assert agree(attend(keys, queries, of_rows, valid, **params), exact, n_dim * dtype.itemsize), (
+                    n_token,
+                    params,
+                )
 
 
 @pytest.mark.parametrize("n_dim", [64, 128])
@@ -125,7 +138,7 @@ def test_the_same_bits_a_thousand_times(n_token, n_head, w):
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, 3e38])
-@pytest.mark.parametrize("n_dim", [64, 96, 128])
+@pytest.mark.parametrize("n_dim", [64, 96, 128, 256])
 def test_one_infinite_element_gives_a_logit_as_infinite_as_its_product(n_dim, number):
     """Tensor cores take float32 in two parts, and what the first part leaves of infinity is no number. Minus infinity
     is the logit of a key that gets nothing, and the others share what there is."""
@@ -139,7 +152,7 @@ def test_one_infinite_element_gives_a_logit_as_infinite_as_its_product(n_dim, nu
         assert agree(ours, exact)
 
 
-@pytest.mark.parametrize("n_dim", [40, 64, 100, 128, 160])
+@pytest.mark.parametrize("n_dim", [40, 64, 100, 128, 160, 256, 288])
 def test_keys_times_a_power_of_two_and_queries_by_it_leave_every_bit(n_dim):
     n = 1500
     keys, queries = tensors(1, 2, 4, n, n_dim, torch.float32)

@@ -72,7 +72,7 @@ LENGTHS = [1, 2, 63, 64, 65, 127, 129, 191, 193, 333, 1023, 1024, 1025, 1153, 25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("n_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("n_dim", [64, 80, 96, 128, 256, 320, 512])
 def test_errors_against_float64(n_dim, dtype):
     for n_token in LENGTHS:
         for group, n_head in ((4, 2), (1, 3), (7, 1)):
@@ -198,7 +198,9 @@ def test_large_logits_lse_given_and_fewer_queries():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("n_dim, dtype", [(80, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "n_dim, dtype", [(80, torch.float32), (256, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)]
+)
 def test_a_query_that_casts_no_vote_has_no_say_on_broken_keys_either(n_dim, dtype, number):
     """By each engine: a key that is no number is NaN only where a query that votes sees it."""
     n = 2048

@@ -1,29 +1,32 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The sweeps of sweep.cuh by tensor cores, for rows on 16-byte boundaries, of up to 512 bytes. A block of four warps
- * holds 128 rows (64 of float32 or above 256 bytes) as fragments in registers; tiles of 64 columns come through a ring
- * in shared memory by asynchronous copies. All query heads of a group stream past one tile of keys where there are
- * blocks enough. Everything a thread needs of a column is in its own registers, so sums need no atomics: four lanes
- * share a row and join at the end.
+ * The sweeps of sweep.cuh by tensor cores, for rows on 16-byte boundaries, of up to 1024 bytes. A block of four warps
+ * holds 128 rows (64 of float32 or above 256 bytes) as fragments in registers; tiles of 64 columns (32 above 512 bytes)
+ * come through a ring in shared memory by asynchronous copies. All query heads of a group stream past one tile of keys
+ * where there are blocks enough. Everything a thread needs of a column is in its own registers, so sums need no
+ * atomics: four lanes share a row and join at the end.
  *
  * An element of float32 is taken as the sum of two of tf32, whose 11 bits each leave 2^-22 of it, and a product as
  * three of theirs. Fragments have the same bytes in the same places for all types: 32 of each row at a time.
  */
 #include "sweep.cuh"
 
-enum { THREADS = 128, COLUMNS = 64, ENOUGH_BLOCKS = 1024 };
+enum { THREADS = 128, ENOUGH_BLOCKS = 1024 };
 
 /* DIM: the elements of a row, rounded up; the rest is zeros. */
 template <typename T, int DIM> struct shape {
     typedef T type;
-    static constexpr bool IS_SPLIT = sizeof(T) == 4;                          /* each element into two of tf32 */
-    static constexpr int ROW = DIM * sizeof(T);                               /* bytes */
-    static constexpr int STEPS = ROW / 32;                                    /* of a product */
-    static constexpr int M = ROW <= 256 && !IS_SPLIT ? 2 : 1;                 /* fragments of 16 rows a warp */
-    static constexpr int BLOCKS = M == 2 ? 4 : IS_SPLIT && ROW > 256 ? 2 : 3; /* of a processor */
-    static constexpr int ROWS = 64 * M;                                       /* of a block */
-    static constexpr int STAGES =
-        ROW <= 256 ? 3 : 2; /* of the ring, whose first tiles of columns have room for a tile of rows */
+    static constexpr bool IS_SPLIT = sizeof(T) == 4;          /* each element into two of tf32 */
+    static constexpr int ROW = DIM * sizeof(T);               /* bytes */
+    static constexpr int STEPS = ROW / 32;                    /* of a product */
+    static constexpr int M = ROW <= 256 && !IS_SPLIT ? 2 : 1; /* fragments of 16 rows a warp */
+    static constexpr int BLOCKS = M == 2 ? 4 : ROW > 512 || (IS_SPLIT && ROW > 256) ? 2 : 3; /* of a processor */
+    static constexpr int ROWS = 64 * M;                                                      /* of a block */
+    static constexpr int COLUMNS = ROW <= 512 ? 64 : 32;                                     /* of a tile */
+    static constexpr int STAGES = ROW <= 256 ? 3 : 2;                                        /* of the ring */
+    /* The rows come by the ring, too: into the first tiles of columns, or, where these are too few, into all. */
+    static constexpr bool ROWS_FILL_RING = (STAGES - 1) * COLUMNS < ROWS;
+    static_assert(ROWS <= STAGES * COLUMNS, "the ring has room for the rows");
     static constexpr int PITCH =
         ROW + 16; /* from row to row: an odd number of 16, so that ldmatrix meets no bank twice */
     static constexpr int TILE = COLUMNS * PITCH;
@@ -75,7 +78,7 @@ __device__ __forceinline__ tile_position first_position(const tile_sequence &c) 
 }
 
 /* Goes on by a tile; returns whether that was the last of a head. */
-__device__ __forceinline__ bool advance(const tile_sequence &c, tile_position &at) {
+template <int COLUMNS> __device__ __forceinline__ bool advance(const tile_sequence &c, tile_position &at) {
     at.column += COLUMNS;
     if (at.column < (at.s ? c.cover[1].hi : c.cover[0].hi)) return false;
     if (at.s == 0 && c.n > c.n_first) {
@@ -87,7 +90,7 @@ __device__ __forceinline__ bool advance(const tile_sequence &c, tile_position &a
     return true;
 }
 
-template <int SWEEP>
+template <int COLUMNS, int SWEEP>
 __device__ __forceinline__ tile_sequence tile_sequence_of(const kvpg_attention &p, const work_unit<SWEEP> &u) {
     tile_sequence c;
     for (int s = 0; s < 2; s++) c.cover[s] = kvpg_cover_of<SWEEP>(p, u.table, s, u.begin, u.end);
@@ -235,7 +238,11 @@ template <typename S> __device__ __forceinline__ void multiply(const uint32_t (&
             for (int m = 0; m < S::M; m++) {
                 uint32_t row[4], rest[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) split(rows[m][k][i], row[i], rest[i]);
+                for (int i = 0; i < 4; i++) {
+                    row[i] = rows[m][k][i];
+                    if (S::ROW > 512) asm volatile("" : "+r"(row[i])); /* each time: both parts have no room */
+                    split(row[i], row[i], rest[i]);
+                }
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     kvpg_multiply<float>(small[m][j], rest, b[2 * j], b[2 * j + 1]);
@@ -268,7 +275,7 @@ __device__ __forceinline__ void sweep_tile(const kvpg_attention &p, const uint32
     const int lane = threadIdx.x % 32, of_pair = lane % 4 * 2;
     tile += (lane % 8 + lane / 16 * 8) * S::PITCH + lane / 8 % 2 * 16;
 #pragma unroll 1
-    for (; first < COLUMNS && column + first < end; first += step) {
+    for (; first < S::COLUMNS && column + first < end; first += step) {
         float a[M][2][4] = {};
         multiply<S>(rows, tile + first * S::PITCH, a);
         if (SWEEP == KVPG_LSE && kept.keys) keep_products<M>(a, kept, column + first + of_pair);
@@ -319,7 +326,7 @@ __device__ __forceinline__ void load_rows(const kvpg_attention &p, const work_un
 template <typename S, int SWEEP>
 __device__ __forceinline__ void load_columns(const kvpg_attention &p, const work_unit<SWEEP> &u, const tile_sequence &c,
                                              const tile_position &at, uint32_t to, uint32_t exponents) {
-    const int n_column = min(COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column),
+    const int n_column = min(S::COLUMNS, (at.s ? c.cover[1].hi : c.cover[0].hi) - at.column),
               n_row = (n_column + 15) / 16 * 16;
     if (SWEEP == KVPG_LSE) {
         copy_rows<S>(to, n_row, n_column, kvpg_row(p.keys, u.b, u.h, at.column), p.keys.t, p.n_dim);
@@ -350,7 +357,7 @@ __device__ __forceinline__ void merge_warps(results<KVPG_LSE, M> &r, kvpg_partia
 
 template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(THREADS, S::BLOCKS)
     sweep_mma(const __grid_constant__ kvpg_attention p, int heads_at_once) {
-    constexpr int M = S::M, STAGES = S::STAGES, TILE = S::TILE, ROWS = S::ROWS;
+    constexpr int M = S::M, COLUMNS = S::COLUMNS, STAGES = S::STAGES, TILE = S::TILE, ROWS = S::ROWS;
     kvpg_follow();
     extern __shared__ __align__(128) char shared[];
     float *const exponents = (float *)(shared + STAGES * TILE);
@@ -364,7 +371,7 @@ template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(TH
                         u.end - u.begin <= 16 * M; /* so few rows that the warps take the same, and other columns */
     const int first_row = shares ? 0 : warp * 16 * M, first_column = shares ? warp * 16 : 0,
               column_step = shares ? COLUMNS : 16;
-    const tile_sequence c = tile_sequence_of(p, u);
+    const tile_sequence c = tile_sequence_of<COLUMNS>(p, u);
     const int n_tile = c.n * u.n_head, row = u.begin + first_row + lane / 4;
     tile_position to_load = first_position(c), to_compute = to_load;
     const auto prefetch =
@@ -372,13 +379,13 @@ template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(TH
                      if (t < n_tile) {
                          load_columns<S>(p, u, c, to_load, ring + stage_of<S>(t) * TILE,
                                          (uint32_t)__cvta_generic_to_shared(exponents + t % STAGES * COLUMNS));
-                         advance(c, to_load);
+                         advance<COLUMNS>(c, to_load);
                      }
                      kvpg_commit();
         };
     load_rows<S>(p, u, ring);
     kvpg_commit();
-    prefetch(0);
+    if constexpr (!S::ROWS_FILL_RING) prefetch(0);
     const bool is_single = SWEEP == KVPG_LSE && u.table[KVPG_IS_SINGLE];
     for (int i = threadIdx.x; i < (c.n > c.n_first || is_single ? 2 : 1) * ROWS; i += THREADS)
         masks[i] = u.begin + i % ROWS < u.end ? kvpg_interval_of<SWEEP>(p, u.table, i / ROWS, u.begin + i % ROWS)
@@ -388,7 +395,7 @@ template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(TH
             products[i] = kvpg_products_of_row(p, u.table, u.b, u.h, u.begin + i);
     const kept_products kept = {is_single ? masks + ROWS + first_row + lane / 4 : NULL,
                                 products + first_row + lane / 4};
-    kvpg_wait<1>();
+    kvpg_wait<S::ROWS_FILL_RING ? 0 : 1>();
     __syncthreads();
     uint32_t rows[M][S::STEPS][4];
 #pragma unroll
@@ -397,7 +404,7 @@ template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(TH
         for (int k = 0; k < S::STEPS; k++)
             kvpg_load_matrix(rows[m][k], ring + (first_row + m * 16 + lane % 16) * S::PITCH + k * 32 + lane / 16 * 16);
     __syncthreads();
-    for (int t = 1; t < STAGES - 1; t++) prefetch(t);
+    for (int t = S::ROWS_FILL_RING ? 0 : 1; t < STAGES - 1; t++) prefetch(t);
     results<SWEEP, M> total;
     total.clear();
 #pragma unroll 1
@@ -406,7 +413,7 @@ template <typename S, int SWEEP, bool MOST> __global__ void __launch_bounds__(TH
         __syncthreads();
         prefetch(t + STAGES - 1);
         const tile_position current = to_compute;
-        const bool is_last = advance(c, to_compute);
+        const bool is_last = advance<COLUMNS>(c, to_compute);
         if (u.begin + first_row >= u.end) continue; /* none of this warp's rows exist */
         const kvpg_cover cover = current.s ? c.cover[1] : c.cover[0];
         const uint32_t tile = ring + stage_of<S>(t) * TILE;
@@ -447,7 +454,8 @@ template <typename T, int SWEEP, bool MOST> static kvp_status launch_dim(const k
     if (p->n_dim <= 64) return launch<shape<T, 64>, SWEEP, MOST>(p, ctx);
     if (p->n_dim <= 96) return launch<shape<T, 96>, SWEEP, MOST>(p, ctx);
     if (p->n_dim <= 128) return launch<shape<T, 128>, SWEEP, MOST>(p, ctx);
-    return launch<shape<T, 512 / sizeof(T)>, SWEEP, MOST>(p, ctx);
+    if ((size_t)p->n_dim * sizeof(T) <= 512) return launch<shape<T, 512 / sizeof(T)>, SWEEP, MOST>(p, ctx);
+    return launch<shape<T, 1024 / sizeof(T)>, SWEEP, MOST>(p, ctx);
 }
 
 kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp_context *ctx) {
@@ -460,6 +468,6 @@ kvp_status kvpg_sweep_mma(int sweep, const kvpg_attention *p, int32_t dtype, kvp
 }
 
 bool kvpg_can_mma(const kvp_score_args *args) {
-    return args->keys.shape[3] * (int64_t)kvpi_dtype_size(args->keys.dtype) <= 512 && kvpg_has_wide_rows(&args->keys) &&
-           kvpg_has_wide_rows(&args->queries);
+    return args->keys.shape[3] * (int64_t)kvpi_dtype_size(args->keys.dtype) <= 1024 &&
+           kvpg_has_wide_rows(&args->keys) && kvpg_has_wide_rows(&args->queries);
 }
