@@ -12,7 +12,7 @@ NATIVE_HEADERS := $(wildcard tests/native/*.h tests/native/*.def tests/fuzz/*.h)
 STRICT := -std=c17 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Wmissing-prototypes -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint types strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm \
+.PHONY: library install library-check demo test test-matrix test-transformers-newest soak coverage fuzz-python notebooks docs lint types strict native fuzz fuzz-corpus tsan valgrind coverage-native mutants portable arm tiles \
   cuda bench wheel wheel-test lm-eval-equality garak kvpress kvpress-golden clean
 
 demo: $(VENV)-demo/ready
@@ -225,6 +225,16 @@ portable: build/native-tests-scalar
 build/native-tests-scalar: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 	mkdir -p build
 	$(CC) $(STRICT) -O2 -ffp-contract=off -DKVP_ISA=scalar -Icsrc -Itests/native $(LIBRARY_FILES) $(NATIVE_FILES) -lm -lpthread -o $@
+
+# Intel's tiles (AMX), emulated under the sanitizers: needs a processor with AVX-512 and its bfloat16, and says so where there is none.
+tiles: build/native-tests-tiles
+	KVP_ISA=amx build/native-tests-tiles
+
+build/native-tests-tiles: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
+	mkdir -p build
+	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -include tests/native/tiles.h -c csrc/rows/rows_avx512.c -o build/tiles.o
+	$(CC) $(STRICT) $(SANITIZE) -g -O1 -ffp-contract=off -Icsrc -Itests/native $(filter-out %/rows_avx512.c,$(LIBRARY_FILES)) build/tiles.o \
+	  $(NATIVE_FILES) -lm -lpthread -o $@
 
 # Arm's rows, cross-compiled and emulated: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user).
 arm: build/native-tests-arm

@@ -72,6 +72,8 @@ uint64_t random_bits(void) {
 
 int64_t random_below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
 
+int64_t random_dim(int64_t most) { return random_below(3) ? 1 + random_below(most) : 32 * (1 + random_below(4)); }
+
 /* Twelve uniform numbers have the variance 1. Not Box-Muller: logarithms and cosines differ between machines. */
 double random_normal(void) {
     double sum = -6;

@@ -28,8 +28,9 @@ int64_t failed_checks(void);
 /* Random numbers: the same on every machine, restarted by each test so that tests do not depend on each other. */
 void seed_random(uint64_t seed);
 uint64_t random_bits(void);
-int64_t random_below(int64_t n); /* [0, n) */
-double random_normal(void);      /* mean 0, deviation 1, within 6 */
+int64_t random_below(int64_t n);  /* [0, n) */
+int64_t random_dim(int64_t most); /* [1, most], or, every third, what fills vectors and tiles: 32, 64, 96, 128 */
+double random_normal(void);       /* mean 0, deviation 1, within 6 */
 
 /* Memory of exactly "bytes" bytes, aligned to 64, between two guards that the address sanitizer also knows of. */
 typedef struct block {

@@ -9,7 +9,7 @@
 #include <math.h>
 
 static const int64_t LENGTHS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64, 65, 257};
-static const int64_t DIMS[] = {1, 8, 16, 64, 80}, GROUPS[] = {1, 3, 7};
+static const int64_t DIMS[] = {1, 8, 16, 64, 80, 96, 128}, GROUPS[] = {1, 3, 7};
 enum { MAX_SUM_TOKENS = 90 };
 #define COUNT(list) (sizeof(list) / sizeof(list)[0])
 
@@ -99,7 +99,7 @@ void test_attention(void) {
     for (size_t t = 0; t < COUNT(LENGTHS); t++)
         for (size_t d = 0; d < COUNT(DIMS); d++)
             for (size_t g = 0; g < COUNT(GROUPS); g++)
-                for (int repeat = 0; repeat < (LENGTHS[t] > 100 ? 2 : 4); repeat++)
+                for (int repeat = 0; repeat < (LENGTHS[t] > 100 || DIMS[d] > 80 ? 2 : 4); repeat++)
                     score_shape(LENGTHS[t], DIMS[d], GROUPS[g], n++);
 }
 
@@ -168,7 +168,7 @@ void test_attention_sums(void) {
                                  .n_head = 2,
                                  .group = GROUPS[i % 3],
                                  .n_token = 1 + random_below(MAX_SUM_TOKENS),
-                                 .n_dim = DIMS[i % 5]};
+                                 .n_dim = DIMS[(size_t)i % COUNT(DIMS)]};
         shape.dtype = (kvp_dtype)(i % 3);
         shape.kind = VOTING_H2O;
         name_case("attention sums T=%lld D=%lld G=%lld weight %d", (long long)shape.n_token, (long long)shape.n_dim,

@@ -99,7 +99,7 @@ void test_layouts(void) {
                                        .n_head = 2,
                                        .group = 1 + i % 5,
                                        .n_token = 1 + random_below(300),
-                                       .n_dim = 1 + random_below(70),
+                                       .n_dim = random_dim(70),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = i % 4 ? VOTING_TOVA : VOTING_SNAPKV};
         score_laid_out(&shape);
@@ -280,7 +280,7 @@ void test_most(void) {
                                        .n_head = 2,
                                        .group = 1 + i % 4,
                                        .n_token = i % 6 ? 4 + random_below(90) : 530,
-                                       .n_dim = 1 + random_below(40),
+                                       .n_dim = random_dim(40),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = VOTING_KVZIP};
         score_by_parts(&shape);

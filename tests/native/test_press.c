@@ -173,7 +173,7 @@ void test_press(void) {
                                        .n_head = 2,
                                        .group = 1 + i % 2,
                                        .n_token = 3 + random_below(i % 10 ? 60 : 700),
-                                       .n_dim = 1 + random_below(40),
+                                       .n_dim = random_dim(40),
                                        .dtype = (kvp_dtype)(i % 3),
                                        .kind = (voting)(i % VOTING_COUNT)};
         press_once(scorers[i / 3 % 6], &shape);

@@ -88,16 +88,16 @@ static void score_every_way(kvp_score_args args, const char *what) {
     }
 }
 
-static void score_attention(voting kind) {
+static void score_attention(voting kind, int64_t n_dim) {
     const attention_shape shape = {.n_batch = 3,
                                    .n_head = 2,
                                    .group = 3,
                                    .n_token = 150,
-                                   .n_dim = 40,
+                                   .n_dim = n_dim,
                                    .dtype = (kvp_dtype)random_below(3),
                                    .kind = kind};
     attention_case c = new_attention_case(&shape);
-    name_case("same bits: attention, voting %d", (int)kind);
+    name_case("same bits: attention, D=%lld voting %d", (long long)n_dim, (int)kind);
     call_verb(KVP_SCORE, &c.args, (calling){0});
     score_every_way(c.args, "attention");
     free_attention_case(&c);
@@ -315,7 +315,10 @@ static void score_lagkv(void) {
 void test_same_bits(void) {
     score_long();
     atomic_store(&n_pool, 0);
-    for (int kind = 0; kind < VOTING_COUNT; kind++) score_attention((voting)kind);
+    for (int kind = 0; kind < VOTING_COUNT; kind++) {
+        score_attention((voting)kind, 40);
+        score_attention((voting)kind, 128);
+    }
     score_keys("norm");
     score_keys("random");
     score_keydiff();
