@@ -28,7 +28,7 @@ from ..hf.model import attach, detach
 from ..numbers import check_whole
 from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
-from ..prompts.pieces import WAYS, first_words, marked, unused
+from ..prompts.pieces import WAYS, first_words, marked, numbered
 from ..prompts.prompt import Instructions, Prompt
 from ..prompts.spans import find_all
 from .markup import STYLE, percent, span_color, token_strip
@@ -319,13 +319,15 @@ def _instructions(prompt: Prompt, marks) -> dict:
         if mark["name"] in out:
             raise ValueError(f"two instructions are called {mark['name']!r}; expected a name of its own for each")
         out[mark["name"]] = (mark["begin"], mark["end"]) if "begin" in mark else mark["text"]
+    names, places = [], []
     for mark in (mark for mark in marks if not mark["name"]):
         text = prompt.text[mark["begin"] : mark["end"]]
         if not text.strip():
             raise ValueError("what is selected is white space; expected words")
         begin = mark["begin"] + len(text) - len(text.lstrip())
-        out[unused(first_words(text), out)] = (begin, begin + len(text.strip()))
-    return out
+        names.append(first_words(text))
+        places.append((begin, begin + len(text.strip())))
+    return out | dict(zip(numbered(names, out), places, strict=True))
 
 
 @functools.cache

@@ -7,7 +7,6 @@ and :func:`choose` (scores, budget -> positions).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -300,10 +299,12 @@ def _floored(ranked: Ranked) -> Ranked:
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
     """Kept tokens per segment, int (B,H,S)."""
     positions = kept.positions if isinstance(kept.positions, np.ndarray) else kept.positions.cpu().numpy()
-    inside = [
-        [(positions[b] >= low) & (positions[b] < high) for low, high in pairwise(row)] for b, row in enumerate(edges)
+    n_held = (positions >= 0).sum(-1)  # ascending before the -1, so that each edge has a place among them
+    places = [
+        [np.searchsorted(of_head[:n], row) for of_head, n in zip(of_row, n_of_row, strict=True)]
+        for of_row, n_of_row, row in zip(positions, n_held, edges, strict=True)
     ]
-    return np.stack([np.stack([x.sum(-1) for x in row], -1) for row in inside]).astype(np.int32)
+    return np.diff(places).astype(np.int32)
 
 
 def keep(

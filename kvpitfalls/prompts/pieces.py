@@ -2,12 +2,13 @@
 
 import itertools
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .spans import short
 
 WAYS = ("sentences", "lines", "messages")
-_LINE_END, _NEXT = re.compile(r"\s*\n\s*"), re.compile(r"\s*")
+# From the first blank of a run on; else a long run without the end of a line would be read again from each blank.
+_LINE_END, _NEXT = re.compile(r"(?<!\s)\s*\n\s*"), re.compile(r"\s*")
 _OTHER_ENDS = re.compile("\r(?!\n)|[\u2028\u2029]")  # of lines, each one character like "\n" itself
 _FACES = "\U0001f600-\U0001f64f"
 _STOP = re.compile(
@@ -48,13 +49,14 @@ def pieces(text: str, how: str) -> list[tuple[int, int]]:
         raise ValueError(f"instructions is {short(how)}; expected {', '.join(WAYS)}, or a mapping of names to texts")
     out: list[tuple[int, int]] = []
     text = _OTHER_ENDS.sub("\n", text)
-    begin = len(text) - len(text.lstrip())
+    begin = looked = len(text) - len(text.lstrip())  # none of ``text[begin:looked]`` is a letter
     for end, after in [*_cuts(text, how), (len(text.rstrip()), len(text))]:
-        if any(c.isalpha() for c in text[begin:end]):
+        if any(c.isalpha() for c in text[looked:end]):
             out.append((begin, end))
             begin = after
         elif after == len(text) and out:
             out[-1] = (out[-1][0], max(end, out[-1][1]))
+        looked = max(begin, end)
     return out
 
 
@@ -136,13 +138,13 @@ def marked(
     text: str, contents: Sequence[tuple[int, int]], how: str, roles: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
     """Names -> characters of every piece of the contents; names are their first words, messages' with their role."""
-    out: dict[str, tuple[int, int]] = {}
+    names, ranges = list[str](), list[tuple[int, int]]()
     for (begin, end), role in zip(contents, roles, strict=True):
         for a, b in pieces(text[begin:end], how):
             words = first_words(text[begin + a : begin + b])
-            name = f"{role}: {words}" if how == "messages" else words
-            out[unused(name, out)] = (begin + a, begin + b)
-    return out
+            names.append(f"{role}: {words}" if how == "messages" else words)
+            ranges.append((begin + a, begin + b))
+    return dict(zip(numbered(names), ranges, strict=True))
 
 
 def first_words(text: str) -> str:
@@ -162,12 +164,22 @@ def first_words(text: str) -> str:
     return name.rstrip(".,;:!?…。！？\"'”’*_`)") or name
 
 
-def unused(name: str, used: Container[str]) -> str:
-    """The name, with a number if it is one of those ``used``, or a word if it means something else where it is
-    given."""
-    name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
-    n, out = 1, name
-    while out in used:
-        n += 1
-        out = f"{name} ({n})"
-    return out
+def numbered(names: Iterable[str], used: Iterable[str] = ()) -> Iterator[str]:
+    """The names, each with a number if it is one of those ``used`` or stands before, or a word if it means something
+    else where it is given.
+
+    Examples
+    --------
+    >>> list(numbered(["rule", "rule", "sinks", "rule"], used=["rule (2)"]))
+    ['rule', 'rule (3)', 'sinks (text)', 'rule (4)']
+    """
+    given, last = set(used), dict[str, int]()  # a prompt may say one thing thousands of times: numbers are tried once
+    for name in names:
+        name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
+        n, out = last.get(name, 1), name
+        while out in given:
+            n += 1
+            out = f"{name} ({n})"
+        last[name] = n
+        given.add(out)
+        yield out
