@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import floor
+from math import floor, lcm
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -122,13 +122,20 @@ def apportion(
 
 
 def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], lengths: Sequence[int]) -> list[Fraction]:
-    def shares(c: Fraction) -> list[Fraction]:
-        return [
-            min(max(c * rate, Fraction(low)), Fraction(high))
-            for rate, low, high in zip(rates, floors, lengths, strict=True)
-        ]
+    unit = lcm(*(rate.denominator for rate in rates))
+    wholes = [rate.numerator * (unit // rate.denominator) for rate in rates]
 
-    # sum(shares(c)) grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
+    def parts(c: Fraction) -> tuple[list[int], int]:
+        """The shares as whole numbers, and of how much: fractions would take ten times as long to add up."""
+        one = c.denominator * unit
+        rows = zip(wholes, floors, lengths, strict=True)
+        return [min(max(c.numerator * n, low * one), high * one) for n, low, high in rows], one
+
+    def added(c: Fraction) -> Fraction:
+        numbers, one = parts(c)
+        return Fraction(sum(numbers), one)
+
+    # The sum grows with c in straight pieces; the corners are where a segment leaves its floor or fills up.
     corners = sorted(
         {
             Fraction(edge) / rate
@@ -137,14 +144,12 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
             for edge in edges
         }
     )
-    at = min(
-        bisect_left(corners, Fraction(total), key=lambda corner: sum(shares(corner), Fraction(0))), len(corners) - 1
-    )
+    at = min(bisect_left(corners, total, key=added), len(corners) - 1)
     below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
-    at_below, at_above = (sum(shares(at), Fraction(0)) for at in (below, above))
-    if at_above == at_below:
-        return shares(above)
-    return shares(below + (above - below) * (total - at_below) / (at_above - at_below))
+    at_below, at_above = added(below), added(above)
+    c = above if at_above == at_below else below + (above - below) * (total - at_below) / (at_above - at_below)
+    numbers, one = parts(c)
+    return [Fraction(n, one) for n in numbers]
 
 
 def largest_remainder(shares: list[Fraction], total: int) -> tuple[list[int], list[int]]:

@@ -253,13 +253,14 @@ class Hold(Evict):
 
     def _quotas(self, layer: KeptLayer, n_kept: list[int]) -> torch.Tensor:
         """Slots per segment (B, S+1), the last for what came after the prompt; a segment gets no more than it still
-        has."""
-        quotas = []
-        for segments, total in zip(_segments(layer, layer.held.layout.split(self.fair)), n_kept, strict=True):
-            rates = [Fraction(x.weight) * x.n_had / x.n_has if x.n_has else 0 for x in segments]
-            _, n_has, _, floors, unmarked = zip(*segments, strict=True)
-            quotas.append(apportion(total, n_has, rates, floors, unmarked))
-        return torch.tensor(quotas)
+        has. All layers of a step hold the same numbers of slots, so the first of them asks for all."""
+        split = layer.held.layout.split(self.fair)
+        rows = list(_segments(layer, split))
+        asked, quotas = split.made.get("held", (None, None))
+        if asked != (n_kept, rows):
+            quotas = torch.tensor([_shares(segments, total) for segments, total in zip(rows, n_kept, strict=True)])
+            split.made["held"] = (n_kept, rows), quotas
+        return quotas
 
     def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
         """Of each slot (B, H, slots); protected ones above all."""
@@ -320,6 +321,13 @@ def _segments(layer: KeptLayer, split: Split) -> Iterator[list[_Segment]]:
         absent = [_Segment(0, n_has, 0, 0, False) for n_has in counts[n:]]  # other rows have more segments
         n_later = n_slot - front - sum(counts)
         yield [*of_prompt, *absent, _Segment(n_came, n_later, 1, min(1, n_later), True)]  # the newest token stays
+
+
+def _shares(segments: list[_Segment], total: int) -> list[int]:
+    """Slots of each segment of a row."""
+    rates = [Fraction(x.weight) * x.n_had / x.n_has if x.n_has else 0 for x in segments]
+    _, n_has, _, floors, unmarked = zip(*segments, strict=True)
+    return apportion(total, n_has, rates, floors, unmarked)
 
 
 def _votes_on(starts: torch.Tensor, n_new: list[int], n_slot: int) -> list[list[Vote]]:
