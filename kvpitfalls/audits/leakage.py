@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TypeAlias
 
@@ -91,9 +91,18 @@ def unlike(text: str, others: Iterable[str], n: int = 64) -> list[str]:
     ['Use no comma.']
     """
     different = (
-        other for other in dict.fromkeys(others) if has_words(other) and rouge_recall(other, text)["rougeL"] < 0.5
+        other for other in _each_once(others) if has_words(other) and rouge_recall(other, text)["rougeL"] < 0.5
     )
     return list(itertools.islice(different, n))
+
+
+def _each_once(texts: Iterable[str]) -> Iterator[str]:
+    """Equal texts once, and no text is asked for before it is wanted: a sweep has many more than the first n."""
+    seen = set[str]()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def has_words(text: str) -> bool:

@@ -9,7 +9,6 @@ text.
 import functools
 import importlib.util
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,8 +257,9 @@ def _literal(value) -> str:
 
 def _shortest(prompt: Prompt, mark: Mapping) -> str | tuple[int, int]:
     """How code says where a mark is: by its text, where the prompt has it once."""
-    once = len(re.findall(f"(?={re.escape(mark['text'])})", prompt.text)) == 1
-    return mark["text"] if once else (mark["begin"], mark["end"])
+    text = mark["text"]
+    once = prompt.text.find(text) == prompt.text.rfind(text) >= 0
+    return text if once else (mark["begin"], mark["end"])
 
 
 def _arguments(setting: Mapping) -> dict:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BudgetError
 from ..numbers import check_real
@@ -299,12 +300,19 @@ def _floored(ranked: Ranked) -> Ranked:
 def count_per_segment(kept: Kept[Array], edges: Int32) -> Int32:
     """Kept tokens per segment, int (B,H,S)."""
     positions = kept.positions if isinstance(kept.positions, np.ndarray) else kept.positions.cpu().numpy()
-    n_held = (positions >= 0).sum(-1)  # ascending before the -1, so that each edge has a place among them
-    places = [
-        [np.searchsorted(of_head[:n], row) for of_head, n in zip(of_row, n_of_row, strict=True)]
-        for of_row, n_of_row, row in zip(positions, n_held, edges, strict=True)
-    ]
-    return np.diff(places).astype(np.int32)
+    ranges = np.stack([edges[:, :-1], edges[:, 1:]], -1)
+    return np.stack([count_inside(*row) for row in zip(positions, ranges, strict=True)]).astype(np.int32)
+
+
+def count_inside(positions: Int32, ranges: Table) -> npt.NDArray[np.int64]:
+    """How many of kept positions (H, K), which ascend and end in -1, are in each of the ranges (S, 2): int64 (H, S).
+
+    Edges are looked up among positions: to compare all of these with each range took minutes of a long prompt.
+    """
+    edges = np.asarray(ranges, positions.dtype).reshape(-1, 2)  # of one type, or each look-up would convert all
+    n_held = (positions >= 0).sum(-1)
+    places = [np.searchsorted(of_head[:n], edges) for of_head, n in zip(positions, n_held, strict=True)]
+    return np.diff(places)[..., 0]
 
 
 def keep(

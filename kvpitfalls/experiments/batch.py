@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import BudgetError
 from ..eviction.budget import kept_tokens
-from ..hf.cache import KeptCache, mean_kept_share, n_compressed
+from ..hf.cache import KeptCache, mean_kept_shares, n_compressed
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import Answer, answers
@@ -302,7 +302,7 @@ def _kept_of(item: _Item, cache: KeptCache, positions: Sequence[np.ndarray], i: 
     return {
         "n_tokens": len(prompt),
         "n_kept": n_kept,
-        "kept": {name: mean_kept_share([kept[i] for kept in positions], *span) for name, span in spans.items()},
+        "kept": mean_kept_shares([kept[i] for kept in positions], spans),
     }
 
 

@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from ..eviction.fairness import Fair
-from ..hf.cache import KeptCache, mean_kept_share
+from ..hf.cache import KeptCache, mean_kept_shares
 from ..hf.chunks import Stage, cut_to
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
@@ -209,4 +209,4 @@ def _replies(
 def _kept(cache: KeptCache, spans: Mapping[str, Span]) -> dict[str, float]:
     """Kept share of each instruction, mean over layers and heads."""
     positions = [cache.positions(layer.index)[0] for layer in cache.kept_layers]
-    return {name: mean_kept_share(positions, span.start, span.end) for name, span in spans.items()}
+    return mean_kept_shares(positions, {name: (span.start, span.end) for name, span in spans.items()})

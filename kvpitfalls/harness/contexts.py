@@ -1,6 +1,7 @@
 """From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands
 where in them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,8 +181,8 @@ def _contents(tokenizer, text: str, messages, template: Mapping) -> dict[str, tu
             "begun answer), so "
             "that instructions can be found"
         )
-    out: dict[str, tuple[int, int]] = {}
+    out, of_roles = dict[str, tuple[int, int]](), Counter[str]()
     for role, where in zip(prompt.roles, prompt.contents, strict=True):
-        n = sum(name.partition("#")[0] == role for name in out) + 1
-        out[role if n == 1 else f"{role}#{n}"] = where
+        of_roles[role] += 1
+        out[role if of_roles[role] == 1 else f"{role}#{of_roles[role]}"] = where
     return out

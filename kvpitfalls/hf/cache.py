@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from ..display.markup import block, note
 from ..errors import NotInterceptedError
 from ..eviction.arrays import Int32
+from ..eviction.selection import count_inside
 from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
@@ -285,9 +286,8 @@ class KeptCache(DynamicCache):
             and 0 <= span[0] < span[1]
         ):
             raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
-        return np.stack([_n_inside(self.positions(layer.index)[row], *span) for layer in self.kept_layers]) / (
-            span[1] - span[0]
-        )
+        of_layers = [count_inside(self.positions(layer.index)[row], [span])[:, 0] for layer in self.kept_layers]
+        return np.stack(of_layers) / (span[1] - span[0])
 
     def report(self) -> Report:
         """What eviction really did; a dict, see :class:`kvpitfalls.Report`.
@@ -304,10 +304,7 @@ class KeptCache(DynamicCache):
         held = [layer for layer in seen if layer.is_evicted]
         spans = self.spans if rows else []
         held_by = [self.positions(layer.index) for layer in seen] if any(spans) else []  # a GPU is waited for
-        shares = [
-            {name: mean_kept_share([p[row] for p in held_by], *span) for name, span in of_row.items()}
-            for row, of_row in enumerate(spans)
-        ]
+        shares = [mean_kept_shares([p[row] for p in held_by], of_row) for row, of_row in enumerate(spans)]
         return Report(
             n_tokens=held[0].prompt_shape[2] if held else self.n_prompt or self.get_seq_length(),
             layers=rows,
@@ -405,19 +402,15 @@ def why_not_compressed(layer: object) -> str:
     return f"{kind}: not a plain full-attention cache"
 
 
-def _n_inside(positions: Int32, begin: int, end: int) -> npt.NDArray[np.int64]:
-    """How many of kept positions (..., K) are in [begin, end): int64 (...)."""
-    inside: npt.NDArray[np.int64] = ((positions >= begin) & (positions < end)).sum(-1)
-    return inside
-
-
-def mean_kept_share(positions: Sequence[Int32], begin: int, end: int) -> float:
-    """Share of the tokens [begin, end) that is among kept positions (H, K) of each layer, mean over layers and heads.
+def mean_kept_shares(positions: Sequence[Int32], spans: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Share of the tokens [begin, end) of each span that is among kept positions (H, K) of each layer, mean over layers
+    and heads.
 
     One division of whole numbers: what all keep 3 of 5 of is 0.6, as it is typed, and no bit less.
     """
-    counts = [_n_inside(of_layer, begin, end) for of_layer in positions]
-    return sum(int(n.sum()) for n in counts) / (sum(n.size for n in counts) * (end - begin))
+    edges, n_head = list(spans.values()), sum(map(len, positions))
+    counts = sum((count_inside(of_layer, edges).sum(0) for of_layer in positions), np.zeros(len(edges), np.int64))
+    return {name: int(n) / (n_head * (end - begin)) for name, n, (begin, end) in zip(spans, counts, edges, strict=True)}
 
 
 def _kept_counts(layer: KeptLayer, valid: Sequence[tuple[int, int]] | None) -> Int32:

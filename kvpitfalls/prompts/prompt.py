@@ -6,6 +6,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from ..display.markup import block, note, token_strip
 from .chats import (
     Message,
@@ -242,8 +245,16 @@ class Prompt:
         """Tokens [start, end) of a text that the messages hold exactly once."""
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
-        span = token_spans(self.text, self.offsets, find_all(self.text, self.contents, {text: text}))[text]
-        return span.start, span.end
+        ranges = find_all(self.text, self.contents, {text: text})
+        begin, end = ranges[text]
+        near = np.flatnonzero((self._edges[:, 0] < end) & (self._edges[:, 1] > begin))  # many texts may be looked for
+        span = token_spans(self.text, [self.offsets[t] for t in near], ranges)[text]
+        return int(near[span.start]), int(near[span.end - 1]) + 1
+
+    @cached_property
+    def _edges(self) -> npt.NDArray[np.int64]:
+        """:attr:`offsets` as an array (T, 2)."""
+        return np.array(self.offsets, np.int64)
 
     def tokens_of(self, role: str) -> list[int]:
         """Tokens of all that the messages of a role say, the template around them left out.
