@@ -144,7 +144,7 @@ def _clipped_shares(total: int, rates: list[Fraction], floors: Sequence[int], le
             for edge in edges
         }
     )
-    at = min(bisect_left(corners, total, key=added), len(corners) - 1)
+    at = min(bisect_left(corners, Fraction(total), key=added), len(corners) - 1)
     below, above = corners[at - 1] if at > 0 else Fraction(0), corners[at] if corners else Fraction(0)
     at_below, at_above = added(below), added(above)
     c = above if at_above == at_below else below + (above - below) * (total - at_below) / (at_above - at_below)
