@@ -159,6 +159,12 @@ def test_a_floor_asks_for_no_more_texts_than_it_takes():
     assert len(leakage.unlike("Answer in Spanish.", endless, 8)) == 8
 
 
+def test_words_of_many_answers_are_held_once():
+    pytest.importorskip("rouge_score")
+    answers = [leakage._tokenize()(f"answer {i} names the word again {'and again ' * 50}") for i in range(20)]
+    assert len({id(word) for said in answers for word in said}) == len({word for said in answers for word in said})
+
+
 def test_a_held_budget_is_shared_out_once_a_step(monkeypatch):
     """Not by each layer anew."""
     model, made = build("llama"), []

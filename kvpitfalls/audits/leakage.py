@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -27,11 +28,15 @@ def need_rouge() -> None:
 
 @functools.cache
 def _tokenize() -> Callable[[str], list[str]]:
-    """rouge-score's tokenizer, with a memory: an answer is scored against many texts, and stemming takes its time."""
+    """rouge-score's tokenizer, with a memory: an answer is scored against many texts, and stemming takes its time.
+
+    Equal words are held once, or thousands of long answers would fill gigabytes.
+    """
     need_rouge()
     from rouge_score.tokenizers import DefaultTokenizer
 
-    return functools.lru_cache(4096)(DefaultTokenizer(use_stemmer=True).tokenize)
+    tokenize = DefaultTokenizer(use_stemmer=True).tokenize
+    return functools.lru_cache(4096)(lambda text: list(map(sys.intern, tokenize(text))))
 
 
 def rouge_recall(reference: str, response: str) -> dict[str, float]:
