@@ -1,5 +1,7 @@
 """Putting an instruction back: what the caches hold, and what the numbers must be where the answer is known."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -164,3 +166,23 @@ def test_bad_inputs(loaded, given, error, message):
     options = {"said": "Hi", **{name: value for name, value in given.items() if name not in ("prompt", "marked")}}
     with pytest.raises(error, match=message):
         kvp.effects(model, prompt, "snapkv", **options)
+
+
+def test_few_caches_are_held_at_once_and_change_nothing(loaded, monkeypatch):
+    """Of a prompt of hundreds of instructions all of them would be many times as large as the model."""
+    model, tokenizer = loaded
+    texts = {str(i): f"Rule {i} is this." for i in range(6)}
+    prompt = prompt_of(tokenizer, texts)
+    alive, most = weakref.WeakSet(), []
+
+    def counted(*args):
+        caches = compress_each(*args)
+        alive.update(caches)
+        most.append(len(alive))
+        return caches
+
+    whole = kvp.effects(model, prompt, "snapkv", said=["Go on.", "Stop."], max_new_tokens=4)
+    monkeypatch.setattr("kvpitfalls.experiments.effects.compress_each", counted)
+    monkeypatch.setattr("kvpitfalls.experiments.effects.AT_ONCE", 3)
+    assert kvp.effects(model, prompt, "snapkv", said=["Go on.", "Stop."], max_new_tokens=4).rows == whole.rows
+    assert len(most) == 5 and max(most) <= 3 + 1

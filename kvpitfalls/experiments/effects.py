@@ -3,9 +3,9 @@ return."""
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Protect, listed
 from ..eviction.selection import Kept, Ranked, choose
-from ..hf.cache import n_compressed
+from ..hf.cache import KeptCache, n_compressed
 from ..hf.evict import Evict, Task
 from ..hf.fork import compress_each
 from ..hf.forward import AttentionCall
-from ..hf.generate import answers
+from ..hf.generate import Answer, answers
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
@@ -34,6 +34,8 @@ from .probe import answer_ids, answer_logprobs
 from .scenario import conversation
 
 MEMORIES = ("more", "equal")
+AT_ONCE = 16  # settings whose caches one prefill fills
+_Key: TypeAlias = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,11 @@ def effects(
 
     Notes
     -----
-    Nothing but the full cache's answers is generated; each is then forced (teacher forcing), on caches of the same
-    prefill: the full one, the compressed one, and for every instruction two more. At *more* memory its evicted rows are
-    added to what the policy kept. At *equal* memory it is protected and others go instead, so what returns is also what
-    that costs. Source: causal patching of a span's keys and values, as in the repository aryan-cs/kv-cache-safety
-    (2026).
+    Nothing but the full cache's answers is generated; each is then forced (teacher forcing), on other caches of the
+    prompt: the full one, the compressed one, and for every instruction two more, sixteen from one prefill. At *more*
+    memory its evicted rows are added to what the policy kept. At *equal* memory it is protected and others go instead,
+    so what returns is also what that costs. Source: causal patching of a span's keys and values, as in the repository
+    aryan-cs/kv-cache-safety (2026).
 
     Examples
     --------
@@ -251,10 +253,10 @@ def _beginnings(begun, n_prompt: int) -> list[str]:
     return list(each)
 
 
-def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[str | tuple[str, str], Evict]:
+def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[_Key, Evict]:
     """The full cache, the compressed one, and each instruction put back into that, at more memory and at equal; what
     fits the budget."""
-    named: dict[str | tuple[str, str], Evict] = {
+    named: dict[_Key, Evict] = {
         "full": replace(evict, fair=Fair(strength=0.0), compression_ratio=0.0, protect=None),
         "compressed": evict,
     }
@@ -269,23 +271,16 @@ def _settings(prompt: Prompt, evict: Evict, n_layer: int) -> dict[str | tuple[st
 def _of_prompt(
     model, prompt: Prompt, evict: Evict, questions: Sequence[str], asked: list[list[int]], max_new_tokens: int
 ) -> list[dict]:
-    """The rows of one prompt: every setting from one prefill. ``asked`` are the tokens of each question's
-    conversation."""
+    """The rows of one prompt. ``asked`` are the tokens of each question's conversation."""
     settings = _settings(prompt, evict, n_compressed(model.config))
-    caches = dict(zip(settings, compress_each(model, [prompt], list(settings.values())), strict=True))
-    n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
-    evicted = {name: float(n_tokens[name] * (1 - caches["compressed"].kept(name).mean())) for name in prompt.spans}
-    contexts = [prompt] * len(questions)
-    for cache in caches.values():
+    contexts, forced, sums = [prompt] * len(questions), [], {}
+    for key, cache in _caches(model, prompt, settings):
+        if key == "compressed":
+            evicted = {name: float(1 - cache.kept(name).mean()) for name in prompt.spans}
         cache.batch_repeat_interleave(len(questions))
-    said = answers(model, contexts, asked, copy.deepcopy(caches["full"]), max_new_tokens)
-    forced = [answer_ids(prompt.tokenizer, answer.text, ends=answer.ended) for answer in said]
-    if not all(forced):
-        raise ValueError(
-            f"the full cache's answer to {questions[forced.index([])]!r} is empty; expected at least one token"
-        )
-    sums = {}
-    for key, cache in caches.items():
+        if key == "full":
+            said = answers(model, contexts, asked, copy.deepcopy(cache), max_new_tokens)
+            forced = _answered(prompt, questions, said)
         means = answer_logprobs(model, contexts, asked, forced, cache)
         sums[key] = [mean * len(ids) for mean, ids in zip(means, forced, strict=True)]
         if broken := [text for text, total in zip(questions, sums[key], strict=True) if not math.isfinite(total)]:
@@ -293,6 +288,7 @@ def _of_prompt(
                 f"the log-likelihood of the answer to {broken[0]!r} is no finite number; expected a model whose logits "
                 "are finite, such as the same in a wider dtype"
             )
+    n_tokens = {name: span.end - span.start for name, span in prompt.spans.items()}
     return [
         {
             **{
@@ -300,7 +296,7 @@ def _of_prompt(
                 "answer": said[q].text,
                 "span": name,
                 "n_tokens": n_tokens[name],
-                "n_evicted": evicted[name],
+                "n_evicted": n_tokens[name] * evicted[name],
             },
             **{key: sums[key][q] for key in ("full", "compressed")},
             **{memory: sums[memory, name][q] if (memory, name) in sums else None for memory in MEMORIES},
@@ -308,6 +304,26 @@ def _of_prompt(
         for q, text in enumerate(questions)
         for name in prompt.spans
     ]
+
+
+def _caches(model, prompt: Prompt, settings: Mapping[_Key, Evict]) -> Iterator[tuple[_Key, KeptCache]]:
+    """The cache of every setting, in turn: so many from one prefill, since a prompt may have hundreds of instructions
+    and each cache is as large as a compressed prompt."""
+    for begin in range(0, len(settings), AT_ONCE):
+        keys = list(settings)[begin : begin + AT_ONCE]
+        caches = compress_each(model, [prompt], [settings[key] for key in keys])
+        for key in keys:
+            yield key, caches.pop(0)  # held no longer than it is looked at
+
+
+def _answered(prompt: Prompt, questions: Sequence[str], said: Sequence[Answer]) -> list[list[int]]:
+    """The tokens of the full cache's answers, of which none may be empty."""
+    forced = [answer_ids(prompt.tokenizer, answer.text, ends=answer.ended) for answer in said]
+    if not all(forced):
+        raise ValueError(
+            f"the full cache's answer to {questions[forced.index([])]!r} is empty; expected at least one token"
+        )
+    return forced
 
 
 def _fits(prompt: Prompt, action: Evict, n_layer: int) -> bool:
