@@ -287,6 +287,37 @@ def test_what_a_fixed_cache_refuses(llama):
         handle.compress(tokens).fixed(3)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0, 2])),
+    ],
+    ids=["crop", "repeat", "select", "reorder"],
+)
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_what_came_after_a_prompt_is_not_forgotten_when_rows_or_tokens_go(llama, change, ratio):
+    """Else it would be taken for padding, and hidden."""
+    tokens, _ = prompt(None)
+    with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle, torch.no_grad():
+        cache = handle.compress(tokens)
+        llama(ids(3, 5).to(llama.device), past_key_values=cache)
+        change(cache)
+        with pytest.raises(ValueError, match="has seen tokens after its prompt"):
+            cache.fixed(3)
+
+
+def test_a_prompt_in_chunks_whose_last_one_stays_whole_is_a_prompt(llama):
+    tokens, mask = prompt(None)
+    spans = {"first": (0, 18), "last": (18, N_PROMPT)}
+    with kvp.wrap(llama, "snapkv", budget=12, fair=kvp.Fair(weights={"last": 1e3})) as handle:
+        cache = handle.compress(tokens, spans=spans, prefill_chunk_size=[18, 6])
+        assert cache.report()["spans"]["last"] == 1, "the last chunk was cut, so this says nothing"
+        assert_same(answer(llama, cache.fixed(43), tokens, mask), answer(llama, cache, tokens, mask))
+
+
 def handle_cache(model, tokens):
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         return handle.compress(tokens)

@@ -372,8 +372,7 @@ def _check(cache: KeptCache, n_room: int) -> None:
         )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    is_cut_once = not cache.is_held  # a held layer is cut again when tokens came, and counts them from there
-    if any(x.n_after if is_cut_once and x.is_evicted else x.seen != cache.n_prompt for x in cache.kept_layers):
+    if any(x.seen != (x.prompt_shape[2] if x.prompt_shape else cache.n_prompt) for x in cache.kept_layers):
         raise ValueError(
             "the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt"
         )
