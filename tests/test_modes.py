@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvpitfalls as kvp
 from kvpitfalls import Fair
@@ -37,8 +39,12 @@ def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
     assert Mode.parse(mode).name == mode
 
 
+def _written(strength: float, weight: float, n: int) -> str:
+    return f"lambda={strength:.12f}+min={n}+defense={weight:.9f}+sinks={n}"
+
+
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("said", "name"),
     [
         (0.5, "lambda=0.5"),
         (1, "lambda=1"),
@@ -47,6 +53,10 @@ def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
         ("biased+sinks=04", "sinks=4"),
         ("phrase", "whitelist"),
         ("fair_phrase", "fair+whitelist"),
+        (1e-5, "lambda=0.00001"),
+        (-0.0, "lambda=0"),
+        (np.float32(0.1), "lambda=0.1"),
+        ("fair+min=2000001", "fair+min=2000001"),
         ("random", "random"),
         ("random=0", "random"),
         ("random=07", "random=7"),
@@ -55,12 +65,21 @@ def test_a_mode_is_what_wrap_would_be_given(mode, fair, protect):
         ("boundary+pinned+fair", "fair+boundary+whitelist_defense"),
     ],
 )
-def test_a_mode_has_one_name(given, name):
-    assert Mode.parse(given).name == name
+def test_a_mode_has_one_name(said, name):
+    assert Mode.parse(said).name == name
+
+
+@given(
+    st.one_of(st.floats(0, 1), st.builds(_written, st.floats(1e-9, 1), st.floats(0, 1e9), st.integers(0, 10**9 - 1)))
+)
+def test_the_name_of_a_mode_is_that_mode(mode):
+    """A sweep checks its modes when it is made, and reads them from their names when it is run."""
+    parsed = Mode.parse(mode)
+    assert Mode.parse(parsed.name) == parsed
 
 
 @pytest.mark.parametrize(
-    "given",
+    "said",
     [
         "",
         "unfair",
@@ -82,6 +101,8 @@ def test_a_mode_has_one_name(given, name):
     ]
     + [
         "sinks=1.5",
+        f"sinks={10**400}",
+        f"fair+defense={10**400}",
         "separate",
         "absorb",
         "fair+absorb+separate",
@@ -99,9 +120,9 @@ def test_a_mode_has_one_name(given, name):
         -0.1,
     ],
 )
-def test_other_modes_are_refused(given):
+def test_other_modes_are_refused(said):
     with pytest.raises(ValueError, match=r"modes hold .*; expected some of biased, fair, paper"):
-        Mode.parse(given)
+        Mode.parse(said)
 
 
 def test_the_control_draws_at_random_whatever_the_policy():

@@ -3,15 +3,16 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from ..eviction.fairness import FLOOR, Fair
-from ..numbers import is_real
+from ..numbers import as_meant, is_real
 
 MODES = ("biased", "fair", "paper", "random", "whitelist", "whitelist_defense", "boundary", "floor")
 #: Side by side: what is fixed, the control, and the fixes.
 FIXES = ("biased", "random", "phrase", "pinned", "boundary", "floor", "fair", "fair_phrase")
 _CONTROL = r"random(?:=(\d{1,9}))?"
-_NUMBER, _WHOLE = r"\d+(?:\.\d+)?", r"\d+"
+_NUMBER, _WHOLE = r"\d{1,10}(?:\.\d+)?", r"\d{1,9}"
 # part -> (what it decides, its pattern); a mode decides each at most once, and is written in this order
 _PARTS = {
     "share": rf"biased|fair|floor=[1-9]\d{{0,5}}|lambda=({_NUMBER})",
@@ -78,7 +79,7 @@ class Mode:
         if is_real(mode):
             if not 0 <= mode <= 1:
                 raise _error(mode)
-            mode = f"lambda={float(mode):g}"
+            mode = f"lambda={_digits(abs(as_meant(mode)))}"  # -0.0 is 0
         mode = "fair+whitelist" if mode == "fair_phrase" else mode
         if mode == "paper":
             return cls("paper", Fair.parse("paper"))
@@ -121,12 +122,17 @@ def _parts(name) -> dict[str, str]:
         part = next((part for part, pattern in _PARTS.items() if re.fullmatch(pattern, word)), None)
         if part is None or part in parts:
             raise _error(name)
-        parts[part] = word if "=" not in word else f"{word.partition('=')[0]}={_number(word):g}"
+        parts[part] = word if "=" not in word else f"{word.partition('=')[0]}={_digits(_number(word))}"
     return parts
 
 
 def _number(word: str) -> float:
     return float(word.partition("=")[2] or 0)
+
+
+def _digits(number: float) -> str:
+    """A number without an exponent, with which a name would be no mode."""
+    return f"{Decimal(f'{number:.12g}'):f}"
 
 
 def _error(mode) -> ValueError:

@@ -279,12 +279,7 @@ class KeptCache(DynamicCache):
                     f"{', '.join(of_row) or 'none: the cache was made without instructions'}"
                 )
             span = of_row[span]
-        if not (
-            isinstance(span, tuple)
-            and len(span) == 2
-            and all(isinstance(x, int) for x in span)
-            and 0 <= span[0] < span[1]
-        ):
+        if not (isinstance(span, tuple) and len(span) == 2 and all(map(is_whole, span)) and 0 <= span[0] < span[1]):
             raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
         of_layers = [count_inside(self.positions(layer.index)[row], [span])[:, 0] for layer in self.kept_layers]
         return np.stack(of_layers) / (span[1] - span[0])
