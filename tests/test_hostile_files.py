@@ -131,6 +131,8 @@ FORGED = {
     "seen too few": lambda t, a: (t, with_plain(a, seen=3)),
     "another index": lambda t, a: (t, with_plain(a, index=7)),
     "no prompt": lambda t, a: (t, with_plain(a, prompt_shape=None)),
+    "a key that is a digit and no number": lambda t, a: (t, with_plain(a, prompt_shape={"²": 1})),
+    "a key of too many digits": lambda t, a: (t, with_plain(a, prompt_shape={"9" * 5000: 1})),
     "a held budget": lambda t, a: (t, with_plain(a, held=[1])),
     "keys of words": lambda t, a: (
         {k: v for k, v in t.items() if k != "layers.0.keys"},
@@ -165,6 +167,17 @@ def test_a_forged_cache_is_refused(saved, model, tmp_path, name):
     refused(
         forge(tmp_path / "forged", *_reordered(FORGED[name](tensors, json.loads(metadata["about"])), metadata)), model
     )
+
+
+def test_a_forged_window_is_refused(tmp_path):
+    sliding, path = build("gemma3_text"), tmp_path / "prompt.safetensors"
+    with kvp.wrap(sliding, "knorm", compression_ratio=0.6) as handle:
+        handle.compress(ids()).save(path)
+    tensors, metadata = parts(path)
+    tensors["layers.0.cumulative_length.7"] = torch.ones(1)
+    about = {**json.loads(metadata["about"]), "tensors": sorted(tensors)}
+    about["layers"][0]["plain"]["cumulative_length"] = []
+    refused(forge(path, tensors, metadata, about), sliding)
 
 
 def _reordered(made, metadata):

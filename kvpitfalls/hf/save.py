@@ -170,17 +170,14 @@ def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:
     for i, (layer, parts) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         of_layer = device_of(attention[i]) if i in attention else device
         own = {k.split(".", 2)[2]: x for k, x in tensors.items() if k.startswith(f"layers.{i}.")}
+        wrong = f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save"
         try:
             _put_together(layer, parts["plain"], own, of_layer)
             is_whole = not isinstance(layer, KeptLayer) or _is_evicted(layer, i, len(about["valid"]))
-        except (AttributeError, TypeError) as error:  # a field of another kind than the layer's own
-            raise ValueError(
-                f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save"
-            ) from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a field of another kind than its own
+            raise ValueError(wrong) from error
         if not is_whole:
-            raise ValueError(
-                f"{path} has a layer {i} that is none of this package's; expected a file saved by KeptCache.save"
-            )
+            raise ValueError(wrong)
     cache.peak_bytes = about["peak_bytes"]
     cache.spans = [{name: tuple(span) for name, span in row.items()} for row in about["spans"]]
     cache.valid = [tuple(row) for row in about["valid"]]
