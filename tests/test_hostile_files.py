@@ -112,6 +112,14 @@ def with_plain(about, **changes):
     return {**about, "layers": layers}
 
 
+def without_positions(tensors, about, **changes):
+    """As of layers of which nothing was evicted."""
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("_before")}
+    n_slot = tensors["layers.0.keys"].shape[2]
+    plain = with_plain(about, pos_before=None, live_before=None, n_after=0, seen=n_slot, prompt_shape=None)
+    return tensors, {**with_plain(plain, **changes), "tensors": sorted(tensors)}
+
+
 FORGED = {
     "no object": lambda t, a: (t, "[]"),
     "no JSON": lambda t, a: (t, "{"),
@@ -133,6 +141,7 @@ FORGED = {
     "no prompt": lambda t, a: (t, with_plain(a, prompt_shape=None)),
     "a key that is a digit and no number": lambda t, a: (t, with_plain(a, prompt_shape={"²": 1})),
     "a key of too many digits": lambda t, a: (t, with_plain(a, prompt_shape={"9" * 5000: 1})),
+    "the shape of a prompt of which nothing went": lambda t, a: without_positions(t, a, prompt_shape=[2, 2, 3]),
     "a held budget": lambda t, a: (t, with_plain(a, held=[1])),
     "keys of words": lambda t, a: (
         {k: v for k, v in t.items() if k != "layers.0.keys"},

@@ -34,6 +34,16 @@ def arguments_for(decoder, module) -> dict:
     return {"hidden_states": hidden.to(device, dtype), "position_ids": torch.tensor([_PLACES], device=device)}
 
 
+def turned_arguments_for(decoder, module, index: int) -> dict:
+    """:func:`arguments_for`, with what the decoder's rotary embedding gives to this layer for these positions."""
+    arguments, embedding = arguments_for(decoder, module), embedding_of(decoder)
+    if embedding is not None:
+        arguments["position_embeddings"] = embedding(
+            arguments["hidden_states"], arguments["position_ids"], **options_of(decoder, embedding, index)
+        )
+    return arguments
+
+
 @torch.no_grad()
 def called(module, arguments: dict, attended: torch.Tensor | None = None) -> Watched:
     """An attached decoder's module, called alone: its queries, and what it returns if it attended to ``attended``.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .alone import COMPLAINTS, arguments_for, called, embedding_of, options_of
+from .alone import COMPLAINTS, called, turned_arguments_for
 from .arguments import CACHE_NAMES
 
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, int | None]" = weakref.WeakKeyDictionary()
@@ -33,11 +33,7 @@ def check_choices(decoder, layers: Mapping[torch.nn.Module, int], least: int) ->
 
 
 def _asked(decoder: Any, module: Any, index: int) -> int | None:
-    arguments, embedding, cache = arguments_for(decoder, module), embedding_of(decoder), DynamicCache()
-    if embedding is not None:
-        arguments["position_embeddings"] = embedding(
-            arguments["hidden_states"], arguments["position_ids"], **options_of(decoder, embedding, index)
-        )
+    arguments, cache = turned_arguments_for(decoder, module, index), DynamicCache()
     watch = called(module, {**arguments, **dict.fromkeys((*CACHE_NAMES, "layer_past"), cache)})
     if index >= len(cache.layers):
         return None

@@ -110,7 +110,7 @@ def cut_to(
     scores, sums = scored.judged(_ends(layout, fair, now))
     slots = None
     if now.held.sum() and (now.held.sum(-1) != n_slot).any():
-        scores = _with_protection(scores, scored.pos, layout, front)
+        scores = _with_protection(scores, scored.pos, layout)
         if fair.min_tokens and not fair.strength:
             scores = best_first(scores, scored.pos[:, : scores.shape[1]], front, *_floors_at(layout, fair, layer.seen))
         slots = _keep(layer, scores, scored, now, layout.n_token)
@@ -201,8 +201,7 @@ class _Slots:
             [(int(row[i]), int(row[i + 1])) for i in np.flatnonzero(of_row)] or [(n_slot - 1, n_slot)]
             for row, of_row in zip(edges, is_open, strict=True)
         ]
-        pos = layer.pos
-        self.pos = torch.arange(n_slot, device=call.keys.device).expand(*layer.keys.shape[:3]) if pos is None else pos
+        self.pos = layer.places
 
     def judged(self, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores (B, H, slots) and, of a running policy, the sums that they come from; ``ends``: see _ends."""
@@ -235,7 +234,7 @@ class _Slots:
         return torch.from_numpy(np.take_along_axis(of_segments, segment, 1))
 
 
-def _with_protection(scores: torch.Tensor, pos: torch.Tensor, layout: Layout, front: torch.Tensor) -> torch.Tensor:
+def _with_protection(scores: torch.Tensor, pos: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Protected tokens above all."""
     mask = layout.mask_beside(scores)
     if mask is None:

@@ -110,11 +110,8 @@ class FixedLayer(InPlace, KeptLayer):
         n_row, n_head, n_slot = layer.keys.shape[:3]
         self.n_slot, self.seen_before = n_slot, layer.seen
         self.keys, self.values = (with_room(x, n_room) for x in (layer.keys, layer.values))
-        pos = (
-            torch.arange(n_slot, device=layer.keys.device).expand(n_row, n_head, -1) if layer.pos is None else layer.pos
-        )
-        later = torch.arange(self.seen, self.seen + n_room, device=pos.device).expand(n_row, n_head, -1)
-        self.pos_before, self.live_before, self.n_after = torch.cat([pos, later], -1), None, 0
+        later = torch.arange(self.seen, self.seen + n_room, device=layer.keys.device).expand(n_row, n_head, -1)
+        self.pos_before, self.live_before, self.n_after = torch.cat([layer.places, later], -1), None, 0
         self.prompt_shape = layer.prompt_shape or (n_row, n_head, self.seen)
         self.bytes_before = layer.bytes_before or layer.keys.nbytes + layer.values.nbytes
 

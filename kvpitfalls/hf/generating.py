@@ -85,11 +85,8 @@ def chunks_of(model, arguments: dict, action) -> Coming | None:
             "which says where padding is"
         )
     n_row, sizes = n_rows_of(config), chunk_sizes(size, ids.shape[1])
-    return chunked(model, ids.repeat_interleave(n_row, 0), _of_rows(mask, n_row), sizes, action)
-
-
-def _of_rows(mask, n: int):
-    return None if mask is None else mask.repeat_interleave(n, 0)
+    mask = None if mask is None else mask.repeat_interleave(n_row, 0)
+    return chunked(model, ids.repeat_interleave(n_row, 0), mask, sizes, action)
 
 
 def chunk_sizes(size: int | Sequence[int], n_token: int) -> list[int]:

@@ -84,7 +84,7 @@ class HeldRoom:
     def fill(self, layer: KeptLayer, packed: "Packed") -> None:
         """Take over what a growing layer holds, whose budget was held since its newest tokens came."""
         held, n_head = layer.held, self.pos.shape[1]
-        pos = packed(positions_of(layer)[:, :n_head])
+        pos = packed(layer.places[:, :n_head])
         protected = held.shields(pos)
         live = packed.is_live[:, None].expand(pos.shape)
         self.stays.copy_(~live if protected is None else ~live | protected)
@@ -159,13 +159,6 @@ class Packed:
         return x.gather(2, order.expand(*x.shape[:2], -1, *x.shape[3:]))
 
 
-def positions_of(layer: KeptLayer) -> torch.Tensor:
-    """Logical positions (B, H, slots) of a growing layer."""
-    if (pos := layer.pos) is not None:
-        return pos
-    return torch.arange(layer.seen, device=layer.keys.device).expand(layer.keys.shape[:3])
-
-
 class Judge:
     """Scores slots, float32 (B, H, S), as a policy does that judges all of a row's slots in order of position."""
 
@@ -237,7 +230,7 @@ class _BySum(Judge):
     age: torch.Tensor
 
     def fill(self, layer: KeptLayer, room: HeldRoom, packed: Packed) -> None:
-        age = packed(layer.held.ages(layer.seen, positions_of(layer))).float()
+        age = packed(layer.held.ages(layer.seen, layer.places)).float()
         self._remember(sums=packed(cast(torch.Tensor, layer.held.carried)), age=age)  # a running policy's
 
     def scores(self, call: AttentionCall, room: HeldRoom) -> torch.Tensor:

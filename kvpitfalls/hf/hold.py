@@ -264,12 +264,7 @@ class Hold(Evict):
 
     def _scores(self, layer: KeptLayer, call: AttentionCall) -> torch.Tensor:
         """Of each slot (B, H, slots); protected ones above all."""
-        held, n_slot = layer.held, layer.keys.shape[2]
-        pos = (
-            torch.arange(n_slot, device=call.keys.device).expand(*layer.keys.shape[:3])
-            if layer.pos is None
-            else layer.pos
-        )
+        held, n_slot, pos = layer.held, layer.keys.shape[2], layer.places
         starts, carried = held.starts, cast(torch.Tensor, held.carried)  # None only where it is not asked for
         if self.policy.running:
             scores = carried / held.ages(layer.seen, pos[:, : carried.shape[1]])

@@ -224,6 +224,13 @@ class KeptLayer(DynamicLayer):
         return None if (slots := self.slots) is None else slots.pos
 
     @property
+    def places(self) -> torch.Tensor:
+        """``pos``, written out also where nothing was evicted."""
+        if (pos := self.pos) is not None:
+            return pos
+        return torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3])
+
+    @property
     def live(self) -> torch.Tensor | None:
         """See the class."""
         return None if (slots := self.slots) is None else slots.live
@@ -293,12 +300,7 @@ class KeptLayer(DynamicLayer):
 
     def rearrange(self, positions: torch.Tensor, front: torch.Tensor) -> None:
         """Hold only these slots of the present ones, int64 (B,H,K); the first ``front`` of each row are empty."""
-        pos = (
-            torch.arange(self.seen, device=self.keys.device).expand(*self.keys.shape[:3])
-            if self.pos is None
-            else self.pos
-        )
-        rows = positions[..., None]
+        pos, rows = self.places, positions[..., None]
         self.keys, self.values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values))
         empty = torch.arange(positions.shape[2], device=positions.device) < front.to(positions.device)[:, None]
         self.place(
@@ -384,8 +386,7 @@ class KeptLayer(DynamicLayer):
             self.place(rows(pos), None if live is None else rows(live))
         if self.held is not None:
             self.held = self.held.map_rows(rows)
-            self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
-        if pos is not None:
+        if self.prompt_shape is not None:
             self.prompt_shape = (len(self.keys), *self.prompt_shape[1:])
 
 

@@ -140,12 +140,12 @@ def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, impleme
     physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, index)
     if slots.live is None:
         return physical
-    live = _per_query_head(slots.live, query)[:, :, None]
-    return (
-        physical & live
-        if physical.dtype == torch.bool
-        else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
-    )
+    return hidden(physical, _per_query_head(slots.live, query)[:, :, None])
+
+
+def hidden(mask: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """The mask, bool or additive, of which empty slots are hidden, too."""
+    return mask & live if mask.dtype == torch.bool else mask.masked_fill(~live, torch.finfo(mask.dtype).min)
 
 
 _LARGE = 2**24  # entries of a mask: a smaller one costs less than it takes to look whether one head's does for all
@@ -174,10 +174,7 @@ def _of_all_heads(slots, mask: torch.Tensor | None, n_new: int) -> torch.Tensor 
         newest = mask[..., n_old:]
     seen = torch.full_like(newest[..., :1], newest.dtype == torch.bool).expand(-1, -1, -1, older.shape[-1])
     shared = torch.cat([seen, newest], -1)
-    if live is None:
-        return shared
-    alive = live[:, :1, None]
-    return shared & alive if shared.dtype == torch.bool else shared.masked_fill(~alive, torch.finfo(shared.dtype).min)
+    return shared if live is None else hidden(shared, live[:, :1, None])
 
 
 def _per_query_head(per_key_head: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

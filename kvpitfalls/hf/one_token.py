@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .masks import hidden
+
 
 def serves(base, implementation: str, query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> bool:
     """Whether :func:`attend` gives what this attention function would."""
@@ -41,13 +43,7 @@ def visible_slots(slots, mask: torch.Tensor | None) -> torch.Tensor | None:
         return live
     index = slots.pos[:, :, None]
     physical = mask.expand(*index.shape[:3], -1).gather(-1, index)
-    if live is None:
-        return physical
-    return (
-        physical & live
-        if physical.dtype == torch.bool
-        else physical.masked_fill(~live, torch.finfo(physical.dtype).min)
-    )
+    return physical if live is None else hidden(physical, live)
 
 
 def attend(

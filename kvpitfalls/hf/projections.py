@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..errors import UnsupportedModelError
-from .alone import answered, arguments_for, called, embedding_of, options_of, same
+from .alone import answered, called, same, turned_arguments_for
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _known: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = (
@@ -32,11 +32,7 @@ def projections_of(decoder, layers: Mapping[torch.nn.Module, int]) -> dict[torch
 @torch.no_grad()
 def _tried(decoder, module, index: int) -> str:
     """The name of this module's output projection."""
-    arguments, embedding = arguments_for(decoder, module), embedding_of(decoder)
-    if embedding is not None:
-        arguments["position_embeddings"] = embedding(
-            arguments["hidden_states"], arguments["position_ids"], **options_of(decoder, embedding, index)
-        )
+    arguments = turned_arguments_for(decoder, module, index)
     draw = torch.randn(called(module, arguments).attended.shape, generator=torch.Generator().manual_seed(1)).to(
         arguments["hidden_states"]
     )

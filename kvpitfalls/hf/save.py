@@ -318,7 +318,7 @@ def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
     if layer.index != index or layer.held is not None:
         return False
     if layer.pos_before is None:
-        return layer.live_before is None and layer.seen == keys.shape[2]
+        return layer.live_before is None and layer.prompt_shape is None and layer.seen == keys.shape[2]
     return _has_prompt(layer) and _has_positions(layer)
 
 
