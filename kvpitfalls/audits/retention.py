@@ -58,6 +58,9 @@ class _Observe(Action):
         spans: Mapping[str, tuple[int, int]],
     ) -> None:
         self.settings, self.budgets, self.layout_of, self.spans = settings, budgets, layout_of, spans
+        self.least_heads = max(allocation.least_heads for _, _, allocation in settings)
+        self.reads_rotary = any(policy.needs_rotary for policy, _, _ in settings)
+        self.reads_output = any(policy.needs_output for policy, _, _ in settings)
         ratios = self.ratios = list(dict.fromkeys(ratio for _, ratio in budgets))
         self.records: dict[Setting, _Record] = {
             (policy.label, fair.label, ratio): _Record() for policy, fair, _ in settings for ratio in ratios
@@ -65,18 +68,6 @@ class _Observe(Action):
         self.layers: list[int] = []
         self.mass: dict[int, npt.NDArray[np.float64]] = {}  # of layers that wait for what is read after the prompt
         self.judged: dict[tuple[int, int], Ranked] = {}  # by layer and setting, so far
-
-    @property
-    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
-        return max(allocation.least_heads for _, _, allocation in self.settings)
-
-    @property
-    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        return any(policy.needs_rotary for policy, _, _ in self.settings)
-
-    @property
-    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        return any(policy.needs_output for policy, _, _ in self.settings)
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         self.layers.append(layer.index)

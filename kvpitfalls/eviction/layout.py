@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, TypeAlias, TypeGuard, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,6 @@ from . import ops
 from .arrays import Array, Int32, Table
 from .budget import apportion, floor_and_rest
 from .fairness import Fair
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -166,17 +164,12 @@ class Split:
     fair : Fair
     layout : Layout
     made : dict
-        What :meth:`once` made.
+        What follows from it and is the same for every layer; filled as it is used.
     """
 
     fair: Fair
     layout: Layout
     made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """``make()``, or what it gave before for the same key."""
-        found: T | None = self.made.get(key)
-        return self.made.setdefault(key, make()) if found is None else found
 
     @cached_property
     def segments(self) -> list[list[tuple[int, int]]]:
@@ -197,10 +190,6 @@ class Split:
     def is_paper(self) -> bool:
         """Whether scores, too, are those of the authors' code."""
         return self.fair.strength > 0 and self.fair.rule == "paper"
-
-    def is_over_rows(self, paper_quotas: bool) -> bool:
-        """Whether a policy of such ``paper_quotas`` has fair scores, and makes one choice over the whole row."""
-        return self.is_paper and not paper_quotas
 
     @cached_property
     def judged(self) -> list[list[tuple[int, int]]]:
@@ -288,32 +277,17 @@ class Split:
             )
         return quotas
 
-    def whole_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
-        """The best of each row, wherever they are; raises where a budget has no room for what must be kept."""
-
-        def make() -> Plan:
+    def plan(self, n_head: int, budgets: tuple[int, ...], is_whole: bool) -> Plan:
+        """The best of each row, wherever they are, or a quota for each segment; raises where a budget has no room for
+        what must be kept."""
+        key = "plan", n_head, budgets, is_whole
+        plan: Plan | None = self.made.get(key)
+        if plan is None:
             self.check_room(budgets)
-            return plan_of(np.array(self.layout.valid, np.int32), np.array(budgets, np.int32)[:, None], n_head)
-
-        return self.once(("whole", n_head, budgets), make)
-
-    def plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
-        """The one that needs no scores: the policy's as published, or that of fair shares."""
-
-        key = "plan", n_head, budgets
-        if (plan := self.made.get(key)) is None:
-            make = self.whole_plan if self.fair.is_biased else self.fair_plan
-            plan = self.made[key] = make(n_head, budgets)
-        return cast(Plan, plan)
-
-    def fair_plan(self, n_head: int, budgets: tuple[int, ...]) -> Plan:
-        """A quota for each segment; raises as :meth:`whole_plan` does."""
-
-        def make() -> Plan:
-            self.check_room(budgets)
-            return plan_of(self.edges, self.quotas(budgets), n_head)
-
-        return self.once(("fair", n_head, budgets), make)
+            whole = self.layout.valid, np.array(budgets)[:, None]
+            edges, quotas = (np.array(x, np.int32) for x in whole) if is_whole else (self.edges, self.quotas(budgets))
+            plan = self.made[key] = plan_of(edges, quotas, n_head)
+        return plan
 
 
 def plan_of(edges: Int32, quotas: Int32, n_head: int) -> Plan:

@@ -143,7 +143,7 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     if 0 < fair.strength < 1:
         unfair = split.layout.split(Fair.parse(False))
         biased = rank(policy, unfair, layer, None if before is None else before.biased)
-    is_global = split.is_over_rows(policy.paper_quotas)
+    is_global = not policy.paper_quotas and split.is_paper
     return Ranked(scores, split, layer.layer, layer.n_layer, is_global, biased, of_heads)
 
 
@@ -174,7 +174,7 @@ def _once(split: Split, keys: Array, budgets: tuple[int, ...], allocation: Alloc
     if split.asks_scores:
         return None
     n_head, mask = keys.shape[1], split.layout.mask_beside(keys)
-    plan = split.plan(n_head, budgets)
+    plan = split.plan(n_head, budgets, is_whole=split.fair.is_biased)
     if not allocation.shares_heads:
         return _Once(plan, mask, {})
     if not is_ada(allocation) or mask is not None or split.fair.min_tokens:
@@ -188,12 +188,9 @@ def press(
     """:func:`rank`, :func:`choose` and the gathering of the kept rows by one call of the core, to the same bits; for
     those who ask for no scores. None where that takes more than one: scores that are no single scorer's, one choice for
     all heads, or more than :func:`_once` is for."""
-    if (
-        not policy.scores_by_call
-        or layer.share_heads
-        or layer.values is None
-        or split.is_over_rows(policy.paper_quotas)
-    ):
+    if not policy.scores_by_call or layer.share_heads or layer.values is None:
+        return None
+    if not policy.paper_quotas and split.is_paper:  # one choice over the whole row
         return None
     if (once := _once(split, layer.keys, budgets[layer.layer], allocation)) is None:
         return None
@@ -238,7 +235,7 @@ def choose(ranked: Ranked, budgets: Budgets, allocation: Allocation = UNIFORM) -
     split, n_head = ranked.split, ranked.scores.shape[1]
     fair = split.fair
     of_rows = budgets[ranked.layer]
-    whole = split.whole_plan(n_head, of_rows)
+    whole = split.plan(n_head, of_rows, is_whole=True)
     if fair.is_biased or (ranked.global_choice and fair.strength == 1):
         return _select(ranked, _over_heads(ranked, whole, allocation))
     if fair.strength == 0:
@@ -248,7 +245,7 @@ def choose(ranked: Ranked, budgets: Budgets, allocation: Allocation = UNIFORM) -
         plan = plan_of(split.edges, count_per_segment(kept, split.edges), n_head)
     else:
         told = _floored(ranked) if allocation.shares_heads and fair.min_tokens else ranked
-        plan = _over_heads(told, split.fair_plan(n_head, of_rows), allocation)
+        plan = _over_heads(told, split.plan(n_head, of_rows, is_whole=False), allocation)
     if fair.strength < 1:
         plan = plan_of(plan.edges, _blended(ranked, plan, budgets, allocation), n_head)
     return _select(ranked, plan)

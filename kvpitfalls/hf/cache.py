@@ -69,7 +69,7 @@ class KeptCache(DynamicCache):
     origin = Origin()
     is_half_filled = False  # a forward on it was broken off
     coming: Coming | None = None  # the prompt, until the last of its chunks has come
-    peak_bytes = 0  # the most that note_peak saw
+    peak_bytes = 0  # the most that was held before an eviction, so far: nothing else makes it smaller
 
     def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
         super().__init__(config=config)
@@ -136,10 +136,6 @@ class KeptCache(DynamicCache):
     def held_bytes(self) -> int:
         """Bytes of the keys and values that the compressed layers hold now."""
         return sum(layer.n_byte for layer in self.kept_layers if layer.is_initialized)
-
-    def note_peak(self) -> None:
-        """Called before each eviction: nothing but an eviction makes a cache smaller."""
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write the cache to a safetensors file, all at once or not at all; :func:`kvpitfalls.load_cache` reads it.

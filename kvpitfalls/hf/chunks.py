@@ -120,7 +120,10 @@ def cut_to(
 
 def _stage_at(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:
     """After ``n_seen`` tokens, padding included; the same for every layer of that budget."""
-    return layout.split(fair).once(("stage", budgets, n_seen), lambda: _stage(layout, fair, budgets, n_seen))
+    made, key = layout.split(fair).made, ("stage", budgets, n_seen)
+    if key not in made:
+        made[key] = _stage(layout, fair, budgets, n_seen)
+    return made[key]
 
 
 def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) -> Stage:

@@ -22,40 +22,27 @@ class Fork(Action):
     """A cache's action: evict nothing here, but let other caches evict, each in its own way, from the same prefill."""
 
     def __init__(self, caches: Sequence[KeptCache]) -> None:
-        self.caches = caches
+        self.caches, self.actions = caches, [cast(Action, cache.action) for cache in caches]
+        self.least_heads = max(action.least_heads for action in self.actions)
+        self.reads_rotary = any(action.reads_rotary for action in self.actions)
+        self.reads_output = any(action.reads_output for action in self.actions)
 
-    @property
-    def _actions(self) -> list[Action]:
-        return [cache.action for cache in self.caches if cache.action is not None]
-
-    @property
-    def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
-        """The most that one of them expects."""
-        return max(action.least_heads for action in self._actions)
-
-    @property
-    def reads_rotary(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        """Whether one of them does."""
-        return any(action.reads_rotary for action in self._actions)
-
-    @property
-    def reads_output(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
-        """Whether one of them does."""
-        return any(action.reads_output for action in self._actions)
+    def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
+        """None here; tell every cache of its prompt."""
+        for cache, action in zip(self.caches, self.actions, strict=True):
+            cache.valid, cache.spans = valid, action.spans_of(n_token, valid, n_layer)
+        return []
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Give every cache this layer and its own eviction."""
-        for cache in self.caches:
+        for cache, action in zip(self.caches, self.actions, strict=True):
             twin = cache.layers[layer.index] = copy.copy(layer)
-            cache.valid = call.valid
-            action = cache.action or Action()
-            cache.spans = action.spans_of(call.keys.shape[2], call.valid, call.n_layer)
-            cache.note_peak()
+            cache.peak_bytes = max(cache.peak_bytes, cache.held_bytes)
             action.after_prefill(twin, call)
 
     def asks(self, valid: Sequence[tuple[int, int]]) -> list[Policy]:
         """What any of the caches has the model read, each policy once."""
-        return each_once(policy for action in self._actions for policy in action.asks(valid))
+        return each_once(policy for action in self.actions for policy in action.asks(valid))
 
     def after_turn(self, layer: KeptLayer, call: AttentionCall, policy: Policy) -> None:
         """Let every cache judge."""
@@ -68,8 +55,7 @@ class Fork(Action):
             action.after_turns(cast(KeptLayer, cache.layers[layer.index]), valid)
 
     def _asking(self, valid: Sequence[tuple[int, int]]) -> list[tuple[KeptCache, Action]]:
-        both = [(cache, cache.action) for cache in self.caches if cache.action is not None]
-        return [(cache, action) for cache, action in both if action.asks(valid)]
+        return [(cache, action) for cache, action in zip(self.caches, self.actions, strict=True) if action.asks(valid)]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from ..eviction import forecast
 from ..eviction.arrays import Array, Int32
-from ..numbers import check_whole, is_real
+from ..numbers import is_real
 from .base import Inputs, Policy
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class ExpectedAttention(Policy):
     needs_values = True
     needs_rotary = True
     holds = False
+    least = (("n_future_positions", 1), ("n_sink", 0))
 
     def __post_init__(self) -> None:
-        for field, value, least in (("n_future_positions", self.n_future_positions, 1), ("n_sink", self.n_sink, 0)):
-            check_whole(field, value, least)
+        super().__post_init__()
         for field, value in (("use_covariance", self.use_covariance), ("use_vnorm", self.use_vnorm)):
             if not isinstance(value, bool):
                 raise ValueError(f"{field} is {value!r}; expected True or False")
