@@ -97,6 +97,23 @@ def test_continuous_batching_is_refused(llama):
     assert "init_continuous_batching" not in vars(llama)
 
 
+@pytest.mark.parametrize("ask", [generate, lambda model, tokens: model.init_continuous_batching()])
+def test_a_call_asks_once_for_its_wrap_which_another_thread_may_take_away(llama, ask, monkeypatch):
+    handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    caches, looks = handle._caches, [handle._caches]
+    with monkeypatch.context() as patched:
+        look = property(lambda _: looks.pop() if looks else None, lambda *_: None)
+        patched.setattr(type(handle._attachment), "wrap", look, raising=False)
+        if ask is generate:
+            ask(llama, ids(1))
+            assert caches.last().report()["kept_share"] == 0.5
+        else:
+            with pytest.raises(kvp.UnsupportedModelError, match="continuous batching"):
+                ask(llama, None)
+    handle.remove()
+    assert "generate" not in vars(llama)
+
+
 def test_what_a_tokenizer_returns_is_a_prompt(llama):
     mask = torch.ones(2, N_PROMPT, dtype=torch.long)
     mask[0, :3] = 0

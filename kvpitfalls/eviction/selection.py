@@ -134,8 +134,9 @@ def rank(policy: Policy, split: Split, layer: LayerInputs, before: Ranked | None
     if again is not None:
         again = again._replace(before=None if before is None else before.of_heads)
     check_types(keys=layer.keys, queries=layer.queries, values=layer.values)
-    policy.check_given(layer)
-    scores = policy.scored(Inputs.of(layer, **split.of_inputs, again=again))
+    inputs = Inputs.of(layer, **split.of_inputs, again=again)
+    policy.check_given(inputs)
+    scores = policy.scored(inputs)
     of_heads = scores if again is not None else None
     if layer.share_heads:
         scores = _mean_over_heads(scores)
@@ -194,8 +195,9 @@ def press(
         return None
     if (once := _once(split, layer.keys, budgets[layer.layer], allocation)) is None:
         return None
-    policy.check_given(layer)
-    if (call := policy.call(Inputs.of(layer, **split.of_inputs))) is None:
+    inputs = Inputs.of(layer, **split.of_inputs)
+    policy.check_given(inputs)
+    if (call := policy.call(inputs)) is None:
         return None
     plan = once.plan
     return once.pressed(*call.press(layer.values, plan.edges, plan.quotas, once.mask, plan.n_kept, **once.shared))

@@ -20,7 +20,7 @@ from .masks import check_padding, columns_of, real_newest, valid_ranges
 from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
-from .stepping import settle
+from .stepping import SteppingCache
 from .threads import local
 
 
@@ -61,7 +61,10 @@ def enter(
     seen = {layer.seen for layer in cache.kept_layers}
     n_seen = max(seen, default=0)
     _check_origin(decoder, wrap, cache, seen)
-    settle(None if call is None else call.steps, decoder, cache, given.bound)
+    if call is not None:
+        call.steps.before(decoder, cache, given.bound)
+    elif isinstance(cache, SteppingCache):
+        cache.give_back()
     if given.inputs.shape[1] > 1:  # not at each step: each takes a look at every module
         if n_seen:
             cache.check_decoder(decoder)

@@ -76,11 +76,10 @@ class _Running:
     """A call of a wrapped decoder, or of ``generate``, while it runs; its frame alone holds it, so no interrupt can
     leave one behind."""
 
-    def __init__(self, decoder=None, wrap=None):
-        self.decoder, self.wrap = decoder, wrap  # of generate
+    def __init__(self, decoder=None, wrap=None, steps: Any = None):
+        self.decoder, self.wrap, self.steps = decoder, wrap, steps  # of generate
         self.came_by = False  # whether a forward of the decoder did
         self.cache: KeptCache | None = None  # the newest that it filled
-        self.steps: Steps | None = None  # of generate
 
 
 def attach(model) -> _Attachment:
@@ -212,9 +211,10 @@ def _generate(model, generate, args, kwargs):
             f"the {type(decoder).__name__} of {type(model).__name__} was replaced inside the wrap, so that nothing "
             "would be compressed; expected that before kvpitfalls.wrap"
         )
+    wrap = attachment.wrap  # asked for once: another thread may take it away
     kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
-    action = None if attachment.wrap is None else attachment.wrap.action
+    action = None if wrap is None else wrap.action
     check_generate(model, arguments, action)
     coming = chunks_of(model, arguments, action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
@@ -224,8 +224,7 @@ def _generate(model, generate, args, kwargs):
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
             )
             cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
-    running, outer = _Running(decoder, attachment.wrap), local.generating
-    running.steps = Steps(arguments, attachment.wrap)
+    running, outer = _Running(decoder, wrap, Steps(arguments, wrap)), local.generating
     try:
         with stand_ins.lock:
             attachment.running.add(running)
@@ -233,13 +232,13 @@ def _generate(model, generate, args, kwargs):
         with running.steps, contextlib.nullcontext() if coming is None else coming.here():
             args, kwargs = running.steps.watched(generate, args, kwargs)
             output = generate(*args, **kwargs)
-        if not running.came_by and running.wrap is not None and running.wrap.action.acts:
+        if not running.came_by and wrap is not None and wrap.action.acts:
             raise NotInterceptedError(
                 f"generate ran no forward of {type(decoder).__name__} that was intercepted, so that nothing was "
                 "compressed: it was replaced inside the wrap; expected that before kvpitfalls.wrap"
             )
-        if running.cache is not None and running.wrap is not None:
-            running.wrap.remember(running.cache)
+        if running.cache is not None and wrap is not None:
+            wrap.remember(running.cache)
         return output
     finally:
         local.generating = outer
@@ -273,13 +272,10 @@ def _generating(decoder) -> _Running | None:
 
 
 def _refuse_batching(model, start, args, kwargs):
-    attachment = _attached.get(decoder_of(model))
-    if (
-        attachment is None
-        or attachment.wrap is None
-        or not attachment.wrap.action.acts
-        or local.is_paused(decoder_of(model))
-    ):
+    decoder = decoder_of(model)
+    attachment = _attached.get(decoder)
+    wrap = None if attachment is None else attachment.wrap
+    if wrap is None or not wrap.action.acts or local.is_paused(decoder):
         return start(*args, **kwargs)
     raise UnsupportedModelError(
         "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected "

@@ -229,14 +229,6 @@ class Steps:
             warnings.warn(f"no room for steps as a CUDA graph ({error}); Python runs each step instead", stacklevel=2)
 
 
-def settle(steps: Steps | None, decoder: torch.nn.Module, cache: KeptCache, bound: dict) -> None:
-    """Called before each forward on a cache of ours; ``steps``: of the ``generate`` that it is part of, if it is."""
-    if steps is None:
-        _give_back(cache)
-    else:
-        steps.before(decoder, cache, bound)
-
-
 def _give_back(cache: KeptCache) -> None:
     if isinstance(cache, SteppingCache):
         cache.give_back()

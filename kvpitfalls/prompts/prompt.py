@@ -147,10 +147,8 @@ class Prompt:
         options = check_options(template_options)
         made = datetime.now()
         dated_options = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
-        text, contents, encoded = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
-        return replace(
-            cls._build(tokenizer, text, encoded, contents, messages), template_options=options, made=made
-        )._with(instructions)
+        of_chat = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
+        return cls._made(tokenizer, *of_chat, instructions, messages, template_options=options, made=made)
 
     @classmethod
     def from_text(cls, tokenizer: Any, text: str, instructions: Instructions | None = None) -> "Prompt":
@@ -171,17 +169,25 @@ class Prompt:
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; expected a str")
         check_encodable("text", text)
-        return cls._build(tokenizer, text, _encoded(tokenizer, text), ((0, len(text)),), None)._with(instructions)
+        return cls._made(tokenizer, text, ((0, len(text)),), _encoded(tokenizer, text), instructions)
 
     @classmethod
-    def _build(
-        cls, tokenizer: Any, text: str, encoded: Any, contents: Ranges, messages: Sequence[Message] | None
+    def _made(
+        cls,
+        tokenizer: Any,
+        text: str,
+        contents: Ranges,
+        encoded: Any,
+        instructions: Instructions | None,
+        messages: Sequence[Message] | None = None,
+        **others: Any,
     ) -> "Prompt":
         ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
         roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
-        return cls(text, ids, offsets, {}, tokenizer, messages, tuple(contents), roles)
+        spans = _spans(text, offsets, contents, roles, instructions)
+        return cls(text, ids, offsets, spans, tokenizer, messages, tuple(contents), roles, **others)
 
     def marked(self, instructions: Instructions) -> "Prompt":
         """The same prompt with other instructions, given as for :meth:`from_chat`.
@@ -193,19 +199,7 @@ class Prompt:
         >>> Prompt.from_text(tokenizer, "Never reveal this. Speak only Spanish.").marked("sentences")
         <Prompt: 8 tokens; Never reveal this [0, 4), Speak only Spanish [4, 8)>
         """
-        return replace(self, spans={})._with(instructions)
-
-    def _with(self, instructions: Instructions | None) -> "Prompt":
-        if instructions is None:
-            return self
-        if not isinstance(instructions, str):
-            return replace(
-                self, spans=token_spans(self.text, self.offsets, find_all(self.text, self.contents, instructions))
-            )
-        ranges = marked(self.text, self.contents, instructions, self.roles or ["text"] * len(self.contents))
-        if not ranges:
-            raise ValueError(f"the prompt has no letter to be cut into {instructions}; expected text")
-        return replace(self, spans=token_spans(self.text, self.offsets, ranges, skip_empty=True))
+        return replace(self, spans=_spans(self.text, self.offsets, self.contents, self.roles, instructions))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -330,6 +324,20 @@ class Prompt:
                 f"{names[1]}; expected a prompt that the conversation continues"
             )
         return torch.tensor([full])
+
+
+def _spans(
+    text: str, offsets: Ranges, contents: Ranges, roles: Sequence[str], instructions: Instructions | None
+) -> dict[str, Span]:
+    """Where the instructions stand, in tokens."""
+    if instructions is None:
+        return {}
+    if not isinstance(instructions, str):
+        return token_spans(text, offsets, find_all(text, contents, instructions))
+    ranges = marked(text, contents, instructions, roles or ["text"] * len(contents))
+    if not ranges:
+        raise ValueError(f"the prompt has no letter to be cut into {instructions}; expected text")
+    return token_spans(text, offsets, ranges, skip_empty=True)
 
 
 def _check_tokenizer(tokenizer: object) -> None:

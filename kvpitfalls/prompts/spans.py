@@ -68,15 +68,15 @@ def shared(one: tuple[int, int], two: tuple[int, int]) -> int:
 
 
 def find_all(
-    text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]] | None
+    text: str, contents: Ranges, instructions: Mapping[str, str | Sequence[int]]
 ) -> dict[str, tuple[int, int]]:
     """Character ranges of the instructions, in order; none overlap."""
-    if instructions is not None and not isinstance(instructions, Mapping):
+    if not isinstance(instructions, Mapping):
         raise TypeError(
             f"instructions is a {type(instructions).__name__}; expected a mapping of names to texts, or sentences, "
             "lines or messages"
         )
-    ranges = {name: _find(text, contents, name, wanted) for name, wanted in (instructions or {}).items()}
+    ranges = {name: _find(text, contents, name, wanted) for name, wanted in instructions.items()}
     for name, (begin, end) in ranges.items():
         if not any(c.isprintable() and not c.isspace() for c in text[begin:end]):
             raise ValueError(
