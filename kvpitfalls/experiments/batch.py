@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import cast
 
@@ -18,7 +18,7 @@ from ..hf.cache import KeptCache, mean_kept_shares, n_compressed
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import Answer, answers
-from ..hf.given_prompts import protected_in
+from ..hf.given_prompts import check_fits
 from ..hf.model import attach, detach
 from ..prompts.prompt import Prompt
 from .config import SweepConfig
@@ -268,14 +268,8 @@ def _axes(items: Sequence[_Item]) -> tuple[list[_Row], list[Evict]]:
 def _check_room(item: _Item, model) -> None:
     """Note why a prompt cannot be compressed so. Where what is protected does not fit it cannot, and that is no
     error."""
-    prompt = item.row.prompt
     try:
-        evict = item.evict
-        protect = None if evict.protect is None else protected_in(prompt, evict.protect, evict.n_sink, evict.limit)
-        spans = {s.name: (s.start, s.end) for s in prompt.spans.values()}
-        replace(evict, protect=protect, spans=spans).spans_of(
-            len(prompt), [(0, len(prompt))], n_compressed(model.config)
-        )
+        check_fits(item.row.prompt, item.evict, n_compressed(model.config))
     except BudgetError as reason:
         item.infeasible = reason
     except ValueError as error:

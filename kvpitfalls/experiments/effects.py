@@ -22,7 +22,7 @@ from ..hf.evict import Evict, Task
 from ..hf.fork import compress_each
 from ..hf.forward import AttentionCall
 from ..hf.generate import Answer, answers
-from ..hf.given_prompts import protected_in
+from ..hf.given_prompts import check_fits
 from ..hf.layer import KeptLayer
 from ..hf.model import attach, detach
 from ..numbers import check_whole
@@ -328,10 +328,8 @@ def _answered(prompt: Prompt, questions: Sequence[str], said: Sequence[Answer]) 
 
 def _fits(prompt: Prompt, action: Evict, n_layer: int) -> bool:
     """Whether what an action protects fits the budget of a prompt."""
-    protected = None if action.protect is None else protected_in(prompt, action.protect, action.n_sink, action.limit)
-    spans = {span.name: (span.start, span.end) for span in prompt.spans.values()}
     try:
-        replace(action, protect=protected, spans=spans).spans_of(len(prompt), [(0, len(prompt))], n_layer)
+        check_fits(prompt, action, n_layer)
     except BudgetError:
         return False
     return True

@@ -152,16 +152,8 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mappin
             "and "
             "--system_instruction or the task's description), or compress=prompt"
         )
-    import jinja2
-
-    try:
-        prompt = Prompt.from_chat(
-            tokenizer, messages[:1], **{k: v for k, v in template.items() if k != "continue_final_message"}
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(
-            f"the chat template takes no system message alone ({error}); expected one that does, or compress=prompt"
-        ) from error
+    options = {name: value for name, value in template.items() if name != "continue_final_message"}
+    prompt = Prompt.from_chat(tokenizer, messages[:1], **options)
     if not text.startswith(prompt.text) or list(ids[: len(prompt)]) != list(prompt.token_ids):
         raise ValueError(
             "the chat template renders the system message alone otherwise than in the conversation; expected how the "

@@ -150,6 +150,12 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     return Batch(ids, mask if any(starts) else None, layout)
 
 
+def check_fits(prompt: Prompt, action: Evict, n_layer: int) -> None:
+    """Raise as the prefill of a prompt on so many layers would, where the budget has no room for what must be kept."""
+    layout = pad_left([prompt], action).layout
+    action.of_prompts(layout=layout).spans_of(layout.n_token, layout.valid, n_layer)
+
+
 def pad_token(tokenizer: Any) -> int:
     """What stands where a row has no token: nothing sees it, so any id of the vocabulary will do."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
