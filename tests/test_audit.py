@@ -13,7 +13,7 @@ from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.policies import PAPER, get_policy
+from kvpitfalls.policies import PAPER, base, get_policy
 
 RATIOS = [0.1, 0.5, 0.9]
 
@@ -253,6 +253,24 @@ def test_a_prompt_without_instructions_is_audited_by_sentences(smollm2):
         ):
             handle.compress(bare.input_ids, instructions="sentences")
     assert dict(kept) == pytest.approx({row["span"]: row["kept"] for row in audit.rows if row["fair"] is True})
+
+
+def test_policies_that_tables_could_not_tell_apart_are_refused(smollm2, prompt, monkeypatch):
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+
+    class Sinks(kvp.Policy):
+        name = "some_sinks"
+
+        def __init__(self, n):
+            self.n = n
+
+        def score(self, inputs):
+            return inputs.score("position", n_sink=self.n)
+
+    settings = {"compression_ratios": [0.5], "fair": False}
+    assert len(kvp.audit(smollm2[0], prompt, policies=[Sinks(1), Sinks(1)], **settings).bias()) == 1
+    with pytest.raises(ValueError, match="policies hold two that are called 'some_sinks' and differ"):
+        kvp.audit(smollm2[0], prompt, policies=[Sinks(1), Sinks(9)], **settings)
 
 
 def test_bad_input(smollm2, prompt):

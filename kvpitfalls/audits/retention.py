@@ -209,6 +209,7 @@ def audit(
     ratios = list(dict.fromkeys(as_meant(r) + 0.0 for r in ratios))  # + 0.0: -0.0 is shown as 0.0
     fairs = [Fair.parse(f) for f in (fair if isinstance(fair, (list, tuple)) else [cast(AnyFair, fair)])]
     named = [get_policy(p) for p in (PAPER if policies is None else policies)]
+    _check_labels(named)
     settings = list({(p.label, f.label): (p, f, allocation_of(p, allocation)) for p in named for f in fairs}.values())
     spans, protect = {s.name: (s.start, s.end) for s in prompt.spans.values()}, read_once(protect)
 
@@ -229,6 +230,18 @@ def audit(
     kept = {setting: record.kept for setting, record in observe.records.items()}
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, kept)
+
+
+def _check_labels(policies: Sequence[Policy]) -> None:
+    """Raise where two policies have one name in tables and are not the same: one would pass for the other."""
+    known: dict[str, Policy] = {}
+    for policy in policies:
+        other = known.setdefault(policy.label, policy)
+        if policy != other and (type(policy), vars(policy)) != (type(other), vars(other)):
+            raise ValueError(
+                f"policies hold two that are called {policy.label!r} and differ; expected policies that tables can "
+                "tell apart, such as frozen dataclasses"
+            )
 
 
 def _budgets(

@@ -429,7 +429,7 @@ def protected_positions(
     if protect is None:
         return []
     if _is_mask(protect):
-        mask = np.asarray(protect)
+        mask = ops.host(protect)
         return [int(t) for t in np.flatnonzero(mask if mask.ndim == 1 else mask[b]) if low <= t < high]
     positions: set[int] = set()
     for item in listed(protect):

@@ -153,7 +153,7 @@ def select(
     edges = expand_segments(None if segments is None else _int32(segments, "segments"), n_row, n_token)
     shielded: Array | None = None
     if protect is not None:
-        mask = _host(protect)
+        mask = host(protect)
         if mask.dtype.kind not in "biu":
             raise TypeError(f"protect has dtype {mask.dtype}; expected bool")
         shielded = beside(_expanded(mask.astype(np.uint8), (n_row, n_token), "protect"), scores)
@@ -301,7 +301,7 @@ def share(
     counts = _empty(scores, quotas.shape, "int32")
     arguments = scores, segments, quotas, floors, counts
     _core.share(*arguments, workspace(scores, _core.share_workspace, arguments), n_worker())
-    return _host(counts)
+    return host(counts)
 
 
 def gather(keys: A, values: A, positions: Array) -> tuple[A, A]:
@@ -446,14 +446,15 @@ def workspace(x: Array, size: Callable[..., int], arguments: tuple[Any, ...]) ->
     return x.new_empty(n_byte, dtype=sys.modules["torch"].uint8) if n_byte else None
 
 
-def _host(x: Table) -> npt.NDArray[Any]:
+def host(x: Table) -> npt.NDArray[Any]:
+    """As an array of NumPy's; a GPU is waited for."""
     return x.detach().cpu().numpy() if _is_torch(x) else np.asarray(x)
 
 
 def _int32(x: Table, name: str) -> npt.NDArray[np.int32]:
     if type(x) is np.ndarray and x.dtype == np.int32:
         return x
-    array = _host(x)
+    array = host(x)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; expected whole numbers")
     if array.dtype != np.int32 and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
