@@ -13,7 +13,7 @@ from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
-from kvpitfalls.policies import PAPER, base, get_policy
+from kvpitfalls.policies import PAPER, get_policy
 
 RATIOS = [0.1, 0.5, 0.9]
 
@@ -255,9 +255,7 @@ def test_a_prompt_without_instructions_is_audited_by_sentences(smollm2):
     assert dict(kept) == pytest.approx({row["span"]: row["kept"] for row in audit.rows if row["fair"] is True})
 
 
-def test_policies_that_tables_could_not_tell_apart_are_refused(smollm2, prompt, monkeypatch):
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
-
+def test_policies_that_tables_could_not_tell_apart_are_refused(smollm2, prompt, registry):
     class Sinks(kvp.Policy):
         name = "some_sinks"
 

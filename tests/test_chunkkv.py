@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvpitfalls as kvp
+from kvpitfalls.eviction.allocation import UNIFORM
 
 KEYS = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
 
@@ -64,3 +65,12 @@ def test_chunkkv_keeps_instructions_whole_or_not_at_all():
         kvp.ChunkKV("adakv")
     with pytest.raises(ValueError, match=r"^policy is a ChunkKV itself"):
         kvp.ChunkKV(kvp.ChunkKV())
+
+
+def test_a_policy_that_says_uniform_by_an_object_shares_nothing(registry):
+    class Equal(kvp.KNorm):
+        name = "equal_knorm"
+        allocation = UNIFORM
+
+    kept = kvp.keep(kvp.ChunkKV(Equal(), chunks=3), KEYS, budget=6).positions
+    assert np.array_equal(kept, kvp.keep(kvp.ChunkKV("knorm", chunks=3), KEYS, budget=6).positions)

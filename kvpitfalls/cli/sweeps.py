@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .streams import columns
-from .values import policy_help
+from .values import number_or, policy_help
 
 _REPORT_OF = "Tables, figures and a page of it: kvpitfalls report {}"
 _DATA_HELP = "folder of the paper's data; KVPITFALLS_DATA or a download by default"
@@ -304,17 +304,10 @@ def _single(args, **changes) -> dict:
     lists = ("defenses", "orders", "policies", "modes", "compression_ratios", "attacks")
     options = {name: getattr(args, name) for name in lists if getattr(args, name, None) is not None}
     if "modes" in options:
-        options["modes"] = [_number(mode) for mode in options["modes"]]
+        options["modes"] = [number_or(mode) for mode in options["modes"]]
     if args.max_new_tokens is not None:
         options["max_new_tokens"] = dict.fromkeys(ANSWERED, args.max_new_tokens)
     return {"all": SweepConfig.parse({**changes, **_changes(args), **options})}
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _leakage(args) -> int:

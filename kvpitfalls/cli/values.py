@@ -11,14 +11,15 @@ def fair(text: str, others: str = "") -> bool | float | str:
 
     named = {"no": False, "yes": True}
     try:
-        setting = named[text] if text in named else _number_or(text)
+        setting = named[text] if text in named else number_or(text)
         Fair.parse(setting)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected {others}{FAIR_HELP}") from None
     return setting
 
 
-def _number_or(text: str) -> float | str:
+def number_or(text: str) -> float | str:
+    """The number that a text is, or the text."""
     try:
         return float(text)
     except ValueError:

@@ -185,7 +185,7 @@ class Explorer:
         finally:
             detach(self.model)
         names = [setting_name(setting) for setting in form["settings"]]
-        where = "in each of" if all(setting.sharing == UNIFORM for setting in settings) else "on average over"
+        where = "in each of" if all(setting.allocation == UNIFORM for setting in settings) else "on average over"
         about = (
             f"{settings[0].limit(len(prompt))} of {len(prompt)} tokens are kept, {where} "
             f"{len(reports[0]['layers'])} layers"

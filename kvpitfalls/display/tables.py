@@ -39,22 +39,18 @@ def outcome_table(cells: Sequence[Mapping]) -> str:
     for cell in cells:
         metrics = [cell["metrics"].get(name) for name in names]
         totals = [prompts(filter(None, metrics)), *_totals(cell["metrics"])]
-        setting = [
-            cell["model"],
-            cell["defense"],
-            cell["order"],
-            cell["policy"] or "none",
-            cell["mode"],
-            share(cell["compression_ratio"]),
-        ]
-        means = [_mean(metric) for metric in metrics]
-        rows.append(
-            [*setting, *totals, *means, *(share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans)]
-        )
-    header = ["model", "defense", "order", "policy", "mode", "r", *_COUNTS, *names, *(f"kept:{span}" for span in spans)]
+        kept = [share(cell["kept"][span]) if span in cell["kept"] else "" for span in spans]
+        rows.append([*_setting(cell), *totals, *map(_mean, metrics), *kept])
+    header = [*_SETTING, *_COUNTS, *names, *(f"kept:{span}" for span in spans)]
     return table(header, rows, right=range(5, len(header))) if names else ""
 
 
+def _setting(cell: Mapping) -> list[str]:
+    named = [str(cell[name]) for name in ("model", "defense", "order")]
+    return [*named, cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
+
+
+_SETTING = ("model", "defense", "order", "policy", "mode", "r")
 _COUNTS = ("prompts", "items", "failed", "infeasible")
 #: How many columns of :func:`outcome_table` and :func:`probe_table` say which setting it is; of :func:`turn_table`;
 #: of :func:`compare_table`; and of :func:`following_table`, with what is counted.
@@ -99,25 +95,14 @@ def probe_table(cells: Sequence[Mapping]) -> str:
     for cell in cells:
         metrics = [cell["metrics"].get(name) for name in PROBES]
         if any(metrics):
-            setting = [str(cell[name]) for name in ("model", "defense", "order")]
-            setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
             first = next(filter(None, metrics))
             counts = [
                 prompts(filter(None, metrics)),
                 *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible")),
             ]
             means = [_mean(metric, "{:z.2f}".format) for metric in metrics]
-            rows.append([*setting, *counts, *means])
-    header = [
-        "model",
-        "defense",
-        "order",
-        "policy",
-        "mode",
-        "r",
-        *_COUNTS,
-        *(name.removeprefix("probe_") for name in PROBES),
-    ]
+            rows.append([*_setting(cell), *counts, *means])
+    header = [*_SETTING, *_COUNTS, *(name.removeprefix("probe_") for name in PROBES)]
     return table(header, rows, right=range(5, len(header))) if rows else ""
 
 
@@ -126,15 +111,13 @@ def turn_table(cells: Sequence[Mapping]) -> str:
     once than whole; "" without conversations."""
     rows = []
     for cell in cells:
-        setting = [str(cell[name]) for name in ("model", "defense", "order")]
-        setting += [cell["policy"] or "none", cell["mode"], share(cell["compression_ratio"])]
         for way, n, metrics in by_turn(cell):
             first = next(iter(metrics.values()))
             counts = [prompts(metrics.values()), *(str(first[name]) for name in ("n_item", "n_failed", "n_infeasible"))]
             written = signed_difference if way == "gain" else signed_share
             means = [_mean(metrics.get(what), written) for what in TURN]
-            rows.append([*setting, way, str(n), *counts, *means])
-    header = ["model", "defense", "order", "policy", "mode", "r", "way", "turn", *_COUNTS, *TURN]
+            rows.append([*_setting(cell), way, str(n), *counts, *means])
+    header = [*_SETTING, "way", "turn", *_COUNTS, *TURN]
     return table(header, rows, right=[5, *range(7, len(header))]) if rows else ""
 
 
@@ -177,19 +160,5 @@ def following_table(cells: Sequence[Mapping]) -> str:
                 means = [_mean({**by_rule, "mean": by_rule["accuracy"]}) for by_rule in (strict, loose)]
                 means += [str(strict[name]) for name in ("n", "n_prompt", "n_failed", "n_infeasible")]
                 rows.append([model, defense, order, policy or "none", mode, share(ratio), what, *means])
-    header = [
-        "model",
-        "defense",
-        "order",
-        "policy",
-        "mode",
-        "r",
-        "of",
-        "strict",
-        "loose",
-        "n",
-        "prompts",
-        "failed",
-        "infeasible",
-    ]
+    header = [*_SETTING, "of", "strict", "loose", "n", "prompts", "failed", "infeasible"]
     return table(header, rows, right=(5, *range(7, 13)))

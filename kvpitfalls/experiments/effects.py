@@ -55,7 +55,7 @@ class PutBack(Evict):
 
     def choose(self, layer: KeptLayer, ranked: Ranked, task: Task) -> None:
         """Hold what is kept, and the instruction."""
-        kept: Kept = choose(ranked, task.budgets, self.sharing)
+        kept: Kept = choose(ranked, task.budgets, self.allocation)
         n_head, n_token = layer.keys.shape[1:3]
         chosen = kept.positions.expand(-1, n_head, -1).cpu().numpy()
         held = np.zeros((*chosen.shape[:2], n_token + 1), bool)

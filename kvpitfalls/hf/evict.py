@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self, cast
 
-from ..eviction.allocation import Allocation, layer_budgets
+from ..eviction.allocation import layer_budgets
 from ..eviction.budget import kept_tokens
 from ..eviction.fairness import Fair
 from ..eviction.layout import Layout, Split, read_once
@@ -115,17 +115,15 @@ class Evict(Action):
     budget: int | None
     protect: Any = None
     spans: Any = None
-    allocation: Allocation | str | None = None  # None: the policy's own
-    sharing: Allocation = field(init=False, compare=False, repr=False)  # ``allocation``, or the policy's own
+    allocation: Any = None  # None: the policy's own; an Allocation since __post_init__
     layout: Layout | None = field(default=None, init=False, compare=False, repr=False)  # of prompts that are known
     tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
     )  # one serves all layers of a prompt
 
     def __post_init__(self):
-        sharing = allocation_of(self.policy, self.allocation)
-        vars(self).update(allocation=sharing, sharing=sharing)
-        vars(self).update(spans=read_once(self.spans), protect=read_once(self.protect))
+        allocation = allocation_of(self.policy, self.allocation)
+        vars(self).update(allocation=allocation, spans=read_once(self.spans), protect=read_once(self.protect))
 
     def of_prompts(self, spans: Any = None, layout: Layout | None = None) -> Self:
         """The same for prompts with these instructions; ``layout``: theirs and the protection's, where it is known
@@ -147,12 +145,12 @@ class Evict(Action):
     @property
     def shares_heads(self) -> bool:  # type: ignore[override] # read only, as whoever asks takes it
         """Whether heads of a layer share its budget."""
-        return self.sharing.shares_heads
+        return self.allocation.shares_heads
 
     @property
     def least_heads(self) -> int:  # type: ignore[override] # read only, as whoever asks takes it
         """What the allocation expects."""
-        return self.sharing.least_heads if self.acts else 1
+        return self.allocation.least_heads if self.acts else 1
 
     @property
     def reads_queries(self) -> bool:
@@ -175,7 +173,7 @@ class Evict(Action):
 
     def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
         """What :meth:`limit` says, of each layer; mean over heads."""
-        return layer_budgets(self.sharing, n_token, self.limit(n_token), n_layer)
+        return layer_budgets(self.allocation, n_token, self.limit(n_token), n_layer)
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
         """What is to be done to each layer of prompts of ``n_token`` tokens, padding included; raises if instructions
@@ -203,7 +201,7 @@ class Evict(Action):
 
     def pressed(self, layer: KeptLayer, call: AttentionCall, task: Task) -> Pressed | None:
         """What is kept of a layer's prompt, and its rows, by one call of the core; None where that takes more."""
-        return press(self.policy, task.split, call, task.budgets, self.sharing) if layer.has_plain_rows else None
+        return press(self.policy, task.split, call, task.budgets, self.allocation) if layer.has_plain_rows else None
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer``, unless the policy has the model read on."""
@@ -238,11 +236,11 @@ class Evict(Action):
         """Hold only what is kept by these scores; by one call of the core where that can be."""
         made: Pressed | None = None
         if layer.has_plain_rows:
-            made = evict(ranked, layer.keys, layer.values, task.budgets, self.sharing)
+            made = evict(ranked, layer.keys, layer.values, task.budgets, self.allocation)
         if made is not None:
             layer.keep(made.keys, made.values, made.positions, made.plan.is_full)
             return
-        kept: Kept = choose(ranked, task.budgets, self.sharing)
+        kept: Kept = choose(ranked, task.budgets, self.allocation)
         # one choice for all heads is repeated for each
         positions = kept.positions.expand(-1, layer.keys.shape[1], -1).contiguous()
         layer.evict(positions, kept.plan.is_full)
@@ -250,7 +248,7 @@ class Evict(Action):
     def check_chunks(self) -> None:
         """Raise if what is kept cannot be told before the whole prompt has come."""
         if self.acts:
-            check_chunks(self.policy, self.fair, self.sharing)
+            check_chunks(self.policy, self.fair, self.allocation)
 
     def after_chunk(self, layer: KeptLayer, call: AttentionCall) -> None:
         """Evict from ``layer`` what a chunk leaves too much."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from ..eviction.allocation import UNIFORM, get_allocation
 from ..eviction.arrays import Array
 from ..numbers import is_whole
 from .base import Inputs, Policy, get_policy
@@ -71,7 +72,7 @@ class ChunkKV(Policy):
         object.__setattr__(self, "policy", get_policy(self.policy))
         if isinstance(self.policy, ChunkKV):
             raise ValueError("policy is a ChunkKV itself; expected one that scores tokens")
-        if self._scorer.allocation != "uniform":
+        if get_allocation(self._scorer.allocation) != UNIFORM:
             raise ValueError(
                 f"policy is {self.policy!r}, which shares its budget by itself; expected one that scores tokens"
             )
@@ -123,18 +124,16 @@ class ChunkKV(Policy):
 
         scores: Array = self._scorer.scored(inputs)
         tokens = torch.as_tensor(scores).detach()
-        lengths, chunk_of = _chunks_of(self._ranges(inputs), self._length(inputs), inputs.n_token, tokens.device)
+        length = inputs.n_token if isinstance(self.chunks, str) else self.chunks
+        lengths, chunk_of = _chunks_of(self._ranges(inputs), length, inputs.n_token, tokens.device)
         of_all = tokens.sum(1, dtype=torch.float64)
         # Not checked by torch, for which a GPU would be waited for: the lengths are ours, and have the right sum.
         means = torch.segment_reduce(of_all, "mean", lengths=lengths, axis=1, unsafe=True)
         of_tokens = torch.empty_like(tokens).copy_(means.gather(1, chunk_of)[:, None])
         return of_tokens.numpy() if isinstance(scores, np.ndarray) else of_tokens
 
-    def _length(self, inputs: Inputs) -> int:
-        return inputs.n_token if isinstance(self.chunks, str) else self.chunks
-
     def _ranges(self, inputs: Inputs) -> Ranges:
-        """Per row, what is cut into chunks of :meth:`_length` tokens, the last of which may be shorter."""
+        """Per row, what is cut into chunks, the last of which may be shorter."""
         if not isinstance(self.chunks, str):
             return tuple(map(tuple, inputs.segments))
         rows = zip(inputs.segments, inputs.spans, inputs.valid, strict=True)
