@@ -337,23 +337,6 @@ def test_prompts_hand_on_the_layout_that_a_look_at_their_batch_gives(llama, monk
         ]
 
 
-class Elsewhere(torch.Tensor):
-    """Stands for a tensor on a GPU, of which NumPy makes no array."""
-
-    def __array__(self, *options):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
-
-
-def test_a_mask_of_what_is_protected_may_be_on_a_gpu(llama):
-    mask = torch.arange(N_PROMPT) % 7 == 3
-    with kvp.wrap(llama, "knorm", budget=8, protect=mask.as_subclass(Elsewhere)) as handle:
-        positions = handle.compress(ids(1)[:, :N_PROMPT]).positions(0)
-    assert all(set(np.flatnonzero(mask)) <= set(of_head) for of_head in positions[0])
-
-
 @pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
 def test_wraps_that_protect_other_tokens_have_other_settings(llama, library):
     """However long the mask is; their caches are not mixed."""

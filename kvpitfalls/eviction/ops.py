@@ -491,11 +491,6 @@ def _empty_numpy(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[An
 
 def n_worker() -> int:
     """Threads that the core may use on the CPU: torch's, where it is loaded."""
-    torch = sys.modules.get("torch")
-    return (
-        torch.get_num_threads()
-        if torch is not None
-        else len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

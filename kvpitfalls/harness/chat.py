@@ -115,9 +115,8 @@ class CompressedChat:
         template: Mapping | None = None,
     ) -> tuple[Prompt, KeptCache]:
         """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the
-        system message, or
-        empty, if all of the context is going to be compressed; of ``n_row`` equal rows. ``template``: the chat
-        template's options."""
+        system message, or empty, if all of the context is going to be compressed; of ``n_row`` equal rows.
+        ``template``: the chat template's options."""
         prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template)
         if self.marks.scope == "system":
             cache = compress_each(self.model, [prompt], [self.action])[0]

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class _Local(threading.local):
-    """What a thread begins with; what sets it is in ``model.py``, but for ``coming``."""
+    """What a thread begins with."""
 
     forward: Any = None  # the Forward that it is in, if its decoder is wrapped and its cache is ours; or a Watched
     coming: "Coming | None" = None  # the prompt that it brings to a cache in chunks
