@@ -127,22 +127,6 @@ def test_a_batch_that_kills_every_worker_is_one_sentence(model, local, session, 
         next(one_batch(model, records.read_meta(local)["same"]))
 
 
-def test_a_sweep_that_is_broken_off_leaves_no_batch_to_somebody_elses_session(model, session, monkeypatch, tmp_path):
-    def work(_, batch):  # defined here, so that Ray sends it by value
-        Path(tmp_path, str(hash(batch))).touch()
-        time.sleep(0.5)
-        return []
-
-    monkeypatch.setattr(ray_engine, "_run", work)
-    batches = list(plan(small(model), load_corpus()))
-    made = ray_engine.run_ray(small(model), load_corpus(), batches, {}, None)
-    next(made)
-    made.close()
-    begun = len(list(tmp_path.iterdir()))
-    time.sleep(3)
-    assert len(list(tmp_path.iterdir())) <= begun + 1 < len(batches), "one may have been about to begin"
-
-
 @pytest.mark.parametrize(
     ("given", "changes", "message"),
     [

@@ -83,19 +83,14 @@ def run_ray(
     if started:
         here = {} if workers is None else {"address": "local", "num_cpus": workers}
         ray.init(include_dashboard=False, logging_level=logging.WARNING, **here)
-    results: list[Any] = []
     try:
         task = _task(config.device, _run)
         shared = ray.put((config, corpus, same, torch.get_num_threads()))
-        results += [task.remote(shared, batch) for batch in batches]
-        for result in results:
+        for result in [task.remote(shared, batch) for batch in batches]:
             yield _get(result)
     finally:
         if started:
             ray.shutdown()
-        else:  # what nobody waits for any more would keep its workers and GPUs
-            for result in results:
-                ray.cancel(result)
 
 
 def _task(device: str, function: Callable) -> Any:
