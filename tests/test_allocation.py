@@ -1,5 +1,6 @@
 """Laws of every way to share a budget over layers and heads, with every policy, fairness and protection."""
 
+import copy
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -14,9 +15,8 @@ from tiny_models import build, tiny_prompt
 from tiny_policies import EQUAL, EVERY, kept_by
 
 import kvpitfalls as kvp
-from kvpitfalls.eviction.allocation import Ada, Pyramid, layer_budgets
+from kvpitfalls.eviction.allocation import Ada, Pyramid
 from kvpitfalls.eviction.budget import kept_tokens
-from kvpitfalls.eviction.selection import count_per_segment
 from kvpitfalls.hf.parts import decoder_of
 
 N_TOKEN, N_LAYER, N_HEAD = 40, 3, 4
@@ -411,19 +411,60 @@ def test_a_model_whose_heads_share_one_choice_is_refused_before_it_runs(family, 
     kvp.wrap(model, "knorm", compression_ratio=0, allocation="ada").remove()  # nothing is shared
 
 
-def test_budgets_of_layers_are_asked_for_once():
-    asked = []
+def test_budgets_of_layers_are_asked_for_once_a_prompt():
+    """By a wrap: an allocation that draws holds to what it drew, and one that was changed in between is asked anew."""
+    asked, model = [], build("llama")
 
-    class Counts(kvp.Allocation):
+    class Slope(kvp.Allocation):
+        step = 1
+
         def layers(self, n_token, n_kept, n_layer):
             asked.append(n_token)
-            return super().layers(n_token, n_kept, n_layer)
+            return [n_kept + self.step, n_kept, n_kept - self.step]
 
-    allocation = Counts()
-    assert [layer_budgets(allocation, 40, 8, 3) for _ in range(5)] == [(8, 8, 8)] * 5 and asked == [40]
-    assert count_per_segment(kept_of("knorm", allocation, budget=8)[0], np.array([[0, 40]])).tolist() == [
-        [[8]] * N_HEAD
-    ]
+    allocation = Slope()
+    for step in (1, 3, 2):
+        allocation.step = step
+        expected = [8 + step, 8, 8 - step]
+        with kvp.wrap(model, "knorm", budget=8, allocation=allocation) as handle:
+            cache = handle.compress(torch.arange(3, 33)[None])
+            assert repr(cache) and [layer["kept"][0][0] for layer in cache.report()["layers"]] == expected
+        assert [int(kept.counts[0, 0]) for kept in kept_of("knorm", allocation, budget=8)] == expected
+    assert asked == [30, *[N_TOKEN] * N_LAYER] * 3
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
+def test_what_heads_write_to_is_their_own(library):
+    """Scores, edges and quotas: what is selected, and what the quotas are held to, stays as it was."""
+
+    class Writes(kvp.Allocation):
+        shares_heads = True
+
+        def heads(self, scores, edges, quotas):
+            given = quotas.copy()
+            given[:, 0, -1] += 1
+            given[:, 1, -1] -= 1
+            scores[:], edges[:], quotas[:] = 0, 0, 0
+            return given
+
+    class Reads(Writes):
+        def heads(self, scores, edges, quotas):
+            return super().heads(*map(copy.deepcopy, (scores, edges, quotas)))
+
+    keys = library(LAYERS[0][0])
+    given = {"budget": 12, "spans": SPANS, "fair": True, "protect": [20]}
+    writes, reads = (kvp.keep("knorm", keys, allocation=allocation(), **given) for allocation in (Writes, Reads))
+    assert np.array_equal(writes.positions, reads.positions) and np.array_equal(writes.scores, reads.scores)
+    assert np.array_equal(writes.quotas, reads.quotas) and len(np.unique(reads.counts)) > 1
+
+
+@pytest.mark.parametrize(
+    "given", [[[1], [2, 3]], object(), torch.ones(1, 2, 1, dtype=torch.int32, device="meta")], ids=type
+)
+def test_quotas_that_are_no_array_are_refused(given):
+    wrong = type("Gives", (kvp.Allocation,), {"shares_heads": True, "heads": lambda self, *inputs: given})()
+    with pytest.raises(ValueError, match=r"allocation .* gives quotas .*; expected .*whole numbers \(1, 4, 1\)"):
+        kept_of("knorm", wrong, budget=8)
 
 
 def test_heads_that_nobody_asks_for_are_refused():

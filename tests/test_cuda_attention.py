@@ -12,7 +12,7 @@ from test_cuda_kernels import attend, error, tensors, two_intervals, whole
 
 from kvpitfalls import ops, reference
 from kvpitfalls.policies import Vote
-from kvpitfalls.policies.base import pack
+from kvpitfalls.policies.votes import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

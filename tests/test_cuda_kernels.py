@@ -15,7 +15,7 @@ import torch
 
 from kvpitfalls import keep, ops, reference
 from kvpitfalls.policies import Inputs, Vote
-from kvpitfalls.policies.base import pack
+from kvpitfalls.policies.votes import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

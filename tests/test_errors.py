@@ -87,6 +87,31 @@ def test_other_models_are_refused():
         kvp.wrap(torch.nn.Linear(2, 2), "knorm", compression_ratio=0.5)
 
 
+def test_a_module_around_a_model_is_refused_unless_it_has_its_methods():
+    """As PEFT's has; of others some calls would go through, and some fail from the inside."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    class Delegates(Around):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model = build("llama")
+    with pytest.raises(TypeError, match=r"model is a Around without the methods .*; expected the model that is in it"):
+        kvp.wrap(Around(model), "knorm", budget=3)
+    with kvp.wrap(Delegates(model), "knorm", budget=3) as handle:
+        assert handle.compress(torch.arange(3, 20)[None]).report()["layers"][0]["kept"] == [[3, 3]]
+
+
 def test_models_whose_tokens_see_later_ones_are_refused():
     full = {"layer_types": ["full_attention"] * 3, "sliding_window": 64}
     for family, changes in (("gemma", {}), ("gemma3_text", full)):

@@ -114,6 +114,20 @@ def test_a_call_asks_once_for_its_wrap_which_another_thread_may_take_away(llama,
     assert "generate" not in vars(llama)
 
 
+@pytest.mark.parametrize("way", ["argument", "config", "the model's config"])
+def test_a_paged_cache_is_refused_as_continuous_batching(llama, way):
+    """It is what generate makes of it; the wrap's own stopping criterion would be what it cannot have."""
+    config, paged = GenerationConfig(max_new_tokens=2), {"cache_implementation": "paged"}
+    given = {"argument": paged, "config": {"generation_config": config}, "the model's config": {}}[way]
+    for one in {"config": [config], "the model's config": [llama.generation_config]}.get(way, []):
+        one.cache_implementation = "paged"
+    with (
+        kvp.wrap(llama, "knorm", compression_ratio=0.5),
+        pytest.raises(kvp.UnsupportedModelError, match=r"continuous batching .*'paged'.* handle\.paused"),
+    ):
+        llama.generate(ids(1), **given)
+
+
 def test_what_a_tokenizer_returns_is_a_prompt(llama):
     mask = torch.ones(2, N_PROMPT, dtype=torch.long)
     mask[0, :3] = 0

@@ -303,10 +303,10 @@ def layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: in
     """
     if n_kept == n_token or allocation == UNIFORM:
         return (n_kept,) * n_layer
-    return _layer_budgets(allocation, n_token, n_kept, n_layer)
+    is_ours = type(allocation) in _NAMED.values()  # others are asked each time: they may have been changed since
+    return (_budgets_once if is_ours else _layer_budgets)(allocation, n_token, n_kept, n_layer)
 
 
-@lru_cache(maxsize=256)
 def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: int) -> tuple[int, ...]:
     given = allocation.layers(n_token, n_kept, n_layer)
     budgets = list(given) if is_listed(given) else []
@@ -324,6 +324,9 @@ def _layer_budgets(allocation: Allocation, n_token: int, n_kept: int, n_layer: i
     return tuple(int(n) for n in budgets)
 
 
+_budgets_once = lru_cache(maxsize=256)(_layer_budgets)
+
+
 def is_ada(allocation: Allocation) -> TypeGuard[Ada]:
     """Whether heads share as :class:`Ada` says: a child of it may have a way of its own."""
     return type(allocation).heads is Ada.heads
@@ -334,7 +337,15 @@ def head_quotas(allocation: Allocation, scores: Array, edges: Int32, quotas: Int
     :meth:`Allocation.heads`."""
     if is_ada(allocation):
         return allocation.heads(scores, edges, quotas)
-    shared = np.asarray(allocation.heads(scores, edges, quotas))
+    own = scores.copy() if isinstance(scores, np.ndarray) else scores.clone()  # what is written to it stays there
+    given = allocation.heads(own, np.array(edges), np.array(quotas))
+    try:
+        shared = np.asarray(given)
+    except (TypeError, ValueError):  # no numbers to look at, or on a GPU
+        raise ValueError(
+            f"allocation {allocation!r} gives quotas as a {type(given).__name__}; expected an array of whole numbers "
+            f"{quotas.shape}, on the host"
+        ) from None
     if shared.shape != quotas.shape or shared.dtype.kind not in "iu":
         raise ValueError(
             f"allocation {allocation!r} gives quotas {shared.dtype} {shared.shape}; expected whole numbers "

@@ -197,7 +197,7 @@ def press(
         return None
     inputs = Inputs.of(layer, **split.of_inputs)
     policy.check_given(inputs)
-    if (call := policy.call(inputs)) is None:
+    if (call := policy.called(inputs)) is None:
         return None
     plan = once.plan
     return once.pressed(*call.press(layer.values, plan.edges, plan.quotas, once.mask, plan.n_kept, **once.shared))

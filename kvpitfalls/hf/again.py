@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from ..errors import UnsupportedModelError
+from ..numbers import is_whole
 from ..policies import Again, Policy
 from .arguments import cache_argument
 from .cache import KeptCache, why_not_compressed
@@ -111,12 +112,22 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
 
 def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:
     """What a policy asks for."""
-    rows = [policy.again(row[begin:end]) for row, (begin, end) in zip(ids.tolist(), valid, strict=True)]
+    rows = [_texts_of(policy, row[begin:end]) for row, (begin, end) in zip(ids.tolist(), valid, strict=True)]
     numbers = range(max(map(len, rows)))
     turns = [_Turn(policy, i, [row[i] if i < len(row) else [] for row in rows]) for i in numbers]
     if not turns or not all(any(turn.texts) for turn in turns):
         raise ValueError(f"policy {policy.name!r} has the model read nothing after the prompt; expected some tokens")
     return turns
+
+
+def _texts_of(policy: Policy, tokens: list[int]) -> list[list[int]]:
+    given: object = policy.again(tokens)
+    if not isinstance(given, Sequence) or not all(isinstance(x, Sequence) and all(map(is_whole, x)) for x in given):
+        raise ValueError(
+            f"policy {policy.name!r} has the model read {given!r:.80} after the prompt; expected a list of lists of "
+            "ids, one list a forward"
+        )
+    return [list(text) for text in given]
 
 
 def _check_ids(decoder, turns: Sequence[_Turn]) -> None:

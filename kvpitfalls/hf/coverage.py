@@ -43,6 +43,11 @@ def check_model(model) -> None:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model is a {type(model).__name__} without the methods of a transformers model, such as "
+            "get_input_embeddings; expected the model that is in it, or a wrapper that has them all, as PEFT's"
+        )
     name = f"{type(model).__name__} (model type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder-only model")

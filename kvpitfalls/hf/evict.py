@@ -119,7 +119,7 @@ class Evict(Action):
     layout: Layout | None = field(default=None, init=False, compare=False, repr=False)  # of prompts that are known
     tasks: dict = field(
         default_factory=dict, init=False, compare=False, repr=False
-    )  # one serves all layers of a prompt
+    )  # one serves all layers of a prompt; and what `limits` gave
 
     def __post_init__(self):
         allocation = allocation_of(self.policy, self.allocation)
@@ -172,8 +172,12 @@ class Evict(Action):
         return kept_tokens(n_token, self.compression_ratio, self.budget)
 
     def limits(self, n_token: int, n_layer: int) -> Sequence[int]:
-        """What :meth:`limit` says, of each layer; mean over heads."""
-        return layer_budgets(self.allocation, n_token, self.limit(n_token), n_layer)
+        """What :meth:`limit` says, of each layer; mean over heads. Asked for once: an allocation of the caller's may
+        draw, or change later."""
+        key = (n_token, n_layer)
+        if key not in self.tasks:
+            self.tasks[key] = layer_budgets(self.allocation, n_token, self.limit(n_token), n_layer)
+        return self.tasks[key]
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
         """What is to be done to each layer of prompts of ``n_token`` tokens, padding included; raises if instructions

@@ -19,6 +19,11 @@ from .masks import check_padding, valid_ranges
 from .parts import decoder_of, is_multimodal
 from .rows import FORGETFUL
 
+PAGED = (
+    "continuous batching (generate_batch, or cache_implementation='paged') keeps a paged cache of its own, which "
+    "cannot be compressed; expected generate, or a call inside `with handle.paused()`"
+)
+
 
 def arguments_of(model, generate, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call of ``generate`` by name; ``generation_config`` is what they make of the model's own."""
@@ -154,6 +159,8 @@ def _check_mode(arguments: dict, acts: bool) -> None:
             "or a call inside "
             "`with handle.paused()`"
         )
+    if acts and config.cache_implementation == "paged":
+        raise UnsupportedModelError(PAGED)
     if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
         raise UnsupportedModelError(
             "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "

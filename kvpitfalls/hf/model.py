@@ -25,7 +25,7 @@ from .choices import check_choices
 from .coverage import check_model
 from .entering import enter
 from .forward import attention_around
-from .generating import arguments_of, check_generate, chunks_of
+from .generating import PAGED, arguments_of, check_generate, chunks_of
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
 from .threads import local
@@ -277,10 +277,7 @@ def _refuse_batching(model, start, args, kwargs):
     wrap = None if attachment is None else attachment.wrap
     if wrap is None or not wrap.action.acts or local.is_paused(decoder):
         return start(*args, **kwargs)
-    raise UnsupportedModelError(
-        "continuous batching (generate_batch) keeps a paged cache of its own, which cannot be compressed; expected "
-        "generate, or a call inside `with handle.paused()`"
-    )
+    raise UnsupportedModelError(PAGED)
 
 
 def check_heads(attachment: _Attachment, model, action) -> None:

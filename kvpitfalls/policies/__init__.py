@@ -5,7 +5,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..eviction.layer_inputs import Again, LayerInputs
-from .base import Inputs, Policy, Vote, get_policy, policy_names
+from .base import Inputs, Policy, get_policy, policy_names
+from .votes import Vote
 
 #: The policies of "The Pitfalls of KV Cache Compression", which audits show by default.
 PAPER = ("h2o", "knorm", "snapkv", "streaming_llm", "tova")

@@ -1,12 +1,11 @@
 """What a policy is, what it is given, and how it is found by name."""
 
 import difflib
-import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,67 +13,12 @@ import numpy.typing as npt
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import A, Array, Int32, are_finite, are_nan
+from ..eviction.arrays import A, Array, Int32
 from ..eviction.layer_inputs import LayerInputs
 from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
-
-_WEIGHTS = {"sum": 0, "mean": 1, "age": 2, "max": 3}
-
-
-class Vote(NamedTuple):
-    """Which queries judge which keys; the Python face of a vote in ``csrc/kvp.h``.
-
-    Parameters
-    ----------
-    keys : (int, int)
-        The keys that are judged, ``[begin, end)``.
-    queries, more_queries : (int, int)
-        The positions whose queries vote on them, each on keys not after itself.
-    weight : {"mean", "age", "sum", "max"}
-        A key's sum of attention is divided by the number of voters, by ``max(1, age_end - key)``, or not at all; or
-        what counts is the most attention that any voter's head pays to it (on a GPU in all of a call's votes or none).
-    age_end : int
-        See ``weight``.
-    window : (int, int)
-        Keys that score above any attention, the newest highest.
-
-    Examples
-    --------
-    TOVA over 10 tokens: the last one judges all others, and is itself kept first.
-
-    >>> Vote(keys=(0, 9), queries=(9, 10), window=(9, 10)).weight
-    'mean'
-    """
-
-    keys: tuple[int, int]
-    queries: tuple[int, int]
-    more_queries: tuple[int, int] = (0, 0)
-    weight: str = "mean"
-    age_end: int = 0
-    window: tuple[int, int] = (0, 0)
-
-
-def _of_keys(keys: tuple[int, int]) -> Vote:
-    return Vote(keys, queries=(0, 0), weight="sum")
-
-
-@lru_cache(maxsize=256)
-def pack(votes: tuple[tuple[Vote, ...], ...]) -> npt.NDArray[np.int32]:
-    """Votes as the core takes them, int32 (B, V, 10): the same for every layer, so made once. Rows with fewer votes end
-    in empty ones."""
-    packed = np.zeros((len(votes), max(1, *map(len, votes)), 10), np.int32)
-    for row, of_row in zip(packed, votes, strict=True):
-        for packed_vote, vote in zip(row, of_row, strict=False):
-            packed_vote[:] = [
-                *vote.keys,
-                *vote.queries,
-                *vote.more_queries,
-                _WEIGHTS[vote.weight],
-                vote.age_end,
-                *vote.window,
-            ]
-    return packed
+from .foreign import asked, check_numbers, check_place, check_scores
+from .votes import Vote, of_keys, pack, packed_rows
 
 
 def _of_one_dtype(keys: Array, values: Array) -> tuple[Array, Array]:
@@ -207,7 +151,7 @@ class Inputs(LayerInputs):
 
     def apart(self, scorer: str) -> Call:
         """The call of a scorer of the core that judges each segment's keys by those of the segment: ``keydiff``."""
-        return Call(self, scorer, {}, pack(tuple(tuple(map(_of_keys, row)) for row in self.segments)))
+        return Call(self, scorer, {}, pack(tuple(tuple(map(of_keys, row)) for row in self.segments)))
 
     def attend(self, votes: Sequence[Sequence[Vote]], *, kernel_size: int = 1, share_heads: bool = False) -> Array:
         """Scores from attention, float32 (B, H, T).
@@ -227,7 +171,7 @@ class Inputs(LayerInputs):
         """The call that :meth:`attend` makes."""
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
-        packed = pack(tuple(map(tuple, votes)))
+        packed = packed_rows(votes, len(self.valid))
         params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
         lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
         return Call(self, "attention", {**params, "share_heads": int(share_heads)}, packed, lse, self.queries)
@@ -321,6 +265,7 @@ class Policy:
     #: Under fair="paper": quotas per segment (True), or one choice over the whole row by scores that are fair
     #: themselves (False).
     paper_quotas: ClassVar[bool] = True
+    is_ours: ClassVar[bool] = True  # this package's, in what it does
     # Whether `call`, where it is one, gives what `score` gives; so if one class defines both, or no score.
     scores_by_call: ClassVar[bool] = False
 
@@ -328,6 +273,8 @@ class Policy:
         super().__init_subclass__(**kwargs)
         if "score" in vars(cls) or "call" in vars(cls):
             cls.scores_by_call = "call" in vars(cls)  # the call of a parent gives the parent's scores
+        made_in = [getattr(method, "__module__", None) or "" for method in (cls.score, cls.call)]
+        cls.is_ours = all(module.startswith(__name__.removesuffix("base")) for module in made_in)
         name = cls.__dict__.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise TypeError(
@@ -405,42 +352,30 @@ class Policy:
         return []
 
     def score(self, inputs: Inputs) -> Array:
-        """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``."""
-        if (call := self.call(inputs)) is None:
+        """Scores float32 (B, H, T), higher = keep; in the array library of ``inputs.keys``, and on its device. What
+        ``inputs`` has is lent, and not to be written to."""
+        if (call := self.called(inputs)) is None:
             raise NotImplementedError(f"policy {type(self).__name__} defines no score(inputs)")
         return call.scores()
 
     def scored(self, inputs: Inputs) -> Array:
-        """What :meth:`score` gives, where that is scores.
-
-        NaN is kept last, so that of a row of nothing else the first tokens would be kept without a word: NaN that a
-        policy of somebody else's makes of numbers is refused. To look for it waits for a GPU, so ours are not asked.
-        """
-        scores, keys = self.score(inputs), inputs.keys
-        if not hasattr(scores, "dtype") or isinstance(scores, np.ndarray) != isinstance(keys, np.ndarray):
-            raise ValueError(
-                f"policy {self.name!r} returned scores as a {type(scores).__name__}; expected a {type(keys).__name__}, "
-                "which its keys are"
-            )
-        if scores.shape != keys.shape[:3] or "float32" not in str(scores.dtype):
-            raise ValueError(
-                f"policy {self.name!r} returned scores of shape {tuple(scores.shape)} and dtype {scores.dtype}; "
-                f"expected float32 {tuple(keys.shape[:3])}"
-            )
-        if not type(self).score.__module__.startswith(__name__.removesuffix("base")) and are_nan(scores).any():
-            self._check_numbers(inputs, scores)
+        """What :meth:`score` gives, where that is scores: what a policy of somebody else's does is looked at."""
+        scores = self.score(inputs) if self.is_ours else asked(self.name, self.score, inputs)
+        check_scores(self.name, scores, inputs.keys)
+        if not self.is_ours:
+            check_place(self.name, scores, inputs.keys)
+            check_numbers(self.name, inputs, scores)
         return scores
 
-    def _check_numbers(self, inputs: Inputs, scores: Array) -> None:
-        """Raise if tokens that are judged have NaN, and all that was given are numbers; padding may have any score."""
-        given = [x for x in (inputs.keys, inputs.queries, inputs.values) if x is not None]
-        judged = [scores[b, :, begin:end] for b, row in enumerate(inputs.segments) for begin, end in row]
-        n_nan, n_score = sum(int(are_nan(x).sum()) for x in judged), sum(math.prod(x.shape) for x in judged)
-        if n_nan and all(are_finite(x).all() for x in given):
-            raise ValueError(
-                f"policy {self.name!r} returned NaN for {n_nan} of {n_score} scores of layer {inputs.layer}, and was "
-                "given numbers; expected numbers, such as -inf for tokens that are to be kept last"
+    def called(self, inputs: Inputs) -> Call | None:
+        """What :meth:`call` gives, likewise."""
+        call = self.call(inputs) if self.is_ours else asked(self.name, self.call, inputs)
+        if call is not None and not isinstance(call, Call):
+            raise TypeError(
+                f"policy {self.name!r} returned a {type(call).__name__} from call; expected a call, such as "
+                "inputs.attention makes, or that scores are what score(inputs) returns"
             )
+        return call
 
     def call(self, inputs: Inputs) -> Call | None:
         """The one call of a scorer that gives what :meth:`score` gives, for policies that are no more than that; None:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Call, Inputs, Policy, Vote
+from .base import Call, Inputs, Policy
+from .votes import Vote
 
 
 @dataclass(frozen=True)

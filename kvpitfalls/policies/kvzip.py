@@ -10,7 +10,8 @@ from ..eviction.arrays import Array
 from ..numbers import is_whole
 from ..prompts.chats import apply_template
 from .attention_sinks import n_at_once
-from .base import Inputs, Policy, Vote
+from .base import Inputs, Policy
+from .votes import Vote
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .base import Call, Inputs, Policy, Vote, pack
+from .base import Call, Inputs, Policy
+from .votes import Vote, pack
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Call, Inputs, Policy, Vote
+from .base import Call, Inputs, Policy
+from .votes import Vote
 
 
 @dataclass(frozen=True)
