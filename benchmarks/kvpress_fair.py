@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 from kvpress import (
+    AdaKVPress,
+    ChunkKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
     KVzipPress,
+    LagKVPress,
     ObservedAttentionPress,
+    PyramidKVPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -32,11 +36,15 @@ PRESSES = (
     KnormPress(0.5),
     ObservedAttentionPress(0.5),
     KeyDiffPress(0.5),
+    LagKVPress(0.5, n_sink=2, lag_size=6),
+    PyramidKVPress(0.5, window_size=4, beta=3),
+    ChunkKVPress(KnormPress(0.5), 5),
 )
-# These need more of the model than kvpress hands to a press: their settings alone.
+# These need more of the model than kvpress hands to a press, or share over heads: their settings alone.
 OTHERS = (
     ExpectedAttentionPress(0.5, n_future_positions=64, n_sink=2, use_covariance=False, epsilon=0.02),
     KVzipPress(0.5, layerwise=True, n_sink=2, chunk_size=99),
+    AdaKVPress(SnapKVPress(0.5, window_size=4), 0.4),
 )
 
 
@@ -56,9 +64,9 @@ def main() -> int:
         theirs, biased = DynamicCache(), DynamicCache()
         with fair_press(press, SPANS)(model):
             model(tokens, past_key_values=theirs)
-        eager = build("llama", "eager")  # H2O's press asks for it
-        with press(eager):
-            eager(tokens, past_key_values=biased)
+        plain = build("llama", "eager" if isinstance(press, ObservedAttentionPress) else "sdpa")  # that asks for it
+        with press(plain):
+            plain(tokens, past_key_values=biased)
         same = all(
             mine.keys.shape == other.keys.shape
             and torch.allclose(mine.keys, other.keys, atol=1e-5)

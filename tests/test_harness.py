@@ -10,12 +10,15 @@ import sys
 from dataclasses import dataclass, field, make_dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from narrow_tables import rows_of, terminal
+from tiny_models import build
 
 import kvpitfalls as kvp
 from kvpitfalls import cli
-from kvpitfalls.eviction.allocation import Ada
+from kvpitfalls.eviction.allocation import Ada, Pyramid
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.garak_command import read_report
@@ -112,8 +115,13 @@ PRESSES = {
         "use_vnorm": True,
         "epsilon": 0.0,
     },
+    "LagKVPress": {"n_sink": 4, "lag_size": 128, "cross_scoring": False},
+    "PyramidKVPress": {"window_size": 64, "kernel_size": 5, "beta": 20},
     "KVzipPress": {"layerwise": True, "n_sink": 4, "kvzip_plus_normalization": False, "chunk_size": 2048},
 }
+
+
+AROUND = {"AdaKVPress": "alpha_safeguard", "ChunkKVPress": "chunk_length"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +138,8 @@ PRESSES = {
             {"n_future_positions": 64, "n_sink": 2, "use_covariance": False, "use_vnorm": True, "epsilon": 0.0},
             kvp.ExpectedAttention(64, 2, use_covariance=False, epsilon=0.0),
         ),
+        ("LagKVPress", {"n_sink": 2, "lag_size": 8, "cross_scoring": False}, kvp.LagKV(2, 8)),
+        ("PyramidKVPress", {"window_size": 4, "kernel_size": 3, "beta": 5}, kvp.PyramidKV(4, 3, 5)),
     ],
 )
 def test_settings_of_presses(name, fields, policy):
@@ -158,6 +168,8 @@ def kvpress(monkeypatch):
     for name, fields in PRESSES.items():
         defaults = [(of, type(value), field(default=value)) for of, value in fields.items()]
         setattr(made, name, make_dataclass(name, [("compression_ratio", float, 0.0), *defaults]))
+    for name, own in AROUND.items():
+        setattr(made, name, make_dataclass(name, ["press", own]))
     monkeypatch.setitem(sys.modules, "kvpress", made)
     return made
 
@@ -171,9 +183,43 @@ def test_settings_go_to_kvpress_and_come_back(kvpress, name):
     assert back == press and from_kvpress(back) == settings
 
 
+@pytest.mark.parametrize("name", sorted({*PRESSES} - {"PyramidKVPress", "KVzipPress"}))
+def test_presses_around_another_go_to_kvpress_and_come_back(kvpress, name):
+    inner = getattr(kvpress, name)(0.3)
+    plain = from_kvpress(inner)
+    shared, chunked = kvpress.AdaKVPress(inner, 0.4), kvpress.ChunkKVPress(inner, 7)
+    assert from_kvpress(shared) == {**plain, "allocation": Ada(0.4)}
+    assert from_kvpress(chunked) == {**plain, "policy": kvp.ChunkKV(plain["policy"], 7)}
+    assert [to_kvpress(**from_kvpress(press)) for press in (shared, chunked)] == [shared, chunked]
+
+
+def test_adakv_is_the_press_around_snapkv(kvpress):
+    policy = kvp.AdaKV(window_size=3, kernel_size=7, alpha=0.4)
+    back = from_kvpress(to_kvpress(policy, 0.5))
+    assert back == {"policy": kvp.SnapKV(3, 7), "allocation": Ada(0.4), "compression_ratio": 0.5}
+    model, prompt = build("llama"), torch.arange(3, 33)[None]
+    held = []
+    for settings in ({"policy": policy, "compression_ratio": 0.5}, back):
+        with kvp.wrap(model, **settings) as handle:
+            cache = handle.compress(prompt)
+            held.append([cache.positions(i) for i in range(3)])
+    assert all(np.array_equal(a, b) for a, b in zip(*held, strict=True))
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", ["PyramidKVPress", "KVzipPress"])
+def test_a_press_around_one_that_shares_by_itself_is_refused(kvpress, around, name):
+    press = getattr(kvpress, around)(getattr(kvpress, name)(0.3), 1)
+    with pytest.raises(ValueError, match=f"^{around} is around a {name}, which shares its budget by itself; expected"):
+        from_kvpress(press)
+
+
 @pytest.mark.parametrize(
     "policy, allocation, message",
     [
+        (kvp.ChunkKV(chunks="instructions"), None, "policy has chunks='instructions', which ChunkKVPress has not"),
+        ("chunkkv", "ada", r"allocation is Ada\(alpha=0.2\), which ChunkKVPress has not; expected the policy's own"),
+        ("rkv", None, r"policy is RKV\(.*, for which kvpress has no press; expected one of snapkv, .*, chunkkv$"),
         (
             kvp.KVzip((1, 2)),
             Ada(0),
@@ -184,8 +230,7 @@ def test_settings_go_to_kvpress_and_come_back(kvpress, name):
         (kvp.KVzip(n_overlap=3), Ada(0), "policy has n_overlap=3, which KVzipPress has not; expected 8"),
         ("kvzip", None, r"allocation is Uniform\(\), which KVzipPress has not; expected Ada\(alpha=0\): heads"),
         ("kvzip", Ada(0.2), r"allocation is Ada\(alpha=0.2\), which KVzipPress has not; expected Ada\(alpha=0\)"),
-        ("snapkv", "ada", r"allocation is Ada\(alpha=0.2\), which SnapKVPress has not; expected none"),
-        ("adakv", None, r"policy is AdaKV\(.*, for which kvpress has no press; expected one of snapkv, .*, kvzip$"),
+        ("snapkv", Pyramid(), r"allocation is Pyramid\(.*\), which SnapKVPress has not; expected the policy's own"),
     ],
 )
 def test_settings_that_kvpress_cannot_say(policy, allocation, message):
@@ -223,9 +268,13 @@ def test_a_press_without_kvpress_is_refused_by_a_sentence(make, monkeypatch):
 
 def test_presses_that_no_policy_is():
     with pytest.raises(
-        ValueError, match="the press is a AdaKVPress, which no policy here is; expected one of SnapKVPress"
+        ValueError, match="the press is a ThinKPress, which no policy here is; expected one of SnapKVPress"
     ):
+        from_kvpress(press("ThinKPress", compression_ratio=0.3))
+    with pytest.raises(ValueError, match="AdaKVPress has compression_ratio; expected press, alpha_safeguard alone"):
         from_kvpress(press("AdaKVPress", compression_ratio=0.3))
+    with pytest.raises(ValueError, match="LagKVPress has cross_scoring=True, which LagKV has not; expected cross_sco"):
+        from_kvpress(press("LagKVPress", compression_ratio=0.3, n_sink=4, lag_size=8, cross_scoring=True))
     with pytest.raises(ValueError, match="TOVAPress has window_size=4, which TOVA has not; expected none"):
         from_kvpress(press("TOVAPress", compression_ratio=0.3, window_size=4))
     with pytest.raises(ValueError, match=r"compression_ratio is 1\.0; expected the share removed"):

@@ -11,17 +11,21 @@ from ..eviction.fairness import Fair
 from ..eviction.layout import read_once
 from ..eviction.selection import allocation_of, keep
 from ..policies import Policy, get_policy
+from ..policies.adakv import AdaKV
+from ..policies.chunkkv import ChunkKV
 from ..policies.expected_attention import ExpectedAttention
 from ..policies.h2o import H2O
 from ..policies.keydiff import KeyDiff
 from ..policies.knorm import KNorm
 from ..policies.kvzip import KVzip
+from ..policies.lagkv import LagKV
+from ..policies.pyramidkv import PyramidKV
 from ..policies.snapkv import SnapKV
 from ..policies.streaming_llm import StreamingLLM
 from ..policies.tova import TOVA
 
 # press -> policy, and the fields that both have
-_SAME = {
+_SAME: dict[str, tuple[type[Policy], tuple[str, ...]]] = {
     "SnapKVPress": (SnapKV, ("window_size", "kernel_size")),
     "StreamingLLMPress": (StreamingLLM, ("n_sink",)),
     "TOVAPress": (TOVA, ()),
@@ -32,13 +36,20 @@ _SAME = {
         ExpectedAttention,
         ("n_future_positions", "n_sink", "use_covariance", "use_vnorm", "epsilon"),
     ),
+    "LagKVPress": (LagKV, ("n_sink", "lag_size")),
+    "PyramidKVPress": (PyramidKV, ("window_size", "kernel_size", "beta")),
+    "KVzipPress": (KVzip, ("chunk_size", "n_sink")),
 }
-# KVzipPress asks for the repeat in words of its own and its layers share over their heads: the fields that both have,
-# what its others must be, and what it has no field for.
-_KVZIP = ("chunk_size", "n_sink")
-_KVZIP_MUST = {"layerwise": True, "kvzip_plus_normalization": False}
+# What the others of a press's fields must be.
+_MUST: dict[str, dict[str, object]] = {
+    "LagKVPress": {"cross_scoring": False},
+    "KVzipPress": {"layerwise": True, "kvzip_plus_normalization": False},
+}
+# KVzipPress asks for the repeat in words of its own and its layers share over their heads: what it has no field for.
 _KVZIP_FIXED = {"repeat_ids": (), "part_ids": None, "answer_ids": (), "n_overlap": 8}
 _KVZIP_HEADS = Ada(0)
+# Presses around another press, and their own field.
+_AROUND = {"AdaKVPress": "alpha_safeguard", "ChunkKVPress": "chunk_length"}
 
 
 def from_kvpress(press) -> dict:
@@ -47,20 +58,23 @@ def from_kvpress(press) -> dict:
     Parameters
     ----------
     press : kvpress press
-        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress, ObservedAttentionPress,
-        ExpectedAttentionPress, or a KVzipPress that is layerwise; kvpress itself is not needed.
+        A SnapKVPress, StreamingLLMPress, TOVAPress, KnormPress, KeyDiffPress, ObservedAttentionPress, LagKVPress,
+        PyramidKVPress, ExpectedAttentionPress, a KVzipPress that is layerwise, or an AdaKVPress or ChunkKVPress around
+        one of these; kvpress itself is not needed.
 
     Returns
     -------
     dict
-        ``policy`` and ``compression_ratio``, and of a KVzipPress ``allocation``. kvpress keeps ``int(n * (1 - ratio))``
-        tokens in binary arithmetic, which may be one fewer. A KVzipPress asks for the repeat in its own words, by the
-        model's tokenizer; the policy asks for it in none, unless :meth:`kvpitfalls.KVzip.for_tokenizer` makes it.
+        ``policy`` and ``compression_ratio``, and of a KVzipPress and an AdaKVPress ``allocation``. kvpress keeps
+        ``int(n * (1 - ratio))`` tokens in binary arithmetic, which may be one fewer, and of chunks whole ones only. A
+        KVzipPress asks for the repeat in its own words, by the model's tokenizer; the policy asks for it in none,
+        unless :meth:`kvpitfalls.KVzip.for_tokenizer` makes it. Prompts for which the policy is not defined are refused,
+        such as short ones of LagKV and PyramidKV, where the press keeps what another one would.
 
     Raises
     ------
     ValueError
-        For any other press, a subclass or a wrapper, and for a field that no policy has.
+        For any other press or a subclass, and for a field that no policy has.
 
     Examples
     --------
@@ -74,35 +88,40 @@ def from_kvpress(press) -> dict:
     {'policy': SnapKV(window_size=64, kernel_size=5), 'compression_ratio': 0.5}
     """
     name = type(press).__name__
-    if name == "KVzipPress" and dataclasses.is_dataclass(press):
-        return _from_kvzip(press)
-    if name not in _SAME or not dataclasses.is_dataclass(press):
+    if dataclasses.is_dataclass(press) and name in _AROUND:
+        return _from_around(name, press)
+    if not dataclasses.is_dataclass(press) or name not in _SAME:
         raise ValueError(
-            f"the press is a {name}, which no policy here is; expected one of {', '.join([*_SAME, 'KVzipPress'])}"
+            f"the press is a {name}, which no policy here is; expected one of {', '.join([*_SAME, *_AROUND])}"
         )
     policy, fields = _SAME[name]
+    must = _MUST.get(name, {})
     parameters = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
-    if unknown := sorted(set(parameters) - {"compression_ratio", *fields}):
-        raise ValueError(
-            f"{name} has {unknown[0]}={parameters[unknown[0]]!r}, which {policy.__name__} has not; expected "
-            f"{', '.join(fields) or 'none'}"
-        )
+    for field, value in parameters.items():
+        if field not in ("compression_ratio", *fields) and (field not in must or value != must[field]):
+            expected = f"{field}={must[field]}" if field in must else f"{', '.join(fields)} alone" if fields else "none"
+            raise ValueError(f"{name} has {field}={value!r}, which {policy.__name__} has not; expected {expected}")
     check_budget(parameters["compression_ratio"], None)
-    return {
-        "policy": policy(**{field: parameters[field] for field in fields}),
+    settings = {
+        "policy": policy(**{field: parameters[field] for field in fields if field in parameters}),
         "compression_ratio": parameters["compression_ratio"],
     }
+    return settings | ({"allocation": _KVZIP_HEADS} if policy is KVzip else {})
 
 
-def _from_kvzip(press) -> dict:
-    parameters = {f.name: getattr(press, f.name) for f in dataclasses.fields(press)}
-    for name, value in parameters.items():
-        if name not in ("compression_ratio", *_KVZIP) and (name not in _KVZIP_MUST or value != _KVZIP_MUST[name]):
-            expected = f"{name}={_KVZIP_MUST[name]}" if name in _KVZIP_MUST else f"{', '.join(_KVZIP)} alone"
-            raise ValueError(f"KVzipPress has {name}={value!r}, which KVzip has not; expected {expected}")
-    check_budget(parameters["compression_ratio"], None)
-    policy = KVzip(**{field: parameters[field] for field in _KVZIP if field in parameters})
-    return {"policy": policy, "compression_ratio": parameters["compression_ratio"], "allocation": _KVZIP_HEADS}
+def _from_around(name: str, press) -> dict:
+    """Of a press around another one."""
+    if (has := [f.name for f in dataclasses.fields(press)]) != ["press", _AROUND[name]]:
+        raise ValueError(f"{name} has {', '.join(has)}; expected press, {_AROUND[name]} alone")
+    settings, own = from_kvpress(press.press), getattr(press, _AROUND[name])
+    if "allocation" in settings or settings["policy"].allocation != "uniform":
+        raise ValueError(
+            f"{name} is around a {type(press.press).__name__}, which shares its budget by itself; expected a press "
+            "that scores tokens"
+        )
+    if name == "AdaKVPress":
+        return {**settings, "allocation": Ada(own)}
+    return {**settings, "policy": ChunkKV(settings["policy"], own)}
 
 
 def to_kvpress(policy: Policy | str, compression_ratio: float, allocation: Allocation | str | None = None):
@@ -125,10 +144,16 @@ def to_kvpress(policy: Policy | str, compression_ratio: float, allocation: Alloc
     check_budget(compression_ratio, None)
     shared = allocation_of(policy, allocation)
     if type(policy) is KVzip:
-        name, fields, must = "KVzipPress", _KVZIP, _KVZIP_MUST
         _check_kvzip(policy, shared)
-    else:
-        name, fields, must = *_same_press(policy, shared), {}
+    elif isinstance(shared, Ada) and type(policy) is not ChunkKV:
+        scorer = SnapKV(policy.window_size, policy.kernel_size) if type(policy) is AdaKV else policy
+        return _kvpress().AdaKVPress(to_kvpress(scorer, compression_ratio, UNIFORM), shared.alpha)
+    elif type(policy) is ChunkKV and shared == UNIFORM:
+        if policy.chunks == "instructions":
+            raise ValueError("policy has chunks='instructions', which ChunkKVPress has not; expected a number")
+        return _kvpress().ChunkKVPress(to_kvpress(policy.policy, compression_ratio), policy.chunks)
+    name, fields = _same_press(policy, shared)
+    must = _MUST.get(name, {})
     return getattr(_kvpress(), name)(compression_ratio, **{field: getattr(policy, field) for field in fields}, **must)
 
 
@@ -149,15 +174,15 @@ def _kvpress():
 def _same_press(policy: Policy, allocation: Allocation) -> tuple[str, tuple[str, ...]]:
     """The name of a policy's press, and the fields that both have."""
     for name, (ours, fields) in _SAME.items():
-        if type(policy) is ours and allocation == UNIFORM:
+        if type(policy) is ours and (ours is KVzip or allocation == allocation_of(policy, None)):
             return name, fields
         if type(policy) is ours:
-            raise ValueError(
-                f"allocation is {allocation!r}, which {name} has not; expected none, the same for every layer and head"
-            )
+            raise ValueError(f"allocation is {allocation!r}, which {name} has not; expected the policy's own")
+    if type(policy) is ChunkKV:
+        raise ValueError(f"allocation is {allocation!r}, which ChunkKVPress has not; expected the policy's own")
     raise ValueError(
         f"policy is {policy!r}, for which kvpress has no press; expected one of "
-        f"{', '.join([*(p.name for p, _ in _SAME.values()), KVzip.name])}"
+        f"{', '.join([*(p.name for p, _ in _SAME.values()), AdaKV.name, ChunkKV.name])}"
     )
 
 
@@ -197,10 +222,10 @@ def fair_press(press, spans: Mapping[str, tuple[int, int]], *, fair: bool | floa
     """
     settings = from_kvpress(press)
     policy, chosen, protect = settings["policy"], Fair.parse(fair), read_once(protect)
-    if policy.needs_rotary or policy.needs_again:
+    if policy.needs_rotary or policy.needs_again or "allocation" in settings:
         raise ValueError(
-            f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press; "
-            "expected kvpitfalls.wrap for it"
+            f"the press is a {type(press).__name__}, which needs more of the model than kvpress hands to a press, "
+            "or has heads keep different numbers; expected kvpitfalls.wrap for it"
         )
     _kvpress()
     from kvpress.presses.base_press import BasePress  # pyright: ignore[reportMissingImports] # an environment of its own has it
