@@ -3,6 +3,7 @@ knows whose it is."""
 
 import datetime
 import json
+import re
 import types
 
 import pytest
@@ -51,6 +52,8 @@ def rendered(prompt, messages, **options):
 @given(system=WORD, more=st.lists(TURN | CALLS | RESULT, max_size=4), options=OPTIONS, generation=st.booleans())
 def test_a_prompt_is_what_the_template_gives_and_its_contents_are_the_messages(name, system, more, options, generation):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Go on."}, *more]
+    if "tools" not in TEMPLATES[name]:
+        options.pop("tools", None)
     prompt = kvp.Prompt.from_chat(tokenizer_of(name), messages, add_generation_prompt=generation, **options)
     assert prompt.text == rendered(prompt, messages, add_generation_prompt=generation)
     said = [(m["role"], m["content"]) for m in messages if m["content"] is not None]
@@ -60,6 +63,24 @@ def test_a_prompt_is_what_the_template_gives_and_its_contents_are_the_messages(n
         assert prompt.tokenizer.decode(prompt.followed_by("More.")[0]) == rendered(
             prompt, longer, add_generation_prompt=True
         )
+
+
+@every_template
+@pytest.mark.parametrize("option", ["tools", "documents"])
+def test_tools_and_documents_are_in_the_prompt_or_told(name, option):
+    """A template that knows of none leaves them out without a word; nobody would audit what is not there."""
+    tokenizer = tokenizer_of(name)
+
+    def text(**options):
+        return re.sub(r"\d", "", kvp.Prompt.from_chat(tokenizer, BEGUN, **options).text)  # one prints the time
+
+    assert text(**{option: None}) == text(**{option: []}) == text()
+    given = {option: {"tools": [TOOL], "documents": [{"title": "a", "text": "b"}]}[option]}
+    if option in TEMPLATES[name]:
+        assert text(**given) != text()
+    else:
+        with pytest.raises(ValueError, match=f"the chat template does not show {option}, which were given; expected"):
+            text(**given)
 
 
 @settings(max_examples=40, deadline=None)

@@ -98,6 +98,7 @@ def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[
     return out
 
 
+_SHOWN = ("tools", "documents")  # options whose texts are to be read by the model
 # What a template, which is a program, raises beside jinja2's own: such as for a list where it adds up texts.
 _OF_PROGRAMS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -152,6 +153,13 @@ def encoded_chat(
 ) -> tuple[str, list[tuple[int, int]], Any]:
     """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
     text, contents = _render(tokenizer, messages, options)
+    for name in _SHOWN:
+        without = {**options, name: None}
+        if options.get(name) and text == apply_template(tokenizer, messages, tokenize=False, **without):
+            raise ValueError(
+                f"the chat template does not show {name}, which were given; expected a template that does, or what "
+                "they say in a message"
+            )
     if not allow_special_tokens:
         _check_fields(tokenizer, messages, first)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
