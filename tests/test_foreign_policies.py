@@ -1,7 +1,7 @@
 """A policy of somebody else's leaves what it is lent as it was, or is told by name; so is whatever it gives back that
 is no answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -123,6 +123,26 @@ def test_lists_of_ranges_are_a_policys_own(policy_of, library, fair):
 def test_scores_elsewhere_are_refused(policy_of, scores, told):
     with pytest.raises(ValueError, match=told):
         kept(policy_of(lambda self, inputs: scores(newest(inputs))))
+
+
+def plain(cls):
+    return cls
+
+
+@pytest.mark.parametrize("parent", [kvp.SnapKV, kvp.TOVA, kvp.StreamingLLM, kvp.PyramidKV, kvp.LagKV])
+@pytest.mark.parametrize("maker", [plain, dataclass(frozen=True)], ids=["plain", "dataclass"])
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_child_says_its_settings_where_they_are_read_or_is_refused(registry, parent, maker, annotated):
+    """They are read of a dataclass's annotations, and of nothing else."""
+    for name in (field.name for field in fields(parent)):
+        members = {"name": "child", name: 7, **({"__annotations__": {name: int}} if annotated else {})}
+        child = maker(type("Child", (parent,), members))
+        if annotated and maker is not plain:
+            assert getattr(child(), name) == 7
+        else:
+            with pytest.raises(TypeError, match=rf"Child says {name} = 7, .* not be read; expected @.* {name}: .* = 7"):
+                child()
+    assert maker(type("Child", (parent,), {"name": "child"}))() is not None
 
 
 @pytest.mark.parametrize("given", [newest, lambda inputs: [inputs.call("norm")], lambda inputs: "norm"])

@@ -17,8 +17,10 @@ from ..eviction.arrays import A, Array, Int32
 from ..eviction.layer_inputs import LayerInputs
 from ..numbers import MOST, check_whole
 from .attention_sinks import denominators_with_sinks
-from .foreign import asked, check_numbers, check_place, check_scores
+from .foreign import asked, check_fields, check_numbers, check_place, check_scores
 from .votes import Vote, of_keys, pack, packed_rows
+
+_FOLDER = __name__.removesuffix("base")  # what is made in it is ours
 
 
 def _of_one_dtype(keys: Array, values: Array) -> tuple[Array, Array]:
@@ -274,7 +276,7 @@ class Policy:
         if "score" in vars(cls) or "call" in vars(cls):
             cls.scores_by_call = "call" in vars(cls)  # the call of a parent gives the parent's scores
         made_in = [getattr(method, "__module__", None) or "" for method in (cls.score, cls.call)]
-        cls.is_ours = all(module.startswith(__name__.removesuffix("base")) for module in made_in)
+        cls.is_ours = all(module.startswith(_FOLDER) for module in made_in)
         name = cls.__dict__.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise TypeError(
@@ -291,6 +293,8 @@ class Policy:
             _registry[_plain(key)] = cls
 
     def __post_init__(self) -> None:
+        if not type(self).__module__.startswith(_FOLDER):
+            check_fields(self)
         for field, least in self.least:
             check_whole(field, getattr(self, field), least)
 

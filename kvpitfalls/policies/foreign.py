@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -57,6 +59,19 @@ def _counted(inputs: "Inputs") -> Iterator[tuple[str, Any]]:
     for part, x in parts.items():
         if x is not None and not isinstance(x, np.ndarray) and not x.is_inference():
             yield part, x
+
+
+def check_fields(policy: Any) -> None:
+    """Raise if a child gives a field of its parent another value in a way that dataclasses do not read."""
+    said = vars(type(policy))
+    for field in fields(policy) if is_dataclass(policy) else ():
+        default = said.get(field.name, field.default)
+        if default is not field.default and not isinstance(default, MemberDescriptorType):  # a slot
+            kind = getattr(field.type, "__name__", field.type)
+            raise TypeError(
+                f"policy {type(policy).__name__} says {field.name} = {default!r}, which would not be read; expected "
+                f"@dataclass(frozen=True) above it, and {field.name}: {kind} = {default!r}"
+            )
 
 
 def check_scores(name: str, scores: Any, keys: Array) -> None:
