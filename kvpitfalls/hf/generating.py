@@ -21,7 +21,8 @@ from .rows import FORGETFUL
 
 PAGED = (
     "continuous batching (generate_batch, or cache_implementation='paged') keeps a paged cache of its own, which "
-    "cannot be compressed; expected generate, or a call inside `with handle.paused()`"
+    "cannot be compressed, and a thread of its own, for which no pause holds; expected generate, or a call outside the "
+    "wrap"
 )
 
 
@@ -59,6 +60,8 @@ def check_generate(model, arguments: dict, action) -> None:
     is_ours = isinstance(cache, KeptCache)
     action = (cache.action or action) if is_ours else action
     is_filled, acts = is_ours and cache.n_seen > 0, action is not None and action.acts
+    if action is not None and arguments["generation_config"].cache_implementation == "paged":
+        raise UnsupportedModelError(PAGED)
     if is_filled or acts:
         _check_mode(arguments, acts)
     if isinstance(cache, KeptCache) and is_filled:
@@ -159,8 +162,6 @@ def _check_mode(arguments: dict, acts: bool) -> None:
             "or a call inside "
             "`with handle.paused()`"
         )
-    if acts and config.cache_implementation == "paged":
-        raise UnsupportedModelError(PAGED)
     if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
         raise UnsupportedModelError(
             "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "

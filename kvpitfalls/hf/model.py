@@ -272,10 +272,8 @@ def _generating(decoder) -> _Running | None:
 
 
 def _refuse_batching(model, start, args, kwargs):
-    decoder = decoder_of(model)
-    attachment = _attached.get(decoder)
-    wrap = None if attachment is None else attachment.wrap
-    if wrap is None or not wrap.action.acts or local.is_paused(decoder):
+    attachment = _attached.get(decoder_of(model))
+    if attachment is None or attachment.wrap is None:
         return start(*args, **kwargs)
     raise UnsupportedModelError(PAGED)
 
