@@ -30,7 +30,7 @@ test: $(VENV)/model
 # The core of the tests on other transformers releases (tests/matrix.txt), each laid over .venv; torch stays the one that is there.
 MATRIX := $(shell sed -n 's/^transformers==\([^ ]*\) .*/\1/p' tests/matrix.txt)
 MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py tests/test_errors.py tests/test_generation.py \
-  tests/test_origin.py tests/test_wrapped_calls.py tests/test_fixed.py tests/test_behaviours.py tests/test_models.py \
+  tests/test_origin.py tests/test_wrapped_calls.py tests/test_continuous_batching.py tests/test_fixed.py tests/test_behaviours.py tests/test_models.py \
   tests/test_multimodal.py tests/test_chats.py tests/test_rotations.py tests/test_projections.py tests/test_chunks.py \
   tests/test_spare.py tests/test_stepping.py \
   tests/test_again.py tests/test_explore.py tests/test_held_fixed.py tests/test_rows.py \
