@@ -222,6 +222,9 @@ def test_info(run):
 def test_info_names_a_release_of_transformers_that_was_not_tried(run, monkeypatch):
     matrix = re.findall(r"^transformers==(\S+)", Path(__file__).with_name("matrix.txt").read_text(), re.M)
     assert [matrix[0], matrix[-1]] == [releases.OLDEST, releases.NEWEST]
+    project = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text()
+    least = re.search(r'"transformers>=([\d.]+)"', project)[1]
+    assert f"{releases.OLDEST}.".startswith(f"{least}."), "what is installed at least is what is tried at least"
     for version, said in (
         (matrix[-1], False),
         (matrix[0], False),
