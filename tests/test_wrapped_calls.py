@@ -245,8 +245,10 @@ def test_a_wrap_of_ratio_0_lets_a_model_be_trained(llama):
     alone = gradient()
     with kvp.wrap(llama, "knorm", compression_ratio=0):
         assert torch.equal(gradient(), alone)
-        llama.gradient_checkpointing_enable()
-        assert torch.allclose(gradient(), alone)
+    llama.gradient_checkpointing_enable()
+    alone = gradient()
+    with kvp.wrap(llama, "knorm", compression_ratio=0):
+        assert torch.equal(gradient(), alone)
     with (
         kvp.wrap(llama, "knorm", compression_ratio=0.5),
         pytest.raises(kvp.NotInterceptedError, match="use_cache is False"),
