@@ -67,7 +67,7 @@ def _packed(vote: Vote) -> list[int]:
         raise ValueError(f"a vote has weight {vote.weight!r}; expected one of {', '.join(map(repr, _WEIGHTS))}")
     ranges = vote.keys, vote.queries, vote.more_queries, vote.window
     numbers = [x for pair in (*ranges, (0, vote.age_end)) for x in (pair if isinstance(pair, tuple) else ())]
-    if len(numbers) != 10 or not all(is_whole(x) and abs(int(x)) < 2**31 for x in numbers):
+    if len(numbers) != 10 or not all((type(x) is int or is_whole(x)) and abs(int(x)) < 2**31 for x in numbers):
         raise ValueError(f"votes hold {vote}; expected ranges (begin, end) and an age_end, of whole numbers")
     return [*vote.keys, *vote.queries, *vote.more_queries, _WEIGHTS[vote.weight], vote.age_end, *vote.window]
 
