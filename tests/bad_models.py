@@ -276,6 +276,7 @@ MODELS = [
         ValueError,
         "span is (False, True); expected a name, or (start, end) in tokens, which is not empty",
     ),
+    (lambda e: e.cache.kept((20, 999)), ValueError, r"span is (20, 999); expected one within the "),
     (lambda e: e.cache.kept("a", row=5), ValueError, "row is 5; expected one of the 1 of the batch"),
     (lambda e: e.cache.kept("a", row="x"), ValueError, "row is 'x'; expected one of the 1 of the batch"),
     (lambda e: e.cache.save(None), TypeError, "path is None; expected the path of a file"),

@@ -267,7 +267,7 @@ class KeptCache(DynamicCache):
         n_row = max(1, len(self.spans))
         if not is_whole(row) or not -n_row <= row < n_row:
             raise ValueError(f"row is {row!r}; expected one of the {n_row} of the batch")
-        if isinstance(span, str):
+        if is_named := isinstance(span, str):
             of_row = self.spans[row] if row < len(self.spans) else {}
             if span not in of_row:
                 raise ValueError(
@@ -277,6 +277,8 @@ class KeptCache(DynamicCache):
             span = of_row[span]
         if not (isinstance(span, tuple) and len(span) == 2 and all(map(is_whole, span)) and 0 <= span[0] < span[1]):
             raise ValueError(f"span is {span!r}; expected a name, or (start, end) in tokens, which is not empty")
+        if not is_named and 0 < self.n_seen < span[1]:
+            raise ValueError(f"span is {span!r}; expected one within the {self.n_seen} tokens that the cache has seen")
         of_layers = [count_inside(self.positions(layer.index)[row], [span])[:, 0] for layer in self.kept_layers]
         return np.stack(of_layers) / (span[1] - span[0])
 
