@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from tiny_models import build, ids
 from tiny_policies import EQUAL, EVERY, kept_by, read_after, rkv_by_hand
 
@@ -81,8 +80,6 @@ def test_every_policy_keeps_its_contract(policy):
 )
 def test_every_policy_takes_floats_of_32_or_16_bits_alone(policy, dtype):
     """Wherever it scores: in the core, or in torch, which would take and round others."""
-    if policy.needs_again and dtype == torch.float8_e4m3fn and Version(torch.__version__) < Version("2.7"):
-        pytest.skip("torch before 2.7 picks no tokens of 8 bits to be read again")
     settings = {"budget": 20, "layer": 1, "n_layer": 3, "rotary": kvp.Rotary(), "output": OUTPUT}
     kept_by(policy, KEYS, QUERIES, values=VALUES, **settings)
     arrays = {"keys": KEYS, "queries": QUERIES, "values": VALUES}

@@ -154,13 +154,11 @@ def test_messages_are_numbered_by_one_step_each():
 
 
 def test_a_floor_asks_for_no_more_texts_than_it_takes():
-    pytest.importorskip("rouge_score")
     endless = (f"Use the word {'sea ' * (n // 2 + 1)}." for n in itertools.count())
     assert len(leakage.unlike("Answer in Spanish.", endless, 8)) == 8
 
 
 def test_words_of_many_answers_are_held_once():
-    pytest.importorskip("rouge_score")
     answers = [leakage._tokenize()(f"answer {i} names the word again {'and again ' * 50}") for i in range(20)]
     assert len({id(word) for said in answers for word in said}) == len({word for said in answers for word in said})
 

@@ -36,6 +36,12 @@ EQUAL = [
 ]  # every layer and head keeps as much as any other
 
 
+def _picked(x, tokens):
+    """Tokens of (H, T, D). Floats of 8 bits go as bytes: torch 2.6 picks and stacks no others of them."""
+    small = isinstance(x, torch.Tensor) and x.is_floating_point() and x.itemsize == 1
+    return x.view(torch.uint8)[:, tokens].view(x.dtype) if small else x[:, tokens]
+
+
 def read_after(policy, keys, queries, valid=None):
     """What a policy reads after each row, as if a token read again had its own query and key: for ``again=``."""
     if not policy.needs_again:
@@ -48,7 +54,9 @@ def read_after(policy, keys, queries, valid=None):
         picked = [(row[i] if i < len(row) else []) for row in rows]
         padded = [row + [0] * (width - len(row)) for row in picked]
         library = torch if isinstance(keys, torch.Tensor) else np
-        turns.append(tuple(library.stack([x[b][:, row] for b, row in enumerate(padded)]) for x in (queries, keys)))
+        turns.append(
+            tuple(library.stack([_picked(x[b], row) for b, row in enumerate(padded)]) for x in (queries, keys))
+        )
     return turns
 
 
