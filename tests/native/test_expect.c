@@ -169,10 +169,11 @@ static void check_all_scores(const kvp_expect_args *a) {
     for (int64_t b = 0; b < a->keys.shape[0]; b++) {
         double best = 0;
         for (int64_t h = 0; h < a->keys.shape[1]; h++) check_judged(a, b, h, &best);
+        const float above = (float)best + 1;
         for (int64_t i = 0; i < a->keys.shape[1] * a->keys.shape[2]; i++) {
             const int64_t h = i / a->keys.shape[2], t = i % a->keys.shape[2];
             const bool is_first = (double)t >= edge(a, b, 0) && t < first_judged(a, b);
-            const double wanted = is_first ? (double)((float)best + 1) : 0;
+            const double wanted = is_first ? (double)above : 0;
             if (!is_first && t >= first_judged(a, b) && t < end_judged(a, b)) continue;
             CHECK(get(&a->scores, b, h, t, 0) == wanted, "unjudged %lld scores %g", (long long)t,
                   get(&a->scores, b, h, t, 0));
