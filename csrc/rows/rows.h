@@ -33,7 +33,7 @@ enum {
 
 enum {
     KVPI_STRIP = 16,  /* query rows whose logits are kept at a time: 16 x 8192 of them are half of a 1 MiB cache */
-    KVPI_FEW = 4,     /* query rows at most that multiply_few takes */
+    KVPI_FEW = 8,     /* query rows at most that multiply_few takes */
     KVPI_BLOCK = 256, /* keys; a multiple of every table's panel width */
     KVPI_SLACK = 16,  /* elements that may be touched behind a row of scratch */
     KVPI_WIDTH = 32,  /* channels; a multiple of every table's panel width and of its rows */
@@ -86,8 +86,8 @@ typedef struct kvpi_rows {
     void (*multiply[KVPI_DTYPES])(const void *queries, const void *keys, int64_t n_row, int64_t n_key, int64_t n_dim,
                                   float *logits, int64_t stride);
     /* The same of up to KVPI_FEW query rows and keys as they stand: transposing keys takes longer than so few products.
-     * NULL where that is not so. line_up makes such queries, and multiply_few pairs of keys in "line", of rows: times
-     * the scale, one after the other, each of whole vectors with zeros at its end. n_key is rounded up to pairs. */
+     * line_up makes such queries, and multiply_few some keys in "line", room for KVPI_SLACK, of rows: times the scale,
+     * one after the other, each of whole vectors with zeros at its end. */
     void (*line_up[KVPI_DTYPES])(const void *const *rows, int64_t dim_stride, int64_t n_row, int64_t n_dim, float scale,
                                  float *out);
     void (*multiply_few[KVPI_DTYPES])(const float *queries, kvpi_head head, int64_t n_row, int64_t n_key, int64_t n_dim,

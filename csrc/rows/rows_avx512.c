@@ -29,6 +29,19 @@ TARGET static inline vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 TARGET static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET static inline vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 TARGET static inline float v_sum(vec a) { return _mm512_reduce_add_ps(a); }
+TARGET static inline vec v_sums(const vec *x) {
+    vec twos[8], fours[4]; /* sums of neighbours in each quarter: of two vectors by turns; of four, and the quarter's */
+    for (int i = 0; i < 8; i++)
+        twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        fours[i] = _mm512_add_ps(_mm512_shuffle_ps(twos[2 * i], twos[2 * i + 1], 0x44),
+                                 _mm512_shuffle_ps(twos[2 * i], twos[2 * i + 1], 0xee));
+    const vec low =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    const vec high =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
 TARGET static inline float v_highest(vec a) { return _mm512_reduce_max_ps(a); }
 TARGET static inline vec v_from_f16(const uint16_t *x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)x));
@@ -245,7 +258,6 @@ const kvpi_rows kvpi_rows_avx512_bf16 = {
     .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_pairs},
     .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_pairs},
     .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_pairs},
-    FEW_FLOATS,
 };
 
 #ifdef KVPI_HAS_AMX
@@ -367,7 +379,6 @@ const kvpi_rows kvpi_rows_amx = {
     .pack_keys = {[KVP_F32] = pack_keys_f32, [KVP_F16] = pack_keys_f16, [KVP_BF16] = pack_key_tiles},
     .pack_queries = {[KVP_F32] = pack_queries_f32, [KVP_F16] = pack_queries_f16, [KVP_BF16] = pack_query_tiles},
     .multiply = {[KVP_F32] = multiply_floats, [KVP_F16] = multiply_floats, [KVP_BF16] = multiply_tiles},
-    FEW_FLOATS,
 };
 #endif
 #endif

@@ -44,7 +44,7 @@ TARGET static inline float ROW_NAME(product)(const ROW_TYPE *row, int64_t stride
     vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
     int64_t d = 0;
     for (const int64_t whole = stride == 1 ? n_dim - n_dim % (4 * LANES) : 0; d < whole; d += 4 * LANES) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < 4; i++) {
             const vec part = ROW_NAME(v_from)(row + d + i * LANES);
             sum[i] = v_fma(part, vector ? v_load(vector + d + i * LANES) : part, sum[i]);
@@ -73,17 +73,17 @@ TARGET static void ROW_NAME(add_rows)(kvpi_head head, int64_t n_row, int64_t n_d
     for (int64_t d = 0; d < n_dim; d += 4 * LANES) {
         const ROW_TYPE *row = head.first;
         vec sum[4] = {v_fill(0), v_fill(0), v_fill(0), v_fill(0)};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < 4; i++)
             if (d + i * LANES < n_dim) sum[i] = v_load(out + d + i * LANES);
         for (int64_t r = 0; r < n_row; r++, row += head.row_stride) {
             const vec w = v_fill(weight[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < 4; i++)
                 if (d + i * LANES < n_dim)
                     sum[i] = v_fma(w, ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim), sum[i]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < 4; i++)
             if (d + i * LANES < n_dim) v_store(out + d + i * LANES, sum[i]);
     }
@@ -113,7 +113,7 @@ TARGET static void ROW_NAME(bounds)(kvpi_head head, int64_t n_row, int64_t n_dim
         vec least[4], most[4]; /* of minus the rows, and of the rows */
         for (int i = 0; i < 4; i++) least[i] = most[i] = v_fill(-INFINITY);
         for (int64_t r = 0; r < n_row; r++, row += head.row_stride) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < 4; i++) {
                 if (d + i * LANES >= n_dim) continue;
                 const vec part = ROW_NAME(load_part)(row, head.dim_stride, d + i * LANES, n_dim);
@@ -121,7 +121,7 @@ TARGET static void ROW_NAME(bounds)(kvpi_head head, int64_t n_row, int64_t n_dim
                 most[i] = v_max(part, most[i]);
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < 4; i++) {
             if (d + i * LANES >= n_dim) continue;
             v_store(low + d + i * LANES, v_mul(minus, least[i]));
@@ -192,53 +192,62 @@ TARGET static void ROW_NAME(line_up)(const void *const *rows, int64_t dim_stride
             v_store(out, v_mul(factor, ROW_NAME(load_part)(rows[r], dim_stride, d, n_dim)));
 }
 
-/* The products of two keys with n_row queries, a number that the compiler knows, so that sums stay in registers. */
-TARGET static inline __attribute__((always_inline)) void ROW_NAME(dot_rows)(const float *queries, const ROW_TYPE *first,
-                                                                            const ROW_TYPE *second, int64_t width,
-                                                                            int n_row, float *logits, int64_t stride) {
-    vec sum[KVPI_FEW][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < n_row; r++) sum[r][0] = sum[r][1] = v_fill(0);
+/* The products of keys_of_few(n_row) keys, "step" apart, with n_row queries, a number that the compiler knows, so that
+ * sums stay in registers. */
+TARGET static inline __attribute__((always_inline)) void ROW_NAME(dot_rows)(const float *queries, const ROW_TYPE *keys,
+                                                                            int64_t step, int64_t width, int n_row,
+                                                                            float *logits, int64_t stride) {
+    const int n_key = keys_of_few(n_row);
+    vec sum[SUMS];
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) sum[i] = v_fill(0);
     for (int64_t d = 0; d < width; d += LANES) {
-        const vec of_first = ROW_NAME(v_from)(first + d), of_second = ROW_NAME(v_from)(second + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < n_row; r++) {
-            const vec query = v_load(queries + r * width + d);
-            sum[r][0] = v_fma(query, of_first, sum[r][0]);
-            sum[r][1] = v_fma(query, of_second, sum[r][1]);
+        vec query[KVPI_FEW];
+#pragma GCC unroll 8
+        for (int r = 0; r < n_row; r++) query[r] = v_load(queries + r * width + d);
+#pragma GCC unroll 16
+        for (int k = 0; k < n_key; k++) {
+            const vec key = ROW_NAME(v_from)(keys + k * step + d);
+#pragma GCC unroll 8
+            for (int r = 0; r < n_row; r++) sum[r * n_key + k] = v_fma(query[r], key, sum[r * n_key + k]);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < n_row; r++) {
-        logits[r * stride] = v_sum(sum[r][0]);
-        logits[r * stride + 1] = v_sum(sum[r][1]);
-    }
+    float out[SUMS];
+#pragma GCC unroll 2
+    for (int i = 0; i < SUMS; i += LANES) v_store(out + i, v_sums(sum + i));
+#pragma GCC unroll 8
+    for (int r = 0; r < n_row; r++) memcpy(logits + r * stride, out + r * n_key, (size_t)n_key * sizeof(float));
 }
 
-TARGET static void ROW_NAME(dot_pair)(const float *queries, const ROW_TYPE *first, const ROW_TYPE *second,
-                                      int64_t width, int64_t n_row, float *logits, int64_t stride) {
+TARGET static void ROW_NAME(dot_few)(const float *queries, const ROW_TYPE *keys, int64_t step, int64_t width,
+                                     int64_t n_row, float *logits, int64_t stride) {
     switch (n_row) {
-    case 1: ROW_NAME(dot_rows)(queries, first, second, width, 1, logits, stride); break;
-    case 2: ROW_NAME(dot_rows)(queries, first, second, width, 2, logits, stride); break;
-    case 3: ROW_NAME(dot_rows)(queries, first, second, width, 3, logits, stride); break;
-    default: ROW_NAME(dot_rows)(queries, first, second, width, KVPI_FEW, logits, stride); break;
+    case 1: ROW_NAME(dot_rows)(queries, keys, step, width, 1, logits, stride); break;
+    case 2: ROW_NAME(dot_rows)(queries, keys, step, width, 2, logits, stride); break;
+    case 3: ROW_NAME(dot_rows)(queries, keys, step, width, 3, logits, stride); break;
+    case 4: ROW_NAME(dot_rows)(queries, keys, step, width, 4, logits, stride); break;
+    case 5: ROW_NAME(dot_rows)(queries, keys, step, width, 5, logits, stride); break;
+    case 6: ROW_NAME(dot_rows)(queries, keys, step, width, 6, logits, stride); break;
+    case 7: ROW_NAME(dot_rows)(queries, keys, step, width, 7, logits, stride); break;
+    default: ROW_NAME(dot_rows)(queries, keys, step, width, KVPI_FEW, logits, stride); break;
     }
 }
 
-/* Keys that are not side by side, or no whole vectors, are lined up first, a pair at a time. */
+/* Keys that are not side by side, or no whole vectors, or the last and fewer than the others, are lined up first. */
 TARGET static void ROW_NAME(multiply_few)(const float *queries, kvpi_head head, int64_t n_row, int64_t n_key,
                                           int64_t n_dim, float *line, float *logits, int64_t stride) {
-    const ROW_TYPE *first = head.first;
-    const int64_t width = (n_dim + LANES - 1) / LANES * LANES;
+    const ROW_TYPE *keys = head.first;
+    const int64_t width = (n_dim + LANES - 1) / LANES * LANES, n_each = keys_of_few(n_row);
     const bool is_whole = head.dim_stride == 1 && width == n_dim;
-    for (int64_t key = 0; key < n_key; key += 2, first += 2 * head.row_stride) {
-        const ROW_TYPE *second = key + 1 < n_key ? first + head.row_stride : first;
-        if (is_whole) {
-            ROW_NAME(dot_pair)(queries, first, second, width, n_row, logits + key, stride);
-        } else {
-            ROW_NAME(line_up)((const void *const[]){first, second}, head.dim_stride, 2, n_dim, 1, line);
-            dot_pair_f32(queries, line, line + width, width, n_row, logits + key, stride);
+    for (int64_t key = 0; key < n_key; key += n_each, keys += n_each * head.row_stride) {
+        if (is_whole && key + n_each <= n_key) {
+            ROW_NAME(dot_few)(queries, keys, head.row_stride, width, n_row, logits + key, stride);
+            continue;
         }
+        const void *rows[SUMS];
+        for (int64_t k = 0; k < n_each; k++) rows[k] = keys + (key + k < n_key ? k : n_key - 1 - key) * head.row_stride;
+        ROW_NAME(line_up)(rows, head.dim_stride, n_each, n_dim, 1, line);
+        dot_few_f32(queries, line, width, width, n_row, logits + key, stride);
     }
 }
 

@@ -42,6 +42,8 @@ static inline vec v_max(vec a, vec b) {
 
 static inline float v_sum(vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+static inline vec v_sums(const vec *x) { return (vec){v_sum(x[0]), v_sum(x[1]), v_sum(x[2]), v_sum(x[3])}; }
+
 static inline float v_highest(vec a) {
     float high = a[0];
     EACH_LANE high = a[i] > high ? a[i] : high;

@@ -5,8 +5,8 @@
  *     LANES, vec                      how many floats a vector holds (at most 16), and its type
  *     TARGET                          attributes of every function (the instruction set)
  *     PANEL_ROWS, PANEL_VECTORS       shape of the product's block of registers: query rows, and vectors of keys
- *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_highest v_exp2 v_transpose, and v_from_NAME
- *                                     for each element type behind float32
+ *     v_load v_store v_fill v_add v_mul v_div v_fma v_max v_sum v_sums v_highest v_exp2 v_transpose, and
+ *                                     v_from_NAME for each element type behind float32
  *
  *     HAS_MASKS                       where it can load less than a vector: then also v_part_NAME for each element type
  *                                     (n elements, and zeros behind them) and move_part (n bytes, fewer than a
@@ -14,15 +14,15 @@
  *
  * and after it the table. v_fma(a, b, c) is a*b + c, in one rounding where the processor has that; v_max gives its
  * second argument where either is NaN; v_exp2 is exact to about 1e-7, 0 for minus infinity and NaN for NaN; v_sum
- * and v_highest add and compare the lanes of one vector in a fixed order; v_transpose makes columns of LANES rows, in
- * place; v_from_* widen LANES elements.
+ * and v_highest add and compare the lanes of one vector in a fixed order; v_sums adds those of each of LANES vectors;
+ * v_transpose makes columns of LANES rows, in place; v_from_* widen LANES elements.
  */
 #include "rows.h"
 
 #include <math.h>
 #include <string.h>
 
-enum { PANEL_KEYS = LANES * PANEL_VECTORS };
+enum { PANEL_KEYS = LANES * PANEL_VECTORS, SUMS = LANES < 8 ? 8 : LANES };
 _Static_assert(KVPI_BLOCK % PANEL_KEYS == 0 && KVPI_STRIP % PANEL_ROWS == 0 && LANES <= KVPI_SLACK,
                "panels divide blocks and strips");
 _Static_assert(KVPI_WIDTH % PANEL_KEYS == 0 && KVPI_WIDTH % PANEL_ROWS == 0, "and what squares are made of");
@@ -213,6 +213,12 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
     for (int64_t i = 0; i < n_column; i++) v_store(out + i * step, rows[i]);
 }
 
+/* How many keys' products with 1 to KVPI_FEW query rows fit SUMS registers. */
+static inline __attribute__((always_inline)) int keys_of_few(int64_t n_row) {
+    return n_row == 1 ? SUMS : n_row == 2 ? SUMS / 2 : n_row <= 4 ? SUMS / 4 : SUMS / KVPI_FEW;
+}
+_Static_assert(SUMS % LANES == 0 && SUMS <= PANEL_KEYS, "multiply_few writes no more than whole panels");
+
 /* In the tables: a function of each element type; one function for all of them. */
 #define OF_EACH_DTYPE(x) {[KVP_F32] = x##_f32, [KVP_F16] = x##_f16, [KVP_BF16] = x##_bf16}
 #define FOR_ALL_DTYPES(x) {[KVP_F32] = x, [KVP_F16] = x, [KVP_BF16] = x}
@@ -224,15 +230,10 @@ TARGET static inline void store_columns(vec *rows, int64_t n_column, float *out,
     .add_squares = add_squares, .dot_columns = dot_columns, .bounds = OF_EACH_DTYPE(bounds),                   \
     .spreads = OF_EACH_DTYPE(spreads), .cap = cap, .soften = soften, .add_columns = add_columns,               \
     .raise_columns = raise_columns, .list = list, .filter = filter, .copy_rows = copy_rows, .stream = stream,  \
-    .end_stream = end_stream
+    .end_stream = end_stream, .line_up = OF_EACH_DTYPE(line_up), .multiply_few = OF_EACH_DTYPE(multiply_few)
 #define FLOAT_FUNCTIONS                                                                 \
     .pack_keys = OF_EACH_DTYPE(pack_keys), .pack_queries = OF_EACH_DTYPE(pack_queries), \
-    .multiply = FOR_ALL_DTYPES(multiply_floats), .line_up = OF_EACH_DTYPE(line_up),     \
-    .multiply_few = OF_EACH_DTYPE(multiply_few)
-/* Where bfloat16 is multiplied as it is, packed keys are left to that. */
-#define FEW_FLOATS                                                 \
-    .line_up = {[KVP_F32] = line_up_f32, [KVP_F16] = line_up_f16}, \
-    .multiply_few = {[KVP_F32] = multiply_few_f32, [KVP_F16] = multiply_few_f16}
+    .multiply = FOR_ALL_DTYPES(multiply_floats)
 
 #define v_from_f32 v_load
 #define ROW_NAME(x) x##_f32

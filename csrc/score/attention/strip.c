@@ -18,7 +18,7 @@ typedef struct strip {
     float *shift;  /* (KVPI_STRIP, blocks): what the exponent was lowered by, later the weight */
     float *sum;    /* (KVPI_STRIP, blocks) */
     char *queries; /* packed, or lined up */
-    char *keys;    /* one packed panel, or a pair lined up */
+    char *keys;    /* one packed panel, or a few lined up */
     int64_t n_block_max;
     /* the strip at hand */
     int64_t n_row, n_key;       /* n_key: up to the last row's own position */
@@ -81,7 +81,7 @@ static float gather_queries(const kvpi_attention *j, strip *s, int64_t b, int64_
     s->n_key = s->query[s->n_row - 1] + 1;
     const float scale = (float)j->args->param[KVPI_PARAM_attention_scaling] *
                         (j->args->param[KVPI_PARAM_attention_softcap] > 0 ? 1.0f : (float)KVPI_LOG2_E);
-    s->is_few = !is_packed && s->n_row <= KVPI_FEW && j->rows->multiply_few[queries->dtype];
+    s->is_few = !is_packed && s->n_row <= KVPI_FEW;
     if (s->is_few) {
         j->rows->line_up[queries->dtype](rows, queries->stride[3], s->n_row, j->n_dim, scale,
                                          (float *)(void *)s->queries);
