@@ -34,6 +34,14 @@ HOSTILE = [
 ]
 
 
+def test_no_letter_is_invisible():
+    """A text of fillers and selectors can say something to the model and nothing to who looks at its page."""
+    hidden = ["\u034f", "\u115f", "\u2800", "\u3164", "\uffa0", "\U000e0100", "\U000e01ef"]
+    assert visible("a" + "b".join(hidden)) == "a" + "b".join(f"⟨U+{ord(c):04X}⟩" for c in hidden)
+    for shown in ("❤\ufe0f", "क\u094d\u200dष", "e\u0301", "가", "守 秘"):
+        assert visible(shown) == shown
+
+
 def hostile_map(**changes):
     n = len(HOSTILE)
     counts = np.random.default_rng(0).integers(0, 4, (3, 2, n))

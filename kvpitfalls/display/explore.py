@@ -29,7 +29,7 @@ from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
 from ..prompts.pieces import WAYS, first_words, marked, numbered
 from ..prompts.prompt import Instructions, Prompt
-from ..prompts.spans import find_all
+from ..prompts.spans import find_all, places_of
 from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
@@ -256,10 +256,9 @@ def _literal(value) -> str:
 
 
 def _shortest(prompt: Prompt, mark: Mapping) -> str | tuple[int, int]:
-    """How code says where a mark is: by its text, where the prompt has it once."""
-    text = mark["text"]
-    once = prompt.text.find(text) == prompt.text.rfind(text) >= 0
-    return text if once else (mark["begin"], mark["end"])
+    """How code says where a mark is: by its text, where the messages have it once."""
+    place = mark["begin"], mark["end"]
+    return mark["text"] if places_of(prompt.text, prompt.contents, mark["text"]) == [place[0]] else place
 
 
 def _arguments(setting: Mapping) -> dict:

@@ -110,8 +110,10 @@ class Table:
         return f"{self.title}: {len(self.rows)} row{'' if len(self.rows) == 1 else 's'}, {len(self.header)} columns"
 
     def is_number(self, column: int, cell: str | None = None) -> bool:
-        """Whether a cell, or for a header the one below it, is a number, which stands on the right."""
-        return re.match(r"[-+]?\d", self.rows[0][column] if cell is None else cell) is not None
+        """Whether a cell, or for a header the one below it, is a number, which stands on the right. No answer is one,
+        and no error: a list begins with a digit, too."""
+        shown = self.rows[0][column] if cell is None else cell
+        return self.header[column] not in ("answer", "error") and re.match(r"[-+]?\d", shown) is not None
 
 
 def terms(cells: Sequence[Mapping]) -> list[tuple[str, str]]:
