@@ -158,6 +158,8 @@ def test_what_does_not_fit_is_one_sentence():
     for changes, message in [
         ({"counts": {}}, "there are 0 settings"),
         ({"counts": {"one": np.zeros((1, 2, 3))}}, r"counts\['one'\] has shape \(1, 2, 3\); expected \(3, 2, 13\)"),
+        ({"counts": {"one": np.full((3, 2, 13), 256)}}, r"counts\['one'\] has 256 to 256; expected 0 to as many as"),
+        ({"counts": {"one": np.full((3, 2, 13), -1)}}, r"counts\['one'\] has -1 to -1; expected 0 to as many as"),
         ({"heads": [3, 256]}, r"heads is \[3, 256\]; expected 1 to 255 for each of 2 layers"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -34,12 +34,8 @@ from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
 EVICTIONS = {"biased": False, "fair": True, "fair 0.5": 0.5, f"floor={FLOOR}": f"floor={FLOOR}", "paper": "paper"}
-_TOLD = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-)  # in the widget; anything else is a fault of ours, and raised
+# What the widget tells; anything else is a fault of ours, and raised.
+_TOLD = (ValueError, TypeError, RuntimeError, MemoryError)
 _HERE = Path(__file__).parent
 
 
@@ -173,9 +169,8 @@ class Explorer:
     def _compared(self, prompt: Prompt, form: Mapping) -> dict:
         settings = [_action(setting, form["ratio"]) for setting in form["settings"]]
         followed = prompt.followed_by(form["question"])[0].tolist() if form["question"] else []
-        whole = (
-            [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
-        )  # keeps all, as any policy would
+        # the full cache: at ratio 0 any policy keeps all
+        whole = [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
         attach(self.model)
         try:
             caches = compress_each(self.model, [prompt], [*settings, *whole])

@@ -136,9 +136,7 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     changes, fixed
         Rows of :func:`kvpitfalls.experiments.comparisons.differences` and ``fixes``.
     """
-    known = {
-        row["metric"] for row in changes if row["difference"] is not None
-    }  # guarded is not, where no task was asked
+    known = {row["metric"] for row in changes if row["difference"] is not None}  # not guarded, if no task was asked
     measured = [name for name in HEADLINES if name in known]
     falls = [row for row in changes if row["mode"] == "biased" and row["metric"] in measured]
     returns = [row for row in fixed if row["than"] == "biased" and row["metric"] in measured]
