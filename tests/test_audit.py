@@ -308,6 +308,8 @@ def test_a_setting_is_found_as_tables_and_ranges_of_numpy_have_it(smollm2, promp
     wanted = audited.kept_mask("knorm", 0.3, True)
     for ratio in (ratios[2], np.float32(0.3), 1 - 0.7):
         assert np.array_equal(audited.kept_mask("knorm", ratio, np.True_), wanted)
+        audited.rows[0]["kept"] = 0.3
+        assert audited.first_loss(ratio)[0]["compression_ratio"] != audited.rows[0]["compression_ratio"]
         with kvp.wrap(model, "knorm", compression_ratio=ratio, fair=np.True_) as handle:
             assert handle.compress(prompt).report()["layers"][0]["kept"][0][0] == wanted[0, 0].sum()
 

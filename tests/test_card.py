@@ -8,11 +8,12 @@ import degenerate
 import pytest
 
 from kvpitfalls import cli
+from kvpitfalls.display.tables import compare_table
 from kvpitfalls.experiments.card import cards, compare, read_card
 from kvpitfalls.experiments.comparisons import fixes
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.metrics import METRICS
-from kvpitfalls.experiments.scenario import Scenario
+from kvpitfalls.experiments.scenario import ANSWERED, Scenario
 from kvpitfalls.experiments.summary import summarize
 
 ROWS = [row for row in load_corpus().rows if row["key"] in degenerate.FOLLOWING]
@@ -118,6 +119,19 @@ def test_answers_to_other_questions_are_no_pair(two, name, values, what):
     assert compare(a, b) == compare(*two)
 
 
+def test_of_many_differences_the_same_one_is_told_every_time(two):
+    """The first; which one it was hung on the hashes of names, which each process draws anew."""
+    a, b = (copy.deepcopy(card) for card in two)
+    for n, card in enumerate((a, b)):
+        limits = dict.fromkeys(ANSWERED, n + 1)
+        made = {"config.kinds": ANSWERED, "config.attacks": [n], "config.attacks_per_prompt": n, "scores": n}
+        card["made_with"] = [
+            {**made, "config.dataset": f"{i}.jsonl", "config.max_new_tokens": limits} for i in range(9)
+        ]
+    with pytest.raises(ValueError, match=r"the versions of the scores of the cards differ .* on the prompts '0.jsonl'"):
+        compare(a, b)
+
+
 def test_a_card_tells_no_folder_of_whoever_made_it(tmp_path):
     """Models are called by their hub ids, or by as much of the ends of their paths as tells them apart."""
     names = {
@@ -162,6 +176,14 @@ def test_the_command(two, tmp_path, capsys):
     assert said.startswith("What good has more than mute") and "guarded" in said and "+1.00 [" in said
     assert cli.main(["compare", *map(str, paths), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == compare(*two)
+
+
+def test_ratios_that_look_alike_have_a_line_each(two):
+    """A table has two digits of them, by which the later setting took the place of the earlier."""
+    changes = compare(*two)
+    changes += [{**row, "compression_ratio": row["compression_ratio"] + 0.001} for row in changes]
+    lines = compare_table(changes).splitlines()[2:]
+    assert len(lines) == 2 * len(compare_table(compare(*two)).splitlines()[2:])
 
 
 def test_what_is_no_card_is_refused(two, tmp_path, capsys):

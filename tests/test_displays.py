@@ -15,7 +15,7 @@ from tiny_models import build, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.display import plots
-from kvpitfalls.display.columns import width
+from kvpitfalls.display.columns import cut, share, width
 from kvpitfalls.display.progress import progress, progress_or_lines
 from kvpitfalls.display.verdicts import verdicts
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
@@ -104,6 +104,14 @@ def made(rng, n_span, settings, ratios):
 MANY = [(f"snapkv(window_size={i})" * 5, fair) for i in range(9) for fair in (False, 0.5, True, "floor=4", "paper")]
 
 
+@pytest.mark.parametrize("text", ["守\u0301守\u0301a", "👨\u200d👩\u200d👧 abc", "a\u0301\u0302守b", "守" * 4])
+def test_a_text_that_is_cut_is_no_wider_than_its_room_and_no_letter_is_torn(text):
+    for room in range(1, width(text) + 2):
+        shown = cut(text, room)
+        assert columns_of(shown) <= room and text.startswith(shown.removesuffix("…"))
+        assert not unicodedata.combining(text[len(shown) - 1]) or shown == text or shown[-1] != "…"
+
+
 @pytest.mark.parametrize("n_span", [1, 2, 4, 5, 200])
 @pytest.mark.parametrize("settings", [[("knorm", False)], MANY])
 @pytest.mark.parametrize("ratios", [[0.5], [0.9, 0.1], [r / 100 for r in range(100)]])
@@ -131,6 +139,17 @@ def test_a_printed_audit_is_short_and_narrow_and_says_what_it_leaves_out(n_span,
         else:
             assert len(kept) == n_span
     assert verdict.count("keeps") == n_said["setting"] and "instruction" in note and head == lines[0]
+
+
+@pytest.mark.parametrize("ratio", [i / 100 for i in range(1, 100)])
+def test_a_verdict_counts_what_is_under_half_and_not_what_is_half(ratio):
+    """Of ratios as near to one half as another the lower one is told of. In binary (1 - .7) / 2 is above .15, and .7
+    nearer to .5 than .3 is."""
+    half, other = round((1 - ratio) / 2, 6), round(1 - ratio, 6)
+    (said,) = verdicts([("snapkv", False, {"a": {ratio: half}, "b": {ratio: 1.0}})])
+    assert "less than" not in said
+    (said,) = verdicts([("snapkv", False, {"a": dict.fromkeys((ratio, other), half)})])
+    assert said.startswith(f"snapkv at r={share(min(ratio, other))}:")
 
 
 def test_a_notebook_says_what_each_setting_keeps_however_many_there_are():

@@ -140,6 +140,15 @@ def test_code_says_by_its_place_what_the_prompt_has_twice(tiny):
     assert f"instructions = {dict(zip('ab', places, strict=True))!r}" in state["code"]
 
 
+def test_code_says_by_its_place_what_the_template_has_and_no_message(tiny):
+    """A text of the template is in the prompt once, and no instruction is looked for there."""
+    prompt = prompt_of(tiny[1], "system")
+    begin, end = prompt.text.index(SAID) - 8, prompt.text.index(SAID) + 5
+    state = asked(tiny, "compare", way="", marks=[{"name": "a", "begin": begin, "end": end}], question="")
+    exec(compile(state["code"], "the widget's code", "exec"), {"model": tiny[0], "tokenizer": tiny[1], "print": print})
+    assert f"instructions = { ({'a': (begin, end)})!r}" in state["code"]
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import byte_level
 from narrow_tables import rows_of, terminal
 from tiny_models import build
 
@@ -21,6 +22,7 @@ from kvpitfalls import cli
 from kvpitfalls.eviction.allocation import Ada, Pyramid
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.harness.chat import CompressedChat
+from kvpitfalls.harness.contexts import Marks
 from kvpitfalls.harness.garak_command import read_report
 from kvpitfalls.harness.kvpress_settings import fair_press, from_kvpress, to_kvpress
 from kvpitfalls.harness.pipeline import text_generation
@@ -80,6 +82,20 @@ def test_a_chat_and_a_pipeline_compress_whole_prompts(smollm2):
         .text
         == wanted.strip()
     )
+
+
+@pytest.mark.parametrize("compress", ["prompt", "system"])
+def test_harnesses_cut_into_the_sentences_that_a_prompt_has(compress):
+    """One of which each token is for the greater part a neighbour's is left out, as in Prompt.from_chat."""
+    merges = [("o", "."), ("H", "m"), ("o.", "Ġ"), ("o.Ġ", "Hm"), ("B", "e"), ("!", "Ġ"), ("!Ġ", "Be")]
+    tokenizer = byte_level(merges)
+    messages = [{"role": "system", "content": "No. Hm! Be kind."}]
+    wanted = kvp.Prompt.from_chat(tokenizer, messages, "sentences")
+    assert [span.text for span in wanted.spans.values()] == ["No.", "Be kind."]
+    made = Marks(compress, fair=kvp.Fair()).prompt(tokenizer, wanted.text, wanted.token_ids, messages)
+    assert [(s.start, s.end, s.text) for s in made.spans.values()] == [
+        (s.start, s.end, s.text) for s in wanted.spans.values()
+    ]
 
 
 def test_what_pipelines_refuse(smollm2):

@@ -34,6 +34,14 @@ HOSTILE = [
 ]
 
 
+def test_no_letter_is_invisible():
+    """A text of fillers and selectors can say something to the model and nothing to who looks at its page."""
+    hidden = ["\u034f", "\u115f", "\u2800", "\u3164", "\uffa0", "\U000e0100", "\U000e01ef"]
+    assert visible("a" + "b".join(hidden)) == "a" + "b".join(f"⟨U+{ord(c):04X}⟩" for c in hidden)
+    for shown in ("❤\ufe0f", "क\u094d\u200dष", "e\u0301", "가", "守 秘"):
+        assert visible(shown) == shown
+
+
 def hostile_map(**changes):
     n = len(HOSTILE)
     counts = np.random.default_rng(0).integers(0, 4, (3, 2, n))
@@ -150,6 +158,8 @@ def test_what_does_not_fit_is_one_sentence():
     for changes, message in [
         ({"counts": {}}, "there are 0 settings"),
         ({"counts": {"one": np.zeros((1, 2, 3))}}, r"counts\['one'\] has shape \(1, 2, 3\); expected \(3, 2, 13\)"),
+        ({"counts": {"one": np.full((3, 2, 13), 256)}}, r"counts\['one'\] has 256 to 256; expected 0 to as many as"),
+        ({"counts": {"one": np.full((3, 2, 13), -1)}}, r"counts\['one'\] has -1 to -1; expected 0 to as many as"),
         ({"heads": [3, 256]}, r"heads is \[3, 256\]; expected 1 to 255 for each of 2 layers"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -309,8 +309,21 @@ def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, t
     assert write_report(tmp_path / "both")["cells"] == written["cells"]
     recorded[-1]["n_new"] += 1
     path.write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
-    with pytest.raises(ValueError, match=r"'first' and 'second' hold other results of the same item \(.*probe\)"):
+    with pytest.raises(ValueError, match=r"'both/first' and 'both/second' hold other results .*probe\)"):
         write_report(tmp_path / "both")
+
+
+def test_a_sweep_in_a_folder_of_its_own_name_is_not_left_out(folder, tmp_path):
+    """Records of both are read: the outer ones were overwritten by those of the same name."""
+    outer = shutil.copytree(folder, tmp_path / "sweep", ignore=shutil.ignore_patterns("report"))
+    inner = shutil.copytree(outer, outer / "sweep")
+    recorded = records.read_records(inner)
+    (outer / "records.jsonl").write_bytes(records.lines_of(recorded[::2]))
+    (inner / "records.jsonl").write_bytes(records.lines_of(recorded[1::2]))
+    written = write_report(outer)
+    text = Path(written["page"]).read_text("utf-8")
+    assert written["recorded"] == len(recorded)
+    assert "run_meta.json of sweep<" in text and "run_meta.json of sweep/sweep<" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("kinds", [("attack", "recall"), ("follow",)])
@@ -322,10 +335,8 @@ def test_the_papers_shuffled_prompts_are_reported_as_its_others_are(folder, tmp_
         recorded = [{**r, "dataset": name} for r in records.read_records(copied) if r["kind"] in kinds]
         (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
         pages.append(Path(write_report(copied)["page"]))
-    names, texts = (
-        [sorted(p.name for p in page.parent.iterdir()) for page in pages],
-        [p.read_text("utf-8") for p in pages],
-    )
+    names = [sorted(p.name for p in page.parent.iterdir()) for page in pages]
+    texts = [page.read_text("utf-8") for page in pages]
     assert names[0] == names[1] and "<summary>Prompt" in texts[0]
     assert texts[0] == re.sub("paper_shuffled", "paper", texts[1])
 
@@ -372,7 +383,7 @@ def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
     for record in recorded:
         record["model"] += turned
         if record["output"] is not None:
-            record["output"] = turned + hostile + record["output"]
+            record["output"] = turned + hostile + record["output"] if record["kind"] == "attack" else "1. One\n2. Two"
     (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
     text = Path(write_report(copied)["page"]).read_text("utf-8")
     page = Links()
@@ -381,6 +392,8 @@ def test_answers_are_shown_as_they_are_whatever_they_hold(folder, tmp_path):
     answers = [row for row in page.rows if row and row[-1].startswith("⟨U+202E⟩⟨U+001B⟩[31m⟨U+0000⟩" + hostile)]
     assert answers and answers[0][:3] == ["none", "full", "0"]
     assert {row[0] for row in answers} == {"none", "streaming_llm", "snapkv"}
+    numbered = set(re.findall(r"(<t\w)([^>]*)>(?:answer|1\. One\n2\. Two)<", text))
+    assert numbered == {("<th", ' scope="col"'), ("<td", ' class="answer"')}, "a list begins with a digit, too"
 
 
 def change(policy, ratio, difference, error, metric="guarded", n_prompt=30, **more):

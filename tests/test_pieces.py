@@ -46,6 +46,7 @@ from kvpitfalls.prompts.pieces import first_words, marked, pieces
         ("# Rules\nbe kind\ntone: warm\n<a>\nb", ["# Rules", "be kind", "tone: warm", "<a>", "b"]),
         ("- Speak\n  English\n- Be kind;\nbe brief", ["- Speak\n  English", "- Be kind;", "be brief"]),
         (f"{'Long ' * 11}lines end in\nEnglish.\nBe kind", [f"{'Long ' * 11}lines end in\nEnglish.", "Be kind"]),
+        *((f"ab cd{end} ef{end}{end} gh", [f"ab cd{end}", f"ef{end}{end}", "gh"]) for end in "!?؟۔।॥։።။។"),
         ("Be kind! 🙂 Smile. ✅ Ask", ["Be kind! 🙂", "Smile.", "✅ Ask"]),
     ],
 )

@@ -1,5 +1,9 @@
 """Refusals in six languages, and what only looks like one."""
 
+import itertools
+import re
+import unicodedata
+
 import pytest
 
 from kvpitfalls.audits.refusal import refuses
@@ -97,6 +101,19 @@ def test_these_refuse(answer):
 @pytest.mark.parametrize("answer", OTHERS)
 def test_these_do_not(answer):
     assert not refuses(answer)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize("apostrophe", "'’‘`ʼ′＇")
+def test_how_an_answer_is_typed_makes_no_difference(form, apostrophe):
+    """Marks of the keyboard, or of a word processor; letters with their accents in one character, or in two."""
+    for answer, dash in itertools.product((*REFUSALS, *OTHERS), (", ", " - ", " – ", "—", " … ", "… ")):
+        typed = re.sub("(?<=[Ss]orry), (?=but|I|no)", dash, answer)
+        typed = unicodedata.normalize(form, re.sub(r"(?<=\w)['’](?=\w)", apostrophe, typed))
+        assert refuses(typed) is refuses(answer), typed
+    wide = {n: n + 0xFEE0 for n in range(ord("!"), ord("~") + 1)}
+    assert refuses("I cannot share that.".translate(wide)) and not refuses("I can share that.".translate(wide))
+    assert refuses("C’est confidentiel—désolé.", unicodedata.normalize(form, "C'est confidentiel–désolé."))
 
 
 @pytest.mark.parametrize("frame", FRAMES)

@@ -107,6 +107,7 @@ class Audit:
         or None."""
         if not is_real(threshold) or not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}; expected a share in (0, 1]")
+        threshold = as_meant(threshold)
         out: dict[tuple[str, bool | float | str, str], float | None] = {}
         for row in sorted(self.rows, key=lambda row: row["compression_ratio"]):
             key = (row["policy"], row["fair"], row["span"])

@@ -14,9 +14,8 @@ from ..numbers import is_whole
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
 # Arguments of IFEval's instructions that an answer is to say.
 _SAID = ("end_phrase", "first_word", "keyword", "keywords", "postscript_marker", "prompt_to_repeat", "section_spliter")
-_tables: list[
-    tempfile.TemporaryDirectory[str]
-] = []  # lives as long as the process: nltk reads it when a text is first split
+# Lives as long as the process: nltk reads it when a text is first split.
+_tables: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def need_checkers() -> None:

@@ -8,6 +8,7 @@ answer is such words: a list, a table or a block of code that says nothing else.
 import functools
 import itertools
 import re
+import unicodedata
 
 # language -> (saying sorry, "I cannot", what one cannot do for somebody; beginnings of words)
 _WORDS = {
@@ -58,6 +59,10 @@ _N_WORD = 3  # of a sentence that is known wherever it begins
 _FIRST = 2  # sentences in which an answer can begin to refuse: a word of courtesy may be one
 # What stands before a line's own words: marks of lists and code, a number, a name such as "text =", "Part 1:" or "message":
 _FRAME = re.compile(r"""(?:<<[^<>]{0,80}>>|[\W_]|\d+\b|\w{1,20}(?: \d{1,3})?["']?\s?[:=])+""")
+
+
+# Apostrophes and dashes, however they are typed.
+_ONE_WAY = str.maketrans({**dict.fromkeys("’‘`´ʼ′", "'"), **dict.fromkeys("‐‑‒–—―−", "-")})
 
 
 @functools.cache
@@ -155,8 +160,10 @@ def _parts(response: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Small letters, plain apostrophes, single blanks, no emphasis, and no quotation marks or markup around it."""
-    text = re.sub(r"\*+|__+", "", re.sub(r"[’‘`´]", "'", text))
+    """Small letters in one Unicode form, plain apostrophes and dashes, single blanks, no emphasis, and no quotation
+    marks or markup around it."""
+    text = unicodedata.normalize("NFKC", text.translate(_ONE_WAY))  # "´" first: its form is a blank and a mark
+    text = re.sub(r"\*+|__+", "", text)
     return " ".join(text.lower().split()).strip("'\"“”«»*_>#- ")
 
 

@@ -107,9 +107,8 @@ class _Observe(Action):
             kept = kept[:, :-1]
             record = self.records[policy.label, fair.label, ratio]
             record.kept.append(np.packbits(kept, axis=-1))
-            left = np.divide(
-                self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0
-            )  # no attention: none lost
+            # of no attention none is lost
+            left = np.divide(self._per_span(mass * kept), total, out=np.ones_like(total), where=total > 0)
             record.lost.append((1 - left).T)
 
     def _per_span(self, of_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

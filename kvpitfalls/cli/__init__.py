@@ -62,15 +62,10 @@ def _run(argv: list[str] | None) -> int:
     except (ValueError, TypeError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except (
-        OSError,
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: what torch raises, and our own errors derive from
+    except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: torch's, and what our own derive from
         is_pipe = isinstance(error, BrokenPipeError)
-        closed = isinstance(error, OSError) and is_closed(
-            sys.stdout, "\n" if is_pipe else "", OSError
-        )  # or a full disk
+        # or full, of a disk
+        closed = isinstance(error, OSError) and is_closed(sys.stdout, "\n" if is_pipe else "", OSError)
         if not (closed and is_pipe):  # other pipes break, too, such as a worker's
             print(f"{name}: {_told(error)}", file=sys.stderr)
         return 1

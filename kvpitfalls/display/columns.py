@@ -20,7 +20,7 @@ def _places(text: str) -> list[str]:
     out: list[str] = []
     for c in text:
         if out and unicodedata.category(c) in ("Mn", "Me", "Cf"):
-            out[-1] += c
+            out[-1 if out[-1] else -2] += c
         else:
             out += [c, ""] if unicodedata.east_asian_width(c) in "WF" else [c]
     return out

@@ -29,17 +29,13 @@ from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
 from ..prompts.pieces import WAYS, first_words, marked, numbered
 from ..prompts.prompt import Instructions, Prompt
-from ..prompts.spans import find_all
+from ..prompts.spans import find_all, places_of
 from .markup import STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
 EVICTIONS = {"biased": False, "fair": True, "fair 0.5": 0.5, f"floor={FLOOR}": f"floor={FLOOR}", "paper": "paper"}
-_TOLD = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-)  # in the widget; anything else is a fault of ours, and raised
+# What the widget tells; anything else is a fault of ours, and raised.
+_TOLD = (ValueError, TypeError, RuntimeError, MemoryError)
 _HERE = Path(__file__).parent
 
 
@@ -173,9 +169,8 @@ class Explorer:
     def _compared(self, prompt: Prompt, form: Mapping) -> dict:
         settings = [_action(setting, form["ratio"]) for setting in form["settings"]]
         followed = prompt.followed_by(form["question"])[0].tolist() if form["question"] else []
-        whole = (
-            [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
-        )  # keeps all, as any policy would
+        # the full cache: at ratio 0 any policy keeps all
+        whole = [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
         attach(self.model)
         try:
             caches = compress_each(self.model, [prompt], [*settings, *whole])
@@ -256,10 +251,9 @@ def _literal(value) -> str:
 
 
 def _shortest(prompt: Prompt, mark: Mapping) -> str | tuple[int, int]:
-    """How code says where a mark is: by its text, where the prompt has it once."""
-    text = mark["text"]
-    once = prompt.text.find(text) == prompt.text.rfind(text) >= 0
-    return text if once else (mark["begin"], mark["end"])
+    """How code says where a mark is: by its text, where the messages have it once."""
+    place = mark["begin"], mark["end"]
+    return mark["text"] if places_of(prompt.text, prompt.contents, mark["text"]) == [place[0]] else place
 
 
 def _arguments(setting: Mapping) -> dict:

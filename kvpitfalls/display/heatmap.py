@@ -231,6 +231,11 @@ class HeatMap:
                 raise ValueError(f"counts[{name!r}] has shape {counts.shape}; expected {shape}: ratios, layers, tokens")
         if not all(0 < n <= 255 for n in self.heads) or len(self.heads) != len(self.layers):
             raise ValueError(f"heads is {list(self.heads)}; expected 1 to 255 for each of {len(self.layers)} layers")
+        for name, counts in self.counts.items():
+            if ((counts < 0) | (counts > np.asarray(self.heads)[:, None])).any():
+                raise ValueError(
+                    f"counts[{name!r}] has {counts.min()} to {counts.max()}; expected 0 to as many as a layer has heads"
+                )
 
     def __repr__(self) -> str:
         sizes = f"{len(self.counts)} settings, {len(self.compression_ratios)} ratios, {len(self.layers)} layers"
@@ -308,7 +313,6 @@ def _packed(counts: np.ndarray) -> str:
     """Base64 of the deflated counts: as differences between ratios, since what falls at one ratio seldom comes back at
     the next."""
     steps = np.diff(counts.astype(np.uint8), axis=0, prepend=np.uint8(0))
-    deflate = zlib.compressobj(
-        strategy=zlib.Z_RLE
-    )  # runs and digit frequencies are all there is to save; ten times as fast as the default
+    # runs and digit frequencies are all there is to save; ten times as fast as the default
+    deflate = zlib.compressobj(strategy=zlib.Z_RLE)
     return base64.b64encode(deflate.compress(steps.tobytes()) + deflate.flush()).decode()

@@ -12,6 +12,9 @@ from ..numbers import is_real
 SPAN_COLORS = ("#4477aa", "#c8374f", "#227a33", "#836500", "#aa3377", "#007a99")
 _SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 _JOINERS = "\u200c\u200d"  # parts of ordinary words and emoji
+# Letters and marks that show nothing: fillers, a joiner, a blank, and 240 selectors of variants, by which one text can
+# hide another.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0").union(map(chr, range(0xE0100, 0xE01F0)))
 
 # Backgrounds are translucent, so that one colour serves light and dark pages, whatever made them so. Colours that tell
 # instructions and shares apart stand in the elements: a notebook that nobody trusts is shown without this sheet. Rules
@@ -37,8 +40,8 @@ STYLE = """
 
 
 def visible(text: str) -> str:
-    """The text, with what would be invisible or move other text (controls, direction marks, lone surrogates) spelled
-    out.
+    """The text, with what would be invisible or move other text (controls, direction marks, lone surrogates, letters
+    that show nothing) spelled out.
 
     Examples
     --------
@@ -51,7 +54,7 @@ def visible(text: str) -> str:
 def _visible_character(c: str) -> str:
     if c in _SHOWN:
         return _SHOWN[c]
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in _JOINERS:
+    if c in _BLANK or (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in _JOINERS):
         return f"⟨U+{ord(c):04X}⟩"
     return c
 

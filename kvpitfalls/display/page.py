@@ -63,18 +63,19 @@ def write_report(folder: str | Path) -> dict:
     ------
     FileNotFoundError, ValueError, ImportError
     """
-    parts = sweep_folders(folder)
-    read = {part.name: read_records(part) for part in parts}
+    folders, folder = sweep_folders(folder), Path(folder)
+    parts = {part.relative_to(folder.parent).as_posix(): part for part in folders}
+    read = {name: read_records(part) for name, part in parts.items()}
     if not any(read.values()):
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
     for of_part in read.values():
         check_records(of_part)
     records = each_once(read)
-    metas = {part.name: read_meta(part) for part in parts}
+    metas = {name: read_meta(part) for name, part in parts.items()}
     cells, changes, classes = summarize(records), differences(records), following(records)
     ranked, scores, families = rank_correlations(records), composites(records), attack_families(records)
     compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
-    out = Path(folder) / "report"
+    out = folder / "report"
     out.mkdir(exist_ok=True)
     tables = {
         "summary": _flat(cells),

@@ -456,14 +456,12 @@ def _legend(figure, axis) -> None:
     lines = axis.get_lines()
     if lines:
         labels = [line.get_label() for line in lines]
-        widest = (
-            max(map(len, labels)) * 0.08 + 0.6
-        )  # inches: a letter is about .08 wide, the line before it and the gap .6
+        # inches: a letter is about .08 wide, the line before it and the gap .6
+        widest = max(map(len, labels)) * 0.08 + 0.6
         width, height = figure.get_size_inches()
         n_column = max(1, min(len(labels), int(width / widest)))
-        figure.set_size_inches(
-            width, height + 0.2 * (-(-len(labels) // n_column) - 1)
-        )  # its further lines take nothing from the axes
+        # further lines of the legend take nothing from the axes
+        figure.set_size_inches(width, height + 0.2 * (-(-len(labels) // n_column) - 1))
         places = [str(i) for i in range(len(labels))]
         legend = figure.legend(lines, places, loc="outside lower center", ncols=n_column, fontsize=9, frameon=False)
         for text, label in zip(legend.get_texts(), labels, strict=True):

@@ -110,8 +110,10 @@ class Table:
         return f"{self.title}: {len(self.rows)} row{'' if len(self.rows) == 1 else 's'}, {len(self.header)} columns"
 
     def is_number(self, column: int, cell: str | None = None) -> bool:
-        """Whether a cell, or for a header the one below it, is a number, which stands on the right."""
-        return re.match(r"[-+]?\d", self.rows[0][column] if cell is None else cell) is not None
+        """Whether a cell, or for a header the one below it, is a number, which stands on the right. No answer is one,
+        and no error: a list begins with a digit, too."""
+        shown = self.rows[0][column] if cell is None else cell
+        return self.header[column] not in ("answer", "error") and re.match(r"[-+]?\d", shown) is not None
 
 
 def terms(cells: Sequence[Mapping]) -> list[tuple[str, str]]:
@@ -134,9 +136,7 @@ def verdicts(changes: Sequence[Mapping], fixed: Sequence[Mapping]) -> list[str]:
     changes, fixed
         Rows of :func:`kvpitfalls.experiments.comparisons.differences` and ``fixes``.
     """
-    known = {
-        row["metric"] for row in changes if row["difference"] is not None
-    }  # guarded is not, where no task was asked
+    known = {row["metric"] for row in changes if row["difference"] is not None}  # not guarded, if no task was asked
     measured = [name for name in HEADLINES if name in known]
     falls = [row for row in changes if row["mode"] == "biased" and row["metric"] in measured]
     returns = [row for row in fixed if row["than"] == "biased" and row["metric"] in measured]

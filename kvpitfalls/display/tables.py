@@ -69,15 +69,11 @@ def compare_table(changes: Sequence[Mapping]) -> str:
     names = [name for name in TOGETHER if any(row["metric"] == name for row in changes)]
     lines: dict[tuple, dict[str, Mapping]] = {}
     for row in changes:
-        setting = (row["defense"], row["order"], row["policy"] or "none", row["mode"], share(row["compression_ratio"]))
+        setting = (row["defense"], row["order"], row["policy"] or "none", row["mode"], row["compression_ratio"])
         lines.setdefault(setting, {})[row["metric"]] = row
     rows = [
-        [
-            *setting,
-            prompts(of_setting.values()),
-            *(_difference(of_setting.get(name)) for name in names),
-        ]
-        for setting, of_setting in lines.items()
+        [*where, share(ratio), prompts(of_setting.values()), *(_difference(of_setting.get(name)) for name in names)]
+        for (*where, ratio), of_setting in lines.items()
     ]
     return table(["defense", "order", "policy", "mode", "r", "prompts", *names], rows, right=range(4, 6 + len(names)))
 

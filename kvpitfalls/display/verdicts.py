@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from ..eviction.fairness import fairness_name
+from ..numbers import as_meant
 from .columns import cut, one_line, share, table
 from .tabular import worst_first
 
@@ -40,8 +41,8 @@ def audited_ratios(settings: KeptShares) -> list[float]:
 def verdicts(settings: KeptShares, min_kept: float | None = None) -> list[str]:
     """One sentence per policy: least and most kept share of an instruction at the audited ratio next to one half, and
     how many keep less than ``min_kept``, or less than half of what is kept of the whole prompt."""
-    ratio = min(audited_ratios(settings), key=lambda r: (abs(r - 0.5), r))
-    least = (1 - ratio) / 2 if min_kept is None else min_kept
+    ratio = min(audited_ratios(settings), key=lambda r: (as_meant(abs(r - 0.5)), r))
+    least = as_meant((1 - ratio) / 2) if min_kept is None else min_kept
     said: dict[str, list[str]] = {}
     for policy, fair, by_span in settings:
         kept = {span: of_span[ratio] for span, of_span in by_span.items()}

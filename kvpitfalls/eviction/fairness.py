@@ -66,13 +66,13 @@ class Fair:
     rule: str = "proportional"
 
     def __post_init__(self) -> None:
-        _check_number("strength", self.strength, 0, 1)
+        _check_share("strength", self.strength, 1)
         if self.weights is not None and not isinstance(self.weights, Mapping):
             raise TypeError(f"weights is {self.weights!r}; expected a mapping of instruction names to numbers")
         for name, weight in (self.weights or {}).items():
             if not isinstance(name, str):
                 raise TypeError(f"weights name {name!r}; expected names of instructions")
-            _check_number(f"weights[{name!r}]", weight, 0, 1e9)
+            _check_share(f"weights[{name!r}]", weight, 1e9)
         check_whole("min_tokens", self.min_tokens, 0)
         if self.template not in ("separate", "absorb"):
             raise ValueError(f"template is {self.template!r}; expected 'separate' or 'absorb'")
@@ -139,9 +139,9 @@ def fairness_name(label: bool | float | str) -> str:
     return f"fair {label}" if label not in (0, 1) else "fair" if label else "biased"
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not is_real(value) or not low <= as_written(value) <= high:
-        raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high:g}")
+def _check_share(name: str, value: object, most: float) -> None:
+    if not is_real(value) or not 0 <= as_written(value) <= most:
+        raise ValueError(f"{name} is {value!r}; expected a number from 0 to {most:g}")
 
 
 AnyFair: TypeAlias = Fair | bool | float | str  # what is taken for one

@@ -160,8 +160,8 @@ def _check_asked(a: Mapping, b: Mapping) -> None:
         for made in card["made_with"]:
             for what, value in _asked(made).items():
                 side.setdefault((_dataset(made), what), []).append(value)
-    for place in known[0].keys() & known[1].keys():
-        mine, theirs = (side[place] for side in known)
+    for place, mine in known[0].items():
+        theirs = known[1].get(place, mine)
         if not any(value in theirs for value in mine):
             mend = "; kvpitfalls rescore brings a sweep's records to this version" if place[1] == _VERSIONS else ""
             raise ValueError(

@@ -281,9 +281,8 @@ def _paper(name: str, data) -> Corpus:
         random.Random(42).shuffle(rows)  # the authors' shuffle
     both = {"defense_first": templates["standard_defense"], "directive_first": templates["flipped_defense"]}
     whitelist = templates["standard_defense"][_WHITELIST]
-    paper = Defense(
-        "paper", both, whitelist, whitelist.partition("'")[2].removesuffix("'")
-    )  # it ends with the refusal, in quotes
+    refusal = whitelist.partition("'")[2].removesuffix("'")  # which it ends with, in quotes
+    paper = Defense("paper", both, whitelist, refusal)
     attack = paths["attack_plain.txt"].read_text(encoding="utf-8").strip()
     prefix = paths[PREFIX_FILE].read_bytes().decode()
     _tell_notice()

@@ -82,9 +82,7 @@ def leakage(model, tokenizer, policies=POLICIES, compression_ratios=COMPRESSION_
         caches = iter(compress_each(model, prompts, settings))
         cells = []
         for group in progress(plan, desc="demo, attacks"):
-            joined = KeptCache.join(
-                [next(caches) for _ in group]
-            )  # the modes of one ratio hold equally much: one batch
+            joined = KeptCache.join([next(caches) for _ in group])  # modes of one ratio hold equally much: one batch
             answers = _answers(model, prompts * len(group), joined)
             per_setting = 2 * len(prompts)
             for i, setting in enumerate(group):

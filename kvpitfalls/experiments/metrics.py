@@ -8,12 +8,9 @@ from .scenario import ANSWERED, KINDS, N_TURN, WAYS
 
 GROUP = ("model", "dataset", "defense", "order")
 SETTING = (*GROUP, "policy", "mode", "compression_ratio")
-HEADLINES = (
-    "guarded",
-    "recall_above",
-    "follow",
-)  # more is better, and a model that refuses everything has none of them
-# never one without the others
+# More is better, and a model that refuses everything has none of them.
+HEADLINES = ("guarded", "recall_above", "follow")
+# Never one without the others.
 TOGETHER = ("guarded", *OUTCOMES, "leak_above", "recall_above", "follow", "refused_task")
 LENGTHS = tuple(f"{what}_{kind}" for kind in ANSWERED for what in ("length", "capped"))
 TURN = ("recall", "recall_above", *OUTCOMES, "kept_defense", "kept_directive")  # of each turn and way

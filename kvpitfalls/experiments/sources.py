@@ -16,7 +16,7 @@ from .corpus import Corpus
 SCORING = ("rouge-score", "lm-eval", "nltk", "langdetect")  # packages that an answer's scores depend on
 _PACKAGES = ("torch", "transformers", "numpy", *SCORING)
 _SAMPLE = 256  # bytes
-SCORES = 6  # raised when records get other scores, so that a sweep is not resumed with them
+SCORES = 7  # raised when records get other scores, so that a sweep is not resumed with them
 DRAWN_SINCE = 5  # the version since which the random control draws what it draws
 
 

@@ -94,7 +94,7 @@ class Marks:
         ranges = self._ranges(text, contents) if self.needs_spans else {}
         ranges = {name: (a, min(b, end)) for name, (a, b) in ranges.items() if a < end}
         offsets = tuple(offsets[:n_token])
-        spans = token_spans(text, offsets, ranges)
+        spans = token_spans(text, offsets, ranges, skip_empty=self.texts is None)
         roles = () if "text" in contents else tuple(name.partition("#")[0] for name in contents)
         own = tuple(contents.values())
         return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, tokenizer, None, own, roles)

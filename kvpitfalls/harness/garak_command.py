@@ -81,9 +81,8 @@ def _measured(path: str | Path) -> list[dict]:
         raise ValueError(
             f"{path} is no finished report of garak; expected entries from the start of a run to its completion"
         )
-    done = [
-        entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2
-    ]  # scored; each is there before, too
+    # status 2: scored; each is there before, too
+    done = [entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2]
     notes = [out["notes"].get("kvpitfalls") for entry in done for out in entry["outputs"] if out is not None]
     settings = {
         json.dumps({k: v for k, v in note.items() if k not in _PER_ANSWER}) for note in notes if note is not None

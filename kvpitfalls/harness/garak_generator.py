@@ -40,9 +40,8 @@ class Compressed(Generator):
 
     def _call_model(self, prompt, generations_this_call=1):
         said = self.chat.answer(self._conversation_to_list(prompt), self.max_tokens)
-        about = {
-            name: getattr(self, name) for name in _SETTINGS
-        }  # garak's report has no place of its own for a generator's settings
+        # garak's report has no place of its own for a generator's settings
+        about = {name: getattr(self, name) for name in _SETTINGS}
         return [Message(said.text, notes={"kvpitfalls": {**about, "n_tokens": said.n_tokens, "n_kept": said.n_kept}})]
 
 

@@ -11,12 +11,8 @@ from ..hf.model import attach, detach
 from ..hf.parts import device_of
 from .chat import CompressedChat, kept_of
 
-_TOKENIZING = (
-    "add_special_tokens",
-    "truncation",
-    "padding",
-    "max_length",
-)  # of tokenizer_encode_kwargs, what is not the chat template's
+# Of tokenizer_encode_kwargs, what is not the chat template's.
+_TOKENIZING = ("add_special_tokens", "truncation", "padding", "max_length")
 
 
 class CompressedPipeline(TextGenerationPipeline):
@@ -110,9 +106,8 @@ def text_generation(model=None, tokenizer=None, *, load_options=None, **settings
         model, tokenizer = load(model, **(load_options or {}))
     elif tokenizer is None:
         raise ValueError("a model object is given without its tokenizer; expected both")
-    placed = (
-        None if getattr(model, "hf_device_map", None) is not None else model.device
-    )  # a pipeline refuses to place what accelerate has
+    # a pipeline refuses to place what accelerate has
+    placed = None if getattr(model, "hf_device_map", None) is not None else model.device
     pipe = CompressedPipeline(model=model, tokenizer=tokenizer, device=placed)
     pipe.device = device_of(model)
     pipe.chat = CompressedChat(model, tokenizer, **settings)

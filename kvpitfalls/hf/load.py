@@ -80,14 +80,10 @@ def load(
     source, folder = _source(name), transformers_name(name)
     options = {"dtype": kind, "attn_implementation": attn_implementation}
     is_here = name is None and not _is_to_be_downloaded(source)
-    local = {
-        "local_files_only": is_here,
-        "trust_remote_code": False,
-    }  # False: neither run nor asked about on the terminal
-    with (
-        _quiet(unless=not is_here and shown()),
-        _reached(source),
-    ):  # what is here takes no second; another may be downloaded
+    # False: a model's own code is neither run nor asked about on the terminal
+    local = {"local_files_only": is_here, "trust_remote_code": False}
+    # what is here takes no second; another may be downloaded
+    with _quiet(unless=not is_here and shown()), _reached(source):
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, **{k: v for k, v in options.items() if v is not None}, **local

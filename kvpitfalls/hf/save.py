@@ -88,25 +88,25 @@ def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) ->
     plain: dict[str, Any] = {}
     for name, value in vars(copy.copy(layer)).items():  # without its spare room
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
-            tensors[f"{prefix}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+            tensors[f"{prefix}.{name}"] = _copied(torch.as_tensor(value))
         elif isinstance(value, _PLAIN) or (
             isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value)
         ):
             plain[name] = value
         elif isinstance(value, dict) and all(isinstance(x, (torch.Tensor, *_PLAIN)) for x in value.values()):
             plain[name] = {key: x for key, x in value.items() if not isinstance(x, torch.Tensor)}
-            tensors.update(
-                {
-                    f"{prefix}.{name}.{k}": x.detach().to("cpu", copy=True)
-                    for k, x in value.items()
-                    if isinstance(x, torch.Tensor)
-                }
-            )
+            held = {key: x for key, x in value.items() if isinstance(x, torch.Tensor)}
+            tensors.update({f"{prefix}.{name}.{key}": _copied(x) for key, x in held.items()})
         elif not isinstance(value, (torch.dtype, torch.device)):  # those are the keys' own
             raise TypeError(
                 f"{prefix} is a {type(layer).__name__} whose {name} is a {type(value).__name__}; it cannot be saved"
             )
     return {"kind": type(layer).__name__, "plain": plain}
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy as a file takes it: in its own memory, row after row."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def load_cache(path: "str | os.PathLike[str]", model: Any) -> KeptCache:

@@ -292,7 +292,9 @@ def _render(
     at, contents = 0, list[tuple[int, int]]()
     for i, (said, owner) in enumerate(zip(texts, owners, strict=True)):
         before, marker_there, marked = marked.partition(f"{marker}{i}\ue002")
-        content = next((c for c in (said, said.strip()) if text.startswith(before + c, at)), None)
+        # up to the next content: white space at an end may be the content's or the template's
+        after, _, _ = marked.partition(f"{marker}{i + 1}\ue002")
+        content = next((c for c in (said, said.strip()) if text.startswith(before + c + after, at)), None)
         if not marker_there or content is None:
             raise ValueError(
                 f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text"

@@ -11,8 +11,10 @@ WAYS = ("sentences", "lines", "messages")
 _LINE_END, _NEXT = re.compile(r"(?<!\s)\s*\n\s*"), re.compile(r"\s*")
 _OTHER_ENDS = re.compile("\r(?!\n)|[\u2028\u2029]")  # of lines, each one character like "\n" itself
 _FACES = "\U0001f600-\U0001f64f"
+_ENDS = "!?؟۔।॥։።။។"  # of sentences; from "؟" on in Arabic, Urdu, Devanagari, Armenian, Ethiopic, Burmese and Khmer
 _STOP = re.compile(
-    rf"(?P<stop>(?<![.!?…؟।])(?:(?<!\s)[.…]|[!?؟।])[.!?…؟]*)(?P<closing>[\"'”’»)\]*_`]*)(?: ?[{_FACES}]+)?(?=\s|$)"
+    rf"(?P<stop>(?<![.…{_ENDS}])(?:(?<!\s)[.…]|[{_ENDS}])[.…{_ENDS}]*)"
+    rf"(?P<closing>[\"'”’»)\]*_`]*)(?: ?[{_FACES}]+)?(?=\s|$)"
     rf"|[。！？]+[」』”’）]*[{_FACES}]*"
 )
 _OPENING = "\"'“‘«([<*_`$€£#"
@@ -34,10 +36,10 @@ def pieces(text: str, how: str) -> list[tuple[int, int]]:
     """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to
     the one before.
 
-    A sentence ends at ``. ! ? …`` before white space, at ``。！？``, and at the end of a line. It does not end after an
-    abbreviation, an initial or a list's number, nor at the end of a quote or a bracket where text goes on in lower
-    case; nor where a line was only wrapped: the next one has no mark of a list, and begins in lower case, or under its
-    mark's text, or with a word that had no room.
+    A sentence ends at ``. ! ? …`` before white space (so at what other scripts have for these), at ``。！？``, and at
+    the end of a line. It does not end after an abbreviation, an initial or a list's number, nor at the end of a quote
+    or a bracket where text goes on in lower case; nor where a line was only wrapped: the next one has no mark of a
+    list, and begins in lower case, or under its mark's text, or with a word that had no room.
 
     Examples
     --------
@@ -161,7 +163,7 @@ def first_words(text: str) -> str:
         if len(name) + 1 + len(word) > _WIDTH:
             break
         name = f"{name} {word}"
-    return name.rstrip(".,;:!?…。！？\"'”’*_`)") or name
+    return name.rstrip(f".,;:…。！？\"'”’*_`){_ENDS}") or name
 
 
 def numbered(names: Iterable[str], used: Iterable[str] = ()) -> Iterator[str]:

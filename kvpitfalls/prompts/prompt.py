@@ -288,9 +288,8 @@ class Prompt:
         """
         import torch
 
-        kept = {
-            name: x for name, x in self.template_options.items() if name != "continue_final_message"
-        }  # of the prompt's last message
+        # that one is of the prompt's last message
+        kept = {name: x for name, x in self.template_options.items() if name != "continue_final_message"}
         options = check_options({**kept, **template_options})
         if self.messages is None:
             if template_options:

@@ -99,8 +99,7 @@ def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[in
         if not wanted:
             raise ValueError(f"the text of instruction {name!r} is empty; expected a text of the prompt")
         check_encodable(f"the text of instruction {name!r}", wanted)
-        # all are needed for the number only: a hostile text may hold very many
-        starts = list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
+        starts = places_of(text, contents, wanted)
         if len(starts) != 1:
             times = f"{len(starts)} times" if len(starts) < _MANY else f"at least {_MANY} times"
             fault = (
@@ -124,6 +123,11 @@ def _find(text: str, contents: Ranges, name: object, wanted: object) -> tuple[in
             )
         return wanted[0], wanted[1]
     raise ValueError(f"instruction {name!r} is {short(wanted)}; expected a text, or (start, end) in characters")
+
+
+def places_of(text: str, contents: Ranges, wanted: str) -> list[int]:
+    """Where the contents hold a text; the first few places, since a hostile one may be there very often."""
+    return list(islice((at for begin, end in contents for at in _occurrences(text, wanted, begin, end)), _MANY))
 
 
 _MANY = 10
