@@ -72,9 +72,12 @@ class LayerRotary(Rotary):
     def meet(self, given) -> bool:
         """Whether the angles (cos, sin) by which the layer turned the prompt's queries are the embedding's; None, if
         its decoder handed it none: it turns nothing."""
-        if self.is_noted and given is None:
+        if not self.is_noted or not self.width:
+            return True
+        if given is None:
             self.width = 0
-        if not self.is_noted or not self.width or self._met.get(self.kind()) is given[0]:
+            return True
+        if self._met.get(self.kind()) is given[0]:
             return True
         ours = self.asked(given[0].new_zeros(1, 1, 1, device=self.at.device), self.at)
         self._met[self.kind()] = given[0]
