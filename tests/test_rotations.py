@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_sweep import build, not_refused
 from tiny_models import build as build_tiny
-from tiny_models import ids
+from tiny_models import ids, tiny_prompt
 from tiny_policies import takes
 
 import kvpitfalls as kvp
@@ -39,6 +39,10 @@ FAMILIES = not_refused(
         "exaone4",
         "ernie4_5",
         "seed_oss",
+        "lara_mini",
+        "lfm3",
+        "olmo_hybrid",
+        "granite_swa",
     ),
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -124,7 +128,7 @@ def test_undone_queries_are_those_that_the_model_turned(family, padded):
         torch.testing.assert_close(
             undone[0, 0, 0] @ rotary.mean(torch.arange(20, 29), undone), means.mean(0), rtol=0, atol=tolerance
         )
-    assert n_turned or family in ("cohere2", "exaone4")
+    assert n_turned or family in ("cohere2", "exaone4", "lara_mini")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,6 +155,63 @@ def test_longer_queries_are_shortened_and_far_positions_leave_the_model_as_it_wa
             handle.compress(tokens)
         assert torch.equal(model(tokens).logits, plain)
     assert all(torch.equal(v, before[k]) for k, v in model.model.rotary_emb.named_buffers())
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+BY_KIND = dict.fromkeys(["sliding_attention", "full_attention"], DYNAMIC)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
+        ("llama", {"rope_parameters": {**LONG, "factor": 4.0, "original_max_position_embeddings": 12}}),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 12}),
+        ("gemma3_text", {"rope_parameters": BY_KIND, "max_position_embeddings": 8}),
+    ],
+)
+@pytest.mark.parametrize("n_before", [2, 40])
+def test_angles_are_those_of_the_models_forward_whatever_was_asked_before(family, changes, n_before):
+    """Some embeddings turn all tokens of a forward by its farthest position, here the longer row's, and remember the
+    farthest of all forwards."""
+    model, made, given = build_tiny(family, **changes), [], {}
+    own = model.model.rotary_emb
+
+    class Asking(kvp.Policy):
+        """Keep the newest, and ask for far positions first."""
+
+        name, listed, needs_queries, needs_rotary = "test_asks", False, True, True
+
+        def score(self, inputs):
+            rotary, prompts, one = inputs.rotary, (inputs.valid, inputs.n_token), inputs.queries[:1, :1, :1]
+            rotary.ahead(*prompts, 50, one)
+            made.append((rotary.of_tokens(*prompts, one), rotary.options.get("layer_type")))
+            return inputs.score("position", n_sink=0)
+
+    def note(module, args, kwargs, out):
+        if module is own:  # and no copy of it
+            given[kwargs.get("layer_type", args[2] if len(args) > 2 else None)] = out
+
+    with torch.no_grad():
+        model(ids(1, n_before), use_cache=False)
+    own.register_forward_hook(note, with_kwargs=True)
+    with kvp.wrap(model, Asking(), budget=4) as handle:
+        handle.compress(ids(2, 14), MASK)
+    assert len(made) == 3 - (family == "gemma3_text")
+    for ours, kind in made:
+        for table, wanted in zip(ours, given[kind], strict=True):
+            for row, begin in enumerate((3, 0)):
+                torch.testing.assert_close(table[row, begin:], wanted[row, begin:], rtol=0, atol=1e-6)
+
+
+def test_what_is_read_on_for_another_policy_is_turned_by_other_angles():
+    model, ratio = build_tiny("llama"), 0.5
+    policies = [kvp.ExpectedAttention(n_future_positions=16, n_sink=1), kvp.KVzip(n_sink=0)]
+    options = {"compression_ratios": [ratio], "fair": False}
+    audits = [kvp.audit(model, tiny_prompt(), policies=asked, **options) for asked in (policies, *zip(policies))]
+    for policy, alone in zip(policies, audits[1:], strict=True):
+        assert (audits[0].kept_mask(policy, ratio) == alone.kept_mask(policy, ratio)).all()
 
 
 def test_positions_are_those_that_the_model_was_given():
@@ -186,6 +247,22 @@ def test_a_model_that_turns_no_queries_so_is_refused_by_name(family, reason):
         handle.compress(ids(1, 12))
     with kvp.wrap(model, kvp.ExpectedAttention(n_sink=1), compression_ratio=0) as handle:  # and nothing is asked of it
         handle.compress(ids(1, 12))
+
+
+@pytest.mark.parametrize("family", not_refused("granite_swa", "granitemoe_swa"))
+def test_layers_that_are_handed_other_angles_are_refused_and_those_that_are_handed_none_turn_nothing(family):
+    changes = {"layer_types": ["full_attention"] * 3, "shared_intermediate_size": 32, "num_local_experts": 2}
+    model, policy = build_tiny(family, "eager", layer_rope_theta=[0.0, 0.0, 10000.0], **changes), Undoing()
+    with kvp.wrap(model, policy, budget=4) as handle:
+        handle.compress(ids(2, 14), MASK)
+    assert [rotary.width for _, _, rotary, _ in policy.seen] == [0, 0, 16]
+    model = build_tiny(family, "eager", layer_rope_theta=[10000.0, 100.0, 10000.0], **changes)
+    with kvp.wrap(model, policy, budget=4) as handle:
+        for _ in range(2):
+            with pytest.raises(
+                kvp.UnsupportedModelError, match=r"\(layer 1\) was handed other angles than its decoder's"
+            ):
+                handle.compress(ids(2, 14), MASK)
 
 
 def test_a_layer_that_turns_its_queries_otherwise_is_noticed_before_any_layer_is_touched(monkeypatch):

@@ -23,6 +23,8 @@ _SIZES = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "v_head_dim", "head_dim", "global_head_dim"], 16),
     **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"], 8),
     **dict.fromkeys(["num_key_value_heads", "num_global_key_value_heads"], 2),
+    "linear_num_heads": 2,
+    "linear_head_dim": 8,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
@@ -75,25 +77,19 @@ _CHANGES = {
 }
 
 
-def tiny_config(model_type: str):
-    """The configuration; raises what transformers raises where none of this fits the type."""
-    sizes = {**_sizes(CONFIG_MAPPING[model_type]), **_CHANGES.get(model_type, {})}
+def tiny_config(model_type: str, **changes):
+    """The configuration, with some fields changed; raises what transformers raises where none of this fits the type."""
+    sizes = {**_sizes(CONFIG_MAPPING[model_type]), **_CHANGES.get(model_type, {}), **changes}
     return AutoConfig.for_model(model_type, **{name: size for name, size in sizes.items() if size is not _OMIT})
 
 
 def _sizes(config_class) -> dict:
-    default = config_class()
-    known = set(default.to_dict()) | {"is_decoder"}
-    renamed = getattr(config_class, "attribute_map", {}) or {}
-    sizes = {
-        name: size
-        for name, size in _SIZES.items()
-        if name in known and name not in renamed and _settable(config_class, name)
-    }
-    if "kv_lora_rank" in known and default.kv_lora_rank:  # multi-head latent attention
+    default, known = config_class(), fields(config_class)
+    sizes = {name: size for name, size in _SIZES.items() if name in known}
+    if getattr(default, "kv_lora_rank", None):  # multi-head latent attention
         sizes.update(head_dim=8, num_key_value_heads=4)
     kinds = default.to_dict().get("layer_types")
-    if kinds and "layer_types" not in renamed and _settable(config_class, "layer_types"):
+    if kinds and "layer_types" in known:
         sizes["layer_types"] = [*sorted(set(kinds) - {"full_attention"}), "full_attention"]
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
     elif "sliding_window" in sizes:  # every layer would be a sliding one
@@ -103,5 +99,8 @@ def _sizes(config_class) -> dict:
     return sizes
 
 
-def _settable(config_class, name: str) -> bool:
-    return not isinstance(getattr(config_class, name, None), property)
+def fields(config_class) -> set[str]:
+    """What can be said of a configuration under its own name."""
+    renamed = getattr(config_class, "attribute_map", {}) or {}
+    known = (set(config_class().to_dict()) | {"is_decoder"}) - set(renamed)
+    return {name for name in known if not isinstance(getattr(config_class, name, None), property)}

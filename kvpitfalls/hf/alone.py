@@ -17,7 +17,13 @@ _PLACES = (1, 4, 9, 3)  # positions of what it is called with
 
 def embedding_of(decoder):
     """A copy of a decoder's rotary embedding, since some change when asked for far positions; None if it has none."""
-    return copy.deepcopy(getattr(decoder, "rotary_emb", None))
+    return copied(getattr(decoder, "rotary_emb", None))
+
+
+def copied(embedding):
+    """The same with buffers of its own; its config is only read, and takes longer to copy than all else."""
+    config = getattr(embedding, "config", None)
+    return copy.deepcopy(embedding, {id(config): config})
 
 
 def options_of(decoder, embedding, index: int) -> dict:

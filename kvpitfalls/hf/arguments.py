@@ -10,6 +10,10 @@ import torch
 # The newest first. A forward that has one of them by name takes its cache under that name; it may still take an older
 # one, with a warning.
 CACHE_NAMES = ("cache", "past_key_values")
+NO_CACHE = (
+    "use_cache is False (an argument, or left in the model's config by training), so that nothing would be compressed; "
+    "expected use_cache=True, or a call inside `with handle.paused()`"
+)
 
 
 def cache_name(module: torch.nn.Module) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from .again import plan
-from .arguments import Given, Signature, uses_cache
+from .arguments import NO_CACHE, Given, Signature, uses_cache
 from .cache import KeptCache
 from .choices import check_choices
 from .coming import Coming
@@ -119,10 +119,7 @@ def _ours(decoder, wrap, given: Given) -> KeptCache | None:
     if uses_cache(decoder, given.bound):
         return wrap.make()
     if wrap.action.acts:
-        raise NotInterceptedError(
-            "use_cache is False (an argument, or left in the model's config by training), so that nothing would be "
-            "compressed; expected use_cache=True, or a call inside `with handle.paused()`"
-        )
+        raise NotInterceptedError(NO_CACHE)
     return None
 
 

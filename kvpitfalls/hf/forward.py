@@ -6,6 +6,8 @@ collected is an error.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
@@ -15,7 +17,6 @@ import torch
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from ..eviction.layer_inputs import LayerInputs
-from ..policies.rotary import Rotary
 from . import one_token
 from .cache import KeptCache
 from .coming import Coming
@@ -28,6 +29,7 @@ from .threads import local
 if TYPE_CHECKING:
     from .evict import Action
     from .fixed import FixedCache
+    from .rotations import LayerRotary
 
 
 @dataclass(eq=False)
@@ -82,12 +84,18 @@ class Forward:
     )
     bound: dict | None = None  # the call's arguments by name, for a cache of fixed size
     coming: Coming | None = None  # the prompt that this is a chunk of
-    rotaries: Mapping[torch.nn.Module, Rotary] = field(
+    rotaries: "Mapping[torch.nn.Module, LayerRotary]" = field(
         default_factory=dict
     )  # of attention modules, where the action reads them
     projections: Mapping[torch.nn.Module, Callable] = field(default_factory=dict)
     tickets: dict[int, Ticket] = field(default_factory=dict)  # in the order in which layers were updated
+    angles: Any = None  # cosines and sines by which queries were turned since the last attention call
     afterwards: Callable | None = None  # what else the decoder's own forward is called for, before anything is evicted
+
+    @property
+    def notes_angles(self) -> bool:
+        """Whether anybody asks by what angles the layers turn their queries."""
+        return bool(self.rotaries)
 
     @cached_property
     def layers(self) -> list[KeptLayer]:
@@ -193,7 +201,7 @@ class Watched:
 
     Attributes
     ----------
-    is_plain : bool
+    is_plain, notes_angles : bool
         As a forward's.
     told : tensor (B, n, Hq, Dv), or None
         What attention is to give; zeros if it is not said.
@@ -201,17 +209,21 @@ class Watched:
         What it gave.
     query, key, value : tensor (B, Hq, n, D), (B, H, n, D), (B, H, n, Dv)
         What it was given.
+    angles : (tensor, tensor), or None
+        As a forward's.
     returned : tensor
         What the module made of what it attended to.
     """
 
     is_plain: ClassVar[bool] = False
+    notes_angles: ClassVar[bool] = True
     told: torch.Tensor | None
     attended: torch.Tensor = field(init=False)
     query: torch.Tensor = field(init=False)
     key: torch.Tensor = field(init=False)
     value: torch.Tensor = field(init=False)
     returned: torch.Tensor = field(init=False)
+    angles: Any = None
 
     def attend(self, query, key, value):
         """What stands for attention."""
@@ -245,10 +257,29 @@ def attention_around(base: Callable, implementation: str | None) -> Callable:
     return partial(attention, base, implementation or "eager")
 
 
+def noting_angles(function: Callable) -> Callable:
+    """What stands for a modeling file's function that turns queries: the same, and this thread's forward knows by what
+    angles."""
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def turn(*args, **kwargs):
+        if local.forward is not None and local.forward.notes_angles:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            local.forward.angles = given.get("cos"), given.get("sin")
+        return function(*args, **kwargs)
+
+    vars(turn)["own"] = function
+    return turn
+
+
 def attention(base, implementation, module, query, key, value, attention_mask=None, **kwargs):
     forward = local.forward
     if isinstance(forward, Watched):
         return forward.attend(query, key, value)
+    angles = None
+    if forward is not None:  # those of a layer that is not compressed are not the next one's
+        angles, forward.angles = forward.angles, None
     ticket = forward.collect(key, module) if forward is not None else None
     if forward is None or ticket is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -264,6 +295,7 @@ def attention(base, implementation, module, query, key, value, attention_mask=No
         with Denominators(query, kwargs.get("scaling")) if tells else contextlib.nullcontext() as seen:
             out = base(module, query, key, value, attention_mask, **kwargs)
         check_call(module, implementation, kwargs)
+        _check_angles(module, forward, angles)
         lse = None if seen is None else seen.lse
         call = _seen_by(ticket, forward, module, implementation, query, key, value, kwargs, lse)
         act(ticket.layer, call)
@@ -286,6 +318,15 @@ def check_call(module, implementation: str, extra: dict) -> None:
             raise UnsupportedModelError(
                 f"{name} passes {key!r} to its attention, which indexes cache entries that eviction moves"
             )
+
+
+def _check_angles(module, forward: Forward, angles: Any) -> None:
+    """Raise if a layer turned a prompt's queries otherwise than its rotary says."""
+    if forward.prefill and module in forward.rotaries and not forward.rotaries[module].meet(angles):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} (layer {module.layer_idx}) was handed other angles than its decoder's rotary_emb "
+            "gives; the policy undoes rotary embedding and expects one for all layers of a kind"
+        )
 
 
 def _over_slots(ticket: Ticket, base, implementation: str, query, key, mask, kwargs: dict):

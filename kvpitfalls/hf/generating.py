@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from ..numbers import check_whole, is_whole
-from .arguments import given_cache
+from .arguments import NO_CACHE, given_cache
 from .cache import KeptCache
 from .coming import Coming
 from .masks import check_padding, valid_ranges
@@ -157,11 +157,7 @@ def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None
 def _check_mode(arguments: dict, acts: bool) -> None:
     config = arguments["generation_config"]
     if config.use_cache is False:
-        raise NotInterceptedError(
-            "generate was called with use_cache=False, so that nothing would be compressed; expected use_cache=True, "
-            "or a call inside "
-            "`with handle.paused()`"
-        )
+        raise NotInterceptedError(NO_CACHE)
     if config.get_generation_mode(arguments.get("assistant_model")) == "assisted_generation":
         raise UnsupportedModelError(
             "assisted generation (assistant_model, prompt_lookup_num_tokens) puts drafts behind the prompt, and would "

@@ -1,8 +1,9 @@
 """Standing between a model and its attention functions.
 
 Every attention class looks its function up under one of two module-level names, so those are replaced by stand-ins in
-the modeling file's globals for as long as a model is wrapped. Config, weights and registries stay untouched; calls of
-models that are not wrapped, or that carry no cache of ours, go straight through.
+the modeling file's globals for as long as a model is wrapped, and so is the function that turns queries. Config,
+weights and registries stay untouched; calls of models that are not wrapped, or that carry no cache of ours, go straight
+through.
 
 One forward of a wrapped decoder goes through :func:`_armed`, which arms this thread; ``entering.py`` sees to its cache,
 ``forward.py`` has what follows.
@@ -24,7 +25,7 @@ from .cache import KeptCache
 from .choices import check_choices
 from .coverage import check_model
 from .entering import enter
-from .forward import attention_around
+from .forward import attention_around, noting_angles
 from .generating import PAGED, arguments_of, check_generate, chunks_of
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
@@ -49,7 +50,7 @@ class _Attachment:
         self.signature = Signature(decoder)
         self.namespaces = stand_ins.globals_of(self.own)
         self.around = Around(decoder, "forward", _armed)
-        stand_ins.put(self.namespaces, attention_around)
+        stand_ins.put(self.namespaces, attention_around, noting_angles)
         self.finalizer = weakref.finalize(decoder, stand_ins.abandon, self.namespaces)
         self.finalizer.atexit = False
 

@@ -2,7 +2,7 @@
 
 The modeling file's ``apply_rotary_pos_emb`` and the decoder's ``rotary_emb`` are called, nothing is replaced. Whether a
 layer really turns its queries so, its attention is asked alone, on random hidden states: with the angles of some
-positions, and with none.
+positions, and with none. Whether its decoder hands it these angles, the prompt's own forward shows.
 """
 
 import inspect
@@ -16,10 +16,11 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..policies.rotary import Rotary
-from .alone import answered, arguments_for, called, embedding_of, options_of, same
+from .alone import answered, arguments_for, called, copied, embedding_of, options_of, same
+from .stand_ins import ROTARY
 
-_NAME = "apply_rotary_pos_emb"
-_widths: "weakref.WeakKeyDictionary[torch.nn.Module, int]" = weakref.WeakKeyDictionary()  # of layers that were tried
+# Of layers that were tried: width and is_noted.
+_known: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, bool]]" = weakref.WeakKeyDictionary()
 
 
 class LayerRotary(Rotary):
@@ -35,15 +36,21 @@ class LayerRotary(Rotary):
         What it is called with beside positions.
     at : LongTensor (1 or B, T)
         The prompt's positions.
+    made, met : dict
+        What all layers of the prompt share: see :meth:`Rotary.once`, and, by :meth:`kind`, cosines that a layer was
+        handed.
+
+    Attributes
+    ----------
     width : int
         0 for a layer that turns nothing.
-    made : dict
-        What all layers of the prompt share; see :meth:`Rotary.once`.
+    is_noted : bool
+        Whether it calls the function, in the modeling file's own name, with what its decoder hands it.
     """
 
-    def __init__(self, function: Callable, embedding, options: dict, at: torch.Tensor, width: int, made: dict):
-        self.function, self.embedding, self.options, self.at, self.width = function, embedding, options, at, width
-        self._made = made
+    def __init__(self, function: Callable, embedding, options: dict, at: torch.Tensor, made: dict, met: dict):
+        self.function, self.embedding, self.options, self.at, self.width = function, embedding, options, at, 0
+        self.is_noted, self._made, self._met = False, made, met
 
     def positions(self, valid, n_token, device=None):
         """See :class:`Rotary`; as the model was given them."""
@@ -52,7 +59,30 @@ class LayerRotary(Rotary):
     def angles(self, positions, x):
         """See :class:`Rotary`; rounded as the model rounds them for an x of this type."""
         one_row = x.reshape(1, -1, x.shape[-1])[:, :1]
-        return tuple(part.float().to(x.device) for part in self.embedding(one_row, positions, **self.options))
+        return tuple(part.float().to(x.device) for part in self.asked(one_row, positions))
+
+    def asked(self, like, positions):
+        """What the embedding gives for positions (B, N) in a forward over the prompt. Some turn all tokens of a forward
+        by its farthest position, be it another row's, and remember that for later ones."""
+        farthest = self.at.max().to(positions.device).expand(len(positions), 1)
+        embedding = copied(self.embedding)
+        parts = embedding(like, torch.cat([positions, farthest], 1), **self.options)
+        return tuple(part[:, :-1] for part in parts) if isinstance(parts, tuple) else parts
+
+    def meet(self, given) -> bool:
+        """Whether the angles (cos, sin) by which the layer turned the prompt's queries are the embedding's; None, if
+        its decoder handed it none: it turns nothing."""
+        if not self.is_noted or not self.width:
+            return True
+        if given is None:
+            self.width = 0
+            return True
+        if self._met.get(self.kind()) is given[0]:
+            return True
+        ours = self.asked(given[0].new_zeros(1, 1, 1, device=self.at.device), self.at)
+        self._met[self.kind()] = given[0]
+        pairs = zip(ours, given, strict=True)
+        return all(same(part.to(its.device).expand_as(its), its, its.dtype) for part, its in pairs)
 
     def kind(self):
         """See :class:`Rotary`."""
@@ -101,25 +131,27 @@ def rotaries_of(
         )
     rotaries: dict[torch.nn.Module, LayerRotary] = {}
     made: dict = {}
+    met: dict = {}
     for module, index in layers.items():
         function = _function_of(module)
         if function is None:
             raise _unknown(
-                decoder, f"has no {_NAME} of queries, cosines and sines in the file of {type(module).__name__}"
+                decoder, f"has no {ROTARY} of queries, cosines and sines in the file of {type(module).__name__}"
             )
-        rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, 0, made)
-        if module not in _widths:
-            _widths[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
-        rotary.width = _widths[module]
+        rotary = LayerRotary(function, embedding, options_of(decoder, embedding, index), positions, made, met)
+        if module not in _known:
+            _known[module] = answered(decoder, index, "queries", _tried, decoder, module, index, rotary)
+        rotary.width, rotary.is_noted = _known[module]
         rotaries[module] = rotary
     return rotaries
 
 
 def _function_of(module) -> Callable | None:
     """The modeling file's function, as one of (x, cos, sin); some turn queries and keys by one call."""
-    function: Any = getattr(sys.modules[type(module).__module__], _NAME, None)
-    if function is None:
+    found: Any = getattr(sys.modules[type(module).__module__], ROTARY, None)
+    if found is None:
         return None
+    function = getattr(found, "own", found)  # not what notes by which angles a layer turns
     names = list(inspect.signature(function).parameters)
     if names[:4] == ["q", "k", "cos", "sin"]:
         return _of_queries(function)
@@ -138,11 +170,12 @@ def _unknown(decoder, reason: str) -> UnsupportedModelError:
     )
 
 
-def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
-    """How many channels of each head this layer turns; raises if positions move it in any other way."""
+def _tried(decoder, module, index: int, rotary: LayerRotary) -> tuple[int, bool]:
+    """How many channels of each head this layer turns, and whether it is noted by what angles; raises if positions move
+    it in any other way."""
     arguments = arguments_for(decoder, module)
     places, device = arguments["position_ids"], arguments["hidden_states"].device
-    angles = rotary.embedding(arguments["hidden_states"], places, **rotary.options)
+    angles = rotary.asked(arguments["hidden_states"], places)
     if not isinstance(angles, tuple) or not all(
         isinstance(part, torch.Tensor) and not part.is_complex() for part in angles
     ):
@@ -150,18 +183,17 @@ def _tried(decoder, module, index: int, rotary: LayerRotary) -> int:
     angles = tuple(part.to(device) for part in angles)
     still = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
     calls = ((still, places), (still, places + 7), (angles, places))
-    before, moved, after = (
-        called(module, {**arguments, "position_embeddings": by, "position_ids": at}).query for by, at in calls
-    )
-    dtype = before.dtype
+    watches = [called(module, {**arguments, "position_embeddings": by, "position_ids": at}) for by, at in calls]
+    before, moved, after = (watch.query for watch in watches)
+    noted, dtype = watches[-1].angles, before.dtype
     if same(before, moved, dtype) and same(before, after, dtype):
-        return 0
+        return 0, False
     cos, sin = (part.float() for part in angles)
     for width in dict.fromkeys((before.shape[-1], cos.shape[-1])) if same(before, moved, dtype) else ():
         rotary.width = width
         if _turns(rotary, before, after, cos, sin) and same(rotary.undone(after, places), before, dtype):
-            return width
-    raise _unknown(decoder, f"turns the queries of layer {index} in another way than its {_NAME} does")
+            return width, noted is not None and noted[0] is angles[0]
+    raise _unknown(decoder, f"turns the queries of layer {index} in another way than its {ROTARY} does")
 
 
 def _turns(rotary: LayerRotary, before, after, cos, sin) -> bool:

@@ -1,4 +1,5 @@
-"""Stand-ins for the two names under which a modeling file looks up its attention functions.
+"""Stand-ins for the two names under which a modeling file looks up its attention functions, and for the function that
+turns queries.
 
 They are there for as long as a model of that file is wrapped, counted, and taken out again even if the model is freed
 without a word.
@@ -9,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable
 
+ROTARY = "apply_rotary_pos_emb"
 lock = threading.Lock()  # held by who puts, takes or clears
 _replaced: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
 _abandoned: "collections.deque[list[dict]]" = (
@@ -51,8 +53,9 @@ def globals_of(modules) -> list[dict]:
     return list({id(namespace): namespace for namespace in namespaces}.values())
 
 
-def put(namespaces: list[dict], around: Callable) -> None:
-    """Put stand-ins in; ``around(function, implementation)`` is called with what each lookup finds.
+def put(namespaces: list[dict], around: Callable, noting: Callable) -> None:
+    """Put stand-ins in; ``around(function, implementation)`` is called with what each lookup finds, and
+    ``noting(function)`` with the function that turns queries.
 
     They are counted once they are there, and put again where an interrupt came between: what it leaves is a stand-in
     more, which lets all calls through, and never a count without one.
@@ -60,11 +63,13 @@ def put(namespaces: list[dict], around: Callable) -> None:
     for namespace in namespaces:
         entry = _replaced.setdefault(id(namespace), [namespace, 0, {}])
         if entry[1] == 0:
-            _replace(namespace, entry[2], around)
+            _replace(namespace, entry[2], around, noting)
         entry[1] += 1
 
 
-def _replace(namespace: dict, originals: dict, around: Callable) -> None:
+def _replace(namespace: dict, originals: dict, around: Callable, noting: Callable) -> None:
+    if ROTARY in namespace:
+        namespace[ROTARY] = noting(originals.setdefault(ROTARY, namespace[ROTARY]))
     real = originals.setdefault("ALL_ATTENTION_FUNCTIONS", namespace["ALL_ATTENTION_FUNCTIONS"])
     namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real, around)
     if not hasattr(

@@ -52,7 +52,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
             cache = KeptCache(model.config, action)
             decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
             for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
-                logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache)).logits
+                logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache))[0]  # or hidden states
             outputs.append(logits.float())
     finally:
         detach(model)
