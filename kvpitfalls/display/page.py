@@ -64,13 +64,14 @@ def write_report(folder: str | Path) -> dict:
     FileNotFoundError, ValueError, ImportError
     """
     parts = sweep_folders(folder)
-    read = {part.name: read_records(part) for part in parts}
+    names = [part.relative_to(folder) for part in parts]
+    read = {str(name / RECORDS): read_records(part) for name, part in zip(names, parts, strict=True)}
     if not any(read.values()):
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
     for of_part in read.values():
         check_records(of_part)
     records = each_once(read)
-    metas = {part.name: read_meta(part) for part in parts}
+    metas = {str(name / META): read_meta(part) for name, part in zip(names, parts, strict=True)}
     cells, changes, classes = summarize(records), differences(records), following(records)
     ranked, scores, families = rank_correlations(records), composites(records), attack_families(records)
     compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
@@ -101,7 +102,8 @@ def write_report(folder: str | Path) -> dict:
     _remove_older(
         out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
     )
-    facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
+    planned, found = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
+    facts = {"items": len(records) + planned - found, "recorded": len(records)}  # an item of two sweeps is one
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)
@@ -221,7 +223,7 @@ def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, dra
         terms=tables_of.terms(cells),
         groups=shown,
         after=after,
-        metas=[(f"{META} of {name}", json.dumps(meta, indent=1)) for name, meta in metas.items()],
+        metas=[(name, json.dumps(meta, indent=1)) for name, meta in metas.items()],
     )
 
 
