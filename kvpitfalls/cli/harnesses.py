@@ -5,7 +5,7 @@ import argparse
 import json
 
 from .streams import columns
-from .values import FAIR_HELP, fair, policy_help
+from .values import FAIR_HELP, fair, policy_help, text
 
 _LM_EVAL = """\
 kvpitfalls lm-eval --policy snapkv --compression-ratio 0.5 [--fair] [...] -- --tasks ifeval --apply_chat_template [lm-eval's own options]
@@ -51,6 +51,7 @@ def _add_settings(command, scope: str) -> None:
     command.add_argument(
         "--protect",
         metavar="WHAT",
+        type=text,
         action="append",
         help="an instruction's name, a role, a text of every prompt, sinks, boundary",
     )
