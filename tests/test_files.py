@@ -6,12 +6,13 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kvpitfalls.experiments.records import META, write_meta
-from kvpitfalls.files import whole
+from kvpitfalls.files import made_once, whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
 
 _TELL = """
 import os, sys
-from kvpitfalls.files import whole
+from kvpitfalls.files import made_once, whole
 print("before")
 with whole(sys.argv[1]) as temporary:
     temporary.write_text("made\\n")
@@ -141,3 +142,27 @@ def test_a_name_may_be_as_long_as_the_system_lets_it(tmp_path, name):
     with whole(tmp_path / name) as temporary:
         temporary.write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_is_kept_is_made_once_whole_or_not_at_all(tmp_path):
+    folder, begun = tmp_path / "cache" / "tables", threading.Barrier(4)
+
+    def make(into):
+        (into / "one").write_text(str(into))
+        begun.wait()  # all are at it
+        (into / "two").write_text(str(into))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: made_once(folder, make), range(4))) == {folder}
+    assert (folder / "one").read_text() == (folder / "two").read_text() and list(folder.parent.iterdir()) == [folder]
+    assert made_once(folder, None) == folder, "it is there"
+
+    def fail(into):
+        (into / "one").touch()
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        made_once(folder.with_name("others"), fail)
+    assert list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(OSError, match=r"cannot be made \(\w.*\); expected .* such as KVPITFALLS_CACHE may name"):
+        made_once(folder / "one" / "below", make)
