@@ -95,7 +95,8 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
                 error.filename = str(path)
             raise
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that is only read: none is there, and none can go
+                temporary.unlink()
 
 
 def _open_as(path: Path) -> int | None:

@@ -106,9 +106,17 @@ def test_a_place_where_no_file_can_be_is_named_as_it_was_given(tmp_path, where, 
 
 @pytest.mark.parametrize("fault", [errno.EROFS, errno.ENOSPC, errno.EACCES])
 @pytest.mark.parametrize("is_named", [False, True])
-def test_a_disk_s_fault_is_told_of_the_file_that_was_asked_for(tmp_path, fault, is_named):
-    """A write names no file, and opening one that of this package's own, which nobody has heard of."""
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_a_disk_s_fault_is_told_of_the_file_that_was_asked_for(tmp_path, monkeypatch, fault, is_named, is_read_only):
+    """A write names no file, and opening one that of this package's own, which nobody has heard of. A disk that is only
+    read refuses to remove a file that is not there."""
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
     path = tmp_path / "page.html"
+    if is_read_only:
+        monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(OSError, match="page") as raised, whole(path) as temporary:
         raise OSError(fault, os.strerror(fault), *([str(temporary)] if is_named else []))
     assert (raised.value.errno, raised.value.filename) == (fault, str(path)) and [*tmp_path.iterdir()] == []

@@ -144,13 +144,16 @@ def lines_of(records: Sequence[Mapping]) -> bytes:
 
 def append(folder: str | Path, records: Sequence[Mapping]) -> None:
     """Add a batch's records, by one write that has reached the disk when this returns."""
-    lines = lines_of(records)
-    with (Path(folder) / RECORDS).open("ab", buffering=0) as file:
-        if (n := file.write(lines)) != len(lines):
-            raise OSError(
-                f"{n} of {len(lines)} bytes were written to {file.name}; expected all. Free some space and resume"
-            )
-        os.fsync(file.fileno())
+    lines, path = lines_of(records), Path(folder) / RECORDS
+    with path.open("ab", buffering=0) as file:
+        try:
+            n = file.write(lines)
+            os.fsync(file.fileno())
+        except OSError as error:  # a write names no file
+            error.filename = str(path)
+            raise
+    if n != len(lines):
+        raise OSError(f"{n} of {len(lines)} bytes were written to {path}; expected all. Free some space and resume")
 
 
 def write_meta(folder: str | Path, meta: Mapping) -> None:
@@ -189,4 +192,9 @@ def locked(folder: str | Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(f"another sweep is running in {folder}; expected to be alone there") from error
+        except OSError as error:  # of Lustre without its option flock, say
+            raise OSError(
+                f"{path} cannot be locked ({error.strerror}), so two sweeps could write here; expected a folder on a "
+                "file system with locks"
+            ) from error
         yield
