@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 import kvpitfalls as kvp
 from kvpitfalls import DeviceError
+from kvpitfalls.display.page import write_report
 from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
@@ -316,6 +317,29 @@ def test_a_fault_of_a_program_ends_the_sweep_and_its_records_stay(model, tmp_pat
 def test_bad_configs_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         SweepConfig.parse(given)
+
+
+@pytest.mark.parametrize("name", ["models", "dataset"])
+def test_a_name_that_no_record_could_hold_is_refused(name):
+    """Such as that of a folder in Latin-1: the first batch could not be written."""
+    given = {name: ["caf\udce9"] if name == "models" else "caf\udce9"}
+    with pytest.raises(ValueError, match=rf"^{name} (hold|is) 'caf.udce9', which holds the lone surrogate"):
+        SweepConfig(**given)
+
+
+def test_an_error_that_quotes_half_a_character_is_recorded(model, tmp_path, monkeypatch):
+    def fail(self, kind, output, seed):
+        raise ValueError("not this: \ud83d")
+
+    monkeypatch.setattr("kvpitfalls.experiments.scenario.Scenario.score", fail)
+    config = tiny_sweep.config(model, n_prompts=1, compression_ratios=[0.5])
+    assert sweep(config, tmp_path)["failed"] > 0
+    (error,) = {record["error"] for record in records.read_records(tmp_path)}
+    assert error == "ValueError: not this: \ud83d" and sweep(config, tmp_path)["resumed_at"] > 0
+    (tmp_path / "records.jsonl").read_text("utf-8")
+    written = Path(write_report(tmp_path)["page"])
+    assert "not this: ⟨U+D83D⟩" in written.read_text("utf-8")
+    assert "not this: \\ud83d" in written.with_name("failures.csv").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def write_report(folder: str | Path) -> dict:
 def _write(path: Path, text: str) -> None:
     """Whole, or not at all: an earlier report is not cut off by a disk that is full."""
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # an error may quote anything
 
 
 def _remove_older(out: Path, tables: Iterable[str], written: set[str]) -> None:

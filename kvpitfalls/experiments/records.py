@@ -138,8 +138,10 @@ def _whole_batches(path: Path, batches: Iterable[Sequence[Mapping]]) -> list[lis
 
 
 def lines_of(records: Sequence[Mapping]) -> bytes:
-    """Records as a file holds them."""
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
+    """Records as a file holds them. What UTF-8 cannot hold, such as half of a pair in the words of an error, is
+    escaped as JSON has it."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return "".join(lines).encode(errors="backslashreplace")
 
 
 def append(folder: str | Path, records: Sequence[Mapping]) -> None:
