@@ -303,31 +303,23 @@ def test_the_page_says_what_its_modes_are_and_aligns_signed_numbers(folder, writ
 def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, tmp_path, first, second, parts):
     """A copy of a sweep beside it, or below it by its own name, changes no number; what another setting, such as a
     dtype, made of an item does not join it."""
-    both = tmp_path / "both"
+    both, path = tmp_path / "both", tmp_path / "both" / second / "records.jsonl"
     for place in (both / first, both / second):
         shutil.copytree(folder, place, ignore=shutil.ignore_patterns("report"), dirs_exist_ok=True)
+    recorded = records.read_records(both / second)
 
-    def facts():
+    def reported(theirs):
+        path.write_text("".join(json.dumps(record) + "\n" for record in theirs), "utf-8")
         return {name: value for name, value in write_report(both).items() if name not in ("page", "cards")}
 
     expected = {name: value for name, value in written.items() if name not in ("page", "cards")}
-    assert facts() == expected
-    path = both / second / "records.jsonl"
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]), "utf-8")
-    assert facts() == {**expected, "items": expected["items"] + 1}, "a sweep that is not whole is told"
-    recorded = list(map(json.loads, lines))
-    path.write_text("".join(json.dumps({**record, "seconds": 9.0}) + "\n" for record in recorded), "utf-8")
-    assert facts() == expected
-    assert all(
-        f"<summary>{part}run_meta.json</summary>" in (both / "report" / "index.html").read_text("utf-8")
-        for part in parts
-    )
-    recorded[-1]["n_new"] += 1
-    path.write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
+    assert reported({**record, "seconds": 9.0} for record in recorded) == expected
+    assert reported(recorded[:-1]) == {**expected, "items": expected["items"] + 1}, "a sweep that is not whole is told"
+    page = (both / "report" / "index.html").read_text("utf-8")
+    assert all(f"<summary>{part}run_meta.json</summary>" in page for part in parts)
     told = "' and '".join(f"{part}records.jsonl" for part in parts)
     with pytest.raises(ValueError, match=rf"'{told}' hold other results of the same item \(.*probe\)"):
-        write_report(both)
+        reported([*recorded[:-1], {**recorded[-1], "n_new": recorded[-1]["n_new"] + 1}])
 
 
 @pytest.mark.parametrize("kinds", [("attack", "recall"), ("follow",)])
