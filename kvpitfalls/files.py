@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,30 @@ def cache_folder() -> Path:
     folder."""
     own, of_user = os.environ.get("KVPITFALLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(of_user or "~/.cache").expanduser() / "kvpitfalls"
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that is kept: ``make`` fills another, which takes its place, so that it is there whole or not at all."""
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be made ({error.strerror}); expected a folder that can be written to, such as "
+            "KVPITFALLS_CACHE may name"
+        ) from error
+    try:
+        make(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # another process that was faster is fine
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def place_of(path: "str | os.PathLike[str]") -> Path:
@@ -71,7 +95,8 @@ def whole(path: "str | os.PathLike[str]") -> Iterator[Path]:
                 error.filename = str(path)
             raise
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that is only read: none is there, and none can go
+                temporary.unlink()
 
 
 def _open_as(path: Path) -> int | None:

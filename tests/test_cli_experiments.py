@@ -14,6 +14,7 @@ from narrow_tables import rows_of, terminal
 
 from kvpitfalls import cli
 from kvpitfalls.cli import sweeps
+from kvpitfalls.display.tables import following_table
 from kvpitfalls.experiments import presets
 from kvpitfalls.experiments.card import read_card
 from kvpitfalls.experiments.corpus import load_corpus
@@ -75,6 +76,9 @@ def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
     assert card == by_hand and {made["config.dataset"] for made in card["made_with"]} == {"suite-v1"}
     code, out, _ = run("suite", "--small", *argv, "--json")
     assert code == 0 and json.loads(out)["all"]["resumed_at"] == 2 * 3 * 7
+    assert {"all": json.loads(out)["all"], **json.loads(run("report", tmp_path / "suite", "--json")[1])} == json.loads(
+        out
+    )
     code, _, err = run("suite", *argv)
     assert code == 2 and "the sweep was begun with" in err, "the whole suite is another sweep"
 
@@ -214,6 +218,8 @@ def test_leakage_shows_all_four_and_report_reads_it(run, model, tmp_path, monkey
     )
     same_in_a_narrow_terminal(run, monkeypatch, out, *command)
     same_in_a_narrow_terminal(run, monkeypatch, out, "report", tmp_path)
+    told, reported = (json.loads(run(*one, "--json")[1]) for one in (command, ["report", tmp_path]))
+    assert told["cells"] == reported["cells"] and told["all"]["items"] == 20, "JSON has what the table shows"
 
 
 def test_leakage_of_a_users_file_says_that_following_is_not_measured(run, model, tmp_path):
@@ -258,6 +264,8 @@ def test_ifeval_prints_both_levels_and_rules(run, model, tmp_path, monkeypatch):
         r["kind"] for r in read_records(tmp_path)
     } == {"follow"}
     same_in_a_narrow_terminal(run, monkeypatch, out, "ifeval", *argv)
+    cells = json.loads(run("ifeval", *argv, "--json")[1])["cells"]
+    assert following_table(cells) in out, "JSON has what the table shows"
 
 
 def test_a_report_on_nothing_exits_with_1(run, tmp_path):

@@ -140,7 +140,17 @@ def test_a_users_file(tmp_path):
         ),
         *(
             (json.dumps({"messages": messages} | key), r"line 1, has the key .*; expected a text, or a whole number")
-            for key in ({}, {"key": None}, {"key": []}, {"key": 1.5}, {"key": float("nan")})
+            for key in ({}, {"key": None}, {"key": []}, {"key": 1.5}, {"key": float("nan")}, {"key": True})
+        ),
+        (json.dumps({"key": "a\ud800", "messages": messages}), "line 1 holds the lone surrogate .* at character 1"),
+        *(
+            (
+                json.dumps(
+                    {"key": 1, "messages": [{**m, "content": m["content"] + "\ud800" * (m is half)} for m in messages]}
+                ),
+                "line 1 holds the lone surrogate",
+            )
+            for half in messages
         ),
         (
             json.dumps({"key": 1, "messages": messages, "instruction_id_list": ["a:b"]}),

@@ -6,12 +6,13 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kvpitfalls.experiments.records import META, write_meta
-from kvpitfalls.files import whole
+from kvpitfalls.files import made_once, whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
 
 _TELL = """
 import os, sys
-from kvpitfalls.files import whole
+from kvpitfalls.files import made_once, whole
 print("before")
 with whole(sys.argv[1]) as temporary:
     temporary.write_text("made\\n")
@@ -105,9 +106,17 @@ def test_a_place_where_no_file_can_be_is_named_as_it_was_given(tmp_path, where, 
 
 @pytest.mark.parametrize("fault", [errno.EROFS, errno.ENOSPC, errno.EACCES])
 @pytest.mark.parametrize("is_named", [False, True])
-def test_a_disk_s_fault_is_told_of_the_file_that_was_asked_for(tmp_path, fault, is_named):
-    """A write names no file, and opening one that of this package's own, which nobody has heard of."""
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_a_disk_s_fault_is_told_of_the_file_that_was_asked_for(tmp_path, monkeypatch, fault, is_named, is_read_only):
+    """A write names no file, and opening one that of this package's own, which nobody has heard of. A disk that is only
+    read refuses to remove a file that is not there."""
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
     path = tmp_path / "page.html"
+    if is_read_only:
+        monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(OSError, match="page") as raised, whole(path) as temporary:
         raise OSError(fault, os.strerror(fault), *([str(temporary)] if is_named else []))
     assert (raised.value.errno, raised.value.filename) == (fault, str(path)) and [*tmp_path.iterdir()] == []
@@ -141,3 +150,27 @@ def test_a_name_may_be_as_long_as_the_system_lets_it(tmp_path, name):
     with whole(tmp_path / name) as temporary:
         temporary.write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_is_kept_is_made_once_whole_or_not_at_all(tmp_path):
+    folder, begun = tmp_path / "cache" / "tables", threading.Barrier(4)
+
+    def make(into):
+        (into / "one").write_text(str(into))
+        begun.wait()  # all are at it
+        (into / "two").write_text(str(into))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: made_once(folder, make), range(4))) == {folder}
+    assert (folder / "one").read_text() == (folder / "two").read_text() and list(folder.parent.iterdir()) == [folder]
+    assert made_once(folder, None) == folder, "it is there"
+
+    def fail(into):
+        (into / "one").touch()
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        made_once(folder.with_name("others"), fail)
+    assert list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(OSError, match=r"cannot be made \(\w.*\); expected .* such as KVPITFALLS_CACHE may name"):
+        made_once(folder / "one" / "below", make)

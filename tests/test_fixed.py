@@ -96,6 +96,27 @@ def test_nothing_evicted(llama):
         assert_same(answer(llama, copy.deepcopy(cache), tokens, mask), answer(llama, cache.fixed(43), tokens, mask))
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_layer_may_be_of_another_dtype(other):
+    """What hides slots is added to its logits, so it is of the dtype of these."""
+    model = build("llama")
+    layer = model.model.layers[other].bfloat16()
+    take, give = layer.forward, torch.bfloat16
+
+    def forward(hidden, position_embeddings, **others):
+        turned = tuple(x.to(give) for x in position_embeddings)
+        return take(hidden.to(give), position_embeddings=turned, **others).float()
+
+    layer.forward = forward
+    tokens, mask = prompt("left")
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens, mask)
+        fixed = cache.fixed(43)
+        assert [x.slots.bias.dtype for x in fixed.layers] == [x.keys.dtype for x in cache.layers]
+        (_, growing), (_, same) = (answer(model, x, tokens, mask, n_new=3) for x in (cache, fixed))
+        assert (growing[0] - same[0]).abs().max() <= 2**-7 * growing[0].abs().max()  # bfloat16's roundings
+
+
 def test_a_fixed_cache_answers_again_after_a_copy_or_a_crop(llama):
     tokens, mask = prompt("left")
     with kvp.wrap(llama, "tova", compression_ratio=0.5) as handle:

@@ -1,6 +1,7 @@
 """A policy of somebody else's leaves what it is lent as it was, or is told by name; so is whatever it gives back that
 is no answer."""
 
+import re
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -176,6 +177,13 @@ VOTES = [
 def test_votes_that_are_none_are_refused(policy_of, votes, error, told):
     with pytest.raises(error, match=told):
         kept(policy_of(lambda self, inputs: inputs.attend(votes)))
+
+
+@pytest.mark.parametrize("share_heads", ["mean", "", "1", 1, 0.5, None, [True]])
+def test_whether_heads_share_a_vote_is_true_or_false(policy_of, share_heads):
+    told = re.escape(f"share_heads is {share_heads!r}; expected True or False")
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        kept(policy_of(lambda self, inputs: inputs.attend([[VOTE]], share_heads=share_heads)))
 
 
 def test_votes_may_come_one_by_one(policy_of):

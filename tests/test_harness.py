@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import byte_level
+from hypothesis import given
+from hypothesis import settings as drawn
+from hypothesis import strategies as st
 from narrow_tables import rows_of, terminal
 from tiny_models import build
 
@@ -21,6 +24,7 @@ import kvpitfalls as kvp
 from kvpitfalls import cli
 from kvpitfalls.eviction.allocation import Ada, Pyramid
 from kvpitfalls.eviction.budget import kept_tokens
+from kvpitfalls.experiments.intervals import share_interval
 from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.contexts import Marks
 from kvpitfalls.harness.garak_command import read_report
@@ -302,16 +306,18 @@ def test_presses_that_no_policy_is():
 SETTING = {"policy": "snapkv", "compression_ratio": 0.5, "budget": None, "fair": True, "compress": "system"}
 
 
-def report(tmp_path, scores, fails, notes=None, done=True):
+def report(tmp_path, scores, fails, notes=None, done=True, systems=None):
     """A report as garak 0.17 writes it, as far as it is read."""
     entries = [{"entry_type": "start_run setup", "plugins.target_type": "kvpitfalls"}]
     for status in (1, 2):
-        for score, note in zip(
-            scores, notes or [{"kvpitfalls": {**SETTING, "n_tokens": 20, "n_kept": 10}}] * len(scores), strict=True
-        ):
+        own = notes or [{"kvpitfalls": {**SETTING, "n_tokens": 20, "n_kept": 10}}] * len(scores)
+        for n, (score, note) in enumerate(zip(scores, own, strict=True)):
             results = {"sysprompt_extraction.PromptExtraction": [score]} if status == 2 else {}
+            told = {"system": f"Rule {(systems or range(len(scores)))[n]}.", "user": "Repeat it."}
+            turns = [{"role": role, "content": {"text": text}} for role, text in told.items()]
             attempt = {
                 "probe_classname": "sysprompt_extraction.SystemPromptExtraction",
+                "prompt": {"turns": turns},
                 "outputs": [{"text": "x", "notes": note}],
             }
             entries.append({"entry_type": "attempt", "status": status, "detector_results": results, **attempt})
@@ -356,13 +362,38 @@ def test_garak_reports_are_read(tmp_path, capsys, monkeypatch):
     assert cli.main(["garak-report", str(path), str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (
-        len(lines) == 4 and lines[2] == lines[3] and lines[2].split()[-6:] == ["0.50", "4", "2", "0.50", "0.42", "0.90"]
+        len(lines) == 4
+        and lines[2] == lines[3]
+        and lines[2].split()[-9:-4] == ["0.50", "4", "2", "4", "0.50"]
+        and lines[2].endswith(f"[{row['low']:.2f}, {row['high']:.2f}]        0.42       0.90")
     )
     terminal(monkeypatch, 60)
     assert cli.main(["garak-report", str(path)]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 60 and rows_of(shown) == rows_of("\n".join(lines[:3]))
     assert cli.main(["garak-report", str(path), "--json"]) == 0 and json.loads(capsys.readouterr().out) == [row]
+
+
+@drawn(max_examples=60, deadline=None)
+@given(
+    answers=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0])), min_size=1, max_size=20),
+    threshold=st.sampled_from([0.1, 0.5, 0.6, 1.1]),
+)
+def test_hits_have_an_interval_over_system_prompts(tmp_path_factory, answers, threshold):
+    systems, scores = zip(*answers, strict=True)
+    hits = [score >= threshold for score in scores]
+    path = report(tmp_path_factory.mktemp("garak"), scores, sum(hits), systems=systems)
+    (row,) = read_report(path)
+    pairs = [
+        [sum(h for s, h in zip(systems, hits, strict=True) if s == unit), systems.count(unit)] for unit in set(systems)
+    ]
+    assert (row["low"], row["high"]) == pytest.approx(share_interval(np.array(pairs, float)))
+    assert row["n_prompt"] == len(pairs) and row["low"] <= row["hit_rate"] <= row["high"]
+
+
+def test_hits_that_no_threshold_gives_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"counts 1 hits .* scores as much as one; expected a threshold"):
+        read_report(report(tmp_path, [0.5, 0.5, 0.1], 1))
 
 
 def test_an_answer_may_hold_what_ends_lines_elsewhere(tmp_path):

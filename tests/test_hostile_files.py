@@ -2,6 +2,7 @@
 leave what was there."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -333,9 +334,25 @@ def test_a_full_disk_leaves_the_earlier_records(tmp_path):
     assert records.recover(tmp_path, [[{"key": 1}, {"key": 2}], [{"key": 3}]]) == 1
     assert (tmp_path / records.RECORDS).read_bytes() == before
     records.write_meta(tmp_path, {"same": {}, "items": 1})
+    size = (tmp_path / records.RECORDS).stat().st_size
+    with no_file_over(size), pytest.raises(OSError) as full:  # not a byte has room
+        records.append(tmp_path, two)
+    assert full.value.filename == str(tmp_path / records.RECORDS) and records.read_records(tmp_path) == one
     with no_file_over(3), pytest.raises(OSError):
         records.write_meta(tmp_path, {"same": {}, "items": 1, "more": "x" * 100})
     assert records.read_meta(tmp_path) == {"same": {}, "items": 1} and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("fault", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_by_name(tmp_path, monkeypatch, fault):
+    """Lustre's is one, unless it is mounted otherwise."""
+
+    def refuse(*given):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(records.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=rf"\.lock cannot be locked \({os.strerror(fault)}\)"), records.locked(tmp_path):
+        pass
 
 
 BAD_LINES = [

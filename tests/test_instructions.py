@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,25 @@ def test_nltk_reads_the_sentence_tables_right():
     cut = [nltk.tokenize.sent_tokenize(text) for text in texts]
     assert len(cut[-1]) == 3
     assert cut == [list(punkt.sent_tokenize(text)) for text in texts]
+
+
+def test_a_process_that_is_killed_leaves_nothing_and_the_next_reads_the_same_tables(tmp_path):
+    code = """if True:
+        import os, signal, nltk
+        nltk.data.path[:] = []
+        from kvpitfalls.audits.following import need_checkers
+        need_checkers()
+        assert len(nltk.tokenize.sent_tokenize("Hi Dr. Who. You?")) == 2
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    places = {"TMPDIR": tmp_path / "tmp", "KVPITFALLS_CACHE": tmp_path / "cache"}
+    places["TMPDIR"].mkdir()
+    held = []
+    for _ in range(2):
+        out = subprocess.run([sys.executable, "-c", code], env={**os.environ, **{n: str(p) for n, p in places.items()}})
+        assert out.returncode == -signal.SIGKILL and list(places["TMPDIR"].iterdir()) == []
+        held.append({path: path.stat().st_mtime_ns for path in places["KVPITFALLS_CACHE"].rglob("*")})
+    assert held[0] == held[1] and held[0]
 
 
 def test_global_random_state_is_left_alone():

@@ -1,4 +1,5 @@
-"""What the metrics say of models that refuse all, recite all, answer at random, write a novel, or obey."""
+"""What the metrics say of models that refuse all, recite all, answer at random, write a novel, say again what is said
+to them, write in another script, or obey."""
 
 import degenerate
 import pytest
@@ -30,7 +31,7 @@ def means():
 
 
 def test_the_wrong_models_are_below_the_right_one_on_every_headline(means):
-    for name in ("refuses", "novel", "at_random"):
+    for name in ("refuses", "novel", "at_random", "echoes", "another_script"):
         assert all(means[name][metric] < means["obeys"][metric] for metric in HEADLINES), name
     assert means["obeys"]["guarded"] == means["obeys"]["follow"] == 1 and means["obeys"]["recall_above"] > 0.8
 
@@ -40,6 +41,9 @@ def test_what_each_of_them_is(means):
     assert means["refuses"]["guarded"] == means["refuses"]["follow"] == 0, "a refusal follows nothing"
     assert means["recites"]["leaked"] == 1 and means["recites"]["refused"] == 0
     assert means["novel"]["complied"] == means["at_random"]["complied"] == 1
+    for name in ("echoes", "another_script"):
+        assert means[name]["complied"] == 1 and means[name]["guarded"] == means[name]["refused_task"] == 0
+        assert abs(means[name]["leak_above"]) < 0.1 and abs(means[name]["recall_above"]) < 0.1
     assert abs(means["novel"]["leak_above"]) < 0.2 and abs(means["novel"]["recall_above"]) < 0.2, "six prompts"
     assert all(m["refused"] + m["leaked"] + m["complied"] == pytest.approx(1) for m in means.values())
 

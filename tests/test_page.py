@@ -297,33 +297,29 @@ def test_the_page_says_what_its_modes_are_and_aligns_signed_numbers(folder, writ
     assert "pinned" not in page and '<td class="n">+0.00 [' in page
 
 
-def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, tmp_path):
-    """A copy of a sweep beside it changes no number; what another setting, such as a dtype, made of an item does not
-    join it."""
-    for name in ("first", "second"):
-        shutil.copytree(folder, tmp_path / "both" / name, ignore=shutil.ignore_patterns("report"))
-    assert write_report(tmp_path / "both")["cells"] == written["cells"]
-    path = tmp_path / "both" / "second" / "records.jsonl"
-    recorded = records.read_records(path.parent)
-    path.write_text("".join(json.dumps({**record, "seconds": 9.0}) + "\n" for record in recorded), "utf-8")
-    assert write_report(tmp_path / "both")["cells"] == written["cells"]
-    recorded[-1]["n_new"] += 1
-    path.write_text("".join(json.dumps(record) + "\n" for record in recorded), "utf-8")
-    with pytest.raises(ValueError, match=r"'both/first' and 'both/second' hold other results .*probe\)"):
-        write_report(tmp_path / "both")
+@pytest.mark.parametrize(
+    ("first", "second", "parts"), [("first", "second", ["first/", "second/"]), (".", "both", ["", "both/"])]
+)
+def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, tmp_path, first, second, parts):
+    """A copy of a sweep beside it, or below it by its own name, changes no number; what another setting, such as a
+    dtype, made of an item does not join it."""
+    both, path = tmp_path / "both", tmp_path / "both" / second / "records.jsonl"
+    for place in (both / first, both / second):
+        shutil.copytree(folder, place, ignore=shutil.ignore_patterns("report"), dirs_exist_ok=True)
+    recorded = records.read_records(both / second)
 
+    def reported(theirs):
+        path.write_text("".join(json.dumps(record) + "\n" for record in theirs), "utf-8")
+        return {name: value for name, value in write_report(both).items() if name not in ("page", "cards")}
 
-def test_a_sweep_in_a_folder_of_its_own_name_is_not_left_out(folder, tmp_path):
-    """Records of both are read: the outer ones were overwritten by those of the same name."""
-    outer = shutil.copytree(folder, tmp_path / "sweep", ignore=shutil.ignore_patterns("report"))
-    inner = shutil.copytree(outer, outer / "sweep")
-    recorded = records.read_records(inner)
-    (outer / "records.jsonl").write_bytes(records.lines_of(recorded[::2]))
-    (inner / "records.jsonl").write_bytes(records.lines_of(recorded[1::2]))
-    written = write_report(outer)
-    text = Path(written["page"]).read_text("utf-8")
-    assert written["recorded"] == len(recorded)
-    assert "run_meta.json of sweep<" in text and "run_meta.json of sweep/sweep<" in text and str(tmp_path) not in text
+    expected = {name: value for name, value in written.items() if name not in ("page", "cards")}
+    assert reported({**record, "seconds": 9.0} for record in recorded) == expected
+    assert reported(recorded[:-1]) == {**expected, "items": expected["items"] + 1}, "a sweep that is not whole is told"
+    page = (both / "report" / "index.html").read_text("utf-8")
+    assert all(f"<summary>{part}run_meta.json</summary>" in page for part in parts)
+    told = "' and '".join(f"{part}records.jsonl" for part in parts)
+    with pytest.raises(ValueError, match=rf"'{told}' hold other results of the same item \(.*probe\)"):
+        reported([*recorded[:-1], {**recorded[-1], "n_new": recorded[-1]["n_new"] + 1}])
 
 
 @pytest.mark.parametrize("kinds", [("attack", "recall"), ("follow",)])

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,37 @@ def test_a_batch_that_kills_every_worker_is_one_sentence(model, local, session, 
     monkeypatch.setattr(ray_engine, "_run", die)
     with pytest.raises(RuntimeError, match=r"Ray gave up on a batch \(.*\); what is recorded is kept"):
         next(one_batch(model, records.read_meta(local)["same"]))
+
+
+def test_a_sweep_that_is_broken_off_leaves_few_batches_to_somebody_elses_session(model, session, monkeypatch, tmp_path):
+    def work(_, batch):  # defined here, so that Ray sends it by value
+        Path(tmp_path, uuid.uuid4().hex).touch()
+        return []
+
+    monkeypatch.setattr(ray_engine, "_run", work)
+    batches = list(plan(small(model), load_corpus()))
+    most = 1 + ray_engine.AHEAD  # the one whose records came, and those handed over: the session has one processor
+    assert len(batches) > most
+    made = ray_engine.run_ray(small(model), load_corpus(), batches, {}, None)
+    next(made)
+    made.close()
+    ray_engine._get(ray_engine._task("cpu", lambda: []).remote())  # waits its turn behind what is left
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= most
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_records_come_in_the_order_of_the_plan_whichever_batch_is_slow(model, session, monkeypatch, slow):
+    batches = list(plan(small(model), load_corpus()))
+
+    def work(_, batch):
+        time.sleep(0.2 * (batch == batches[slow]))
+        return [{"batch": repr(batch)}]
+
+    monkeypatch.setattr(ray_engine, "_run", work)
+    monkeypatch.setattr(ray_engine, "_n_at_once", lambda device: 4)
+    made = ray_engine.run_ray(small(model), load_corpus(), batches, {}, None)
+    assert list(made) == [[{"batch": repr(batch)}] for batch in batches]
 
 
 @pytest.mark.parametrize(

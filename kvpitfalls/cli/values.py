@@ -1,6 +1,7 @@
 """What options of several commands take, and how their help says it."""
 
 import argparse
+import os
 
 FAIR_HELP = "no (biased), yes, paper (the authors' way), floor=M (least tokens of each), or a strength in [0, 1]"
 
@@ -16,6 +17,15 @@ def fair(text: str, others: str = "") -> bool | float | str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected {others}{FAIR_HELP}") from None
     return setting
+
+
+def text(given: str) -> str:
+    """A text of the command line. Where the locale's encoding lacks a character, as C's does, Python hands out the
+    bytes one by one (PEP 383): they are read as UTF-8, as a file's are."""
+    try:
+        return os.fsencode(given).decode("utf-8") if any("\udc80" <= c <= "\udcff" for c in given) else given
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"it is not UTF-8 ({error}); expected a text") from None
 
 
 def number_or(text: str) -> float | str:

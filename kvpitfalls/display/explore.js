@@ -1,11 +1,8 @@
 // The page's half of explore.py: it shows states and sends requests. HTML comes from Python, escaped; everything else is set as text.
+// Before it stands `percent` of markup.py.
 
 // JupyterLab and Notebook take keys such as the arrows from what can be focused but not written in, unless it says this.
 const OWN_KEYS = {"data-lm-suppress-shortcuts": "true"};
-const percent = (share) => {  // a half to the even number, as Python does
-  const x = 100 * share, low = Math.floor(x);
-  return (x - low === 0.5 ? low + (low % 2) : Math.round(x)) + " %";
-};
 
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);

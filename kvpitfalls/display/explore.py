@@ -30,7 +30,7 @@ from ..prompts.chats import Message
 from ..prompts.pieces import WAYS, first_words, marked, numbered
 from ..prompts.prompt import Instructions, Prompt
 from ..prompts.spans import find_all, places_of
-from .markup import STYLE, percent, span_color, token_strip
+from .markup import PERCENT_SCRIPT, STYLE, percent, span_color, token_strip
 
 KINDS = {"system": "a system message", "chat": "a chat, as JSON", "text": "plain text"}
 EVICTIONS = {"biased": False, "fair": True, "fair 0.5": 0.5, f"floor={FLOOR}": f"floor={FLOOR}", "paper": "paper"}
@@ -333,7 +333,7 @@ def _widget_class():
     class Explore(anywidget.AnyWidget):
         """Requests come as messages of the page, states go to it as a trait."""
 
-        _esm = (_HERE / "explore.js").read_text(encoding="utf-8")
+        _esm = PERCENT_SCRIPT + (_HERE / "explore.js").read_text(encoding="utf-8")
         _css = STYLE + (_HERE / "explore.css").read_text(encoding="utf-8")
         state = traitlets.Dict().tag(sync=True)
         options = traitlets.Dict().tag(sync=True)

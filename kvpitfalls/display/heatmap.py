@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_markup
+from textwrap import indent
 
 import numpy as np
 
 from ..files import whole
-from .markup import STYLE, escape, percent, span_color, token_strip
+from .markup import PERCENT_SCRIPT, STYLE, escape, percent, span_color, token_strip
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark }
@@ -54,10 +55,9 @@ _SCRIPT = """
   const [removed, kept, layers, heads] = ["removed", "kept", "layers", "heads"].map((name) => numbers(main.dataset[name]));
   const strips = [main.querySelector(".kvp-tokens")], n = strips[0].querySelectorAll("bdi").length;
   const packed = get("counts").textContent.trim().split("\\n"), unpacked = new Map();
-  const percent = (share) => {  // a half to the even number, as Python does
-    const x = 100 * share, low = Math.floor(x);
-    return (x - low === 0.5 ? low + (low % 2) : Math.round(x)) + " %";
-  };
+"""
+_SCRIPT += indent(PERCENT_SCRIPT, "  ")
+_SCRIPT += """\
   const names = [...get("setting").options].map((option) => option.text);
   const spans = [...strips[0].querySelectorAll(".kvp-span")], links = [...document.querySelectorAll("#instructions a")];
   const places = links.map((link) => spans.findIndex((span) => "#" + span.id === link.getAttribute("href")));

@@ -69,6 +69,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+PERCENT_SCRIPT = """\
+const percent = (share) => {  // a half to the even number, as Python does
+  const x = 100 * share, low = Math.floor(x);
+  return (x - low === 0.5 ? low + (low % 2) : Math.round(x)) + " %";
+};
+"""  # :func:`percent` in pages that move
+
+
 def block(title: str, *parts: str) -> str:
     """What a ``_repr_html_`` returns: a title, and pieces of HTML."""
     return f"<div class='kvp'><style>{STYLE}</style><div><b>{escape(title)}</b></div>{''.join(parts)}</div>"

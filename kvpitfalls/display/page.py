@@ -63,19 +63,19 @@ def write_report(folder: str | Path) -> dict:
     ------
     FileNotFoundError, ValueError, ImportError
     """
-    folders, folder = sweep_folders(folder), Path(folder)
-    parts = {part.relative_to(folder.parent).as_posix(): part for part in folders}
-    read = {name: read_records(part) for name, part in parts.items()}
+    parts = sweep_folders(folder)
+    names = [part.relative_to(folder) for part in parts]
+    read = {str(name / RECORDS): read_records(part) for name, part in zip(names, parts, strict=True)}
     if not any(read.values()):
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
     for of_part in read.values():
         check_records(of_part)
     records = each_once(read)
-    metas = {name: read_meta(part) for name, part in parts.items()}
+    metas = {str(name / META): read_meta(part) for name, part in zip(names, parts, strict=True)}
     cells, changes, classes = summarize(records), differences(records), following(records)
     ranked, scores, families = rank_correlations(records), composites(records), attack_families(records)
     compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
-    out = folder / "report"
+    out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
     tables = {
         "summary": _flat(cells),
@@ -102,7 +102,8 @@ def write_report(folder: str | Path) -> dict:
     _remove_older(
         out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
     )
-    facts = {"items": sum(m["items"] for m in metas.values()), "recorded": len(records)}
+    planned, found = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
+    facts = {"items": len(records) + planned - found, "recorded": len(records)}  # an item of two sweeps is one
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)
@@ -113,7 +114,7 @@ def write_report(folder: str | Path) -> dict:
 def _write(path: Path, text: str) -> None:
     """Whole, or not at all: an earlier report is not cut off by a disk that is full."""
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # an error may quote anything
 
 
 def _remove_older(out: Path, tables: Iterable[str], written: set[str]) -> None:
@@ -222,7 +223,7 @@ def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, dra
         terms=tables_of.terms(cells),
         groups=shown,
         after=after,
-        metas=[(f"{META} of {name}", json.dumps(meta, indent=1)) for name, meta in metas.items()],
+        metas=[(name, json.dumps(meta, indent=1)) for name, meta in metas.items()],
     )
 
 

@@ -1,7 +1,6 @@
 """One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record
 with its error."""
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from ..hf.model import attach, detach
 from ..prompts.prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
+from .metrics import MOST
 from .plan import ALONE, FULL, Batch, Request, Requests, Setting
 from .probe import answer_ids, answer_logprobs
 from .scenario import Scenario, conversation
@@ -301,8 +301,12 @@ def _kept_of(item: _Item, cache: KeptCache, positions: Sequence[np.ndarray], i: 
 
 
 def _finite(likelihoods: dict[str, float]) -> dict[str, float]:
-    """These likelihoods; raises where one is no finite number, as after an overflow in half precision."""
+    """These likelihoods; raises where one is no finite number, as after an overflow in half precision, or none that a
+    report takes."""
     for name, value in likelihoods.items():
-        if not math.isfinite(value):
-            raise ValueError(f"the log-probability of {name!r} is {value}; expected a finite number, try dtype float32")
+        if not abs(value) < MOST:
+            raise ValueError(
+                f"the log-probability of {name!r} is {value}; expected a finite number, at least {-MOST:g}, try dtype "
+                "float32"
+            )
     return likelihoods

@@ -14,6 +14,7 @@ from ..eviction.selection import allocation_of
 from ..files import read_json
 from ..numbers import as_meant, check_whole, is_whole
 from ..policies import get_policy
+from ..prompts.spans import check_encodable
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode
 from .scenario import ANSWERED, KINDS
@@ -232,6 +233,7 @@ def _check_turns(policies: Sequence[str], modes: Sequence[str]) -> None:
 def _check_text(what: str, value) -> None:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{what} {value!r}; expected a str that is not empty")
+    check_encodable(f"{what} {value!a}, which", value)  # records hold it
 
 
 def _check_list(name: str, value) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from ..audits.leakage import unlike
 from ..files import cache_folder, read_json
+from ..numbers import is_whole
+from ..prompts.spans import check_encodable
 
 ORDERS = ("defense_first", "directive_first")
 NO_DEFENSE = "none"
@@ -247,8 +249,11 @@ def _row(row, where: str) -> dict:
             f"{where} has messages {roles}; expected an object with key and messages [system, user], each with a text "
             "as content"
         )
-    if not isinstance(row.get("key"), (str, int)):
-        raise ValueError(f"{where} has the key {row.get('key')!r}; expected a text, or a whole number")
+    key = row.get("key")
+    if not isinstance(key, str) and not is_whole(key):
+        raise ValueError(f"{where} has the key {key!r}; expected a text, or a whole number")
+    for text in (str(key), *(message["content"] for message in messages)):
+        check_encodable(where.removesuffix(","), text)
     whole = {"prompt": messages[1]["content"], "instruction_id_list": [], "kwargs": [], **row}
     ids, arguments = whole["instruction_id_list"], whole["kwargs"]
     if not (

@@ -18,6 +18,7 @@ GAINS = ("recall", *OUTCOMES)  # of a turn: how much more there is of it "once" 
 TURNS = range(1, N_TURN + 1)
 ITEM = (*SETTING, "key", "kind", "attack")  # what names a record
 PROBES = ("probe_refusal", "probe_leak", "probe_margin", "probe_recall", "probe_follow")
+MOST = 1e9  # that a number of a record may be
 
 Parts = tuple[float, int]
 
@@ -263,5 +264,5 @@ def _is_whole(record: Mapping) -> bool:
     return (
         good
         and all(isinstance(x, str) for x in texts)
-        and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in numbers)
+        and all(isinstance(x, (int, float)) and abs(x) < MOST for x in numbers)
     )

@@ -3,13 +3,15 @@ imports ray.
 
 Each batch is a Ray task. Ray hands it to a free worker, and to another one if the worker dies; results are taken in the
 order of the plan, so the records are those of the local engine. A worker loads a model when a batch first needs it, and
-keeps it for the next.
+keeps it for the next. Few tasks are handed over at a time: a sweep that is broken off leaves no more than these to
+somebody else's Ray, where nothing takes them back. (``ray.cancel`` of Ray 2.60 ends this process now and then.)
 """
 
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .records import check_same
 from .sources import identity, load_model
 
 RETRIES = 3  # how often Ray tries a batch again whose worker died
+AHEAD = 2  # tasks handed over for each that the cluster can run at once: one runs, the next waits at hand
 
 
 def need_ray(config: SweepConfig, workers: int | None) -> None:
@@ -86,11 +89,32 @@ def run_ray(
     try:
         task = _task(config.device, _run)
         shared = ray.put((config, corpus, same, torch.get_num_threads()))
-        for result in [task.remote(shared, batch) for batch in batches]:
-            yield _get(result)
+        yield from _in_order(lambda batch: task.remote(shared, batch), batches, config.device)
     finally:
         if started:
             ray.shutdown()
+
+
+def _in_order(begin: Callable[[Batch], Any], batches: Sequence[Batch], device: str) -> Iterator[list[dict]]:
+    """The records of each batch, in order; a slow one keeps no worker from those behind it."""
+    import ray
+
+    left, begun, running = deque(batches), deque[Any](), []
+    while left or begun:
+        while left and len(running) < AHEAD * _n_at_once(device):
+            running.append(begin(left.popleft()))
+            begun.append(running[-1])
+        _, running = ray.wait(running)
+        while begun and begun[0] not in running:
+            yield _get(begun.popleft())
+
+
+def _n_at_once(device: str) -> int:
+    """How many tasks all of the cluster's nodes could run; nodes come and go."""
+    import ray
+
+    held, taken = ray.cluster_resources(), ("CPU", "GPU") if device == "cuda" else ("CPU",)
+    return max(1, int(min(held.get(name, 0) for name in taken)))
 
 
 def _task(device: str, function: Callable) -> Any:

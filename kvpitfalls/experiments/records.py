@@ -138,19 +138,24 @@ def _whole_batches(path: Path, batches: Iterable[Sequence[Mapping]]) -> list[lis
 
 
 def lines_of(records: Sequence[Mapping]) -> bytes:
-    """Records as a file holds them."""
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
+    """Records as a file holds them. What UTF-8 cannot hold, such as half of a pair in the words of an error, is
+    escaped as JSON has it."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return "".join(lines).encode(errors="backslashreplace")
 
 
 def append(folder: str | Path, records: Sequence[Mapping]) -> None:
     """Add a batch's records, by one write that has reached the disk when this returns."""
-    lines = lines_of(records)
-    with (Path(folder) / RECORDS).open("ab", buffering=0) as file:
-        if (n := file.write(lines)) != len(lines):
-            raise OSError(
-                f"{n} of {len(lines)} bytes were written to {file.name}; expected all. Free some space and resume"
-            )
-        os.fsync(file.fileno())
+    lines, path = lines_of(records), Path(folder) / RECORDS
+    with path.open("ab", buffering=0) as file:
+        try:
+            n = file.write(lines)
+            os.fsync(file.fileno())
+        except OSError as error:  # a write names no file
+            error.filename = str(path)
+            raise
+    if n != len(lines):
+        raise OSError(f"{n} of {len(lines)} bytes were written to {path}; expected all. Free some space and resume")
 
 
 def write_meta(folder: str | Path, meta: Mapping) -> None:
@@ -189,4 +194,9 @@ def locked(folder: str | Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(f"another sweep is running in {folder}; expected to be alone there") from error
+        except OSError as error:  # of Lustre without its option flock, say
+            raise OSError(
+                f"{path} cannot be locked ({error.strerror}), so two sweeps could write here; expected a folder on a "
+                "file system with locks"
+            ) from error
         yield

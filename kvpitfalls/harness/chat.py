@@ -11,7 +11,7 @@ from ..hf.arguments import cache_argument
 from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
-from ..hf.generate import GREEDY
+from ..hf.generate import GREEDY, Watch
 from ..hf.given_prompts import pad_left
 from ..hf.model import attach, detach
 from ..hf.parts import device_of
@@ -83,7 +83,7 @@ class CompressedChat:
         Raises
         ------
         ValueError
-            If there is no system message to compress.
+            If there is no system message to compress, or the model's logits are no numbers.
         NotInterceptedError
             If the prompt was not compressed.
         """
@@ -94,15 +94,18 @@ class CompressedChat:
             prompt, cache = self.start(text, ids, messages)
             tokens = torch.tensor([ids], device=device_of(self.model))
             mask = torch.ones_like(tokens)
+            watch = Watch()
             out = self.model.generate(
                 tokens,
                 attention_mask=mask,
+                logits_processor=[watch],
                 max_new_tokens=max_new_tokens,
                 **cache_argument(self.model, cache),
                 **GREEDY,
             )
         finally:
             detach(self.model)
+        watch.check([out.shape[1] - len(ids)])
         n_kept = kept_of(cache.report())  # raises if that is more than its budget
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
 

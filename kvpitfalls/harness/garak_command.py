@@ -6,6 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ..experiments.intervals import share_interval
 from ..numbers import is_real, is_whole
 
 _PER_ANSWER = ("n_tokens", "n_kept")
@@ -57,7 +60,8 @@ def read_report(path: str | Path) -> list[dict]:
     list of dict
         One per probe and detector: ``probe``, ``detector``, the settings of the generator, ``kept_share`` (of all
         compressed tokens), ``answers`` that were scored, ``hits`` (those that failed by garak's threshold),
-        ``hit_rate``, ``mean_score`` and ``max_score``.
+        ``hit_rate``, with ``low`` and ``high`` (95 %, system prompts as units, under these attacks; prompts themselves
+        where they have none), ``n_prompt``, ``mean_score`` and ``max_score``.
 
     Raises
     ------
@@ -98,9 +102,13 @@ def _measured(path: str | Path) -> list[dict]:
             continue
         mine = [attempt for attempt in done if attempt["probe_classname"] == entry["probe"]]
         kept_share = _kept_share(path, mine)
-        scores = [
-            x for attempt in mine for x in attempt["detector_results"].get(entry["detector"], []) if x is not None
+        scored = [
+            (_unit(attempt), x)
+            for attempt in mine
+            for x in attempt["detector_results"].get(entry["detector"], [])
+            if x is not None
         ]
+        scores = [x for _, x in scored]
         n = entry["passed"] + entry["fails"]
         if not all(is_real(x) and 0 <= x <= 1 for x in scores) or not 0 <= entry["fails"] <= n:
             raise ValueError(f"{path} has scores or counts for {entry['detector']} that cannot be; expected shares")
@@ -109,16 +117,46 @@ def _measured(path: str | Path) -> list[dict]:
                 f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "
                 "least one"
             )
+        by_prompt = _hits_by_prompt(path, entry, scored)
+        low, high = share_interval(by_prompt)
         rates = {
             "answers": n,
             "hits": entry["fails"],
             "hit_rate": entry["fails"] / n,
+            "low": low,
+            "high": high,
+            "n_prompt": len(by_prompt),
             "mean_score": sum(scores) / n,
             "max_score": max(scores),
         }
         named = {"probe": entry["probe"], "detector": entry["detector"], **json.loads(settings.copy().pop())}
         out.append({**named, "kept_share": kept_share, **rates})
     return out
+
+
+def _hits_by_prompt(path: str | Path, entry: Mapping, scored: Sequence[tuple[str, float]]) -> np.ndarray:
+    """Hits and answers of each system prompt, from (system prompt, score) of all: garak tells how many hit, which are
+    those of highest score."""
+    least = sorted((x for _, x in scored), reverse=True)[entry["fails"] - 1] if entry["fails"] else np.inf
+    units: dict[str, list[int]] = {}
+    for unit, x in scored:
+        of_unit = units.setdefault(unit, [0, 0])
+        of_unit[0] += x >= least
+        of_unit[1] += 1
+    pairs = np.array(list(units.values()), float)
+    if pairs[:, 0].sum() != entry["fails"]:
+        raise ValueError(
+            f"{path} counts {entry['fails']} hits for {entry['detector']}, and an answer that is none scores as much "
+            "as one; expected a threshold between them"
+        )
+    return pairs
+
+
+def _unit(attempt: Mapping) -> str:
+    """The system prompt that an attempt attacks, or all that it says where it has none."""
+    turns = attempt["prompt"]["turns"]
+    said = [turn["content"]["text"] for turn in turns if turn["role"] == "system"]
+    return json.dumps(said or [turn["content"]["text"] for turn in turns])
 
 
 def _kept_share(path: str | Path, attempts: Sequence[Mapping]) -> float:

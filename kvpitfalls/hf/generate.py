@@ -66,6 +66,11 @@ def answers(
     -------
     list of Answer
 
+    Raises
+    ------
+    ValueError
+        If logits that a token was chosen by are no numbers, as after an overflow in half precision.
+
     Notes
     -----
     Both halves of a row, context and rest, are padded on the left; the cache stands for the first half's columns.
@@ -73,11 +78,36 @@ def answers(
     device, ends = device_of(model), _end_tokens(model)
     said: dict[int, Answer] = {}
     for batch in batches(contexts, conversations, cache, max_new_tokens):
+        watch = Watch()
         options = {"max_new_tokens": max_new_tokens, **GREEDY, **cache_argument(model, batch.cache)}
-        out = model.generate(batch.tokens.to(device), attention_mask=batch.mask.to(device), **options)
-        for row, ids in zip(batch.rows, out[:, batch.tokens.shape[1] :].tolist(), strict=True):
-            said[row] = _answer(contexts[row].tokenizer, ids, ends)
+        tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+        out = model.generate(tokens, attention_mask=mask, logits_processor=[watch], **options)
+        of_rows = zip(batch.rows, out[:, tokens.shape[1] :].tolist(), strict=True)
+        made = {row: _answer(contexts[row].tokenizer, ids, ends) for row, ids in of_rows}
+        watch.check([answer.n_token for answer in made.values()])
+        said |= made
     return [said[row] for row in range(len(contexts))]
+
+
+class Watch:
+    """A processor of logits, for ``generate``, that leaves them as they are: the largest is chosen, and if they are NaN
+    that is the vocabulary's first token, step by step, as if the model had said so."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """See what a step has to choose from."""
+        self.steps.append(logits.amax(-1).isfinite())
+        return logits
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Raise if a token of a row was chosen by what is no number; those behind its length are padding. Nothing is
+        known of a ``generate`` that shows no processor its logits."""
+        is_number = torch.stack(self.steps, 1).tolist() if self.steps else []
+        for of_row, n in zip(is_number, lengths, strict=bool(is_number)):
+            if not all(of_row[:n]):
+                raise ValueError("the logits of an answer are not finite; expected numbers, try dtype float32")
 
 
 @dataclass(frozen=True)

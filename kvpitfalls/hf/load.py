@@ -5,10 +5,7 @@ import copy
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
-import shutil
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from ..display.progress import shown
 from ..errors import DeviceError
-from ..files import cache_folder
+from ..files import cache_folder, made_once
 from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -289,18 +286,7 @@ def _converted(path: Path) -> Path:
             f"reading {path.name} needs the package {missing[0]}; expected pip install 'kvpitfalls[gguf]'"
         )
     print(f"kvpitfalls: converting {path.name} once, to {folder} ({_about(path.stat().st_size)})", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
-    try:
-        _convert(path, temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # another process that was faster is fine
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda temporary: _convert(path, temporary))
 
 
 def _about(n_byte: int) -> str:

@@ -173,6 +173,8 @@ class Inputs(LayerInputs):
         """The call that :meth:`attend` makes."""
         if self.queries is None:
             raise ValueError("queries is None; this policy scores by attention and needs the queries (B, H*G, Q, D)")
+        if not isinstance(share_heads, bool):
+            raise ValueError(f"share_heads is {share_heads!r}; expected True or False")
         packed = packed_rows(votes, len(self.valid))
         params = {"scaling": self.scaling, "softcap": self.softcap, "kernel_size": kernel_size}
         lse = self.lse if self.sinks is None else denominators_with_sinks(self, packed)
