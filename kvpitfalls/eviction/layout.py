@@ -361,8 +361,6 @@ def _named_spans(
     for name, (begin, end) in out.items():
         if not low <= begin <= end <= high:
             raise ValueError(f"span {name!r} is [{begin}, {end}); expected a range inside [{low}, {high})")
-        if begin == end:  # no share of it could be told
-            raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
         if begin < last_end:
             raise ValueError(f"span {name!r} starts at {begin}, inside span {last_name!r}, which ends at {last_end}")
         last_name, last_end = name, end
@@ -437,7 +435,10 @@ def protected_positions(
     for item in listed(protect):
         if isinstance(item, str):
             if item in spans:
-                positions.update(range(*spans[item]))
+                begin, end = spans[item]
+                if begin == end:
+                    raise ValueError(f"protect names span {item!r}, which is [{begin}, {end}); expected a token in it")
+                positions.update(range(begin, end))
             elif item == "sinks":
                 positions.update(range(low, min(low + n_sink, high)))
             elif item == "boundary" and limit is not None:

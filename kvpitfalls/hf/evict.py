@@ -181,7 +181,7 @@ class Evict(Action):
 
     def task(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> Task:
         """What is to be done to each layer of prompts of ``n_token`` tokens, padding included; raises if instructions
-        or protection do not fit the prompts."""
+        or protection do not fit the prompts, or an instruction has no token."""
         key = (n_token, tuple(valid), n_layer)
         if key not in self.tasks:
             layout = self.layout
@@ -189,12 +189,16 @@ class Evict(Action):
                 where = {"valid": valid, "spans": self.spans, "protect": self.protect}
                 layout = Layout.of(len(valid), n_token, **where, n_sink=self.n_sink, limit=self.limit)
             of_rows = [self.limits(end - begin, n_layer) for begin, end in valid]
-            self.tasks[key] = Task(layout.split(self.fair), list(zip(*of_rows, strict=True)))
+            task = Task(layout.split(self.fair), list(zip(*of_rows, strict=True)))
+            for name, (begin, end) in (item for row in layout.spans for item in row.items()):
+                if begin == end:  # no share of it could be told
+                    raise ValueError(f"span {name!r} is [{begin}, {end}); expected at least one token")
+            self.tasks[key] = task
         return self.tasks[key]
 
     def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
-        """The instructions of each row; raises if they, or the protection, do not fit the prompt. Called before any
-        layer is touched."""
+        """The instructions of each row; raises if they, or the protection, do not fit the prompt, or one has no token.
+        Called before any layer is touched."""
         task = self.task(n_token, valid, n_layer)
         check_room(self.policy, task.split, task.budgets)
         return list(task.split.layout.spans)
