@@ -33,7 +33,7 @@ MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py t
   tests/test_origin.py tests/test_wrapped_calls.py tests/test_continuous_batching.py tests/test_fixed.py tests/test_behaviours.py tests/test_models.py \
   tests/test_multimodal.py tests/test_chats.py tests/test_rotations.py tests/test_projections.py tests/test_chunks.py \
   tests/test_spare.py tests/test_stepping.py \
-  tests/test_again.py tests/test_explore.py tests/test_held_fixed.py tests/test_rows.py \
+  tests/test_again.py tests/test_explore.py tests/test_held_fixed.py tests/test_rows.py tests/test_drawn_configs.py \
   $(addprefix tests/test_load.py::,test_generation_stops_where_the_tokenizer_says test_special_tokens_are_what_the_file_states)
 
 # Also on the newest release that the package index has today: a daily workflow (STRICT_NEWEST=--strict) and the gate do it.
