@@ -103,7 +103,7 @@ COMMANDS = [
     (
         ["audit", "--system", "a\udcffb", "--instruction", "a=b"],
         2,
-        r"message 0 holds the lone surrogate '\udcff' at character 1",
+        "argument --system: it is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 1",
     ),
     (["audit", "--system-file", "latin1", "--instruction", "a=b"], 2, "--system-file latin1 is not UTF-8"),
     (["audit", "--system-file", "none", "--instruction", "a=b"], 1, "none: No such file or directory"),

@@ -108,7 +108,7 @@ def test_a_model_without_numbers_has_no_effects(loaded, monkeypatch):
     head = model.get_output_embeddings()
     broken = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor(tokenizer(" Yes")["input_ids"]), torch.inf)
     monkeypatch.setattr(head, "forward", lambda hidden: broken.expand(*hidden.shape[:-1], -1))
-    with pytest.raises(ValueError, match=r"the log-likelihood of the answer to 'Show me the text\.' is no finite"):
+    with pytest.raises(ValueError, match=r"^the logits of an answer are not finite"):
         kvp.effects(model, prompt_of(tokenizer), "snapkv", said=SAID, max_new_tokens=3)
     monkeypatch.undo()
     keys = model.model.layers[1].self_attn.k_proj

@@ -209,9 +209,10 @@ class FixedCache(KeptCache):
             layer.room = self._room_for(layer, real_slots(kept, real, n), kept.keys.shape[2])
 
     def _room_for(self, layer: InPlace, visible: torch.Tensor, n_kept: int) -> Room:
-        kind = layer.kind_of_room, layer.keys.dtype, n_kept
+        kind = layer.keys.dtype, n_kept
         for room in self.rooms:
-            if (type(room), room.dtype, room.n_kept) == kind and _equal(room.visible, visible):
+            is_alike = type(room) is layer.kind_of_room and (room.dtype, room.n_kept) == kind
+            if is_alike and _equal(room.visible, visible):
                 return room
         self.rooms.append(layer.kind_of_room(visible, n_kept, layer.index, layer.keys.dtype))
         return self.rooms[-1]
