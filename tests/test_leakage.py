@@ -1,7 +1,6 @@
 """Leakage and its control, against rouge-score itself and against a longest common subsequence written out, on
 SmolLM2's answers."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -131,13 +130,3 @@ def test_begun_and_rest_lose_no_word():
         assert begun.split() + rest.split() == text.split() and 0 <= len(begun.split()) - len(rest.split()) <= 1
     with pytest.raises(ValueError, match="at least two words"):
         leakage.begun_and_rest("Silence!")
-
-
-def test_a_missing_package_is_one_sentence(monkeypatch):
-    there = importlib.util.find_spec
-    for package, module in (("rouge-score", "rouge_score"), ("rapidfuzz", "rapidfuzz")):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, no=module: None if name == no else there(name))
-        with pytest.raises(
-            ImportError, match=rf"needs the package {package}; expected pip install 'kvpitfalls\[eval\]'"
-        ):
-            leakage.need_rouge()

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -424,3 +425,25 @@ def test_fixes_and_control_hold_equal_memory(model, tmp_path, policy):
     assert (
         kept["random"] != kept["biased"] and kept["whitelist"]["whitelist"] == kept["fair+whitelist"]["whitelist"] == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "package"),
+    [
+        ("attack", "rouge_score", "rouge-score"),
+        ("recall", "rapidfuzz", "rapidfuzz"),
+        ("turns", "rouge_score", "rouge-score"),
+        ("follow", "langdetect", "langdetect"),
+    ],
+)
+def test_a_sweep_that_nothing_could_score_does_not_begin(model, tmp_path, monkeypatch, kind, module, package):
+    """One sentence, and no folder; a package that other kinds need is not missed."""
+    known, mode = importlib.util.find_spec, {"modes": ["biased"], "n_prompts": 1, "compression_ratios": [0.5]}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *given: None if name == module else known(name, *given)
+    )
+    with pytest.raises(ImportError, match=rf"needs the package {package}; expected pip install 'kvpitfalls\[eval\]'$"):
+        sweep(tiny_sweep.config(model, kinds=[kind], **mode), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    if kind == "attack":
+        assert sweep(tiny_sweep.config(model, kinds=["follow"], **mode), tmp_path / "other")["failed"] == 0
