@@ -102,8 +102,8 @@ def write_report(folder: str | Path) -> dict:
     _remove_older(
         out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
     )
-    planned, found = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
-    facts = {"items": len(records) + planned - found, "recorded": len(records)}  # an item of two sweeps is one
+    n_planned, n_read = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
+    facts = {"items": len(records) + n_planned - n_read, "recorded": len(records)}  # an item of two sweeps is one
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)

@@ -148,10 +148,10 @@ def rotaries_of(
 
 def _function_of(module) -> Callable | None:
     """The modeling file's function, as one of (x, cos, sin); some turn queries and keys by one call."""
-    found: Any = getattr(sys.modules[type(module).__module__], ROTARY, None)
-    if found is None:
+    function: Any = getattr(sys.modules[type(module).__module__], ROTARY, None)
+    if function is None:
         return None
-    function = getattr(found, "own", found)  # not what notes by which angles a layer turns
+    function = getattr(function, "own", function)  # not what notes by which angles a layer turns
     names = list(inspect.signature(function).parameters)
     if names[:4] == ["q", "k", "cos", "sin"]:
         return _of_queries(function)
