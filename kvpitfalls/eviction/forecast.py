@@ -9,7 +9,7 @@ from .ops import cuda_path, n_worker, workspace
 if TYPE_CHECKING:
     import torch
 
-_CUDA_DIMS = (64, 96, 128)  # that there are kernels for
+_CUDA_DIMS = (64, 96, 128, 256)  # that there are kernels for
 
 
 def is_known(keys: "torch.Tensor", queries: "torch.Tensor") -> bool:
@@ -72,7 +72,7 @@ def expect(
     Raises
     ------
     NotImplementedError
-        On a GPU, for another number of channels than 64, 96 or 128.
+        On a GPU, for another number of channels than 64, 96, 128 or 256.
 
     Examples
     --------

@@ -11,12 +11,13 @@
 
 #include "../../gpu/tables.cuh"
 
-enum { TILE = 64 }; /* tokens of a step */
-
-/* A block has a warp for each 16 channels, and so threads for 16 rows of a tile at once. */
+/* A block has a warp for each 16 channels, and so threads for 16 rows of a tile at once; of more channels than 128
+ * those of a part, since neither registers nor shared memory would hold more. */
 template <int DIM> struct kvpg_expected {
-    static constexpr int WARPS = DIM / 16, THREADS = 32 * WARPS;
-    static constexpr int LANES = DIM / 8; /* threads of a row */
+    static constexpr int WARPS = DIM > 128 ? 8 : DIM / 16, THREADS = 32 * WARPS;
+    static constexpr int BLOCKS = DIM / (16 * WARPS); /* that have all channels together */
+    static constexpr int TILE = DIM > 128 ? 32 : 64;  /* tokens of a step */
+    static constexpr int LANES = DIM / 8;             /* threads of a row */
     static constexpr int ROWS = THREADS / LANES;
     static constexpr int PITCH = DIM + 8; /* elements from row to row in shared memory: ldmatrix meets no bank twice */
 };
@@ -62,8 +63,9 @@ template <typename F> static inline kvp_status kvpg_with_dim(int64_t n_dim, kvp_
     case 64: return f(kvpg_dim<64>());
     case 96: return f(kvpg_dim<96>());
     case 128: return f(kvpg_dim<128>());
+    case 256: return f(kvpg_dim<256>());
     }
-    return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "keys.shape[3] is %lld; on a CUDA device expected 64, 96 or 128",
+    return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "keys.shape[3] is %lld; on a CUDA device expected 64, 96, 128 or 256",
                      (long long)n_dim);
 }
 

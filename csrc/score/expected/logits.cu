@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The verb expect on the GPU, and its second step: the logits of keys k under a forecast, k.(m + Sk), by tensor cores.
- * A block has the S of one query head in its registers, 16 columns a warp, and takes tile after tile of keys. S is
- * taken in three parts and keys in as many as their type has bits for, all products of parts but those beyond float32's
- * last place: the exact product, nearly, of float32 numbers.
+ * A block has the S of one query head in its registers, 16 columns a warp, and takes tile after tile of keys; more than
+ * 128 channels one part of the columns after the other. S is taken in three parts and keys in as many as their type has
+ * bits for, all products of parts but those beyond float32's last place: the exact product, nearly, of float32 numbers.
  */
 #include "expected.cuh"
 
@@ -11,7 +11,14 @@ extern "C" {
 #include "expected.h"
 }
 
-enum { TILES = 8, FRAGMENTS = 2 }; /* tiles of a block; times 16 keys at once */
+enum { BLOCK = 512, FRAGMENTS = 2 }; /* keys of a block; times 16 keys at once */
+
+/* Columns of S that a warp has at once, times 8, and how often all warps take some. */
+template <int DIM> struct columns {
+    static constexpr int EIGHTS = DIM > 128 ? 1 : 2, OF_BLOCK = kvpg_expected<DIM>::WARPS * EIGHTS * 8,
+                         PASSES = DIM / OF_BLOCK;
+};
+template <int DIM> using spread_parts = uint32_t[3][DIM / 16][columns<DIM>::EIGHTS][2];
 
 template <typename T> struct parts {
     enum { N = 3 };
@@ -31,14 +38,14 @@ typedef struct logits_job {
     kvpg_table edges;
 } logits_job;
 
-/* The part of S that a warp multiplies with: its 16 columns. S stands for its transpose as well. */
-template <int DIM> __device__ __forceinline__ void load_spread(const float *spread, uint32_t (&b)[3][DIM / 16][2][2]) {
+/* What a warp multiplies with: the columns of S from `column` on. S stands for its transpose as well. */
+template <int DIM> __device__ __forceinline__ void load_spread(const float *spread, int column, spread_parts<DIM> &b) {
     const int lane = threadIdx.x % 32;
-    const float *row = spread + (threadIdx.x / 32 * 16 + lane / 4) * DIM + lane % 4 * 2;
+    const float *row = spread + (column + lane / 4) * DIM + lane % 4 * 2;
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < columns<DIM>::EIGHTS; n++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float2 x = *(const float2 *)(row + 8 * n * DIM + 16 * k + 8 * half);
@@ -47,12 +54,17 @@ template <int DIM> __device__ __forceinline__ void load_spread(const float *spre
             }
 }
 
+/* Where a tile has a part of a key's channels. */
+template <int DIM, typename P> __device__ __forceinline__ P *key_part(P *tile, int part, int row, int channel) {
+    return tile + (part * kvpg_expected<DIM>::TILE + row) * kvpg_expected<DIM>::PITCH + channel;
+}
+
 /* A tile of keys to shared memory, part after part; zeros behind the last. */
 template <typename T, int DIM>
 __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int first, int end, __nv_bfloat16 *tile) {
     const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 8, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
 #pragma unroll
-    for (int row = 0; row < TILE; row += kvpg_expected<DIM>::ROWS) {
+    for (int row = 0; row < kvpg_expected<DIM>::TILE; row += kvpg_expected<DIM>::ROWS) {
         const int t = first + own_row + row;
         float x[8] = {};
         if (t < end) {
@@ -66,17 +78,17 @@ __device__ __forceinline__ void load_keys(const logits_job &j, int b, int h, int
             taken.y = take_part(x[2], x[3]);
             taken.z = take_part(x[4], x[5]);
             taken.w = take_part(x[6], x[7]);
-            *(uint4 *)(tile + (part * TILE + own_row + row) * kvpg_expected<DIM>::PITCH + at) = taken;
+            *(uint4 *)key_part<DIM>(tile, part, own_row + row, at) = taken;
         }
     }
 }
 
 /* Products of FRAGMENTS times 16 keys with the spread: those of the first parts, and all others, which are so much
  * smaller that what tensor cores cut off of their sum is below float32's last place. */
-template <typename T, int DIM> __device__ __forceinline__ void add_products(const __nv_bfloat16 *tile, int row,
-                                                                            const uint32_t (&spread)[3][DIM / 16][2][2],
-                                                                            float (&sum)[2][FRAGMENTS][2][4]) {
-    const __nv_bfloat16 *own = tile + (row + threadIdx.x % 16) * kvpg_expected<DIM>::PITCH + threadIdx.x % 32 / 16 * 8;
+template <typename T, int DIM>
+__device__ __forceinline__ void add_products(const __nv_bfloat16 *tile, int row, const spread_parts<DIM> &spread,
+                                             float (&sum)[2][FRAGMENTS][columns<DIM>::EIGHTS][4]) {
+    const int own = row + threadIdx.x % 16, channel = threadIdx.x % 32 / 16 * 8;
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++)
 #pragma unroll
@@ -85,13 +97,13 @@ template <typename T, int DIM> __device__ __forceinline__ void add_products(cons
 #pragma unroll
             for (int m = 0; m < FRAGMENTS; m++)
                 kvpg_load_matrix(a[m], (uint32_t)__cvta_generic_to_shared(
-                                           own + (part * TILE + 16 * m) * kvpg_expected<DIM>::PITCH + 16 * k));
+                                           key_part<DIM>(tile, part, own + 16 * m, channel + 16 * k)));
 #pragma unroll
             for (int other = 0; other < 3 - part; other++)
 #pragma unroll
                 for (int m = 0; m < FRAGMENTS; m++)
 #pragma unroll
-                    for (int n = 0; n < 2; n++)
+                    for (int n = 0; n < columns<DIM>::EIGHTS; n++)
                         kvpg_multiply<__nv_bfloat16>(sum[part + other > 0][m][n], a[m], spread[other][k][n][0],
                                                      spread[other][k][n][1]);
         }
@@ -103,57 +115,69 @@ __device__ __forceinline__ float2 key_at(const __nv_bfloat16 *tile, int row, int
     float2 key = {};
 #pragma unroll
     for (int part = parts<T>::N - 1; part >= 0; part--) {
-        const __nv_bfloat162 x =
-            *(const __nv_bfloat162 *)(tile + (part * TILE + row) * kvpg_expected<DIM>::PITCH + column);
+        const __nv_bfloat162 x = *(const __nv_bfloat162 *)key_part<DIM>(tile, part, row, column);
         key.x += __low2float(x);
         key.y += __high2float(x);
     }
     return key;
 }
 
+/* Of a tile of keys that lies in shared memory: products with the columns of S that each warp has, summed by warp. */
+template <typename T, int DIM>
+__device__ __forceinline__ void dot_tile(const __nv_bfloat16 *tile, int column, bool with_spread,
+                                         const spread_parts<DIM> &spread, const float2 (&mean)[columns<DIM>::EIGHTS],
+                                         float *dots) {
+    enum { TILE = kvpg_expected<DIM>::TILE, EIGHTS = columns<DIM>::EIGHTS };
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int row = 0; row < TILE; row += 16 * FRAGMENTS) {
+        float sum[2][FRAGMENTS][EIGHTS][4] = {};
+        if (with_spread) add_products<T, DIM>(tile, row, spread, sum);
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS * 2; i++) {
+            const int own = row + 8 * i + lane / 4;
+            float dot = 0;
+#pragma unroll
+            for (int n = 0; n < EIGHTS; n++) {
+                const float2 key = key_at<T, DIM>(tile, own, column + lane % 4 * 2 + 8 * n);
+                const float *main = sum[0][i / 2][n] + i % 2 * 2, *rest = sum[1][i / 2][n] + i % 2 * 2;
+                dot = fmaf(mean[n].x + (main[0] + rest[0]), key.x, dot);
+                dot = fmaf(mean[n].y + (main[1] + rest[1]), key.y, dot);
+            }
+            dot += __shfl_xor_sync(~0u, dot, 1);
+            dot += __shfl_xor_sync(~0u, dot, 2);
+            if (lane % 4 == 0) dots[warp * TILE + own] = dot;
+        }
+    }
+}
+
 template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS)
     ask_forecast(const __grid_constant__ logits_job j) {
     kvpg_follow();
+    enum { TILE = kvpg_expected<DIM>::TILE, EIGHTS = columns<DIM>::EIGHTS };
     extern __shared__ uint4 shared[];
     __nv_bfloat16 *tile = (__nv_bfloat16 *)shared;
-    float *dots = (float *)(tile + parts<T>::N * TILE * kvpg_expected<DIM>::PITCH); /* (warp, token): of 16 channels */
+    float *dots = (float *)key_part<DIM>(tile, parts<T>::N, 0, 0); /* (warp, token): of a warp's channels */
     const int unit = blockIdx.x % j.n_unit, b = unit / j.n_head, head = unit % j.n_head;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = warp * 16 + lane % 4 * 2;
     const kvpg_judged judged = kvpg_judged_of(j.edges, b);
-    const int begin = judged.begin + blockIdx.x / j.n_unit * (TILES * TILE),
-              end = min(begin + TILES * TILE, judged.end);
+    const int begin = judged.begin + blockIdx.x / j.n_unit * BLOCK, end = min(begin + BLOCK, judged.end);
     if (begin >= end) return;
-    uint32_t spread[3][DIM / 16][2][2];
-    float2 mean[2];
-    if (j.forecast.spread) load_spread<DIM>(j.forecast.spread + (int64_t)unit * DIM * DIM, spread);
-    for (int n = 0; n < 2; n++) mean[n] = *(const float2 *)(j.forecast.mean + (int64_t)unit * DIM + column + 8 * n);
-    for (int first = begin; first < end; first += TILE) {
-        load_keys<T, DIM>(j, b, head / j.group, first, end, tile);
-        __syncthreads();
-        for (int row = 0; row < TILE; row += 16 * FRAGMENTS) {
-            float sum[2][FRAGMENTS][2][4] = {};
-            if (j.forecast.spread) add_products<T, DIM>(tile, row, spread, sum);
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS * 2; i++) {
-                const int own = row + 8 * i + lane / 4;
-                float dot = 0;
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    const float2 key = key_at<T, DIM>(tile, own, column + 8 * n);
-                    const float *main = sum[0][i / 2][n] + i % 2 * 2, *rest = sum[1][i / 2][n] + i % 2 * 2;
-                    dot = fmaf(mean[n].x + (main[0] + rest[0]), key.x, dot);
-                    dot = fmaf(mean[n].y + (main[1] + rest[1]), key.y, dot);
-                }
-                dot += __shfl_xor_sync(~0u, dot, 1);
-                dot += __shfl_xor_sync(~0u, dot, 2);
-                if (lane % 4 == 0) dots[warp * TILE + own] = dot;
+    for (int pass = 0; pass < columns<DIM>::PASSES; pass++) {
+        const int column = pass * columns<DIM>::OF_BLOCK + threadIdx.x / 32 * EIGHTS * 8;
+        const float *means = j.forecast.mean + (int64_t)unit * DIM + column + threadIdx.x % 4 * 2;
+        uint32_t spread[3][DIM / 16][EIGHTS][2];
+        float2 mean[EIGHTS];
+        if (j.forecast.spread) load_spread<DIM>(j.forecast.spread + (int64_t)unit * DIM * DIM, column, spread);
+        for (int n = 0; n < EIGHTS; n++) mean[n] = *(const float2 *)(means + 8 * n);
+        for (int first = begin; first < end; first += TILE) {
+            load_keys<T, DIM>(j, b, head / j.group, first, end, tile);
+            __syncthreads();
+            dot_tile<T, DIM>(tile, column, j.forecast.spread, spread, mean, dots);
+            __syncthreads();
+            if (threadIdx.x < TILE && first + (int)threadIdx.x < end) {
+                float *to = (float *)kvpg_row(j.logits, b, head, first + threadIdx.x), logit = pass ? *to : 0;
+                for (int w = 0; w < kvpg_expected<DIM>::WARPS; w++) logit += dots[w * TILE + threadIdx.x];
+                *to = logit;
             }
-        }
-        __syncthreads();
-        if (threadIdx.x < TILE && first + (int)threadIdx.x < end) {
-            float logit = 0;
-            for (int w = 0; w < kvpg_expected<DIM>::WARPS; w++) logit += dots[w * TILE + threadIdx.x];
-            *(float *)kvpg_row(j.logits, b, head, first + threadIdx.x) = logit;
         }
     }
 }
@@ -174,11 +198,11 @@ kvp_status kvpg_ask_forecast(const kvp_expect_args *args, const kvpg_table *edge
         enum { DIM = decltype(dim)::value };
         return kvpg_with_type(args->keys.dtype, ctx, [&](auto type) {
             typedef typename decltype(type)::type T;
-            const size_t bytes = parts<T>::N * TILE * kvpg_expected<DIM>::PITCH * sizeof(__nv_bfloat16) +
-                                 kvpg_expected<DIM>::WARPS * TILE * sizeof(float);
+            typedef kvpg_expected<DIM> of;
+            const size_t bytes =
+                parts<T>::N * of::TILE * of::PITCH * sizeof(__nv_bfloat16) + of::WARPS * of::TILE * sizeof(float);
             return kvpg_launch("expect_logits", ctx, ask_forecast<T, DIM>,
-                               {kvpg_ceil_div(args->keys.shape[2], TILES * TILE) * n_unit, 1},
-                               kvpg_expected<DIM>::THREADS, 1, bytes, job);
+                               {kvpg_ceil_div(args->keys.shape[2], BLOCK) * n_unit, 1}, of::THREADS, 1, bytes, job);
         });
     });
 }

@@ -3,13 +3,14 @@
  * The forecast of queries to come: mean and covariance of those of a prompt as they were before rotary embedding, then
  * turned on average as what comes next.
  *
- * A block takes a chunk of one unit. It turns back a tile of queries, subtracts the mean of the chunk's first tile, so
- * that float32 has room for what differs beside a large mean, and multiplies what is left with itself by tensor cores:
- * with x = high + low in bfloat16, 16 bits together, high'high + high'(2 low) + low'low has the symmetric part of x'x.
- * A sum of a chunk is made in 96 steps where the prompt has no more than 32768 tokens, since tensor cores cut off what
- * float32 has no room for, where others round: logits are off by at most 4e-6 of their largest terms' sum, and by 4e-7
- * at 300 and 5,000 tokens, three times what float32 products of torch are (H100). A second kernel shifts all chunks to
- * the mean of the whole, which takes no differences of large sums, and turns.
+ * A block takes a chunk of one unit, and of more than 128 channels a part of the products' columns. It turns back a
+ * tile of queries, subtracts the mean of the chunk's first tile, so that float32 has room for what differs beside a
+ * large mean, and multiplies what is left with itself by tensor cores: with x = high + low in bfloat16, 16 bits
+ * together, high'high + high'(2 low) + low'low has the symmetric part of x'x. A sum of a chunk is made in 96 steps
+ * where the prompt has no more than 32768 tokens, since tensor cores cut off what float32 has no room for, where others
+ * round: logits are off by at most 4e-6 of their largest terms' sum, and by 4e-7 at 300 and 5,000 tokens, three times
+ * what float32 products of torch are (H100). A second kernel shifts all chunks to the mean of the whole, which takes no
+ * differences of large sums, and turns.
  */
 #include "expected.cuh"
 
@@ -82,15 +83,19 @@ __device__ __forceinline__ uint32_t quarter_of(uint32_t pair) {
     return *(const uint32_t *)&x;
 }
 
-/* Of two tiles of bfloat16, high and (twice) low, high'(high + 2 low) + low'low: a warp has 16 columns of the product.
- */
+/* Where the 16 columns of the product begin that a warp has, in a block that has this part of them. */
+template <int DIM> __device__ __forceinline__ int own_column(int part) {
+    return (part * kvpg_expected<DIM>::WARPS + (int)threadIdx.x / 32) * 16;
+}
+
+/* Of two tiles of bfloat16, high and (twice) low, high'(high + 2 low) + low'low. */
 template <int DIM>
-__device__ __forceinline__ void add_products(uint32_t high, uint32_t low, float (&sum)[DIM / 16][2][4]) {
-    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16;
+__device__ __forceinline__ void add_products(uint32_t high, uint32_t low, int part, float (&sum)[DIM / 16][2][4]) {
+    const int lane = threadIdx.x % 32, column = own_column<DIM>(part);
     const int row = lane % 8, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
     enum { PITCH = kvpg_expected<DIM>::PITCH * (int)sizeof(__nv_bfloat16) };
 #pragma unroll 1 /* for registers */
-    for (int k = 0; k < TILE; k += 16) {
+    for (int k = 0; k < kvpg_expected<DIM>::TILE; k += 16) {
         uint32_t b[2][4]; /* of high, tokens k and k + 8, and of low */
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -115,7 +120,8 @@ __device__ __forceinline__ void add_products(uint32_t high, uint32_t low, float 
 }
 
 template <int DIM> struct tiles {
-    alignas(16) __nv_bfloat16 high[TILE * kvpg_expected<DIM>::PITCH], low[TILE * kvpg_expected<DIM>::PITCH];
+    static constexpr int N = kvpg_expected<DIM>::TILE * kvpg_expected<DIM>::PITCH;
+    alignas(16) __nv_bfloat16 high[N], low[N];
 };
 
 template <int DIM> __device__ __forceinline__ void store_parts(float (&x)[8], int to, tiles<DIM> &tile) {
@@ -134,7 +140,7 @@ __device__ __forceinline__ void add_tile(const moments_job &j, int b, int head, 
     const int own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
     float own[8] = {};
 #pragma unroll 2
-    for (int row = own_row; row < own_row + TILE; row += kvpg_expected<DIM>::ROWS) {
+    for (int row = own_row; row < own_row + kvpg_expected<DIM>::TILE; row += kvpg_expected<DIM>::ROWS) {
         float x[8] = {};
         if (first + row < end) {
             turn_back<T, DIM>(j, b, head, first + row, at, x);
@@ -148,42 +154,44 @@ __device__ __forceinline__ void add_tile(const moments_job &j, int b, int head, 
     for (int e = 0; e < 8; e++) sum.own(at, e) = own[e] + (FIRST ? 0 : sum.own(at, e));
 }
 
-template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS, 2)
+template <typename T, int DIM> __global__ void __launch_bounds__(kvpg_expected<DIM>::THREADS, DIM > 128 ? 1 : 2)
     sum_chunk(const __grid_constant__ moments_job j) {
     kvpg_follow();
     __shared__ tiles<DIM> tile;
     __shared__ sums<DIM> sum; /* not in registers, of which products have most, and so the shift */
     __shared__ alignas(16) float shift[DIM];
-    const int unit = blockIdx.x / j.n_place, chunk = blockIdx.x % j.n_place;
+    const int part = blockIdx.x % kvpg_expected<DIM>::BLOCKS, place = blockIdx.x / kvpg_expected<DIM>::BLOCKS;
+    const int unit = place / j.n_place, chunk = place % j.n_place;
     const int b = unit / j.n_head, head = unit % j.n_head;
     const kvpg_judged judged = kvpg_judged_of(j.edges, b);
     const chunking chunks = chunks_of(judged.end - judged.begin);
-    if (chunk >= chunks.n) return;
+    if (chunk >= chunks.n || (part && !j.products)) return;
     const int begin = judged.begin + chunk * chunks.length, end = min(begin + chunks.length, judged.end);
     const int at = threadIdx.x % kvpg_expected<DIM>::LANES * 4, own_row = threadIdx.x / kvpg_expected<DIM>::LANES;
     float product[DIM / 16][2][4] = {};
     add_tile<T, DIM, true>(j, b, head, begin, end, at, shift, sum, tile);
     __syncthreads();
-    if (threadIdx.x < DIM) shift[threadIdx.x] = sum.all(threadIdx.x) / (float)min((int)TILE, end - begin);
+    if (threadIdx.x < DIM)
+        shift[threadIdx.x] = sum.all(threadIdx.x) / (float)min(kvpg_expected<DIM>::TILE, end - begin);
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; e++) sum.own(at, e) = 0;
-    for (int first = begin; first < end; first += TILE) {
+    for (int first = begin; first < end; first += kvpg_expected<DIM>::TILE) {
         add_tile<T, DIM, false>(j, b, head, first, end, at, shift, sum, tile);
         if (!j.products) continue;
         __syncthreads();
         add_products<DIM>((uint32_t)__cvta_generic_to_shared(tile.high), (uint32_t)__cvta_generic_to_shared(tile.low),
-                          product);
+                          part, product);
         __syncthreads();
     }
     __syncthreads();
-    const int64_t place = (int64_t)blockIdx.x * DIM;
-    if (threadIdx.x < DIM) {
-        j.shifts[place + threadIdx.x] = shift[threadIdx.x];
-        j.sums[place + threadIdx.x] = sum.all(threadIdx.x);
+    const int64_t row = (int64_t)place * DIM;
+    if (part == 0 && threadIdx.x < DIM) {
+        j.shifts[row + threadIdx.x] = shift[threadIdx.x];
+        j.sums[row + threadIdx.x] = sum.all(threadIdx.x);
     }
     if (!j.products) return;
-    float *to = j.products + (place + threadIdx.x % 32 / 4) * DIM + threadIdx.x / 32 * 16 + threadIdx.x % 4 * 2;
+    float *to = j.products + (row + threadIdx.x % 32 / 4) * DIM + own_column<DIM>(part) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int m = 0; m < DIM / 16; m++)
 #pragma unroll
@@ -332,8 +340,9 @@ kvp_status kvpg_make_forecast(const kvp_expect_args *args, const kvpg_table *edg
         enum { DIM = decltype(dim)::value, PAIRS = JOIN_THREADS / (DIM / 2) };
         KVPI_TRY(kvpg_with_type(args->queries.dtype, ctx, [&](auto type) {
             typedef typename decltype(type)::type T;
-            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>, {n_unit * job.n_place, 1},
-                               kvpg_expected<DIM>::THREADS, 1, 0, job);
+            return kvpg_launch("expect_chunk", ctx, sum_chunk<T, DIM>,
+                               {n_unit * job.n_place * kvpg_expected<DIM>::BLOCKS, 1}, kvpg_expected<DIM>::THREADS, 1,
+                               0, job);
         }));
         return kvpg_launch("expect_join", ctx, join_chunks<DIM>, {n_unit * kvpg_ceil_div(DIM / 2, PAIRS), 1},
                            JOIN_THREADS, 1, 0, join);
