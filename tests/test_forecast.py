@@ -8,10 +8,13 @@ import pytest
 import torch
 from model_sweep import build
 from tiny_models import ids
+from transformers.models.glm import modeling_glm as glm
 
 import kvpitfalls as kvp
 from kvpitfalls.eviction import forecast
+from kvpitfalls.hf import rotations
 from kvpitfalls.policies import expected_attention
+from kvpitfalls.policies.rotary import in_order, orders
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -266,21 +269,22 @@ class Interleaved(kvp.Rotary):
         return super().turned(paired, cos, sin).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-HALVES = {
-    "llama": True,
-    "qwen3": True,
-    "gemma3_text": True,
-    "phi": False,
-    "gpt_neox": False,
-    "cohere": False,
-    "glm4": False,
-    "gpt_oss": False,
+# Of tiny models with 16 channels a head: how many are turned, and whether neighbours are paired or halves.
+TURNS = {
+    "llama": (16, "halves"),
+    "qwen3": (16, "halves"),
+    "gemma3_text": (16, "halves"),
+    "gpt_oss": (16, "halves"),  # by angles of 8
+    "phi": (8, "halves"),
+    "gpt_neox": (4, "halves"),
+    "cohere": (16, "neighbours"),
+    "glm4": (16, "neighbours"),
 }
 
 
-@pytest.mark.parametrize(("family", "pairs"), HALVES.items())
-def test_how_a_models_layers_turn_is_told_by_trying(family, pairs):
-    """Where it is said that halves are paired, plain rotary embedding with the model's own angles is what they do."""
+@pytest.mark.parametrize(("family", "turns"), TURNS.items())
+def test_how_a_models_layers_turn_is_told_by_trying(family, turns):
+    """In the order that is told, plain rotary embedding does what the layer does."""
     seen, model = [], build(family, "eager")
 
     class Looking(kvp.Policy):
@@ -296,13 +300,43 @@ def test_how_a_models_layers_turn_is_told_by_trying(family, pairs):
         handle.compress(ids(1, 12))
     assert seen
     for rotary, queries in seen:
-        by = rotary.angles(torch.arange(12)[None], queries)
-        assert rotary.pairs_halves(queries.shape[-1], by[0]) == pairs
-        if pairs:
-            torch.testing.assert_close(
-                kvp.Rotary().turned(queries, *by), rotary.turned(queries, *by), rtol=0, atol=1e-6
-            )
-        assert not rotary.pairs_halves(2 * queries.shape[-1], by[0])
+        n_dim, by = queries.shape[-1], rotary.angles(torch.arange(12)[None], queries)
+        order = rotary.order(n_dim, by[0].shape[-1])
+        assert order == list(orders(n_dim, turns[0]))[turns[1] == "neighbours"]
+        plain = kvp.Rotary().turned(in_order(queries, order), *rotary.of_halves(*by, order))
+        torch.testing.assert_close(plain, in_order(rotary.turned(queries, *by), order), rtol=0, atol=1e-6)
+
+
+def test_neighbours_of_a_part_and_a_turn_that_is_not_known():
+    def of_part(x, cos, sin):
+        return glm.apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+    def of_ends(x, cos, sin):  # the first channel with the last, and so on
+        return kvp.Rotary().turned(torch.cat([x[..., :8], x[..., 8:].flip(-1)], -1), cos, sin)
+
+    # what is not turned may be paired as one likes
+    assert rotations._order(of_part, 16, 16, 8) == list(orders(16, 16))[1]
+    assert rotations._order(of_ends, 16, 16, 16) is None
+
+
+@pytest.mark.parametrize("family", [*TURNS, "smollm3"])  # smollm3: some layers turn nothing
+def test_the_core_scores_what_products_do_however_a_layer_turns(family, monkeypatch):
+    """Rows with padding, too; and every layer's scores are the core's."""
+    asked, expect = [], forecast.expect
+    monkeypatch.setattr(forecast, "expect", lambda *a, **given: asked.append(1) or expect(*a, **given))
+    policy, scores = kvp.ExpectedAttention(), {}
+    score = type(policy).score
+    monkeypatch.setattr(type(policy), "score", lambda self, inputs: made.append(score(self, inputs)) or made[-1])
+    tokens = ids(2, 24)
+    for by_core in (True, False):
+        made = scores[by_core] = []
+        with monkeypatch.context() as patch, kvp.wrap(build(family, "eager"), policy, budget=8) as handle:
+            if not by_core:
+                patch.setattr(forecast, "is_known", lambda *_: False)
+            handle.compress(tokens, attention_mask=torch.tensor([[0] * 5 + [1] * 19, [1] * 24]))
+    assert len(asked) == len(scores[True]) == len(scores[False]) > 0
+    for one, other in zip(scores[True], scores[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_what_expect_refuses():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from ..policies.rotary import Rotary
+from ..policies.rotary import Order, Rotary, in_order, orders
 from .alone import answered, arguments_for, called, copied, embedding_of, options_of, same
 from .stand_ins import ROTARY
 
@@ -95,23 +95,26 @@ class LayerRotary(Rotary):
         part = x[..., : self.width]
         return torch.cat([self.function(part, cos, sin), x[..., self.width :]], -1)
 
-    def pairs_halves(self, n_dim, cos):
+    def order(self, n_dim, n_angle):
         """See :class:`Rotary`; tried."""
-        return self.width == n_dim == cos.shape[-1] and _pairs_halves(self.function, n_dim)
+        return _order(self.function, self.width, n_dim, n_angle)
 
 
 @lru_cache(maxsize=64)
-def _pairs_halves(function: Callable, n_dim: int) -> bool:
-    """Whether a modeling file's function pairs halves of all channels. What it gives is linear in x and in cosines and
-    sines together, so that random ones tell."""
+def _order(function: Callable, width: int, n_dim: int, n_angle: int) -> Order | None:
+    """In which order halves of all channels are turned as a modeling file's function turns the first of them. What it
+    gives is linear in x and in cosines and sines together, so that random ones tell."""
     draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    x, cos, sin = draw(1, 2, 3, n_dim), draw(1, 3, n_dim), draw(1, 3, n_dim)
-    try:
-        turned = function(x, cos, sin)
-    except RuntimeError:  # it takes angles of half as many channels, say
-        return False
-    plain = Rotary().turned(x, cos, sin)
-    return turned.shape == plain.shape and bool(((turned - plain).abs() < 1e-5).all())
+    x, cos, sin = draw(1, 2, 3, n_dim), draw(1, 3, n_angle), draw(1, 3, n_angle)
+    rotary = LayerRotary(function, None, {}, torch.arange(3)[None], {}, {})
+    rotary.width = width
+    turned = rotary.turned(x, cos, sin)
+    # a function that is handed all channels may turn as many as there are angles
+    for order in (order for n in dict.fromkeys((width, n_angle)) if n <= n_dim for order in orders(n_dim, n)):
+        plain = Rotary().turned(in_order(x, order), *rotary.of_halves(cos, sin, order))
+        if same(plain, in_order(turned, order), torch.float32):
+            return order
+    return None
 
 
 def rotaries_of(

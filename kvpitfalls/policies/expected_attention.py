@@ -11,6 +11,7 @@ from ..eviction import forecast
 from ..eviction.arrays import Array, Int32
 from ..numbers import is_real
 from .base import Inputs, Policy
+from .rotary import in_order
 
 if TYPE_CHECKING:
     import torch
@@ -139,15 +140,15 @@ class ExpectedAttention(Policy):
         if not forecast.is_known(keys, queries):
             return None
         rotary, n_token, one = inputs.rotary, keys.shape[2], queries[:1, :1, :1]
-        ahead = rotary.ahead(inputs.valid, n_token, self.n_future_positions, one)
-        if not rotary.pairs_halves(keys.shape[-1], ahead[0]):
+        ahead = inputs.valid, n_token, self.n_future_positions, one
+        if (order := rotary.order(keys.shape[-1], rotary.ahead(*ahead)[0].shape[-1])) is None:
             return None
         return forecast.expect(
-            keys,
-            queries,
+            in_order(keys, order),
+            in_order(queries, order),
             values if self.use_vnorm else None,
-            rotary.of_tokens(inputs.valid, n_token, one),
-            ahead,
+            rotary.of_tokens(inputs.valid, n_token, one, order),
+            rotary.ahead(*ahead, order),
             self._edges(inputs),
             scaling=inputs.scaling,
             sinks=None if inputs.sinks is None else inputs.sinks.detach().float(),

@@ -1,10 +1,12 @@
 """Rotary position embedding, for policies that ask what queries would be elsewhere."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from ..numbers import is_real
+
+Order = tuple[slice, slice, slice, slice]  # of channels: those of the first two are paired with those of the others
 
 
 class Rotary:
@@ -64,10 +66,24 @@ class Rotary:
         last.addcmul_(low, of_high)
         return turned
 
-    def pairs_halves(self, n_dim: int, cos: Any) -> bool:
-        """Whether :meth:`turned` is that of this class for ``n_dim`` channels and such cosines, and so what kernels of
-        the core undo, too."""
-        return type(self).turned is Rotary.turned and cos.shape[-1] == n_dim
+    def order(self, n_dim: int, n_angle: int) -> Order | None:
+        """In which ``n_dim`` channels are turned as this class turns halves of all, which is what kernels of the core
+        undo, by angles of so many channels; None if that is not known."""
+        return next(orders(n_dim, n_dim)) if type(self).turned is Rotary.turned and n_angle == n_dim else None
+
+    def of_halves(self, cos: Any, sin: Any, order: Order) -> tuple[Any, Any]:
+        """Cosines and sines (B, N, D) by which halves are turned of channels in this order, as by these all of them are
+        turned as they lie."""
+        import torch
+
+        n_dim = order[-1].stop
+        if cos.shape[-1] == n_dim and order == next(orders(n_dim, n_dim)):
+            return cos, sin
+        units = cos.new_zeros(2, len(cos), 1, cos.shape[1], n_dim)  # first halves of ones, and second halves
+        for at, part in enumerate(order):
+            units[at // 2, ..., part] = 1
+        first, last = (in_order(self.turned(unit, cos, sin), order)[:, 0].chunk(2, -1) for unit in units)
+        return torch.cat([first[0], last[1]], -1), torch.cat([-last[0], first[1]], -1)
 
     def undone(self, x: Any, positions: Any) -> Any:
         """Turned x as it was before, float32; also where a model makes it longer or shorter as it turns it."""
@@ -81,33 +97,42 @@ class Rotary:
         squared = cos**2 + sin**2  # not 1 where a model makes what it turns longer or shorter
         return cos / squared, -sin / squared
 
-    def of_tokens(self, valid: Sequence[tuple[int, int]], n_token: int, x: Any) -> tuple[Any, Any]:
-        """Cosine and sine for each of the ``n_token`` tokens of each row, float32 (B, T, D), and zero for padding; as
-        :meth:`once` says."""
+    def of_tokens(
+        self, valid: Sequence[tuple[int, int]], n_token: int, x: Any, order: Order | None = None
+    ) -> tuple[Any, Any]:
+        """Cosine and sine for each of the ``n_token`` tokens of each row, float32 (B, T, D), and zero for padding; of
+        halves of channels in this order, if there is one, and as :meth:`once` says."""
         import torch
 
         def make() -> tuple[Any, Any]:
             rows, positions = [], self.positions(valid, n_token, x.device)
             for at, (begin, end) in zip(positions, valid, strict=True):
-                angles = self.angles(at[None, begin:end], x)
+                angles = self._angles(at[None, begin:end], x, order)
                 padding = (0, 0, begin, n_token - end)
                 rows.append([torch.nn.functional.pad(part, padding) for part in angles] if any(padding) else angles)
             return _joined(rows)
 
-        return self.once("tokens", (tuple(map(tuple, valid)), n_token), x, make)
+        return self.once(f"tokens {order}", (tuple(map(tuple, valid)), n_token), x, make)
 
-    def ahead(self, valid: Sequence[tuple[int, int]], n_token: int, n_ahead: int, x: Any) -> tuple[Any, Any]:
-        """Means of cosine and sine over the ``n_ahead`` positions after each row's last token, float32 (B, D); as
-        :meth:`once` says."""
+    def ahead(
+        self, valid: Sequence[tuple[int, int]], n_token: int, n_ahead: int, x: Any, order: Order | None = None
+    ) -> tuple[Any, Any]:
+        """Means of cosine and sine over the ``n_ahead`` positions after each row's last token, float32 (B, D); of
+        halves of channels in this order, if there is one, and as :meth:`once` says."""
         import torch
 
         def make() -> tuple[Any, Any]:
             positions, later = self.positions(valid, n_token, x.device), torch.arange(1, 1 + n_ahead, device=x.device)
             ends = [row[end - 1] for row, (_, end) in zip(positions, valid, strict=True)]
             # each row's mean by itself: of several together torch adds in another order
-            return _joined([[part.mean(1) for part in self.angles((end + later)[None], x.float())] for end in ends])
+            of_rows = (self._angles((end + later)[None], x.float(), order) for end in ends)
+            return _joined([[part.mean(1) for part in angles] for angles in of_rows])
 
-        return self.once("ahead", (tuple(map(tuple, valid)), n_token, n_ahead), x, make)
+        return self.once(f"ahead {order}", (tuple(map(tuple, valid)), n_token, n_ahead), x, make)
+
+    def _angles(self, positions: Any, x: Any, order: Order | None) -> tuple[Any, Any]:
+        angles = self.angles(positions, x)
+        return angles if order is None else self.of_halves(*angles, order)
 
     def once(self, name: str, key: Hashable, x: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """What ``make()`` returns, which all layers of a prompt share: it is kept until another ``key`` is asked for,
@@ -134,6 +159,23 @@ class Rotary:
         unit = torch.eye(x.shape[-1], dtype=torch.float32, device=x.device)
         cos, sin = (part.mean(1, keepdim=True) for part in self.angles(positions[None], unit))
         return self.turned(unit[None, None], cos, sin)[0, 0]
+
+
+def orders(n_dim: int, n_turned: int) -> Iterator[Order]:
+    """Of channels of which the first ``n_turned`` are paired: halves of these, or neighbours."""
+    half, middle = n_turned // 2, (n_turned + n_dim) // 2
+    rest = slice(n_turned, middle), slice(middle, n_dim)
+    yield slice(0, half), rest[0], slice(half, n_turned), rest[1]
+    yield slice(0, n_turned, 2), rest[0], slice(1, n_turned, 2), rest[1]
+
+
+def in_order(x: Any, order: Order) -> Any:
+    """x with its channels in this order; itself, if they are."""
+    import torch
+
+    parts = [part for part in order if part.start < part.stop]
+    as_they_lie = all(part.step is None for part in parts) and parts == sorted(parts, key=lambda part: part.start)
+    return x if as_they_lie else torch.cat([x[..., part] for part in parts], -1)
 
 
 @lru_cache(maxsize=64)
