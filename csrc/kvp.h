@@ -267,7 +267,7 @@ typedef struct kvp_press_args {
  * for each query head h and each judged key k of its key head. Tokens of the first segment score 1 more than the best
  * of the batch row (where NaN counts as 0), those outside of all segments 0; neither have logits, and what stands in
  * the places of those is left as it was. D is even and at most 4096; on a CUDA
- * device it is 64, 96 or 128.
+ * device it is 64, 96, 128 or 256.
  */
 typedef struct kvp_expect_args {
     uint32_t size;            /* sizeof(kvp_expect_args) */
