@@ -1,5 +1,6 @@
 """What a model's queries were before rotary embedding, and where they would turn, against the model's own code."""
 
+import copy
 import sys
 
 import pytest
@@ -162,15 +163,15 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 BY_KIND = dict.fromkeys(["sliding_attention", "full_attention"], DYNAMIC)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
-        ("llama", {"rope_parameters": {**LONG, "factor": 4.0, "original_max_position_embeddings": 12}}),
-        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 12}),
-        ("gemma3_text", {"rope_parameters": BY_KIND, "max_position_embeddings": 8}),
-    ],
-)
+BY_LENGTH = [
+    ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
+    ("llama", {"rope_parameters": {**LONG, "factor": 4.0, "original_max_position_embeddings": 12}}),
+    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 12}),
+    ("gemma3_text", {"rope_parameters": BY_KIND, "max_position_embeddings": 8}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), BY_LENGTH)
 @pytest.mark.parametrize("n_before", [2, 40])
 def test_angles_are_those_of_the_models_forward_whatever_was_asked_before(family, changes, n_before):
     """Some embeddings turn all tokens of a forward by its farthest position, here the longer row's, and remember the
@@ -203,6 +204,19 @@ def test_angles_are_those_of_the_models_forward_whatever_was_asked_before(family
         for table, wanted in zip(ours, given[kind], strict=True):
             for row, begin in enumerate((3, 0)):
                 torch.testing.assert_close(table[row, begin:], wanted[row, begin:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "changes"), BY_LENGTH)
+@pytest.mark.parametrize("n_before", [2, 40])
+@torch.no_grad()
+def test_a_model_whose_angles_depend_on_what_it_saw_is_verified_and_left_as_it_was(family, changes, n_before):
+    model, tokens = build_tiny(family, **changes), ids(1, 20)
+    model(ids(1, n_before), use_cache=False)
+    other = copy.deepcopy(model)
+    with kvp.wrap(model, "knorm", budget=4) as handle:
+        for n_token in (4, 14, 24, 60):
+            assert handle.verify(n_token) < 1e-5
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
 
 
 def test_what_is_read_on_for_another_policy_is_turned_by_other_angles():

@@ -1,9 +1,13 @@
 """A check on a live model: the order of cached rows must not matter, or eviction would change more than what it
 removes."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from ..errors import UnsupportedModelError
+from .alone import copied
 from .arguments import cache_argument
 from .cache import KeptCache
 from .evict import Action
@@ -50,9 +54,10 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         outputs = []
         for action in (Action(), Shuffle()):
             cache = KeptCache(model.config, action)
-            decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
-            for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
-                logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache))[0]  # or hidden states
+            with _not_remembering(decoder):
+                decoder(input_ids=ids[:, :cut], use_cache=True, **cache_argument(decoder, cache))
+                for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
+                    logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache))[0]  # or hidden states
             outputs.append(logits.float())
     finally:
         detach(model)
@@ -63,3 +68,22 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
             f"expected at most {tolerance:g}"
         )
     return difference
+
+
+@contextlib.contextmanager
+def _not_remembering(decoder) -> Iterator[None]:
+    """Rotary embeddings are copies meanwhile: dynamic ones turn each forward by the farthest position that they were
+    ever asked for, so that the second of two equal passes, and the caller's next prompt, would be turned otherwise."""
+    own = [
+        (parent, name, module)
+        for parent in decoder.modules()
+        for name, module in parent.named_children()
+        if hasattr(module, "max_seq_len_cached")
+    ]
+    try:
+        for parent, name, module in own:
+            setattr(parent, name, copied(module))
+        yield
+    finally:
+        for parent, name, module in own:
+            setattr(parent, name, module)

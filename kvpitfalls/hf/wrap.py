@@ -289,7 +289,7 @@ class Handle:
         """
         from .verify import shuffle_difference
 
-        check_whole("n_token", n_token, 2)
+        check_whole("n_token", n_token, 4)  # two of them are a prompt, of which something can go
         if not is_real(tolerance) or not tolerance >= 0:
             raise ValueError(f"tolerance is {tolerance!r}; expected a number, at least 0")
         return shuffle_difference(self.model, n_token, tolerance)
