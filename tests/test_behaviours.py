@@ -11,7 +11,7 @@ from model_sweep import SEVERAL, build, not_refused, release
 from tiny_configs import tiny_config
 from tiny_models import feed, ids, masked_like
 from tiny_policies import EQUAL, takes
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import kvpitfalls as kvp
@@ -321,3 +321,16 @@ def test_the_probe_notices_a_choice_per_head_where_heads_are_mixed(monkeypatch):
         )
         with pytest.raises(kvp.UnsupportedModelError, match="shuffling cached rows changes its logits"):
             handle.verify()
+
+
+@pytest.mark.parametrize("family", not_refused("bart", "marian", "whisper"))
+@pytest.mark.parametrize(("n_encoder", "n_decoder"), [(4, 2), (2, 4)])
+def test_a_decoder_that_is_longer_or_shorter_than_its_encoder_takes_what_the_refusal_says(family, n_encoder, n_decoder):
+    config = tiny_config(family, encoder_layers=n_encoder, decoder_layers=n_decoder)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), ids(1, N_TOKEN)
+    told = rf"it has {n_decoder} layers, but num_hidden_layers .* encoder's, {n_encoder}; expected model.config.num_hi"
+    with pytest.raises(kvp.UnsupportedModelError, match=told):
+        kvp.wrap(model, "knorm", budget=5)
+    model.config.num_hidden_layers = n_decoder
+    with kvp.wrap(model, "knorm", budget=5) as handle:
+        assert len(handle.compress(tokens).kept_layers) == n_decoder and handle.verify() < 1e-5

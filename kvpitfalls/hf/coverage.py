@@ -138,11 +138,17 @@ def _check_layers(model, name: str) -> None:
         )
     if not plain:
         raise UnsupportedModelError(f"{name} has no full-attention layer to compress; its cache layers are: none")
+    text = model.config.get_text_config(decoder=True)
+    n_own = getattr(text, "decoder_layers", len(layers))
+    if n_own != len(layers):  # and caches are made for the encoder's
+        raise UnsupportedModelError(
+            f"{name} is the decoder of an encoder-decoder: it has {n_own} layers, but num_hidden_layers of its config "
+            f"counts its encoder's, {len(layers)}; expected model.config.num_hidden_layers = {n_own}"
+        )
     if missing := [i for i in plain if i not in attention]:
         raise UnsupportedModelError(
             f"{name}: layers {missing} have a full-attention cache but do not go through the attention interface"
         )
-    text = model.config.get_text_config(decoder=True)
     if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
         raise UnsupportedModelError(
             f"{name} has reorder_and_upcast_attn=True, which bypasses the attention interface; expected False, or sdpa"
