@@ -395,6 +395,11 @@ MODELS = [
         ValueError,
         "policy is 'zzz', which is not known; expected one of adakv, chunkkv, ",
     ),
+    (
+        lambda e: e.audit.kept_mask("knorm", 0.5, layer=9),
+        ValueError,
+        "layer is 9; expected one of the compressed layers: 0, 1",
+    ),
     (lambda e: e.audit.heatmap(start="x"), ValueError, "start is 'x'; expected a ratio in [0, 1)"),
     (lambda e: e.audit.heatmap(start=3), ValueError, "start is 3; expected a ratio in [0, 1)"),
     (

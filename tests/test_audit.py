@@ -1,15 +1,18 @@
 """The audit against what a wrapped model really keeps, on SmolLM2 and on small models."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, of_many_heads, tiny_prompt
 from tiny_policies import EVERY
 
 import kvpitfalls as kvp
+from kvpitfalls.cli import _heads
 from kvpitfalls.eviction.budget import kept_tokens
+from kvpitfalls.experiments.batch import _kept_of
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
@@ -318,3 +321,38 @@ def test_minus_nothing_is_nothing(smollm2, prompt):
     """-0.0, which a computed ratio may be, is shown as 0, and once if both are given."""
     audited = kvp.audit(smollm2[0], prompt, policies=["knorm"], compression_ratios=[-0.0, 0.0], fair=[False])
     assert {str(row["compression_ratio"]) for row in audited.rows} == {"0.0"}
+
+
+@pytest.mark.parametrize("policy", [p for p in EVERY if p.name not in ("adakv", "defensivekv")], ids=lambda p: p.name)
+def test_layers_may_differ_in_heads(policy, tmp_path):
+    """Each head counts alike, whichever layer it is of."""
+    model, prompt = of_many_heads(), tiny_prompt()
+    audited = kvp.audit(model, prompt, policies=[policy], compression_ratios=[0.5], fair=False)
+    with kvp.wrap(model, policy, compression_ratio=0.5) as handle:
+        cache = handle.compress(prompt)
+    assert audited.n_heads == [2, 4, 1] and _heads(audited) == "3 layers and 1 to 4 key heads"
+    masks = [audited.kept_mask(policy, 0.5, layer=layer) for layer in range(3)]
+    for layer, mask in enumerate(masks):
+        held = (cache.positions(layer)[0][..., None] == np.arange(len(prompt))).any(1)
+        assert np.array_equal(mask, held)
+    for row in audited.rows:
+        of_layers = [mask[:, slice(*audited.spans[row["span"]])].mean(-1) for mask in masks]
+        of_heads, means = np.concatenate(of_layers), [x.mean() for x in of_layers]
+        assert row["kept"] == pytest.approx(of_heads.mean()) == cache.report()["spans"][row["span"]]
+        assert row["covered"] == pytest.approx((of_heads > 0).mean())
+        assert row["covered_half"] == pytest.approx((of_heads >= 0.5).mean())
+        assert (row["kept_min"], row["kept_max"]) == pytest.approx((min(means), max(means)))
+    told = _kept_of(
+        SimpleNamespace(
+            row=SimpleNamespace(prompt=prompt, scenario=SimpleNamespace(whitelist=None)),
+            setting=SimpleNamespace(compression_ratio=0.5),
+        ),
+        cache,
+        [cache.positions(layer) for layer in range(3)],
+        0,
+    )
+    assert told == {"n_tokens": 30, "n_kept": 15, "kept": cache.report()["spans"]}
+    for call in (lambda: audited.kept_mask(policy, 0.5), lambda: cache.kept("a")):
+        with pytest.raises(ValueError, match=r"^the layers have 1 to 4 key heads, .*make no array of layers"):
+            call()
+    audited.to_html(tmp_path / "map.html")

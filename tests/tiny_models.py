@@ -68,6 +68,16 @@ def far_from_uniform(model):
     return model
 
 
+def of_many_heads(**changes):
+    """A random Llama whose layers have 2, 4 and 1 key heads."""
+    model = build("llama", **changes)
+    for layer, n_head in zip(model.model.layers[1:], (4, 1), strict=True):
+        attention = layer.self_attn
+        attention.k_proj, attention.v_proj = (torch.nn.Linear(64, 16 * n_head, bias=False) for _ in "kv")
+        attention.num_key_value_groups = 4 // n_head
+    return model.requires_grad_(False)
+
+
 def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them special and none twice in a row: equal tokens have keys of equal norm, but for
     rounding."""

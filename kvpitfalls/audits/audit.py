@@ -18,6 +18,7 @@ from ..display.verdicts import audited_ratios, kept_table, verdicts
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair, fairness_name
 from ..files import whole
+from ..hf.report import in_range
 from ..numbers import as_meant, is_real
 from ..policies import get_policy
 from ..policies.base import AnyPolicy
@@ -77,13 +78,42 @@ class Audit:
     layers: list[int]
     _kept: dict[Setting, list[npt.NDArray[np.uint8]]] = field(repr=False, default_factory=dict)
 
-    def kept_mask(self, policy: AnyPolicy, compression_ratio: float, fair: AnyFair = False) -> npt.NDArray[np.bool_]:
-        """Which tokens a setting keeps: bool (layers, H, T)."""
+    @property
+    def n_heads(self) -> list[int]:
+        """How many key heads each of ``layers`` has."""
+        return [len(bits) for bits in next(iter(self._kept.values()))]
+
+    def kept_mask(
+        self, policy: AnyPolicy, compression_ratio: float, fair: AnyFair = False, *, layer: int | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Which tokens a setting keeps: bool (layers, H, T); of one of ``layers``, bool (H, T).
+
+        Layers that have different numbers of heads make no such array, and are asked for one by one.
+        """
+        of_layers = self._kept_by(policy, compression_ratio, fair)
+        if layer is not None:
+            return of_layers[self._place(layer)]
+        if len(set(self.n_heads)) > 1:
+            raise ValueError(
+                f"the layers have {in_range(self.n_heads)} key heads, which make no array of layers, heads and tokens; "
+                "expected kept_mask(..., layer=) for each"
+            )
+        return np.stack(of_layers)
+
+    def _kept_by(self, policy: AnyPolicy, compression_ratio: float, fair: AnyFair) -> list[npt.NDArray[np.bool_]]:
+        """Which tokens a setting keeps of each layer, bool (H, T)."""
         check_budget(compression_ratio, None)
         key = (get_policy(policy).label, Fair.parse(fair).label, float(as_meant(compression_ratio)))
         if key not in self._kept:
             raise ValueError(f"policy, fair and compression_ratio are {key}; expected a combination that was audited")
-        return np.stack([np.unpackbits(bits, axis=-1, count=len(self.tokens)).astype(bool) for bits in self._kept[key]])
+        return [np.unpackbits(bits, axis=-1, count=len(self.tokens)).astype(bool) for bits in self._kept[key]]
+
+    def _place(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise ValueError(
+                f"layer is {layer!r}; expected one of the compressed layers: {', '.join(map(str, self.layers))}"
+            )
+        return self.layers.index(layer)
 
     def settings(self) -> list[tuple[str, bool | float | str, dict[str, dict[float, float]]]]:
         """(policy, fairness, kept share by instruction and ratio) of everything that was audited."""
@@ -160,10 +190,17 @@ class Audit:
                     for layers in by_ratio
                 ]
             )
-        heads = [len(bits) for bits in by_ratio[0]]
         title = f"What is kept of the prompt: {self.model}"
         return HeatMap(
-            title, self.tokens, self.spans, counts, ratios, [n_kept[r] for r in ratios], self.layers, heads, start
+            title,
+            self.tokens,
+            self.spans,
+            counts,
+            ratios,
+            [n_kept[r] for r in ratios],
+            self.layers,
+            self.n_heads,
+            start,
         )
 
     def to_html(self, path: "str | os.PathLike[str]") -> None:
@@ -198,15 +235,12 @@ class Audit:
         -------
         matplotlib.figure.Figure
         """
-        kept = self.kept_mask(policy, compression_ratio, fair)
+        kept = self._kept_by(policy, compression_ratio, fair)
         title = f"{get_policy(policy).label}, {fairness_name(Fair.parse(fair).label)}, r = {compression_ratio:g}"
         if layer is None:
-            return plots.token_matrix(kept.mean(1), self.layers, self.spans, ylabel="layer", title=title, theme=theme)
-        if layer not in self.layers:
-            raise ValueError(
-                f"layer is {layer!r}; expected one of the compressed layers: {', '.join(map(str, self.layers))}"
-            )
-        of_layer = kept[self.layers.index(layer)].astype(float)
+            shares = np.stack([of_layer.mean(0) for of_layer in kept])
+            return plots.token_matrix(shares, self.layers, self.spans, ylabel="layer", title=title, theme=theme)
+        of_layer = kept[self._place(layer)].astype(float)
         title = f"{title}, layer {layer}"
         return plots.token_matrix(
             of_layer, range(len(of_layer)), self.spans, ylabel="key head", title=title, theme=theme

@@ -265,11 +265,11 @@ def _budgets(
 def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int) -> list[dict[str, Any]]:
     rows = []
     for (policy, label, ratio), record in observe.records.items():
-        kept = np.stack([np.unpackbits(bits, axis=-1, count=n_token) for bits in record.kept])
-        lost = np.stack(record.lost)
+        kept = np.unpackbits(np.concatenate(record.kept), axis=-1, count=n_token)  # of all heads of all layers
+        lost, n_head = np.concatenate(record.lost, 1), np.array(list(map(len, record.kept)))
         for i, (name, (begin, end)) in enumerate(spans.items()):
-            n_held, n_token_of = kept[:, :, begin:end].sum(2, dtype=np.int64), end - begin
-            per_layer = n_held.sum(1) / (n_held.shape[1] * n_token_of)
+            n_held, n_token_of = kept[:, begin:end].sum(1, dtype=np.int64), end - begin
+            per_layer = np.add.reduceat(n_held, n_head.cumsum() - n_head) / (n_head * n_token_of)
             rows.append(
                 {
                     "policy": policy,
@@ -281,7 +281,7 @@ def _rows(observe: _Observe, spans: Mapping[str, tuple[int, int]], n_token: int)
                     "kept_max": float(per_layer.max()),
                     "covered": float((n_held > 0).mean()),
                     "covered_half": float((2 * n_held >= n_token_of).mean()),
-                    "mass_lost": float(lost[:, i].mean()),
+                    "mass_lost": float(lost[i].mean()),
                     "n_kept": kept_tokens(n_token, ratio),
                     "n_tokens": n_token_of,
                 }

@@ -248,10 +248,7 @@ def _demo(args) -> int:
         print(f"Model: {source}\n\nThe system prompt holds two instructions:")
         for span in prompt.spans.values():
             print(f"  {span.name:13} ({len(span)} tokens)  {span.text}")
-        print(
-            "\nKept share of each instruction when the share r of the cache is evicted (mean over "
-            f"{_heads(model, result)};"
-        )
+        print(f"\nKept share of each instruction when the share r of the cache is evicted (mean over {_heads(result)};")
         print("* = under half):\n")
         print(fitted(kept_table(result.settings()), columns()), flush=True)
     cells = demo.leakage(model, tokenizer)
@@ -280,10 +277,10 @@ whitelist: the words "{whitelist}" are protected
 """
 
 
-def _heads(model, result) -> str:
-    config = model.config.get_text_config(decoder=True)
-    n_head = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return f"{len(result.layers)} layers and {n_head} key heads"
+def _heads(result) -> str:
+    from ..hf.report import in_range
+
+    return f"{len(result.layers)} layers and {in_range(result.n_heads)} key heads"
 
 
 def _text_of(file: str) -> str:
@@ -355,7 +352,7 @@ def _audit(args) -> int:
     else:
         width, least = columns(), args.min_kept or 0.5
         print(wrapped(f"{source}: {len(prompt)} prompt tokens.", width))
-        explained = f"Kept share of each instruction (mean over {_heads(model, result)}; * = under {least:g}):"
+        explained = f"Kept share of each instruction (mean over {_heads(result)}; * = under {least:g}):"
         print(f"{wrapped(explained, width)}\n")
         print(f"{fitted(kept_table(result.settings(), least), width)}\n")
         for verdict in verdicts(result.settings(), args.min_kept):

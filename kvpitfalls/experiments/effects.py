@@ -276,7 +276,7 @@ def _of_prompt(
     contexts, forced, sums = [prompt] * len(questions), [], {}
     for key, cache in _caches(model, prompt, settings):
         if key == "compressed":
-            evicted = {name: float(1 - cache.kept(name).mean()) for name in prompt.spans}
+            evicted = {name: 1 - kept for name, kept in cache.report()["spans"].items()}
         cache.batch_repeat_interleave(len(questions))
         if key == "full":
             said = answers(model, contexts, asked, copy.deepcopy(cache), max_new_tokens)

@@ -280,6 +280,11 @@ class KeptCache(DynamicCache):
         if not is_named and 0 < self.n_seen < span[1]:
             raise ValueError(f"span is {span!r}; expected one within the {self.n_seen} tokens that the cache has seen")
         of_layers = [count_inside(self.positions(layer.index)[row], [span])[:, 0] for layer in self.kept_layers]
+        if len(n_heads := set(map(len, of_layers))) > 1:
+            raise ValueError(
+                f"the layers have {in_range(list(n_heads))} key heads, whose shares make no array of layers and heads; "
+                "expected positions(layer) of each, or report(), which has the mean"
+            )
         return np.stack(of_layers) / (span[1] - span[0])
 
     def report(self) -> Report:
