@@ -1,6 +1,7 @@
 """The folder of what is kept, files that are there whole or not at all, and JSON that users write."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -16,31 +17,63 @@ def cache_folder() -> Path:
     """Where this package keeps what it made or fetched: ``KVPITFALLS_CACHE``, or ``kvpitfalls`` below the user's cache
     folder."""
     own, of_user = os.environ.get("KVPITFALLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(of_user or "~/.cache").expanduser() / "kvpitfalls"
+    try:
+        return Path(own) if own else Path(of_user or "~/.cache").expanduser() / "kvpitfalls"
+    except RuntimeError as error:  # as of a user of a container whom the system does not know
+        raise OSError(f"the user's home folder is not known; {_EXPECTED}") from error
+
+
+_EXPECTED = "expected the environment variable KVPITFALLS_CACHE to name a folder that can be written to"
+
+
+def in_home(name: "str | os.PathLike[str]") -> Path:
+    """The path that somebody wrote; ``~`` may stand for a home folder, and stays where that is not known."""
+    return Path(os.path.expanduser(name))
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """A folder that is kept: ``make`` fills another, which takes its place, so that it is there whole or not at all."""
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be made ({error.strerror}); expected a folder that can be written to, such as "
-            "KVPITFALLS_CACHE may name"
-        ) from error
-    try:
-        make(temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # another process that was faster is fine
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not folder.is_dir():
+        with _beside(folder) as temporary:
+            make(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():  # another process that was faster is fine
+                    raise
     return folder
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside one that is to be made, which is gone when the block ends, and what killed processes left of
+    such goes first.
+
+    Whoever fills one holds a share of the lock of the folder that they are in, and a lock goes with its process: so
+    where the whole lock is to be had, nobody is at it.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder.parent, os.O_RDONLY)
+            held.callback(os.close, lock)
+            _clear(folder, lock)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+        except OSError as error:
+            raise OSError(f"{folder} cannot be made ({error.strerror}); {_EXPECTED}") from error
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+
+
+def _clear(folder: Path, lock: int) -> None:
+    """Take away what is left of a folder, if nobody fills one beside it, and take a share of the lock."""
+    with contextlib.suppress(OSError):  # somebody does, or the disk has no such locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in folder.parent.iterdir():
+            if path.name.startswith(f"{folder.name}.") and path.suffix == ".part":
+                shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def place_of(path: "str | os.PathLike[str]") -> Path:

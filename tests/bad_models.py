@@ -480,11 +480,8 @@ TEXTS = [
     (lambda e: load(3), ValueError, "name is 3; expected a hub id, a folder or a GGUF file"),
     (lambda e: load(""), ValueError, "name is ''; expected a hub id, a folder or a GGUF file"),
     (lambda e: load("a\0b"), ValueError, "name is 'a\\x00b'; expected a hub id, a folder or a GGUF file"),
-    (
-        lambda e: load("/nowhere/at/all"),
-        FileNotFoundError,
-        "name is '/nowhere/at/all', which does not exist; expected a hub id",
-    ),
+    (lambda e: load("/no/where"), FileNotFoundError, "name is '/no/where', which does not exist; expected a hub id"),
+    (lambda e: load("~nobody/m"), FileNotFoundError, "name is '~nobody/m', which does not exist; expected a"),
     (lambda e: load("none.gguf"), FileNotFoundError, "none.gguf does not exist; expected a GGUF file"),
     (lambda e: load(dtype="float31"), ValueError, "dtype is 'float31'; expected float32, float16 or bfloat16"),
     (lambda e: load(dtype="int8"), ValueError, "dtype is 'int8'; expected float32, float16 or bfloat16"),

@@ -135,9 +135,9 @@ EXPERIMENTS = [
         "workers is 2, with the engine 'local'; expected it with engine='ra",
     ),
     (
-        lambda e: sweep(SweepConfig(dataset="zz"), "unused"),
+        lambda e: sweep(SweepConfig(dataset="~nobody/zz"), "unused"),
         FileNotFoundError,
-        "dataset is 'zz'; expected own, suite-v1, paper, paper_shuff",
+        "dataset is '~nobody/zz'; expected own, suite-v1, paper, paper_shuff",
     ),
     (lambda e: sweep(None, "unused"), TypeError, "config is a NoneType; expected a SweepConfig"),
 ]

@@ -1,7 +1,9 @@
 """What is written to a file is there whole or not at all, and can be read by whom the user lets read it."""
 
 import errno
+import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvpitfalls.experiments.records import META, write_meta
-from kvpitfalls.files import made_once, whole
+from kvpitfalls.files import cache_folder, made_once, whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,5 +174,63 @@ def test_a_folder_that_is_kept_is_made_once_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         made_once(folder.with_name("others"), fail)
     assert list(folder.parent.iterdir()) == [folder]
-    with pytest.raises(OSError, match=r"cannot be made \(\w.*\); expected .* such as KVPITFALLS_CACHE may name"):
+    with pytest.raises(
+        OSError, match=r"cannot be made \(\w.*\); expected .*KVPITFALLS_CACHE to name a folder that can be"
+    ):
         made_once(folder / "one" / "below", make)
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+from kvpitfalls.files import made_once
+
+def make(into):
+    (into / "one").touch()
+    print(into, flush=True)
+    time.sleep(600)
+
+made_once(Path(sys.argv[1]), make)
+"""
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_writes_stays(tmp_path):
+    folder, other = tmp_path / "cache" / "tables", tmp_path / "cache" / "tables-2.abc.part"
+    other.mkdir(parents=True)
+
+    def begun():
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, folder], stdout=subprocess.PIPE, text=True)
+        return writer, Path(writer.stdout.readline().strip())
+
+    def end(writer):
+        writer.kill()
+        writer.communicate()
+
+    (killed, left), (living, written) = begun(), begun()
+    end(killed)
+    assert left.is_dir() and made_once(folder, lambda into: (into / "one").touch()) == folder
+    assert (written / "one").is_file(), "its process lives"
+    end(living)
+    shutil.rmtree(folder)
+    made_once(folder, lambda into: None)
+    assert sorted(folder.parent.iterdir()) == [folder, other], "nobody filled one any more"
+
+
+def test_a_folder_is_made_where_the_disk_has_no_locks_and_nothing_is_taken_for_left(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = tmp_path / "tables.abc.part"
+    left.mkdir()
+    assert made_once(tmp_path / "tables", lambda into: None).is_dir() and left.is_dir()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    for name in ("HOME", "KVPITFALLS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the system does not know the user
+    with pytest.raises(OSError, match=r"^the user's home folder is not known; expected .*KVPITFALLS_CACHE to name"):
+        cache_folder()
+    monkeypatch.setenv("KVPITFALLS_CACHE", "/tmp/own")
+    assert cache_folder() == Path("/tmp/own")

@@ -21,7 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..audits.leakage import unlike
-from ..files import cache_folder, read_json
+from ..files import cache_folder, in_home, read_json
 from ..numbers import is_whole
 from ..prompts.spans import check_encodable
 
@@ -170,7 +170,7 @@ def load_corpus(name: str = "own", data: str | Path | None = None) -> Corpus:
         return own
     if name == SUITE:
         return _suite(own)
-    path = Path(name).expanduser()
+    path = in_home(name)
     if not path.is_file():
         raise FileNotFoundError(
             f"dataset is {name!r}; expected own, {SUITE}, paper, paper_shuffled, or the path of a JSONL file of rows"
@@ -272,7 +272,7 @@ def _row(row, where: str) -> dict:
 def _paper(name: str, data) -> Corpus:
     folder = data or os.environ.get("KVPITFALLS_DATA")
     names = (*PAPER_FILES, PREFIX_FILE)
-    paths = {file: Path(folder).expanduser() / file for file in names} if folder else _download()
+    paths = {file: in_home(folder) / file for file in names} if folder else _download()
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} does not exist; expected a folder with {', '.join(names)}")
     _check_sum(str(paths[PREFIX_FILE]), paths[PREFIX_FILE].read_bytes(), PREFIX_SUM)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, _core
+from ..files import in_home
 from ..hf.load import DEFAULT_MODEL, describe, load, revision
 from .config import SweepConfig
 from .corpus import Corpus
@@ -46,7 +47,7 @@ def identity(config: SweepConfig, corpus: Corpus) -> dict:
 def _source(name: str) -> str:
     """Where a model comes from, and which it is: the hub's revision, or a fingerprint of local files."""
     known = None if name in ("default", DEFAULT_MODEL) else name
-    path = Path(name).expanduser()
+    path = in_home(name)
     which = _fingerprint(path) if known is not None and path.exists() else revision(known)
     return " at ".join(part for part in (describe(known), which) if part)
 

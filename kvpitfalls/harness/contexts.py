@@ -4,12 +4,11 @@ where in them."""
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..eviction.fairness import Fair
 from ..eviction.layout import PROTECT_WORDS, listed
-from ..files import read_json
+from ..files import in_home, read_json
 from ..prompts.pieces import WAYS, pieces
 from ..prompts.prompt import Prompt
 from ..prompts.spans import find_all, token_spans
@@ -114,7 +113,7 @@ class Marks:
 
 def _read_texts(path: str) -> dict[str, str]:
     try:
-        texts = read_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        texts = read_json(in_home(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"instructions is {path!r}; expected sentences, lines, messages, or a JSON file of names and texts"

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from ..display.progress import shown
 from ..errors import DeviceError
-from ..files import cache_folder, made_once
+from ..files import cache_folder, in_home, made_once
 from . import gguf_tokens
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -221,7 +221,7 @@ def _reached(source: Path | str):
 
 def _named_source(name: str) -> Path | str:
     """A GGUF file whatever its ending, a folder, or a hub id."""
-    path = Path(name).expanduser()
+    path = in_home(name)
     if path.is_dir():
         return _in_folder(path)
     is_path = name.count("/") > 1 or name.startswith((".", "/", "~"))
