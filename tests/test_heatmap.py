@@ -308,12 +308,23 @@ def test_names_can_be_read_on_their_colors(color):
 
 @needs_chromium
 @pytest.mark.parametrize(
-    ("style", "scheme"), [("", "light"), ("background: #111", "dark"), ("background: rgb(255 255 255 / .1)", "light")]
+    ("background", "scheme"),
+    [
+        ("none", "light"),
+        ("#111", "dark"),
+        ("rgb(255 255 255 / .1)", "light"),
+        ("color(srgb .95 .95 .95)", "light"),
+        ("color(display-p3 .1 .1 .1)", "dark"),
+        ("oklch(.96 .01 250)", "light"),
+        ("oklch(.2 .02 250)", "dark"),
+        ("lab(10 0 0 / .3)", "light"),
+        ("color-mix(in oklab, white, black 90%)", "dark"),
+    ],
 )
-def test_the_notebooks_frame_in_a_browser(tmp_path, style, scheme):
+def test_the_notebooks_frame_in_a_browser(tmp_path, background, scheme):
     """As a notebook shows it: in a frame that the page itself makes as high as it is, and as dark as what it stands
     on."""
-    cell = f"<!doctype html><meta charset='utf-8'><div style='{style}'>{hostile_map()._repr_html_()}</div>"
+    cell = f"<!doctype html><meta charset='utf-8'><div style='background: {background}'>{hostile_map()._repr_html_()}</div>"
     (tmp_path / "cell.html").write_text(cell, encoding="utf-8")
     script = """
       const inner = doc.querySelector("iframe"), hint = doc.defaultView.getComputedStyle(doc.querySelector(".kvp-hint")).display;

@@ -151,10 +151,14 @@ _SCRIPT += """\
   for (const id of ["setting", "beside", "ratio", "layer"]) get(id).addEventListener("input", draw);
   await draw();
   main.dataset.ready = "yes";
-  const paper = (element) => {  // what it stands on is dark
+  const pixel = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const paper = (element) => {  // what it stands on is dark; painted, since a color has many notations
     for (let at = element; at; at = at.parentElement) {
-      const [r, g, b, alpha = 1] = getComputedStyle(at).backgroundColor.match(/[\\d.]+/g).map(Number);
-      if (alpha > .5) return .3 * r + .6 * g + .1 * b < 128;
+      pixel.clearRect(0, 0, 1, 1);
+      pixel.fillStyle = getComputedStyle(at).backgroundColor;
+      pixel.fillRect(0, 0, 1, 1);
+      const [r, g, b, alpha] = pixel.getImageData(0, 0, 1, 1).data;
+      if (alpha > 127) return .3 * r + .6 * g + .1 * b < 128;
     }
     const scheme = getComputedStyle(element.ownerDocument.documentElement).colorScheme;
     return scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
