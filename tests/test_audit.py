@@ -1,6 +1,7 @@
 """The audit against what a wrapped model really keeps, on SmolLM2 and on small models."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,8 @@ from tiny_policies import EVERY
 
 import kvpitfalls as kvp
 from kvpitfalls.cli import _heads
+from kvpitfalls.display.explore import token_shares
+from kvpitfalls.display.markup import percent
 from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.batch import _kept_of
 from kvpitfalls.experiments.demo import DEFENSE, SPANISH, two_instructions
@@ -324,7 +327,7 @@ def test_minus_nothing_is_nothing(smollm2, prompt):
 
 
 @pytest.mark.parametrize("policy", [p for p in EVERY if p.name not in ("adakv", "defensivekv")], ids=lambda p: p.name)
-def test_layers_may_differ_in_heads(policy, tmp_path):
+def test_layers_may_differ_in_heads(policy):
     """Each head counts alike, whichever layer it is of."""
     model, prompt = of_many_heads(), tiny_prompt()
     audited = kvp.audit(model, prompt, policies=[policy], compression_ratios=[0.5], fair=False)
@@ -355,4 +358,7 @@ def test_layers_may_differ_in_heads(policy, tmp_path):
     for call in (lambda: audited.kept_mask(policy, 0.5), lambda: cache.kept("a")):
         with pytest.raises(ValueError, match=r"^the layers have 1 to 4 key heads, .*make no array of layers"):
             call()
-    audited.to_html(tmp_path / "map.html")
+    for page in (audited.heatmap(start=0).html, audited.heatmap().html):
+        found = re.findall(r"class='kvp-share'>([^<]*)<", page)
+        assert found[:2] == [percent(row["kept"]) for row in audited.rows]
+    assert token_shares(cache, 30) == pytest.approx(np.concatenate(masks).mean(0))

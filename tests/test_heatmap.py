@@ -14,7 +14,7 @@ from browser import SCHEMES, needs_chromium, run_beside, serious_findings
 
 import kvpitfalls as kvp
 from kvpitfalls.display.heatmap import HeatMap
-from kvpitfalls.display.markup import SPAN_COLORS, block, note, table, token_strip, visible
+from kvpitfalls.display.markup import SPAN_COLORS, block, note, percent, table, token_strip, visible
 from kvpitfalls.experiments.demo import two_instructions
 
 HOSTILE = [
@@ -129,6 +129,11 @@ def test_an_audits_map_is_what_compress_keeps(smollm2, tmp_path):
     audited.to_html(tmp_path / "map.html")
     found = unpacked((tmp_path / "map.html").read_text("utf-8"), 2, 30, len(prompt))
     assert Page((tmp_path / "map.html").read_text("utf-8")).tokens == [visible(token) for token in prompt.tokens]
+    for start, r in ((0, 0), (0.39, 0), (0.41, 1), (0.99, 1)):  # it opens at the nearest ratio
+        page = audited.heatmap(start=start).html
+        assert f"value='{r}' autocomplete='off'\naria-valuetext='{(30, 50)[r]} % removed" in page
+        kept = [row["kept"] for row in audited.rows if row["compression_ratio"] == (0.3, 0.5)[r]][: len(prompt.spans)]
+        assert re.findall("class='kvp-share'>([^<]*)<", page)[: len(kept)] == [percent(share) for share in kept]
     settings = [("snapkv", False), ("snapkv", 0.5), ("knorm", False), ("knorm", 0.5)]
     assert list(audited.heatmap().counts) == ["snapkv, biased", "snapkv, fair 0.5", "knorm, biased", "knorm, fair 0.5"]
     for (policy, fair), counts in zip(settings, found, strict=True):
@@ -224,17 +229,15 @@ def test_the_sliders_in_a_browser(tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize("n_head", [1, 3, 8])
-def test_the_script_says_what_the_page_said_before_it(tmp_path, n_head):
+@pytest.mark.parametrize("heads", [[1] * 5, [3] * 5, [8] * 5, [2, 8, 1, 3, 2]], ids=str)
+def test_the_script_says_what_the_page_said_before_it(tmp_path, heads):
     """Halves of a percent among it: 12.5 % was 12 % until the script ran, and 13 % then."""
-    rng, n = np.random.default_rng(n_head), 200
-    counts = rng.integers(0, n_head + 1, (2, 5, n))
-    counts[0, :, : n_head + 1] = np.arange(n_head + 1)
+    rng, n = np.random.default_rng(heads), 200
+    counts = rng.integers(0, np.array(heads)[:, None] + 1, (2, 5, n))
+    counts[0, :, : heads[-1] + 1] = np.minimum(np.arange(heads[-1] + 1), np.array(heads)[:, None])
     widths = [1] * 40 + [2] * 20 + [8] * 10 + [40]
     spans = {f"{i}": (end - w, end) for i, (w, end) in enumerate(zip(widths, np.cumsum(widths).tolist(), strict=True))}
-    shown = HeatMap(
-        "", ["x"] * n, spans, {"one": counts}, [0.125, 0.5], [175, 100], range(5), [n_head] * 5, start=0.125
-    )
+    shown = HeatMap("", ["x"] * n, spans, {"one": counts}, [0.125, 0.5], [175, 100], range(5), heads, start=0.125)
     shown.save(tmp_path / "map.html")
     script = """
       const texts = () => [...doc.querySelectorAll(".kvp-share, #ratio-text, #layer-text")].map((x) => x.textContent);

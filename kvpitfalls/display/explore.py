@@ -202,8 +202,9 @@ class Explorer:
 
 def token_shares(cache: KeptCache, n_token: int) -> np.ndarray:
     """Of each token of a prompt, the share of layers and heads that keep it: float64 (T,)."""
-    of_layers = [cache.positions(layer.index)[0] for layer in cache.kept_layers]
-    return np.mean([np.bincount(kept[kept >= 0], minlength=n_token) / len(kept) for kept in of_layers], 0)
+    of_heads = [of_head for layer in cache.kept_layers for of_head in cache.positions(layer.index)[0]]
+    kept = np.concatenate(of_heads)
+    return np.bincount(kept[kept >= 0], minlength=n_token) / len(of_heads)
 
 
 def setting_name(setting: Mapping) -> str:

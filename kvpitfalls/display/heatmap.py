@@ -80,12 +80,12 @@ _SCRIPT += """\
     await Promise.all(settings().map(counts));
     const shown = settings(), r = +get("ratio").value, layer = +get("layer").value - 1;
     if (!shown.every((setting) => unpacked.has(setting))) return;  // chosen meanwhile: its own event draws it
-    const chosen = layer < 0 ? [...layers.keys()] : [layer];
+    const chosen = layer < 0 ? [...layers.keys()] : [layer], n_head = chosen.reduce((sum, l) => sum + heads[l], 0);
     shares = shown.map((setting) => {
       const data = unpacked.get(setting), of = new Float64Array(n);
       for (const l of chosen)
-        for (let t = 0, from = (r * layers.length + l) * n; t < n; t++) of[t] += data[from + t] / heads[l];
-      return of.map((sum) => sum / chosen.length);
+        for (let t = 0, from = (r * layers.length + l) * n; t < n; t++) of[t] += data[from + t];
+      return of.map((sum) => sum / n_head);
     });
     place(shown);
     shares.forEach((of, i) => shade(strips[i], of));
@@ -264,8 +264,8 @@ class HeatMap:
     def _main(self) -> str:
         r = int(np.abs(np.asarray(self.compression_ratios) - self.start).argmin())
         first = next(iter(self.counts.values()))[r]
+        shares = first.sum(0, dtype=np.int64) / sum(self.heads)
         # summed one by one, as the script does: NumPy's means differ in the last bit, by which a half would round
-        shares = np.cumsum(first / np.asarray(self.heads)[:, None], 0)[-1] / len(self.heads)
         means = {name: np.cumsum(shares[begin:end])[-1] / (end - begin) for name, (begin, end) in self.spans.items()}
         notes = {name: percent(mean) for name, mean in means.items()}
         strip = token_strip(self.tokens, self.spans, shares, notes=notes, linked=True)
