@@ -7,6 +7,7 @@ import torch
 
 import kvpitfalls as kvp
 from kvpitfalls import Fair
+from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.experiments.effects import Effects, PutBack
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
@@ -72,6 +73,26 @@ def test_the_likelihoods_are_those_of_plain_calls(loaded):
         for name, (ratio, protect) in ways.items():
             plain = forced(model, prompt, row["said"], answer, compression_ratio=ratio, protect=protect)
             assert row[name] == pytest.approx(plain, abs=1e-3), name
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.3, 2.0])
+def test_equal_memory_is_where_what_a_wrap_protects_fits_the_least_layer(loaded, beta):
+    """Layers hold different numbers: what fits the mean of them need not fit the last."""
+    model, tokenizer = loaded
+    prompt, policy, fits = prompt_of(tokenizer), kvp.PyramidKV(window_size=2, beta=beta), set()
+    for ratio in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8):
+        rows = kvp.effects(model, prompt, policy, said=SAID[0], compression_ratio=ratio, max_new_tokens=2).rows
+        for row in rows:
+            try:
+                with kvp.wrap(model, policy, compression_ratio=ratio, protect=[row["span"]]) as handle:
+                    kept = handle.compress(prompt).report()["spans"][row["span"]]
+                assert kept == 1 and row["equal"] is not None
+                fits.add((ratio, row["span"]))
+            except kvp.BudgetError:
+                assert row["equal"] is None
+    n_kept = {ratio: kept_tokens(len(prompt), ratio) for ratio in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)}
+    in_the_mean = {(r, name) for r, n in n_kept.items() for name, span in prompt.spans.items() if len(span) <= n}
+    assert fits and (fits == in_the_mean if beta == 1 else fits < in_the_mean)
 
 
 def test_a_begun_answer_is_what_the_user_said_and_more(loaded):
