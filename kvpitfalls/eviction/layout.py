@@ -370,11 +370,14 @@ def _named_spans(
 def _cut(
     spans: Mapping[str, tuple[int, int]], low: int, high: int, template: str
 ) -> list[tuple[str | None, tuple[int, int]]]:
-    """The row [low, high) cut into (name, segment); the name of unmarked text is None."""
+    """The row [low, high) cut into (name, segment); the name of unmarked text is None. A span without a token is no
+    segment, but where instructions own the whole row."""
+    if template == "separate":
+        spans = {name: (begin, end) for name, (begin, end) in spans.items() if begin < end}
     if not spans:
         raise ValueError(
-            "fair eviction needs the instructions' places; expected spans, or a Prompt with instructions, as keep and "
-            "a wrap's compress take them"
+            "fair eviction needs the instructions' places; expected spans that hold tokens, or a Prompt with "
+            "instructions, as keep and a wrap's compress take them"
         )
     names, starts, ends = list(spans), [s for s, _ in spans.values()], [e for _, e in spans.values()]
     if template == "absorb":

@@ -347,7 +347,7 @@ def keep(
     compression_ratio, budget : float or int
         Exactly one: the share removed, in [0, 1), or the number of tokens kept.
     spans : list of (start, end), or mapping of name to (start, end); or one such mapping per row
-        The instructions, in tokens.
+        The instructions, in tokens. One that holds none is as if it was not there.
     fair : bool, float, "paper", "floor", "floor=M" or Fair
         See :meth:`Fair.parse`.
     protect : str, int, iterable of them, or bool array (T,) or (B, T), optional
