@@ -1,6 +1,7 @@
 """The demonstration: each answer is what one plain call gives, and shares are of what answers say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,17 @@ from kvpitfalls import cli
 from kvpitfalls.experiments import demo
 from kvpitfalls.hf.load import load
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model_folder):
     return load(tiny_model_folder)
+
+
+def test_the_phrase_of_the_questions_page_has_ten_tokens(loaded):
+    begin, end = demo.two_instructions(loaded[1]).find(demo.WHITELIST)
+    assert end - begin == 10 and "a phrase of ten tokens decides" in (ROOT / "docs" / "faq.md").read_text("utf-8")
 
 
 def test_each_answer_is_what_one_plain_call_gives(loaded):

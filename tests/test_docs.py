@@ -12,7 +12,9 @@ import pytest
 from numpydoc.docscrape import FunctionDoc
 
 import kvpitfalls
-from kvpitfalls import cli
+from kvpitfalls import Fair, cli
+from kvpitfalls.eviction.selection import allocation_of
+from kvpitfalls.hf.chunks import check_chunks
 from kvpitfalls.policies import get_policy, policy_names
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +106,26 @@ def test_readme_lists_the_policies():
         r"^\| `(\w+)` \| `([^`]+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M
     )
     assert rows == [(name, repr(get_policy(name)), get_policy(name).__doc__.splitlines()[0]) for name in policy_names()]
+
+
+def test_the_readme_counts_the_types_of_the_page_of_models():
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/models.md", "README.md"))
+    every = re.findall(r"^\| [\w-]+ \| (exact|refused|not built) \|", page, flags=re.M)
+    (release,) = re.findall(r"type of transformers (\d+\.\d+)\.", page)
+    assert f"Of {len(every)} causal-LM types of transformers {every.count('exact')} are exact on {release} " in readme
+
+
+def test_the_page_of_limits_names_the_policies_that_take_no_chunks():
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^- Policies that judge a whole prompt \(([^)]*)\) are refused by name\.$", text, flags=re.M)
+    refused = []
+    for name in policy_names():
+        policy = get_policy(name)
+        try:
+            check_chunks(policy, Fair(strength=0.0), allocation_of(policy, None))
+        except ValueError:
+            refused.append(name)
+    assert [name.replace(" ", "_").lower() for name in said.split(", ")] == refused
 
 
 @pytest.mark.parametrize(
