@@ -39,6 +39,7 @@ FAMILIES = not_refused(
         "qwen3_next",
         "exaone4",
         "ernie4_5",
+        "phimoe",
         "seed_oss",
         "lara_mini",
         "lfm3",

@@ -29,7 +29,8 @@ def copied(embedding):
 def options_of(decoder, embedding, index: int) -> dict:
     """What the embedding is called with for this layer, beside hidden states and positions."""
     by_kind = embedding is not None and "layer_type" in inspect.signature(embedding.forward).parameters
-    return {"layer_type": decoder.config.layer_types[index]} if by_kind else {}
+    kinds = getattr(decoder.config, "layer_types", None)  # some take a kind and have none, as PhiMoE of transformers 5.2
+    return {"layer_type": kinds[index]} if by_kind and kinds is not None else {}
 
 
 def arguments_for(decoder, module) -> dict:
