@@ -4,6 +4,7 @@ slots' positions."""
 from collections.abc import Sequence
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
 
@@ -106,35 +107,34 @@ def physical_mask(slots, mask: torch.Tensor | None, query: torch.Tensor, impleme
         The model's mask over logical positions: bool (True = visible) or additive.
     query : tensor (B, Hq, q, D)
     implementation : str
-        "eager" adds its mask, others take bool.
+        "eager" adds its mask, "sdpa" takes bool; another one takes what the model makes for it.
     """
     n_row, n_query_head, n_new = query.shape[:3]
+    adds = _adds(implementation, mask)
     if slots.is_fixed and n_new == 1:
         mask = None  # a captured step has none that grows, and the slots know what is padding
-    if implementation.startswith("flash") or implementation.startswith("flex"):
-        if mask is None and slots.live is None and implementation.startswith("flash"):
-            return None  # causal, aligned to the newest token: right for any number of older slots
-        what = f"{implementation!r} with padding" if implementation.startswith("flash") else repr(implementation)
+    if implementation not in ("sdpa", "eager") and not _takes_mask(implementation, mask):
+        is_causal = _makes_as(implementation, "flash_attention_2")  # aligned to the newest token, whatever is older
+        if mask is None and slots.live is None and (is_causal or (n_new == 1 and not _makes_as(implementation, _FLEX))):
+            return None
         raise UnsupportedModelError(
-            f"attention implementation {what} is not supported on a compressed cache; "
-            "expected model.set_attn_implementation('sdpa') or 'eager'"
+            f"attention implementation {implementation!r}{' with padding' if is_causal else ''} is not supported on a "
+            "compressed cache, since the model makes it no masks (B, H, q, T); expected "
+            "model.set_attn_implementation('sdpa') or 'eager', or for a function of your own "
+            "AttentionMaskInterface.register"
         )
     is_large = n_new > 1 and query.shape[1] * n_new * slots.pos.shape[-1] >= _LARGE
     if is_large and (shared := _of_all_heads(slots, mask, n_new)) is not None:
-        return _kind(shared, query, implementation) if mask is None else shared
+        return _kind(shared, query, adds) if mask is None else shared
     if mask is None:
         if n_new == 1:
-            return (
-                None
-                if slots.live is None
-                else _kind(_per_query_head(slots.live, query)[:, :, None], query, implementation)
-            )
+            return None if slots.live is None else _kind(_per_query_head(slots.live, query)[:, :, None], query, adds)
         newest = torch.arange(slots.seen - n_new, slots.seen, device=query.device)
         visible = _per_query_head(slots.pos, query)[:, :, None] <= newest[:, None]
         return _kind(
             visible if slots.live is None else visible & _per_query_head(slots.live, query)[:, :, None],
             query,
-            implementation,
+            adds,
         )
     index = _per_query_head(slots.pos, query)[:, :, None].expand(-1, -1, n_new, -1)
     physical = mask.expand(n_row, n_query_head, n_new, -1).gather(-1, index)
@@ -181,8 +181,33 @@ def _per_query_head(per_key_head: torch.Tensor, query: torch.Tensor) -> torch.Te
     return per_key_head.repeat_interleave(query.shape[1] // per_key_head.shape[1], 1)
 
 
-def _kind(visible: torch.Tensor, query: torch.Tensor, implementation: str) -> torch.Tensor:
-    if implementation != "eager":
+def _adds(implementation: str, mask) -> bool:
+    """Whether an attention function adds its mask to the logits, and does not take bool; told by the model's mask."""
+    if isinstance(mask, torch.Tensor):
+        return mask.dtype != torch.bool
+    return implementation == "eager" or _makes_as(implementation, "eager")
+
+
+_FLEX = "flex_attention"
+
+
+def _makes_as(implementation: str, other: str) -> bool:
+    """Whether transformers makes masks for an attention function as for ``other``; kernels have names of their own."""
+    makers = ALL_MASK_ATTENTION_FUNCTIONS
+    return implementation in makers and other in makers and makers[implementation] is makers[other]
+
+
+def _takes_mask(implementation: str, mask) -> bool:
+    """Whether an attention function that is not transformers' own takes a mask (B, H, q, S): it was given one, or the
+    model would make it one where it needs any."""
+    if mask is not None:
+        return isinstance(mask, torch.Tensor) and mask.ndim == 4
+    others = ("flash_attention_2", _FLEX)
+    return implementation in ALL_MASK_ATTENTION_FUNCTIONS and not any(_makes_as(implementation, x) for x in others)
+
+
+def _kind(visible: torch.Tensor, query: torch.Tensor, adds: bool) -> torch.Tensor:
+    if not adds:
         return visible
     return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(
         ~visible, torch.finfo(query.dtype).min
