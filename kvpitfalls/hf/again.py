@@ -20,6 +20,7 @@ from .cache import KeptCache, why_not_compressed
 from .evict import Action
 from .forward import AttentionCall, Forward
 from .layer import KeptLayer
+from .parts import n_known_of
 from .rows import holds_nothing
 from .threads import local
 
@@ -132,7 +133,7 @@ def _texts_of(policy: Policy, tokens: list[int]) -> list[list[int]]:
 
 def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
     """A GPU's error for ids that the vocabulary lacks ends the process's use of it."""
-    n_known = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
+    n_known = n_known_of(decoder)
     if n_known is None:
         return
     for turn in turns:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from .forward import Watched, watched
-from .parts import device_of
+from .parts import device_of, forwards_of
 
 # What a module says that was not made to be called alone: something is missing, or of another shape or kind.
 COMPLAINTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -67,7 +67,8 @@ def called(module, arguments: dict, attended: torch.Tensor | None = None) -> Wat
     -------
     Watched
     """
-    known = inspect.signature(module.forward).parameters
+    *_, forward = forwards_of(module)  # not what may stand before it
+    known = dict(list(inspect.signature(forward).parameters.items())[1:])
     required = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     needed: dict[str, Any] = dict.fromkeys(required)
     if "shared_kv_states" in known:  # Gemma's layers leave their keys there for later ones

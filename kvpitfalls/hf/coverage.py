@@ -1,16 +1,15 @@
 """Which models and caches can be compressed exactly; all others are refused by name and reason, before anything
 runs."""
 
-import inspect
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
-from .parts import attention_modules, decoder_of, names_in_forward
+from .parts import attention_modules, decoder_of, forwards_of, names_in_forward
 
 RANDOM = (
     "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
@@ -42,11 +41,14 @@ def check_model(model) -> None:
         check_not_compiled(model)
     config: Any = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "model_type"):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model")
-    if not hasattr(model, "get_input_embeddings"):
+        inside = ", the one that is in it" if isinstance(getattr(model, "module", None), PreTrainedModel) else ""
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model{inside}")
+    decoder = decoder_of(model)
+    if not hasattr(model, "get_input_embeddings") or _generates_inside(decoder):
         raise TypeError(
             f"model is a {type(model).__name__} without the methods of a transformers model, such as "
-            "get_input_embeddings; expected the model that is in it, or a wrapper that has them all, as PEFT's"
+            "get_input_embeddings and get_decoder; expected the model that is in it, or a wrapper that has them all, "
+            "as PEFT's"
         )
     name = f"{type(model).__name__} (model type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
@@ -55,13 +57,7 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
     if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
-    if learned := [name for name, about in _adapters_of(model).items() if getattr(about, "is_prompt_learning", False)]:
-        raise UnsupportedModelError(
-            f"{name} has the adapter {learned[0]!r} of prompt or prefix learning, whose tokens would not be in the "
-            "cache; expected a "
-            "model without, or with an adapter of its weights such as LoRA"
-        )
-    decoder = decoder_of(model)
+    check_adapters(model)
     if own := _own_caches(decoder):
         raise UnsupportedModelError(
             f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it"
@@ -75,10 +71,25 @@ def check_model(model) -> None:
     _check_layers(model, name)
 
 
-def _adapters_of(model) -> dict:
-    """PEFT's description of each adapter, by name."""
-    adapters = getattr(model, "peft_config", None)
-    return adapters if isinstance(adapters, dict) else {}
+def check_adapters(model) -> None:
+    """Raise if a model has adapters of PEFT that are more than other weights."""
+    adapters: Any = getattr(model, "peft_config", None)
+    for name, about in adapters.items() if isinstance(adapters, dict) else ():
+        if getattr(about, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has the adapter {name!r} of prompt or prefix learning, whose tokens would not "
+                "be in the cache; expected a model without, or with an adapter of its weights such as LoRA"
+            )
+        if getattr(about, "alora_invocation_tokens", None):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has the activated LoRA {name!r}, which is on from a prompt's invocation "
+                "tokens only, as no forward of the decoder alone can tell; expected a model without, or a plain LoRA"
+            )
+
+
+def _generates_inside(decoder: torch.nn.Module) -> bool:
+    """Whether a model that has a ``generate`` of its own stands in what seems to be the decoder, and passes it by."""
+    return any(isinstance(module, GenerationMixin) for module in decoder.modules() if module is not decoder)
 
 
 def check_not_compiled(model: torch.nn.Module) -> None:
@@ -106,9 +117,10 @@ def _compiled(model: torch.nn.Module) -> str | None:
 def _own_caches(decoder: torch.nn.Module) -> list[str]:
     """Names of the cache classes that the decoder's modeling file defines: hybrid models had them before transformers
     5.5."""
-    namespace = inspect.unwrap(type(decoder).forward).__globals__
+    namespaces = (function.__globals__ for function in forwards_of(decoder))
     return [
         name
+        for namespace in namespaces
         for name, known in namespace.items()
         if isinstance(known, type)
         and known.__module__ == namespace["__name__"]

@@ -15,6 +15,7 @@ from ..numbers import check_whole, is_whole
 from .arguments import NO_CACHE, given_cache
 from .cache import KeptCache
 from .coming import Coming
+from .coverage import check_adapters
 from .masks import check_padding, valid_ranges
 from .parts import decoder_of, is_multimodal
 from .rows import FORGETFUL
@@ -63,6 +64,7 @@ def check_generate(model, arguments: dict, action) -> None:
     if action is not None and arguments["generation_config"].cache_implementation == "paged":
         raise UnsupportedModelError(PAGED)
     if is_filled or acts:
+        check_adapters(getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None))  # PEFT's, around it
         _check_mode(arguments, acts)
     if isinstance(cache, KeptCache) and is_filled:
         _check_goes_on(model, arguments, cache)

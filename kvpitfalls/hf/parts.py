@@ -53,6 +53,14 @@ def placeholders(model) -> set[int]:
     return {value for value in ids if isinstance(value, int)} if is_multimodal(model) else set()
 
 
+def n_known_of(model) -> int | None:
+    """How many token ids a model's embeddings know, also those that an adapter has put a module around; None if that
+    cannot be told."""
+    embeddings = model.get_input_embeddings()
+    parts = embeddings.modules() if isinstance(embeddings, torch.nn.Module) else ()
+    return next((n for part in parts if isinstance(n := getattr(part, "num_embeddings", None), int)), None)
+
+
 def outer_of(model) -> torch.nn.Module | None:
     """The module that calls a multimodal model's decoder; None for other models."""
     decoder = decoder_of(model)
@@ -83,10 +91,30 @@ def attention_modules(model) -> dict[int, torch.nn.Module]:
     return modules
 
 
-def names_in_forward(module: torch.nn.Module) -> tuple[str, ...]:
+def forwards_of(module: torch.nn.Module) -> Iterator[Any]:
+    """Its class's forward and, where that calls the forward of a base class, that one, too."""
+    for base in type(module).__mro__:
+        if base is torch.nn.Module:
+            return
+        if "forward" in vars(base):
+            yield (function := inspect.unwrap(vars(base)["forward"]))
+            if "forward" not in _names_in(function):
+                return
+
+
+def names_in_forward(module: torch.nn.Module) -> set[str]:
     """The global names that the code of its forward reads."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return {name for function in forwards_of(module) for name in _names_in(function)}
+
+
+def _names_in(function) -> tuple[str, ...]:
+    code = getattr(function, "__code__", None)
     return () if code is None else code.co_names
+
+
+def registries_of(module: torch.nn.Module) -> Iterator[dict]:
+    """The globals by which its forward finds transformers' attention functions."""
+    return (function.__globals__ for function in forwards_of(module) if _REGISTRY in _names_in(function))
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

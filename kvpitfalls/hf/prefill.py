@@ -12,7 +12,7 @@ from ..display.progress import progress, shown
 from .arguments import cache_argument
 from .cache import KeptCache
 from .generate import GREEDY
-from .parts import decoder_of, device_of, is_multimodal, placeholders, tells_positions
+from .parts import decoder_of, device_of, is_multimodal, n_known_of, placeholders, tells_positions
 
 
 def prefill(
@@ -52,17 +52,15 @@ def _check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any], placeho
             f"the prompt holds token {bare[0]}, in whose place {type(model).__name__} puts an image, a video or a "
             "sound, but none was given; expected all that the processor returned: handle.compress(processor(...))"
         )
-    embeddings = model.get_input_embeddings()
-    if not isinstance(embeddings, torch.nn.Embedding) or not ids.numel():
+    n_known = n_known_of(model)
+    if n_known is None or not ids.numel():
         return
     known = ids[~torch.isin(ids, torch.tensor(sorted(placeholder_ids), dtype=ids.dtype, device=ids.device))]
     if not known.numel():
         return
     low, high = torch.stack(known.aminmax()).tolist()
-    if low < 0 or high >= embeddings.num_embeddings:
-        raise ValueError(
-            f"prompt holds token {low if low < 0 else high}; expected ids in [0, {embeddings.num_embeddings})"
-        )
+    if low < 0 or high >= n_known:
+        raise ValueError(f"prompt holds token {low if low < 0 else high}; expected ids in [0, {n_known})")
 
 
 def _through_outer(

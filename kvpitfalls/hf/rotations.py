@@ -6,7 +6,6 @@ positions, and with none. Whether its decoder hands it these angles, the prompt'
 """
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ import torch
 from ..errors import UnsupportedModelError
 from ..policies.rotary import Order, Rotary, in_order, orders
 from .alone import answered, arguments_for, called, copied, embedding_of, options_of, same
+from .parts import registries_of
 from .stand_ins import ROTARY
 
 # Of layers that were tried: width and is_noted.
@@ -151,7 +151,7 @@ def rotaries_of(
 
 def _function_of(module) -> Callable | None:
     """The modeling file's function, as one of (x, cos, sin); some turn queries and keys by one call."""
-    function: Any = getattr(sys.modules[type(module).__module__], ROTARY, None)
+    function: Any = next((file[ROTARY] for file in registries_of(module) if ROTARY in file), None)
     if function is None:
         return None
     function = getattr(function, "own", function)  # not what notes by which angles a layer turns

@@ -6,9 +6,10 @@ without a word.
 """
 
 import collections
-import inspect
 import threading
 from collections.abc import Callable
+
+from .parts import registries_of
 
 ROTARY = "apply_rotary_pos_emb"
 lock = threading.Lock()  # held by who puts, takes or clears
@@ -49,7 +50,7 @@ class _StandIn:
 
 def globals_of(modules) -> list[dict]:
     """The globals of the modeling files of these modules, each once."""
-    namespaces = (inspect.unwrap(type(module).forward).__globals__ for module in modules)
+    namespaces = (namespace for module in modules for namespace in registries_of(module))
     return list({id(namespace): namespace for namespace in namespaces}.values())
 
 
@@ -72,9 +73,8 @@ def _replace(namespace: dict, originals: dict, around: Callable, noting: Callabl
         namespace[ROTARY] = noting(originals.setdefault(ROTARY, namespace[ROTARY]))
     real = originals.setdefault("ALL_ATTENTION_FUNCTIONS", namespace["ALL_ATTENTION_FUNCTIONS"])
     namespace["ALL_ATTENTION_FUNCTIONS"] = _StandIn(real, around)
-    if not hasattr(
-        real, "get_interface"
-    ):  # before transformers 5.0 eager is a plain global, not looked up in the registry
+    if not hasattr(real, "get_interface") and "eager_attention_forward" in namespace:
+        # before transformers 5.0 eager is a plain global, not looked up in the registry
         eager = originals.setdefault("eager_attention_forward", namespace["eager_attention_forward"])
         namespace["eager_attention_forward"] = lambda *args, **kwargs: around(eager, "eager")(*args, **kwargs)
 

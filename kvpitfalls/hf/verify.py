@@ -14,7 +14,7 @@ from .evict import Action
 from .forward import AttentionCall
 from .layer import KeptLayer
 from .model import attach, detach
-from .parts import decoder_of, device_of
+from .parts import decoder_of, device_of, n_known_of
 from .rows import FORGETFUL
 
 
@@ -46,7 +46,11 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
     """See :meth:`kvpitfalls.Handle.verify`."""
     decoder = decoder_of(model)
     device = device_of(decoder)
-    n_vocab = model.get_input_embeddings().num_embeddings
+    n_vocab = n_known_of(model)
+    if n_vocab is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not tell how many tokens it knows; expected a torch.nn.Embedding of its ids"
+        )
     ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0)).to(device)
     cut = n_token // 2
     attach(model)
