@@ -14,10 +14,14 @@ from .cache import KeptCache
 from .given_prompts import pad_token
 from .parts import device_of
 
-# Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty).
+# Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty); the ids of
+# one answer a row alone, and from the cache that is given.
 GREEDY = {
     "do_sample": False,
     "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "cache_implementation": None,
     "temperature": None,
     "top_p": None,
     "top_k": None,

@@ -179,6 +179,11 @@ class KeptLayer(DynamicLayer):
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
             self.spare = None
+            if self.keys.dtype != key_states.dtype and not torch.is_autocast_enabled(self.keys.device.type):
+                raise ValueError(
+                    f"the model gives keys of {key_states.dtype}, but its cache holds {self.keys.dtype}, as the model "
+                    "gave before it was changed; expected the same, or a new cache"
+                )
         self.seen += n_new
         self.n_after += n_new
         leave_ticket(forward, self, n_new)

@@ -216,7 +216,8 @@ def _weights(decoder: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _plain(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     if (flatten := getattr(weight, "__tensor_flatten__", None)) is not None:
         for part in flatten()[0]:
-            yield from _plain(f"{name}.{part}", getattr(weight, part))
+            if isinstance(inner := getattr(weight, part), torch.Tensor):  # a shard names its mesh of devices, too
+                yield from _plain(f"{name}.{part}", inner)
     elif weight.device.type == "meta":
         raise ValueError(
             f"the weight {name} is on the device 'meta', without values; expected a model whose weights can be read"

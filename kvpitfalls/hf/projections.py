@@ -52,11 +52,12 @@ def _tried(decoder, module, index: int) -> str:
 def _by_head(projection, attended: torch.Tensor) -> torch.Tensor:
     """What a projection makes of each head's part of ``attended`` (..., Hq, Dv): float32 (Hq, Dv, E).
 
-    Asked of the module, which may be quantized, adapted or offloaded, unless it is a plain one.
+    Asked of the module, which may be quantized, adapted, sharded or offloaded, unless it is a plain one.
     """
     n_head, n_dim = attended.shape[-2:]
-    if type(projection) is torch.nn.Linear and projection.weight.device == attended.device:
-        matrix = projection.weight.T
+    weight = projection.weight if type(projection) is torch.nn.Linear else None
+    if type(weight) is torch.nn.Parameter and weight.device == attended.device:
+        matrix = weight.T
     else:
         matrix = projection(torch.eye(n_head * n_dim, dtype=attended.dtype, device=attended.device)[None])[0]
         matrix = matrix.float() - projection(attended.new_zeros(1, 1, n_head * n_dim))[0].float()
