@@ -124,6 +124,79 @@ def test_adapters_that_put_tokens_before_a_prompt_or_begin_within_it_are_refused
             generate(model, tokens)
 
 
+class Shifted(LlamaForCausalLM):
+    """Adds something to what its decoder is given."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return super().forward(inputs_embeds=embeds + torch.arange(64.0) / 64, **kwargs)
+
+
+class Prefixed(LlamaForCausalLM):
+    """Puts something before each prompt."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=torch.cat([embeds[:, :2], embeds], 1), **kwargs)
+
+
+def shifted(model):
+    model.__class__ = Shifted
+
+
+def hooked_around(model):
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "input_ids": kwargs["input_ids"].flip(0)}), with_kwargs=True
+    )
+
+
+def put_before(model):
+    own = model.forward
+    model.forward = lambda input_ids=None, **kwargs: own(input_ids=(input_ids + 1) % 128, **kwargs)
+
+
+@pytest.mark.parametrize("sizes", [None, 7])
+@pytest.mark.parametrize("n_padding", [0, 3])
+@pytest.mark.parametrize("change", [shifted, hooked_around, put_before], ids=lambda change: change.__name__)
+def test_a_prompt_is_read_as_the_models_own_call_reads_it(change, n_padding, sizes):
+    """Also by what stands around its decoder: compress fills the cache that a forward fills, and audits see that."""
+    model, tokens = build("llama"), ids()[:, :N_PROMPT]
+    mask = torch.ones_like(tokens)
+    mask[:, :n_padding] = 0
+    change(model)
+    with kvp.wrap(model, "knorm", compression_ratio=0) as handle, torch.no_grad():
+        wanted, positions = handle.new_cache(), (mask.cumsum(-1) - 1).clamp(min=0)
+        told = {"position_ids": positions} if change is hooked_around else {}  # as generate: who takes them by name
+        model(input_ids=tokens, attention_mask=mask, **cache_argument(model, wanted), **told)
+        got = handle.compress(tokens, mask, prefill_chunk_size=sizes)
+        for layer, other in zip(got.kept_layers, wanted.kept_layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, rtol=0, atol=1e-5)
+    prompt = tiny_prompt()
+    audit = kvp.audit(model, prompt, policies=["knorm"], compression_ratios=[0.5], fair=False)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(input_ids=prompt.input_ids, **cache_argument(model, cache))
+        kept_mask = audit.kept_mask("knorm", 0.5)
+        assert all(kept_mask[i, 0].nonzero()[0].tolist() == cache.positions(i)[0, 0].tolist() for i in range(3))
+
+
+def test_a_model_that_gives_its_decoder_other_tokens_than_the_prompts_is_refused():
+    model = build("llama")
+    model.__class__ = Prefixed
+    message = "Prefixed gave its decoder 22 tokens of a prompt of 20, so that nobody knows which is which"
+    with kvp.wrap(model, "knorm", budget=4) as handle, pytest.raises(kvp.UnsupportedModelError, match=message):
+        handle.compress(ids()[:, :N_PROMPT])
+
+
+def test_rows_of_other_lengths_are_measured_alike_inside_a_wrapper(plain):
+    """It does not name the positions that padded rows need, and hands them on."""
+    settings = {"said": [" w3", " w5 w9 w4"], "max_new_tokens": 3}
+    outer = WithDecoder(build("llama"))
+    outer.names = (*outer.names, "generation_config")
+    rows = [kvp.effects(model, tiny_prompt(), "knorm", **settings).rows for model in (plain, outer)]
+    assert rows[0] == rows[1]
+
+
 # Attention of one's own
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .parts import decoder_of
+
 # The newest first. A forward that has one of them by name takes its cache under that name; it may still take an older
 # one, with a warning.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -18,9 +20,12 @@ NO_CACHE = (
 
 def cache_name(module: torch.nn.Module) -> str:
     """The name under which this module's forward takes its cache; asked of its signature, since it depends on the
-    release."""
-    known = inspect.signature(module.forward).parameters
-    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+    release, and of its decoder's where it hands on what it does not name."""
+    for each in (module, decoder_of(module)):
+        known = inspect.signature(each.forward).parameters
+        if (name := next((name for name in CACHE_NAMES if name in known), None)) is not None:
+            return name
+    return CACHE_NAMES[-1]
 
 
 def cache_argument(module: torch.nn.Module, cache) -> dict:

@@ -1,6 +1,5 @@
 """Greedy answers to many conversations at once, each going on from a compressed cache."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from . import rows
 from .arguments import cache_argument
 from .cache import KeptCache
 from .given_prompts import pad_token
-from .parts import device_of
+from .parts import device_of, takes
 
 # Plain argmax, whatever the model's generation config says (Qwen2.5's, for one, holds a repetition penalty); the ids of
 # one answer a row alone, and from the cache that is given.
@@ -179,15 +178,15 @@ def logits_after(
     n_last : int
         How many tokens at the end are asked for. N may be larger: not every model can leave out the others.
     """
-    device, known = device_of(model), inspect.signature(model.forward).parameters
+    device = device_of(model)
     n_context = max(map(len, contexts))
     told: dict[int, torch.Tensor] = {}
     for batch in batches(contexts, conversations, cache, 0):
         options: dict[str, Any] = {"attention_mask": batch.mask.to(device), "use_cache": True}
         options |= cache_argument(model, batch.cache)
-        if "position_ids" in known:
+        if takes(model, "position_ids"):
             options["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)[:, n_context:].to(device)
-        if "logits_to_keep" in known:  # a large vocabulary's take up far more than all else
+        if takes(model, "logits_to_keep"):  # a large vocabulary's take up far more than all else
             options["logits_to_keep"] = n_last
         logits: torch.Tensor = model(batch.tokens[:, n_context:].to(device), **options).logits
         told |= zip(batch.rows, logits, strict=True)

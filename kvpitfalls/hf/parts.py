@@ -42,6 +42,28 @@ def tells_positions(model) -> bool:
     return all("position_ids" in inspect.signature(module.forward).parameters for module in asked)
 
 
+def takes(model, name: str) -> bool:
+    """Whether a model may be called with this argument; a wrapper such as PEFT's hands on what it does not name."""
+    known = inspect.signature(model.forward).parameters
+    inside = [module for module in generators_of(model) if module is not model]
+    hands_on = any(x.kind is x.VAR_KEYWORD for x in known.values()) and bool(inside)
+    return name in known or (hands_on and all(name in inspect.signature(x.forward).parameters for x in inside))
+
+
+def reads_for_itself(model) -> bool:
+    """Whether more than transformers' own code stands between a call of a model and its decoder: code of another file,
+    a function put before a forward, hooks. What a prompt says to the decoder then only the model's call can tell."""
+    decoder = decoder_of(model)
+    around = [module for module in model.modules() if module is not decoder and decoder in module.modules()]
+    return any(
+        not inspect.unwrap(type(module).forward).__module__.startswith("transformers.")
+        or "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        for module in around
+    )
+
+
 def is_multimodal(model) -> bool:
     """Whether prompts are to go through the model's own ``generate``: it sees to more than its decoder does."""
     return hasattr(model, "generate") and model.config.get_text_config(decoder=True) is not model.config

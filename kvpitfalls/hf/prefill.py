@@ -9,10 +9,20 @@ from typing import Any
 import torch
 
 from ..display.progress import progress, shown
+from ..errors import UnsupportedModelError
 from .arguments import cache_argument
 from .cache import KeptCache
 from .generate import GREEDY
-from .parts import decoder_of, device_of, is_multimodal, n_known_of, placeholders, tells_positions
+from .parts import (
+    decoder_of,
+    device_of,
+    is_multimodal,
+    n_known_of,
+    placeholders,
+    reads_for_itself,
+    takes,
+    tells_positions,
+)
 
 
 def prefill(
@@ -27,10 +37,12 @@ def prefill(
     sizes = [ids.shape[1]] if sizes is None else sizes
     others = others or {}
     run: Callable
+    decoder = decoder_of(model)
     if is_multimodal(model):
         module, run = model, _through_outer
     else:
-        module, run = decoder_of(model), partial(_through_decoder, sizes=sizes, is_told=tells_positions(model))
+        module = model if reads_for_itself(model) else decoder
+        run = partial(_through_forward, sizes=sizes, is_told=tells_positions(model))
     device = device_of(module)  # before ids are looked at: it raises where there are no weights
     _check_ids(model, ids, others, placeholders(model))
     inputs = {"input_ids": ids, **({} if mask is None else {"attention_mask": mask}), **others}
@@ -42,6 +54,11 @@ def prefill(
             run(module, **inputs, use_cache=True, **cache_argument(module, cache))
         finally:
             cache.progress = None
+    if module is not decoder and cache.n_seen != ids.shape[1] and not others:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gave its decoder {cache.n_seen} tokens of a prompt of {ids.shape[1]}, so that "
+            "nobody knows which is which; expected a model that gives it all, and no more"
+        )
 
 
 def _check_ids(model: Any, ids: torch.Tensor, others: Mapping[str, Any], placeholder_ids: set[int]) -> None:
@@ -70,12 +87,14 @@ def _through_outer(
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **GREEDY, **others)
 
 
-def _through_decoder(decoder: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any) -> None:
+def _through_forward(module: Any, input_ids: torch.Tensor, sizes: Sequence[int], is_told: bool, **others: Any) -> None:
     if is_told:  # some would count otherwise, such as RoBERTa from its padding id
         real = others.get("attention_mask", torch.ones_like(input_ids)).long()
         others["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+    if takes(module, "logits_to_keep"):
+        others["logits_to_keep"] = 1
     mask, positions = others.pop("attention_mask", None), others.pop("position_ids", None)
     for begin, end in pairwise([0, *accumulate(sizes)]):
         options = {} if mask is None else {"attention_mask": mask[:, :end]}
         options |= {} if positions is None else {"position_ids": positions[:, begin:end]}
-        decoder(input_ids=input_ids[:, begin:end], **options, **others)
+        module(input_ids=input_ids[:, begin:end], **options, **others)
