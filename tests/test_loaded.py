@@ -346,6 +346,17 @@ def test_measurements_answer_alike_whatever_a_checkpoints_generation_config_says
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic", "hybrid"])
+def test_a_cache_that_is_given_is_used_whatever_kind_a_checkpoint_sets(plain, kind):
+    model, answers = build("llama"), []
+    model.generation_config.cache_implementation = kind
+    for each in (plain, model):
+        with kvp.wrap(each, "knorm", compression_ratio=0.5) as handle:
+            cache = handle.compress(ids()[:, :N_PROMPT])
+            answers.append(generate(each, ids(), **cache_argument(each, cache)))
+    assert torch.equal(*answers)
+
+
 class Adapted(torch.nn.Module):
     """As PEFT puts a module around a model's embeddings."""
 

@@ -220,6 +220,8 @@ def _generate(model, generate, args, kwargs):
     coming = chunks_of(model, arguments, action)
     if isinstance(cache := given_cache(arguments)[1], KeptCache):
         cache.check_decoder(decoder)
+        if vars(model.generation_config).get("cache_implementation") and kwargs.get("generation_config") is None:
+            kwargs = {"cache_implementation": None, **kwargs}  # a checkpoint's is for calls that are given no cache
         if cache.n_seen and (module := outer_of(model)) is not None:
             tokens = next(
                 x for name in ("inputs", "input_ids", "inputs_embeds") if (x := arguments.get(name)) is not None
