@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.model import attach, detach
-from kvpitfalls.hf.rows import FORGETFUL
+from kvpitfalls.hf.rows import FORGETFUL, has_states
 from kvpitfalls.hf.verify import Shuffle
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -65,6 +65,7 @@ TRIED_SINCE = {
     "qwen3_5_moe": ("5.13", _WHOLE),
     "speech_to_text_2": ("5.0", "its positions cannot be initialized"),
     "transfo-xl": ("5.0", "its vocabulary cannot be cut to size"),
+    "zamba2": ("5.17", "its linear attention takes no more than one token after a prompt"),
 }
 
 
@@ -125,6 +126,11 @@ def not_refused(*model_types: str) -> list[str]:
     """Those that this transformers release has and lets through: older ones keep some types off the attention
     interface."""
     return [name for name in model_types if not _refused(name)]
+
+
+def mixed() -> list[str]:
+    """Those of layers that hold keys and values and states of linear attention, too, and forget nothing."""
+    return [name for name in not_refused("falcon_h1", "zamba2") if name not in FORGETFUL and not why_not_built(name)]
 
 
 def _refused(model_type: str) -> bool:
@@ -220,6 +226,7 @@ def _assert_close(a, b, message):
 
 def _note(cache) -> str:
     kinds = sorted({why.split(":")[0] for why in cache.report()["not_compressed"].values()})
+    kinds += ["states beside keys and values"] * any(map(has_states, cache.kept_layers))
     notes = [
         f"{', '.join(kinds)} left as they are" if kinds else "",
         "one choice for all heads" if cache.kept_layers[0].shared else "",

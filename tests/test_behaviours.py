@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from model_sweep import SEVERAL, build, not_refused, release
+from model_sweep import SEVERAL, build, mixed, not_refused, release
 from tiny_configs import tiny_config
 from tiny_models import feed, ids, masked_like
 from tiny_policies import EQUAL, EVERY, takes
@@ -19,6 +19,7 @@ import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Action
 from kvpitfalls.hf.forward import AttentionCall
+from kvpitfalls.hf.hybrid import is_full_attention
 from kvpitfalls.hf.model import attach, detach
 from kvpitfalls.hf.verify import Shuffle
 
@@ -28,7 +29,7 @@ POLICIES = [kvp.StreamingLLM(2), kvp.SnapKV(window_size=3, kernel_size=3), kvp.T
 POLICIES += [policy for policy in EQUAL if type(policy) not in map(type, POLICIES)]
 SPANS = {"a": (2, 6), "b": (6, 11)}
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-FAMILIES = not_refused(*SEVERAL, "mixtral", "qwen3_next")
+FAMILIES = [*not_refused(*SEVERAL, "mixtral", "qwen3_next"), *mixed()]
 EAGER_ONLY = ("gemma2", "gpt_oss")  # transformers has no sdpa for soft-cap and sinks
 CASES = [
     (f, attention) for f in FAMILIES for attention in ("eager", "sdpa") if attention == "eager" or f not in EAGER_ONLY
@@ -267,7 +268,7 @@ def test_copies_rows_and_what_comes_after(model):
     tokens = ids(1, N_TOKEN)
     config, names = model.config.to_json_string(), list(model.state_dict())
     plain = feed(model, tokens, [N_TOKEN], DynamicCache(config=model.config))
-    stock = sum(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    stock = sum(map(is_full_attention, DynamicCache(config=model.config).layers))
     with kvp.wrap(model, POLICIES[3], compression_ratio=0.5) as handle:
         assert handle.verify() < 1e-5
         cache = handle.compress(tokens[:, :N_PROMPT])

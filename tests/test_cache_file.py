@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from model_sweep import build as build_type
-from model_sweep import not_refused
+from model_sweep import mixed, not_refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import build, feed, ids
@@ -19,7 +19,7 @@ N_PROMPT, CHUNKS = 20, [1, 1, 5, 1]
 
 
 @pytest.mark.parametrize(
-    "family", not_refused("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt2", "gemma3n_text")
+    "family", [*not_refused("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "gpt2", "gemma3n_text"), *mixed()]
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_loaded_cache_goes_on_as_the_original(family, padded, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from model_sweep import build as build_type
-from model_sweep import not_refused
+from model_sweep import mixed, not_refused
 from packaging.version import parse as release
 from tiny_models import build, feed, ids, masked_like
 from tiny_policies import EVERY
@@ -407,7 +407,9 @@ def test_what_cannot_be_right_is_refused_by_name(llama, wrapped, error, message,
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("size", [1, SIZE, [1, 24, 1], [24, 1, 1]], ids=str)
-@pytest.mark.parametrize("family", not_refused("llama", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h"))
+@pytest.mark.parametrize(
+    "family", [*not_refused("llama", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h"), *mixed()]
+)
 def test_linear_attention_makes_of_chunks_what_it_makes_of_the_whole_or_is_refused(family, size, padded):
     model, tokens = build_type(family), ids()
     mask = left_pad() if padded else torch.ones_like(tokens)

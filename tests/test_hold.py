@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from model_sweep import build as build_type
-from model_sweep import not_refused
+from model_sweep import mixed, not_refused
 from tiny_models import build, feed, ids
 from tiny_policies import HELD, rkv_by_hand
 from transformers import DynamicCache
@@ -430,7 +430,7 @@ def test_rows_that_move_take_their_padding_along(policy, fair):
 
 
 @pytest.mark.parametrize(
-    "family", not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text")
+    "family", [*not_refused("deepseek_v3", "jetmoe", "gpt_oss", "gemma2", "qwen3_next", "gemma3n_text"), *mixed()]
 )
 def test_other_architectures_hold_too(family):
     model, tokens = build_type(family), ids(1, 30)

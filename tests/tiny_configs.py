@@ -41,12 +41,19 @@ _SHARED_TAIL = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _SMALL_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
 _OMIT = object()  # leave the default
 # What a type's own rules need instead.
 _CHANGES = {
+    "bamba": {"attn_layer_indices": [1], **_SMALL_MAMBA},
     "codegen": {"rotary_dim": 8},
     "deepseek_v4": {"layer_types": _OMIT},
-    "dory": {"layer_types": _OMIT},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **dict.fromkeys(["n_input_layers", "n_output_layers"], 1),
+        **{"num_hidden_layers": 4, "n_recurrent_layers": 2},
+    },
+    "falcon_h1": {**_SMALL_MAMBA, "mamba_d_ssm": 128},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": _SHARED_TAIL,
@@ -56,9 +63,9 @@ _CHANGES = {
     "gptj": {"rotary_dim": 8},
     # releases after 5.5 translate the names; the default state sizes take 17 GB where there is no kernel for them
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_SMALL_MAMBA},
-    "inkling2_loop_text": {"layer_types": _OMIT},
-    "inkling2_text": {"layer_types": _OMIT},
-    "inkling_text": {"layer_types": _OMIT},
+    "inkling2_loop_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, "num_hidden_layers": 4, **_INKLING},
+    "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"], "num_hidden_layers": 2, **_INKLING},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"], "num_hidden_layers": 2, **_INKLING},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -72,7 +79,7 @@ _CHANGES = {
     "xlnet": {"max_position_embeddings": _OMIT},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"num_hidden_layers": 54},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": _OMIT},
 }
 

@@ -125,7 +125,7 @@ class masked_like:
         for index, module in attention_modules(self.model).items():
             source = self._source(index, module)
             if source in compressed:
-                hook = functools.partial(self._hide, source=source)
+                hook = functools.partial(self._hide, source=source, is_own=source == index)
                 self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
@@ -143,7 +143,7 @@ class masked_like:
         ]
         return max(i for i in own if kinds[i] == kinds[index])
 
-    def _hide(self, module, args, kwargs, source):
+    def _hide(self, module, args, kwargs, source, is_own):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
@@ -153,7 +153,7 @@ class masked_like:
             if (c := bound.get(name)) is not None
         )
         n_row, n_new = hidden.shape[:2]
-        n_past = cache.get_seq_length(source) - (n_new if source != module.layer_idx else 0)
+        n_past = cache.get_seq_length(source) - (0 if is_own else n_new)
         if (visible := self._visible(source, n_row, n_past, n_new)) is None:
             return None
         n_query_head = visible.shape[1]
@@ -164,7 +164,8 @@ class masked_like:
         if "attention_mask" not in names:  # ctrl calls it mask, and passes it by position
             place = names.index("mask")
             return (*args[:place], mask, *args[place + 1 :]), kwargs
-        kwargs["attention_mask"] = mask
+        given = bound.get("attention_mask")  # zaya's is two
+        kwargs["attention_mask"] = {**given, "causal": mask} if isinstance(given, dict) else mask
         return args, kwargs
 
     def _visible(self, source, n_row, n_past, n_new):

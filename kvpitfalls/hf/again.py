@@ -21,7 +21,7 @@ from .evict import Action
 from .forward import AttentionCall, Forward
 from .layer import KeptLayer
 from .parts import n_known_of
-from .rows import holds_nothing
+from .rows import holds_nothing, is_kept_alone
 from .threads import local
 
 
@@ -94,7 +94,7 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
             "as of a multimodal model; expected token ids"
         )
     for i, layer in enumerate(record.cache.layers):
-        if not (isinstance(layer, KeptLayer) or getattr(layer, "is_sliding", False) or holds_nothing(layer)):
+        if not (is_kept_alone(layer) or getattr(layer, "is_sliding", False) or holds_nothing(layer)):
             raise UnsupportedModelError(
                 f"policy {asking} has the model read on after the prompt and then forget that, which layer {i} of "
                 f"{type(decoder).__name__} cannot ({why_not_compressed(layer)}); expected another policy"

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..display.markup import block, note
 from ..errors import NotInterceptedError
@@ -19,6 +18,7 @@ from ..eviction.selection import count_inside
 from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
+from .hybrid import kept_layer
 from .layer import KeptLayer, bare
 from .origin import Origin
 from .report import Report, in_bytes, in_range
@@ -78,7 +78,7 @@ class KeptCache(DynamicCache):
     def adopt(self, config: Any, action: "Action | None") -> "KeptCache":
         """Replace the plain layers of this empty cache. ``action`` is called with each layer after its prefill."""
         fresh = DynamicCache(config=config).layers
-        self.layers = [KeptLayer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(fresh)]
+        self.layers = [kept_layer(i, layer) for i, layer in enumerate(fresh)]
         self.layer_class_to_replicate = None
         self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
@@ -391,7 +391,7 @@ for _name in ("__iter__", "__getitem__", "to_legacy_cache"):  # transformers 5 h
 def why_not_compressed(layer: object) -> str:
     """Why a stock cache layer is left as it is."""
     kind = type(layer).__name__
-    if "LinearAttention" in kind:
+    if rows.has_states(layer):
         return f"{kind}: its state has a fixed size"
     if rows.holds_nothing(layer):
         return f"{kind}: it has no cache of its own"

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
+from .hybrid import is_full_attention
 from .parts import attention_modules, decoder_of, forwards_of, names_in_forward
 
 RANDOM = (
@@ -19,7 +20,10 @@ _MASK_MAKERS = {"create_masks_for_generate", "create_causal_mask"}
 
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
 # each.
+_LOOPS = "it runs some of its layers several times over, each time on cache layers of their own"
 _REFUSED_TYPES = {
+    "dory": _LOOPS,
+    "hrm_text": _LOOPS,
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "paligemma": "its prompts attend both ways, so that what stands before a token depends on what follows it",
@@ -133,7 +137,7 @@ def _own_caches(decoder: torch.nn.Module) -> list[str]:
 def _check_layers(model, name: str) -> None:
     attention = attention_modules(model)
     layers = DynamicCache(config=model.config).layers
-    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    plain = [i for i, layer in enumerate(layers) if is_full_attention(layer)]
     kinds = sorted({type(layer).__name__ for layer in layers})
     if layers and not plain:
         raise UnsupportedModelError(

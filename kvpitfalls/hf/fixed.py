@@ -9,7 +9,7 @@ from ..numbers import check_whole
 from .cache import KeptCache, why_not_compressed
 from .layer import KeptLayer, leave_ticket
 from .masks import check_padding
-from .rows import holds_nothing
+from .rows import holds_nothing, is_kept_alone
 from .step_graph import StepGraph, why_not, why_not_this
 
 _SLOTS = 16
@@ -364,10 +364,10 @@ class FixedCache(KeptCache):
 
 def _check(cache: KeptCache, n_room: int) -> None:
     check_whole("max_new_tokens", n_room, 1)
-    if others := {i: why_not_compressed(x) for i, x in enumerate(cache.layers) if not isinstance(x, KeptLayer)}:
+    if others := {i: why_not_compressed(x) for i, x in enumerate(cache.layers) if not is_kept_alone(x)}:
         raise ValueError(
-            f"layers {list(others)} are not compressed ({next(iter(others.values()))}); expected a cache of "
-            "KeptLayers alone"
+            f"layers {list(others)} are not compressed, or not as a whole ({next(iter(others.values()))}); expected a "
+            "cache of KeptLayers alone"
         )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")

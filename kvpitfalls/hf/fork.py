@@ -88,6 +88,8 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     for cache in caches:
         cache.origin = trunk.origin
         for i, layer in enumerate(trunk.layers):
-            if not isinstance(layer, KeptLayer):
+            if isinstance(layer, KeptLayer):
+                cast(KeptLayer, cache.layers[i]).take_states(layer)
+            else:
                 cache.layers[i] = copy.deepcopy(layer)
     return caches

@@ -18,7 +18,7 @@ from .coming import Coming
 from .coverage import check_adapters
 from .masks import check_padding, valid_ranges
 from .parts import decoder_of, is_multimodal
-from .rows import FORGETFUL
+from .rows import FORGETFUL, has_states
 
 PAGED = (
     "continuous batching (generate_batch, or cache_implementation='paged') keeps a paged cache of its own, which "
@@ -140,7 +140,7 @@ def chunked(model, ids: torch.Tensor, mask, sizes: Sequence[int], action) -> Com
 def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None:
     """Raise where a model's layers of linear attention make something else of chunks than of the whole prompt, be it
     wrapped or not."""
-    if not any("LinearAttention" in type(layer).__name__ for layer in KeptCache(model.config).layers):
+    if not any(map(has_states, KeptCache(model.config).layers)):
         return
     name = type(model).__name__
     if model.config.model_type in FORGETFUL:

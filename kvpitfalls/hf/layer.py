@@ -312,6 +312,9 @@ class KeptLayer(DynamicLayer):
             pos.gather(2, positions), None if not bool(front.any()) else ~empty[:, None].expand(*positions.shape)
         )
 
+    def take_states(self, other: "KeptLayer") -> None:
+        """Hold the states of linear attention that another has, where there are any; see :class:`.KeptHybridLayer`."""
+
     def settle(self) -> None:
         """Called when its budget is held again; see :class:`.held_fixed.GrowingTwin`."""
 
@@ -396,12 +399,17 @@ class KeptLayer(DynamicLayer):
 
 
 def bare(layer: Any) -> Any:
-    """A cache's layer whose keys and values have shapes alone; for a layer of another class, neither."""
+    """A cache's layer whose keys, values and states have shapes alone."""
     twin = copy.copy(layer)  # without its spare room
-    for name, x in vars(layer).items():
-        if isinstance(x, torch.Tensor) and (name in ("keys", "values") or not isinstance(layer, KeptLayer)):
-            setattr(twin, name, torch.empty_like(x, device="meta"))
+    for name in {"keys", "values", "conv_states", "recurrent_states"} & vars(layer).keys():
+        setattr(twin, name, _shape(getattr(layer, name)))
     return twin
+
+
+def _shape(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _shape(each) for key, each in x.items()}
+    return torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x
 
 
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,14 +95,16 @@ def outer_of(model) -> torch.nn.Module | None:
 
 def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
     """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
-    for module in decoder.modules():
+    for name, module in decoder.named_modules():
         index = getattr(module, "layer_idx", None)
         if (
             isinstance(index, int)
             and _REGISTRY in names_in_forward(module)
             and not getattr(module, "is_cross_attention", False)
         ):
-            yield index, module
+            place = re.search(r"\.(\d+)\.", name)
+            # Zamba2's is told with each call
+            yield (int(place[1]) if index < 0 and place else index), module
 
 
 def attention_modules(model) -> dict[int, torch.nn.Module]:

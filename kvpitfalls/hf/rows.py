@@ -1,10 +1,12 @@
 """Batch rows of a cache's layers, of whatever kind: taken, repeated, joined."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 
 from ..errors import UnsupportedModelError
 from .layer import KeptLayer
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def repeat(layer: Any, n: int) -> None:
     """Hold each row of a layer ``n`` times."""
-    if not _has_states(layer):
+    if not has_states(layer):
         layer.batch_repeat_interleave(n)
     elif n_row := _n_row(layer):
         layer.reorder_cache(torch.arange(n_row).repeat_interleave(n))
@@ -24,7 +26,7 @@ def repeat(layer: Any, n: int) -> None:
 
 def select(layer: Any, indices: Any) -> None:
     """Hold these rows of a layer, in this order."""
-    if not _has_states(layer):
+    if not has_states(layer):
         layer.batch_select_indices(indices)
     elif n_row := _n_row(layer):
         indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
@@ -49,7 +51,12 @@ def takes_padding(layer: Any, n_token: int) -> bool:
     A window is counted in columns, and a state takes padding for tokens; a layer that holds nothing does neither.
     """
     fits = getattr(layer, "is_sliding", False) and n_token <= layer.sliding_window
-    return isinstance(layer, KeptLayer) or fits or holds_nothing(layer)
+    return is_kept_alone(layer) or fits or holds_nothing(layer)
+
+
+def is_kept_alone(layer: Any) -> bool:
+    """Whether it holds nothing but keys and values that are compressed."""
+    return isinstance(layer, KeptLayer) and not has_states(layer)
 
 
 def holds_nothing(layer: Any) -> bool:
@@ -86,7 +93,8 @@ def _length(layer: Any) -> Any:
 
 def _kept(layers: Sequence[Any]) -> Any:
     joined = copy.copy(layers[0])
-    joined.keys, joined.values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
+    of_rows = ["keys", "values", *(["conv_states", "recurrent_states"] if has_states(joined) else [])]
+    vars(joined).update({name: _joined([vars(layer)[name] for layer in layers]) for name in of_rows})
     if joined.is_evicted:
         live = [layer.live for layer in layers]
         if any(each is not None for each in live):
@@ -109,7 +117,7 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 # Model types whose linear attention starts anew with every forward of several tokens: what came before is lost to it.
-FORGETFUL = {"jamba"}
+FORGETFUL = {"jamba", *(("falcon_h1", "zamba2") if Version(transformers.__version__) < Version("5.13") else ())}
 
 
 def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> None:
@@ -120,15 +128,15 @@ def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> 
             f"the linear attention of {type(decoder).__name__} forgets what came before a forward of several tokens, "
             f"and {n_new} follow what the cache has seen; expected one at a time, or generate without a cache of before"
         )
-    if any(map(_has_states, layers)) and real_newest(mask, n_new) is not None:
+    if any(map(has_states, layers)) and real_newest(mask, n_new) is not None:
         raise UnsupportedModelError(
             "what follows the prompts is padded, and layers of linear attention would take padding for tokens; "
             "expected rows of one length, such as those of cache.batch_select_indices"
         )
 
 
-def _has_states(layer: Any) -> bool:
-    """Whether it is one of transformers' layers of linear attention, which have no other way to move rows than that of
+def has_states(layer: Any) -> bool:
+    """Whether it holds states of linear attention. Those of transformers have no other way to move rows than that of
     beam search."""
     return hasattr(layer, "recurrent_states")
 
@@ -140,6 +148,13 @@ def _states(x: Any) -> Iterator[torch.Tensor]:
     elif isinstance(x, Mapping):
         for each in x.values():
             yield from _states(each)
+
+
+def mapped(states: Any, function: Callable) -> Any:
+    """States of a layer, by their numbers or (before transformers 5.17) one, each as the function gives it."""
+    if isinstance(states, Mapping):
+        return {number: mapped(x, function) for number, x in states.items()}
+    return None if states is None else function(states)
 
 
 def _n_row(layer: Any) -> int:

@@ -19,7 +19,7 @@ from .fixed import FixedCache, FixedLayer, free_slots, real_slots
 from .held_fixed import GrowingTwin, HeldLayer, held_layers, why_not_held
 from .hold import Hold
 from .layer import SPARE, KeptLayer
-from .rows import holds_nothing
+from .rows import holds_nothing, is_kept_alone
 from .step_graph import NotCapturedError, has_own_forwards, why_not, why_not_arguments
 from .window import WindowLayer, is_window
 
@@ -260,7 +260,7 @@ def _keep_their_places(decoder, cache: KeptCache) -> bool:
     """Whether each layer can have a size that is fixed, or has it already."""
     types = [*(getattr(decoder.config, "layer_types", None) or ()), *[None] * len(cache.layers)]
     return all(
-        isinstance(layer, KeptLayer)
+        is_kept_alone(layer)
         or is_window(layer, types[index])
         or type(layer).__name__ == "LinearAttentionLayer"  # of transformers 5
         or holds_nothing(layer)
