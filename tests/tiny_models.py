@@ -137,7 +137,7 @@ class masked_like:
         """The layer whose keys this one uses: the last of its kind that has keys of its own, or itself."""
         if not getattr(module, "is_kv_shared_layer", False):
             return index
-        kinds = self.model.config.layer_types
+        kinds = self.model.config.get_text_config(decoder=True).layer_types
         own = [
             i for i, other in attention_modules(self.model).items() if not getattr(other, "is_kv_shared_layer", False)
         ]

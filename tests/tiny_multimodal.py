@@ -4,6 +4,7 @@ import inspect
 
 import torch
 import transformers
+from packaging.version import Version
 from tiny_models import far_from_uniform, ids
 from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
 
@@ -36,8 +37,21 @@ _VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+_WINDOWS = {**_TEXT, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", *["full_attention"] * 2]}
+_GEMMA = {
+    "gemma3": {"text_config": _WINDOWS, "vision_config": _VISION, "mm_tokens_per_image": 16, "image_token_index": 150},
+    "gemma4": {
+        "text_config": {**_WINDOWS, "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 8}
+        | {"num_kv_shared_layers": 1, "global_head_dim": 16, "use_bidirectional_attention": None},
+        "vision_config": {**_VISION, "pooling_kernel_size": 2, "num_key_value_heads": 2, "head_dim": 16}
+        | {"position_embedding_size": 16},
+        **{"image_token_id": 150, "video_token_id": 151, "audio_token_id": 154},
+    },
+}
 OF_GRIDS = tuple(_GRIDS)
-FAMILIES = (*OF_GRIDS, "llava")
+# Where images are read from left to right, as text is; and also those where only text can be compressed.
+FAMILIES = (*OF_GRIDS, "llava", *(["gemma4"] if Version(transformers.__version__) >= Version("5.13") else []))
+OF_TEXT = (*FAMILIES, "gemma3")
 
 
 def _config(family: str):
@@ -53,6 +67,8 @@ def _config(family: str):
     if family == "llava":
         parts = {"text_config": AutoConfig.for_model("llama", **_TEXT), "vision_config": CLIPVisionConfig(**_VISION)}
         return AutoConfig.for_model(family, **parts, image_token_index=150, image_seq_length=16)
+    if family in _GEMMA:
+        return AutoConfig.for_model(family, **_GEMMA[family])
     text = AutoConfig.for_model("gemma", **_TEXT, head_dim=16)
     vision = SiglipVisionConfig(**_VISION, projection_dim=64)
     return AutoConfig.for_model(
@@ -76,6 +92,11 @@ def image_prompt(model, family: str, seed: int = 4, side: int = 8, n_row: int = 
     tokens = torch.cat([before, marks[0], image, marks[1], after], 1)
     noise = torch.Generator().manual_seed(seed)
     options = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if family.startswith("gemma"):
+        options["token_type_ids" if family == "gemma3" else "mm_token_type_ids"] = (tokens == 150).int()
+    if family == "gemma4":
+        options["pixel_values"] = torch.randn(n_row, 64, 3 * 4 * 4, generator=noise)
+        return options | {"image_position_ids": torch.cartesian_prod(*[torch.arange(8)] * 2).expand(n_row, -1, -1)}
     if not is_grid:
         return options | {"pixel_values": torch.randn(n_row, 3, 16, 16, generator=noise)}
     options["pixel_values"] = torch.randn(n_row * side * side, 3 * 2 * 4 * 4, generator=noise)
@@ -89,6 +110,6 @@ def followed_by(given: dict, question: torch.Tensor) -> dict:
     """The same prompt, image and all, with more text."""
     tokens = torch.cat([given["input_ids"], question], 1)
     longer = {**given, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if "mm_token_type_ids" in given:
-        longer["mm_token_type_ids"] = (tokens == 150).int()
+    for name in {"mm_token_type_ids", "token_type_ids"} & given.keys():
+        longer[name] = (tokens == 150).int()
     return longer

@@ -10,14 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import UnsupportedModelError
 from .arguments import CACHE_NAMES
 from .hybrid import is_full_attention
-from .parts import attention_modules, decoder_of, forwards_of, names_in_forward
+from .parts import attention_modules, decoder_of, forwards_of
 
 RANDOM = (
     "the model is in training mode with dropout, so that its cache would be another each time; expected model.eval()"
 )
-# In a multimodal model's forward, around its decoder's; the second before transformers 5.
-_MASK_MAKERS = {"create_masks_for_generate", "create_causal_mask"}
-
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
 # each.
 _LOOPS = "it runs some of its layers several times over, each time on cache layers of their own"
@@ -65,12 +62,6 @@ def check_model(model) -> None:
     if own := _own_caches(decoder):
         raise UnsupportedModelError(
             f"{name} cannot be compressed: it has a cache class of its own, {own[0]}, and its layers rely on it"
-        )
-    around = [module for module in model.modules() if decoder in module.children()]
-    if any(not _MASK_MAKERS.isdisjoint(names_in_forward(module)) for module in around):
-        raise UnsupportedModelError(
-            f"{name} hands its decoder masks of its own making, which the policies could not follow; expected its "
-            "text model alone"
         )
     _check_layers(model, name)
 

@@ -16,12 +16,12 @@ from .coverage import check_cache, check_not_compiled, check_not_random
 from .evict import Action
 from .fixed import FixedCache
 from .forward import Forward
-from .masks import check_padding, columns_of, real_newest, valid_ranges
+from .masks import check_padding, columns_of, is_causal, real_newest, valid_ranges
 from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
 from .stepping import SteppingCache
-from .threads import local
+from .threads import Outer, local
 
 
 def enter(
@@ -84,17 +84,37 @@ def enter(
             cache.origin = cache.origin.filled_by(decoder)
         if call is not None:
             call.cache = cache
-    if local.outer is not None and decoder in local.outer[0].children():
-        _note_outer(cache, record, len(given.inputs))
+    if (outer := _outer_of(decoder)) is not None:
+        _note_outer(cache, record, outer, len(given.inputs))
     return record
 
 
-def _note_outer(cache: KeptCache, record: Forward, n_row: int) -> None:
+def _outer_of(decoder) -> Outer | None:
+    """The forward around this decoder's, where there is one."""
+    outer = local.outer
+    return outer if outer is not None and decoder in outer.module.children() else None
+
+
+def _note_outer(cache: KeptCache, record: Forward, outer: Outer, n_row: int) -> None:
     """What the forward around this decoder's knows of its prompt: ids, where the decoder gets their embeddings, and
     positions."""
-    module, ids = local.outer
-    cache.origin = cache.origin.with_deltas(module, n_row)
-    record.ids = ids if record.ids is None else record.ids
+    cache.origin = cache.origin.with_deltas(outer.module, n_row)
+    record.ids = outer.ids if record.ids is None else record.ids
+
+
+def _padding_of(decoder, given: Given, n_seen: int) -> Any:
+    """The padding mask of a forward, which the one around it may have made causal masks of; raises if they are others.
+    Anything else that stands for a mask, as it is."""
+    mask, outer = given.bound.get("attention_mask"), _outer_of(decoder)
+    if not isinstance(mask, Mapping) or outer is None:
+        return mask
+    n_new = given.inputs.shape[1]
+    if n_new > 1 and not is_causal(mask.get("full_attention"), outer.mask, n_seen, n_new):
+        raise UnsupportedModelError(
+            f"{type(outer.module).__name__} lets tokens attend to later ones, such as those of an image, which the "
+            "policies could not follow; expected a prompt of text alone"
+        )
+    return outer.mask
 
 
 def _ours(decoder, wrap, given: Given) -> KeptCache | None:
@@ -171,7 +191,7 @@ def _check_origin(decoder, wrap, cache: KeptCache, seen: set[int]) -> None:
 def _begin(decoder, own: Mapping, cache: KeptCache, given: Given, n_seen: int) -> Forward:
     """The forward's record; on a prefill, what is padding."""
     n_row, n_new = given.inputs.shape[:2]
-    ids, mask = given.bound.get("input_ids"), given.bound.get("attention_mask")
+    ids, mask = given.bound.get("input_ids"), _padding_of(decoder, given, n_seen)
     if n_seen:
         cache.check_rows(n_row)
         mask = columns_of(mask, n_seen, n_new)

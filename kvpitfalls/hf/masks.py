@@ -87,6 +87,35 @@ def columns_of(mask, n_seen: int, n_new: int):
     return mask[:, : n_seen + n_new]
 
 
+def is_causal(mask, padding, n_seen: int, n_new: int) -> bool:
+    """Whether a model's mask over logical positions lets each new token see itself and all before it, and no other.
+
+    Parameters
+    ----------
+    mask : tensor (B or 1, 1 or Hq, n_new, L), or None
+        Bool (True = visible) or additive. None is causal, and so is a padding mask, as FlashAttention takes it.
+    padding : tensor (B, L), or None
+        The padding mask. Padding is hidden from real tokens; what it sees itself nobody looks at.
+    n_seen, n_new : int
+        How many tokens stand in the cache, and how many come.
+    """
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        return True
+    n_all = n_seen + n_new
+    if not isinstance(mask, torch.Tensor) or mask.shape[-1] < n_all:
+        return False
+    is_padded = isinstance(padding, torch.Tensor) and padding.ndim == 2
+    real = padding[:, :n_all].to(mask.device).bool() if is_padded else mask.new_ones(1, n_all, dtype=torch.bool)
+    token = torch.arange(n_all, device=mask.device)
+    for rows in token[n_seen:].split(_ROWS):  # not all at once: a mask of a long prompt is large
+        given = mask[:, :, rows - n_seen, :n_all]
+        visible = given if given.dtype == torch.bool else given == 0
+        wanted = (token <= rows[:, None]) & real[:, None, None]
+        if bool(((visible != wanted) & real[:, None, rows, None]).any()):
+            return False
+    return True
+
+
 def real_newest(mask, n_new: int) -> torch.Tensor | None:
     """Which of the newest tokens are real, bool (B, n_new), from a forward's padding mask; None: all of them."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -148,6 +177,7 @@ def hidden(mask: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return mask & live if mask.dtype == torch.bool else mask.masked_fill(~live, torch.finfo(mask.dtype).min)
 
 
+_ROWS = 1024
 _LARGE = 2**24  # entries of a mask: a smaller one costs less than it takes to look whether one head's does for all
 
 

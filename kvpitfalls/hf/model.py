@@ -29,7 +29,7 @@ from .forward import attention_around, noting_angles
 from .generating import PAGED, arguments_of, check_generate, chunks_of
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
-from .threads import local
+from .threads import Outer, local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -262,7 +262,7 @@ def _outer(module, forward, args, kwargs):
     is_filled = isinstance(cache, KeptCache) and cache.n_seen > 0
     if is_filled and tokens is not None and _generating(decoder) is None:  # else generate has made the positions
         cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
-    local.outer = (module, bound.get("input_ids"))
+    local.outer = Outer(module, bound.get("input_ids"), bound.get("attention_mask"))
     try:
         return forward(*args, **kwargs)
     finally:

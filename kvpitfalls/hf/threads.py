@@ -1,10 +1,18 @@
 """What each thread is doing with wrapped models."""
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .coming import Coming
+
+
+class Outer(NamedTuple):
+    """The module around a decoder, and the ids and the attention mask that it was given."""
+
+    module: Any
+    ids: Any
+    mask: Any
 
 
 class _Local(threading.local):
@@ -14,7 +22,7 @@ class _Local(threading.local):
     coming: "Coming | None" = None  # the prompt that it brings to a cache in chunks
     paused: tuple[Any, ...] = ()  # decoders that it runs as if they were not wrapped
     generating: tuple[Any, ...] = ()  # calls of generate, the innermost last
-    outer: Any = None  # the module around a decoder whose forward it is in, and the ids that it was given
+    outer: Outer | None = None  # whose forward it is in
 
     def is_paused(self, decoder: Any) -> bool:
         """Whether it runs this decoder as if it were not wrapped."""
