@@ -11,11 +11,11 @@ import torch
 import transformers
 from drawn_configs import N_PROMPT, drawn_changes
 from huggingface_hub.errors import StrictDataclassError
-from model_sweep import MAX_WEIGHTS, listed, release, why_not_built
+from model_sweep import MAX_WEIGHTS, causal_lm, listed, release, why_not_built
 from tiny_configs import tiny_config
 from tiny_models import far_from_uniform, feed, ids, masked_like, tiny_prompt
 from tiny_policies import EVERY
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import kvpitfalls as kvp
@@ -68,13 +68,13 @@ def drawn_model(model_type, seed):
         try:
             config = tiny_config(model_type, **copy.deepcopy(changes))
             with torch.device("meta"):
-                n_weight = sum(x.numel() for x in AutoModelForCausalLM.from_config(config).parameters())
+                n_weight = sum(x.numel() for x in causal_lm(config).parameters())
             if n_weight > MAX_WEIGHTS:
                 said.append(f"{n_weight} weights")
                 continue
             torch.manual_seed(1)
             implementation = {"attn_implementation": "eager"} if draw.random() < 0.5 else {}
-            model = far_from_uniform(AutoModelForCausalLM.from_config(config, **implementation).eval())
+            model = far_from_uniform(causal_lm(config, **implementation).eval())
             tokens = ids(2, N_TOKEN)
             if feed(copy.deepcopy(model), tokens, [N_PROMPT, 4], DynamicCache(config=config)).isfinite().all():
                 return (model, {**changes, **implementation}, draw), said

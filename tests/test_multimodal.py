@@ -179,7 +179,6 @@ def test_paligemma_whose_prefix_attends_both_ways_is_refused():
 def test_an_image_that_attends_both_ways_is_refused_by_the_first_forward():
     model = build("gemma3")
     inputs = image_prompt(model, "gemma3")
-    tokens = torch.cat([inputs["input_ids"], QUESTION], 1)
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
         with pytest.raises(kvp.UnsupportedModelError, match="Gemma3Model lets tokens attend to later ones, such as"):
             handle.compress(**inputs)

@@ -130,13 +130,13 @@ def _check_layers(model, name: str) -> None:
     layers = DynamicCache(config=model.config).layers
     plain = [i for i, layer in enumerate(layers) if is_full_attention(layer)]
     kinds = sorted({type(layer).__name__ for layer in layers})
-    if layers and not plain:
-        raise UnsupportedModelError(
-            f"{name} has no full-attention layer to compress; its cache layers are: {', '.join(kinds)}"
-        )
     if indexed := [kind for kind in kinds if "Index" in kind]:
         raise UnsupportedModelError(
             f"{name} has {', '.join(indexed)} cache layers, whose index of cached rows would break when rows go"
+        )
+    if layers and not plain:
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer to compress; its cache layers are: {', '.join(kinds)}"
         )
     if not attention:
         raise UnsupportedModelError(

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationMixin
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_PLACE = re.compile(r"\.(\d+)\.")
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
 
@@ -96,15 +97,13 @@ def outer_of(model) -> torch.nn.Module | None:
 def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
     """Layer index and module of everything in a decoder that calls transformers' attention interface on its cache."""
     for name, module in decoder.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if (
-            isinstance(index, int)
-            and _REGISTRY in names_in_forward(module)
-            and not getattr(module, "is_cross_attention", False)
-        ):
-            place = re.search(r"\.(\d+)\.", name)
-            # Zamba2's is told with each call
-            yield (int(place[1]) if index < 0 and place else index), module
+        is_cross = getattr(module, "is_cross_attention", False)
+        if hasattr(module, "layer_idx") and _REGISTRY in names_in_forward(module) and not is_cross:
+            index, place = module.layer_idx, _PLACE.search(name)
+            if place and (index is None or index < 0):  # Zamba's are told it with each call
+                index = int(place[1])
+            if isinstance(index, int):
+                yield index, module
 
 
 def attention_modules(model) -> dict[int, torch.nn.Module]:

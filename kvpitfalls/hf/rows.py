@@ -117,7 +117,10 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 # Model types whose linear attention starts anew with every forward of several tokens: what came before is lost to it.
-FORGETFUL = {"jamba", *(("falcon_h1", "zamba2") if Version(transformers.__version__) < Version("5.13") else ())}
+# Some have remembered it since a release of transformers.
+_REMEMBER_SINCE = {"bamba": "5.13", "falcon_h1": "5.13", "zamba": "5.17", "zamba2": "5.13"}
+_RELEASE = Version(transformers.__version__)
+FORGETFUL = {"jamba", *(name for name, since in _REMEMBER_SINCE.items() if Version(since) > _RELEASE)}
 
 
 def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> None:
