@@ -39,8 +39,8 @@ REFUSALS = re.compile(
     r"|n_layer is 1; allocation 'pyramid' shares over layers"
 )
 HYBRIDS, OWN_CACHE = ("granitemoehybrid", "jamba"), "before 5.5 it has a cache class of its own"
-# Its generate tells no positions, so that its decoder counts padding, and the reference here does not.
-COUNTS_PADDING = {"whisper"}
+# Their generate tells no positions, so that their decoders count padding, and the reference here does not.
+COUNTS_PADDING = {"moss_transcribe_diarize", "whisper"}
 
 
 class Told(Action):
