@@ -31,14 +31,23 @@ TYPES = [name for name, status in listed().items() if status == "exact" and name
 N_DRAW, N_TRY, N_TOKEN, CLOSE = 1, 8, N_PROMPT + 4, 2e-5
 PROMPT = tiny_prompt()
 # What transformers and torch raise for values that do not go together: the next are drawn.
-OF_TRANSFORMERS = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, StrictDataclassError)
+OF_TRANSFORMERS = (
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    StopIteration,
+    StrictDataclassError,
+)
 # What a drawn policy does not do with drawn values: no fault of the model's, so that it is no UnsupportedModelError.
 REFUSALS = re.compile(
     r"policy 'kvzip' has \w+ read \d+ tokens after a prompt of \d+; expected at most its \d+ positions together"
     r"|one choice serves all heads of layer \d+ of \w+; an allocation that shares over heads"
     r"|n_layer is 1; allocation 'pyramid' shares over layers"
 )
-HYBRIDS, OWN_CACHE = ("granitemoehybrid", "jamba"), "before 5.5 it has a cache class of its own"
+HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "zamba", "zamba2")
+OWN_CACHE = "before 5.5 it has a cache class of its own"
 # Their generate tells no positions, so that their decoders count padding, and the reference here does not.
 COUNTS_PADDING = {"moss_transcribe_diarize", "whisper"}
 
@@ -64,8 +73,8 @@ def drawn_model(model_type, seed):
     what transformers said of tries that came to nothing."""
     draw, said = random.Random(f"{model_type} {seed}"), []
     for _ in range(N_TRY):
-        changes = drawn_changes(model_type, draw)
         try:
+            changes = drawn_changes(model_type, draw)
             config = tiny_config(model_type, **copy.deepcopy(changes))
             with torch.device("meta"):
                 n_weight = sum(x.numel() for x in causal_lm(config).parameters())
