@@ -118,15 +118,15 @@ SEVERAL = [
 ]
 
 
-def not_refused(*model_types: str) -> list[str]:
+def not_refused(*model_types: str, forgetful: bool = False) -> list[str]:
     """Those that this transformers release has and lets through: older ones keep some types off the attention
-    interface."""
-    return [name for name in model_types if not _refused(name)]
+    interface. Either those that forget what came before several tokens, or those that do not."""
+    return [name for name in model_types if (name in FORGETFUL) == forgetful and not _refused(name)]
 
 
 def mixed() -> list[str]:
-    """Those of layers that hold keys and values and states of linear attention, too, and forget nothing."""
-    return [name for name in not_refused("falcon_h1", "zamba2") if name not in FORGETFUL and not why_not_built(name)]
+    """Those of layers that hold keys and values and states of linear attention, too."""
+    return [name for name in not_refused("falcon_h1", "zamba2") if not why_not_built(name)]
 
 
 def _refused(model_type: str) -> bool:

@@ -425,7 +425,7 @@ def test_linear_attention_makes_of_chunks_what_it_makes_of_the_whole_or_is_refus
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", not_refused("jamba"))
+@pytest.mark.parametrize("family", not_refused("jamba", "qwen3_next", "granitemoehybrid", forgetful=True))
 def test_a_model_that_forgets_between_chunks_is_refused(family):
     model, tokens = build_type(family), ids()
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:

@@ -27,7 +27,7 @@ from kvpitfalls.policies import get_policy
 FAMILIES = ["llama", "gemma3_text", "gpt_oss", "llama4_text"]
 # States, and the release from which on: before 5.5 hybrids are refused by name, for a cache class of their own, and
 # lfm2's own code failed where a batch goes on under a mask.
-HYBRIDS = {"qwen3_next": "5.5", "granitemoehybrid": "5.5", "lfm2": "5.13", "falcon_h1": "5.13", "zamba2": "5.17"}
+HYBRIDS = {"qwen3_next": "5.13", "granitemoehybrid": "5.13", "lfm2": "5.17", "falcon_h1": "5.13", "zamba2": "5.17"}
 LENGTHS = {"a": (9, 8), "b": (14, 3), "c": (5, 11)}  # of prompts' two instructions
 SAID = (2, 7)  # and of what is said after them
 
