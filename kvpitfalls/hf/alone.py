@@ -29,7 +29,7 @@ def copied(embedding):
 def options_of(decoder, embedding, index: int) -> dict:
     """What the embedding is called with for this layer, beside hidden states and positions."""
     by_kind = embedding is not None and "layer_type" in inspect.signature(embedding.forward).parameters
-    kinds = getattr(decoder.config, "layer_types", None)  # some take a kind and have none, as PhiMoE of transformers 5.2
+    kinds = getattr(decoder.config, "layer_types", None)  # PhiMoE of transformers 5.2 takes a kind and has none
     return {"layer_type": kinds[index]} if by_kind and kinds is not None else {}
 
 

@@ -26,9 +26,9 @@ class KeptHybridLayer(KeptLayer, _Stock):
 
     def __init__(self, index: int, stock: Any) -> None:
         super().__init__(index)
-        vars(self).update(vars(stock))  # as many states
+        self.__dict__.update(vars(stock))  # as many states
 
-    def __copy__(self) -> "KeptHybridLayer":
+    def __copy__(self) -> Any:
         twin = super().__copy__()
         for name in _STATES:  # of its own: what comes to one is not to be written to the other
             setattr(twin, name, mapped(getattr(self, name), lambda x: x.clone()))
@@ -36,7 +36,7 @@ class KeptHybridLayer(KeptLayer, _Stock):
 
     def take_states(self, other: KeptLayer) -> None:
         plain = vars(KeptLayer(self.index))
-        vars(self).update({name: copy.deepcopy(x) for name, x in vars(other).items() if name not in plain})
+        self.__dict__.update({name: copy.deepcopy(x) for name, x in vars(other).items() if name not in plain})
 
     def _map_rows(self, rows) -> None:
         super()._map_rows(rows)

@@ -99,7 +99,8 @@ def attention_calls(decoder: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Mo
     for name, module in decoder.named_modules():
         is_cross = getattr(module, "is_cross_attention", False)
         if hasattr(module, "layer_idx") and _REGISTRY in names_in_forward(module) and not is_cross:
-            index, place = module.layer_idx, _PLACE.search(name)
+            index: Any = module.layer_idx
+            place = _PLACE.search(name)
             if place and (index is None or index < 0):  # Zamba's are told it with each call
                 index = int(place[1])
             if isinstance(index, int):
