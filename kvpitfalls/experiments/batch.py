@@ -1,6 +1,7 @@
 """One batch of a sweep: prompts are compressed, conversations generated, answers scored. What fails becomes a record
 with its error."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -291,7 +292,7 @@ def _kept_of(item: _Item, cache: KeptCache, positions: Sequence[np.ndarray], i: 
     # allocations may give layers and heads different numbers, of the same sum
     n_kept = kept_tokens(len(prompt), item.setting.compression_ratio)
     means = [float((kept[i] >= start).sum(-1).mean()) for kept in positions]  # layers may differ in heads, too
-    if sum(means) != n_kept * len(means):
+    if not math.isclose(sum(means), n_kept * len(means)):
         raise RuntimeError(f"layers and heads keep {np.mean(means)} tokens in the mean; expected {n_kept}")
     return {
         "n_tokens": len(prompt),
