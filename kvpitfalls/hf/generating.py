@@ -18,7 +18,7 @@ from .coming import Coming
 from .coverage import check_adapters
 from .masks import check_padding, valid_ranges
 from .parts import decoder_of, is_multimodal
-from .rows import FORGETFUL, has_states
+from .rows import FORGETFUL, TELLS_PADDING_ONCE, has_states
 
 PAGED = (
     "continuous batching (generate_batch, or cache_implementation='paged') keeps a paged cache of its own, which "
@@ -153,6 +153,12 @@ def _check_linear_attention(model, sizes: Sequence[int], coming: Coming) -> None
         raise ValueError(
             f"prefill_chunk_size has chunks of 1, and prompts are padded; the linear attention of {name} takes a token "
             "that comes alone for a real one, so expected at least 2"
+        )
+    if TELLS_PADDING_ONCE and n_padding > sizes[0]:
+        raise ValueError(
+            f"prompts are padded with up to {n_padding} tokens, and prefill_chunk_size begins with {sizes[0]}; the "
+            f"linear attention of {name} takes padding of later chunks for tokens in transformers before 5.17, so "
+            f"expected a first chunk of at least {n_padding}"
         )
 
 

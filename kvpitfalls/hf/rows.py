@@ -119,12 +119,13 @@ def _joined(values: Sequence[Any]) -> Any:
 # Model types whose linear attention starts anew with every forward of several tokens: what came before is lost to it.
 # Some have remembered it since a release of transformers.
 _REMEMBER_SINCE = {
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "5.13"),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"), "5.13"),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), "5.13"),
-    **dict.fromkeys(("lfm2", "lfm2_moe", "zamba"), "5.17"),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "zamba", "zamba2"), "5.17"),
 }
 _RELEASE = Version(transformers.__version__)
 FORGETFUL = {"jamba", *(name for name, since in _REMEMBER_SINCE.items() if Version(since) > _RELEASE)}
+TELLS_PADDING_ONCE = Version("5.17") > _RELEASE  # linear attention, in the first forward of a prompt alone
 
 
 def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> None:
