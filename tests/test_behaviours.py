@@ -230,7 +230,19 @@ def test_beam_search_keeps_the_beams_that_a_search_without_a_moving_cache_keeps(
     assert torch.equal(answers, torch.cat([text for _, text in beams]))
 
 
-@pytest.mark.parametrize("family", not_refused("llama", "gemma2", "gemma3_text", "deepseek_v3", "qwen3_next"))
+# Policies that a family's layers do not permit; gemmas and qwen3_next have one layer for PyramidKV to give a budget.
+NOT_WITH = {
+    "llama": set(),
+    "gemma2": {"expected_attention", "pyramidkv"},
+    "gemma3_text": {"pyramidkv"},
+    "deepseek_v3": {"adakv", "defensivekv", "expected_attention"},
+    "qwen3_next": {"defensivekv", "kvzip", "pyramidkv"},
+}
+IS_4 = transformers.__version__ < "5"  # whose generate counts positions from padding, and takes none in chunks
+JUDGE_A_WHOLE_PROMPT = {"adakv", "chunkkv", "defensivekv", "expected_attention", "kvzip", "lagkv"}
+
+
+@pytest.mark.parametrize("family", not_refused(*NOT_WITH))
 @pytest.mark.parametrize(
     "mode",
     [
@@ -248,7 +260,7 @@ def test_every_policy_answers_in_every_mode_what_each_row_alone_gets_or_says_why
     model, tokens, mask = built(family), ids(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :5] = 0
     same, rows = mode.keys() <= {"num_beams", "num_return_sequences"}, [tokens[:1, 5:], tokens[1:]]
-    own_errors = (kvp.UnsupportedModelError, ValueError)
+    own_errors, in_chunks = (kvp.UnsupportedModelError, ValueError), "prefill_chunk_size" in mode
     for policy, when in [(p, when) for p in EVERY for when in ("prefill", "decode", "always")[: 1 + 2 * p.holds]]:
         given = {"compression_ratio": 0.5} if when == "prefill" else {"budget": 8}
         try:
@@ -256,7 +268,8 @@ def test_every_policy_answers_in_every_mode_what_each_row_alone_gets_or_says_why
                 both = model.generate(tokens, attention_mask=mask, **{**GREEDY, **mode})
                 alone = [model.generate(x, attention_mask=x**0, **{**GREEDY, **mode}) for x in rows if same]
         except own_errors as error:
-            assert "expect" in str(error), (policy.name, when)
+            of_chunks = in_chunks and (when != "prefill" or policy.name in JUDGE_A_WHOLE_PROMPT or IS_4)
+            assert "expect" in str(error) and (of_chunks or policy.name in NOT_WITH[family]), (policy.name, when)
             continue
         assert both.shape == (2 * mode.get("num_return_sequences", 1), 24)
         for of_row, own in zip(both.chunk(2), alone, strict=same):
