@@ -36,6 +36,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not self.path.startswith(prefix) or not file.is_file():
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)  # by which a cache knows that it is not there
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
