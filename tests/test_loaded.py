@@ -1,6 +1,7 @@
 """Models as they are when somebody wraps them: steered, adapted, quantized, with attention of their own, or inside
 something else. Each keeps what the plain one keeps, or is refused by name."""
 
+from itertools import permutations
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -379,14 +380,22 @@ def test_embeddings_inside_an_adapter_are_known(plain):
 
 
 @pytest.mark.parametrize("n_new", [1, 3])
-def test_a_cache_of_another_type_of_numbers_than_the_model_gives_now_is_refused(n_new):
-    model, tokens = build("llama"), ids()
+@pytest.mark.parametrize(
+    ("held", "now"),
+    [(a, b) for a, b in permutations((torch.float32, torch.bfloat16, torch.float16), 2) if b != torch.float32],
+    ids=str,
+)
+def test_a_cache_of_numbers_that_the_model_would_round_now_is_refused_and_left(held, now, n_new):
+    model, tokens = build("llama").to(held), ids()
     with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle, torch.no_grad():
         cache = handle.compress(tokens[:, :N_PROMPT])
-        model.to(torch.bfloat16)
-        with pytest.raises(ValueError, match=r"gives keys of torch\.bfloat16, but its cache holds torch\.float32"):
+        before = [(layer.keys, layer.values) for layer in cache.kept_layers]
+        model.to(now)
+        with pytest.raises(ValueError, match=rf"gives keys of {now}, but its cache holds {held}"):
             feed(model, tokens, [n_new], cache, start=N_PROMPT)
-        assert handle.compress(tokens[:, :N_PROMPT]).kept_layers[0].keys.dtype == torch.bfloat16
+        for layer, (keys, values) in zip(cache.kept_layers, before, strict=True):
+            assert layer.keys is keys and layer.values is values
+        assert handle.compress(tokens[:, :N_PROMPT]).kept_layers[0].keys.dtype == now
 
 
 def test_a_model_that_is_changed_while_it_is_wrapped_keeps_what_it_would_keep_if_it_was_wrapped_then():

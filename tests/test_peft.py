@@ -1,5 +1,6 @@
 """Adapters of PEFT's: a model that has some keeps and says what the model with their weights merged keeps and says."""
 
+import peft
 import pytest
 import torch
 from tiny_models import build, feed, ids, tiny_prompt
@@ -8,7 +9,6 @@ import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.around import Around
 
-peft = pytest.importorskip("peft", reason="adapters need the package peft")
 N_PROMPT = 20
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 TASK = {"task_type": "CAUSAL_LM"}

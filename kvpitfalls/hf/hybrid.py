@@ -7,11 +7,9 @@ from typing import Any
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer
 
-from .layer import KeptLayer
-from .rows import mapped
+from .layer import STATES, KeptLayer, mapped
 
 _Stock: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer)  # not before 5.5
-_STATES = ("conv_states", "recurrent_states")
 
 
 class KeptHybridLayer(KeptLayer, _Stock):
@@ -30,7 +28,7 @@ class KeptHybridLayer(KeptLayer, _Stock):
 
     def __copy__(self) -> Any:
         twin = super().__copy__()
-        for name in _STATES:  # of its own: what comes to one is not to be written to the other
+        for name in STATES:  # of its own: what comes to one is not to be written to the other
             setattr(twin, name, mapped(getattr(self, name), lambda x: x.clone()))
         return twin
 
@@ -40,7 +38,7 @@ class KeptHybridLayer(KeptLayer, _Stock):
 
     def _map_rows(self, rows) -> None:
         super()._map_rows(rows)
-        for name in _STATES:
+        for name in STATES:
             setattr(self, name, mapped(getattr(self, name), rows))
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .forward import Forward
     from .hold import Held
 
+STATES = ("conv_states", "recurrent_states")  # of linear attention, where a layer holds some
 SPARE = 64  # tokens that a layer takes room for where it pays; 0: none, and every step copies the layer
 _SMALL = 2**16  # bytes of keys below which a copy takes no longer than what saves it
 
@@ -176,14 +178,15 @@ class KeptLayer(DynamicLayer):
             self.lazy_initialization(*((key_states, value_states) if _LAZY_TAKES_VALUES else (key_states,)))
         n_new = key_states.shape[-2]
         if n_new != 1 or not self._written(key_states, value_states):
+            wider = torch.promote_types(self.keys.dtype, key_states.dtype)
+            if wider != key_states.dtype and not torch.is_autocast_enabled(self.keys.device.type):
+                raise ValueError(
+                    f"the model gives keys of {key_states.dtype}, but its cache holds {self.keys.dtype}, as the model "
+                    "gave before it was changed; expected the same or a wider type, or a new cache"
+                )
             self.keys = torch.cat([self.keys, key_states], -2)
             self.values = torch.cat([self.values, value_states], -2)
             self.spare = None
-            if self.keys.dtype != key_states.dtype and not torch.is_autocast_enabled(self.keys.device.type):
-                raise ValueError(
-                    f"the model gives keys of {key_states.dtype}, but its cache holds {self.keys.dtype}, as the model "
-                    "gave before it was changed; expected the same, or a new cache"
-                )
         self.seen += n_new
         self.n_after += n_new
         leave_ticket(forward, self, n_new)
@@ -401,15 +404,16 @@ class KeptLayer(DynamicLayer):
 def bare(layer: Any) -> Any:
     """A cache's layer whose keys, values and states have shapes alone."""
     twin = copy.copy(layer)  # without its spare room
-    for name in {"keys", "values", "conv_states", "recurrent_states"} & vars(layer).keys():
-        setattr(twin, name, _shape(getattr(layer, name)))
+    for name in {"keys", "values", *STATES} & vars(layer).keys():
+        setattr(twin, name, mapped(getattr(layer, name), lambda x: torch.empty_like(x, device="meta")))
     return twin
 
 
-def _shape(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: _shape(each) for key, each in x.items()}
-    return torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x
+def mapped(states: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """States of a layer, by their numbers or (before transformers 5.17) one, each as the function gives it."""
+    if isinstance(states, Mapping):
+        return {number: mapped(x, function) for number, x in states.items()}
+    return None if states is None else function(states)
 
 
 def _gathered(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

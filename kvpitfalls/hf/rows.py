@@ -1,7 +1,7 @@
 """Batch rows of a cache's layers, of whatever kind: taken, repeated, joined."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 
 from ..errors import UnsupportedModelError
-from .layer import KeptLayer
+from .layer import STATES, KeptLayer
 from .masks import real_newest
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _length(layer: Any) -> Any:
 
 def _kept(layers: Sequence[Any]) -> Any:
     joined = copy.copy(layers[0])
-    of_rows = ["keys", "values", *(["conv_states", "recurrent_states"] if has_states(joined) else [])]
+    of_rows = ["keys", "values", *(STATES if has_states(joined) else ())]
     vars(joined).update({name: _joined([vars(layer)[name] for layer in layers]) for name in of_rows})
     if joined.is_evicted:
         live = [layer.live for layer in layers]
@@ -156,13 +156,6 @@ def _states(x: Any) -> Iterator[torch.Tensor]:
     elif isinstance(x, Mapping):
         for each in x.values():
             yield from _states(each)
-
-
-def mapped(states: Any, function: Callable) -> Any:
-    """States of a layer, by their numbers or (before transformers 5.17) one, each as the function gives it."""
-    if isinstance(states, Mapping):
-        return {number: mapped(x, function) for number, x in states.items()}
-    return None if states is None else function(states)
 
 
 def _n_row(layer: Any) -> int:
