@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
 import newest_transformers
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +89,17 @@ def test_a_folder_with_a_space_and_a_compiler_with_arguments(tmp_path):
         command, cwd=folder, env={**os.environ, "KVP_CUDA": "0", **flags}, capture_output=True, text=True
     )
     assert ran.returncode == 0 and list((folder / "kvpitfalls").glob("_core*")), ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("module", ["core_module", "cuda_module"])
+def test_a_slot_of_a_later_python_is_set_only_where_its_values_are_known(module):
+    """Python 3.15 defines the slots' names for every stable ABI, but their values from the release on that has them."""
+    names = [f"-D{name}=9" for name in ("Py_mod_multiple_interpreters", "Py_mod_gil")]
+    names += ['-DKVPB_NVCC=""', '-DKVPB_ARCHITECTURES=""']  # of the build
+    folders = [f"-I{folder}" for folder in ("csrc", sysconfig.get_paths()["include"], np.get_include())]
+    command = ["cc", "-std=c17", "-fsyntax-only", "-DPy_LIMITED_API=0x030B0000", *names, *folders]
+    ran = subprocess.run([*command, f"csrc/python/{module}.c"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_building_asks_for_no_torch():

@@ -254,11 +254,11 @@ static void free_module(void *module) { clear_state(module); }
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec,
      (void *)(uintptr_t)fill_module}, /* by way of an integer: C has no cast from a function to an object pointer */
-#ifdef Py_mod_multiple_interpreters
+#ifdef Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED
     {Py_mod_multiple_interpreters,
      Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* because NumPy does not support them */
 #endif
-#ifdef Py_mod_gil
+#ifdef Py_MOD_GIL_NOT_USED
     {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* all globals are constant or atomic, but NumPy's table, written while the
                                           import lock is held */
 #endif
