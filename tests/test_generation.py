@@ -419,14 +419,14 @@ def test_interrupts_at_random_moments_change_no_other_threads_answer():
         return False
 
     with ThreadPoolExecutor(7) as pool:
-        n_struck = 0
-        for _ in range(200):
+        n_struck, tries = 0, iter(range(2000))
+        while n_struck < 40:  # of how many depends on what else the machine does
+            assert next(tries, None) is not None, f"{n_struck} interrupts of 2000 struck"
             others = [pool.submit(work) for work in (of_wrapped, of_plain) * 3]
             struck = pool.submit(strike)
             assert all(torch.equal(job.result(), expected[i % 2]) for i, job in enumerate(others))
             n_struck += struck.result()
         assert torch.equal(pool.submit(of_plain).result(), expected[1])
-    assert n_struck > 40
     handle.remove()
     gc.collect()
     with torch.no_grad():

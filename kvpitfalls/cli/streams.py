@@ -17,7 +17,6 @@ def columns() -> int | None:
 def forgiving() -> Iterator[None]:
     """A block in which stdout shows characters that its encoding lacks as "?", and that ends quietly if its reader has
     gone."""
-    _open_what_is_closed()
     stream = sys.stdout
     if not isinstance(stream, io.TextIOWrapper):  # a notebook's takes any character
         yield
@@ -30,15 +29,6 @@ def forgiving() -> Iterator[None]:
     finally:
         is_closed(stream)
         stream.reconfigure(errors=errors)
-
-
-def _open_what_is_closed() -> None:
-    """A stream that a shell closed (``2>&-``) leads nowhere from now on. Without it messages would stand among the data,
-    since ``print(file=None)`` prints to stdout, and the next file would take the stream's number, and all that C code
-    prints there. What is opened here takes it: it is the lowest that is free."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def is_closed(stream, probe: str = "", kind: type[OSError] = BrokenPipeError) -> bool:
