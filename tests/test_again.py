@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_sweep import build as built
 from model_sweep import mixed, not_refused
-from tiny_models import build, ids, tiny_prompt
+from tiny_models import build, ids, longrope, tiny_prompt
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
@@ -62,16 +62,12 @@ def test_scores_are_the_most_attention_that_the_model_gives_when_it_reads_all_of
             torch.testing.assert_close(of_segments[..., begin:end], own, rtol=1e-4, atol=1e-6)
 
 
-LONG = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
-
-
 @pytest.mark.parametrize("n_padding", [0, 3])
 @pytest.mark.parametrize("n_short", [16, 17, 19, 20, 43, 44])
 @torch.no_grad()
 def test_longrope_reads_a_prompt_again_as_it_reads_all_at_once_or_is_refused(n_short, n_padding):
     """20 positions of a prompt and 24 that are read, of which all are turned alike, or else it is said."""
-    factors = {"rope_parameters": LONG, "original_max_position_embeddings": n_short}
-    model, tokens = build("phi3", max_position_embeddings=64, **factors), ids(2, 20)
+    model, tokens = longrope(n_short), ids(2, 20)
     policy, mask = kvp.KVzip(repeat_ids=REQUEST, answer_ids=(5,), n_sink=0), torch.ones_like(tokens)
     mask[:, :n_padding] = 0
     n_real = 20 - n_padding
@@ -333,9 +329,10 @@ def test_what_cannot_be_read_after_a_prompt_is_refused_by_name():
         )
 
 
-def test_what_a_decoder_is_told_of_a_prompts_tokens_is_not_read_after_it():
-    """Kinds of tokens, such as of two texts; what holds of a whole forward it is told again."""
-    model, tokens, heard = built("bert"), ids(1, 20), []
+@pytest.mark.parametrize("family", not_refused("bert"))
+def test_what_a_decoder_is_told_of_a_prompts_tokens_is_not_read_after_it(family):
+    """Kinds of tokens, such as of two texts."""
+    model, tokens = built(family), ids(1, 20)
     told = {"token_type_ids": torch.ones_like(tokens), "attention_mask": torch.ones_like(tokens)}
     message = r"^policy 'kvzip' has the model read on after the prompt, for which BertModel was given token_type_ids"
     with kvp.wrap(model, kvp.KVzip(REQUEST, n_sink=0), budget=6) as handle:
@@ -343,13 +340,16 @@ def test_what_a_decoder_is_told_of_a_prompts_tokens_is_not_read_after_it():
             with pytest.raises(kvp.UnsupportedModelError, match=message):
                 call(input_ids=tokens, **told)
         handle.compress(tokens)
-    model = build("llama")
+
+
+def test_what_a_decoder_is_told_of_a_whole_forward_holds_of_what_it_reads_after_it():
+    model, heard = build("llama"), []
     layer = model.model.layers[0].self_attn
     with (
         layer.register_forward_pre_hook(lambda _, __, given: heard.append(given.get("tone")), with_kwargs=True),
         kvp.wrap(model, kvp.KVzip(REQUEST, n_sink=0), budget=6),
     ):
-        model(tokens, tone=3)
+        model(ids(1, 20), tone=3)
     assert heard == [3, 3]
 
 

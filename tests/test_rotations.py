@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_sweep import build, not_refused
 from tiny_models import build as build_tiny
-from tiny_models import ids, tiny_prompt
+from tiny_models import ids, longrope, tiny_prompt
 from tiny_policies import takes
 
 import kvpitfalls as kvp
@@ -399,8 +399,7 @@ def test_a_text_that_outgrows_a_models_short_inputs_is_read_anew_only_where_noth
     n_short, is_given, ratio
 ):
     """Generate then drops the cache and reads prompt and answer at once, which would be taken for one prompt."""
-    factors = {"rope_parameters": LONG, "original_max_position_embeddings": n_short}
-    model, tokens = build_tiny("phi3", max_position_embeddings=64, **factors), ids(1, 20)
+    model, tokens = longrope(n_short), ids(1, 20)
     asked = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "min_new_tokens": 6}
     lengths = []
     plain = model.generate(**asked, do_sample=False)

@@ -190,7 +190,8 @@ class KeptCache(DynamicCache):
         first.spans = [row for cache in caches for row in cache.spans]
         first.valid = [row for cache in caches for row in cache.valid or ()]
         first.peak_bytes = 0
-        first.origin = Origin.join([cache.origin for cache in caches], [cache.tokens for cache in caches])
+        n_rows = [len(cache.valid or ()) for cache in caches]
+        first.origin = Origin.join([cache.origin for cache in caches], [cache.tokens for cache in caches], n_rows)
         return first
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ def enter(
         if cache.action is not None:
             _ask_layers(decoder, record, cache.action, given)
         if not n_seen:
-            cache.origin = cache.origin.filled_by(decoder)
+            cache.origin = cache.origin.filled_by(decoder, given.bound.get("token_type_ids") is not None)
         if call is not None:
             call.cache = cache
     if (outer := _outer_of(decoder)) is not None:
