@@ -18,11 +18,15 @@ RANDOM = (
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
 # each.
 _LOOPS = "it runs some of its layers several times over, each time on cache layers of their own"
+_CODEBOOKS = "each row of its cache is that of several rows of ids, one of each codebook"
 _REFUSED_TYPES = {
+    "blt": "it reads bytes, and patches of them, by layers and caches of several models in it",
     "dory": _LOOPS,
     "hrm_text": _LOOPS,
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody_decoder": _CODEBOOKS,
     "paligemma": "its prompts attend both ways, so that what stands before a token depends on what follows it",
     "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
 }
