@@ -71,9 +71,10 @@ def causal_lm(config, **given):
         return AutoModelForCausalLM.from_config(config, **given)
 
 
-def build(model_type: str, attention: str | None = None):
-    """A random model, with the attention implementation that it takes by default or the given one."""
-    config = tiny_config(model_type)
+def build(model_type: str, attention: str | None = None, **changes):
+    """A random model, with the attention implementation that it takes by default or the given one, and with some fields
+    of its configuration changed."""
+    config = tiny_config(model_type, **changes)
     with torch.device("meta"):
         if sum(weight.numel() for weight in causal_lm(config).parameters()) > MAX_WEIGHTS:
             raise ValueError(f"{model_type} has more than {MAX_WEIGHTS} weights")
@@ -156,7 +157,7 @@ def examine(model_type: str) -> Outcome:
         return Outcome("not built", reason)
     model = build(model_type)
     try:
-        return Outcome("exact", _exact(model))
+        return Outcome("exact", exact(model))
     except AssertionError as error:
         raise AssertionError(f"{model_type}: {error}") from error
     except kvp.UnsupportedModelError as error:
@@ -175,7 +176,7 @@ def _check_memory(model, tokens) -> None:
     assert forgets == (model.config.model_type in FORGETFUL), f"several tokens forget what came before them: {forgets}"
 
 
-def _exact(model) -> str:
+def exact(model) -> str:
     chunks = [1] * sum(CHUNKS) if model.config.model_type in FORGETFUL else CHUNKS
     tokens = ids(2, N_PROMPT + sum(CHUNKS))
     with kvp.wrap(model, "h2o", compression_ratio=0) as handle:

@@ -152,6 +152,7 @@ class masked_like:
     def _hide(self, module, args, kwargs, source, is_own):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        source += bound.get("cache_offset", 0)  # of a layer that runs several times over
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
         cache = next(
             c
