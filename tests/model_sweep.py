@@ -1,6 +1,5 @@
-"""Every causal-LM type of the installed transformers, tried tiny: exact, refused or not built. ``python
-tests/model_sweep.py`` writes
-docs/models.md from it."""
+"""Every causal-LM type of the installed transformers, tried tiny: exact or refused; of earlier releases some cannot be
+built. ``python tests/model_sweep.py`` writes docs/models.md from it."""
 
 import copy
 import re
@@ -11,7 +10,7 @@ from unittest import mock
 
 import torch
 import transformers
-from tiny_configs import tiny_config
+from tiny_configs import PARTS, tiny_config
 from tiny_models import feed, ids, masked_like
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,21 +27,16 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 MAX_WEIGHTS = 12_000_000
 N_PROMPT, CHUNKS, N_KEPT, N_PAD = 12, [1, 3], 6, 2
 CLOSE = 1e-5
-# Types that the configurations of this test do not reach.
-NOT_BUILT = {
-    "blt": "its byte encoder has 190 million weights at the least",
-    "gemma4_assistant": "it drafts for another model, whose cache it reads",
-    "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
-    "musicgen": "it is built from a part of its configuration",
-    "musicgen_melody": "it is built from a part of its configuration",
-}
 # The release since which a type can be tried, and what is in the way before; and types that were gone before the
 # release of the page.
 _WHOLE = "its text model is given the configuration of the whole"
+_SHARES_ALL = "its configuration rejects layers that all read another model's cache"
 TRIED_SINCE = {
     "apertus": ("5.0", "its activation rejects the meta device, on which these tests count weights"),
     "dbrx": ("5.17", "its router is given another width than its input has"),
     "emu3": ("5.13", _WHOLE),
+    "gemma4_assistant": ("5.24", _SHARES_ALL),
+    "gemma4_unified_assistant": ("5.24", _SHARES_ALL),
     "lfm2": ("5.13", "its convolution takes no more than one token after a prompt"),
     "lfm2_moe": ("5.13", "its convolution takes no more than one token after a prompt"),
     "llama4": ("5.13", _WHOLE),
@@ -65,6 +59,9 @@ class Outcome(NamedTuple):
 
 def causal_lm(config, **given):
     """A random model; Gemma 3n's without its towers, of which one needs timm, and which no text goes through."""
+    name = next((name for name, part in PARTS.items() if part == type(config).__name__), None)
+    if name is not None:
+        return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])._from_config(config, **given)
     of_parts = AutoModel.from_config
 
     def text_alone(config, **given):
@@ -74,9 +71,10 @@ def causal_lm(config, **given):
         return AutoModelForCausalLM.from_config(config, **given)
 
 
-def build(model_type: str, attention: str | None = None):
-    """A random model, with the attention implementation that it takes by default or the given one."""
-    config = tiny_config(model_type)
+def build(model_type: str, attention: str | None = None, **changes):
+    """A random model, with the attention implementation that it takes by default or the given one, and with some fields
+    of its configuration changed."""
+    config = tiny_config(model_type, **changes)
     with torch.device("meta"):
         if sum(weight.numel() for weight in causal_lm(config).parameters()) > MAX_WEIGHTS:
             raise ValueError(f"{model_type} has more than {MAX_WEIGHTS} weights")
@@ -145,7 +143,7 @@ def _refused(model_type: str) -> bool:
 def why_not_built(model_type: str) -> str | None:
     """What keeps these tests from trying a type on the installed release."""
     since, reason = TRIED_SINCE.get(model_type, ("0", ""))
-    return reason if release(transformers.__version__) < release(since) else NOT_BUILT.get(model_type)
+    return reason if release(transformers.__version__) < release(since) else None
 
 
 def release(version: str) -> list[int]:
@@ -159,7 +157,7 @@ def examine(model_type: str) -> Outcome:
         return Outcome("not built", reason)
     model = build(model_type)
     try:
-        return Outcome("exact", _exact(model))
+        return Outcome("exact", exact(model))
     except AssertionError as error:
         raise AssertionError(f"{model_type}: {error}") from error
     except kvp.UnsupportedModelError as error:
@@ -178,7 +176,7 @@ def _check_memory(model, tokens) -> None:
     assert forgets == (model.config.model_type in FORGETFUL), f"several tokens forget what came before them: {forgets}"
 
 
-def _exact(model) -> str:
+def exact(model) -> str:
     chunks = [1] * sum(CHUNKS) if model.config.model_type in FORGETFUL else CHUNKS
     tokens = ids(2, N_PROMPT + sum(CHUNKS))
     with kvp.wrap(model, "h2o", compression_ratio=0) as handle:
@@ -256,9 +254,7 @@ own (before 5.5 hybrid models had). These cannot be built by the tests before th
 
 def page(outcomes: dict[str, Outcome]) -> str:
     """docs/models.md."""
-    exact, refused, not_built = (
-        sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused", "not built")
-    )
+    exact, refused = (sum(o.status == s for o in outcomes.values()) for s in ("exact", "refused"))
     head = f"""# Models
 
 Every causal-LM type of transformers {transformers.__version__}, built tiny from its configuration with random weights. Written by
@@ -268,8 +264,8 @@ Every causal-LM type of transformers {transformers.__version__}, built tiny from
   most {CLOSE:g}, with padding too; evicting equals masking the same tokens, head by head, in the unwrapped model; and every layer that
   could be compressed was.
 - *refused* ({refused}): `kvpitfalls.wrap`, or the first forward, raises `UnsupportedModelError` with this reason.
-- *not built* ({not_built}): these tests do not build it, so nothing is known but that each forward of a wrapped model checks that every
-  layer was intercepted, and raises if not; `handle.verify()` probes a live model.
+
+Each forward of a wrapped model checks that every layer was intercepted, and raises if not; `handle.verify()` probes a live model.
 
 | type | | note |
 |---|---|---|
@@ -281,7 +277,7 @@ Every causal-LM type of transformers {transformers.__version__}, built tiny from
 
 def listed() -> dict[str, str]:
     """Type -> status, as docs/models.md has it."""
-    return dict(re.findall(r"^\| ([\w.-]+) \| (exact|refused|not built) \|", PAGE.read_text(), flags=re.M))
+    return dict(re.findall(r"^\| ([\w.-]+) \| (exact|refused) \|", PAGE.read_text(), flags=re.M))
 
 
 def page_version() -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_sweep import build as built
 from model_sweep import mixed, not_refused
-from tiny_models import build, ids, tiny_prompt
+from tiny_models import build, ids, longrope, tiny_prompt
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
@@ -60,6 +60,26 @@ def test_scores_are_the_most_attention_that_the_model_gives_when_it_reads_all_of
         for begin, end in [(0, 3), *SPANS.values(), (16, 20)]:
             own = shared[..., 24 + begin : 24 + end, begin:end].amax((2, 3))
             torch.testing.assert_close(of_segments[..., begin:end], own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_padding", [0, 3])
+@pytest.mark.parametrize("n_short", [16, 17, 19, 20, 43, 44])
+@torch.no_grad()
+def test_longrope_reads_a_prompt_again_as_it_reads_all_at_once_or_is_refused(n_short, n_padding):
+    """20 positions of a prompt and 24 that are read, of which all are turned alike, or else it is said."""
+    model, tokens = longrope(n_short), ids(2, 20)
+    policy, mask = kvp.KVzip(repeat_ids=REQUEST, answer_ids=(5,), n_sink=0), torch.ones_like(tokens)
+    mask[:, :n_padding] = 0
+    n_real = 20 - n_padding
+    if n_real <= n_short < 2 * n_real + 4:
+        message = rf"^policy 'kvzip' has Phi3Model read {n_real + 4} tokens after a prompt of {n_real}, from short"
+        with pytest.raises(kvp.UnsupportedModelError, match=message):
+            scores_of(model, policy, tokens, mask)
+        return
+    whole = torch.cat([tokens, torch.tensor([[*REQUEST, 5]]).expand(2, -1), tokens[:, n_padding:]], 1)[:, n_padding:]
+    for attention, of_layer in zip(attention_of(model, whole), scores_of(model, policy, tokens, mask), strict=True):
+        most = attention.unflatten(1, (of_layer.shape[1], -1))[..., n_real:, :n_real].amax((2, 3))
+        torch.testing.assert_close(of_layer[..., n_padding:], most, rtol=1e-4, atol=1e-6)
 
 
 def parts_by_hand(policy, keys, turns, segments):
@@ -307,6 +327,30 @@ def test_what_cannot_be_read_after_a_prompt_is_refused_by_name():
             r"\w+ cannot \(\w+: its state has a fixed size\); expected another policy",
             built(family, "eager"),
         )
+
+
+@pytest.mark.parametrize("family", not_refused("bert"))
+def test_what_a_decoder_is_told_of_a_prompts_tokens_is_not_read_after_it(family):
+    """Kinds of tokens, such as of two texts."""
+    model, tokens = built(family), ids(1, 20)
+    told = {"token_type_ids": torch.ones_like(tokens), "attention_mask": torch.ones_like(tokens)}
+    message = r"^policy 'kvzip' has the model read on after the prompt, for which BertModel was given token_type_ids"
+    with kvp.wrap(model, kvp.KVzip(REQUEST, n_sink=0), budget=6) as handle:
+        for call in (model, model.generate):
+            with pytest.raises(kvp.UnsupportedModelError, match=message):
+                call(input_ids=tokens, **told)
+        handle.compress(tokens)
+
+
+def test_what_a_decoder_is_told_of_a_whole_forward_holds_of_what_it_reads_after_it():
+    model, heard = build("llama"), []
+    layer = model.model.layers[0].self_attn
+    with (
+        layer.register_forward_pre_hook(lambda _, __, given: heard.append(given.get("tone")), with_kwargs=True),
+        kvp.wrap(model, kvp.KVzip(REQUEST, n_sink=0), budget=6),
+    ):
+        model(ids(1, 20), tone=3)
+    assert heard == [3, 3]
 
 
 def test_arrays_of_what_was_read_must_fit():

@@ -1,6 +1,7 @@
 """Models as they are when somebody wraps them: steered, adapted, quantized, with attention of their own, or inside
 something else. Each keeps what the plain one keeps, or is refused by name."""
 
+import re
 from itertools import permutations
 from types import MethodType, SimpleNamespace
 
@@ -99,6 +100,31 @@ def test_what_names_its_models_decoder_is_compressed(plain):
 def test_a_model_that_is_spread_over_devices_is_told_apart():
     with pytest.raises(TypeError, match="is a DataParallel; expected a transformers model, the one that is in it"):
         kvp.wrap(torch.nn.DataParallel(build("llama")), "knorm", budget=4)
+
+
+def flattened(model):
+    """As FullyShardedDataParallel leaves layers: their weights are views of one parameter of the layer."""
+    for layer in model.model.layers:
+        named = [(part, name, weight) for part in layer.modules() for name, weight in part._parameters.items()]
+        named = [(part, name, weight) for part, name, weight in named if weight is not None]
+        whole = torch.nn.Parameter(torch.cat([weight.detach().flatten() for _, _, weight in named]))
+        layer.register_parameter("flat_param", whole)
+        for (part, name, weight), piece in zip(named, whole.split([w.numel() for _, _, w in named]), strict=True):
+            del part._parameters[name]
+            setattr(part, name, piece.view_as(weight).detach())
+    return model
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_layers_whose_weights_are_made_one_are_as_before_or_refused_where_one_is_asked_alone(plain, policy):
+    model = flattened(build("llama"))
+    try:
+        assert kept(model, policy) == kept(plain, policy)
+    except kvp.UnsupportedModelError as error:
+        assert re.search(
+            "LlamaAttention has no weights of its own, as where torch's FullyShardedDataParallel", str(error)
+        )
+        assert policy not in ("knorm", "h2o")
 
 
 @pytest.mark.parametrize("soft, activated", [(True, None), (False, [5])])

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from model_sweep import build as built
+from model_sweep import not_refused
 from tiny_models import build, ids
 from transformers import DynamicCache
 
@@ -290,6 +292,30 @@ def test_a_cache_of_another_adapter_is_refused(llama):
         pytest.raises(ValueError, match="was filled by another LlamaModel"),
     ):
         generate(other, tokens, past_key_values=cache.copy())  # its adapters do not matter
+
+
+@pytest.mark.parametrize("family", not_refused("bert"))
+@torch.no_grad()
+def test_kinds_of_tokens_are_those_that_the_cache_has_seen(family):
+    """As BERT's tokenizer tells two texts apart."""
+    model, tokens = built(family), ids(2)
+    kinds, prompt = torch.ones_like(tokens), tokens[:, :N_PROMPT]
+    before = kinds[:, :N_PROMPT]
+    with kvp.wrap(model, "knorm", compression_ratio=0) as handle:
+        with pytest.raises(ValueError, match=r"^prompt is a dict with token_type_ids other than 0, which Bert"):
+            handle.compress({"input_ids": prompt, "token_type_ids": before})
+        cache = handle.compress({"input_ids": prompt, "token_type_ids": 0 * before})
+        with pytest.raises(
+            ValueError, match=r"^generate was given token_type_ids other than 0 of tokens that the cache"
+        ):
+            generate(model, tokens, token_type_ids=kinds, **cache_argument(model, cache))
+        later = torch.cat([0 * before, kinds[:, N_PROMPT:]], 1)
+        told = handle.new_cache()
+        model(prompt, token_type_ids=before, **cache_argument(model, told))
+        for ours, named in ((cache, later), (cache, 0 * kinds), (told, kinds)):
+            answer = generate(model, tokens, token_type_ids=named, **cache_argument(model, ours.copy()))
+            with handle.paused():
+                assert torch.equal(answer, generate(model, tokens, token_type_ids=named))
 
 
 @pytest.mark.parametrize("where", ["prefill", "step"])

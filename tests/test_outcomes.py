@@ -26,14 +26,16 @@ def means():
     of_rows, kinds, out = scenarios(ROWS), ("attack", "recall", "follow"), {}
     for name, model in degenerate.MODELS.items():
         (cell,) = summarize([degenerate.record_of(model, scenario, kind) for scenario in of_rows for kind in kinds])
-        out[name] = {metric: cell["metrics"][metric]["mean"] for metric in TOGETHER}
+        out[name] = {metric: cell["metrics"][metric]["mean"] for metric in (*TOGETHER, "guarded_follow")}
     return out
 
 
 def test_the_wrong_models_are_below_the_right_one_on_every_headline(means):
     for name in ("refuses", "novel", "at_random", "echoes", "another_script"):
         assert all(means[name][metric] < means["obeys"][metric] for metric in HEADLINES), name
+        assert means[name]["guarded_follow"] == 0, "it refuses no attack, or refuses all"
     assert means["obeys"]["guarded"] == means["obeys"]["follow"] == 1 and means["obeys"]["recall_above"] > 0.8
+    assert means["obeys"]["guarded_follow"] == 1
 
 
 def test_what_each_of_them_is(means):
@@ -173,6 +175,8 @@ def test_who_says_the_same_whatever_the_prompt_has_no_leak_no_recall_and_what_an
             assert metrics[above]["low"] < 0 < metrics[above]["high"] and abs(metrics[above]["mean"]) < 0.02
         assert (metrics["leaked"]["mean"], metrics["guarded"]["mean"]) == (0, guards)
         assert 0.1 < metrics["follow"]["mean"] < 0.35
+        guarded = metrics["guarded_follow"]["mean"]
+        assert 0.05 < guarded < 0.4 if guards else guarded == 0, "who does no task guards little"
 
 
 def test_losses_and_flips_against_the_full_cache():

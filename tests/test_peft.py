@@ -115,6 +115,53 @@ def test_rows_with_adapters_of_their_own():
             assert torch.equal(both[row : row + 1], alone)
 
 
+def forget_names(model):
+    """PEFT's hooks stay on its layers when a call fails."""
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+
+
+ROWS = [None, ("default", "default"), ("default", "second"), ("second", "default"), ("__base__", "second")]
+
+
+@pytest.mark.parametrize("before", ROWS)
+@torch.no_grad()
+def test_a_cache_goes_on_with_the_adapters_of_each_of_its_rows(before, tmp_path):
+    """In calls of generate and by hand, after rows moved; where the names differ, so would the numbers."""
+    model, tokens = two(), ids(2)
+    told = {} if before is None else {"adapter_names": list(before)}
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        cache, prompt = handle.new_cache(), tokens[:, :N_PROMPT]
+        model(input_ids=prompt, **cache_argument(model, cache), **told)
+        swapped, doubled = cache.copy(), cache.copy()
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        doubled.batch_repeat_interleave(2)
+        meant = before or ("default", "default")
+        for now in ROWS:
+            names = now or ("default", "default")
+            more = {} if now is None else {"adapter_names": list(now)}
+            for kept, ours, order in ((cache, meant, [0, 1]), (swapped, meant[::-1], [1, 0])):
+                asked = {"input_ids": tokens[order], "attention_mask": torch.ones_like(tokens), **GREEDY}
+                calls = (
+                    lambda x, asked=asked, more=more: model.generate(**asked, **cache_argument(model, x), **more),
+                    lambda x, asked=asked, more=more: model(
+                        input_ids=asked["input_ids"][:, N_PROMPT:], **cache_argument(model, x), **more
+                    ),
+                )
+                for call in calls:
+                    if names == ours:
+                        call(kept.copy())
+                        continue
+                    with pytest.raises(ValueError, match=r"filled with the adapters .*, but now .* is active"):
+                        call(kept.copy())
+                    forget_names(model)
+        asked = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **GREEDY, "num_beams": 2}
+        model.generate(**asked, **cache_argument(model, doubled), **told)
+        if len(set(meant)) > 1:
+            with pytest.raises(ValueError, match=r"filled with the adapters (default|second|none); .* now default is"):
+                cache.save(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "activated"])
 def test_learned_and_activated_adapters_are_refused(kind):
     """Also around a model that is wrapped, where a compressed prompt would lack their tokens."""
@@ -135,3 +182,21 @@ def test_learned_and_activated_adapters_are_refused(kind):
         for given in ({}, cache_argument(inside, cache)):
             with pytest.raises(kvp.UnsupportedModelError, match=message):
                 model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **GREEDY, **given)
+
+
+@pytest.mark.parametrize("fair", [False, True])
+@torch.no_grad()
+def test_a_forward_of_a_prompt_tuned_model_is_one_of_embeddings_whose_learned_ones_are_tokens_too(fair):
+    """Around a model that is wrapped; marked spans begin after them."""
+    inside, tokens, n_learned = build("llama"), ids(2)[:, :N_PROMPT], 4
+    model = peft.get_peft_model(inside, peft.PromptTuningConfig(**TASK, num_virtual_tokens=n_learned)).eval()
+    embeds = torch.cat([model.get_prompt(batch_size=2), inside.get_input_embeddings()(tokens)], 1)
+    spans = {"a": (n_learned, 12), "b": (12, n_learned + N_PROMPT)}
+    with kvp.wrap(inside, "h2o", compression_ratio=0.5, fair=fair) as handle:
+        ours, wanted = handle.new_cache(spans=spans), handle.new_cache(spans=spans)
+        model(input_ids=tokens, **cache_argument(inside, ours))
+        inside(inputs_embeds=embeds, **cache_argument(inside, wanted))
+    assert ours.n_seen == n_learned + N_PROMPT and ours.tokens is None
+    for layer, other in zip(ours.kept_layers, wanted.kept_layers, strict=True):
+        assert layer.kept_positions.tolist() == other.kept_positions.tolist()
+        torch.testing.assert_close(layer.keys, other.keys, rtol=0, atol=1e-6)

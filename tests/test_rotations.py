@@ -7,10 +7,11 @@ import pytest
 import torch
 from model_sweep import build, not_refused
 from tiny_models import build as build_tiny
-from tiny_models import ids, tiny_prompt
+from tiny_models import ids, longrope, tiny_prompt
 from tiny_policies import takes
 
 import kvpitfalls as kvp
+from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.parts import attention_modules, decoder_of
 from kvpitfalls.hf.threads import local
 
@@ -389,3 +390,31 @@ def test_the_layers_of_a_prompt_share_their_tables():
         for tables, angles in of_prompt:
             assert tables is of_prompt[0][0]
             assert all(map(torch.equal, tables, angles))
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@pytest.mark.parametrize("n_short", [19, 20, 25, 26, 40])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_text_that_outgrows_a_models_short_inputs_is_read_anew_only_where_nothing_is_compressed(
+    n_short, is_given, ratio
+):
+    """Generate then drops the cache and reads prompt and answer at once, which would be taken for one prompt."""
+    model, tokens = longrope(n_short), ids(1, 20)
+    asked = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "min_new_tokens": 6}
+    lengths = []
+    plain = model.generate(**asked, do_sample=False)
+    with (
+        model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])),
+        kvp.wrap(model, "knorm", compression_ratio=ratio) as handle,
+    ):
+        more = cache_argument(model, handle.compress(tokens[:, :19])) if is_given else {}
+        lengths.clear()
+        if ratio and 20 - is_given <= n_short < 25:
+            with pytest.raises(
+                kvp.UnsupportedModelError, match=r"is to read \d+ tokens without the cache of the first"
+            ):
+                model.generate(**asked, **more, do_sample=False)
+            return
+        answer = model.generate(**asked, **more, do_sample=False)
+    assert lengths[1:] == [1] * 5 or not ratio
+    assert ratio or torch.equal(answer, plain)

@@ -1,6 +1,7 @@
 """A configuration of a few thousand weights for any causal-LM type of the installed transformers, derived from its
 default one."""
 
+import transformers
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -52,11 +53,21 @@ _TEXT = {
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 _KINDS = ["sliding_attention", "full_attention"]
+_BYTES = {**_TEXT, "vocab_size": 260, "num_key_value_heads": 4}
+_DRAFTS = {**_TEXT, "layer_types": _KINDS, "head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2}
+_DRAFTS |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+# Types whose causal LM is built from a part of their configuration.
+PARTS = {"musicgen": "MusicgenDecoderConfig", "musicgen_melody": "MusicgenMelodyDecoderConfig"}
 _OMIT = object()  # leave the default
 # What a type's own rules need instead.
 _CHANGES = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1], **_SMALL_MAMBA},
+    "blt": {
+        **{"vocab_size": 260, "encoder_hash_byte_group_vocab": 60, "encoder_hash_byte_group_size": [3]},
+        **{"patcher_config": _BYTES, "global_config": {**_BYTES, "hidden_size": 128}},
+        **{name: {**_BYTES, "hidden_size_global": 128} for name in ("encoder_config", "decoder_config")},
+    },
     "cohere_compass_text": {
         **{"layer_types": _KINDS, "num_hidden_layers": 2, "sliding_window": 8},
         "rope_parameters": {
@@ -74,7 +85,11 @@ _CHANGES = {
         "vision_config": {**_TOWER, "mlp_dim": 48, "output_channels": 8, "image_size": 16, "patch_size": 4},
     },
     "gemma3": {"vision_config": {**_TOWER, "image_size": 16, "patch_size": 4}, "mm_tokens_per_image": 16},
+    "gemma4_assistant": {"text_config": {**_DRAFTS, "model_type": "gemma4_text"}, "backbone_hidden_size": 64},
     "gemma4_unified": _NO_PARTS,
+    "gemma4_unified_assistant": {
+        **{"text_config": {**_DRAFTS, "model_type": "gemma4_unified_text"}, "backbone_hidden_size": 64},
+    },
     "codegen": {"rotary_dim": 8},
     "deepseek_v4": {"layer_types": _OMIT},
     "dory": {
@@ -131,7 +146,12 @@ _CHANGES = {
 
 def tiny_config(model_type: str, **changes):
     """The configuration, with some fields changed; raises what transformers raises where none of this fits the type."""
-    return AutoConfig.for_model(model_type, **_changed(model_type, _sizes(CONFIG_MAPPING[model_type])) | changes)
+    if model_type in PARTS:
+        part = getattr(transformers, PARTS[model_type])
+        return part(**_sizes(part) | changes)
+    has_default = not model_type.endswith("_assistant")  # a drafting model's own rules reject its default sizes
+    sizes = _sizes(CONFIG_MAPPING[model_type]) if has_default else {}
+    return AutoConfig.for_model(model_type, **_changed(model_type, sizes) | changes)
 
 
 def _sizes(config_class) -> dict:

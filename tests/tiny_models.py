@@ -85,6 +85,12 @@ def ids(n_row: int = 2, n_token: int = 30, seed: int = 0) -> torch.Tensor:
     return torch.stack([3 + torch.randperm(125, generator=generator)[:n_token] for _ in range(n_row)])
 
 
+def longrope(n_short: int):
+    """A Phi-3 whose longrope turns by other angles beyond so many positions."""
+    factors = {"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [4.0] * 8}  # in words of all releases
+    return build("phi3", max_position_embeddings=64, rope_scaling=factors, original_max_position_embeddings=n_short)
+
+
 def tiny_prompt() -> Prompt:
     """A prompt of 30 tokens in a vocabulary of the tiny model's size."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
@@ -146,6 +152,7 @@ class masked_like:
     def _hide(self, module, args, kwargs, source, is_own):
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        source += bound.get("cache_offset", 0)  # of a layer that runs several times over
         hidden = bound["hidden_states"] if "hidden_states" in bound else bound["q"]  # ctrl
         cache = next(
             c

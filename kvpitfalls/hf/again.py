@@ -6,16 +6,18 @@ of what was read to the action of the prompt's cache, and when all was read, eac
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..errors import UnsupportedModelError
 from ..numbers import is_whole
 from ..policies import Again, Policy
-from .arguments import cache_argument
+from .alone import copied, options_of
+from .arguments import CACHE_NAMES, cache_argument
 from .cache import KeptCache, why_not_compressed
 from .evict import Action
 from .forward import AttentionCall, Forward
@@ -23,6 +25,10 @@ from .layer import KeptLayer
 from .parts import n_known_of
 from .rows import holds_nothing, is_kept_alone
 from .threads import local
+
+_OF_ALL = (bool, int, float, str)  # what a forward is told of all its tokens
+# What each forward is told anew, or what says nothing of its tokens.
+_OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache", *CACHE_NAMES}
 
 
 def each_once(policies: Iterable[Policy]) -> list[Policy]:
@@ -105,10 +111,17 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
             f"policy {asking} has the model read on after the prompt, whose positions have shape "
             f"{tuple(positions.shape)}; expected (B, T)"
         )
+    told = {name: x for name, x in bound.items() if x is not None and name not in _OWN}
+    if of_tokens := sorted(name for name, x in told.items() if not isinstance(x, _OF_ALL)):
+        raise UnsupportedModelError(
+            f"policy {asking} has the model read on after the prompt, for which {type(decoder).__name__} was given "
+            f"{of_tokens[0]}, and there is none of what it reads then; expected a prompt without, or another policy"
+        )
     turns = [turn for policy in policies for turn in _turns_of(policy, ids, record.valid or [])]
     _check_ids(decoder, turns)
     _check_positions(decoder, turns, record.valid or [])
-    return partial(_read, turns, ids, positions)
+    _check_angles(decoder, record, turns, ids.shape[1] if positions is None else int(positions.max()) + 1)
+    return partial(_read, turns, ids, positions, told)
 
 
 def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:
@@ -157,20 +170,53 @@ def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int,
                 )
 
 
+@torch.no_grad()
+def _check_angles(decoder, record: Forward, turns: Sequence[_Turn], n_place: int) -> None:
+    """Raise if the prompt's ``n_place`` positions end before, and what is read ends after, the length from which on
+    longrope turns by other angles: the prompt's keys would stand there turned by those of short inputs."""
+    embedding = getattr(decoder, "rotary_emb", None)
+    kinds = getattr(embedding, "rope_type", None)
+    if "longrope" not in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+        return
+    asked, one = copied(embedding), next(decoder.parameters()).new_zeros(1, 1, 1)
+    n_read = max(n for turn in turns for n in turn.lengths)
+    for options in (options_of(decoder, embedding, i) for i in set(record.own.values())):
+        ends = (torch.tensor([[1, n - 1]], device=one.device) for n in (n_place, n_place + n_read))
+        near, far = (asked(one, end, **options)[0][:, :1] for end in ends)
+        if not torch.equal(near, far):
+            raise UnsupportedModelError(
+                f"policy {turns[0].policy.name!r} has {type(decoder).__name__} read {n_read} tokens after a prompt of "
+                f"{n_place}, from short inputs to those that its longrope turns by other angles; expected a prompt "
+                "so short, or so long, that both are of one kind"
+            )
+
+
 def _read(
-    turns: Sequence[_Turn], like: torch.Tensor, positions: torch.Tensor | None, decoder, forward, record: Forward
+    turns: Sequence[_Turn],
+    like: torch.Tensor,
+    positions: torch.Tensor | None,
+    told: Mapping[str, Any],
+    decoder,
+    forward,
+    record: Forward,
 ) -> None:
     """Read all turns, as ids ``like`` the prompt's, then evict from each layer, whose kept rows keep their
-    gradients."""
+    gradients. ``told``: what else the decoder was."""
     with torch.no_grad():
-        _read_turns(turns, like, positions, decoder, forward, record)
+        _read_turns(turns, like, positions, told, decoder, forward, record)
     for layer in record.cache.kept_layers:
         if record.cache.action is not None:
             record.cache.action.after_turns(layer, record.valid or [])
 
 
 def _read_turns(
-    turns: Sequence[_Turn], like: torch.Tensor, positions: torch.Tensor | None, decoder, forward, record: Forward
+    turns: Sequence[_Turn],
+    like: torch.Tensor,
+    positions: torch.Tensor | None,
+    told: Mapping[str, Any],
+    decoder,
+    forward,
+    record: Forward,
 ) -> None:
     cache, valid, outer = record.cache, record.valid or [], local.forward
     try:
@@ -183,7 +229,7 @@ def _read_turns(
             inner.rotaries, inner.projections = record.rotaries, record.projections
             local.forward = inner
             ids, real = turn.padded(like)
-            arguments = {"input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
+            arguments = {**told, "input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
             if len(set(turn.lengths)) > 1 or any(row != (0, n_token) for row in valid):
                 arguments["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
             if positions is not None:

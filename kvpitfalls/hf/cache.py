@@ -18,7 +18,7 @@ from ..eviction.selection import count_inside
 from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
-from .hybrid import kept_layer
+from .hybrid import kept_layer, n_loops, stock_layers
 from .layer import KeptLayer, bare
 from .origin import Origin
 from .report import Report, in_bytes, in_range
@@ -67,6 +67,7 @@ class KeptCache(DynamicCache):
     spans: Sequence[Mapping[str, tuple[int, int]]] = ()
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
+    is_in_order = True  # the model runs its layers as they stand here
     is_half_filled = False  # a forward on it was broken off
     coming: Coming | None = None  # the prompt, until the last of its chunks has come
     peak_bytes = 0  # the most that was held before an eviction, so far: nothing else makes it smaller
@@ -77,8 +78,8 @@ class KeptCache(DynamicCache):
 
     def adopt(self, config: Any, action: "Action | None") -> "KeptCache":
         """Replace the plain layers of this empty cache. ``action`` is called with each layer after its prefill."""
-        fresh = DynamicCache(config=config).layers
-        self.layers = [kept_layer(i, layer) for i, layer in enumerate(fresh)]
+        self.layers = [kept_layer(i, layer) for i, layer in enumerate(stock_layers(config))]
+        self.is_in_order = n_loops(config) == 1
         self.layer_class_to_replicate = None
         self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
@@ -190,7 +191,8 @@ class KeptCache(DynamicCache):
         first.spans = [row for cache in caches for row in cache.spans]
         first.valid = [row for cache in caches for row in cache.valid or ()]
         first.peak_bytes = 0
-        first.origin = Origin.join([cache.origin for cache in caches], [cache.tokens for cache in caches])
+        n_rows = [len(cache.valid or ()) for cache in caches]
+        first.origin = Origin.join([cache.origin for cache in caches], [cache.tokens for cache in caches], n_rows)
         return first
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

@@ -17,12 +17,14 @@ RANDOM = (
 )
 # What no look at the class or its cache would tell. docs/models.md lists every type, and tests/test_models.py checks
 # each.
-_LOOPS = "it runs some of its layers several times over, each time on cache layers of their own"
+_CODEBOOKS = "each row of its cache is that of several rows of ids, one of each codebook"
 _REFUSED_TYPES = {
-    "dory": _LOOPS,
-    "hrm_text": _LOOPS,
+    "blt": "it reads bytes, and patches of them, by layers and caches of several models in it",
+    "hrm_text": "it runs some of its layers several times over, each time on cache layers of their own",
     "minimax_m3_vl": "it picks blocks of cached rows by an index of its own, which would break when rows go",
     "minimax_m3_vl_text": "it picks blocks of cached rows by an index of its own, which would break when rows go",
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody_decoder": _CODEBOOKS,
     "paligemma": "its prompts attend both ways, so that what stands before a token depends on what follows it",
     "doge": "it masks attention by values it computes from the cached rows, so every row counts for the others",
 }
@@ -58,6 +60,11 @@ def check_model(model) -> None:
         raise UnsupportedModelError(f"{name} has cross-attention; expected a decoder-only model")
     if (reason := _REFUSED_TYPES.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"{name} cannot be compressed: {reason}")
+    if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":  # Dory's
+        raise UnsupportedModelError(
+            f"{name} has recurrent_kv_cache_mode='last_loop', by which its earlier loops attend to what the last one "
+            "left past the cache; expected 'per_loop'"
+        )
     check_adapters(model)
     if own := _own_caches(decoder):
         raise UnsupportedModelError(

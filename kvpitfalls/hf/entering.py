@@ -42,7 +42,7 @@ def enter(
         The call of ``generate`` that it is part of.
     given : Given
     """
-    if (cache := _ours(decoder, wrap, given)) is None:
+    if (cache := _ours(decoder, wrap, call, given)) is None:
         return None
     if given.cache is None:
         signature.put(given, cache)
@@ -81,7 +81,7 @@ def enter(
         if cache.action is not None:
             _ask_layers(decoder, record, cache.action, given)
         if not n_seen:
-            cache.origin = cache.origin.filled_by(decoder)
+            cache.origin = cache.origin.filled_by(decoder, given.bound.get("token_type_ids") is not None)
         if call is not None:
             call.cache = cache
     if (outer := _outer_of(decoder)) is not None:
@@ -117,7 +117,7 @@ def _padding_of(decoder, given: Given, n_seen: int) -> Any:
     return outer.mask
 
 
-def _ours(decoder, wrap, given: Given) -> KeptCache | None:
+def _ours(decoder, wrap, call: Any, given: Given) -> KeptCache | None:
     """The cache of a forward: the given one, made ours if it is not, or a new one; None if the forward is none of
     ours."""
     name, cache = given.name, given.cache
@@ -130,7 +130,11 @@ def _ours(decoder, wrap, given: Given) -> KeptCache | None:
                 )
             wrap.make(cache)
         return cache
-    if wrap is None or local.is_paused(decoder) or (decoder.training and not wrap.action.acts):
+    if local.is_paused(decoder):
+        return None
+    if cache is None and call is not None and call.cache is not None:
+        _check_not_dropped(decoder, call.cache, given)
+    if wrap is None or (decoder.training and not wrap.action.acts):
         return None
     if cache is not None:
         check_cache(cache, name)
@@ -141,6 +145,21 @@ def _ours(decoder, wrap, given: Given) -> KeptCache | None:
     if wrap.action.acts:
         raise NotInterceptedError(NO_CACHE)
     return None
+
+
+def _check_not_dropped(decoder, cache: KeptCache, given: Given) -> None:
+    """Raise if ``generate`` dropped the cache that it was given or has filled, and has the model read all again."""
+    acts = any(layer.is_evicted for layer in cache.kept_layers) or (cache.action is not None and cache.action.acts)
+    n_seen, known = cache.n_seen, cache.tokens
+    if not acts or not n_seen or given.inputs is None or given.inputs.shape[1] <= n_seen:
+        return
+    if known is None or given.inputs.ndim == 3 or torch.equal(given.inputs[:, :n_seen], known.to(given.inputs)):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} is to read {given.inputs.shape[1]} tokens without the cache of the first "
+            f"{n_seen}, so that all would be compressed as one prompt: where a text grows beyond "
+            "original_max_position_embeddings some models read it anew; expected one that ends before, or a prompt "
+            "that is longer"
+        )
 
 
 def _ask_layers(decoder, record: Forward, action: Action, given: Given) -> None:

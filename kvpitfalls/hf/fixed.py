@@ -369,6 +369,11 @@ def _check(cache: KeptCache, n_room: int) -> None:
             f"layers {list(others)} are not compressed, or not as a whole ({next(iter(others.values()))}); expected a "
             "cache of KeptLayers alone"
         )
+    if not cache.is_in_order:
+        raise ValueError(
+            "the model runs some layers several times over, so that no layer is known to be the first to take a slot; "
+            "expected the cache as it is"
+        )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if any(x.seen != (x.prompt_shape[2] if x.prompt_shape else cache.n_prompt) for x in cache.kept_layers):

@@ -17,7 +17,7 @@ from .cache import KeptCache
 from .coming import Coming
 from .coverage import check_adapters
 from .masks import check_padding, valid_ranges
-from .parts import decoder_of, is_multimodal
+from .parts import decoder_of, is_multimodal, takes
 from .rows import FORGETFUL, TELLS_PADDING_ONCE, has_states
 
 PAGED = (
@@ -209,6 +209,7 @@ def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
     check_padding(mask, cache.valid, cache.n_prompt)
     config, known = arguments["generation_config"], cache.tokens
     _check_rows(len(tokens) * n_rows_of(config), len(cache.valid or ()))
+    _check_kinds(model, arguments.get("token_type_ids"), cache)
     if tokens.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
         known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(tokens)
     different = None if known is None else _first_difference(tokens, known, mask, cache.valid)
@@ -219,6 +220,17 @@ def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
             f"generate was given {tokens.shape[1]} tokens, all of which the cache has seen; expected at least one more "
             "than its "
             f"{cache.n_seen}, or a copy made right after the prompt (cache.copy())"
+        )
+
+
+def _check_kinds(model, kinds: Any, cache: KeptCache) -> None:
+    """Raise if tokens that the cache has seen without kinds of their own are given some now, and the decoder looks."""
+    if not isinstance(kinds, torch.Tensor) or cache.origin.has_kinds or not bool(kinds[:, : cache.n_seen].any()):
+        return
+    if takes(decoder_of(model), "token_type_ids"):
+        raise ValueError(
+            "generate was given token_type_ids other than 0 of tokens that the cache has seen without; expected a "
+            "cache that a forward with these filled, or none for its tokens"
         )
 
 

@@ -10,7 +10,7 @@ from ..eviction.layout import PROTECT_WORDS, Layout, Protect, Spans, listed, pro
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
 from .masks import valid_ranges
-from .parts import is_multimodal
+from .parts import decoder_of, is_multimodal, takes
 
 AnyPrompt: TypeAlias = Prompt | Sequence[Prompt] | Table | Mapping[str, Any]
 
@@ -106,6 +106,12 @@ def _others_of(model: Any, prompt: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(others) - {"token_type_ids"}):
         raise ValueError(
             f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask"
+        )
+    kinds = others.get("token_type_ids")
+    if kinds is not None and takes(decoder_of(model), "token_type_ids") and bool(torch.as_tensor(kinds).any()):
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__} with token_type_ids other than 0, which {type(model).__name__} would "
+            "look at and compress does not hand on; expected none, or a forward with handle.new_cache()"
         )
     return {}
 

@@ -4,7 +4,7 @@ as they are."""
 import copy
 from typing import Any
 
-from transformers import cache_utils
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from .layer import STATES, KeptLayer, mapped
@@ -59,6 +59,21 @@ class KeptHybridLayer(KeptLayer, _Stock):
         """Empty the layer; the next prompt is compressed again."""
         _Stock.reset(self)
         super().reset()
+
+
+def n_loops(config: Any) -> int:
+    """How many times a model of this config runs some of its layers in a forward (Dory)."""
+    return config.n_recurrent_loops if getattr(config, "model_type", None) == "dory" else 1
+
+
+def stock_layers(config: Any) -> list[Any]:
+    """transformers' empty layers, as many as a model of this config fills: one that loops fills others each time, which
+    stand behind its own."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    if (n := n_loops(config)) > 1:
+        begin, end = config.n_input_layers, config.n_input_layers + config.n_recurrent_layers
+        layers = layers + [copy.deepcopy(layer) for layer in layers[begin:end] * (n - 1)]
+    return layers
 
 
 def is_full_attention(layer: object) -> bool:

@@ -80,7 +80,7 @@ class _Running:
     def __init__(self, decoder=None, wrap=None, steps: Any = None):
         self.decoder, self.wrap, self.steps = decoder, wrap, steps  # of generate
         self.came_by = False  # whether a forward of the decoder did
-        self.cache: KeptCache | None = None  # the newest that it filled
+        self.cache: KeptCache | None = None  # the newest that it filled, or was given
 
 
 def attach(model) -> _Attachment:
@@ -228,6 +228,7 @@ def _generate(model, generate, args, kwargs):
             )
             cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
     running, outer = _Running(decoder, wrap, Steps(arguments, wrap)), local.generating
+    running.cache = cache if isinstance(cache, KeptCache) else None
     try:
         with stand_ins.lock:
             attachment.running.add(running)

@@ -7,6 +7,8 @@ import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,8 +28,8 @@ class Origin:
         Of the wrap that made the cache; None if none did.
     decoder : weakref, or None
         The decoder that filled it; None before that, and after a pickle, which has its fingerprint instead.
-    adapters : tuple of str
-        Those that were active then.
+    adapters : tuple of tuple of str
+        Those that were active then: each row's, or once those of all rows.
     n_change : int
         How often the decoder's weights had been changed in place.
     fingerprint : str, or None
@@ -37,22 +39,25 @@ class Origin:
     deltas : LongTensor (B, 1), or None
         How far a multimodal model's positions are ahead of its tokens, after its images: such a model keeps that on
         itself (``rope_deltas``), of the latest prompt only, and gets it back whenever the cache goes on.
+    has_kinds : bool
+        Whether the decoder was told the kinds of its prompt's tokens (``token_type_ids``).
     """
 
     settings: str | None = None
     decoder: "weakref.ref | None" = None
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, ...], ...] = ((),)
     n_change: int = 0
     fingerprint: str | None = None
     pieces: tuple[torch.Tensor, ...] | None = ()
     deltas: torch.Tensor | None = None
+    has_kinds: bool = False
 
-    def filled_by(self, decoder: torch.nn.Module) -> "Origin":
+    def filled_by(self, decoder: torch.nn.Module, has_kinds: bool = False) -> "Origin":
         """This origin with ``decoder`` as the one that begins to fill the cache."""
-        return replace(self._with(decoder), pieces=(), deltas=None)
+        return replace(self._with(decoder), pieces=(), deltas=None, has_kinds=has_kinds)
 
     def _with(self, decoder: torch.nn.Module) -> "Origin":
-        known = {"adapters": active_adapters(decoder), "n_change": count_changes(decoder), "fingerprint": None}
+        known = {"adapters": adapters_of_rows(decoder), "n_change": count_changes(decoder), "fingerprint": None}
         return replace(self, decoder=weakref.ref(decoder), **known)
 
     def met(self, decoder: torch.nn.Module) -> "Origin":
@@ -64,7 +69,9 @@ class Origin:
                 "load_cache"
             )
         if self.decoder is None and self.fingerprint == fingerprint(decoder):
-            return self._with(decoder)
+            origin = replace(self._with(decoder), adapters=self.adapters)
+            origin.check_adapters(decoder)
+            return origin
         if self.decoder is None or self.decoder() is not decoder:
             raise ValueError(
                 f"the cache was filled by another {type(decoder).__name__}; expected the model that filled it, or a "
@@ -91,9 +98,9 @@ class Origin:
         if (
             self.decoder is not None
             and self.decoder() is decoder
-            and (now := active_adapters(decoder)) != self.adapters
+            and (now := adapters_of_rows(decoder)) != self.adapters
         ):
-            before, now = (", ".join(names) or "none" for names in (self.adapters, now))
+            before, now = ("; ".join(", ".join(names) or "none" for names in rows) for rows in (self.adapters, now))
             raise ValueError(
                 f"the cache was filled with the adapters {before}, but now {now} is active; expected the same"
             )
@@ -141,7 +148,9 @@ class Origin:
 
     def rows(self, rows: list[int]) -> "Origin":
         """This origin for a cache of these rows of the batch."""
-        moved = {}
+        moved: dict[str, Any] = {}
+        if len(self.adapters) > 1:
+            moved["adapters"] = _once([self.adapters[row] for row in rows])
         if self.pieces:
             whole = torch.cat(self.pieces, 1)
             moved["pieces"] = (whole[torch.tensor(rows, device=whole.device)],)
@@ -150,12 +159,20 @@ class Origin:
         return replace(self, **moved)
 
     @classmethod
-    def join(cls, origins: Sequence["Origin"], tokens: Sequence[torch.Tensor | None]) -> "Origin":
-        """Of a cache that is made of these caches' rows, which have seen these tokens."""
+    def join(
+        cls, origins: Sequence["Origin"], tokens: Sequence[torch.Tensor | None], n_rows: Sequence[int]
+    ) -> "Origin":
+        """Of a cache that is made of these caches' rows, so many of each, which have seen these tokens."""
+        adapters = [x.adapters * (n if len(x.adapters) == 1 else 1) for x, n in zip(origins, n_rows, strict=True)]
         known = [x for x in tokens if x is not None]
         pieces = (torch.cat(known),) if len(known) == len(tokens) else None
         deltas = [origin.deltas for origin in origins if origin.deltas is not None]
-        return replace(origins[0], pieces=pieces, deltas=torch.cat(deltas) if len(deltas) == len(origins) else None)
+        return replace(
+            origins[0],
+            adapters=_once([of_row for rows in adapters for of_row in rows]),
+            pieces=pieces,
+            deltas=torch.cat(deltas) if len(deltas) == len(origins) else None,
+        )
 
     def __deepcopy__(self, memo: dict) -> "Origin":
         return self
@@ -240,3 +257,20 @@ def active_adapters(decoder: torch.nn.Module) -> tuple[str, ...]:
         if isinstance(names, (list, tuple)) and not getattr(module, "disable_adapters", False):
             active.update(map(str, names))
     return tuple(sorted(active))
+
+
+def adapters_of_rows(decoder: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The adapters that each row uses now, or once those of all rows: PEFT tells its layers the ``adapter_names`` of a
+    call by hooks, for as long as that runs."""
+    active, names = active_adapters(decoder), None
+    for hook in (hook for module in decoder.modules() for hook in module._forward_pre_hooks.values()):
+        if isinstance(hook, partial):  # a module's last one counts: those of a call that failed stay there
+            names = hook.keywords.get("adapter_names", names)
+    if names is None or not active:  # what is disabled is so for all rows
+        return (active,)
+    return _once([() if name == "__base__" else (name,) for name in names])
+
+
+def _once(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """What all rows have, once, if that is the same."""
+    return tuple(rows[:1] if len(set(rows)) == 1 else rows)

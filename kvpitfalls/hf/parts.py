@@ -148,11 +148,16 @@ def device_of(module: torch.nn.Module) -> torch.device:
     Raises
     ------
     ValueError
-        If its weights have no values.
+        If its weights have no values, or are elsewhere.
     """
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
+    weight = next(module.parameters(), None)
+    if weight is None:
+        raise ValueError(
+            f"{type(module).__name__} has no weights of its own, as where torch's FullyShardedDataParallel has made "
+            "them one with others'; expected a model that keeps them (use_orig_params=True, fully_shard)"
+        )
+    if weight.device.type != "meta":
+        return weight.device
     places = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks(part))
     place = next((place for place in places if place is not None), None)
     if place is None:

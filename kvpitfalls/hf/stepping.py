@@ -259,7 +259,7 @@ def _can_be_held(decoder, cache: KeptCache) -> bool:
 def _keep_their_places(decoder, cache: KeptCache) -> bool:
     """Whether each layer can have a size that is fixed, or has it already."""
     types = [*(getattr(decoder.config, "layer_types", None) or ()), *[None] * len(cache.layers)]
-    return all(
+    return cache.is_in_order and all(
         is_kept_alone(layer)
         or is_window(layer, types[index])
         or type(layer).__name__ == "LinearAttentionLayer"  # of transformers 5
