@@ -178,21 +178,29 @@ def may_hold_special(
     return held != expected
 
 
+def check_shown_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Refuse special tokens in tools and documents, which others than the caller may have written."""
+    for name in _SHOWN:
+        _check_strings(tokenizer, options.get(name) or (), f"the option {name!r}")
+
+
 def _check_fields(tokenizer: Any, messages: Sequence[Message], first: int) -> None:
     """Refuse special tokens in what messages hold beside their content, such as the arguments of ``tool_calls``."""
     for i, message in enumerate(messages[first:], first):
         for name, value in message.items():
-            if name in ("role", "content"):
-                continue
-            for text in _strings(value):
-                check_encodable(f"message {i}", text)
-                held = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & _special(tokenizer)
-                if held - {tokenizer.unk_token_id}:
-                    raise ValueError(
-                        f"message {i} holds {tokenizer.convert_ids_to_tokens(min(held))!r} in its {name}, a token "
-                        "that can end the message "
-                        "and forge another; expected it without, or allow_special_tokens=True"
-                    )
+            if name not in ("role", "content"):
+                _check_strings(tokenizer, value, f"message {i}", f" in its {name}")
+
+
+def _check_strings(tokenizer: Any, value: object, what: str, where: str = "") -> None:
+    special = _special(tokenizer) - {tokenizer.unk_token_id}
+    for text in _strings(value):
+        check_encodable(what, text)
+        if held := special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise ValueError(
+                f"{what} holds {tokenizer.convert_ids_to_tokens(min(held))!r}{where}, a token that can end the message "
+                "and forge another; expected it without, or allow_special_tokens=True"
+            )
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -15,6 +15,7 @@ from .chats import (
     at_time,
     check_messages,
     check_options,
+    check_shown_options,
     encoded_chat,
     may_hold_special,
     template_ids,
@@ -118,8 +119,8 @@ class Prompt:
         add_generation_prompt : bool
             End with the header of the model's answer.
         allow_special_tokens : bool
-            Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer
-            takes it. Such a text can end its message and begin another, so it is refused by default.
+            Take a content, a tool or a document that holds the chat template's own tokens (``<|im_end|>`` and the like)
+            as the tokenizer takes it. Such a text can end its message and begin another, so it is refused by default.
         template_options
             For the chat template, here and in :meth:`followed_by`: ``tools``, ``enable_thinking`` and others.
 
@@ -144,6 +145,8 @@ class Prompt:
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
         messages = check_messages(messages)
         options = check_options(template_options)
+        if not allow_special_tokens:
+            check_shown_options(tokenizer, options)
         made = datetime.now()
         dated_options = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
         text, contents, owners, encoded = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
@@ -305,6 +308,8 @@ class Prompt:
             more = check_messages(
                 [{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages)
             )
+            if not allow_special_tokens:
+                check_shown_options(self.tokenizer, template_options)
             whole = [*self.messages, *more]
             options["add_generation_prompt"] = not options.get("continue_final_message", False)
             options = at_time(self.tokenizer, options, self.made)
