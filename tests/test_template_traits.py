@@ -107,6 +107,15 @@ def test_a_text_that_is_empty_is_nobody_s(trait, where):
     assert tokenizer.decode(following[0]).startswith(prompt.text)
 
 
+def test_a_text_of_white_space_that_is_trimmed_is_nobody_s():
+    trims = byte_level(template=LOOP.replace("m.content", "m.content | trim"))
+    messages = chat([("system", "a"), ("user", "b"), ("assistant", "c")])
+    messages[1]["content"] = " \n"
+    prompt = kvp.Prompt.from_chat(trims, messages)
+    assert prompt.roles == ("system", "assistant") and prompt.tokens_of("user") == []
+    assert [prompt.text[a:b] for a, b in prompt.contents] == [messages[0]["content"], messages[2]["content"]]
+
+
 def test_nothing_said_at_all():
     prompt = kvp.Prompt.from_chat(byte_level(), [{"role": "system", "content": ""}])
     assert prompt.contents == () == prompt.roles and all(prompt.is_template)
@@ -135,6 +144,19 @@ def test_thoughts_that_a_template_leaves_out_are_not_in_the_prompt(thought, answ
     assert kvp.Prompt.from_chat(tokenizer, messages[:2], {"thought": f"2){thought}(2"}).spans, "where they are shown"
 
 
+def test_of_two_ways_to_read_a_chat_the_first_is_taken_which_has_more_of_a_text():
+    """White space between two texts may be either's; and a message may spell what stands around another."""
+    template = "{{ messages[0].content | trim }}{{ messages[1].content }}"
+    messages = [{"role": role, "content": text} for role, text in (("system", "a\n"), ("user", "\nb"))]
+    prompt = kvp.Prompt.from_chat(byte_level(template=template), messages)
+    assert prompt.text == "a\nb" and [prompt.text[a:b] for a, b in prompt.contents] == ["a\n", "b"]
+    spelled = "a;assistant:b;user:c</think>a"
+    messages = [{"role": role, "content": spelled} for role in ("user", "assistant")]
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    prompt = kvp.Prompt.from_chat(byte_level(template=template), messages)
+    assert [prompt.text[a:b] for a, b in prompt.contents] == [spelled, spelled]
+
+
 REFUSED = {
     "twice": (
         LOOP + "{{ messages[0].content }}",
@@ -144,6 +166,14 @@ REFUSED = {
     "escaped": (LOOP.replace("m.content", "m.content | tojson"), "changes the text of message 0; expected it as it is"),
     "cut": (LOOP.replace("m.content", "m.content[:12]"), "changes the text of message 0|does not show message"),
     "words": (LOOP.replace("m.content", "m.content.split() | join(' ')"), "changes the text of message 0"),
+    "looked at": (
+        LOOP + "{% if 'only' in messages[0].content %}!{% endif %}",
+        "changes the text of the messages; expected",
+    ),
+    "a user's thoughts": (
+        LOOP.replace("m.content", "m.content.split('</think>')[-1]"),
+        "changes the text of message 1",
+    ),
     "another": (LOOP.replace("m.content", "m.content.replace('a', 'b')"), "changes the text of message 0"),
 }
 
@@ -151,7 +181,7 @@ REFUSED = {
 @pytest.mark.parametrize("trait", REFUSED)
 def test_a_text_that_is_changed_dropped_or_repeated_is_refused_in_one_sentence(trait):
     template, sentence = REFUSED[trait]
-    messages = chat([("system", 'Say  "a"\nonly.'), ("user", "Hi there, all of you.")])
+    messages = chat([("system", 'Say  "a"\nonly.'), ("user", "Hi there,</think>all of you.")])
     with pytest.raises(ValueError, match=sentence) as error:
         kvp.Prompt.from_chat(byte_level(template=template), messages, {"it": "Hi"})
     assert "\n" not in str(error.value)

@@ -286,24 +286,25 @@ def _render(
     between = re.split(f"{marker}([0-9]+)\ue002", marked)
     shown = [int(number) for number in between[1::2]]
     _check_shown(messages, [owner for owner, _ in said], shown)
-    found = _places(text, between[::2], [said[i] for i in shown])
+    forms = [(owner, _kept(own, messages[owner]["role"])) for owner, own in (said[i] for i in shown)]
+    found = _places(text, between[::2], forms)
     held = [(where, said[i][0]) for i, where in zip(shown, found, strict=True) if where[0] < where[1]]
     return text, [where for where, _ in held], [owner for _, owner in held]
 
 
-def _places(text: str, between: Sequence[str], said: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Where texts stand, each with the number of its message, that have these pieces of a template around them.
+def _places(text: str, between: Sequence[str], said: Sequence[tuple[int, list[str]]]) -> list[tuple[int, int]]:
+    """Where texts stand that have these pieces of a template around them, each as one of several and with the number of
+    its message.
 
     White space may be a text's or the template's, so there may be several ways until one of them does not go on.
     """
     ways: dict[int, Any] = {0: None}  # where the last text ends -> its beginning, and the way up to it
     for (owner, own), before, after in zip(said, between, between[1:], strict=False):
-        ways = {
-            at + len(before) + len(kept): (at + len(before), at, way)
-            for at, way in ways.items()
-            for kept in _kept(own)
-            if text.startswith(before + kept + after, at)
-        }
+        on: dict[int, Any] = {}
+        for (at, way), kept in itertools.product(ways.items(), own):
+            if text.startswith(before + kept + after, at):  # of two ways to one place the first, which has more of it
+                on.setdefault(at + len(before) + len(kept), (at + len(before), at, way))
+        ways = on
         if not ways:
             raise ValueError(
                 f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text"
@@ -337,7 +338,7 @@ def _check_shown(messages: Sequence[Message], owners: Sequence[int], shown: Sequ
             )
 
 
-def _kept(said: str) -> Iterator[str]:
-    """What a template may show of a text: without white space at its ends, or without the thoughts before an answer."""
-    for text in (said, said.rpartition("</think>")[2]):
-        yield from (text, text.lstrip(), text.rstrip(), text.strip())
+def _kept(said: str, role: str) -> list[str]:
+    """What a template may show of a text: without white space at its ends, or an answer without the thoughts before."""
+    texts = (said, said.rpartition("</think>")[2]) if role == "assistant" else (said,)
+    return [form for text in texts for form in (text, text.lstrip(), text.rstrip(), text.strip())]
