@@ -27,7 +27,8 @@ def byte_level(merges=MERGES, template=CHATML):
 TEMPLATES = {
     "chatml": CHATML,
     "llama": (
-        "<|im_start|>system\n\n{% if tools %}Environment: ipython\n{% endif %}Today Date: {{ strftime_now('%d %b %Y "
+        "<|im_start|>system\n\n{% if tools %}Environment: ipython\n{% for tool in tools %}{{ tool | tojson }}\n{% "
+        "endfor %}{% endif %}Today Date: {{ strftime_now('%d %b %Y "
         "%H:%M:%S.%f') }}\n\n"
         "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% "
         "endif %}<|im_end|>"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import byte_level
+from chat_tokenizers import TEMPLATES, byte_level
 from hypothesis import given
 from hypothesis import settings as drawn
 from hypothesis import strategies as st
@@ -100,6 +100,17 @@ def test_harnesses_cut_into_the_sentences_that_a_prompt_has(compress):
     assert [(s.start, s.end, s.text) for s in made.spans.values()] == [
         (s.start, s.end, s.text) for s in wanted.spans.values()
     ]
+
+
+@pytest.mark.parametrize("empty", ["", [], [{"type": "text", "text": ""}], [{"type": "text", "text": " \n"}]])
+def test_a_system_message_that_says_nothing_is_none(empty):
+    tokenizer = byte_level(template=TEMPLATES["parts"].replace("part.text", "part.text | trim"))
+    messages = [{"role": "system", "content": empty}, {"role": "user", "content": "Hi"}]
+    prompt = kvp.Prompt.from_chat(tokenizer, messages, add_generation_prompt=True)
+    given = (tokenizer, prompt.text, prompt.token_ids, messages)
+    with pytest.raises(ValueError, match="there is no system message in the context"):
+        Marks("system").prompt(*given)
+    assert Marks("prompt", fair=kvp.Fair()).prompt(*given).roles == ("user",)
 
 
 def test_what_pipelines_refuse(smollm2):

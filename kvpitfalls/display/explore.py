@@ -287,7 +287,7 @@ def _read(tokenizer, form: Mapping, instructions=None) -> tuple[Prompt, list[dic
         prompt = Prompt.from_chat(tokenizer, messages)
     instructions = instructions or form["way"] or _instructions(prompt, form["marks"])
     if isinstance(instructions, str):
-        places = marked(prompt.text, prompt.contents, instructions, prompt.roles or ["text"])
+        places = marked(prompt.text, prompt.contents, instructions, prompt.roles or ["text"] * len(prompt.contents))
     else:
         places = find_all(prompt.text, prompt.contents, instructions)
     prompt = prompt.marked(instructions)

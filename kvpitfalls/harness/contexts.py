@@ -145,14 +145,15 @@ def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
 
 def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mapping) -> Prompt:
     """The system message alone, which must be how the context begins."""
-    if not messages or messages[0]["role"] != "system":
+    options = {name: value for name, value in template.items() if name != "continue_final_message"}
+    is_there = bool(messages) and messages[0]["role"] == "system"
+    prompt = Prompt.from_chat(tokenizer, messages[:1], **options) if is_there else None
+    if prompt is None or not prompt.contents:
         raise ValueError(
             f"there is no system message in the context {text[:60]!r}; expected one (lm-eval: --apply_chat_template, "
             "and "
             "--system_instruction or the task's description), or compress=prompt"
         )
-    options = {name: value for name, value in template.items() if name != "continue_final_message"}
-    prompt = Prompt.from_chat(tokenizer, messages[:1], **options)
     if not text.startswith(prompt.text) or list(ids[: len(prompt)]) != list(prompt.token_ids):
         raise ValueError(
             "the chat template renders the system message alone otherwise than in the conversation; expected how the "

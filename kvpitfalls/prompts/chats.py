@@ -67,34 +67,24 @@ def _has_content(message: Message) -> bool:
 
 
 def texts_of(message: Message) -> list[str]:
-    """What a message says: its content, or each part of it that is text; nothing where it only calls tools."""
+    """What a message says: its content, or each part of it that is text; nothing where that is empty."""
     content = message.get("content")
-    if isinstance(content, str):
-        return [] if not content and message.get("tool_calls") else [content]
-    return [part["text"] for part in content or [] if part["type"] == "text"]
-
-
-def owners_of(messages: Iterable[Message]) -> list[int]:
-    """For each text of the messages, the number of its message."""
-    return [i for i, message in enumerate(messages) for _ in texts_of(message)]
+    said = [content] if isinstance(content, str) else [p["text"] for p in content or [] if p["type"] == "text"]
+    return [text for text in said if text]
 
 
 def _with_texts(messages: Iterable[Message], texts: Iterator[str]) -> list[dict[str, Any]]:
     """The same messages, each text of theirs replaced by the next of these."""
     out = []
     for message in messages:
-        new = [next(texts) for _ in texts_of(message)]
-        if new and isinstance(message["content"], str):
-            out.append({**message, "content": new[0]})
-        elif new:
-            out.append(
-                {
-                    **message,
-                    "content": [{**part, "text": text} for part, text in zip(message["content"], new, strict=True)],
-                }
-            )
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                {**part, "text": next(texts)} if part["type"] == "text" and part["text"] else part for part in content
+            ]
+            out.append({**message, "content": parts})
         else:
-            out.append(dict(message))
+            out.append({**message, "content": next(texts)} if content else dict(message))
     return out
 
 
@@ -150,12 +140,14 @@ def template_ids(tokenizer: Any, messages: Sequence[Message], options: Mapping[s
 
 def encoded_chat(
     tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any], allow_special_tokens: bool, first: int = 0
-) -> tuple[str, list[tuple[int, int]], Any]:
-    """Text, contents and encoding of a chat; contents from number ``first`` on may hold no token of the template."""
-    text, contents = _render(tokenizer, messages, options)
+) -> tuple[str, list[tuple[int, int]], list[int], Any]:
+    """Text, contents, the number of each content's message, and encoding of a chat; messages from number ``first`` on
+    may hold no token of the template."""
+    text, contents, owners = _render(tokenizer, messages, options)
     for name in _SHOWN:
-        without = {**options, name: None}
-        if options.get(name) and text == apply_template(tokenizer, messages, tokenize=False, **without):
+        # Not without them: the template that a tokenizer has for tools may fail where there are none.
+        twice = {**options, name: [*(options.get(name) or ()), *(options.get(name) or ())]}
+        if options.get(name) and text == apply_template(tokenizer, messages, tokenize=False, **twice):
             raise ValueError(
                 f"the chat template does not show {name}, which were given; expected a template that does, or what "
                 "they say in a message"
@@ -168,8 +160,8 @@ def encoded_chat(
             "the chat template gives other tokens than its text; expected the same, so that spans can be found"
         )
     if not allow_special_tokens:
-        _check_forgery(tokenizer, text, encoded, contents, owners_of(messages), first)
-    return text, contents, encoded
+        _check_forgery(tokenizer, text, encoded, contents, owners, first)
+    return text, contents, owners, encoded
 
 
 def may_hold_special(
@@ -186,21 +178,29 @@ def may_hold_special(
     return held != expected
 
 
+def check_shown_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Refuse special tokens in tools and documents, which others than the caller may have written."""
+    for name in _SHOWN:
+        _check_strings(tokenizer, options.get(name) or (), f"the option {name!r}")
+
+
 def _check_fields(tokenizer: Any, messages: Sequence[Message], first: int) -> None:
     """Refuse special tokens in what messages hold beside their content, such as the arguments of ``tool_calls``."""
     for i, message in enumerate(messages[first:], first):
         for name, value in message.items():
-            if name in ("role", "content"):
-                continue
-            for text in _strings(value):
-                check_encodable(f"message {i}", text)
-                held = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & _special(tokenizer)
-                if held - {tokenizer.unk_token_id}:
-                    raise ValueError(
-                        f"message {i} holds {tokenizer.convert_ids_to_tokens(min(held))!r} in its {name}, a token "
-                        "that can end the message "
-                        "and forge another; expected it without, or allow_special_tokens=True"
-                    )
+            if name not in ("role", "content"):
+                _check_strings(tokenizer, value, f"message {i}", f" in its {name}")
+
+
+def _check_strings(tokenizer: Any, value: object, what: str, where: str = "") -> None:
+    special = _special(tokenizer) - {tokenizer.unk_token_id}
+    for text in _strings(value):
+        check_encodable(what, text)
+        if held := special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise ValueError(
+                f"{what} holds {tokenizer.convert_ids_to_tokens(min(held))!r}{where}, a token that can end the message "
+                "and forge another; expected it without, or allow_special_tokens=True"
+            )
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -260,8 +260,9 @@ def _stripped(text: str, pair: tuple[int, int]) -> tuple[int, int]:
 
 def _render(
     tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and where each text of the messages stands in it.
+) -> tuple[str, list[tuple[int, int]], list[int]]:
+    """The rendered chat, where texts of the messages stand in it, in order of position, and the number of each one's
+    message.
 
     Contents are not searched for (a content "system" also occurs in headers): the template is rendered once more around
     markers that occur nowhere, which gives the pieces between the contents.
@@ -278,31 +279,66 @@ def _render(
             f"the chat template takes no parts, and prints message {printed[0]} as Python does; expected a content "
             "that is a str"
         )
-    texts = [said for message in messages for said in texts_of(message)]
-    owners = owners_of(messages)
+    said = [(i, text) for i, message in enumerate(messages) for text in texts_of(message)]
     # Every marker that occurs takes three characters at least, so one of these is free.
     marker = next(m for n in range(len(text) // 3 + 1) if (m := f"\ue000{n}\ue001") not in text)
     marked = render(_with_texts(messages, (f"{marker}{i}\ue002" for i in itertools.count())))
-    if hidden := [owner for i, owner in enumerate(owners) if f"{marker}{i}\ue002" not in marked]:
-        raise ValueError(
-            f"the chat template does not show message {hidden[0]} (of the role {messages[hidden[0]]['role']!r}); "
-            "expected messages that it "
-            "shows: some put a system's into the user's that follows"
-        )
-    at, contents = 0, list[tuple[int, int]]()
-    for i, (said, owner) in enumerate(zip(texts, owners, strict=True)):
-        before, marker_there, marked = marked.partition(f"{marker}{i}\ue002")
-        # up to the next content: white space at an end may be the content's or the template's
-        after, _, _ = marked.partition(f"{marker}{i + 1}\ue002")
-        content = next((c for c in (said, said.strip()) if text.startswith(before + c + after, at)), None)
-        if not marker_there or content is None:
+    between = re.split(f"{marker}([0-9]+)\ue002", marked)
+    shown = [int(number) for number in between[1::2]]
+    _check_shown(messages, [owner for owner, _ in said], shown)
+    forms = [(owner, _kept(own, messages[owner]["role"])) for owner, own in (said[i] for i in shown)]
+    found = _places(text, between[::2], forms)
+    held = [(where, said[i][0]) for i, where in zip(shown, found, strict=True) if where[0] < where[1]]
+    return text, [where for where, _ in held], [owner for _, owner in held]
+
+
+def _places(text: str, between: Sequence[str], said: Sequence[tuple[int, list[str]]]) -> list[tuple[int, int]]:
+    """Where texts stand that have these pieces of a template around them, each as one of several and with the number of
+    its message.
+
+    White space may be a text's or the template's, so there may be several ways until one of them does not go on.
+    """
+    ways: dict[int, Any] = {0: None}  # where the last text ends -> its beginning, and the way up to it
+    for (owner, own), before, after in zip(said, between, between[1:], strict=False):
+        on: dict[int, Any] = {}
+        for (at, way), kept in itertools.product(ways.items(), own):
+            if text.startswith(before + kept + after, at):  # of two ways to one place the first, which has more of it
+                on.setdefault(at + len(before) + len(kept), (at + len(before), at, way))
+        ways = on
+        if not ways:
             raise ValueError(
                 f"the chat template changes the text of message {owner}; expected it as it is, or Prompt.from_text"
             )
-        contents.append((at + len(before), at + len(before) + len(content)))
-        at = contents[-1][1]
-    if text[at:] != marked:
+    end = next((at for at in ways if text[at:] == between[-1]), None)
+    if end is None:
         raise ValueError(
             "the chat template changes the text of the messages; expected it as it is. Prompt.from_text takes any text"
         )
-    return text, contents
+    way, found = ways[end], list[tuple[int, int]]()
+    while way is not None:
+        found.append((way[0], end))
+        _, end, way = way
+    return found[::-1]
+
+
+def _check_shown(messages: Sequence[Message], owners: Sequence[int], shown: Sequence[int]) -> None:
+    """Each text of the messages is to be read once; ``shown`` are the numbers of those that the template prints."""
+    times = Counter(shown)
+    for i, owner in enumerate(owners):
+        role = messages[owner]["role"]
+        if not times[i]:
+            raise ValueError(
+                f"the chat template does not show message {owner} (of the role {role!r}); expected messages that it "
+                "shows: some put a system's into the user's that follows"
+            )
+        if times[i] > 1:
+            raise ValueError(
+                f"the chat template shows message {owner} (of the role {role!r}) {times[i]} times; expected messages "
+                "that it shows once, or Prompt.from_text and ranges of characters"
+            )
+
+
+def _kept(said: str, role: str) -> list[str]:
+    """What a template may show of a text: without white space at its ends, or an answer without the thoughts before."""
+    texts = (said, said.rpartition("</think>")[2]) if role == "assistant" else (said,)
+    return [form for text in texts for form in (text, text.lstrip(), text.rstrip(), text.strip())]

@@ -15,9 +15,9 @@ from .chats import (
     at_time,
     check_messages,
     check_options,
+    check_shown_options,
     encoded_chat,
     may_hold_special,
-    owners_of,
     template_ids,
 )
 from .pieces import marked
@@ -49,7 +49,7 @@ class Prompt:
     messages : list of dict, or None
         None for plain text.
     contents : tuple of (int, int)
-        Characters of ``text`` that are the messages' own: their contents, or each part of one.
+        Characters of ``text`` that are the messages' own: their contents, or each part of one, in order of position.
     roles : tuple of str
         Of each of the contents; none for plain text.
     template_options : dict
@@ -119,8 +119,8 @@ class Prompt:
         add_generation_prompt : bool
             End with the header of the model's answer.
         allow_special_tokens : bool
-            Take a content that holds the chat template's own tokens (``<|im_end|>`` and the like) as the tokenizer
-            takes it. Such a text can end its message and begin another, so it is refused by default.
+            Take a content, a tool or a document that holds the chat template's own tokens (``<|im_end|>`` and the like)
+            as the tokenizer takes it. Such a text can end its message and begin another, so it is refused by default.
         template_options
             For the chat template, here and in :meth:`followed_by`: ``tools``, ``enable_thinking`` and others.
 
@@ -129,8 +129,8 @@ class Prompt:
         TypeError
             If the tokenizer gives no offsets, or an argument has another type.
         ValueError
-            If an instruction is missing, found twice or overlaps another, the template changes the messages' text, or a
-            content holds a token of the template.
+            If an instruction is missing, found twice or overlaps another, the template changes, repeats or leaves out
+            the messages' text, or a content holds a token of the template.
 
         Examples
         --------
@@ -145,10 +145,14 @@ class Prompt:
             raise ValueError(f"the {type(tokenizer).__name__} has no chat template; expected one, or Prompt.from_text")
         messages = check_messages(messages)
         options = check_options(template_options)
+        if not allow_special_tokens:
+            check_shown_options(tokenizer, options)
         made = datetime.now()
         dated_options = at_time(tokenizer, {**options, "add_generation_prompt": add_generation_prompt}, made)
-        of_chat = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
-        return cls._made(tokenizer, *of_chat, instructions, messages, template_options=options, made=made)
+        text, contents, owners, encoded = encoded_chat(tokenizer, messages, dated_options, allow_special_tokens)
+        roles = tuple(messages[i]["role"] for i in owners)
+        chat = {"messages": messages, "template_options": options, "made": made}
+        return cls._made(tokenizer, text, contents, encoded, instructions, roles, **chat)
 
     @classmethod
     def from_text(cls, tokenizer: Any, text: str, instructions: Instructions | None = None) -> "Prompt":
@@ -179,15 +183,14 @@ class Prompt:
         contents: Ranges,
         encoded: Any,
         instructions: Instructions | None,
-        messages: Sequence[Message] | None = None,
+        roles: tuple[str, ...] = (),
         **others: Any,
     ) -> "Prompt":
         ids, offsets = tuple(encoded["input_ids"]), tuple((begin, end) for begin, end in encoded["offset_mapping"])
         if not ids:
             raise ValueError("the prompt has 0 tokens; expected text")
-        roles = () if messages is None else tuple(messages[i]["role"] for i in owners_of(messages))
         spans = _spans(text, offsets, contents, roles, instructions)
-        return cls(text, ids, offsets, spans, tokenizer, messages, tuple(contents), roles, **others)
+        return cls(text, ids, offsets, spans, tokenizer, contents=tuple(contents), roles=roles, **others)
 
     def marked(self, instructions: Instructions) -> "Prompt":
         """The same prompt with other instructions, given as for :meth:`from_chat`.
@@ -305,6 +308,8 @@ class Prompt:
             more = check_messages(
                 [{"role": "user", "content": user}] if isinstance(user, str) else user, len(self.messages)
             )
+            if not allow_special_tokens:
+                check_shown_options(self.tokenizer, template_options)
             whole = [*self.messages, *more]
             options["add_generation_prompt"] = not options.get("continue_final_message", False)
             options = at_time(self.tokenizer, options, self.made)
