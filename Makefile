@@ -146,7 +146,8 @@ build/coverage/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 
 build/coverage/lib: $(VENV)/core
 	rm -rf build/coverage/lib build/coverage/ext
-	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
+	mkdir -p build/coverage
+	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q egg_info --egg-base build/coverage build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
 	PYTHONPATH=$@ $(BIN)/python -P -c 'import kvpitfalls._core as core; assert "coverage" in core.__file__, core.__file__'
 
 # Faults of one line each (tests/mutants/mutants.toml): the tests must notice every one.
