@@ -36,7 +36,8 @@ MATRIX_TESTS := tests/test_wrap.py tests/test_hold.py tests/test_cache_file.py t
   tests/test_again.py tests/test_explore.py tests/test_held_fixed.py tests/test_rows.py tests/test_drawn_configs.py \
   $(addprefix tests/test_load.py::,test_generation_stops_where_the_tokenizer_says test_special_tokens_are_what_the_file_states)
 
-# Also on the newest release that the package index has today: a daily workflow (STRICT_NEWEST=--strict) and the gate do it.
+# Also on the newest release that the package index has today, if that is not the one of constraints.txt: a daily workflow (STRICT_NEWEST=--strict) and
+# the gate do it.
 test-transformers-newest: $(VENV)/model
 	$(BIN)/python tests/newest_transformers.py $(STRICT_NEWEST) -- $(IN_PARALLEL) $(MATRIX_TESTS)
 
@@ -146,7 +147,8 @@ build/coverage/native-tests: $(CORE_FILES) $(NATIVE_FILES) $(NATIVE_HEADERS)
 
 build/coverage/lib: $(VENV)/core
 	rm -rf build/coverage/lib build/coverage/ext
-	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
+	mkdir -p build/coverage
+	CFLAGS="--coverage -g -O1" LDFLAGS=--coverage KVP_CUDA=0 $(BIN)/python setup.py -q egg_info --egg-base build/coverage build_py --build-lib $@ build_ext --force --build-temp build/coverage/ext --build-lib $@
 	PYTHONPATH=$@ $(BIN)/python -P -c 'import kvpitfalls._core as core; assert "coverage" in core.__file__, core.__file__'
 
 # Faults of one line each (tests/mutants/mutants.toml): the tests must notice every one.

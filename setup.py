@@ -100,14 +100,18 @@ class BuildCore(build_ext):
     def _run_nvcc(self, source: str, folder: Path) -> str:
         """The object file of a CUDA source, made anew if anything it may include is newer."""
         target, log = folder / f"{Path(source).stem}.o", folder / f"{Path(source).stem}.log"
-        inputs = [source, *headers("h", "def", "cuh")]
+        inputs = ["setup.py", source, *headers("h", "def", "cuh")]
         if not self.force and target.exists() and all(os.path.getmtime(p) < target.stat().st_mtime for p in inputs):
             return str(target)
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
         if Path(source).stem in ("sm90", "window"):  # Hopper's own instructions
             archs = ["-gencode=arch=compute_90a,code=sm_90a"]
-        run = subprocess.run([nvcc, *NVCC_ARGS, *archs, source, "-o", str(target)], capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as kept:
+            command = [nvcc, *NVCC_ARGS, *archs, "--keep", "--keep-dir", kept, source, "-o", str(target)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            for ptx in Path(kept).glob("*.ptx"):  # tests/kernel_code.py reads it
+                shutil.copy(ptx, folder)
         log.write_text(run.stdout + run.stderr)
         if run.returncode:
             raise CompileError(f"nvcc failed on {source} (KVP_CUDA=0 builds without CUDA kernels):\n{run.stderr}")

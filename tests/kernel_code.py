@@ -1,5 +1,5 @@
-"""What must not stand in the code of the CUDA kernels: ``make cuda`` runs this, on PTX for a GPU before Hopper and on
-PTX for Hopper.
+"""What must not stand in the code of the CUDA kernels: ``make cuda`` runs this, on the PTX of every architecture that
+setup.py left in build/.
 
 A kernel that does nothing but return (it was compiled away for an architecture, and would leave its output as it was);
 a load through the read-only path (``ld.global.nc``), which may be older than what the kernel before wrote; and, where
@@ -7,24 +7,11 @@ kernels wait for the one before, an access to global memory ahead of that.
 """
 
 import re
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ARCHITECTURES = ["80", "90"]
-HOPPER = ("sm90", "window")  # sources with Hopper's own instructions
 GLOBAL = re.compile(r"(?:ld|st|atom|red|cp\.async\S*)\.(?:\w+\.)*global|cp\.async\.bulk")
-
-
-def make_ptx(source, architecture):
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "kernels.ptx")
-        target = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
-        subprocess.run(["nvcc", "-ptx", "-std=c++17", target, source, "-o", out], check=True)
-        return out.read_text()
 
 
 def read_kernels(ptx):
@@ -49,28 +36,18 @@ def find_faults(name, instructions, waits):
 
 
 def main():
-    sources = sorted((ROOT / "csrc").rglob("*.cu"))
-    work = [
-        (source, "90a" if source.stem in HOPPER else a)
-        for source in sources
-        for a in ARCHITECTURES
-        if source.stem not in HOPPER or a != "80"
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(lambda pair: make_ptx(*pair), work))
     n_kernel, faults = 0, []
-    for (source, architecture), ptx in zip(work, texts, strict=True):
-        for name, instructions in read_kernels(ptx).items():
-            n_kernel += 1
-            faults += [
-                f"{source.stem}, {architecture}: {f}"
-                for f in find_faults(name, instructions, architecture.startswith("90"))
-            ]
-        if len(read_kernels(ptx)) != ptx.count(".entry "):
-            faults.append(
-                f"{source.stem}, {architecture}: {ptx.count('.entry ')} kernels, of which {len(read_kernels(ptx))} "
-                "could be read"
-            )
+    for source in sorted((ROOT / "csrc").rglob("*.cu")):
+        files = sorted((ROOT / "build").glob(f"temp*/cuda/{source.stem}.*ptx"))
+        faults += [] if files else [f"{source.stem}: no PTX in build/temp*/cuda; expected that of a build by setup.py"]
+        for ptx in (path.read_text() for path in files):
+            architecture = int(re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)[1])
+            kernels = read_kernels(ptx)
+            n_kernel += len(kernels)
+            found = [f for name, body in kernels.items() for f in find_faults(name, body, waits=architecture >= 90)]
+            if len(kernels) != ptx.count(".entry "):
+                found.append(f"{ptx.count('.entry ')} kernels, of which {len(kernels)} could be read")
+            faults += [f"{source.stem}, {architecture}: {f}" for f in found]
     print(*faults, f"{n_kernel} kernels, {len(faults)} faults", sep="\n")
     sys.exit(bool(faults) or n_kernel == 0)
 

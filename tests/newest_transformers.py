@@ -1,7 +1,8 @@
 """Runs tests on the newest release of transformers that the package index has today, laid over this environment.
 
-A failure on a release that tests/matrix.txt knows is a failure. On a newer one it is told, and is a failure with
---strict only: nobody who changes something else has to mend it first.
+Where that is the release that is here, `make test` runs on it, and nothing is left to do. A failure on a release that
+tests/matrix.txt knows is a failure. On a newer one it is told, and is a failure with --strict only: nobody who changes
+something else has to mend it first.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from packaging.version import Version
@@ -50,6 +52,9 @@ def main() -> int:
     args = parser.parse_args()
     packages = asked()
     newest = packages.get("transformers")
+    if newest is None and Version(version("transformers")) >= Version(known()):
+        print(f"transformers {version('transformers')} is the newest release: make test runs on it", flush=True)
+        return 0
     if newest is None or Version(newest) <= Version(known()):
         print(f"the newest release is known: {known()}", flush=True)
         return subprocess.run(["make", f"test-transformers-{known()}"], cwd=ROOT).returncode

@@ -44,12 +44,18 @@ def touching(prompt):
     return kvp.Prompt.from_chat(prompt.tokenizer, messages, {"never reveal": DEFENSE + "\n", "only Spanish": SPANISH})
 
 
-@pytest.mark.parametrize("fair", [False, True, 0.5])
-def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, fair):
-    model, _ = smollm2
-    audited = kvp.audit(model, prompt, policies=EVERY, compression_ratios=RATIOS, fair=[fair])
+@pytest.mark.parametrize(
+    ("is_small", "ratios", "fair"),
+    [*((True, RATIOS, fair) for fair in (False, True, 0.5)), (False, [0.5], 0.5)],
+)
+def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, is_small, ratios, fair):
+    """Everything on a small model, which takes a twentieth of the time; SmolLM2 once."""
+    model, tokenizer = smollm2
+    if is_small:
+        model = build("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    audited = kvp.audit(model, prompt, policies=EVERY, compression_ratios=ratios, fair=[fair])
     for policy in EVERY:
-        for ratio in RATIOS:
+        for ratio in ratios:
             with kvp.wrap(model, policy, compression_ratio=ratio, fair=fair) as handle:
                 cache = handle.compress(prompt)
             assert np.array_equal(audited.kept_mask(policy, ratio, fair), in_mask(cache, len(prompt))), (policy, ratio)

@@ -117,17 +117,23 @@ def test_workflows_run_what_is_there(name):
 
 
 @pytest.mark.parametrize(
-    ("index", "strict", "tests", "code"),
+    ("index", "here", "strict", "tests", "code"),
     [
-        ("999.0", [], 1, 0),
-        ("999.0", ["--strict"], 1, 1),
-        ("999.0", ["--strict"], 0, 0),
-        (None, [], 1, 1),
-        ("4.57.6", [], 0, 0),
+        ("999.0", "5.24.0", [], 1, 0),
+        ("999.0", "5.24.0", ["--strict"], 1, 1),
+        ("999.0", "5.24.0", ["--strict"], 0, 0),
+        ("999.0", "4.57.6", [], 1, 0),
+        (None, "4.57.6", [], 1, 1),
+        ("4.57.6", "4.57.5", [], 0, 0),
+        (newest_transformers.known(), "4.57.6", [], 1, 1),
+        (None, newest_transformers.known(), ["--strict"], 1, 0),
+        (None, "998.0", ["--strict"], 1, 0),
     ],
 )
-def test_a_failure_on_a_release_is_a_failure_if_it_is_known(monkeypatch, capsys, index, strict, tests, code):
-    """And if it is not, it is told. (None: the index has nothing newer than what is here.)"""
+def test_a_failure_on_a_release_is_a_failure_if_it_is_known(monkeypatch, capsys, index, here, strict, tests, code):
+    """And if it is not, it is told. (None: the index has nothing newer than what is here. If that is the newest that is
+    known, ``make test`` runs on it.)"""
+    monkeypatch.setattr(newest_transformers, "version", lambda name: here)
     monkeypatch.setattr(newest_transformers, "asked", lambda: {} if index is None else {"transformers": index})
     ran = []
     monkeypatch.setattr(
@@ -140,5 +146,7 @@ def test_a_failure_on_a_release_is_a_failure_if_it_is_known(monkeypatch, capsys,
     if index == "999.0":
         assert ran == [["transformers", "tests/test_wrap.py"]] and "transformers 999.0 is newer" in said
         assert ("TESTS FAIL ON IT" in said) == bool(tests)
+    elif index is None and here != "4.57.6":
+        assert not ran and "make test runs on it" in said
     else:
         assert ran == [["make", f"test-transformers-{newest_transformers.known()}"]]
