@@ -193,7 +193,8 @@ def test_every_type_on_a_gpu(model_type):
         pytest.skip(f"not built: {reason}")
     model, both = build(model_type), []
     try:
-        kvp.wrap(model, "knorm", compression_ratio=0.5).remove()
+        with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+            handle.compress(ids(1, 30))
     except kvp.UnsupportedModelError as error:  # which types are is what test_models.py and docs/models.md say
         pytest.skip(f"refused: {error}")
     model = model.to("cuda")

@@ -148,17 +148,22 @@ def _ours(decoder, wrap, call: Any, given: Given) -> KeptCache | None:
 
 
 def _check_not_dropped(decoder, cache: KeptCache, given: Given) -> None:
-    """Raise if ``generate`` dropped the cache that it was given or has filled, and has the model read all again."""
+    """Raise if ``generate`` dropped the cache that it was given or has filled, and has the model read all again or, as
+    before transformers 5.23, what came last alone."""
     acts = any(layer.is_evicted for layer in cache.kept_layers) or (cache.action is not None and cache.action.acts)
-    n_seen, known = cache.n_seen, cache.tokens
-    if not acts or not n_seen or given.inputs is None or given.inputs.shape[1] <= n_seen:
+    if not acts or not cache.n_seen or given.inputs is None:
         return
-    if known is None or given.inputs.ndim == 3 or torch.equal(given.inputs[:, :n_seen], known.to(given.inputs)):
+    n_seen, n_new, mask, known = cache.n_seen, given.inputs.shape[1], given.bound.get("attention_mask"), cache.tokens
+    n_token = mask.shape[-1] if isinstance(mask, torch.Tensor) else n_new
+    if n_token <= n_seen:
+        return
+    is_same = known is None or given.inputs.ndim == 3 or torch.equal(given.inputs[:, :n_seen], known.to(given.inputs))
+    if n_new < n_token or is_same:
         raise UnsupportedModelError(
-            f"{type(decoder).__name__} is to read {given.inputs.shape[1]} tokens without the cache of the first "
-            f"{n_seen}, so that all would be compressed as one prompt: where a text grows beyond "
-            "original_max_position_embeddings some models read it anew; expected one that ends before, or a prompt "
-            "that is longer"
+            f"{type(decoder).__name__} is to read {n_token} tokens without the cache of the first {n_seen}, so that "
+            "all would be compressed as one prompt, or forgotten: where a text grows beyond "
+            "original_max_position_embeddings some models drop their cache; expected one that ends before, or a "
+            "prompt that is longer"
         )
 
 
