@@ -18,7 +18,7 @@ from ..eviction.selection import count_inside
 from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
-from .hybrid import kept_layer, n_loops, stock_layers
+from .hybrid import kept_layers, n_loops
 from .layer import KeptLayer, bare
 from .origin import Origin
 from .report import Report, in_bytes, in_range
@@ -78,7 +78,7 @@ class KeptCache(DynamicCache):
 
     def adopt(self, config: Any, action: "Action | None") -> "KeptCache":
         """Replace the plain layers of this empty cache. ``action`` is called with each layer after its prefill."""
-        self.layers = [kept_layer(i, layer) for i, layer in enumerate(stock_layers(config))]
+        self.layers = kept_layers(config)
         self.is_in_order = n_loops(config) == 1
         self.layer_class_to_replicate = None
         self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0

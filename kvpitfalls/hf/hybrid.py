@@ -66,23 +66,19 @@ def n_loops(config: Any) -> int:
     return config.n_recurrent_loops if getattr(config, "model_type", None) == "dory" else 1
 
 
-def stock_layers(config: Any) -> list[Any]:
-    """transformers' empty layers, as many as a model of this config fills: one that loops fills others each time, which
-    stand behind its own."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    if (n := n_loops(config)) > 1:
-        begin, end = config.n_input_layers, config.n_input_layers + config.n_recurrent_layers
-        layers = layers + [copy.deepcopy(layer) for layer in layers[begin:end] * (n - 1)]
-    return layers
-
-
 def is_full_attention(layer: object) -> bool:
     """Whether it is one of transformers' layers that grow with every token, which can be compressed."""
     return type(layer) in (DynamicLayer, _Stock)
 
 
-def kept_layer(index: int, layer: Any) -> Any:
-    """What takes the place of an empty layer of a model's cache: one that can be compressed, or the layer itself."""
-    if type(layer) is DynamicLayer:
-        return KeptLayer(index)
-    return KeptHybridLayer(index, layer) if type(layer) is _Stock else layer
+def kept_layers(config: Any) -> list[Any]:
+    """As many empty layers as a model of this config fills: transformers' own, or ours where they can be compressed. A
+    model that loops fills others each time, which stand behind its own."""
+    stock: list[Any] = DynamicCache(config=config).layers
+    if (n := n_loops(config)) > 1:
+        begin, end = config.n_input_layers, config.n_input_layers + config.n_recurrent_layers
+        stock = stock + [copy.deepcopy(layer) for layer in stock[begin:end] * (n - 1)]
+    return [
+        KeptLayer(i) if type(layer) is DynamicLayer else KeptHybridLayer(i, layer) if type(layer) is _Stock else layer
+        for i, layer in enumerate(stock)
+    ]
