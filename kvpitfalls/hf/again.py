@@ -174,7 +174,7 @@ def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int,
 def _check_angles(decoder, record: Forward, turns: Sequence[_Turn], n_place: int) -> None:
     """Raise if the prompt's ``n_place`` positions end before, and what is read ends after, the length from which on
     longrope turns by other angles: the prompt's keys would stand there turned by those of short inputs."""
-    embedding = getattr(decoder, "rotary_emb", None)
+    embedding: Any = getattr(decoder, "rotary_emb", None)
     kinds = getattr(embedding, "rope_type", None)
     if "longrope" not in (kinds.values() if isinstance(kinds, dict) else [kinds]):
         return

@@ -356,4 +356,4 @@ def _put_together(layer: Any, plain: dict[str, Any], tensors: dict[str, torch.Te
         else:
             setattr(layer, field, value.to(device))
     if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
-        layer.dtype, layer.device = keys.dtype, keys.device
+        vars(layer).update(dtype=keys.dtype, device=keys.device)  # which not every release has on every kind of layer
