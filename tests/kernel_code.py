@@ -44,10 +44,10 @@ def main():
             architecture = int(re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)[1])
             kernels = read_kernels(ptx)
             n_kernel += len(kernels)
-            found = [f for name, body in kernels.items() for f in find_faults(name, body, waits=architecture >= 90)]
+            wrong = [f for name, body in kernels.items() for f in find_faults(name, body, waits=architecture >= 90)]
             if len(kernels) != ptx.count(".entry "):
-                found.append(f"{ptx.count('.entry ')} kernels, of which {len(kernels)} could be read")
-            faults += [f"{source.stem}, {architecture}: {f}" for f in found]
+                wrong.append(f"{ptx.count('.entry ')} kernels, of which {len(kernels)} could be read")
+            faults += [f"{source.stem}, {architecture}: {f}" for f in wrong]
     print(*faults, f"{n_kernel} kernels, {len(faults)} faults", sep="\n")
     sys.exit(bool(faults) or n_kernel == 0)
 
