@@ -38,6 +38,7 @@ OF_TRANSFORMERS = (
     TypeError,
     AttributeError,
     StopIteration,
+    UnboundLocalError,
     StrictDataclassError,
 )
 # What a drawn policy does not do with drawn values: no fault of the model's, so that it is no UnsupportedModelError.
@@ -46,8 +47,9 @@ REFUSALS = re.compile(
     r"|one choice serves all heads of layer \d+ of \w+; an allocation that shares over heads"
     r"|n_layer is 1; allocation 'pyramid' shares over layers"
 )
-HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "zamba", "zamba2")
-OWN_CACHE = "before 5.5 it has a cache class of its own"
+# Types that have a cache class of their own before a release.
+OWN_CACHE = dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "qwen3_next", "zamba", "zamba2"), "5.5")
+OWN_CACHE["olmo_hybrid"] = "5.17"
 # Their generate tells no positions, so that their decoders count padding, and the reference here does not.
 COUNTS_PADDING = {"moss_transcribe_diarize", "whisper"}
 
@@ -95,8 +97,9 @@ def drawn_model(model_type, seed):
 
 def why_not_drawn(model_type):
     """Why this release of transformers runs a type with no values at all; None if it does with some."""
-    is_early = release(transformers.__version__) < release("5.5")
-    return OWN_CACHE if is_early and model_type in HYBRIDS else why_not_built(model_type)
+    since = OWN_CACHE.get(model_type, "0")
+    is_early = release(transformers.__version__) < release(since)
+    return f"before {since} it has a cache class of its own" if is_early else why_not_built(model_type)
 
 
 def run(model, tokens, mask, chunks):
@@ -234,6 +237,8 @@ def test_a_drawn_configuration_is_exact_or_refused_by_name(model_type, seed, mon
         check(model, draw, monkeypatch)
     except kvp.UnsupportedModelError as error:
         assert type(model).__name__ in str(error)
+    except kvp.NotInterceptedError:  # its eager attention passed the interface by, which the first forward tells
+        assert model_type == "gemma4" and release(transformers.__version__) < release("5.13")
 
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
