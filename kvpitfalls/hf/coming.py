@@ -47,13 +47,13 @@ class Coming:
                 f"{self.n_token} tokens in {len(self.valid)} rows"
             )
         begins = torch.tensor([begin for begin, _ in self.valid])
-        if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or not bool(begins.any()):
+        if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2:
             return
         place = torch.arange(n_seen, n_seen + n_new) - begins[:, None]
         positions = position_ids.cpu().expand(n_row, -1)
         if bool(((positions != place) & (place >= 0)).any()):
             raise ValueError(
-                "a chunk came with positions that count padding, as generate of transformers 4 gives them with "
-                "prefill_chunk_size; expected prompts of one length, or "
+                "a chunk came with positions that are not its tokens', as generate before transformers 5.5 gives them "
+                "with prefill_chunk_size (4.57: where there is padding); expected a later release, or "
                 "handle.compress(..., prefill_chunk_size=...)"
             )
