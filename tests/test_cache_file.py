@@ -10,7 +10,7 @@ from model_sweep import build as build_type
 from model_sweep import mixed, not_refused
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import build, feed, ids
+from tiny_models import build, chunks_of_generate, feed, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import save
@@ -191,7 +191,7 @@ def test_a_fingerprint_is_taken_when_a_cache_is_saved_or_loaded_and_at_no_other_
         assert taken == [model.model]
 
 
-@pytest.mark.parametrize("size", [None, 7])
+@pytest.mark.parametrize("size", [None, pytest.param(7, marks=chunks_of_generate)])
 @pytest.mark.parametrize("ratio", [0, 0.5])
 def test_a_cache_whose_prefill_was_broken_off_is_not_saved(ratio, size, tmp_path):
     """It would be loaded as one of a shorter prompt."""

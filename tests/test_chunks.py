@@ -10,7 +10,7 @@ import transformers
 from model_sweep import build as build_type
 from model_sweep import mixed, not_refused
 from packaging.version import parse as release
-from tiny_models import build, feed, ids, masked_like
+from tiny_models import IS_MISPLACED, build, chunks_of_generate, feed, ids, masked_like
 from tiny_policies import EVERY
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -28,8 +28,6 @@ SPANS = {"first": (2, 9), "second": (9, 21)}
 TAKEN = [policy for policy in EVERY if policy.in_chunks]
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 SPLITS_ALL = release(transformers.__version__) >= release("5")  # before, generate leaves the last token for a step
-IS_MISPLACED = SPLITS_ALL and release(transformers.__version__) < release("5.5")
-of_generate = pytest.mark.skipif(IS_MISPLACED, reason="generate gives each chunk the last one's positions: refused")
 
 
 @pytest.fixture(scope="module", params=[("llama", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "eager")], ids="-".join)
@@ -316,7 +314,7 @@ def test_generate_in_chunks_is_compress_in_chunks(llama, padded, given):
                 assert np.array_equal(made.positions(layer), cache.positions(layer))
 
 
-@of_generate
+@chunks_of_generate
 def test_generate_goes_on_as_a_cache_of_the_same_chunks_does(llama):
     tokens, n = ids(2, 29), 4 * SIZE + 1  # so that transformers 4 makes the same chunks
     with kvp.wrap(llama, "h2o", compression_ratio=0.5) as handle:
@@ -467,7 +465,7 @@ def test_bad_sizes_padding_and_inputs_are_refused(llama):
             llama.generate(tokens, pad_token_id=int(tokens[0, 0]), prefill_chunk_size=SIZE, **GREEDY)
 
 
-@of_generate
+@chunks_of_generate
 def test_a_prefill_that_is_broken_off_between_chunks_leaves_no_cache_to_go_on_with(llama):
     tokens, calls = ids(1, N_PROMPT), []
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import byte_level
-from tiny_models import build, feed, ids
+from tiny_models import build, chunks_of_generate, feed, ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, DynamicCache, StaticCache
 
 import kvpitfalls as kvp
@@ -300,7 +300,9 @@ def nowhere(scores_of):
 
 
 @pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize("way", ["keep", "chunks of another", "audit", "prefill", "decode", "chunks"])
+@pytest.mark.parametrize(
+    "way", ["keep", "chunks of another", "audit", "prefill", "decode", pytest.param("chunks", marks=chunks_of_generate)]
+)
 def test_scores_of_a_users_policy_that_are_no_numbers_are_refused(llama, way):
     """Of all of them NaN the first tokens would be kept without a word."""
     policy = nowhere(lambda scores: scores * float("nan"))

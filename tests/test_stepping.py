@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from test_fixed import DEVICES, N_PROMPT, prompt
-from tiny_models import build, feed, ids
+from tiny_models import build, chunks_of_generate, feed, ids
 from tiny_policies import EVERY
 from transformers import (
     LogitsProcessor,
@@ -132,7 +132,7 @@ def test_an_answer_and_its_cache_are_those_of_a_growing_one(llama, policy, fair,
         {"do_sample": True},
         {"do_sample": True, "num_return_sequences": 2},
         {"min_new_tokens": None, "max_new_tokens": None, "max_length": N_PROMPT + N_NEW},
-        {"prefill_chunk_size": 7},
+        pytest.param({"prefill_chunk_size": 7}, marks=chunks_of_generate),
     ],
     ids=str,
 )

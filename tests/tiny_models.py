@@ -3,7 +3,10 @@
 import functools
 import inspect
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -12,6 +15,9 @@ from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.parts import attention_modules
 from kvpitfalls.prompts.prompt import Prompt
 
+# What generate hands down with prefill_chunk_size is refused there (tests/test_chunks.py).
+IS_MISPLACED = Version("5") <= Version(transformers.__version__) < Version("5.5")
+chunks_of_generate = pytest.mark.skipif(IS_MISPLACED, reason="generate gives each chunk the last one's positions")
 _SIZE = {
     "hidden_size": 64,
     "intermediate_size": 96,

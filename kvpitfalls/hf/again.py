@@ -8,7 +8,6 @@ of what was read to the action of the prompt's cache, and when all was read, eac
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,8 +119,8 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
     turns = [turn for policy in policies for turn in _turns_of(policy, ids, record.valid or [])]
     _check_ids(decoder, turns)
     _check_positions(decoder, turns, record.valid or [])
-    _check_angles(decoder, record, turns, ids.shape[1] if positions is None else int(positions.max()) + 1)
-    return partial(_read, turns, ids, positions, told)
+    _check_angles(decoder, record, turns, ids.shape[1], positions)
+    return _Reading(turns, ids, positions, told)
 
 
 def _turns_of(policy: Policy, ids: torch.Tensor, valid: Sequence[tuple[int, int]]) -> list[_Turn]:
@@ -171,13 +170,16 @@ def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int,
 
 
 @torch.no_grad()
-def _check_angles(decoder, record: Forward, turns: Sequence[_Turn], n_place: int) -> None:
-    """Raise if the prompt's ``n_place`` positions end before, and what is read ends after, the length from which on
+def _check_angles(
+    decoder, record: Forward, turns: Sequence[_Turn], n_token: int, positions: torch.Tensor | None
+) -> None:
+    """Raise if the prompt's positions end before, and those of what is read after, the length from which on
     longrope turns by other angles: the prompt's keys would stand there turned by those of short inputs."""
     embedding: Any = getattr(decoder, "rotary_emb", None)
     kinds = getattr(embedding, "rope_type", None)
     if "longrope" not in (kinds.values() if isinstance(kinds, dict) else [kinds]):
         return
+    n_place = n_token if positions is None else int(positions.max()) + 1
     asked, one = copied(embedding), next(decoder.parameters()).new_zeros(1, 1, 1)
     n_read = max(n for turn in turns for n in turn.lengths)
     for options in (options_of(decoder, embedding, i) for i in set(record.own.values())):
@@ -191,55 +193,48 @@ def _check_angles(decoder, record: Forward, turns: Sequence[_Turn], n_place: int
             )
 
 
-def _read(
-    turns: Sequence[_Turn],
-    like: torch.Tensor,
-    positions: torch.Tensor | None,
-    told: Mapping[str, Any],
-    decoder,
-    forward,
-    record: Forward,
-) -> None:
-    """Read all turns, as ids ``like`` the prompt's, then evict from each layer, whose kept rows keep their
-    gradients. ``told``: what else the decoder was."""
-    with torch.no_grad():
-        _read_turns(turns, like, positions, told, decoder, forward, record)
-    for layer in record.cache.kept_layers:
-        if record.cache.action is not None:
-            record.cache.action.after_turns(layer, record.valid or [])
+@dataclass(frozen=True)
+class _Reading:
+    """All that is read, as ids ``like`` the prompt's, at the positions after its own; ``told``: what else the decoder
+    was."""
 
+    turns: Sequence[_Turn]
+    like: torch.Tensor
+    positions: torch.Tensor | None
+    told: Mapping[str, Any]
 
-def _read_turns(
-    turns: Sequence[_Turn],
-    like: torch.Tensor,
-    positions: torch.Tensor | None,
-    told: Mapping[str, Any],
-    decoder,
-    forward,
-    record: Forward,
-) -> None:
-    cache, valid, outer = record.cache, record.valid or [], local.forward
-    try:
-        for turn in turns:
-            n_token = cache.n_seen
-            lent = copy.copy(cache)
-            lent.layers, lent.action = [copy.copy(layer) for layer in cache.layers], _Read(cache, turn, n_token)
-            lent.progress = None
-            inner = Forward(lent, record.own, prefill=False, n_seen=n_token, ids=None, valid=record.valid)
-            inner.rotaries, inner.projections = record.rotaries, record.projections
-            local.forward = inner
-            ids, real = turn.padded(like)
-            arguments = {**told, "input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
-            if len(set(turn.lengths)) > 1 or any(row != (0, n_token) for row in valid):
-                arguments["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
-            if positions is not None:
-                last = torch.tensor([end - 1 for _, end in valid], device=positions.device)[:, None]
-                steps = torch.arange(1, 1 + ids.shape[1], device=positions.device)
-                arguments["position_ids"] = positions.expand(len(valid), -1).gather(1, last) + steps
-            forward(**arguments)
-            inner.check(decoder)
-    finally:
-        local.forward = outer
+    def __call__(self, decoder, forward, record: Forward) -> None:
+        """Read all turns, then evict from each layer, whose kept rows keep their gradients."""
+        outer = local.forward
+        try:
+            with torch.no_grad():
+                for turn in self.turns:
+                    self._read(turn, decoder, forward, record)
+        finally:
+            local.forward = outer
+        for layer in record.cache.kept_layers:
+            if record.cache.action is not None:
+                record.cache.action.after_turns(layer, record.valid or [])
+
+    def _read(self, turn: _Turn, decoder, forward, record: Forward) -> None:
+        cache, valid = record.cache, record.valid or []
+        n_token = cache.n_seen
+        lent = copy.copy(cache)
+        lent.layers, lent.action = [copy.copy(layer) for layer in cache.layers], _Read(cache, turn, n_token)
+        lent.progress = None
+        inner = Forward(lent, record.own, prefill=False, n_seen=n_token, ids=None, valid=record.valid)
+        inner.rotaries, inner.projections = record.rotaries, record.projections
+        local.forward = inner
+        ids, real = turn.padded(self.like)
+        arguments = {**self.told, "input_ids": ids, "use_cache": True, **cache_argument(decoder, lent)}
+        if len(set(turn.lengths)) > 1 or any(row != (0, n_token) for row in valid):
+            arguments["attention_mask"] = torch.cat([_real_of(valid, n_token, ids.device), real], 1).long()
+        if self.positions is not None:
+            last = torch.tensor([end - 1 for _, end in valid], device=self.positions.device)[:, None]
+            steps = torch.arange(1, 1 + ids.shape[1], device=self.positions.device)
+            arguments["position_ids"] = self.positions.expand(len(valid), -1).gather(1, last) + steps
+        forward(**arguments)
+        inner.check(decoder)
 
 
 def _real_of(valid: Sequence[tuple[int, int]], n_token: int, device: torch.device) -> torch.Tensor:

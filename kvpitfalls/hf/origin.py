@@ -263,10 +263,12 @@ def adapters_of_rows(decoder: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
     """The adapters that each row uses now, or once those of all rows: PEFT tells its layers the ``adapter_names`` of a
     call by hooks, for as long as that runs."""
     active, names = active_adapters(decoder), None
+    if not active:  # what is disabled is so for all rows
+        return (active,)
     for hook in (hook for module in decoder.modules() for hook in module._forward_pre_hooks.values()):
         if isinstance(hook, partial):  # a module's last one counts: those of a call that failed stay there
             names = hook.keywords.get("adapter_names", names)
-    if names is None or not active:  # what is disabled is so for all rows
+    if names is None:
         return (active,)
     return _once([() if name == "__base__" else (name,) for name in names])
 
