@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from inspect import isfunction
 from typing import Any, TypeAlias
 
 from ..numbers import is_listed
@@ -114,12 +115,17 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a chat template, such as ``tools`` or ``enable_thinking``; how the result is given back is not the
-    caller's to say."""
+    caller's to say. Tools that are functions become what a template is given of them: it shows their docstrings."""
     if taken := sorted(options.keys() & _OURS):
         raise TypeError(
             f"the option {taken[0]!r} was given for the chat template; expected options of the template's own, such "
             "as tools"
         )
+    if any(isfunction(tool) for tool in options.get("tools") or ()):
+        from transformers.utils.chat_template_utils import get_json_schema
+
+        tools = [get_json_schema(tool) if isfunction(tool) else tool for tool in options["tools"]]
+        return {**options, "tools": tools}
     return dict(options)
 
 
