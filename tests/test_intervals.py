@@ -100,6 +100,18 @@ def test_what_is_rare_and_large_is_covered(n, name):
     assert np.mean((bounds[:, 0] <= rate * much) & (rate * much <= bounds[:, 1])) >= 0.92
 
 
+@pytest.mark.parametrize("n", [3, 10, 34, 68, 200])
+@pytest.mark.parametrize(("most", "few"), [(0.0, 1.0), (1.0, -1.0), (0.3, 1.0), (0.2, -0.8), (0.5, -0.5)])
+def test_two_kinds_of_change_are_covered_at_every_share_of_them(n, most, few):
+    """Exactly: of prompts that change by ``most``, so many change by ``few``."""
+    bounds = [intervals.paired_interval(np.where(np.arange(n) < k, few, most)) for k in range(n + 1)]
+    low, high = np.array(bounds).T[..., None]
+    shares = np.linspace(0.001, 0.999, 999)
+    truth = most + (few - most) * shares
+    held = (stats.binom.pmf(np.arange(n + 1)[:, None], n, shares) * ((low <= truth) & (truth <= high))).sum(0)
+    assert held.min() >= 0.92
+
+
 def test_a_change_of_little_is_told_no_better_than_none():
     for n in (5, 24, 68):
         none, little = intervals.paired_error(np.zeros(n)), intervals.paired_error(np.eye(n)[0] * 0.01)
