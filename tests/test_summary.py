@@ -208,6 +208,18 @@ def _check_same(one, other):
             assert other[name] == (pytest.approx(value) if isinstance(value, float) else value), name
 
 
+def test_lengths_that_do_not_change_have_no_interval():
+    """It was made of 1 to either side, whatever the unit: a token or a nat. Shares can change by no more than that."""
+    records = [{**record(k, "attack", leak(0.1), ratio), "n_new": 30 + k} for ratio in (0.0, 0.5) for k in range(4)]
+    for longer in (0, 3):
+        changed = {row["metric"]: row for row in comparisons.differences(records)}
+        length = changed["length_attack"]
+        assert length["difference"] == pytest.approx(longer) and (length["low"] is None) == (longer == 0)
+        assert length["low"] is None or length["low"] < longer < length["high"]
+        assert changed["refused"]["low"] < 0 < changed["refused"]["high"]
+        records = records[:4] + [{**r, "n_new": r["n_new"] + 3} for r in records[4:]]
+
+
 def test_every_comparison_says_what_it_leaves_out():
     """Five prompts; one has no task on one side, another no attack on the other."""
     failed = {"scores": None, "error": "x", "kept": None}

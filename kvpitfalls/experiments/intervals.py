@@ -148,7 +148,7 @@ def paired_interval(parts: np.ndarray, bound: float = 1.0) -> tuple[float, float
 def paired_error(parts: np.ndarray, bound: float = 1.0) -> float:
     """The standard error that :func:`paired_interval` has."""
     most = np.abs(parts).max()
-    most = max(most, 1.0) if most <= 1e-12 or bound < math.inf else most
+    most = max(most, 1.0) if bound < math.inf else most
     return float(np.concatenate([parts, [-most, most]]).std() / math.sqrt(len(parts) + 2))
 
 
