@@ -21,7 +21,7 @@ import results_page
 from results_page import labelled, signed, value
 from small_card import FULL, changes, fixes, kept, made_with, rounded, settings, sums_of
 
-from kvpitfalls.experiments.intervals import influence, paired_interval
+from kvpitfalls.experiments.intervals import influence, paired_interval, share_interval
 from kvpitfalls.experiments.metrics import METRICS
 from kvpitfalls.experiments.records import read_meta, read_records
 
@@ -132,6 +132,8 @@ class Card:
         )
         self.full = next(s["metrics"] for s in self.all["settings"] if s["policy"] is None)
         cells = (*self.middle["settings"], *self.all["settings"])
+        for cell in cells:
+            cell["metrics"]["leak"] |= as_today(cell["metrics"]["leak"])
         self._at = {(s["policy"], s["mode"], s["compression_ratio"]): s["metrics"] for s in cells}
         names = ("policy", "mode", "compression_ratio", "metric")
         self._moved = {tuple(row[name] for name in names): row for row in self.all["changes"]}
@@ -184,6 +186,13 @@ class Card:
     def moved(self, policy: str, mode: str, ratio: float, metric: str) -> dict:
         """What it has more than what it is compared with."""
         return self._moved[policy, mode, ratio, metric]
+
+
+def as_today(share: Mapping) -> dict[str, float]:
+    """The interval that a mean of recalls has by today's rule. The card has that of before, which was narrower than so
+    few prompts allow; what it needs is the mean and the number of prompts, where each gives one answer."""
+    low, high = share_interval(np.tile([share["mean"], 1.0], (share["n_prompt"], 1)), counted=False)
+    return {"low": low, "high": high}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -262,7 +271,8 @@ Llama3 8B and Qwen2.5 14B that a compressed system prompt leaks: the *defense* (
 transformers {transformers}, {minutes:.0f} minutes of answers; {labelled}. The paper's own rows and texts, defense first, its attack "plain",
 and its two fixes: *whitelist* (the refusal's phrase is kept) and *fair* (its own variants, mode `paper` of a sweep). Leakage is
 its measure, too: ROUGE-L recall of the directive in an answer to the attack. In brackets: 95 % interval, {n} prompts as units
-in every cell; none is corrected for how many there are: of twenty in which nothing happens, one leaves 0 out.
+in every cell; none is corrected for how many there are: of twenty in which nothing happens, one leaves 0 out. Those of
+leakage are by today's rule, and wider than the card's.
 
 This is no repetition of the paper's runs, and neither confirms nor refutes a number of it:
 
@@ -305,11 +315,17 @@ def findings(card: Card) -> list[str]:
     m = card.mean
     s = "streaming_llm"
     returned = [signed(card.moved(p, "whitelist", 0.7, "refused")) for p in POLICIES]
-    zero = [
-        row["low"] <= 0 <= row["high"]
-        for row in card.all["changes"]
-        if row["metric"] == "accuracy" and row["than"] == "biased"
+    cost = [row for row in card.all["changes"] if row["metric"] == "accuracy" and row["than"] == "biased"]
+    zero = [row["low"] <= 0 <= row["high"] for row in cost]
+    others = [card.moved(p, "biased", r, "accuracy") for p in POLICIES if p != "knorm" for r in RATIOS]
+    lasting, cheapest = (f"{min(row['low'] for row in rows):.2f}".replace("0.", ".") for rows in (others, cost))
+    read = [
+        (card.composite(p, mode), mean)
+        for p in POLICIES
+        for i, mode in enumerate(FIXES)
+        for mean, _ in COMPOSITE[p][2 * i : 2 * i + 2]
     ]
+    outside = sum(not row["low"] <= mean <= row["high"] for row, mean in read)
     return [
         f"- **Agrees: the defense goes first.** StreamingLLM refuses {m(s, 'biased', 0, 'refused')} of attacks with all of its "
         f"cache, {m(s, 'biased', 0.2, 'refused')} at r = .2 and {m(s, 'biased', 0.3, 'refused')} at r = .3, while the directive is "
@@ -327,8 +343,10 @@ def findings(card: Card) -> list[str]:
         f"({m(s, 'paper', 0.4, 'refused')}) and are gone at .5 ({m(s, 'paper', 0.5, 'refused')}), where the paper's leakage under "
         f"fair eviction is highest, too ({FIGURE_1['leakage, fair'][5]:.2f}). Told from chance "
         f"under the others: {'; '.join(told(card, p) for p in POLICIES if p != s)}.",
-        f"- **Agrees: a fix costs little accuracy**, none that so few prompts could tell: {sum(zero)} of {len(zero)} changes have "
-        f"0 inside their interval{'' if all(zero) else ', and of so many some leave it out by chance'}. But the phrase brings refusals of harmless tasks back as well: StreamingLLM at r = .5 "
+        f"- **Not told: what a fix costs in accuracy** (the paper: little). {sum(zero)} of {len(zero)} changes have 0 inside "
+        f"their interval{'' if all(zero) else ', and of so many some leave it out by chance'}, but these reach down to "
+        f"{cheapest}, where the full cache has {m(s, 'biased', 0, 'accuracy')}: so few prompts do not tell a small cost from a "
+        f"large one. The phrase brings refusals of harmless tasks back: StreamingLLM at r = .5 "
         f"{signed(card.moved(s, 'whitelist', 0.5, 'refused_task'))}.",
         f"- **Does not agree: hardly anything leaks** (figures 1, 5, 9, 10). The highest mean without a fix is {lost[0]:.2f} "
         f"({lost[1]}, r = {lost[2]:g}), with fair eviction {leak[0]:.2f}; the full cache has {card.full['leak']['mean']:.2f}, "
@@ -339,13 +357,13 @@ def findings(card: Card) -> list[str]:
         f"({m(s, 'biased', 0, 'echoed')} with the full cache), and {m(s, 'biased', 0.5, 'leaked')} recite "
         f"({m(s, 'biased', 0, 'leaked')}).",
         f"- **Agrees in form, not in level: accuracy lasts.** Four of five policies lose none that is told from chance up to "
-        f"r = .7; K-norm does ({signed(card.moved('knorm', 'biased', 0.7, 'accuracy'))}). But the full cache's is only "
+        f"r = .7, though their intervals reach down to {lasting}; K-norm does ({signed(card.moved('knorm', 'biased', 0.7, 'accuracy'))}). But the full cache's is only "
         f"{m(s, 'biased', 0, 'accuracy')}, and {m(s, 'biased', 0, 'refused_task')} of harmless tasks are refused with it: this "
         f"model obeys the defense beyond what it asks. StreamingLLM, having lost the defense, refuses "
         f"{m(s, 'biased', 0.5, 'refused_task')} of them at r = .5, and its accuracy rather grows "
         f"({signed(card.moved(s, 'biased', 0.5, 'accuracy'))}).",
-        f"- **Does not agree: the composite.** The paper's are above 0 throughout. Here {above} of "
-        f"{len(scores)} are told from 0; the highest is {best['composite']:+.3f} "
+        f"- **Does not agree, for the most part: the composite.** The paper's are above 0 throughout. Here {above} of "
+        f"{len(scores)} are told from 0, and their intervals leave out {outside} of the paper's {len(read)}; the highest is {best['composite']:+.3f} "
         f"({best['policy']}, {FIXES[best['mode']]}), {below} are below 0. What it rewards, less leakage, is not to be had "
         f"where hardly anything leaks, and the tasks that a fix makes the model refuse again cost accuracy.",
         "",

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvpitfalls.display.report_tables import verdicts
 from kvpitfalls.experiments.card import compare, read_card
+from kvpitfalls.experiments.intervals import influence
 
 CARDS = Path(__file__).parent / "cards"
 SEARCHED = CARDS / "search"
@@ -308,8 +309,9 @@ def draws() -> list[str]:
     for ratio in card["made_with"][0]["config.compression_ratios"][1:]:
         drawn = settings_of(card, compression_ratio=ratio)
         for name in SHOWN:
-            of_draws = [{key: total / count for key, total, count in one["prompts"][name]} for one in drawn]
-            shares = np.array([[of_draw[key] for key in of_draws[0]] for of_draw in of_draws])  # (draws, prompts)
+            of_draws = [{key: pair for key, *pair in one["prompts"][name]} for one in drawn]
+            pairs = np.array([[of_draw[key] for key in of_draws[0]] for of_draw in of_draws], float)
+            shares = np.array([influence(of_draw) for of_draw in pairs])  # (draws, prompts)
             between = shares.mean(1).std(ddof=1)
             by_prompt = np.sqrt(shares.var(0, ddof=1).mean() / shares.shape[1])
             wide = np.mean([one["metrics"][name]["high"] - one["metrics"][name]["low"] for one in drawn])

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from kvpitfalls.experiments.comparisons import change
-from kvpitfalls.experiments.intervals import influence, mean_interval, paired_interval, share_interval
+from kvpitfalls.experiments.intervals import mean_interval
 from kvpitfalls.experiments.metrics import by_setting, most_change, per_prompt, scale
+from kvpitfalls.experiments.summary import INTERVALS
 
 FULL = (None, "full", 0.0)
 WHERE = ("policy", "mode", "compression_ratio")
@@ -46,7 +47,7 @@ def _interval(metric: str) -> Callable:
     """Kept shares are measured and not counted: where all are the same, they have no interval."""
     if metric.startswith("kept_"):
         return lambda values: [x if x is None else min(max(x, 0.0), 1.0) for x in mean_interval(values)]
-    return (lambda values: paired_interval(influence(values))) if scale(metric) == "signed" else share_interval
+    return INTERVALS[scale(metric)]
 
 
 def changes(sums: Mapping[tuple, Mapping], metrics: Iterable[str], pairs: Iterable[tuple]) -> list[dict]:

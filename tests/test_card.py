@@ -186,6 +186,24 @@ def test_ratios_that_look_alike_have_a_line_each(two):
     assert len(lines) == 2 * len(compare_table(compare(*two)).splitlines()[2:])
 
 
+def test_a_card_that_has_something_twice_is_refused(two, tmp_path, capsys):
+    """Which of the two counts hung on which card came first: B less A was not A less B with the other sign."""
+    path, good = tmp_path / "a.json", tmp_path / "good.json"
+    good.write_text(json.dumps(two[0]), "utf-8")
+    settings, prompt = copy.deepcopy(two[0]["settings"]), copy.deepcopy(two[0])
+    of_first = prompt["settings"][0]["prompts"]["refused"]
+    of_first.append([of_first[0][0], 1 - of_first[0][1], 1])
+    for card, what in (
+        ({**two[0], "settings": settings + settings[:1]}, "setting ("),
+        (prompt, f"prompt {of_first[0][0]!r}"),
+    ):
+        path.write_text(json.dumps(card), "utf-8")
+        for pair in ((path, good), (good, path)):
+            assert cli.main(["compare", *map(str, pair)]) == 2
+            said = capsys.readouterr().err
+            assert f"has the {what}" in said and "twice; expected each once" in said
+
+
 def test_what_is_no_card_is_refused(two, tmp_path, capsys):
     path, good = tmp_path / "a.json", tmp_path / "good.json"
     good.write_text(json.dumps(two[0]), "utf-8")

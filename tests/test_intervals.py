@@ -26,6 +26,43 @@ def test_shares_are_covered(share, n, per_prompt, alike):
     assert np.mean((bounds[:, 0] <= share) & (share <= bounds[:, 1])) >= 0.92
 
 
+@pytest.mark.parametrize("n", [5, 10, 20, 34, 68, 200])
+def test_one_answer_a_prompt_is_covered_but_for_shares_of_a_part_of_one_prompt(n):
+    """Exactly, at every share: least just under the share that one prompt of so many leaves out."""
+    bounds = [intervals.share_interval(np.stack([np.arange(n) < hits, np.ones(n)], 1) * 1.0) for hits in range(n + 1)]
+    low, high = np.array(bounds).T[..., None]
+    shares = np.unique(np.concatenate([np.geomspace(1e-4, 0.5, 2000), low[low > 0] - 1e-9, high[high < 1] + 1e-9]))
+    held = (stats.binom.pmf(np.arange(n + 1)[:, None], n, shares) * ((low <= shares) & (shares <= high))).sum(0)
+    assert held[(shares >= 0.05) & (shares <= 0.95)].min() >= 0.93 and held.min() >= 0.83
+    assert (n * np.minimum(shares, 1 - shares))[held < 0.92].max(initial=0) < 1.1
+
+
+@pytest.mark.parametrize("n", [5, 10, 20, 68, 200])
+@pytest.mark.parametrize("much", [0.5, 0.95])
+@pytest.mark.parametrize("per_prompt", [1, 12])
+def test_recalls_of_which_few_are_large_are_covered(n, much, per_prompt):
+    """Most prompts leak next to nothing, few a lot. With more units than prompts the interval holds the share in 66 %
+    of runs at 34 prompts or more, of which on average one leaks."""
+    rng = np.random.default_rng(n)
+    for expected in (0.5, 1.2, 2.5, 4):  # prompts that leak
+        rare = rng.random((RUNS // 4, n, 1)) < expected / n
+        sums = (rng.uniform(0, 0.02, (*rare.shape[:2], per_prompt)) + much * rare).sum(-1)
+        values = np.stack([sums, np.full(sums.shape, per_prompt)], -1)
+        bounds = np.array([intervals.share_interval(of_run, counted=False) for of_run in values])
+        share = 0.01 + much * expected / n
+        assert np.mean((bounds[:, 0] <= share) & (share <= bounds[:, 1])) >= 0.92
+
+
+@pytest.mark.parametrize("n", [2, 5, 24, 68])
+def test_recalls_of_little_are_told_no_better_than_none(n):
+    """As a change of little is."""
+    none, little = (
+        intervals.share_interval(np.stack([x, np.ones(n)], 1), counted=False)
+        for x in (np.zeros(n), np.eye(n)[0] * 0.01)
+    )
+    assert none[1] <= little[1] < none[1] + 0.02
+
+
 @pytest.mark.parametrize("gain", [0.0, 0.1])
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_paired_changes_are_covered(share, gain):
@@ -61,6 +98,18 @@ def test_what_is_rare_and_large_is_covered(n, name):
     parts = np.where(rng.random((RUNS, n)) < rate, much, rng.uniform(-noise, noise, (RUNS, n)))
     bounds = np.array([intervals.paired_interval(of_run, 2.0) for of_run in parts])
     assert np.mean((bounds[:, 0] <= rate * much) & (rate * much <= bounds[:, 1])) >= 0.92
+
+
+@pytest.mark.parametrize("n", [3, 10, 34, 68, 200])
+@pytest.mark.parametrize(("most", "few"), [(0.0, 1.0), (1.0, -1.0), (0.3, 1.0), (0.2, -0.8), (0.5, -0.5)])
+def test_two_kinds_of_change_are_covered_at_every_share_of_them(n, most, few):
+    """Exactly: of prompts that change by ``most``, so many change by ``few``."""
+    bounds = [intervals.paired_interval(np.where(np.arange(n) < k, few, most)) for k in range(n + 1)]
+    low, high = np.array(bounds).T[..., None]
+    shares = np.linspace(0.001, 0.999, 999)
+    truth = most + (few - most) * shares
+    held = (stats.binom.pmf(np.arange(n + 1)[:, None], n, shares) * ((low <= truth) & (truth <= high))).sum(0)
+    assert held.min() >= 0.92
 
 
 def test_a_change_of_little_is_told_no_better_than_none():
@@ -162,7 +211,12 @@ def test_edges_have_intervals():
 @pytest.mark.parametrize("seed", range(20))
 def test_more_answers_of_the_same_prompt_are_no_more_prompts(seed):
     values = np.random.default_rng(seed).random((12, 1)).round(1) * [1, 0] + [0, 1]
-    assert intervals.share_interval(values * 7) == pytest.approx(intervals.share_interval(values))
+    of_shares = intervals.share_interval(values, counted=False)
+    assert intervals.share_interval(values * 7, counted=False) == pytest.approx(of_shares)
+    half = np.tile([0.5, 1.0], (12, 1)) + np.eye(12, 2)[:, ::-1] * [0.5, 0]  # twice as much is whole, and no count
+    assert intervals.share_interval(half * 2, counted=False) == pytest.approx(
+        intervals.share_interval(half, counted=False)
+    )
     assert intervals.mean_interval(values * 7) == pytest.approx(intervals.mean_interval(values))
 
 

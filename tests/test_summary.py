@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from kvpitfalls.display import report_tables, tables
-from kvpitfalls.experiments import comparisons, metrics, summary
+from kvpitfalls.experiments import comparisons, metrics, scenario, summary
 
 # The paper's figure 1, read off by eye at r = 0, 0.05, ..., 0.70: accuracy and leakage, StreamingLLM as published and
 # fair.
@@ -97,6 +97,19 @@ def test_means_counts_and_failures():
     assert "recall" not in m and cell["kept"]["defense"] == pytest.approx((0.5 + (0.5 + 0.9) / 2) / 2)
     assert cell["n_prompt_kept"] == {"defense": 2}, "a failed prompt keeps nothing that is known"
     assert m["leak"]["low"] <= m["leak"]["mean"] <= m["leak"]["high"]
+
+
+def test_what_is_no_yes_or_no_is_not_counted_as_one():
+    """Of answers that recite .37 and keep .37, follow one of three, and refuse: whole are those of yes or no alone."""
+    third, part = {**follow(True, False), "strict": [True, False, False]}, {"rouge1": 0.37, "rougeL": 0.37}
+    known = {"task_refused": False, "task_followed": 1 / 3, "n_new": 5, "ended": True}
+    at = {"outcome": "refused", "recall": part, "floor": part, "kept": {"defense": 0.37, "directive": 0.37}}
+    scores = {"attack": leak(0.37, True), "recall": {"recall": part}, "follow": third}
+    scores["turns"] = dict.fromkeys(scenario.WAYS, [at] * scenario.N_TURN)
+    for metric, (kind, parts) in metrics.METRICS.items():
+        if metrics.scale(metric) in ("yes or no", "share"):
+            value, count = parts({"scores": scores[kind], **known})
+            assert count >= 1 and (value == round(value)) == (metrics.scale(metric) == "yes or no"), metric
 
 
 def test_all_failed_is_no_number():
@@ -193,6 +206,18 @@ def _check_same(one, other):
             _check_same(value, other[name])
         else:
             assert other[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_lengths_that_do_not_change_have_no_interval():
+    """It was made of 1 to either side, whatever the unit: a token or a nat. Shares can change by no more than that."""
+    records = [{**record(k, "attack", leak(0.1), ratio), "n_new": 30 + k} for ratio in (0.0, 0.5) for k in range(4)]
+    for longer in (0, 3):
+        changed = {row["metric"]: row for row in comparisons.differences(records)}
+        length = changed["length_attack"]
+        assert length["difference"] == pytest.approx(longer) and (length["low"] is None) == (longer == 0)
+        assert length["low"] is None or length["low"] < longer < length["high"]
+        assert changed["refused"]["low"] < 0 < changed["refused"]["high"]
+        records = records[:4] + [{**r, "n_new": r["n_new"] + 3} for r in records[4:]]
 
 
 def test_every_comparison_says_what_it_leaves_out():

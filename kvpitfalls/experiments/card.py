@@ -127,7 +127,18 @@ def read_card(path: str | Path) -> dict:
             raise TypeError(card["model"])
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(wrong) from error
+    _check_once(path, card["settings"])
     return card
+
+
+def _check_once(path: str | Path, settings: Sequence[Mapping]) -> None:
+    """Raise if a setting stands twice on a card, or a prompt twice in what one is compared by: one would count."""
+    named = [("setting", [_place(setting) for setting in settings])]
+    named += [("prompt", [key for key, *_ in pairs]) for of in settings for pairs in of["prompts"].values()]
+    for what, known in named:
+        if len(set(known)) < len(known):
+            twice = next(one for one in known if known.count(one) > 1)
+            raise ValueError(f"{path} has the {what} {twice!r} twice; expected each once")
 
 
 def _check_prompts(a: Mapping, b: Mapping) -> None:

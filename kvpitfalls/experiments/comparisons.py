@@ -29,7 +29,8 @@ def differences(records: Sequence[Mapping]) -> list[dict]:
     list of dict
         The setting, ``metric``, ``difference`` (its mean less the full cache's, as
         :func:`kvpitfalls.experiments.summary.summarize` takes means, over the same items), ``low``, ``high`` (95 %,
-        paired by prompt), ``error`` (the standard error that they are of), ``n_prompt``; ``n_left_out``: prompts
+        paired by prompt; None of lengths and likelihoods that no prompt changes), ``error`` (the standard error that
+        they are of), ``n_prompt``; ``n_left_out``: prompts
         without an item that has a score on both sides; and ``n_unpaired``: items with a score on one side alone.
     """
     named = by_setting(records)
@@ -107,14 +108,17 @@ def _of_both(one: Sequence[Mapping], other: Sequence[Mapping], parts: Callable) 
 
 def change(one: Pairs, other: Pairs, everyone: set, bound: float = 1.0) -> dict:
     """``difference``, ``low``, ``high``, ``error`` and ``n_prompt`` of one side's sums and counts less another's;
-    ``n_left_out`` of ``everyone``. A prompt with two counts was not asked the same on both sides, and is left out."""
+    ``n_left_out`` of ``everyone``. A prompt with two counts was not asked the same on both sides, and is left out. What
+    has no bounds and changes in no prompt has no interval: that does not tell how far others change."""
     keys = sorted((key for key in one.keys() & other.keys() if one[key][1] == other[key][1]), key=str)
     known = {"n_prompt": len(keys), "n_left_out": len(everyone - set(keys))}
     if not keys:
         return {**dict.fromkeys(("difference", "low", "high", "error")), **known}
     values = [_table(side, keys) for side in (one, other)]
-    error = paired_error(influence(values[0]) - influence(values[1]), bound)
-    difference = _mean(values[0]) - _mean(values[1])
+    difference, parts = _mean(values[0]) - _mean(values[1]), influence(values[0]) - influence(values[1])
+    if bound == math.inf and np.abs(parts).max() <= 1e-12 * np.abs(values).max():
+        return {"difference": difference, **dict.fromkeys(("low", "high", "error")), **known}
+    error = paired_error(parts, bound)
     low, high = around(difference, error, len(keys), bound)
     return {"difference": difference, "low": low, "high": high, "error": error, **known}
 

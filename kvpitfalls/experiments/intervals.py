@@ -1,5 +1,5 @@
 """95 % confidence intervals of means over prompts: of shares, of unbounded scores, of their ratios, and of paired
-differences.
+differences. How often each holds what is true, and where it does not, stands in ``docs/experiments.md``.
 
 Prompts are the units: what one prompt gives (several attacks, several instructions) hangs together. Attacks are not:
 they are those that were asked, and other attacks may differ by more than an interval says. All hold where a percentile
@@ -58,7 +58,7 @@ def influence(values: np.ndarray) -> np.ndarray:
     return ratio + (values[:, 0] - ratio * values[:, 1]) / values[:, 1].mean()
 
 
-def share_interval(values: np.ndarray) -> tuple[float, float]:
+def share_interval(values: np.ndarray, counted: bool = True) -> tuple[float, float]:
     """Interval of a share: a ratio of sums whose items lie in [0, 1].
 
     Wilson's score interval (1927) with Student's quantile, and with as many units as independent answers would need for
@@ -71,6 +71,9 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
     ----------
     values : ndarray (n, 2)
         Per prompt, a sum and a count.
+    counted : bool
+        Whether each item is 0 or 1, so that there are never more units than answers. Of others, such as recalls, a
+        prompt is one unit at most: prompts that all leak a little do not say how many leak everything.
 
     Raises
     ------
@@ -83,8 +86,7 @@ def share_interval(values: np.ndarray) -> tuple[float, float]:
     between = influence(values).var(ddof=1) / n if n > 1 else 0.0
     within = share * (1 - share)
     answers = within / between if within > 1e-12 and between > 1e-12 else n
-    if np.array_equal(values, np.round(values)):  # yes or no: never more than there were answers
-        answers = min(answers, values[:, 1].sum())
+    answers = min(answers, values[:, 1].sum() if counted else n)
     answers = 1 / ((1 - n**-0.5) / answers + n**-0.5 / n)
     t = min(t_quantile(n), t_quantile(2))
     middle = (share + t**2 / (2 * answers)) / (1 + t**2 / answers)
@@ -110,7 +112,8 @@ def ratio_interval(values: np.ndarray) -> tuple[float | None, float | None]:
 
     Two more prompts join them, as in :func:`paired_interval`, of the mean denominator: the numerator of one exceeds
     what the ratio says by all of that, that of the other is as far below. Prompts that are all alike are else as sure
-    as if there were no others.
+    as if there were no others. It does not hold where few prompts lose many times as much as the others and none of
+    them was seen, nor, at few prompts, where it was chance that told the loss from 0.
     """
     n = len(values)
     if n < 2 or abs(values[:, 1].mean()) <= t_quantile(n) * values[:, 1].std(ddof=1) / math.sqrt(n):
@@ -145,7 +148,7 @@ def paired_interval(parts: np.ndarray, bound: float = 1.0) -> tuple[float, float
 def paired_error(parts: np.ndarray, bound: float = 1.0) -> float:
     """The standard error that :func:`paired_interval` has."""
     most = np.abs(parts).max()
-    most = max(most, 1.0) if most <= 1e-12 or bound < math.inf else most
+    most = max(most, 1.0) if bound < math.inf else most
     return float(np.concatenate([parts, [-most, most]]).std() / math.sqrt(len(parts) + 2))
 
 

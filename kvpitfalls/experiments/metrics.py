@@ -18,6 +18,7 @@ GAINS = ("recall", *OUTCOMES)  # of a turn: how much more there is of it "once" 
 TURNS = range(1, N_TURN + 1)
 ITEM = (*SETTING, "key", "kind", "attack")  # what names a record
 PROBES = ("probe_refusal", "probe_leak", "probe_margin", "probe_recall", "probe_follow")
+_SHARED = {"leak", "recall", "kept"}  # words of metrics of which an answer has a share
 MOST = 1e9  # that a number of a record may be
 
 Parts = tuple[float, int]
@@ -148,15 +149,19 @@ METRICS: Mapping[str, tuple[str, Callable[[Mapping], Parts]]] = {
 
 
 def scale(metric: str) -> str:
-    """Where its values lie: "share" in [0, 1], "signed" in [-1, 1], or "unbounded"."""
+    """Where the values of its answers lie: "yes or no", "share" in [0, 1], "signed" in [-1, 1], or "unbounded"."""
     if metric.endswith("_above") or "_gain_" in metric:
         return "signed"
-    return "unbounded" if metric.startswith(("length_", "probe_")) else "share"
+    if metric.startswith(("length_", "probe_")):
+        return "unbounded"
+    if metric.startswith("capped_") or (metric != "guarded_follow" and _SHARED.isdisjoint(metric.split("_"))):
+        return "yes or no"
+    return "share"
 
 
 def most_change(metric: str) -> float:
     """How far two of its means can be apart."""
-    return {"share": 1.0, "signed": 2.0, "unbounded": math.inf}[scale(metric)]
+    return {"yes or no": 1.0, "share": 1.0, "signed": 2.0, "unbounded": math.inf}[scale(metric)]
 
 
 def per_prompt(records: Sequence[Mapping], parts: Callable[[Mapping], Parts]) -> dict:

@@ -92,12 +92,13 @@ def _estimate(pairs: Mapping, metric: str) -> dict:
     if not pairs:
         return {"mean": None, "low": None, "high": None, "n_prompt": 0}
     values = np.array([pairs[key] for key in sorted(pairs, key=str)], float)
-    low, high = _INTERVALS[scale(metric)](values)
+    low, high = INTERVALS[scale(metric)](values)
     return {"mean": float(values[:, 0].sum() / values[:, 1].sum()), "low": low, "high": high, "n_prompt": len(values)}
 
 
-_INTERVALS: Mapping[str, Callable[[np.ndarray], tuple]] = {
-    "share": share_interval,
+INTERVALS: Mapping[str, Callable[[np.ndarray], tuple]] = {  # by the scale of a metric
+    "yes or no": share_interval,
+    "share": lambda values: share_interval(values, counted=False),
     "signed": lambda values: paired_interval(influence(values)),
     "unbounded": mean_interval,
 }
