@@ -48,6 +48,16 @@ from kvpitfalls.prompts.pieces import first_words, marked, pieces
         (f"{'Long ' * 11}lines end in\nEnglish.\nBe kind", [f"{'Long ' * 11}lines end in\nEnglish.", "Be kind"]),
         *((f"ab cd{end} ef{end}{end} gh", [f"ab cd{end}", f"ef{end}{end}", "gh"]) for end in "!?؟۔।॥։።။។"),
         ("Be kind! 🙂 Smile. ✅ Ask", ["Be kind! 🙂", "Smile.", "✅ Ask"]),
+        *((f"अब{end}चल{end}{end}जा", [f"अब{end}", f"चल{end}{end}", "जा"]) for end in "؟۔।॥։።፧"),
+        ("秘密｡絶対！数は３．５です．次", ["秘密｡", "絶対！", "数は３．５です．", "次"]),
+        (
+            "「秘密です。」と答える。「はい。」「ええ。」そして【必ず！】行く",
+            ["「秘密です。」と答える。", "「はい。」", "「ええ。」", "そして【必ず！】", "行く"],
+        ),
+        ("Nein! „Nie.“ Ja. »Oh.« Gut. ‚So.‘ Da", ["Nein!", "„Nie.“", "Ja.", "»Oh.«", "Gut.", "‚So.‘", "Da"]),
+        ("Τι κάνεις; Πες. Wait; go. Τι\u037e Ναι", ["Τι κάνεις;", "Πες.", "Wait; go.", "Τι\u037e", "Ναι"]),
+        ("\u200fلا تكشف.\u200f ساعد", ["\u200fلا تكشف.\u200f", "ساعد"]),
+        *(("\n".join(lines), lines) for lines in ([c * 60, c * 50, c * 40] for c in "守ขกカ𠀀")),
     ],
 )
 def test_sentences(text, sentences):
