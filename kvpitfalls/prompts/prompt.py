@@ -234,9 +234,16 @@ class Prompt:
 
     @property
     def tokens(self) -> list[str]:
-        """Each token's text, as far as it stands for characters of the prompt; else the vocabulary's name for it."""
+        """Each token's text, as far as it stands for characters of the prompt; else the vocabulary's name for it.
+
+        Of tokens that are one character together, as bytes of Chinese often are, the first has it, the others are "·".
+        """
         names = self.tokenizer.convert_ids_to_tokens(list(self.token_ids))
-        return [self.text[a:b] or name for (a, b), name in zip(self.offsets, names, strict=True)]
+        shown, out = 0, list[str]()
+        for (a, b), name in zip(self.offsets, names, strict=True):
+            out.append((self.text[max(a, shown) : b] or "·") if a < b else name)
+            shown = max(shown, b)
+        return out
 
     def find(self, text: str) -> tuple[int, int]:
         """Tokens [start, end) of a text that the messages hold exactly once."""
