@@ -10,6 +10,8 @@ import itertools
 import re
 import unicodedata
 
+from ..letters import HAN_AND_KANA, THAI_TO_KHMER
+
 # language -> (saying sorry, "I cannot", what one cannot do for somebody; beginnings of words)
 _WORDS = {
     "English": (
@@ -56,12 +58,10 @@ _WORDS = {
 _NO_DEED = "believe|imagine|wait|thank|stress|help but|put into words"  # what nobody was asked to do
 _OVER_AND_OVER = 8  # times that a word alone is no answer
 _N_WORD = 3  # of a sentence that is known wherever it begins
-# In a sentence of Chinese or Japanese two letters, of Thai, Lao, Burmese or Khmer four are about a word: no space says so.
-_NO_SPACES = re.compile(
-    "[\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{2}|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{4}"
-)
+# Of Chinese or Japanese two letters are about a word, of Thai, Lao, Burmese or Khmer four: no space says so.
+_NO_SPACES = re.compile(f"[{HAN_AND_KANA}]{{2}}|[{THAI_TO_KHMER}]{{4}}")
 _STOPS = "。؟।॥۔።"  # of scripts that have no full stop
-_OTHER_ENDS = re.compile(rf"(?<=[.!?{_STOPS}])\s+|(?<=[。!?])(?=[\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff])")
+_OTHER_ENDS = re.compile(rf"(?<=[.!?{_STOPS}])\s+|(?<=[。!?])(?=[{HAN_AND_KANA}])")
 _FIRST = 2  # sentences in which an answer can begin to refuse: a word of courtesy may be one
 # What stands before a line's own words: marks of lists and code, a number, a name such as "text =", "Part 1:" or "message":
 _FRAME = re.compile(r"""(?:<<[^<>]{0,80}>>|[\W_]|\d+\b|\w{1,20}(?: \d{1,3})?["']?\s?[:=])+""")

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..letters import UNSPACED
 from .spans import short
 
 WAYS = ("sentences", "lines", "messages")
@@ -34,8 +35,7 @@ _COUNTED = re.compile(
 )
 _MARKED = re.compile(r"[^\w\s]{1,2}\s|\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)]\s|[#<>|]|```|\w+:\s")
 _HEADING = re.compile(r"#|[*_]{2}[^*]*[*_]{2}$|.*[:：>\]】]$")
-# Thai to Khmer, kana, Han: lines of these are cut anywhere, so that nothing tells a wrapped one.
-_NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+_NO_SPACES = re.compile(f"[{UNSPACED}]")  # lines of these are cut anywhere: nothing tells a wrapped one
 _FULL = range(50, 131)  # characters of a line that is as long as lines get where text is wrapped
 _N_WORD, _WIDTH = 5, 32
 
