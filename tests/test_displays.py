@@ -289,6 +289,14 @@ def test_a_prompt_shows_its_tokens(prompt):
     assert shown.text.replace("⏎", "").count(SPANISH) == 1 and DEFENSE in shown.text
 
 
+def test_names_that_run_from_right_to_left_are_kept_apart(smollm2):
+    prompt = kvp.Prompt.from_text(
+        smollm2[1], "Never. שמור סוד. 守秘", {"never": "Never.", "שמור": "שמור סוד.", "守": "守秘"}
+    )
+    shown = Cells(prompt._repr_html_()).text
+    assert shown.count("\u2068") == shown.count("\u2068שמור\u2069") == 2, "in the list and in the strip, and no other"
+
+
 def test_hostile_texts_are_escaped_everywhere(smollm2):
     model, tokenizer = smollm2
     name, text = "<script>1</script>", "Never </span></div><script>alert(1)</script> tell.\u202e"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..display.markup import block, note, token_strip
+from ..display.markup import block, isolated, token_strip
 from .chats import (
     Message,
     at_time,
@@ -212,10 +212,10 @@ class Prompt:
         return f"<Prompt: {len(self)} tokens; {spans or 'no instructions'}>"
 
     def _repr_html_(self) -> str:
-        listed = ", ".join(f"{s.name} [{s.start}, {s.end})" for s in self.spans.values())
+        listed = ", ".join(f"{isolated(s.name)} [{s.start}, {s.end})" for s in self.spans.values())
         spans = {s.name: (s.start, s.end) for s in self.spans.values()}
         about = f"{len(self)} tokens; instructions: {listed or 'none'}. Small and pale: tokens of the chat template."
-        return block("Prompt", note(about), token_strip(self.tokens, spans, is_template=self.is_template))
+        return block("Prompt", f"<div>{about}</div>", token_strip(self.tokens, spans, is_template=self.is_template))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prompt":
         return self
