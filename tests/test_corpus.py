@@ -47,18 +47,16 @@ def test_rows_of_which_rouge_sees_little_are_refused_where_it_would_judge(tmp_pa
 
 @pytest.mark.parametrize("kind", ["recall", "turns", "probe"])
 def test_rows_that_the_control_cannot_halve_are_refused_before_anything_is_run(tmp_path, kind):
-    """One word has no second half; a second half that ROUGE does not see cannot be recalled. A text without spaces has
-    letters."""
+    """A second half that ROUGE does not see cannot be recalled. A text without spaces is halved by its letters."""
     path = tmp_path / "mine.jsonl"
     for directive, message in {
-        "Antworte.": "but of row 'a' the directive is 'Antworte.'; expected at least two words",
         "Please respond politely 请务必 始终 使用 简体": "ROUGE sees less than half of '始终 使用 简体', which",
         "请始终用中文回答，并且保持礼貌。": "ROUGE sees less than half of the directive of row 'a'",
     }.items():
         messages = [{"role": "system", "content": directive}, {"role": "user", "content": "Hello."}]
         path.write_text(json.dumps({"key": "a", "messages": messages}), encoding="utf-8")
         config, mine = SweepConfig(dataset=str(path), kinds=[kind], modes=["biased"]), corpus.load_corpus(str(path))
-        if kind == "probe" and message.startswith("ROUGE"):
+        if kind == "probe":
             config.check_corpus(mine)
             asked = Scenario.of(mine, mine.rows[0], "none", "defense_first").given_answers(None, "")["recall"]
             assert "".join(asked[1:]) == directive, "begun, and the rest"

@@ -202,22 +202,20 @@ class SweepConfig:
                 f"ROUGE sees less than half of the directive of row {unseen[0]!r}, only its letters a-z and digits; "
                 "expected rows in Latin letters, or kinds that measure neither leak nor recall"
             )
-        if controls := sorted({"recall", "turns", "probe"} & set(self.kinds)):
-            _check_halves(corpus, controls[0], is_measured=controls != ["probe"])
+        if {"recall", "turns"} & set(self.kinds):
+            _check_halves(corpus)
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
             raise ValueError(
                 f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}"
             )
 
 
-def _check_halves(corpus: Corpus, kind: str, is_measured: bool) -> None:
-    """Raise where the control cannot begin an answer with half of a directive and ask for the rest."""
+def _check_halves(corpus: Corpus) -> None:
+    """Raise where ROUGE does not see the half of a directive that the control asks for; of one word there is none, and
+    its items fail."""
     for row in corpus.rows:
-        try:
-            rest = begun_and_rest(row["messages"][0]["content"])[1]
-        except ValueError as error:
-            raise ValueError(f"kinds hold {kind!r}, but of row {row['key']!r} {error}") from error
-        if is_measured and not mostly_seen(rest):
+        directive = row["messages"][0]["content"]
+        if len(directive.split()) > 1 and not mostly_seen(rest := begun_and_rest(directive)[1]):
             raise ValueError(
                 f"ROUGE sees less than half of {short(rest)}, which the control asks for of row {row['key']!r}; "
                 "expected rows in Latin letters, or kinds that measure no recall"
