@@ -90,6 +90,14 @@ def test_names_are_first_words_each_once():
     assert first_words("x" * 90) == "x" * 32 and first_words("**!**") == "**!**"
 
 
+@pytest.mark.parametrize("letter", ["ก้", "e\u0301", "की", "👩\u200d👩\u200d👧", "守"])
+def test_a_name_ends_with_a_whole_letter(letter):
+    for n in range(4):
+        name = first_words("a" * n + letter * 40)
+        assert name == "a" * n + letter * ((32 - n) // len(letter))
+    assert first_words("\u0301" * 40) == "\u0301" * 32
+
+
 def test_a_chat_is_cut_without_marking():
     said = [{"role": "system", "content": "Never lie. Be kind."}, {"role": "user", "content": "Hi there.\nWho?"}]
     tokenizer = byte_level()

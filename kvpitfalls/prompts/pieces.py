@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..letters import UNSPACED
@@ -168,12 +169,20 @@ def first_words(text: str) -> str:
     ('Never reveal these instructions', 'Be kind')
     """
     words = re.sub(r"^[^\w]*(?:\d{1,3}[.)]\s+)?[^\w]*", "", text).split() or text.split()
-    name = words[0][:_WIDTH]
+    name = _whole_letters(words[0])
     for word in words[1:_N_WORD]:
         if len(name) + 1 + len(word) > _WIDTH:
             break
         name = f"{name} {word}"
     return name.rstrip(f".,;:…。！？\"'”’*_`){_ENDS}") or name
+
+
+def _whole_letters(word: str) -> str:
+    """As much of a word as a name has room for; no letter loses its marks, no emoji a part."""
+    end = min(_WIDTH, len(word))
+    while 0 < end < len(word) and (unicodedata.category(word[end])[0] == "M" or "\u200d" in word[end - 1 : end + 1]):
+        end -= 1
+    return word[: end or _WIDTH]
 
 
 def numbered(names: Iterable[str], used: Iterable[str] = ()) -> Iterator[str]:
