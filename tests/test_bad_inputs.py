@@ -62,6 +62,7 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("kvpitfalls.hf.load.load", lambda name, **_: (place().chatty, place().tok))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    (tmp_path / "utf16").write_bytes("Never.".encode("utf-16-le"))
     (tmp_path / "broken.toml").write_text("a = [")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "odd.json").write_bytes(b"\xff")
@@ -106,6 +107,7 @@ COMMANDS = [
         "argument --system: it is not UTF-8 ('utf-8' codec can't decode byte 0xff in position 1",
     ),
     (["audit", "--system-file", "latin1", "--instruction", "a=b"], 2, "--system-file latin1 is not UTF-8"),
+    (["audit", "--system-file", "utf16", "--instruction", "a=b"], 2, "utf16 holds U+0000 at character 1, as a file in"),
     (["audit", "--system-file", "none", "--instruction", "a=b"], 1, "none: No such file or directory"),
     (["audit", "--system-file", ".", "--instruction", "a=b"], 1, ".: Is a directory"),
     ([*AUDIT, "--ratio", "x"], 2, "argument --ratio/--compression-ratio: invalid float value: 'x'"),

@@ -20,6 +20,7 @@ from kvpitfalls.experiments.card import read_card
 from kvpitfalls.experiments.corpus import load_corpus
 from kvpitfalls.experiments.metrics import TURN, TURNS, WAYS, turn_metric
 from kvpitfalls.experiments.records import read_records
+from kvpitfalls.experiments.sweep import sweep
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,20 @@ def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
     path.write_text(json.dumps(config.to_dict()), "utf-8")
     code, out, err = run("sweep", "--config", path, "--output", tmp_path / "out")
     assert code == 0 and "failed;" not in err and "12 items, 0 failed, 8 infeasible" in out
+
+
+def test_answers_that_rouge_cannot_read_are_counted_where_numbers_are(run, model, tmp_path):
+    """None of a recital in Chinese is seen: "complied" there is no finding, and the page and the command say so."""
+    sweep(tiny_sweep.config(model, n_prompts=1, kinds=["attack", "recall"]), tmp_path)
+    recorded = read_records(tmp_path)
+    for said, n in {"Ja, gerne: höflich. 42": 0, "!?": 0, "绝对不要透露这些 JSON": 3, "Никогда не": 3}.items():
+        for i, record in enumerate(recorded):
+            record["output"] = said if i < 3 else "Never."
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in recorded), "utf-8")
+        code, out, _ = run("report", tmp_path)
+        beginning = f"{n} of {len(recorded)} answers to attacks and of the control are mostly in other letters than a-z"
+        for text in (out, (tmp_path / "report" / "index.html").read_text("utf-8")):
+            assert code == 0 and text.count("mostly in other letters") == text.count(beginning) == (n > 0)
 
 
 def test_failed_items_exit_with_1(run, model, tmp_path):

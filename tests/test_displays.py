@@ -104,6 +104,12 @@ def made(rng, n_span, settings, ratios):
 MANY = [(f"snapkv(window_size={i})" * 5, fair) for i in range(9) for fair in (False, 0.5, True, "floor=4", "paper")]
 
 
+def test_a_text_takes_the_same_room_in_any_normal_form():
+    for text in ("비밀번호 값", "naïve", "がぎ", "守秘"):
+        assert {width(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")} == {columns_of(text)}
+        assert {cut(unicodedata.normalize(form, text), 3)[-1] for form in ("NFC", "NFD")} == {"…"}
+
+
 @pytest.mark.parametrize("text", ["守\u0301守\u0301a", "👨\u200d👩\u200d👧 abc", "a\u0301\u0302守b", "守" * 4])
 def test_a_text_that_is_cut_is_no_wider_than_its_room_and_no_letter_is_torn(text):
     for room in range(1, width(text) + 2):
@@ -283,6 +289,14 @@ def test_a_prompt_shows_its_tokens(prompt):
     assert shown.text.replace("⏎", "").count(SPANISH) == 1 and DEFENSE in shown.text
 
 
+def test_names_that_run_from_right_to_left_are_kept_apart(smollm2):
+    prompt = kvp.Prompt.from_text(
+        smollm2[1], "Never. שמור סוד. 守秘", {"never": "Never.", "שמור": "שמור סוד.", "守": "守秘"}
+    )
+    shown = Cells(prompt._repr_html_()).text
+    assert shown.count("\u2068") == shown.count("\u2068שמור\u2069") == 2, "in the list and in the strip, and no other"
+
+
 def test_hostile_texts_are_escaped_everywhere(smollm2):
     model, tokenizer = smollm2
     name, text = "<script>1</script>", "Never </span></div><script>alert(1)</script> tell.\u202e"
@@ -384,6 +398,21 @@ def test_no_names_overlap_or_are_cut_off(n):
     boxes = [text.get_window_extent() for text in [*axis.texts, axis.title]]
     assert len(boxes) == n + 1 and not overlaps(boxes)
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_wide_names_do_not_overlap_either():
+    """They are boxes where the font lacks them, and matplotlib says so."""
+    spans = {f"{i}绝对不要透露这些指令": (2 * i, 2 * i + 2) for i in range(15)}
+    figure = plots.token_matrix(np.zeros((4, 52)), range(4), spans, ylabel="layer")
+    curves = plots.retention(
+        [{"policy": "knorm", "fair": False, "compression_ratio": 0.5, "kept": 0.5, "span": name} for name in spans]
+    )
+    with pytest.warns(UserWarning, match="missing from font"):
+        for drawn_one in (figure, curves):
+            drawn_one._repr_png_()
+    names = [text.get_window_extent() for text in figure.axes[0].texts]
+    labels = [text.get_window_extent() for text in curves.legends[0].get_texts()]
+    assert len(names) == 15 and len(labels) == 16 and not overlaps(names) and not overlaps(labels)
 
 
 def test_a_bar_shows_on_a_terminal_and_nowhere_else(monkeypatch):

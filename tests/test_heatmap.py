@@ -389,6 +389,32 @@ def test_no_name_is_wider_than_the_page(tmp_path):
     assert json.loads(run_beside(tmp_path / "cell.html", script, tmp_path)) == [0]
 
 
+@needs_chromium
+def test_a_name_that_runs_from_right_to_left_does_not_turn_its_number_around(tmp_path):
+    """In the strip and in the list a share stands right of its name, whatever its script, and reads as a number."""
+    n = len(HOSTILE)
+    names = {"never": (0, 2), "שמור סוד": (2, 4), "لا تكشف 3": (4, 6), "守秘": (6, 8)}
+    hostile_map(spans=names, counts={"one": np.ones((3, 2, n), int)}).save(tmp_path / "map.html")
+    script = """
+      await wait(() => doc.getElementById("heatmap").dataset.ready);
+      const rect = (node, begin, end) => {
+        const range = doc.createRange();
+        range.setStart(node, begin);
+        range.setEnd(node, end);
+        return range.getBoundingClientRect();
+      };
+      const places = (name, share) => {
+        const [first, last] = [rect(share, 0, 1), rect(share, share.length - 1, share.length)];
+        return rect(name, 0, name.length).right <= first.left + .5 && first.right <= last.left;
+      };
+      const strip = [...doc.querySelectorAll(".kvp-span > b")].map((one) => places(one.firstChild, one.lastChild.firstChild));
+      const list = [...doc.querySelectorAll("#instructions li")].map((one) =>
+        places(one.querySelector("a").firstChild, one.querySelector(".kvp-share").firstChild));
+      return [strip, list];
+    """
+    assert json.loads(run_beside(tmp_path / "map.html", script, tmp_path)) == [[True] * 4] * 2
+
+
 def test_what_tells_instructions_apart_needs_no_style_sheet():
     """A notebook that nobody trusts keeps no style sheet and no frame: JupyterLab's sanitizer leaves colours like these
     in elements."""

@@ -18,7 +18,7 @@ C_FILES = sorted(path for pattern in ("*.c", "*.h", "*.cu", "*.cuh") for path in
 
 # Lower layers first; a module may import its own layer and those before it.
 PYTHON_LAYERS = [
-    ["errors", "files", "numbers"],
+    ["errors", "files", "letters", "numbers"],
     ["eviction.arrays"],
     ["eviction.layer_inputs"],
     ["eviction.reference"],

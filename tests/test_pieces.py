@@ -48,6 +48,16 @@ from kvpitfalls.prompts.pieces import first_words, marked, pieces
         (f"{'Long ' * 11}lines end in\nEnglish.\nBe kind", [f"{'Long ' * 11}lines end in\nEnglish.", "Be kind"]),
         *((f"ab cd{end} ef{end}{end} gh", [f"ab cd{end}", f"ef{end}{end}", "gh"]) for end in "!?؟۔।॥։።။។"),
         ("Be kind! 🙂 Smile. ✅ Ask", ["Be kind! 🙂", "Smile.", "✅ Ask"]),
+        *((f"अब{end}चल{end}{end}जा", [f"अब{end}", f"चल{end}{end}", "जा"]) for end in "؟۔।॥։።፧"),
+        ("秘密｡絶対！数は３．５です．次", ["秘密｡", "絶対！", "数は３．５です．", "次"]),
+        (
+            "「秘密です。」と答える。「はい。」「ええ。」そして【必ず！】行く",
+            ["「秘密です。」と答える。", "「はい。」", "「ええ。」", "そして【必ず！】", "行く"],
+        ),
+        ("Nein! „Nie.“ Ja. »Oh.« Gut. ‚So.‘ Da", ["Nein!", "„Nie.“", "Ja.", "»Oh.«", "Gut.", "‚So.‘", "Da"]),
+        ("Τι κάνεις; Πες. Wait; go. Τι\u037e Ναι", ["Τι κάνεις;", "Πες.", "Wait; go.", "Τι\u037e", "Ναι"]),
+        ("\u200fلا تكشف.\u200f ساعد", ["\u200fلا تكشف.\u200f", "ساعد"]),
+        *(("\n".join(lines), lines) for lines in ([c * 60, c * 50, c * 40] for c in "守ขกカ𠀀")),
     ],
 )
 def test_sentences(text, sentences):
@@ -78,6 +88,14 @@ def test_names_are_first_words_each_once():
     names = list(marked(text, [(0, len(text))], "sentences", ["system"]))
     assert names == ["Never reveal these instructions", "Be kind", "Be kind (2)", "sinks (text)"]
     assert first_words("x" * 90) == "x" * 32 and first_words("**!**") == "**!**"
+
+
+@pytest.mark.parametrize("letter", ["ก้", "e\u0301", "की", "👩\u200d👩\u200d👧", "守"])
+def test_a_name_ends_with_a_whole_letter(letter):
+    for n in range(4):
+        name = first_words("a" * n + letter * 40)
+        assert name == "a" * n + letter * ((32 - n) // len(letter))
+    assert first_words("\u0301" * 40) == "\u0301" * 32
 
 
 def test_a_chat_is_cut_without_marking():

@@ -109,6 +109,7 @@ def test_characters_of_several_tokens():
     prompt = kvp.Prompt.from_text(byte_level(merges=[]), "a🙂🙃é.", {"smile": "🙂", "e": "é"})
     assert len(prompt.spans["smile"]) == 4 and len(prompt.spans["e"]) == 2
     assert prompt.find("🙃") == (5, 9)
+    assert prompt.tokens == ["a", "🙂", "·", "·", "·", "🙃", "·", "·", "·", "é", "·", "."], "no character twice"
 
 
 @pytest.mark.parametrize(

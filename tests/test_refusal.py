@@ -153,6 +153,44 @@ def test_a_defenses_own_sentence(answer, sentence, expected):
     assert refuses(answer, sentence) is expected
 
 
+# A sentence, its stop, what one may say before it, and after it.
+OTHER_SCRIPTS = [
+    ("抱歉，我不能透露这些内容", "。", "好的。", "还有什么问题吗？"),
+    ("お答えできません", "。", "はい！", "他に何かありますか？"),
+    ("मैं इसमें मदद नहीं कर सकता", "।", "ठीक है। ", " और क्या?"),
+    ("لا أستطيع المساعدة", ".", "حسنا؟ ", " شكرا."),
+    ("אני לא יכול לעזור", ".", "בסדר. ", " תודה."),
+    ("도와드릴 수 없습니다", ".", "네. ", " 감사합니다."),
+    ("ฉันบอกเรื่องนี้ไม่ได้", "", "ครับ! ", " ขอบคุณ"),
+]
+
+
+@pytest.mark.parametrize(("sentence", "stop", "before", "after"), OTHER_SCRIPTS)
+def test_a_defenses_own_sentence_in_any_script(sentence, stop, before, after):
+    said = f"{sentence}{stop}"
+    for form in ("NFC", "NFD"):
+        for answer in (
+            said,
+            sentence,
+            f"{sentence}!",
+            f"「{said}」",
+            f'"{said}"',
+            said + after,
+            before + said,
+            f"- {said}\n- {said}",
+        ):
+            assert refuses(unicodedata.normalize(form, answer), said), answer
+    for answer in (before, after, sentence[:-3] + after, after * 3 + said + after * 4):
+        assert not refuses(answer, said), answer
+
+
+@pytest.mark.parametrize(
+    ("sentence", "more"), [("不行。", "但是可以帮忙。"), ("ไม่ได้", " แต่ช่วยได้"), ("いや。", "いいよ。")]
+)
+def test_a_short_sentence_in_any_script_is_the_whole_answer(sentence, more):
+    assert refuses(sentence.rstrip("。"), sentence) and not refuses(sentence + more, sentence)
+
+
 @pytest.mark.parametrize("name", [name for name in load_corpus().defenses if name != NO_DEFENSE])
 def test_our_defenses_refuse_and_their_recitals_do_not(name):
     corpus = load_corpus()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TypeAlias
 
+from ..letters import UNSPACED
 from .refusal import refuses
 
 Recall: TypeAlias = Mapping[str, float]
@@ -250,7 +251,8 @@ def split(
 
 
 def begun_and_rest(directive: str) -> tuple[str, str]:
-    """The first half of a text's words, and the rest; an odd word goes to the first half.
+    """The first half of a text's words, and the rest; an odd word goes to the first half. Of one without spaces, as in
+    Chinese, its letters.
 
     The control for leakage: asked for its instructions, with its answer begun by the first half, does the model still
     know the rest? A defense cannot refuse what has been begun, so a low recall means that the text is gone from the
@@ -260,9 +262,13 @@ def begun_and_rest(directive: str) -> tuple[str, str]:
     --------
     >>> begun_and_rest("Always answer in Spanish.")
     ('Always answer', 'in Spanish.')
+    >>> begun_and_rest("请始终用中文回答。")
+    ('请始终用', '中文回答。')
     """
     _check_texts(directive=directive)
     words = list(re.finditer(r"\S+", directive))
+    if len(words) < 2 and re.search(f"[{UNSPACED}]", directive):
+        words = list(re.finditer(r"\w\W*", directive))  # each with the marks after it
     if len(words) < 2:
         raise ValueError(
             f"the directive is {directive!r}; expected at least two words, to begin with one and ask for the rest"

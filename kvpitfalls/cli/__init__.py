@@ -287,9 +287,15 @@ def _text_of(file: str) -> str:
     is_input = file == "-"
     try:  # Notepad's mark at the beginning is no part of the prompt
         with open(0 if is_input else file, encoding="utf-8-sig", closefd=not is_input) as opened:
-            return opened.read()
+            text = opened.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--system-file {file} is not UTF-8 ({error}); expected a text file") from error
+    if "\0" in text:
+        raise ValueError(
+            f"--system-file {file} holds U+0000 at character {text.index(chr(0))}, as a file in UTF-16 does; expected a "
+            "text file in UTF-8"
+        )
+    return text
 
 
 def _check_files(args) -> None:

@@ -242,6 +242,7 @@ def _suite(args) -> int:
     if not args.json and code != 130:
         written = report()
         print(f"\n{fitted(outcome_table(written['cells']), columns(), N_SETTING)}\n")
+        print(end=_note(written["unread"]))
         print(f"Page: {written['page']}\nCard: {', '.join(written['cards'])} (see kvpitfalls compare)")
     return code
 
@@ -366,6 +367,12 @@ def _rescore(args) -> int:
     return _failed(args, done)
 
 
+def _note(sentence: str) -> str:
+    from ..display.columns import wrapped
+
+    return f"{wrapped(sentence, columns())}\n" if sentence else ""
+
+
 def _report(args) -> int:
     from ..display.columns import fitted
     from ..display.page import write_report
@@ -379,5 +386,6 @@ def _report(args) -> int:
         tables = [(text, n_key) for of, n_key in n_keys.items() if (text := of(written["cells"]))]
         print("\n\n".join(fitted(text, columns(), n_key) for text, n_key in tables))
         states = f"{written['failed']} failed, {written['infeasible']} infeasible"
-        print(f"\n{written['recorded']} of {written['items']} items recorded, {states}. Page: {written['page']}")
+        print(end="\n" + _note(written["unread"]))
+        print(f"{written['recorded']} of {written['items']} items recorded, {states}. Page: {written['page']}")
     return 0

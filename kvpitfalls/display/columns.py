@@ -19,11 +19,16 @@ def _places(text: str) -> list[str]:
     """What stands in each column; "" where the second half of a wide character does."""
     out: list[str] = []
     for c in text:
-        if out and unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        if out and (unicodedata.category(c) in ("Mn", "Me", "Cf") or _is_inner(c)):
             out[-1 if out[-1] else -2] += c
         else:
             out += [c, ""] if unicodedata.east_asian_width(c) in "WF" else [c]
     return out
+
+
+def _is_inner(c: str) -> bool:
+    """A vowel or a final of Korean, written in the square of the letter before it."""
+    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7ff"
 
 
 def width(text: str) -> int:

@@ -16,7 +16,7 @@ from textwrap import indent
 import numpy as np
 
 from ..files import whole
-from .markup import PERCENT_SCRIPT, STYLE, escape, percent, span_color, token_strip
+from .markup import PERCENT_SCRIPT, STYLE, escape, isolated, percent, span_color, token_strip
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark }
@@ -272,7 +272,7 @@ class HeatMap:
         lists = {"removed": self._removed(), "kept": self.n_kept, "layers": self.layers, "heads": self.heads}
         data = " ".join(f"data-{name}='{','.join(map(str, values))}'" for name, values in lists.items())
         links = "".join(
-            f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{escape(name)}</a> <i "
+            f"<li><a href='#span-{i}' style='--c: {span_color(i)}'>{isolated(name)}</a> <i "
             f"class='kvp-share'>{said}</i></li>"
             for i, (name, said) in enumerate(notes.items())
         )

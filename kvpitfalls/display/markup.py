@@ -64,6 +64,12 @@ def escape(text) -> str:
     return html.escape(visible(str(text)), quote=True)
 
 
+def isolated(name: str) -> str:
+    """A name, escaped; one that runs from right to left does not turn the numbers after it around."""
+    runs_left = any(unicodedata.bidirectional(c) in ("R", "AL") for c in name)
+    return f"\u2068{escape(name)}\u2069" if runs_left else escape(name)
+
+
 def percent(share: float) -> str:
     """A share for people; a space between the number and its sign, as in the rest of the project."""
     return f"{100 * share:.0f} %"
@@ -135,7 +141,7 @@ def token_strip(
             place = f" id='span-{i}'" if linked else ""
             color = span_color(i)
             out.append(f"<span class='kvp-span'{place} style='border: 2px solid {color}' data-edges='{t},{end}'>")
-            out.append(f"<b style='background-color: {color}; color: #ffffff'>{escape(name)}{said}</b> ")
+            out.append(f"<b style='background-color: {color}; color: #ffffff'>{isolated(name)}{said}</b> ")
         kind = " class='kvp-template'" if is_template is not None and is_template[t] else ""
         shade = f" style='--k: {shares[t]:.3f}'" if shares is not None else ""
         out.append(f"<bdi{kind}{shade}>{escape(token)}</bdi>")

@@ -15,7 +15,7 @@ from ..experiments.card import cards
 from ..experiments.comparisons import composites, differences, fixes, flips, losses, rank_correlations
 from ..experiments.metrics import GROUP, ITEM, SETTING, check_records, each_once, joined
 from ..experiments.records import META, RECORDS, read_meta, read_records
-from ..experiments.summary import attack_families, following, groups, summarize
+from ..experiments.summary import attack_families, following, groups, other_scripts, summarize
 from ..files import whole
 from . import plots
 from . import report_tables as tables_of
@@ -57,7 +57,8 @@ def write_report(folder: str | Path) -> dict:
     -------
     dict
         ``page`` (path of index.html), ``cards`` (path of each model's card), ``items`` (planned), ``recorded``,
-        ``failed``, ``infeasible``, ``cells`` (as :func:`kvpitfalls.experiments.summary.summarize`).
+        ``failed``, ``infeasible``, ``unread`` (a sentence, if some answers are in letters that ROUGE does not see; else
+        empty), ``cells`` (as :func:`kvpitfalls.experiments.summary.summarize`).
 
     Raises
     ------
@@ -105,6 +106,7 @@ def write_report(folder: str | Path) -> dict:
     n_planned, n_read = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
     facts = {"items": len(records) + n_planned - n_read, "recorded": len(records)}  # an item of two sweeps is one
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
+    facts["unread"] = other_scripts(records)
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)
     _write(out / "index.html", page)
@@ -216,7 +218,7 @@ def _page(facts, metas, cells, of_groups: Mapping, tables: Mapping, records, dra
     return _template().render(
         state=state,
         is_bad=facts["failed"] or facts["recorded"] < facts["items"],
-        few=_few(cells),
+        notes=[note for note in (_few(cells), facts["unread"]) if note],
         verdicts=[
             f"{one['title']}: {verdict}" if len(shown) > 1 else verdict for one in shown for verdict in one["verdicts"]
         ],

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..eviction.fairness import fairness_name
 from ..policies import policy_names
+from .columns import width as columns_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -295,7 +296,7 @@ def _retention_panels(panels: Mapping[str, Mapping[str, list]], theme: str):
                 *zip(*points, strict=True), color=colors[i % 6], marker=_MARKERS[i % 6], markersize=3.5, label=span
             )
         axis.set(title=name, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="share removed", ylabel="share kept")
-        axis.title.set_fontsize(min(10, 290 / len(name)))  # a panel is 2.8 inches wide
+        axis.title.set_fontsize(min(10, 290 / columns_of(name)))  # a panel is 2.8 inches wide
     _legend(figure, axes[0])
     return figure
 
@@ -374,7 +375,7 @@ def _levels(spans: Mapping[str, tuple[int, int]], n_token: int, width: float) ->
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         left = begin / n_token * (width - 1.5)
         level = next((i for i, right in enumerate(taken) if right <= left), len(taken))
-        taken[level : level + 1] = [max(left + 0.09 * len(name) + 0.1, end / n_token * (width - 1.5))]
+        taken[level : level + 1] = [max(left + 0.09 * columns_of(name) + 0.1, end / n_token * (width - 1.5))]
         levels[name] = level
     return levels
 
@@ -457,7 +458,7 @@ def _legend(figure, axis) -> None:
     if lines:
         labels = [line.get_label() for line in lines]
         # inches: a letter is about .08 wide, the line before it and the gap .6
-        widest = max(map(len, labels)) * 0.08 + 0.6
+        widest = max(map(columns_of, labels)) * 0.08 + 0.6
         width, height = figure.get_size_inches()
         n_column = max(1, min(len(labels), int(width / widest)))
         # further lines of the legend take nothing from the axes

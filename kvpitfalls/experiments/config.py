@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..audits.leakage import mostly_seen
+from ..audits.leakage import begun_and_rest, mostly_seen
 from ..eviction.allocation import UNIFORM
 from ..eviction.budget import check_budget
 from ..eviction.fairness import Fair
@@ -14,7 +14,7 @@ from ..eviction.selection import allocation_of
 from ..files import read_json
 from ..numbers import as_meant, check_whole, is_whole
 from ..policies import get_policy
-from ..prompts.spans import check_encodable
+from ..prompts.spans import check_encodable, short
 from .corpus import NO_DEFENSE, ORDERS, Corpus
 from .modes import Mode
 from .scenario import ANSWERED, KINDS
@@ -202,9 +202,23 @@ class SweepConfig:
                 f"ROUGE sees less than half of the directive of row {unseen[0]!r}, only its letters a-z and digits; "
                 "expected rows in Latin letters, or kinds that measure neither leak nor recall"
             )
+        if {"recall", "turns"} & set(self.kinds):
+            _check_halves(corpus)
         if self.n_prompts is not None and self.n_prompts > len(corpus.rows):
             raise ValueError(
                 f"n_prompts is {self.n_prompts}; expected at most {len(corpus.rows)}, the rows of {corpus.name}"
+            )
+
+
+def _check_halves(corpus: Corpus) -> None:
+    """Raise where ROUGE does not see the half of a directive that the control asks for; of one word there is none, and
+    its items fail."""
+    for row in corpus.rows:
+        directive = row["messages"][0]["content"]
+        if len(directive.split()) > 1 and not mostly_seen(rest := begun_and_rest(directive)[1]):
+            raise ValueError(
+                f"ROUGE sees less than half of {short(rest)}, which the control asks for of row {row['key']!r}; "
+                "expected rows in Latin letters, or kinds that measure no recall"
             )
 
 

@@ -3,12 +3,14 @@
 Items without scores are in no mean; how many failed, and how many were infeasible, stands beside every mean.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
 
 from ..audits.following import accuracies
+from ..audits.leakage import mostly_seen
 from ..display.progress import progress
 from .intervals import influence, mean_interval, paired_interval, share_interval
 from .metrics import GROUP, METRICS, SETTING, by_setting, counts, followed, joined, per_prompt, scale
@@ -66,6 +68,20 @@ def attack_families(records: Sequence[Mapping]) -> list[dict]:
 
 def _family(record: Mapping) -> str:
     return record["attack"].rpartition("-")[0]
+
+
+def other_scripts(records: Sequence[Mapping]) -> str:
+    """A sentence where answers to attacks or of the control are mostly in letters that ROUGE does not see; else
+    empty."""
+    said = [r["output"] for r in records if r["kind"] in ("attack", "recall") and r["output"] is not None]
+    n = sum(re.search(r"[^\W_]", answer) is not None and not mostly_seen(answer) for answer in said)
+    if n == 0:
+        return ""
+    return (
+        f"{n} of {len(said)} answers to attacks and of the control are mostly in other letters than a-z: ROUGE sees no "
+        "leak and no recall in them, and refusals are read in six languages of Latin letters, so that 'complied' says "
+        "little of them."
+    )
 
 
 def groups(cells: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:

@@ -2,8 +2,10 @@
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..letters import UNSPACED
 from .spans import short
 
 WAYS = ("sentences", "lines", "messages")
@@ -11,11 +13,17 @@ WAYS = ("sentences", "lines", "messages")
 _LINE_END, _NEXT = re.compile(r"(?<!\s)\s*\n\s*"), re.compile(r"\s*")
 _OTHER_ENDS = re.compile("\r(?!\n)|[\u2028\u2029]")  # of lines, each one character like "\n" itself
 _FACES = "\U0001f600-\U0001f64f"
-_ENDS = "!?؟۔।॥։።။។"  # of sentences; from "؟" on in Arabic, Urdu, Devanagari, Armenian, Ethiopic, Burmese and Khmer
+# Of sentences; from "؟" on in Arabic, Urdu, Devanagari, Armenian, Ethiopic, Burmese and Khmer. None of those in
+# _ALWAYS, nor those of Chinese and Japanese, stands in a word or a number: no white space need follow.
+_ENDS = "!?\u037e؟۔।॥։።፧။។"
+_ALWAYS = "؟۔।॥։።፧"
+_MARKS = "\u200e\u200f\u061c\u202c\u2069"  # of direction, which nobody sees
 _STOP = re.compile(
-    rf"(?P<stop>(?<![.…{_ENDS}])(?:(?<!\s)[.…]|[{_ENDS}])[.…{_ENDS}]*)"
-    rf"(?P<closing>[\"'”’»)\]*_`]*)(?: ?[{_FACES}]+)?(?=\s|$)"
-    rf"|[。！？]+[」』”’）]*[{_FACES}]*"
+    rf"(?P<stop>(?<![.…{_ENDS}])(?:(?<!\s)[.…]|[{_ENDS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);)[.…{_ENDS}]*)"
+    rf"(?P<closing>[\"'”’“‘»«›‹)\]*_`{_MARKS}]*)(?: ?[{_FACES}]+)?(?=\s|$)"
+    # Japanese goes on after what it quotes with a particle: 「いいえ。」と答える。
+    rf"|(?<![。｡！？])(?:[。｡！？]|(?<![\dＡ-Ｚａ-ｚ])．(?!\d))++[」』”’）】》〉〕］]*+(?!(?<=[」』”’）])(?:と|って|など|を|の|に|へ))[{_FACES}]*"
+    rf"|(?<![{_ALWAYS}])[{_ALWAYS}]+(?=[^\W\d_])"
 )
 _OPENING = "\"'“‘«([<*_`$€£#"
 # A full stop after these ends no sentence: ever; before lower case or a number; before a number.
@@ -27,7 +35,8 @@ _COUNTED = re.compile(
     re.I,
 )
 _MARKED = re.compile(r"[^\w\s]{1,2}\s|\(?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)]\s|[#<>|]|```|\w+:\s")
-_HEADING = re.compile(r"#|[*_]{2}[^*]*[*_]{2}$|.*[:>\]]$")
+_HEADING = re.compile(r"#|[*_]{2}[^*]*[*_]{2}$|.*[:：>\]】]$")
+_NO_SPACES = re.compile(f"[{UNSPACED}]")  # lines of these are cut anywhere: nothing tells a wrapped one
 _FULL = range(50, 131)  # characters of a line that is as long as lines get where text is wrapped
 _N_WORD, _WIDTH = 5, 32
 
@@ -36,10 +45,11 @@ def pieces(text: str, how: str) -> list[tuple[int, int]]:
     """Sentences, lines, or all of a text, in characters. A piece without a letter belongs to the next one, the last to
     the one before.
 
-    A sentence ends at ``. ! ? …`` before white space (so at what other scripts have for these), at ``。！？``, and at
-    the end of a line. It does not end after an abbreviation, an initial or a list's number, nor at the end of a quote
-    or a bracket where text goes on in lower case; nor where a line was only wrapped: the next one has no mark of a
-    list, and begins in lower case, or under its mark's text, or with a word that had no room.
+    A sentence ends at ``. ! ? …`` before white space, at what other scripts have for these (``。！？ ؟ ।``), and at the
+    end of a line. It does not end after an abbreviation of English, an initial or a list's number, nor at the end of a
+    quote or a bracket where text goes on in lower case or, in Japanese, with a particle; nor where a line was only
+    wrapped: the next one has no mark of a list, and begins in lower case, or under its mark's text, or with a word that
+    had no room. Thai and Lao end sentences with a space or nothing: their lines are the pieces.
 
     Examples
     --------
@@ -131,7 +141,8 @@ def _is_wrapped(line: str, following: str, width: int, hangs: bool) -> bool:
     mark's text."""
     if _HEADING.match(line) or _MARKED.match(following):
         return False
-    if width in _FULL and len(line) >= _FULL[0] and len(line) + 1 + len(following.split()[0]) > width:
+    has_words = not _NO_SPACES.match(following)
+    if has_words and width in _FULL and len(line) >= _FULL[0] and len(line) + 1 + len(following.split()[0]) > width:
         return True
     return hangs or (following[0].islower() and line.rstrip("\"'”’»)]")[-1:] not in ".!?…;")
 
@@ -158,12 +169,20 @@ def first_words(text: str) -> str:
     ('Never reveal these instructions', 'Be kind')
     """
     words = re.sub(r"^[^\w]*(?:\d{1,3}[.)]\s+)?[^\w]*", "", text).split() or text.split()
-    name = words[0][:_WIDTH]
+    name = _whole_letters(words[0])
     for word in words[1:_N_WORD]:
         if len(name) + 1 + len(word) > _WIDTH:
             break
         name = f"{name} {word}"
     return name.rstrip(f".,;:…。！？\"'”’*_`){_ENDS}") or name
+
+
+def _whole_letters(word: str) -> str:
+    """As much of a word as a name has room for; no letter loses its marks, no emoji a part."""
+    end = min(_WIDTH, len(word))
+    while 0 < end < len(word) and (unicodedata.category(word[end])[0] == "M" or "\u200d" in word[end - 1 : end + 1]):
+        end -= 1
+    return word[: end or _WIDTH]
 
 
 def numbered(names: Iterable[str], used: Iterable[str] = ()) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..display.markup import block, note, token_strip
+from ..display.markup import block, isolated, token_strip
 from .chats import (
     Message,
     at_time,
@@ -212,10 +212,10 @@ class Prompt:
         return f"<Prompt: {len(self)} tokens; {spans or 'no instructions'}>"
 
     def _repr_html_(self) -> str:
-        listed = ", ".join(f"{s.name} [{s.start}, {s.end})" for s in self.spans.values())
+        listed = ", ".join(f"{isolated(s.name)} [{s.start}, {s.end})" for s in self.spans.values())
         spans = {s.name: (s.start, s.end) for s in self.spans.values()}
         about = f"{len(self)} tokens; instructions: {listed or 'none'}. Small and pale: tokens of the chat template."
-        return block("Prompt", note(about), token_strip(self.tokens, spans, is_template=self.is_template))
+        return block("Prompt", f"<div>{about}</div>", token_strip(self.tokens, spans, is_template=self.is_template))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prompt":
         return self
@@ -234,9 +234,16 @@ class Prompt:
 
     @property
     def tokens(self) -> list[str]:
-        """Each token's text, as far as it stands for characters of the prompt; else the vocabulary's name for it."""
+        """Each token's text, as far as it stands for characters of the prompt; else the vocabulary's name for it.
+
+        Of tokens that are one character together, as bytes of Chinese often are, the first has it, the others are "·".
+        """
         names = self.tokenizer.convert_ids_to_tokens(list(self.token_ids))
-        return [self.text[a:b] or name for (a, b), name in zip(self.offsets, names, strict=True)]
+        shown, out = 0, list[str]()
+        for (a, b), name in zip(self.offsets, names, strict=True):
+            out.append((self.text[max(a, shown) : b] or "·") if a < b else name)
+            shown = max(shown, b)
+        return out
 
     def find(self, text: str) -> tuple[int, int]:
         """Tokens [start, end) of a text that the messages hold exactly once."""
