@@ -21,7 +21,7 @@ from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
 from .stepping import SteppingCache
-from .threads import Outer, local
+from .threads import Outer, is_paused, local
 
 
 def enter(
@@ -130,7 +130,7 @@ def _ours(decoder, wrap, call: Any, given: Given) -> KeptCache | None:
                 )
             wrap.make(cache)
         return cache
-    if local.is_paused(decoder):
+    if is_paused(decoder):
         return None
     if cache is None and call is not None and call.cache is not None:
         _check_not_dropped(decoder, call.cache, given)

@@ -29,7 +29,7 @@ from .forward import attention_around, noting_angles
 from .generating import PAGED, arguments_of, check_generate, chunks_of
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
-from .threads import Outer, local
+from .threads import Outer, Pause, is_paused, local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -153,13 +153,13 @@ def attachment_of(model) -> _Attachment | None:
 
 @contextlib.contextmanager
 def paused(model) -> Iterator[None]:
-    """Let this thread run a wrapped model as if it were not."""
-    before = local.paused
-    local.paused = (*before, decoder_of(model))
+    """Let this thread, or task of asyncio, run a wrapped model as if it were not."""
+    pause = Pause(decoder_of(model))
     try:
+        pause.begin()
         yield
     finally:
-        local.paused = before
+        pause.end()
 
 
 def _close_if_idle(attachment: _Attachment) -> None:
@@ -205,7 +205,7 @@ def _generate(model, generate, args, kwargs):
     ended."""
     decoder = decoder_of(model)
     attachment = _attached.get(decoder)
-    if local.is_paused(decoder):
+    if is_paused(decoder):
         return generate(*args, **kwargs)
     if attachment is None:
         raise NotInterceptedError(

@@ -208,8 +208,8 @@ class Handle:
         take_wrap(self._attachment, self._caches)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go
-        on as ever."""
+        """A block in which this thread, or task of asyncio, runs the model as if it were not wrapped, say to compare;
+        compressed caches go on as ever. It holds in ``asyncio.to_thread``, too, not in other threads."""
         return paused(self.model)
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
