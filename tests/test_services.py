@@ -1,12 +1,18 @@
 """Models inside of services: what a request gets depends on nothing that others do before or beside it."""
 
 import asyncio
+import os
+import signal
+import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, ids
 
 import kvpitfalls as kvp
+from kvpitfalls.hf import stand_ins
 from kvpitfalls.hf.cache import KeptCache
 
 
@@ -81,3 +87,88 @@ def test_pauses_of_generators_end_in_any_order(llama):
         assert not is_compressed(llama)
         two.close()
         assert is_compressed(llama)
+
+
+class Strike:
+    """A trace function that calls something once, at the n-th line that a thread runs while it holds the lock of
+    wraps: as a signal's handler does, or what the garbage collector ends."""
+
+    def __init__(self, n: int, call):
+        self.left, self.call, self.is_over = n, call, False
+
+    def __call__(self, frame, event, argument):
+        if "kvpitfalls" not in frame.f_code.co_filename or self.is_over:
+            return None
+        if event == "line" and stand_ins.is_held():
+            self.left -= 1
+            if self.left < 0:
+                self.is_over = True
+                self.call()
+        return self
+
+
+def run_while_wraps_change(llama, call, n: int) -> bool:
+    """Wrap a model, run and unwrap it; whether ``call`` came in between."""
+    strike = Strike(n, call)
+    sys.settrace(strike)
+    try:
+        with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+            handle.compress(ids(1, 20))
+    finally:
+        sys.settrace(None)
+    return strike.is_over
+
+
+def test_a_wrap_is_taken_off_by_whatever_comes_while_its_thread_changes_another(llama):
+    """A service that is told to end removes its wraps from a signal's handler, and a generator in a cycle is closed by
+    the garbage collector: at any line, and neither waits for the thread that it runs on."""
+    other, n, n_struck = build("llama"), 0, 0
+    tokens, traces = ids(1, 20), [set(vars(module)) for module in other.modules()]
+    plain = [model(tokens).logits for model in (llama, other)]
+    while True:
+        removed = kvp.wrap(other, "knorm", compression_ratio=0.5)
+        is_struck = run_while_wraps_change(llama, removed.remove, n)
+        if not is_struck:
+            removed.remove()
+            break
+        n_struck += 1
+        assert removed.is_removed and [set(vars(module)) for module in other.modules()] == traces, n
+        assert all(torch.equal(m(tokens).logits, x) for m, x in zip((llama, other), plain, strict=True)), n
+        assert not stand_ins._replaced, n
+        n += 23
+    assert n_struck > 20
+
+
+def test_a_wrap_that_is_put_on_while_its_thread_changes_another_is_refused(llama):
+    other, told = build("llama"), []
+
+    def put():
+        with pytest.raises(RuntimeError, match="came while its thread put a wrap on"):
+            kvp.wrap(other, "knorm", compression_ratio=0.5)
+        told.append("forward" in vars(other.model))
+
+    assert run_while_wraps_change(llama, put, 5) and told == [False] and not stand_ins._replaced
+
+
+def test_a_child_that_is_forked_while_another_thread_changes_a_wrap_does_not_wait_for_it(llama):
+    """As a server forks its workers: the other thread is none of the child's, and would never give its lock back."""
+    is_in, goes_on = threading.Event(), threading.Event()
+
+    def stay():
+        is_in.set()
+        goes_on.wait(0.2)
+
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        wanted = handle.compress(ids(1, 20)).positions(0)
+        thread = threading.Thread(target=stand_ins.alone, args=(stay,))
+        thread.start()
+        is_in.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # a child that waits ends by it
+            is_same = np.array_equal(handle.compress(ids(1, 20)).positions(0), wanted)
+            handle.remove()
+            os._exit(0 if is_same and "forward" not in vars(llama.model) else 1)
+        goes_on.set()
+        thread.join()
+        assert os.waitpid(pid, 0)[1] == 0

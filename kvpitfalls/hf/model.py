@@ -85,15 +85,18 @@ class _Running:
 
 def attach(model) -> _Attachment:
     """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
-    with stand_ins.lock:
-        attachment = _attachment_for(model)
-        attachment.count += 1
-        return attachment
+    attachment: _Attachment = stand_ins.alone(_attach, model)
+    return attachment
+
+
+def _attach(model) -> _Attachment:
+    attachment = _attachment_for(model)
+    attachment.count += 1
+    return attachment
 
 
 def _attachment_for(model) -> _Attachment:
     """The one that there is, or a new one; the caller holds the lock, and says what it is for."""
-    stand_ins.clear_abandoned()
     decoder = decoder_of(model)
     if (left := _attached.get(decoder)) is not None:
         _close_if_idle(left)  # an interrupt came while it was closed
@@ -108,29 +111,39 @@ def _attachment_for(model) -> _Attachment:
 def detach(model) -> None:
     """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any
     thread has ended."""
-    with stand_ins.lock:
-        stand_ins.clear_abandoned()
-        attachment = _attached[decoder_of(model)]
-        attachment.count -= 1
-        _close_if_idle(attachment)
+    stand_ins.soon(_detach, model)
+
+
+def _detach(model) -> None:
+    attachment = _attached[decoder_of(model)]
+    attachment.count -= 1
+    _close_if_idle(attachment)
 
 
 def put_wrap(model, wrap) -> _Attachment:
     """Attach a handle's maker of caches; there may be one at a time."""
-    with stand_ins.lock:
-        attachment = _attachment_for(model)
-        if attachment.wrap is None:
-            attachment.wrap = wrap
-            return attachment
-    raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
+    attachment: _Attachment = stand_ins.alone(_put_wrap, model, wrap)
+    return attachment
+
+
+def _put_wrap(model, wrap) -> _Attachment:
+    attachment = _attachment_for(model)
+    if attachment.wrap is not None:
+        raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
+    attachment.wrap = wrap
+    return attachment
 
 
 def take_wrap(attachment: _Attachment | None, wrap=None) -> None:
     """Take this maker of caches away, if it is there; without one, whatever is. Once more, after an interrupt."""
-    with stand_ins.lock:
-        if attachment is not None and (wrap is None or attachment.wrap in (None, wrap)):
-            attachment.wrap = None
-            _close_if_idle(attachment)
+    if attachment is not None:
+        stand_ins.soon(_take_wrap, attachment, wrap)
+
+
+def _take_wrap(attachment: _Attachment, wrap) -> None:
+    if wrap is None or attachment.wrap in (None, wrap):
+        attachment.wrap = None
+        _close_if_idle(attachment)
 
 
 def release(model) -> None:
@@ -171,6 +184,11 @@ def _close_if_idle(attachment: _Attachment) -> None:
             del _attached[decoder]
 
 
+def _ended(attachment: _Attachment, running: _Running) -> None:
+    attachment.running.discard(running)
+    _close_if_idle(attachment)
+
+
 def _armed(decoder, forward, args, kwargs):
     """In place of a wrapped decoder's forward: this thread is armed for exactly this call, however it ends."""
     attachment = _attached.get(decoder)
@@ -195,9 +213,7 @@ def _armed(decoder, forward, args, kwargs):
         return record.run(decoder, forward, given.args, given.kwargs)
     finally:
         local.forward = outer
-        with stand_ins.lock:
-            attachment.running.discard(running)
-            _close_if_idle(attachment)
+        stand_ins.soon(_ended, attachment, running)
 
 
 def _generate(model, generate, args, kwargs):
@@ -246,9 +262,7 @@ def _generate(model, generate, args, kwargs):
         return output
     finally:
         local.generating = outer
-        with stand_ins.lock:
-            attachment.running.discard(running)
-            _close_if_idle(attachment)
+        stand_ins.soon(_ended, attachment, running)
 
 
 def _outer(module, forward, args, kwargs):
