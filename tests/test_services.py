@@ -1,15 +1,18 @@
 """Models inside of services: what a request gets depends on nothing that others do before or beside it."""
 
 import asyncio
+import copy
 import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, ids
+from tiny_models import build, feed, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import stand_ins
@@ -18,7 +21,7 @@ from kvpitfalls.hf.cache import KeptCache
 
 @pytest.fixture
 def llama():
-    return build("llama")
+    return build("llama").requires_grad_(False)
 
 
 def is_compressed(model) -> bool:
@@ -87,6 +90,65 @@ def test_pauses_of_generators_end_in_any_order(llama):
         assert not is_compressed(llama)
         two.close()
         assert is_compressed(llama)
+
+
+MOVES = {
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    "beams": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_cache_whose_rows_were_moved_in_part_is_refused(llama, move, is_fixed, error, monkeypatch, tmp_path):
+    """As where the memory of a GPU does for the rows of some layers, or a client goes away in the midst of beam search:
+    some layers would have other rows than others, and answers would be of none."""
+    tokens = ids(2, 24)
+
+    def fails(*_):
+        raise error("broken off")
+
+    with kvp.wrap(llama, "knorm", compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :20])
+        pool, cache = cache, cache.fixed(9) if is_fixed else cache.copy()
+        with monkeypatch.context() as patch:
+            for name in ("_map_rows", "map_in_place") if is_fixed else ("_map_rows",):
+                patch.setattr(cache.layers[1], name, fails)
+            with pytest.raises(error, match="broken off"):
+                move(cache)
+        move(cache)  # what comes later makes it no better
+        with pytest.raises(ValueError, match="a move of its rows"):
+            feed(llama, tokens.repeat(len(cache.valid) // 2, 1), [4], cache, start=20)
+        if not is_fixed:
+            with pytest.raises(ValueError, match="a move of its rows"):
+                cache.save(tmp_path / "cache")
+        move(pool)
+        assert feed(llama, tokens.repeat(len(pool.valid) // 2, 1), [4], pool, start=20).isfinite().all()
+
+
+def test_copies_of_a_cache_share_what_a_users_policy_holds(llama, registry):
+    """A lock, a connection or a model of its own is neither copied for each conversation nor a reason to refuse it."""
+
+    @dataclass(frozen=True)
+    class Locked(kvp.Policy):
+        """Keep the keys of smallest norm, one layer at a time."""
+
+        lock: Any = field(default_factory=threading.Lock, compare=False)
+        name = "locked"
+
+        def score(self, inputs):
+            with self.lock:
+                return -inputs.keys.norm(dim=-1)
+
+    tokens, policy = ids(2, 24), Locked()
+    with kvp.wrap(llama, policy, compression_ratio=0.5) as handle:
+        cache = handle.compress(tokens[:, :20])
+        twin = copy.deepcopy(cache.copy())
+        logits = [feed(llama, tokens, [4], x, start=20) for x in (cache, twin)]
+    assert torch.equal(*logits) and twin.action.policy is policy
+    assert twin.report()["kept_share"] == cache.report()["kept_share"] == 0.5
 
 
 class Strike:

@@ -193,7 +193,8 @@ def _check_origin(decoder, wrap, cache: KeptCache, seen: set[int]) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled. ``seen``: by its layers."""
     if cache.is_half_filled or len(seen) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; "
+            "an earlier forward on this cache was broken off, or a move of its rows, or one runs on another thread, so "
+            "that its layers differ; "
             "expected a new cache, or a copy of its own (cache.copy())"
         )
     origin = cache.origin

@@ -34,7 +34,8 @@ def save_cache(cache: KeptCache, path: "str | os.PathLike[str]") -> None:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if cache.is_half_filled or cache.coming is not None:
         raise ValueError(
-            "a forward on the cache, or its prefill in chunks, was broken off; expected a cache as a whole"
+            "a forward on the cache, its prefill in chunks, or a move of its rows, was broken off; expected a cache as "
+            "a whole"
         )
     if cache.is_held:
         raise ValueError(

@@ -18,7 +18,7 @@ lock = threading.RLock()  # held by who puts, takes or clears
 _replaced: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
 _due: "collections.deque[tuple[Callable, tuple]]" = collections.deque()  # what is to be called under the lock
 
-# A child has the lock as its parent had it when it was made: it may be no other thread's, which the child does not have.
+# A child that is forked has the lock as it was: it may not be another thread's, which the child does not have.
 os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
