@@ -226,7 +226,7 @@ class KeptCache(DynamicCache):
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
         chosen = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        order = torch.arange(len(self.valid or []))[chosen].tolist() if len(chosen) else []
+        order = torch.arange(len(self.valid or []), device="cpu")[chosen].tolist() if len(chosen) else []
         if not order:
             raise ValueError("batch_select_indices was given no row; expected at least one")
         with self._moving():

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
+from ..eviction.arrays import as_torch
 from ..files import whole
 from .cache import KeptCache
 from .coverage import check_model
@@ -89,7 +90,7 @@ def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) ->
     plain: dict[str, Any] = {}
     for name, value in vars(copy.copy(layer)).items():  # without its spare room
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
-            tensors[f"{prefix}.{name}"] = _copied(torch.as_tensor(value))
+            tensors[f"{prefix}.{name}"] = _copied(as_torch(value))
         elif isinstance(value, _PLAIN) or (
             isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value)
         ):

@@ -12,7 +12,7 @@ import torch
 
 from ..display.markup import block, note
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import Table
+from ..eviction.arrays import Table, as_torch
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Layout, Protect, Spans
@@ -332,5 +332,5 @@ def _shown(protect: Protect | None) -> str:
     mask."""
     if not hasattr(protect, "dtype"):
         return repr(protect)
-    array = np.asarray(torch.as_tensor(protect).cpu())
+    array = np.asarray(as_torch(protect).cpu())
     return f"{array.dtype} {array.shape} of sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
