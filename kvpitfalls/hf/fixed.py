@@ -343,26 +343,23 @@ class FixedCache(KeptCache):
                 layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
             for room in self.rooms:
                 room.move(lambda x: x[beam_idx.to(x.device)])
-            self._map_rows(beam_idx.tolist())
+            super()._map_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
         self.take_back()
-        with self._moving():
-            super().batch_repeat_interleave(repeats)
-            self._replace_rooms(lambda x: x.repeat_interleave(repeats, 0))
+        super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices) -> None:
         """Keep some batch rows, in the given order."""
         self.take_back()
-        with self._moving():
-            super().batch_select_indices(indices)
-            self._replace_rooms(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+        super().batch_select_indices(indices)
 
-    def _replace_rooms(self, rows: Callable) -> None:
+    def _map_rows(self, rows: list[int]) -> None:
+        super()._map_rows(rows)
         self.graph = None  # it is of the old memory
         for room in self.rooms:
-            room.replace(rows)
+            room.replace(lambda x: x[rows])
 
 
 def _check(cache: KeptCache, n_room: int) -> None:

@@ -15,6 +15,7 @@ from .parts import registries_of
 
 ROTARY = "apply_rotary_pos_emb"
 lock = threading.RLock()  # held by who puts, takes or clears
+_at_it = threading.Lock()  # inside of that one, never twice: any thread may ask whether somebody is
 _replaced: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
 _due: "collections.deque[tuple[Callable, tuple]]" = collections.deque()  # what is to be called under the lock
 
@@ -111,7 +112,7 @@ def alone(function: Callable, *args: Any) -> Any:
             "another; expected that outside of it"
         )
     try:
-        with lock:  # an interrupt may strike between an acquire and the next line, and nobody would ever release it
+        with lock, _at_it:  # an interrupt may strike between an acquire and the next line, and nobody would release it
             return function(*args)
     finally:
         settle()
@@ -128,15 +129,14 @@ def soon(function: Callable, *args: Any) -> None:
 def abandon(namespaces: list[dict]) -> None:
     """A wrapped model was freed. This may run inside any other code, so it waits for no other thread."""
     _due.append((take, (namespaces,)))
-    if not is_held() and lock.acquire(blocking=False):
-        lock.release()  # who takes it now gives it back soon
+    if not _at_it.locked():  # who takes it now gives it back soon
         settle()
 
 
 def settle() -> None:
     """Do what is due, unless this thread holds the lock: who gives it back does, and who comes next."""
     while _due and not is_held():
-        with lock:
+        with lock, _at_it:
             while _due:
                 function, args = _due.popleft()
                 function(*args)
