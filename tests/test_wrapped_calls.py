@@ -376,8 +376,7 @@ def without_traces():
     """What an interrupt leaves at most, a stand-in that lets all calls through, is taken out for later tests; so is who
     would take it out when the model is freed, which may be during any of them."""
     yield
-    with stand_ins.lock:
-        stand_ins.clear_abandoned()
+    stand_ins.settle()
     for finalizer in list(weakref.finalize._registry):
         if (known := finalizer.peek()) is not None and known[1] is stand_ins.abandon:
             finalizer.detach()

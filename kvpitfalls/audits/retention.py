@@ -12,6 +12,7 @@ import torch
 
 from ..errors import BudgetError
 from ..eviction.allocation import Allocation
+from ..eviction.arrays import as_torch
 from ..eviction.budget import check_budget, kept_tokens
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Layout, Protect, read_once
@@ -101,7 +102,7 @@ class _Observe(Action):
         total = self._per_span(mass)
         for ratio in self.ratios:
             ranked = ranked.on(self.layout_of(policy.n_sink, ratio))
-            positions = torch.as_tensor(choose(ranked, self.budgets[allocation, ratio], allocation).positions)
+            positions = as_torch(choose(ranked, self.budgets[allocation, ratio], allocation).positions)
             kept = np.zeros((n_head, n_token + 1), bool)  # one more place: what -1 means
             kept[np.arange(n_head)[:, None], positions[0].cpu().numpy()] = True
             kept = kept[:, :-1]
@@ -120,7 +121,7 @@ def _attention_mass(call: AttentionCall) -> npt.NDArray[np.float64]:
     """Attention each token received from all queries, summed, mean over the group: float64 (H, T)."""
     n_token = call.keys.shape[2]
     inputs = Inputs.of(call, valid=call.valid, segments=[[(0, n_token)]], spans=[[]])
-    sums = torch.as_tensor(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
+    sums = as_torch(inputs.attend([[Vote(keys=(0, n_token), queries=(0, n_token), weight="sum")]])[0])
     mass: npt.NDArray[np.float64] = sums.double().cpu().numpy()
     if not np.isfinite(mass).all():
         raise ValueError(

@@ -47,3 +47,10 @@ def are_finite(x: Array) -> Any:
     """Bool, of the shape and in the library of x."""
     size: Any = abs(x)
     return size < np.inf
+
+
+def as_torch(x: Any) -> "torch.Tensor":
+    """A tensor as it is; anything else as one on the CPU, whatever ``torch.set_default_device`` says."""
+    import torch
+
+    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")

@@ -37,7 +37,8 @@ def arguments_for(decoder, module) -> dict:
     """Hidden states (1, n, E) of a few tokens and their positions, where this module takes them."""
     weight = next((x for x in decoder.get_input_embeddings().parameters() if x.is_floating_point()), None)
     dtype, device = torch.float32 if weight is None else weight.dtype, device_of(module)
-    hidden = torch.randn(1, len(_PLACES), decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(1, len(_PLACES), decoder.config.hidden_size, generator=generator, device="cpu")
     return {"hidden_states": hidden.to(device, dtype), "position_ids": torch.tensor([_PLACES], device=device)}
 
 

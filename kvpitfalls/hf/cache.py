@@ -1,9 +1,10 @@
 """A key/value cache that holds fewer entries than it has seen, and says which."""
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class KeptCache(DynamicCache):
     valid: Sequence[tuple[int, int]] | None = None
     origin = Origin()
     is_in_order = True  # the model runs its layers as they stand here
-    is_half_filled = False  # a forward on it was broken off
+    is_half_filled = False  # a forward on it, or a move of its rows, was broken off
     coming: Coming | None = None  # the prompt, until the last of its chunks has come
     peak_bytes = 0  # the most that was held before an eviction, so far: nothing else makes it smaller
 
@@ -217,24 +218,35 @@ class KeptCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
         check_whole("repeats", repeats, 1)
-        for layer in self.layers:
-            rows.repeat(layer, repeats)
-        self._map_rows([row for row in range(len(self.valid or [])) for _ in range(repeats)])
+        with self._moving():
+            for layer in self.layers:
+                rows.repeat(layer, repeats)
+            self._map_rows([row for row in range(len(self.valid or [])) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep some batch rows, in the given order."""
         chosen = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        order = torch.arange(len(self.valid or []))[chosen].tolist() if len(chosen) else []
+        order = torch.arange(len(self.valid or []), device="cpu")[chosen].tolist() if len(chosen) else []
         if not order:
             raise ValueError("batch_select_indices was given no row; expected at least one")
-        for layer in self.layers:
-            rows.select(layer, indices)
-        self._map_rows(order)
+        with self._moving():
+            for layer in self.layers:
+                rows.select(layer, indices)
+            self._map_rows(order)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move."""
-        super().reorder_cache(beam_idx)
-        self._map_rows(beam_idx.tolist())
+        with self._moving():
+            super().reorder_cache(beam_idx)
+            self._map_rows(beam_idx.tolist())
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """A block that moves the rows of every layer: broken off, by an interrupt or for want of memory, it leaves a
+        cache that is of no use."""
+        before, self.is_half_filled = self.is_half_filled, True
+        yield
+        self.is_half_filled = before
 
     def _map_rows(self, rows: list[int]) -> None:
         if self.valid is not None:

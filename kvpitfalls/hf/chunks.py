@@ -18,6 +18,7 @@ import torch
 
 from ..eviction import ops
 from ..eviction.allocation import Allocation
+from ..eviction.arrays import as_torch
 from ..eviction.fairness import Fair
 from ..eviction.layout import Layout
 from ..policies import Policy, Vote
@@ -160,13 +161,13 @@ def _floors_at(layout: Layout, fair: Fair, n_seen: int) -> tuple[torch.Tensor, t
     ``n_seen`` (B, S)."""
     edges = layout.split(fair).edges
     named = [[name is not None for name in row] for row in layout.split(fair).names]
-    floors = torch.zeros(len(edges), edges.shape[1] - 1, dtype=torch.int32)
+    floors = torch.zeros(len(edges), edges.shape[1] - 1, dtype=torch.int32, device="cpu")
     for b, (row, protected) in enumerate(zip(named, layout.protected, strict=True)):
         for i, is_named in enumerate(row):
             begin, end = int(edges[b, i]), max(int(edges[b, i]), min(int(edges[b, i + 1]), n_seen))
             shielded = int(np.diff(np.searchsorted(protected, [begin, end]))[0])
             floors[b, i] = max(shielded, min(fair.min_tokens, end - begin) if is_named else 0)
-    return torch.tensor(edges), floors
+    return torch.tensor(edges, device="cpu"), floors
 
 
 def _edges(n_slot: int, sizes: np.ndarray) -> np.ndarray:
@@ -216,7 +217,7 @@ class _Slots:
         if self.partial is not None and self.partial.queries is not None:
             queries = torch.cat([self.partial.queries, queries], 2)[:, :, -self.n_slot :]
         inputs = inputs_of(self.call, queries, self.valid, self.segments)
-        return over_heads(torch.as_tensor(self.policy.scored(inputs)), self.call), None
+        return over_heads(as_torch(self.policy.scored(inputs)), self.call), None
 
     def _received(self) -> torch.Tensor:
         first = self.n_slot - self.call.queries.shape[2]
@@ -224,7 +225,7 @@ class _Slots:
             [Vote(keys=segment, queries=(max(segment[0], first), segment[1]), weight="sum") for segment in row]
             for row in self.segments
         ]
-        sums = received(self.call, torch.tensor([begin for begin, _ in self.valid]), votes)
+        sums = received(self.call, torch.tensor([begin for begin, _ in self.valid], device="cpu"), votes)
         if self.partial is None or self.partial.received is None:
             return sums
         older = self.partial.received
@@ -243,7 +244,7 @@ def _with_protection(scores: torch.Tensor, pos: torch.Tensor, layout: Layout) ->
     if mask is None:
         return scores
     pos = pos[:, : scores.shape[1]]
-    of_rows = cast(torch.Tensor, torch.as_tensor(mask)).bool()[:, None].expand(-1, pos.shape[1], -1)
+    of_rows = cast(torch.Tensor, as_torch(mask)).bool()[:, None].expand(-1, pos.shape[1], -1)
     return scores.masked_fill(of_rows.gather(2, pos), torch.inf)
 
 
@@ -254,8 +255,9 @@ def _keep(layer: KeptLayer, scores: torch.Tensor, scored: _Slots, now: Stage, n_
         scores, now.held, segments=np.minimum(scored.edges, n_slot), valid=np.array(scored.valid, np.int32)
     )
     front = slots.shape[2] - torch.from_numpy(now.held.sum(-1))
-    place = (torch.arange(slots.shape[2]) - front[:, None]).clamp(min=0)  # select puts the empty ones last
-    slots = torch.as_tensor(slots).long().clamp(min=0)
+    # select puts the empty ones last
+    place = (torch.arange(slots.shape[2], device="cpu") - front[:, None]).clamp(min=0)
+    slots = as_torch(slots).long().clamp(min=0)
     slots = slots.gather(2, place.to(slots.device)[:, None].expand_as(slots))
     layer.bytes_before = (layer.keys.nbytes + layer.values.nbytes) // n_slot * n_token
     layer.prompt_shape = (n_row, n_head, n_token)

@@ -46,10 +46,10 @@ class Coming:
                 f"a chunk of {n_new} tokens in {n_row} rows came after {n_seen}; expected chunks of a prompt of "
                 f"{self.n_token} tokens in {len(self.valid)} rows"
             )
-        begins = torch.tensor([begin for begin, _ in self.valid])
+        begins = torch.tensor([begin for begin, _ in self.valid], device="cpu")
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2:
             return
-        place = torch.arange(n_seen, n_seen + n_new) - begins[:, None]
+        place = torch.arange(n_seen, n_seen + n_new, device="cpu") - begins[:, None]
         positions = position_ids.cpu().expand(n_row, -1)
         if bool(((positions != place) & (place >= 0)).any()):
             raise ValueError(

@@ -21,7 +21,7 @@ from .projections import projections_of
 from .rotations import rotaries_of
 from .rows import check_newest
 from .stepping import SteppingCache
-from .threads import Outer, local
+from .threads import Outer, is_paused, local
 
 
 def enter(
@@ -130,7 +130,7 @@ def _ours(decoder, wrap, call: Any, given: Given) -> KeptCache | None:
                 )
             wrap.make(cache)
         return cache
-    if local.is_paused(decoder):
+    if is_paused(decoder):
         return None
     if cache is None and call is not None and call.cache is not None:
         _check_not_dropped(decoder, call.cache, given)
@@ -193,7 +193,8 @@ def _check_origin(decoder, wrap, cache: KeptCache, seen: set[int]) -> None:
     """Raise if the cache is another model's or another wrap's, or was left half filled. ``seen``: by its layers."""
     if cache.is_half_filled or len(seen) > 1:
         raise ValueError(
-            "an earlier forward on this cache was broken off, or runs on another thread, so that its layers differ; "
+            "an earlier forward on this cache was broken off, or a move of its rows, or one runs on another thread, so "
+            "that its layers differ; "
             "expected a new cache, or a copy of its own (cache.copy())"
         )
     origin = cache.origin

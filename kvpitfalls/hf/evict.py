@@ -125,6 +125,12 @@ class Evict(Action):
         allocation = allocation_of(self.policy, self.allocation)
         vars(self).update(allocation=allocation, spans=read_once(self.spans), protect=read_once(self.protect))
 
+    def __deepcopy__(self, memo: dict) -> Self:
+        """For a copy of a cache: with the policy itself, which may hold what nobody copies, as a lock or a model."""
+        twin = copy.copy(self)
+        vars(twin).update(tasks=dict(self.tasks))
+        return twin
+
     def of_prompts(self, spans: Any = None, layout: Layout | None = None) -> Self:
         """The same for prompts with these instructions; ``layout``: theirs and the protection's, where it is known
         already."""

@@ -338,28 +338,28 @@ class FixedCache(KeptCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: rows move, in place."""
         self.take_back()
-        for layer in self.layers:
-            layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
-        for room in self.rooms:
-            room.move(lambda x: x[beam_idx.to(x.device)])
-        KeptCache._map_rows(self, beam_idx.tolist())
+        with self._moving():
+            for layer in self.layers:
+                layer.map_in_place(lambda x: x[beam_idx.to(x.device)])
+            for room in self.rooms:
+                room.move(lambda x: x[beam_idx.to(x.device)])
+            super()._map_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
         self.take_back()
         super().batch_repeat_interleave(repeats)
-        self._replace_rooms(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices) -> None:
         """Keep some batch rows, in the given order."""
         self.take_back()
         super().batch_select_indices(indices)
-        self._replace_rooms(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
 
-    def _replace_rooms(self, rows: Callable) -> None:
+    def _map_rows(self, rows: list[int]) -> None:
+        super()._map_rows(rows)
         self.graph = None  # it is of the old memory
         for room in self.rooms:
-            room.replace(rows)
+            room.replace(lambda x: x[rows])
 
 
 def _check(cache: KeptCache, n_room: int) -> None:

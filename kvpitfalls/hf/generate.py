@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..eviction.arrays import as_torch
 from ..prompts.prompt import Prompt
 from . import rows
 from .arguments import cache_argument
@@ -145,7 +146,7 @@ def batches(
         return
     for n in sorted(set(rests)):
         chosen = [row for row, of_row in enumerate(rests) if of_row == n]
-        of_both = torch.cat([torch.arange(tokens.shape[1] - max(rests)), torch.arange(-n, 0)])
+        of_both = [*range(tokens.shape[1] - max(rests)), *range(-n, 0)]
         yield Batch(chosen, tokens[chosen][:, of_both], mask[chosen][:, of_both], rows.taken(cache, chosen))
 
 
@@ -154,11 +155,11 @@ def pad_halves(contexts: Sequence[Prompt], conversations: Sequence[Sequence[int]
     left."""
     n_context = max(map(len, contexts))
     width = n_context + max(len(ids) - len(p) for ids, p in zip(conversations, contexts, strict=True))
-    tokens = torch.full((len(contexts), width), pad_token(contexts[0].tokenizer))
+    tokens = torch.full((len(contexts), width), pad_token(contexts[0].tokenizer), device="cpu")
     mask = torch.zeros_like(tokens)
     for row, seen, ids, prompt in zip(tokens, mask, conversations, contexts, strict=True):
         for part, end in ((ids[: len(prompt)], n_context), (ids[len(prompt) :], width)):
-            row[end - len(part) : end], seen[end - len(part) : end] = torch.as_tensor(part), 1
+            row[end - len(part) : end], seen[end - len(part) : end] = as_torch(part), 1
     return tokens, mask
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..eviction.arrays import Table
+from ..eviction.arrays import Table, as_torch
 from ..eviction.layout import PROTECT_WORDS, Layout, Protect, Spans, listed, protected_positions
 from ..prompts.prompt import Instructions, Prompt
 from .evict import Evict
@@ -108,7 +108,7 @@ def _others_of(model: Any, prompt: Mapping[str, Any]) -> dict[str, Any]:
             f"prompt is a {type(prompt).__name__} with {unknown[0]}; expected input_ids and at most an attention_mask"
         )
     kinds = others.get("token_type_ids")
-    if kinds is not None and takes(decoder_of(model), "token_type_ids") and bool(torch.as_tensor(kinds).any()):
+    if kinds is not None and takes(decoder_of(model), "token_type_ids") and bool(as_torch(kinds).any()):
         raise ValueError(
             f"prompt is a {type(prompt).__name__} with token_type_ids other than 0, which {type(model).__name__} would "
             "look at and compress does not hand on; expected none, or a forward with handle.new_cache()"
@@ -129,7 +129,7 @@ def _of_tokenizer(encoding: Mapping[str, Any], attention_mask: Any) -> tuple[Any
 
 def _tensor(value: Any, name: str, expected: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = as_torch(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} is a {type(value).__name__} that is no tensor; expected {expected}") from error
     if tensor.device.type == "meta":
@@ -142,8 +142,8 @@ def pad_left(prompts: Sequence[Prompt], action: Evict) -> Batch:
     rows, pad = [list(p.token_ids) for p in prompts], pad_token(prompts[0].tokenizer)
     width = max(map(len, rows))
     starts = [width - len(row) for row in rows]
-    ids = torch.tensor([[pad] * start + row for row, start in zip(rows, starts, strict=True)])
-    mask = torch.tensor([[0] * start + [1] * len(row) for row, start in zip(rows, starts, strict=True)])
+    ids = torch.tensor([[pad] * start + row for row, start in zip(rows, starts, strict=True)], device="cpu")
+    mask = torch.tensor([[0] * start + [1] * len(row) for row, start in zip(rows, starts, strict=True)], device="cpu")
     spans = [
         {s.name: (s.start + start, s.end + start) for s in p.spans.values()}
         for p, start in zip(prompts, starts, strict=True)

@@ -148,7 +148,7 @@ class Packed:
     """
 
     def __init__(self, layer: KeptLayer, n_slot: int) -> None:
-        front, slots = layer.held.front[:, None], torch.arange(n_slot)
+        front, slots = layer.held.front[:, None], torch.arange(n_slot, device="cpu")
         n_old, on = layer.keys.shape[2], layer.keys.device
         self.is_live = (slots < n_old - front).to(on)
         self._from = (slots + front).clamp(max=n_old - 1).to(on)

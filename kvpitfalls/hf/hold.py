@@ -18,6 +18,7 @@ import torch
 
 from ..eviction import ops
 from ..eviction.allocation import UNIFORM
+from ..eviction.arrays import as_torch
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.layout import Layout, Split
 from ..eviction.selection import check_room, rank
@@ -71,16 +72,16 @@ class Held:
         if self.absent is None and newest is None:
             return self
         before = (
-            torch.zeros(len(self.rows), n_seen - n_new - self.layout.n_token, dtype=torch.long)
+            torch.zeros(len(self.rows), n_seen - n_new - self.layout.n_token, dtype=torch.long, device="cpu")
             if self.absent is None
             else self.absent
         )
-        new = torch.zeros(len(self.rows), n_new, dtype=torch.long) if newest is None else (~newest).long()
+        new = torch.zeros(len(self.rows), n_new, dtype=torch.long, device="cpu") if newest is None else (~newest).long()
         return replace(self, absent=torch.cat([before, new], 1))
 
     def n_came(self, n_seen: int) -> list[int]:
         """How many tokens came after each row's prompt."""
-        absent = torch.zeros(len(self.rows), 1, dtype=torch.long) if self.absent is None else self.absent
+        absent = torch.zeros(len(self.rows), 1, dtype=torch.long, device="cpu") if self.absent is None else self.absent
         return (n_seen - self.layout.n_token - absent.sum(1)).tolist()
 
     def ages(self, n_seen: int, pos: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,7 @@ class Hold(Evict):
     def limits_of(self, held: Held) -> torch.Tensor:
         """The same of each row, LongTensor (B,)."""
         valid = held.layout.valid
-        return torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()])
+        return torch.tensor([self.limit(valid[row][1] - valid[row][0]) for row in held.rows.tolist()], device="cpu")
 
     def waits(self, layer: KeptLayer) -> bool:
         """True for when="decode" until a later forward."""
@@ -187,14 +188,14 @@ class Hold(Evict):
         """After the prompt's prefill."""
         n_row, _, n_token = call.keys.shape[:3]
         split = self.task(n_token, call.valid, call.n_layer).split
-        fronts = torch.tensor([begin for begin, _ in call.valid])
-        counts, carried = torch.zeros(n_row, 0, dtype=torch.long), None
+        fronts = torch.tensor([begin for begin, _ in call.valid], device="cpu")
+        counts, carried = torch.zeros(n_row, 0, dtype=torch.long, device="cpu"), None
         if self.is_fair:
             segments = split.segments
-            counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long)
+            counts = torch.zeros(n_row, max(map(len, segments)), dtype=torch.long, device="cpu")
             for b, row in enumerate(segments):
-                counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row])
-            carried = torch.as_tensor(rank(self.policy, split, call).scores)
+                counts[b, : len(row)] = torch.tensor([end - begin for begin, end in row], device="cpu")
+            carried = as_torch(rank(self.policy, split, call).scores)
         elif self.policy.running:
             carried = received(call, fronts, _votes_on(fronts, [n_token] * n_row, n_token))
         n_recent = self.policy.recent_queries
@@ -203,7 +204,7 @@ class Hold(Evict):
             layer.keys.nbytes + layer.values.nbytes,
         )
         queries = call.queries[:, :, -n_recent:].clone() if n_recent else None
-        layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row), split.layout)
+        layer.held = Held(fronts, counts, carried, queries, torch.arange(n_row, device="cpu"), split.layout)
         if self.when == "always":
             self._cut(layer, call)
 
@@ -236,7 +237,12 @@ class Hold(Evict):
         if bool((n_kept == n_slot - held.front).all()) and not bool(held.front.all()):
             return
         edges = torch.cat(
-            [held.front[:, None], held.front[:, None] + held.counts.cumsum(-1), torch.full((len(n_kept), 1), n_slot)], 1
+            [
+                held.front[:, None],
+                held.front[:, None] + held.counts.cumsum(-1),
+                torch.full_like(held.front[:, None], n_slot),
+            ],
+            1,
         )
         quotas = self._quotas(layer, n_kept.tolist()) if self.is_fair else n_kept[:, None]
         scores = self._scores(layer, call)
@@ -244,7 +250,7 @@ class Hold(Evict):
         slots, _ = ops.select(scores, quotas.numpy(), segments=edges.numpy(), valid=of_rows)
         front = slots.shape[2] - n_kept
         place = (
-            (torch.arange(slots.shape[2]) - front[:, None]).clamp(min=0).to(slots.device)
+            (torch.arange(slots.shape[2], device="cpu") - front[:, None]).clamp(min=0).to(slots.device)
         )  # select puts the empty ones last
         slots = slots.long().gather(2, place[:, None].expand_as(slots))
         carried = None if held.carried is None else held.carried.gather(2, slots[:, : held.carried.shape[1]])
@@ -258,7 +264,8 @@ class Hold(Evict):
         rows = list(_segments(layer, split))
         asked, quotas = split.made.get("held", (None, None))
         if asked != (n_kept, rows):
-            quotas = torch.tensor([_shares(segments, total) for segments, total in zip(rows, n_kept, strict=True)])
+            shares = [_shares(segments, total) for segments, total in zip(rows, n_kept, strict=True)]
+            quotas = torch.tensor(shares, device="cpu")
             split.made["held"] = (n_kept, rows), quotas
         return quotas
 
@@ -274,7 +281,7 @@ class Hold(Evict):
             valid = [(front, n_slot) for front in held.front.tolist()]
             queries = None if held.queries is None else held.queries[:, :, -n_slot:]
             inputs = inputs_of(call, queries, valid, [[(start, n_slot)] for start in starts.tolist()])
-            scores = over_heads(torch.as_tensor(self.policy.scored(inputs)), call)
+            scores = over_heads(as_torch(self.policy.scored(inputs)), call)
         if self.is_fair:
             of_prompt = torch.arange(n_slot, device=scores.device) < starts.to(scores.device)[:, None, None]
             scores = torch.where(of_prompt, carried, scores)
@@ -286,7 +293,7 @@ class Hold(Evict):
     def _with_floors(self, scores: torch.Tensor, pos: torch.Tensor, held: Held) -> torch.Tensor:
         """The best of each instruction above all, as many as its floor says."""
         split = held.layout.split(self.fair)
-        edges, floors = (torch.tensor(x)[held.rows] for x in (split.edges, split.floors_array))
+        edges, floors = (torch.tensor(x, device="cpu")[held.rows] for x in (split.edges, split.floors_array))
         return best_first(scores, pos, held.front, edges, floors)
 
 
@@ -337,7 +344,7 @@ def _without_padding(layer: KeptLayer, call: AttentionCall, newest: torch.Tensor
     """The slots of new tokens that are padding become empty ones, before the others; the call as if it had been made
     so."""
     held, n_slot = layer.held, layer.keys.shape[2]
-    older = torch.arange(n_slot - call.queries.shape[2]) >= held.front[:, None]
+    older = torch.arange(n_slot - call.queries.shape[2], device="cpu") >= held.front[:, None]
     order = _empty_first(torch.cat([older, newest], 1))
     front = held.front + (~newest).sum(1)
     layer.rearrange(order[:, None].expand(-1, layer.keys.shape[1], -1).to(layer.keys.device), front)

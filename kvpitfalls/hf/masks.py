@@ -62,7 +62,7 @@ def check_padding(mask, valid: Sequence[tuple[int, int]] | None, n_prompt: int) 
         return
     if not len(mask) or len(valid) % len(mask):
         return
-    places = torch.arange(n_prompt)
+    places = torch.arange(n_prompt, device="cpu")
     wanted = torch.stack([(places >= begin) & (places < end) for begin, end in valid])
     shown = mask[:, :n_prompt].bool().cpu().repeat_interleave(len(valid) // len(mask), 0)
     if len(differing := (shown != wanted).nonzero()):

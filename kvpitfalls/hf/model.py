@@ -29,7 +29,7 @@ from .forward import attention_around, noting_angles
 from .generating import PAGED, arguments_of, check_generate, chunks_of
 from .parts import attention_calls, decoder_of, generators_of, outer_of
 from .stepping import Steps
-from .threads import Outer, local
+from .threads import Outer, Pause, is_paused, local
 
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
 
@@ -85,15 +85,18 @@ class _Running:
 
 def attach(model) -> _Attachment:
     """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
-    with stand_ins.lock:
-        attachment = _attachment_for(model)
-        attachment.count += 1
-        return attachment
+    attachment: _Attachment = stand_ins.alone(_attach, model)
+    return attachment
+
+
+def _attach(model) -> _Attachment:
+    attachment = _attachment_for(model)
+    attachment.count += 1
+    return attachment
 
 
 def _attachment_for(model) -> _Attachment:
     """The one that there is, or a new one; the caller holds the lock, and says what it is for."""
-    stand_ins.clear_abandoned()
     decoder = decoder_of(model)
     if (left := _attached.get(decoder)) is not None:
         _close_if_idle(left)  # an interrupt came while it was closed
@@ -108,29 +111,39 @@ def _attachment_for(model) -> _Attachment:
 def detach(model) -> None:
     """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any
     thread has ended."""
-    with stand_ins.lock:
-        stand_ins.clear_abandoned()
-        attachment = _attached[decoder_of(model)]
-        attachment.count -= 1
-        _close_if_idle(attachment)
+    stand_ins.soon(_detach, model)
+
+
+def _detach(model) -> None:
+    attachment = _attached[decoder_of(model)]
+    attachment.count -= 1
+    _close_if_idle(attachment)
 
 
 def put_wrap(model, wrap) -> _Attachment:
     """Attach a handle's maker of caches; there may be one at a time."""
-    with stand_ins.lock:
-        attachment = _attachment_for(model)
-        if attachment.wrap is None:
-            attachment.wrap = wrap
-            return attachment
-    raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
+    attachment: _Attachment = stand_ins.alone(_put_wrap, model, wrap)
+    return attachment
+
+
+def _put_wrap(model, wrap) -> _Attachment:
+    attachment = _attachment_for(model)
+    if attachment.wrap is not None:
+        raise ValueError("the model is wrapped already; expected handle.remove() or kvpitfalls.unwrap(model) first")
+    attachment.wrap = wrap
+    return attachment
 
 
 def take_wrap(attachment: _Attachment | None, wrap=None) -> None:
     """Take this maker of caches away, if it is there; without one, whatever is. Once more, after an interrupt."""
-    with stand_ins.lock:
-        if attachment is not None and (wrap is None or attachment.wrap in (None, wrap)):
-            attachment.wrap = None
-            _close_if_idle(attachment)
+    if attachment is not None:
+        stand_ins.soon(_take_wrap, attachment, wrap)
+
+
+def _take_wrap(attachment: _Attachment, wrap) -> None:
+    if wrap is None or attachment.wrap in (None, wrap):
+        attachment.wrap = None
+        _close_if_idle(attachment)
 
 
 def release(model) -> None:
@@ -153,13 +166,13 @@ def attachment_of(model) -> _Attachment | None:
 
 @contextlib.contextmanager
 def paused(model) -> Iterator[None]:
-    """Let this thread run a wrapped model as if it were not."""
-    before = local.paused
-    local.paused = (*before, decoder_of(model))
+    """Let this thread, or task of asyncio, run a wrapped model as if it were not."""
+    pause = Pause(decoder_of(model))
     try:
+        pause.begin()
         yield
     finally:
-        local.paused = before
+        pause.end()
 
 
 def _close_if_idle(attachment: _Attachment) -> None:
@@ -169,6 +182,11 @@ def _close_if_idle(attachment: _Attachment) -> None:
         decoder = attachment.decoder()
         if decoder is not None and _attached.get(decoder) is attachment:
             del _attached[decoder]
+
+
+def _ended(attachment: _Attachment, running: _Running) -> None:
+    attachment.running.discard(running)
+    _close_if_idle(attachment)
 
 
 def _armed(decoder, forward, args, kwargs):
@@ -195,9 +213,7 @@ def _armed(decoder, forward, args, kwargs):
         return record.run(decoder, forward, given.args, given.kwargs)
     finally:
         local.forward = outer
-        with stand_ins.lock:
-            attachment.running.discard(running)
-            _close_if_idle(attachment)
+        stand_ins.soon(_ended, attachment, running)
 
 
 def _generate(model, generate, args, kwargs):
@@ -205,7 +221,7 @@ def _generate(model, generate, args, kwargs):
     ended."""
     decoder = decoder_of(model)
     attachment = _attached.get(decoder)
-    if local.is_paused(decoder):
+    if is_paused(decoder):
         return generate(*args, **kwargs)
     if attachment is None:
         raise NotInterceptedError(
@@ -246,9 +262,7 @@ def _generate(model, generate, args, kwargs):
         return output
     finally:
         local.generating = outer
-        with stand_ins.lock:
-            attachment.running.discard(running)
-            _close_if_idle(attachment)
+        stand_ins.soon(_ended, attachment, running)
 
 
 def _outer(module, forward, args, kwargs):

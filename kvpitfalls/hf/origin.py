@@ -143,7 +143,7 @@ class Origin:
         """Before a filled cache of ``n_held`` rows goes on by ``n_row``: the model's positions are ahead as they were
         for its prompt."""
         if "rope_deltas" in vars(outer):
-            own = torch.zeros(n_held, 1, dtype=torch.long) if self.deltas is None else self.deltas
+            own = torch.zeros(n_held, 1, dtype=torch.long, device="cpu") if self.deltas is None else self.deltas
             outer.rope_deltas = own[:: max(1, len(own) // n_row)].to(next(outer.parameters()).device)
 
     def rows(self, rows: list[int]) -> "Origin":
@@ -205,9 +205,8 @@ def fingerprint(decoder: torch.nn.Module) -> str:
         if weight.numel():
             key = weight.numel(), weight.device
             if key not in places:
-                places[key] = (
-                    torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
-                )
+                spread = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64, device="cpu")
+                places[key] = spread.long().to(weight.device)
             bits = (
                 weight.detach().reshape(-1).view(torch.uint8).view(weight.numel(), -1)
             )  # float8 has few operations of its own

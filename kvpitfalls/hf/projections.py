@@ -33,9 +33,8 @@ def projections_of(decoder, layers: Mapping[torch.nn.Module, int]) -> dict[torch
 def _tried(decoder, module, index: int) -> str:
     """The name of this module's output projection."""
     arguments = turned_arguments_for(decoder, module, index)
-    draw = torch.randn(called(module, arguments).attended.shape, generator=torch.Generator().manual_seed(1)).to(
-        arguments["hidden_states"]
-    )
+    shape, generator = called(module, arguments).attended.shape, torch.Generator("cpu").manual_seed(1)
+    draw = torch.randn(shape, generator=generator, device="cpu").to(arguments["hidden_states"])
     returned = called(module, arguments, draw).returned
     for name in _NAMES:
         projection = getattr(module, name, None)

@@ -106,7 +106,7 @@ def _order(function: Callable, width: int, n_dim: int, n_angle: int) -> Order | 
     gives is linear in x and in cosines and sines together, so that random ones tell."""
     draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x, cos, sin = draw(1, 2, 3, n_dim), draw(1, 3, n_angle), draw(1, 3, n_angle)
-    rotary = LayerRotary(function, None, {}, torch.arange(3)[None], {}, {})
+    rotary = LayerRotary(function, None, {}, torch.arange(3, device="cpu")[None], {}, {})
     rotary.width = width
     turned = rotary.turned(x, cos, sin)
     # a function that is handed all channels may turn as many as there are angles

@@ -21,7 +21,7 @@ def repeat(layer: Any, n: int) -> None:
     if not has_states(layer):
         layer.batch_repeat_interleave(n)
     elif n_row := _n_row(layer):
-        layer.reorder_cache(torch.arange(n_row).repeat_interleave(n))
+        layer.reorder_cache(torch.arange(n_row, device="cpu").repeat_interleave(n))
 
 
 def select(layer: Any, indices: Any) -> None:
@@ -30,7 +30,7 @@ def select(layer: Any, indices: Any) -> None:
         layer.batch_select_indices(indices)
     elif n_row := _n_row(layer):
         indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        layer.reorder_cache(torch.arange(n_row)[indices])
+        layer.reorder_cache(torch.arange(n_row, device="cpu")[indices])
 
 
 def taken(cache: "KeptCache", indices: Sequence[int]) -> "KeptCache":
@@ -41,7 +41,7 @@ def taken(cache: "KeptCache", indices: Sequence[int]) -> "KeptCache":
         for name, x in vars(layer).items():
             if isinstance(x, Mapping):  # states by their number, each of which is replaced in place
                 setattr(layer, name, dict(x))
-    twin.batch_select_indices(torch.tensor(indices))
+    twin.batch_select_indices(torch.tensor(indices, device="cpu"))
     return twin
 
 

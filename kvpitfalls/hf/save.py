@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
+from ..eviction.arrays import as_torch
 from ..files import whole
 from .cache import KeptCache
 from .coverage import check_model
@@ -34,7 +35,8 @@ def save_cache(cache: KeptCache, path: "str | os.PathLike[str]") -> None:
         raise ValueError("the cache is empty; expected one that has seen a prompt")
     if cache.is_half_filled or cache.coming is not None:
         raise ValueError(
-            "a forward on the cache, or its prefill in chunks, was broken off; expected a cache as a whole"
+            "a forward on the cache, its prefill in chunks, or a move of its rows, was broken off; expected a cache as "
+            "a whole"
         )
     if cache.is_held:
         raise ValueError(
@@ -88,7 +90,7 @@ def _take_apart(layer: object, prefix: str, tensors: dict[str, torch.Tensor]) ->
     plain: dict[str, Any] = {}
     for name, value in vars(copy.copy(layer)).items():  # without its spare room
         if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
-            tensors[f"{prefix}.{name}"] = _copied(torch.as_tensor(value))
+            tensors[f"{prefix}.{name}"] = _copied(as_torch(value))
         elif isinstance(value, _PLAIN) or (
             isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value)
         ):

@@ -7,6 +7,7 @@ import torch
 
 from ..eviction import ops
 from ..eviction.allocation import raised_at
+from ..eviction.arrays import as_torch
 from ..policies import Inputs, Vote
 from .forward import AttentionCall
 
@@ -37,7 +38,7 @@ def received(call: AttentionCall, fronts: torch.Tensor, votes: list[list[Vote]])
     """
     n_slot = call.keys.shape[2]
     inputs = inputs_of(call, call.queries, [(min(front, n_slot - 1), n_slot) for front in fronts.tolist()])
-    return over_heads(torch.as_tensor(inputs.attend(votes)), call).clamp(min=0)  # minus infinity where a row is empty
+    return over_heads(as_torch(inputs.attend(votes)), call).clamp(min=0)  # minus infinity where a row is empty
 
 
 def over_heads(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
@@ -62,7 +63,7 @@ def best_first(
         Of the segments, in tokens.
     """
     n_head, n_slot = scores.shape[1:]
-    empty = torch.arange(n_slot) < front[:, None]
+    empty = torch.arange(n_slot, device="cpu") < front[:, None]
     pos = pos.masked_fill(
         empty[:, None].to(pos.device), -1
     ).contiguous()  # ascending, so an edge is found by its position
@@ -72,4 +73,4 @@ def best_first(
         :, None
     ]  # none for what came after the segments
     first, _ = ops.select(scores.reshape(-1, 1, n_slot), quotas.numpy(), segments=cuts)
-    return torch.as_tensor(raised_at(scores, first.reshape(*scores.shape[:2], -1)))
+    return as_torch(raised_at(scores, first.reshape(*scores.shape[:2], -1)))

@@ -6,17 +6,21 @@ without a word.
 """
 
 import collections
+import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from .parts import registries_of
 
 ROTARY = "apply_rotary_pos_emb"
-lock = threading.Lock()  # held by who puts, takes or clears
+lock = threading.RLock()  # held by who puts, takes or clears
+_at_it = threading.Lock()  # inside of that one, never twice: any thread may ask whether somebody is
 _replaced: dict[int, list] = {}  # id of a globals dict -> [globals, count, originals]
-_abandoned: "collections.deque[list[dict]]" = (
-    collections.deque()
-)  # globals of models that were freed while they were wrapped
+_due: "collections.deque[tuple[Callable, tuple]]" = collections.deque()  # what is to be called under the lock
+
+# A child that is forked has the lock as it was: it may not be another thread's, which the child does not have.
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 class _StandIn:
@@ -89,18 +93,50 @@ def take(namespaces: list[dict]) -> None:
             del _replaced[id(namespace)]
 
 
-def abandon(namespaces: list[dict]) -> None:
-    """A wrapped model was freed. This may run inside any other code, so it only takes the lock if that is free.
+def is_held() -> bool:
+    """Whether this thread holds the lock: so a signal's handler, or a finalizer, may come upon it."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined] # by which threading.Condition asks the same
 
-    By ``with``: an interrupt may strike between an ``acquire`` and the next line, and nobody would ever release it.
+
+def alone(function: Callable, *args: Any) -> Any:
+    """Call it under the lock.
+
+    Raises
+    ------
+    RuntimeError
+        If this thread holds that already.
     """
-    _abandoned.append(namespaces)
-    if not lock.locked():  # by this thread; one that takes it now gives it back soon
-        with lock:
-            clear_abandoned()
+    if is_held():
+        raise RuntimeError(
+            "a signal's handler or a finalizer came while its thread put a wrap on or took one off, and is to put on "
+            "another; expected that outside of it"
+        )
+    try:
+        with lock, _at_it:  # an interrupt may strike between an acquire and the next line, and nobody would release it
+            return function(*args)
+    finally:
+        settle()
 
 
-def clear_abandoned() -> None:
-    """Take out what freed models have left."""
-    while _abandoned:
-        take(_abandoned.popleft())
+def soon(function: Callable, *args: Any) -> None:
+    """Call it under the lock: at once, or, where this thread holds that already, when it gives it back."""
+    if is_held():
+        _due.append((function, args))
+    else:
+        alone(function, *args)
+
+
+def abandon(namespaces: list[dict]) -> None:
+    """A wrapped model was freed. This may run inside any other code, so it waits for no other thread."""
+    _due.append((take, (namespaces,)))
+    if not _at_it.locked():  # who takes it now gives it back soon
+        settle()
+
+
+def settle() -> None:
+    """Do what is due, unless this thread holds the lock: who gives it back does, and who comes next."""
+    while _due and not is_held():
+        with lock, _at_it:
+            while _due:
+                function, args = _due.popleft()
+                function(*args)

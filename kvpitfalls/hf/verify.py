@@ -30,7 +30,7 @@ class Shuffle(Action):
         """Shuffle ``layer``."""
         n_row, n_head, n_token = layer.keys.shape[:3]
         order = (
-            torch.rand(n_row, 1 if call.share_heads else n_head, n_token, generator=self.generator)
+            torch.rand(n_row, 1 if call.share_heads else n_head, n_token, generator=self.generator, device="cpu")
             .argsort(-1)
             .to(layer.keys.device)
         )
@@ -51,7 +51,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not tell how many tokens it knows; expected a torch.nn.Embedding of its ids"
         )
-    ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     cut = n_token // 2
     attach(model)
     try:

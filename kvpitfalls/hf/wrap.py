@@ -12,7 +12,7 @@ import torch
 
 from ..display.markup import block, note
 from ..eviction.allocation import Allocation
-from ..eviction.arrays import Table
+from ..eviction.arrays import Table, as_torch
 from ..eviction.budget import check_budget
 from ..eviction.fairness import AnyFair, Fair
 from ..eviction.layout import Layout, Protect, Spans
@@ -208,8 +208,8 @@ class Handle:
         take_wrap(self._attachment, self._caches)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block in which this thread runs the model as if it were not wrapped, say to compare; compressed caches go
-        on as ever."""
+        """A block in which this thread, or task of asyncio, runs the model as if it were not wrapped, say to compare;
+        compressed caches go on as ever. It holds in ``asyncio.to_thread``, too, not in other threads."""
         return paused(self.model)
 
     def new_cache(self, *, spans: Spans | None = None) -> KeptCache:
@@ -332,5 +332,5 @@ def _shown(protect: Protect | None) -> str:
     mask."""
     if not hasattr(protect, "dtype"):
         return repr(protect)
-    array = np.asarray(torch.as_tensor(protect).cpu())
+    array = np.asarray(as_torch(protect).cpu())
     return f"{array.dtype} {array.shape} of sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..eviction.arrays import as_torch
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +48,7 @@ def denominators_with_sinks(inputs: "Inputs", votes: npt.NDArray[np.int32]) -> "
 
     if inputs.queries is None or inputs.sinks is None:
         raise ValueError("queries or sinks are None; expected both")
-    keys, queries = torch.as_tensor(inputs.keys), torch.as_tensor(inputs.queries)
+    keys, queries = as_torch(inputs.keys), as_torch(inputs.queries)
     n_query_head, first = queries.shape[1], keys.shape[2] - queries.shape[2]
     out = torch.full(queries.shape[:3], -math.inf, dtype=torch.float32, device=keys.device)
     sinks = inputs.sinks.detach().float().to(keys.device)[:, None]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from ..eviction.allocation import UNIFORM, get_allocation
-from ..eviction.arrays import Array
+from ..eviction.arrays import Array, as_torch
 from ..numbers import is_whole
 from .base import Inputs, Policy, get_policy
 from .snapkv import SnapKV
@@ -123,7 +123,7 @@ class ChunkKV(Policy):
         import torch
 
         scores: Array = self._scorer.scored(inputs)
-        tokens = torch.as_tensor(scores).detach()
+        tokens = as_torch(scores).detach()
         length = inputs.n_token if isinstance(self.chunks, str) else self.chunks
         lengths, chunk_of = _chunks_of(self._ranges(inputs), length, inputs.n_token, tokens.device)
         of_all = tokens.sum(1, dtype=torch.float64)

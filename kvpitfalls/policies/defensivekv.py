@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..eviction.arrays import Array
+from ..eviction.arrays import Array, as_torch
 from ..numbers import is_real
 from .adakv import AdaKV
 from .base import Inputs
@@ -95,7 +95,7 @@ class DefensiveKV(AdaKV):
         """See the class."""
         import torch
 
-        keys = torch.as_tensor(inputs.keys).detach()
+        keys = as_torch(inputs.keys).detach()
         scores, factors = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device), self._factors(inputs)
         for row, (begin, cut, end), queries in self.windows(inputs):
             scores[row, :, cut:end] = 2 + torch.arange(1, end - cut + 1, dtype=torch.float32, device=keys.device) / (
@@ -147,7 +147,7 @@ class DefensiveKV(AdaKV):
 
         if self.factor is None:
             return None
-        values, output = (torch.as_tensor(x).detach().float() for x in (inputs.values, inputs.output))
+        values, output = (as_torch(x).detach().float() for x in (inputs.values, inputs.output))
         n_group = len(output) // values.shape[1]
         norms = torch.zeros(values.shape[:3], dtype=torch.float32, device=values.device)
         for row in range(len(values)):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from ..eviction import forecast
-from ..eviction.arrays import Array, Int32
+from ..eviction.arrays import Array, Int32, as_torch
 from ..numbers import is_real
 from .base import Inputs, Policy
 from .rotary import in_order
@@ -86,9 +86,8 @@ class ExpectedAttention(Policy):
 
     def score(self, inputs: Inputs) -> Array:
         """See the class."""
-        import torch
 
-        keys, queries, values = (torch.as_tensor(x).detach() for x in (inputs.keys, inputs.queries, inputs.values))
+        keys, queries, values = (as_torch(x).detach() for x in (inputs.keys, inputs.queries, inputs.values))
         if queries.shape[2] != keys.shape[2]:
             raise ValueError(
                 f"queries has {queries.shape[2]} tokens; policy {self.name!r} expects all {keys.shape[2]} of the prompt"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..eviction.arrays import Array
+from ..eviction.arrays import Array, as_torch
 from ..numbers import is_whole
 from ..prompts.chats import apply_template
 from .attention_sinks import n_at_once
@@ -149,12 +149,12 @@ class KVzip(Policy):
         import torch
 
         again: Any = inputs.again
-        keys, queries, read = (torch.as_tensor(x).detach() for x in (inputs.keys, again.queries, again.keys))
+        keys, queries, read = (as_torch(x).detach() for x in (inputs.keys, again.queries, again.keys))
         n_row, n_head, n_token, _ = keys.shape
         if again.before is None:
             scores = torch.zeros(n_row, n_head, n_token, dtype=torch.float32, device=keys.device)
         else:
-            scores = torch.as_tensor(again.before).clone()
+            scores = as_torch(again.before).clone()
         for row, (begin, end) in enumerate(inputs.valid):
             start = again.turn * self.chunk_size
             if start >= end - begin:
@@ -190,7 +190,7 @@ def _most(part: Inputs, votes: Sequence[Vote]) -> "torch.Tensor":
     denominators that the core would be given take longer than all of this."""
     import torch
 
-    keys, read = (torch.as_tensor(x)[0].float() for x in (part.keys, part.queries))
+    keys, read = (as_torch(x)[0].float() for x in (part.keys, part.queries))
     (n_head, n_key, n_dim), n_old = keys.shape, keys.shape[1] - read.shape[1]
     queries, most = read.unflatten(0, (n_head, -1)), keys.new_zeros(n_head, n_key)
     places = torch.arange(n_key, device=keys.device)

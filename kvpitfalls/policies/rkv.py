@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..eviction.arrays import Array
+from ..eviction.arrays import Array, as_torch
 from ..numbers import is_real
 from .base import Inputs
 from .snapkv import SnapKV
@@ -81,7 +81,7 @@ class RKV(SnapKV):
         """See the class."""
         import torch
 
-        keys = torch.as_tensor(inputs.keys).detach()
+        keys = as_torch(inputs.keys).detach()
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
         for row, (begin, cut, end), queries in self.windows(inputs):
             scores[row, :, cut:end] = (

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..eviction.arrays import as_torch
 from .base import Call, Inputs, Policy
 from .votes import Vote, pack
 
@@ -66,9 +67,8 @@ class SnapKV(Policy):
 
     def windows(self, inputs: Inputs) -> Iterator[tuple[int, tuple[int, int, int], "torch.Tensor"]]:
         """Per segment: its row; where keys begin, the window begins, and both end; the window's queries (Hq, W, D)."""
-        import torch
 
-        queries = torch.as_tensor(inputs.queries).detach()
+        queries = as_torch(inputs.queries).detach()
         first = inputs.keys.shape[2] - queries.shape[2]
         votes = [self._votes(segments) for segments in inputs.segments]
         inputs.check_voters(pack(tuple(map(tuple, votes))))
