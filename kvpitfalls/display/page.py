@@ -104,9 +104,9 @@ def write_report(folder: str | Path) -> dict:
         out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
     )
     n_planned, n_read = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
-    facts = {"items": len(records) + n_planned - n_read, "recorded": len(records)}  # an item of two sweeps is one
+    facts: dict[str, int | str] = {"recorded": len(records), "unread": other_scripts(records)}
+    facts["items"] = len(records) + n_planned - n_read  # an item of two sweeps is one
     facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
-    facts["unread"] = other_scripts(records)
     of_groups = {**compared, "families": families, "changes": changes}
     page = _page(facts, metas, cells, of_groups, tables, records, drawn)
     _write(out / "index.html", page)
