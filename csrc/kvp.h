@@ -14,11 +14,11 @@
  * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits.
  * Tensors are borrowed strided views. The structs of arguments begin with their size, by which a library that knows
  * more fields will tell older callers. Scratch, threads and the place for an error text come in through a kvp_context,
- * one per call, on the caller's stack; calls with distinct contexts may run at the same time. Outputs share memory with
- * no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
- * same bits for any number of workers, any place of a row in its batch, every repeat, and any floating-point
- * environment of the caller's threads (rounding mode, flushing of subnormal numbers, traps), which are left as they
- * were. Of its stack a thread needs 32 KiB.
+ * one per call, on the caller's stack; calls with distinct contexts may run at the same time. Outputs and scratch share
+ * memory with no other argument (but see gather). A call that returns anything but KVP_OK has written no output.
+ * Results have the same bits for any number of workers, any place of a row in its batch, every repeat, and any
+ * floating-point environment of the caller's threads (rounding mode, flushing of subnormal numbers, traps), which are
+ * left as they were. Of its stack a thread needs 32 KiB.
  *
  * An example, K-norm on one layer (error handling left out):
  *

@@ -60,7 +60,7 @@ static size_t workspace_of(const kvp_backend *backend, kvp_verb verb, const void
     return press_bytes(backend, &p, n_worker);
 }
 
-static kvp_status check_bytes(size_t need, kvp_context *ctx) {
+static kvp_status check_bytes(size_t need, kvp_verb verb, const void *args, kvp_context *ctx) {
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -70,12 +70,12 @@ static kvp_status check_bytes(size_t need, kvp_context *ctx) {
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE,
                          "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
                          (int)((uintptr_t)ctx->workspace % 64u));
-    return KVP_OK;
+    return kvpi_check_scratch(verb, args, need, ctx);
 }
 
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
-    return check_bytes(workspace_of(backend, verb, args, kvpi_worker_count(ctx)), ctx);
+    return check_bytes(workspace_of(backend, verb, args, kvpi_worker_count(ctx)), verb, args, ctx);
 }
 
 /* The workspace without the tables at its front, for as long as the backend is at work. */
@@ -192,7 +192,7 @@ static kvp_status run_press(const void *of_call, kvp_context *ctx) {
     KVPI_TRY(find_scorer(backend, args->scorer, ctx));
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
     press_parts p = split_press(args);
-    KVPI_TRY(check_bytes(press_bytes(backend, &p, kvpi_worker_count(ctx)), ctx));
+    KVPI_TRY(check_bytes(press_bytes(backend, &p, kvpi_worker_count(ctx)), KVP_PRESS, args, ctx));
     const size_t of_score = kvpi_table_bytes(KVP_SCORE, &p.score), bytes = press_table_bytes(&p);
     kvpi_copy_score_tables(&p.score, ctx->workspace);
     kvpi_copy_select_tables(&p.select, (char *)ctx->workspace + of_score);

@@ -267,8 +267,30 @@ static void check_null(void) {
     free_calls(&c);
 }
 
+/* Scratch between a tensor's heads is memory of its own. */
+static void check_scratch_in_gap(void) {
+    enum { GAP = 1 << 16 };
+    calls c;
+    name_case("scratch in a gap");
+    make_calls(&c);
+    block arena = new_block(3 * GAP);
+    memset(arena.data, 0, arena.bytes);
+    c.select.scores.data = arena.data;
+    memcpy(c.select.scores.stride, (const int64_t[]){T, 2 * GAP / 4, 1}, 3 * sizeof(int64_t));
+    c.ctx.workspace_bytes = GAP;
+    for (size_t at = 64; at <= 2 * GAP; at += 64) {
+        c.ctx.workspace = arena.data + at;
+        const bool is_free = at >= 2 * T * sizeof(float) && at + c.select_bytes <= 2 * GAP;
+        const kvp_status status = kvp_select(&c.select, &c.ctx);
+        CHECK(status == (is_free ? KVP_OK : KVP_ERR_WORKSPACE), "%s with scratch at %zu", kvp_status_name(status), at);
+    }
+    free_block(&arena);
+    free_calls(&c);
+}
+
 void test_refusals(void) {
     check_unspoilt();
+    check_scratch_in_gap();
     check_null();
     for (size_t i = 0; i < sizeof refusals / sizeof refusals[0]; i++) check_refusal(&refusals[i]);
 }
