@@ -178,15 +178,18 @@ build/fuzz/coverage: $(CORE_FILES) $(FUZZ_TESTS) $(NATIVE_HEADERS)
 
 # The core as a C library, for the CPU: libkvp.so, libkvp.a, kvp.h and kvp.pc.
 PREFIX ?= /usr/local
+ABSOLUTE_PREFIX = $(if $(filter-out /%,$(firstword $(PREFIX))),$(CURDIR)/)$(PREFIX)
 KVP_VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 KVP_ABI := $(shell sed -n 's/^\#define KVP_ABI_VERSION //p' csrc/kvp.h)
 LIBRARY_FLAGS := -std=c17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -DKVP_SHARED
 
 library: build/library/libkvp.so.$(KVP_ABI) build/library/libkvp.a build/library/kvp.pc
 
+# Under another name until every file has compiled: make would take what a failure leaves for the whole.
 build/library/objects: $(CORE_FILES)
-	rm -rf $@ && mkdir -p $@
-	cd $@ && $(CC) $(LIBRARY_FLAGS) $(CFLAGS) -I$(CURDIR)/csrc -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+	rm -rf $@ $@.new && mkdir -p $@.new
+	cd $@.new && $(CC) $(LIBRARY_FLAGS) $(CFLAGS) -I$(CURDIR)/csrc -c $(LIBRARY_FILES:%=$(CURDIR)/%)
+	mv $@.new $@
 
 build/library/libkvp.so.$(KVP_ABI): build/library/objects
 	$(CC) -shared -Wl,-soname,$(@F) $(LDFLAGS) $</*.o -lm -o $@
@@ -197,28 +200,30 @@ build/library/libkvp.a: build/library/objects
 
 build/library/kvp.pc: Makefile pyproject.toml
 	mkdir -p $(@D)
-	printf '%s\n' 'prefix=$(abspath $(PREFIX))' 'Name: kvp' 'Description: evict entries of a transformer'"'"'s key/value cache' \
-	  'Version: $(KVP_VERSION)' 'Cflags: -I$${prefix}/include' 'Libs: -L$${prefix}/lib -lkvp' 'Libs.private: -lm' >$@
+	printf '%s\n' 'prefix=$(ABSOLUTE_PREFIX)' 'Name: kvp' 'Description: evict entries of a transformer'"'"'s key/value cache' \
+	  'Version: $(KVP_VERSION)' 'Cflags: -I"$${prefix}/include"' 'Libs: -L"$${prefix}/lib" -lkvp' 'Libs.private: -lm' >$@
 
 install: library
 	rm -f build/library/kvp.pc && $(MAKE) --no-print-directory build/library/kvp.pc
-	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	install -m 644 csrc/kvp.h $(DESTDIR)$(PREFIX)/include/
-	install -m 644 build/library/libkvp.a $(DESTDIR)$(PREFIX)/lib/
-	install -m 755 build/library/libkvp.so.$(KVP_ABI) $(DESTDIR)$(PREFIX)/lib/
-	ln -sf libkvp.so.$(KVP_ABI) $(DESTDIR)$(PREFIX)/lib/libkvp.so
-	install -m 644 build/library/kvp.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+	mkdir -p "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/lib/pkgconfig"
+	install -m 644 csrc/kvp.h "$(DESTDIR)$(PREFIX)/include/"
+	install -m 644 build/library/libkvp.a "$(DESTDIR)$(PREFIX)/lib/"
+	install -m 755 build/library/libkvp.so.$(KVP_ABI) "$(DESTDIR)$(PREFIX)/lib/"
+	ln -sf libkvp.so.$(KVP_ABI) "$(DESTDIR)$(PREFIX)/lib/libkvp.so"
+	install -m 644 build/library/kvp.pc "$(DESTDIR)$(PREFIX)/lib/pkgconfig/"
 
-# The example against the installed library, shared and static; and nothing is exported that kvp.h does not declare.
+# The example against the installed library, shared and static, in a folder with a space; nothing is exported that kvp.h does not declare; C++ reads it.
+INSTALLED := build/installed here
 library-check:
-	rm -rf build/installed
-	$(MAKE) --no-print-directory install PREFIX=$(CURDIR)/build/installed
-	$(CC) $(STRICT) csrc/examples/press.c -Ibuild/installed/include -Lbuild/installed/lib -lkvp -o build/press-shared
-	$(CC) $(STRICT) csrc/examples/press.c -Ibuild/installed/include build/installed/lib/libkvp.a -lm -o build/press-static
-	LD_LIBRARY_PATH=build/installed/lib build/press-shared >build/press-shared.txt
+	rm -rf "$(INSTALLED)"
+	$(MAKE) --no-print-directory install PREFIX="$(CURDIR)/$(INSTALLED)"
+	eval "$(CC) $(STRICT) csrc/examples/press.c $$(PKG_CONFIG_PATH="$(INSTALLED)/lib/pkgconfig" pkg-config --cflags --libs kvp) -o build/press-shared"
+	$(CC) $(STRICT) csrc/examples/press.c -I"$(INSTALLED)/include" "$(INSTALLED)/lib/libkvp.a" -lm -o build/press-static
+	LD_LIBRARY_PATH="$(INSTALLED)/lib" build/press-shared >build/press-shared.txt
 	build/press-static | diff - build/press-shared.txt
-	! nm -D --defined-only build/installed/lib/libkvp.so | grep -v ' T kvp_'
+	! nm -D --defined-only "$(INSTALLED)/lib/libkvp.so" | grep -v ' T kvp_'
 	grep -c 'head .* keeps' build/press-shared.txt | grep -qx 2
+	$(CXX) -x c++ -std=c++17 -Wall -Wextra -Wpedantic -Wconversion -Wold-style-cast -Werror -fsyntax-only csrc/kvp.h
 
 # The core as a machine without vector instructions or OpenMP would have it.
 portable: build/native-tests-scalar

@@ -14,9 +14,11 @@
  * The contract. The core owns nothing: it allocates no memory, starts no thread, prints nothing and never exits.
  * Tensors are borrowed strided views. The structs of arguments begin with their size, by which a library that knows
  * more fields will tell older callers. Scratch, threads and the place for an error text come in through a kvp_context,
- * one per call, on the caller's stack; calls with distinct contexts may run at the same time. Outputs share memory with
- * no other argument (but see gather). A call that returns anything but KVP_OK has written no output. Results have the
- * same bits for any number of workers, any place of a row in its batch, and every repeat.
+ * one per call, on the caller's stack; calls with distinct contexts may run at the same time. Outputs and scratch share
+ * memory with no other argument (but see gather). A call that returns anything but KVP_OK has written no output.
+ * Results have the same bits for any number of workers, any place of a row in its batch, every repeat, and any
+ * floating-point environment of the caller's threads (rounding mode, flushing of subnormal numbers, traps), which are
+ * left as they were. Of its stack a thread needs 32 KiB.
  *
  * An example, K-norm on one layer (error handling left out):
  *
@@ -25,10 +27,12 @@
  *     kvp_score(&s, &ctx);
  *     kvp_select_args p = {.size = sizeof p, .scores = scores, .segments = segments, .quotas = quotas,
  *                          .positions = positions, .counts = counts};
- *     size_t bytes;
- *     kvp_workspace(KVP_SELECT, &p, 1, &bytes);       ... scratch for one worker; then ctx.workspace,
- * ctx.workspace_bytes kvp_select(&p, &ctx); kvp_gather_args g = {.size = sizeof g, .keys = keys, .values = values,
- * .positions = positions, .out_keys = k2, .out_values = v2}; kvp_gather(&g, &ctx);
+ *     kvp_workspace(KVP_SELECT, &p, 1, &ctx.workspace_bytes);                   scratch for one worker
+ *     ctx.workspace = aligned_alloc(64, ctx.workspace_bytes);
+ *     kvp_select(&p, &ctx);
+ *     kvp_gather_args g = {.size = sizeof g, .keys = keys, .values = values, .positions = positions,
+ *                          .out_keys = k2, .out_values = v2};
+ *     kvp_gather(&g, &ctx);
  */
 #ifndef KVP_H
 #define KVP_H
@@ -94,7 +98,7 @@ typedef struct kvp_context {
     void *workspace;                  /* scratch, aligned to 64 bytes; contents undefined before and after */
     size_t workspace_bytes;           /* at least what kvp_workspace says for n_worker */
     kvp_parallel_for_fn parallel_for; /* NULL = run serially */
-    int32_t n_worker;                 /* workers parallel_for may use, at most KVP_MAX_WORKER; 0 counts as 1 */
+    int32_t n_worker;                 /* workers parallel_for may use, 0 to KVP_MAX_WORKER; 0 counts as 1 */
     char error[KVP_ERROR_BYTES];      /* one sentence, written when the status is not KVP_OK */
 } kvp_context;
 
@@ -145,24 +149,28 @@ enum { KVP_WEIGHT_SUM = 0, KVP_WEIGHT_MEAN = 1, KVP_WEIGHT_AGE = 2, KVP_WEIGHT_M
  * other fields must be 0.
  *
  * Scorers (csrc/scorers.def lists names and parameters):
+ *
  *   norm       minus the Euclidean norm of the key, in float32 (K-norm: a small key is an important one, arXiv
- * 2406.11430). position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest
- * (StreamingLLM, arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart. attention votes,
- * see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
+ *              2406.11430).
+ *   position   the first n_sink valid tokens score 2T - k, the others k: sinks first, then the newest (StreamingLLM,
+ *              arXiv 2309.17453). T must be at most 2^23, so that float32 tells all positions apart.
+ *   attention  votes, see above. scaling multiplies q.k; softcap c > 0 maps a logit x to c tanh(x/c).
  *   keydiff    minus the cosine of the key and the mean of the unit vectors of its range (KeyDiff, arXiv 2504.15364). A
- * key of length zero scores 0 and takes no part in the mean. All score 0 where a range has two keys or fewer, of which
- * each is as like their mean as the other, or where unit vectors cancel each other out, their mean being shorter than
- * 2^-18. Lengths are no matter, to the ends of float32's exponents. A key that is NaN or infinite makes its range NaN.
+ *              key of length zero scores 0 and takes no part in the mean. All score 0 where a range has two keys or
+ *              fewer, of which each is as like their mean as the other, or where unit vectors cancel each other out,
+ *              their mean being shorter than 2^-18. Lengths are no matter, to the ends of float32's exponents. A key
+ *              that is NaN or infinite makes its range NaN.
  *   lagkv      behind the first n_sink valid tokens come chunks of lag_size. Of a tensor x and a token k of a chunk,
- * let spread be the standard deviation (divisor D - 1) over d of (x[k,d] - low[d]) / (high[d] - low[d]), with the least
- * and the most of the next chunk (0 for a d where these are equal), and weight the softmax of spread over k's chunk.
- * Tokens score minus their rank by the sum of their weights of keys and of values within their chunk, from 0 for the
- * best and by position where equal. What has no whole chunk behind it scores 1 and up, the newest
- * most, and the first n_sink tokens T + 1 (LagKV, arXiv 2504.04704). A chunk with a number that is no number or
- * infinite is NaN, and one before an infinite one may be. T must be at most 2^23.
+ *              let spread be the standard deviation (divisor D - 1) over d of (x[k,d] - low[d]) / (high[d] - low[d]),
+ *              with the least and the most of the next chunk (0 for a d where these are equal), and weight the softmax
+ *              of spread over k's chunk. Tokens score minus their rank by the sum of their weights of keys and of
+ *              values within their chunk, from 0 for the best and by position where equal. What has no whole chunk
+ *              behind it scores 1 and up, the newest most, and the first n_sink tokens T + 1 (LagKV, arXiv
+ *              2504.04704). A chunk with a number that is no number or infinite is NaN, and one before an infinite one
+ *              may be. T must be at most 2^23.
  *   random     a draw from [0, 1) for each valid token, the same on every device: a control. It depends on the head, on
- * the number of valid tokens, on the token's place among them, on the keys of eight of them, and on the seed, seed +
- * 2^32 seed_high: whole numbers below 2^32 and 2^30. score/draws.h has the arithmetic.
+ *              the number of valid tokens, on the token's place among them, on the keys of eight of them, and on the
+ *              seed, seed + 2^32 seed_high: whole numbers below 2^32 and 2^30. score/draws.h has the arithmetic.
  */
 typedef struct kvp_score_args {
     uint32_t size; /* sizeof(kvp_score_args) */
@@ -302,8 +310,9 @@ KVP_API kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx);
 KVP_API kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx);
 
-/* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct. Its
- * tensors need a valid shape and dtype. */
+/* Scratch for this call with n_worker workers (0 counts as 1), in bytes, a multiple of 64. args: the verb's struct,
+ * whose tensors are checked as the verb does, but for what stands in tables. A refusal leaves bytes as it was; the verb
+ * itself would refuse alike, with a sentence. */
 KVP_API kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes);
 
 /* ---------------------------------------------------------- introspection */
@@ -318,7 +327,7 @@ KVP_API int32_t kvp_supports(int32_t scorer, int32_t device, int32_t dtype); /* 
 KVP_API const char *kvp_status_name(kvp_status status);
 
 /* Row primitives of the CPU: the name in use; set one by name (0, or -1 if this CPU lacks it); the names this build
- * holds. */
+ * holds. Set for the whole process, for calls that begin later: one at work in another thread may score by both. */
 KVP_API const char *kvp_cpu_isa(void);
 KVP_API int32_t kvp_cpu_isa_set(const char *name);
 KVP_API const char *kvp_cpu_isa_name(int32_t index); /* NULL past the last */

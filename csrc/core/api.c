@@ -2,6 +2,7 @@
  *
  * The verbs: check the contract, find the backend, see to the scratch, call.
  */
+#include "floating.h"
 #include "internal.h"
 
 static kvp_status find_backend(const kvp_tensor *tensor, const kvp_backend **backend, kvp_context *ctx) {
@@ -13,8 +14,8 @@ static kvp_status find_backend(const kvp_tensor *tensor, const kvp_backend **bac
 
 /* Far above any machine, and low enough that the size of their scratch cannot overflow. */
 static kvp_status check_worker_count(int32_t n_worker, kvp_context *ctx) {
-    if (n_worker <= KVP_MAX_WORKER) return KVP_OK;
-    return kvpi_fail(ctx, KVP_ERR_VALUE, "n_worker is %d; expected at most %d", (int)n_worker, KVP_MAX_WORKER);
+    if (n_worker >= 0 && n_worker <= KVP_MAX_WORKER) return KVP_OK;
+    return kvpi_fail(ctx, KVP_ERR_VALUE, "n_worker is %d; expected 0 to %d", (int)n_worker, KVP_MAX_WORKER);
 }
 
 /* Press is its three parts, with the scores between them in the scratch, behind the tables. */
@@ -59,7 +60,7 @@ static size_t workspace_of(const kvp_backend *backend, kvp_verb verb, const void
     return press_bytes(backend, &p, n_worker);
 }
 
-static kvp_status check_bytes(size_t need, kvp_context *ctx) {
+static kvp_status check_bytes(size_t need, kvp_verb verb, const void *args, kvp_context *ctx) {
     if (need == 0) return KVP_OK;
     if (!ctx->workspace || ctx->workspace_bytes < need)
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE, "workspace has %zu bytes; expected at least %zu (for %d worker%s)",
@@ -69,12 +70,12 @@ static kvp_status check_bytes(size_t need, kvp_context *ctx) {
         return kvpi_fail(ctx, KVP_ERR_WORKSPACE,
                          "workspace begins %d bytes behind a multiple of 64; expected it to be aligned to 64 bytes",
                          (int)((uintptr_t)ctx->workspace % 64u));
-    return KVP_OK;
+    return kvpi_check_scratch(verb, args, need, ctx);
 }
 
 static kvp_status check_workspace(const kvp_backend *backend, kvp_verb verb, const void *args, kvp_context *ctx) {
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
-    return check_bytes(workspace_of(backend, verb, args, kvpi_worker_count(ctx)), ctx);
+    return check_bytes(workspace_of(backend, verb, args, kvpi_worker_count(ctx)), verb, args, ctx);
 }
 
 /* The workspace without the tables at its front, for as long as the backend is at work. */
@@ -107,7 +108,8 @@ static kvp_status check_score_values(const kvp_score_args *args, kvp_context *ct
     return kvp_scorer_needs(args->scorer) & KVP_NEEDS_VOTES ? kvpi_check_vote_values(args, ctx) : KVP_OK;
 }
 
-kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
+static kvp_status run_score(const void *of_call, kvp_context *ctx) {
+    const kvp_score_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_score(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
@@ -120,7 +122,8 @@ kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) {
     return give_back(ctx, kept, backend->score[own.scorer](&own, ctx));
 }
 
-kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
+static kvp_status run_select(const void *of_call, kvp_context *ctx) {
+    const kvp_select_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_select(args, ctx));
     KVPI_TRY(find_backend(&args->scores, &backend, ctx));
@@ -132,7 +135,8 @@ kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) {
     return give_back(ctx, kept, backend->select(&own, ctx));
 }
 
-kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx) {
+static kvp_status run_share(const void *of_call, kvp_context *ctx) {
+    const kvp_share_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_share(args, ctx));
     KVPI_TRY(find_backend(&args->scores, &backend, ctx));
@@ -144,7 +148,8 @@ kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx) {
     return give_back(ctx, kept, backend->share(&own, ctx));
 }
 
-kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) {
+static kvp_status run_gather(const void *of_call, kvp_context *ctx) {
+    const kvp_gather_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_gather(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
@@ -158,7 +163,8 @@ static kvp_status find_expect(const kvp_backend *backend, kvp_context *ctx) {
     return kvpi_fail(ctx, KVP_ERR_UNSUPPORTED, "this device has no verb \"expect\"");
 }
 
-kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) {
+static kvp_status run_expect(const void *of_call, kvp_context *ctx) {
+    const kvp_expect_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_expect(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
@@ -178,14 +184,15 @@ static kvp_status run_parts(const kvp_backend *backend, press_parts *p, kvp_cont
     return backend->gather(&p->gather, ctx);
 }
 
-kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx) {
+static kvp_status run_press(const void *of_call, kvp_context *ctx) {
+    const kvp_press_args *args = of_call;
     const kvp_backend *backend;
     KVPI_TRY(kvpi_check_press(args, ctx));
     KVPI_TRY(find_backend(&args->keys, &backend, ctx));
     KVPI_TRY(find_scorer(backend, args->scorer, ctx));
     KVPI_TRY(check_worker_count(ctx->n_worker, ctx));
     press_parts p = split_press(args);
-    KVPI_TRY(check_bytes(press_bytes(backend, &p, kvpi_worker_count(ctx)), ctx));
+    KVPI_TRY(check_bytes(press_bytes(backend, &p, kvpi_worker_count(ctx)), KVP_PRESS, args, ctx));
     const size_t of_score = kvpi_table_bytes(KVP_SCORE, &p.score), bytes = press_table_bytes(&p);
     kvpi_copy_score_tables(&p.score, ctx->workspace);
     kvpi_copy_select_tables(&p.select, (char *)ctx->workspace + of_score);
@@ -196,7 +203,24 @@ kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx) {
     return give_back(ctx, kept, run_parts(backend, &p, ctx));
 }
 
-kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes) {
+/* A verb in the floating-point environment that is its own. */
+static kvp_status call(kvp_status (*verb)(const void *, kvp_context *), const void *args, kvp_context *ctx) {
+    if (!ctx) return KVP_ERR_VALUE;
+    if (!args) return kvpi_fail(ctx, KVP_ERR_VALUE, "args is NULL; expected the verb's struct of arguments");
+    const fenv_t own = kvpi_enter_default();
+    const kvp_status status = verb(args, ctx);
+    kvpi_leave_default(own);
+    return status;
+}
+
+kvp_status kvp_score(const kvp_score_args *args, kvp_context *ctx) { return call(run_score, args, ctx); }
+kvp_status kvp_select(const kvp_select_args *args, kvp_context *ctx) { return call(run_select, args, ctx); }
+kvp_status kvp_gather(const kvp_gather_args *args, kvp_context *ctx) { return call(run_gather, args, ctx); }
+kvp_status kvp_press(const kvp_press_args *args, kvp_context *ctx) { return call(run_press, args, ctx); }
+kvp_status kvp_share(const kvp_share_args *args, kvp_context *ctx) { return call(run_share, args, ctx); }
+kvp_status kvp_expect(const kvp_expect_args *args, kvp_context *ctx) { return call(run_expect, args, ctx); }
+
+static kvp_status find_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes) {
     kvp_context scratch = {0};
     const kvp_backend *backend;
     const kvp_tensor *first;
@@ -236,4 +260,12 @@ kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size
     KVPI_TRY(check_worker_count(n_worker, &scratch));
     *bytes = workspace_of(backend, verb, args, n_worker > 1 ? n_worker : 1);
     return KVP_OK;
+}
+
+kvp_status kvp_workspace(kvp_verb verb, const void *args, int32_t n_worker, size_t *bytes) {
+    if (!args || !bytes) return KVP_ERR_VALUE;
+    const fenv_t own = kvpi_enter_default();
+    const kvp_status status = find_workspace(verb, args, n_worker, bytes);
+    kvpi_leave_default(own);
+    return status;
 }

@@ -31,7 +31,7 @@ const char *kvp_scorer_name(int32_t scorer) {
 }
 
 int32_t kvp_scorer_find(const char *name) {
-    for (int32_t i = 0; i < KVPI_SCORER_COUNT; i++)
+    for (int32_t i = 0; name && i < KVPI_SCORER_COUNT; i++)
         if (strcmp(scorers[i].name, name) == 0) return i;
     return -1;
 }
@@ -55,6 +55,7 @@ const kvp_backend *kvpi_backend_for(int32_t device) {
 }
 
 kvp_status kvp_register_backend(const kvp_backend *backend) {
+    if (!backend) return KVP_ERR_VALUE;
     if (backend->abi != KVP_ABI_VERSION || backend->device <= 0 || backend->device >= 3) return KVP_ERR_UNSUPPORTED;
     atomic_store(&backends[backend->device], backend);
     return KVP_OK;

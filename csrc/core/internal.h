@@ -83,6 +83,9 @@ kvp_status kvpi_check_share(const kvp_share_args *args, kvp_context *ctx);
 kvp_status kvpi_check_expect(const kvp_expect_args *args, kvp_context *ctx);
 kvp_status kvpi_check_whole(double value, const char *name, double low, double high, kvp_context *ctx);
 
+/* scratch.c: no element of the verb's tensors, which were checked, lies in the first "bytes" of the workspace. */
+kvp_status kvpi_check_scratch(kvp_verb verb, const void *args, size_t bytes, kvp_context *ctx);
+
 /* tables.c: copies of a CPU call's small tables, at the front of its workspace. */
 size_t kvpi_table_bytes(kvp_verb verb, const void *args);
 void kvpi_copy_score_tables(kvp_score_args *args, char *to);

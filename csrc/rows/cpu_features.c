@@ -63,7 +63,7 @@ const char *kvp_cpu_isa(void) { return kvpi_rows_now()->name; }
 const char *kvp_cpu_isa_name(int32_t index) { return index >= 0 && index < TABLE_COUNT ? tables[index]->name : NULL; }
 
 int32_t kvp_cpu_isa_set(const char *name) {
-    for (int i = 0; i < TABLE_COUNT; i++) {
+    for (int i = 0; name && i < TABLE_COUNT; i++) {
         if (strcmp(tables[i]->name, name) != 0) continue;
         if (!tables[i]->is_available()) return -1;
         atomic_store(&in_use, tables[i]);

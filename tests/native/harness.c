@@ -38,6 +38,7 @@ bool count_check(bool ok, const char *file, int line, const char *format, ...) {
         printf("%s:%d: [%s] ", file, line, case_name);
         vprintf(format, list);
         printf("\n");
+        fflush(stdout); /* also if the next call ends the process */
         va_end(list);
     }
     return false;

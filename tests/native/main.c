@@ -45,6 +45,7 @@ static void run_on_rows(void) {
     run("broken keys", test_broken_keys);
     run("the most", test_most);
     run("same bits", test_same_bits);
+    run("floating", test_floating);
     run("select", test_select);
     run("share", test_share);
     run("gather, large", test_gather_large);

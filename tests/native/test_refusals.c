@@ -246,7 +246,51 @@ static void check_unspoilt(void) {
     free_calls(&c);
 }
 
+/* Where there is no struct to look into. */
+static void check_null(void) {
+    calls c;
+    size_t bytes = 12345;
+    name_case("NULL");
+    make_calls(&c);
+    const kvp_status of_args[] = {kvp_score(NULL, &c.ctx), kvp_select(NULL, &c.ctx), kvp_gather(NULL, &c.ctx),
+                                  kvp_press(NULL, &c.ctx), kvp_share(NULL, &c.ctx),  kvp_expect(NULL, &c.ctx)};
+    for (int verb = KVP_SCORE; verb <= KVP_EXPECT; verb++) {
+        CHECK(of_args[verb] == KVP_ERR_VALUE, "verb %d takes no arguments", verb);
+        CHECK(kvp_workspace((kvp_verb)verb, NULL, 1, &bytes) == KVP_ERR_VALUE, "so does its scratch");
+    }
+    CHECK(strstr(c.ctx.error, "args is NULL"), "the error does not name args: %s", c.ctx.error);
+    CHECK(kvp_score(&c.score, NULL) == KVP_ERR_VALUE, "a verb takes no context");
+    CHECK(kvp_workspace(KVP_SCORE, &c.score, 1, NULL) == KVP_ERR_VALUE, "scratch is told to nobody");
+    CHECK(kvp_workspace(KVP_SCORE, &c.score, -1, &bytes) == KVP_ERR_VALUE && bytes == 12345, "-1 workers have scratch");
+    CHECK(kvp_scorer_find(NULL) == -1 && kvp_cpu_isa_set(NULL) == -1, "no name is a name");
+    CHECK(kvp_register_backend(NULL) != KVP_OK, "no backend was registered");
+    free_calls(&c);
+}
+
+/* Scratch between a tensor's heads is memory of its own. */
+static void check_scratch_in_gap(void) {
+    enum { GAP = 1 << 16 };
+    calls c;
+    name_case("scratch in a gap");
+    make_calls(&c);
+    block arena = new_block(3 * GAP);
+    memset(arena.data, 0, arena.bytes);
+    c.select.scores.data = arena.data;
+    memcpy(c.select.scores.stride, (const int64_t[]){T, 2 * GAP / 4, 1}, 3 * sizeof(int64_t));
+    c.ctx.workspace_bytes = GAP;
+    for (size_t at = 64; at <= 2 * GAP; at += 64) {
+        c.ctx.workspace = arena.data + at;
+        const bool is_free = at >= 2 * T * sizeof(float) && at + c.select_bytes <= 2 * GAP;
+        const kvp_status status = kvp_select(&c.select, &c.ctx);
+        CHECK(status == (is_free ? KVP_OK : KVP_ERR_WORKSPACE), "%s with scratch at %zu", kvp_status_name(status), at);
+    }
+    free_block(&arena);
+    free_calls(&c);
+}
+
 void test_refusals(void) {
     check_unspoilt();
+    check_scratch_in_gap();
+    check_null();
     for (size_t i = 0; i < sizeof refusals / sizeof refusals[0]; i++) check_refusal(&refusals[i]);
 }

@@ -24,6 +24,7 @@ void test_layouts(void);
 void test_broken_keys(void);
 void test_most(void);
 void test_same_bits(void);
+void test_floating(void);
 void test_gather_large(void);
 void test_gather_in_place(void);
 void test_press(void);
