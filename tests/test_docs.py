@@ -125,6 +125,22 @@ def test_the_readme_counts_the_types_of_the_page_of_models():
     assert f"Of {len(every)} causal-LM types of transformers {every.count('exact')} are exact on {release} " in readme
 
 
+def test_the_readme_says_how_fast_presses_are_by_the_tables_of_the_benchmarks():
+    """Least and most of the two tables of one thread, at 2048 and 8192 tokens."""
+    tables = re.findall(r"^\| press, times faster than kvpress: .*\n(?:\|.*\n)+", text_of("benchmarks/README.md"), re.M)
+    assert len(tables) == 2
+
+    def span(*policies):
+        rows = [row for name in policies for row in re.findall(rf"^\| {name} \|(.*)\|$", "".join(tables), re.M)]
+        assert len(rows) == 2 * len(policies)
+        times = [float(n) for row in rows for cell in row.split("|") for n in cell.split("/")[1:] if "cannot" not in n]
+        return f"{min(times):.0f} to {max(times):.0f}"
+
+    said = " ".join(text_of("README.md").split())
+    assert f"a K-norm or StreamingLLM press is {span('knorm', 'streaming_llm')} times as fast as kvpress's" in said
+    assert f"TOVA {span('tova')}, SnapKV {span('snapkv')}; exact H2O is {span('h2o')} times as fast" in said
+
+
 def test_the_page_of_limits_names_the_policies_that_take_no_chunks():
     text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
     (said,) = re.findall(r"^- Policies that judge a whole prompt \(([^)]*)\) are refused by name\.$", text, flags=re.M)
