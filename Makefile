@@ -1,4 +1,4 @@
-# What one can do here. Every target does its own set-up, in .venv (the demo in .venv-demo, which holds what it needs); only Python 3.11 to 3.13 with venv, make and a C compiler must be there.
+# What one can do here. Every target does its own set-up, in .venv (the demo in .venv-demo, which holds what it needs); only Python 3.11 to 3.14 with venv, make and a C compiler must be there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -337,7 +337,7 @@ wheel-test:
 # The set-up, in three steps that are repeated only when what they depend on has changed. Nothing is compiled that no test may need: bytecode comes when
 # it is first imported, and CUDA kernels with the core.
 $(VENV)/packages: pyproject.toml constraints.txt setup.py
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.13" % v)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "Python is %d.%d; expected 3.11 to 3.14" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt setuptools numpy torch
 	KVP_CUDA=0 $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'

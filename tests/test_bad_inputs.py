@@ -91,6 +91,16 @@ COMMANDS = [
     ([], 2, "the following arguments are required: command"),
     (["dance"], 2, "invalid choice: 'dance'"),
     (["info", "--zz"], 2, "unrecognized arguments: --zz"),
+    (
+        ["lm-eval", "--policy", "tova", "--budget", "4", "--tasks", "ifeval"],
+        2,
+        "unrecognized arguments: --tasks; lm-eval's own options go behind a --",
+    ),
+    (
+        ["garak", "--policy", "tova", "--budget", "4", "--probes", "x"],
+        2,
+        "unrecognized arguments: --probes; garak's own options go behind a --",
+    ),
     (["audit"], 2, "one of the arguments --system --system-file is required"),
     (["audit", "--instruction", "a=b"], 2, "one of the arguments --system --system-file is required"),
     ([*AUDIT[:3], "--instruction", "=b"], 2, "--instruction is '=b'; expected NAME=TEXT"),

@@ -406,6 +406,8 @@ def test_what_cannot_exist_is_no_failure_and_in_no_mean():
     )
     with pytest.raises(ValueError, match="record 1 is not a sweep's"):
         metrics.check_records([record(1, "attack", None)])  # no scores, and nothing says why
+    with pytest.raises(ValueError, match=r"\(KeyError: 'outcome'\); .* what kvpitfalls rescore makes of them"):
+        metrics.check_records([record(1, "attack", {})])  # as before there was this score
 
 
 def test_a_refusal_follows_nothing():

@@ -54,7 +54,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def _run(argv: list[str] | None) -> int:
     name = "kvpitfalls"
     try:
-        args = _parser().parse_args(argv)  # its help names the policies, so a core that does not load is met here
+        args = _parsed(argv)  # help names the policies, so a core that does not load is met here
         name = f"kvpitfalls {args.command}"
         code = args.run(args)
         print(end="", flush=True)
@@ -72,6 +72,15 @@ def _run(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others:
+        its_own = f"; {args.command}'s own options go behind a --" if args.command in harnesses.NAMES else ""
+        parser.error(f"unrecognized arguments: {' '.join(others)}{its_own}")
+    return args
 
 
 def _told(error: Exception) -> str:

@@ -7,6 +7,7 @@ import json
 from .streams import columns
 from .values import FAIR_HELP, fair, policy_help, text
 
+NAMES = ("lm-eval", "garak")  # commands that hand on what stands behind a --
 _LM_EVAL = """\
 kvpitfalls lm-eval --policy snapkv --compression-ratio 0.5 [--fair] [...] -- --tasks ifeval --apply_chat_template [lm-eval's own options]
 

@@ -258,7 +258,8 @@ def check_records(records: Sequence[Mapping]) -> None:
             good = _is_whole(record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"record {n} is not a sweep's ({type(error).__name__}: {error}); expected records that a sweep wrote"
+                f"record {n} is not a sweep's ({type(error).__name__}: {error}); expected records that a sweep wrote, "
+                "or, of a sweep by an earlier version, what kvpitfalls rescore makes of them"
             ) from error
         if not good:
             raise ValueError(f"record {n} is not a sweep's; expected records that a sweep wrote")
