@@ -13,7 +13,7 @@ from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import GREEDY, Watch
 from ..hf.given_prompts import pad_left
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..hf.parts import device_of
 from ..hf.report import Report
 from ..policies import get_policy
@@ -89,8 +89,7 @@ class CompressedChat:
         """
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        attach(self.model)
-        try:
+        with attached(self.model):
             prompt, cache = self.start(text, ids, messages)
             tokens = torch.tensor([ids], device=device_of(self.model))
             mask = torch.ones_like(tokens)
@@ -103,8 +102,6 @@ class CompressedChat:
                 **cache_argument(self.model, cache),
                 **GREEDY,
             )
-        finally:
-            detach(self.model)
         watch.check([out.shape[1] - len(ids)])
         n_kept = kept_of(cache.report())  # raises if that is more than its budget
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)

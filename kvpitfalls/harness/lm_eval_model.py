@@ -92,7 +92,7 @@ class CompressedHFLM(_HFLM):
             transformers_name(pretrained) if pretrained is None or isinstance(pretrained, str) else pretrained, **kwargs
         )
         if self.action.evicts:
-            attach(self.model)
+            attach(self.model, self)
 
     # What lm-eval says about its contexts, kept for when they come.
 

@@ -7,7 +7,7 @@ from transformers import TextGenerationPipeline
 from ..hf.arguments import cache_argument
 from ..hf.generating import arguments_of, n_rows_of
 from ..hf.load import load
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..hf.parts import device_of
 from .chat import CompressedChat, kept_of
 
@@ -52,12 +52,9 @@ class CompressedPipeline(TextGenerationPipeline):
             raise ValueError(f"batch_size is {ids.shape[0]}; expected 1: each prompt has instructions of its own")
         text, template = model_inputs.pop("context")
         n_row = self._n_row(options)
-        attach(self.model)
-        try:
+        with attached(self.model):
             prompt, cache = self.chat.start(text, ids[0].tolist(), messages, n_row, template)
             out = super()._forward(model_inputs, **cache_argument(self.model, cache), **options)
-        finally:
-            detach(self.model)
         self.n_tokens, self.n_kept = len(prompt), kept_of(cache.report())
         return out
 

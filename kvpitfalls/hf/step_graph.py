@@ -75,8 +75,8 @@ def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Non
     """
     with _lock, torch.cuda.device(device):
         collects = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
                 yield
         finally:
