@@ -16,7 +16,7 @@ from kvpitfalls.audits import following
 from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.harness import lm_eval_command
 from kvpitfalls.harness.chat import CompressedChat
-from kvpitfalls.hf import load, model, stand_ins, verify
+from kvpitfalls.hf import load, model, stand_ins, step_graph, verify
 from kvpitfalls.hf.coming import Coming
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
@@ -137,3 +137,9 @@ def test_an_interrupt_puts_back_what_a_block_replaced(llama, what):
         assert state() == before, n
         n += 1
     assert n > 2
+
+
+def test_a_capture_that_comes_while_its_thread_captures_is_refused():
+    """As from a signal's handler, which would wait for the thread that it runs on."""
+    with step_graph._lock, pytest.raises(RuntimeError, match="came while its thread captured a CUDA graph"):
+        step_graph.StepGraph(None, None, None, None)
