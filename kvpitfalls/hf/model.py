@@ -96,7 +96,7 @@ class attached(_OfThread):
     """A block in which a model's attention is intercepted; the last one restores everything: at once, or when the last
     forward that runs on any thread has ended."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
 
