@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.rows import FORGETFUL, has_states
 from kvpitfalls.hf.verify import Shuffle
 
@@ -188,11 +188,8 @@ def exact(model) -> str:
     mask = torch.ones_like(tokens)
     mask[0, :N_PAD] = 0
     padded = feed(model, tokens, [N_PROMPT, *chunks], DynamicCache(config=model.config), mask)
-    attach(model)
-    try:
+    with attached(model):
         shuffled = feed(model, tokens, [N_PROMPT, *chunks], KeptCache(model.config, Shuffle()), mask)
-    finally:
-        detach(model)
     _assert_close(shuffled[1], padded[1], "shuffled rows are visible")
     _assert_close(shuffled[0, N_PAD:], padded[0, N_PAD:], "shuffled rows are visible under padding")
 

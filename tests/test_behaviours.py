@@ -20,7 +20,7 @@ from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Action
 from kvpitfalls.hf.forward import AttentionCall
 from kvpitfalls.hf.hybrid import is_full_attention
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -91,14 +91,11 @@ def left_padded():
 
 def after(model, action, tokens, mask=None):
     """Logits of what follows the prompt on a cache with this action, and the cache as it was after the prompt."""
-    attach(model)
-    try:
+    with attached(model):
         cache = KeptCache(model.config, action)
         feed(model, tokens, [N_PROMPT], cache, mask)
         kept = copy.deepcopy(cache)
         return feed(model, tokens, CHUNKS, cache, mask, start=N_PROMPT), kept
-    finally:
-        detach(model)
 
 
 def masked(model, kept, tokens):

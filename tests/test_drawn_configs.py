@@ -23,7 +23,7 @@ from kvpitfalls.eviction.budget import kept_tokens
 from kvpitfalls.hf import forward
 from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Action
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.rows import FORGETFUL
 from kvpitfalls.hf.threads import local
 
@@ -128,13 +128,9 @@ def told(model, tokens, mask, reads_rotary, monkeypatch):
         return out
 
     model = copy.deepcopy(model)
-    attach(model)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(forward, "attention", watched)
-            feed(model, tokens, [N_PROMPT], KeptCache(model.config, action), mask)
-    finally:
-        detach(model)
+    with attached(model), monkeypatch.context() as patch:
+        patch.setattr(forward, "attention", watched)
+        feed(model, tokens, [N_PROMPT], KeptCache(model.config, action), mask)
     return found
 
 

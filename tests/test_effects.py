@@ -12,7 +12,7 @@ from kvpitfalls.experiments.effects import Effects, PutBack
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.hf.load import load
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.policies import get_policy
 
 PARTS = {
@@ -38,11 +38,8 @@ def prompt_of(tokenizer, parts=PARTS, marked=None):
 def test_a_put_back_instruction_is_whole_and_the_rest_as_before(loaded, policy, name):
     model, tokenizer = loaded
     prompt, given = prompt_of(tokenizer), (get_policy(policy), Fair(strength=0.0), 0.6, None)
-    attach(model)
-    try:
+    with attached(model):
         plain, more = compress_each(model, [prompt], [Evict(*given), PutBack(*given, name=name)])
-    finally:
-        detach(model)
     other = next(span for span in PARTS if span != name)
     assert (more.kept(name) == 1).all() and (more.kept(other) == plain.kept(other)).all()
     span = prompt.spans[name]

@@ -347,7 +347,7 @@ def test_mark_compare_and_copy_in_a_browser(tiny, page, tmp_path):
     out = json.loads(run_beside(page[0], SCRIPT + script, tmp_path, page[1]))
     prompt = prompt_of(tiny[1], "system")
     by_mouse, by_key = ("".join(prompt.tokens[begin:end]).strip() for begin, end in ((21, 28), (2, 6)))
-    assert out["walked"] == [4, f"token 5 \u201c{prompt.tokens[5]}\u201d"]
+    assert out["walked"] == [4, f"token 5 \u201c\u2068{prompt.tokens[5]}\u2069\u201d"]
     assert out["keyboard"] == [True, "", [by_key, "Never say no", first_words(by_mouse)]]
     assert out["mouse"] == out["keyboard"][2][1:]
     assert out["busy"] == [True, "The model runs\u2026"] and out["left"] == 0

@@ -223,7 +223,7 @@ def test_the_sliders_in_a_browser(tmp_path):
         )  # halves round either way
     assert (
         said
-        == f"token 5 “{visible(HOSTILE[5]).strip()}”: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
+        == f"token 5 “\u2068{visible(HOSTILE[5]).strip()}\u2069”: {100 * shown.counts['</option><script>x'][2, 1, 5] / 3:.0f} % kept"
     )
     assert color.startswith("rgba(68, 119, 170, ")
 
@@ -292,7 +292,7 @@ def test_two_settings_side_by_side_links_and_the_keyboard(tmp_path):
         )
     assert alone == said[0].split(" | ")[0]
     both = " | ".join(f"{100 * of[11]:.0f} %" for of in shares)
-    assert token == f"token 11 “{visible(HOSTILE[11]).strip()}”: {both} kept"
+    assert token == f"token 11 “\u2068{visible(HOSTILE[11]).strip()}\u2069”: {both} kept"
 
 
 def test_where_the_script_does_not_run_the_page_says_so():

@@ -390,3 +390,12 @@ def test_registered_by_name_and_found_in_python(folder):
     )
     assert made.action.budget == 9 and made.marks.fair.strength == 1 and copy.copy(made.marks).protect == "sinks"
     assert made.generate_until(generation(made)) and made.totals["kept_tokens"] == 27
+
+
+@pytest.mark.parametrize("compress", ["prompt", "system"])
+def test_contexts_are_rendered_at_one_time(ours, smollm2, compress):
+    """A template that prints the time: contexts are rendered for lm-eval, and again where they are compressed."""
+    tokenizer = copy.deepcopy(smollm2[1])
+    tokenizer.chat_template = "{{ strftime_now('%S.%f') }} " + tokenizer.chat_template
+    lm = ours(tokenizer=tokenizer, fair=True, compress=compress)
+    assert len(lm.generate_until(generation(lm))) == len(CHATS)

@@ -9,6 +9,7 @@ from tiny_models import build
 from transformers import GenerationConfig, TextGenerationPipeline
 
 import kvpitfalls as kvp
+from kvpitfalls.harness.chat import CompressedChat
 from kvpitfalls.harness.pipeline import text_generation
 from kvpitfalls.hf.arguments import cache_argument
 
@@ -86,18 +87,20 @@ def test_how_many_answers_may_stand_in_a_generation_config(loaded, place, monkey
     assert len(found) == 3
 
 
+def as_taken(template):
+    """Options of a chat template as a pipeline takes them: some releases take tools by themselves, and only so."""
+    own = inspect.signature(TextGenerationPipeline.preprocess).parameters
+    taken = {name: value for name, value in template.items() if name in own}
+    return {**taken, "tokenizer_encode_kwargs": {name: x for name, x in template.items() if name not in own}}
+
+
 @pytest.mark.parametrize("scope", ["prompt", "system"])
 @pytest.mark.parametrize(
     "template", [{"enable_thinking": False}, {"tools": [TOOL]}, {"enable_thinking": True, "tools": [TOOL]}]
 )
 def test_options_of_the_chat_template(loaded, scope, template):
     wanted, ids = by_hand(loaded, scope, CHAT, BEAMS, **template)
-    own = inspect.signature(
-        TextGenerationPipeline.preprocess
-    ).parameters  # some releases take tools by themselves, and only so
-    given = {name: value for name, value in template.items() if name in own}
-    given["tokenizer_encode_kwargs"] = {name: value for name, value in template.items() if name not in own}
-    assert piped(loaded, scope, CHAT, BEAMS, **given)[0] == [ids[0].tolist() + row for row in wanted]
+    assert piped(loaded, scope, CHAT, BEAMS, **as_taken(template))[0] == [ids[0].tolist() + row for row in wanted]
 
 
 @pytest.mark.parametrize("scope", ["prompt", "system"])
@@ -128,3 +131,18 @@ def test_a_cut_prompt_is_refused(loaded):
         pipe(CHAT, tokenizer_encode_kwargs={"truncation": True, "max_length": 20}, max_new_tokens=4)
     with pytest.raises(ValueError, match="batch_size is 2; expected 1"):
         pipe([CHAT, CHAT], batch_size=2, max_new_tokens=4)
+
+
+TIMED = TEMPLATE.replace("{% for", "{{ strftime_now('%H:%M:%S.%f') }}{% for", 1)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "system"])
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_a_template_that_prints_the_time_is_rendered_at_one(loaded, scope, tools):
+    """Templates are rendered several times for a request: such a one would print another time each time."""
+    timed = loaded[0], byte_level(template=TIMED)
+    pipe = text_generation(*timed, **SETTINGS, compress=scope)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    pipe(CHAT, **as_taken({"tools": tools}), **options)
+    assert 0 < pipe.n_kept == pipe.n_tokens // 2
+    assert CompressedChat(*timed, **SETTINGS, compress=scope).answer(CHAT, 2).n_kept > 0

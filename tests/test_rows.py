@@ -19,7 +19,7 @@ from kvpitfalls.hf.cache import KeptCache
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.fork import compress_each
 from kvpitfalls.hf.generate import answers, batches, logits_after
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.rows import taken
 from kvpitfalls.policies import get_policy
 
@@ -71,8 +71,7 @@ def prompts_of(tokenizer):
 def test_answers_and_logits_in_a_batch_are_those_of_a_row_alone(model, tokenizer):
     prompts, said = prompts_of(tokenizer)
     settings = [Evict(get_policy(name), Fair.parse(fair), 0.5, None) for name, fair in (("knorm", True), ("tova", 0))]
-    attach(model)
-    try:
+    with attached(model):
         cache = KeptCache.join(compress_each(model, prompts, settings))
         cache.batch_repeat_interleave(len(SAID))
         rows = [(setting, prompt, text) for setting in settings for i, prompt in enumerate(prompts) for text in said[i]]
@@ -85,8 +84,6 @@ def test_answers_and_logits_in_a_batch_are_those_of_a_row_alone(model, tokenizer
             (expected,) = logits_after(model, [prompt], [ids], copy.deepcopy(alone), 1)
             torch.testing.assert_close(of_row[-1], expected[-1], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
             assert answer == answers(model, [prompt], [ids], alone, 6)[0]
-    finally:
-        detach(model)
 
 
 def test_answers_of_other_lengths_are_forced_as_alone(model, tokenizer):

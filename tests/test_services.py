@@ -151,6 +151,35 @@ def test_copies_of_a_cache_share_what_a_users_policy_holds(llama, registry):
     assert twin.report()["kept_share"] == cache.report()["kept_share"] == 0.5
 
 
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_calls_of_other_threads_are_none_of_a_forked_childs(llama, is_removed):
+    """As a server forks its workers while it answers: the child's wrap is taken off at once, also where the parent's
+    was removed before, since no such call ends there."""
+    is_in, goes_on = threading.Event(), threading.Event()
+
+    def stay(*_):
+        is_in.set()
+        goes_on.wait(20)
+
+    handle = kvp.wrap(llama, "knorm", compression_ratio=0.5)
+    with llama.model.layers[1].register_forward_pre_hook(stay):
+        thread = threading.Thread(target=llama.generate, args=(ids(1, 20),), kwargs={"max_new_tokens": 1})
+        thread.start()
+        assert is_in.wait(20)
+        if is_removed:
+            handle.remove()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            handle.remove()
+            os._exit(1 if "forward" in vars(llama.model) or "generate" in vars(llama) or stand_ins._replaced else 0)
+        goes_on.set()
+        thread.join()
+    assert os.waitpid(pid, 0)[1] == 0 and handle.is_removed == is_removed
+    handle.remove()
+    assert "forward" not in vars(llama.model) and not stand_ins._replaced
+
+
 class Strike:
     """A trace function that calls something once, at the n-th line that a thread runs while it holds the lock of
     wraps: as a signal's handler does, or what the garbage collector ends."""

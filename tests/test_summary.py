@@ -437,6 +437,8 @@ def test_every_fix_is_compared_with_biased_and_with_every_other():
     for (mode, than), row in compared.items():
         assert row["difference"] == pytest.approx(modes[mode] - modes[than]) and row["n_prompt"] == 6
         assert row["low"] < row["difference"] < row["high"]
+    backwards = [(f["mode"], f["than"]) for f in comparisons.fixes(records[::-1]) if f["metric"] == "leak_above"]
+    assert backwards == list(compared), "as records come from a sweep's workers"
     nothing = [{**r, "mode": "fair"} for r in records if r["mode"] == "biased"]
     (row,) = [f for f in comparisons.fixes([*records[:6], *nothing]) if f["metric"] == "leak_above"]
     assert row["difference"] == 0 and row["low"] < 0 < row["high"]

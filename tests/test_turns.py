@@ -20,7 +20,7 @@ from kvpitfalls.experiments.sweep import sweep
 from kvpitfalls.experiments.turns import compress_turns, converse
 from kvpitfalls.hf.evict import Evict
 from kvpitfalls.hf.load import load
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.policies import get_policy
 from kvpitfalls.policies.random import Random
 
@@ -49,11 +49,8 @@ def scenario_of(row):
 
 
 def had(model, tokenizer, scenario):
-    attach(model)
-    try:
+    with attached(model):
         return converse(model, tokenizer, scenario, Setting(None, FULL, 0.0).evict(None), LIMIT)
-    finally:
-        detach(model)
 
 
 def biased(policy, ratio):
@@ -62,12 +59,9 @@ def biased(policy, ratio):
 
 def held(model, prompts, policy, ratio, way):
     """Kept tokens after each turn: by turn and layer (H, K)."""
-    attach(model)
-    try:
+    with attached(model):
         caches = [compress_turns(model, prompts[:n], biased(policy, ratio), way) for n in range(1, len(prompts) + 1)]
         return [[cache.positions(layer.index)[0] for layer in cache.kept_layers] for cache in caches]
-    finally:
-        detach(model)
 
 
 def talking(model, **changes):
@@ -160,12 +154,9 @@ def answer_of(model, tokenizer, record, way, prompts, ids):
     ids = torch.as_tensor(ids)
     if not record["compression_ratio"]:
         return generate(model, tokenizer, ids)
-    attach(model)
-    try:
+    with attached(model):
         cache = compress_turns(model, prompts, biased(record["policy"], 0.5), way)
         return generate(model, tokenizer, ids, past_key_values=copy.deepcopy(cache))
-    finally:
-        detach(model)
 
 
 def test_the_records_are_the_plan_and_are_completed(talked, model, tmp_path):

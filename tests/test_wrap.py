@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.cache import KeptCache, KeptLayer
-from kvpitfalls.hf.model import attach, detach
+from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.verify import Shuffle
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -56,12 +56,9 @@ def test_ratio_0_is_bit_identical(model, padded):
 def test_order_of_cached_rows_is_invisible(model, padded):
     tokens, mask = ids(), left_pad() if padded else None
     plain = feed(model, tokens, [N_PROMPT, *CHUNKS], DynamicCache(config=model.config), mask)
-    attach(model)
-    try:
+    with attached(model):
         cache = KeptCache(model.config, Shuffle())
         shuffled = feed(model, tokens, [N_PROMPT, *CHUNKS], cache, mask)
-    finally:
-        detach(model)
     assert any((layer.pos.diff() < 0).any() for layer in cache.kept_layers)
     torch.testing.assert_close(shuffled[1:], plain[1:], **CLOSE)
     torch.testing.assert_close(shuffled[0, 3:], plain[0, 3:], **CLOSE)

@@ -178,9 +178,9 @@ def _seeded(seed: int) -> Iterator[None]:
     import langdetect
 
     state, before = random.getstate(), langdetect.DetectorFactory.seed
-    random.seed(seed)
-    langdetect.DetectorFactory.seed = seed
     try:
+        random.seed(seed)
+        langdetect.DetectorFactory.seed = seed
         yield
     finally:
         random.setstate(state)

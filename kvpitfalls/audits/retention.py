@@ -24,7 +24,7 @@ from ..hf.evict import Action
 from ..hf.forward import AttentionCall
 from ..hf.given_prompts import protected_in
 from ..hf.layer import KeptLayer
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..hf.prefill import prefill
 from ..numbers import as_meant, is_listed
 from ..policies import PAPER, Inputs, Policy, Vote, get_policy
@@ -221,12 +221,9 @@ def audit(
 
     check_model(model)
     budgets = _budgets(settings, ratios, layout_of, n_compressed(model.config))
-    attach(model)
-    try:
+    with attached(model):
         observe = _Observe(settings, budgets, layout_of, spans)
         prefill(model, KeptCache(model.config, observe), prompt.input_ids, None)
-    finally:
-        detach(model)
     kept = {setting: record.kept for setting, record in observe.records.items()}
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Audit(_rows(observe, spans, len(prompt)), name, spans, list(prompt.tokens), observe.layers, kept)

@@ -185,7 +185,7 @@ function render({model, el}) {
 
   function tell(i) {
     const kept = state.result ? `: ${state.result.shares.map((of) => percent(of[i])).join(" | ")} kept` : "";
-    token.textContent = `token ${i} \u201c${strips.querySelectorAll("bdi")[i].textContent.trim()}\u201d${kept}`;
+    token.textContent = `token ${i} \u201c\u2068${strips.querySelectorAll("bdi")[i].textContent.trim()}\u2069\u201d${kept}`;
   }
 
   function point(event) {

@@ -23,7 +23,7 @@ from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import GREEDY, answers
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..numbers import check_whole
 from ..policies import get_policy, policy_names
 from ..prompts.chats import Message
@@ -171,14 +171,11 @@ class Explorer:
         followed = prompt.followed_by(form["question"])[0].tolist() if form["question"] else []
         # the full cache: at ratio 0 any policy keeps all
         whole = [Evict(get_policy("streaming_llm"), Fair.parse(False), 0.0, None)] if followed else []
-        attach(self.model)
-        try:
+        with attached(self.model):
             caches = compress_each(self.model, [prompt], [*settings, *whole])
             shares = [token_shares(cache, len(prompt)) for cache in caches[:2]]
             reports = [cache.report() for cache in caches[:2]]
             texts = [self._answer(prompt, followed, cache) for cache in caches] if followed else []
-        finally:
-            detach(self.model)
         names = [setting_name(setting) for setting in form["settings"]]
         where = "in each of" if all(setting.allocation == UNIFORM for setting in settings) else "on average over"
         about = (

@@ -126,7 +126,7 @@ _SCRIPT += """\
   function tell() {
     if (at === null) return;
     const text = strips[0].querySelectorAll("bdi")[at].textContent.trim();
-    get("token").value = `token ${at} \u201c${text}\u201d: ${shares.map((of) => percent(of[at])).join(" | ")} kept`;
+    get("token").value = `token ${at} \u201c\u2068${text}\u2069\u201d: ${shares.map((of) => percent(of[at])).join(" | ")} kept`;
   }
 
   function move(token) {

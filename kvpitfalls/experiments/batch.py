@@ -19,7 +19,7 @@ from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import Answer, answers
 from ..hf.given_prompts import check_fits
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..prompts.prompt import Prompt
 from .config import SweepConfig
 from .corpus import Corpus
@@ -52,11 +52,8 @@ def run_batch(model, tokenizer, corpus: Corpus, config: SweepConfig, batch: Batc
     """
     start = time.perf_counter()
     work = _Work(model, tokenizer, corpus, config, batch)
-    attach(model)
-    try:
+    with attached(model):
         work.run()
-    finally:
-        detach(model)
     records = [work.record(item, request) for item in work.items for request in item.row.requests]
     seconds = (time.perf_counter() - start) / len(records)
     return [

@@ -45,7 +45,7 @@ def differences(records: Sequence[Mapping]) -> list[dict]:
 
 def fixes(records: Sequence[Mapping]) -> list[dict]:
     """Each mode against each other mode of its policy, at the same ratio and so at the same memory; "biased" is what
-    the others fix.
+    the others fix, and a random control comes before the rest, which are in the order of the alphabet.
 
     Returns
     -------
@@ -61,7 +61,8 @@ def fixes(records: Sequence[Mapping]) -> list[dict]:
             modes.setdefault((*where, policy, ratio), []).append(mode)
     out = []
     for (*where, policy, ratio), of_policy in modes.items():
-        for than, mode in combinations(sorted(of_policy, key=lambda mode: mode != "biased"), 2):
+        in_order = sorted(of_policy, key=lambda mode: (mode != "biased", not mode.startswith("random"), mode))
+        for than, mode in combinations(in_order, 2):
             one, other = (named[(*where, policy, m, ratio)] for m in (mode, than))
             setting = dict(zip(SETTING, (*where, policy, mode, ratio), strict=True))
             out += [

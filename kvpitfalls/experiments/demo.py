@@ -14,7 +14,7 @@ from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import answers
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..policies import get_policy
 from ..prompts.prompt import Prompt
 
@@ -77,8 +77,7 @@ def leakage(model, tokenizer, policies=POLICIES, compression_ratios=COMPRESSION_
         [(p, r, mode) for mode in MODES] for p in policies for r in compression_ratios
     ]
     settings = [_setting(*setting) for group in plan for setting in group]
-    attach(model)
-    try:
+    with attached(model):
         caches = iter(compress_each(model, prompts, settings))
         cells = []
         for group in progress(plan, desc="demo, attacks"):
@@ -88,8 +87,6 @@ def leakage(model, tokenizer, policies=POLICIES, compression_ratios=COMPRESSION_
             for i, setting in enumerate(group):
                 of_setting = answers[i * per_setting : (i + 1) * per_setting]
                 cells.append(_judge(setting, of_setting[0::2], of_setting[1::2]))
-    finally:
-        detach(model)
     return cells
 
 

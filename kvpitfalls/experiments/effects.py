@@ -24,7 +24,7 @@ from ..hf.forward import AttentionCall
 from ..hf.generate import Answer, answers
 from ..hf.given_prompts import check_fits
 from ..hf.layer import KeptLayer
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..numbers import check_whole
 from ..policies import get_policy
 from ..policies.base import AnyPolicy
@@ -215,15 +215,12 @@ def effects(
     check_budget(compression_ratio, None)
     check_whole("max_new_tokens", max_new_tokens, 1)
     evict = Evict(get_policy(policy), Fair.parse(fair), compression_ratio, None, protect)
-    attach(model)
-    try:
+    with attached(model):
         rows = []
         for i, one in enumerate(progress(prompts, desc="effects, prompts")):
             asked = [conversation(one, text, beginnings[i]) for text in questions]
             rows += [{"prompt": i, **row} for row in _of_prompt(model, one, evict, questions, asked, max_new_tokens)]
         return Effects(rows)
-    finally:
-        detach(model)
 
 
 def _checked(prompt, said) -> tuple[list[Prompt], list[str]]:

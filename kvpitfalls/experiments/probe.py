@@ -9,7 +9,7 @@ from ..hf.cache import KeptCache
 from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import logits_after
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..prompts.prompt import Prompt
 
 
@@ -60,16 +60,13 @@ def probe(
     contexts = [prompt for prompt in prompts for _ in range(n_text)]
     asked = [ids for prompt in prompts for ids in [prompt.followed_by(said)[0].tolist()] * n_text]
     answers = [answer_ids(tokenizer, text) for of_prompt in texts for text in of_prompt]
-    attach(model)
-    try:
+    with attached(model):
         out = []
         for cache in compress_each(model, prompts, settings):
             cache.batch_repeat_interleave(n_text)
             means = answer_logprobs(model, contexts, asked, answers, cache)
             out.append([means[i : i + n_text] for i in range(0, len(means), n_text)])
         return out
-    finally:
-        detach(model)
 
 
 def answer_ids(tokenizer, text: str, ends: bool = True) -> list[int]:

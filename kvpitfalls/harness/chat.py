@@ -1,6 +1,7 @@
 """One answer after another from a compressed cache: what a harness that sends conversations needs."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ from ..hf.evict import Evict
 from ..hf.fork import compress_each
 from ..hf.generate import GREEDY, Watch
 from ..hf.given_prompts import pad_left
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..hf.parts import device_of
 from ..hf.report import Report
 from ..policies import get_policy
+from ..prompts.chats import at_time
 from ..prompts.prompt import Prompt
 from .contexts import Marks
 
@@ -87,11 +89,12 @@ class CompressedChat:
         NotInterceptedError
             If the prompt was not compressed.
         """
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        made = datetime.now()
+        options = at_time(self.tokenizer, {"add_generation_prompt": True}, made)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        attach(self.model)
-        try:
-            prompt, cache = self.start(text, ids, messages)
+        with attached(self.model):
+            prompt, cache = self.start(text, ids, messages, made=made)
             tokens = torch.tensor([ids], device=device_of(self.model))
             mask = torch.ones_like(tokens)
             watch = Watch()
@@ -103,8 +106,6 @@ class CompressedChat:
                 **cache_argument(self.model, cache),
                 **GREEDY,
             )
-        finally:
-            detach(self.model)
         watch.check([out.shape[1] - len(ids)])
         n_kept = kept_of(cache.report())  # raises if that is more than its budget
         return Said(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip(), len(prompt), n_kept)
@@ -116,11 +117,12 @@ class CompressedChat:
         messages: Sequence[Mapping] | None,
         n_row: int = 1,
         template: Mapping | None = None,
+        made: datetime | None = None,
     ) -> tuple[Prompt, KeptCache]:
         """What is compressed of a context, and the cache to generate with, while the model is wrapped: filled with the
         system message, or empty, if all of the context is going to be compressed; of ``n_row`` equal rows.
-        ``template``: the chat template's options."""
-        prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template)
+        ``template``: the chat template's options; ``made``: the time that it printed."""
+        prompt = self.marks.prompt(self.tokenizer, text, ids, messages, template=template, made=made)
         if self.marks.scope == "system":
             cache = compress_each(self.model, [prompt], [self.action])[0]
             if n_row > 1:

@@ -4,6 +4,7 @@ where in them."""
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from ..eviction.fairness import Fair
@@ -55,7 +56,14 @@ class Marks:
         )
 
     def prompt(
-        self, tokenizer, text: str, ids: Sequence[int], messages=None, n_token: int | None = None, template=None
+        self,
+        tokenizer,
+        text: str,
+        ids: Sequence[int],
+        messages=None,
+        n_token: int | None = None,
+        template=None,
+        made: datetime | None = None,
     ) -> Prompt:
         """What is compressed of a context, with its instructions.
 
@@ -74,20 +82,22 @@ class Marks:
         template : dict, optional
             Options that the chat template was given, such as ``tools``; with ``continue_final_message`` there is no
             header of an answer.
+        made : datetime, optional
+            The time that it printed, if it prints any; now by default.
 
         Raises
         ------
         ValueError
             If there is no system message to compress, or the tokens are not the text's.
         """
-        offsets, template = _offsets(tokenizer, text, ids), template or {}
+        offsets, template, made = _offsets(tokenizer, text, ids), template or {}, made or datetime.now()
         if self.scope == "system":
-            of_system = _system(tokenizer, text, ids, messages, template)
+            of_system = _system(tokenizer, text, ids, messages, template, made)
             n_token, contents = len(of_system), {"system": (of_system.contents[0][0], of_system.contents[-1][1])}
         elif messages is None or not self.needs_spans:
             contents = {"text": (0, len(text))}
         else:
-            contents = _contents(tokenizer, text, messages, template)
+            contents = _contents(tokenizer, text, messages, template, made)
         n_token = len(ids) if n_token is None else n_token
         end = offsets[n_token][0] if n_token < len(ids) else len(text)
         ranges = self._ranges(text, contents) if self.needs_spans else {}
@@ -143,11 +153,11 @@ def _offsets(tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
     )
 
 
-def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mapping) -> Prompt:
+def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mapping, made: datetime) -> Prompt:
     """The system message alone, which must be how the context begins."""
     options = {name: value for name, value in template.items() if name != "continue_final_message"}
     is_there = bool(messages) and messages[0]["role"] == "system"
-    prompt = Prompt.from_chat(tokenizer, messages[:1], **options) if is_there else None
+    prompt = Prompt.of_chat_at(made, tokenizer, messages[:1], **options) if is_there else None
     if prompt is None or not prompt.contents:
         raise ValueError(
             f"there is no system message in the context {text[:60]!r}; expected one (lm-eval: --apply_chat_template, "
@@ -163,10 +173,10 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mappin
     return prompt
 
 
-def _contents(tokenizer, text: str, messages, template: Mapping) -> dict[str, tuple[int, int]]:
+def _contents(tokenizer, text: str, messages, template: Mapping, made: datetime) -> dict[str, tuple[int, int]]:
     """Where each message's own text stands, by role and, from the second of a role on, number."""
     goes_on = template.get("continue_final_message", False)
-    prompt = Prompt.from_chat(tokenizer, messages, add_generation_prompt=not goes_on, **template)
+    prompt = Prompt.of_chat_at(made, tokenizer, messages, add_generation_prompt=not goes_on, **template)
     if not prompt.text.startswith(text):
         raise ValueError(
             "the chat template gives another text than the harness has; expected the same (no chat_template_args, no "

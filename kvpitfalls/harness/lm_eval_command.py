@@ -72,8 +72,9 @@ def run(model_args: dict, arguments: list[str]) -> int:
 @contextlib.contextmanager
 def command_line(words: list[str]):
     """lm-eval reads the command line of the process."""
-    before, sys.argv = sys.argv, words
+    before = sys.argv
     try:
+        sys.argv = words
         yield
     finally:
         sys.argv = before

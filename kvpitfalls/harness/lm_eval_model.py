@@ -5,6 +5,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..hf.given_prompts import pad_left, pad_token
 from ..hf.load import transformers_name
 from ..hf.model import attach
 from ..policies import get_policy
+from ..prompts.chats import at_time
 from ..prompts.prompt import Prompt
 from .chat import kept_of
 from .contexts import Marks
@@ -85,14 +87,16 @@ class CompressedHFLM(_HFLM):
         self.totals = {"prompts": 0, "prompts_within_budget": 0, "tokens": 0, "kept_tokens": 0}
         self.chats: dict[str, list[dict]] = {}
         self.texts: list[str] = []
-        self.has_template = False
+        self.has_template, self.made = False, datetime.now()
         if self.action.evicts:
             _refuse(kwargs)
         super().__init__(
             transformers_name(pretrained) if pretrained is None or isinstance(pretrained, str) else pretrained, **kwargs
         )
         if self.action.evicts:
-            attach(self.model)
+            if getattr(self.tokenizer, "chat_template", None):  # of one time: contexts are rendered again, much later
+                self.chat_template_args = at_time(self.tokenizer, self.chat_template_args, self.made)
+            attach(self.model, self)
 
     # What lm-eval says about its contexts, kept for when they come.
 
@@ -121,7 +125,9 @@ class CompressedHFLM(_HFLM):
         messages = self.chats.get(text)
         if messages is None and self.has_template:
             raise ValueError(f"a context was not rendered in this run; expected --cache_requests off: {text[:60]!r}")
-        return self.marks.prompt(self.tokenizer, text if n_token is None else text.rstrip(), ids, messages, n_token)
+        return self.marks.prompt(
+            self.tokenizer, text if n_token is None else text.rstrip(), ids, messages, n_token, made=self.made
+        )
 
     # Generation.
 

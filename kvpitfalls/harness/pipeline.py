@@ -1,5 +1,6 @@
 """A text-generation pipeline of transformers that compresses, also the system message alone."""
 
+from datetime import datetime
 from typing import Any
 
 from transformers import TextGenerationPipeline
@@ -7,8 +8,9 @@ from transformers import TextGenerationPipeline
 from ..hf.arguments import cache_argument
 from ..hf.generating import arguments_of, n_rows_of
 from ..hf.load import load
-from ..hf.model import attach, detach
+from ..hf.model import attached
 from ..hf.parts import device_of
+from ..prompts.chats import at_time
 from .chat import CompressedChat, kept_of
 
 # Of tokenizer_encode_kwargs, what is not the chat template's.
@@ -29,35 +31,36 @@ class CompressedPipeline(TextGenerationPipeline):
     n_tokens = n_kept = 0
 
     def preprocess(self, prompt_text, prefix="", **options):
-        """transformers' own, and the text that it tokenizes, with what its chat template is given."""
-        inputs: Any = super().preprocess(prompt_text, prefix, **options)
-        messages = getattr(prompt_text, "messages", None)
+        """transformers' own, and the text that it tokenizes, with what its chat template is given, and when."""
+        made, messages = datetime.now(), getattr(prompt_text, "messages", None)
         if messages is None:
-            inputs["context"] = prefix + prompt_text, {}
+            inputs: Any = super().preprocess(prompt_text, prefix, **options)
+            inputs["context"] = prefix + prompt_text, {}, made
             return inputs
+        tokenizer: Any = self.tokenizer
         encoding = options.get("tokenizer_encode_kwargs") or {}
+        timed = at_time(tokenizer, {"tools": options.get("tools") or encoding.get("tools")}, made)["chat_template"]
+        options["tokenizer_encode_kwargs"] = {"chat_template": timed, **encoding}
+        inputs = super().preprocess(prompt_text, prefix, **options)
         template = {name: value for name, value in encoding.items() if name not in _TOKENIZING}
         template |= {name: options[name] for name in ("tools", "documents") if options.get(name) is not None}
         goes_on = options.get("continue_final_message")
         if messages[-1]["role"] == "assistant" if goes_on is None else goes_on:
             template["continue_final_message"] = True
-        how = {"tokenize": False, "add_generation_prompt": "continue_final_message" not in template, **template}
-        tokenizer: Any = self.tokenizer
-        inputs["context"] = tokenizer.apply_chat_template(messages, **how), template
+        how = {"tokenize": False, "add_generation_prompt": "continue_final_message" not in template}
+        how = {**how, "chat_template": timed, **template}
+        inputs["context"] = tokenizer.apply_chat_template(messages, **how), template, made
         return inputs
 
     def _forward(self, model_inputs, **options):
         ids, messages = model_inputs["input_ids"], getattr(model_inputs["prompt_text"], "messages", None)
         if ids.shape[0] != 1:
             raise ValueError(f"batch_size is {ids.shape[0]}; expected 1: each prompt has instructions of its own")
-        text, template = model_inputs.pop("context")
+        text, template, made = model_inputs.pop("context")
         n_row = self._n_row(options)
-        attach(self.model)
-        try:
-            prompt, cache = self.chat.start(text, ids[0].tolist(), messages, n_row, template)
+        with attached(self.model):
+            prompt, cache = self.chat.start(text, ids[0].tolist(), messages, n_row, template, made)
             out = super()._forward(model_inputs, **cache_argument(self.model, cache), **options)
-        finally:
-            detach(self.model)
         self.n_tokens, self.n_kept = len(prompt), kept_of(cache.report())
         return out
 

@@ -33,8 +33,9 @@ class Coming:
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
         """A block in which this thread's forwards of the decoder bring its chunks."""
-        before, local.coming = local.coming, self
+        before = local.coming
         try:
+            local.coming = self
             yield
         finally:
             local.coming = before

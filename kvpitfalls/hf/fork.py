@@ -14,7 +14,7 @@ from .evict import Action, Evict
 from .forward import AttentionCall
 from .given_prompts import batch_of
 from .layer import KeptLayer
-from .model import attach, detach
+from .model import attached
 from .prefill import prefill
 
 
@@ -79,12 +79,9 @@ def compress_each(model: Any, prompts: Sequence[Prompt], settings: Sequence[Evic
     for setting in settings:
         batch = batch_of(model, list(prompts), None, None, setting)
         caches.append(KeptCache(model.config, setting.of_prompts(layout=batch.layout)))
-    attach(model)
-    try:
+    with attached(model):
         trunk = KeptCache(model.config, Fork(caches))
         prefill(model, trunk, batch.ids, batch.mask)
-    finally:
-        detach(model)
     for cache in caches:
         cache.origin = trunk.origin
         for i, layer in enumerate(trunk.layers):

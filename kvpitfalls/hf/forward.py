@@ -235,8 +235,9 @@ class Watched:
 
 def watched(module: torch.nn.Module, attended: torch.Tensor | None, **arguments) -> Watched:
     """What an attached decoder's attention module asks and returns if it is called so."""
-    before, local.forward = local.forward, (watch := Watched(attended))
+    before, watch = local.forward, Watched(attended)
     try:
+        local.forward = watch
         returned = module(**arguments)
     finally:
         local.forward = before

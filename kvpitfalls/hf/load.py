@@ -352,9 +352,9 @@ def _complete(model, tokenizer) -> None:
 def _quiet(unless: bool):
     """No progress bars of transformers while loading, unless they are wanted; warnings and errors still show."""
     was_on = transformers.utils.logging.is_progress_bar_enabled() and not unless
-    if was_on:
-        transformers.utils.logging.disable_progress_bar()
     try:
+        if was_on:
+            transformers.utils.logging.disable_progress_bar()
         yield
     finally:
         if was_on:

@@ -11,6 +11,8 @@ One forward of a wrapped decoder goes through :func:`_armed`, which arms this th
 
 import contextlib
 import inspect
+import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -42,8 +44,7 @@ class _Attachment:
         check_model(model)
         decoder = decoder_of(model)
         self.decoder = weakref.ref(decoder)
-        self.count = 0
-        self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
+        self.needed_by: weakref.WeakSet[Any] = weakref.WeakSet()  # who else than a wrap: a block, a call, a harness
         self.wrap: Any = None  # the handle's, while there is one: makes its caches
         self.others: list[Around] = []
         self.own = weakref.WeakKeyDictionary({module: index for index, module in attention_calls(decoder)})
@@ -73,26 +74,55 @@ class _Attachment:
             self.others.append(Around(module, name, function))
 
 
-class _Running:
-    """A call of a wrapped decoder, or of ``generate``, while it runs; its frame alone holds it, so no interrupt can
+class _OfThread:
+    """What needs an attachment while a thread is in a block or a call. Its frame alone holds it, so no interrupt can
     leave one behind."""
 
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
+class _Running(_OfThread):
+    """A call of a wrapped decoder, or of ``generate``, while it runs."""
+
     def __init__(self, decoder=None, wrap=None, steps: Any = None):
+        super().__init__()
         self.decoder, self.wrap, self.steps = decoder, wrap, steps  # of generate
         self.came_by = False  # whether a forward of the decoder did
         self.cache: KeptCache | None = None  # the newest that it filled, or was given
 
 
-def attach(model) -> _Attachment:
-    """Intercept this model's attention from now on; each attach needs a :func:`detach`."""
-    attachment: _Attachment = stand_ins.alone(_attach, model)
-    return attachment
+class attached(_OfThread):
+    """A block in which a model's attention is intercepted; the last one restores everything: at once, or when the last
+    forward that runs on any thread has ended."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+
+    def __enter__(self) -> None:
+        try:
+            attach(self._model, self)
+        except BaseException:  # an interrupt may come once it is attached
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        stand_ins.soon(_detach, self._model, self)
 
 
-def _attach(model) -> _Attachment:
-    attachment = _attachment_for(model)
-    attachment.count += 1
-    return attachment
+def attach(model, needed_by) -> None:
+    """Intercept this model's attention for as long as somebody, who is held weakly, is there."""
+    stand_ins.alone(_attach, model, needed_by)
+
+
+def _attach(model, needed_by) -> None:
+    _attachment_for(model).needed_by.add(needed_by)
+
+
+def _detach(model, needed_by) -> None:
+    if (attachment := attachment_of(model)) is not None:
+        _ended(attachment, needed_by)
 
 
 def _attachment_for(model) -> _Attachment:
@@ -106,18 +136,6 @@ def _attachment_for(model) -> _Attachment:
         attachment = _attached[decoder] = _Attachment(model)
     attachment.override(model)
     return attachment
-
-
-def detach(model) -> None:
-    """Undo one :func:`attach`. The last one restores everything: at once, or when the last forward that runs on any
-    thread has ended."""
-    stand_ins.soon(_detach, model)
-
-
-def _detach(model) -> None:
-    attachment = _attached[decoder_of(model)]
-    attachment.count -= 1
-    _close_if_idle(attachment)
 
 
 def put_wrap(model, wrap) -> _Attachment:
@@ -177,16 +195,28 @@ def paused(model) -> Iterator[None]:
 
 def _close_if_idle(attachment: _Attachment) -> None:
     """Close it if nobody needs it; known until then, so that whoever comes next ends what an interrupt broke off."""
-    if attachment.count == 0 and attachment.wrap is None and not attachment.running:
+    if attachment.wrap is None and not attachment.needed_by:
         attachment.close()
         decoder = attachment.decoder()
         if decoder is not None and _attached.get(decoder) is attachment:
             del _attached[decoder]
 
 
-def _ended(attachment: _Attachment, running: _Running) -> None:
-    attachment.running.discard(running)
+def _ended(attachment: _Attachment, needed_by) -> None:
+    attachment.needed_by.discard(needed_by)
     _close_if_idle(attachment)
+
+
+def _forget_other_threads() -> None:
+    """In a child that was forked: calls and blocks of other threads are not there to end."""
+    own = threading.get_ident()
+    for attachment in list(_attached.values()):
+        for other in [x for x in attachment.needed_by if isinstance(x, _OfThread) and x.thread != own]:
+            attachment.needed_by.discard(other)
+        _close_if_idle(attachment)
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def _armed(decoder, forward, args, kwargs):
@@ -202,7 +232,7 @@ def _armed(decoder, forward, args, kwargs):
     running, outer = _Running(), local.forward
     try:
         with stand_ins.lock:
-            attachment.running.add(running)
+            attachment.needed_by.add(running)
         call, wrap = _generating(decoder), attachment.wrap
         if call is not None:
             call.came_by, wrap = True, call.wrap  # the wrap that was there when it began
@@ -247,7 +277,7 @@ def _generate(model, generate, args, kwargs):
     running.cache = cache if isinstance(cache, KeptCache) else None
     try:
         with stand_ins.lock:
-            attachment.running.add(running)
+            attachment.needed_by.add(running)
         local.generating = (*outer, running)
         with running.steps, contextlib.nullcontext() if coming is None else coming.here():
             args, kwargs = running.steps.watched(generate, args, kwargs)
@@ -277,8 +307,8 @@ def _outer(module, forward, args, kwargs):
     is_filled = isinstance(cache, KeptCache) and cache.n_seen > 0
     if is_filled and tokens is not None and _generating(decoder) is None:  # else generate has made the positions
         cache.origin.give_deltas(module, len(cache.valid or ()), len(tokens))
-    local.outer = Outer(module, bound.get("input_ids"), bound.get("attention_mask"))
     try:
+        local.outer = Outer(module, bound.get("input_ids"), bound.get("attention_mask"))
         return forward(*args, **kwargs)
     finally:
         local.outer = before

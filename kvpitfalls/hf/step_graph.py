@@ -17,7 +17,7 @@ from .around import Around
 # What a captured step reads; a call with anything else is run as it is, by Python.
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "use_cache", "cache_position", "return_dict", *CACHE_NAMES}
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # plain, a signal's handler that captures while its thread does would wait for itself
 _CAPTURING = "transformers.utils.output_capturing"
 # Hooks of every module; torch 2.6 has no function that asks for them.
 _OF_ALL = [getattr(of_all, f"_global_{when}_hooks") for when in ("forward_pre", "forward", "backward_pre", "backward")]
@@ -75,8 +75,8 @@ def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Non
     """
     with _lock, torch.cuda.device(device):
         collects = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
                 yield
         finally:
@@ -193,6 +193,11 @@ class StepGraph:
     foresees = True
 
     def __init__(self, decoder, forward: Callable, cache, record):
+        if _lock._is_owned():  # type: ignore[attr-defined] # as in stand_ins.py
+            raise RuntimeError(
+                "a signal's handler or a finalizer came while its thread captured a CUDA graph, and is to capture "
+                "another; expected that outside of it"
+            )
         self.implementation, ids = decoder.config._attn_implementation, record.ids
         self.ids, self.positions = torch.zeros_like(ids), torch.zeros_like(ids)
         self.newest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)

@@ -13,7 +13,7 @@ from .cache import KeptCache
 from .evict import Action
 from .forward import AttentionCall
 from .layer import KeptLayer
-from .model import attach, detach
+from .model import attached
 from .parts import decoder_of, device_of, n_known_of
 from .rows import FORGETFUL
 
@@ -53,8 +53,7 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
         )
     ids = torch.randint(0, n_vocab, (1, n_token), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     cut = n_token // 2
-    attach(model)
-    try:
+    with attached(model):
         outputs = []
         for action in (Action(), Shuffle()):
             cache = KeptCache(model.config, action)
@@ -63,8 +62,6 @@ def shuffle_difference(model, n_token: int, tolerance: float) -> float:
                 for new in ids[:, cut:].split(1 if model.config.model_type in FORGETFUL else n_token, 1):
                     logits = model(input_ids=new, use_cache=True, **cache_argument(model, cache))[0]  # or hidden states
             outputs.append(logits.float())
-    finally:
-        detach(model)
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
     if not difference <= tolerance:
         raise UnsupportedModelError(

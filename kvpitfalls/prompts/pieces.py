@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..letters import UNSPACED
+from ..letters import HAN_AND_KANA, UNSPACED
 from .spans import short
 
 WAYS = ("sentences", "lines", "messages")
@@ -24,6 +24,7 @@ _STOP = re.compile(
     # Japanese goes on after what it quotes with a particle: 「いいえ。」と答える。
     rf"|(?<![。｡！？])(?:[。｡！？]|(?<![\dＡ-Ｚａ-ｚ])．(?!\d))++[」』”’）】》〉〕］]*+(?!(?<=[」』”’）])(?:と|って|など|を|の|に|へ))[{_FACES}]*"
     rf"|(?<![{_ALWAYS}])[{_ALWAYS}]+(?=[^\W\d_])"
+    rf"|(?<=[{HAN_AND_KANA}])(?<=\w)[!?]+(?=[{HAN_AND_KANA}])(?=\w)"  # as typed on a keyboard of Latin letters
 )
 _OPENING = "\"'“‘«([<*_`$€£#"
 # A full stop after these ends no sentence: ever; before lower case or a number; before a number.
@@ -194,13 +195,17 @@ def numbered(names: Iterable[str], used: Iterable[str] = ()) -> Iterator[str]:
     >>> list(numbered(["rule", "rule", "sinks", "rule"], used=["rule (2)"]))
     ['rule', 'rule (3)', 'sinks (text)', 'rule (4)']
     """
-    given, last = set(used), dict[str, int]()  # a prompt may say one thing thousands of times: numbers are tried once
+    given, last = (
+        {unicodedata.normalize("NFC", name) for name in used},
+        dict[str, int](),
+    )  # a prompt may say one thing thousands of times: numbers are tried once
     for name in names:
         name = f"{name} (text)" if name in ("sinks", "boundary") else name  # to ``protect`` these mean something else
-        n, out = last.get(name, 1), name
-        while out in given:
+        shown = unicodedata.normalize("NFC", name)  # names that look alike are one
+        n, out = last.get(shown, 1), name
+        while unicodedata.normalize("NFC", out) in given:
             n += 1
             out = f"{name} ({n})"
-        last[name] = n
-        given.add(out)
+        last[shown] = n
+        given.add(unicodedata.normalize("NFC", out))
         yield out
