@@ -452,14 +452,13 @@ def test_a_capture_is_on_the_models_gpu_and_alone_and_leaves_the_collector_as_it
     try:
         raised = contextlib.nullcontext() if error is None else pytest.raises(error)
         with raised, step_graph._captured("a graph", torch.device("cuda:1")):
-            assert not gc.isenabled() and not step_graph._lock.acquire(blocking=False)
+            assert not gc.isenabled() and step_graph._lock._is_owned()
             if error is not None:
                 raise error
         assert gc.isenabled() == collects
     finally:
         (gc.enable if before else gc.disable)()
-    assert step_graph._lock.acquire(blocking=False)
-    step_graph._lock.release()
+    assert not step_graph._lock._is_owned()
     options = {"stream": "stream of cuda:1", "capture_error_mode": "thread_local"}
     assert log == [("device", torch.device("cuda:1"), {}), ("graph", "a graph", options)]
 
