@@ -93,7 +93,8 @@ def test_hostile_prompts_stay_text():
     )
     assert page.title == "</title><script>document.title='owned'</script>"
     text = shown.html.encode("utf-8").decode("utf-8")  # a lone surrogate could not be written
-    assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text)
+    assert text.count(own := "\u201c\u2068${text}\u2069\u201d") == 1, "how the script shows a token"
+    assert not re.search("[\u2028\u2029\u202a-\u202e\u2066-\u2069\x00\x1b]", text.replace(own, ""))
     outside = Page(shown._repr_html_())
     assert outside.tags == ["style", "iframe", "p"] and outside.handlers == []
 

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +148,8 @@ def test_messages_are_numbered_by_one_step_each():
     def steps(n):
         tokenizer, messages = byte_level(), [{"role": "user", "content": "no"}] * n
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert list(contexts._contents(tokenizer, text, messages, {}))[-1] == f"user#{n}"
-        return lines_run(lambda: contexts._contents(tokenizer, text, messages, {}))
+        assert list(contexts._contents(tokenizer, text, messages, {}, datetime.now()))[-1] == f"user#{n}"
+        return lines_run(lambda: contexts._contents(tokenizer, text, messages, {}, datetime.now()))
 
     assert steps(400) < 2.2 * steps(200)
 
