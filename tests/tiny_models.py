@@ -17,7 +17,9 @@ from kvpitfalls.prompts.prompt import Prompt
 
 # What generate hands down with prefill_chunk_size is refused there (tests/test_chunks.py).
 IS_MISPLACED = Version("5") <= Version(transformers.__version__) < Version("5.5")
-chunks_of_generate = pytest.mark.skipif(IS_MISPLACED, reason="generate gives each chunk the last one's positions")
+chunks_of_generate = pytest.mark.skipif(
+    IS_MISPLACED, reason="generate of transformers 5.0 to 5.4 gives each chunk the last one's positions"
+)
 _SIZE = {
     "hidden_size": 64,
     "intermediate_size": 96,
