@@ -66,10 +66,12 @@ static double decode_16(uint16_t bits, int fraction_bits, int bias) {
     return bits & 0x8000u ? -value : value;
 }
 
+/* Without an array of the indices, which the address sanitizer would guard in every call, a quarter of all its time. */
 void *element(const kvp_tensor *t, int64_t i, int64_t j, int64_t k, int64_t l) {
-    const int64_t index[4] = {i, j, k, l};
-    int64_t offset = 0;
-    for (int d = 0; d < t->ndim; d++) offset += index[d] * t->stride[d];
+    int64_t offset = t->ndim > 0 ? i * t->stride[0] : 0;
+    if (t->ndim > 1) offset += j * t->stride[1];
+    if (t->ndim > 2) offset += k * t->stride[2];
+    if (t->ndim > 3) offset += l * t->stride[3];
     return (char *)t->data + offset * (int64_t)dtype_size(t->dtype);
 }
 

@@ -75,11 +75,12 @@ int64_t random_below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n);
 
 int64_t random_dim(int64_t most) { return random_below(3) ? 1 + random_below(most) : 32 * (1 + random_below(4)); }
 
-/* Twelve uniform numbers have the variance 1. Not Box-Muller: logarithms and cosines differ between machines. */
+/* Twelve uniform numbers have the variance 1. Not Box-Muller: logarithms and cosines differ between machines. Summed as
+ * whole numbers, of which an emulator does many more in a second than of floats. */
 double random_normal(void) {
-    double sum = -6;
-    for (int i = 0; i < 12; i++) sum += (double)(random_bits() >> 11) * 0x1p-53;
-    return sum;
+    uint64_t sum = 0;
+    for (int i = 0; i < 12; i++) sum += random_bits() >> 11;
+    return (double)sum * 0x1p-53 - 6;
 }
 
 static size_t padded_bytes(size_t bytes) { return (bytes + GUARD_BYTES - 1) / GUARD_BYTES * GUARD_BYTES; }
@@ -126,10 +127,15 @@ void free_block(block *b) {
     *b = (block){0};
 }
 
-/* FNV-1a */
+/* FNV-1a, of words of eight bytes and of the bytes that are left */
 uint64_t hash_block(const block *b) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < b->bytes; i++) hash = (hash ^ b->data[i]) * 0x100000001b3u;
+    uint64_t hash = 0xcbf29ce484222325u, word;
+    size_t i = 0;
+    for (; i + sizeof word <= b->bytes; i += sizeof word) {
+        memcpy(&word, b->data + i, sizeof word);
+        hash = (hash ^ word) * 0x100000001b3u;
+    }
+    for (; i < b->bytes; i++) hash = (hash ^ b->data[i]) * 0x100000001b3u;
     return hash;
 }
 
