@@ -38,38 +38,47 @@ def llama():
     return build("llama")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+def pad_rows(rows, side):
+    """Prompts in one batch: its tokens, its mask, and where each begins."""
+    width = max(row.shape[1] for row in rows)
+    tokens, begins = torch.zeros(len(rows), width, dtype=torch.long), []
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        begins.append(width - row.shape[1] if side == "left" else 0)
+        tokens[i, begins[i] : begins[i] + row.shape[1]], mask[i, begins[i] : begins[i] + row.shape[1]] = row[0], 1
+    return tokens, mask, begins
+
+
 @pytest.mark.parametrize("fair", [False, True])
-def test_32_prompts_in_one_padded_batch_equal_32_runs(llama, fair, side):
-    lengths = np.random.default_rng(0).integers(9, 30, 32)
-    width = int(lengths.max())
-    tokens, mask, spans = torch.zeros(32, width, dtype=torch.long), torch.zeros(32, width, dtype=torch.long), []
-    for row, n in enumerate(lengths):
-        begin = width - int(n) if side == "left" else 0
-        tokens[row, begin : begin + n], mask[row, begin : begin + n] = ids(1, int(n), seed=row)[0], 1
-        cut = 2 + row % 5
-        spans.append({"a": (begin + 1, begin + cut), "b": (begin + cut, begin + int(n) - 1)})
-    question = ids(1, 3, seed=99).expand(32, -1)
+def test_32_prompts_in_one_padded_batch_equal_32_runs(llama, fair):
+    """On whichever side the padding is."""
+    rows = [ids(1, int(n), seed=i) for i, n in enumerate(np.random.default_rng(0).integers(9, 30, 32))]
+    spans = [{"a": (1, 2 + i % 5), "b": (2 + i % 5, row.shape[1] - 1)} for i, row in enumerate(rows)]
+    question = ids(1, 3, seed=99)
     for policy in POLICIES:
         with kvp.wrap(
             llama, policy, compression_ratio=0.5, fair=fair, protect="sinks" if fair is False else None
         ) as handle:
-            cache = handle.compress(tokens, mask, spans)
-            asked, longer = torch.cat([tokens, question], 1), torch.cat([mask, torch.ones_like(question)], 1)
-            answers = llama.generate(asked, attention_mask=longer, past_key_values=copy.deepcopy(cache), **GREEDY)
-            for row, n in enumerate(lengths):
-                begin = width - int(n) if side == "left" else 0
-                alone = handle.compress(
-                    tokens[row : row + 1, begin : begin + n],
-                    spans={k: (b - begin, e - begin) for k, (b, e) in spans[row].items()},
+            kept, answers = [], []
+            for row, of_row in zip(rows, spans, strict=True):
+                cache, one = handle.compress(row, spans=of_row), torch.cat([row, question], 1)
+                kept.append({layer.index: cache.positions(layer.index)[0] for layer in cache.kept_layers})
+                answers.append(
+                    llama.generate(one, attention_mask=torch.ones_like(one), past_key_values=cache, **GREEDY)[0, -6:]
                 )
-                for layer in cache.kept_layers:
-                    of_row = cache.positions(layer.index)[row]
-                    kept = of_row[of_row >= 0].reshape(of_row.shape[0], -1) - begin
-                    assert np.array_equal(kept, alone.positions(layer.index)[0])
-                one = torch.cat([tokens[row : row + 1, begin : begin + n], question[:1]], 1)
-                answer = llama.generate(one, attention_mask=torch.ones_like(one), past_key_values=alone, **GREEDY)
-                assert torch.equal(answers[row, -6:], answer[0, -6:])
+            for side in ("left", "right"):
+                tokens, mask, begins = pad_rows(rows, side)
+                shifted = [{k: (x + n, y + n) for k, (x, y) in s.items()} for s, n in zip(spans, begins, strict=True)]
+                cache = handle.compress(tokens, mask, shifted)
+                asked = torch.cat([tokens, question.expand(32, -1)], 1)
+                longer = torch.nn.functional.pad(mask, (0, 3), value=1)
+                together = llama.generate(asked, attention_mask=longer, past_key_values=cache, **GREEDY)
+                for i, begin in enumerate(begins):
+                    for layer in cache.kept_layers:
+                        of_row = cache.positions(layer.index)[i]
+                        moved = of_row[of_row >= 0].reshape(of_row.shape[0], -1) - begin
+                        assert np.array_equal(moved, kept[i][layer.index]), (side, i)
+                    assert torch.equal(together[i, -6:], answers[i]), (side, i)
 
 
 def answered(model, tokens, **given):
