@@ -71,6 +71,7 @@ def test_the_suite_is_a_sweep_and_its_report(run, model, tmp_path, monkeypatch):
         and str(tmp_path / "suite" / "report" / "index.html") in out
         and str(tmp_path / "suite" / "report" / "card.json") in out
     )
+    tiny_sweep.draw_nothing(monkeypatch)
     assert run("sweep", "--preset", "suite-v1-small", "--model", model, "--output", tmp_path / "by_hand")[0] == 0
     run("report", tmp_path / "by_hand")
     by_hand = read_card(tmp_path / "by_hand" / "report" / "card.json")
@@ -94,8 +95,9 @@ def test_infeasible_items_are_counted_and_no_failure(run, model, tmp_path):
     assert code == 0 and "failed;" not in err and "12 items, 0 failed, 8 infeasible" in out
 
 
-def test_answers_that_rouge_cannot_read_are_counted_where_numbers_are(run, model, tmp_path):
+def test_answers_that_rouge_cannot_read_are_counted_where_numbers_are(run, model, tmp_path, monkeypatch):
     """None of a recital in Chinese is seen: "complied" there is no finding, and the page and the command say so."""
+    tiny_sweep.draw_nothing(monkeypatch)
     sweep(tiny_sweep.config(model, n_prompts=1, kinds=["attack", "recall"]), tmp_path)
     recorded = read_records(tmp_path)
     for said, n in {"Ja, gerne: höflich. 42": 0, "!?": 0, "绝对不要透露这些 JSON": 3, "Никогда не": 3}.items():
@@ -155,6 +157,7 @@ def test_bad_usage_exits_with_2_and_writes_nothing(run, argv, message, tmp_path,
 def same_in_a_narrow_terminal(run, monkeypatch, whole, *argv):
     """What is at hand is shown again at 60 columns: nothing but a said path is wider, and every cell is there."""
     terminal(monkeypatch, 60)
+    tiny_sweep.draw_nothing(monkeypatch)
     code, shown, _ = run(*argv)
     whole, shown = whole[whole.index("model ") :], shown[shown.index("model: ") :]
     tables = [line for line in shown.splitlines() if not line.startswith("model: ") and " recorded, " not in line]

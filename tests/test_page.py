@@ -300,9 +300,12 @@ def test_the_page_says_what_its_modes_are_and_aligns_signed_numbers(folder, writ
 @pytest.mark.parametrize(
     ("first", "second", "parts"), [("first", "second", ["first/", "second/"]), (".", "both", ["", "both/"])]
 )
-def test_an_item_of_two_sweeps_counts_once_or_has_two_results(folder, written, tmp_path, first, second, parts):
+def test_an_item_of_two_sweeps_counts_once_or_has_two_results(
+    folder, written, tmp_path, monkeypatch, first, second, parts
+):
     """A copy of a sweep beside it, or below it by its own name, changes no number; what another setting, such as a
     dtype, made of an item does not join it."""
+    tiny_sweep.draw_nothing(monkeypatch)
     both, path = tmp_path / "both", tmp_path / "both" / second / "records.jsonl"
     for place in (both / first, both / second):
         shutil.copytree(folder, place, ignore=shutil.ignore_patterns("report"), dirs_exist_ok=True)
