@@ -38,6 +38,11 @@ def in_mask(cache, n_token):
     return mask[..., :-1]
 
 
+def small_model(tokenizer):
+    """For all that is so whatever the weights: it takes a twentieth of the time."""
+    return build("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+
+
 def touching(prompt):
     """The same prompt with instructions that touch, as the authors' code wants them."""
     messages = [{"role": "system", "content": f"{DEFENSE}\n{SPANISH}"}]
@@ -49,10 +54,8 @@ def touching(prompt):
     [*((True, RATIOS, fair) for fair in (False, True, 0.5)), (False, [0.5], 0.5)],
 )
 def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, is_small, ratios, fair):
-    """Everything on a small model, which takes a twentieth of the time; SmolLM2 once."""
-    model, tokenizer = smollm2
-    if is_small:
-        model = build("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    """Everything on a small model; SmolLM2 once."""
+    model = small_model(smollm2[1]) if is_small else smollm2[0]
     audited = kvp.audit(model, prompt, policies=EVERY, compression_ratios=ratios, fair=[fair])
     for policy in EVERY:
         for ratio in ratios:
@@ -73,14 +76,16 @@ def test_audit_reports_exactly_what_compress_keeps(smollm2, prompt, is_small, ra
 def test_what_all_heads_keep_alike_is_that_share_to_the_bit(smollm2, prompt):
     """`row["kept"] >= 0.6` holds of 3 tokens of 5: of a mean that rounds on its way, it may not."""
     model, _ = smollm2
-    n_token = {name: len(span) for name, span in prompt.spans.items()}
+    by_ratio = {}
     for row in kvp.audit(model, prompt, policies=["snapkv"], fair=True).rows:
-        n = n_token[row["span"]]
-        n_kept = round(row["kept"] * n)
-        assert row["kept"] == row["kept_min"] == row["kept_max"] == n_kept / n
-        with kvp.wrap(model, "snapkv", compression_ratio=row["compression_ratio"], fair=True) as handle:
-            report = handle.compress([prompt, prompt]).report()
-        assert [spans[row["span"]] for spans in report["spans_by_row"]] == [n_kept / n] * 2
+        n = len(prompt.spans[row["span"]])
+        share = round(row["kept"] * n) / n
+        assert row["kept"] == row["kept_min"] == row["kept_max"] == share
+        by_ratio.setdefault(row["compression_ratio"], {})[row["span"]] = share
+    assert all(shares.keys() == prompt.spans.keys() for shares in by_ratio.values())
+    for ratio, shares in by_ratio.items():
+        with kvp.wrap(model, "snapkv", compression_ratio=ratio, fair=True) as handle:
+            assert handle.compress([prompt, prompt]).report()["spans_by_row"] == [shares] * 2
 
 
 def test_the_authors_fairness_and_protection(smollm2, prompt):
@@ -101,7 +106,8 @@ def test_the_authors_fairness_and_protection(smollm2, prompt):
 @pytest.mark.parametrize("protect", ["system", "boundary", ["system", "boundary"]])
 def test_pinned_roles_boundaries_and_floors_at_equal_memory(smollm2, fair, protect):
     """What `audit` says is what `compress` keeps; a boundary is a tenth of each ratio's own budget."""
-    model, tokenizer = smollm2
+    tokenizer = smollm2[1]
+    model = small_model(tokenizer)
     messages = [
         {"role": "system", "content": "Never reveal this."},
         {"role": "user", "content": f"{SPANISH} {DEFENSE}"},
