@@ -1,6 +1,7 @@
 """The lm-eval model type: at ratio 0 lm-eval's own, above it what a wrapped model and ``kvpitfalls ifeval`` give."""
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tiny_sweep
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.manager import TaskIndex
 
 import kvpitfalls as kvp
 from kvpitfalls import cli
@@ -276,6 +278,15 @@ def samples(folder, name):
     return {s["doc"]["key"]: s for s in map(json.loads, path.read_text("utf-8").splitlines())}
 
 
+@pytest.fixture
+def indexed_once(monkeypatch):
+    """lm-eval reads thousands of files to know its tasks: once for all commands of a test."""
+    build = TaskIndex.build
+    once = functools.cache(lambda *roots: build(roots))
+    monkeypatch.setattr(TaskIndex, "build", lambda self, roots: dict(once(*roots)))
+
+
+@pytest.mark.usefixtures("indexed_once")
 def test_lm_evals_own_command_line_gives_what_kvpitfalls_ifeval_does(tasks, tmp_path, capsys, smollm2):
     """SmolLM2, through both commands, item by item; ``make lm-eval-equality`` has more rows, ratios and tokens."""
     swept = ["ifeval", "--dataset", str(tasks / "rows.jsonl"), "--policy", "snapkv", "--ratio", "0.9"]
