@@ -8,12 +8,14 @@ import pytest
 # Most models here are tiny: threads would only wait for each other, for minutes where other processes keep the cores
 # busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported
 
 
 def pytest_collection_finish():
-    """What was imported is no garbage: from here on a collection goes through what tests made alone, a tenth of all."""
+    """What was imported is no garbage: from here on a collection goes through what tests made alone."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
