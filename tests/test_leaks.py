@@ -18,7 +18,7 @@ import kvpitfalls as kvp
 from kvpitfalls import _core
 
 N_CALL = 1000
-MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+MALLINFO = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
 
 class Mallinfo2(ctypes.Structure):

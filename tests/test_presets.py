@@ -82,7 +82,7 @@ def test_the_suite_is_the_promised_matrix(name, n_prompt, n_setting):
 
 
 @settings(deadline=None)
-@given(n_prompt=st.integers(1, 40), n_each=st.integers(1, 6), n_family=st.integers(1, 2), batch_size=st.integers(1, 70))
+@given(n_prompt=st.integers(1, 20), n_each=st.integers(1, 6), n_family=st.integers(1, 2), batch_size=st.integers(1, 70))
 def test_attacks_go_round_the_prompts(n_prompt, n_each, n_family, batch_size):
     """Each prompt meets so many different attacks; the batch size changes nothing; without the word, it meets all."""
     own, attacks = load_corpus(), ["verbatim", "role_play"][:n_family]
