@@ -18,10 +18,9 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 demo: $(VENV)-demo/ready
 	$(VENV)-demo/bin/kvpitfalls demo
 
-# Whole files of tests share the cores, since what a file sets up it sets up once; in their own order, as those of few tests, such as the notebooks, are
-# not the short ones. JOBS=0 is one process, for a debugger.
+# Whole files of tests share the cores, since what a file sets up it sets up once. JOBS=0 is one process, for a debugger.
 JOBS ?= auto
-IN_PARALLEL := -n $(JOBS) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+IN_PARALLEL := -n $(JOBS) --maxprocesses=8 --dist=loadfile
 
 # Ray's tests run alone: it gives its processes half a minute to start, which is short where other tests keep the cores busy.
 test: $(VENV)/model
