@@ -2,6 +2,7 @@
 sentence."""
 
 import copy
+import dataclasses
 import html.parser
 import json
 import re
@@ -76,6 +77,8 @@ def test_an_audits_table(audited):
         assert shares == [f"{100 * kept[policy, fair, span, ratio]:.0f} %" for ratio in (0.3, 0.6)]
     assert all(said in shown.text for said in verdicts(audited.settings()))
     assert "SmolLM2" in repr(audited) and "52 tokens, 2 instructions, 4 settings, 2 ratios" in repr(audited)
+    alone = dataclasses.replace(audited, rows=audited.rows[:1], spans=dict(list(audited.spans.items())[:1]))
+    assert "1 instruction, 1 setting, 1 ratio>" in repr(alone)
 
 
 SCRIPTS = ["reveal ", "守秘義務", "لا تكشف", "नियम ", "e\u0301", "\n", "\t\x1b[31m", "\u202e", "👩👧", "\ud800", "_"]

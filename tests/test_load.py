@@ -177,6 +177,11 @@ def test_files_that_are_no_gguf_are_said_to_be_there(tmp_path, monkeypatch):
         loading.load(str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     assert loading.transformers_name("gpt2") == "gpt2", "a hub id: the file of that name is no model"
+    for name in ("system.txt", "prompts/system.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("You are a bank's assistant.")
+        with pytest.raises(ValueError, match=r"system\.txt does not start with GGUF; expected a GGUF file"):
+            loading.transformers_name(name)
 
 
 def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):

@@ -247,12 +247,14 @@ class Audit:
         )
 
     def __repr__(self) -> str:
-        n_setting = len({(row["policy"], row["fair"]) for row in self.rows})
-        n_ratio = len({row["compression_ratio"] for row in self.rows})
-        return (
-            f"<Audit of {one_line(self.model)}: {len(self.tokens)} tokens, {len(self.spans)} instructions, {n_setting} "
-            f"settings, {n_ratio} ratios>"
-        )
+        counts = {
+            "token": len(self.tokens),
+            "instruction": len(self.spans),
+            "setting": len({(row["policy"], row["fair"]) for row in self.rows}),
+            "ratio": len({row["compression_ratio"] for row in self.rows}),
+        }
+        counted = ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items())
+        return f"<Audit of {one_line(self.model)}: {counted}>"
 
     def __str__(self) -> str:
         settings = self.settings()

@@ -338,17 +338,9 @@ def _fair(text: str) -> list:
 
 def _audit(args) -> int:
     from ..audits.retention import audit
-    from ..display.columns import fitted, wrapped
-    from ..display.verdicts import kept_table, verdicts
     from ..prompts.prompt import Prompt
 
-    if args.min_kept is not None and not 0 < args.min_kept <= 1:
-        raise ValueError(f"--min-kept is {args.min_kept}; expected a share in (0, 1]")
-    if args.min_kept is not None and not (args.ratio and args.fair):
-        raise ValueError(
-            "--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that "
-            "share"
-        )
+    _check_least(args)
     _check_files(args)
     instructions = _named(args.instruction) if args.instruction else args.instructions or "sentences"
     system = args.system if args.system is not None else _text_of(args.system_file)
@@ -365,19 +357,40 @@ def _audit(args) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        width, least = columns(), args.min_kept or 0.5
-        print(wrapped(f"{source}: {len(prompt)} prompt tokens.", width))
-        explained = f"Kept share of each instruction (mean over {_heads(result)}; * = under {least:g}):"
-        print(f"{wrapped(explained, width)}\n")
-        print(f"{fitted(kept_table(result.settings(), least), width)}\n")
-        for verdict in verdicts(result.settings(), args.min_kept):
-            print(wrapped(verdict, min(100, width or 100)))
-    lost = [row for row in result.rows if row["kept"] < (args.min_kept or 0)]
+        _print_audit(result, source, args.min_kept)
+    return 3 if _lost(result, args.min_kept or 0) else 0
+
+
+def _check_least(args) -> None:
+    if args.min_kept is not None and not 0 < args.min_kept <= 1:
+        raise ValueError(f"--min-kept is {args.min_kept}; expected a share in (0, 1]")
+    if args.min_kept is not None and not (args.ratio and args.fair):
+        raise ValueError(
+            "--min-kept is given without --ratio or --fair; expected both, so that it is clear what has to keep that "
+            "share"
+        )
+
+
+def _print_audit(result, source: str, min_kept: float | None) -> None:
+    from ..display.columns import fitted, wrapped
+    from ..display.verdicts import kept_table, verdicts
+
+    width, least = columns(), min_kept or 0.5
+    print(wrapped(f"{source}: {len(result.tokens)} prompt tokens.", width))
+    explained = f"Kept share of each instruction (mean over {_heads(result)}; * = under {least:g}):"
+    print(f"{wrapped(explained, width)}\n")
+    print(f"{fitted(kept_table(result.settings(), least), width)}\n")
+    for verdict in verdicts(result.settings(), min_kept):
+        print(wrapped(verdict, min(100, width or 100)))
+
+
+def _lost(result, least: float) -> list[dict]:
+    """Rows that keep less, each told on standard error."""
+    lost = [row for row in result.rows if row["kept"] < least]
     for row in lost:
         fairness = "fair" if row["fair"] is True else row["fair"] or "biased"
         setting = f"{row['policy']}, {fairness}, r={row['compression_ratio']:g}"
         print(
-            f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.4g}, under {args.min_kept:g} ({setting})",
-            file=sys.stderr,
+            f"kvpitfalls audit: {row['span']!r} keeps {row['kept']:.4g}, under {least:g} ({setting})", file=sys.stderr
         )
-    return 3 if lost else 0
+    return lost

@@ -13,7 +13,7 @@ from pathlib import Path
 from .streams import columns
 from .values import number_or, policy_help
 
-_REPORT_OF = "Tables, figures and a page of it: kvpitfalls report {}"
+_REPORT_OF = "Tables, figures and a page of it: kvpitfalls report {}\n"
 _DATA_HELP = "folder of the paper's data; KVPITFALLS_DATA or a download by default"
 
 
@@ -238,7 +238,7 @@ def _suite(args) -> int:
     from ..experiments.presets import preset
 
     report = functools.cache(lambda: write_report(args.output))
-    code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)), report)
+    code = run_parts(args, preset(f"{SUITE}-small" if args.small else SUITE, **_changes(args)), report, after="")
     if not args.json and code != 130:
         written = report()
         print(f"\n{fitted(outcome_table(written['cells']), columns(), N_SETTING)}\n")
@@ -247,9 +247,10 @@ def _suite(args) -> int:
     return code
 
 
-def run_parts(args, parts: dict, measured: Callable[[], Mapping] = dict) -> int:
+def run_parts(args, parts: dict, measured: Callable[[], Mapping] = dict, after: str = _REPORT_OF) -> int:
     """Run the sweeps of a command, each in a folder of its own if there are several; 1 if an item failed, not where one
-    was infeasible. ``measured``: what JSON says of them beside their names."""
+    was infeasible. ``measured``: what JSON says of them beside their names; ``after``: the line that says what is
+    next."""
     from ..experiments.sweep import sweep
 
     if not args.output:  # as the path of a folder it is the current one
@@ -272,7 +273,7 @@ def run_parts(args, parts: dict, measured: Callable[[], Mapping] = dict) -> int:
         for part in done.values():
             states = f"{part['failed']} failed, {part['infeasible']} infeasible"
             print(f"{part['folder']}: {part['items']} items, {states}, {part['resumed_at']} were there already")
-        print(_REPORT_OF.format(shlex.quote(args.output)))
+        print(end=after.format(shlex.quote(args.output)))
     return _failed(args, done)
 
 
@@ -363,7 +364,7 @@ def _rescore(args) -> int:
             states = f"{part['failed']} failed, {part['infeasible']} infeasible"
             recorded = f"{part['recorded']} of {part['items']} items"
             print(f"{place}: {recorded}, {part['changed']} with other scores than before; {states}")
-        print(_REPORT_OF.format(shlex.quote(args.output)))
+        print(end=_REPORT_OF.format(shlex.quote(args.output)))
     return _failed(args, done)
 
 

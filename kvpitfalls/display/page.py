@@ -64,6 +64,44 @@ def write_report(folder: str | Path) -> dict:
     ------
     FileNotFoundError, ValueError, ImportError
     """
+    records, metas, n_read = _read(folder)
+    cells, changes, ranked = summarize(records), differences(records), rank_correlations(records)
+    families = attack_families(records)
+    compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
+    tables = {
+        "summary": _flat(cells),
+        "differences": changes,
+        "following": following(records),
+        "rank_correlation": ranked,
+        "composite": composites(records),
+        **compared,
+        "families": [{"family": f["family"], **row} for f in families for row in _flat([{**f, "kept": {}}])],
+        "failures": [{**{n: r[n] for n in ITEM}, "error": r["error"]} for r in records if r["error"]],
+        "infeasible": [{**{n: r[n] for n in ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")],
+    }
+    out = Path(folder) / "report"
+    out.mkdir(exist_ok=True)
+    for name, rows in tables.items():
+        if rows:
+            _write(out / f"{name}.csv", _csv(rows))
+    paths = _write_cards(out, cards(records, list(metas.values())))
+    drawn = _draw(cells, ranked, out)
+    figures = [svg for of_group in drawn.values() for _, svg in of_group]
+    _remove_older(
+        out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
+    )
+    n_planned = sum(meta["items"] for meta in metas.values())
+    facts: dict[str, int | str] = {"recorded": len(records), "unread": other_scripts(records)}
+    facts["items"] = len(records) + n_planned - n_read  # an item of two sweeps is one
+    facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
+    of_groups = {**compared, "families": families, "changes": changes}
+    _write(out / "index.html", _page(facts, metas, cells, of_groups, tables, records, drawn))
+    return {"page": str(out / "index.html"), "cards": [str(path) for path in paths], **facts, "cells": cells}
+
+
+def _read(folder: str | Path) -> tuple[list[Mapping], dict[str, dict], int]:
+    """The records of a folder's sweeps, each item once; what each sweep was, by its file; and how many records they
+    have."""
     parts = sweep_folders(folder)
     names = [part.relative_to(folder) for part in parts]
     read = {str(name / RECORDS): read_records(part) for name, part in zip(names, parts, strict=True)}
@@ -71,46 +109,15 @@ def write_report(folder: str | Path) -> dict:
         raise ValueError(f"{folder} holds no whole record yet; expected at least one batch of a sweep")
     for of_part in read.values():
         check_records(of_part)
-    records = each_once(read)
     metas = {str(name / META): read_meta(part) for name, part in zip(names, parts, strict=True)}
-    cells, changes, classes = summarize(records), differences(records), following(records)
-    ranked, scores, families = rank_correlations(records), composites(records), attack_families(records)
-    compared = {"fixes": fixes(records), "losses": losses(records), "flips": flips(records)}
-    out = Path(folder) / "report"
-    out.mkdir(exist_ok=True)
-    tables = {
-        "summary": _flat(cells),
-        "differences": changes,
-        "following": classes,
-        "rank_correlation": ranked,
-        "composite": scores,
-    }
-    tables |= compared
-    tables["families"] = [{"family": f["family"], **row} for f in families for row in _flat([{**f, "kept": {}}])]
-    tables["failures"] = [{**{n: r[n] for n in ITEM}, "error": r["error"]} for r in records if r["error"]]
-    tables["infeasible"] = [
-        {**{n: r[n] for n in ITEM}, "reason": r["infeasible"]} for r in records if r.get("infeasible")
-    ]
-    for name, rows in tables.items():
-        if rows:
-            _write(out / f"{name}.csv", _csv(rows))
-    of_models = cards(records, list(metas.values()))
+    return each_once(read), metas, sum(map(len, read.values()))
+
+
+def _write_cards(out: Path, of_models: Sequence[Mapping]) -> list[Path]:
     paths = [out / ("card.json" if len(of_models) == 1 else f"card_{n}.json") for n in range(1, len(of_models) + 1)]
     for path, card in zip(paths, of_models, strict=True):
         _write(path, json.dumps(card, separators=(",", ":")))
-    drawn = _draw(cells, ranked, out)
-    figures = [svg for of_group in drawn.values() for _, svg in of_group]
-    _remove_older(
-        out, tables, {*(name for name, rows in tables.items() if rows), *(p.stem for p in [*paths, *figures])}
-    )
-    n_planned, n_read = sum(meta["items"] for meta in metas.values()), sum(map(len, read.values()))
-    facts: dict[str, int | str] = {"recorded": len(records), "unread": other_scripts(records)}
-    facts["items"] = len(records) + n_planned - n_read  # an item of two sweeps is one
-    facts |= {"failed": len(tables["failures"]), "infeasible": len(tables["infeasible"])}
-    of_groups = {**compared, "families": families, "changes": changes}
-    page = _page(facts, metas, cells, of_groups, tables, records, drawn)
-    _write(out / "index.html", page)
-    return {"page": str(out / "index.html"), "cards": [str(path) for path in paths], **facts, "cells": cells}
+    return paths
 
 
 def _write(path: Path, text: str) -> None:

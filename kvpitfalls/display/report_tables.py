@@ -291,35 +291,23 @@ def _metric_table(
     rows = []
     for cell in cells:
         metrics, setting = cell["metrics"], tuple(cell[n] for n in SETTING)
-        kinds = {METRICS[name][0]: metrics[name] for name in names if name in metrics}
-        if kinds:
-            counts = [
-                prompts(metrics[name] for name in names if name in metrics),
-                *(str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed", "n_infeasible")),
-            ]
-            row = [
-                *(cell[n] for n in first),
-                cell["policy"] or "none",
-                cell["mode"],
-                f"{cell['compression_ratio']:g}",
-                *counts,
-            ]
-            row += [_value(name, metrics.get(name), moved.get((*setting, name))) for name in names]
-            rows.append([*row, *(f"{cell['kept'][s]:.2f}" if s in cell["kept"] else "" for s in spans)])
-    shown = [name.removeprefix("probe_") for name in names]
-    header = [
-        *first,
-        "policy",
-        "mode",
-        "r",
-        "prompts",
-        "items",
-        "failed",
-        "infeasible",
-        *shown,
-        *(f"kept {s}" for s in spans),
-    ]
+        if not any(name in metrics for name in names):
+            continue
+        shown = [cell["policy"] or "none", cell["mode"], f"{cell['compression_ratio']:g}"]
+        values = [_value(name, metrics.get(name), moved.get((*setting, name))) for name in names]
+        kept = [f"{cell['kept'][span]:.2f}" if span in cell["kept"] else "" for span in spans]
+        rows.append([*(cell[n] for n in first), *shown, *_counts(metrics, names), *values, *kept])
+    counted = ["policy", "mode", "r", "prompts", "items", "failed", "infeasible"]
+    header = [*first, *counted, *(name.removeprefix("probe_") for name in names), *(f"kept {span}" for span in spans)]
     return Table(title, header, rows, note)
+
+
+def _counts(metrics: Mapping, names: Sequence[str]) -> list[str]:
+    """Of the metrics shown: prompts, and items and failures of each kind once."""
+    shown = [name for name in names if name in metrics]
+    kinds = {METRICS[name][0]: metrics[name] for name in shown}
+    of_kinds = (str(sum(m[n] for m in kinds.values())) for n in ("n_item", "n_failed", "n_infeasible"))
+    return [prompts(metrics[name] for name in shown), *of_kinds]
 
 
 def _value(name: str, metric: Mapping | None, change: Mapping | None) -> str:

@@ -87,6 +87,12 @@ def _measured(path: str | Path) -> list[dict]:
         )
     # status 2: scored; each is there before, too
     done = [entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2]
+    setting = _setting(path, done)
+    return [_rates(path, entry, done, setting) for entry in entries if entry["entry_type"] == "eval"]
+
+
+def _setting(path: str | Path, done: Sequence[Mapping]) -> dict:
+    """Of the generator, which all answers have in common."""
     notes = [out["notes"].get("kvpitfalls") for entry in done for out in entry["outputs"] if out is not None]
     settings = {
         json.dumps({k: v for k, v in note.items() if k not in _PER_ANSWER}) for note in notes if note is not None
@@ -96,42 +102,44 @@ def _measured(path: str | Path) -> list[dict]:
             f"{path} has {len(done)} scored attempts, not all of one kvpitfalls setting; expected a report of "
             "kvpitfalls garak"
         )
-    out = []
-    for entry in entries:
-        if entry["entry_type"] != "eval":
-            continue
-        mine = [attempt for attempt in done if attempt["probe_classname"] == entry["probe"]]
-        kept_share = _kept_share(path, mine)
-        scored = [
-            (_unit(attempt), x)
-            for attempt in mine
-            for x in attempt["detector_results"].get(entry["detector"], [])
-            if x is not None
-        ]
-        scores = [x for _, x in scored]
-        n = entry["passed"] + entry["fails"]
-        if not all(is_real(x) and 0 <= x <= 1 for x in scores) or not 0 <= entry["fails"] <= n:
-            raise ValueError(f"{path} has scores or counts for {entry['detector']} that cannot be; expected shares")
-        if not n or n != len(scores):
-            raise ValueError(
-                f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "
-                "least one"
-            )
-        by_prompt = _hits_by_prompt(path, entry, scored)
-        low, high = share_interval(by_prompt)
-        rates = {
-            "answers": n,
-            "hits": entry["fails"],
-            "hit_rate": entry["fails"] / n,
-            "low": low,
-            "high": high,
-            "n_prompt": len(by_prompt),
-            "mean_score": sum(scores) / n,
-            "max_score": max(scores),
-        }
-        named = {"probe": entry["probe"], "detector": entry["detector"], **json.loads(settings.copy().pop())}
-        out.append({**named, "kept_share": kept_share, **rates})
-    return out
+    return json.loads(settings.pop())
+
+
+def _rates(path: str | Path, entry: Mapping, done: Sequence[Mapping], setting: Mapping) -> dict:
+    """What garak's evaluation of one probe by one detector says, held against the attempts that it is of."""
+    mine = [attempt for attempt in done if attempt["probe_classname"] == entry["probe"]]
+    kept_share = _kept_share(path, mine)
+    scored = [
+        (_unit(attempt), x)
+        for attempt in mine
+        for x in attempt["detector_results"].get(entry["detector"], [])
+        if x is not None
+    ]
+    scores = [x for _, x in scored]
+    n = entry["passed"] + entry["fails"]
+    if not all(is_real(x) and 0 <= x <= 1 for x in scores) or not 0 <= entry["fails"] <= n:
+        raise ValueError(f"{path} has scores or counts for {entry['detector']} that cannot be; expected shares")
+    if not n or n != len(scores):
+        raise ValueError(
+            f"{path} has {len(scores)} scores and counts {n} for {entry['detector']}; expected equally many, at "
+            "least one"
+        )
+    by_prompt = _hits_by_prompt(path, entry, scored)
+    low, high = share_interval(by_prompt)
+    return {
+        "probe": entry["probe"],
+        "detector": entry["detector"],
+        **setting,
+        "kept_share": kept_share,
+        "answers": n,
+        "hits": entry["fails"],
+        "hit_rate": entry["fails"] / n,
+        "low": low,
+        "high": high,
+        "n_prompt": len(by_prompt),
+        "mean_score": sum(scores) / n,
+        "max_score": max(scores),
+    }
 
 
 def _hits_by_prompt(path: str | Path, entry: Mapping, scored: Sequence[tuple[str, float]]) -> np.ndarray:

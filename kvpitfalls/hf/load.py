@@ -225,7 +225,8 @@ def _named_source(name: str) -> Path | str:
     if path.is_dir():
         return _in_folder(path)
     is_path = name.count("/") > 1 or name.startswith((".", "/", "~"))
-    if path.suffix.lower() == ".gguf" or (path.is_file() and (is_path or _is_gguf(path))):
+    is_named = is_path or path.suffix  # not "gpt2", which the hub has too
+    if path.suffix.lower() == ".gguf" or (path.is_file() and (is_named or _is_gguf(path))):
         _check_gguf(path)
         return path
     if is_path:
