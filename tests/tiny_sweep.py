@@ -97,6 +97,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def draw_nothing(monkeypatch):
+    """Reports have no figures from here on, where a test is about all else: they take nearly all of a report's time."""
+    monkeypatch.setattr("kvpitfalls.display.page._draw", lambda cells, ranked, out: {})
+
+
 def _child(model: str, folder: Path, n_batch: int | None, delay: float) -> int:
     """Run the sweep in a fork; 0 if it finished, else the signal that ended it: a kill, ``delay`` seconds after
     ``n_batch`` new batches."""
@@ -124,8 +129,3 @@ def _child(model: str, folder: Path, n_batch: int | None, delay: float) -> int:
 
 if __name__ == "__main__":
     kill_and_resume(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-
-
-def draw_nothing(monkeypatch):
-    """Reports have no figures from here on, where a test is about all else: they take nearly all of a report's time."""
-    monkeypatch.setattr("kvpitfalls.display.page._draw", lambda cells, ranked, out: {})
