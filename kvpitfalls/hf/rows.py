@@ -143,6 +143,17 @@ def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> 
         )
 
 
+def check_end(decoder: Any, layers: Sequence[Any], valid: Sequence[tuple[int, int]]) -> None:
+    """Raise if prompts, of whose columns those in ``valid`` are real, ended in padding that a layer took for tokens."""
+    widths = [x.prompt_shape[2] for x in layers if isinstance(x, KeptLayer) and x.prompt_shape is not None]
+    ends = [end for _, end in valid]
+    if min(ends) < max([*ends, *widths]) and any(map(has_states, layers)):
+        raise UnsupportedModelError(
+            f"the prompts are padded on the right, and the linear attention of {type(decoder).__name__} has taken the "
+            "padding for tokens, so that nothing can go on from there; expected padding on the left"
+        )
+
+
 def has_states(layer: Any) -> bool:
     """Whether it holds states of linear attention. Those of transformers have no other way to move rows than that of
     beam search."""
