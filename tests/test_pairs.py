@@ -305,16 +305,30 @@ def test_what_is_read_after_prompts_with_padding_behind_them_is_refused_where_wi
 
 
 @pytest.mark.parametrize("family", not_refused("qwen3_next"))
-@pytest.mark.parametrize("rows", [1, 2])
-def test_nothing_goes_on_from_padding_that_linear_attention_took_for_tokens(family, rows, model_of):
+@pytest.mark.parametrize(("rows", "ratio"), [(1, 0.5), (2, 0.5), (1, 0.0)])
+def test_nothing_goes_on_from_padding_that_linear_attention_took_for_tokens(family, rows, ratio, model_of):
     model, tokens, mask = model_of(family, "eager"), *batch({"rows": (N, N), "side": "left"}, 0)[:2]
     mask[0, N - 8 : N] = 0
     tokens, mask = tokens[:rows], mask[:rows]
-    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+    with kvp.wrap(model, "knorm", compression_ratio=ratio) as handle:
         cache = handle.compress(tokens[:, :N], mask[:, :N])
-        assert cache.report()["layers"][0]["kept"][0] == [(N - 8) // 2] * 2
+        assert cache.report()["layers"][0]["kept"][0] == [int((N - 8) * (1 - ratio))] * 2
         with pytest.raises(kvp.UnsupportedModelError, match="padded on the right, and the linear attention of"):
             feed(model, tokens, [1], cache, mask, start=N)
+
+
+@pytest.mark.parametrize("amount", [{"compression_ratio": 0.0}, {"budget": 100}, {"compression_ratio": 0.5}])
+def test_a_cache_of_fixed_size_takes_prompts_that_all_have_padding_behind_them(amount, model_of):
+    """The last columns of a prompt are none that came after it, be anything evicted or not."""
+    model, tokens, mask = model_of("llama", "sdpa"), *batch({"rows": (N, N), "side": "left"}, 0)[:2]
+    mask[0, N - 8 : N] = mask[1, N - 3 : N] = 0
+    with kvp.wrap(model, "knorm", **amount) as handle:
+        cache = handle.compress(tokens[:, :N], mask[:, :N])
+        assert cache.report()["n_tokens"] == N and " later" not in repr(cache)
+        after = [feed(model, tokens, [1, 3], x, mask, start=N) for x in (cache.fixed(N_LATER), cache)]
+        torch.testing.assert_close(*after, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match=r"^the cache has seen tokens after its prompt"):
+            cache.fixed(N_LATER)
 
 
 @pytest.mark.parametrize("when", ["decode", "always"])

@@ -219,7 +219,7 @@ def _begin(decoder, own: Mapping, cache: KeptCache, given: Given, n_seen: int) -
     ids, mask = given.bound.get("input_ids"), _padding_of(decoder, given, n_seen)
     if n_seen:
         cache.check_rows(n_row)
-        check_end(decoder, cache.layers, cache.valid or [(0, 0)])
+        check_end(decoder, cache)
         mask = columns_of(mask, n_seen, n_new)
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)
