@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvpitfalls as kvp
-from kvpitfalls.prompts.pieces import first_words, marked, numbered, pieces
+from kvpitfalls.harness.contexts import Marks
+from kvpitfalls.hf.given_prompts import protected_in
+from kvpitfalls.prompts.pieces import WAYS, first_words, marked, numbered, pieces
 
 
 @pytest.mark.parametrize(
@@ -128,3 +130,21 @@ def test_a_chat_is_cut_without_marking():
         kvp.Prompt.from_chat(tokenizer, said, "words")
     with pytest.raises(ValueError, match="the prompt has no letter to be cut into sentences"):
         kvp.Prompt.from_text(tokenizer, "12 + 7", "sentences")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_harnesses_have_the_names_of_a_prompt_and_a_role_is_all_of_its_messages(how):
+    """However many pieces a message has: what is protected by a name or a role is the same tokens everywhere."""
+    tokenizer = byte_level()
+    messages = [
+        {"role": "system", "content": "Be kind. Be kind.\nNever sing."},
+        {"role": "user", "content": "Sing."},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "Sing aloud. I wait."},
+    ]
+    wanted = kvp.Prompt.from_chat(tokenizer, messages, how)
+    made = Marks("prompt", how, kvp.Fair()).prompt(tokenizer, wanted.text, wanted.token_ids, messages)
+    assert made.spans == wanted.spans
+    for item in ("user", "system", *wanted.spans, "kind.\n"):
+        assert protected_in(made, item, 4, len) == protected_in(wanted, item, 4, len), item
+    assert len(protected_in(made, "user", 4, len)) == len("Sing.Sing aloud. I wait.")

@@ -1,20 +1,20 @@
 """From the text that a harness sends to a prompt with instructions: which of its tokens are compressed, and what stands
 where in them."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..eviction.fairness import Fair
 from ..eviction.layout import PROTECT_WORDS, listed
 from ..files import in_home, read_json
-from ..prompts.pieces import WAYS, pieces
+from ..prompts.pieces import WAYS, marked
 from ..prompts.prompt import Prompt
 from ..prompts.spans import find_all, token_spans
 
 SCOPES = ("prompt", "system")
+Ranges: TypeAlias = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -93,32 +93,26 @@ class Marks:
         offsets, template, made = _offsets(tokenizer, text, ids), template or {}, made or datetime.now()
         if self.scope == "system":
             of_system = _system(tokenizer, text, ids, messages, template, made)
-            n_token, contents = len(of_system), {"system": (of_system.contents[0][0], of_system.contents[-1][1])}
+            n_token, contents = len(of_system), [("system", (of_system.contents[0][0], of_system.contents[-1][1]))]
         elif messages is None or not self.needs_spans:
-            contents = {"text": (0, len(text))}
+            contents = [("text", (0, len(text)))]
         else:
             contents = _contents(tokenizer, text, messages, template, made)
         n_token = len(ids) if n_token is None else n_token
         end = offsets[n_token][0] if n_token < len(ids) else len(text)
-        ranges = self._ranges(text, contents) if self.needs_spans else {}
+        roles, own = tuple(role for role, _ in contents), tuple(where for _, where in contents)
+        ranges = self._ranges(text, own, roles) if self.needs_spans else {}
         ranges = {name: (a, min(b, end)) for name, (a, b) in ranges.items() if a < end}
         offsets = tuple(offsets[:n_token])
         spans = token_spans(text, offsets, ranges, skip_empty=self.texts is None)
-        roles = () if "text" in contents else tuple(name.partition("#")[0] for name in contents)
-        own = tuple(contents.values())
+        roles = () if "text" in roles else roles
         return Prompt(text[:end], tuple(ids[:n_token]), offsets, spans, tokenizer, None, own, roles)
 
-    def _ranges(self, text: str, contents: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    def _ranges(self, text: str, contents: Ranges, roles: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """The instructions, by the names that :meth:`.Prompt.from_chat` has for them."""
         if self.texts is not None:
-            return find_all(text, tuple(contents.values()), self.texts)
-        ranges = {
-            name: [(a + c, a + d) for c, d in pieces(text[a:b], self.instructions)] for name, (a, b) in contents.items()
-        }
-        return {
-            f"{name} {i}" if len(every) > 1 else name: x
-            for name, every in ranges.items()
-            for i, x in enumerate(every, 1)
-        }
+            return find_all(text, contents, self.texts)
+        return marked(text, contents, self.instructions, roles)
 
 
 def _read_texts(path: str) -> dict[str, str]:
@@ -173,8 +167,8 @@ def _system(tokenizer, text: str, ids: Sequence[int], messages, template: Mappin
     return prompt
 
 
-def _contents(tokenizer, text: str, messages, template: Mapping, made: datetime) -> dict[str, tuple[int, int]]:
-    """Where each message's own text stands, by role and, from the second of a role on, number."""
+def _contents(tokenizer, text: str, messages, template: Mapping, made: datetime) -> list[tuple[str, tuple[int, int]]]:
+    """The role of each message, and where its own text stands."""
     goes_on = template.get("continue_final_message", False)
     prompt = Prompt.of_chat_at(made, tokenizer, messages, add_generation_prompt=not goes_on, **template)
     if not prompt.text.startswith(text):
@@ -183,8 +177,4 @@ def _contents(tokenizer, text: str, messages, template: Mapping, made: datetime)
             "begun answer), so "
             "that instructions can be found"
         )
-    out, of_roles = dict[str, tuple[int, int]](), Counter[str]()
-    for role, where in zip(prompt.roles, prompt.contents, strict=True):
-        of_roles[role] += 1
-        out[role if of_roles[role] == 1 else f"{role}#{of_roles[role]}"] = where
-    return out
+    return list(zip(prompt.roles, prompt.contents, strict=True))

@@ -22,7 +22,7 @@ from .evict import Action
 from .forward import AttentionCall, Forward
 from .layer import KeptLayer
 from .parts import n_known_of
-from .rows import holds_nothing, is_kept_alone
+from .rows import holds_nothing, is_kept_alone, takes_padding
 from .threads import local
 
 _OF_ALL = (bool, int, float, str)  # what a forward is told of all its tokens
@@ -118,6 +118,7 @@ def plan(decoder, record: Forward, policies: Sequence[Policy], bound: dict) -> C
         )
     turns = [turn for policy in policies for turn in _turns_of(policy, ids, record.valid or [])]
     _check_ids(decoder, turns)
+    _check_padding(decoder, record, turns, ids.shape[1])
     _check_positions(decoder, turns, record.valid or [])
     _check_angles(decoder, record, turns, ids.shape[1], positions)
     return _Reading(turns, ids, positions, told)
@@ -154,6 +155,16 @@ def _check_ids(decoder, turns: Sequence[_Turn]) -> None:
                 f"policy {turn.policy.name!r} has the model read token {unknown[0]} after the prompt; "
                 f"expected ids in [0, {n_known})"
             )
+
+
+def _check_padding(decoder, record: Forward, turns: Sequence[_Turn], n_token: int) -> None:
+    """Raise where padding stands between a prompt and what is read, and a window would count it."""
+    n_all, ends = n_token + max(n for turn in turns for n in turn.lengths), [end for _, end in record.valid or []]
+    if min(ends, default=n_token) < n_token and not all(takes_padding(x, n_all) for x in record.cache.layers):
+        raise ValueError(
+            f"the prompts are padded on the right, and policy {turns[0].policy.name!r} has the model read on after "
+            f"them, where windows of {type(decoder).__name__} would count the padding; expected padding on the left"
+        )
 
 
 def _check_positions(decoder, turns: Sequence[_Turn], valid: Sequence[tuple[int, int]]) -> None:

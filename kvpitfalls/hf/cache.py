@@ -71,6 +71,7 @@ class KeptCache(DynamicCache):
     is_in_order = True  # the model runs its layers as they stand here
     is_half_filled = False  # a forward on it, or a move of its rows, was broken off
     coming: Coming | None = None  # the prompt, until the last of its chunks has come
+    n_columns = 0  # tokens of its prompt, padding on either side included; 0 where that is not known, as of a file
     peak_bytes = 0  # the most that was held before an eviction, so far: nothing else makes it smaller
 
     def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
@@ -82,7 +83,7 @@ class KeptCache(DynamicCache):
         self.layers = kept_layers(config)
         self.is_in_order = n_loops(config) == 1
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
+        self.action, self.spans, self.valid, self.n_columns, self.peak_bytes = action, [], None, 0, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
         return self
 
@@ -212,7 +213,7 @@ class KeptCache(DynamicCache):
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it
         comes."""
         super().reset()  # type: ignore[no-untyped-call] # transformers' own has no types
-        self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
+        self.action, self.spans, self.valid, self.n_columns, self.peak_bytes = None, [], None, 0, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -318,7 +319,7 @@ class KeptCache(DynamicCache):
         held_by = [self.positions(layer.index) for layer in seen] if any(spans) else []  # a GPU is waited for
         shares = [mean_kept_shares([p[row] for p in held_by], of_row) for row, of_row in enumerate(spans)]
         return Report(
-            n_tokens=held[0].prompt_shape[2] if held else self.n_prompt or self.get_seq_length(),
+            n_tokens=held[0].prompt_shape[2] if held else self.n_columns or self.n_prompt or self.get_seq_length(),
             layers=rows,
             not_compressed={
                 i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)
@@ -347,7 +348,7 @@ class KeptCache(DynamicCache):
         counts = [_kept_counts(layer, self.valid) for layer in seen]
         lengths = [end - begin for begin, end in self.valid or [(0, seen[0].seen)]]
         kept = in_range([n for of_layer in counts for n in (of_layer.min(), of_layer.max())])
-        later = f", {n} later" if (n := self.n_seen - (self.n_prompt or self.n_seen)) else ""
+        later = f", {n} later" if (n := self.n_seen - (self.n_columns or self.n_prompt or self.n_seen)) else ""
         before, now = sum(layer.bytes_before or layer.n_byte for layer in seen), sum(layer.n_byte for layer in seen)
         return (
             f"<KeptCache: {layers}, batch of {len(seen[0].keys)}, {kept} of {in_range(lengths)} prompt tokens kept in "

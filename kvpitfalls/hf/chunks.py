@@ -1,9 +1,10 @@
 """Evicting between the chunks of a prompt, so that no layer ever holds the whole of it.
 
 What is kept of each segment in the end is known before the first chunk: its quota. Of a segment whose first ``a`` of
-``n`` tokens have come, ``ceil(quota * a / n)`` are held after the chunk, and never less than what is protected. So an
-instruction that has come holds its quota and loses nothing more, the last chunk leaves what a prefill at once leaves,
-and a row never holds more than its share of the tokens so far (a token more for each segment at most) and one chunk.
+``n`` tokens have come, ``ceil(quota * a / n)`` are held after the chunk, and never less than what is protected or a
+floor. So an instruction that has come holds its quota and loses nothing more, the last chunk leaves what a prefill at
+once leaves, and a row never holds more than its share of the tokens so far (a token more for each segment at most, and
+all of a beginning that is due nothing) and one chunk.
 
 All of it happens in *slots*: the rows a layer holds, oldest first, empty ones before them. A policy judges the slots of
 the segments that have tokens in the chunk: these alone can lose any.
@@ -135,6 +136,8 @@ def _stage(layout: Layout, fair: Fair, budgets: tuple[int, ...], n_seen: int) ->
         for i, (begin, end) in enumerate(of_row):
             a, n = min(max(n_seen - begin, 0), end - begin), max(1, end - begin)
             came[row, i], held[row, i] = a, min(a, max(-(-int(quotas[row, i]) * a // n), least[i]))
+        if not held[row].any():  # a layer holds something, and what others hold is not this row's affair
+            held[row] = came[row]
     return Stage(came, held)
 
 
@@ -145,7 +148,7 @@ def _shared_out(layout: Layout, fair: Fair) -> list[list[tuple[int, int]]]:
 
 def _least(layout: Layout, fair: Fair, n_seen: int) -> list[list[int]]:
     """Per row, tokens of each of these segments that must be held after ``n_seen``: those protected, and floors."""
-    if fair.strength or not fair.min_tokens:
+    if not fair.min_tokens:
         return [
             [
                 int(np.diff(np.searchsorted(protected, [begin, max(begin, min(end, n_seen))]))[0])
@@ -153,7 +156,8 @@ def _least(layout: Layout, fair: Fair, n_seen: int) -> list[list[int]]:
             ]
             for of_row, protected in zip(_shared_out(layout, fair), layout.protected, strict=True)
         ]
-    return [[int(row.sum())] for row in _floors_at(layout, fair, n_seen)[1]]
+    floors = _floors_at(layout, fair, n_seen)[1]
+    return floors.tolist() if fair.strength else floors.sum(1, keepdim=True).tolist()
 
 
 def _floors_at(layout: Layout, fair: Fair, n_seen: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from .forward import Forward
 from .masks import check_padding, columns_of, is_causal, real_newest, valid_ranges
 from .projections import projections_of
 from .rotations import rotaries_of
-from .rows import check_newest
+from .rows import check_end, check_newest
 from .stepping import SteppingCache
 from .threads import Outer, is_paused, local
 
@@ -219,6 +219,7 @@ def _begin(decoder, own: Mapping, cache: KeptCache, given: Given, n_seen: int) -
     ids, mask = given.bound.get("input_ids"), _padding_of(decoder, given, n_seen)
     if n_seen:
         cache.check_rows(n_row)
+        check_end(decoder, cache)
         mask = columns_of(mask, n_seen, n_new)
         if n_new > 1:  # not at each step: it waits for the mask
             check_padding(mask, cache.valid, cache.n_prompt)

@@ -109,7 +109,7 @@ class Forward:
 
     def note_prompt(self, n_token: int) -> None:
         """Tell the cache of its prompt, of ``n_token`` tokens; raises if instructions or protection do not fit it."""
-        self.cache.valid = self.valid
+        self.cache.valid, self.cache.n_columns = self.valid, n_token
         if self.cache.action is not None:
             self.cache.spans = self.cache.action.spans_of(n_token, self.valid or [], len(self.compressed))
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
+from ..errors import BudgetError
 from ..eviction import ops
-from ..eviction.allocation import UNIFORM
+from ..eviction.allocation import UNIFORM, get_allocation
 from ..eviction.arrays import as_torch
 from ..eviction.budget import apportion, kept_tokens
 from ..eviction.layout import Layout, Split
@@ -118,9 +119,11 @@ class Hold(Evict):
     def __post_init__(self):
         super().__post_init__()
         if self.allocation != UNIFORM:
+            is_its_own = get_allocation(self.policy.allocation) == self.allocation
+            whose = f" of policy {self.policy.name!r}" if is_its_own else ""
             raise ValueError(
-                f"allocation is {self.allocation!r}; when={self.when!r} expects 'uniform', since the budget is held "
-                "anew each step"
+                f"allocation{whose} is {self.allocation!r}; when={self.when!r} expects 'uniform', since the budget is "
+                "held anew each step"
             )
         if self.fair.strength not in (0, 1) or (self.is_fair and self.fair.rule != "proportional"):
             raise ValueError(
@@ -173,9 +176,9 @@ class Hold(Evict):
         split = task.split
         for b, (begin, end) in enumerate(valid):
             floors = sum(split.floors[b])
-            needed = floors + (self.policy.recent_queries if floors and not self.is_fair else 1)
+            needed = floors + (1 if self.is_fair else max(1, self.policy.recent_queries))
             if floors and self.limit(end - begin) < needed:
-                raise ValueError(
+                raise BudgetError(
                     f"the budget of row {b} is {self.limit(end - begin)} tokens; when={self.when!r} expects at least "
                     f"{needed}: "
                     f"{floors} that must be kept, and {needed - floors} newest"
