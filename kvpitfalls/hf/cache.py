@@ -20,9 +20,10 @@ from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
 from .hybrid import kept_layers, n_loops
-from .layer import KeptLayer, bare
+from .layer import UNWRAPPED, KeptLayer, bare
 from .origin import Origin
 from .report import Report, in_bytes, in_range
+from .threads import local
 
 if TYPE_CHECKING:
     from .evict import Action
@@ -98,8 +99,9 @@ class KeptCache(DynamicCache):
 
     @property
     def n_prompt(self) -> int:
-        """How many of them were the prompt's, padding on its left included."""
-        return max((end for _, end in self.valid or []), default=0)
+        """How many of them were the prompt's, padding included."""
+        known = [layer.n_prompt for layer in self.kept_layers]
+        return max([*known, *(end for _, end in self.valid or [])], default=0)
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -207,6 +209,8 @@ class KeptCache(DynamicCache):
             for each, fields in zip(self.layers, before, strict=True):
                 vars(each).update(fields)
             raise
+        if self.valid is not None:  # a prompt of which nothing was evicted ends where it was cut
+            self.valid = [(min(begin, self.n_seen), min(end, self.n_seen)) for begin, end in self.valid]
 
     def reset(self) -> None:
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it
@@ -400,6 +404,25 @@ def _of_whole(name: str) -> Callable[..., Any]:
 for _name in ("__iter__", "__getitem__", "to_legacy_cache"):  # transformers 5 has only the first
     if hasattr(DynamicCache, _name):
         setattr(KeptCache, _name, _of_whole(_name))
+
+
+def _of_forward(name: str) -> Callable[..., Any]:
+    """A method by which a model fills a layer, refused outside a forward of a wrapped model: stock layers would take
+    what ours then refuse, and nobody could tell later."""
+    plain = getattr(DynamicCache, name)
+
+    @functools.wraps(plain)
+    def method(cache: KeptCache, *args: Any, **kwargs: Any) -> Any:
+        if local.forward is None or local.forward.cache is not cache:
+            raise NotInterceptedError(UNWRAPPED)
+        return plain(cache, *args, **kwargs)
+
+    return method
+
+
+for _name in ("update", "update_conv_state", "update_recurrent_state"):  # states: from transformers 5 on
+    if hasattr(DynamicCache, _name):
+        setattr(KeptCache, _name, _of_forward(_name))
 
 
 def why_not_compressed(layer: object) -> str:
