@@ -417,6 +417,9 @@ def test_a_prompt_that_is_cut_is_the_shorter_one():
             assert (report["n_tokens"], cache.n_seen, cache.valid) == (15, 15 + n_later, [(0, 15)])
             assert report["spans"] == {"a": 1.0, "b": 3 / 8} and report["layers"][0]["kept"] == [[15, 15]]
             assert cache.positions(0).shape == (1, 2, 15)
+        padded = handle.compress(ids(2, 20), torch.tensor([[0] * 6 + [1] * 14, [1] * 20]))
+        padded.crop(4)
+        assert padded.report()["layers"][0]["kept"] == [[0, 0], [4, 4]] and padded.valid == [(4, 4), (0, 4)]
 
 
 def test_what_is_refused_is_as_it_was():

@@ -365,7 +365,8 @@ class KeptCache(DynamicCache):
     def _check_counts(self, layers: list[KeptLayer], counts: list[Int32]) -> None:
         if self.action is None or not layers:
             return
-        limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid or ()]
+        n_layer, lengths = len(self.kept_layers), [end - begin for begin, end in self.valid or ()]
+        limits = [self.action.limits(max(1, n), n_layer) for n in lengths]  # of a row that was cut down to its padding
         places = {layer.index: place for place, layer in enumerate(self.kept_layers)}
         for layer, kept in zip(layers, counts, strict=True):
             if self.action.waits(layer):
