@@ -6,10 +6,10 @@ import gc
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, feed, ids, masked_like
+from tiny_models import build, feed, ids, masked_like, tiny_prompt
 from tiny_policies import EQUAL as POLICIES
 from tiny_policies import takes
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import kvpitfalls as kvp
 from kvpitfalls.hf.arguments import cache_argument
@@ -451,3 +451,19 @@ def test_a_forward_outside_of_the_wrap_leaves_layers_that_are_not_compressed_as_
         feed(model, tokens, [2], caches[1], start=20)
     with kvp.wrap(model, "knorm", compression_ratio=0.5):
         assert torch.equal(*(feed(model, tokens, [1, 1], cache, start=20) for cache in caches))
+
+
+def test_an_audit_inside_generate_measures_the_plain_model_and_leaves_the_handles_report():
+    llama, prompt = build("llama"), tiny_prompt()
+    setting = {"policies": ["snapkv"], "compression_ratios": [0.5]}
+    wanted, made = kvp.audit(llama, prompt, **setting).rows, []
+
+    class Auditor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            made.append(kvp.audit(llama, prompt, **setting).rows)
+            return scores
+
+    with kvp.wrap(llama, "knorm", budget=4) as handle:
+        llama.generate(ids(1, 20), max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([Auditor()]))
+        assert made == [wanted] * 3
+        assert (handle.report()["n_tokens"], handle.report()["layers"][0]["kept"]) == (20, [[4, 4]])

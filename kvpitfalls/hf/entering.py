@@ -105,7 +105,7 @@ def _entered(
         if not n_seen:
             record.note_prompt(n_token, spans)
             cache.origin = cache.origin.filled_by(decoder, given.bound.get("token_type_ids") is not None)
-        if call is not None:
+        if call is not None and cache.origin.settings is not None:  # not of an audit that runs meanwhile
             call.cache = cache
     if (outer := _outer_of(decoder)) is not None:
         _note_outer(cache, record, outer, len(given.inputs))
