@@ -45,14 +45,14 @@ def enter(
     """
     if isinstance(given.cache, KeptCache) and given.cache.n_seen:
         return _entered(decoder, own, signature, wrap, call, given)
-    made = () if wrap is None else (wrap.newest, wrap.outline)
+    newest = None if wrap is None else (wrap.newest, wrap.outline)
     is_plain = isinstance(given.cache, DynamicCache)  # as an empty one of ours is, too
     before = (type(given.cache), dict(vars(given.cache))) if is_plain else None
     try:
         return _entered(decoder, own, signature, wrap, call, given)
     except BaseException:  # what was refused is as it was, and so is the handle's newest cache
-        if made:
-            wrap.newest, wrap.outline = made
+        if wrap is not None and newest is not None:
+            wrap.newest, wrap.outline = newest
         if before is not None:
             given.cache.__class__ = before[0]
             vars(given.cache).clear()
