@@ -1,6 +1,7 @@
 """Models inside of services: what a request gets depends on nothing that others do before or beside it."""
 
 import asyncio
+import contextlib
 import copy
 import os
 import signal
@@ -16,6 +17,7 @@ from tiny_models import build, feed, ids
 
 import kvpitfalls as kvp
 from kvpitfalls.hf import stand_ins
+from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache
 
 
@@ -264,3 +266,17 @@ def test_a_child_that_is_forked_while_another_thread_changes_a_wrap_does_not_wai
         goes_on.set()
         thread.join()
         assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_compressed_cache_is_asked_for_its_prompt_in_a_pause_too(llama):
+    """It goes on there as ever, and as ever no other prompt may."""
+    tokens, question = ids(1, 20), ids(1, 3, seed=1)
+    with kvp.wrap(llama, "knorm", budget=4) as handle:
+        cache, answers = handle.compress(tokens), []
+        for block in (contextlib.nullcontext(), handle.paused()):
+            with block:
+                given = {"max_new_tokens": 4, "do_sample": False, **cache_argument(llama, cache.copy())}
+                answers.append(llama.generate(torch.cat([tokens, question], 1), **given))
+                with pytest.raises(ValueError, match="another prompt than the cache has seen"):
+                    llama.generate(torch.cat([tokens.flip(1), question], 1), **given)
+    assert torch.equal(*answers)

@@ -6,12 +6,13 @@ import gc
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, feed, ids, masked_like
+from tiny_models import build, feed, ids, masked_like, tiny_prompt
 from tiny_policies import EQUAL as POLICIES
 from tiny_policies import takes
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import kvpitfalls as kvp
+from kvpitfalls.hf.arguments import cache_argument
 from kvpitfalls.hf.cache import KeptCache, KeptLayer
 from kvpitfalls.hf.model import attached
 from kvpitfalls.hf.verify import Shuffle
@@ -385,3 +386,84 @@ def test_a_crop_that_a_sliding_layer_cannot_follow_leaves_the_layers_before_it_a
             cache.crop(-2)
         assert [layer.get_seq_length() for layer in cache.layers] == [27, 27]
         assert torch.equal(feed(model, tokens, [1, 1], cache, start=27), wanted)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_prompt_is_as_long_as_it_was_given_also_where_every_row_ends_in_padding(ratio):
+    """As a tokenizer pads to a maximal length; and where rows go, the others' prompt is no shorter."""
+    llama, tokens, mask = build("llama"), ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, 17:] = mask[1, 14:] = 0
+    with kvp.wrap(llama, "knorm", compression_ratio=ratio) as handle:
+        cache = handle.compress(tokens, mask)
+        cache.batch_select_indices(torch.tensor([1]))
+        assert (cache.n_prompt, cache.report()["n_tokens"], "later" in repr(cache)) == (20, 20, False)
+        cache.fixed(4)
+        shown = torch.cat([mask[1:], torch.ones(1, 1, dtype=torch.long)], 1)
+        shown[0, 18] = 1
+        with pytest.raises(ValueError, match=r"hides other tokens of the prompt .* \(row 0, token 18\)"):
+            llama.generate(torch.cat([tokens[1:], ids(1, 1)], 1), attention_mask=shown, **cache_argument(llama, cache))
+
+
+def test_a_prompt_that_is_cut_is_the_shorter_one():
+    """What comes then is none of it."""
+    llama, tokens = build("llama"), ids(1, 20)
+    with kvp.wrap(llama, "knorm", compression_ratio=0) as handle:
+        cache = handle.compress(tokens, spans={"a": (2, 10), "b": (12, 20)})
+        cache.crop(15)
+        for n_later in (0, 3):
+            if n_later:
+                feed(llama, torch.cat([tokens[:, :15], ids(1, 3, seed=1)], 1), [n_later], cache, start=15)
+            report = cache.report()
+            assert (report["n_tokens"], cache.n_seen, cache.valid) == (15, 15 + n_later, [(0, 15)])
+            assert report["spans"] == {"a": 1.0, "b": 3 / 8} and report["layers"][0]["kept"] == [[15, 15]]
+            assert cache.positions(0).shape == (1, 2, 15)
+        padded = handle.compress(ids(2, 20), torch.tensor([[0] * 6 + [1] * 14, [1] * 20]))
+        padded.crop(4)
+        assert padded.report()["layers"][0]["kept"] == [[0, 0], [4, 4]] and padded.valid == [(4, 4), (0, 4)]
+
+
+def test_what_is_refused_is_as_it_was():
+    """A plain cache is still one, an empty one of ours belongs to no other wrap, and the handle knows its newest."""
+    llama, tokens, plain = build("llama"), ids(1, 20), DynamicCache()
+    with kvp.wrap(llama, "knorm", budget=4, fair=True) as handle:
+        cache = handle.compress(tokens, spans={"a": (2, 10)})
+        emptied = cache.copy()
+        emptied.reset()
+        for each in (plain, emptied, None):
+            with pytest.raises(ValueError, match="fair eviction needs the instructions' places"):
+                llama(tokens, use_cache=True, **({} if each is None else cache_argument(llama, each)))
+        assert handle.report()["n_tokens"] == 20
+    assert type(plain) is DynamicCache
+    feed(llama, tokens, [20], plain)
+    with kvp.wrap(llama, "knorm", budget=5):
+        feed(llama, tokens, [20], emptied)
+    assert emptied.report()["layers"][0]["kept"] == [[5, 5]]
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "falcon_h1"])
+def test_a_forward_outside_of_the_wrap_leaves_layers_that_are_not_compressed_as_they_are(family):
+    """They come before the first one that refuses."""
+    model, tokens = build(family), ids(1, 23)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5) as handle:
+        caches = [handle.compress(tokens[:, :20])]
+        caches.append(caches[0].copy())
+    with pytest.raises(kvp.NotInterceptedError, match="not wrapped"):
+        feed(model, tokens, [2], caches[1], start=20)
+    with kvp.wrap(model, "knorm", compression_ratio=0.5):
+        assert torch.equal(*(feed(model, tokens, [1, 1], cache, start=20) for cache in caches))
+
+
+def test_an_audit_inside_generate_measures_the_plain_model_and_leaves_the_handles_report():
+    llama, prompt = build("llama"), tiny_prompt()
+    setting = {"policies": ["snapkv"], "compression_ratios": [0.5]}
+    wanted, made = kvp.audit(llama, prompt, **setting).rows, []
+
+    class Auditor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            made.append(kvp.audit(llama, prompt, **setting).rows)
+            return scores
+
+    with kvp.wrap(llama, "knorm", budget=4) as handle:
+        llama.generate(ids(1, 20), max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([Auditor()]))
+        assert made == [wanted] * 3
+        assert (handle.report()["n_tokens"], handle.report()["layers"][0]["kept"]) == (20, [[4, 4]])

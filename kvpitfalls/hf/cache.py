@@ -20,9 +20,10 @@ from ..numbers import check_whole, is_whole
 from . import rows
 from .coming import Coming
 from .hybrid import kept_layers, n_loops
-from .layer import KeptLayer, bare
+from .layer import UNWRAPPED, KeptLayer, bare
 from .origin import Origin
 from .report import Report, in_bytes, in_range
+from .threads import local
 
 if TYPE_CHECKING:
     from .evict import Action
@@ -71,7 +72,6 @@ class KeptCache(DynamicCache):
     is_in_order = True  # the model runs its layers as they stand here
     is_half_filled = False  # a forward on it, or a move of its rows, was broken off
     coming: Coming | None = None  # the prompt, until the last of its chunks has come
-    n_columns = 0  # tokens of its prompt, padding on either side included; 0 where that is not known, as of a file
     peak_bytes = 0  # the most that was held before an eviction, so far: nothing else makes it smaller
 
     def __init__(self, config: Any = None, action: "Action | None" = None) -> None:
@@ -83,7 +83,7 @@ class KeptCache(DynamicCache):
         self.layers = kept_layers(config)
         self.is_in_order = n_loops(config) == 1
         self.layer_class_to_replicate = None
-        self.action, self.spans, self.valid, self.n_columns, self.peak_bytes = action, [], None, 0, 0
+        self.action, self.spans, self.valid, self.peak_bytes = action, [], None, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
         return self
 
@@ -99,8 +99,9 @@ class KeptCache(DynamicCache):
 
     @property
     def n_prompt(self) -> int:
-        """How many of them were the prompt's, padding on its left included."""
-        return max((end for _, end in self.valid or []), default=0)
+        """How many of them were the prompt's, padding included."""
+        known = [layer.n_prompt for layer in self.kept_layers]
+        return max([*known, *(end for _, end in self.valid or [])], default=0)
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -208,12 +209,14 @@ class KeptCache(DynamicCache):
             for each, fields in zip(self.layers, before, strict=True):
                 vars(each).update(fields)
             raise
+        if self.valid is not None:  # a prompt of which nothing was evicted ends where it was cut
+            self.valid = [(min(begin, self.n_seen), min(end, self.n_seen)) for begin, end in self.valid]
 
     def reset(self) -> None:
         """Forget the prompt, its instructions and protection; the next one is compressed by the wrap in which it
         comes."""
         super().reset()  # type: ignore[no-untyped-call] # transformers' own has no types
-        self.action, self.spans, self.valid, self.n_columns, self.peak_bytes = None, [], None, 0, 0
+        self.action, self.spans, self.valid, self.peak_bytes = None, [], None, 0
         self.origin, self.is_half_filled, self.coming = Origin(), False, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -319,7 +322,7 @@ class KeptCache(DynamicCache):
         held_by = [self.positions(layer.index) for layer in seen] if any(spans) else []  # a GPU is waited for
         shares = [mean_kept_shares([p[row] for p in held_by], of_row) for row, of_row in enumerate(spans)]
         return Report(
-            n_tokens=held[0].prompt_shape[2] if held else self.n_columns or self.n_prompt or self.get_seq_length(),
+            n_tokens=held[0].prompt_shape[2] if held else self.n_prompt or self.get_seq_length(),
             layers=rows,
             not_compressed={
                 i: why_not_compressed(layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KeptLayer)
@@ -348,7 +351,7 @@ class KeptCache(DynamicCache):
         counts = [_kept_counts(layer, self.valid) for layer in seen]
         lengths = [end - begin for begin, end in self.valid or [(0, seen[0].seen)]]
         kept = in_range([n for of_layer in counts for n in (of_layer.min(), of_layer.max())])
-        later = f", {n} later" if (n := self.n_seen - (self.n_columns or self.n_prompt or self.n_seen)) else ""
+        later = f", {n} later" if (n := self.n_seen - (self.n_prompt or self.n_seen)) else ""
         before, now = sum(layer.bytes_before or layer.n_byte for layer in seen), sum(layer.n_byte for layer in seen)
         return (
             f"<KeptCache: {layers}, batch of {len(seen[0].keys)}, {kept} of {in_range(lengths)} prompt tokens kept in "
@@ -362,7 +365,8 @@ class KeptCache(DynamicCache):
     def _check_counts(self, layers: list[KeptLayer], counts: list[Int32]) -> None:
         if self.action is None or not layers:
             return
-        limits = [self.action.limits(end - begin, len(self.kept_layers)) for begin, end in self.valid or ()]
+        n_layer, lengths = len(self.kept_layers), [end - begin for begin, end in self.valid or ()]
+        limits = [self.action.limits(max(1, n), n_layer) for n in lengths]  # of a row that was cut down to its padding
         places = {layer.index: place for place, layer in enumerate(self.kept_layers)}
         for layer, kept in zip(layers, counts, strict=True):
             if self.action.waits(layer):
@@ -401,6 +405,25 @@ def _of_whole(name: str) -> Callable[..., Any]:
 for _name in ("__iter__", "__getitem__", "to_legacy_cache"):  # transformers 5 has only the first
     if hasattr(DynamicCache, _name):
         setattr(KeptCache, _name, _of_whole(_name))
+
+
+def _of_forward(name: str) -> Callable[..., Any]:
+    """A method by which a model fills a layer, refused outside a forward of a wrapped model: stock layers would take
+    what ours then refuse, and nobody could tell later."""
+    plain = getattr(DynamicCache, name)
+
+    @functools.wraps(plain)
+    def method(cache: KeptCache, *args: Any, **kwargs: Any) -> Any:
+        if local.forward is None or local.forward.cache is not cache:
+            raise NotInterceptedError(UNWRAPPED)
+        return plain(cache, *args, **kwargs)
+
+    return method
+
+
+for _name in ("update", "update_conv_state", "update_recurrent_state"):  # states: from transformers 5 on
+    if hasattr(DynamicCache, _name):
+        setattr(KeptCache, _name, _of_forward(_name))
 
 
 def why_not_compressed(layer: object) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from ..errors import NotInterceptedError, UnsupportedModelError
 from .again import plan
@@ -42,6 +43,27 @@ def enter(
         The call of ``generate`` that it is part of.
     given : Given
     """
+    if isinstance(given.cache, KeptCache) and given.cache.n_seen:
+        return _entered(decoder, own, signature, wrap, call, given)
+    newest = None if wrap is None else (wrap.newest, wrap.outline)
+    is_plain = isinstance(given.cache, DynamicCache)  # as an empty one of ours is, too
+    before = (type(given.cache), dict(vars(given.cache))) if is_plain else None
+    try:
+        return _entered(decoder, own, signature, wrap, call, given)
+    except BaseException:  # what was refused is as it was, and so is the handle's newest cache
+        if wrap is not None and newest is not None:
+            wrap.newest, wrap.outline = newest
+        if before is not None:
+            given.cache.__class__ = before[0]
+            vars(given.cache).clear()
+            vars(given.cache).update(before[1])
+        raise
+
+
+def _entered(
+    decoder: Any, own: Mapping[torch.nn.Module, int], signature: Signature, wrap: Any, call: Any, given: Given
+) -> Forward | None:
+    """As :func:`enter`; what it was given may be left half changed where it raises."""
     if (cache := _ours(decoder, wrap, call, given)) is None:
         return None
     if given.cache is None:
@@ -76,13 +98,14 @@ def enter(
     else:
         record = _begin_chunk(own, cache, given, n_seen, coming)
     if record.prefill:
-        if not n_seen:
-            record.note_prompt(given.inputs.shape[1] if coming is None else coming.n_token)
+        n_token = given.inputs.shape[1] if coming is None else coming.n_token
+        spans = [] if n_seen else record.spans_of(n_token)
         if cache.action is not None:
             _ask_layers(decoder, record, cache.action, given)
         if not n_seen:
+            record.note_prompt(n_token, spans)
             cache.origin = cache.origin.filled_by(decoder, given.bound.get("token_type_ids") is not None)
-        if call is not None:
+        if call is not None and cache.origin.settings is not None:  # not of an audit that runs meanwhile
             call.cache = cache
     if (outer := _outer_of(decoder)) is not None:
         _note_outer(cache, record, outer, len(given.inputs))

@@ -376,8 +376,7 @@ def _check(cache: KeptCache, n_room: int) -> None:
         )
     if not cache.get_seq_length():
         raise ValueError("the cache is empty; expected one that has seen a prompt")
-    n_prompt = cache.n_columns or cache.n_prompt
-    if any(x.seen != (x.prompt_shape[2] if x.prompt_shape else n_prompt) for x in cache.kept_layers):
+    if any(x.seen != (x.prompt_shape[2] if x.prompt_shape else cache.n_prompt) for x in cache.kept_layers):
         raise ValueError(
             "the cache has seen tokens after its prompt; expected fixed() to be called right after the prompt"
         )

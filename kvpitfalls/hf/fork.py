@@ -30,8 +30,7 @@ class Fork(Action):
     def spans_of(self, n_token: int, valid: Sequence[tuple[int, int]], n_layer: int) -> list:
         """None here; tell every cache of its prompt."""
         for cache, action in zip(self.caches, self.actions, strict=True):
-            cache.valid, cache.n_columns = valid, n_token
-            cache.spans = action.spans_of(n_token, valid, n_layer)
+            cache.valid, cache.spans = valid, action.spans_of(n_token, valid, n_layer)
         return []
 
     def after_prefill(self, layer: KeptLayer, call: AttentionCall) -> None:

@@ -107,11 +107,16 @@ class Forward:
         """The numbers of the layers whose cache is compressed, and which of them each is."""
         return {layer.index: place for place, layer in enumerate(self.layers)}
 
-    def note_prompt(self, n_token: int) -> None:
-        """Tell the cache of its prompt, of ``n_token`` tokens; raises if instructions or protection do not fit it."""
-        self.cache.valid, self.cache.n_columns = self.valid, n_token
-        if self.cache.action is not None:
-            self.cache.spans = self.cache.action.spans_of(n_token, self.valid or [], len(self.compressed))
+    def spans_of(self, n_token: int) -> list:
+        """The instructions of a prompt of ``n_token`` tokens; raises if these, or protection, do not fit it."""
+        action = self.cache.action
+        return [] if action is None else action.spans_of(n_token, self.valid or [], len(self.compressed))
+
+    def note_prompt(self, n_token: int, spans: list) -> None:
+        """Tell the cache of its prompt."""
+        self.cache.valid, self.cache.spans = self.valid, spans
+        for layer in self.layers:
+            layer.n_prompt = n_token
 
     @cached_property
     def is_plain(self) -> bool:

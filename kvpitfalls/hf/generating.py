@@ -212,7 +212,7 @@ def _check_goes_on(model, arguments: dict, cache: KeptCache) -> None:
     _check_kinds(model, arguments.get("token_type_ids"), cache)
     if tokens.ndim == 3 and known is not None:  # where an image stands, embeddings are not those of its tokens
         known = None if is_multimodal(model) else model.get_input_embeddings()(known).to(tokens)
-    different = None if known is None else _first_difference(tokens, known, mask, cache.valid)
+    different = None if known is None else _first_difference(tokens, known, mask, cache)
     if different is not None:
         raise ValueError(_difference(*different, tokens.shape[1], cache))
     if tokens.shape[1] <= cache.n_seen:
@@ -262,7 +262,7 @@ def _difference(row: int, place: int, n_given: int, cache: KeptCache) -> str:
     )
 
 
-def _first_difference(tokens, known, mask, valid) -> tuple[int, int] | None:
+def _first_difference(tokens, known, mask, cache: KeptCache) -> tuple[int, int] | None:
     """Row and place of the first token, or embedding, that is not the cache's; padding counts for none."""
     n = min(tokens.shape[1], known.shape[1])
     tokens = tokens[:, :n].to(known.device).repeat_interleave(len(known) // len(tokens), 0)
@@ -272,9 +272,8 @@ def _first_difference(tokens, known, mask, valid) -> tuple[int, int] | None:
         differs &= mask[:, :n].to(differs.device).bool().repeat_interleave(len(known) // len(mask), 0)
     if not differs.any():
         return None
-    n_prompt = max(end for _, end in valid)
-    for row, (begin, end) in enumerate(valid):
+    for row, (begin, end) in enumerate(cache.valid or ()):
         differs[row, :begin] = False
-        differs[row, end:n_prompt] = False
+        differs[row, end : cache.n_prompt] = False
     places = differs.nonzero()
     return tuple(places[0].tolist()) if len(places) else None

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .forward import Forward
     from .hold import Held
 
+UNWRAPPED = (
+    "a KeptCache was given to a model that is not wrapped; expected a call inside `with kvpitfalls.wrap(model, ...)`"
+)
 STATES = ("conv_states", "recurrent_states")  # of linear attention, where a layer holds some
 SPARE = 64  # tokens that a layer takes room for where it pays; 0: none, and every step copies the layer
 _SMALL = 2**16  # bytes of keys below which a copy takes no longer than what saves it
@@ -118,6 +121,8 @@ class KeptLayer(DynamicLayer):
     ----------
     seen : int
         Logical length.
+    n_prompt : int
+        How many of them were the prompt's, padding included; 0 before one came.
     pos : LongTensor (B, H, S), or None
         None: nothing was evicted and slot s holds position s.
     live : BoolTensor (B, H, S), or None
@@ -145,7 +150,7 @@ class KeptLayer(DynamicLayer):
         self._forget()
 
     def _forget(self) -> None:
-        self.seen = 0
+        self.seen = self.n_prompt = 0
         self.pos_before = None  # type: ignore[assignment] # see the class
         self.live_before: torch.Tensor | None = None  # of Slots
         self.n_after = 0
@@ -161,10 +166,7 @@ class KeptLayer(DynamicLayer):
         forward = local.forward
         layers = () if forward is None else forward.cache.layers
         if forward is None or self.index >= len(layers) or layers[self.index] is not self:
-            raise NotInterceptedError(
-                "a KeptCache was given to a model that is not wrapped; expected a call inside `with "
-                "kvpitfalls.wrap(model, ...)`"
-            )
+            raise NotInterceptedError(UNWRAPPED)
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 "torch.compile is running; expected an uncompiled model, since a KeptCache changes shape"
@@ -367,6 +369,7 @@ class KeptLayer(DynamicLayer):
         self.keys, self.values = self.keys[..., :-drop, :], self.values[..., :-drop, :]
         pos, live = self.pos, self.live
         self.seen -= drop
+        self.n_prompt = min(self.n_prompt, self.seen)
         if pos is not None:
             self.place(pos[..., :-drop], None if live is None else live[..., :-drop])
 

@@ -251,7 +251,9 @@ def _generate(model, generate, args, kwargs):
     ended."""
     decoder = decoder_of(model)
     attachment = _attached.get(decoder)
-    if is_paused(decoder):
+    kwargs = under_one_name(cache_name(model), kwargs)
+    cache = given_cache(kwargs)[1]
+    if is_paused(decoder) and not isinstance(cache, KeptCache):
         return generate(*args, **kwargs)
     if attachment is None:
         raise NotInterceptedError(
@@ -259,12 +261,11 @@ def _generate(model, generate, args, kwargs):
             "would be compressed; expected that before kvpitfalls.wrap"
         )
     wrap = attachment.wrap  # asked for once: another thread may take it away
-    kwargs = under_one_name(cache_name(model), kwargs)
     arguments = arguments_of(model, generate, args, kwargs)
     action = None if wrap is None else wrap.action
     check_generate(model, arguments, action)
     coming = chunks_of(model, arguments, action)
-    if isinstance(cache := given_cache(arguments)[1], KeptCache):
+    if isinstance(cache, KeptCache):
         cache.check_decoder(decoder)
         if vars(model.generation_config).get("cache_implementation") and kwargs.get("generation_config") is None:
             kwargs = {"cache_implementation": None, **kwargs}  # a checkpoint's is for calls that are given no cache

@@ -145,10 +145,8 @@ def check_newest(decoder: Any, layers: Sequence[Any], mask: Any, n_new: int) -> 
 
 def check_end(decoder: Any, cache: "KeptCache") -> None:
     """Raise if a cache's prompts ended in padding that a layer took for tokens."""
-    of_evicted = [x.prompt_shape[2] for x in cache.kept_layers if x.prompt_shape is not None]  # of a file's, too
-    ends = [end for _, end in cache.valid or ()]
-    n_column = max([cache.n_columns, *ends, *of_evicted])
-    if min(ends, default=n_column) < n_column and any(map(has_states, cache.layers)):
+    n_prompt = cache.n_prompt
+    if min((end for _, end in cache.valid or ()), default=n_prompt) < n_prompt and any(map(has_states, cache.layers)):
         raise UnsupportedModelError(
             f"the prompts are padded on the right, and the linear attention of {type(decoder).__name__} has taken the "
             "padding for tokens, so that nothing can go on from there; expected padding on the left"

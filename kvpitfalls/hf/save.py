@@ -313,7 +313,7 @@ def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
     keys, values = layer.keys, layer.values
     if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and layer.is_initialized is True):
         return False
-    if any(type(x) is not int for x in (layer.index, layer.seen, layer.bytes_before, layer.n_after)):
+    if any(type(x) is not int for x in (layer.index, layer.seen, layer.n_prompt, layer.bytes_before, layer.n_after)):
         return False
     if keys.ndim != 4 or values.shape[:3] != keys.shape[:3] or len(keys) != n_row:
         return False
