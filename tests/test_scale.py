@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import kvpitfalls as kvp
 from kvpitfalls.audits import leakage, refusal
 from kvpitfalls.display import explore
 from kvpitfalls.eviction import budget, selection
+from kvpitfalls.eviction.fairness import Fair
 from kvpitfalls.harness import contexts
 from kvpitfalls.hf import cache, hold
 from kvpitfalls.prompts.pieces import WAYS, marked, numbered, pieces
@@ -148,8 +148,10 @@ def test_messages_are_numbered_by_one_step_each():
     def steps(n):
         tokenizer, messages = byte_level(), [{"role": "user", "content": "no"}] * n
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert list(contexts._contents(tokenizer, text, messages, {}, datetime.now()))[-1] == f"user#{n}"
-        return lines_run(lambda: contexts._contents(tokenizer, text, messages, {}, datetime.now()))
+        marks = contexts.Marks(instructions="messages", fair=Fair.parse(True))
+        known = text, tokenizer(text, add_special_tokens=False)["input_ids"], messages
+        assert list(marks.prompt(tokenizer, *known).spans)[-1] == f"user: no ({n})"
+        return lines_run(lambda: marks.prompt(tokenizer, *known))
 
     assert steps(400) < 2.2 * steps(200)
 

@@ -421,7 +421,7 @@ def _of_forward(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("update", "update_conv_state", "update_recurrent_state"):  # states: from transformers 5 on
+for _name in ("update", "update_conv_state", "update_recurrent_state", "update_indexer"):  # not of every release
     if hasattr(DynamicCache, _name):
         setattr(KeptCache, _name, _of_forward(_name))
 
