@@ -72,11 +72,14 @@ def assert_alike(one, other) -> None:
             assert name == "spare" or same(x, vars(b)[name]), (type(a).__name__, name)
 
 
-@pytest.mark.parametrize(
-    "padding, n_token",
-    [(None, 5), ("left", 5), (None, WINDOW - 1), ("left", WINDOW), (None, 30), ("left", 30), ("right", 12)],
-)  # the window fills meanwhile, with the first step, and before
-@pytest.mark.parametrize("family", WINDOWS + STATES + OTHERS)
+ROWS = [(None, 5), ("left", 5), (None, WINDOW - 1), ("left", WINDOW), (None, 30), ("left", 30), ("right", 12)]
+# The window fills meanwhile, with the first step, and before. Linear attention goes on from no padding on the right.
+ANSWERS = [
+    (family, *row) for family in WINDOWS + STATES + OTHERS for row in ROWS if row[0] != "right" or family not in STATES
+]
+
+
+@pytest.mark.parametrize("family, padding, n_token", ANSWERS)
 def test_an_answer_and_its_cache_are_those_of_a_growing_one(device, family, padding, n_token, taken):
     model, both = model_on(device, family), []
     for use_graph in (True, False):
