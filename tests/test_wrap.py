@@ -6,6 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from model_sweep import not_refused
 from tiny_models import build, feed, ids, masked_like, tiny_prompt
 from tiny_policies import EQUAL as POLICIES
 from tiny_policies import takes
@@ -440,7 +441,7 @@ def test_what_is_refused_is_as_it_was():
     assert emptied.report()["layers"][0]["kept"] == [[5, 5]]
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "falcon_h1"])
+@pytest.mark.parametrize("family", not_refused("gemma3_text", "falcon_h1"))
 def test_a_forward_outside_of_the_wrap_leaves_layers_that_are_not_compressed_as_they_are(family):
     """They come before the first one that refuses."""
     model, tokens = build(family), ids(1, 23)
