@@ -154,6 +154,8 @@ FORGED = {
     "positions outside": lambda t, a: ({**t, "layers.1.pos_before": t["layers.1.pos_before"] + 1000}, a),
     "positions below": lambda t, a: ({**t, "layers.1.pos_before": t["layers.1.pos_before"] - 1000}, a),
     "live numbers": lambda t, a: ({**t, "layers.1.live_before": t["layers.1.live_before"].int()}, a),
+    "a prompt of more tokens than came": lambda t, a: (t, with_plain(a, n_prompt=10**9)),
+    "a prompt of fewer tokens than none": lambda t, a: (t, with_plain(a, n_prompt=-1)),
     "more newest tokens than slots": lambda t, a: (t, with_plain(a, n_after=10**9)),
     "newest tokens that are no number": lambda t, a: (t, with_plain(a, n_after="2")),
     "fewer positions than slots": lambda t, a: (t, with_plain(a, n_after=2)),

@@ -317,7 +317,7 @@ def _is_evicted(layer: KeptLayer, index: int, n_row: int) -> bool:
         return False
     if keys.ndim != 4 or values.shape[:3] != keys.shape[:3] or len(keys) != n_row:
         return False
-    if layer.index != index or layer.held is not None:
+    if layer.index != index or layer.held is not None or not 0 <= layer.n_prompt <= layer.seen:
         return False
     if layer.pos_before is None:
         return layer.live_before is None and layer.prompt_shape is None and layer.seen == keys.shape[2]
